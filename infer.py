@@ -1,0 +1,22 @@
+"""Caption images with an adapter: edit the settings, then `python infer.py`. Each is also a flag: --num-beams 3."""
+
+MODEL = ""  # hub name or folder of the base; empty: the one that the adapter was trained on
+ADAPTER = "latest"  # an adapter's file or run folder; "latest": the newest run; "none": the base as it is
+IMAGES = "image_test"  # a file, a folder or a glob
+PROMPT = ""  # text that every caption goes on from; empty: the adapter's own
+MAX_NEW_TOKENS = 0  # longest caption; 0: the adapter's own setting, or 40
+NUM_BEAMS = 0  # beams; 0: the adapter's own setting, or 1
+SAMPLE = False  # draw words at random instead of taking the likeliest
+BATCH_SIZE = 16  # images at a time
+MERGE = True  # write the adapter into the weights first, which is faster; False: leave it on hooks
+COMPARE = False  # caption with the base as well, and show both side by side
+REFERENCES = ""  # an annotations file with the right captions: adds exact match to what is printed
+OUTPUT_DIR = ""  # where predictions.jsonl goes; empty: a new folder in lora_blip_output
+PRECISION = "auto"  # "fp16", "bf16" or "fp32"; auto: what the device does best
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
+SEED = 0  # for sampling
+
+if __name__ == "__main__":
+    from lora_blip.cli import run_infer
+
+    run_infer(globals(), __doc__)

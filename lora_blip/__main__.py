@@ -1,0 +1,3 @@
+from lora_blip.cli import main
+
+main()

@@ -1,0 +1,140 @@
+"""The settings of train.py and infer.py: every field documented, checked once, before any work."""
+
+import argparse
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+TASK_NAMES = ("caption",)
+
+Precision = Literal["auto", "fp16", "bf16", "fp32"]
+Settings = TypeVar("Settings", "TrainConfig", "InferConfig")
+
+
+class ConfigError(ValueError):
+    """A setting with a value that it cannot have; the message names it."""
+
+
+def setting(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run."""
+
+    model: str = setting("assets/tiny-blip", "hub name or folder of a BLIP or BLIP-2 checkpoint")
+    task: str = setting("caption", f"what is learned: {', '.join(TASK_NAMES)}")
+    annotations: str = setting("annotations.jsonl", 'a line each {"image": …, "text": …}')
+    image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' own")
+    prompt: str = setting("", "text before every caption, never in the loss")
+    val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
+    output_dir: str = setting("lora_blip_output", "each run gets a folder of its own in here")
+    targets: str = setting("vit", "where adapters go: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
+    r: int = setting(8, "rank of the update")
+    alpha: float = setting(16.0, "the update is scaled by alpha / r")
+    dropout: float = setting(0.0, "dropout on the adapters' input")
+    epochs: int = setting(20, "passes over the training images")
+    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
+    batch_size: int = setting(16, "images in a micro-batch")
+    accumulation: int = setting(1, "micro-batches in an optimizer step")
+    lr: float = setting(2e-3, "peak learning rate")
+    warmup_steps: int = setting(20, "optimizer steps of linear warm-up, before the cosine decay")
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay, on the adapters")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never")
+    precision: Precision = setting("auto", "arithmetic under autocast: fp16, bf16 or fp32; auto: what the device does best")
+    base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: fp32 for BLIP, the precision for BLIP-2")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    augment: bool = setting(True, "gentle random mirror, shift, scale and brightness; no mirror if a text says left or right")
+    validate_every: int = setting(5, "epochs between validations; the last epoch is always validated")
+    max_new_tokens: int = setting(40, "longest caption that is generated, here and by default with the adapter")
+    num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
+    max_skipped: int = setting(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    seed: int = setting(0, "decides the split, the order, the augmentation and the adapters' start")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    num_workers: int = setting(2, "processes that load images; 0: none")
+    log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the annotations is no good")
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 up to, not including, 1")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, not including, 1")
+        _require(self.task in TASK_NAMES, "task", self.task, f"one of {', '.join(TASK_NAMES)}")
+        for name in ("r", "alpha", "epochs", "batch_size", "accumulation", "lr", "log_every", "validate_every", "max_skipped"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Everything that decides a captioning run."""
+
+    model: str = setting("", "hub name or folder of the base; empty: the one that the adapter was trained on")
+    adapter: str = setting("latest", "an adapter's file or run folder; latest: the newest run; none: the base as it is")
+    images: str = setting("image_test", "a file, a folder or a glob")
+    prompt: str = setting("", "text that every caption goes on from; empty: the adapter's own")
+    max_new_tokens: int = setting(0, "longest caption; 0: the adapter's own setting, or 40")
+    num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
+    sample: bool = setting(False, "draw words at random instead of taking the likeliest")
+    batch_size: int = setting(16, "images at a time")
+    merge: bool = setting(True, "write the adapter into the weights first, which is faster; false: leave it on hooks")
+    compare: bool = setting(False, "caption with the base as well, and show both side by side")
+    references: str = setting("", "an annotations file with the right captions: adds exact match to what is printed")
+    output_dir: str = setting("", "where predictions.jsonl goes; empty: a new folder in lora_blip_output")
+    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: what the device does best")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = setting(0, "for sampling")
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
+        for name in ("max_new_tokens", "num_beams"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        if self.adapter in ("", "none") and not self.model:
+            raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")
+
+
+def parse(kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "") -> Settings:
+    """Settings from the capitals at the top of a script, overridden by flags of the same names."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for entry in fields(kind):
+        default = script.get(entry.name.upper(), entry.default)
+        flag, text = f"--{entry.name.replace('_', '-')}", entry.metadata["doc"].replace("%", "%%")
+        if entry.type is bool:
+            parser.add_argument(flag, nargs="?", const=True, default=default, type=_bool, help=text, metavar="true|false")
+            parser.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
+        elif get_origin(entry.type) is Literal:
+            parser.add_argument(flag, default=default, choices=get_args(entry.type), help=text)
+        else:
+            parser.add_argument(flag, default=default, type=entry.type, help=text, metavar=type(entry.default).__name__)
+    return kind(**vars(parser.parse_args(arguments)))
+
+
+def _bool(text: str) -> bool:
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _check(config: Any) -> None:
+    """Every field has its type: settings come from scripts that users edit."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name == "targets" and isinstance(value, list | tuple):
+            value = ",".join(value)
+            object.__setattr__(config, "targets", value)
+        if get_origin(entry.type) is Literal:
+            _require(value in get_args(entry.type), entry.name, value, f"one of {', '.join(get_args(entry.type))}")
+        elif entry.type is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, entry.name, float(value))
+        elif type(value) is not entry.type:
+            raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
+    assert all(entry.default is not MISSING for entry in fields(config))
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value!r}: expected {expected}")

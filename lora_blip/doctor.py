@@ -1,0 +1,100 @@
+"""`python -m lora_blip doctor`: what to send with a question."""
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+
+import lora_blip
+from lora_blip import lora, targets
+from lora_blip.models import DTYPES, REPOSITORY, load_backbone
+from lora_blip.tasks.caption import CaptionTask
+
+CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
+EXTRAS = {"plots": ("matplotlib",), "dev": ("pytest", "peft", "ruff", "pyright", "hypothesis")}
+
+
+def examine() -> bool:
+    """Print all that is known of this machine; False when something that is needed does not work."""
+    print(f"lora_blip {lora_blip.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("core    ", ", ".join(f"{name} {version(name)}" for name in CORE))
+    for extra, names in EXTRAS.items():
+        print(f"{extra:<9}" + ", ".join(f"{name} {version(name)}" for name in names))
+    print(f"java     {java()}")
+    for device in devices():
+        print(f"{device!s:<9}{device_name(device)}: {', '.join(name for name in DTYPES if works(device, name))}")
+    sound = version("torch") != "missing"
+    for name in ("assets/tiny-blip", "assets/tiny-blip2"):
+        sound = said(name, hook_fires) and sound
+    return sound
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def java() -> str:
+    path = shutil.which("java")
+    if path is None:
+        return "missing"
+    done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20, check=False)
+    return (done.stderr or done.stdout).splitlines()[0] if done.returncode == 0 else f"{path} does not run"
+
+
+def devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return found + [torch.device("mps")] * torch.backends.mps.is_available()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        return f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def works(device: torch.device, precision: str) -> bool:
+    """Whether a matrix product under this precision's autocast runs, forward and backward."""
+    try:
+        weight = torch.ones(8, 8, device=device, requires_grad=True)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            torch.nn.functional.linear(torch.ones(2, 8, device=device), weight).sum().backward()
+        return weight.grad is not None
+    except (RuntimeError, ValueError):
+        return False
+
+
+def said(name: str, check: Callable[[str], str]) -> bool:
+    try:
+        print(f"{name}: {check(name)}")
+        return True
+    except Exception as error:  # the doctor reports whatever is wrong, and goes on
+        print(f"{name}: BROKEN: {type(error).__name__}: {error}", file=sys.stdout)
+        return False
+
+
+def hook_fires(name: str) -> str:
+    """Load an embedded base, put adapters on its ViT, and see that a changed B changes the logits."""
+    backbone = load_backbone(str(REPOSITORY / name), "cpu")
+    task = CaptionTask(backbone)
+    rows = task.language.rows("", ["a red cube"])
+    side = backbone.model.config.vision_config.image_size
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = task.language.logits(image, rows)
+        placed = lora.inject(backbone.model, targets.find(backbone.model, "vit"))
+        fresh = task.language.logits(image, rows)
+        for update in placed.values():
+            update.B.fill_(0.01)
+        after = task.language.logits(image, rows)
+    if not torch.equal(before, fresh) or torch.equal(before, after):
+        raise RuntimeError("the hooks on its ViT do not do what they should")
+    return f"loads, and the hooks of its {len(placed)} ViT linears fire"

@@ -1,0 +1,335 @@
+"""The training loop, by hand: `train` reads top to bottom."""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # comes with transformers
+
+from lora_blip import adapter, curves, lora, preflight, targets
+from lora_blip.config import TrainConfig
+from lora_blip.data import annotations
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import Pictures, Stack, loader
+from lora_blip.models import DTYPES, load_backbone, load_config, locate_model, pick_device, pick_precision, refuse_t5_fp16
+from lora_blip.tasks import TASKS
+from lora_blip.tasks.caption import Batch, CaptionTask, Generation
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what was learned until then has been saved."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train an adapter as `config` says; returns the path of its file.
+
+    Raises ConfigError, ModelError, DataError or PreflightError before the first step, each with the
+    remedy, and TrainingError when the numbers stop being finite. Ctrl-C saves what there is.
+    """
+    seed_everything(config.seed)
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    base_config = load_config(locate_model(config.model))
+    refuse_t5_fp16(base_config, config.model, precision)
+    backbone = load_backbone(config.model, str(device), pick_base_dtype(config, base_config, precision), config.checkpointing)
+    task = TASKS[config.task](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
+    training, validation = read_examples(config, task)
+
+    sites = targets.find(backbone.model, config.targets, config.r, config.alpha)
+    parameters = [half for x in lora.inject(backbone.model, sites, config.dropout).values() for half in (x.A, x.B)]
+    print(f"\n{targets.table(backbone.model)}\n")
+
+    autocast = autocasting(device, precision)
+    batches = loader_of(training, task, config, shuffle=True)
+    held_out = loader_of(validation, task, config, shuffle=False) if validation else None
+    backbone.model.train()
+    print(preflight.check(task, task.batch(next(iter(batches))), autocast), "\n", sep="")
+
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    total = total_steps(config, len(batches))
+    run = Run(config, task, total)
+    print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")
+    if held_out:
+        run.log_validation(0, 0, validate(task, held_out, autocast))
+    step = skipped_in_a_row = 0
+    try:
+        for epoch in range(config.epochs):
+            batches.batch_sampler.epoch = epoch  # type: ignore[union-attr]
+            for stacks in groups(batches, config.accumulation):  # the tail of an epoch is a step too
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, total, config.warmup_steps, config.lr)
+                micro_batches = [task.batch(stack) for stack in stacks]
+                update = apply_update(task, micro_batches, optimizer, scaler, config.max_grad_norm, autocast)
+                if update.skipped:
+                    skipped_in_a_row += 1
+                    run.log_skip(step, epoch, update, explain(update, task, micro_batches, autocast))
+                    if skipped_in_a_row >= config.max_skipped:
+                        raise TrainingError(
+                            f"{skipped_in_a_row} steps in a row were not finite; lower lr, or use bf16 or fp32. {run.last_note}"
+                        )
+                    continue  # the scheduler does not move either: `step` counts the updates that were made
+                step, skipped_in_a_row = step + 1, 0
+                run.log_step(step, epoch, update, sum(len(b.examples) for b in micro_batches))
+                if step == total:
+                    break
+            if held_out and (step == total or epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0):
+                run.log_validation(step, epoch + 1, validate(task, held_out, autocast))
+            if step == total:
+                break
+    except (KeyboardInterrupt, TrainingError) as stop:
+        if step:
+            print(f"\nstopped after {step} of {total} steps; saved {run.save(step, finished=False)}")
+        if isinstance(stop, TrainingError):
+            raise
+        raise SystemExit(130) from None
+    finally:
+        run.close()
+    path = run.save(step, finished=True, merge_drift=merge_drift(task, batches))
+    print(f"saved {path}")
+    print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")
+    return path
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Rate of the update after `step` others: linear up to `peak` in `warmup` updates, then half a cosine to 0.
+
+    Loshchilov & Hutter 2017 (arXiv:1608.03983), eq. 5, without restarts.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def total_steps(config: TrainConfig, micro_batches: int) -> int:
+    steps = config.epochs * -(-micro_batches // config.accumulation)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+@dataclass(frozen=True)
+class Update:
+    loss: float  # mean over the label tokens of the whole step
+    grad_norm: float  # before clipping
+    skipped: bool  # nothing was changed, because a gradient was not finite
+    scale: float  # of the GradScaler; 1 without it
+
+
+def apply_update(
+    task: CaptionTask,
+    micro_batches: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+    autocast: Autocast,
+) -> Update:
+    """One optimizer step over some micro-batches: exactly what one batch of all their rows would do.
+
+    Each label token weighs the same, whichever micro-batch it stands in.
+    """
+    tokens = sum(batch.label_tokens for batch in micro_batches)
+    loss = torch.zeros((), device=micro_batches[0].pixel_values.device)
+    for batch in micro_batches:
+        with autocast():
+            share = task.loss(batch) / tokens
+        scaler.scale(share).backward()
+        loss += share.detach()
+    scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    finite = math.isfinite(norm) and math.isfinite(float(loss))
+    scale = scaler.get_scale()
+    if finite or scaler.is_enabled():  # the scaler itself skips, and then lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return Update(float(loss), norm, not finite or scaler.get_scale() < scale, scale)
+
+
+@torch.no_grad()
+def validate(task: CaptionTask, batches: DataLoader[Stack], autocast: Autocast) -> dict[str, float]:
+    """Loss per label token and exact match of generated texts, over the held-out images."""
+    model, total, tokens, said, examples = task.backbone.model, 0.0, 0, [], []
+    model.eval()
+    for stack in batches:
+        batch = task.batch(stack)
+        with autocast():
+            total += float(task.loss(batch))
+            said += task.predict(batch.pixel_values)
+        tokens += batch.label_tokens
+        examples += batch.examples
+    model.train()
+    return {"val_loss": total / tokens, "val_exact_match": task.score(said, examples)}
+
+
+@torch.no_grad()
+def merge_drift(task: CaptionTask, batches: DataLoader[Stack]) -> dict[str, float]:
+    """How far merged logits are from hooked ones on one batch, in the base's dtype: largest, and largest logit."""
+    model = task.backbone.model.eval()
+    batch = task.batch(next(iter(batches)))
+    with autocasting(task.backbone.device, "fp32" if model.dtype == torch.float32 else str(model.dtype))():
+        hooked = task.logits(batch).float()
+        lora.merge(model)
+        merged = task.logits(batch).float()
+    lora.restore(model)
+    return {"largest_difference": float((merged - hooked).abs().max()), "largest_logit": float(hooked.abs().max())}
+
+
+def explain(update: Update, task: CaptionTask, batches: list[Batch], autocast: Autocast) -> str:
+    """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
+    if math.isfinite(update.loss):
+        return f"a gradient overflowed at loss scale {update.scale:g}"
+    for batch in batches:
+        with autocast():
+            note = preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch))
+        if note.startswith("the first output"):
+            break
+    return note
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_base_dtype(config: TrainConfig, base_config: Any, precision: str) -> str:
+    """Frozen weights in 16 bits halve BLIP-2's memory; BLIP is small, and stays exact in fp32."""
+    if config.base_dtype != "auto":
+        return config.base_dtype
+    return precision if base_config.model_type == "blip-2" else "fp32"
+
+
+def autocasting(device: torch.device, precision: str) -> Autocast:
+    if precision == "fp32":
+        return nullcontext
+    dtype = DTYPES.get(precision) or getattr(torch, precision.removeprefix("torch."))
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def read_examples(config: TrainConfig, task: CaptionTask) -> tuple[list[Example], list[Example]]:
+    """Checked lines, split by image into training and validation."""
+    examples, problems = annotations.read(
+        config.annotations, config.image_root, config.on_bad_data, task.check_text, max(1, config.num_workers)
+    )
+    if problems:
+        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    return annotations.split_by_image(examples, config.val_fraction, config.seed)
+
+
+def loader_of(examples: list[Example], task: CaptionTask, config: TrainConfig, shuffle: bool) -> DataLoader[Stack]:
+    augmented = shuffle and config.augment
+    pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed)
+    cuda = task.backbone.device.type == "cuda"
+    return loader(pictures, config.batch_size, shuffle, config.seed, config.num_workers, pin=cuda)
+
+
+def groups(batches: Iterable[Stack], size: int) -> Iterator[list[Stack]]:
+    """Micro-batches in lists of `size`; the last list may be shorter, and is never dropped."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def run_name(config: TrainConfig, now: datetime) -> str:
+    """`lora_bs2_ep4_lr0.0001_r16_a32_20260607_161536`"""
+    return f"lora_bs{config.batch_size}_ep{config.epochs}_lr{config.lr:g}_r{config.r}_a{config.alpha:g}_{now:%Y%m%d_%H%M%S}"
+
+
+class Run:
+    """The folder of one run: config.json, metrics.jsonl, adapter.safetensors, loss.png; and the progress bar."""
+
+    def __init__(self, config: TrainConfig, task: CaptionTask, total: int) -> None:
+        self.config, self.task = config, task
+        self.folder = new_folder(Path(config.output_dir) / run_name(config, datetime.now()))
+        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
+        self.started = self.logged = time.perf_counter()
+        self.images = 0
+        self.last: dict[str, Any] = {}
+        self.last_note = ""
+
+    def log_step(self, step: int, epoch: int, update: Update, images: int) -> None:
+        self.images += images
+        self.bar.update(1)
+        if step % self.config.log_every and step != self.bar.total and step != 1:
+            return
+        now = time.perf_counter()
+        rate = learning_rate(step - 1, self.bar.total, self.config.warmup_steps, self.config.lr)
+        entry = {
+            "step": step, "epoch": epoch, "loss": round(update.loss, 6), "lr": rate,
+            "grad_norm": round(update.grad_norm, 6), "images_per_s": round(self.images / (now - self.logged), 2),
+            "seconds": round(now - self.started, 3),
+        }  # fmt: skip
+        if self.config.precision == "fp16":
+            entry["loss_scale"] = update.scale
+        self.images, self.logged = 0, now
+        self._write(entry)
+        self.bar.set_postfix_str(f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s")
+        if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
+            print(f"step {step}/{self.bar.total}  loss {update.loss:.4f}  lr {rate:.1e}  {entry['images_per_s']:.1f} images/s")
+
+    def log_skip(self, step: int, epoch: int, update: Update, note: str) -> None:
+        self.last_note = note
+        self._write({"step": step, "epoch": epoch, "skipped": note, "loss_scale": update.scale})
+        self.bar.write(f"after step {step}, one was skipped: {note}")
+
+    def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
+        self._write({"step": step, "epoch": epoch, **{key: round(value, 6) for key, value in scores.items()}})
+        self.bar.write(
+            f"{'before training' if not step else f'epoch {epoch}'}: validation loss {scores['val_loss']:.4f}, "
+            f"exact match {scores['val_exact_match']:.1%}"
+        )
+        self.last = scores
+        self.logged, self.images = time.perf_counter(), 0
+
+    def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
+        summary = {"steps": step, "finished": finished, **self.last, "settings": asdict(self.config)}
+        path = self.folder / adapter.FILE_NAME
+        return adapter.save(
+            path, self.task.backbone, task=self.task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.flush()
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder that was not there: two runs in one second get names of their own."""
+    for name in (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 1000))):
+        try:
+            name.mkdir(parents=True)
+            return name
+        except FileExistsError:
+            continue
+    raise FileExistsError(path)

@@ -1,0 +1,314 @@
+"""LoRA by forward hooks. Start here.
+
+A frozen linear computes y = W x + b. LoRA (Hu et al. 2021, arXiv:2106.09685) leaves W alone and adds a
+low-rank update, the only thing that is trained:
+
+    y ← y + (alpha / r) · B A x        A: (r, in), Kaiming-uniform      B: (out, r), zero at the start
+
+No module is replaced and no code of the model is touched: the adapter lives as a child of its linear
+(`linear.lora`), and one forward hook, `add_update`, adds its update to what the linear returns.
+
+    inject   puts fresh adapters on          eject   takes them off: the base is bit for bit what it was
+    merge    writes W + ΔW into the weights  restore puts the kept W back: `torch.equal`, never subtracted
+    bake     merges for good and forgets the adapters
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for an adapter: a linear by its path, and which rows of its output the update reaches.
+
+    `block` names those rows when they are not all of them: "q" of a fused qkv.
+    """
+
+    module: str
+    r: int = 8
+    alpha: float = 16.0
+    block: str = ""
+    rows: tuple[int, int] | None = None  # [start, stop) of out_features; None is all of them
+
+    @property
+    def address(self) -> str:
+        return f"{self.module}.{self.block}" if self.block else self.module
+
+
+class LoRA(nn.Module):
+    """ΔW = (alpha / r) · B A for one linear, or for a range of its output rows.
+
+    A is (r, in_features) and B (rows, r), both float32 whatever the base's dtype. With B = 0, a fresh
+    adapter changes nothing.
+    """
+
+    def __init__(self, site: Site, in_features: int, out_features: int, dropout: float, device: torch.device) -> None:
+        super().__init__()
+        start, stop = site.rows or (0, out_features)
+        self.site = site
+        self.scale = site.alpha / site.r
+        self.dropout = dropout
+        self.enabled = True
+        self.padding = (start, out_features - stop)  # zeros on either side of the rows reached
+        self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(alpha / r) · B A dropout(x), shape (..., out_features); float32, or autocast's dtype inside autocast."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.A.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        update = F.linear(F.linear(x, self.A), self.B) * self.scale
+        return F.pad(update, self.padding) if any(self.padding) else update
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = (alpha / r) · B A, shape (out_features, in_features), float32 (Hu et al. 2021, eq. 3)."""
+        with torch.autocast(self.A.device.type, enabled=False):
+            return F.pad(self.B.float() @ self.A.float() * self.scale, (0, 0, *self.padding))
+
+    def extra_repr(self) -> str:
+        return f"r={self.site.r}, alpha={self.site.alpha:g}, dropout={self.dropout:g}"
+
+
+class Updates(nn.ModuleDict):
+    """The adapters of one linear, by name; their updates add. `original` is W while some are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original: Tensor | None = None
+        self.merged: frozenset[str] = frozenset()
+
+
+def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The forward hook: y + Σ (alpha / r) · B A x over the adapters that are enabled and not merged."""
+    updates: Updates = linear.lora
+    for key, lora in updates.items():
+        if lora.enabled and key not in updates.merged:
+            output = output + lora(args[0]).to(output.dtype)
+    return output
+
+
+# ---------------------------------------------------------------- on and off
+
+
+def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: str = "default") -> dict[str, LoRA]:
+    """Put a fresh adapter called `name` on every site, freeze all that is no adapter, return address → LoRA.
+
+    Repeating a call changes nothing. Raises ValueError, before anything is changed, when a site is no
+    linear of this model, a tied head, of a wrong range, or when `name` already sits elsewhere.
+    """
+    wanted = {site.address: site for site in sites}
+    present = {address: lora.site for address, lora in adapters(model, name).items()}
+    if present and present != wanted:
+        raise ValueError(f"adapter {name!r} is already on other modules of this model; eject it first")
+    if not present:
+        _check_sites(model, wanted.values(), name)
+        for site in wanted.values():
+            _attach(model.get_submodule(site.module), site, dropout, name)
+    for parameter_name, parameter in model.named_parameters():
+        if ".lora." not in f".{parameter_name}":
+            parameter.requires_grad_(False)
+    return adapters(model, name)
+
+
+def eject(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off, or all: the weights, the outputs and the state_dict are the base's own again."""
+    for linear in _hooked(model).values():
+        keep = linear.lora.merged - {key for key in linear.lora if name in (None, _name(key))}
+        if linear.lora.merged != keep:
+            _write_back(linear)
+            _fold(linear, keep)
+        for key in [key for key in linear.lora if name in (None, _name(key))]:
+            del linear.lora[key]
+        if not linear.lora:
+            _detach(linear)
+
+
+@contextmanager
+def disabled(model: nn.Module, *names: str) -> Iterator[None]:
+    """Inside the block the named adapters (all, without names) add nothing. Raises ValueError if merged."""
+    chosen = [lora for address, lora in _every(model) if not names or address[0] in names]
+    if any(linear.lora.merged for linear in _hooked(model).values()):
+        raise ValueError("adapters are merged into the weights, so they cannot be disabled; call restore(model) first")
+    before = [lora.enabled for lora in chosen]
+    for lora in chosen:
+        lora.enabled = False
+    try:
+        yield
+    finally:
+        for lora, enabled in zip(chosen, before, strict=True):
+            lora.enabled = enabled
+
+
+def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:
+    """Address → LoRA of one adapter, in the model's order; empty when it is not there."""
+    return {lora.site.address: lora for (owner, _), lora in _every(model) if owner == name}
+
+
+def names(model: nn.Module) -> list[str]:
+    """The adapters that are on this model."""
+    return list(dict.fromkeys(owner for (owner, _), _ in _every(model)))
+
+
+def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
+    """Addresses whose linear is not called while `forward` runs, so that a hook on it does nothing."""
+    called: set[int] = set()
+
+    def note(linear: nn.Module, _args: object, _output: object) -> None:
+        called.add(id(linear))
+
+    hooked = _hooked(model)
+    handles = [linear.register_forward_hook(note) for linear in hooked.values()]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [lora.site.address for m in hooked.values() if id(m) not in called for lora in m.lora.values()]
+
+
+# ---------------------------------------------------------------- into the weights and back
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *names: str) -> None:
+    """W ← W + Σ ΔW, summed in float32, over the named adapters (all, without names). Merging twice is merging once.
+
+    The original W is kept beside the linear for `restore`. Raises ValueError, before any weight is
+    written, if a linear is quantised.
+    """
+    hooked = _hooked(model)
+    _refuse_quantised(hooked)
+    for linear in hooked.values():
+        chosen = {key for key in linear.lora if not names or _name(key) in names}
+        _fold(linear, linear.lora.merged | chosen)
+
+
+@torch.no_grad()
+def restore(model: nn.Module) -> None:
+    """Undo `merge`: the weights are `torch.equal` to the originals, and the adapters act by their hooks again."""
+    for linear in _hooked(model).values():
+        _write_back(linear)
+
+
+def bake(model: nn.Module) -> None:
+    """Merge for good: the weights keep the update; adapters, hooks and originals are gone, and no memory is held."""
+    merge(model)
+    for linear in _hooked(model).values():
+        _detach(linear)
+
+
+def _fold(linear: Any, keys: frozenset[str]) -> None:
+    """Write original + Σ ΔW of `keys` into the weight, always starting from the original."""
+    updates: Updates = linear.lora
+    if keys == updates.merged:
+        return
+    if updates.original is None:
+        updates.original = linear.weight.detach().clone()
+    total = updates.original.float()
+    for lora in (updates[key] for key in sorted(keys)):
+        assert isinstance(lora, LoRA)
+        total = total + lora.delta_weight()
+    linear.weight.data.copy_(total)
+    updates.merged = frozenset(keys)
+
+
+def _write_back(linear: Any) -> None:
+    if linear.lora.original is not None:
+        linear.weight.data.copy_(linear.lora.original)
+    linear.lora.original, linear.lora.merged = None, frozenset()
+
+
+# ---------------------------------------------------------------- looking and checking
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A module that maps in_features to out_features: nn.Linear and its quantised kin."""
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
+
+
+def is_quantised(linear: Any) -> bool:
+    """True when the weight is not a plain float matrix (out_features, in_features)."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return True
+    return tuple(weight.shape) != (linear.out_features, linear.in_features)
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Linear path → the other owner of its weight, for every weight that two modules share."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    shared = [paths for paths in owners.values() if len(paths) > 1]
+    return {path: next(p for p in paths if p != path) for paths in shared for path in paths}
+
+
+def _every(model: nn.Module) -> Iterator[tuple[tuple[str, str], LoRA]]:
+    for linear in _hooked(model).values():
+        for key, lora in linear.lora.items():
+            yield (_name(key), key), lora
+
+
+def _hooked(model: nn.Module) -> dict[str, Any]:
+    return {path: m for path, m in model.named_modules() if isinstance(m._modules.get("lora"), Updates)}
+
+
+def _name(key: str) -> str:
+    """Keys of `Updates` are the adapter's name, then ":" and the block where there is one."""
+    return key.split(":")[0]
+
+
+def _check_sites(model: nn.Module, sites: Iterable[Site], name: str) -> None:
+    if not name.replace("_", "").replace("-", "").isalnum() or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {name!r} must be letters, digits, '-' and '_', and no word such as 'keys'")
+    modules, shared = dict(model.named_modules()), tied(model)
+    for site in sites:
+        linear = modules.get(site.module)
+        if linear is None or not is_linear(linear):
+            raise ValueError(f"{site.module!r} is no linear layer of {type(model).__name__}")
+        if site.module in shared:
+            raise ValueError(
+                f"{site.module!r} shares its weight with {shared[site.module]!r}: an update of one would be missing "
+                "in the other, or merged into both; leave it out of the targets"
+            )
+        start, stop = site.rows or (0, linear.out_features)
+        if not 0 <= start < stop <= linear.out_features or site.r < 1:
+            raise ValueError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} with r={site.r} make no update")
+
+
+def _refuse_quantised(hooked: dict[str, Any]) -> None:
+    for path, linear in hooked.items():
+        if is_quantised(linear):
+            raise ValueError(
+                f"{path!r} is quantised ({type(linear).__name__}): merging would round the update away; "
+                "use the adapter unmerged, or load the base in fp16, bf16 or fp32"
+            )
+
+
+def _attach(linear: Any, site: Site, dropout: float, name: str) -> None:
+    if not isinstance(linear._modules.get("lora"), Updates):
+        linear.lora = Updates()
+        linear.register_forward_hook(add_update)
+    tensors = [*linear.parameters(recurse=False), *linear.buffers(recurse=False)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
+    linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
+
+
+def _detach(linear: Any) -> None:
+    """Remove the hook by what it is, not by a handle, so that a deepcopy or an unpickled model can do it too."""
+    for number, hook in list(linear._forward_hooks.items()):
+        if hook is add_update:
+            del linear._forward_hooks[number]
+    del linear.lora

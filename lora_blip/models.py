@@ -1,0 +1,184 @@
+"""Backbones: load BLIP or BLIP-2 frozen, by hub name or folder, with what turns text and images into tensors."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    BlipForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CAPTIONERS: dict[str, type[PreTrainedModel]] = {
+    "blip": BlipForConditionalGeneration,
+    "blip-2": Blip2ForConditionalGeneration,
+}
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used, with the reason and the remedy."""
+
+
+@dataclass
+class Backbone:
+    """A frozen model, its tokenizer and image processor, and where and how it computes."""
+
+    model: Any  # a PreTrainedModel, whose parts its own types do not name
+    tokenizer: Any
+    image_processor: Any
+    name: str
+    device: torch.device
+
+    @property
+    def family(self) -> str:
+        return self.model.config.model_type  # "blip" or "blip-2"
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is cuda, then mps, then cpu. Raises ModelError when the device named is not there."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try 'auto' or 'cpu'") from None
+    return chosen
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """ "auto" is bf16 on a CUDA device that has it, fp16 on an older one, fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp32"
+
+
+def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False) -> Backbone:
+    """Load a captioning checkpoint frozen, in eval mode.
+
+    name: hub name or folder. dtype: of the weights: "fp32", "fp16" or "bf16". checkpointing: recompute
+    activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients).
+
+    The model's own dropout is set to 0: a frozen backbone gains nothing from it, and training then
+    computes what inference computes. Raises ModelError for a checkpoint that is not there, is of
+    another kind, lacks weights or image placeholders, or is a T5 in fp16.
+    """
+    where = pick_device(device)
+    source = locate_model(name)
+    config = load_config(source)
+    _refuse(config, name, dtype)
+    _silence_dropout(config)
+    model = _load_model(CAPTIONERS[config.model_type], source, config, DTYPES[dtype])
+    model.requires_grad_(False).eval().to(where)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with Quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    return Backbone(model, tokenizer, image_processor, name, where)
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The checkpoint's configuration; ModelError says what to do when there is none."""
+    try:
+        with Quiet():
+            return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {str(error).splitlines()[0]}\n"
+            "give a folder that holds config.json, or a hub name such as Salesforce/blip-image-captioning-large"
+        ) from None
+
+
+def locate_model(name: str) -> str:
+    """The folder, if there is one here or in the repository (so that assets/tiny-blip works from anywhere)."""
+    if Path(name).is_dir():
+        return name
+    if (REPOSITORY / name / "config.json").is_file():
+        return str(REPOSITORY / name)
+    if name.startswith(("/", ".", "~", "assets/")):
+        raise ModelError(f"model folder {name!r} does not exist")
+    return name
+
+
+def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
+    if config.model_type not in CAPTIONERS:
+        raise ModelError(f"{name!r} is a {config.model_type!r} model; lora_blip trains BLIP ('blip') and BLIP-2 ('blip-2')")
+    wanted = CAPTIONERS[config.model_type].__name__
+    if config.architectures and wanted not in config.architectures:
+        raise ModelError(f"{name!r} is a {config.architectures[0]}, which does not caption; give a checkpoint of {wanted}")
+    if config.model_type == "blip-2":
+        if config.image_token_index is None:
+            raise ModelError(
+                f"{name!r} has no image_token_index in its config, so its language model would never see the image; "
+                "use a newer revision of the checkpoint, or set it to the id of the tokenizer's <image>"
+            )
+        refuse_t5_fp16(config, name, dtype)
+
+
+def refuse_t5_fp16(config: PretrainedConfig, name: str, precision: str) -> None:
+    """Flan-T5 overflows fp16 to NaN, in the weights as under AMP."""
+    if precision == "fp16" and getattr(config, "text_config", None) is not None and config.text_config.model_type == "t5":
+        raise ModelError(f"{name!r} has a T5 language model, which gives NaN in fp16; set the precision to bf16 or fp32")
+
+
+def _silence_dropout(config: PretrainedConfig) -> None:
+    for part in [config, *(getattr(config, key, None) for key in ("text_config", "vision_config", "qformer_config"))]:
+        for key, value in list(vars(part).items()) if part is not None else []:
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+
+
+def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    model: Any
+    report: Any
+    from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
+    try:
+        with Quiet():
+            model, report = from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the weights of {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
+    if missing:
+        raise ModelError(
+            f"{source!r} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])} …); they would be "
+            "random: this is a checkpoint for another task, or a broken download"
+        )
+    return model
+
+
+class Quiet(warnings.catch_warnings):
+    """Loading without transformers' progress bars and advice: what matters is checked and said here."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self.level = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *error: Any) -> None:
+        transformers_logging.set_verbosity(self.level)
+        if self.bars:
+            transformers_logging.enable_progress_bar()
+        super().__exit__(*error)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora." not in f".{name}")

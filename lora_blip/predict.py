@@ -1,0 +1,161 @@
+"""Inference in batches: images → captions, printed, written to predictions.jsonl, and scored where references are given."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm  # comes with transformers
+
+from lora_blip import adapter, lora
+from lora_blip.adapter import Adapter
+from lora_blip.config import ConfigError, InferConfig
+from lora_blip.data import annotations
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import pixel_values
+from lora_blip.data.images import ImageError, find_images, open_image
+from lora_blip.loop import autocasting, new_folder, seed_everything
+from lora_blip.metrics.exact import exact_match
+from lora_blip.models import Backbone, load_backbone, pick_device, pick_precision
+from lora_blip.tasks import TASKS
+from lora_blip.tasks.caption import CaptionTask, Generation
+
+FILE_NAME = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    image: Path
+    text: str
+
+
+def infer(config: InferConfig) -> Path:
+    """Caption images as `config` says; returns the path of predictions.jsonl, a line an image.
+
+    Raises ConfigError, ModelError, AdapterError, ImageError or DataError before any image is captioned.
+    """
+    seed_everything(config.seed)
+    images = find_images(config.images)
+    references = read_references(config.references, images)
+    wanted = None if config.adapter in ("", "none") else adapter.read(adapter.locate(config.adapter))
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    output = output_file(config.output_dir)
+    backbone = load_backbone(config.model or (wanted.base if wanted else ""), str(device), precision)
+    task = task_of(backbone, wanted, config)
+
+    base_texts: dict[Path, str] = {}
+    if config.compare and wanted:
+        base_texts = {
+            p.image: p.text for p in progress(captions(task, images, config.batch_size, precision), len(images), "base")
+        }
+    if wanted:
+        adapter.load(backbone, wanted.path)
+        if config.merge:
+            lora.merge(backbone.model)
+    said: dict[Path, str] = {}
+    with output.open("x", encoding="utf-8") as file:
+        for prediction in progress(captions(task, images, config.batch_size, precision), len(images), "captions"):
+            said[prediction.image] = prediction.text
+            file.write(json.dumps(line_of(prediction, base_texts), ensure_ascii=False) + "\n")
+            tqdm.write(printed(prediction, base_texts))
+    report(references, said, base_texts)
+    print(f"wrote {output}")
+    return output
+
+
+def task_of(backbone: Backbone, wanted: Adapter | None, config: InferConfig | None = None) -> CaptionTask:
+    """The task that an adapter was trained for, with its prompt and generation, where `config` does not override them."""
+    about: dict[str, Any] = wanted.task if wanted else {}
+    known = {key: value for key, value in about.get("generation", {}).items() if key in Generation.__dataclass_fields__}
+    generation = Generation(**known)
+    if config:
+        chosen: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "num_beams": config.num_beams,
+            "do_sample": config.sample,
+        }
+        generation = replace(generation, **{key: value for key, value in chosen.items() if value})
+    prompt = (config.prompt if config else "") or about.get("prompt", "")
+    return TASKS[about.get("name", "caption")](backbone, prompt, generation)
+
+
+def captions(task: CaptionTask, images: Iterable[Path], batch_size: int = 16, precision: str = "fp32") -> Iterator[Prediction]:
+    """Captions in the order of `images`, a batch at a time; an image that cannot be read is reported and left out."""
+    autocast = autocasting(task.backbone.device, precision)
+    task.backbone.model.eval()
+    iterator = iter(images)
+    while paths := list(islice(iterator, batch_size)):
+        read = [(path, values) for path in paths if (values := _pixels(path, task.backbone)) is not None]
+        if read:
+            with autocast():
+                texts = task.predict(torch.stack([values for _, values in read]).to(task.backbone.device))
+            yield from (Prediction(path, text) for (path, _), text in zip(read, texts, strict=True))
+
+
+def _pixels(path: Path, backbone: Backbone) -> torch.Tensor | None:
+    try:
+        return pixel_values(open_image(path), backbone.image_processor)
+    except ImageError as error:
+        tqdm.write(f"left out: {error}")
+        return None
+
+
+def progress(predictions: Iterable[Prediction], count: int, name: str) -> Iterable[Prediction]:
+    return tqdm(predictions, total=count, desc=name, unit="image", disable=None, dynamic_ncols=True)
+
+
+def line_of(prediction: Prediction, base_texts: dict[Path, str]) -> dict[str, str]:
+    line = {"image": str(prediction.image), "text": prediction.text}
+    return line | ({"base_text": base_texts.get(prediction.image, "")} if base_texts else {})
+
+
+def printed(prediction: Prediction, base_texts: dict[Path, str]) -> str:
+    base = f"Base:    {base_texts.get(prediction.image, '')}\n" if base_texts else ""
+    return f"Image:   {prediction.image}\n{base}Caption: {prediction.text}\n"
+
+
+def output_file(output_dir: str) -> Path:
+    """predictions.jsonl in a folder; what is there already is never written over."""
+    if not output_dir:
+        return new_folder(adapter.RUNS / f"captions_{datetime.now():%Y%m%d_%H%M%S}") / FILE_NAME
+    path = Path(output_dir) / FILE_NAME
+    if path.exists():
+        raise ConfigError(f"{path} exists already; give another output_dir, or leave it empty for a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_references(source: str, images: list[Path]) -> dict[Path, list[Example]]:
+    """Image → its lines in an annotations file, for the images that are captioned. DataError if there is none."""
+    if not source:
+        return {}
+    examples, _ = annotations.read(source)
+    wanted = {image.resolve(): image for image in images}
+    found: dict[Path, list[Example]] = {}
+    for example in examples:
+        if example.image.resolve() in wanted:
+            found.setdefault(wanted[example.image.resolve()], []).append(example)
+    if not found:
+        raise annotations.DataError(f"{source} has a line for none of the {len(images)} images; compare the paths")
+    return found
+
+
+def report(references: dict[Path, list[Example]], said: dict[Path, str], base_texts: dict[Path, str]) -> None:
+    """Exact match over all images with references and, where the references name groups, over each group."""
+    scored = [image for image in references if image in said]
+    if not scored:
+        return
+    whole = f"{'exact match':<24}{'images':>8}" + f"{'base':>9}" * bool(base_texts) + f"{'adapted':>9}"
+    print(whole)
+    for group in [*dict.fromkeys(references[image][0].group for image in scored), "all"]:
+        mine = [image for image in scored if group in ("all", references[image][0].group)]
+        if not group or (group != "all" and len(mine) == len(scored)):
+            continue
+        right = [[example.text for example in references[image]] for image in mine]
+        scores = [exact_match([texts.get(image, "") for image in mine], right) for texts in (base_texts, said) if texts]
+        print(f"{group:<24}{len(mine):>8}" + "".join(f"{score:>9.1%}" for score in scores))

@@ -1,0 +1,80 @@
+"""Captioning: an image in, a text out, with or without a prompt before it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import Stack
+from lora_blip.metrics.exact import exact_match
+from lora_blip.models import Backbone
+from lora_blip.tasks.sequences import IGNORE, Rows, language_of, plain_ids
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a caption is written; an adapter carries the settings that it was validated with."""
+
+    max_new_tokens: int = 40
+    num_beams: int = 1
+    do_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    examples: list[Example]
+    pixel_values: Tensor  # (images, 3, H, W)
+    rows: Rows
+    label_tokens: int  # counted before the rows leave the CPU, so that nothing waits for the device
+
+
+@dataclass
+class CaptionTask:
+    """The prompt stands before every caption and is never in the loss."""
+
+    backbone: Backbone
+    prompt: str = ""
+    generation: Generation = field(default_factory=Generation)
+
+    def __post_init__(self) -> None:
+        self.language = language_of(self.backbone)
+
+    def batch(self, stack: Stack) -> Batch:
+        device = self.backbone.device
+        rows = self.language.rows(self.prompt, [example.text for example in stack.examples])
+        return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), rows.to(device), rows.label_tokens)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.language.logits(batch.pixel_values, batch.rows)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy over the label tokens, in float32: divide by their number over the whole step."""
+        return token_loss(self.logits(batch), batch.rows.targets)
+
+    @torch.no_grad()
+    def predict(self, pixel_values: Tensor) -> list[str]:
+        return self.language.generate(pixel_values, self.prompt, **asdict(self.generation))
+
+    def score(self, predictions: list[str], examples: list[Example]) -> float:
+        return exact_match(predictions, [[example.text] for example in examples])
+
+    def check_text(self, text: str) -> str:
+        """Why a text cannot be learned, or ""."""
+        tokenizer = self.backbone.tokenizer
+        ids = plain_ids(tokenizer, text)
+        if not set(ids) - {tokenizer.unk_token_id}:
+            return f"the text {text!r} is only unknown tokens for this model's tokenizer"
+        room = self.language.longest - len(plain_ids(tokenizer, self.prompt)) - 2  # the first and the last token
+        return f"the text has {len(ids)} tokens, and the model has room for {room}" if len(ids) > room else ""
+
+    def metadata(self) -> dict[str, Any]:
+        """What an adapter file says of its task."""
+        return {"name": "caption", "prompt": self.prompt, "generation": asdict(self.generation)}
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Σ −log p(target) over the positions that count; logits (rows, tokens, vocabulary), targets (rows, tokens)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")

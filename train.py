@@ -1,0 +1,42 @@
+"""Train a LoRA adapter: edit the settings, then `python train.py`. Each is also a flag: --batch-size 8."""
+
+MODEL = "assets/tiny-blip"  # hub name or folder: "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"
+TASK = "caption"  # what is learned
+ANNOTATIONS = "annotations.jsonl"  # a line each: {"image": "red_1.jpg", "text": "a red cube"}
+IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' own
+PROMPT = ""  # text before every caption, never in the loss
+VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
+OUTPUT_DIR = "lora_blip_output"  # each run gets a folder of its own in here
+
+TARGETS = "vit"  # where adapters go: "vit", "vit,qformer", "text", "lm", "vit.q,vit.v", "vit[8:12]", "text:r=4", a regex
+R = 8  # rank of the update
+ALPHA = 16.0  # the update is scaled by alpha / r
+DROPOUT = 0.0  # dropout on the adapters' input
+
+EPOCHS = 20  # passes over the training images
+MAX_STEPS = 0  # stop after so many optimizer steps; 0: after the epochs
+BATCH_SIZE = 16  # images in a micro-batch
+ACCUMULATION = 1  # micro-batches in an optimizer step
+LR = 2e-3  # peak learning rate; 1e-4 suits the Salesforce checkpoints
+WARMUP_STEPS = 20  # optimizer steps of linear warm-up, before the cosine decay
+WEIGHT_DECAY = 0.01  # AdamW's decoupled weight decay, on the adapters
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm; 0: never
+PRECISION = "auto"  # "fp16", "bf16" or "fp32"; auto: what the device does best
+BASE_DTYPE = "auto"  # dtype of the frozen weights; auto: fp32 for BLIP, the precision for BLIP-2
+CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
+AUGMENT = True  # gentle random mirror, shift, scale and brightness; no mirror if a text says left or right
+
+VALIDATE_EVERY = 5  # epochs between validations; the last epoch is always validated
+MAX_NEW_TOKENS = 40  # longest caption that is generated, here and by default with the adapter
+NUM_BEAMS = 1  # beams of generation, here and by default with the adapter
+MAX_SKIPPED = 10  # stop after so many steps in a row with a loss or gradient that is not finite
+SEED = 0  # decides the split, the order, the augmentation and the adapters' start
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
+NUM_WORKERS = 2  # processes that load images; 0: none
+LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
+ON_BAD_DATA = "stop"  # when a line of the annotations is no good: "stop" or "skip"
+
+if __name__ == "__main__":
+    from lora_blip.cli import run_train
+
+    run_train(globals(), __doc__)
