@@ -95,7 +95,7 @@ def save(
         "merge_drift": merge_drift or {},
         "versions": {"lora_blip": lora_blip.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_whole(path, safetensors.torch.save(tensors, {"lora_blip": json.dumps(about), "format": "pt"}))
+    write_whole(path, safetensors.torch.save(tensors, {"lora_blip": json.dumps(about)}))
     return path
 
 

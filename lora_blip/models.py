@@ -86,7 +86,8 @@ def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpoi
     model = _load_model(CAPTIONERS[config.model_type], source, config, DTYPES[dtype])
     model.requires_grad_(False).eval().to(where)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with Quiet():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with Quiet():
         tokenizer = AutoTokenizer.from_pretrained(source)
         image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")

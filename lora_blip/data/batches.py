@@ -74,6 +74,7 @@ def loader(dataset: Pictures, batch_size: int, shuffle: bool, seed: int, workers
         dataset,  # type: ignore[arg-type]  # collate_fn turns its items into a Stack
         batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin,
         persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # its own, so that the number of workers moves no other draw
     )  # fmt: skip
 
 

@@ -81,7 +81,9 @@ class BlipLanguage:
 
     def logits(self, pixel_values: Tensor, rows: Rows) -> Tensor:
         """(rows, tokens, vocabulary)."""
-        return self.model(pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+        return self.model(
+            pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
+        ).logits
 
     def generate(self, pixel_values: Tensor, prompt: str, **settings: Any) -> list[str]:
         start = [self.bos, *plain_ids(self.tokenizer, prompt)]
@@ -133,7 +135,9 @@ class OptLanguage(Blip2Language):
 
     def logits(self, pixel_values: Tensor, rows: Rows) -> Tensor:
         """(rows, tokens, vocabulary)."""
-        return self.model(pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+        return self.model(
+            pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
+        ).logits
 
 
 class T5Language(Blip2Language):
@@ -153,7 +157,7 @@ class T5Language(Blip2Language):
         """(rows, answer tokens, vocabulary)."""
         return self.model(
             pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask,
-            decoder_input_ids=rows.decoder_input_ids,
+            decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
 

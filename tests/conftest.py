@@ -1,0 +1,79 @@
+"""Fixtures: tiny checkpoints made once a session, fresh backbones for each test. Everything is offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_blip import lora, targets
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import Stack
+from lora_blip.models import Backbone, load_backbone
+from lora_blip.tasks.caption import Batch, CaptionTask
+from tests import tiny
+
+KINDS = ("blip", "opt", "t5")
+WHOLE = {"blip": "vit,text", "opt": "vit,qformer,lm", "t5": "vit,qformer,lm"}  # every part that can be targeted
+
+
+@pytest.fixture(autouse=True)
+def _steady() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    tiny.save_blip(root / "blip")
+    for language in ("opt", "t5"):
+        tiny.save_blip2(root / language, language)
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture
+def make(checkpoints: dict[str, Path]) -> Callable[..., Backbone]:
+    """make("blip", dtype="fp16") → a fresh frozen backbone on the CPU."""
+    return lambda kind, **options: load_backbone(str(checkpoints[kind]), "cpu", **options)
+
+
+@pytest.fixture(params=KINDS)
+def backbone(request: pytest.FixtureRequest, make: Callable[..., Backbone]) -> Backbone:
+    return make(request.param)
+
+
+def kind_of(backbone: Backbone) -> str:
+    return Path(backbone.name).name
+
+
+def inject(backbone: Backbone, what: str = "", r: int = 4, alpha: float = 8.0, trained: bool = True, name: str = "default"):
+    """Adapters on every part (or on `what`); `trained` gives each B values that matter."""
+    torch.manual_seed(11)
+    found = lora.inject(backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha), name=name)
+    if trained:
+        generator = torch.Generator().manual_seed(7)
+        for x in found.values():
+            x.B.data.copy_(0.05 * torch.randn(x.B.shape, generator=generator))
+    return found
+
+
+TEXTS = ["a red cube", "a single blue cube on top of the table", "nothing"]
+
+
+def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -> Batch:
+    """Random images with uneven captions."""
+    texts = texts or TEXTS
+    images = torch.randn(len(texts), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
+    return task.batch(Stack([Example(Path("x.png"), text, "x.png", 1) for text in texts], images))
+
+
+@torch.no_grad()
+def logits_of(backbone: Backbone) -> torch.Tensor:
+    task = CaptionTask(backbone)
+    return task.logits(batch_of(task))

@@ -1,0 +1,142 @@
+"""Captioning: labels are answers, the loss is the definition's, generation equals Hugging Face's."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lora_blip.metrics.exact import exact_match
+from lora_blip.tasks.caption import CaptionTask, Generation, token_loss
+from lora_blip.tasks.sequences import IGNORE
+from tests.conftest import TEXTS, batch_of
+
+PROMPT = "a picture of"
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
+    """Law 8: not the image, the prompt or padding."""
+    task = CaptionTask(backbone, prompt)
+    rows = task.language.rows(prompt, TEXTS)
+    for targets, text in zip(rows.targets, TEXTS, strict=True):
+        labels = targets[targets != IGNORE]
+        assert labels[-1] == task.language.end and backbone.tokenizer.decode(labels[:-1]).strip() == text
+
+
+def test_a_pad_token_inside_a_caption_still_counts(backbone):
+    """Padding is told by its place, never by its id."""
+    pad = backbone.tokenizer.pad_token
+    task = CaptionTask(backbone)
+    rows = task.language.rows("", [f"a {pad} cube", "a red cube on top of a blue cube"])
+    assert backbone.tokenizer.pad_token_id in rows.targets[0].tolist()
+    assert rows.attention_mask.sum() == sum(len(r) for r in (rows.input_ids[0][rows.attention_mask[0] == 1], rows.input_ids[1]))
+
+
+def test_captions_are_padded_to_the_longest_and_no_further(backbone):
+    task = CaptionTask(backbone)
+    rows = task.language.rows("", TEXTS)
+    longest = max(int((targets != IGNORE).sum()) for targets in rows.targets)
+    assert rows.targets.shape[1] == max(int((t != IGNORE).nonzero().max()) + 1 for t in rows.targets) + (
+        backbone.name[-2:] != "t5"
+    )
+    assert longest < rows.targets.shape[1] + 1
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_the_loss_is_cross_entropy_by_definition(backbone, prompt):
+    """Against float64: −Σ log softmax at every target, written out."""
+    task = CaptionTask(backbone, prompt)
+    batch = batch_of(task)
+    logits = task.logits(batch).double()
+    expected = sum(
+        -logits[row, place].log_softmax(-1)[target]
+        for row, targets in enumerate(batch.rows.targets)
+        for place, target in enumerate(targets)
+        if target != IGNORE
+    )
+    torch.testing.assert_close(task.loss(batch).double(), expected, rtol=1e-6, atol=1e-6)
+    assert batch.label_tokens == int((batch.rows.targets != IGNORE).sum())
+
+
+def test_the_loss_is_the_library_s_where_the_library_masks(backbone):
+    """Hugging Face's own loss, given labels with −100 in the right places, is our sum over our count."""
+    task = CaptionTask(backbone)
+    batch = batch_of(task)
+    rows = batch.rows
+    extra = {}
+    if rows.decoder_input_ids is None:
+        labels = torch.cat([torch.full((len(TEXTS), 1), IGNORE), rows.targets[:, :-1]], dim=1)
+    else:
+        labels, extra = rows.targets, {"decoder_input_ids": rows.decoder_input_ids}
+    theirs = backbone.model(
+        pixel_values=batch.pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=labels, **extra
+    )
+    torch.testing.assert_close(task.loss(batch) / batch.label_tokens, theirs.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_changes_no_row(backbone):
+    """A caption's loss is the same alone and beside a longer one."""
+    task = CaptionTask(backbone)
+    together = batch_of(task)
+    logits = task.logits(together)
+    for row, text in enumerate(TEXTS):
+        alone = batch_of(task, [text])
+        alone = type(alone)(alone.examples, together.pixel_values[row : row + 1], alone.rows, alone.label_tokens)
+        expected = token_loss(logits[row : row + 1], together.rows.targets[row : row + 1])
+        torch.testing.assert_close(task.loss(alone), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generated_text_is_the_likeliest_continuation_without_the_prompt(backbone, prompt, beams):
+    """Greedy against the argmax of teacher-forced logits, step by step; the prompt is not glued on."""
+    task = CaptionTask(backbone, prompt, Generation(max_new_tokens=6, num_beams=beams))
+    images = torch.randn(3, 3, 32, 32)
+    said = task.predict(images)
+    assert len(said) == 3 and not any(text.startswith(PROMPT) for text in said)
+    if beams > 1:
+        return
+    for row, text in enumerate(said):
+        assert text == greedy(task, images[row : row + 1], prompt, 6)
+
+
+@torch.no_grad()
+def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> str:
+    """Argmax over the model's full forward, one token after another."""
+    model, language = task.backbone.model, task.language
+    start = language.rows(prompt, [""])
+    kept = int((start.targets[0] != IGNORE).nonzero()[0]) + 1
+    if start.decoder_input_ids is None:
+        ids, written = start.input_ids[:, :kept], []
+    else:
+        ids, written = start.decoder_input_ids[:, :1], []
+    for _ in range(steps):
+        if start.decoder_input_ids is None:
+            logits = model(pixel_values=image, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        else:
+            logits = model(pixel_values=image, input_ids=start.input_ids, decoder_input_ids=ids).logits
+        token = logits[0, -1].argmax()
+        if token == language.end:
+            break
+        written.append(int(token))
+        ids = torch.cat([ids, token.view(1, 1)], dim=1)
+    return " ".join(task.backbone.tokenizer.decode(written, skip_special_tokens=True).split())
+
+
+def test_generation_stops_at_its_length(backbone):
+    said = CaptionTask(backbone, "", Generation(max_new_tokens=2)).predict(torch.randn(2, 3, 32, 32))
+    assert all(len(backbone.tokenizer(text, add_special_tokens=False).input_ids) <= 3 for text in said)
+
+
+def test_exact_match_by_hand():
+    assert exact_match(["A red  cube.", "blue", "x"], [["a red cube"], ["green", "Blue"], ["y"]]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError):
+        exact_match([], [])
+    with pytest.raises(ValueError):
+        exact_match(["a"], [])
+
+
+def test_float_cross_entropy_is_taken_in_float32():
+    logits = torch.randn(2, 3, 11, dtype=torch.bfloat16)
+    targets = torch.tensor([[1, 2, IGNORE], [IGNORE, IGNORE, 5]])
+    expected = F.cross_entropy(logits.float().view(-1, 11), targets.view(-1), ignore_index=IGNORE, reduction="sum")
+    assert torch.equal(token_loss(logits, targets), expected) and expected.dtype == torch.float32

@@ -1,0 +1,86 @@
+"""Targets: presets, slices, ranges, ranks of their own, and what is said when nothing matches."""
+
+import pytest
+import torch
+from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, BlipConfig, BlipForConditionalGeneration
+
+from lora_blip import lora, targets
+
+
+def addresses(model, what, **options):
+    return [site.address for site in targets.find(model, what, **options)]
+
+
+def test_presets_find_every_linear_of_their_part(backbone):
+    linears = {path for path, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    parts = "vit,text" if backbone.family == "blip" else "vit,qformer,lm"
+    left = linears - set(addresses(backbone.model, parts))
+    expected = {
+        "blip": {"text_decoder.cls.predictions.transform.dense", "text_decoder.cls.predictions.decoder"},
+        "blip-2": {"language_projection", "language_model.lm_head"},
+    }
+    assert left == expected[backbone.family]
+
+
+def test_parts_of_a_preset_make_up_the_whole(backbone):
+    for whole, parts in (
+        ("vit", "vit.attn,vit.mlp"), ("text", "text.attn,text.cross,text.mlp"),
+        ("qformer", "qformer.attn,qformer.cross,qformer.mlp"), ("lm", "lm.attn,lm.mlp"),
+    ):  # fmt: skip
+        if whole in ("vit", "text") if backbone.family == "blip" else whole != "text":
+            assert addresses(backbone.model, whole) == addresses(backbone.model, parts)
+
+
+def test_slices_are_the_row_blocks_of_the_fused_qkv(make):
+    model = make("blip").model
+    sites = targets.find(model, "vit.q,vit.v")
+    width = model.config.vision_config.hidden_size
+    assert [(s.block, s.rows) for s in sites[:2]] == [("q", (0, width)), ("v", (2 * width, 3 * width))]
+    with pytest.raises(targets.TargetError, match="whole and by a block"):
+        targets.find(model, "vit,vit.q")
+
+
+def test_ranges_names_regexes_and_ranks_of_their_own(make):
+    model = make("blip").model
+    assert addresses(model, "vit[1:]") == [a for a in addresses(model, "vit") if ".layers.1." in a]
+    one = "vision_model.encoder.layers.0.mlp.fc1"
+    assert addresses(model, one) == [one]
+    assert addresses(model, r".*\.mlp\.fc[12]") == addresses(model, "vit.mlp")
+    ranks = {s.address: (s.r, s.alpha) for s in targets.find(model, f"vit:r=2,{one}:r=6:alpha=5", r=4, alpha=8)}
+    assert ranks.pop(one) == (6, 5.0) and set(ranks.values()) == {(2, 4.0)}
+
+
+def test_nothing_matched_lists_what_there_is(make):
+    with pytest.raises(targets.TargetError, match=r"'qformer' matches no linear of BlipForConditionalGeneration") as said:
+        targets.find(make("blip").model, "qformer")
+    assert "vit (8)" in str(said.value) and "vision_model.encoder.layers.N.self_attn.qkv" in str(said.value)
+    with pytest.raises(targets.TargetError, match="regex"):
+        targets.find(make("blip").model, "vit(")
+
+
+def test_the_table_counts_by_part(make):
+    model = make("opt").model
+    sites = targets.find(model, "vit,qformer", r=4)
+    lora.inject(model, sites)
+    lines = [line.split() for line in targets.table(model).splitlines()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert [(line[0], line[1]) for line in lines[1:]] == [("ViT", "8"), ("Q-Former", "16"), ("all", "24")]
+    assert lines[-1][2] == f"{trained:,}"
+
+
+def test_true_sizes_on_the_meta_device():
+    """blip-image-captioning-large: 96 ViT linears, 3,145,728 parameters at r=8. blip2-opt-2.7b: 156 + 96."""
+    large = BlipConfig(
+        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    )
+    opt = AutoConfig.for_model(
+        "opt", hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32
+    )
+    with torch.device("meta"):
+        blip = BlipForConditionalGeneration(large)
+        blip2 = Blip2ForConditionalGeneration(Blip2Config(text_config=opt, image_token_index=50265))
+    found = lora.inject(blip, targets.find(blip, "vit", r=8))
+    assert len(found) == 96 and sum(x.A.numel() + x.B.numel() for x in found.values()) == 3_145_728
+    counts = {part: len(addresses(blip2, part)) for part in ("vit", "qformer", "lm")}
+    assert counts == {"vit": 156, "qformer": 96, "lm": 192}
+    assert len(addresses(blip2, "vit,qformer")) == 252
