@@ -97,18 +97,19 @@ class InferConfig:
 
 def parse(kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "") -> Settings:
     """Settings from the capitals at the top of a script, overridden by flags of the same names."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS)
+    script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in fields(kind)}
     for entry in fields(kind):
-        default = script.get(entry.name.upper(), entry.default)
-        flag, text = f"--{entry.name.replace('_', '-')}", entry.metadata["doc"].replace("%", "%%")
+        flag = f"--{entry.name.replace('_', '-')}"
+        text = f"{entry.metadata['doc']} (now: {script[entry.name]!r})".replace("%", "%%")
         if entry.type is bool:
-            parser.add_argument(flag, nargs="?", const=True, default=default, type=_bool, help=text, metavar="true|false")
+            parser.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
             parser.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
         elif get_origin(entry.type) is Literal:
-            parser.add_argument(flag, default=default, choices=get_args(entry.type), help=text)
+            parser.add_argument(flag, choices=get_args(entry.type), help=text)
         else:
-            parser.add_argument(flag, default=default, type=entry.type, help=text, metavar=type(entry.default).__name__)
-    return kind(**vars(parser.parse_args(arguments)))
+            parser.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
+    return kind(**script | vars(parser.parse_args(arguments)))
 
 
 def _bool(text: str) -> bool:

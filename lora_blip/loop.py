@@ -23,7 +23,7 @@ from lora_blip import adapter, curves, lora, preflight, targets
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
-from lora_blip.data.batches import Pictures, Stack, loader
+from lora_blip.data.batches import Pictures, Stack, close, first_stack, loader
 from lora_blip.models import DTYPES, load_backbone, load_config, locate_model, pick_device, pick_precision, refuse_t5_fp16
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.caption import Batch, CaptionTask, Generation
@@ -57,18 +57,19 @@ def train(config: TrainConfig) -> Path:
     autocast = autocasting(device, precision)
     batches = loader_of(training, task, config, shuffle=True)
     held_out = loader_of(validation, task, config, shuffle=False) if validation else None
+    first = task.batch(first_stack(batches))
     backbone.model.train()
-    print(preflight.check(task, task.batch(next(iter(batches))), autocast), "\n", sep="")
+    print(preflight.check(task, first, autocast), "\n", sep="")
 
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total = total_steps(config, len(batches))
     run = Run(config, task, total)
     print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")
-    if held_out:
-        run.log_validation(0, 0, validate(task, held_out, autocast))
     step = skipped_in_a_row = 0
     try:
+        if held_out:
+            run.log_validation(0, 0, validate(task, held_out, autocast))
         for epoch in range(config.epochs):
             batches.batch_sampler.epoch = epoch  # type: ignore[union-attr]
             for stacks in groups(batches, config.accumulation):  # the tail of an epoch is a step too
@@ -92,6 +93,7 @@ def train(config: TrainConfig) -> Path:
                 run.log_validation(step, epoch + 1, validate(task, held_out, autocast))
             if step == total:
                 break
+        path = run.save(step, finished=True, merge_drift=merge_drift(task, first))
     except (KeyboardInterrupt, TrainingError) as stop:
         if step:
             print(f"\nstopped after {step} of {total} steps; saved {run.save(step, finished=False)}")
@@ -100,7 +102,8 @@ def train(config: TrainConfig) -> Path:
         raise SystemExit(130) from None
     finally:
         run.close()
-    path = run.save(step, finished=True, merge_drift=merge_drift(task, batches))
+        for loaded in filter(None, (batches, held_out)):
+            close(loaded)
     print(f"saved {path}")
     print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")
     return path
@@ -181,10 +184,9 @@ def validate(task: CaptionTask, batches: DataLoader[Stack], autocast: Autocast) 
 
 
 @torch.no_grad()
-def merge_drift(task: CaptionTask, batches: DataLoader[Stack]) -> dict[str, float]:
+def merge_drift(task: CaptionTask, batch: Batch) -> dict[str, float]:
     """How far merged logits are from hooked ones on one batch, in the base's dtype: largest, and largest logit."""
     model = task.backbone.model.eval()
-    batch = task.batch(next(iter(batches)))
     with autocasting(task.backbone.device, "fp32" if model.dtype == torch.float32 else str(model.dtype))():
         hooked = task.logits(batch).float()
         lora.merge(model)
@@ -265,7 +267,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, task: CaptionTask, total: int) -> None:
         self.config, self.task = config, task
-        self.folder = new_folder(Path(config.output_dir) / run_name(config, datetime.now()))
+        self.folder = fresh(Path(config.output_dir) / run_name(config, datetime.now()))
+        self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
@@ -324,12 +327,7 @@ class Run:
         self.metrics.flush()
 
 
-def new_folder(path: Path) -> Path:
-    """Make a folder that was not there: two runs in one second get names of their own."""
-    for name in (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 1000))):
-        try:
-            name.mkdir(parents=True)
-            return name
-        except FileExistsError:
-            continue
-    raise FileExistsError(path)
+def fresh(path: Path) -> Path:
+    """The path, or if that is taken the same with a number: two runs in one second get names of their own."""
+    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 1000)))
+    return next(name for name in names if not name.exists())

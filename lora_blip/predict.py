@@ -18,7 +18,7 @@ from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import pixel_values
 from lora_blip.data.images import ImageError, find_images, open_image
-from lora_blip.loop import autocasting, new_folder, seed_everything
+from lora_blip.loop import autocasting, fresh, seed_everything
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import Backbone, load_backbone, pick_device, pick_precision
 from lora_blip.tasks import TASKS
@@ -44,7 +44,7 @@ def infer(config: InferConfig) -> Path:
     wanted = None if config.adapter in ("", "none") else adapter.read(adapter.locate(config.adapter))
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    output = output_file(config.output_dir)
+    output = output_file(config.output_dir)  # refused now if it exists; made when there is something to write
     backbone = load_backbone(config.model or (wanted.base if wanted else ""), str(device), precision)
     task = task_of(backbone, wanted, config)
 
@@ -58,6 +58,7 @@ def infer(config: InferConfig) -> Path:
         if config.merge:
             lora.merge(backbone.model)
     said: dict[Path, str] = {}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("x", encoding="utf-8") as file:
         for prediction in progress(captions(task, images, config.batch_size, precision), len(images), "captions"):
             said[prediction.image] = prediction.text
@@ -122,11 +123,10 @@ def printed(prediction: Prediction, base_texts: dict[Path, str]) -> str:
 def output_file(output_dir: str) -> Path:
     """predictions.jsonl in a folder; what is there already is never written over."""
     if not output_dir:
-        return new_folder(adapter.RUNS / f"captions_{datetime.now():%Y%m%d_%H%M%S}") / FILE_NAME
+        return fresh(adapter.RUNS / f"captions_{datetime.now():%Y%m%d_%H%M%S}") / FILE_NAME
     path = Path(output_dir) / FILE_NAME
     if path.exists():
         raise ConfigError(f"{path} exists already; give another output_dir, or leave it empty for a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

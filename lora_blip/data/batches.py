@@ -78,6 +78,19 @@ def loader(dataset: Pictures, batch_size: int, shuffle: bool, seed: int, workers
     )  # fmt: skip
 
 
+def first_stack(batches: DataLoader[Stack]) -> Stack:
+    """The first batch of the loader's epoch, read in this process: no worker is started for it."""
+    keys: list[Key] = next(iter(batches.batch_sampler))  # type: ignore[arg-type]
+    return stack([batches.dataset[key] for key in keys])  # type: ignore[misc]
+
+
+def close(batches: DataLoader[Stack]) -> None:
+    """End the worker processes now: left to the garbage collector, each is waited for in vain for 5 s."""
+    iterator: Any = getattr(batches, "_iterator", None)
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
 def pixel_values(image: Any, image_processor: Any) -> Tensor:
     """One RGB picture → (3, H, W) float32, exactly as the checkpoint's own processor makes it."""
     return image_processor(image, return_tensors="pt")["pixel_values"][0]
