@@ -1,13 +1,13 @@
-# make demo    set up, train the shipped default, caption image_test/          make test    everything but the gpu tests
-# make bases   make the embedded bases again (about an hour on one core each)  make lint    ruff and mypy
+# make demo        set up, train the shipped default, caption image_test/ (demo-blip2: the same with BLIP-2)
+# make test        every test but those that need a GPU        make lint    ruff and mypy
+# make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, about an hour
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
-RUNS := lora_blip_output
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-blip2 test lint bases clean
+.PHONY: demo demo-blip2 test lint bench bases clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo
@@ -22,6 +22,9 @@ lint: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv/.dev
+	$(PYTHON) -m benchmarks.step
 
 bases: .venv/.plots
 	$(PYTHON) -m toyworld.pretrain blip --out assets/tiny-blip
