@@ -11,7 +11,7 @@ import torch
 
 import lora_blip
 from lora_blip import lora, targets
-from lora_blip.models import DTYPES, REPOSITORY, load_backbone
+from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
 from lora_blip.tasks.caption import CaptionTask
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
@@ -26,7 +26,7 @@ def examine() -> bool:
         print(f"{extra:<9}" + ", ".join(f"{name} {version(name)}" for name in names))
     print(f"java     {java()}")
     for device in devices():
-        print(f"{device!s:<9}{device_name(device)}: {', '.join(name for name in DTYPES if works(device, name))}")
+        print(f"{device!s:<9}{device_name(device)}: {', '.join(precisions(device))}")
     sound = version("torch") != "missing"
     for name in ("assets/tiny-blip", "assets/tiny-blip2"):
         sound = said(name, hook_fires) and sound
@@ -70,6 +70,10 @@ def works(device: torch.device, precision: str) -> bool:
         return weight.grad is not None
     except (RuntimeError, ValueError):
         return False
+
+
+def precisions(device: torch.device) -> list[str]:
+    return [name + " (emulated, slow)" * emulated(name, device) for name in DTYPES if works(device, name)]
 
 
 def said(name: str, check: Callable[[str], str]) -> bool:

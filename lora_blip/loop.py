@@ -24,7 +24,16 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Stack, close, first_stack, loader
-from lora_blip.models import DTYPES, load_backbone, load_config, locate_model, pick_device, pick_precision, refuse_t5_fp16
+from lora_blip.models import (
+    DTYPES,
+    emulated,
+    load_backbone,
+    load_config,
+    locate_model,
+    pick_device,
+    pick_precision,
+    refuse_t5_fp16,
+)
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.caption import Batch, CaptionTask, Generation
 
@@ -44,6 +53,8 @@ def train(config: TrainConfig) -> Path:
     seed_everything(config.seed)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    if emulated(precision, device):
+        print(f"this CPU emulates {precision}, which is many times slower than fp32")
     base_config = load_config(locate_model(config.model))
     refuse_t5_fp16(base_config, config.model, precision)
     backbone = load_backbone(config.model, str(device), pick_base_dtype(config, base_config, precision), config.checkpointing)

@@ -68,6 +68,14 @@ def pick_precision(precision: str, device: torch.device) -> str:
     return "fp32"
 
 
+def emulated(precision: str, device: torch.device) -> bool:
+    """Whether a CPU has no instructions for this precision, so that it computes right but many times slower than fp32."""
+    if device.type != "cpu" or precision == "fp32":
+        return False
+    support = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
+    return not support[precision]()
+
+
 def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False) -> Backbone:
     """Load a captioning checkpoint frozen, in eval mode.
 
@@ -151,7 +159,7 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
     try:
         with Quiet():
-            model, report = from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+            model, report = from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the weights of {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))

@@ -215,7 +215,7 @@ def test_the_doctor_reports(capsys, monkeypatch):
         "Python",
         "torch 2",
         "cpu",
-        "fp32, fp16, bf16",
+        "fp32, fp16",
         "java",
         "assets/tiny-blip: loads",
         "assets/tiny-blip2: loads",
