@@ -48,7 +48,8 @@ def train(config: TrainConfig) -> Path:
     """Train an adapter as `config` says; returns the path of its file.
 
     Raises ConfigError, ModelError, DataError or PreflightError before the first step, each with the
-    remedy, and TrainingError when the numbers stop being finite. Ctrl-C saves what there is.
+    remedy, and TrainingError when the numbers stop being finite. Ctrl-C, and any error later on, saves
+    what there is.
     """
     seed_everything(config.seed)
     device = pick_device(config.device)
@@ -105,12 +106,12 @@ def train(config: TrainConfig) -> Path:
             if step == total:
                 break
         path = run.save(step, finished=True, merge_drift=merge_drift(task, first))
-    except (KeyboardInterrupt, TrainingError) as stop:
+    except BaseException as stop:  # Ctrl-C, or whatever else: what was learned is kept
         if step:
             print(f"\nstopped after {step} of {total} steps; saved {run.save(step, finished=False)}")
-        if isinstance(stop, TrainingError):
-            raise
-        raise SystemExit(130) from None
+        if isinstance(stop, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
     finally:
         run.close()
         for loaded in filter(None, (batches, held_out)):
