@@ -3,7 +3,7 @@
 MODEL = ""  # hub name or folder of the base; empty: the one that the adapter was trained on
 ADAPTER = "latest"  # an adapter's file or run folder; "latest": the newest run; "none": the base as it is
 IMAGES = "image_test"  # a file, a folder or a glob
-PROMPT = ""  # text that every caption goes on from; empty: the adapter's own
+PROMPT = ""  # text that every caption goes on from; empty: the adapter's own; "none": no prompt
 MAX_NEW_TOKENS = 0  # longest caption; 0: the adapter's own setting, or 40
 NUM_BEAMS = 0  # beams; 0: the adapter's own setting, or 1
 SAMPLE = False  # draw words at random instead of taking the likeliest
@@ -11,6 +11,7 @@ BATCH_SIZE = 16  # images at a time
 MERGE = True  # write the adapter into the weights first, which is faster; False: leave it on hooks
 COMPARE = False  # caption with the base as well, and show both side by side
 REFERENCES = ""  # an annotations file with the right captions: adds exact match to what is printed
+IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their own
 OUTPUT_DIR = ""  # where predictions.jsonl goes; empty: a new folder in lora_blip_output
 PRECISION = "auto"  # "fp16", "bf16" or "fp32"; auto: what the device does best
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"

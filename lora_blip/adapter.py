@@ -6,7 +6,9 @@ summary. Nothing that is read or written here can run code.
 """
 
 import json
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def save(
         "base": {
             "name": backbone.name if isinstance(backbone, Backbone) else str(getattr(model, "name_or_path", "")),
             "architecture": type(model).__name__,
-            "samples": {x.site.module: sample(model.get_submodule(x.site.module)) for x in found.values()},
+            "samples": {path: sample(model.get_submodule(path)) for path in sampled(model, found.values())},
         },
         "task": task or {},
         "training": training or {},
@@ -149,9 +151,11 @@ def _header(path: Path, header: str) -> dict[str, Any]:
     try:
         about = json.loads(header)
         version = about["format_version"]
-        modules, samples = about["lora"]["modules"], about["base"]["samples"]
-        sound = isinstance(modules, dict) and isinstance(samples, dict) and modules and isinstance(version, int)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        modules, base = about["lora"]["modules"], about["base"]
+        sound = isinstance(version, int) and isinstance(modules, dict) and bool(modules) and isinstance(about["task"], dict)
+        sound = sound and isinstance(base["name"], str) and all(_is_sample(s) for s in base["samples"].values())
+        sound = sound and all(entry["module"] in base["samples"] for entry in modules.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise AdapterError(f"{path}: its header cannot be understood; copy the file again, or train it again")
@@ -160,11 +164,22 @@ def _header(path: Path, header: str) -> dict[str, Any]:
     return about
 
 
+def _is_sample(entry: Any) -> bool:
+    """A fingerprint as `sample` writes it: empty for a quantised weight, else a dtype and some numbers."""
+    if entry == {}:
+        return True
+    values = entry["values"]
+    return isinstance(entry["dtype"], str) and bool(values) and all(isinstance(value, int | float) for value in values)
+
+
 def _site(path: Path, address: str, entry: Any) -> Site:
     try:
         rows = tuple(int(row) for row in entry["rows"]) if "rows" in entry else None
         site = Site(str(entry["module"]), int(entry["r"]), float(entry["alpha"]), str(entry.get("block", "")), rows)  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError):
+        sound = math.isfinite(site.alpha) and site.r > 0 and (rows is None or len(rows) == 2)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound:
         raise AdapterError(
             f"{path}: the header's entry for {address!r} cannot be understood; train the adapter again"
         ) from None
@@ -241,8 +256,19 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
                     f"{adapter.path}: lora_{half} of {site.address!r} is {found}, and this model's takes {shape}; {remedy}"
                 )
     for path, expected in adapter.about["base"]["samples"].items():
-        if path in modules and not same_weights(expected, sample(modules[path])):
+        if path not in modules or not lora.is_linear(modules[path]):
+            raise AdapterError(f"{adapter.path}: this model has no linear {path!r}; {remedy}")
+        if not same_weights(expected, sample(modules[path])):
             raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those it was trained on; {remedy}")
+
+
+def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:
+    """The targeted linears, and as witnesses of the rest of the base the last untied linear of each of its parts."""
+    paths, shared = [x.site.module for x in found], lora.tied(model)
+    for part, _ in model.named_children():
+        inside = [path for path, m in model.named_modules() if path.startswith(f"{part}.") and lora.is_linear(m)]
+        paths += [path for path in inside if path not in shared][-1:]
+    return list(dict.fromkeys(paths))
 
 
 def sample(linear: Any) -> dict[str, Any]:

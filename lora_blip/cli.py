@@ -35,22 +35,30 @@ def tell(go: Callable[[], None]) -> None:
         go()
     except ConfigError as error:
         stop(error)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         from lora_blip.adapter import AdapterError
         from lora_blip.data.annotations import DataError
         from lora_blip.data.images import ImageError
         from lora_blip.loop import TrainingError
+        from lora_blip.lora import LoRAError
         from lora_blip.models import ModelError
         from lora_blip.preflight import PreflightError
         from lora_blip.targets import TargetError
 
-        if isinstance(error, AdapterError | DataError | ImageError | TrainingError | ModelError | PreflightError | TargetError):
+        known = (AdapterError, DataError, ImageError, LoRAError, TrainingError, ModelError, PreflightError, TargetError)
+        if isinstance(error, known):
             stop(error)
         raise
 
 
 def stop(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    message = str(error).strip()
+    if "Original Traceback" in message:  # from a worker process: the last line is the message
+        message = message.splitlines()[-1].partition(": ")[2]
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

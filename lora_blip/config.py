@@ -1,7 +1,10 @@
 """The settings of train.py and infer.py: every field documented, checked once, before any work."""
 
 import argparse
+import difflib
+import os
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 TASK_NAMES = ("caption",)
@@ -37,8 +40,8 @@ class TrainConfig:
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
     batch_size: int = setting(16, "images in a micro-batch")
     accumulation: int = setting(1, "micro-batches in an optimizer step")
-    lr: float = setting(2e-3, "peak learning rate")
-    warmup_steps: int = setting(20, "optimizer steps of linear warm-up, before the cosine decay")
+    lr: float = setting(0.0, "peak learning rate; 0: 1e-4, or 2e-3 for a tiny base")
+    warmup_steps: int = setting(20, "optimizer steps of linear warm-up, at most a fifth of all, before the cosine decay")
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay, on the adapters")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never")
     precision: Precision = setting("auto", "arithmetic under autocast: fp16, bf16 or fp32; auto: what the device does best")
@@ -60,9 +63,20 @@ class TrainConfig:
         _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 up to, not including, 1")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, not including, 1")
         _require(self.task in TASK_NAMES, "task", self.task, f"one of {', '.join(TASK_NAMES)}")
-        for name in ("r", "alpha", "epochs", "batch_size", "accumulation", "lr", "log_every", "validate_every", "max_skipped"):
+        for name in (
+            "r",
+            "alpha",
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "validate_every",
+            "max_skipped",
+            "max_new_tokens",
+            "num_beams",
+        ):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
+        for name in ("lr", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
@@ -73,7 +87,7 @@ class InferConfig:
     model: str = setting("", "hub name or folder of the base; empty: the one that the adapter was trained on")
     adapter: str = setting("latest", "an adapter's file or run folder; latest: the newest run; none: the base as it is")
     images: str = setting("image_test", "a file, a folder or a glob")
-    prompt: str = setting("", "text that every caption goes on from; empty: the adapter's own")
+    prompt: str = setting("", "text that every caption goes on from; empty: the adapter's own; none: no prompt")
     max_new_tokens: int = setting(0, "longest caption; 0: the adapter's own setting, or 40")
     num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
     sample: bool = setting(False, "draw words at random instead of taking the likeliest")
@@ -81,6 +95,7 @@ class InferConfig:
     merge: bool = setting(True, "write the adapter into the weights first, which is faster; false: leave it on hooks")
     compare: bool = setting(False, "caption with the base as well, and show both side by side")
     references: str = setting("", "an annotations file with the right captions: adds exact match to what is printed")
+    image_root: str = setting("", "folder that the references' image paths are relative to; empty: their own")
     output_dir: str = setting("", "where predictions.jsonl goes; empty: a new folder in lora_blip_output")
     precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: what the device does best")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -89,7 +104,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         _check(self)
         _require(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
-        for name in ("max_new_tokens", "num_beams"):
+        for name in ("max_new_tokens", "num_beams", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.adapter in ("", "none") and not self.model:
             raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")
@@ -98,6 +113,7 @@ class InferConfig:
 def parse(kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "") -> Settings:
     """Settings from the capitals at the top of a script, overridden by flags of the same names."""
     parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS)
+    _refuse_misspelt(script, [entry.name.upper() for entry in fields(kind)])
     script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in fields(kind)}
     for entry in fields(kind):
         flag = f"--{entry.name.replace('_', '-')}"
@@ -110,6 +126,21 @@ def parse(kind: type[Settings], script: dict[str, Any], arguments: list[str] | N
         else:
             parser.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
     return kind(**script | vars(parser.parse_args(arguments)))
+
+
+def _refuse_misspelt(script: dict[str, Any], known: list[str]) -> None:
+    """EPOCH = 3 beside the setting EPOCHS would be ignored without a word."""
+    for name in script:
+        if name.isupper() and name not in known and (close := difflib.get_close_matches(name, known, 1, 0.8)):
+            raise ConfigError(f"{name} is no setting; {close[0]} is")
+
+
+def refuse_unwritable(folder: str) -> None:
+    """ConfigError if a folder cannot be made or written; nothing is made yet."""
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"output_dir = {folder!r}: {there} is no folder that can be written")
 
 
 def _bool(text: str) -> bool:

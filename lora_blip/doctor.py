@@ -15,7 +15,7 @@ from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
 from lora_blip.tasks.caption import CaptionTask
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
-EXTRAS = {"plots": ("matplotlib",), "dev": ("pytest", "peft", "ruff", "pyright", "hypothesis")}
+EXTRAS = {"plots": ("matplotlib",), "dev": ("pytest", "peft", "ruff", "mypy")}
 
 
 def examine() -> bool:

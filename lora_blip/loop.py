@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter, curves, lora, preflight, targets
-from lora_blip.config import TrainConfig
+from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Stack, close, first_stack, loader
@@ -37,6 +39,7 @@ from lora_blip.models import (
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.caption import Batch, CaptionTask, Generation
 
+TINY = 20_000_000  # parameters
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -52,13 +55,17 @@ def train(config: TrainConfig) -> Path:
     what there is.
     """
     seed_everything(config.seed)
+    refuse_unwritable(config.output_dir)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     if emulated(precision, device):
         print(f"this CPU emulates {precision}, which is many times slower than fp32")
     base_config = load_config(locate_model(config.model))
     refuse_t5_fp16(base_config, config.model, precision)
-    backbone = load_backbone(config.model, str(device), pick_base_dtype(config, base_config, precision), config.checkpointing)
+    backbone = load_backbone(
+        config.model, str(device), pick_base_dtype(config.base_dtype, base_config, precision), config.checkpointing
+    )
+    config = replace(config, lr=config.lr or default_rate(backbone.model))
     task = TASKS[config.task](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
     training, validation = read_examples(config, task)
 
@@ -76,6 +83,7 @@ def train(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total = total_steps(config, len(batches))
+    warmup = min(config.warmup_steps, total // 5)
     run = Run(config, task, total)
     print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")
     step = skipped_in_a_row = 0
@@ -86,7 +94,7 @@ def train(config: TrainConfig) -> Path:
             batches.batch_sampler.epoch = epoch  # type: ignore[union-attr]
             for stacks in groups(batches, config.accumulation):  # the tail of an epoch is a step too
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, total, config.warmup_steps, config.lr)
+                    group["lr"] = learning_rate(step, total, warmup, config.lr)
                 micro_batches = [task.batch(stack) for stack in stacks]
                 update = apply_update(task, micro_batches, optimizer, scaler, config.max_grad_norm, autocast)
                 if update.skipped:
@@ -98,7 +106,7 @@ def train(config: TrainConfig) -> Path:
                         )
                     continue  # the scheduler does not move either: `step` counts the updates that were made
                 step, skipped_in_a_row = step + 1, 0
-                run.log_step(step, epoch, update, sum(len(b.examples) for b in micro_batches))
+                run.log_step(step, epoch, update, optimizer.param_groups[0]["lr"], sum(len(b.examples) for b in micro_batches))
                 if step == total:
                     break
             if held_out and (step == total or epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0):
@@ -107,8 +115,9 @@ def train(config: TrainConfig) -> Path:
                 break
         path = run.save(step, finished=True, merge_drift=merge_drift(task, first))
     except BaseException as stop:  # Ctrl-C, or whatever else: what was learned is kept
-        if step:
-            print(f"\nstopped after {step} of {total} steps; saved {run.save(step, finished=False)}")
+        with uninterrupted():
+            if step:
+                print(f"\nstopped after {step} of {total} steps; saved {run.save(step, finished=False)}")
         if isinstance(stop, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise
@@ -181,18 +190,23 @@ def apply_update(
 
 @torch.no_grad()
 def validate(task: CaptionTask, batches: DataLoader[Stack], autocast: Autocast) -> dict[str, float]:
-    """Loss per label token and exact match of generated texts, over the held-out images."""
-    model, total, tokens, said, examples = task.backbone.model, 0.0, 0, [], []
+    """Loss per label token over the held-out lines; exact match over the held-out images, each with all its texts."""
+    model, total, tokens = task.backbone.model, 0.0, 0
+    said: dict[Path, str] = {}
     model.eval()
     for stack in batches:
         batch = task.batch(stack)
         with autocast():
             total += float(task.loss(batch))
-            said += task.predict(batch.pixel_values)
+            first = {e.image: row for row, e in reversed(list(enumerate(batch.examples))) if e.image not in said}
+            if first:
+                said |= dict(zip(first, task.predict(batch.pixel_values[list(first.values())]), strict=True))
         tokens += batch.label_tokens
-        examples += batch.examples
     model.train()
-    return {"val_loss": total / tokens, "val_exact_match": task.score(said, examples)}
+    texts: dict[Path, list[str]] = {image: [] for image in said}
+    for example in batches.dataset.examples:  # type: ignore[attr-defined]
+        texts[example.image].append(example.text)
+    return {"val_loss": total / tokens, "val_exact_match": task.score(list(said.values()), list(texts.values()))}
 
 
 @torch.no_grad()
@@ -222,17 +236,37 @@ def explain(update: Update, task: CaptionTask, batches: list[Batch], autocast: A
 # ---------------------------------------------------------------- set-up
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside the block Ctrl-C is not heard: an impatient second one must not lose what the first one saves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def pick_base_dtype(config: TrainConfig, base_config: Any, precision: str) -> str:
+def pick_base_dtype(wanted: str, base_config: Any, precision: str) -> str:
     """Frozen weights in 16 bits halve BLIP-2's memory; BLIP is small, and stays exact in fp32."""
-    if config.base_dtype != "auto":
-        return config.base_dtype
-    return precision if base_config.model_type == "blip-2" else "fp32"
+    if wanted == "auto":
+        return precision if base_config.model_type == "blip-2" else "fp32"
+    if {wanted, precision} == {"fp16", "bf16"}:
+        raise ConfigError(f"base_dtype = {wanted!r} with precision {precision!r}: set both to the same 16 bits, or one to fp32")
+    return wanted
+
+
+def default_rate(model: nn.Module) -> float:
+    """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
+    return 2e-3 if sum(p.numel() for p in model.parameters()) < TINY else 1e-4
 
 
 def autocasting(device: torch.device, precision: str) -> Autocast:
@@ -244,9 +278,7 @@ def autocasting(device: torch.device, precision: str) -> Autocast:
 
 def read_examples(config: TrainConfig, task: CaptionTask) -> tuple[list[Example], list[Example]]:
     """Checked lines, split by image into training and validation."""
-    examples, problems = annotations.read(
-        config.annotations, config.image_root, config.on_bad_data, task.check_text, max(1, config.num_workers)
-    )
+    examples, problems = annotations.read(config.annotations, config.image_root, config.on_bad_data, task.check_text)
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     return annotations.split_by_image(examples, config.val_fraction, config.seed)
@@ -289,19 +321,18 @@ class Run:
         self.last: dict[str, Any] = {}
         self.last_note = ""
 
-    def log_step(self, step: int, epoch: int, update: Update, images: int) -> None:
+    def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
         self.images += images
         self.bar.update(1)
         if step % self.config.log_every and step != self.bar.total and step != 1:
             return
         now = time.perf_counter()
-        rate = learning_rate(step - 1, self.bar.total, self.config.warmup_steps, self.config.lr)
         entry = {
             "step": step, "epoch": epoch, "loss": round(update.loss, 6), "lr": rate,
             "grad_norm": round(update.grad_norm, 6), "images_per_s": round(self.images / (now - self.logged), 2),
             "seconds": round(now - self.started, 3),
         }  # fmt: skip
-        if self.config.precision == "fp16":
+        if update.scale != 1:
             entry["loss_scale"] = update.scale
         self.images, self.logged = 0, now
         self._write(entry)

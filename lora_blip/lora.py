@@ -24,6 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class LoRAError(ValueError):
+    """A request that would leave the model other than was meant; nothing has been changed."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One place for an adapter: a linear by its path, and which rows of its output the update reaches.
@@ -102,13 +106,15 @@ def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: str = "default") -> dict[str, LoRA]:
     """Put a fresh adapter called `name` on every site, freeze all that is no adapter, return address → LoRA.
 
-    Repeating a call changes nothing. Raises ValueError, before anything is changed, when a site is no
+    Repeating a call changes nothing. Raises LoRAError, before anything is changed, when a site is no
     linear of this model, a tied head, of a wrong range, or when `name` already sits elsewhere.
     """
     wanted = {site.address: site for site in sites}
     present = {address: lora.site for address, lora in adapters(model, name).items()}
+    for x in adapters(model, name).values():
+        x.dropout = dropout
     if present and present != wanted:
-        raise ValueError(f"adapter {name!r} is already on other modules of this model; eject it first")
+        raise LoRAError(f"adapter {name!r} is already on other modules of this model; eject it first")
     if not present:
         _check_sites(model, wanted.values(), name)
         for site in wanted.values():
@@ -121,6 +127,7 @@ def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: 
 
 def eject(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off, or all: the weights, the outputs and the state_dict are the base's own again."""
+    _check_names(model, [name] if name else [])
     for linear in _hooked(model).values():
         keep = linear.lora.merged - {key for key in linear.lora if name in (None, _name(key))}
         if linear.lora.merged != keep:
@@ -134,10 +141,11 @@ def eject(model: nn.Module, name: str | None = None) -> None:
 
 @contextmanager
 def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside the block the named adapters (all, without names) add nothing. Raises ValueError if merged."""
+    """Inside the block the named adapters (all, without names) add nothing. Raises LoRAError if merged."""
+    _check_names(model, names)
     chosen = [lora for address, lora in _every(model) if not names or address[0] in names]
     if any(linear.lora.merged for linear in _hooked(model).values()):
-        raise ValueError("adapters are merged into the weights, so they cannot be disabled; call restore(model) first")
+        raise LoRAError("adapters are merged into the weights, so they cannot be disabled; call restore(model) first")
     before = [lora.enabled for lora in chosen]
     for lora in chosen:
         lora.enabled = False
@@ -182,9 +190,10 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 def merge(model: nn.Module, *names: str) -> None:
     """W ← W + Σ ΔW, summed in float32, over the named adapters (all, without names). Merging twice is merging once.
 
-    The original W is kept beside the linear for `restore`. Raises ValueError, before any weight is
-    written, if a linear is quantised.
+    The original W is kept beside the linear for `restore`, and every merge starts from it. Raises
+    LoRAError, before any weight is written, for an unknown name or a quantised linear.
     """
+    _check_names(model, names)
     hooked = _hooked(model)
     _refuse_quantised(hooked)
     for linear in hooked.values():
@@ -201,19 +210,21 @@ def restore(model: nn.Module) -> None:
 
 def bake(model: nn.Module) -> None:
     """Merge for good: the weights keep the update; adapters, hooks and originals are gone, and no memory is held."""
-    merge(model)
-    for linear in _hooked(model).values():
+    hooked = _hooked(model)
+    _refuse_quantised(hooked)
+    for linear in hooked.values():
+        _fold(linear, frozenset(linear.lora), keep_original=False)
         _detach(linear)
 
 
-def _fold(linear: Any, keys: frozenset[str]) -> None:
+@torch.no_grad()
+def _fold(linear: Any, keys: frozenset[str], keep_original: bool = True) -> None:
     """Write original + Σ ΔW of `keys` into the weight, always starting from the original."""
     updates: Updates = linear.lora
-    if keys == updates.merged:
-        return
-    if updates.original is None:
+    if updates.original is None and keep_original and keys:
         updates.original = linear.weight.detach().clone()
-    total = updates.original.float()
+    original = linear.weight if updates.original is None else updates.original
+    total = original.to(linear.weight.device, torch.float32)
     for lora in (updates[key] for key in sorted(keys)):
         assert isinstance(lora, LoRA)
         total = total + lora.delta_weight()
@@ -269,28 +280,35 @@ def _name(key: str) -> str:
     return key.split(":")[0]
 
 
+def _check_names(model: nn.Module, wanted: Iterable[str]) -> None:
+    there = names(model)
+    for name in wanted:
+        if name not in there:
+            raise LoRAError(f"the model carries no adapter {name!r}; it has {', '.join(there) or 'none'}")
+
+
 def _check_sites(model: nn.Module, sites: Iterable[Site], name: str) -> None:
-    if not name.replace("_", "").replace("-", "").isalnum() or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter name {name!r} must be letters, digits, '-' and '_', and no word such as 'keys'")
+    if not name.replace("_", "").replace("-", "").isalnum() or hasattr(Updates(), name):
+        raise LoRAError(f"adapter name {name!r} must be letters, digits, '-' and '_', and no word such as 'keys'")
     modules, shared = dict(model.named_modules()), tied(model)
     for site in sites:
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):
-            raise ValueError(f"{site.module!r} is no linear layer of {type(model).__name__}")
+            raise LoRAError(f"{site.module!r} is no linear layer of {type(model).__name__}")
         if site.module in shared:
-            raise ValueError(
+            raise LoRAError(
                 f"{site.module!r} shares its weight with {shared[site.module]!r}: an update of one would be missing "
                 "in the other, or merged into both; leave it out of the targets"
             )
         start, stop = site.rows or (0, linear.out_features)
         if not 0 <= start < stop <= linear.out_features or site.r < 1:
-            raise ValueError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} with r={site.r} make no update")
+            raise LoRAError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} with r={site.r} make no update")
 
 
 def _refuse_quantised(hooked: dict[str, Any]) -> None:
     for path, linear in hooked.items():
         if is_quantised(linear):
-            raise ValueError(
+            raise LoRAError(
                 f"{path!r} is quantised ({type(linear).__name__}): merging would round the update away; "
                 "use the adapter unmerged, or load the base in fp16, bf16 or fp32"
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
 CAPTIONERS: dict[str, type[PreTrainedModel]] = {
     "blip": BlipForConditionalGeneration,
     "blip-2": Blip2ForConditionalGeneration,
@@ -94,22 +95,20 @@ def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpoi
     model = _load_model(CAPTIONERS[config.model_type], source, config, DTYPES[dtype])
     model.requires_grad_(False).eval().to(where)
     if checkpointing:
-        with Quiet():
+        with Quiet(source):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with Quiet():
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    tokenizer, image_processor = _load_processors(source)
     return Backbone(model, tokenizer, image_processor, name, where)
 
 
 def load_config(source: str) -> PretrainedConfig:
     """The checkpoint's configuration; ModelError says what to do when there is none."""
     try:
-        with Quiet():
+        with Quiet(source):
             return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(
-            f"model {source!r} cannot be loaded: {str(error).splitlines()[0]}\n"
+            f"model {source!r} cannot be loaded: {first_line(error)}\n"
             "give a folder that holds config.json, or a hub name such as Salesforce/blip-image-captioning-large"
         ) from None
 
@@ -153,15 +152,31 @@ def _silence_dropout(config: PretrainedConfig) -> None:
                 setattr(part, key, 0.0)
 
 
+def _load_processors(source: str) -> tuple[Any, Any]:
+    """Tokenizer and image processor (Pillow's: the same on every machine, with no need of torchvision)."""
+    try:
+        with Quiet(source):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}") from None
+    if len(tokenizer) < SMALLEST_VOCABULARY:
+        raise ModelError(f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them beside its weights")
+    return tokenizer, image_processor
+
+
 def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:
     model: Any
     report: Any
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
     try:
-        with Quiet():
+        with Quiet(source):
             model, report = from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the weights of {source!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are read: a .bin can run "
+            f"code; `{kind.__name__}.from_pretrained(…).save_pretrained(…)` in transformers writes them"
+        ) from None
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise ModelError(
@@ -171,8 +186,16 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
     return model
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Quiet(warnings.catch_warnings):
-    """Loading without transformers' progress bars and advice: what matters is checked and said here."""
+    """Loading without transformers' advice, and from a folder without its bars; a download keeps its own."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(record=False)
+        self.local = Path(source).is_dir()
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -180,14 +203,11 @@ class Quiet(warnings.catch_warnings):
         self.level = transformers_logging.get_verbosity()
         self.bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        if self.local:
+            transformers_logging.disable_progress_bar()
 
     def __exit__(self, *error: Any) -> None:
         transformers_logging.set_verbosity(self.level)
         if self.bars:
             transformers_logging.enable_progress_bar()
         super().__exit__(*error)
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if ".lora." not in f".{name}")

@@ -13,14 +13,22 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter, lora
 from lora_blip.adapter import Adapter
-from lora_blip.config import ConfigError, InferConfig
+from lora_blip.config import ConfigError, InferConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import pixel_values
 from lora_blip.data.images import ImageError, find_images, open_image
-from lora_blip.loop import autocasting, fresh, seed_everything
+from lora_blip.loop import autocasting, fresh, pick_base_dtype, seed_everything
 from lora_blip.metrics.exact import exact_match
-from lora_blip.models import Backbone, load_backbone, pick_device, pick_precision
+from lora_blip.models import (
+    Backbone,
+    load_backbone,
+    load_config,
+    locate_model,
+    pick_device,
+    pick_precision,
+    refuse_t5_fp16,
+)
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.caption import CaptionTask, Generation
 
@@ -40,13 +48,18 @@ def infer(config: InferConfig) -> Path:
     """
     seed_everything(config.seed)
     images = find_images(config.images)
-    references = read_references(config.references, images)
+    references = read_references(config.references, config.image_root, images)
     wanted = None if config.adapter in ("", "none") else adapter.read(adapter.locate(config.adapter))
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     output = output_file(config.output_dir)  # refused now if it exists; made when there is something to write
-    backbone = load_backbone(config.model or (wanted.base if wanted else ""), str(device), precision)
+    name = config.model or (wanted.base if wanted else "")
+    base_config = load_config(locate_model(name))
+    refuse_t5_fp16(base_config, name, precision)
+    dtype = pick_base_dtype("auto", base_config, precision)  # as in training: BLIP's weights are merged into in fp32
+    backbone = load_backbone(name, str(device), dtype)
     task = task_of(backbone, wanted, config)
+    print(described(wanted, name, len(images), precision))
 
     base_texts: dict[Path, str] = {}
     if config.compare and wanted:
@@ -56,7 +69,7 @@ def infer(config: InferConfig) -> Path:
     if wanted:
         adapter.load(backbone, wanted.path)
         if config.merge:
-            lora.merge(backbone.model)
+            lora.bake(backbone.model)
     said: dict[Path, str] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("x", encoding="utf-8") as file:
@@ -67,6 +80,15 @@ def infer(config: InferConfig) -> Path:
     report(references, said, base_texts)
     print(f"wrote {output}")
     return output
+
+
+def described(wanted: Adapter | None, name: str, images: int, precision: str) -> str:
+    """One line: which adapter, of which base, trained how far."""
+    if wanted is None:
+        return f"{images} images, {name} as it is, {precision}"
+    training = wanted.about.get("training", {})
+    unfinished = "" if training.get("finished", True) else ", stopped before its end"
+    return f"{images} images, {name} with {wanted.path} ({training.get('steps', '?')} steps{unfinished}), {precision}"
 
 
 def task_of(backbone: Backbone, wanted: Adapter | None, config: InferConfig | None = None) -> CaptionTask:
@@ -81,7 +103,8 @@ def task_of(backbone: Backbone, wanted: Adapter | None, config: InferConfig | No
             "do_sample": config.sample,
         }
         generation = replace(generation, **{key: value for key, value in chosen.items() if value})
-    prompt = (config.prompt if config else "") or about.get("prompt", "")
+    prompt = (config.prompt if config else "") or str(about.get("prompt", ""))
+    prompt = "" if prompt == "none" else prompt
     return TASKS[about.get("name", "caption")](backbone, prompt, generation)
 
 
@@ -124,17 +147,20 @@ def output_file(output_dir: str) -> Path:
     """predictions.jsonl in a folder; what is there already is never written over."""
     if not output_dir:
         return fresh(adapter.RUNS / f"captions_{datetime.now():%Y%m%d_%H%M%S}") / FILE_NAME
+    refuse_unwritable(output_dir)
     path = Path(output_dir) / FILE_NAME
     if path.exists():
         raise ConfigError(f"{path} exists already; give another output_dir, or leave it empty for a new folder")
     return path
 
 
-def read_references(source: str, images: list[Path]) -> dict[Path, list[Example]]:
+def read_references(source: str, root: str, images: list[Path]) -> dict[Path, list[Example]]:
     """Image → its lines in an annotations file, for the images that are captioned. DataError if there is none."""
     if not source:
         return {}
-    examples, _ = annotations.read(source)
+    examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
+    if problems:
+        print(f"references: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     wanted = {image.resolve(): image for image in images}
     found: dict[Path, list[Example]] = {}
     for example in examples:
@@ -150,7 +176,7 @@ def report(references: dict[Path, list[Example]], said: dict[Path, str], base_te
     scored = [image for image in references if image in said]
     if not scored:
         return
-    whole = f"{'exact match':<24}{'images':>8}" + f"{'base':>9}" * bool(base_texts) + f"{'adapted':>9}"
+    whole = f"{'exact match':<24}{'images':>8}" + f"{'base':>9}" * bool(base_texts) + f"{'captions':>10}"
     print(whole)
     for group in [*dict.fromkeys(references[image][0].group for image in scored), "all"]:
         mine = [image for image in scored if group in ("all", references[image][0].group)]
@@ -158,4 +184,4 @@ def report(references: dict[Path, list[Example]], said: dict[Path, str], base_te
             continue
         right = [[example.text for example in references[image]] for image in mine]
         scores = [exact_match([texts.get(image, "") for image in mine], right) for texts in (base_texts, said) if texts]
-        print(f"{group:<24}{len(mine):>8}" + "".join(f"{score:>9.1%}" for score in scores))
+        print(f"{group:<24}{len(mine):>8}" + "".join(f"{score:>9.1%} " for score in scores))

@@ -79,6 +79,8 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
     if match is None:
         raise TargetError(f"target {target!r} is empty")
     own = dict(piece.split("=") for piece in match["own"].split(":") if piece)
+    if not own.get("r", "1").isdecimal() or int(own.get("r", 1)) < 1:
+        raise TargetError(f"target {target.strip()!r}: r is a whole number from 1 up")
     rank = int(own.get("r", r))
     layers = None
     if match["first"] is not None:

@@ -1,11 +1,14 @@
 """`annotations.jsonl` → checked examples. A line each: {"image": "red_1.jpg", "text": "a red cube"}."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.images import ImageError, open_image
 
@@ -44,14 +47,14 @@ def read(
     image_root: str | Path = "",
     on_bad_data: str = "stop",
     check_text: Callable[[str], str] | None = None,
-    workers: int = 4,
+    decode: bool = True,
 ) -> tuple[list[Example], list[Problem]]:
     """Every good line as an Example, and every bad one as a Problem with file and line.
 
     Image paths are relative to `image_root`, or to the file's own folder. Every line is checked: JSON,
     keys, that the image is there and decodes, that the text is not empty, and `check_text`, which gives
-    the reason why a text is no good, or "". Raises DataError listing the problems if there are any and
-    `on_bad_data` is "stop", and in any case if no line is good.
+    the reason why a text is no good, or "". `decode` false leaves the images unopened. Raises DataError
+    listing the problems if there are any and `on_bad_data` is "stop", and in any case if no line is good.
     """
     source = Path(source)
     root = Path(image_root) if image_root else source.parent
@@ -60,7 +63,7 @@ def read(
             f'annotations {str(source)!r} do not exist; expected a .jsonl file, a line each {{"image": …, "text": …}}'
         )
     parsed = [_parse(line, number, root) for number, line in _lines(source)]
-    broken = _undecodable({p.image for p in parsed if isinstance(p, Example)}, workers)
+    broken = _undecodable({p.image for p in parsed if isinstance(p, Example)}) if decode else {}
     good, problems = [], []
     for entry in parsed:
         if isinstance(entry, Example):
@@ -88,18 +91,18 @@ def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple
 
     At least one image is held out if `fraction` > 0. Raises DataError if nothing is left to train on.
     """
-    images = sorted({example.image for example in examples})
+    images = sorted({example.image.resolve() for example in examples})  # however a line spells its path
     random.Random(seed).shuffle(images)
     count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
     held_out = set(images[:count])
     if count >= len(images):
         raise DataError(f"val_fraction {fraction} of {len(images)} image(s) leaves none to train on; lower it, or set it to 0")
-    train = [example for example in examples if example.image not in held_out]
-    return train, [example for example in examples if example.image in held_out]
+    train = [example for example in examples if example.image.resolve() not in held_out]
+    return train, [example for example in examples if example.image.resolve() in held_out]
 
 
 def _lines(source: Path) -> Iterable[tuple[int, str]]:
-    """Numbered lines that are not blank; a line that is no UTF-8 keeps its number and fails as JSON."""
+    """Numbered lines that are not blank; bytes that are no UTF-8 are kept as surrogates, for `_parse` to name."""
     with source.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
@@ -118,16 +121,19 @@ def _parse(line: str, number: int, root: Path) -> Example | tuple[int, str]:
         return number, f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
     if not isinstance(text, str):
         return number, f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, with a string"
+    if any("\ud800" <= letter <= "\udfff" for letter in image + text):
+        return number, "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
     if not text.strip():
         return number, "the text is empty"
     group = entry.get("group", "")
     return Example(root / image, " ".join(text.split()), image, number, group if isinstance(group, str) else "")
 
 
-def _undecodable(images: set[Path], workers: int) -> dict[Path, str]:
+def _undecodable(images: set[Path]) -> dict[Path, str]:
     """Image → why it cannot be read; each file is decoded once, in threads (Pillow lets go of the GIL)."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(_decode_failure, sorted(images))
+        reasons = tqdm(reasons, total=len(images), desc="checking", unit="image", disable=None, delay=2, leave=False)
         return {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
 
 

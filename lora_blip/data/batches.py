@@ -24,6 +24,7 @@ class Pictures(Dataset[tuple[Example, Tensor]]):
 
     def __init__(self, examples: list[Example], image_processor: Any, augmented: bool, seed: int) -> None:
         self.examples, self.image_processor, self.augmented, self.seed = examples, image_processor, augmented, seed
+        self.side: int = image_processor.size["height"]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -33,7 +34,7 @@ class Pictures(Dataset[tuple[Example, Tensor]]):
         example = self.examples[index]
         image = open_image(example.image)
         if self.augmented:
-            image = augment(image, example.text, random.Random(f"{self.seed} {epoch} {index}"))
+            image = augment(image, example.text, random.Random(f"{self.seed} {epoch} {index}"), self.side)
         return example, pixel_values(image, self.image_processor)
 
 

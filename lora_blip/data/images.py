@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # a mirrored picture would make such a caption false
+SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # a mirrored picture would make such a caption false
 SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # shares of the side, of the scale, of the grey level
 
 
@@ -44,10 +44,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def augment(image: Image.Image, text: str, rng: random.Random) -> Image.Image:
-    """Shift, scale and brightness a little; mirror half of the time, never when the text says left or right."""
+def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) -> Image.Image:
+    """Shift, scale and brightness a little; mirror half of the time, never when the text says left or right.
+
+    side: pixels of the model's input, to which the picture is shrunk afterwards.
+    """
     if rng.random() < 0.5 and not SIDED.search(text):
         image = ImageOps.mirror(image)
+    if min(image.size) > 2 * side:  # a camera's picture: what the model will not see need not be moved about
+        scale = 2 * side / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
     width, height = image.size
     margin = (round(width * (SHIFT + ZOOM)), round(height * (SHIFT + ZOOM)))
     pixels = np.asarray(image)
@@ -70,7 +76,12 @@ def find_images(where: str | Path) -> list[Path]:
         found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES]
     else:
         root = Path(path.anchor) if path.is_absolute() else Path()
-        found = [p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+        try:
+            found = [p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+        except ValueError as error:
+            raise ImageError(
+                f"{str(where)!r} is no glob ({error}); give a file, a folder or one such as 'photos/*.jpg'"
+            ) from None
     if not found:
         raise ImageError(f"no image found at {str(where)!r}; give a file, a folder or a glob such as 'photos/*.jpg'")
     return sorted(found)

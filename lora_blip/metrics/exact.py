@@ -1,9 +1,16 @@
 """Exact match: the share of predictions that are right to the letter."""
 
+import re
+import unicodedata
+
+MARK = re.compile(r"\s*([^\w\s])\s*")  # a punctuation mark and the spaces around it
+
 
 def normal(text: str) -> str:
-    """Case, outer and doubled spaces and a closing full stop do not count: BLIP's tokenizer drops case itself."""
-    return " ".join(text.casefold().split()).rstrip(" .")
+    """What BLIP's tokenizer cannot write back does not count: case, accents, spaces (at marks too), a closing full stop."""
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return MARK.sub(r"\1", " ".join(plain.split())).rstrip(".")
 
 
 def exact_match(predictions: list[str], references: list[list[str]]) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.metrics.exact import exact_match
@@ -40,7 +41,19 @@ class CaptionTask:
     generation: Generation = field(default_factory=Generation)
 
     def __post_init__(self) -> None:
+        self.prompt = self.prompt.strip()
         self.language = language_of(self.backbone)
+        if reason := self._special(self.prompt):
+            raise ConfigError(f"prompt = {self.prompt!r}: {reason}")
+        if self.room < self.generation.max_new_tokens:
+            raise ConfigError(
+                f"max_new_tokens = {self.generation.max_new_tokens}: beside the prompt, the model has room for {self.room}"
+            )
+
+    @property
+    def room(self) -> int:
+        """Tokens that a text can have beside the prompt and the first and last token."""
+        return self.language.longest - len(plain_ids(self.backbone.tokenizer, self.prompt)) - 2
 
     def batch(self, stack: Stack) -> Batch:
         device = self.backbone.device
@@ -58,8 +71,8 @@ class CaptionTask:
     def predict(self, pixel_values: Tensor) -> list[str]:
         return self.language.generate(pixel_values, self.prompt, **asdict(self.generation))
 
-    def score(self, predictions: list[str], examples: list[Example]) -> float:
-        return exact_match(predictions, [[example.text] for example in examples])
+    def score(self, predictions: list[str], references: list[list[str]]) -> float:
+        return exact_match(predictions, references)
 
     def check_text(self, text: str) -> str:
         """Why a text cannot be learned, or ""."""
@@ -67,8 +80,16 @@ class CaptionTask:
         ids = plain_ids(tokenizer, text)
         if not set(ids) - {tokenizer.unk_token_id}:
             return f"the text {text!r} is only unknown tokens for this model's tokenizer"
-        room = self.language.longest - len(plain_ids(tokenizer, self.prompt)) - 2  # the first and the last token
-        return f"the text has {len(ids)} tokens, and the model has room for {room}" if len(ids) > room else ""
+        if len(ids) > self.room:
+            return f"the text has {len(ids)} tokens, and the model has room for {self.room}"
+        return self._special(text)
+
+    def _special(self, text: str) -> str:
+        """Why a text with a special token in it, <image> or [SEP], cannot be used, or ""."""
+        tokenizer = self.backbone.tokenizer
+        special = {*tokenizer.all_special_ids, getattr(self.backbone.model.config, "image_token_index", None)}
+        found = [i for i in plain_ids(tokenizer, text) if i in special - {tokenizer.unk_token_id, None}]
+        return f"{text!r} holds {tokenizer.convert_ids_to_tokens(found[0])!r}, which means something else here" if found else ""
 
     def metadata(self) -> dict[str, Any]:
         """What an adapter file says of its task."""

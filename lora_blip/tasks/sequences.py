@@ -103,7 +103,6 @@ class Blip2Language:
         self.pad_id = config.text_config.pad_token_id
         end = language.generation_config.eos_token_id or config.text_config.eos_token_id
         self.end = end[0] if isinstance(end, list) else end
-        self.bos = config.text_config.bos_token_id
         self.longest = getattr(config.text_config, "max_position_embeddings", 512) - len(self.image)
         if config.image_token_index >= backbone.model.get_input_embeddings().num_embeddings:
             raise ModelError(f"{backbone.name!r}: image_token_index {config.image_token_index} is past the embeddings")
@@ -125,7 +124,7 @@ class OptLanguage(Blip2Language):
     """BLIP-2 with a decoder (OPT): <image>… </s> prompt text end."""
 
     def start(self, prompt: str) -> list[int]:
-        return [*self.image, self.bos, *plain_ids(self.tokenizer, prompt)]
+        return [*self.image, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
 
     def rows(self, prompt: str, texts: list[str]) -> Rows:
         start = self.start(prompt)
@@ -149,7 +148,8 @@ class T5Language(Blip2Language):
     def rows(self, prompt: str, texts: list[str]) -> Rows:
         ids = [self.start(prompt) for _ in texts]
         answers = [[*plain_ids(self.tokenizer, text), self.end] for text in texts]
-        first = self.model.config.text_config.decoder_start_token_id
+        first = getattr(self.model.config.text_config, "decoder_start_token_id", None)
+        first = self.pad_id if first is None else first  # T5 starts from its padding
         decoder = pad([[first, *answer[:-1]] for answer in answers], self.pad_id)
         return Rows(pad(ids, self.pad_id), pad([[1] * len(r) for r in ids], 0), pad(answers, IGNORE), decoder)
 
