@@ -101,6 +101,17 @@ def test_another_base_is_refused_even_with_equal_shapes(make, saved):
         adapter.load(make("opt"), saved)
 
 
+def test_a_base_that_differs_elsewhere_alone_is_refused(make, tmp_path):
+    """The ViT is shared by several BLIP-2s: an adapter of the ViT alone still knows its own."""
+    backbone = make("opt")
+    inject(backbone, "vit")
+    path = adapter.save(tmp_path / "a.safetensors", backbone)
+    other = make("opt")
+    other.model.language_model.model.decoder.layers[1].fc2.weight.data *= 1.02
+    with pytest.raises(AdapterError, match=r"weights of 'language_model\..*fc2' are not those"):
+        adapter.load(other, path)
+
+
 def key_of(path: Path, half: str) -> str:
     return next(key for key in adapter.read(path).tensors if key.endswith(half))
 
@@ -121,8 +132,16 @@ def test_damage_is_refused_by_name(make, saved):
             "tensors": {k: torch.zeros_like(t) for k, t in adapter.read(saved).tensors.items() if k.endswith("lora_B")}
         },
         "knows up to 1": {"header": {"format_version": 2}},
-        "cannot be understood": {"header": {"lora": {"modules": {"x": 3}}}},
+        "header cannot be": {"header": {"lora": {"modules": {"x": 3}}}},
         "header cannot be understood": {"header": {"lora": []}},
+        "its header cannot": {"header": {"base": {"name": "x", "samples": {}}}},
+        "header cannot": {"header": {"task": None}},
+        "entry for 'm' cannot be understood": {
+            "header": {
+                "lora": {"modules": {"m": {"module": "m", "r": 2, "alpha": float("nan")}}},
+                "base": {"name": "", "samples": {"m": {}}},
+            }
+        },
     }
     for reason, change in cases.items():
         saved.write_bytes(whole)

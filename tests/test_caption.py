@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lora_blip.config import ConfigError
 from lora_blip.metrics.exact import exact_match
 from lora_blip.tasks.caption import CaptionTask, Generation, token_loss
 from lora_blip.tasks.sequences import IGNORE
@@ -22,13 +23,11 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
         assert labels[-1] == task.language.end and backbone.tokenizer.decode(labels[:-1]).strip() == text
 
 
-def test_a_pad_token_inside_a_caption_still_counts(backbone):
-    """Padding is told by its place, never by its id."""
+def test_padding_is_told_by_its_place_and_never_by_its_id(backbone):
+    """A token of the padding's id inside a caption would still count (data with one is refused earlier on)."""
     pad = backbone.tokenizer.pad_token
-    task = CaptionTask(backbone)
-    rows = task.language.rows("", [f"a {pad} cube", "a red cube on top of a blue cube"])
+    rows = CaptionTask(backbone).language.rows("", [f"a {pad} cube", "a red cube on top of a blue cube"])
     assert backbone.tokenizer.pad_token_id in rows.targets[0].tolist()
-    assert rows.attention_mask.sum() == sum(len(r) for r in (rows.input_ids[0][rows.attention_mask[0] == 1], rows.input_ids[1]))
 
 
 def test_captions_are_padded_to_the_longest_and_no_further(backbone):
@@ -125,6 +124,30 @@ def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> s
 def test_generation_stops_at_its_length(backbone):
     said = CaptionTask(backbone, "", Generation(max_new_tokens=2)).predict(torch.randn(2, 3, 32, 32))
     assert all(len(backbone.tokenizer(text, add_special_tokens=False).input_ids) <= 3 for text in said)
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt"])
+def test_exact_match_can_be_reached_by_every_caption(make, kind):
+    """What the tokenizer itself writes of a text counts as that text."""
+    tokenizer = make(kind).tokenizer
+    for text in ("a t-shirt, it's red-and-white", "café", "1.5 m", "a man (left)", "cube; no", 'A "STOP" sign.'):
+        written = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        assert exact_match([written], [[text]]) == 1, written
+    assert exact_match(["its red"], [["it is red"]]) == 0
+
+
+def test_texts_and_prompts_with_special_tokens_are_refused(backbone):
+    task = CaptionTask(backbone)
+    end = backbone.tokenizer.sep_token or "<image>"
+    assert "means something else" in task.check_text(f"a cube {end} here") and not task.check_text("a cube")
+    with pytest.raises(ConfigError, match=r"prompt = .*means something else"):
+        CaptionTask(backbone, f"a {end}")
+
+
+def test_a_caption_longer_than_the_model_s_positions_is_refused_at_once(make):
+    for kind in ("blip", "opt"):
+        with pytest.raises(ConfigError, match="max_new_tokens = 70: beside the prompt, the model has room for"):
+            CaptionTask(make(kind), "", Generation(max_new_tokens=70))
 
 
 def test_exact_match_by_hand():

@@ -1,5 +1,6 @@
 """Data: every line is checked and named, pictures come out right, orders depend on the seed alone."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -56,6 +57,7 @@ def bad_lines(photo: Path) -> dict[str, str]:
         "expected an object": '["a.png", "t"]',
         "no image": '{"text": "t"}',
         "no text": '{"image": "a.png", "caption": 3}',
+        "not UTF-8": '{"image": "a.png", "text": "half \\ud83d"}',
         "the text is empty": '{"image": "a.png", "text": "  "}',
         "gone.png does not exist": '{"image": "gone.png", "text": "t"}',
         "text.jpg is no image": '{"image": "text.jpg", "text": "t"}',
@@ -93,6 +95,22 @@ def test_a_text_of_unknown_tokens_alone_or_too_long_is_bad(make, tmp_path):
     assert "only unknown tokens" in problems[0].reason and "room for 62" in problems[1].reason
 
 
+def test_bytes_that_are_no_utf8_are_named(photo, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"image": "' + photo.name.encode() + b'", "text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:1: not UTF-8"):
+        annotations.read(tmp_path / "x.jsonl")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(photo, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"image": "' + photo.name.encode() + b'", "text": "ok"}\r\n\r\n')
+    assert annotations.read(tmp_path / "x.jsonl")[0][0].text == "ok"
+
+
+def test_a_large_photo_is_augmented_at_the_model_s_scale():
+    made = augment(Image.new("RGB", (3000, 2000), "red"), "a cube", random.Random(0), side=100)
+    assert made.size == (300, 200)
+
+
 def test_the_split_is_by_image_seeded_and_random(tmp_path):
     source = tiny.write_photos(tmp_path, 12)
     lines = source.read_text() * 2  # two lines an image
@@ -104,6 +122,9 @@ def test_the_split_is_by_image_seeded_and_random(tmp_path):
     assert annotations.split_by_image(examples, 0.25, seed=1) == (train, held_out)
     assert annotations.split_by_image(examples, 0.25, seed=2)[1] != held_out
     assert annotations.split_by_image(examples, 0.0, seed=1) == (examples, [])
+    spelled = [dataclasses.replace(e, image=e.image.parent / ".." / "photos" / e.image.name) for e in examples[12:]]
+    train, held_out = annotations.split_by_image(examples[:12] + spelled, 0.25, seed=1)
+    assert len(held_out) == 6 and not {e.image.resolve() for e in train} & {e.image.resolve() for e in held_out}
     with pytest.raises(DataError, match="leaves none"):
         annotations.split_by_image(examples[:1], 0.5, seed=1)
 
@@ -153,14 +174,14 @@ def test_augmentation_is_gentle_and_mirrors_no_left_or_right():
     image = Image.new("RGB", (60, 40), (100, 100, 100))
     image.paste((200, 0, 0), (0, 0, 30, 40))
     left_half_red = {}
-    for text in ("a cube to the LEFT of it", "right", "a cube", "alright"):
+    for text in ("a cube to the LEFT of it", "the rightmost", "a cube", "alright"):
         sides = []
         for seed in range(40):
             made = np.asarray(augment(image, text, random.Random(seed)))
             assert made.shape == (40, 60, 3)
             sides.append(made[20, 8, 0] > 130)
         left_half_red[text] = sum(sides) / 40
-    assert left_half_red["a cube to the LEFT of it"] == left_half_red["right"] == 1
+    assert left_half_red["a cube to the LEFT of it"] == left_half_red["the rightmost"] == 1
     assert all(0.2 < left_half_red[text] < 0.8 for text in ("a cube", "alright"))
 
 

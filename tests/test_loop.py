@@ -14,6 +14,7 @@ import torch
 from lora_blip import adapter, loop, lora
 from lora_blip.config import TrainConfig
 from lora_blip.data.annotations import DataError
+from lora_blip.data.images import ImageError
 from lora_blip.loop import TrainingError, apply_update, learning_rate, run_name, train
 from lora_blip.tasks.caption import Batch, CaptionTask
 from tests import tiny
@@ -189,6 +190,47 @@ def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
         train(config)
     (path,) = Path(config.output_dir).rglob(adapter.FILE_NAME)
     assert stopped.value.code == 130 and adapter.read(path).about["training"]["steps"] == 3
+
+
+def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_path, monkeypatch):
+    """Exact match is over images: a model that always says one of three right captions scores 1, not a third."""
+    source = tiny.write_photos(tmp_path, 4, ["one"] * 4)
+    source.write_text(
+        source.read_text() + source.read_text().replace("one", "two") + source.read_text().replace("one", "three")
+    )
+    task = CaptionTask(make("blip"))
+    asked = []
+    monkeypatch.setattr(task, "predict", lambda pixels: asked.append(len(pixels)) or ["two"] * len(pixels))
+    held_out = loop.loader_of(loop.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
+    assert loop.validate(task, held_out, nullcontext)["val_exact_match"] == 1 and sum(asked) == 4
+
+
+def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp_path):
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), lr=0.0, warmup_steps=500, epochs=5))
+    rates = [entry["lr"] for entry in metrics_of(path) if "loss" in entry]
+    assert rates[:4] == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3, 2e-3]) and rates[-1] < 2e-4 and "_lr0.002_" in path.parent.name
+    assert loop.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
+
+
+def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
+    """An image that vanishes during training: its error is raised, and the adapter of the steps before is there."""
+    source = tiny.write_photos(tmp_path)
+    real, count = loop.apply_update, 0
+
+    def vanishing(*arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            for photo in (tmp_path / "photos").iterdir():
+                photo.unlink()
+        return real(*arguments)
+
+    config = settings(checkpoints["blip"], source, epochs=9)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ImageError, match="does not exist"):
+        patch.setattr(loop, "apply_update", vanishing)
+        train(config)
+    (path,) = Path(config.output_dir).rglob(adapter.FILE_NAME)
+    assert adapter.read(path).about["training"]["steps"] >= 3
 
 
 def test_max_steps_ends_in_the_middle_of_an_epoch(checkpoints, tmp_path):

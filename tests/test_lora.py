@@ -264,3 +264,35 @@ def test_checkpointed_layers_keep_their_adapters_alive(make):
         for address, plain in gradients[0].items():
             torch.testing.assert_close(gradients[1][address], plain, rtol=1e-4, atol=1e-5)
             assert plain.any(), address
+
+
+def test_an_unknown_name_is_an_error_and_not_a_silence(make):
+    backbone = make("blip")
+    inject(backbone, "vit")
+    for act in (lora.merge, lora.eject):
+        with pytest.raises(lora.LoRAError, match="no adapter 'typo'; it has default"):
+            act(backbone.model, "typo")
+    with pytest.raises(lora.LoRAError, match="no adapter 'typo'"), lora.disabled(backbone.model, "typo"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["merged", "original", "training", "a.b", "", "keys"])
+def test_an_odd_adapter_name_is_refused_before_anything_changes(name):
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(lora.LoRAError, match="adapter name"):
+        lora.inject(model, [Site("0")], name=name)
+    assert not model[0]._forward_hooks and not hasattr(model[0], "lora")
+
+
+def test_merging_again_takes_up_what_was_learned_since():
+    model = nn.Sequential(nn.Linear(3, 4))
+    before = model[0].weight.detach().clone()
+    found = lora.inject(model, [Site("0", r=2)])["0"]
+    for _ in range(2):
+        found.B.data.normal_()
+        lora.merge(model)
+        assert torch.equal(model[0].weight, before + found.delta_weight())
+    model.double()
+    lora.merge(model)
+    lora.restore(model)
+    assert torch.equal(model[0].weight, before.double())

@@ -160,6 +160,14 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
         (run_infer, ["--images", "photos"], "train one with train.py"),
         (run_infer, ["--images", "nothing/*.png"], "no image found"),
         (run_infer, ["--adapter", "none"], "set MODEL"),
+        (run_train, train_flags(blip, source, targets="text_decoder.cls.predictions.decoder"), "shares its weight with"),
+        (run_train, train_flags(blip, source, targets="vit:r=0"), "r is a whole number"),
+        (run_train, train_flags(blip, source, seed=-1), "seed = -1"),
+        (run_train, train_flags(blip, source, **{"num-beams": 0}), "num_beams = 0"),
+        (run_train, train_flags(blip, source, **{"max-new-tokens": 100}), "max_new_tokens = 100"),
+        (run_train, train_flags(blip, source, **{"output-dir": source}), "is no folder that can be written"),
+        (run_train, train_flags(blip, source, **{"base-dtype": "bf16", "precision": "fp16"}), "same 16 bits"),
+        (run_infer, ["--images", "photos/**.png"], "no image found" if sys.version_info >= (3, 13) else "is no glob"),
     ]
     for run, flags, message in cases:
         assert message in told(capsys, run, flags, monkeypatch)
@@ -198,9 +206,29 @@ def test_checkpoints_that_cannot_caption_are_refused(checkpoints, here, monkeypa
         "they would be random": broken("blip", drop_weights),
         "'bert' model": broken("blip", config(model_type="bert", architectures=["BertModel"])),
         "cannot be loaded": broken("blip", lambda folder: (folder / "config.json").write_text("{")),
+        "weights of": broken("blip", lambda folder: (folder / "model.safetensors").write_bytes(b"cut")),
+        "has no tokenizer files": broken("blip", lambda f: [p.unlink() for p in f.glob("tokenizer*")]),
+        "image processor of": broken("blip", lambda folder: (folder / "preprocessor_config.json").unlink()),
     }
     for message, folder in cases.items():
         assert message in told(capsys, run_train, train_flags(folder, source), monkeypatch)
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    from lora_blip import cli
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.tell(interrupted)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
+
+
+def test_a_misspelt_setting_is_named():
+    with pytest.raises(ConfigError, match="EPOCH is no setting; EPOCHS is"):
+        parse(TrainConfig, {"EPOCH": 3}, [])
+    assert parse(TrainConfig, {"MY_ROOT": "x"}, []) == TrainConfig()
 
 
 def test_the_doctor_reports(capsys, monkeypatch):

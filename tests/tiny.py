@@ -61,7 +61,7 @@ def save_blip2(folder: Path, language: str) -> None:
     )  # fmt: skip
     t5 = T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=2 * WIDTH, num_layers=LAYERS, num_heads=HEADS,
-        feed_forward_proj="gated-gelu", pad_token_id=1, eos_token_id=2, decoder_start_token_id=1, bos_token_id=2,
+        feed_forward_proj="gated-gelu", pad_token_id=1, eos_token_id=2,
         tie_word_embeddings=False,
     )  # fmt: skip
     config = Blip2Config(

@@ -142,15 +142,21 @@ class OptLanguage(Blip2Language):
 class T5Language(Blip2Language):
     """BLIP-2 with an encoder-decoder (Flan-T5): it reads <image>… prompt </s> and writes text </s>."""
 
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        first = getattr(backbone.model.config.text_config, "decoder_start_token_id", None)
+        self.first: int = self.pad_id if first is None else first  # T5 starts from its padding
+
+    def generate(self, pixel_values: Tensor, prompt: str, **settings: Any) -> list[str]:
+        return super().generate(pixel_values, prompt, decoder_start_token_id=self.first, **settings)
+
     def start(self, prompt: str) -> list[int]:
         return [*self.image, *plain_ids(self.tokenizer, prompt), self.end]
 
     def rows(self, prompt: str, texts: list[str]) -> Rows:
         ids = [self.start(prompt) for _ in texts]
         answers = [[*plain_ids(self.tokenizer, text), self.end] for text in texts]
-        first = getattr(self.model.config.text_config, "decoder_start_token_id", None)
-        first = self.pad_id if first is None else first  # T5 starts from its padding
-        decoder = pad([[first, *answer[:-1]] for answer in answers], self.pad_id)
+        decoder = pad([[self.first, *answer[:-1]] for answer in answers], self.pad_id)
         return Rows(pad(ids, self.pad_id), pad([[1] * len(r) for r in ids], 0), pad(answers, IGNORE), decoder)
 
     def logits(self, pixel_values: Tensor, rows: Rows) -> Tensor:
