@@ -10,14 +10,14 @@ OUTPUT_DIR = "lora_blip_output"  # each run gets a folder of its own in here
 
 TARGETS = "vit"  # where adapters go: "vit", "vit,qformer", "text", "lm", "vit.q,vit.v", "vit[8:12]", "text:r=4", a regex
 R = 8  # rank of the update
-ALPHA = 16.0  # the update is scaled by alpha / r
+ALPHA = 32.0  # the update is scaled by alpha / r
 DROPOUT = 0.0  # dropout on the adapters' input
 
-EPOCHS = 20  # passes over the training images
+EPOCHS = 30  # passes over the training images
 MAX_STEPS = 0  # stop after so many optimizer steps; 0: after the epochs
-BATCH_SIZE = 16  # images in a micro-batch
+BATCH_SIZE = 8  # images in a micro-batch
 ACCUMULATION = 1  # micro-batches in an optimizer step
-LR = 0.0  # peak learning rate; 0: 1e-4, or 5e-3 for a tiny base
+LR = 0.0  # peak learning rate; 0: 1e-4, or 3e-3 for a tiny base
 WARMUP_STEPS = 20  # optimizer steps of linear warm-up, at most a fifth of all, before the cosine decay
 WEIGHT_DECAY = 0.01  # AdamW's decoupled weight decay, on the adapters
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm; 0: never
@@ -26,7 +26,7 @@ BASE_DTYPE = "auto"  # dtype of the frozen weights; auto: fp32 for BLIP, the pre
 CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
 AUGMENT = True  # gentle random mirror, shift, scale and brightness; no mirror if a text says left or right
 
-VALIDATE_EVERY = 5  # epochs between validations; the last epoch is always validated
+VALIDATE_EVERY = 10  # epochs between validations; the last epoch is always validated
 MAX_NEW_TOKENS = 40  # longest caption that is generated, here and by default with the adapter
 NUM_BEAMS = 1  # beams of generation, here and by default with the adapter
 MAX_SKIPPED = 10  # stop after so many steps in a row with a loss or gradient that is not finite

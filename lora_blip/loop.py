@@ -266,7 +266,7 @@ def pick_base_dtype(wanted: str, base_config: Any, precision: str) -> str:
 
 def default_rate(model: nn.Module) -> float:
     """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
-    return 5e-3 if sum(p.numel() for p in model.parameters()) < TINY else 1e-4
+    return 3e-3 if sum(p.numel() for p in model.parameters()) < TINY else 1e-4
 
 
 def autocasting(device: torch.device, precision: str) -> Autocast:

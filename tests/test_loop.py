@@ -208,7 +208,7 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
 def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp_path):
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), lr=0.0, warmup_steps=500, epochs=5))
     rates = [entry["lr"] for entry in metrics_of(path) if "loss" in entry]
-    assert rates[:4] == pytest.approx([5e-3 / 3, 1e-2 / 3, 5e-3, 5e-3]) and rates[-1] < 5e-4 and "_lr0.005_" in path.parent.name
+    assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3]) and rates[-1] < 3e-4 and "_lr0.003_" in path.parent.name
     assert loop.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
 
 
