@@ -40,7 +40,7 @@ class TrainConfig:
     max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "images in a micro-batch")
     accumulation: int = setting(1, "micro-batches in an optimizer step")
-    lr: float = setting(0.0, "peak learning rate; 0: 1e-4, or 3e-3 for a tiny base")
+    lr: float = setting(0.0, "peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e-3 (BLIP-2)")
     warmup_steps: int = setting(20, "optimizer steps of linear warm-up, at most a fifth of all, before the cosine decay")
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay, on the adapters")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never")

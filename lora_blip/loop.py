@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # comes with transformers
+from transformers import Blip2ForConditionalGeneration
 
 from lora_blip import adapter, curves, lora, preflight, targets
 from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
@@ -266,7 +267,8 @@ def pick_base_dtype(wanted: str, base_config: Any, precision: str) -> str:
 
 def default_rate(model: nn.Module) -> float:
     """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
-    return 3e-3 if sum(p.numel() for p in model.parameters()) < TINY else 1e-4
+    size = sum(p.numel() for p in model.parameters())
+    return 1e-4 if size > TINY else 1.5e-3 if isinstance(model, Blip2ForConditionalGeneration) else 3e-3
 
 
 def autocasting(device: torch.device, precision: str) -> Autocast:
