@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lora_blip.data.images import open_image
 
-SHOWN = ("003.png", "007.png", "014.png", "100.png", "103.png", "111.png")
+SHOWN = ("000.png", "010.png", "016.png", "101.png", "110.png", "114.png")
 
 
 def draw(predictions: Path, images: Path, out: Path) -> None:
