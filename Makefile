@@ -13,7 +13,7 @@ demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo
 
 demo-blip2: .venv/.plots
-	@$(PYTHON) -m toyworld.demo --model assets/tiny-blip2 --targets vit,qformer
+	@$(PYTHON) -m toyworld.demo --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16
 
 test: .venv/.dev
 	$(PYTHON) -m pytest -m "not gpu"
