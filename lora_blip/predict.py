@@ -108,12 +108,14 @@ def task_of(backbone: Backbone, wanted: Adapter | None, config: InferConfig | No
     return TASKS[about.get("name", "caption")](backbone, prompt, generation)
 
 
-def captions(task: CaptionTask, images: Iterable[Path], batch_size: int = 16, precision: str = "fp32") -> Iterator[Prediction]:
+def captions(
+    task: CaptionTask, images: Iterable[str | Path], batch_size: int = 16, precision: str = "fp32"
+) -> Iterator[Prediction]:
     """Captions in the order of `images`, a batch at a time; an image that cannot be read is reported and left out."""
     autocast = autocasting(task.backbone.device, precision)
     task.backbone.model.eval()
     iterator = iter(images)
-    while paths := list(islice(iterator, batch_size)):
+    while paths := [Path(path) for path in islice(iterator, batch_size)]:
         read = [(path, values) for path in paths if (values := _pixels(path, task.backbone)) is not None]
         if read:
             with autocast():
