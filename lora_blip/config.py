@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -164,7 +164,6 @@ def _check(config: Any) -> None:
             object.__setattr__(config, entry.name, float(value))
         elif type(value) is not entry.type:
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
-    assert all(entry.default is not MISSING for entry in fields(config))
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -110,11 +110,11 @@ def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: 
     linear of this model, a tied head, of a wrong range, or when `name` already sits elsewhere.
     """
     wanted = {site.address: site for site in sites}
-    present = {address: lora.site for address, lora in adapters(model, name).items()}
-    for x in adapters(model, name).values():
-        x.dropout = dropout
-    if present and present != wanted:
+    present = adapters(model, name)
+    if present and {address: lora.site for address, lora in present.items()} != wanted:
         raise LoRAError(f"adapter {name!r} is already on other modules of this model; eject it first")
+    for lora in present.values():
+        lora.dropout = dropout
     if not present:
         _check_sites(model, wanted.values(), name)
         for site in wanted.values():
@@ -129,11 +129,11 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off, or all: the weights, the outputs and the state_dict are the base's own again."""
     _check_names(model, [name] if name else [])
     for linear in _hooked(model).values():
-        keep = linear.lora.merged - {key for key in linear.lora if name in (None, _name(key))}
-        if linear.lora.merged != keep:
-            _write_back(linear)
-            _fold(linear, keep)
-        for key in [key for key in linear.lora if name in (None, _name(key))]:
+        leaving = {key for key in linear.lora if name in (None, _name(key))}
+        if linear.lora.merged & leaving:
+            staying = linear.lora.merged - leaving
+            _fold(linear, staying) if staying else _write_back(linear)
+        for key in leaving:
             del linear.lora[key]
         if not linear.lora:
             _detach(linear)
@@ -186,7 +186,6 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 # ---------------------------------------------------------------- into the weights and back
 
 
-@torch.no_grad()
 def merge(model: nn.Module, *names: str) -> None:
     """W ← W + Σ ΔW, summed in float32, over the named adapters (all, without names). Merging twice is merging once.
 
@@ -201,7 +200,6 @@ def merge(model: nn.Module, *names: str) -> None:
         _fold(linear, linear.lora.merged | chosen)
 
 
-@torch.no_grad()
 def restore(model: nn.Module) -> None:
     """Undo `merge`: the weights are `torch.equal` to the originals, and the adapters act by their hooks again."""
     for linear in _hooked(model).values():
@@ -221,10 +219,12 @@ def bake(model: nn.Module) -> None:
 def _fold(linear: Any, keys: frozenset[str], keep_original: bool = True) -> None:
     """Write original + Σ ΔW of `keys` into the weight, always starting from the original."""
     updates: Updates = linear.lora
-    if updates.original is None and keep_original and keys:
+    if not keys:
+        return
+    if updates.original is None and keep_original:
         updates.original = linear.weight.detach().clone()
     original = linear.weight if updates.original is None else updates.original
-    total = original.to(linear.weight.device, torch.float32)
+    total = original.to(linear.weight.device, torch.promote_types(original.dtype, torch.float32))
     for lora in (updates[key] for key in sorted(keys)):
         assert isinstance(lora, LoRA)
         total = total + lora.delta_weight()

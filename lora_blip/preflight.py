@@ -67,11 +67,7 @@ def check_image_matters(task: CaptionTask, batch: Batch) -> None:
 
 def check_gradients(task: CaptionTask, batch: Batch) -> int:
     """Every B gets a gradient from this batch; returns the bytes that the backward pass kept."""
-    found = {
-        address: x
-        for name in lora.names(task.backbone.model)
-        for address, x in lora.adapters(task.backbone.model, name).items()
-    }
+    found = [module for module in task.backbone.model.modules() if isinstance(module, lora.LoRA)]
     kept = KeptBytes(task.backbone.model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         loss = task.loss(batch) / batch.label_tokens
@@ -79,8 +75,8 @@ def check_gradients(task: CaptionTask, batch: Batch) -> int:
         culprit = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
         raise PreflightError(f"the loss of the first batch is {float(loss)}; {culprit}")
     (loss * LOSS_SCALE).backward()
-    dead = [address for address, x in found.items() if x.B.grad is None or not x.B.grad.any()]
-    for x in found.values():
+    dead = [x.site.address for x in found if x.B.grad is None or not x.B.grad.any()]
+    for x in found:
         x.A.grad = x.B.grad = None
     if dead:
         raise PreflightError(

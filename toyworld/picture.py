@@ -1,19 +1,19 @@
 """Draw README's picture from a demo run: `python -m toyworld.picture lora_blip_output/demo_… assets/before_after.png`."""
 
 import argparse
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lora_blip.data.images import open_image
+from toyworld.demo import lines
 
 SHOWN = ("000.png", "010.png", "016.png", "101.png", "110.png", "114.png")
 
 
 def draw(predictions: Path, images: Path, out: Path) -> None:
     """Six test pictures, each with what the frozen base says of it and what it says with the adapter."""
-    said = {Path(line["image"]).name: line for line in map(json.loads, predictions.read_text().splitlines())}
+    said = {Path(line["image"]).name: line for line in lines(predictions)}
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, SHOWN, strict=True):
         axes.imshow(open_image(images / name), interpolation="bicubic")

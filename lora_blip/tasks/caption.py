@@ -43,17 +43,17 @@ class CaptionTask:
     def __post_init__(self) -> None:
         self.prompt = self.prompt.strip()
         self.language = language_of(self.backbone)
-        if reason := self._special(self.prompt):
+        tokenizer, config = self.backbone.tokenizer, self.backbone.model.config
+        special = {*tokenizer.all_special_ids, getattr(config, "image_token_index", None)}
+        self.special_ids = special - {tokenizer.unk_token_id, None}
+        prompt_ids = plain_ids(tokenizer, self.prompt)
+        self.room = self.language.longest - len(prompt_ids) - 2  # tokens for a text, beside the first and the last one
+        if reason := self._special(self.prompt, prompt_ids):
             raise ConfigError(f"prompt = {self.prompt!r}: {reason}")
         if self.room < self.generation.max_new_tokens:
             raise ConfigError(
                 f"max_new_tokens = {self.generation.max_new_tokens}: beside the prompt, the model has room for {self.room}"
             )
-
-    @property
-    def room(self) -> int:
-        """Tokens that a text can have beside the prompt and the first and last token."""
-        return self.language.longest - len(plain_ids(self.backbone.tokenizer, self.prompt)) - 2
 
     def batch(self, stack: Stack) -> Batch:
         device = self.backbone.device
@@ -82,14 +82,13 @@ class CaptionTask:
             return f"the text {text!r} is only unknown tokens for this model's tokenizer"
         if len(ids) > self.room:
             return f"the text has {len(ids)} tokens, and the model has room for {self.room}"
-        return self._special(text)
+        return self._special(text, ids)
 
-    def _special(self, text: str) -> str:
+    def _special(self, text: str, ids: list[int]) -> str:
         """Why a text with a special token in it, <image> or [SEP], cannot be used, or ""."""
-        tokenizer = self.backbone.tokenizer
-        special = {*tokenizer.all_special_ids, getattr(self.backbone.model.config, "image_token_index", None)}
-        found = [i for i in plain_ids(tokenizer, text) if i in special - {tokenizer.unk_token_id, None}]
-        return f"{text!r} holds {tokenizer.convert_ids_to_tokens(found[0])!r}, which means something else here" if found else ""
+        found = [i for i in ids if i in self.special_ids]
+        tokens = self.backbone.tokenizer.convert_ids_to_tokens(found[:1])
+        return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
 
     def metadata(self) -> dict[str, Any]:
         """What an adapter file says of its task."""
