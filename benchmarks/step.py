@@ -20,7 +20,7 @@ import transformers
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from lora_blip import lora, targets
-from lora_blip.loop import autocasting
+from lora_blip.models import autocasting
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 96},

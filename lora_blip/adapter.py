@@ -8,27 +8,25 @@ summary. Nothing that is read or written here can run code.
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 import transformers
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import lora_blip
 from lora_blip import lora
+from lora_blip.fingerprint import is_sample, same_weights, sample, sampled
 from lora_blip.lora import LoRA, Site
 from lora_blip.models import Backbone
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter.safetensors"
 RUNS = Path("lora_blip_output")
-SAMPLES = 16  # weights of each targeted linear that the file remembers, evenly spaced
-ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
 
 
 class AdapterError(ValueError):
@@ -97,7 +95,7 @@ def save(
         "merge_drift": merge_drift or {},
         "versions": {"lora_blip": lora_blip.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_whole(path, safetensors.torch.save(tensors, {"lora_blip": json.dumps(about)}))
+    write_whole(path, serialise(tensors, {"lora_blip": json.dumps(about)}))
     return path
 
 
@@ -153,7 +151,7 @@ def _header(path: Path, header: str) -> dict[str, Any]:
         version = about["format_version"]
         modules, base = about["lora"]["modules"], about["base"]
         sound = isinstance(version, int) and isinstance(modules, dict) and bool(modules) and isinstance(about["task"], dict)
-        sound = sound and isinstance(base["name"], str) and all(_is_sample(s) for s in base["samples"].values())
+        sound = sound and isinstance(base["name"], str) and all(is_sample(s) for s in base["samples"].values())
         sound = sound and all(entry["module"] in base["samples"] for entry in modules.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
@@ -162,14 +160,6 @@ def _header(path: Path, header: str) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise AdapterError(f"{path} has format {version}, and this lora_blip knows up to {FORMAT_VERSION}; upgrade lora_blip")
     return about
-
-
-def _is_sample(entry: Any) -> bool:
-    """A fingerprint as `sample` writes it: empty for a quantised weight, else a dtype and some numbers."""
-    if entry == {}:
-        return True
-    values = entry["values"]
-    return isinstance(entry["dtype"], str) and bool(values) and all(isinstance(value, int | float) for value in values)
 
 
 def _site(path: Path, address: str, entry: Any) -> Site:
@@ -220,12 +210,12 @@ def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------- load
 
 
-def load(backbone: Backbone | nn.Module, path: str | Path, name: str = "default") -> Adapter:
-    """Put the adapter of a file on a frozen backbone, by hooks; `lora.merge(model)` then writes it into the weights.
+def load(backbone: Backbone | nn.Module, path: str | Path | Adapter, name: str = "default") -> Adapter:
+    """Put the adapter of a file, or one that `read` gave, on a frozen backbone by hooks; `lora.merge` then writes it in.
 
     Raises AdapterError, before the model is touched, if the file is damaged or was trained on another base.
     """
-    model, adapter = _model(backbone), read(path)
+    model, adapter = _model(backbone), path if isinstance(path, Adapter) else read(path)
     if lora.adapters(model, name):
         raise AdapterError(f"the model already carries an adapter {name!r}; eject it, or load this one under another name")
     _check_fit(model, adapter)
@@ -260,39 +250,6 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
             raise AdapterError(f"{adapter.path}: this model has no linear {path!r}; {remedy}")
         if not same_weights(expected, sample(modules[path])):
             raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those it was trained on; {remedy}")
-
-
-def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:
-    """The targeted linears, and as witnesses of the rest of the base the last untied linear of each of its parts."""
-    paths, shared = [x.site.module for x in found], lora.tied(model)
-    for part, _ in model.named_children():
-        inside = [path for path, m in model.named_modules() if path.startswith(f"{part}.") and lora.is_linear(m)]
-        paths += [path for path in inside if path not in shared][-1:]
-    return list(dict.fromkeys(paths))
-
-
-def sample(linear: Any) -> dict[str, Any]:
-    """A fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; empty if it is quantised."""
-    if lora.is_quantised(linear):
-        return {}
-    updates = linear._modules.get("lora")
-    merged = isinstance(updates, lora.Updates) and updates.original is not None
-    weight: Tensor = updates.original if merged else linear.weight
-    flat = weight.detach().flatten()
-    where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return {"dtype": str(weight.dtype).removeprefix("torch."), "values": flat[where.to(flat.device)].float().tolist()}
-
-
-def same_weights(expected: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Equal to the bit in the same dtype; within one rounding in another; unknown, so accepted, if quantised."""
-    if not expected or not found:
-        return True
-    a, b = torch.tensor(expected["values"]), torch.tensor(found["values"])
-    if a.shape != b.shape:
-        return False
-    if expected["dtype"] == found["dtype"]:
-        return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=ROUNDING, atol=1e-7)
 
 
 def locate(adapter: str | Path) -> Path:

@@ -1,15 +1,12 @@
 """The training loop, by hand: `train` reads top to bottom."""
 
-import json
 import math
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,24 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm  # comes with transformers
 from transformers import Blip2ForConditionalGeneration
 
-from lora_blip import adapter, curves, lora, preflight, targets
-from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
+from lora_blip import curves, lora, preflight, targets
+from lora_blip.config import TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Stack, close, first_stack, loader
-from lora_blip.models import (
-    DTYPES,
-    emulated,
-    load_backbone,
-    load_config,
-    locate_model,
-    pick_device,
-    pick_precision,
-    refuse_t5_fp16,
-)
+from lora_blip.models import autocasting, open_backbone
+from lora_blip.run import Run, Update
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.caption import Batch, CaptionTask, Generation
 
@@ -57,15 +45,8 @@ def train(config: TrainConfig) -> Path:
     """
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
-    device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    if emulated(precision, device):
-        print(f"this CPU emulates {precision}, which is many times slower than fp32")
-    base_config = load_config(locate_model(config.model))
-    refuse_t5_fp16(base_config, config.model, precision)
-    backbone = load_backbone(
-        config.model, str(device), pick_base_dtype(config.base_dtype, base_config, precision), config.checkpointing
-    )
+    backbone, precision = open_backbone(config.model, config.device, config.precision, config.base_dtype, config.checkpointing)
+    device = backbone.device
     config = replace(config, lr=config.lr or default_rate(backbone.model))
     task = TASKS[config.task](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
     training, validation = read_examples(config, task)
@@ -150,14 +131,6 @@ def total_steps(config: TrainConfig, micro_batches: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-@dataclass(frozen=True)
-class Update:
-    loss: float  # mean over the label tokens of the whole step
-    grad_norm: float  # before clipping
-    skipped: bool  # nothing was changed, because a gradient was not finite
-    scale: float  # of the GradScaler; 1 without it
-
-
 def apply_update(
     task: CaptionTask,
     micro_batches: list[Batch],
@@ -214,7 +187,7 @@ def validate(task: CaptionTask, batches: DataLoader[Stack], autocast: Autocast) 
 def merge_drift(task: CaptionTask, batch: Batch) -> dict[str, float]:
     """How far merged logits are from hooked ones on one batch, in the base's dtype: largest, and largest logit."""
     model = task.backbone.model.eval()
-    with autocasting(task.backbone.device, "fp32" if model.dtype == torch.float32 else str(model.dtype))():
+    with torch.autocast(task.backbone.device.type, model.dtype, enabled=model.dtype != torch.float32):
         hooked = task.logits(batch).float()
         lora.merge(model)
         merged = task.logits(batch).float()
@@ -256,26 +229,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_base_dtype(wanted: str, base_config: Any, precision: str) -> str:
-    """Frozen weights in 16 bits halve BLIP-2's memory; BLIP is small, and stays exact in fp32."""
-    if wanted == "auto":
-        return precision if base_config.model_type == "blip-2" else "fp32"
-    if {wanted, precision} == {"fp16", "bf16"}:
-        raise ConfigError(f"base_dtype = {wanted!r} with precision {precision!r}: set both to the same 16 bits, or one to fp32")
-    return wanted
-
-
 def default_rate(model: nn.Module) -> float:
     """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
     size = sum(p.numel() for p in model.parameters())
     return 1e-4 if size > TINY else 1.5e-3 if isinstance(model, Blip2ForConditionalGeneration) else 3e-3
-
-
-def autocasting(device: torch.device, precision: str) -> Autocast:
-    if precision == "fp32":
-        return nullcontext
-    dtype = DTYPES.get(precision) or getattr(torch, precision.removeprefix("torch."))
-    return lambda: torch.autocast(device.type, dtype)
 
 
 def read_examples(config: TrainConfig, task: CaptionTask) -> tuple[list[Example], list[Example]]:
@@ -298,81 +255,3 @@ def groups(batches: Iterable[Stack], size: int) -> Iterator[list[Stack]]:
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
-
-
-# ---------------------------------------------------------------- what a run leaves behind
-
-
-def run_name(config: TrainConfig, now: datetime) -> str:
-    """`lora_bs2_ep4_lr0.0001_r16_a32_20260607_161536`"""
-    return f"lora_bs{config.batch_size}_ep{config.epochs}_lr{config.lr:g}_r{config.r}_a{config.alpha:g}_{now:%Y%m%d_%H%M%S}"
-
-
-class Run:
-    """The folder of one run: config.json, metrics.jsonl, adapter.safetensors, loss.png; and the progress bar."""
-
-    def __init__(self, config: TrainConfig, task: CaptionTask, total: int) -> None:
-        self.config, self.task = config, task
-        self.folder = fresh(Path(config.output_dir) / run_name(config, datetime.now()))
-        self.folder.mkdir(parents=True)
-        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
-        self.started = self.logged = time.perf_counter()
-        self.images = 0
-        self.last: dict[str, Any] = {}
-        self.last_note = ""
-
-    def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
-        self.images += images
-        self.bar.update(1)
-        if step % self.config.log_every and step != self.bar.total and step != 1:
-            return
-        now = time.perf_counter()
-        entry = {
-            "step": step, "epoch": epoch, "loss": round(update.loss, 6), "lr": rate,
-            "grad_norm": round(update.grad_norm, 6), "images_per_s": round(self.images / (now - self.logged), 2),
-            "seconds": round(now - self.started, 3),
-        }  # fmt: skip
-        if update.scale != 1:
-            entry["loss_scale"] = update.scale
-        self.images, self.logged = 0, now
-        self._write(entry)
-        self.bar.set_postfix_str(f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s")
-        if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
-            print(f"step {step}/{self.bar.total}  loss {update.loss:.4f}  lr {rate:.1e}  {entry['images_per_s']:.1f} images/s")
-
-    def log_skip(self, step: int, epoch: int, update: Update, note: str) -> None:
-        self.last_note = note
-        self._write({"step": step, "epoch": epoch, "skipped": note, "loss_scale": update.scale})
-        self.bar.write(f"after step {step}, one was skipped: {note}")
-
-    def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
-        self._write({"step": step, "epoch": epoch, **{key: round(value, 6) for key, value in scores.items()}})
-        self.bar.write(
-            f"{'before training' if not step else f'epoch {epoch}'}: validation loss {scores['val_loss']:.4f}, "
-            f"exact match {scores['val_exact_match']:.1%}"
-        )
-        self.last = scores
-        self.logged, self.images = time.perf_counter(), 0
-
-    def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
-        summary = {"steps": step, "finished": finished, **self.last, "settings": asdict(self.config)}
-        path = self.folder / adapter.FILE_NAME
-        return adapter.save(
-            path, self.task.backbone, task=self.task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
-        )
-
-    def close(self) -> None:
-        self.bar.close()
-        self.metrics.close()
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(entry) + "\n")
-        self.metrics.flush()
-
-
-def fresh(path: Path) -> Path:
-    """The path, or if that is taken the same with a number: two runs in one second get names of their own."""
-    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 1000)))
-    return next(name for name in names if not name.exists())

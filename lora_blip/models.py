@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
+
+from lora_blip.config import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
@@ -56,7 +60,7 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try 'auto' or 'cpu'") from None
+        raise ModelError(f"device {device!r} cannot be used here ({first_line(error)}); try 'auto' or 'cpu'") from None
     return chosen
 
 
@@ -77,6 +81,22 @@ def emulated(precision: str, device: torch.device) -> bool:
     return not support[precision]()
 
 
+def pick_base_dtype(wanted: str, config: PretrainedConfig, precision: str) -> str:
+    """Frozen weights in 16 bits halve BLIP-2's memory; BLIP is small, and stays exact in fp32."""
+    if wanted == "auto":
+        return precision if config.model_type == "blip-2" else "fp32"
+    if {wanted, precision} == {"fp16", "bf16"}:
+        raise ConfigError(f"base_dtype = {wanted!r} with precision {precision!r}: set both to the same 16 bits, or one to fp32")
+    return wanted
+
+
+def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The context to compute in, made anew at each call."""
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, DTYPES[precision])
+
+
 def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False) -> Backbone:
     """Load a captioning checkpoint frozen, in eval mode.
 
@@ -87,9 +107,29 @@ def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpoi
     computes what inference computes. Raises ModelError for a checkpoint that is not there, is of
     another kind, lacks weights or image placeholders, or is a T5 in fp16.
     """
+    source = locate_model(name)
+    return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing)
+
+
+def open_backbone(
+    name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False
+) -> tuple[Backbone, str]:
+    """A backbone as the settings ask for it, and the precision to compute in; training and inference agree by this.
+
+    Raises ModelError as `load_backbone` does, and ConfigError for two kinds of 16 bits at once.
+    """
     where = pick_device(device)
+    precision = pick_precision(precision, where)
+    if emulated(precision, where):
+        print(f"this CPU emulates {precision}, which is many times slower than fp32")
     source = locate_model(name)
     config = load_config(source)
+    refuse_t5_fp16(config, name, precision)  # under AMP as well, whatever the weights' dtype
+    dtype = pick_base_dtype(base_dtype, config, precision)
+    return _load(name, source, config, where, dtype, checkpointing), precision
+
+
+def _load(name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool) -> Backbone:
     _refuse(config, name, dtype)
     _silence_dropout(config)
     model = _load_model(CAPTIONERS[config.model_type], source, config, DTYPES[dtype])

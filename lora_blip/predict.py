@@ -18,17 +18,10 @@ from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import pixel_values
 from lora_blip.data.images import ImageError, find_images, open_image
-from lora_blip.loop import autocasting, fresh, pick_base_dtype, seed_everything
+from lora_blip.loop import seed_everything
 from lora_blip.metrics.exact import exact_match
-from lora_blip.models import (
-    Backbone,
-    load_backbone,
-    load_config,
-    locate_model,
-    pick_device,
-    pick_precision,
-    refuse_t5_fp16,
-)
+from lora_blip.models import Backbone, autocasting, open_backbone
+from lora_blip.run import fresh
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.caption import CaptionTask, Generation
 
@@ -50,14 +43,9 @@ def infer(config: InferConfig) -> Path:
     images = find_images(config.images)
     references = read_references(config.references, config.image_root, images)
     wanted = None if config.adapter in ("", "none") else adapter.read(adapter.locate(config.adapter))
-    device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
     output = output_file(config.output_dir)  # refused now if it exists; made when there is something to write
     name = config.model or (wanted.base if wanted else "")
-    base_config = load_config(locate_model(name))
-    refuse_t5_fp16(base_config, name, precision)
-    dtype = pick_base_dtype("auto", base_config, precision)  # as in training: BLIP's weights are merged into in fp32
-    backbone = load_backbone(name, str(device), dtype)
+    backbone, precision = open_backbone(name, config.device, config.precision)
     task = task_of(backbone, wanted, config)
     print(described(wanted, name, len(images), precision))
 
@@ -67,7 +55,7 @@ def infer(config: InferConfig) -> Path:
             p.image: p.text for p in progress(captions(task, images, config.batch_size, precision), len(images), "base")
         }
     if wanted:
-        adapter.load(backbone, wanted.path)
+        adapter.load(backbone, wanted)
         if config.merge:
             lora.bake(backbone.model)
     said: dict[Path, str] = {}

@@ -15,7 +15,8 @@ from lora_blip import adapter, loop, lora
 from lora_blip.config import TrainConfig
 from lora_blip.data.annotations import DataError
 from lora_blip.data.images import ImageError
-from lora_blip.loop import TrainingError, apply_update, learning_rate, run_name, train
+from lora_blip.loop import TrainingError, apply_update, learning_rate, train
+from lora_blip.run import run_name
 from lora_blip.tasks.caption import Batch, CaptionTask
 from tests import tiny
 from tests.conftest import WHOLE, batch_of, inject
@@ -90,11 +91,11 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
 def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, monkeypatch):
     """Law 2: after training, the base is `torch.equal` to what was loaded, under the same names."""
     kept = {}
-    real = loop.load_backbone
-    monkeypatch.setattr(loop, "load_backbone", lambda *a, **k: kept.setdefault("backbone", real(*a, **k)))
+    real = loop.open_backbone
+    monkeypatch.setattr(loop, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
     path = train(settings(checkpoints[kind], tiny.write_photos(tmp_path), targets=WHOLE[kind], prompt="a photo of"))
     fresh = make(kind).model.state_dict()
-    after = {key: value for key, value in kept["backbone"].model.state_dict().items() if ".lora." not in key}
+    after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key]) for key in fresh)
     saved = adapter.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)

@@ -1,0 +1,54 @@
+"""What an adapter remembers of its base: a few weights of each linear that matters, enough to tell another base."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_blip import lora
+from lora_blip.lora import LoRA
+
+SAMPLES = 16  # weights of each linear that are remembered, evenly spaced
+ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
+
+
+def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:
+    """The targeted linears, and as witnesses of the rest of the base the last untied linear of each of its parts."""
+    paths, shared = [x.site.module for x in found], lora.tied(model)
+    for part, child in model.named_children():
+        inside = [f"{part}.{path}" for path, module in child.named_modules() if path and lora.is_linear(module)]
+        paths += [path for path in inside if path not in shared][-1:]
+    return list(dict.fromkeys(paths))
+
+
+def sample(linear: Any) -> dict[str, Any]:
+    """A fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; empty if it is quantised."""
+    if lora.is_quantised(linear):
+        return {}
+    updates = linear._modules.get("lora")
+    merged = isinstance(updates, lora.Updates) and updates.original is not None
+    weight: Tensor = updates.original if merged else linear.weight
+    flat = weight.detach().flatten()
+    where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return {"dtype": str(weight.dtype).removeprefix("torch."), "values": flat[where.to(flat.device)].float().tolist()}
+
+
+def same_weights(expected: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Equal to the bit in the same dtype; within one rounding in another; unknown, so accepted, if quantised."""
+    if not expected or not found:
+        return True
+    a, b = torch.tensor(expected["values"]), torch.tensor(found["values"])
+    if a.shape != b.shape:
+        return False
+    if expected["dtype"] == found["dtype"]:
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=ROUNDING, atol=1e-7)
+
+
+def is_sample(entry: Any) -> bool:
+    """A fingerprint as `sample` writes it: empty for a quantised weight, else a dtype and some numbers."""
+    if entry == {}:
+        return True
+    values = entry["values"]
+    return isinstance(entry["dtype"], str) and bool(values) and all(isinstance(value, int | float) for value in values)
