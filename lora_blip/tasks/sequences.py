@@ -64,18 +64,21 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-class BlipLanguage:
-    """BLIP's text decoder: [DEC] prompt text [SEP]."""
+class DecoderLanguage:
+    """What BLIP and OPT share: one row holds a start that is silent, the text and the end, and predicts its next token."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.model, self.tokenizer = backbone.model, backbone.tokenizer
-        text = backbone.model.config.text_config
-        self.bos, self.end, self.pad_id = text.bos_token_id, text.sep_token_id, text.pad_token_id
-        self.longest = text.max_position_embeddings
+    model: Any
+    tokenizer: Any
+    pad_id: int
+    end: int
+
+    def start(self, prompt: str) -> list[int]:
+        raise NotImplementedError
 
     def rows(self, prompt: str, texts: list[str]) -> Rows:
-        start = [self.bos, *plain_ids(self.tokenizer, prompt)]
-        ids = [[*start, *plain_ids(self.tokenizer, text), self.end] for text in texts]
+        start = self.start(prompt)
+        spaced = [f" {text}" if prompt else text for text in texts]  # a BPE tells the two apart, word pieces do not
+        ids = [[*start, *plain_ids(self.tokenizer, text), self.end] for text in spaced]
         mask = pad([[1] * len(row) for row in ids], 0)
         return Rows(pad(ids, self.pad_id), mask, shifted_targets(ids, [len(start)] * len(ids)))
 
@@ -85,8 +88,21 @@ class BlipLanguage:
             pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
         ).logits
 
+
+class BlipLanguage(DecoderLanguage):
+    """BLIP's text decoder: [DEC] prompt text [SEP]."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.model, self.tokenizer = backbone.model, backbone.tokenizer
+        text = backbone.model.config.text_config
+        self.bos, self.end, self.pad_id = text.bos_token_id, text.sep_token_id, text.pad_token_id
+        self.longest = text.max_position_embeddings
+
+    def start(self, prompt: str) -> list[int]:
+        return [self.bos, *plain_ids(self.tokenizer, prompt)]
+
     def generate(self, pixel_values: Tensor, prompt: str, **settings: Any) -> list[str]:
-        start = [self.bos, *plain_ids(self.tokenizer, prompt)]
+        start = self.start(prompt)
         ids = torch.tensor([[*start, self.end]], device=pixel_values.device).repeat(len(pixel_values), 1)
         mask = torch.ones_like(ids)  # generate() drops the last token of both
         made = self.model.generate(pixel_values=pixel_values, input_ids=ids, attention_mask=mask, **settings)
@@ -120,23 +136,11 @@ class Blip2Language:
         raise NotImplementedError
 
 
-class OptLanguage(Blip2Language):
+class OptLanguage(DecoderLanguage, Blip2Language):
     """BLIP-2 with a decoder (OPT): <image>… </s> prompt text end."""
 
     def start(self, prompt: str) -> list[int]:
         return [*self.image, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
-
-    def rows(self, prompt: str, texts: list[str]) -> Rows:
-        start = self.start(prompt)
-        ids = [[*start, *plain_ids(self.tokenizer, f" {t}" if prompt else t), self.end] for t in texts]
-        mask = pad([[1] * len(row) for row in ids], 0)
-        return Rows(pad(ids, self.pad_id), mask, shifted_targets(ids, [len(start)] * len(ids)))
-
-    def logits(self, pixel_values: Tensor, rows: Rows) -> Tensor:
-        """(rows, tokens, vocabulary)."""
-        return self.model(
-            pixel_values=pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
-        ).logits
 
 
 class T5Language(Blip2Language):
