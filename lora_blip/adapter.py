@@ -7,7 +7,6 @@ summary. Nothing that is read or written here can run code.
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import lora_blip
 from lora_blip import lora
+from lora_blip.files import write_whole
 from lora_blip.fingerprint import is_sample, same_weights, sample, sampled
 from lora_blip.lora import LoRA, Site
 from lora_blip.models import Backbone
@@ -97,20 +97,6 @@ def save(
     }
     write_whole(path, serialise(tensors, {"lora_blip": json.dumps(about)}))
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """All of the file or none of it, whenever the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tensors(address: str, x: LoRA) -> dict[str, Tensor]:

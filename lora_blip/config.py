@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-TASK_NAMES = ("caption",)
+TASK_NAMES = ("caption", "vqa", "retrieval")
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
-Settings = TypeVar("Settings", "TrainConfig", "InferConfig")
+Settings = TypeVar("Settings")
 
 
 class ConfigError(ValueError):
@@ -26,10 +26,10 @@ class TrainConfig:
     """Everything that decides a training run."""
 
     model: str = setting("assets/tiny-blip", "hub name or folder of a BLIP or BLIP-2 checkpoint")
-    task: str = setting("caption", f"what is learned: {', '.join(TASK_NAMES)}")
-    annotations: str = setting("annotations.jsonl", 'a line each {"image": …, "text": …}')
+    task: str = setting("auto", f"what is learned: {', '.join(TASK_NAMES)}; auto: what the checkpoint was made for")
+    annotations: str = setting("annotations.jsonl", 'a line each {"image": …, "text": …}, or with question and answers')
     image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' own")
-    prompt: str = setting("", "text before every caption, never in the loss")
+    prompt: str = setting("", "text before every caption, never in the loss; vqa: a template with {question} in it")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
     output_dir: str = setting("lora_blip_output", "each run gets a folder of its own in here")
     targets: str = setting("vit", "where adapters go: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
@@ -48,8 +48,11 @@ class TrainConfig:
     base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: fp32 for BLIP, the precision for BLIP-2")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     augment: bool = setting(True, "gentle random mirror, shift, scale and brightness; no mirror if a text says left or right")
-    validate_every: int = setting(10, "epochs between validations; the last epoch is always validated")
-    max_new_tokens: int = setting(40, "longest caption that is generated, here and by default with the adapter")
+    validate_every: int = setting(0, "optimizer steps between validations; 0: a tenth of the run; the end is always validated")
+    best_by: str = setting("auto", "score that picks best.safetensors: loss, exact_match, cider …; auto: the task's own")
+    patience: int = setting(0, "stop after so many validations without a better score; 0: never")
+    tensorboard: bool = setting(False, "write TensorBoard's event files too (pip install 'lora_blip[tensorboard]')")
+    max_new_tokens: int = setting(40, "longest text that is generated, here and by default with the adapter")
     num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
     max_skipped: int = setting(10, "stop after so many steps in a row with a loss or gradient that is not finite")
     seed: int = setting(0, "decides the split, the order, the augmentation and the adapters' start")
@@ -59,10 +62,10 @@ class TrainConfig:
     on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the annotations is no good")
 
     def __post_init__(self) -> None:
-        _check(self)
-        _require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 up to, not including, 1")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, not including, 1")
-        _require(self.task in TASK_NAMES, "task", self.task, f"one of {', '.join(TASK_NAMES)}")
+        check(self)
+        require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 up to, not including, 1")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, not including, 1")
+        require(self.task in ("auto", *TASK_NAMES), "task", self.task, f"one of auto, {', '.join(TASK_NAMES)}")
         for name in (
             "r",
             "alpha",
@@ -70,31 +73,43 @@ class TrainConfig:
             "batch_size",
             "accumulation",
             "log_every",
-            "validate_every",
             "max_skipped",
             "max_new_tokens",
             "num_beams",
         ):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("lr", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in (
+            "lr",
+            "max_steps",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "num_workers",
+            "seed",
+            "validate_every",
+            "patience",
+        ):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)
 class InferConfig:
-    """Everything that decides a captioning run."""
+    """Everything that decides a run over images: captions, answers, or a ranking of texts."""
 
     model: str = setting("", "hub name or folder of the base; empty: the one that the adapter was trained on")
     adapter: str = setting("latest", "an adapter's file or run folder; latest: the newest run; none: the base as it is")
+    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's own, or what the checkpoint was made for")
     images: str = setting("image_test", "a file, a folder or a glob")
+    question: str = setting("", 'vqa: asked of every image; or a file of lines {"image": …, "question": …}')
+    texts: str = setting("", "rank these texts for every image: a file, a text a line, or texts with | between them")
     prompt: str = setting("", "text that every caption goes on from; empty: the adapter's own; none: no prompt")
-    max_new_tokens: int = setting(0, "longest caption; 0: the adapter's own setting, or 40")
+    max_new_tokens: int = setting(0, "longest text; 0: the adapter's own setting, or 40")
     num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
     sample: bool = setting(False, "draw words at random instead of taking the likeliest")
-    batch_size: int = setting(16, "images at a time")
+    batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
     merge: bool = setting(True, "write the adapter into the weights first, which is faster; false: leave it on hooks")
-    compare: bool = setting(False, "caption with the base as well, and show both side by side")
-    references: str = setting("", "an annotations file with the right captions: adds exact match to what is printed")
+    compare: bool = setting(False, "ask the base as well, and show both side by side")
+    references: str = setting("", "an annotations file with the right texts: adds the task's score to what is printed")
     image_root: str = setting("", "folder that the references' image paths are relative to; empty: their own")
     output_dir: str = setting("", "where predictions.jsonl goes; empty: a new folder in lora_blip_output")
     precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: what the device does best")
@@ -102,20 +117,57 @@ class InferConfig:
     seed: int = setting(0, "for sampling")
 
     def __post_init__(self) -> None:
-        _check(self)
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
-        for name in ("max_new_tokens", "num_beams", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        if self.adapter in ("", "none") and not self.model:
-            raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")
+        check(self)
+        _check_predicting(self)
 
 
-def parse(kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "") -> Settings:
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything that decides an evaluation: base beside adapter, on images with known texts."""
+
+    references: str = setting("", "annotations file with the right texts, as for training")
+    image_root: str = setting("", "folder that image paths are relative to; empty: the references' own")
+    adapter: str = setting("latest", "an adapter's file or run folder; latest: the newest run; none: the base alone")
+    model: str = setting("", "hub name or folder of the base; empty: the one that the adapter was trained on")
+    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's own, or what the checkpoint was made for")
+    prompt: str = setting("", "as for infer.py")
+    max_new_tokens: int = setting(0, "longest text; 0: the adapter's own setting, or 40")
+    num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
+    batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
+    base: bool = setting(True, "score the base beside the adapter")
+    train_annotations: str = setting("", "where to look for leaks; empty: what the adapter was trained on, if it is here; none")
+    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as the adapter was trained")
+    output_dir: str = setting("", "where the report goes; empty: a new folder in lora_blip_output")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the references is no good")
+    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: what the device does best")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = setting(0, "of the bootstrap")
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_predicting(self)
+        if not self.references:
+            raise ConfigError("references is empty; give the annotations file with the right texts (--references)")
+
+
+def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
+    require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
+    require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
+    for name in ("max_new_tokens", "num_beams", "seed"):
+        require(getattr(config, name) >= 0, name, getattr(config, name), "0 or more")
+    if config.adapter in ("", "none") and not config.model:
+        raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")
+
+
+def parse(
+    kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
+) -> Settings:
     """Settings from the capitals at the top of a script, overridden by flags of the same names."""
-    parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS)
-    _refuse_misspelt(script, [entry.name.upper() for entry in fields(kind)])
-    script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in fields(kind)}
-    for entry in fields(kind):
+    parser = argparse.ArgumentParser(prog=program, description=doc, argument_default=argparse.SUPPRESS)
+    known: Any = fields(kind)  # type: ignore[arg-type]  # a dataclass
+    _refuse_misspelt(script, [entry.name.upper() for entry in known])
+    script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
+    for entry in known:
         flag = f"--{entry.name.replace('_', '-')}"
         text = f"{entry.metadata['doc']} (now: {script[entry.name]!r})".replace("%", "%%")
         if entry.type is bool:
@@ -151,7 +203,7 @@ def _bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def _check(config: Any) -> None:
+def check(config: Any) -> None:
     """Every field has its type: settings come from scripts that users edit."""
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -159,13 +211,13 @@ def _check(config: Any) -> None:
             value = ",".join(value)
             object.__setattr__(config, "targets", value)
         if get_origin(entry.type) is Literal:
-            _require(value in get_args(entry.type), entry.name, value, f"one of {', '.join(get_args(entry.type))}")
+            require(value in get_args(entry.type), entry.name, value, f"one of {', '.join(get_args(entry.type))}")
         elif entry.type is float and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(config, entry.name, float(value))
         elif type(value) is not entry.type:
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
 
 
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+def require(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
         raise ConfigError(f"{name} = {value!r}: expected {expected}")

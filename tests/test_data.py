@@ -90,7 +90,7 @@ def test_a_text_of_unknown_tokens_alone_or_too_long_is_bad(make, tmp_path):
     task = CaptionTask(make("blip"))
     lines = [json.dumps({"image": "a.png", "text": text}) for text in ("ok", "你好", "cube " * 80)]
     source = write(tmp_path / "x.jsonl", *lines)
-    examples, problems = annotations.read(source, on_bad_data="skip", check_text=task.check_text)
+    examples, problems = annotations.read(source, on_bad_data="skip", check=task.check)
     assert [e.text for e in examples] == ["ok"]
     assert "only unknown tokens" in problems[0].reason and "room for 62" in problems[1].reason
 

@@ -1,19 +1,20 @@
-"""`annotations.jsonl` → checked examples. A line each: {"image": "red_1.jpg", "text": "a red cube"}."""
+"""`annotations.jsonl` (or .tsv) → checked examples. A line each: {"image": "red_1.jpg", "text": "a red cube"}.
 
-import json
+For questions: {"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}.
+"""
+
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm  # comes with transformers
 
+from lora_blip.data.formats import Entry, canonical, jsonl_entries, tsv_entries
 from lora_blip.data.images import ImageError, open_image
 
-IMAGE_KEYS = ("image", "image_path", "file_name")
-TEXT_KEYS = ("text", "caption")
 LISTED = 20  # problems printed before "and N more"
 
 
@@ -23,13 +24,23 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One line: an image and a text that describes it. `group` is free for the user ("unseen pairs")."""
+    """One line: an image and a text that describes it, or a question and its answers, one for each who was asked.
+
+    `group` is free for the user ("unseen pairs").
+    """
 
     image: Path
-    text: str
+    text: str  # empty for a question
     name: str  # the image as the line wrote it
     line: int
     group: str = ""
+    question: str = ""
+    answers: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """All that the line says of its picture."""
+        return " ".join(filter(None, (self.text, self.question, *dict.fromkeys(self.answers))))
 
 
 @dataclass(frozen=True)
@@ -46,14 +57,14 @@ def read(
     source: str | Path,
     image_root: str | Path = "",
     on_bad_data: str = "stop",
-    check_text: Callable[[str], str] | None = None,
+    check: Callable[[Example], str] | None = None,
     decode: bool = True,
 ) -> tuple[list[Example], list[Problem]]:
     """Every good line as an Example, and every bad one as a Problem with file and line.
 
     Image paths are relative to `image_root`, or to the file's own folder. Every line is checked: JSON,
-    keys, that the image is there and decodes, that the text is not empty, and `check_text`, which gives
-    the reason why a text is no good, or "". `decode` false leaves the images unopened. Raises DataError
+    keys, that the image is there and decodes, that texts are not empty, and `check`, which gives the
+    reason why a task cannot use the line, or "". `decode` false leaves the images unopened. Raises DataError
     listing the problems if there are any and `on_bad_data` is "stop", and in any case if no line is good.
     """
     source = Path(source)
@@ -62,12 +73,13 @@ def read(
         raise DataError(
             f'annotations {str(source)!r} do not exist; expected a .jsonl file, a line each {{"image": …, "text": …}}'
         )
-    parsed = [_parse(line, number, root) for number, line in _lines(source)]
+    entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
+    parsed = [_example(entry, number, root) for number, entry in entries]
     broken = _undecodable({p.image for p in parsed if isinstance(p, Example)}) if decode else {}
     good, problems = [], []
     for entry in parsed:
         if isinstance(entry, Example):
-            reason = broken.get(entry.image) or (check_text(entry.text) if check_text else "")
+            reason = broken.get(entry.image) or (check(entry) if check else "")
             if not reason:
                 good.append(entry)
                 continue
@@ -101,32 +113,20 @@ def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple
     return train, [example for example in examples if example.image.resolve() in held_out]
 
 
-def _lines(source: Path) -> Iterable[tuple[int, str]]:
-    """Numbered lines that are not blank; bytes that are no UTF-8 are kept as surrogates, for `_parse` to name."""
-    with source.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
-def _parse(line: str, number: int, root: Path) -> Example | tuple[int, str]:
+def _example(found: Entry | str, number: int, root: Path) -> Example | tuple[int, str]:
     """An Example, or the line's number with what is wrong with it."""
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        return number, f"not valid JSON ({error}): {line.strip()[:60]!r}"
-    if not isinstance(entry, dict):
-        return number, f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}'
-    image = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
-    text = next((entry[key] for key in TEXT_KEYS if key in entry), None)
-    if not isinstance(image, str) or not image:
-        return number, f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
-    if not isinstance(text, str):
-        return number, f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, with a string"
-    if any("\ud800" <= letter <= "\udfff" for letter in image + text):
-        return number, "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
-    if not text.strip():
-        return number, "the text is empty"
-    group = entry.get("group", "")
-    return Example(root / image, " ".join(text.split()), image, number, group if isinstance(group, str) else "")
+    entry = found if isinstance(found, str) else canonical(found, answered=False)
+    if isinstance(entry, str):
+        return number, entry
+    image, group = entry["image"], entry.get("group", "")
+    group = group if isinstance(group, str) else ""
+    answers = tuple(entry.get("answers", ()))
+    return Example(root / image, entry.get("text", ""), image, number, group, entry.get("question", ""), answers)
+
+
+def plain(text: str) -> str:
+    """One space between words."""
+    return " ".join(text.split())
 
 
 def _undecodable(images: set[Path]) -> dict[Path, str]:

@@ -34,7 +34,7 @@ class Pictures(Dataset[tuple[Example, Tensor]]):
         example = self.examples[index]
         image = open_image(example.image)
         if self.augmented:
-            image = augment(image, example.text, random.Random(f"{self.seed} {epoch} {index}"), self.side)
+            image = augment(image, example.words, random.Random(f"{self.seed} {epoch} {index}"), self.side)
         return example, pixel_values(image, self.image_processor)
 
 
