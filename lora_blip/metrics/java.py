@@ -1,0 +1,159 @@
+"""The Java parts of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each bounded in time.
+
+The jars are those inside `pycocoevalcap`; its own wrappers are not used, since they write into site-packages, wait without
+end on a process that died, and SPICE's downloads a model at its first call. Here nothing is downloaded, every process ends,
+and whatever goes wrong is a JavaError with one line of reason.
+"""
+
+import json
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lora_blip.metrics.tokens import kept
+
+START, EACH = 180.0, 0.1  # seconds: allowed to a process at all, and more for every caption or image that it is given
+SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")  # not in pycocoevalcap's package
+
+Found = tuple[float, list[float]]  # the score of the set, and by image
+
+
+class JavaError(RuntimeError):
+    """Java is missing, or one of its programs failed or took too long; the message is one line."""
+
+
+def java() -> str:
+    """The path of the `java` command. JavaError when there is none."""
+    found = shutil.which("java")
+    if found is None:
+        raise JavaError("there is no `java` command here; install a Java runtime (8 or newer)")
+    return found
+
+
+def tokenise(captions: list[str], package: Path) -> list[str]:
+    """PTBTokenizer (Stanford CoreNLP 3.4.1), lower case, without punctuation marks: words joined by spaces, by caption.
+
+    package: the folder of pycocoevalcap. Raises JavaError.
+    """
+    jar = package / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    options = ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    lines = "".join(one_line(caption) + "\n" for caption in captions)
+    written = _run(
+        "PTBTokenizer", ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", *options], lines, _limit(len(captions))
+    )
+    found = written.removesuffix("\n").split("\n")
+    if len(found) != len(captions):
+        raise JavaError(f"PTBTokenizer gave {len(found)} lines for {len(captions)} captions")
+    return [kept(line.rstrip().split(" ")) for line in found]
+
+
+def one_line(caption: str) -> str:
+    """Any white space → one space, what UTF-8 cannot hold → "?": a caption is a line of its own."""
+    return " ".join(caption.encode("utf-8", "replace").decode().split())
+
+
+def meteor(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
+    """METEOR 1.5 for English with normalisation, of the whole set and by image (Denkowski and Lavie 2014).
+
+    The score of the set is taken from the summed counts of all images: it is not the mean of theirs. Raises JavaError.
+    """
+    jar = package / "meteor" / "meteor-1.5.jar"
+    command = [java(), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    with _talking(command, _limit(len(predictions))) as ask:
+        counts = []
+        for said, right in zip(predictions, references, strict=True):
+            fields = [" ".join(one_line(text).replace("|||", " ").split()) for text in [*right, said]]
+            counts.append(ask("SCORE ||| " + " ||| ".join(fields), 1)[0])
+        *by_image, whole = (float(line) for line in ask("EVAL ||| " + " ||| ".join(counts), len(counts) + 1))
+    return whole, by_image
+
+
+def spice(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
+    """SPICE (Anderson et al. 2016): mean over images of the F score of scene-graph tuples, and by image. Raises JavaError."""
+    folder = package / "spice"
+    missing = [name for name in SPICE_MODELS if not (folder / "lib" / name).is_file()]
+    if missing:
+        raise JavaError(
+            f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}; with internet, "
+            "`python -m pycocoevalcap.spice.get_stanford_models` fetches them (nothing is downloaded without being asked)"
+        )
+    rows = zip(predictions, references, strict=True)
+    items = [{"image_id": place, "test": said, "refs": right} for place, (said, right) in enumerate(rows)]
+    with tempfile.TemporaryDirectory() as temporary:
+        given, result = Path(temporary, "captions.json"), Path(temporary, "scores.json")
+        given.write_text(json.dumps(items), encoding="utf-8")
+        command = ["-Xmx8G", "-jar", str(folder / "spice-1.0.jar"), str(given), "-out", str(result), "-silent"]
+        _run("SPICE", command, "", _limit(10 * len(items)))
+        try:
+            scores = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(result.read_text(encoding="utf-8"))}
+            by_image = [float("nan" if scores[place] is None else scores[place]) for place in range(len(items))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JavaError(f"SPICE wrote no scores that can be read ({type(error).__name__}: {error})") from None
+    return sum(by_image) / len(by_image), by_image
+
+
+def _limit(items: int) -> float:
+    return START + EACH * items
+
+
+def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
+    """What a Java program writes that is given `given`; JavaError when it fails or runs longer than `limit` seconds."""
+    try:
+        done = subprocess.run([java(), *arguments], input=given.encode(), capture_output=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        raise JavaError(f"{name} was stopped after {limit:.0f} s") from None
+    except OSError as error:
+        raise JavaError(f"Java did not start ({error})") from None
+    if done.returncode:
+        raise JavaError(f"{name} failed with {done.returncode}: {_last_line(done.stderr)}")
+    return done.stdout.decode("utf-8", "replace")
+
+
+@contextmanager
+def _talking(command: list[str], limit: float) -> Iterator[Callable[[str, int], list[str]]]:
+    """A process to ask a line and get so many lines back; it is gone when the block ends, however it ends. JavaError."""
+    late = threading.Event()
+    with tempfile.TemporaryFile() as errors:  # a pipe for stderr would fill up, since nobody reads it
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        except OSError as error:
+            raise JavaError(f"Java did not start ({error})") from None
+        to, back = process.stdin, process.stdout
+        assert to is not None and back is not None
+
+        def ask(line: str, answers: int) -> list[str]:
+            to.write(line.encode() + b"\n")
+            to.flush()
+            return [back.readline().decode().strip() for _ in range(answers)]
+
+        def stop() -> None:
+            late.set()
+            process.kill()  # the reader then meets the end of the file
+
+        timer = threading.Timer(limit, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield ask
+        except (OSError, ValueError) as error:  # a broken pipe, or an answer that is no number
+            process.kill()
+            process.wait()
+            errors.seek(0)
+            why = f"was stopped after {limit:.0f} s" if late.is_set() else f"failed ({error}): {_last_line(errors.read())}"
+            raise JavaError(f"METEOR {why}") from None
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            back.close()
+            with suppress(OSError):  # what was not sent yet cannot be sent any more
+                to.close()
+
+
+def _last_line(written: bytes) -> str:
+    lines = [line for line in written.decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it wrote nothing"
