@@ -1,0 +1,347 @@
+"""report.html: whole in itself, safe with words of strangers, and it works in a browser (skipped where there is none)."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_blip import report
+from lora_blip.metrics.bootstrap import Interval
+from lora_blip.report import Card, Row
+
+NASTY = [
+    "<script>window.pwned = 1</script>",
+    '</script><img src=x onerror="window.pwned = 1">',
+    "\"quoted\" & 'single' <!-- data --> &lt; </script x <!-- <script y",
+    "قطة حمراء على الطاولة \u202e txt",
+    "猫がいる 🐶\u2028\u0000",
+    "w" * 2000,
+]
+METRICS: list[dict[str, Any]] = [
+    {"step": 0, "epoch": 0, "val_loss": 2.4, "val_exact_match": 0.0, "val_cider": 0.1},
+    *({"step": n, "epoch": n // 10, "loss": 2 / n, "lr": 1e-3 / n, "grad_norm": 1 / n} for n in range(1, 31)),
+    {"step": 20, "epoch": 2, "skipped": "vision_model <b> is not finite", "loss_scale": 2.0},
+    {"step": 30, "epoch": 3, "val_loss": 0.2, "val_exact_match": 0.9, "val_cider": 7.1},
+]
+WARNING = "2 images are in the training data <b>"
+ROWS = [
+    Row("exact match", Interval(0.25, 0.2, 0.3), Interval(0.75, 0.7, 0.8)),
+    Row("CIDEr", Interval(0.9, 0.8, 1.0), Interval(0.5, 0.4, 0.85)),
+    Row("loss", Interval(2.5, 2.0, 3.0), Interval(0.5, 0.4, 0.6), lower_is_better=True),
+    Row("SPICE", None, None, "needs Java <i>"),
+]
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red") -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The data inside a page; JSON to the letter, without Python's NaN."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
+    assert found
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(found[1], parse_constant=refuse)
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 cards: every third is wrong, every fourth changed, of two groups; after six of strangers' words."""
+    folder = tmp_path_factory.mktemp("report")
+    one, other = picture(folder / "one.png"), picture(folder / "other.jpg", (600, 300), "blue")
+    cards = [
+        Card(one if n else folder / "gone.png", [text, text[::-1]], text + "!", text, group=text)
+        for n, text in enumerate(NASTY)
+    ]
+    for n in range(114):
+        right = f"a red cube number {n}"
+        said = right if n % 3 else right.replace("red cube", "blue ball")
+        base = said if n % 4 else "a thing"
+        group = "even" if n % 2 == 0 else "odd"
+        cards.append(
+            Card(other, [right], said, base, score=n / 114, base_score=0.5, group=group, leaked="copy" if n == 7 else "")
+        )
+    facts = {"base <b>": NASTY[0], "adapter": "a/very/long/path_" * 20}
+    return report.write(folder / "report.html", NASTY[1], ROWS, cards, METRICS, facts, [WARNING])
+
+
+def test_nothing_is_fetched(page: Path) -> None:
+    """No tag or style refers to anything but data, and the browser is told to refuse it if one did."""
+    text = page.read_text("utf-8")
+    tags = Tags(text).found
+    sources = [
+        attributes[key] for _, attributes in tags for key in ("src", "href", "srcset", "action", "data") if key in attributes
+    ]
+    assert sources == ["data:,"]  # the icon, which browsers would ask for
+    styles = "".join(re.findall(r"<style>(.*?)</style>", text, re.DOTALL))
+    assert styles and "url(" not in styles and "@import" not in styles
+    policy = next(attributes["content"] for _, attributes in tags if "http-equiv" in attributes)
+    assert policy and policy.startswith("default-src 'none'; img-src data:;")
+    assert not re.search(r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|fetch|XMLHttpRequest)\b", text)
+
+
+def test_words_of_strangers_add_no_tag(page: Path, tmp_path: Path) -> None:
+    """The tags are those of a page of plain words; every caption comes back from the JSON to the letter."""
+    tags = [tag for tag, _ in Tags(page.read_text("utf-8")).found]
+    assert tags.count("script") == 2 and not {"img", "i"} & set(tags)
+    assert tags.count("b") == 9  # the figures of the score table
+    assert [card["references"][0] for card in read(page)["cards"] if "score" not in card] == NASTY
+    odd = report.write(tmp_path / "odd.html", "t", [], [Card(Path("\udcff.png"), ["half \ud83d"], "a")])
+    assert read(odd)["cards"][0]["references"] == ["half ?"]
+
+
+def test_worst_first_and_the_worst_have_the_pictures(tmp_path: Path) -> None:
+    """By score, then by what was lost to the base; none last. An image of two questions is embedded once."""
+    images = [picture(tmp_path / f"{n}.png", (300, 600)) for n in range(4)]
+    scores = [(0.5, 0.1), (None, None), (0.5, 0.9), (0.0, None), (float("nan"), 1.0), (0.6, 0.5)]
+    cards = [Card(images[min(n, 3)], ["a"], str(n), score=score, base_score=base) for n, (score, base) in enumerate(scores)]
+    data = read(report.write(tmp_path / "page.html", "t", [], cards, most_pictures=2))
+    assert [card["adapted"] for card in data["cards"]] == ["3", "2", "0", "5", "4", "1"]
+    assert [card.get("picture") for card in data["cards"]] == [0, 1, None, 0, 0, None]
+    assert data["cards"][0]["score"] == 0.0
+    for shot in data["pictures"]:
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(shot["jpeg"])))
+        assert thumbnail.format == "JPEG" and list(thumbnail.size) == shot["size"] == [128, 256]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """A missing, damaged or foreign file costs its own picture and nothing else."""
+    (tmp_path / "text.png").write_text("no image")
+    whole = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    names = ["gone.png", "text.png", "cut.png", "whole.png"]
+    data = read(report.write(tmp_path / "page.html", "t", [], [Card(tmp_path / name, [], "a") for name in names]))
+    for name, shot in zip(names[:3], data["pictures"], strict=False):
+        assert name in shot["problem"]
+    assert "jpeg" in data["pictures"][3]
+    assert "right" not in data["cards"][0]  # nothing to compare with
+
+
+def test_right_is_exact_match_unless_it_is_told(tmp_path: Path) -> None:
+    gone = tmp_path / "gone.png"
+    cards = [Card(gone, ["A cube."], "a cube"), Card(gone, ["two"], "2", right=True), Card(gone, ["a"], "b", "B")]
+    said = read(report.write(tmp_path / "page.html", "t", [], cards))["cards"]
+    assert [card["right"] for card in said] == [True, True, False]
+    assert "changed" not in said[2]  # case is no change
+
+
+def test_curves_survive_nan_and_long_runs(tmp_path: Path) -> None:
+    """Every n-th step, the last one, all validations and skipped steps; NaN becomes null."""
+    lines: list[dict[str, Any]] = [{"step": n, "loss": 1.0, "lr": 0.1} for n in range(1, 7002)]
+    lines.insert(4, {"step": 4, "val_loss": float("nan")})
+    lines.insert(5, {"step": 4, "skipped": "x", "loss_scale": float("inf")})
+    data = read(report.write(tmp_path / "page.html", "t", [], [], lines))
+    steps = [line["step"] for line in data["metrics"] if "loss" in line]
+    assert data["every"] == 4 and steps == [*range(1, 7001, 4), 7001][: len(steps)] and steps[-1] == 7001
+    assert {"step": 4, "val_loss": None} in data["metrics"] and {"step": 4, "skipped": "x", "loss_scale": None} in data[
+        "metrics"
+    ]
+    assert read(report.write(tmp_path / "few.html", "t", [], [], lines[:30]))["every"] == 1
+
+
+def test_score_table_says_what_is_better() -> None:
+    """adapted − base in points or plain figures; a falling loss is better; overlapping intervals are said; – has its note."""
+    table = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)) for row in report.scores_html(ROWS).split("<tr>")[2:]]
+    assert "25.0 % 20.0 to 30.0 75.0 % 70.0 to 80.0 +50.0 points better" in table[0]
+    assert "0.900 0.800 to 1.000 0.500 0.400 to 0.850 −0.400 worse, intervals overlap" in table[1]
+    assert "−2.000 better" in table[2] and "overlap" not in table[2]
+    assert "needs Java &lt;i&gt; – – –" in table[3]
+    alone = report.scores_html(
+        [Row("exact match", None, Interval(0.5, 0.4, 0.6)), Row("x", None, Interval(float("nan"), 0, 1))]
+    )
+    assert "base</th>" not in alone and "gain" not in alone and "nan" not in alone
+
+
+def test_warnings_stand_above_the_scores(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert 0 < text.index("2 images are in the training data &lt;b&gt;") < text.index(">Scores<") < text.index(">Pictures<")
+
+
+def test_an_older_page_is_replaced_whole(tmp_path: Path) -> None:
+    for title in ("first", "second"):
+        path = report.write(tmp_path / "deep" / "page.html", title, [], [])
+    assert '<h1 dir="auto">second</h1>' in path.read_text("utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+
+
+# ---------------------------------------------------------------- in a browser
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    try:
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    except webdriver.remote.webdriver.WebDriverException as error:
+        pytest.skip(f"Chromium does not start here: {error.msg}")
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def opened(chromium: Any, page: Path) -> Any:
+    show(chromium, page, 1280)
+    return chromium
+
+
+def show(browser: Any, page: Path, width: int, scheme: str = "light") -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get(page.as_uri())
+
+
+def enter(browser: Any, **settings: str | bool) -> str:
+    """Set the filters as a user would; what the page then says is shown."""
+    return browser.execute_script(
+        """for (const [name, value] of Object.entries(arguments[0])) {
+             const control = document.getElementById("filters").elements[name];
+             control[typeof value === "boolean" ? "checked" : "value"] = value;
+             control.dispatchEvent(new Event("input", {bubbles: true}));
+           }
+           return document.getElementById("count").textContent""",
+        settings,
+    )
+
+
+def shown(browser: Any) -> list[str]:
+    return browser.execute_script("return [...document.querySelectorAll('.card dd.adapted')].map(text => text.textContent)")
+
+
+def test_opens_silently_from_disk(opened: Any, page: Path) -> None:
+    """No message on the console, no request but the page and its data, no script of a stranger."""
+    events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [request["request"]["url"] for request in requests if request["documentURL"] == page.as_uri()]
+    assert page.as_uri() in urls and all(url == page.as_uri() or url.startswith("data:") for url in urls)
+    assert opened.get_log("browser") == []
+    assert opened.execute_script("return window.pwned") is None
+    assert opened.title == NASTY[1]
+
+
+def test_strangers_words_are_shown_as_text(opened: Any) -> None:
+    assert enter(opened, query="pwned") == "2 of 120 cards"
+    assert shown(opened) == [text + "!" for text in NASTY[:2]]
+    assert "gone.png does not exist" in opened.find_element("css selector", ".missing").text
+
+
+def test_filters_count_what_is_left(opened: Any) -> None:
+    """Words, a phrase, wrong, changed, leaks and a group, alone and together; clearing brings all back."""
+    assert opened.find_element("id", "count").text == "120 cards"
+    assert len(shown(opened)) == 48  # the rest as one scrolls
+    opened.find_element("name", "query").send_keys("CUBE number 11")
+    assert opened.find_element("id", "count").text == "5 of 120 cards"  # 11 and 110 to 113
+    assert enter(opened, query='"ball number"') == "38 of 120 cards"
+    assert enter(opened, group="even") == "19 of 120 cards"
+    assert enter(opened, query="", group="", wrong=True) == "44 of 120 cards"
+    assert enter(opened, changed=True) == "16 of 120 cards"
+    assert enter(opened, wrong=False, changed=False, leaked=True) == "1 of 120 cards"
+    assert enter(opened, query="no such words") == "None of 120 cards is like this"
+    opened.find_element("css selector", "[type=reset]").click()
+    assert (
+        opened.execute_async_script("setTimeout(() => arguments[0](document.getElementById('count').textContent), 50)")
+        == "120 cards"
+    )
+
+
+def test_orders(opened: Any) -> None:
+    enter(opened, query="number")
+    assert shown(opened)[0] == "a blue ball number 0"
+    enter(opened, order="best")
+    assert shown(opened)[:2] == ["a red cube number 113", "a red cube number 112"]
+    enter(opened, order="loss")
+    assert shown(opened)[0] == "a blue ball number 0"
+    enter(opened, order="gain", query="")
+    assert shown(opened)[0] == "a red cube number 113"
+
+
+def test_differences_are_marked_word_by_word(opened: Any) -> None:
+    enter(opened, query='"ball number 3"', order="worst")
+    card = opened.find_element("css selector", ".card")
+    assert [node.text for node in card.find_elements("tag name", "del")] == ["blue ball"]
+    assert [node.text for node in card.find_elements("tag name", "ins")] == ["red cube"]
+
+
+def test_a_picture_enlarges(opened: Any) -> None:
+    """By click or key; the arrows turn the pages; Escape gives back the focus."""
+    enter(opened, query="number")
+    first = opened.find_element("css selector", "button.frame")
+    opened.execute_script("arguments[0].focus()", first)
+    first.send_keys("\ue007")  # Enter
+    viewer = opened.find_element("id", "viewer")
+    assert viewer.is_displayed() and "1 of 114" in viewer.text and "number 0" in viewer.text
+    opened.switch_to.active_element.send_keys("\ue014")  # →
+    assert "2 of 114" in viewer.text and "number 1" in viewer.text
+    assert viewer.find_element("tag name", "img").get_attribute("naturalWidth") == "256"
+    opened.switch_to.active_element.send_keys("\ue00c")  # Escape
+    assert not viewer.is_displayed() and opened.switch_to.active_element == first
+
+
+def test_curves_can_be_read_by_key(opened: Any) -> None:
+    charts = opened.find_elements("css selector", "svg.chart")
+    assert [chart.get_attribute("aria-label").split(":")[0] for chart in charts] == [
+        "Loss", "Validation", "Validation", "Learning rate", "Gradient norm"
+    ]  # fmt: skip
+    opened.execute_script("arguments[0].focus()", charts[0])
+    charts[0].send_keys("\ue014\ue014")  # → →
+    assert opened.find_element("css selector", ".tip").text == "step 1, epoch 0\ntraining 2"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screens_need_no_sideways_scroll(chromium: Any, page: Path, scheme: str) -> None:
+    """At 360 px; and in both schemes every text has a contrast of at least 4.5 to what is behind it (WCAG 2, AA)."""
+    show(chromium, page, 360, scheme)
+    assert chromium.execute_script("return document.documentElement.scrollWidth") == 360
+    assert chromium.execute_script(CONTRAST) == []
+
+
+CONTRAST = """
+const light = part => (part /= 255) <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+const channels = color => color.match(/[\\d.]+/g).map(Number);
+const luminance = ([r, g, b]) => 0.2126 * light(r) + 0.7152 * light(g) + 0.0722 * light(b);
+const behind = node => { const color = channels(getComputedStyle(node).backgroundColor);
+  return color[3] === 0 ? behind(node.parentElement) : color; };
+return [...document.body.querySelectorAll("*")].filter(node =>
+  [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim()) && node.getClientRects().length
+  && !["SCRIPT", "NOSCRIPT"].includes(node.tagName)).filter(node => {
+    const style = getComputedStyle(node), ink = node.closest("svg") ? style.fill : style.color;
+    const [low, high] = [luminance(channels(ink)), luminance(behind(node))].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05) < 4.5; }).map(node => node.outerHTML.slice(0, 200))
+"""
