@@ -1,5 +1,7 @@
 """Draw the shipped cubes: `python -m toyworld.cubes` writes image_train/, annotations.jsonl and image_test/.
 
+Beside the pictures lie questions.jsonl and sentences.jsonl, for question answering and retrieval.
+
 Some ordered pairs of colours are never shown in training, so that image_test can ask whether the adapter
 learned cubes or learned the pictures by heart.
 """
@@ -9,11 +11,15 @@ import json
 import random
 from pathlib import Path
 
+from toyworld.questions import sentences, taught
 from toyworld.scenes import COLOURS, Scene, Thing, render_cubes
 
 UNSEEN_PAIRS = {(a, COLOURS[(i + 2) % len(COLOURS)]) for i, a in enumerate(COLOURS)}  # each colour once above, once below
 RELATIONS = ("on top of", "to the left of")
 TRAIN, NEW, UNSEEN = 300, 100, 60
+ASKED = 2  # questions of each picture
+CANDIDATES = 50  # sentences of image_test, no two alike
+Drawn = list[tuple[str, Scene, str]]  # picture, what it shows, group
 
 
 def cube_scene(rng: random.Random, unseen: bool) -> Scene:
@@ -28,16 +34,48 @@ def cube_scene(rng: random.Random, unseen: bool) -> Scene:
     return Scene((Thing("cube", first), Thing("cube", second)), rng.choice(RELATIONS))
 
 
-def write(folder: Path, annotations: Path, scenes: list[tuple[Scene, str]], rng: random.Random) -> None:
+def write(folder: Path, annotations: Path, scenes: list[tuple[Scene, str]], rng: random.Random) -> Drawn:
     """Pictures into `folder` and a line each into `annotations`, with paths relative to the annotations."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (scene, group) in enumerate(scenes):
         path = folder / f"{number:03d}.png"
         render_cubes(scene, rng).quantize(96, dither=0).save(path, optimize=True)
-        line = {"image": path.relative_to(annotations.parent).as_posix(), "text": scene.caption("cube")}
-        lines.append(json.dumps(line | ({"group": group} if group else {})))
+        lines.append(line(path.relative_to(annotations.parent).as_posix(), group, text=scene.caption("cube")))
     annotations.write_text("\n".join(lines) + "\n")
+    return [(f"{number:03d}.png", scene, group) for number, (scene, group) in enumerate(scenes)]
+
+
+def line(image: str, group: str, **said: object) -> str:
+    return json.dumps({"image": image, **said} | ({"group": group} if group else {}))
+
+
+def ten_answers(answer: str) -> list[str]:
+    """As ten people would give them: some leave the article out, one the noun."""
+    if not answer.startswith(("a ", "an ")):
+        return [answer] * 10
+    bare = answer.split(" ", 1)[1]
+    return [answer] * 7 + [bare] * 2 + [bare.split()[0]]
+
+
+def write_questions(path: Path, drawn: Drawn, rng: random.Random) -> None:
+    lines = []
+    for image, scene, group in drawn:
+        for question, answer in rng.sample(taught(scene), ASKED):
+            lines.append(line(image, group, question=question, answers=ten_answers(answer)))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_sentences(path: Path, drawn: Drawn) -> None:
+    """Every way to say each picture."""
+    lines = [line(image, group, text=text) for image, scene, group in drawn for text in sentences(scene)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_candidates(path: Path, drawn: Drawn) -> None:
+    """The turned round sentences of CANDIDATES pictures, no two of which say the same."""
+    chosen = list({sentences(scene)[-1]: (image, group) for image, scene, group in reversed(drawn)}.items())[:CANDIDATES]
+    path.write_text("\n".join(line(image, group, text=text) for text, (image, group) in reversed(chosen)) + "\n")
 
 
 if __name__ == "__main__":
@@ -46,7 +84,12 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out, rng = arguments.out, random.Random(arguments.seed)
-    write(out / "image_train", out / "annotations.jsonl", [(cube_scene(rng, False), "") for _ in range(TRAIN)], rng)
+    train = write(out / "image_train", out / "annotations.jsonl", [(cube_scene(rng, False), "") for _ in range(TRAIN)], rng)
     new = [(cube_scene(rng, False), "new cubes") for _ in range(NEW)]
     pairs = [(cube_scene(rng, True), "unseen colour pairs") for _ in range(UNSEEN)]
-    write(out / "image_test", out / "image_test" / "annotations.jsonl", new + pairs, rng)
+    test = write(out / "image_test", out / "image_test" / "annotations.jsonl", new + pairs, rng)
+    rng = random.Random(f"{arguments.seed} words")
+    write_questions(out / "image_train" / "questions.jsonl", train, rng)
+    write_questions(out / "image_test" / "questions.jsonl", test, rng)
+    write_sentences(out / "image_train" / "sentences.jsonl", train)
+    write_candidates(out / "image_test" / "sentences.jsonl", test)
