@@ -1,16 +1,19 @@
-"""Caption images with an adapter: edit the settings, then `python infer.py`. Each is also a flag: --num-beams 3."""
+"""Caption images, ask about them or rank texts for them: edit the settings, then `python infer.py`. Each is also a flag."""
 
 MODEL = ""  # hub name or folder of the base; empty: the one that the adapter was trained on
 ADAPTER = "latest"  # an adapter's file or run folder; "latest": the newest run; "none": the base as it is
+TASK = "auto"  # "caption", "vqa" or "retrieval"; auto: the adapter's own, or what the checkpoint was made for
 IMAGES = "image_test"  # a file, a folder or a glob
+QUESTION = ""  # vqa: asked of every image; or a file of lines {"image": …, "question": …}
+TEXTS = ""  # rank these texts for every image: a file, a text a line, or texts with | between them
 PROMPT = ""  # text that every caption goes on from; empty: the adapter's own; "none": no prompt
-MAX_NEW_TOKENS = 0  # longest caption; 0: the adapter's own setting, or 40
+MAX_NEW_TOKENS = 0  # longest text; 0: the adapter's own setting, or 40
 NUM_BEAMS = 0  # beams; 0: the adapter's own setting, or 1
 SAMPLE = False  # draw words at random instead of taking the likeliest
-BATCH_SIZE = 16  # images at a time
+BATCH_SIZE = 16  # images at a time; halved when the device's memory runs out
 MERGE = True  # write the adapter into the weights first, which is faster; False: leave it on hooks
-COMPARE = False  # caption with the base as well, and show both side by side
-REFERENCES = ""  # an annotations file with the right captions: adds exact match to what is printed
+COMPARE = False  # ask the base as well, and show both side by side
+REFERENCES = ""  # an annotations file with the right texts: adds the task's score to what is printed
 IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their own
 OUTPUT_DIR = ""  # where predictions.jsonl goes; empty: a new folder in lora_blip_output
 PRECISION = "auto"  # "fp16", "bf16" or "fp32"; auto: what the device does best

@@ -1,10 +1,10 @@
 """Train a LoRA adapter: edit the settings, then `python train.py`. Each is also a flag: --batch-size 8."""
 
 MODEL = "assets/tiny-blip"  # hub name or folder: "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"
-TASK = "caption"  # what is learned
-ANNOTATIONS = "annotations.jsonl"  # a line each: {"image": "red_1.jpg", "text": "a red cube"}
+TASK = "auto"  # "caption", "vqa" or "retrieval"; auto: what the checkpoint was made for
+ANNOTATIONS = "annotations.jsonl"  # a line each: {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
 IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' own
-PROMPT = ""  # text before every caption, never in the loss
+PROMPT = ""  # text before every caption, never in the loss; vqa: a template, "Question: {question} Answer:"
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
 OUTPUT_DIR = "lora_blip_output"  # each run gets a folder of its own in here
 
@@ -26,8 +26,11 @@ BASE_DTYPE = "auto"  # dtype of the frozen weights; auto: fp32 for BLIP, the pre
 CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
 AUGMENT = True  # gentle random mirror, shift, scale and brightness; no mirror if a text says left or right
 
-VALIDATE_EVERY = 10  # epochs between validations; the last epoch is always validated
-MAX_NEW_TOKENS = 40  # longest caption that is generated, here and by default with the adapter
+VALIDATE_EVERY = 0  # optimizer steps between validations; 0: a tenth of the run; the end is always validated
+BEST_BY = "auto"  # score that picks best.safetensors: "loss", "exact_match", "cider", "vqa_accuracy" …; auto: the task's own
+PATIENCE = 0  # stop after so many validations without a better score; 0: never
+TENSORBOARD = False  # write TensorBoard's event files too: pip install 'lora_blip[tensorboard]'
+MAX_NEW_TOKENS = 40  # longest text that is generated, here and by default with the adapter
 NUM_BEAMS = 1  # beams of generation, here and by default with the adapter
 MAX_SKIPPED = 10  # stop after so many steps in a row with a loss or gradient that is not finite
 SEED = 0  # decides the split, the order, the augmentation and the adapters' start

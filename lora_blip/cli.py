@@ -1,10 +1,10 @@
-"""Command lines: what train.py and infer.py call, and `python -m lora_blip doctor`."""
+"""Command lines: what train.py and infer.py call, and `python -m lora_blip …`."""
 
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from lora_blip.config import ConfigError, InferConfig, TrainConfig, parse
+from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, TrainConfig, parse
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
@@ -62,16 +62,39 @@ def stop(error: Exception) -> None:
     raise SystemExit(2)
 
 
+COMMANDS = {
+    "prepare": "any common data format → train, val and test JSONL, split by image",
+    "evaluate": "base beside adapter: scores with intervals, comparison.csv and report.html",
+    "doctor": "versions, devices, extras, and whether the embedded bases work: send it with a question",
+}
+
+
 def main() -> None:
-    """`python -m lora_blip doctor`"""
-    import argparse
+    """`python -m lora_blip prepare | evaluate | doctor`, each with --help."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    if wanted not in COMMANDS:
+        lines = "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())
+        asked = wanted in ("", "-h", "--help")
+        (sys.stdout if asked else sys.stderr).write(
+            ("" if asked else f"error: {wanted!r} is no command\n")
+            + f"python -m lora_blip COMMAND\n\n{lines}\nCOMMAND --help lists its settings\n"
+        )
+        raise SystemExit(0 if asked else 2)
+    tell(lambda: run_command(wanted, sys.argv[2:]))
 
-    parser = argparse.ArgumentParser(prog="python -m lora_blip", description="LoRA for BLIP and BLIP-2")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "doctor", help="versions, devices, extras, and whether the embedded bases work: send it with a question"
-    )
-    parser.parse_args()
-    from lora_blip.doctor import examine
 
-    raise SystemExit(0 if examine() else 1)
+def run_command(command: str, arguments: list[str]) -> None:
+    program = f"python -m lora_blip {command}"
+    if command == "prepare":
+        from lora_blip.prepare import PrepareConfig, prepare
+
+        prepare(parse(PrepareConfig, {}, arguments, COMMANDS[command], program))
+    elif command == "evaluate":
+        config = parse(EvaluateConfig, {}, arguments, COMMANDS[command], program)
+        from lora_blip.evaluate import evaluate
+
+        evaluate(config)
+    else:
+        from lora_blip.doctor import examine
+
+        raise SystemExit(0 if examine() else 1)

@@ -89,16 +89,16 @@ def hook_fires(name: str) -> str:
     """Load an embedded base, put adapters on its ViT, and see that a changed B changes the logits."""
     backbone = load_backbone(str(REPOSITORY / name), "cpu")
     task = CaptionTask(backbone)
-    rows = task.language.rows("", ["a red cube"])
+    rows = task.language.rows([""], ["a red cube"])
     side = backbone.model.config.vision_config.image_size
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = task.language.logits(image, rows)
+        before = task.language.logits(task.language.see(image), rows)
         placed = lora.inject(backbone.model, targets.find(backbone.model, "vit"))
-        fresh = task.language.logits(image, rows)
+        fresh = task.language.logits(task.language.see(image), rows)
         for update in placed.values():
             update.B.fill_(0.01)
-        after = task.language.logits(image, rows)
+        after = task.language.logits(task.language.see(image), rows)
     if not torch.equal(before, fresh) or torch.equal(before, after):
         raise RuntimeError("the hooks on its ViT do not do what they should")
     return f"loads, and the hooks of its {len(placed)} ViT linears fire"

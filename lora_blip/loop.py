@@ -16,17 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Blip2ForConditionalGeneration
 
 from lora_blip import curves, lora, preflight, targets
 from lora_blip.config import TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Stack, close, first_stack, loader
-from lora_blip.models import autocasting, open_backbone
+from lora_blip.models import Backbone, autocasting, open_backbone
 from lora_blip.run import Run, Update
-from lora_blip.tasks import TASKS
-from lora_blip.tasks.caption import Batch, CaptionTask, Generation
+from lora_blip.tasks import TASKS, natural_task
+from lora_blip.tasks.task import Batch, Generation, Task
 
 TINY = 20_000_000  # parameters
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -47,8 +46,9 @@ def train(config: TrainConfig) -> Path:
     refuse_unwritable(config.output_dir)
     backbone, precision = open_backbone(config.model, config.device, config.precision, config.base_dtype, config.checkpointing)
     device = backbone.device
-    config = replace(config, lr=config.lr or default_rate(backbone.model))
-    task = TASKS[config.task](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
+    task = task_for(config, backbone)
+    config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
+    config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
     training, validation = read_examples(config, task)
 
     sites = targets.find(backbone.model, config.targets, config.r, config.alpha)
@@ -62,16 +62,18 @@ def train(config: TrainConfig) -> Path:
     backbone.model.train()
     print(preflight.check(task, first, autocast), "\n", sep="")
 
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    decayed = {"params": parameters, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.AdamW([decayed, {"params": task.parameters(), "weight_decay": 0.0}], lr=config.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total = total_steps(config, len(batches))
     warmup = min(config.warmup_steps, total // 5)
+    every = config.validate_every or max(1, total // 10)
     run = Run(config, task, total)
     print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")
     step = skipped_in_a_row = 0
     try:
         if held_out:
-            run.log_validation(0, 0, validate(task, held_out, autocast))
+            run.log_validation(0, 0, validate(task, held_out, autocast, config.best_by))
         for epoch in range(config.epochs):
             batches.batch_sampler.epoch = epoch  # type: ignore[union-attr]
             for stacks in groups(batches, config.accumulation):  # the tail of an epoch is a step too
@@ -89,10 +91,13 @@ def train(config: TrainConfig) -> Path:
                     continue  # the scheduler does not move either: `step` counts the updates that were made
                 step, skipped_in_a_row = step + 1, 0
                 run.log_step(step, epoch, update, optimizer.param_groups[0]["lr"], sum(len(b.examples) for b in micro_batches))
+                if held_out and (step == total or step % every == 0):
+                    run.log_validation(step, epoch, validate(task, held_out, autocast, config.best_by))
+                    if step < total and 0 < config.patience <= run.best.stale:
+                        total = step
+                        print(f"stopped early: no better {config.best_by} since step {run.best.step}")
                 if step == total:
                     break
-            if held_out and (step == total or epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0):
-                run.log_validation(step, epoch + 1, validate(task, held_out, autocast))
             if step == total:
                 break
         path = run.save(step, finished=True, merge_drift=merge_drift(task, first))
@@ -132,7 +137,7 @@ def total_steps(config: TrainConfig, micro_batches: int) -> int:
 
 
 def apply_update(
-    task: CaptionTask,
+    task: Task,
     micro_batches: list[Batch],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -141,13 +146,13 @@ def apply_update(
 ) -> Update:
     """One optimizer step over some micro-batches: exactly what one batch of all their rows would do.
 
-    Each label token weighs the same, whichever micro-batch it stands in.
+    Each label token (of retrieval: each row) weighs the same, whichever micro-batch it stands in.
     """
-    tokens = sum(batch.label_tokens for batch in micro_batches)
+    count = sum(batch.count for batch in micro_batches)
     loss = torch.zeros((), device=micro_batches[0].pixel_values.device)
     for batch in micro_batches:
         with autocast():
-            share = task.loss(batch) / tokens
+            share = task.loss(batch) / count
         scaler.scale(share).backward()
         loss += share.detach()
     scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
@@ -163,28 +168,27 @@ def apply_update(
 
 
 @torch.no_grad()
-def validate(task: CaptionTask, batches: DataLoader[Stack], autocast: Autocast) -> dict[str, float]:
-    """Loss per label token over the held-out lines; exact match over the held-out images, each with all its texts."""
-    model, total, tokens = task.backbone.model, 0.0, 0
-    said: dict[Path, str] = {}
+def validate(task: Task, batches: DataLoader[Stack], autocast: Autocast, wanted: str = "") -> dict[str, float]:
+    """Loss per label token over the held-out lines, and the task's scores over what it predicts of them."""
+    model, total, count = task.backbone.model, 0.0, 0.0
+    said: dict[Any, Any] = {}
     model.eval()
     for stack in batches:
         batch = task.batch(stack)
         with autocast():
             total += float(task.loss(batch))
-            first = {e.image: row for row, e in reversed(list(enumerate(batch.examples))) if e.image not in said}
-            if first:
-                said |= dict(zip(first, task.predict(batch.pixel_values[list(first.values())]), strict=True))
-        tokens += batch.label_tokens
+            new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in said}
+            if new:
+                rows = list(new.values())
+                said |= zip(new, task.predict(batch.pixel_values[rows], [batch.examples[row] for row in rows]), strict=True)
+        count += batch.count
     model.train()
-    texts: dict[Path, list[str]] = {image: [] for image in said}
-    for example in batches.dataset.examples:  # type: ignore[attr-defined]
-        texts[example.image].append(example.text)
-    return {"val_loss": total / tokens, "val_exact_match": task.score(list(said.values()), list(texts.values()))}
+    examples = batches.dataset.examples  # type: ignore[attr-defined]
+    return {"loss": total / count, **task.scores(said, examples, "" if wanted == "loss" else wanted)}
 
 
 @torch.no_grad()
-def merge_drift(task: CaptionTask, batch: Batch) -> dict[str, float]:
+def merge_drift(task: Task, batch: Batch) -> dict[str, float]:
     """How far merged logits are from hooked ones on one batch, in the base's dtype: largest, and largest logit."""
     model = task.backbone.model.eval()
     with torch.autocast(task.backbone.device.type, model.dtype, enabled=model.dtype != torch.float32):
@@ -195,7 +199,7 @@ def merge_drift(task: CaptionTask, batch: Batch) -> dict[str, float]:
     return {"largest_difference": float((merged - hooked).abs().max()), "largest_logit": float(hooked.abs().max())}
 
 
-def explain(update: Update, task: CaptionTask, batches: list[Batch], autocast: Autocast) -> str:
+def explain(update: Update, task: Task, batches: list[Batch], autocast: Autocast) -> str:
     """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
     if math.isfinite(update.loss):
         return f"a gradient overflowed at loss scale {update.scale:g}"
@@ -229,21 +233,29 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def default_rate(model: nn.Module) -> float:
+def task_for(config: TrainConfig, backbone: Backbone) -> Task:
+    """The task that is to be learned; ConfigError if its score to pick the best by is none that it has."""
+    name = natural_task(backbone.architecture) if config.task == "auto" else config.task
+    task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
+    task.require_score(config.best_by)
+    return task
+
+
+def default_rate(model: Any) -> float:
     """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
     size = sum(p.numel() for p in model.parameters())
-    return 1e-4 if size > TINY else 1.5e-3 if isinstance(model, Blip2ForConditionalGeneration) else 3e-3
+    return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
 
-def read_examples(config: TrainConfig, task: CaptionTask) -> tuple[list[Example], list[Example]]:
+def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[Example]]:
     """Checked lines, split by image into training and validation."""
-    examples, problems = annotations.read(config.annotations, config.image_root, config.on_bad_data, task.check_text)
+    examples, problems = annotations.read(config.annotations, config.image_root, config.on_bad_data, task.check)
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     return annotations.split_by_image(examples, config.val_fraction, config.seed)
 
 
-def loader_of(examples: list[Example], task: CaptionTask, config: TrainConfig, shuffle: bool) -> DataLoader[Stack]:
+def loader_of(examples: list[Example], task: Task, config: TrainConfig, shuffle: bool) -> DataLoader[Stack]:
     augmented = shuffle and config.augment
     pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed)
     cuda = task.backbone.device.type == "cuda"

@@ -14,7 +14,7 @@ No module is replaced and no code of the model is touched: the adapter lives as 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,8 @@ class LoRA(nn.Module):
         self.scale = site.alpha / site.r
         self.dropout = dropout
         self.enabled = True
+        self.rows: tuple[int, ...] | None = None  # the rows of a batch that it serves, see `chosen`; None is all
+        self.batch = 0  # of how many rows
         self.padding = (start, out_features - stop)  # zeros on either side of the rows reached
         self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
@@ -94,10 +96,25 @@ class Updates(nn.ModuleDict):
 def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook: y + Σ (alpha / r) · B A x over the adapters that are enabled and not merged."""
     updates: Updates = linear.lora
+    lora: Any  # ModuleDict promises no more than modules
     for key, lora in updates.items():
-        if lora.enabled and key not in updates.merged:
+        if not lora.enabled or key in updates.merged:
+            continue
+        if lora.rows is None:
             output = output + lora(args[0]).to(output.dtype)
+        elif lora.rows:
+            rows = _rows(lora, args[0])
+            output = output.index_add(0, rows, lora(args[0][rows]).to(output.dtype))
     return output
+
+
+def _rows(lora: LoRA, x: Tensor) -> Tensor:
+    """Where an adapter's rows stand in x: a beam search repeats every row so many times, side by side."""
+    repeats, rest = divmod(x.shape[0], lora.batch)
+    if rest:
+        raise LoRAError(f"{x.shape[0]} rows reach {lora.site.address!r}, and adapters were chosen for {lora.batch}")
+    first = torch.tensor(lora.rows, device=x.device) * repeats
+    return (first[:, None] + torch.arange(repeats, device=x.device)).flatten()
 
 
 # ---------------------------------------------------------------- on and off
@@ -154,6 +171,34 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     finally:
         for lora, enabled in zip(chosen, before, strict=True):
             lora.enabled = enabled
+
+
+@contextmanager
+def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
+    """Inside the block one adapter alone acts, or each row of a batch has its own: `["caption", "vqa", None]`.
+
+    None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no
+    weight; a batch of mixed rows gives each row what it gets apart. Raises LoRAError for an unknown name,
+    when adapters are merged, and in the forward when a batch has another number of rows.
+    """
+    if names is None:
+        yield
+        return
+    each = [names] if isinstance(names, str) else list(names)
+    _check_names(model, filter(None, each))
+    if any(linear.lora.merged for linear in _hooked(model).values()):
+        raise LoRAError("adapters are merged into the weights, so none can be chosen; call restore(model) first")
+    before = [(lora, lora.rows, lora.batch, lora.enabled) for _, lora in _every(model)]
+    for (owner, _), lora in _every(model):
+        if isinstance(names, str):
+            lora.enabled = lora.enabled and owner == names
+        else:
+            lora.rows, lora.batch = tuple(row for row, name in enumerate(each) if name == owner), len(each)
+    try:
+        yield
+    finally:
+        for lora, rows, batch, enabled in before:
+            lora.rows, lora.batch, lora.enabled = rows, batch, enabled
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:

@@ -15,7 +15,10 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
     BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -25,9 +28,10 @@ from lora_blip.config import ConfigError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
-CAPTIONERS: dict[str, type[PreTrainedModel]] = {
-    "blip": BlipForConditionalGeneration,
-    "blip-2": Blip2ForConditionalGeneration,
+# model type → its architectures; the first is taken where a config names none
+ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
+    "blip": (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
+    "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
 }
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -49,6 +53,10 @@ class Backbone:
     @property
     def family(self) -> str:
         return self.model.config.model_type  # "blip" or "blip-2"
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__  # "BlipForQuestionAnswering": what decides which tasks it can do
 
 
 def pick_device(device: str) -> torch.device:
@@ -98,7 +106,7 @@ def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractCo
 
 
 def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False) -> Backbone:
-    """Load a captioning checkpoint frozen, in eval mode.
+    """Load a checkpoint frozen, in eval mode: one that captions, answers questions or matches texts with images.
 
     name: hub name or folder. dtype: of the weights: "fp32", "fp16" or "bf16". checkpointing: recompute
     activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients).
@@ -132,7 +140,7 @@ def open_backbone(
 def _load(name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool) -> Backbone:
     _refuse(config, name, dtype)
     _silence_dropout(config)
-    model = _load_model(CAPTIONERS[config.model_type], source, config, DTYPES[dtype])
+    model = _load_model(_architecture(config), source, config, DTYPES[dtype])
     model.requires_grad_(False).eval().to(where)
     if checkpointing:
         with Quiet(source):
@@ -165,18 +173,24 @@ def locate_model(name: str) -> str:
 
 
 def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
-    if config.model_type not in CAPTIONERS:
+    if config.model_type not in ARCHITECTURES:
         raise ModelError(f"{name!r} is a {config.model_type!r} model; lora_blip trains BLIP ('blip') and BLIP-2 ('blip-2')")
-    wanted = CAPTIONERS[config.model_type].__name__
-    if config.architectures and wanted not in config.architectures:
-        raise ModelError(f"{name!r} is a {config.architectures[0]}, which does not caption; give a checkpoint of {wanted}")
-    if config.model_type == "blip-2":
+    known = [kind.__name__ for kind in ARCHITECTURES[config.model_type]]
+    if config.architectures and not set(known) & set(config.architectures):
+        raise ModelError(f"{name!r} is a {config.architectures[0]}, which has no task here; give one of {', '.join(known)}")
+    if _architecture(config) is Blip2ForConditionalGeneration:
         if config.image_token_index is None:
             raise ModelError(
                 f"{name!r} has no image_token_index in its config, so its language model would never see the image; "
                 "use a newer revision of the checkpoint, or set it to the id of the tokenizer's <image>"
             )
         refuse_t5_fp16(config, name, dtype)
+
+
+def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
+    named = config.architectures or []
+    kinds = ARCHITECTURES[config.model_type]
+    return next((kind for kind in kinds if kind.__name__ in named), kinds[0])
 
 
 def refuse_t5_fp16(config: PretrainedConfig, name: str, precision: str) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_blip import lora
-from lora_blip.tasks.caption import Batch, CaptionTask
-from lora_blip.tasks.sequences import IGNORE, plain_ids
+from lora_blip.tasks.task import Batch, Task
 
 GIB = 2**30
 LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far below overflow
@@ -19,27 +19,18 @@ class PreflightError(ValueError):
     """Training would be useless; the message says why and what to do."""
 
 
-def check(task: CaptionTask, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
+def check(task: Task, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
     """Raise PreflightError, or return what was seen, for the user to read: a label table and a memory estimate."""
     model = task.backbone.model
     state = torch.get_rng_state()
-    check_labels(task, batch)
+    if wrong := task.wrong_labels(batch):
+        raise PreflightError(wrong)
     with autocast():
         check_hooks(model, lambda: task.logits(batch))
         check_image_matters(task, batch)
         activations = check_gradients(task, batch)
     torch.set_rng_state(state)
-    return f"{label_table(task, batch)}\n\n{memory_estimate(model, activations)}"
-
-
-def check_labels(task: CaptionTask, batch: Batch) -> None:
-    """The labels of each row are its caption's tokens and the end token, and nothing else."""
-    for row, example in zip(batch.rows.targets, batch.examples, strict=True):
-        labels = row[row != IGNORE].tolist()
-        text = str(task.backbone.tokenizer.decode(plain_ids(task.backbone.tokenizer, example.text)))
-        read = str(task.backbone.tokenizer.decode(labels[:-1]))
-        if not labels or " ".join(read.split()) != " ".join(text.split()):
-            raise PreflightError(f"the labels of {example.name!r} read {read!r}, and its text is {example.text!r}")
+    return f"{task.label_table(batch)}\n\n{memory_estimate(model, activations)}"
 
 
 def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
@@ -53,11 +44,11 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
 
 
 @torch.no_grad()
-def check_image_matters(task: CaptionTask, batch: Batch) -> None:
+def check_image_matters(task: Task, batch: Batch) -> None:
     """With other images, the logits of the same texts differ."""
     turned = batch.pixel_values.flip(0)
     others = turned if not torch.equal(turned, batch.pixel_values) else -batch.pixel_values
-    swapped = Batch(batch.examples, others, batch.rows, batch.label_tokens)
+    swapped = replace(batch, pixel_values=others)
     if torch.equal(task.logits(batch), task.logits(swapped)):
         raise PreflightError(
             "other images give the same logits: the model does not see them. A BLIP-2 needs its <image> placeholders: "
@@ -65,19 +56,19 @@ def check_image_matters(task: CaptionTask, batch: Batch) -> None:
         )
 
 
-def check_gradients(task: CaptionTask, batch: Batch) -> int:
+def check_gradients(task: Task, batch: Batch) -> int:
     """Every B gets a gradient from this batch; returns the bytes that the backward pass kept."""
     found = [module for module in task.backbone.model.modules() if isinstance(module, lora.LoRA)]
     kept = KeptBytes(task.backbone.model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-        loss = task.loss(batch) / batch.label_tokens
+        loss = task.loss(batch) / batch.count
     if not torch.isfinite(loss):
         culprit = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
-        raise PreflightError(f"the loss of the first batch is {float(loss)}; {culprit}")
+        raise PreflightError(f"the loss of the first batch is {loss.item()}; {culprit}")
     (loss * LOSS_SCALE).backward()
     dead = [x.site.address for x in found if x.B.grad is None or not x.B.grad.any()]
-    for x in found:
-        x.A.grad = x.B.grad = None
+    for parameter in (*task.backbone.model.parameters(), *task.parameters()):
+        parameter.grad = None
     if dead:
         raise PreflightError(
             f"{len(dead)} adapter(s) get no gradient, {dead[0]!r} among them: the loss does not depend on it; "
@@ -127,17 +118,6 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "every module's output is finite in a second forward, so only the gradients overflowed"
-
-
-def label_table(task: CaptionTask, batch: Batch, rows: int = 2) -> str:
-    """What the model reads and what it must say, decoded, for the first rows: . is a position that does not count."""
-    tokenizer, lines = task.backbone.tokenizer, ["what the model reads | must say next (. does not count)"]
-    read_all = batch.rows.input_ids if batch.rows.decoder_input_ids is None else batch.rows.decoder_input_ids
-    for read, target in list(zip(read_all, batch.rows.targets, strict=True))[:rows]:
-        said = [tokenizer.convert_ids_to_tokens(int(t)) if t != IGNORE else "." for t in target]
-        words = tokenizer.convert_ids_to_tokens(read.tolist())
-        lines.append("  " + "  ".join(f"{word}|{after}" for word, after in zip(words, said, strict=True)))
-    return "\n".join(lines)
 
 
 def memory_estimate(model: nn.Module, activations: int) -> str:

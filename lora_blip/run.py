@@ -1,6 +1,7 @@
 """What a training run leaves behind: its folder with settings, metrics and adapter, and its progress on the terminal."""
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -10,8 +11,10 @@ from typing import Any
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter
-from lora_blip.config import TrainConfig
-from lora_blip.tasks.caption import CaptionTask
+from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.tasks.task import Task
+
+BEST_NAME, METRICS_NAME = "best.safetensors", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,23 @@ def run_name(config: TrainConfig, now: datetime) -> str:
 
 
 class Run:
-    """The folder of one run: config.json, metrics.jsonl, adapter.safetensors, loss.png; and the progress bar."""
+    """The folder of one run and the progress bar: config.json, metrics.jsonl, adapter.safetensors (the last),
+    best.safetensors (the best by `config.best_by`), loss.png.
+    """
 
-    def __init__(self, config: TrainConfig, task: CaptionTask, total: int) -> None:
+    def __init__(self, config: TrainConfig, task: Task, total: int) -> None:
         self.config, self.task = config, task
         self.folder = fresh(Path(config.output_dir) / run_name(config, datetime.now()))
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.metrics = (self.folder / METRICS_NAME).open("a", encoding="utf-8")
         self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
         self.started = self.logged = time.perf_counter()
         self.images = 0
         self.last: dict[str, Any] = {}
         self.last_note = ""
+        self.best = Best(config.best_by)
+        self.board = board(self.folder) if config.tensorboard else None
 
     def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
         self.images += images
@@ -67,17 +74,20 @@ class Run:
         self.bar.write(f"after step {step}, one was skipped: {note}")
 
     def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
-        self._write({"step": step, "epoch": epoch, **{key: round(value, 6) for key, value in scores.items()}})
-        self.bar.write(
-            f"{'before training' if not step else f'epoch {epoch}'}: validation loss {scores['val_loss']:.4f}, "
-            f"exact match {scores['val_exact_match']:.1%}"
-        )
-        self.last = scores
+        """Log it, and keep the adapter if it is the best so far (none is kept before the first step)."""
+        self._write({"step": step, "epoch": epoch, **{f"val_{key}": round(value, 6) for key, value in scores.items()}})
+        figures = ", ".join(f"{key.replace('_', ' ')} {shown(key, value)}" for key, value in scores.items())
+        self.bar.write(f"{f'step {step}' if step else 'before training'}: validation {figures}")
+        self.last = {f"val_{key}": value for key, value in scores.items()}
+        if self.best.better(step, scores) and step:
+            self._save(self.folder / BEST_NAME, step, {"finished": False})
         self.logged, self.images = time.perf_counter(), 0
 
     def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
-        summary = {"steps": step, "finished": finished, **self.last, "settings": asdict(self.config)}
-        path = self.folder / adapter.FILE_NAME
+        return self._save(self.folder / adapter.FILE_NAME, step, {"finished": finished}, merge_drift)
+
+    def _save(self, path: Path, step: int, about: dict[str, Any], merge_drift: dict[str, float] | None = None) -> Path:
+        summary = {"steps": step, **about, **self.last, "settings": asdict(self.config)}
         return adapter.save(
             path, self.task.backbone, task=self.task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
         )
@@ -85,10 +95,51 @@ class Run:
     def close(self) -> None:
         self.bar.close()
         self.metrics.close()
+        if self.board:
+            self.board.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
+        if self.board:
+            for key in entry.keys() - {"step", "epoch", "seconds", "skipped"}:
+                self.board.add_scalar(key, entry[key], entry["step"])
         self.metrics.write(json.dumps(entry) + "\n")
         self.metrics.flush()
+
+
+@dataclass
+class Best:
+    """The best validation so far by one score; of equal scores the one of lower loss."""
+
+    by: str  # "loss", or a score of which more is better
+    step: int = 0
+    stale: int = 0  # validations since
+    rank: tuple[float, float] = (-math.inf, -math.inf)
+
+    def better(self, step: int, scores: dict[str, float]) -> bool:
+        """Take note of a validation. Raises KeyError, naming what there is, when it has no such score."""
+        value = -scores["loss"] if self.by == "loss" else scores[self.by]
+        rank = (value, -scores["loss"])
+        if rank > self.rank:
+            self.step, self.stale, self.rank = step, 0, rank
+            return True
+        self.stale += 1
+        return False
+
+
+def shown(key: str, value: float) -> str:
+    """A loss in digits, a share in per cent."""
+    return f"{value:.4f}" if key == "loss" or not 0 <= value <= 1 else f"{value:.1%}"
+
+
+def board(folder: Path) -> Any:
+    """A TensorBoard writer (extra: tensorboard). Raises ConfigError when it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "tensorboard = True, and TensorBoard is not installed: pip install 'lora_blip[tensorboard]', or set it to False"
+        ) from None
+    return SummaryWriter(folder)
 
 
 def fresh(path: Path) -> Path:

@@ -15,7 +15,8 @@ from lora_blip import lora, targets
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone, load_backbone
-from lora_blip.tasks.caption import Batch, CaptionTask
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.task import Batch
 from tests import tiny
 
 KINDS = ("blip", "opt", "t5")

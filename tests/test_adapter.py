@@ -13,7 +13,8 @@ import torch
 from lora_blip import adapter, lora
 from lora_blip.adapter import AdapterError
 from lora_blip.predict import task_of
-from lora_blip.tasks.caption import CaptionTask, Generation
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.task import Generation
 from tests.conftest import inject, logits_of
 
 

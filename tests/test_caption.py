@@ -1,23 +1,28 @@
 """Captioning: labels are answers, the loss is the definition's, generation equals Hugging Face's."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lora_blip.config import ConfigError
+from lora_blip.data.annotations import Example
 from lora_blip.metrics.exact import exact_match
-from lora_blip.tasks.caption import CaptionTask, Generation, token_loss
-from lora_blip.tasks.sequences import IGNORE
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.losses import IGNORE, token_loss
+from lora_blip.tasks.task import Generation
 from tests.conftest import TEXTS, batch_of
 
 PROMPT = "a picture of"
+ANY = Example(Path("x.png"), "", "x.png", 1)
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
     """Law 8: not the image, the prompt or padding."""
     task = CaptionTask(backbone, prompt)
-    rows = task.language.rows(prompt, TEXTS)
+    rows = task.language.rows([prompt] * len(TEXTS), TEXTS)
     for targets, text in zip(rows.targets, TEXTS, strict=True):
         labels = targets[targets != IGNORE]
         assert labels[-1] == task.language.end and backbone.tokenizer.decode(labels[:-1]).strip() == text
@@ -26,13 +31,13 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
 def test_padding_is_told_by_its_place_and_never_by_its_id(backbone):
     """A token of the padding's id inside a caption would still count (data with one is refused earlier on)."""
     pad = backbone.tokenizer.pad_token
-    rows = CaptionTask(backbone).language.rows("", [f"a {pad} cube", "a red cube on top of a blue cube"])
+    rows = CaptionTask(backbone).language.rows(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"])
     assert backbone.tokenizer.pad_token_id in rows.targets[0].tolist()
 
 
 def test_captions_are_padded_to_the_longest_and_no_further(backbone):
     task = CaptionTask(backbone)
-    rows = task.language.rows("", TEXTS)
+    rows = task.language.rows([""] * len(TEXTS), TEXTS)
     longest = max(int((targets != IGNORE).sum()) for targets in rows.targets)
     assert rows.targets.shape[1] == max(int((t != IGNORE).nonzero().max()) + 1 for t in rows.targets) + (
         backbone.name[-2:] != "t5"
@@ -53,7 +58,7 @@ def test_the_loss_is_cross_entropy_by_definition(backbone, prompt):
         if target != IGNORE
     )
     torch.testing.assert_close(task.loss(batch).double(), expected, rtol=1e-6, atol=1e-6)
-    assert batch.label_tokens == int((batch.rows.targets != IGNORE).sum())
+    assert batch.count == int((batch.rows.targets != IGNORE).sum())
 
 
 def test_the_loss_is_the_library_s_where_the_library_masks(backbone):
@@ -69,7 +74,7 @@ def test_the_loss_is_the_library_s_where_the_library_masks(backbone):
     theirs = backbone.model(
         pixel_values=batch.pixel_values, input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=labels, **extra
     )
-    torch.testing.assert_close(task.loss(batch) / batch.label_tokens, theirs.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.loss(batch) / batch.count, theirs.loss, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_changes_no_row(backbone):
@@ -79,7 +84,7 @@ def test_padding_changes_no_row(backbone):
     logits = task.logits(together)
     for row, text in enumerate(TEXTS):
         alone = batch_of(task, [text])
-        alone = type(alone)(alone.examples, together.pixel_values[row : row + 1], alone.rows, alone.label_tokens)
+        alone = type(alone)(alone.examples, together.pixel_values[row : row + 1], alone.rows, alone.count)
         expected = token_loss(logits[row : row + 1], together.rows.targets[row : row + 1])
         torch.testing.assert_close(task.loss(alone), expected, rtol=1e-4, atol=1e-4)
 
@@ -90,7 +95,7 @@ def test_generated_text_is_the_likeliest_continuation_without_the_prompt(backbon
     """Greedy against the argmax of teacher-forced logits, step by step; the prompt is not glued on."""
     task = CaptionTask(backbone, prompt, Generation(max_new_tokens=6, num_beams=beams))
     images = torch.randn(3, 3, 32, 32)
-    said = task.predict(images)
+    said = task.predict(images, [ANY] * 3)
     assert len(said) == 3 and not any(text.startswith(PROMPT) for text in said)
     if beams > 1:
         return
@@ -102,7 +107,7 @@ def test_generated_text_is_the_likeliest_continuation_without_the_prompt(backbon
 def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> str:
     """Argmax over the model's full forward, one token after another."""
     model, language = task.backbone.model, task.language
-    start = language.rows(prompt, [""])
+    start = language.rows([prompt], [""])
     kept = int((start.targets[0] != IGNORE).nonzero()[0]) + 1
     if start.decoder_input_ids is None:
         ids, written = start.input_ids[:, :kept], []
@@ -122,7 +127,7 @@ def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> s
 
 
 def test_generation_stops_at_its_length(backbone):
-    said = CaptionTask(backbone, "", Generation(max_new_tokens=2)).predict(torch.randn(2, 3, 32, 32))
+    said = CaptionTask(backbone, "", Generation(max_new_tokens=2)).predict(torch.randn(2, 3, 32, 32), [ANY, ANY])
     assert all(len(backbone.tokenizer(text, add_special_tokens=False).input_ids) <= 3 for text in said)
 
 
@@ -139,7 +144,7 @@ def test_exact_match_can_be_reached_by_every_caption(make, kind):
 def test_texts_and_prompts_with_special_tokens_are_refused(backbone):
     task = CaptionTask(backbone)
     end = backbone.tokenizer.sep_token or "<image>"
-    assert "means something else" in task.check_text(f"a cube {end} here") and not task.check_text("a cube")
+    assert "means something else" in task.check_text(f"a cube {end} here", "") and not task.check_text("a cube", "")
     with pytest.raises(ConfigError, match=r"prompt = .*means something else"):
         CaptionTask(backbone, f"a {end}")
 

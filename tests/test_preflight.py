@@ -9,7 +9,7 @@ import torch
 from lora_blip import preflight
 from lora_blip.preflight import PreflightError
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.sequences import IGNORE
+from lora_blip.tasks.losses import IGNORE
 from tests.conftest import batch_of, inject
 
 

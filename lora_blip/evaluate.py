@@ -1,0 +1,248 @@
+"""`python -m lora_blip evaluate`: base beside adapter on images with known texts → figures, a table and report.html."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # comes with transformers
+
+from lora_blip import adapter, measures, report
+from lora_blip.adapter import Adapter
+from lora_blip.config import ConfigError, EvaluateConfig, refuse_unwritable
+from lora_blip.data import annotations
+from lora_blip.data.annotations import DataError, Example
+from lora_blip.data.leaks import Leak, find_leaks
+from lora_blip.files import write_whole
+from lora_blip.loop import seed_everything
+from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
+from lora_blip.metrics.bootstrap import Interval
+from lora_blip.predict import described, open_task, put_on, wanted_adapter
+from lora_blip.report import Card, Row
+from lora_blip.run import METRICS_NAME, fresh
+from lora_blip.runner import Runner
+
+FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
+LISTED = 3  # leaks named in the warning
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Score an adapter beside its base; returns the folder of metrics.json, comparison.csv and report.html.
+
+    Raises ConfigError, ModelError, AdapterError, ImageError or DataError before any image is looked at.
+    """
+    seed_everything(config.seed)
+    wanted = wanted_adapter(config.adapter)
+    folder = output_folder(config.output_dir)
+    task, precision = open_task(config, wanted)
+    examples, problems = annotations.read(config.references, config.image_root, config.on_bad_data, task.check)
+    if problems:
+        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    leaks, why = leaks_of(config, wanted, examples)
+    print(described(task, wanted, len(examples), precision))
+
+    runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, device="cpu")[0])
+    base = adapted = None
+    if config.base or not wanted:
+        base = measure(runner, examples, config.seed, shown("base"))
+    if wanted:
+        put_on(runner.task, wanted, merge=True)
+        runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
+        adapted = measure(runner, examples, config.seed, shown("adapted"))
+    last = adapted or base
+    assert last is not None
+    rows = rows_of(base, adapted, runner.task, config.seed)
+    warnings = leak_warnings(leaks, len({e.image for e in examples})) + last.warnings
+    facts = facts_of(config, wanted, runner, last, why)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode())
+    write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig"))  # Excel needs the mark
+    title = f"{runner.task.name} on {config.references}"
+    report.write(folder / FILES[2], title, rows, cards_of(base, adapted, leaks), curves_of(wanted), facts, warnings)
+    print(f"\n{table(rows, warnings)}\n\nwrote {', '.join(str(folder / name) for name in FILES)}")
+    return folder
+
+
+def output_folder(output_dir: str) -> Path:
+    if not output_dir:
+        return fresh(adapter.RUNS / f"evaluation_{datetime.now():%Y%m%d_%H%M%S}")
+    refuse_unwritable(output_dir)
+    taken = [name for name in FILES if (Path(output_dir) / name).exists()]
+    if taken:
+        raise ConfigError(f"{Path(output_dir) / taken[0]} exists already; give another output_dir, or leave it empty")
+    return Path(output_dir)
+
+
+def shown(name: str) -> measures.Progress:
+    return lambda found, count: tqdm(found, total=count, desc=name, unit="", disable=None, dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def leaks_of(config: EvaluateConfig, wanted: Adapter | None, examples: list[Example]) -> tuple[list[Leak], str]:
+    """Images of the evaluation that are in the training data, and what they were compared with (or why with nothing)."""
+    settings = wanted.about.get("training", {}).get("settings", {}) if wanted else {}
+    source = config.train_annotations or str(settings.get("annotations", ""))
+    root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
+    if source in ("", "none"):
+        return [], "not looked for: no training data is known"
+    if not Path(source).is_file():
+        if config.train_annotations:
+            raise DataError(f"train_annotations {source!r} do not exist; give the file, or none")
+        return [], f"not looked for: the training data, {source}, is not here (--train-annotations)"
+    trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False)
+    there = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
+    if not there:
+        return [], f"not looked for: no image of {source} is here (--train-image-root)"
+    found = find_leaks(dict.fromkeys(e.image for e in examples), there)
+    return found, f"{len(found)} found among the {len(there)} images of {source}"
+
+
+def leak_warnings(leaks: list[Leak], images: int) -> list[str]:
+    if not leaks:
+        return []
+    some = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
+    return [f"{len(leaks)} of {images} evaluation images are in the training data, so the scores flatter: {some}"]
+
+
+# ---------------------------------------------------------------- what is shown and written
+
+
+def rows_of(base: Measured | None, adapted: Measured | None, task: Any, seed: int) -> list[Row]:
+    """The table's rows: every score, then the main one within each group."""
+    both = [made for made in (base, adapted) if made]
+    paired = gains(base, adapted, seed) if base and adapted else {}
+    scores = [(made.scores if made else {}) for made in (base, adapted)]
+    groups = [(by_group(made, task, seed) if made else {}) for made in (base, adapted)]
+    rows = []
+    for name in [*both[-1].scores, *by_group(both[-1], task, seed)]:
+        note = next((made.notes[name] for made in reversed(both) if name in made.notes), "")
+        first, second = ({**some, **grouped}.get(name) for some, grouped in zip(scores, groups, strict=True))
+        rows.append(Row(name, first, second, note, name.startswith(LOWER_IS_BETTER), gain=paired.get(name)))
+    return rows
+
+
+def facts_of(config: EvaluateConfig, wanted: Adapter | None, runner: Runner, made: Measured, leaks: str) -> dict[str, str]:
+    facts = {"base": runner.task.backbone.name, "task": runner.task.name, "references": config.references}
+    if wanted:
+        facts["adapter"] = str(wanted.path)
+        facts["trained"] = f"{wanted.about.get('training', {}).get('steps', '?')} steps"
+    if runner.task.prompt:
+        facts["prompt"] = runner.task.prompt
+    facts |= {"scored": f"{len(made.subjects)} of {len({image_of(s) for s in made.subjects})} images", "leaks": leaks}
+    facts |= {"precision": runner.precision, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    return facts | {key: str(value) for key, value in made.facts.items()}
+
+
+def json_of(rows: list[Row], facts: dict[str, str], warnings: list[str], leaks: list[Leak], config: EvaluateConfig) -> str:
+    scores = {
+        row.name: {"base": numbers(row.base), "adapted": numbers(row.adapted), "gain": numbers(row.gain), "note": row.note}
+        for row in rows
+    }
+    found = [{"evaluation": str(x.evaluation), "training": str(x.training), "kind": x.kind} for x in leaks]
+    about = {"scores": scores, "facts": facts, "warnings": warnings, "leaks": found, "settings": asdict(config)}
+    return json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def numbers(interval: Interval | None) -> dict[str, float | None] | None:
+    if interval is None or math.isnan(interval.value):
+        return None
+    return {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}
+
+
+def csv_of(base: Measured | None, adapted: Measured | None) -> str:
+    """A line a subject: image, question, references, base and adapted texts, and the score of each."""
+    made = adapted or base
+    assert made is not None
+    before = dict(zip(base.subjects, zip(base.texts, base.points, strict=True), strict=True)) if base else {}
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["image", "question", "references", "base", "adapted", f"base {made.main}", made.main, "group"])
+    for subject, lines, text, point in zip(made.subjects, made.lines, made.texts, made.points, strict=True):
+        old, old_point = before.get(subject, ("", ""))
+        said, own = (text, point) if adapted else ("", "")
+        known = " | ".join(references_of(lines))
+        writer.writerow([lines[0].image, lines[0].question, known, old, said, old_point, own, lines[0].group])
+    return file.getvalue()
+
+
+def references_of(lines: list[Example]) -> list[str]:
+    """The right texts of a subject, each once."""
+    return list(dict.fromkeys(text for line in lines for text in (line.answers or (line.text,))))
+
+
+def cards_of(base: Measured | None, adapted: Measured | None, leaks: list[Leak]) -> list[Card]:
+    made = adapted or base
+    assert made is not None
+    before = dict(zip(base.subjects, zip(base.texts, base.points, strict=True), strict=True)) if base and adapted else {}
+    leaked = {leak.evaluation: f"{leak.kind} as {leak.training}" for leak in leaks}
+    cards = []
+    for subject, lines, text, point, right in zip(made.subjects, made.lines, made.texts, made.points, made.right, strict=True):
+        old, old_point = before.get(subject, ("", None))
+        image, question = lines[0].image, lines[0].question
+        cards.append(
+            Card(
+                image,
+                references_of(lines),
+                adapted=text,
+                base=old,
+                question=question,
+                score=point,
+                base_score=old_point,
+                group=lines[0].group,
+                leaked=leaked.get(image, ""),
+                right=right,
+            )
+        )
+    return cards
+
+
+def curves_of(wanted: Adapter | None) -> list[dict[str, Any]]:
+    """The metrics.jsonl beside the adapter, when it is still there."""
+    path = wanted.path.parent / METRICS_NAME if wanted else None
+    if path is None or not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        lines += [entry] if isinstance(entry, dict) else []
+    return lines
+
+
+def table(rows: list[Row], warnings: Iterable[str]) -> str:
+    """Warnings, then a line a score: base, adapted, and the gain with its interval."""
+    lines = [f"WARNING: {warning}" for warning in warnings]
+    width = max(len(row.name) for row in rows) + 2
+    lines.append(f"{'':<{width}}{'base':>24}{'adapted':>24}{'gain':>26}")
+    for row in rows:
+        share = not (row.name.startswith(("CIDEr", *LOWER_IS_BETTER)))
+        cells = [interval_text(row.base, share), interval_text(row.adapted, share)]
+        gain = interval_text(row.gain, share) if row.gain else difference(row, share)
+        lines.append(f"{row.name:<{width}}{cells[0]:>24}{cells[1]:>24}{gain:>26}" + f"  {row.note}" * bool(row.note))
+    return "\n".join(lines)
+
+
+def interval_text(interval: Interval | None, share: bool) -> str:
+    """ "97.1 % [94.0, 99.0]" """
+    if interval is None:
+        return "–"
+    scale, digits, unit = (100, 1, " %") if share else (1, 3, "")
+    value, low, high = (f"{scale * x:.{digits}f}" for x in interval)
+    return f"{value}{unit}" if math.isnan(interval.low) else f"{value}{unit} [{low}, {high}]"
+
+
+def difference(row: Row, share: bool) -> str:
+    if row.base is None or row.adapted is None:
+        return "–"
+    gain = row.adapted.value - row.base.value
+    return interval_text(Interval(gain, math.nan, math.nan), share)

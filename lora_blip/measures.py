@@ -1,0 +1,214 @@
+"""What is measured of a task's predictions: scores with intervals, per subject where they have a value each."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_blip.data.annotations import Example
+from lora_blip.metrics import bootstrap, captions, retrieval
+from lora_blip.metrics.bootstrap import Interval
+from lora_blip.metrics.captions import caption_scores
+from lora_blip.metrics.diversity import diversity
+from lora_blip.metrics.vqa import vqa_accuracies
+from lora_blip.runner import Runner
+from lora_blip.tasks.matching import cosines
+from lora_blip.tasks.retrieval import RERANKED, belongs
+from lora_blip.tasks.task import Task
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+ONE_WAY = {"image_to_text": "image→text", "text_to_image": "text→image"}
+
+
+@dataclass
+class Measured:
+    """One model's predictions of all subjects, scored. Lists are in the order of `subjects`."""
+
+    subjects: list[Any]
+    lines: list[list[Example]]  # the lines of each subject
+    texts: list[str]  # what was said
+    points: list[float]  # each one's own score, that the worst are found by
+    right: list[bool]
+    main: str  # name of the score that `points` are of
+    scores: dict[str, Interval | None] = field(default_factory=dict)
+    each: dict[str, list[float]] = field(default_factory=dict)  # a value by subject, for paired differences
+    notes: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    coco: captions.Scores | None = None
+
+
+LOWER_IS_BETTER = ("mean rank", "median rank")
+
+
+def measure(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
+    """Predict every subject of `examples` and score it. Images that cannot be read are reported and left out."""
+    return MEASURES[runner.task.name](runner, examples, seed, progress)
+
+
+def predicted(runner: Runner, examples: list[Example], progress: Progress) -> tuple[list[Any], list[list[Example]], list[str]]:
+    """Subjects, the lines of each and what is said of it."""
+    lines: dict[Any, list[Example]] = {}
+    for example in examples:
+        lines.setdefault(runner.task.subject(example), []).append(example)
+    first = [some[0] for some in lines.values()]
+    found = runner.run(first, lambda task, pictures, some: task.predict(pictures, some))
+    said = {runner.task.subject(example): text for example, text in progress(found, len(first))}
+    return list(said), [lines[subject] for subject in said], list(said.values())
+
+
+def measure_captions(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
+    """The caption scores of COCO, exact match, and how varied the captions are."""
+    subjects, lines, texts = predicted(runner, examples, progress)
+    references = [[example.text for example in some] for some in lines]
+    scores = caption_scores(texts, references)
+    points = scores.per_image.get("CIDEr", scores.per_image["exact match"])
+    right = [value == 1 for value in scores.per_image["exact match"]]
+    made = Measured(subjects, lines, texts, points, right, "CIDEr" if "CIDEr" in scores.per_image else "exact match")
+    intervals = captions.intervals(scores, seed)
+    for name in captions.NAMES:
+        value = scores.values[name]
+        made.scores[name] = None if value is None else intervals.get(name, Interval(value, np.nan, np.nan))
+    made.each, made.coco = {"exact match": scores.per_image["exact match"]}, scores
+    made.notes |= scores.reasons
+    if scores.tokenizer:
+        made.facts["tokenizer of the scores"] = scores.tokenizer
+    return varied(made, references)
+
+
+def measure_answers(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
+    """The official VQA accuracy, and exact match with the answer that most gave."""
+    subjects, lines, texts = predicted(runner, examples, progress)
+    answers = [list(some[0].answers) for some in lines]
+    points = vqa_accuracies(texts, answers)
+    made = Measured(subjects, lines, texts, points, [point > 0.5 for point in points], "VQA accuracy")
+    made.each = {"VQA accuracy": points}
+    made.scores = {"VQA accuracy": bootstrap.of_mean(points, seed=seed)}
+    return varied(made, answers)
+
+
+def varied(made: Measured, references: list[list[str]]) -> Measured:
+    found = diversity(made.texts, references)
+    made.facts |= {
+        "distinct texts": f"{found.distinct} of {len(made.texts)}", "type-token ratio": f"{found.type_token_ratio:.3f}",
+    }  # fmt: skip
+    made.warnings += [found.warning] if found.warning else []
+    return made
+
+
+# ---------------------------------------------------------------- retrieval
+
+
+def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
+    """Recalls and ranks both ways, by contrast (ITC) alone and with the likeliest read again together (ITM)."""
+    examples, features = zip_features(runner, examples, progress)
+    images = list(dict.fromkeys(example.image for example in examples))
+    texts = list(dict.fromkeys(example.text for example in examples))
+    image_of = {example.image: row for row, example in enumerate(examples)}
+    text_of = {example.text: row for row, example in enumerate(examples)}
+    seen = torch.stack([features[image_of[image]][0] for image in images])
+    read = torch.stack([features[text_of[text]][1] for text in texts])
+    task: Any = runner.task
+    logits = blocked(seen, read) / task.temperature.item()
+    right = belongs(examples, images, texts)
+    by_image, by_text = reranked(runner, [examples[image_of[image]] for image in images], texts, logits, progress)
+    ranks = retrieval.ranks(by_image, right)[0], retrieval.ranks(by_text, right)[1]
+    best = by_image.argmax(1)
+    lines: dict[Path, list[Example]] = {image: [] for image in images}
+    for example in examples:
+        lines[example.image].append(example)
+    points, first = (1 / ranks[0]).tolist(), (ranks[0] == 1).tolist()
+    made = Measured(images, list(lines.values()), [texts[i] for i in best], points, first, "1 / rank")
+    itc = dict(zip(ONE_WAY, retrieval.ranks(logits, right), strict=True))
+    for way, found in zip(ONE_WAY, ranks, strict=True):
+        for most in retrieval.RECALLS:
+            name = f"R@{most} {ONE_WAY[way]}"
+            values = (found <= most).astype(float)
+            made.scores[name] = bootstrap.of_mean(values, seed=seed)
+            made.each[name] = values.tolist()
+            made.notes[name] = f"{(itc[way] <= most).mean():.1%} by ITC alone"
+        made.scores[f"mean rank {ONE_WAY[way]}"] = bootstrap.of_mean(found, seed=seed)
+        made.each[f"mean rank {ONE_WAY[way]}"] = found.astype(float).tolist()
+        made.scores[f"median rank {ONE_WAY[way]}"] = bootstrap.of_statistic(partial(median_at, found), len(found), seed=seed)
+    again = min(RERANKED, len(texts))
+    made.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reads the {again} likeliest again"}
+    return made
+
+
+def median_at(values: Any, places: Any) -> float:
+    return float(np.median(values[places]))
+
+
+def zip_features(runner: Runner, examples: list[Example], progress: Progress) -> tuple[list[Example], list[Any]]:
+    """The examples whose image can be read, and the place of each image and text in the joint space, on the CPU."""
+    found = runner.run(examples, lambda task, pictures, some: [[x.cpu() for x in f] for f in task.predict(pictures, some)])
+    pairs = list(progress(found, len(examples)))
+    return [example for example, _ in pairs], [features for _, features in pairs]
+
+
+def blocked(seen: torch.Tensor, read: torch.Tensor) -> Any:
+    """Cosines (images, texts), a block of images at a time."""
+    return torch.cat([cosines(part, read) for part in seen.split(256)]).numpy().astype(np.float64)
+
+
+def reranked(runner: Runner, examples: list[Example], texts: list[str], logits: Any, progress: Progress) -> tuple[Any, Any]:
+    """(images, texts) twice: the likeliest texts of each image, and images of each text, in the order ITC and ITM give them."""
+    by_image, by_text = logits - FAR, logits - FAR  # behind those that are read again, in ITC's own order
+    most = min(RERANKED, len(texts)), min(RERANKED, len(examples))
+    rows, columns = np.zeros_like(logits, dtype=bool), np.zeros_like(logits, dtype=bool)
+    np.put_along_axis(rows, np.argpartition(-logits, most[0] - 1, axis=1)[:, : most[0]], True, axis=1)
+    np.put_along_axis(columns, np.argpartition(-logits, most[1] - 1, axis=0)[: most[1]], True, axis=0)
+    wanted = {example.image: np.flatnonzero(rows[i] | columns[i]) for i, example in enumerate(examples)}
+    number = {example.image: i for i, example in enumerate(examples)}
+
+    def odds(task: Any, pictures: torch.Tensor, some: list[Example]) -> list[Any]:
+        return task.match(pictures, [[texts[j] for j in wanted[example.image]] for example in some])
+
+    for example, found in progress(runner.run(examples, odds), len(examples)):
+        i, places = number[example.image], wanted[example.image]
+        together = logits[i, places] + found
+        by_image[i, places] = np.where(rows[i, places], together, by_image[i, places])
+        by_text[i, places] = np.where(columns[i, places], together, by_text[i, places])
+    return by_image, by_text
+
+
+FAR = 1e6
+MEASURES: dict[str, Callable[[Runner, list[Example], int, Progress], Measured]] = {
+    "caption": measure_captions,
+    "vqa": measure_answers,
+    "retrieval": measure_retrieval,
+}
+
+
+def gains(base: Measured, adapted: Measured, seed: int) -> dict[str, Interval]:
+    """Intervals of adapted − base over the same subjects, of every score that has them. {} when some were left out of one."""
+    if base.subjects != adapted.subjects:
+        return {}
+    found = {}
+    if base.coco and adapted.coco:
+        found = captions.gains(adapted.coco, base.coco, seed)
+    paired = {name: bootstrap.of_difference(adapted.each[name], base.each[name], seed=seed) for name in adapted.each}
+    return paired | found
+
+
+def by_group(made: Measured, task: Task, seed: int) -> dict[str, Interval]:
+    """How right the texts are within each group that the references name, when they name several."""
+    groups = list(dict.fromkeys(some[0].group for some in made.lines))
+    if len(groups) < 2:
+        return {}
+    label = {"vqa": "VQA accuracy", "retrieval": "R@1 image→text"}.get(task.name, "exact match")
+    found = {}
+    for group in groups:
+        places = [i for i, some in enumerate(made.lines) if some[0].group == group]
+        values = [made.each[label][i] for i in places]
+        found[f"{label}: {group or 'no group'} ({len(places)})"] = bootstrap.of_mean(values, seed=seed)
+    return found
+
+
+def image_of(subject: Any) -> Path:
+    """A subject is an image, or a tuple that begins with one."""
+    return subject[0] if isinstance(subject, tuple) else subject

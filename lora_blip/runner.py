@@ -1,0 +1,100 @@
+"""Runs a task over images in batches, and goes on when the device gives out: half the batch, then the CPU."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # comes with transformers
+
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import pixel_values
+from lora_blip.data.images import ImageError, open_image
+from lora_blip.models import autocasting, first_line
+from lora_blip.tasks.task import Task
+
+Work = Callable[[Task, Tensor, list[Example]], Iterable[Any]]  # pixel values and examples → a result for each
+FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error", "device-side assert")
+
+
+class Runner:
+    """`reopen` makes the same task anew on the CPU, for a device so broken that its weights cannot be read back."""
+
+    def __init__(
+        self, task: Task, batch_size: int = 16, precision: str = "fp32", reopen: Callable[[], Task] | None = None
+    ) -> None:
+        self.task, self.size, self.precision, self.reopen = task, batch_size, precision, reopen
+        self.warned: set[str] = set()
+
+    def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
+        """Each example with its result, in order; an image that cannot be read is reported and left out."""
+        self.task.backbone.model.eval()
+        iterator = iter(examples)
+        while some := list(islice(iterator, self.size)):
+            pictures = {e.image: self._pixels(e) for e in some}
+            good = [(e, picture) for e in some if (picture := pictures[e.image]) is not None]
+            if good:
+                here, stacked = [e for e, _ in good], torch.stack([picture for _, picture in good])
+                yield from zip(here, self._attempt(stacked, here, work), strict=True)
+
+    def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> list[Any]:
+        device = self.task.backbone.device
+        try:
+            with autocasting(device, self.precision)():
+                return list(work(self.task, pictures.to(device), examples))
+        except RuntimeError as error:  # torch's out-of-memory and accelerator errors are such
+            if not gave_out(error, device):
+                raise
+            reason = first_line(error)
+        half = len(examples) // 2
+        if half:
+            self._warn("half", f"{device} gave out ({reason}); going on with batches of {half} and fewer")
+            self.size = min(self.size, half)
+            release(device)
+            parts = (slice(None, half), slice(half, None))
+            return [found for part in parts for found in self._attempt(pictures[part], examples[part], work)]
+        self._warn("cpu", f"{device} gave out even for one image ({reason}); going on, slower, on the CPU")
+        self._move_to_cpu()
+        return self._attempt(pictures, examples, work)
+
+    def _move_to_cpu(self) -> None:
+        try:
+            self.task.move(torch.device("cpu"))
+        except RuntimeError:
+            if self.reopen is None:
+                raise
+            self.task = self.reopen()
+        self.task.backbone.model.eval()
+        self.precision = "fp32"
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            tqdm.write(f"warning: {message}")
+
+    def _pixels(self, example: Example) -> Tensor | None:
+        try:
+            return pixel_values(open_image(example.image), self.task.backbone.image_processor)
+        except ImageError as error:
+            if str(error) not in self.warned:
+                self.warned.add(str(error))
+                tqdm.write(f"left out: {error}")
+            return None
+
+
+def gave_out(error: RuntimeError, device: torch.device) -> bool:
+    """Whether an error is the accelerator's own, and not a fault of what it was asked."""
+    if device.type == "cpu":
+        return False
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, kinds) or any(fault in str(error) for fault in FAULTS)
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back, where the device still answers."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return  # a kernel fault outlives everything; the CPU comes next

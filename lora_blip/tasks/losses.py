@@ -1,0 +1,58 @@
+"""The losses, as pure functions of logits and labels: next token, image-text contrast, image-text matching."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+
+
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ wᵣ · −log p(target) over the positions that count, in float32.
+
+    logits (rows, tokens, vocabulary); targets (rows, tokens), IGNORE where nothing counts; weights (rows,), 1 if None.
+    """
+    flat = logits.flatten(0, 1).float(), targets.flatten()
+    if weights is None:
+        return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
+    each = F.cross_entropy(*flat, ignore_index=IGNORE, reduction="none").view(targets.shape)
+    return (each.sum(1) * weights).sum()
+
+
+def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float) -> Tensor:
+    """Image-text contrast, one value an image and text pair of rows: (rows,), float32.
+
+    similarity (rows, rows) holds cosines of image i and text j; positives (rows, rows) is True where text
+    j describes image i, and shares the target evenly. With s = similarity / temperature and y the
+    normalised positives, row i is ½ (−Σⱼ yᵢⱼ log softmaxⱼ sᵢⱼ − Σⱼ y'ⱼᵢ log softmaxⱼ sⱼᵢ): symmetric
+    cross-entropy (Li et al. 2022, arXiv:2201.12086, section 3.2, without the momentum queue).
+    """
+    logits = similarity.float() / temperature
+
+    def one_way(logits: Tensor, positives: Tensor) -> Tensor:
+        targets = positives.float() / positives.sum(1, keepdim=True)
+        return -(targets * logits.log_softmax(1)).sum(1)
+
+    return (one_way(logits, positives) + one_way(logits.T, positives.T)) / 2
+
+
+@torch.no_grad()
+def hard_negatives(
+    similarity: Tensor, positives: Tensor, temperature: Tensor | float, sampled: bool = True
+) -> tuple[Tensor, Tensor]:
+    """For each row a wrong text for its image and a wrong image for its text, (rows,) each; −1 where there is none.
+
+    Drawn with probability softmax(similarity / temperature) over what is not positive, so that the pairs
+    the contrast confuses come up often (Li et al. 2021, arXiv:2107.07651, section 3.2); not `sampled`:
+    the likeliest of them, the same at every call.
+    """
+
+    def draw(logits: Tensor, positives: Tensor) -> Tensor:
+        chances = logits.masked_fill(positives, -torch.inf).softmax(1).nan_to_num().clamp(min=1e-6).masked_fill(positives, 0)
+        empty = positives.all(1)
+        chances = chances.masked_fill(empty[:, None], 1)
+        drawn = torch.multinomial(chances, 1).squeeze(1) if sampled else chances.argmax(1)
+        return drawn.masked_fill(empty, -1)
+
+    logits = similarity.float() / temperature
+    return draw(logits, positives), draw(logits.T, positives.T)

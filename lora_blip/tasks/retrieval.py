@@ -1,0 +1,206 @@
+"""Image-text retrieval: which text belongs to which image, by contrast (ITC) and by matching (ITM)."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_blip.config import ConfigError
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import Stack
+from lora_blip.metrics.retrieval import RECALLS, recalls
+from lora_blip.models import Backbone
+from lora_blip.tasks.losses import hard_negatives, itc_loss
+from lora_blip.tasks.matching import Texts, cosines, matcher_of
+from lora_blip.tasks.sequences import plain_ids
+from lora_blip.tasks.task import Batch, Generation, Task
+
+TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
+RERANKED = 16  # of the texts that the contrast likes best, ITM looks at so many again
+CHUNK = 64  # pairs that ITM reads at a time
+
+
+class Features(NamedTuple):
+    image: Tensor  # (views, width)
+    text: Tensor  # (width,)
+
+
+class RetrievalTask(Task):
+    """Lines are {"image": …, "text": …}; several lines of one image are all right for it.
+
+    The temperature of the contrast is learned beside the adapters and kept in their file. Negatives come
+    from the micro-batch: a larger batch_size makes the contrast harder, accumulation only averages.
+    """
+
+    name = "retrieval"
+    architectures = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval")
+    score_names = ("recall_at_1", *(f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in RECALLS))
+
+    def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
+        super().__init__(backbone, prompt, generation)
+        if self.prompt:
+            raise ConfigError(f"prompt = {self.prompt!r}: retrieval has no prompt; leave it empty")
+        self.matcher = matcher_of(backbone)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.log_temperature.exp()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.log_temperature]
+
+    # ---- training
+
+    def check(self, example: Example) -> str:
+        if not example.text:
+            return "no text: retrieval needs one"
+        return self.check_text(example.text)
+
+    def check_text(self, text: str) -> str:
+        """Why a text cannot be matched, or ""."""
+        tokenizer = self.backbone.tokenizer
+        ids, room = plain_ids(tokenizer, text), self.matcher.longest - 2
+        if not set(ids) - {tokenizer.unk_token_id}:
+            return f"the text {text!r} is only unknown tokens for this model's tokenizer"
+        if len(ids) > room:
+            return f"the text has {len(ids)} tokens, and the model has room for {room}"
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        return f"{text!r} holds a special token, which means something else here" if special & set(ids) else ""
+
+    def batch(self, stack: Stack) -> Batch:
+        device = self.backbone.device
+        texts = self.matcher.texts([example.text for example in stack.examples]).to(device)
+        return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), texts, len(stack.examples))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row)."""
+        matcher, texts = self.matcher, batch.rows
+        seen = matcher.see(batch.pixel_values)
+        similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
+        right = positives(batch.examples).to(similarity.device)
+        text, image = hard_negatives(similarity, right, self.temperature, sampled=self.backbone.model.training)
+        every = torch.arange(len(texts), device=text.device)
+        pairs = (
+            torch.cat([every, every[text >= 0], image[image >= 0]]),
+            torch.cat([every, text[text >= 0], every[image >= 0]]),
+        )
+        odds = matcher.matching(seen[pairs[0]], texts[pairs[1]])
+        labels = (torch.arange(len(odds), device=odds.device) < len(texts)).float()
+        matching = F.binary_cross_entropy_with_logits(odds, labels)  # of two logits: the softmax's cross-entropy
+        return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching
+
+    def logits(self, batch: Batch) -> Tensor:
+        """ITC's logits of all pairs, then ITM's log-odds of the right ones: (rows · rows + rows,)."""
+        seen = self.matcher.see(batch.pixel_values)
+        similarity = cosines(self.matcher.image_features(seen), self.matcher.text_features(batch.rows))
+        return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
+
+    def wrong_labels(self, batch: Batch) -> str:
+        return "" if len(set(positives(batch.examples).flatten().tolist())) == 2 else NO_NEGATIVES
+
+    def label_table(self, batch: Batch, rows: int = 2) -> str:
+        right = positives(batch.examples)
+        lines = ["what the model reads | images of this batch that it belongs to"]
+        for row in range(min(rows, len(batch.examples))):
+            kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
+            names = dict.fromkeys(batch.examples[i].name for i in right[:, row].nonzero().flatten().tolist())
+            lines.append(f"  {' '.join(self.backbone.tokenizer.convert_ids_to_tokens(kept))}  |  {', '.join(names)}")
+        return "\n".join(lines)
+
+    # ---- prediction
+
+    def subject(self, example: Example) -> tuple[Path, str]:
+        return example.image, example.text
+
+    @torch.no_grad()
+    def predict(
+        self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
+    ) -> list[Features]:
+        """Image and text in the joint space, for `scores`."""
+        if adapters is not None:
+            raise ConfigError("retrieval ranks with one adapter at a time: lora.chosen(model, name)")
+        texts = self.matcher.texts([example.text for example in examples]).to(self.backbone.device)
+        images = self.matcher.image_features(self.matcher.see(pixel_values))
+        return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts), strict=True)]
+
+    @torch.no_grad()
+    def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:  # noqa: ARG002
+        """softmax of ITC's logits, the mass of the RERANKED likeliest given out anew by ITC and ITM together."""
+        seen = self.matcher.see(pixel_values)
+        rows = self.matcher.texts(texts).to(self.backbone.device)
+        found = torch.cat([self.matcher.text_features(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)])
+        logits = cosines(self.matcher.image_features(seen), found) / self.temperature
+        return torch.stack([self.reranked(row, states, rows) for row, states in zip(logits, seen, strict=True)])
+
+    def reranked(self, logits: Tensor, states: Tensor, texts: Texts) -> Tensor:
+        """One image's ITC logits (texts,) → probabilities, after ITM has looked at the likeliest."""
+        chances = logits.softmax(0)
+        best = logits.topk(min(RERANKED, len(texts))).indices
+        odds = self.matcher.matching(states.expand(len(best), *states.shape), texts[best])
+        return chances.index_copy(0, best, chances[best].sum() * (logits[best] + odds).softmax(0))
+
+    @torch.no_grad()
+    def match(self, pixel_values: Tensor, texts: list[list[str]]) -> list[Any]:
+        """ITM's log-odds of some texts of each image: a float32 array an image."""
+        found = []
+        for states, mine in zip(self.matcher.see(pixel_values), texts, strict=True):
+            rows = self.matcher.texts(mine).to(self.backbone.device)
+            parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+            odds = [self.matcher.matching(states.expand(len(part), *states.shape), part) for part in parts]
+            found.append(torch.cat(odds).cpu().numpy())
+        return found
+
+    def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:
+        """Recall at 1 by ITC among all the images and texts given, each way and their mean; at 5 or 10 if wanted."""
+        images = list(dict.fromkeys(example.image for example in examples))
+        some = {example.image: self.subject(example) for example in examples}  # a subject of each image
+        texts = list(dict.fromkeys(example.text for example in examples))
+        read = {example.text: self.subject(example) for example in examples}
+        similarity = cosines(
+            torch.stack([predictions[some[image]].image for image in images]),
+            torch.stack([predictions[read[text]].text for text in texts]),
+        )
+        found = recalls(similarity.float().cpu().numpy(), belongs(examples, images, texts))
+        ways = {key: found[key] for key in dict.fromkeys(("image_to_text_r1", "text_to_image_r1", wanted)) if key in found}
+        return {"recall_at_1": (found["image_to_text_r1"] + found["text_to_image_r1"]) / 2, **ways}
+
+    # ---- what an adapter file says of its task
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "prompt": "", "generation": asdict(self.generation), "temperature": self.temperature.item(),
+        }  # fmt: skip
+
+    def recall(self, about: dict[str, Any]) -> None:
+        temperature = about.get("temperature", TEMPERATURE)
+        if isinstance(temperature, float) and math.isfinite(temperature) and temperature > 0:
+            self.log_temperature.data.fill_(math.log(temperature))
+
+
+NO_NEGATIVES = (
+    "the first batch holds no wrong pair to learn from: its rows are all one image or one text; raise batch_size, "
+    "or give data with more than one image"
+)
+
+
+def positives(examples: list[Example]) -> Tensor:
+    """(rows, rows) bool: text j describes image i, being a line of the same image, or the same words."""
+    images, texts = [e.image for e in examples], [e.text for e in examples]
+    return torch.tensor(
+        [[a == b or s == t for b, t in zip(images, texts, strict=True)] for a, s in zip(images, texts, strict=True)]
+    )
+
+
+def belongs(examples: list[Example], images: list[Path], texts: list[str]) -> Any:
+    """(images, texts) booleans: which texts are an image's own."""
+    rows, columns = ({item: number for number, item in enumerate(items)} for items in (images, texts))
+    right = np.zeros((len(images), len(texts)), dtype=np.bool_)
+    for example in examples:
+        right[rows[example.image], columns[example.text]] = True
+    return right

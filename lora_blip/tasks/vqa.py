@@ -1,0 +1,73 @@
+"""Visual question answering: an image and a question in, an answer out."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_blip.config import ConfigError
+from lora_blip.data.annotations import Example
+from lora_blip.metrics.vqa import accuracy, vqa_accuracy
+from lora_blip.models import Backbone
+from lora_blip.tasks.sequences import BlipVqaLanguage, plain_ids
+from lora_blip.tasks.task import Generation
+from lora_blip.tasks.text import TextTask
+
+TEMPLATE = "Question: {question} Answer:"  # as BLIP-2's authors prompt it (Li et al. 2023, arXiv:2301.12597, section 4.1)
+
+
+class VqaTask(TextTask):
+    """Lines are {"image": …, "question": …, "answers": […]}; only the answer is in the loss.
+
+    A BlipForQuestionAnswering reads the question in its encoder; a captioning model reads it in `prompt`,
+    a template with {question} in it. Of several answers each is learned by its share of the votes
+    (Li et al. 2022, arXiv:2201.12086, as its code does).
+    """
+
+    name = "vqa"
+    architectures = ("BlipForQuestionAnswering", "BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
+    score_names = ("vqa_accuracy",)
+
+    def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
+        super().__init__(backbone, prompt, generation)
+        self.prompt = self.prompt or ("{question}" if isinstance(self.language, BlipVqaLanguage) else TEMPLATE)
+        if self.prompt.count("{question}") != 1:
+            raise ConfigError(f"prompt = {self.prompt!r}: a template for questions holds {{question}} once")
+        self.require_room(self.prompt.replace("{question}", ""))
+
+    def prompt_of(self, example: Example) -> str:
+        return self.prompt.replace("{question}", example.question)
+
+    def texts_of(self, example: Example) -> list[tuple[str, float]]:
+        votes = Counter(example.answers)
+        return [(answer, count / len(example.answers)) for answer, count in votes.items()]
+
+    def check(self, example: Example) -> str:
+        if not example.question:
+            return 'no question: lines are {"image": …, "question": …, "answers": […]}'
+        if not example.answers:
+            return "no answer: expected the key answers, with a list of texts"
+        answers = (self.check_text(answer, self.prompt_of(example)) for answer in dict.fromkeys(example.answers))
+        return self.check_question(example) or next(filter(None, answers), "")
+
+    def check_question(self, example: Example) -> str:
+        """Why a question cannot be asked, or ""."""
+        if self.language.room(self.prompt_of(example)) < 1:
+            return f"the question has too many tokens for this model: {example.question[:60]!r}"
+        return self.special(example.question, plain_ids(self.backbone.tokenizer, example.question))
+
+    def subject(self, example: Example) -> tuple[Path, str]:
+        return example.image, example.question
+
+    def likelihood(self, tokens: Tensor) -> Tensor:
+        """The sum over an answer's tokens: log p(answer), so that ranking gives the posterior over the list."""
+        return tokens.nansum(1)
+
+    def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:  # noqa: ARG002
+        """The official VQA accuracy."""
+        right = {self.subject(example): list(example.answers) for example in examples}
+        return {"vqa_accuracy": vqa_accuracy(list(predictions.values()), [right[subject] for subject in predictions])}
+
+    def correctness(self, text: str, examples: list[Example]) -> float:
+        return accuracy(text, list(examples[0].answers))
