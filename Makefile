@@ -1,19 +1,26 @@
 # make demo        set up, train the shipped default, caption image_test/ (demo-blip2: the same with BLIP-2)
+# make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
 # make test        every test but those that need a GPU        make lint    ruff and mypy
-# make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, about an hour
+# make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-blip2 test lint bench bases clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench bases clean
 
 demo: .venv/.plots
-	@$(PYTHON) -m toyworld.demo
+	@$(PYTHON) -m toyworld.demo caption
 
 demo-blip2: .venv/.plots
-	@$(PYTHON) -m toyworld.demo --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16
+	@$(PYTHON) -m toyworld.demo caption --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16
+
+demo-vqa: .venv/.plots
+	@$(PYTHON) -m toyworld.demo vqa
+
+demo-retrieval: .venv/.plots
+	@$(PYTHON) -m toyworld.demo retrieval
 
 test: .venv/.dev
 	$(PYTHON) -m pytest -m "not gpu"
@@ -29,6 +36,8 @@ bench: .venv/.dev
 bases: .venv/.plots
 	$(PYTHON) -m toyworld.pretrain blip --out assets/tiny-blip
 	$(PYTHON) -m toyworld.pretrain blip2 --out assets/tiny-blip2
+	$(PYTHON) -m toyworld.heirs vqa --out assets/tiny-blip-vqa
+	$(PYTHON) -m toyworld.heirs itm --out assets/tiny-blip-itm
 
 .venv/.plots .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv .venv

@@ -6,29 +6,38 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import lora_blip
 from lora_blip import lora, targets
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import Stack
 from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
-from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks import TASKS, natural_task
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
-EXTRAS = {"plots": ("matplotlib",), "dev": ("pytest", "peft", "ruff", "mypy")}
+EXTRAS = {
+    "plots": ("matplotlib",),
+    "metrics": ("pycocoevalcap",),
+    "tensorboard": ("tensorboard",),
+    "dev": ("pytest", "peft", "selenium", "ruff", "mypy"),
+}
+BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "assets/tiny-blip-itm")
 
 
 def examine() -> bool:
     """Print all that is known of this machine; False when something that is needed does not work."""
     print(f"lora_blip {lora_blip.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print("core    ", ", ".join(f"{name} {version(name)}" for name in CORE))
+    print("core        ", ", ".join(f"{name} {version(name)}" for name in CORE))
     for extra, names in EXTRAS.items():
-        print(f"{extra:<9}" + ", ".join(f"{name} {version(name)}" for name in names))
-    print(f"java     {java()}")
+        print(f"{extra:<13}" + ", ".join(f"{name} {version(name)}" for name in names))
+    print(f"java         {java()}")
     for device in devices():
-        print(f"{device!s:<9}{device_name(device)}: {', '.join(precisions(device))}")
+        print(f"{device!s:<13}{device_name(device)}: {', '.join(precisions(device))}")
     sound = version("torch") != "missing"
-    for name in ("assets/tiny-blip", "assets/tiny-blip2"):
+    for name in BASES:
         sound = said(name, hook_fires) and sound
     return sound
 
@@ -88,17 +97,18 @@ def said(name: str, check: Callable[[str], str]) -> bool:
 def hook_fires(name: str) -> str:
     """Load an embedded base, put adapters on its ViT, and see that a changed B changes the logits."""
     backbone = load_backbone(str(REPOSITORY / name), "cpu")
-    task = CaptionTask(backbone)
-    rows = task.language.rows([""], ["a red cube"])
+    task = TASKS[natural_task(backbone.architecture)](backbone)
     side = backbone.model.config.vision_config.image_size
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    examples = [Example(Path(text), text, text, 1, "", "what is it?", (text,)) for text in ("a red cube", "a blue cube")]
+    batch = task.batch(Stack(examples, pictures))
     with torch.no_grad():
-        before = task.language.logits(task.language.see(image), rows)
+        before = task.logits(batch)
         placed = lora.inject(backbone.model, targets.find(backbone.model, "vit"))
-        fresh = task.language.logits(task.language.see(image), rows)
+        fresh = task.logits(batch)
         for update in placed.values():
             update.B.fill_(0.01)
-        after = task.language.logits(task.language.see(image), rows)
+        after = task.logits(batch)
     if not torch.equal(before, fresh) or torch.equal(before, after):
         raise RuntimeError("the hooks on its ViT do not do what they should")
     return f"loads, and the hooks of its {len(placed)} ViT linears fire"

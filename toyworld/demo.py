@@ -1,6 +1,6 @@
-"""The demo: train the shipped default, caption image_test/ with and without the adapter, count what is right.
+"""The demos: train on the shipped cubes, score base and adapter on new ones. `python -m toyworld.demo caption|vqa|retrieval`
 
-`python -m toyworld.demo` takes the flags of train.py as well: --model assets/tiny-blip2 --targets vit,qformer
+Flags of train.py may follow: python -m toyworld.demo caption --model assets/tiny-blip2 --targets vit,qformer
 """
 
 import json
@@ -15,6 +15,13 @@ from lora_blip.metrics.exact import exact_match
 
 NOUN = re.compile(r"\b(cube|block|circle|square|triangle|shape)\b")
 REFERENCES = Path("image_test/annotations.jsonl")
+FLAGS = {
+    "caption": "",
+    "vqa": "--model assets/tiny-blip-vqa --annotations image_train/questions.jsonl --targets vit,text --epochs 6",
+    "retrieval": "--model assets/tiny-blip-itm --annotations image_train/sentences.jsonl --targets vit,text --epochs 20 "
+    "--batch-size 32",
+}
+KNOWN = {"vqa": "image_test/questions.jsonl", "retrieval": "image_test/sentences.jsonl"}
 
 
 def without_noun(text: str) -> str:
@@ -43,17 +50,29 @@ def table(predictions: list[dict[str, str]], references: list[dict[str, str]]) -
     return "\n".join(rows)
 
 
-def run(script: str, *flags: str) -> float:
+def run(*command: str) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, script, *flags], check=True)
+    subprocess.run([sys.executable, *command], check=True)
     return time.perf_counter() - started
 
 
+def captioned(folder: Path) -> float:
+    """Caption image_test/ and count what is right, with and without the noun."""
+    made = folder / "captions"
+    flags = ("--adapter", str(folder), "--compare", "--references", str(REFERENCES), "--output-dir", str(made))
+    seconds = run("infer.py", *flags)
+    print(f"\n{table(lines(made / 'predictions.jsonl'), lines(REFERENCES))}\n")
+    return seconds
+
+
+def evaluated(folder: Path, task: str) -> float:
+    flags = ("--adapter", str(folder), "--references", KNOWN[task], "--output-dir", str(folder / "evaluation"))
+    return run("-m", "lora_blip", "evaluate", *flags)
+
+
 if __name__ == "__main__":
-    folder = Path("lora_blip_output") / f"demo_{datetime.now():%Y%m%d_%H%M%S}"
-    captions = folder / "captions"
-    trained = run("train.py", "--output-dir", str(folder), *sys.argv[1:])
-    flags = ("--adapter", str(folder), "--compare", "--references", str(REFERENCES), "--output-dir", str(captions))
-    captioned = run("infer.py", *flags)
-    print(f"\n{table(lines(captions / 'predictions.jsonl'), lines(REFERENCES))}")
-    print(f"\ntrained in {trained:.0f} s, captioned twice in {captioned:.0f} s; all of it is in {folder}")
+    task, *flags = sys.argv[1:] or ["caption"]
+    folder = Path("lora_blip_output") / f"demo_{task}_{datetime.now():%Y%m%d_%H%M%S}"
+    trained = run("train.py", "--output-dir", str(folder), *FLAGS[task].split(), *flags)
+    scored = captioned(folder) if task == "caption" else evaluated(folder, task)
+    print(f"trained in {trained:.0f} s, scored base and adapter in {scored:.0f} s; all of it is in {folder}")

@@ -10,6 +10,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -39,6 +40,7 @@ class Heir:
     def __init__(self, model: nn.Module, processor: BlipProcessor) -> None:
         self.model, self.processor = model, processor
         self.tokenizer = processor.tokenizer
+        self.also = ""  # what else `right` found
 
     def rows(self, texts: list[str], first: int) -> tuple[Tensor, Tensor]:
         """Ids (rows, tokens) between `first` and [SEP], and their mask."""
@@ -110,10 +112,10 @@ class Itm(Heir):
         captions = list(dict.fromkeys(scene.caption("shape") for scene in scenes))
         ids, mask = self.rows(captions, self.tokenizer.cls_token_id)
         best = self.features(seen, ids, mask).argmax(1).tolist()
-        self.matched = self.reranked(seen, ids, mask, captions, scenes)
+        self.also = f"by ITM {self.matched(seen, ids, mask, captions, scenes):.3f}"
         return sum(captions[b] == scene.caption("shape") for b, scene in zip(best, scenes, strict=True)) / len(scenes)
 
-    def reranked(self, seen: Tensor, ids: Tensor, mask: Tensor, captions: list[str], scenes: list[Scene]) -> float:
+    def matched(self, seen: Tensor, ids: Tensor, mask: Tensor, captions: list[str], scenes: list[Scene]) -> float:
         """R@1 by ITM over every caption."""
         right = 0
         for states, scene in zip(seen, scenes, strict=True):
@@ -141,8 +143,6 @@ def grow(kind: type[Heir]) -> Heir:
 def picture_batch(heir: Heir, rng: random.Random, size: int) -> Batch:
     scenes = [flat_scene(rng) for _ in range(size)]
     drawn = [render_flat(scene, rng) for scene in scenes]
-    import numpy as np
-
     classes = patch_classes([np.asarray(c) for _, c in drawn])
     return pixels([np.asarray(p) for p, _ in drawn], heir.processor), classes, scenes
 
@@ -182,7 +182,7 @@ def train(kind: str, out: Path, steps: int, seed: int, batch: int = 32, peak: fl
         if step % 100 == 0:
             print(f"{step}/{steps} loss {loss:.4f} patch {patch_loss:.4f} {time.time() - started:.0f} s", flush=True)
         if step % 500 == 499:
-            print(f"{step + 1}/{steps} right {share_right(heir, 999, 200):.3f} {vars(heir).get('matched', '')}", flush=True)
+            print(f"{step + 1}/{steps} right {share_right(heir, 999, 200):.3f} {heir.also}", flush=True)
     save(heir, out, {"family": kind, "grown_from": "tiny-blip", "steps": steps, "seed": seed, "batch": batch, "lr": peak})
 
 
