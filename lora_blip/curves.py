@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def draw(folder: Path) -> Path | None:
-    """loss.png: training and validation loss, exact match beneath; None where matplotlib is not installed."""
+    """loss.png: training and validation loss, the validation's scores beneath; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -13,13 +14,28 @@ def draw(folder: Path) -> Path | None:
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    lower.set_visible(any("val_exact_match" in entry for entry in entries))
-    for axes, key, label in ((upper, "loss", "training"), (upper, "val_loss", "validation"), (lower, "val_exact_match", "")):
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-        axes.plot(*zip(*points, strict=True) if points else ((), ()), marker="o" if key != "loss" else "", label=label)
-    upper.set(ylabel="loss per token", yscale="log", title=folder.name)
+    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+        upper.plot(*points(entries, key), marker=marker, label=label)
+    upper.set(ylabel="loss", yscale="log", title=folder.name)
     upper.legend()
-    lower.set(xlabel="optimizer step", ylabel="exact match", ylim=(-0.05, 1.05))
+    names = shares(entries)
+    for key in names:
+        lower.plot(*points(entries, key), marker="o", label=key.removeprefix("val_").replace("_", " "))
+    lower.set(xlabel="optimizer step", ylabel="validation", ylim=(-0.05, 1.05), visible=bool(names))
+    if names:
+        lower.legend()
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def shares(entries: list[dict[str, Any]]) -> list[str]:
+    """The scores of the validations that lie between 0 and 1, as they were first written."""
+    names = dict.fromkeys(key for entry in entries for key in entry if key.startswith("val_") and key != "val_loss")
+    return [key for key in names if all(0 <= value <= 1 for value in points(entries, key)[1])]
+
+
+def points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values; what was no number is left out."""
+    found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     leaks, why = leaks_of(config, wanted, examples)
-    print(described(task, wanted, len(examples), precision))
+    print(described(task, wanted, len(dict.fromkeys(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, device="cpu")[0])
     base = adapted = None
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     assert last is not None
     rows = rows_of(base, adapted, runner.task, config.seed)
     warnings = leak_warnings(leaks, len({e.image for e in examples})) + last.warnings
-    facts = facts_of(config, wanted, runner, last, why)
+    facts = facts_of(config, wanted, runner, last, examples) | {"leaks": why}
 
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode())
@@ -97,7 +97,12 @@ def leaks_of(config: EvaluateConfig, wanted: Adapter | None, examples: list[Exam
         if config.train_annotations:
             raise DataError(f"train_annotations {source!r} do not exist; give the file, or none")
         return [], f"not looked for: the training data, {source}, is not here (--train-annotations)"
-    trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False)
+    try:
+        trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False)
+    except DataError as error:
+        if config.train_annotations:
+            raise
+        return [], f"not looked for: {str(error).splitlines()[0]}"
     there = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
     if not there:
         return [], f"not looked for: no image of {source} is here (--train-image-root)"
@@ -118,26 +123,28 @@ def leak_warnings(leaks: list[Leak], images: int) -> list[str]:
 def rows_of(base: Measured | None, adapted: Measured | None, task: Any, seed: int) -> list[Row]:
     """The table's rows: every score, then the main one within each group."""
     both = [made for made in (base, adapted) if made]
-    paired = gains(base, adapted, seed) if base and adapted else {}
-    scores = [(made.scores if made else {}) for made in (base, adapted)]
-    groups = [(by_group(made, task, seed) if made else {}) for made in (base, adapted)]
+    paired = gains(base, adapted, task, seed) if base and adapted else {}
+    first, second = (({**made.scores, **by_group(made, task, seed)} if made else {}) for made in (base, adapted))
     rows = []
-    for name in [*both[-1].scores, *by_group(both[-1], task, seed)]:
+    for name in second or first:
         note = next((made.notes[name] for made in reversed(both) if name in made.notes), "")
-        first, second = ({**some, **grouped}.get(name) for some, grouped in zip(scores, groups, strict=True))
-        rows.append(Row(name, first, second, note, name.startswith(LOWER_IS_BETTER), gain=paired.get(name)))
+        lower = name.startswith(LOWER_IS_BETTER)
+        rows.append(Row(name, first.get(name), second.get(name), note, lower, gain=paired.get(name)))
     return rows
 
 
-def facts_of(config: EvaluateConfig, wanted: Adapter | None, runner: Runner, made: Measured, leaks: str) -> dict[str, str]:
+def facts_of(
+    config: EvaluateConfig, wanted: Adapter | None, runner: Runner, made: Measured, asked: list[Example]
+) -> dict[str, str]:
     facts = {"base": runner.task.backbone.name, "task": runner.task.name, "references": config.references}
     if wanted:
         facts["adapter"] = str(wanted.path)
         facts["trained"] = f"{wanted.about.get('training', {}).get('steps', '?')} steps"
     if runner.task.prompt:
         facts["prompt"] = runner.task.prompt
-    facts |= {"scored": f"{len(made.subjects)} of {len({image_of(s) for s in made.subjects})} images", "leaks": leaks}
-    facts |= {"precision": runner.precision, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    scored = f"{len({image_of(s) for s in made.subjects})} of {len({e.image for e in asked})} images"
+    questions = f", {len(made.subjects)} questions" * (runner.task.name == "vqa")
+    facts |= {"scored": scored + questions, "precision": runner.precision, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
     return facts | {key: str(value) for key, value in made.facts.items()}
 
 
@@ -237,7 +244,7 @@ def interval_text(interval: Interval | None, share: bool) -> str:
     if interval is None:
         return "–"
     scale, digits, unit = (100, 1, " %") if share else (1, 3, "")
-    value, low, high = (f"{scale * x:.{digits}f}" for x in interval)
+    value, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in interval)  # + 0.0: there is no −0.0 %
     return f"{value}{unit}" if math.isnan(interval.low) else f"{value}{unit} [{low}, {high}]"
 
 

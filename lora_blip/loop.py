@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_blip import curves, lora, preflight, targets
-from lora_blip.config import TrainConfig, refuse_unwritable
+from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Stack, close, first_stack, loader
 from lora_blip.models import Backbone, autocasting, open_backbone
-from lora_blip.run import Run, Update
+from lora_blip.run import Run, Update, summary_writer
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Batch, Generation, Task
 
@@ -44,6 +44,7 @@ def train(config: TrainConfig) -> Path:
     """
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
+    refuse_impossible(config)
     backbone, precision = open_backbone(config.model, config.device, config.precision, config.base_dtype, config.checkpointing)
     device = backbone.device
     task = task_for(config, backbone)
@@ -68,12 +69,13 @@ def train(config: TrainConfig) -> Path:
     total = total_steps(config, len(batches))
     warmup = min(config.warmup_steps, total // 5)
     every = config.validate_every or max(1, total // 10)
+    before = validate(task, held_out, autocast, config.best_by) if held_out else {}  # a score that cannot be had stops here
     run = Run(config, task, total)
     print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")
     step = skipped_in_a_row = 0
     try:
         if held_out:
-            run.log_validation(0, 0, validate(task, held_out, autocast, config.best_by))
+            run.log_validation(0, 0, before)
         for epoch in range(config.epochs):
             batches.batch_sampler.epoch = epoch  # type: ignore[union-attr]
             for stacks in groups(batches, config.accumulation):  # the tail of an epoch is a step too
@@ -112,7 +114,7 @@ def train(config: TrainConfig) -> Path:
         run.close()
         for loaded in filter(None, (batches, held_out)):
             close(loaded)
-    print(f"saved {path}")
+    print(f"saved {path}", *filter(None, [run.best_line()]), sep="\n")
     print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")
     return path
 
@@ -231,6 +233,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def refuse_impossible(config: TrainConfig) -> None:
+    """ConfigError for settings that contradict each other, or that need what is not installed."""
+    if config.tensorboard:
+        summary_writer()
+    blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
+    for name in (name for name, wanted in blind.items() if wanted and not config.val_fraction):
+        raise ConfigError(
+            f"{name} = {getattr(config, name)!r} needs images to validate on, and val_fraction is 0: set VAL_FRACTION"
+        )
 
 
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:

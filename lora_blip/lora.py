@@ -11,12 +11,13 @@ No module is replaced and no code of the model is touched: the adapter lives as 
     inject   puts fresh adapters on          eject   takes them off: the base is bit for bit what it was
     merge    writes W + ΔW into the weights  restore puts the kept W back: `torch.equal`, never subtracted
     bake     merges for good and forgets the adapters
+    chosen   lets one adapter act alone, or each row of a batch its own      disabled   lets some rest
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,9 +60,6 @@ class LoRA(nn.Module):
         self.site = site
         self.scale = site.alpha / site.r
         self.dropout = dropout
-        self.enabled = True
-        self.rows: tuple[int, ...] | None = None  # the rows of a batch that it serves, see `chosen`; None is all
-        self.batch = 0  # of how many rows
         self.padding = (start, out_features - stop)  # zeros on either side of the rows reached
         self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
@@ -89,32 +87,22 @@ class Updates(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
+        self.choice = Choice()
         self.original: Tensor | None = None
         self.merged: frozenset[str] = frozenset()
 
 
 def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """The forward hook: y + Σ (alpha / r) · B A x over the adapters that are enabled and not merged."""
+    """The forward hook: y + Σ (alpha / r) · B A x over the adapters that act on a row and are not merged."""
     updates: Updates = linear.lora
-    lora: Any  # ModuleDict promises no more than modules
+    x = args[0]
     for key, lora in updates.items():
-        if not lora.enabled or key in updates.merged:
-            continue
-        if lora.rows is None:
-            output = output + lora(args[0]).to(output.dtype)
-        elif lora.rows:
-            rows = _rows(lora, args[0])
-            output = output.index_add(0, rows, lora(args[0][rows]).to(output.dtype))
+        rows = None if key in updates.merged else updates.choice.rows(_name(key), x)
+        if rows is ALL:
+            output = output + lora(x).to(output.dtype)
+        elif rows is not None:
+            output = output.index_add(0, rows, lora(x[rows]).to(output.dtype))
     return output
-
-
-def _rows(lora: LoRA, x: Tensor) -> Tensor:
-    """Where an adapter's rows stand in x: a beam search repeats every row so many times, side by side."""
-    repeats, rest = divmod(x.shape[0], lora.batch)
-    if rest:
-        raise LoRAError(f"{x.shape[0]} rows reach {lora.site.address!r}, and adapters were chosen for {lora.batch}")
-    first = torch.tensor(lora.rows, device=x.device) * repeats
-    return (first[:, None] + torch.arange(repeats, device=x.device)).flatten()
 
 
 # ---------------------------------------------------------------- on and off
@@ -136,6 +124,7 @@ def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: 
         _check_sites(model, wanted.values(), name)
         for site in wanted.values():
             _attach(model.get_submodule(site.module), site, dropout, name)
+        _choice(model)
     for parameter_name, parameter in model.named_parameters():
         if ".lora." not in f".{parameter_name}":
             parameter.requires_grad_(False)
@@ -154,51 +143,6 @@ def eject(model: nn.Module, name: str | None = None) -> None:
             del linear.lora[key]
         if not linear.lora:
             _detach(linear)
-
-
-@contextmanager
-def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside the block the named adapters (all, without names) add nothing. Raises LoRAError if merged."""
-    _check_names(model, names)
-    chosen = [lora for address, lora in _every(model) if not names or address[0] in names]
-    if any(linear.lora.merged for linear in _hooked(model).values()):
-        raise LoRAError("adapters are merged into the weights, so they cannot be disabled; call restore(model) first")
-    before = [lora.enabled for lora in chosen]
-    for lora in chosen:
-        lora.enabled = False
-    try:
-        yield
-    finally:
-        for lora, enabled in zip(chosen, before, strict=True):
-            lora.enabled = enabled
-
-
-@contextmanager
-def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
-    """Inside the block one adapter alone acts, or each row of a batch has its own: `["caption", "vqa", None]`.
-
-    None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no
-    weight; a batch of mixed rows gives each row what it gets apart. Raises LoRAError for an unknown name,
-    when adapters are merged, and in the forward when a batch has another number of rows.
-    """
-    if names is None:
-        yield
-        return
-    each = [names] if isinstance(names, str) else list(names)
-    _check_names(model, filter(None, each))
-    if any(linear.lora.merged for linear in _hooked(model).values()):
-        raise LoRAError("adapters are merged into the weights, so none can be chosen; call restore(model) first")
-    before = [(lora, lora.rows, lora.batch, lora.enabled) for _, lora in _every(model)]
-    for (owner, _), lora in _every(model):
-        if isinstance(names, str):
-            lora.enabled = lora.enabled and owner == names
-        else:
-            lora.rows, lora.batch = tuple(row for row, name in enumerate(each) if name == owner), len(each)
-    try:
-        yield
-    finally:
-        for lora, rows, batch, enabled in before:
-            lora.rows, lora.batch, lora.enabled = rows, batch, enabled
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:
@@ -235,11 +179,11 @@ def merge(model: nn.Module, *names: str) -> None:
     """W ← W + Σ ΔW, summed in float32, over the named adapters (all, without names). Merging twice is merging once.
 
     The original W is kept beside the linear for `restore`, and every merge starts from it. Raises
-    LoRAError, before any weight is written, for an unknown name or a quantised linear.
+    LoRAError, before any weight is written, for an unknown name, a quantised linear, or inside `chosen` or `disabled`.
     """
     _check_names(model, names)
     hooked = _hooked(model)
-    _refuse_quantised(hooked)
+    _refuse_unmergeable(hooked)
     for linear in hooked.values():
         chosen = {key for key in linear.lora if not names or _name(key) in names}
         _fold(linear, linear.lora.merged | chosen)
@@ -254,7 +198,7 @@ def restore(model: nn.Module) -> None:
 def bake(model: nn.Module) -> None:
     """Merge for good: the weights keep the update; adapters, hooks and originals are gone, and no memory is held."""
     hooked = _hooked(model)
-    _refuse_quantised(hooked)
+    _refuse_unmergeable(hooked)
     for linear in hooked.values():
         _fold(linear, frozenset(linear.lora), keep_original=False)
         _detach(linear)
@@ -281,6 +225,130 @@ def _write_back(linear: Any) -> None:
     if linear.lora.original is not None:
         linear.weight.data.copy_(linear.lora.original)
     linear.lora.original, linear.lora.merged = None, frozenset()
+
+
+# ---------------------------------------------------------------- which adapter acts on which row
+
+ALL: Any = slice(None)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Who acts: none of `off`; of the others `alone`, if one is named, or each on its `rows` of a batch of `count`."""
+
+    off: frozenset[str] = frozenset()
+    alone: str = ""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+
+ALL_ACT = Acting()
+
+
+class Choice:
+    """One object that all adapters of a model share: to switch is to assign `acting`."""
+
+    def __init__(self) -> None:
+        self.acting = ALL_ACT
+        self.made = False  # whether gradients were ever taken under one
+        self.again = False  # whether it is in force once more, see `as_chosen`
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Choice, ()  # a copy of a model starts with no choice made
+
+    def rows(self, name: str, x: Tensor) -> Any:
+        """Where the rows of an adapter stand in x (rows, …): ALL, a tensor of places, or None for nowhere."""
+        acting = self.acting
+        if self.made and not self.again and torch._C._current_graph_task_id() >= 0:
+            raise LoRAError(
+                "a layer is computed again in the backward pass, and which adapters acted in it is not known any more; "
+                "checkpoint it with context_fn=partial(lora.as_chosen, model), as load_backbone(checkpointing=True) does"
+            )
+        if name in acting.off or acting.alone not in ("", name):
+            return None
+        return _places(acting.rows.get(name), acting.count, x) if acting.count else ALL
+
+
+def _places(rows: Tensor | None, count: int, x: Tensor) -> Tensor | None:
+    """A beam search repeats every row of a batch so many times, side by side, and OPT flattens its tokens into rows."""
+    repeats, rest = divmod(x.shape[0], count)
+    if rest or not repeats or (repeats > 1 and x.ndim > 2 and torch.is_grad_enabled()):  # nothing is learned by beams
+        raise LoRAError(f"a batch of {x.shape[0]} rows meets adapters that were chosen for {count}; name one for every row")
+    if rows is None:
+        return None
+    return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
+
+
+@contextmanager
+def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
+    """Inside the block one adapter alone acts, or each row of a batch has its own: `["caption", "vqa", None]`.
+
+    None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no weight; a
+    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. A batch of twice or
+    three times as many rows is taken for beams, row by row. Raises LoRAError for an unknown name, no name at all, when
+    adapters are merged, and in the forward when a batch has another number of rows.
+    """
+    if names is None:
+        yield
+        return
+    each = [names] if isinstance(names, str) else list(names)
+    _check_names(model, [name for name in each if name is not None])
+    choice = _unmerged(model, "chosen")
+    if isinstance(names, str):
+        acting = Acting(choice.acting.off, alone=names)
+    elif each:
+        device = next((lora.A.device for _, lora in _every(model)), None)
+        rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
+        acting = Acting(choice.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each))
+    else:
+        raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base")
+    with _in_force(choice, acting):
+        yield
+
+
+@contextmanager
+def disabled(model: nn.Module, *names: str) -> Iterator[None]:
+    """Inside the block the named adapters (all, without names) add nothing. Raises LoRAError if merged."""
+    _check_names(model, names)
+    choice = _unmerged(model, "disabled")
+    off = frozenset(names or (owner for (owner, _), _ in _every(model)))
+    with _in_force(choice, replace(choice.acting, off=choice.acting.off | off)):
+        yield
+
+
+def as_chosen(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`torch.utils.checkpoint(…, context_fn=partial(as_chosen, model))`: what the backward pass computes again acts as it did.
+
+    The backward pass may run when the block of `chosen` or `disabled` has ended, or inside another.
+    """
+    updates = next((module for module in model.modules() if isinstance(module, Updates)), None)
+    return nullcontext(), _in_force(updates.choice, updates.choice.acting, again=True) if updates else nullcontext()
+
+
+@contextmanager
+def _in_force(choice: Choice, acting: Acting, again: bool = False) -> Iterator[None]:
+    before = choice.acting, choice.again
+    choice.acting, choice.again = acting, again
+    choice.made = choice.made or (torch.is_grad_enabled() and not again)
+    try:
+        yield
+    finally:
+        choice.acting, choice.again = before
+
+
+def _choice(model: nn.Module) -> Choice:
+    """The choice of a model, from now on that of all its linears, though some were injected as parts of it."""
+    updates = [linear.lora for linear in _hooked(model).values()]
+    choice = updates[0].choice if updates else Choice()
+    for each in updates:
+        each.choice = choice
+    return choice
+
+
+def _unmerged(model: nn.Module, what: str) -> Choice:
+    if any(linear.lora.merged for linear in _hooked(model).values()):
+        raise LoRAError(f"adapters are merged into the weights, so none can be {what}; call restore(model) first")
+    return _choice(model)
 
 
 # ---------------------------------------------------------------- looking and checking
@@ -350,8 +418,10 @@ def _check_sites(model: nn.Module, sites: Iterable[Site], name: str) -> None:
             raise LoRAError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} with r={site.r} make no update")
 
 
-def _refuse_quantised(hooked: dict[str, Any]) -> None:
+def _refuse_unmergeable(hooked: dict[str, Any]) -> None:
     for path, linear in hooked.items():
+        if linear.lora.choice.acting is not ALL_ACT:
+            raise LoRAError("adapters are chosen or disabled here, and merged ones act on every row; leave that block first")
         if is_quantised(linear):
             raise LoRAError(
                 f"{path!r} is quantised ({type(linear).__name__}): merging would round the update away; "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_blip.data.annotations import Example
+from lora_blip.data.annotations import DataError, Example
 from lora_blip.metrics import bootstrap, captions, retrieval
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.metrics.captions import caption_scores
@@ -58,7 +58,14 @@ def predicted(runner: Runner, examples: list[Example], progress: Progress) -> tu
     first = [some[0] for some in lines.values()]
     found = runner.run(first, lambda task, pictures, some: task.predict(pictures, some))
     said = {runner.task.subject(example): text for example, text in progress(found, len(first))}
+    require_some(said, examples)
     return list(said), [lines[subject] for subject in said], list(said.values())
+
+
+def require_some(found: Any, examples: list[Example]) -> None:
+    """DataError when every image was left out."""
+    if not found:
+        raise DataError(f"none of the {len({e.image for e in examples})} images can be read any more; see what was left out")
 
 
 def measure_captions(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
@@ -108,14 +115,15 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
     examples, features = zip_features(runner, examples, progress)
     images = list(dict.fromkeys(example.image for example in examples))
     texts = list(dict.fromkeys(example.text for example in examples))
-    image_of = {example.image: row for row, example in enumerate(examples)}
-    text_of = {example.text: row for row, example in enumerate(examples)}
-    seen = torch.stack([features[image_of[image]][0] for image in images])
-    read = torch.stack([features[text_of[text]][1] for text in texts])
+    row_of: dict[Any, int] = {}  # a row of each image and text; a Path never equals a text
+    for row, example in enumerate(examples):
+        row_of |= {example.image: row, example.text: row}
+    seen = torch.stack([features[row_of[image]][0] for image in images])
+    read = torch.stack([features[row_of[text]][1] for text in texts])
     task: Any = runner.task
     logits = blocked(seen, read) / task.temperature.item()
     right = belongs(examples, images, texts)
-    by_image, by_text = reranked(runner, [examples[image_of[image]] for image in images], texts, logits, progress)
+    by_image, by_text = reranked(runner, [examples[row_of[image]] for image in images], texts, logits, progress)
     ranks = retrieval.ranks(by_image, right)[0], retrieval.ranks(by_text, right)[1]
     best = by_image.argmax(1)
     lines: dict[Path, list[Example]] = {image: [] for image in images}
@@ -147,6 +155,7 @@ def zip_features(runner: Runner, examples: list[Example], progress: Progress) ->
     """The examples whose image can be read, and the place of each image and text in the joint space, on the CPU."""
     found = runner.run(examples, lambda task, pictures, some: [[x.cpu() for x in f] for f in task.predict(pictures, some)])
     pairs = list(progress(found, len(examples)))
+    require_some(pairs, examples)
     return [example for example, _ in pairs], [features for _, features in pairs]
 
 
@@ -184,19 +193,24 @@ MEASURES: dict[str, Callable[[Runner, list[Example], int, Progress], Measured]] 
 }
 
 
-def gains(base: Measured, adapted: Measured, seed: int) -> dict[str, Interval]:
+def gains(base: Measured, adapted: Measured, task: Task, seed: int) -> dict[str, Interval]:
     """Intervals of adapted − base over the same subjects, of every score that has them. {} when some were left out of one."""
     if base.subjects != adapted.subjects:
         return {}
     found = {}
     if base.coco and adapted.coco:
         found = captions.gains(adapted.coco, base.coco, seed)
-    paired = {name: bootstrap.of_difference(adapted.each[name], base.each[name], seed=seed) for name in adapted.each}
-    return paired | found
+    first, second = (made.each | grouped(made, task) for made in (base, adapted))
+    return {name: bootstrap.of_difference(second[name], first[name], seed=seed) for name in second} | found
 
 
 def by_group(made: Measured, task: Task, seed: int) -> dict[str, Interval]:
     """How right the texts are within each group that the references name, when they name several."""
+    return {name: bootstrap.of_mean(values, seed=seed) for name, values in grouped(made, task).items()}
+
+
+def grouped(made: Measured, task: Task) -> dict[str, list[float]]:
+    """A row for each group: the main share of each of its subjects."""
     groups = list(dict.fromkeys(some[0].group for some in made.lines))
     if len(groups) < 2:
         return {}
@@ -204,8 +218,7 @@ def by_group(made: Measured, task: Task, seed: int) -> dict[str, Interval]:
     found = {}
     for group in groups:
         places = [i for i, some in enumerate(made.lines) if some[0].group == group]
-        values = [made.each[label][i] for i in places]
-        found[f"{label}: {group or 'no group'} ({len(places)})"] = bootstrap.of_mean(values, seed=seed)
+        found[f"{label}: {group or 'no group'} ({len(places)})"] = [made.each[label][i] for i in places]
     return found
 
 

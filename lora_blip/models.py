@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lora_blip.config import ConfigError
+from lora_blip.lora import as_chosen
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
@@ -144,7 +146,8 @@ def _load(name: str, source: str, config: PretrainedConfig, where: torch.device,
     model.requires_grad_(False).eval().to(where)
     if checkpointing:
         with Quiet(source):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(as_chosen, model)})
+            model.disable_input_require_grads()  # only the reentrant kind needs them, and BLIP adds positions in place
     tokenizer, image_processor = _load_processors(source)
     return Backbone(model, tokenizer, image_processor, name, where)
 

@@ -1,38 +1,30 @@
 """Inference in batches: images → captions, answers or ranked texts, printed, written, and scored where references are given."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter, lora
 from lora_blip.adapter import Adapter
+from lora_blip.asked import asked, example_of, read_references, read_texts
 from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, refuse_unwritable
-from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.images import find_images
 from lora_blip.loop import seed_everything
 from lora_blip.models import Backbone, open_backbone
+from lora_blip.prediction import Prediction, line_of, printed, report
 from lora_blip.run import fresh
 from lora_blip.runner import Runner
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Generation, Task
 
 FILE_NAME = "predictions.jsonl"
-RANKS_KEPT = 10  # of a ranking: written beside the best text
-Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their probabilities
-
-
-@dataclass(frozen=True)
-class Prediction:
-    image: Path
-    text: str
-    question: str = ""
-    ranking: Ranking = field(default_factory=list)  # where texts were ranked
 
 
 def infer(config: InferConfig) -> Path:
@@ -59,13 +51,14 @@ def infer(config: InferConfig) -> Path:
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
     said: dict[Any, Prediction] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("x", encoding="utf-8") as file:
+    # a line is on the disk as soon as it is printed; names that are no Unicode become JSON's escapes
+    with output.open("x", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
         for example, prediction in progress(predictions(runner, examples, texts), len(examples), task.name):
             key = task.subject(example)
             said[key] = prediction
             file.write(json.dumps(line_of(prediction, base.get(key)), ensure_ascii=False) + "\n")
             tqdm.write(printed(prediction, base.get(key)))
-    report(task, references, said, base)
+    report(task, references, ({"base": base} if base else {}) | {"adapted" if wanted else "base": said})
     print(f"wrote {output}")
     return output
 
@@ -94,8 +87,31 @@ def rankings(
     yield from (p for _, p in predictions(Runner(task, precision=precision), examples, texts))
 
 
-def example_of(image: str | Path, question: str = "") -> Example:
-    return Example(Path(image), "", str(image), 0, question=question)
+def mixed(
+    tasks: Mapping[str, Task], requests: Iterable[tuple[str | Path, str, str]], batch_size: int = 16, precision: str = "fp32"
+) -> Iterator[Prediction]:
+    """Answers to requests (image, adapter, question or ""), in their order, rows of different adapters in one batch.
+
+    tasks: the adapters that are on one backbone → the caption or vqa task of each; "" is the base. What is said is
+    what each would say apart. Raises ConfigError when the tasks cannot share a batch, or a request names none of them.
+    """
+    first: Any = next(iter(tasks.values()))
+    for name, task in tasks.items():
+        if task.backbone is not first.backbone or task.name == "retrieval" or task.generation != first.generation:
+            raise ConfigError(f"{name!r} and {next(iter(tasks))!r} need one backbone, texts to say, and one `task.generation`")
+
+    def example(request: tuple[str | Path, str, str]) -> Example:
+        image, name, question = request
+        if name not in tasks:
+            raise ConfigError(f"a request names the adapter {name!r}; there is a task for {', '.join(map(repr, tasks))}")
+        return replace(example_of(image, question), group=name)
+
+    def say(task: Any, pictures: Tensor, some: list[Example]) -> list[str]:
+        prompts = [cast(Any, tasks[e.group]).prompt_of(e) for e in some]
+        return task.language.generate(pictures, prompts, [e.group or None for e in some], **asdict(task.generation))
+
+    for found, text in Runner(first, batch_size, precision).run(map(example, requests), say):
+        yield Prediction(found.image, text, found.question)
 
 
 def predictions(
@@ -163,63 +179,6 @@ def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConf
     return task
 
 
-def read_texts(texts: str) -> list[str]:
-    """A file with a text a line, or texts with | between them; each once, in order."""
-    if not texts:
-        return []
-    path = Path(texts)
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if "|" not in texts and path.is_file() else texts.split("|")
-    found = list(dict.fromkeys(annotations.plain(line) for line in lines if line.strip()))
-    if len(found) < 2:
-        raise ConfigError(f"texts = {texts!r}: at least two are needed to rank; a file with a text a line, or 'one|another'")
-    return found
-
-
-def asked(
-    task: Task, images: list[Path], question: str, references: dict[Path, list[Example]], texts: list[str]
-) -> list[Example]:
-    """What is asked of which image. ConfigError when the task needs a question or texts, and there are none."""
-    for text in texts:
-        if reason := task.check(replace(example_of("", "?"), text=text, answers=(text,))):
-            raise ConfigError(f"texts: {reason}")
-    if task.name == "retrieval" and not texts:
-        raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
-    if task.name != "vqa":
-        return [example_of(image) for image in images]
-    if Path(question).is_file():
-        found = [example for some in read_references(question, "", images).values() for example in some]
-    elif question:
-        found = [example_of(image, annotations.plain(question)) for image in images]
-    else:
-        found = [example for some in references.values() for example in some]
-    if not found:
-        raise ConfigError("there is no question; give one for every image (QUESTION, or --question), or a file of lines")
-    found = list({task.subject(example): example for example in found}.values())
-    for example in found:
-        if not example.question:
-            raise ConfigError(f"line {example.line} of the questions has no question")
-        if reason := task.check(replace(example, answers=("yes",))):
-            raise ConfigError(f"question {example.question!r}: {reason}")
-    return found
-
-
-def read_references(source: str, root: str, images: list[Path]) -> dict[Path, list[Example]]:
-    """Image → its lines in an annotations file, for the images that are looked at. DataError if there is none."""
-    if not source:
-        return {}
-    examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
-    if problems:
-        print(f"{source}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    wanted = {image.resolve(): image for image in images}
-    found: dict[Path, list[Example]] = {}
-    for example in examples:
-        if image := wanted.get(example.image.resolve()):
-            found.setdefault(image, []).append(replace(example, image=image))
-    if not found:
-        raise annotations.DataError(f"{source} has a line for none of the {len(images)} images; compare the paths")
-    return found
-
-
 def output_file(output_dir: str) -> Path:
     """predictions.jsonl in a folder; what is there already is never written over."""
     if not output_dir:
@@ -229,9 +188,6 @@ def output_file(output_dir: str) -> Path:
     if path.exists():
         raise ConfigError(f"{path} exists already; give another output_dir, or leave it empty for a new folder")
     return path
-
-
-# ---------------------------------------------------------------- what the user sees
 
 
 def described(task: Task, wanted: Adapter | None, count: int, precision: str) -> str:
@@ -247,50 +203,3 @@ def described(task: Task, wanted: Adapter | None, count: int, precision: str) ->
 
 def progress(found: Iterable[Any], count: int, name: str) -> Iterable[Any]:
     return tqdm(found, total=count, desc=name, unit="image", disable=None, dynamic_ncols=True)
-
-
-def line_of(prediction: Prediction, base: Prediction | None) -> dict[str, Any]:
-    line: dict[str, Any] = {"image": str(prediction.image)}
-    if prediction.question:
-        line["question"] = prediction.question
-    line["text"] = prediction.text
-    if base:
-        line["base_text"] = base.text
-    if prediction.ranking:
-        line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKS_KEPT]]
-    return line
-
-
-def printed(prediction: Prediction, base: Prediction | None) -> str:
-    rows = [("Image", str(prediction.image))]
-    if prediction.question:
-        rows.append(("Question", prediction.question))
-    if base:
-        rows.append(("Base", base.text))
-    if prediction.ranking:
-        rows += [("Fits" if not n else "", f"{p:6.1%}  {text}") for n, (text, p) in enumerate(prediction.ranking[:3])]
-    else:
-        rows.append(("Answer" if prediction.question else "Caption", prediction.text))
-    return "\n".join(f"{f'{name}:' if name else '':<10}{text}" for name, text in rows) + "\n"
-
-
-def report(task: Task, references: dict[Path, list[Example]], said: dict[Any, Prediction], base: dict[Any, Prediction]) -> None:
-    """How right the texts are, over all that have references and, where the references name groups, over each group."""
-    lines: dict[Any, list[Example]] = {}
-    for example in (example for some in references.values() for example in some if example.text or example.answers):
-        lines.setdefault(task.subject(example) if task.name != "retrieval" else (example.image, ""), []).append(example)
-    scored = [key for key in lines if key in said]
-    if not scored:
-        return
-    label = "VQA accuracy" if task.name == "vqa" else "exact match"
-    print(f"{label:<24}{'images':>8}" + f"{'base':>9}" * bool(base) + f"{'adapted':>10}")
-    for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
-        mine = [key for key in scored if group in ("all", lines[key][0].group)]
-        if not group or (group != "all" and len(mine) == len(scored)):
-            continue
-        shares = [
-            sum(task.correctness(found[key].text, lines[key]) if key in found else 0.0 for key in mine) / len(mine)
-            for found in (base, said)
-            if found
-        ]
-        print(f"{group:<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))

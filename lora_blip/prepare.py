@@ -17,6 +17,7 @@ from lora_blip.data.folders import Folder, Picture
 from lora_blip.data.formats import NOT_UTF8, Entry, Place, canonical
 from lora_blip.data.published import SPLITS
 from lora_blip.data.sources import Source, find_sources
+from lora_blip.files import write_whole
 
 SIDES = ("train", "val", "test")
 DROPPED = "dropped.jsonl"
@@ -229,8 +230,6 @@ def listing(dropped: list[Dropped]) -> list[str]:
 
 def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> dict[str, Path]:
     """A file for each side that has lines, and one for what was dropped, each whole or not at all."""
-    from lora_blip.files import write_whole  # late: it brings torch
-
     told = [{"file": str(one.source.path), "at": one.at, "why": one.why, "reason": one.reason} for one in dropped]
     files = {DROPPED: b"".join(json.dumps(one).encode() + b"\n" for one in told)}
     files |= {f"{side}.jsonl": b"".join(row.line + b"\n" for row in rows[side]) for side in SIDES}

@@ -15,6 +15,7 @@ from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.tasks.task import Task
 
 BEST_NAME, METRICS_NAME = "best.safetensors", "metrics.jsonl"
+NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # of a line of metrics.jsonl: not for TensorBoard
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Run:
         self.last: dict[str, Any] = {}
         self.last_note = ""
         self.best = Best(config.best_by)
-        self.board = board(self.folder) if config.tensorboard else None
+        self.board = summary_writer()(self.folder) if config.tensorboard else None
 
     def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
         self.images += images
@@ -80,16 +81,26 @@ class Run:
         self.bar.write(f"{f'step {step}' if step else 'before training'}: validation {figures}")
         self.last = {f"val_{key}": value for key, value in scores.items()}
         if self.best.better(step, scores) and step:
-            self._save(self.folder / BEST_NAME, step, {"finished": False})
+            self._save(self.folder / BEST_NAME, step)
         self.logged, self.images = time.perf_counter(), 0
 
     def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
-        return self._save(self.folder / adapter.FILE_NAME, step, {"finished": finished}, merge_drift)
+        return self._save(self.folder / adapter.FILE_NAME, step, merge_drift, finished=finished)
 
-    def _save(self, path: Path, step: int, about: dict[str, Any], merge_drift: dict[str, float] | None = None) -> Path:
+    def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **about: Any) -> Path:
         summary = {"steps": step, **about, **self.last, "settings": asdict(self.config)}
         return adapter.save(
             path, self.task.backbone, task=self.task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
+        )
+
+    def best_line(self) -> str:
+        """Which step was the best, and where its adapter is; "" when nothing was validated."""
+        value = abs(self.best.rank[0])
+        if not math.isfinite(value):
+            return ""
+        what = f"best {self.best.by.replace('_', ' ')}, {shown(self.best.by, value)}"
+        return (
+            f"{what}, after step {self.best.step}: {self.folder / BEST_NAME}" if self.best.step else f"{what}, before training"
         )
 
     def close(self) -> None:
@@ -99,8 +110,10 @@ class Run:
             self.board.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; JSON has no NaN and no infinity, so these are null."""
+        entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board:
-            for key in entry.keys() - {"step", "epoch", "seconds", "skipped"}:
+            for key in (key for key, value in entry.items() if key not in NO_SCALARS and value is not None):
                 self.board.add_scalar(key, entry[key], entry["step"])
         self.metrics.write(json.dumps(entry) + "\n")
         self.metrics.flush()
@@ -116,7 +129,7 @@ class Best:
     rank: tuple[float, float] = (-math.inf, -math.inf)
 
     def better(self, step: int, scores: dict[str, float]) -> bool:
-        """Take note of a validation. Raises KeyError, naming what there is, when it has no such score."""
+        """Take note of a validation; a score that is no number is never better."""
         value = -scores["loss"] if self.by == "loss" else scores[self.by]
         rank = (value, -scores["loss"])
         if rank > self.rank:
@@ -131,15 +144,15 @@ def shown(key: str, value: float) -> str:
     return f"{value:.4f}" if key == "loss" or not 0 <= value <= 1 else f"{value:.1%}"
 
 
-def board(folder: Path) -> Any:
-    """A TensorBoard writer (extra: tensorboard). Raises ConfigError when it is not installed."""
+def summary_writer() -> Any:
+    """The class of TensorBoard's writers (extra: tensorboard). Raises ConfigError when it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
             "tensorboard = True, and TensorBoard is not installed: pip install 'lora_blip[tensorboard]', or set it to False"
         ) from None
-    return SummaryWriter(folder)
+    return SummaryWriter
 
 
 def fresh(path: Path) -> Path:

@@ -38,28 +38,33 @@ class Runner:
                 here, stacked = [e for e, _ in good], torch.stack([picture for _, picture in good])
                 yield from zip(here, self._attempt(stacked, here, work), strict=True)
 
-    def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> list[Any]:
+    def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
+        """A result for each; what the first half gave is handed on before the second half can fail."""
         device = self.task.backbone.device
         try:
             with autocasting(device, self.precision)():
-                return list(work(self.task, pictures.to(device), examples))
+                found, reason = list(work(self.task, pictures.to(device), examples)), ""
         except RuntimeError as error:  # torch's out-of-memory and accelerator errors are such
             if not gave_out(error, device):
                 raise
-            reason = first_line(error)
+            found, reason = [], first_line(error)
         half = len(examples) // 2
-        if half:
+        if not reason:
+            yield from found
+        elif half:
             self._warn("half", f"{device} gave out ({reason}); going on with batches of {half} and fewer")
             self.size = min(self.size, half)
             release(device)
-            parts = (slice(None, half), slice(half, None))
-            return [found for part in parts for found in self._attempt(pictures[part], examples[part], work)]
-        self._warn("cpu", f"{device} gave out even for one image ({reason}); going on, slower, on the CPU")
-        self._move_to_cpu()
-        return self._attempt(pictures, examples, work)
+            yield from self._attempt(pictures[:half], examples[:half], work)
+            yield from self._attempt(pictures[half:], examples[half:], work)
+        else:
+            self._warn("cpu", f"{device} gave out even for one image ({reason}); going on, slower, on the CPU")
+            self._move_to_cpu()
+            yield from self._attempt(pictures, examples, work)
 
     def _move_to_cpu(self) -> None:
         try:
+            self.task.backbone.model.to("cpu")  # first of all: as fp32, it would take twice the memory where there is none
             self.task.move(torch.device("cpu"))
         except RuntimeError:
             if self.reopen is None:

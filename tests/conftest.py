@@ -6,7 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +23,11 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch
 from tests import tiny
 
-KINDS = ("blip", "opt", "t5")
-WHOLE = {"blip": "vit,text", "opt": "vit,qformer,lm", "t5": "vit,qformer,lm"}  # every part that can be targeted
+KINDS = ("blip", "opt", "t5")  # that caption
+WHOLE = {  # every part that can be targeted
+    "blip": "vit,text", "opt": "vit,qformer,lm", "t5": "vit,qformer,lm",
+    "vqa": "vit,text", "itm": "vit,text", "itm2": "vit,qformer",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +42,28 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny.save_blip(root / "blip")
     for language in ("opt", "t5"):
         tiny.save_blip2(root / language, language)
-    return {kind: root / kind for kind in KINDS}
+    tiny.save_vqa(root / "vqa")
+    tiny.save_itm(root / "itm")
+    tiny.save_itm2(root / "itm2")
+    return {kind: root / kind for kind in WHOLE}
+
+
+@pytest.fixture(scope="session")
+def original(checkpoints: dict[str, Path]) -> Callable[[str], Backbone]:
+    """Each kind loaded once, to be copied: a copy takes a fifth of the time."""
+    return cache(lambda kind: load_backbone(str(checkpoints[kind]), "cpu"))
 
 
 @pytest.fixture
-def make(checkpoints: dict[str, Path]) -> Callable[..., Backbone]:
+def make(checkpoints: dict[str, Path], original: Callable[[str], Backbone]) -> Callable[..., Backbone]:
     """make("blip", dtype="fp16") → a fresh frozen backbone on the CPU."""
-    return lambda kind, **options: load_backbone(str(checkpoints[kind]), "cpu", **options)
+
+    def fresh(kind: str, **options: Any) -> Backbone:
+        if options:
+            return load_backbone(str(checkpoints[kind]), "cpu", **options)
+        return replace(original(kind), model=deepcopy(original(kind).model))
+
+    return fresh
 
 
 @pytest.fixture(params=KINDS)
@@ -62,6 +84,14 @@ def inject(backbone: Backbone, what: str = "", r: int = 4, alpha: float = 8.0, t
         for x in found.values():
             x.B.data.copy_(0.05 * torch.randn(x.B.shape, generator=generator))
     return found
+
+
+def every_target(model: torch.nn.Module, kind: str) -> list[str]:
+    """WHOLE, which holds the linears of every preset, and all the row blocks of fused ones."""
+    presets = {name: targets._sites(model, targets.parse(name, 2, 4.0)) for name in targets.PRESETS}
+    whole = {site.module for site in targets.find(model, WHOLE[kind])}
+    assert whole == {site.module for sites in presets.values() for site in sites}
+    return [WHOLE[kind], "vit.q,vit.k,vit.v"]
 
 
 TEXTS = ["a red cube", "a single blue cube on top of the table", "nothing"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_blip import adapter, loop, lora
-from lora_blip.config import TrainConfig
+from lora_blip import adapter, curves, loop, lora
+from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import DataError
 from lora_blip.data.images import ImageError
 from lora_blip.loop import TrainingError, apply_update, learning_rate, train
-from lora_blip.run import run_name
+from lora_blip.run import BEST_NAME, Best, Run, run_name
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch
 from tests import tiny
@@ -282,3 +283,169 @@ def test_dropout_of_the_adapter_is_for_training_alone(make):
     with lora.disabled(backbone.model):
         backbone.model.train()
         assert torch.equal(task.logits(batch), task.logits(batch))  # the backbone's own dropout is off
+
+
+# ---------------------------------------------------------------- validation, the best, patience
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, scores: list[dict[str, float]] | None = None
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Step → copies of the adapter's tensors at each validation, whose scores are replaced in turn by `scores`."""
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    real = Run.log_validation
+
+    def log(run: Run, step: int, epoch: int, found: dict[str, float]) -> None:
+        halves = lora.adapters(run.task.backbone.model).items()
+        kept[step] = {f"{a}.lora_{h}": getattr(x, h).detach().clone() for a, x in halves for h in "AB"}
+        real(run, step, epoch, scores[len(kept) - 1] if scores else found)
+
+    monkeypatch.setattr(Run, "log_validation", log)
+    return kept
+
+
+def score(loss: float, exact_match: float = 0.0) -> dict[str, float]:
+    return {"loss": loss, "exact_match": exact_match}
+
+
+@pytest.mark.parametrize(
+    ("by", "scores", "best"),
+    [
+        ("auto", [score(3), score(2, 0.5), score(1, 0.5), score(4, 0.5), score(0.5, 0.25)], 4),  # ties: the lower loss
+        ("loss", [score(3, 1), score(2, 0.5), score(0.5), score(4, 1), score(math.nan, 1)], 4),
+        ("exact_match", [score(3), score(2), score(1), score(1), score(2, 0.1)], 8),
+    ],
+)
+def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
+    checkpoints, tmp_path, monkeypatch, capsys, by, scores, best
+):
+    kept = watched(monkeypatch, scores)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_steps=8, validate_every=2, best_by=by)
+    path = train(config)
+    found, last = adapter.read(path.parent / BEST_NAME), adapter.read(path)
+    assert list(kept) == [0, 2, 4, 6, 8] and found.about["training"]["steps"] == best
+    assert all(torch.equal(found.tensors[key], value) for key, value in kept[best].items())
+    assert all(torch.equal(last.tensors[key], value) for key, value in kept[8].items())
+    assert "finished" not in found.about["training"] and last.about["training"]["finished"] is True
+    assert f"after step {best}: {path.parent / BEST_NAME}" in capsys.readouterr().out
+    for line in (path.parent / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkpoints, tmp_path, monkeypatch, capsys):
+    kept = watched(monkeypatch, [score(9), score(2, 0.5), score(3, 0.5), score(1, 0.6), score(1, 0.6), score(1, 0.2)])
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2)
+    path = train(config)
+    assert list(kept) == [0, 2, 4, 6, 8, 10]
+    summary = adapter.read(path).about["training"]
+    assert (summary["steps"], summary["finished"]) == (10, True) and adapter.read(path).about["merge_drift"]
+    assert all(torch.equal(adapter.read(path).tensors[key], value) for key, value in kept[10].items())
+    assert adapter.read(path.parent / BEST_NAME).about["training"]["steps"] == 6
+    assert "no better exact_match since step 6" in capsys.readouterr().out
+    assert [e["step"] for e in metrics_of(path) if "loss" in e] == list(range(1, 11))
+
+
+def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoints, tmp_path, monkeypatch, capsys):
+    watched(monkeypatch, [score(1, 1), score(2), score(2)])
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
+    assert adapter.read(path).about["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
+    assert "best exact match, 100.0%, before training" in capsys.readouterr().out
+
+
+def test_the_best_of_equal_scores_has_the_lower_loss():
+    best = Best("cider")
+    given = [(1.0, 2.0), (1.0, 2.0), (1.0, 1.5), (0.9, 0.1), (math.nan, 0.0), (1.1, 9.0)]
+    better = [best.better(n, {"cider": cider, "loss": loss}) for n, (cider, loss) in enumerate(given)]
+    assert better == [True, False, True, False, False, True] and (best.step, best.stale) == (5, 0)
+
+
+def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkeypatch):
+    from lora_blip.metrics.captions import caption_scores
+
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
+
+    source = tiny.write_photos(tmp_path)
+    path = train(settings(checkpoints["blip"], source, best_by="cider", val_fraction=0.5))
+    last = [entry for entry in metrics_of(path) if "val_cider" in entry][-1]
+    backbone = loop.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
+    adapter.load(backbone, path)
+    task = CaptionTask(backbone, generation=loop.Generation(5))
+    held_out = loop.annotations.split_by_image(loop.annotations.read(source)[0], 0.5, 0)[1]
+    from lora_blip.predict import captions
+
+    said = [p.text for p in captions(task, [e.image for e in held_out])]
+    assert last["val_cider"] == pytest.approx(caption_scores(said, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
+    assert adapter.read(path).about["training"]["settings"]["best_by"] == "cider"
+
+
+def test_what_validation_cannot_give_is_refused_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
+    import builtins
+
+    from lora_blip.metrics import captions
+
+    source, blip = tiny.write_photos(tmp_path), checkpoints["blip"]
+    real = builtins.__import__
+
+    def without_tensorboard(name: str, *rest: object) -> object:
+        if name.startswith(("torch.utils.tensorboard", "tensorboard")):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(captions, "package_folder", lambda: None)
+    monkeypatch.setattr(builtins, "__import__", without_tensorboard)
+    for changes, message in (
+        ({"best_by": "beauty"}, "best_by = 'beauty': caption has auto, loss, exact_match"),
+        ({"best_by": "vqa_accuracy"}, "best_by = 'vqa_accuracy'"),
+        ({"best_by": "loss", "val_fraction": 0.0}, "best_by = 'loss' needs images to validate on"),
+        ({"patience": 3, "val_fraction": 0.0}, "patience = 3 needs images to validate on"),
+        ({"best_by": "cider"}, "pip install 'lora_blip"),
+        ({"tensorboard": True, "model": "nowhere"}, "TensorBoard is not installed: pip install"),  # before a model is sought
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            train(settings(blip, source, **changes))
+    assert not Path(settings(blip, source).output_dir).exists()
+
+
+def test_without_held_out_images_a_run_trains_and_has_no_best(checkpoints, tmp_path, capsys):
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), val_fraction=0.0, epochs=1))
+    assert not (path.parent / BEST_NAME).exists() and not any("val_loss" in entry for entry in metrics_of(path))
+    assert (path.parent / "loss.png").exists() and "best" not in capsys.readouterr().out.split("saved ")[1]
+
+
+def test_tensorboard_holds_the_scalars_of_the_metrics(checkpoints, tmp_path):
+    """Every number of metrics.jsonl at its step, as TensorBoard itself reads the file."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), tensorboard=True, epochs=3))
+    events = reader.EventAccumulator(str(path.parent))
+    events.Reload()
+    found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    numbers = ("loss", "lr", "grad_norm", "images_per_s", "val_loss", "val_exact_match")
+    expected = {(key, entry["step"]): entry[key] for entry in metrics_of(path) for key in numbers if key in entry}
+    assert found == pytest.approx(expected, rel=1e-6) and ("val_loss", 0) in found and ("loss", 9) in found
+
+
+def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
+    """Each score that is a share has a line of its own, with its points; what is no number is left out."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), real(self, *a, **k))[1])
+    lines = [
+        {"step": 0, "val_loss": 3.0, "val_vqa_accuracy": 0.1, "val_cider": 0.5, "val_r": None},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": None},
+        {"step": 2, "val_loss": 1.0, "val_vqa_accuracy": 0.9, "val_cider": 4.5, "val_r": 0.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert curves.draw(tmp_path) == tmp_path / "loss.png"
+    upper, lower = drawn[0].axes
+
+    def shown(axes) -> dict[str, list[tuple[float, float]]]:
+        return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+
+    assert shown(upper) == {"training": [(1, 2.0)], "validation": [(0, 3.0), (2, 1.0)]}
+    assert shown(lower) == {"vqa accuracy": [(0, 0.1), (2, 0.9)], "r": [(2, 0.25)]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    curves.draw(tmp_path)
+    assert not drawn[1].axes[1].get_visible()

@@ -269,3 +269,139 @@ def test_what_is_shipped_is_small_and_whole():
     assert len(unseen) == 60 and all(len(pair) == 2 and pair not in seen for pair in unseen)
     pictures = {Image.open(ROOT / line["image"]).tobytes() for line in train}
     assert not any(Image.open(ROOT / "image_test" / line["image"]).tobytes() in pictures for line in test)
+
+
+# ---------------------------------------------------------------- infer.py: texts, questions, references
+
+
+def inferred(here: Path, monkeypatch: pytest.MonkeyPatch, name: str, *flags: object) -> list[dict]:
+    """The lines of predictions.jsonl."""
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--images", "photos", "--output-dir", name, *map(str, flags)])
+    run_infer({}, "")
+    return [json.loads(line) for line in (here / name / "predictions.jsonl").read_text().splitlines()]
+
+
+def as_it_is(checkpoint: Path) -> list[object]:
+    return ["--model", checkpoint, "--adapter", "none", "--max-new-tokens", 5]
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "itm"])
+def test_texts_are_ranked_from_a_file_or_from_the_flag(checkpoints, here, monkeypatch, capsys, kind):
+    """Every line holds all texts, the likeliest first and as its text, with probabilities that sum to 1."""
+    tiny.write_photos(here, 4)
+    texts = ["a red cube", "two cubes", "nothing"]
+    (here / "texts.txt").write_text("\ufeffa red cube\n\n  two   cubes \nnothing\na red cube\n")
+    lines = inferred(here, monkeypatch, "a", *as_it_is(checkpoints[kind]), "--texts", "texts.txt")
+    flagged = inferred(here, monkeypatch, "b", *as_it_is(checkpoints[kind]), "--texts", "a red cube|two cubes| nothing")
+    assert lines == flagged and len(lines) == 4
+    for line in lines:
+        odds = [entry["probability"] for entry in line["ranking"]]
+        assert (
+            sorted(entry["text"] for entry in line["ranking"]) == sorted(texts) and line["text"] == line["ranking"][0]["text"]
+        )
+        assert odds == sorted(odds, reverse=True) and sum(odds) == pytest.approx(1, abs=1e-5)
+    assert re.search(r"Image: +photos/0.png\nFits: +\d+\.\d%  " + lines[0]["text"], capsys.readouterr().out)
+
+
+def test_questions_are_asked_of_an_adapter_that_answers(checkpoints, here, monkeypatch, capsys):
+    """A captioner becomes an answerer by its template; then one question for every image, or a file of them."""
+    source = tiny.write_photos(here)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    asked = [
+        {"image": line["image"], "question": question, "answers": [answer], "group": group}
+        for line in lines
+        for question, answer, group in (
+            ("what is it?", "a cube", "things"),
+            ("what colour is it?", line["text"][2:7], "colours"),
+        )
+    ]
+    (here / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    template = "Question: {question} Answer:"
+    flags = train_flags(checkpoints["opt"], here / "asked.jsonl", task="vqa", prompt=template, targets="qformer,lm", lr=0.02)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    run_train({}, "")
+    one = inferred(here, monkeypatch, "one", "--question", "what  is it?", "--compare", "--references", "asked.jsonl")
+    assert [set(line) for line in one] == [{"image", "question", "text", "base_text"}] * 12
+    assert {line["question"] for line in one} == {"what is it?"}
+    printed = capsys.readouterr().out
+    assert "Question: what is it?\nBase:" in printed and re.search(r"VQA accuracy +images +base +adapted", printed)
+    assert re.search(r"\nall +12 ", printed) and "colours" not in printed.split("VQA accuracy")[-1]
+    for flags in (("--question", "asked.jsonl"), ("--references", "asked.jsonl")):
+        both = inferred(here, monkeypatch, flags[0][2:], *flags)
+        said = {(Path(line["image"]).name, line["question"]): line["text"] for line in both}
+        assert len(said) == 24 == len(both)
+        assert all(said[Path(line["image"]).name, line["question"]] == line["text"] for line in one)
+    assert re.search(r"colours +12 .*%\s+.*all +24 ", capsys.readouterr().out, re.DOTALL)
+    ranked = inferred(here, monkeypatch, "ranked", "--question", "what is it?", "--texts", "a cube|a ball")
+    assert {line["question"] for line in ranked} == {"what is it?"}
+    assert all(sum(e["probability"] for e in line["ranking"]) == pytest.approx(1, abs=1e-5) for line in ranked)
+
+
+def test_scores_of_the_base_alone_are_not_called_adapted(checkpoints, here, monkeypatch, capsys):
+    source = tiny.write_photos(here, 3)
+    inferred(here, monkeypatch, "out", *as_it_is(checkpoints["blip"]), "--references", source)
+    assert re.search(r"exact match +images +base\s*\nall +3 +0\.0%", capsys.readouterr().out)
+
+
+def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys):
+    tiny.write_photos(here, 2)
+    vqa, itm, blip = (as_it_is(checkpoints[kind]) for kind in ("vqa", "itm", "blip"))
+    (here / "one.txt").write_text("a cube\n")
+    (here / "others.jsonl").write_text('{"image": "elsewhere.png", "question": "what is it?"}\n')
+    (here / "captions.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
+    cases = [
+        (vqa, [], "there is no question; give one for every image"),
+        (vqa, ["--question", "others.jsonl"], "has a line for none of the 2 images"),
+        (vqa, ["--question", "captions.jsonl"], "line 1 of the questions has no question"),
+        (vqa, ["--question", "what is it? " * 60], "the question has too many tokens"),
+        (vqa, ["--question", "what is [SEP] it?"], "which means something else here"),
+        (itm, [], "retrieval ranks texts; give them (TEXTS, or --texts)"),
+        (blip, ["--texts", "one.txt"], "at least two are needed to rank"),
+        (blip, ["--texts", "no such file.txt"], "a file with a text a line, or 'one|another'"),
+        (blip, ["--texts", "x" * 5000], "at least two are needed to rank"),
+        (blip, ["--texts", "a cube|" + "cube " * 90], "texts: the text has 90 tokens"),
+        (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "holds {question} once"),
+        (blip, ["--references", "gone.jsonl"], "do not exist"),
+        (itm, ["--task", "caption"], "give a checkpoint of"),
+    ]
+    for base, flags, message in cases:
+        assert message in told(capsys, run_infer, ["--images", "photos", *map(str, base), *flags], monkeypatch), (
+            flags,
+            message,
+        )
+    assert not (here / "lora_blip_output").exists()
+
+
+def test_what_was_said_before_it_blew_up_is_on_the_disk(checkpoints, here, monkeypatch):
+    """Killed in the middle, or by an error for good: every prediction that was printed is a whole line of the file."""
+    from lora_blip.tasks.caption import CaptionTask
+
+    tiny.write_photos(here, 6)
+    real, seen = CaptionTask.predict, []
+
+    def predict(task, pictures, examples, adapters=None):
+        if len(seen) == 2:
+            written = (here / "out" / "predictions.jsonl").read_text()  # not when it is closed: a kill closes nothing
+            assert [Path(json.loads(line)["image"]).name for line in written.splitlines()] == [
+                "0.png",
+                "1.png",
+                "2.png",
+                "3.png",
+            ]
+            raise ZeroDivisionError
+        seen.append(len(examples))
+        return real(task, pictures, examples, adapters)
+
+    monkeypatch.setattr(CaptionTask, "predict", predict)
+    with pytest.raises(ZeroDivisionError):
+        inferred(here, monkeypatch, "out", *as_it_is(checkpoints["blip"]), "--batch-size", 2)
+    assert len((here / "out" / "predictions.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_a_file_name_that_is_no_unicode_costs_nothing(checkpoints, here, monkeypatch):
+    tiny.write_photos(here, 2)
+    odd = Path("photos") / b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    (here / "photos" / "0.png").rename(here / odd)
+    lines = inferred(here, monkeypatch, "out", *as_it_is(checkpoints["blip"]))
+    assert {line["image"] for line in lines} == {"photos/1.png", str(odd)}

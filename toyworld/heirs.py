@@ -22,6 +22,7 @@ from transformers import (
     BlipProcessor,
 )
 
+from lora_blip.tasks.language import mend
 from lora_blip.tasks.losses import IGNORE, hard_negatives, itc_loss
 from toyworld.pretrain import WIDTH, learning_rate, patch_classes, pixels
 from toyworld.questions import asked
@@ -58,6 +59,10 @@ class Heir:
 
 class Vqa(Heir):
     kind = BlipForQuestionAnswering
+
+    def __init__(self, model: nn.Module, processor: BlipProcessor) -> None:
+        super().__init__(model, processor)
+        mend(model.text_decoder)
 
     def loss(self, seen: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
         pairs = [pair for scene in scenes for pair in rng.choices(asked(scene, rng), k=ASKED)]

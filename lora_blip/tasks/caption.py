@@ -21,6 +21,7 @@ class CaptionTask(TextTask):
 
     name = "caption"
     architectures = ("BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
+    such_as = "Salesforce/blip-image-captioning-base"
     score_names = ("exact_match", *COCO_KEYS)
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:

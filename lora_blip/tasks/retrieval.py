@@ -17,7 +17,6 @@ from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models import Backbone
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.matching import Texts, cosines, matcher_of
-from lora_blip.tasks.sequences import plain_ids
 from lora_blip.tasks.task import Batch, Generation, Task
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
@@ -39,6 +38,7 @@ class RetrievalTask(Task):
 
     name = "retrieval"
     architectures = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval")
+    such_as = "Salesforce/blip-itm-base-coco"
     score_names = ("recall_at_1", *(f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in RECALLS))
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
@@ -58,20 +58,11 @@ class RetrievalTask(Task):
     # ---- training
 
     def check(self, example: Example) -> str:
-        if not example.text:
-            return "no text: retrieval needs one"
-        return self.check_text(example.text)
+        return self.check_text(example.text) if example.text else "no text: retrieval needs one"
 
     def check_text(self, text: str) -> str:
         """Why a text cannot be matched, or ""."""
-        tokenizer = self.backbone.tokenizer
-        ids, room = plain_ids(tokenizer, text), self.matcher.longest - 2
-        if not set(ids) - {tokenizer.unk_token_id}:
-            return f"the text {text!r} is only unknown tokens for this model's tokenizer"
-        if len(ids) > room:
-            return f"the text has {len(ids)} tokens, and the model has room for {room}"
-        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        return f"{text!r} holds a special token, which means something else here" if special & set(ids) else ""
+        return self.unusable(text, self.matcher.longest - 2)
 
     def batch(self, stack: Stack) -> Batch:
         device = self.backbone.device
@@ -79,18 +70,22 @@ class RetrievalTask(Task):
         return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), texts, len(stack.examples))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row)."""
+        """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
+
+        0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone: ITM would
+        only learn from it to say yes.
+        """
         matcher, texts = self.matcher, batch.rows
         seen = matcher.see(batch.pixel_values)
         similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
-        right = positives(batch.examples).to(similarity.device)
+        right = positives(batch.examples)
+        if right.all():
+            return 0 * similarity.sum()
+        right = right.to(similarity.device)
         text, image = hard_negatives(similarity, right, self.temperature, sampled=self.backbone.model.training)
         every = torch.arange(len(texts), device=text.device)
-        pairs = (
-            torch.cat([every, every[text >= 0], image[image >= 0]]),
-            torch.cat([every, text[text >= 0], every[image >= 0]]),
-        )
-        odds = matcher.matching(seen[pairs[0]], texts[pairs[1]])
+        images = torch.cat([every, every[text >= 0], image[image >= 0]])  # (pairs,), the right ones first
+        odds = matcher.matching(seen[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
         labels = (torch.arange(len(odds), device=odds.device) < len(texts)).float()
         matching = F.binary_cross_entropy_with_logits(odds, labels)  # of two logits: the softmax's cross-entropy
         return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching
@@ -102,7 +97,7 @@ class RetrievalTask(Task):
         return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
 
     def wrong_labels(self, batch: Batch) -> str:
-        return "" if len(set(positives(batch.examples).flatten().tolist())) == 2 else NO_NEGATIVES
+        return NO_NEGATIVES if positives(batch.examples).all() else ""
 
     def label_table(self, batch: Batch, rows: int = 2) -> str:
         right = positives(batch.examples)
@@ -179,7 +174,7 @@ class RetrievalTask(Task):
 
     def recall(self, about: dict[str, Any]) -> None:
         temperature = about.get("temperature", TEMPERATURE)
-        if isinstance(temperature, float) and math.isfinite(temperature) and temperature > 0:
+        if isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0:
             self.log_temperature.data.fill_(math.log(temperature))
 
 
@@ -190,11 +185,11 @@ NO_NEGATIVES = (
 
 
 def positives(examples: list[Example]) -> Tensor:
-    """(rows, rows) bool: text j describes image i, being a line of the same image, or the same words."""
-    images, texts = [e.image for e in examples], [e.text for e in examples]
-    return torch.tensor(
-        [[a == b or s == t for b, t in zip(images, texts, strict=True)] for a, s in zip(images, texts, strict=True)]
-    )
+    """(rows, rows) bool: text j describes image i, as some line here says it does."""
+    said: dict[Path, set[str]] = {}
+    for example in examples:
+        said.setdefault(example.image, set()).add(example.text)
+    return torch.tensor([[other.text in own for other in examples] for own in (said[one.image] for one in examples)])
 
 
 def belongs(examples: list[Example], images: list[Path], texts: list[str]) -> Any:

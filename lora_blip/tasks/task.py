@@ -11,6 +11,7 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import Backbone
+from lora_blip.tasks.rows import plain_ids, special_ids
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Task:
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]  # the checkpoints that can do it
+    such_as: ClassVar[str]  # one of them
     score_names: ClassVar[tuple[str, ...]]  # what `scores` can give, more is better; the first picks the best adapter
     prompt: str
     generation: Generation
@@ -44,8 +46,10 @@ class Task:
         if backbone.architecture not in self.architectures:
             raise ConfigError(
                 f"task = {self.name!r}: {backbone.name!r} is a {backbone.architecture}; "
-                f"give a checkpoint of {' or '.join(self.architectures)}"
+                f"give a checkpoint of {' or '.join(self.architectures)}, such as {self.such_as}"
             )
+        image = getattr(backbone.model.config, "image_token_index", None)
+        self.special_ids = special_ids(backbone.tokenizer) | ({image} - {None})
 
     def require_score(self, name: str) -> None:
         """ConfigError if validation gives no score of that name."""
@@ -57,6 +61,22 @@ class Task:
     def check(self, example: Example) -> str:
         """Why a line cannot be learned from, or ""."""
         raise NotImplementedError
+
+    def unusable(self, text: str, room: int) -> str:
+        """Why a text cannot be learned or matched where there is room for so many tokens, or ""."""
+        tokenizer = self.backbone.tokenizer
+        ids = plain_ids(tokenizer, text)
+        if not set(ids) - {tokenizer.unk_token_id}:
+            return f"the text {text!r} is only unknown tokens for this model's tokenizer"
+        if len(ids) > room:
+            return f"the text has {len(ids)} tokens, and the model has room for {room}"
+        return self.special(text, ids)
+
+    def special(self, text: str, ids: list[int]) -> str:
+        """Why a text with a special token in it, <image> or [SEP], cannot be used, or ""."""
+        found = [i for i in ids if i in self.special_ids]
+        tokens = self.backbone.tokenizer.convert_ids_to_tokens(found[:1])
+        return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
 
     def batch(self, stack: Stack) -> Batch:
         """Examples and their pictures → tensors on the model's device."""

@@ -10,8 +10,9 @@ from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone
+from lora_blip.tasks.language import language_of
 from lora_blip.tasks.losses import IGNORE, token_loss
-from lora_blip.tasks.sequences import Rows, language_of, plain_ids
+from lora_blip.tasks.rows import plain_ids
 from lora_blip.tasks.task import Batch, Generation, Task
 
 CHUNK = 64  # rows of one image's texts that are ranked at a time
@@ -23,9 +24,6 @@ class TextTask(Task):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.language = language_of(backbone)
-        tokenizer, config = backbone.tokenizer, backbone.model.config
-        special = {*tokenizer.all_special_ids, getattr(config, "image_token_index", None)}
-        self.special_ids = special - {tokenizer.unk_token_id, None}
 
     def prompt_of(self, example: Example) -> str:
         """What the model reads before it writes."""
@@ -38,16 +36,15 @@ class TextTask(Task):
     # ---- training
 
     def batch(self, stack: Stack) -> Batch:
-        device = self.backbone.device
-        triples = [(i, e, text) for i, e in enumerate(stack.examples) for text in self.texts_of(e)]
-        rows = self.language.rows([self.prompt_of(e) for _, e, _ in triples], [text for _, _, (text, _) in triples])
-        rows = rows.about([i for i, _, _ in triples], [weight for _, _, (_, weight) in triples])
+        device, prompts = self.backbone.device, [self.prompt_of(example) for example in stack.examples]
+        texts = [(i, text, weight) for i, e in enumerate(stack.examples) for text, weight in self.texts_of(e)]
+        image, said, weights = map(list, zip(*texts, strict=True))
+        rows = self.language.rows(prompts, said, image).weighing(weights)
         return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), rows.to(device), rows.label_tokens)
 
     def logits(self, batch: Batch) -> Tensor:
         """(rows, tokens, vocabulary)."""
-        seen, rows = self.language.see(batch.pixel_values), batch.rows
-        return self.language.logits(seen if rows.image is None else seen[rows.image], rows)
+        return self.language.logits(self.language.see(batch.pixel_values), batch.rows)
 
     def loss(self, batch: Batch) -> Tensor:
         """Σ weight × cross-entropy over the label tokens."""
@@ -63,17 +60,16 @@ class TextTask(Task):
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
         """softmax over the texts of their log-likelihoods; see `likelihood` of each task."""
-        seen, device = self.language.see(pixel_values), self.backbone.device
-        found = []
-        for states, example in zip(seen, examples, strict=True):
-            prompt, scores = self.prompt_of(example), []
-            for start in range(0, len(texts), CHUNK):
-                part = texts[start : start + CHUNK]
-                rows = self.language.rows([prompt] * len(part), part).to(device)
-                logits = self.language.logits(states.expand(len(part), *states.shape), rows)
-                scores.append(self.likelihood(token_log_likelihoods(logits, rows.targets)))
-            found.append(torch.cat(scores))
+        seen, found = self.language.see(pixel_values), []
+        for states, example in zip(seen.split(1), examples, strict=True):
+            parts = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+            found.append(torch.cat([self.scored(states, self.prompt_of(example), part) for part in parts]))
         return torch.stack(found).softmax(1)
+
+    def scored(self, seen: Tensor, prompt: str, texts: list[str]) -> Tensor:
+        """The log-likelihood of each text after a prompt, over one image seen (1, states, width): (texts,)."""
+        rows = self.language.rows([prompt], texts, [0] * len(texts)).to(self.backbone.device)
+        return self.likelihood(token_log_likelihoods(self.language.logits(seen, rows), rows.targets))
 
     def likelihood(self, tokens: Tensor) -> Tensor:
         """Per-token log-likelihoods (rows, tokens), NaN where nothing counts → one score a text."""
@@ -90,21 +86,8 @@ class TextTask(Task):
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
 
     def check_text(self, text: str, prompt: str) -> str:
-        """Why a text cannot be learned, or ""."""
-        tokenizer = self.backbone.tokenizer
-        ids = plain_ids(tokenizer, text)
-        if not set(ids) - {tokenizer.unk_token_id}:
-            return f"the text {text!r} is only unknown tokens for this model's tokenizer"
-        room = self.language.room(prompt)
-        if len(ids) > room:
-            return f"the text has {len(ids)} tokens, and the model has room for {room}"
-        return self.special(text, ids)
-
-    def special(self, text: str, ids: list[int]) -> str:
-        """Why a text with a special token in it, <image> or [SEP], cannot be used, or ""."""
-        found = [i for i in ids if i in self.special_ids]
-        tokens = self.backbone.tokenizer.convert_ids_to_tokens(found[:1])
-        return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
+        """Why a text cannot be learned after a prompt, or ""."""
+        return self.unusable(text, self.language.room(prompt))
 
     def wrong_labels(self, batch: Batch) -> str:
         """Each row's labels are its text's tokens and the end token, and nothing else."""
@@ -119,19 +102,16 @@ class TextTask(Task):
 
     def label_table(self, batch: Batch, rows: int = 2) -> str:
         """What the model reads and what it must say, decoded, for the first rows: . is a position that does not count."""
-        words, lines = (
-            self.backbone.tokenizer.convert_ids_to_tokens,
-            ["what the model reads | must say next (. does not count)"],
-        )
-        texts: Rows = batch.rows
+        words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows
+        lines = ["what the model reads | must say next (. does not count)"]
         for row, target in enumerate(texts.targets[:rows]):
-            said = [words(int(t)) if t != IGNORE else "." for t in target]
-            read, question = texts.input_ids[row], ""
+            read, prompt = texts.input_ids, ""
             if texts.decoder_input_ids is not None:  # an encoder reads the prompt apart
-                question = " ".join(words(read[texts.attention_mask[row] == 1].tolist())) + "  →  "
-                read = texts.decoder_input_ids[row]
-            pairs = zip(words(read.tolist()), said, strict=True)
-            lines.append(f"  {question}" + "  ".join(f"{word}|{after}" for word, after in pairs))
+                asked, there = texts.each(texts.input_ids)[row], texts.each(texts.attention_mask)[row]
+                read, prompt = texts.decoder_input_ids, " ".join(words(asked[there == 1].tolist())) + "  →  "
+            said = [words(int(t)) if t != IGNORE else "." for t in target]
+            pairs = zip(words(read[row].tolist()), said, strict=True)
+            lines.append(f"  {prompt}" + "  ".join(f"{word}|{after}" for word, after in pairs))
         return "\n".join(lines)
 
     def metadata(self) -> dict[str, Any]:

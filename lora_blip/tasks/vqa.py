@@ -10,7 +10,8 @@ from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models import Backbone
-from lora_blip.tasks.sequences import BlipVqaLanguage, plain_ids
+from lora_blip.tasks.language import BlipVqaLanguage
+from lora_blip.tasks.rows import plain_ids
 from lora_blip.tasks.task import Generation
 from lora_blip.tasks.text import TextTask
 
@@ -27,6 +28,7 @@ class VqaTask(TextTask):
 
     name = "vqa"
     architectures = ("BlipForQuestionAnswering", "BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
+    such_as = "Salesforce/blip-vqa-base"
     score_names = ("vqa_accuracy",)
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:

@@ -1,0 +1,78 @@
+"""What is asked of which image: questions, texts to rank and known answers, from settings and files."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from lora_blip.config import ConfigError
+from lora_blip.data import annotations
+from lora_blip.data.annotations import Example
+from lora_blip.tasks.task import Task
+
+
+def example_of(image: str | Path, question: str = "") -> Example:
+    return Example(Path(image), "", str(image), 0, question=question)
+
+
+def read_texts(texts: str) -> list[str]:
+    """A file with a text a line, or texts with | between them; each once, in order."""
+    if not texts:
+        return []
+    lines = Path(texts).read_text(encoding="utf-8-sig").splitlines() if is_file(texts) else texts.split("|")
+    found = list(dict.fromkeys(annotations.plain(line) for line in lines if line.strip()))
+    if len(found) < 2:
+        raise ConfigError(f"texts = {texts!r}: at least two are needed to rank; a file with a text a line, or 'one|another'")
+    return found
+
+
+def asked(
+    task: Task, images: list[Path], question: str, references: dict[Path, list[Example]], texts: list[str]
+) -> list[Example]:
+    """What is asked of which image. ConfigError when the task needs a question or texts, and there are none."""
+    for text in texts:
+        if reason := task.check(replace(example_of("", "?"), text=text, answers=(text,))):
+            raise ConfigError(f"texts: {reason}")
+    if task.name == "retrieval" and not texts:
+        raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
+    if task.name != "vqa":
+        return [example_of(image) for image in images]
+    if is_file(question):
+        found = [example for some in read_references(question, "", images).values() for example in some]
+    elif question:
+        found = [example_of(image, annotations.plain(question)) for image in images]
+    else:
+        found = [example for some in references.values() for example in some]
+    if not found:
+        raise ConfigError("there is no question; give one for every image (QUESTION, or --question), or a file of lines")
+    found = list({task.subject(example): example for example in found}.values())
+    for example in found:
+        if not example.question:
+            raise ConfigError(f"line {example.line} of the questions has no question")
+        if reason := cast(Any, task).check_question(example):
+            raise ConfigError(f"question {example.question!r}: {reason}")
+    return found
+
+
+def read_references(source: str, root: str, images: list[Path]) -> dict[Path, list[Example]]:
+    """Image → its lines in an annotations file, for the images that are looked at. DataError if there is none."""
+    if not source:
+        return {}
+    examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
+    if problems:
+        print(f"{source}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    wanted = {image.resolve(): image for image in images}
+    found: dict[Path, list[Example]] = {}
+    for example in examples:
+        if image := wanted.get(example.image.resolve()):
+            found.setdefault(image, []).append(replace(example, image=image))
+    if not found:
+        raise annotations.DataError(f"{source} has a line for none of the {len(images)} images; compare the paths")
+    return found
+
+
+def is_file(text: str) -> bool:
+    """Whether a setting names a file; a long question is no path, and says so by an OSError."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False

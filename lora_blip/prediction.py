@@ -1,0 +1,70 @@
+"""One prediction: a text of an image, an answer, or a ranking; as a line of predictions.jsonl, printed, and scored."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_blip.data.annotations import Example
+from lora_blip.tasks.task import Task
+
+RANKS_KEPT = 10  # of a ranking: written beside the best text
+Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their probabilities
+
+
+@dataclass(frozen=True)
+class Prediction:
+    image: Path
+    text: str
+    question: str = ""
+    ranking: Ranking = field(default_factory=list)  # where texts were ranked
+
+
+def line_of(prediction: Prediction, base: Prediction | None) -> dict[str, Any]:
+    line: dict[str, Any] = {"image": str(prediction.image)}
+    if prediction.question:
+        line["question"] = prediction.question
+    line["text"] = prediction.text
+    if base:
+        line["base_text"] = base.text
+    if prediction.ranking:
+        line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKS_KEPT]]
+    return line
+
+
+def printed(prediction: Prediction, base: Prediction | None) -> str:
+    rows = [("Image", str(prediction.image))]
+    if prediction.question:
+        rows.append(("Question", prediction.question))
+    if base:
+        rows.append(("Base", base.text))
+    if prediction.ranking:
+        rows += [("Fits" if not n else "", f"{p:6.1%}  {text}") for n, (text, p) in enumerate(prediction.ranking[:3])]
+    else:
+        rows.append(("Answer" if prediction.question else "Caption", prediction.text))
+    lines = "\n".join(f"{f'{name}:' if name else '':<10}{text}" for name, text in rows) + "\n"
+    return lines.encode("utf-8", "replace").decode()  # file names need not be Unicode
+
+
+def report(task: Task, references: dict[Path, list[Example]], found: dict[str, dict[Any, Prediction]]) -> None:
+    """How right the texts are, over all that have references and, where the references name groups, over each group.
+
+    found: "base" and "adapted", or one of them → what was said of each subject.
+    """
+    lines: dict[Any, list[Example]] = {}
+    for example in (example for some in references.values() for example in some if example.text or example.answers):
+        lines.setdefault(task.subject(example) if task.name != "retrieval" else (example.image, ""), []).append(example)
+    *_, said = found.values()
+    scored = [key for key in lines if key in said]
+    if not scored:
+        return
+    label = "VQA accuracy" if task.name == "vqa" else "exact match"
+    print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in found))
+    for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
+        mine = [key for key in scored if group in ("all", lines[key][0].group)]
+        if not group or (group != "all" and len(mine) == len(scored)):
+            continue
+        shares = [
+            sum(task.correctness(some[key].text, lines[key]) if key in some else 0.0 for key in mine) / len(mine)
+            for some in found.values()
+        ]
+        print(f"{group:<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))

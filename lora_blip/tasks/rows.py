@@ -1,0 +1,87 @@
+"""Rows of token ids, with targets that count answers only.
+
+`targets[t]` is the id that the model's logits at position t should give; IGNORE everywhere else: on
+padding (by the mask, never by id), on the prompt, on image placeholders.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_blip.tasks.losses import IGNORE
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch of texts. Encoder-decoders read `input_ids`, one for each image, and predict after `decoder_input_ids`."""
+
+    input_ids: Tensor  # (rows, tokens); of an encoder-decoder (images, tokens)
+    attention_mask: Tensor  # of the same shape, 1 on what is there and 0 on padding
+    targets: Tensor  # (rows, logits)
+    decoder_input_ids: Tensor | None = None  # (rows, logits)
+    image: Tensor | None = None  # (rows,) which image each row is about; None: row i is about image i
+    weights: Tensor | None = None  # (rows,) what each row's loss counts; None: 1
+
+    def to(self, device: torch.device) -> "Rows":
+        moved = {key: value.to(device, non_blocking=True) for key, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+    def each(self, of_images: Tensor) -> Tensor:
+        """(images, …) → (rows, …): what belongs to the image of each row."""
+        return of_images if self.image is None else of_images[self.image]
+
+    def weighing(self, weights: list[float]) -> "Rows":
+        """The same rows, with the weight of each."""
+        plain = all(weight == 1 for weight in weights)
+        return self if plain else replace(self, weights=torch.tensor(weights, dtype=torch.float32))
+
+    @property
+    def label_tokens(self) -> float:
+        """Σ over the rows of weight × label tokens: what the summed loss is divided by."""
+        counts = (self.targets != IGNORE).sum(1)
+        return float(counts.sum() if self.weights is None else (counts * self.weights).sum())
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Ragged rows → (rows, longest), filled at the end."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def mask_of(rows: list[list[int]]) -> Tensor:
+    """1 on what is there, 0 on padding: (rows, longest)."""
+    return pad([[1] * len(row) for row in rows], 0)
+
+
+def shifted_targets(rows: list[list[int]], silent: list[int]) -> Tensor:
+    """Next-token targets of a decoder: position t predicts token t + 1, if that is past the silent start."""
+    targets = []
+    for row, start in zip(rows, silent, strict=True):
+        labels = [IGNORE] * start + row[start:]
+        targets.append([*labels[1:], IGNORE])
+    return pad(targets, IGNORE)
+
+
+def index_of(image: list[int] | None) -> Tensor | None:
+    """(rows,) of `Rows.image`; None where each row has an image of its own, in order."""
+    return None if image is None or image == list(range(len(image))) else torch.tensor(image)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids that mean something else than words. BERT's [UNK] stands for a word; OPT's is its end token by another name."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    unknown = tokenizer.unk_token_id
+    return set(tokenizer.all_special_ids) - ({unknown} - set(others))
+
+
+def by_length(rows: list[list[int]]) -> Iterator[list[int]]:
+    """Indices of the rows of one length after another: a decoder continues such rows together without padding."""
+    for length in sorted({len(row) for row in rows}):
+        yield [index for index, row in enumerate(rows) if len(row) == length]
