@@ -17,16 +17,14 @@ No module is replaced and no code of the model is touched: the adapter lives as 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class LoRAError(ValueError):
-    """A request that would leave the model other than was meant; nothing has been changed."""
+from lora_blip.choice import ALL, ALL_ACT, Acting, Choice, LoRAError, in_force
 
 
 @dataclass(frozen=True)
@@ -229,55 +227,6 @@ def _write_back(linear: Any) -> None:
 
 # ---------------------------------------------------------------- which adapter acts on which row
 
-ALL: Any = slice(None)
-
-
-@dataclass(frozen=True)
-class Acting:
-    """Who acts: none of `off`; of the others `alone`, if one is named, or each on its `rows` of a batch of `count`."""
-
-    off: frozenset[str] = frozenset()
-    alone: str = ""
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
-
-
-ALL_ACT = Acting()
-
-
-class Choice:
-    """One object that all adapters of a model share: to switch is to assign `acting`."""
-
-    def __init__(self) -> None:
-        self.acting = ALL_ACT
-        self.made = False  # whether gradients were ever taken under one
-        self.again = False  # whether it is in force once more, see `as_chosen`
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Choice, ()  # a copy of a model starts with no choice made
-
-    def rows(self, name: str, x: Tensor) -> Any:
-        """Where the rows of an adapter stand in x (rows, …): ALL, a tensor of places, or None for nowhere."""
-        acting = self.acting
-        if self.made and not self.again and torch._C._current_graph_task_id() >= 0:
-            raise LoRAError(
-                "a layer is computed again in the backward pass, and which adapters acted in it is not known any more; "
-                "checkpoint it with context_fn=partial(lora.as_chosen, model), as load_backbone(checkpointing=True) does"
-            )
-        if name in acting.off or acting.alone not in ("", name):
-            return None
-        return _places(acting.rows.get(name), acting.count, x) if acting.count else ALL
-
-
-def _places(rows: Tensor | None, count: int, x: Tensor) -> Tensor | None:
-    """A beam search repeats every row of a batch so many times, side by side, and OPT flattens its tokens into rows."""
-    repeats, rest = divmod(x.shape[0], count)
-    if rest or not repeats or (repeats > 1 and x.ndim > 2 and torch.is_grad_enabled()):  # nothing is learned by beams
-        raise LoRAError(f"a batch of {x.shape[0]} rows meets adapters that were chosen for {count}; name one for every row")
-    if rows is None:
-        return None
-    return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
-
 
 @contextmanager
 def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
@@ -302,7 +251,7 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterat
         acting = Acting(choice.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each))
     else:
         raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base")
-    with _in_force(choice, acting):
+    with in_force(choice, acting):
         yield
 
 
@@ -312,7 +261,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     _check_names(model, names)
     choice = _unmerged(model, "disabled")
     off = frozenset(names or (owner for (owner, _), _ in _every(model)))
-    with _in_force(choice, replace(choice.acting, off=choice.acting.off | off)):
+    with in_force(choice, replace(choice.acting, off=choice.acting.off | off)):
         yield
 
 
@@ -322,18 +271,7 @@ def as_chosen(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
     The backward pass may run when the block of `chosen` or `disabled` has ended, or inside another.
     """
     updates = next((module for module in model.modules() if isinstance(module, Updates)), None)
-    return nullcontext(), _in_force(updates.choice, updates.choice.acting, again=True) if updates else nullcontext()
-
-
-@contextmanager
-def _in_force(choice: Choice, acting: Acting, again: bool = False) -> Iterator[None]:
-    before = choice.acting, choice.again
-    choice.acting, choice.again = acting, again
-    choice.made = choice.made or (torch.is_grad_enabled() and not again)
-    try:
-        yield
-    finally:
-        choice.acting, choice.again = before
+    return nullcontext(), in_force(updates.choice, updates.choice.acting, again=True) if updates else nullcontext()
 
 
 def _choice(model: nn.Module) -> Choice:

@@ -19,6 +19,7 @@ from lora_blip.runner import Runner
 from lora_blip.tasks.matching import cosines
 from lora_blip.tasks.retrieval import RERANKED, belongs
 from lora_blip.tasks.task import Task
+from lora_blip.tasks.vqa import every_answer
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 ONE_WAY = {"image_to_text": "image→text", "text_to_image": "text→image"}
@@ -90,7 +91,7 @@ def measure_captions(runner: Runner, examples: list[Example], seed: int, progres
 def measure_answers(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
     """The official VQA accuracy, and exact match with the answer that most gave."""
     subjects, lines, texts = predicted(runner, examples, progress)
-    answers = [list(some[0].answers) for some in lines]
+    answers = [every_answer(some) for some in lines]
     points = vqa_accuracies(texts, answers)
     made = Measured(subjects, lines, texts, points, [point > 0.5 for point in points], "VQA accuracy")
     made.each = {"VQA accuracy": points}

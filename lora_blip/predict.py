@@ -119,7 +119,14 @@ def predictions(
 ) -> Iterator[tuple[Example, Prediction]]:
     """Each example with what the task says of it, or with the texts ranked where there are some."""
     if texts:
-        found = runner.run(examples, lambda task, pictures, some: task.rank(pictures, some, texts).cpu())
+        read: Any = None
+
+        def rank(task: Task, pictures: Tensor, some: list[Example]) -> Tensor:
+            nonlocal read
+            read = task.read(texts) if read is None else read
+            return task.rank(pictures, some, read).cpu()
+
+        found = runner.run(examples, rank)
         for example, row in found:
             order = sorted(zip(texts, row.tolist(), strict=True), key=lambda pair: -pair[1])
             yield example, Prediction(example.image, order[0][0], example.question, order)

@@ -314,6 +314,14 @@ def test_chunks_change_nothing(task, monkeypatch):
         torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-4, atol=1e-5)
 
 
+def test_texts_read_beforehand_rank_the_same(task):
+    """What `read` keeps is the text side alone: any image may be ranked with it."""
+    texts = [f"a {colour} cube" for colour in ("red", "green", "blue")]
+    some = examples()
+    read = task.read(texts)
+    assert torch.equal(task.rank(pictures(some), some, read), task.rank(pictures(some), some, texts))
+
+
 def test_matching_is_hugging_face_s_for_texts_of_each_image(task):
     some = examples()[:2]
     images, texts = pictures(some), [["a red cube", "nothing"], ["two blue cubes on top of a table"]]

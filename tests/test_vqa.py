@@ -502,3 +502,13 @@ def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, ki
     assert all(saved.tensors[key].any() for key in saved.tensors)
     task = predict.task_of(make(kind), saved)
     assert isinstance(task, VqaTask) and task.prompt == (template or "{question}") and task.generation.max_new_tokens == 5
+
+
+def test_answers_on_lines_of_their_own_are_answers_to_one_question(make):
+    """Ten lines of one answer each are one question with ten answers."""
+    task = VqaTask(make("vqa"))
+    together = Example(Path("a.png"), "", "a.png", 1, "", "how many?", ("two", "two", "two", "one"))
+    apart = [replace(together, answers=(answer,)) for answer in together.answers]
+    for said in ("two", "one", "three"):
+        found = [task.scores({task.subject(together): said}, lines) for lines in ([together], apart)]
+        assert found[0] == found[1] == {"vqa_accuracy": task.correctness(said, apart)}

@@ -3,6 +3,7 @@
 `pip install 'lora_blip[metrics]'` brings the scorers; METEOR and SPICE need Java too. Nothing is downloaded.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -47,7 +48,7 @@ class Scores:
     bleu_counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 10)), repr=False, compare=False)
 
 
-def caption_scores(predictions: list[str], references: list[list[str]]) -> Scores:
+def caption_scores(predictions: list[str], references: list[list[str]], names: Collection[str] = NAMES) -> Scores:
     """Exact match, BLEU-1 to 4 (Papineni et al. 2002), METEOR, ROUGE-L, CIDEr (Vedantam et al. 2015) and SPICE.
 
     references: for every prediction, all the captions of its image. With Java the words are PTBTokenizer's, and every score
@@ -56,6 +57,7 @@ def caption_scores(predictions: list[str], references: list[list[str]]) -> Score
     the texts they stay within 0.01 (CIDEr, of 10: within 0.1).
     CIDEr weighs words by how few images have them: of one image, or of images whose references are all alike, it is 0, and
     depends on which images are scored together; so do its scores by image.
+    names: METEOR and SPICE, which take long, come only if they are among these.
     Raises ValueError for lists of different lengths, for no predictions, and for an image without references.
     """
     check(predictions, references)
@@ -78,7 +80,7 @@ def caption_scores(predictions: list[str], references: list[list[str]]) -> Score
     if nothing_rare:
         reasons["CIDEr"] = NOTHING_RARE
     for name, score in (("METEOR", java.meteor), ("SPICE", java.spice)):
-        if name not in reasons:
+        if name in names and name not in reasons:
             try:
                 whole, by_image = score(said, right, package)
             except java.JavaError as error:

@@ -56,7 +56,8 @@ class CaptionTask(TextTask):
 
 def coco_score(said: list[str], right: list[list[str]], wanted: str) -> dict[str, float]:
     """One of the captioning metrics, by its key. Raises ConfigError, with the reason, where it cannot be had."""
-    name, scores = COCO_KEYS[wanted], caption_scores(said, right)
+    name = COCO_KEYS[wanted]
+    scores = caption_scores(said, right, [name])
     value = scores.values[name]
     if value is None:
         raise ConfigError(f"{name} cannot be computed: {scores.reasons[name]}")

@@ -29,6 +29,13 @@ class Features(NamedTuple):
     text: Tensor  # (width,)
 
 
+class Read(NamedTuple):
+    """Texts that were read without an image, kept on the CPU, which outlives every fault of a device."""
+
+    rows: Texts
+    features: Tensor  # (texts, width)
+
+
 class RetrievalTask(Task):
     """Lines are {"image": …, "text": …}; several lines of one image are all right for it.
 
@@ -125,13 +132,18 @@ class RetrievalTask(Task):
         return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts), strict=True)]
 
     @torch.no_grad()
-    def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:  # noqa: ARG002
+    def read(self, texts: list[str]) -> Read:
+        rows, device = self.matcher.texts(texts), self.backbone.device
+        parts = (rows[start : start + CHUNK].to(device) for start in range(0, len(rows), CHUNK))
+        return Read(rows, torch.cat([self.matcher.text_features(part).cpu() for part in parts]))
+
+    @torch.no_grad()
+    def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | Read) -> Tensor:  # noqa: ARG002
         """softmax of ITC's logits, the mass of the RERANKED likeliest given out anew by ITC and ITM together."""
-        seen = self.matcher.see(pixel_values)
-        rows = self.matcher.texts(texts).to(self.backbone.device)
-        found = torch.cat([self.matcher.text_features(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)])
-        logits = cosines(self.matcher.image_features(seen), found) / self.temperature
-        return torch.stack([self.reranked(row, states, rows) for row, states in zip(logits, seen, strict=True)])
+        rows, features = texts if isinstance(texts, Read) else self.read(texts)
+        seen, device = self.matcher.see(pixel_values), self.backbone.device
+        logits = cosines(self.matcher.image_features(seen), features.to(device)) / self.temperature
+        return torch.stack([self.reranked(row, states, rows.to(device)) for row, states in zip(logits, seen, strict=True)])
 
     def reranked(self, logits: Tensor, states: Tensor, texts: Texts) -> Tensor:
         """One image's ITC logits (texts,) → probabilities, after ITM has looked at the likeliest."""

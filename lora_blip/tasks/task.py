@@ -112,8 +112,15 @@ class Task:
         """One prediction an example. `adapters` names the adapter of each row, None for the base."""
         raise NotImplementedError
 
-    def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
-        """How well each text fits each image, as a distribution: (images, texts), float32, every row sums to 1."""
+    def read(self, texts: list[str]) -> Any:
+        """Texts as `rank` takes them: what of them needs no image is computed once. Read again when adapters change."""
+        return texts
+
+    def rank(self, pixel_values: Tensor, examples: list[Example], texts: Any) -> Tensor:
+        """How well each text fits each image, as a distribution: (images, texts), float32, every row sums to 1.
+
+        texts: a list of them, or what `read` made of it.
+        """
         raise NotImplementedError
 
     def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:
@@ -126,7 +133,7 @@ class Task:
 
     def move(self, device: torch.device) -> None:
         """Go on computing on another device, in fp32."""
-        self.backbone.model.float().to(device)
+        self.backbone.model.to(device).float()
         self.backbone.device = device
         for parameter in self.parameters():
             parameter.data = parameter.data.to(device)

@@ -68,8 +68,16 @@ class VqaTask(TextTask):
 
     def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:  # noqa: ARG002
         """The official VQA accuracy."""
-        right = {self.subject(example): list(example.answers) for example in examples}
-        return {"vqa_accuracy": vqa_accuracy(list(predictions.values()), [right[subject] for subject in predictions])}
+        lines: dict[Any, list[Example]] = {}
+        for example in examples:
+            lines.setdefault(self.subject(example), []).append(example)
+        right = [every_answer(lines[subject]) for subject in predictions]
+        return {"vqa_accuracy": vqa_accuracy(list(predictions.values()), right)}
 
     def correctness(self, text: str, examples: list[Example]) -> float:
-        return accuracy(text, list(examples[0].answers))
+        return accuracy(text, every_answer(examples))
+
+
+def every_answer(lines: list[Example]) -> list[str]:
+    """The answers to one question, though they stand on lines of their own."""
+    return [answer for line in lines for answer in line.answers]

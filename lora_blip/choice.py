@@ -1,0 +1,73 @@
+"""Which adapter acts on which row of a batch: what `lora.chosen` and `lora.disabled` decide, and the hook asks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALL: Any = slice(None)
+
+
+class LoRAError(ValueError):
+    """A request that would leave the model other than was meant; nothing has been changed."""
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Who acts: none of `off`; of the others `alone`, if one is named, or each on its `rows` of a batch of `count`."""
+
+    off: frozenset[str] = frozenset()
+    alone: str = ""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+
+ALL_ACT = Acting()
+
+
+class Choice:
+    """One object that all adapters of a model share: to switch is to assign `acting`."""
+
+    def __init__(self) -> None:
+        self.acting = ALL_ACT
+        self.made = False  # whether gradients were ever taken under one
+        self.again = False  # whether it is in force once more, see `as_chosen`
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Choice, ()  # a copy of a model starts with no choice made
+
+    def rows(self, name: str, x: Tensor) -> Any:
+        """Where the rows of an adapter stand in x (rows, …): ALL, a tensor of places, or None for nowhere."""
+        acting = self.acting
+        if self.made and not self.again and torch._C._current_graph_task_id() >= 0:
+            raise LoRAError(
+                "a layer is computed again in the backward pass, and which adapters acted in it is not known any more; "
+                "checkpoint it with context_fn=partial(lora.as_chosen, model), as load_backbone(checkpointing=True) does"
+            )
+        if name in acting.off or acting.alone not in ("", name):
+            return None
+        return places(acting.rows.get(name), acting.count, x) if acting.count else ALL
+
+
+def places(rows: Tensor | None, count: int, x: Tensor) -> Tensor | None:
+    """A beam search repeats every row of a batch so many times, side by side, and OPT flattens its tokens into rows."""
+    repeats, rest = divmod(x.shape[0], count)
+    if rest or not repeats or (repeats > 1 and x.ndim > 2 and torch.is_grad_enabled()):  # nothing is learned by beams
+        raise LoRAError(f"a batch of {x.shape[0]} rows meets adapters that were chosen for {count}; name one for every row")
+    if rows is None:
+        return None
+    return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
+
+
+@contextmanager
+def in_force(choice: Choice, acting: Acting, again: bool = False) -> Iterator[None]:
+    before = choice.acting, choice.again
+    choice.acting, choice.again = acting, again
+    choice.made = choice.made or (torch.is_grad_enabled() and not again)
+    try:
+        yield
+    finally:
+        choice.acting, choice.again = before
