@@ -9,6 +9,8 @@ from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.tasks.task import Task
 
+FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
+
 
 def example_of(image: str | Path, question: str = "") -> Example:
     return Example(Path(image), "", str(image), 0, question=question)
@@ -18,7 +20,10 @@ def read_texts(texts: str) -> list[str]:
     """A file with a text a line, or texts with | between them; each once, in order."""
     if not texts:
         return []
-    lines = Path(texts).read_text(encoding="utf-8-sig").splitlines() if is_file(texts) else texts.split("|")
+    try:
+        lines = Path(texts).read_text(encoding="utf-8-sig").split("\n") if is_file(texts, "texts") else texts.split("|")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"texts = {texts!r}: not UTF-8 ({error}); save the file as UTF-8") from None
     found = list(dict.fromkeys(annotations.plain(line) for line in lines if line.strip()))
     if len(found) < 2:
         raise ConfigError(f"texts = {texts!r}: at least two are needed to rank; a file with a text a line, or 'one|another'")
@@ -34,9 +39,11 @@ def asked(
             raise ConfigError(f"texts: {reason}")
     if task.name == "retrieval" and not texts:
         raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
+    if task.name != "vqa" and question:
+        raise ConfigError(f"question = {question!r}: the task is {task.name}, which asks none; set TASK (or --task) to vqa")
     if task.name != "vqa":
         return [example_of(image) for image in images]
-    if is_file(question):
+    if is_file(question, "question"):
         found = [example for some in read_references(question, "", images).values() for example in some]
     elif question:
         found = [example_of(image, annotations.plain(question)) for image in images]
@@ -70,9 +77,12 @@ def read_references(source: str, root: str, images: list[Path]) -> dict[Path, li
     return found
 
 
-def is_file(text: str) -> bool:
-    """Whether a setting names a file; a long question is no path, and says so by an OSError."""
+def is_file(text: str, setting: str) -> bool:
+    """Whether a setting names a file. ConfigError when it looks like one that is not there."""
     try:
-        return Path(text).is_file()
-    except (OSError, ValueError):
+        there = Path(text).is_file()
+    except (OSError, ValueError):  # a long question is no path, and says so
         return False
+    if not there and Path(text).suffix.lower() in FILES:
+        raise ConfigError(f"{setting} = {text!r}: there is no such file")
+    return there

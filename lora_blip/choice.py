@@ -23,6 +23,7 @@ class Acting:
     alone: str = ""
     rows: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
+    beams: int = 1  # a beam search repeats every row so many times
 
 
 ALL_ACT = Acting()
@@ -49,14 +50,16 @@ class Choice:
             )
         if name in acting.off or acting.alone not in ("", name):
             return None
-        return places(acting.rows.get(name), acting.count, x) if acting.count else ALL
+        return places(acting.rows.get(name), acting, x) if acting.count else ALL
 
 
-def places(rows: Tensor | None, count: int, x: Tensor) -> Tensor | None:
+def places(rows: Tensor | None, acting: Acting, x: Tensor) -> Tensor | None:
     """A beam search repeats every row of a batch so many times, side by side, and OPT flattens its tokens into rows."""
-    repeats, rest = divmod(x.shape[0], count)
-    if rest or not repeats or (repeats > 1 and x.ndim > 2 and torch.is_grad_enabled()):  # nothing is learned by beams
-        raise LoRAError(f"a batch of {x.shape[0]} rows meets adapters that were chosen for {count}; name one for every row")
+    repeats, rest = divmod(x.shape[0], acting.count)
+    if rest or (repeats not in (1, acting.beams) and x.ndim > 2) or not repeats:
+        raise LoRAError(
+            f"a batch of {x.shape[0]} rows meets adapters that were chosen for {acting.count}; name one for every row"
+        )
     if rows is None:
         return None
     return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()

@@ -163,7 +163,7 @@ def parse(
     kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
 ) -> Settings:
     """Settings from the capitals at the top of a script, overridden by flags of the same names."""
-    parser = argparse.ArgumentParser(prog=program, description=doc, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog=program, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     known: Any = fields(kind)  # type: ignore[arg-type]  # a dataclass
     _refuse_misspelt(script, [entry.name.upper() for entry in known])
     script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}

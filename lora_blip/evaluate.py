@@ -23,18 +23,21 @@ from lora_blip.loop import seed_everything
 from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.predict import described, open_task, put_on, wanted_adapter
+from lora_blip.prediction import Prediction, line_of
 from lora_blip.report import Card, Row
 from lora_blip.run import METRICS_NAME, fresh
 from lora_blip.runner import Runner
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
+FEW = 10  # images, below which a bootstrap claims too much
 LISTED = 3  # leaks named in the warning
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Score an adapter beside its base; returns the folder of metrics.json, comparison.csv and report.html.
 
-    Raises ConfigError, ModelError, AdapterError, ImageError or DataError before any image is looked at.
+    What is said is in base.jsonl and adapted.jsonl there as soon as it is said. Raises ConfigError, ModelError,
+    AdapterError, ImageError or DataError before anything is predicted.
     """
     seed_everything(config.seed)
     wanted = wanted_adapter(config.adapter)
@@ -44,27 +47,39 @@ def evaluate(config: EvaluateConfig) -> Path:
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     leaks, why = leaks_of(config, wanted, examples)
+    folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # from here on it is taken
     print(described(task, wanted, len(dict.fromkeys(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, device="cpu")[0])
     base = adapted = None
     if config.base or not wanted:
-        base = measure(runner, examples, config.seed, shown("base"))
+        base = measure(runner, examples, config.seed, shown("base", folder))
     if wanted:
         put_on(runner.task, wanted, merge=True)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
-        adapted = measure(runner, examples, config.seed, shown("adapted"))
+        adapted = measure(runner, examples, config.seed, shown("adapted", folder))
     last = adapted or base
     assert last is not None
     rows = rows_of(base, adapted, runner.task, config.seed)
-    warnings = leak_warnings(leaks, len({e.image for e in examples})) + last.warnings
+    images = len({e.image for e in examples})
+    warnings = leak_warnings(leaks, images) + last.warnings
+    if images < FEW:
+        warnings.append(f"only {images} image{'s' * (images > 1)}: the intervals know no others, and are too narrow")
     facts = facts_of(config, wanted, runner, last, examples) | {"leaks": why}
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode())
-    write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig"))  # Excel needs the mark
+    write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode("utf-8", "backslashreplace"))
+    write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig", "replace"))  # Excel needs the mark
     title = f"{runner.task.name} on {config.references}"
-    report.write(folder / FILES[2], title, rows, cards_of(base, adapted, leaks), curves_of(wanted), facts, warnings)
+    report.write(
+        folder / FILES[2],
+        title,
+        rows,
+        cards_of(base, adapted, leaks),
+        curves_of(wanted),
+        facts,
+        warnings,
+        said_by="adapted" if adapted else "base",
+    )
     print(f"\n{table(rows, warnings)}\n\nwrote {', '.join(str(folder / name) for name in FILES)}")
     return folder
 
@@ -79,8 +94,18 @@ def output_folder(output_dir: str) -> Path:
     return Path(output_dir)
 
 
-def shown(name: str) -> measures.Progress:
-    return lambda found, count: tqdm(found, total=count, desc=name, unit="", disable=None, dynamic_ncols=True)
+def shown(name: str, folder: Path) -> measures.Progress:
+    """A progress bar that keeps every text in <name>.jsonl as it comes: hours of work outlive what comes after them."""
+
+    def watch(found: Iterable[Any], count: int) -> Iterable[Any]:
+        for example, said in tqdm(found, total=count, desc=name, unit="", disable=None, dynamic_ncols=True):
+            if isinstance(said, str):
+                line = line_of(Prediction(example.image, said, example.question), None)
+                with (folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            yield example, said
+
+    return watch
 
 
 # ---------------------------------------------------------------- leaks
@@ -129,7 +154,7 @@ def rows_of(base: Measured | None, adapted: Measured | None, task: Any, seed: in
     for name in second or first:
         note = next((made.notes[name] for made in reversed(both) if name in made.notes), "")
         lower = name.startswith(LOWER_IS_BETTER)
-        rows.append(Row(name, first.get(name), second.get(name), note, lower, gain=paired.get(name)))
+        rows.append(Row(name, first.get(name), second.get(name), note, lower, False if lower else None, paired.get(name)))
     return rows
 
 

@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
     before = validate(task, held_out, autocast, config.best_by) if held_out else {}  # a score that cannot be had stops here
     run = Run(config, task, total)
     print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")
-    step = skipped_in_a_row = 0
+    step = validated = skipped_in_a_row = 0
     try:
         if held_out:
             run.log_validation(0, 0, before)
@@ -95,6 +95,7 @@ def train(config: TrainConfig) -> Path:
                 run.log_step(step, epoch, update, optimizer.param_groups[0]["lr"], sum(len(b.examples) for b in micro_batches))
                 if held_out and (step == total or step % every == 0):
                     run.log_validation(step, epoch, validate(task, held_out, autocast, config.best_by))
+                    validated = step
                     if step < total and 0 < config.patience <= run.best.stale:
                         total = step
                         print(f"stopped early: no better {config.best_by} since step {run.best.step}")
@@ -102,6 +103,8 @@ def train(config: TrainConfig) -> Path:
                     break
             if step == total:
                 break
+        if held_out and validated < step:  # skipped steps left the run short of its total
+            run.log_validation(step, epoch, validate(task, held_out, autocast, config.best_by))
         path = run.save(step, finished=True, merge_drift=merge_drift(task, first))
     except BaseException as stop:  # Ctrl-C, or whatever else: what was learned is kept
         with uninterrupted():
@@ -150,7 +153,7 @@ def apply_update(
 
     Each label token (of retrieval: each row) weighs the same, whichever micro-batch it stands in.
     """
-    count = sum(batch.count for batch in micro_batches)
+    count = sum(batch.count for batch in micro_batches) or 1.0  # 0: nothing here to learn from
     loss = torch.zeros((), device=micro_batches[0].pixel_values.device)
     for batch in micro_batches:
         with autocast():
@@ -186,7 +189,7 @@ def validate(task: Task, batches: DataLoader[Stack], autocast: Autocast, wanted:
         count += batch.count
     model.train()
     examples = batches.dataset.examples  # type: ignore[attr-defined]
-    return {"loss": total / count, **task.scores(said, examples, "" if wanted == "loss" else wanted)}
+    return {"loss": total / (count or 1.0), **task.scores(said, examples, "" if wanted == "loss" else wanted)}
 
 
 @torch.no_grad()
@@ -261,11 +264,14 @@ def default_rate(model: Any) -> float:
 
 
 def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[Example]]:
-    """Checked lines, split by image into training and validation."""
+    """Checked lines, split by image into training and validation, the latter in an order drawn from the seed."""
     examples, problems = annotations.read(config.annotations, config.image_root, config.on_bad_data, task.check)
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    return annotations.split_by_image(examples, config.val_fraction, config.seed)
+    task.know(examples)
+    training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
+    random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
+    return training, validation
 
 
 def loader_of(examples: list[Example], task: Task, config: TrainConfig, shuffle: bool) -> DataLoader[Stack]:

@@ -229,12 +229,12 @@ def _write_back(linear: Any) -> None:
 
 
 @contextmanager
-def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
+def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: int = 1) -> Iterator[None]:
     """Inside the block one adapter alone acts, or each row of a batch has its own: `["caption", "vqa", None]`.
 
     None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no weight; a
-    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. A batch of twice or
-    three times as many rows is taken for beams, row by row. Raises LoRAError for an unknown name, no name at all, when
+    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. `beams`:
+    a search repeats every row so many times. Raises LoRAError for an unknown name, no name at all, when
     adapters are merged, and in the forward when a batch has another number of rows.
     """
     if names is None:
@@ -248,7 +248,7 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterat
     elif each:
         device = next((lora.A.device for _, lora in _every(model)), None)
         rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
-        acting = Acting(choice.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each))
+        acting = Acting(choice.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
     else:
         raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base")
     with in_force(choice, acting):

@@ -25,6 +25,26 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 ONE_WAY = {"image_to_text": "image→text", "text_to_image": "text→image"}
 
 
+@dataclass(frozen=True)
+class Column:
+    """A value of each of some subjects, and the image that each is about: it is images that a bootstrap draws."""
+
+    values: list[float]
+    images: list[Path]
+
+    def interval(self, seed: int) -> Interval:
+        """Of the mean, over resampled images: questions of one image come and go together."""
+        place = {image: row for row, image in enumerate(dict.fromkeys(self.images))}
+        if len(place) == len(self.values):
+            return bootstrap.of_mean(self.values, seed=seed)
+        table = np.zeros((len(place), 2))  # sum and number of each image's values
+        np.add.at(table, [place[image] for image in self.images], np.stack([self.values, np.ones(len(self.values))], axis=1))
+        return bootstrap.of_sums(table, lambda sums: sums[..., 0] / sums[..., 1], seed=seed)
+
+    def minus(self, other: "Column") -> "Column":
+        return Column([a - b for a, b in zip(self.values, other.values, strict=True)], self.images)
+
+
 @dataclass
 class Measured:
     """One model's predictions of all subjects, scored. Lists are in the order of `subjects`."""
@@ -36,7 +56,7 @@ class Measured:
     right: list[bool]
     main: str  # name of the score that `points` are of
     scores: dict[str, Interval | None] = field(default_factory=dict)
-    each: dict[str, list[float]] = field(default_factory=dict)  # a value by subject, for paired differences
+    each: dict[str, Column] = field(default_factory=dict)  # scores that are means, for paired differences
     notes: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +64,7 @@ class Measured:
 
 
 LOWER_IS_BETTER = ("mean rank", "median rank")
+MOST_GROUPS = 20  # more are no groups to compare, but a name for every image
 
 
 def measure(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
@@ -81,7 +102,7 @@ def measure_captions(runner: Runner, examples: list[Example], seed: int, progres
     for name in captions.NAMES:
         value = scores.values[name]
         made.scores[name] = None if value is None else intervals.get(name, Interval(value, np.nan, np.nan))
-    made.each, made.coco = {"exact match": scores.per_image["exact match"]}, scores
+    made.each, made.coco = {"exact match": Column(scores.per_image["exact match"], subjects)}, scores
     made.notes |= scores.reasons
     if scores.tokenizer:
         made.facts["tokenizer of the scores"] = scores.tokenizer
@@ -94,8 +115,8 @@ def measure_answers(runner: Runner, examples: list[Example], seed: int, progress
     answers = [every_answer(some) for some in lines]
     points = vqa_accuracies(texts, answers)
     made = Measured(subjects, lines, texts, points, [point > 0.5 for point in points], "VQA accuracy")
-    made.each = {"VQA accuracy": points}
-    made.scores = {"VQA accuracy": bootstrap.of_mean(points, seed=seed)}
+    made.each = {"VQA accuracy": Column(points, [image_of(subject) for subject in subjects])}
+    made.scores = {"VQA accuracy": made.each["VQA accuracy"].interval(seed)}
     return varied(made, answers)
 
 
@@ -113,35 +134,33 @@ def varied(made: Measured, references: list[list[str]]) -> Measured:
 
 def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
     """Recalls and ranks both ways, by contrast (ITC) alone and with the likeliest read again together (ITM)."""
-    examples, features = zip_features(runner, examples, progress)
-    images = list(dict.fromkeys(example.image for example in examples))
+    first = {example.image: example for example in reversed(examples)}
+    features = image_features(runner, [first[image] for image in dict.fromkeys(e.image for e in examples)], progress)
+    require_some(features, examples)
+    images = list(features)
+    examples = [example for example in examples if example.image in features]
     texts = list(dict.fromkeys(example.text for example in examples))
-    row_of: dict[Any, int] = {}  # a row of each image and text; a Path never equals a text
-    for row, example in enumerate(examples):
-        row_of |= {example.image: row, example.text: row}
-    seen = torch.stack([features[row_of[image]][0] for image in images])
-    read = torch.stack([features[row_of[text]][1] for text in texts])
     task: Any = runner.task
-    logits = blocked(seen, read) / task.temperature.item()
+    logits = blocked(torch.stack(list(features.values())), task.read(texts).features) / task.temperature.item()
     right = belongs(examples, images, texts)
-    by_image, by_text = reranked(runner, [examples[row_of[image]] for image in images], texts, logits, progress)
+    by_image, by_text = reranked(runner, [first[image] for image in images], texts, logits, progress)
     ranks = retrieval.ranks(by_image, right)[0], retrieval.ranks(by_text, right)[1]
     best = by_image.argmax(1)
     lines: dict[Path, list[Example]] = {image: [] for image in images}
     for example in examples:
         lines[example.image].append(example)
-    points, first = (1 / ranks[0]).tolist(), (ranks[0] == 1).tolist()
-    made = Measured(images, list(lines.values()), [texts[i] for i in best], points, first, "1 / rank")
+    points, found_first = (1 / ranks[0]).tolist(), (ranks[0] == 1).tolist()
+    made = Measured(images, list(lines.values()), [texts[i] for i in best], points, found_first, "1 / rank")
+    owners = images, [images[row] for row in right.argmax(0)]  # of each rank, the image that it is about
     itc = dict(zip(ONE_WAY, retrieval.ranks(logits, right), strict=True))
-    for way, found in zip(ONE_WAY, ranks, strict=True):
+    for way, found, about in zip(ONE_WAY, ranks, owners, strict=True):
+        columns: dict[str, Any] = {f"R@{most} {ONE_WAY[way]}": found <= most for most in retrieval.RECALLS}
+        columns[f"mean rank {ONE_WAY[way]}"] = found
+        for name, values in columns.items():
+            made.each[name] = Column(values.astype(float).tolist(), about)
+            made.scores[name] = made.each[name].interval(seed)
         for most in retrieval.RECALLS:
-            name = f"R@{most} {ONE_WAY[way]}"
-            values = (found <= most).astype(float)
-            made.scores[name] = bootstrap.of_mean(values, seed=seed)
-            made.each[name] = values.tolist()
-            made.notes[name] = f"{(itc[way] <= most).mean():.1%} by ITC alone"
-        made.scores[f"mean rank {ONE_WAY[way]}"] = bootstrap.of_mean(found, seed=seed)
-        made.each[f"mean rank {ONE_WAY[way]}"] = found.astype(float).tolist()
+            made.notes[f"R@{most} {ONE_WAY[way]}"] = f"{(itc[way] <= most).mean():.1%} by ITC alone"
         made.scores[f"median rank {ONE_WAY[way]}"] = bootstrap.of_statistic(partial(median_at, found), len(found), seed=seed)
     again = min(RERANKED, len(texts))
     made.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reads the {again} likeliest again"}
@@ -152,12 +171,10 @@ def median_at(values: Any, places: Any) -> float:
     return float(np.median(values[places]))
 
 
-def zip_features(runner: Runner, examples: list[Example], progress: Progress) -> tuple[list[Example], list[Any]]:
-    """The examples whose image can be read, and the place of each image and text in the joint space, on the CPU."""
-    found = runner.run(examples, lambda task, pictures, some: [[x.cpu() for x in f] for f in task.predict(pictures, some)])
-    pairs = list(progress(found, len(examples)))
-    require_some(pairs, examples)
-    return [example for example, _ in pairs], [features for _, features in pairs]
+def image_features(runner: Runner, examples: list[Example], progress: Progress) -> dict[Path, torch.Tensor]:
+    """Each image that can be read, with its place in the joint space (views, width), on the CPU."""
+    found = runner.run(examples, lambda task, pictures, some: [f.image.cpu() for f in task.predict(pictures, some)])
+    return {example.image: features for example, features in progress(found, len(examples))}
 
 
 def blocked(seen: torch.Tensor, read: torch.Tensor) -> Any:
@@ -202,24 +219,25 @@ def gains(base: Measured, adapted: Measured, task: Task, seed: int) -> dict[str,
     if base.coco and adapted.coco:
         found = captions.gains(adapted.coco, base.coco, seed)
     first, second = (made.each | grouped(made, task) for made in (base, adapted))
-    return {name: bootstrap.of_difference(second[name], first[name], seed=seed) for name in second} | found
+    return {name: second[name].minus(first[name]).interval(seed) for name in second} | found
 
 
 def by_group(made: Measured, task: Task, seed: int) -> dict[str, Interval]:
     """How right the texts are within each group that the references name, when they name several."""
-    return {name: bootstrap.of_mean(values, seed=seed) for name, values in grouped(made, task).items()}
+    return {name: column.interval(seed) for name, column in grouped(made, task).items()}
 
 
-def grouped(made: Measured, task: Task) -> dict[str, list[float]]:
+def grouped(made: Measured, task: Task) -> dict[str, Column]:
     """A row for each group: the main share of each of its subjects."""
     groups = list(dict.fromkeys(some[0].group for some in made.lines))
-    if len(groups) < 2:
+    if not 1 < len(groups) <= MOST_GROUPS:
         return {}
     label = {"vqa": "VQA accuracy", "retrieval": "R@1 image→text"}.get(task.name, "exact match")
     found = {}
     for group in groups:
         places = [i for i, some in enumerate(made.lines) if some[0].group == group]
-        found[f"{label}: {group or 'no group'} ({len(places)})"] = [made.each[label][i] for i in places]
+        column = Column([made.each[label].values[i] for i in places], [made.each[label].images[i] for i in places])
+        found[f"{label}: {group or 'no group'} ({len(places)})"] = column
     return found
 
 

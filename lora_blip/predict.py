@@ -67,14 +67,21 @@ def infer(config: InferConfig) -> Path:
 
 
 def captions(task: Task, images: Iterable[str | Path], batch_size: int = 16, precision: str = "fp32") -> Iterator[Prediction]:
-    """Captions in the order of `images`, a batch at a time; an image that cannot be read is reported and left out."""
+    """Captions in the order of `images`, a batch at a time; an image that cannot be read is reported and left out.
+
+    Raises ConfigError for a task that does not caption.
+    """
+    if task.name != "caption":
+        raise ConfigError(f"captions() of a task {task.name!r}; call answers() for questions, rankings() to rank texts")
     yield from (p for _, p in predictions(Runner(task, batch_size, precision), map(example_of, images)))
 
 
 def answers(
     task: Task, questions: Iterable[tuple[str | Path, str]], batch_size: int = 16, precision: str = "fp32"
 ) -> Iterator[Prediction]:
-    """Answers to (image, question) pairs, in their order."""
+    """Answers to (image, question) pairs, in their order. Raises ConfigError for a task that does not answer."""
+    if task.name != "vqa":
+        raise ConfigError(f"answers() of a task {task.name!r}; call captions(), or rankings() to rank texts")
     examples = (example_of(image, question) for image, question in questions)
     yield from (p for _, p in predictions(Runner(task, batch_size, precision), examples))
 

@@ -51,11 +51,14 @@ def report(task: Task, references: dict[Path, list[Example]], found: dict[str, d
     found: "base" and "adapted", or one of them → what was said of each subject.
     """
     lines: dict[Any, list[Example]] = {}
-    for example in (example for some in references.values() for example in some if example.text or example.answers):
+    known = (e for some in references.values() for e in some if (e.answers if task.name == "vqa" else e.text))
+    for example in known:
         lines.setdefault(task.subject(example) if task.name != "retrieval" else (example.image, ""), []).append(example)
     *_, said = found.values()
     scored = [key for key in lines if key in said]
     if not scored:
+        if references:
+            print(f"no score: the references have no {'answers' if task.name == 'vqa' else 'text'} to what was asked")
         return
     label = "VQA accuracy" if task.name == "vqa" else "exact match"
     print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in found))

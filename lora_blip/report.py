@@ -71,18 +71,25 @@ def write(
     facts: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
     most_pictures: int = 500,
+    said_by: str = "adapted",
 ) -> Path:
     """The page at `path`, which opens from disk with no network; an older one is replaced, whole or not at all.
 
     metrics: the lines of metrics.jsonl. facts: what was measured (base, adapter, images …). most_pictures: so many
-    pictures are embedded, of the worst cards; the others keep their texts.
+    pictures are embedded, of the worst cards; the others keep their texts. said_by: whose the cards' texts are, "base"
+    where there is no adapter.
     """
     cards = sorted(cards, key=worst_first)
     chosen = list(dict.fromkeys(card.image for card in cards))[: max(0, most_pictures)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the GIL
         pictures = dict(zip(chosen, pool.map(thumbnail, chosen), strict=True))
     index = {image: number for number, image in enumerate(chosen)}
-    data = {"cards": [entry(card, index) for card in cards], "pictures": list(pictures.values()), **thinned(metrics)}
+    data = {
+        "cards": [entry(card, index) for card in cards],
+        "pictures": list(pictures.values()),
+        "by": said_by,
+        **thinned(metrics),
+    }
     page = TEMPLATE.read_text(encoding="utf-8")
     parts = {
         "policy": html.escape(policy(page)),

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_blip import lora, predict, targets
+from lora_blip.data.annotations import Example
 from lora_blip.lora import LoRAError, Site
 from lora_blip.models import Backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch, Generation, Task
 from lora_blip.tasks.vqa import VqaTask
 from tests import tiny
-from tests.conftest import KINDS, batch_of, kind_of
+from tests.conftest import KINDS, batch_of, inject, kind_of
 
 WHERE = {  # what each adapter reaches: some share linears, some share a row block, some sit on parts of their own
     "blip": {"caption": "vit.q,vit.v,text", "vqa": "vit", "third": "vit.q,text"},
@@ -234,14 +236,25 @@ def test_what_cannot_be_chosen_is_an_error_with_a_remedy(names, rows, message):
     assert torch.equal(model(x), before)
 
 
-def test_a_batch_of_twice_the_rows_cannot_be_learned_from():
-    """Only beams repeat rows, and beams are never trained: a wrong list must not give rows to the wrong adapter."""
+def test_only_beams_that_were_declared_repeat_rows():
+    """A wrong list must not give rows to the wrong adapter, with gradients or without."""
     model, x = line("a", "b"), torch.randn(4, 5, 4)
     with lora.chosen(model, ["a", "b"]):
-        with pytest.raises(LoRAError, match="a batch of 4 rows"):
-            model(x)
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), torch.cat([plus(model, x[:2], "a"), plus(model, x[2:], "b")]))
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode(), pytest.raises(LoRAError, match="a batch of 4 rows"):
+                model(x)
+    with torch.no_grad(), lora.chosen(model, ["a", "b"], beams=2):
+        torch.testing.assert_close(model(x), torch.cat([plus(model, x[:2], "a"), plus(model, x[2:], "b")]))
+
+
+def test_ranking_texts_under_a_list_of_adapters_is_refused(make):
+    """The texts of one image are no rows of a batch: half of them would be ranked by another adapter."""
+    backbone = make("blip")
+    inject(backbone, "vit,text")
+    task, some = CaptionTask(backbone), [Example(Path(f"{n}.png"), "", f"{n}.png", 1) for n in range(2)]
+    pictures = torch.randn(2, 3, 32, 32)
+    with lora.chosen(backbone.model, ["default", None]), pytest.raises(LoRAError, match="name one for every row"):
+        task.rank(pictures, some, ["a", "b", "c", "d"])
 
 
 def test_merged_adapters_cannot_be_chosen_nor_chosen_ones_merged():

@@ -357,7 +357,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
         (vqa, ["--question", "what is [SEP] it?"], "which means something else here"),
         (itm, [], "retrieval ranks texts; give them (TEXTS, or --texts)"),
         (blip, ["--texts", "one.txt"], "at least two are needed to rank"),
-        (blip, ["--texts", "no such file.txt"], "a file with a text a line, or 'one|another'"),
+        (blip, ["--texts", "no such file.txt"], "there is no such file"),
         (blip, ["--texts", "x" * 5000], "at least two are needed to rank"),
         (blip, ["--texts", "a cube|" + "cube " * 90], "texts: the text has 90 tokens"),
         (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "holds {question} once"),

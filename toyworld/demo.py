@@ -72,6 +72,8 @@ def evaluated(folder: Path, task: str) -> float:
 
 if __name__ == "__main__":
     task, *flags = sys.argv[1:] or ["caption"]
+    if task not in FLAGS or "--output-dir" in flags:
+        sys.exit(f"python -m toyworld.demo {'|'.join(FLAGS)}, then flags of train.py, but not --output-dir")
     folder = Path("lora_blip_output") / f"demo_{task}_{datetime.now():%Y%m%d_%H%M%S}"
     trained = run("train.py", "--output-dir", str(folder), *FLAGS[task].split(), *flags)
     scored = captioned(folder) if task == "caption" else evaluated(folder, task)

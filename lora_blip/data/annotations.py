@@ -103,14 +103,15 @@ def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple
 
     At least one image is held out if `fraction` > 0. Raises DataError if nothing is left to train on.
     """
-    images = sorted({example.image.resolve() for example in examples})  # however a line spells its path
+    files = {image: image.resolve() for image in {example.image for example in examples}}  # however a line spells its path
+    images = sorted(set(files.values()))
     random.Random(seed).shuffle(images)
     count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
     held_out = set(images[:count])
     if count >= len(images):
         raise DataError(f"val_fraction {fraction} of {len(images)} image(s) leaves none to train on; lower it, or set it to 0")
-    train = [example for example in examples if example.image.resolve() not in held_out]
-    return train, [example for example in examples if example.image.resolve() in held_out]
+    train = [example for example in examples if files[example.image] not in held_out]
+    return train, [example for example in examples if files[example.image] in held_out]
 
 
 def _example(found: Entry | str, number: int, root: Path) -> Example | tuple[int, str]:

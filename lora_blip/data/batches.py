@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class Pictures(Dataset[tuple[Example, Tensor]]):
     def __init__(self, examples: list[Example], image_processor: Any, augmented: bool, seed: int) -> None:
         self.examples, self.image_processor, self.augmented, self.seed = examples, image_processor, augmented, seed
         self.side: int = image_processor.size["height"]
+        self.words: dict[Path, str] = {}  # all that is said of an image: a mirror must not make any of it false
+        for example in examples:
+            self.words[example.image] = f"{self.words.get(example.image, '')} {example.words}"
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -34,7 +38,7 @@ class Pictures(Dataset[tuple[Example, Tensor]]):
         example = self.examples[index]
         image = open_image(example.image)
         if self.augmented:
-            image = augment(image, example.words, random.Random(f"{self.seed} {epoch} {index}"), self.side)
+            image = augment(image, self.words[example.image], random.Random(f"{self.seed} {epoch} {index}"), self.side)
         return example, pixel_values(image, self.image_processor)
 
 

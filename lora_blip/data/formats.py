@@ -49,10 +49,15 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     else:
         text = _take(rest, TEXT_KEYS)
         if not isinstance(text, str):
-            return f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, with a string"
+            there = f"; this line has {', '.join(map(repr, rest))}" if rest else ""
+            return f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, with a string, or question and answers{there}"
         made = {"text": " ".join(text.split())}
         empty = "" if made["text"] else "the text is empty"
-    written = image + (made.get("text") or " ".join((made["question"], *made["answers"])) if not empty else "")
+    written = (
+        image
+        + (rest["group"] if isinstance(rest.get("group"), str) else "")
+        + (made.get("text") or " ".join((made["question"], *made["answers"])) if not empty else "")
+    )
     if not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written):
         return NOT_UTF8
     return empty or {"image": image} | made | rest

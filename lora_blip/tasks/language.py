@@ -73,7 +73,8 @@ class Language:
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
             if most < 1:
                 raise ConfigError(f"a prompt has too many tokens for this model: {max((prompts[i] for i in group), key=len)!r}")
-            with lora.chosen(self.model, adapters and [adapters[index] for index in group]):
+            mine = adapters and [adapters[index] for index in group]
+            with lora.chosen(self.model, mine, settings.get("num_beams", 1)):
                 made = self.continued(pixel_values[group], ids, mask, settings | {"max_new_tokens": most})
             for index, text in zip(group, self.tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
                 said[index] = " ".join(text.split())

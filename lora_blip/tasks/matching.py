@@ -76,7 +76,13 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
 
 def log_odds(logits: Tensor) -> Tensor:
     """(rows, 2) of no match and match → log p(match) − log p(no match), (rows,)."""
-    return (logits[:, 1] - logits[:, 0]).float()
+    return logits[:, 1] - logits[:, 0]
+
+
+def projected(head: Any, states: Tensor) -> Tensor:
+    """A head's output, float32: computed in the dtype of its own weights, under autocast too, where ten odds would be one."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype)).float()
 
 
 class BlipMatcher(Matcher):
@@ -87,15 +93,15 @@ class BlipMatcher(Matcher):
         self.longest = backbone.model.config.text_config.max_position_embeddings
 
     def image_features(self, seen: Tensor) -> Tensor:
-        return normalize(self.model.vision_proj(seen[:, :1]).float(), dim=-1)
+        return normalize(projected(self.model.vision_proj, seen[:, :1]), dim=-1)
 
     def text_features(self, texts: Texts) -> Tensor:
         states = self.model.text_encoder(input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
-        return normalize(self.model.text_proj(states[:, 0]).float(), dim=-1)
+        return normalize(projected(self.model.text_proj, states[:, 0]), dim=-1)
 
     def matching(self, seen: Tensor, texts: Texts) -> Tensor:
         states = self.model.text_encoder(input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=seen)
-        return log_odds(self.model.itm_head(states.last_hidden_state[:, 0]))
+        return log_odds(projected(self.model.itm_head, states.last_hidden_state[:, 0]))
 
 
 class Blip2Matcher(Matcher):
@@ -108,12 +114,12 @@ class Blip2Matcher(Matcher):
     def image_features(self, seen: Tensor) -> Tensor:
         queries = self.model.query_tokens.expand(len(seen), -1, -1)
         states = self.model.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
-        return normalize(self._projected(self.model.vision_projection, states), dim=-1)
+        return normalize(projected(self.model.vision_projection, states), dim=-1)
 
     def text_features(self, texts: Texts) -> Tensor:
         embeds = self.model.embeddings(input_ids=texts.ids)
         states = self.model.qformer(query_embeds=embeds, query_length=0, attention_mask=texts.mask).last_hidden_state
-        return normalize(self._projected(self.model.text_projection, states[:, 0]), dim=-1)
+        return normalize(projected(self.model.text_projection, states[:, 0]), dim=-1)
 
     def matching(self, seen: Tensor, texts: Texts) -> Tensor:
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
@@ -122,11 +128,7 @@ class Blip2Matcher(Matcher):
         states = self.model.qformer(
             query_embeds=both, query_length=queries.shape[1], attention_mask=mask, encoder_hidden_states=seen
         ).last_hidden_state
-        return log_odds(self._projected(self.model.itm_head, states[:, : queries.shape[1]]).mean(1))
-
-    def _projected(self, head: Any, states: Tensor) -> Tensor:
-        """A head's output in float32; the Q-Former may compute in another dtype than its heads."""
-        return head(states.to(head.weight.dtype)).float()
+        return log_odds(projected(self.model.itm_head, states[:, : queries.shape[1]]).mean(1))
 
 
 def matcher_of(backbone: Backbone) -> Matcher:

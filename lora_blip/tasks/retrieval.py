@@ -1,8 +1,10 @@
 """Image-text retrieval: which text belongs to which image, by contrast (ITC) and by matching (ITM)."""
 
 import math
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +55,7 @@ class RetrievalTask(Task):
         if self.prompt:
             raise ConfigError(f"prompt = {self.prompt!r}: retrieval has no prompt; leave it empty")
         self.matcher = matcher_of(backbone)
+        self.known: dict[Path, set[str]] = {}  # image → the texts of all its lines, in this batch or another
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
 
     @property
@@ -64,6 +67,13 @@ class RetrievalTask(Task):
 
     # ---- training
 
+    def know(self, examples: list[Example]) -> None:
+        files = {image: image.resolve() for image in {example.image for example in examples}}  # one image, however spelled
+        texts: dict[Path, set[str]] = {}
+        for example in examples:
+            texts.setdefault(files[example.image], set()).add(example.text)
+        self.known = {image: texts[file] for image, file in files.items()}
+
     def check(self, example: Example) -> str:
         return self.check_text(example.text) if example.text else "no text: retrieval needs one"
 
@@ -74,18 +84,19 @@ class RetrievalTask(Task):
     def batch(self, stack: Stack) -> Batch:
         device = self.backbone.device
         texts = self.matcher.texts([example.text for example in stack.examples]).to(device)
-        return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), texts, len(stack.examples))
+        count = 0 if positives(stack.examples, self.known).all() else len(stack.examples)
+        return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), texts, count)
 
     def loss(self, batch: Batch) -> Tensor:
         """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
-        0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone: ITM would
-        only learn from it to say yes.
+        0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone, whose count is
+        0 too: ITM would only learn from it to say yes.
         """
         matcher, texts = self.matcher, batch.rows
         seen = matcher.see(batch.pixel_values)
         similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
-        right = positives(batch.examples)
+        right = positives(batch.examples, self.known)
         if right.all():
             return 0 * similarity.sum()
         right = right.to(similarity.device)
@@ -104,10 +115,10 @@ class RetrievalTask(Task):
         return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
 
     def wrong_labels(self, batch: Batch) -> str:
-        return NO_NEGATIVES if positives(batch.examples).all() else ""
+        return NO_NEGATIVES if positives(batch.examples, self.known).all() else ""
 
     def label_table(self, batch: Batch, rows: int = 2) -> str:
-        right = positives(batch.examples)
+        right = positives(batch.examples, self.known)
         lines = ["what the model reads | images of this batch that it belongs to"]
         for row in range(min(rows, len(batch.examples))):
             kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
@@ -143,7 +154,8 @@ class RetrievalTask(Task):
         rows, features = texts if isinstance(texts, Read) else self.read(texts)
         seen, device = self.matcher.see(pixel_values), self.backbone.device
         logits = cosines(self.matcher.image_features(seen), features.to(device)) / self.temperature
-        return torch.stack([self.reranked(row, states, rows.to(device)) for row, states in zip(logits, seen, strict=True)])
+        rows = rows.to(device)
+        return torch.stack([self.reranked(row, states, rows) for row, states in zip(logits, seen, strict=True)])
 
     def reranked(self, logits: Tensor, states: Tensor, texts: Texts) -> Tensor:
         """One image's ITC logits (texts,) → probabilities, after ITM has looked at the likeliest."""
@@ -196,11 +208,11 @@ NO_NEGATIVES = (
 )
 
 
-def positives(examples: list[Example]) -> Tensor:
-    """(rows, rows) bool: text j describes image i, as some line here says it does."""
+def positives(examples: list[Example], known: Mapping[Path, Set[str]] = MappingProxyType({})) -> Tensor:
+    """(rows, rows) bool: text j describes image i, as some line here says it does, or `known`, of all the data."""
     said: dict[Path, set[str]] = {}
     for example in examples:
-        said.setdefault(example.image, set()).add(example.text)
+        said.setdefault(example.image, set(known.get(example.image, ()))).add(example.text)
     return torch.tensor([[other.text in own for other in examples] for own in (said[one.image] for one in examples)])
 
 

@@ -58,6 +58,9 @@ class Task:
 
     # ---- training
 
+    def know(self, examples: list[Example]) -> None:
+        """All lines of the data, before any of them is learned from."""
+
     def check(self, example: Example) -> str:
         """Why a line cannot be learned from, or ""."""
         raise NotImplementedError
