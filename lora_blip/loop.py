@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> Path:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total = total_steps(config, len(batches))
     warmup = min(config.warmup_steps, total // 5)
-    every = config.validate_every or max(1, total // 10)
+    every = config.validate_every or max(10, total // 10)
     before = validate(task, held_out, autocast, config.best_by) if held_out else {}  # a score that cannot be had stops here
     run = Run(config, task, total)
     print(f"{run.folder}: {total} steps of {precision}, {len(training)} lines to train on, {len(validation)} held out")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -374,3 +375,14 @@ def test_flags_of_evaluate():
     )
     with pytest.raises(ConfigError, match="MODEL"):
         parse(EvaluateConfig, {}, "--references x.jsonl --adapter none".split())
+
+
+def test_intervals_draw_images_not_questions():
+    """Ten questions an image with one score each: as wide as the hundred images alone, not three times narrower."""
+    values = np.random.default_rng(0).random(100)
+    images = [Path(f"{n}.png") for n in range(100)]
+    alone = measures.Column(values.tolist(), images).interval(0)
+    tenfold = measures.Column(np.repeat(values, 10).tolist(), [image for image in images for _ in range(10)]).interval(0)
+    assert tenfold.value == pytest.approx(alone.value)
+    assert (tenfold.high - tenfold.low) == pytest.approx(alone.high - alone.low, rel=0.15)
+    assert measures.Column([1.0] * 20, images[:4] * 5).interval(0) == (1.0, 1.0, 1.0)

@@ -449,3 +449,19 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
     curves.draw(tmp_path)
     assert not drawn[1].axes[1].get_visible()
+
+
+def test_the_end_is_validated_though_a_step_was_skipped(checkpoints, tmp_path, monkeypatch):
+    """A skipped step leaves a run short of its total; its last adapter is scored all the same."""
+    real, count = loop.apply_update, 0
+
+    def one_skipped(*given):
+        nonlocal count
+        count += 1
+        update = real(*given)
+        return replace(update, skipped=True) if count == 2 else update
+
+    monkeypatch.setattr(loop, "apply_update", one_skipped)
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=2, validate_every=100))
+    entries = metrics_of(path)
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, max(e["step"] for e in entries if "loss" in e)]

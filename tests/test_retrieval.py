@@ -481,3 +481,18 @@ def test_checkpointing_gives_the_same_gradients(make, kind):
         gradients.append([x.B.grad for x in found.values()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_another_batch_says_of_an_image_is_no_negative_in_this_one(task):
+    """(A, "red"), (A, "a cube"), (B, "red"): in a batch without its first line, "red" is still right for A."""
+    a, b = Path("folder/a.png"), Path("folder/b.png")
+    lines = [(a, "a red cube"), (Path("folder/../folder/a.png"), "a cube"), (b, "a red cube")]
+    some = [Example(image, text, image.name, n) for n, (image, text) in enumerate(lines)]
+    assert positives(some[1:]).tolist() == [[True, False], [False, True]]
+    task.know(some)
+    assert positives(some[1:], task.known).tolist() == [[True, True], [False, True]]
+
+
+def test_a_batch_without_a_wrong_pair_weighs_nothing(task):
+    alone = batch_of(task, [("1.png", "a red cube")])
+    assert alone.count == 0 and float(task.loss(alone)) == 0

@@ -358,6 +358,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
         (itm, [], "retrieval ranks texts; give them (TEXTS, or --texts)"),
         (blip, ["--texts", "one.txt"], "at least two are needed to rank"),
         (blip, ["--texts", "no such file.txt"], "there is no such file"),
+        (blip, ["--question", "what is it?"], "the task is caption, which asks none; set TASK (or --task) to vqa"),
         (blip, ["--texts", "x" * 5000], "at least two are needed to rank"),
         (blip, ["--texts", "a cube|" + "cube " * 90], "texts: the text has 90 tokens"),
         (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "holds {question} once"),
