@@ -26,7 +26,7 @@ BASE_DTYPE = "auto"  # dtype of the frozen weights; auto: fp32 for BLIP, the pre
 CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
 AUGMENT = True  # gentle random mirror, shift, scale and brightness; no mirror if a text says left or right
 
-VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, 10 at least; the end is always validated
+VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, or 10; the end is always validated
 BEST_BY = "auto"  # score that picks best.safetensors: "loss", "exact_match", "cider", "vqa_accuracy" …; auto: the task's own
 PATIENCE = 0  # stop after so many validations without a better score; 0: never
 TENSORBOARD = False  # write TensorBoard's event files too: pip install 'lora_blip[tensorboard]'

@@ -48,7 +48,7 @@ class TrainConfig:
     base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: fp32 for BLIP, the precision for BLIP-2")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     augment: bool = setting(True, "gentle random mirror, shift, scale and brightness; no mirror if a text says left or right")
-    validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, 10 at least; the end is always validated")
+    validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, or 10; the end is always validated")
     best_by: str = setting("auto", "score that picks best.safetensors: loss, exact_match, cider …; auto: the task's own")
     patience: int = setting(0, "stop after so many validations without a better score; 0: never")
     tensorboard: bool = setting(False, "write TensorBoard's event files too (pip install 'lora_blip[tensorboard]')")
