@@ -139,7 +139,8 @@ def leak_warnings(leaks: list[Leak], images: int) -> list[str]:
     if not leaks:
         return []
     some = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
-    return [f"{len(leaks)} of {images} evaluation images are in the training data, so the scores flatter: {some}"]
+    kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks)} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
+    return [f"{len(leaks)} of {images} evaluation images are in the training data ({kinds}), so the scores flatter: {some}"]
 
 
 # ---------------------------------------------------------------- what is shown and written
