@@ -24,7 +24,7 @@ from transformers import (
 
 from lora_blip.tasks.language import mend
 from lora_blip.tasks.losses import IGNORE, hard_negatives, itc_loss
-from toyworld.pretrain import WIDTH, learning_rate, patch_classes, pixels
+from toyworld.pretrain import WIDTH, advance, learning_rate, optimizer_of, patch_classes, patch_loss, pixels
 from toyworld.questions import asked
 from toyworld.scenes import KINDS, ROLES, Scene, flat_scene, render_flat
 
@@ -169,23 +169,17 @@ def train(kind: str, out: Path, steps: int, seed: int, batch: int = 32, peak: fl
     heir = grow(HEIRS[kind])
     heir.model.train()
     patch_head = nn.Linear(WIDTH, KINDS + ROLES)
-    parameters = [*heir.model.parameters(), *patch_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = optimizer_of(heir.model, patch_head, peak)
     started = time.time()
     for step in range(steps):
         values, classes, scenes = picture_batch(heir, rng, batch)
         seen = heir.model.vision_model(values).last_hidden_state  # (images, 1 + patches, width)
-        thing, role = patch_head(seen[:, 1:]).flatten(0, 1).split([KINDS, ROLES], dim=1)
-        patch_loss = cross_entropy(thing, classes.flatten() // ROLES) + cross_entropy(role, classes.flatten() % ROLES)
+        picture_loss = patch_loss(patch_head, seen, classes)
         loss = heir.loss(seen, scenes, rng)
-        (loss + patch_loss).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        (loss + picture_loss).backward()
+        advance(optimizer, learning_rate(step, steps, peak))
         if step % 100 == 0:
-            print(f"{step}/{steps} loss {loss:.4f} patch {patch_loss:.4f} {time.time() - started:.0f} s", flush=True)
+            print(f"{step}/{steps} loss {loss:.4f} patch {picture_loss:.4f} {time.time() - started:.0f} s", flush=True)
         if step % 500 == 499:
             print(f"{step + 1}/{steps} right {share_right(heir, 999, 200):.3f} {heir.also}", flush=True)
     save(heir, out, {"family": kind, "grown_from": "tiny-blip", "steps": steps, "seed": seed, "batch": batch, "lr": peak})

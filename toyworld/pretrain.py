@@ -193,11 +193,29 @@ def losses(model: PreTrainedModel, processor: BlipProcessor | Blip2Processor, pa
 
         def with_picture(p=pictures, c=classes, i=ids, m=mask) -> tuple[Tensor, Tensor]:
             seen = model.vision_model(pixels(p, processor)).last_hidden_state  # (images, 1 + patches, width)
-            kind, role = patch_head(seen[:, 1:]).flatten(0, 1).split([KINDS, ROLES], dim=1)
-            patch_loss = cross_entropy(kind, c.flatten() // ROLES) + cross_entropy(role, c.flatten() % ROLES)
-            return next_token_loss(language_logits(model, i, m, seen), i, m), patch_loss
+            return next_token_loss(language_logits(model, i, m, seen), i, m), patch_loss(patch_head, seen, c)
 
         yield with_picture
+
+
+def patch_loss(patch_head: nn.Linear, seen: Tensor, classes: Tensor) -> Tensor:
+    """What each patch shows, and its role in the caption; seen (images, 1 + patches, width), classes (images, patches)."""
+    kind, role = patch_head(seen[:, 1:]).flatten(0, 1).split([KINDS, ROLES], dim=1)
+    return cross_entropy(kind, classes.flatten() // ROLES) + cross_entropy(role, classes.flatten() % ROLES)
+
+
+def optimizer_of(model: nn.Module, patch_head: nn.Linear, peak: float) -> torch.optim.Optimizer:
+    parameters = [*model.parameters(), *patch_head.parameters()]
+    return torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def advance(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step at this rate, of gradients clipped to norm 1."""
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)  # there is one group
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def pretrain(family: str, out: Path, steps: int, seed: int, batch: int = 32, peak: float = 1e-3) -> None:
@@ -208,19 +226,14 @@ def pretrain(family: str, out: Path, steps: int, seed: int, batch: int = 32, pea
     embeddings.position_embedding.data.copy_(POSITION_SCALE * grid_positions(WIDTH, SIZE // PATCH))
     embeddings.patch_embedding.weight.data.normal_(std=PATCH_STD)
     patch_head = nn.Linear(WIDTH, KINDS + ROLES)
-    parameters = [*model.parameters(), *patch_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = optimizer_of(model, patch_head, peak)
     started = time.time()
     for step, loss_of in enumerate(losses(model, processor, patch_head, seed, steps, batch)):
-        caption_loss, patch_loss = loss_of()
-        (caption_loss + patch_loss).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        caption_loss, picture_loss = loss_of()
+        (caption_loss + picture_loss).backward()
+        advance(optimizer, learning_rate(step, steps, peak))
         if step % 100 == 0:
-            print(f"{step}/{steps} loss {caption_loss:.4f} patch {patch_loss:.4f} {time.time() - started:.0f} s", flush=True)
+            print(f"{step}/{steps} loss {caption_loss:.4f} patch {picture_loss:.4f} {time.time() - started:.0f} s", flush=True)
         if step % 1000 == 999 or step == steps - 1:
             print(f"{step + 1}/{steps} exact match {exact_match(model, processor, 999, 200):.3f}", flush=True)
     save(model, processor, out, {"family": family, "steps": steps, "seed": seed, "batch": batch, "lr": peak})
