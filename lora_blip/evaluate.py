@@ -88,7 +88,7 @@ def output_folder(output_dir: str) -> Path:
     if not output_dir:
         return fresh(adapter.RUNS / f"evaluation_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(output_dir)
-    taken = [name for name in FILES if (Path(output_dir) / name).exists()]
+    taken = [name for name in (*FILES, "base.jsonl", "adapted.jsonl") if (Path(output_dir) / name).exists()]
     if taken:
         raise ConfigError(f"{Path(output_dir) / taken[0]} exists already; give another output_dir, or leave it empty")
     return Path(output_dir)
