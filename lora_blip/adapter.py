@@ -21,8 +21,9 @@ import lora_blip
 from lora_blip import lora
 from lora_blip.files import write_whole
 from lora_blip.fingerprint import is_sample, same_weights, sample, sampled
-from lora_blip.lora import LoRA, Site
+from lora_blip.lora import LoRA
 from lora_blip.models import Backbone
+from lora_blip.sites import Site, is_linear
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter.safetensors"
@@ -222,7 +223,7 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
     remedy = f"the adapter was trained on {adapter.base!r}; load that base"
     for site in adapter.sites:
         linear = modules.get(site.module)
-        if linear is None or not lora.is_linear(linear):
+        if linear is None or not is_linear(linear):
             raise AdapterError(f"{adapter.path}: this model has no linear {site.module!r}; {remedy}")
         start, stop = site.rows or (0, linear.out_features)
         for half, shape in (("A", (site.r, linear.in_features)), ("B", (stop - start, site.r))):
@@ -232,7 +233,7 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
                     f"{adapter.path}: lora_{half} of {site.address!r} is {found}, and this model's takes {shape}; {remedy}"
                 )
     for path, expected in adapter.about["base"]["samples"].items():
-        if path not in modules or not lora.is_linear(modules[path]):
+        if path not in modules or not is_linear(modules[path]):
             raise AdapterError(f"{adapter.path}: this model has no linear {path!r}; {remedy}")
         if not same_weights(expected, sample(modules[path])):
             raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those it was trained on; {remedy}")

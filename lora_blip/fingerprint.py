@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_blip import lora
 from lora_blip.lora import LoRA
+from lora_blip.sites import is_linear, is_quantised, tied
 
 SAMPLES = 16  # weights of each linear that are remembered, evenly spaced
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
@@ -15,16 +16,16 @@ ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest d
 
 def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:
     """The targeted linears, and as witnesses of the rest of the base the last untied linear of each of its parts."""
-    paths, shared = [x.site.module for x in found], lora.tied(model)
+    paths, shared = [x.site.module for x in found], tied(model)
     for part, child in model.named_children():
-        inside = [f"{part}.{path}" for path, module in child.named_modules() if path and lora.is_linear(module)]
+        inside = [f"{part}.{path}" for path, module in child.named_modules() if path and is_linear(module)]
         paths += [path for path in inside if path not in shared][-1:]
     return list(dict.fromkeys(paths))
 
 
 def sample(linear: Any) -> dict[str, Any]:
     """A fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; empty if it is quantised."""
-    if lora.is_quantised(linear):
+    if is_quantised(linear):
         return {}
     updates = linear._modules.get("lora")
     merged = isinstance(updates, lora.Updates) and updates.original is not None

@@ -17,7 +17,7 @@ No module is replaced and no code of the model is touched: the adapter lives as 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,24 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.choice import ALL, ALL_ACT, Acting, Choice, LoRAError, in_force
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place for an adapter: a linear by its path, and which rows of its output the update reaches.
-
-    `block` names those rows when they are not all of them: "q" of a fused qkv.
-    """
-
-    module: str
-    r: int = 8
-    alpha: float = 16.0
-    block: str = ""
-    rows: tuple[int, int] | None = None  # [start, stop) of out_features; None is all of them
-
-    @property
-    def address(self) -> str:
-        return f"{self.module}.{self.block}" if self.block else self.module
+from lora_blip.sites import Site, check_sites, is_quantised
 
 
 class LoRA(nn.Module):
@@ -119,7 +102,8 @@ def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: 
     for lora in present.values():
         lora.dropout = dropout
     if not present:
-        _check_sites(model, wanted.values(), name)
+        _check_new_name(name)
+        check_sites(model, wanted.values())
         for site in wanted.values():
             _attach(model.get_submodule(site.module), site, dropout, name)
         _choice(model)
@@ -292,30 +276,6 @@ def _unmerged(model: nn.Module, what: str) -> Choice:
 # ---------------------------------------------------------------- looking and checking
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A module that maps in_features to out_features: nn.Linear and its quantised kin."""
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
-
-
-def is_quantised(linear: Any) -> bool:
-    """True when the weight is not a plain float matrix (out_features, in_features)."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return True
-    return tuple(weight.shape) != (linear.out_features, linear.in_features)
-
-
-def tied(model: nn.Module) -> dict[str, str]:
-    """Linear path → the other owner of its weight, for every weight that two modules share."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(path)
-    shared = [paths for paths in owners.values() if len(paths) > 1]
-    return {path: next(p for p in paths if p != path) for paths in shared for path in paths}
-
-
 def _every(model: nn.Module) -> Iterator[tuple[tuple[str, str], LoRA]]:
     for linear in _hooked(model).values():
         for key, lora in linear.lora.items():
@@ -338,22 +298,9 @@ def _check_names(model: nn.Module, wanted: Iterable[str]) -> None:
             raise LoRAError(f"the model carries no adapter {name!r}; it has {', '.join(there) or 'none'}")
 
 
-def _check_sites(model: nn.Module, sites: Iterable[Site], name: str) -> None:
+def _check_new_name(name: str) -> None:
     if not name.replace("_", "").replace("-", "").isalnum() or hasattr(Updates(), name):
         raise LoRAError(f"adapter name {name!r} must be letters, digits, '-' and '_', and no word such as 'keys'")
-    modules, shared = dict(model.named_modules()), tied(model)
-    for site in sites:
-        linear = modules.get(site.module)
-        if linear is None or not is_linear(linear):
-            raise LoRAError(f"{site.module!r} is no linear layer of {type(model).__name__}")
-        if site.module in shared:
-            raise LoRAError(
-                f"{site.module!r} shares its weight with {shared[site.module]!r}: an update of one would be missing "
-                "in the other, or merged into both; leave it out of the targets"
-            )
-        start, stop = site.rows or (0, linear.out_features)
-        if not 0 <= start < stop <= linear.out_features or site.r < 1:
-            raise LoRAError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} with r={site.r} make no update")
 
 
 def _refuse_unmergeable(hooked: dict[str, Any]) -> None:

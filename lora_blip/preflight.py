@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip import lora
+from lora_blip.sites import is_linear
 from lora_blip.tasks.task import Batch, Task
 
 GIB = 2**30
@@ -109,7 +110,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
 
         return hook
 
-    leaves = [(path, m) for path, m in model.named_modules() if not list(m.children()) or lora.is_linear(m)]
+    leaves = [(path, m) for path, m in model.named_modules() if not list(m.children()) or is_linear(m)]
     handles = [module.register_forward_hook(watch(path)) for path, module in leaves if ".lora" not in path]
     try:
         with torch.no_grad():

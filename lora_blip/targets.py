@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_blip.lora import Site, adapters, is_linear, tied
+from lora_blip.lora import adapters
+from lora_blip.sites import Site, is_linear, tied
 
 VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_blip import lora, predict, targets
 from lora_blip.data.annotations import Example
-from lora_blip.lora import LoRAError, Site
+from lora_blip.lora import LoRAError
 from lora_blip.models import Backbone
+from lora_blip.sites import Site
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch, Generation, Task
 from lora_blip.tasks.vqa import VqaTask

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_blip import lora, targets
-from lora_blip.lora import Site
+from lora_blip.sites import Site, tied
 from tests.conftest import inject, logits_of
 
 
@@ -216,7 +216,7 @@ def _dynamic_quantised() -> nn.Module:
 
 def test_a_tied_head_is_refused(backbone):
     head = "text_decoder.cls.predictions.decoder" if backbone.family == "blip" else "language_model.lm_head"
-    if head not in lora.tied(backbone.model):
+    if head not in tied(backbone.model):
         pytest.skip("this T5 has a head of its own, as Flan-T5 does")
     with pytest.raises(ValueError, match="shares its weight with"):
         lora.inject(backbone.model, targets.find(backbone.model, head))
