@@ -40,6 +40,7 @@ def tell(go: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         from lora_blip.adapter import AdapterError
+        from lora_blip.checkpoint import CheckpointError
         from lora_blip.data.annotations import DataError
         from lora_blip.data.images import ImageError
         from lora_blip.loop import TrainingError
@@ -48,7 +49,10 @@ def tell(go: Callable[[], None]) -> None:
         from lora_blip.preflight import PreflightError
         from lora_blip.targets import TargetError
 
-        known = (AdapterError, DataError, ImageError, LoRAError, TrainingError, ModelError, PreflightError, TargetError)
+        known = (
+            AdapterError, CheckpointError, DataError, ImageError, LoRAError, ModelError, PreflightError, TargetError,
+            TrainingError,
+        )  # fmt: skip
         if isinstance(error, known):
             stop(error)
         raise

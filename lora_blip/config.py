@@ -55,6 +55,10 @@ class TrainConfig:
     max_new_tokens: int = setting(40, "longest text that is generated, here and by default with the adapter")
     num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
     max_skipped: int = setting(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    resume: str = setting("auto", "auto: go on with the newest interrupted run of these settings; a run's folder; off")
+    allow_changed: bool = setting(False, "go on with a run though settings, data or base have changed, so not exactly")
+    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, each to go on from; 0: at every micro-batch")
+    keep_checkpoints: int = setting(2, "how many of them stay, the newest")
     seed: int = setting(0, "decides the split, the order, the augmentation and the adapters' start")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     num_workers: int = setting(2, "processes that load images; 0: none")
@@ -76,10 +80,12 @@ class TrainConfig:
             "max_skipped",
             "max_new_tokens",
             "num_beams",
+            "keep_checkpoints",
         ):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in (
             "lr",
+            "checkpoint_seconds",
             "max_steps",
             "warmup_steps",
             "weight_decay",

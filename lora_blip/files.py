@@ -1,7 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+import errno
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -16,3 +21,46 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """All of a folder or none of it: `fill` writes into a temporary one, which is synced, then renamed."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    remove(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in filter(Path.is_file, temporary.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        temporary.replace(folder)
+    finally:
+        remove(temporary)
+    sync_folder(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Take a folder away so that half of it is never met under its own name."""
+    if folder.exists():
+        doomed = folder if folder.name.startswith(".") else folder.replace(folder.with_name(f".{folder.name}.tmp"))
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def put_beside(source: Path, target: Path) -> None:
+    """The same file under a second name: by a hard link where there are such, else as a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

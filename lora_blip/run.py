@@ -1,8 +1,12 @@
 """What a training run leaves behind: its folder with settings, metrics and adapter, and its progress on the terminal."""
 
+import errno
 import json
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,20 +14,14 @@ from typing import Any
 
 from tqdm import tqdm  # comes with transformers
 
-from lora_blip import adapter
+from lora_blip import adapter, checkpoint, lock
+from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
-from lora_blip.tasks.task import Task
+from lora_blip.files import FULL, make_whole, write_whole
+from lora_blip.learner import Learner, Update
 
 BEST_NAME, METRICS_NAME = "best.safetensors", "metrics.jsonl"
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # of a line of metrics.jsonl: not for TensorBoard
-
-
-@dataclass(frozen=True)
-class Update:
-    loss: float  # mean over the label tokens of the whole step
-    grad_norm: float  # before clipping
-    skipped: bool  # nothing was changed, because a gradient was not finite
-    scale: float  # of the GradScaler; 1 without it
 
 
 def run_name(config: TrainConfig, now: datetime) -> str:
@@ -33,32 +31,76 @@ def run_name(config: TrainConfig, now: datetime) -> str:
 
 class Run:
     """The folder of one run and the progress bar: config.json, metrics.jsonl, adapter.safetensors (the last),
-    best.safetensors (the best by `config.best_by`), loss.png.
+    best.safetensors (the best by `config.best_by`), loss.png, and while it goes on checkpoints/.
+
+    `saved`: the checkpoint of an interrupted run, whose folder is gone on with. Of several ranks only the main one
+    writes; the others keep count. Raises LockedError if another process writes into the folder.
     """
 
-    def __init__(self, config: TrainConfig, task: Task, total: int) -> None:
-        self.config, self.task = config, task
-        self.folder = fresh(Path(config.output_dir) / run_name(config, datetime.now()))
-        self.folder.mkdir(parents=True)
-        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        self.metrics = (self.folder / METRICS_NAME).open("a", encoding="utf-8")
-        self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
-        self.started = self.logged = time.perf_counter()
+    def __init__(self, config: TrainConfig, learner: Learner, about: dict[str, Any], saved: Saved | None = None) -> None:
+        self.config, self.learner, self.identity, self.main = config, learner, about, learner.ranks.main
+        self.best = Best(config.best_by)
         self.images = 0
         self.last: dict[str, Any] = {}
         self.last_note = ""
-        self.best = Best(config.best_by)
-        self.board = summary_writer()(self.folder) if config.tensorboard else None
+        self.board: Any = None
+        self.closing = ExitStack()
+        now = time.perf_counter()
+        self.started = self.logged = self.checkpointed = now
+        self.folder = saved.run if saved else fresh(Path(config.output_dir) / run_name(config, datetime.now()))
+        self.bar = tqdm(
+            total=learner.progress.total, initial=learner.progress.step, unit="step", disable=None if self.main else True,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        if self.main:
+            self._open(saved)
+
+    def _open(self, saved: Saved | None) -> None:
+        if not saved:  # with its first checkpoint in it: a folder that is there can be gone on with
+            with room_for(self.folder):
+                make_whole(self.folder, self._begin)
+        self.closing.enter_context(lock.held(self.folder))
+        metrics = self.folder / METRICS_NAME
+        if saved:
+            self._take_up(saved, metrics)
+            write_whole(self.folder / "config.json", self._settings())
+        self.metrics = self.closing.enter_context(metrics.open("ab", buffering=0))
+        if self.config.tensorboard:
+            self.board = summary_writer()(self.folder, purge_step=self.learner.progress.step + 1 if saved else None)
+            self.closing.callback(self.board.close)
+
+    def _begin(self, folder: Path) -> None:
+        (folder / "config.json").write_bytes(self._settings())
+        (folder / METRICS_NAME).touch()
+        self._keep(folder, 0)
+
+    def _settings(self) -> bytes:
+        return (json.dumps(asdict(self.config), indent=1) + "\n").encode()
+
+    def _take_up(self, saved: Saved, metrics: Path) -> None:
+        """Everything as it was at the checkpoint; what came after it is made again."""
+        about = saved.about["run"]
+        if metrics.stat().st_size < about["metrics"]:
+            print(f"warning: lines of {metrics} are gone since the checkpoint was made")
+        os.truncate(metrics, min(about["metrics"], metrics.stat().st_size))
+        self.started -= about["seconds"]
+        self.last, best = about["last"], about["best"]
+        self.best = Best(best["by"], best["step"], best["stale"], (best["rank"][0], best["rank"][1]))
+        kept = saved.folder / checkpoint.BEST
+        if kept.exists():
+            write_whole(self.folder / BEST_NAME, kept.read_bytes())
+        else:
+            (self.folder / BEST_NAME).unlink(missing_ok=True)  # it came after the checkpoint, and comes again
 
     def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
         self.images += images
         self.bar.update(1)
-        if step % self.config.log_every and step != self.bar.total and step != 1:
+        if not self.main or (step % self.config.log_every and step != self.bar.total and step != 1):
             return
         now = time.perf_counter()
         entry = {
-            "step": step, "epoch": epoch, "loss": round(update.loss, 6), "lr": rate,
-            "grad_norm": round(update.grad_norm, 6), "images_per_s": round(self.images / (now - self.logged), 2),
+            "step": step, "epoch": epoch, "loss": digits(update.loss), "lr": rate,
+            "grad_norm": digits(update.grad_norm), "images_per_s": round(self.images / (now - self.logged), 2),
             "seconds": round(now - self.started, 3),
         }  # fmt: skip
         if update.scale != 1:
@@ -71,27 +113,80 @@ class Run:
 
     def log_skip(self, step: int, epoch: int, update: Update, note: str) -> None:
         self.last_note = note
-        self._write({"step": step, "epoch": epoch, "skipped": note, "loss_scale": update.scale})
-        self.bar.write(f"after step {step}, one was skipped: {note}")
+        if self.main:
+            self._write({"step": step, "epoch": epoch, "skipped": note, "loss_scale": update.scale})
+            self.bar.write(f"after step {step}, one was skipped: {note}")
 
     def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
         """Log it, and keep the adapter if it is the best so far (none is kept before the first step)."""
+        better = self.best.better(step, scores)
+        self.last = {f"val_{key}": value for key, value in scores.items()}
+        self.logged, self.images = time.perf_counter(), 0
+        if not self.main:
+            return
         self._write({"step": step, "epoch": epoch, **{f"val_{key}": round(value, 6) for key, value in scores.items()}})
         figures = ", ".join(f"{key.replace('_', ' ')} {shown(key, value)}" for key, value in scores.items())
         self.bar.write(f"{f'step {step}' if step else 'before training'}: validation {figures}")
-        self.last = {f"val_{key}": value for key, value in scores.items()}
-        if self.best.better(step, scores) and step:
+        if better and step:
             self._save(self.folder / BEST_NAME, step)
-        self.logged, self.images = time.perf_counter(), 0
 
     def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
-        return self._save(self.folder / adapter.FILE_NAME, step, merge_drift, finished=finished)
+        path = self.folder / adapter.FILE_NAME
+        return self._save(path, step, merge_drift, finished=finished) if self.main else path
+
+    def save_unfinished(self) -> None:
+        """The adapter as it is, to try out; the run goes on from its checkpoint."""
+        step, total = self.learner.progress.step, self.learner.progress.total
+        saved = f" its adapter so far is {self.save(step, finished=False)};" if step else ""
+        print(f"\nstopped after {step} of {total} steps;{saved} the same settings again go on with it")
+
+    def line(self, training: int, validation: int, precision: str) -> str:
+        """One line of what is going to be done."""
+        learner, progress = self.learner, self.learner.progress
+        doing = f"after step {progress.step}, the rest of " if progress.step or progress.slot else ""
+        lines = f"{training} lines to train on, {validation} held out"
+        ranks = f", {learner.ranks.count} processes, {learner.traffic / 1e6:.2f} MB of gradients sent by each a step"
+        among = ranks if learner.ranks.count > 1 else ""
+        return f"{self.folder}: {doing}{progress.total} steps of {precision}, {lines}{among}"
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **about: Any) -> Path:
         summary = {"steps": step, **about, **self.last, "settings": asdict(self.config)}
-        return adapter.save(
-            path, self.task.backbone, task=self.task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
-        )
+        task = self.learner.task
+        with room_for(self.folder):
+            return adapter.save(
+                path, task.backbone, task=task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
+            )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint, by the main rank's clock."""
+        return self.main and time.perf_counter() - self.checkpointed >= self.config.checkpoint_seconds
+
+    def checkpoint(self) -> None:
+        """Keep all that the run is at this moment. Raises CheckpointError on a full disk, with the older ones whole."""
+        if not self.main:
+            self.learner.state()  # in which the ranks meet
+            return
+        with room_for(self.folder):
+            os.fsync(self.metrics.fileno())
+            self._keep(self.folder, os.fstat(self.metrics.fileno()).st_size)
+
+    def _keep(self, folder: Path, metrics: int) -> None:
+        """A checkpoint in a folder, of which `metrics` bytes of metrics.jsonl are part."""
+        tensors, about = self.learner.state()
+        self.checkpointed = time.perf_counter()
+        about["identity"] = self.identity
+        seconds = self.checkpointed - self.started
+        about["run"] = {"metrics": metrics, "seconds": seconds, "last": self.last, "best": asdict(self.best)}
+        step = self.learner.progress.step
+        checkpoint.write(folder, step, tensors, about, folder / BEST_NAME, self.config.keep_checkpoints)
+
+    def done(self) -> None:
+        """The run is finished, and is never gone on with."""
+        if self.main:
+            checkpoint.forget(self.folder)
 
     def best_line(self) -> str:
         """Which step was the best, and where its adapter is; "" when nothing was validated."""
@@ -105,9 +200,7 @@ class Run:
 
     def close(self) -> None:
         self.bar.close()
-        self.metrics.close()
-        if self.board:
-            self.board.close()
+        self.closing.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
         """A line of metrics.jsonl; JSON has no NaN and no infinity, so these are null."""
@@ -115,8 +208,10 @@ class Run:
         if self.board:
             for key in (key for key, value in entry.items() if key not in NO_SCALARS and value is not None):
                 self.board.add_scalar(key, entry[key], entry["step"])
-        self.metrics.write(json.dumps(entry) + "\n")
-        self.metrics.flush()
+        with room_for(self.folder):
+            line = (json.dumps(entry) + "\n").encode()
+            if self.metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclass
@@ -137,6 +232,25 @@ class Best:
             return True
         self.stale += 1
         return False
+
+
+@contextmanager
+def room_for(folder: Path) -> Iterator[None]:
+    """A disk that is full, or a quota that is reached, becomes an error that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise CheckpointError(
+            f"no room left to write in {folder} ({error.strerror}); its newest checkpoint is whole. Free some space, "
+            "then start again with the same settings, and it goes on from there"
+        ) from None
+
+
+def digits(value: float) -> float:
+    """As many as float32 has."""
+    return float(f"{value:.8g}")
 
 
 def shown(key: str, value: float) -> str:

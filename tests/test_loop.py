@@ -3,11 +3,13 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ import torch
 from lora_blip import adapter, curves, loop, lora
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import DataError
+from lora_blip.data.batches import Slot
 from lora_blip.data.images import ImageError
-from lora_blip.loop import TrainingError, apply_update, learning_rate, train
+from lora_blip.learner import Learner, Update
+from lora_blip.loop import TrainingError, learning_rate, train
 from lora_blip.run import BEST_NAME, Best, Run, run_name
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Batch
+from lora_blip.tasks.task import Batch, Task
 from tests import tiny
 from tests.conftest import WHOLE, batch_of, inject
 
@@ -46,9 +50,32 @@ def rows(batch: Batch, first: int, last: int, task: CaptionTask) -> Batch:
     return Batch(batch.examples[first:last], batch.pixel_values[first:last], new, new.label_tokens)
 
 
-def plain_sgd(task: CaptionTask) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+def one_step(task: Task, micro_batches: list[Batch], max_grad_norm: float = 0.0, scale: float = 0.0) -> tuple[Update, list]:
+    """A step of plain SGD at rate 1: what it says of itself, and by how much each parameter moved."""
     parameters = [p for p in task.backbone.model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=1.0), parameters
+    learner = Learner(task, max_grad_norm=max_grad_norm, optimizer=torch.optim.SGD(parameters, lr=1.0))
+    if scale:
+        learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    before = [p.detach().clone() for p in parameters]
+    slots = [Slot(number) for number in range(len(micro_batches))]
+    learner.begin(micro_batches, slots)
+    for batch, slot in zip(micro_batches, slots, strict=True):
+        learner.accumulate(batch, slot, last=slot is slots[-1])
+    update = learner.update(1.0)
+    return update, [b - p.detach() for b, p in zip(before, parameters, strict=True)]
+
+
+def before_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Learner], object]) -> None:
+    """Have `act(number of the step, learner)` called before every step of every training."""
+    real, count = Learner.begin, 0
+
+    def begin(learner: Learner, *rest: Any) -> None:
+        nonlocal count
+        count += 1
+        act(count, learner)
+        real(learner, *rest)
+
+    monkeypatch.setattr(Learner, "begin", begin)
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
@@ -60,10 +87,8 @@ def test_accumulation_is_a_batch(make, kind):
         inject(task.backbone)
         whole = batch_of(task, UNEVEN)
         micro = [rows(whole, a, b, task) for a, b in pairwise(cuts)]
-        optimizer, parameters = plain_sgd(task)
-        before = [p.detach().clone() for p in parameters]
-        update = apply_update(task, micro, optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.0, nullcontext)
-        gradients.append((update.loss, [b - p.detach() for b, p in zip(before, parameters, strict=True)]))
+        update, moved = one_step(task, micro)
+        gradients.append((update.loss, moved))
     (one_loss, one), (many_loss, many) = gradients
     assert many_loss == pytest.approx(one_loss, rel=1e-5)
     for a, b in zip(one, many, strict=True):
@@ -74,11 +99,8 @@ def test_gradients_are_clipped_unscaled(make):
     """With a loss scale of 1024, the step taken still has the norm asked for."""
     task = CaptionTask(make("blip"))
     inject(task.backbone)
-    optimizer, parameters = plain_sgd(task)
-    before = [p.detach().clone() for p in parameters]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    update = apply_update(task, [batch_of(task)], optimizer, scaler, 0.01, nullcontext)
-    step = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, parameters, strict=True)])
+    update, moved = one_step(task, [batch_of(task)], max_grad_norm=0.01, scale=1024.0)
+    step = torch.cat([each.flatten() for each in moved])
     assert update.grad_norm > 0.01 and float(step.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -157,16 +179,12 @@ def test_bf16_trains(checkpoints, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_path, monkeypatch):
     """A weight that overflows after some steps: the module is named, nothing is updated with NaN, what was learned is kept."""
-    real, count = loop.apply_update, 0
 
-    def poisoned(task, *rest):
-        nonlocal count
-        count += 1
+    def poison(count: int, learner: Learner) -> None:
         if count == 3:
-            task.backbone.model.vision_model.encoder.layers[1].mlp.fc1.weight.data.fill_(torch.inf)
-        return real(task, *rest)
+            learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1.weight.data.fill_(3e38)  # finite, and no product of it is
 
-    monkeypatch.setattr(loop, "apply_update", poisoned)
+    before_each_step(monkeypatch, poison)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_skipped=2)
     with pytest.raises(TrainingError, match=r"2 steps in a row.*'vision_model\.encoder\.layers\.1\.mlp\.fc1'"):
         train(config)
@@ -179,16 +197,12 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
 
 
 def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
-    real, count = loop.apply_update, 0
 
-    def interrupted(*arguments):
-        nonlocal count
-        count += 1
+    def interrupt(count: int, _: Learner) -> None:
         if count == 4:
             raise KeyboardInterrupt
-        return real(*arguments)
 
-    monkeypatch.setattr(loop, "apply_update", interrupted)
+    before_each_step(monkeypatch, interrupt)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9)
     with pytest.raises(SystemExit) as stopped:
         train(config)
@@ -219,19 +233,15 @@ def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp
 def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
     """An image that vanishes during training: its error is raised, and the adapter of the steps before is there."""
     source = tiny.write_photos(tmp_path)
-    real, count = loop.apply_update, 0
 
-    def vanishing(*arguments):
-        nonlocal count
-        count += 1
+    def vanish(count: int, _: Learner) -> None:
         if count == 3:
             for photo in (tmp_path / "photos").iterdir():
                 photo.unlink()
-        return real(*arguments)
 
     config = settings(checkpoints["blip"], source, epochs=9)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ImageError, match="does not exist"):
-        patch.setattr(loop, "apply_update", vanishing)
+        before_each_step(patch, vanish)
         train(config)
     (path,) = Path(config.output_dir).rglob(adapter.FILE_NAME)
     assert adapter.read(path).about["training"]["steps"] >= 3
@@ -296,7 +306,7 @@ def watched(
     real = Run.log_validation
 
     def log(run: Run, step: int, epoch: int, found: dict[str, float]) -> None:
-        halves = lora.adapters(run.task.backbone.model).items()
+        halves = lora.adapters(run.learner.task.backbone.model).items()
         kept[step] = {f"{a}.lora_{h}": getattr(x, h).detach().clone() for a, x in halves for h in "AB"}
         real(run, step, epoch, scores[len(kept) - 1] if scores else found)
 
@@ -453,15 +463,13 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
 
 def test_the_end_is_validated_though_a_step_was_skipped(checkpoints, tmp_path, monkeypatch):
     """A skipped step leaves a run short of its total; its last adapter is scored all the same."""
-    real, count = loop.apply_update, 0
 
-    def one_skipped(*given):
-        nonlocal count
-        count += 1
-        update = real(*given)
-        return replace(update, skipped=True) if count == 2 else update
+    def spoil(count: int, learner: Learner) -> None:
+        if count == 2:
+            for parameter in learner.parameters.values():
+                parameter.grad = torch.full_like(parameter, torch.inf)
 
-    monkeypatch.setattr(loop, "apply_update", one_skipped)
+    before_each_step(monkeypatch, spoil)
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=2, validate_every=100))
     entries = metrics_of(path)
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, max(e["step"] for e in entries if "loss" in e)]

@@ -17,7 +17,6 @@ from lora_blip.config import ConfigError
 from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.batches import Stack
-from lora_blip.loop import apply_update
 from lora_blip.tasks import natural_task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.losses import IGNORE
@@ -26,7 +25,7 @@ from lora_blip.tasks.task import Batch, Generation
 from lora_blip.tasks.vqa import TEMPLATE, VqaTask
 from tests import tiny
 from tests.conftest import WHOLE, every_target, inject
-from tests.test_loop import settings
+from tests.test_loop import one_step, settings
 
 KINDS = ("vqa", "blip", "opt", "t5")
 ASKED = [  # ragged questions, ragged answers, shared votes
@@ -187,11 +186,8 @@ def test_accumulation_is_a_batch(make, kind):
         micro = [batch_of(task, examples()[a:b], first=a) for a, b in pairwise(cuts)]
         whole = pictures(4)
         micro = [Batch(m.examples, whole[a:b], m.rows, m.count) for m, (a, b) in zip(micro, pairwise(cuts), strict=True)]
-        parameters = [p for p in task.backbone.model.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.SGD(parameters, lr=1.0)
-        update = apply_update(task, micro, optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.0, nullcontext)
-        results.append((update.loss, [b - p.detach() for b, p in zip(before, parameters, strict=True)]))
+        update, moved = one_step(task, micro)
+        results.append((update.loss, moved))
     (one_loss, one), (many_loss, many) = results
     assert many_loss == pytest.approx(one_loss, rel=1e-5)
     for a, b in zip(one, many, strict=True):

@@ -1,10 +1,10 @@
 """Examples → batches of tensors, in an order that depends on the seed and the epoch alone."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_blip.data.annotations import Example
 from lora_blip.data.images import augment, open_image
+from lora_blip.stop import ignore_in_worker
 
 Key = tuple[int, int]  # (epoch, index of the example)
 
@@ -43,11 +44,16 @@ class Pictures(Dataset[tuple[Example, Tensor]]):
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Batches of keys for one epoch after another; the last batch of an epoch may be short."""
+    """Batches of keys for one epoch after another; the last batch of an epoch may be short.
+
+    `wanted`: the numbers of those that come, in this order; None: all. A run that goes on, and each of several
+    processes, reads a part of an epoch.
+    """
 
     def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.epoch = 0
+        self.wanted: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -56,8 +62,31 @@ class EpochBatches(Sampler[list[Key]]):
         order = list(range(self.count))
         if self.shuffle:
             random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        keys = [(self.epoch, index) for index in order]
-        yield from (keys[start : start + self.batch_size] for start in range(0, self.count, self.batch_size))
+        for number in range(len(self)) if self.wanted is None else self.wanted:
+            start = number * self.batch_size
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+
+
+class Slot(NamedTuple):
+    """A micro-batch of an epoch as one rank meets it."""
+
+    number: int
+    idle: bool = False  # it is another rank's own: computed only to keep step, and counted as nothing
+
+
+def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 1) -> list[list[Slot]]:
+    """Which micro-batches of an epoch make up each of its steps, for one of several ranks.
+
+    A step is `accumulation` micro-batches of every rank, dealt out in turn, so that ranks × accumulation is what
+    decides the updates. The tail of an epoch is a step too; a rank for which nothing is left repeats its first, idle.
+    """
+    size = accumulation * ranks
+    steps = []
+    for start in range(0, batches, size):
+        stop = min(start + size, batches)
+        mine = [first + rank for first in range(start, stop, ranks)]
+        steps.append([Slot(number) if number < stop else Slot(start, idle=True) for number in mine])
+    return steps
 
 
 @dataclass(frozen=True)
@@ -73,12 +102,12 @@ def stack(rows: list[tuple[Example, Tensor]]) -> Stack:
 
 
 def loader(dataset: Pictures, batch_size: int, shuffle: bool, seed: int, workers: int, pin: bool) -> DataLoader[Stack]:
-    """A DataLoader over `EpochBatches`; set `.batch_sampler.epoch` before each epoch."""
+    """A DataLoader over `EpochBatches`; set `.batch_sampler.epoch` (and `.wanted`) before each epoch."""
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # collate_fn turns its items into a Stack
         batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0, worker_init_fn=ignore_in_worker,
         generator=torch.Generator().manual_seed(seed),  # its own, so that the number of workers moves no other draw
     )  # fmt: skip
 

@@ -135,12 +135,12 @@ class RetrievalTask(Task):
     def predict(
         self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
     ) -> list[Features]:
-        """Image and text in the joint space, for `scores`."""
+        """Image and text in the joint space, on the CPU, for `scores`."""
         if adapters is not None:
             raise ConfigError("retrieval ranks with one adapter at a time: lora.chosen(model, name)")
         texts = self.matcher.texts([example.text for example in examples]).to(self.backbone.device)
-        images = self.matcher.image_features(self.matcher.see(pixel_values))
-        return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts), strict=True)]
+        images = self.matcher.image_features(self.matcher.see(pixel_values)).cpu()
+        return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts).cpu(), strict=True)]
 
     @torch.no_grad()
     def read(self, texts: list[str]) -> Read:

@@ -1,0 +1,522 @@
+"""A run that dies goes on as though it had not: N + M steps == N steps, SIGKILL anywhere, resume, M steps, bit for bit."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_blip import adapter, checkpoint, lock, loop, stop
+from lora_blip.checkpoint import ABOUT, TENSORS, CheckpointError
+from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.files import make_whole
+from lora_blip.learner import Learner
+from lora_blip.loop import TrainingError, train
+from lora_blip.run import BEST_NAME, Run
+from tests import tiny
+from tests.test_loop import before_each_step, metrics_of, score, settings
+
+TIMES = ("seconds", "images_per_s")
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL inside one process: nothing is rescued after it."""
+
+
+def nothing(_: Run) -> None:
+    """A dead process rescues nothing."""
+
+
+@contextmanager
+def killed_at(micro_batch: int) -> Iterator[None]:
+    """Every training in the block dies when it comes to its micro-batch of this number, counted from 1."""
+    real, count = Learner.accumulate, 0
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        nonlocal count
+        count += 1
+        if count == micro_batch:
+            raise Killed
+        real(learner, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "accumulate", accumulate)
+        patch.setattr(loop, "rescue", nothing)
+        with pytest.raises(Killed):
+            yield
+
+
+def config_of(checkpoints: dict[str, Path], folder: Path, kind: str = "blip", **changes: object) -> TrainConfig:
+    """13 lines to train on in micro-batches of 2, three a step: 7 micro-batches and 3 steps an epoch, the last of one."""
+    source = questions(folder) if kind == "vqa" else tiny.write_photos(folder, 16)
+    defaults = {
+        "batch_size": 2,
+        "accumulation": 3,
+        "dropout": 0.1,
+        "augment": True,
+        "checkpoint_seconds": 0,
+        "validate_every": 2,
+    }
+    return settings(checkpoints[kind], source, **(defaults | {"val_fraction": 0.2, "targets": "vit"} | changes))
+
+
+def questions(folder: Path) -> Path:
+    source = tiny.write_photos(folder, 16)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    asked = [{"image": line["image"], "question": "what is it?", "answers": [line["text"], "a picture"]} for line in lines]
+    source.write_text("\n".join(map(json.dumps, asked)))
+    return source
+
+
+def lines(path: Path) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in metrics_of(path)]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same bytes in the adapters, the last and the best, and the same lines of metrics, but for the times."""
+    for name in (adapter.FILE_NAME, BEST_NAME):
+        assert (one.parent / name).exists() == (other.parent / name).exists()
+        if (one.parent / name).exists():
+            a, b = adapter.read(one.parent / name).tensors, adapter.read(other.parent / name).tensors
+            assert list(a) == list(b) and all(a[key].numpy().tobytes() == b[key].numpy().tobytes() for key in a)
+    assert lines(one) == lines(other)
+
+
+def elsewhere(config: TrainConfig, name: str = "other") -> TrainConfig:
+    return replace(config, output_dir=f"{config.output_dir}_{name}")
+
+
+def only_run(config: TrainConfig) -> Path:
+    (run,) = Path(config.output_dir).glob("lora_*")
+    return run
+
+
+# ---------------------------------------------------------------- exactly
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "deaths"),
+    [
+        ("blip", "fp32", (1, 1, 2, 3, 4, 7)),
+        ("blip", "bf16", (5, 6)),
+        ("blip", "fp16", (2, 8)),
+        ("opt", "fp32", (9, 2)),
+        ("t5", "bf16", (4, 1)),
+        ("vqa", "fp32", (8, 3)),
+        ("itm", "fp32", (3, 5)),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(checkpoints, tmp_path, kind, precision, deaths):
+    """Law 6: at whatever micro-batch each life ends, in a step or between two; dropout, augmentation, drawn negatives."""
+    config = config_of(checkpoints, tmp_path, kind, precision=precision, max_skipped=40, batch_size=4 if kind == "itm" else 2)
+    whole = train(config)
+    again = elsewhere(config)
+    for death in deaths:
+        with killed_at(death):
+            train(again)
+    path = train(again)
+    assert_same(whole, path)
+    assert path.parent == only_run(again)
+    assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never gone on with
+
+
+def test_what_came_after_the_checkpoint_is_made_again(checkpoints, tmp_path):
+    """Killed 4 steps after the only checkpoint: metrics.jsonl has each line once, and the best adapter is that of its time."""
+    config = config_of(checkpoints, tmp_path, validate_every=1, best_by="loss", epochs=3)
+    whole = train(config)
+    again = replace(elsewhere(config), checkpoint_seconds=1e9)
+    with killed_at(11):
+        train(again)
+    run = only_run(again)
+    (folder,) = (run / checkpoint.FOLDER).iterdir()
+    assert folder.name.endswith("_step0") and (run / BEST_NAME).exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "steps_left", raising(Killed))
+        patch.setattr(loop, "rescue", nothing)
+        train(again)
+    assert not (run / BEST_NAME).exists()  # there was none yet
+    assert_same(whole, train(again))
+
+
+def raising(error: type[BaseException]) -> Callable[..., None]:
+    def act(*_: object) -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("death", [5, 7])
+def test_patience_is_counted_on(checkpoints, tmp_path, monkeypatch, death):
+    """Killed around the first of two stale validations, a run stops early at the step at which it would have."""
+    scores = [score(9), score(2, 0.5), score(3, 0.5), score(3, 0.5), score(1, 0.9)]
+    real = Run.log_validation
+    monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
+    config = config_of(checkpoints, tmp_path, epochs=9, validate_every=1, patience=2)
+    whole = train(config)
+    assert lines(whole)[-1]["step"] == 3
+    with killed_at(death):
+        train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_finished_run_is_not_gone_on_with(checkpoints, tmp_path):
+    """The same settings twice are two runs."""
+    config = config_of(checkpoints, tmp_path, epochs=1)
+    first, second = train(config), train(config)
+    assert first.parent != second.parent
+    assert_same(first, second)
+    with pytest.raises(CheckpointError, match="it has no checkpoint: it is finished"):
+        train(replace(config, resume=str(first.parent)))
+
+
+def test_off_begins_anew(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    train(replace(config, resume="off"))
+    assert len(list(Path(config.output_dir).glob("lora_*"))) == 2
+
+
+def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path, keep_checkpoints=3)
+    with killed_at(9):
+        train(config)
+    folders = sorted((only_run(config) / checkpoint.FOLDER).iterdir())
+    assert [folder.name.split("_")[1] for folder in folders] == ["step2", "step3", "step3"]
+    assert [checkpoint.read(folder).about["progress"]["slot"] for folder in folders] == [0, 0, 1]
+
+
+# ---------------------------------------------------------------- told to stop
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(checkpoints, tmp_path, number, code):
+    """In the middle of an accumulation: the gradients so far are kept, nothing is computed twice."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    done = []
+    real = Learner.accumulate
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        done.append(1)
+        real(learner, *rest, **named)
+        if len(done) == 5:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "accumulate", accumulate)
+        with pytest.raises(SystemExit) as told:
+            train(elsewhere(config))
+        assert told.value.code == code and len(done) == 5
+        run = only_run(elsewhere(config))
+        saved = checkpoint.newest(run)[0]
+        assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 2)
+        assert any(key.startswith("gradient/0/") for key in saved.tensors())
+        assert adapter.read(run / adapter.FILE_NAME).about["training"]["finished"] is False
+        assert_same(whole, train(elsewhere(config)))
+    assert len(done) == 14  # two epochs of seven
+    assert signal.getsignal(number) is not accumulate
+
+
+def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
+    """Between two batches of a validation the run stops; the validation is made again, and its line is there once."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    real, seen = loop.validate, []
+
+    def validate(*given: object) -> dict[str, float]:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validate", validate)
+        with pytest.raises(SystemExit):
+            train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_while_saving():
+    with stop.heard() as heard:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard.signal == signal.SIGINT
+        heard.saving = True
+        os.kill(os.getpid(), signal.SIGINT)
+        heard.saving = False
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tmp_path, monkeypatch):
+    """What was half summed up is dropped; with it repaired, the run ends as if nothing had been."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    real, count = Learner.accumulate, 0
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        nonlocal count
+        count += 1
+        real(learner, *rest, **named)
+        if count == 5:
+            raise ZeroDivisionError("by chance")
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Learner, "accumulate", accumulate)
+        train(elsewhere(config))
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 0)
+    assert_same(whole, train(elsewhere(config)))
+
+
+@pytest.mark.parametrize("moment", ["update", "log_step"])
+def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpoints, tmp_path, monkeypatch, moment):
+    """An error inside AdamW's step, or between it and its line: the checkpoint before it is what the run goes on from."""
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    owner = Learner if moment == "update" else Run
+    real = getattr(owner, moment)
+
+    def half(self: object, *given: object) -> object:
+        made = real(self, *given) if moment == "update" else None
+        if (self if moment == "update" else self.learner).progress.step == 2:  # type: ignore[attr-defined]
+            raise ZeroDivisionError
+        return made or real(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(owner, moment, half)
+        train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, monkeypatch):
+    """Then half the batch and twice the accumulation go on from there, though not to the bit."""
+    config = replace(config_of(checkpoints, tmp_path, batch_size=4, accumulation=1, epochs=2), checkpoint_seconds=1e9)
+
+    def exhaust(count: int, _: Learner) -> None:
+        if count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        before_each_step(patch, exhaust)
+        with pytest.raises(TrainingError, match=r"batch_size = 4 .*32×32.*accumulation.*checkpointing.*base_dtype"):
+            train(config)
+    run = only_run(config)
+    saved = checkpoint.newest(run)[0]
+    assert saved is not None and saved.about["progress"]["step"] == 2
+    smaller = replace(config, batch_size=2, accumulation=2, resume=str(run))
+    with pytest.raises(CheckpointError, match="batch_size was 4 and is 2; accumulation was 1 and is 2"):
+        train(smaller)
+    path = train(replace(smaller, allow_changed=True))
+    assert [entry["step"] for entry in metrics_of(path) if "loss" in entry] == list(range(1, 9)) and path.parent == run
+
+
+# ---------------------------------------------------------------- not the same run
+
+
+def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_path, capsys):
+    """By a path: an error; by "auto": a run of its own, and why is said."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(5):
+        train(config)
+    run = only_run(config)
+    here = replace(config, resume=str(run))
+    for changes, message in (
+        ({"lr": 5e-3}, "lr was 0.01 and is 0.005"),
+        ({"seed": 7}, "seed was 0 and is 7"),
+        ({"precision": "bf16"}, "precision was 'fp32' and is 'bf16'"),
+        ({"model": str(checkpoints["opt"])}, "base weights are not the same"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(replace(here, **changes))
+    source = Path(config.annotations)
+    source.write_text(source.read_text().replace("a red picture", "a red photo", 1))
+    with pytest.raises(CheckpointError, match="lines are not the same"):
+        train(here)
+    capsys.readouterr()
+    assert train(replace(config, epochs=1)).parent != run
+    assert "was interrupted, and is another run: epochs was 2 and is 1" in capsys.readouterr().out
+    train(replace(here, allow_changed=True))
+    assert "going on though" in capsys.readouterr().out
+
+
+def test_data_and_base_may_move_and_workers_may_change(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path / "a")
+    whole = train(config)
+    with killed_at(6):
+        train(elsewhere(config))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("runs*"))
+    shutil.copytree(checkpoints["blip"], tmp_path / "base")
+    moved = replace(elsewhere(config), annotations=str(tmp_path / "b" / "annotations.jsonl"), model=str(tmp_path / "base"))
+    assert_same(whole, train(replace(moved, num_workers=2, log_every=1)))
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_a_path_without_a_checkpoint_is_an_error_before_anything_is_written(checkpoints, tmp_path, folder):
+    config = config_of(checkpoints, tmp_path, resume=str(tmp_path / folder))
+    with pytest.raises(CheckpointError, match="resume = "):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+# ---------------------------------------------------------------- damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def plant(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+class Bomb:
+    """Whoever unpickles it makes a file."""
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(Path(os.environ["PLANTED"])),)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove, plant])
+@pytest.mark.parametrize("name", [TENSORS, ABOUT])
+def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
+    checkpoints, tmp_path, monkeypatch, capsys, damage, name
+):
+    """And nothing in it is ever run: law 10."""
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    with killed_at(6):
+        train(elsewhere(config))
+    older, newer = sorted((only_run(elsewhere(config)) / checkpoint.FOLDER).iterdir())
+    damage(newer / name)
+    path = train(elsewhere(config))
+    assert f"{newer} is damaged" in capsys.readouterr().out and not (tmp_path / "planted").exists()
+    assert_same(whole, path)
+    assert older.parent.parent == path.parent
+
+
+def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("a")
+        raise OSError
+
+    with pytest.raises(OSError):
+        make_whole(tmp_path / "000001_step0", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- one writer
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from lora_blip import lock
+with lock.held(Path(sys.argv[1])):
+    child = os.fork()  # a loader worker, which outlives a killed parent for a while
+    print(os.getpid() if child else "", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_refused_to_a_second_process_and_not_left_behind_by_a_crash(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    first, second = holder.stdout.readline(), holder.stdout.readline()
+    assert first.strip() or second.strip()
+    with pytest.raises(ConfigError, match=f"another run is writing into {tmp_path}"), lock.held(tmp_path):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with lock.held(tmp_path):
+        pass
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+
+
+def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
+    """ "auto" in another terminal finds the run that is still going on, and does not touch it."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and (holder.stdout.readline() or True)
+    time.sleep(0.1)
+    try:
+        with pytest.raises(lock.LockedError):
+            train(config)
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(run)], check=False)
+        holder.wait()
+    train(config)
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, tmp_path, capfd):
+    """No file may grow beyond a limit that one checkpoint fits and the next does not; with room again, the run goes on."""
+    config = config_of(checkpoints, tmp_path, targets="vit,text", r=8)
+    whole = train(config)
+    again = elsewhere(config)
+    child = os.fork()
+    if not child:
+        real = Learner.accumulate
+
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+            if learner.progress.step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            real(learner, *rest, **named)
+
+        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        try:
+            train(again)
+        except CheckpointError as error:
+            os.write(2, f"{error}\n".encode())
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    said = capfd.readouterr().err
+    assert f"no room left to write in {only_run(again)}" in said and "its newest checkpoint is whole" in said
+    folders = sorted((only_run(again) / checkpoint.FOLDER).iterdir())
+    assert len(folders) == 2 and all(checkpoint.read(folder) for folder in folders)
+    assert_same(whole, train(again))
+
+
+# ---------------------------------------------------------------- for real
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sigkill_at_random_moments(precision):
+    """The benchmark that kills fifty times and more, with a few."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--precision", precision, "--kills", "4", "--steps", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "NOT" not in done.stdout, done.stdout + done.stderr
