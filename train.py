@@ -33,6 +33,7 @@ TENSORBOARD = False  # write TensorBoard's event files too: pip install 'lora_bl
 MAX_NEW_TOKENS = 40  # longest text that is generated, here and by default with the adapter
 NUM_BEAMS = 1  # beams of generation, here and by default with the adapter
 MAX_SKIPPED = 10  # stop after so many steps in a row with a loss or gradient that is not finite
+SHARD = False  # spread the frozen weights over torchrun's processes (FSDP2), for a backbone too large for each of them
 RESUME = "auto"  # go on with the newest interrupted run of these settings; a run's folder: with that one; "off": begin anew
 ALLOW_CHANGED = False  # go on with a run though settings, data or base have changed, so not exactly
 CHECKPOINT_SECONDS = 60.0  # seconds between checkpoints, each to go on from; 0: at every micro-batch

@@ -179,7 +179,7 @@ def main() -> int:
                 step = saved.about["progress"]["step"]
                 where["in a step" if saved.about["progress"]["slot"] else "between steps"] += 1
                 print(f"{sum(ends.values()):4}  {kind:<6} {point:<20} {end:<8} {saved.folder.name}", flush=True)
-            finished = end == "exit 0"
+            finished = run is not None and not (run / checkpoint.FOLDER).exists()  # though it was killed right after
             if end not in ("exit 0", "SIGKILL", f"exit {stop.SAVED}", "SIGTERM", "SIGUSR1"):
                 sys.exit(f"a life ended with {end}")
         runs = sorted(killed.glob("lora_*"))

@@ -60,7 +60,8 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any
         if best.exists():
             put_beside(best, new / BEST)
         sums = {path.name: _sum(path) for path in sorted(new.iterdir())}
-        (new / ABOUT).write_text(json.dumps({"format_version": FORMAT_VERSION, "sha256": sums} | about, indent=1) + "\n")
+        whole = {"format_version": FORMAT_VERSION, "sha256": sums} | about
+        (new / ABOUT).write_text(json.dumps(whole | {"sha256 of the rest": _digest(whole)}, indent=1) + "\n")
 
     make_whole(folder, fill)
     for old in [*there, folder][:-keep]:
@@ -83,10 +84,11 @@ def read(folder: Path) -> Saved:
     """Check one against itself. Raises CheckpointError if a byte of it is not what was written."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        changed = [ABOUT] if about.pop("sha256 of the rest") != _digest(about) else []
         version, sums = about["format_version"], dict(about["sha256"])
-        changed = [name for name, known in sums.items() if _sum(folder / Path(name).name) != known]
+        changed += [name for name, known in sums.items() if _sum(folder / Path(name).name) != known]
         there = TENSORS in sums
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
     if changed or not there:
         raise CheckpointError(f"{folder} is damaged: {', '.join(changed) or TENSORS} is not what was written")
@@ -126,6 +128,10 @@ def _folders(run: Path) -> list[Path]:
     """Finished ones, the oldest first; half-written ones have names of their own."""
     there = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
     return sorted((p for p in there if NAME.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[0]))
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def _sum(path: Path) -> str:

@@ -55,6 +55,7 @@ class TrainConfig:
     max_new_tokens: int = setting(40, "longest text that is generated, here and by default with the adapter")
     num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
     max_skipped: int = setting(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    shard: bool = setting(False, "spread the frozen weights over torchrun's processes (FSDP2), for one too large for each")
     resume: str = setting("auto", "auto: go on with the newest interrupted run of these settings; a run's folder; off")
     allow_changed: bool = setting(False, "go on with a run though settings, data or base have changed, so not exactly")
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, each to go on from; 0: at every micro-batch")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
 
@@ -83,8 +84,13 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     cuda = torch.cuda.is_available()
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun hands the store of a life to the next one, with the addresses of dead ranks in it: names of its own for each
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else ""
+    store = distributed.PrefixStore(f"life {life}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         torch.cuda.set_device(ranks.local)
     said = sys.stdout

@@ -212,7 +212,7 @@ def add_up(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future
     shares = F.pad(own, (0, -len(own) % ranks.count))
     mine = torch.empty_like(shares)
     distributed.all_to_all_single(mine, shares)  # every rank's summands of my share
-    distributed.all_gather_into_tensor(shares, reduce(torch.add, mine.chunk(ranks.count)))
+    distributed.all_gather(list(shares.chunk(ranks.count)), reduce(torch.add, mine.chunk(ranks.count)))
     own.copy_(shares[: len(own)])
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(own)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lora_blip import curves, dist, lora, preflight, resume, stop, targets
+from lora_blip import curves, dist, lora, preflight, resume, sharding, stop, targets
 from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
@@ -22,13 +22,20 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Slot, Stack, close, first_stack, loader, slots_of_steps
 from lora_blip.dist import ALONE, Ranks
 from lora_blip.learner import Autocast, Learner, Progress, Update
-from lora_blip.models import Backbone, autocasting, open_backbone
+from lora_blip.models import Backbone, autocasting, first_line, open_backbone
 from lora_blip.run import Run, summary_writer
 from lora_blip.stop import Heard
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Batch, Generation, Task
 
 TINY = 20_000_000  # parameters
+LOST = (
+    "Connection reset",
+    "Connection closed",
+    "Broken pipe",
+    "NCCL error",
+    "remote process exited",
+)  # what a dead peer leaves
 
 
 class TrainingError(RuntimeError):
@@ -50,7 +57,7 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
     """The run, as one of torchrun's processes or alone."""
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
-    refuse_impossible(config)
+    refuse_impossible(config, ranks)
     device = ranks.device(config.device)
     backbone, precision = open_backbone(config.model, device, config.precision, config.base_dtype, config.checkpointing)
     task = task_for(config, backbone)
@@ -60,6 +67,9 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
 
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     print(f"\n{targets.table(backbone.model)}\n")
+    identity = resume.identity(config, precision, backbone.model, training, validation, ranks.count)
+    if config.shard:
+        sharding.shard(backbone, ranks.count)
 
     autocast = autocasting(backbone.device, precision)
     batches = loader_of(training, task, config, shuffle=True)
@@ -69,18 +79,21 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
     try:
         print(preflight.check(task, first, autocast), "\n", sep="")
     except RuntimeError as error:
-        raise told_of_memory(error, config, task) from None
+        raise explained(error, config, task) from None
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)
-    identity = resume.identity(config, precision, backbone.model, training, validation, ranks.count)
     saved, notes = ranks.first(resume.find(config, identity) if ranks.main else None)
     if saved:
         resume.take_up(learner, saved, identity)
     progress = learner.progress
     warmup, every = min(config.warmup_steps, progress.total // 5), config.validate_every or max(10, progress.total // 10)
     # a score that cannot be had stops here, before anything is written
-    before = validate(task, held_out, autocast, config.best_by, ranks) if held_out and progress.validated < 0 else {}
+    before = (
+        validate(task, held_out, autocast, config.best_by, sharers(config, ranks))
+        if held_out and progress.validated < 0
+        else {}
+    )
     run = Run(config, learner, identity, saved)
     print(*notes, run.line(len(training), len(validation), precision), sep="\n")
     with stop.heard() as heard:
@@ -112,18 +125,19 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
                 pause()
                 look()
             look(at_the_end=True)
-            path = run.save(progress.step, finished=True, merge_drift=merge_drift(task, first) if ranks.main else {})
+            drift = merge_drift(task, first) if ranks.main and not config.shard else {}
+            path = run.save(progress.step, finished=True, merge_drift=drift)
             ranks.wait()  # a rank that is lost before this has the run go on from its last checkpoint
-            run.done()
         except stop.Told as told:
             raise told from None
         except BaseException as error:  # an error, or a second Ctrl-C: what was learned is kept
             heard.saving = True
-            rescue(run)
+            if not isinstance(error, CheckpointError):  # there is no room for anything
+                rescue(run)
             if isinstance(error, KeyboardInterrupt) or heard.signal:
                 raise SystemExit(stop.exit_code(heard.signal or signal.SIGINT)) from None
             if isinstance(error, RuntimeError):
-                raise told_of_memory(error, config, task, run.folder) from None
+                raise explained(error, config, task, run) from None
             raise
         finally:
             run.close()
@@ -132,6 +146,7 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
     print(f"saved {path}", *filter(None, [run.best_line()]), sep="\n")
     if ranks.main:
         print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")
+    run.done()  # last of all: whoever is killed before this is gone on with
     return path
 
 
@@ -182,7 +197,7 @@ def validate_when_due(
     due = at_the_end or progress.step == progress.total or progress.step % every == 0
     if held_out is None or progress.validated == progress.step or not due:
         return
-    scores = scores or validate(learner.task, held_out, autocast, config.best_by, learner.ranks, pause)
+    scores = scores or validate(learner.task, held_out, autocast, config.best_by, sharers(config, learner.ranks), pause)
     with learner.whole():
         run.log_validation(progress.step, progress.epoch, scores)
         progress.validated = progress.step
@@ -202,12 +217,18 @@ def rescue(run: Run) -> None:
         print(f"what was learned since the last checkpoint could not be saved: {error}")
 
 
-def told_of_memory(error: RuntimeError, config: TrainConfig, task: Task, folder: Path | None = None) -> RuntimeError:
-    """The same error, or if the device's memory was too small, one that says what would help."""
-    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
+    """The same error; or one that says what helps, where the device's memory was too small or another process is gone."""
+    said = str(error)
+    if run and run.learner.ranks.count > 1 and any(sign in said for sign in LOST):
+        return TrainingError(
+            f"another process was lost ({first_line(error)}); torchrun --max-restarts 3 starts all of them again, and the run "
+            f"goes on from its last checkpoint in {run.folder}"
+        )
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
         return error
     side = task.backbone.image_processor.size
-    go_on = f"\nAll until then is saved; to go on from it: --resume {folder} --allow-changed" if folder else ""
+    go_on = f"\nAll until then is saved; to go on from it: --resume {run.folder} --allow-changed" if run else ""
     return TrainingError(
         f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of "
         f"{side['height']}×{side['width']}. Lower batch_size and raise accumulation by as much, for the same updates; or set "
@@ -232,6 +253,11 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
     steps = config.epochs * -(-micro_batches // (config.accumulation * ranks))
     return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def sharers(config: TrainConfig, ranks: Ranks) -> Ranks:
+    """Who shares a validation: all ranks; with spread weights, which want the same forwards of all, each makes it whole."""
+    return ALONE if config.shard else ranks
 
 
 @torch.no_grad()
@@ -307,8 +333,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def refuse_impossible(config: TrainConfig) -> None:
-    """ConfigError for settings that contradict each other, or that need what is not installed."""
+def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
+    """ConfigError for settings that contradict each other, or that need what is not there."""
+    if config.shard and ranks.count == 1:
+        raise ConfigError("shard = True spreads weights over several processes: torchrun --nproc-per-node 2 train.py")
     if config.tensorboard:
         summary_writer()
     blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}

@@ -51,6 +51,7 @@ class Backbone:
     image_processor: Any
     name: str
     device: torch.device
+    samples: dict[str, Any] | None = None  # fingerprints of weights that are spread over ranks, taken before
 
     @property
     def family(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip import lora
+from lora_blip.sharding import here
 from lora_blip.sites import is_linear
 from lora_blip.tasks.task import Batch, Task
 
@@ -123,7 +124,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
 
 def memory_estimate(model: nn.Module, activations: int) -> str:
     """Bytes of a training step: weights, adapters with gradient and two AdamW moments, kept activations."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    weights = sum(here(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     total = weights + 4 * trained + activations
     text = (

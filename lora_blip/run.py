@@ -243,8 +243,8 @@ def room_for(folder: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise CheckpointError(
-            f"no room left to write in {folder} ({error.strerror}); its newest checkpoint is whole. Free some space, "
-            "then start again with the same settings, and it goes on from there"
+            f"no room left to write in {folder} ({error.strerror}). Its checkpoints before this one are whole: free some "
+            "space, then start again with the same settings, and the run goes on"
         ) from None
 
 

@@ -504,7 +504,7 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     said = capfd.readouterr().err
-    assert f"no room left to write in {only_run(again)}" in said and "its newest checkpoint is whole" in said
+    assert f"no room left to write in {only_run(again)}" in said and "before this one are whole" in said
     folders = sorted((only_run(again) / checkpoint.FOLDER).iterdir())
     assert len(folders) == 2 and all(checkpoint.read(folder) for folder in folders)
     assert_same(whole, train(again))
