@@ -18,14 +18,17 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import lora_blip
-from lora_blip import lora
+from lora_blip import header, lora
+from lora_blip.choice import LoRAError
 from lora_blip.files import write_whole
-from lora_blip.fingerprint import is_sample, same_weights, sample, sampled
+from lora_blip.fingerprint import same_weights, sample, samples
+from lora_blip.header import FORMAT_VERSION, HeaderError, sites_of
 from lora_blip.lora import LoRA
 from lora_blip.models import Backbone
-from lora_blip.sites import Site, is_linear
+from lora_blip.sites import Site, check_sites, is_linear
+from lora_blip.untrusted import UnreadableError, cut, open_regular, quoted, why
 
-FORMAT_VERSION = 1
+FLOAT32_MAX = torch.finfo(torch.float32).max
 FILE_NAME = "adapter.safetensors"
 RUNS = Path("lora_blip_output")
 
@@ -44,7 +47,7 @@ class Adapter:
 
     @property
     def sites(self) -> list[Site]:
-        return [_site(self.path, address, entry) for address, entry in self.about["lora"]["modules"].items()]
+        return sites_of(self.about)
 
     @property
     def base(self) -> str:
@@ -79,7 +82,8 @@ def save(
     if not found:
         raise AdapterError(f"the model carries no adapter {name!r}; it has {lora.names(model) or 'none'}")
     tensors = {key: value for address, x in found.items() for key, value in _tensors(address, x).items()}
-    _check_values(path, tensors)
+    _check_values(path, tensors, [x.site for x in found.values()])
+    kept = backbone.samples if isinstance(backbone, Backbone) else None
     about = {
         "format_version": FORMAT_VERSION,
         "lora": {
@@ -89,7 +93,7 @@ def save(
         "base": {
             "name": backbone.name if isinstance(backbone, Backbone) else str(getattr(model, "name_or_path", "")),
             "architecture": type(model).__name__,
-            "samples": {path: sample(model.get_submodule(path)) for path in sampled(model, found.values())},
+            "samples": kept or samples(model, found.values()),
         },
         "task": task or {},
         "training": training or {},
@@ -114,83 +118,79 @@ def _entry(site: Site) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> Adapter:
-    """Read a file and check it against itself: header, keys, ranks, values. AdapterError says what is wrong."""
+    """Read a file and check it against itself: header, keys, ranks, values. AdapterError says what is wrong.
+
+    Nothing is allocated because the file claims it: no tensor is read before the header, which is small, names it.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise AdapterError(f"adapter {str(path)!r} does not exist")
     try:
+        _check_header_size(path)
         with safetensors.safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("lora_blip")
+            about = _header(path, file.metadata())
+            sites = sites_of(about)
+            _check_keys(path, sites, file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is no whole .safetensors file ({error}); copy it again") from None
-    if header is None:
+    except FileNotFoundError:
+        raise AdapterError(f"adapter {str(path)!r} does not exist") from None
+    except HeaderError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        told = why(error) if isinstance(error, OSError) else cut(str(error))
+        raise AdapterError(f"{path} is no whole .safetensors file ({told}); copy it again") from None
+    _check_values(path, tensors, sites)
+    return Adapter(path, tensors, about)
+
+
+def _check_header_size(path: Path) -> None:
+    """The first eight bytes say how long the header is; a safetensors reader believes up to 100 MB."""
+    with open_regular(path) as file:
+        claimed = int.from_bytes(file.read(8), "little")
+    if claimed > header.LARGEST:
+        raise UnreadableError(f"its header claims {claimed:,} bytes, more than {header.LARGEST:,}")
+
+
+def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get("lora_blip")
+    if text is None:
         raise AdapterError(f"{path} was not written by lora_blip: its header has no 'lora_blip' entry")
-    adapter = Adapter(path, tensors, _header(path, header))
-    _check_keys(adapter)
-    _check_values(path, tensors)
-    return adapter
+    return header.about_of(text)
 
 
-def _header(path: Path, header: str) -> dict[str, Any]:
-    try:
-        about = json.loads(header)
-        version = about["format_version"]
-        modules, base = about["lora"]["modules"], about["base"]
-        sound = isinstance(version, int) and isinstance(modules, dict) and bool(modules) and isinstance(about["task"], dict)
-        sound = sound and isinstance(base["name"], str) and all(is_sample(s) for s in base["samples"].values())
-        sound = sound and all(entry["module"] in base["samples"] for entry in modules.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise AdapterError(f"{path}: its header cannot be understood; copy the file again, or train it again")
-    if version > FORMAT_VERSION:
-        raise AdapterError(f"{path} has format {version}, and this lora_blip knows up to {FORMAT_VERSION}; upgrade lora_blip")
-    return about
-
-
-def _site(path: Path, address: str, entry: Any) -> Site:
-    try:
-        rows = tuple(int(row) for row in entry["rows"]) if "rows" in entry else None
-        site = Site(str(entry["module"]), int(entry["r"]), float(entry["alpha"]), str(entry.get("block", "")), rows)  # type: ignore[arg-type]
-        sound = math.isfinite(site.alpha) and site.r > 0 and (rows is None or len(rows) == 2)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        sound = False
-    if not sound:
-        raise AdapterError(
-            f"{path}: the header's entry for {address!r} cannot be understood; train the adapter again"
-        ) from None
-    if site.address != address:
-        raise AdapterError(f"{path}: the header's entry for {address!r} speaks of {site.address!r}; train the adapter again")
-    return site
-
-
-def _check_keys(adapter: Adapter) -> None:
-    expected = {f"{site.address}.lora_{half}": site for site in adapter.sites for half in "AB"}
-    missing, extra = sorted(expected.keys() - adapter.tensors.keys()), sorted(adapter.tensors.keys() - expected.keys())
+def _check_keys(path: Path, sites: list[Site], file: Any) -> None:
+    """The tensors that the header promises and no others, each of its shape, as the file describes them."""
+    expected = {f"{site.address}.lora_{half}": site for site in sites for half in "AB"}
+    there = set(file.keys())
+    missing, extra = sorted(expected.keys() - there), sorted(there - expected.keys())
     if missing:
         raise AdapterError(
-            f"{adapter.path} is incomplete: {missing[0]!r} is missing ({len(missing)} of {len(expected)} tensors are); "
+            f"{path} is incomplete: {quoted(missing[0])} is missing ({len(missing)} of {len(expected)} tensors are); "
             "copy the file again, or train it again"
         )
     if extra:
-        raise AdapterError(
-            f"{adapter.path}: {extra[0]!r} belongs to no module of its header ({len(extra)} such); train it again"
-        )
+        raise AdapterError(f"{path}: {quoted(extra[0])} belongs to no module of its header ({len(extra)} such); train it again")
     for key, site in expected.items():
-        tensor = adapter.tensors[key]
-        if tensor.ndim != 2 or tensor.shape[key.endswith("B")] != site.r or tensor.dtype != torch.float32:
+        tensor = file.get_slice(key)
+        shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")
+        rows = site.rows[1] - site.rows[0] if site.rows and is_b else None
+        if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
+            promised = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
             raise AdapterError(
-                f"{adapter.path}: {key!r} is {tuple(tensor.shape)} {tensor.dtype}, and r={site.r} in float32 was promised; "
-                "train it again"
+                f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, and {promised} was promised; train it again"
             )
 
 
-def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{path}: {key!r} holds NaN or infinity; the training diverged: lower lr, or use bf16 or fp32")
-    if not any(tensor.any() for key, tensor in tensors.items() if key.endswith(".lora_B")):
+def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> None:
+    """Every value is finite, so is every ΔW that they can make, and some B is not zero."""
+    reach = {key: max(map(abs, torch.stack(tensor.aminmax()).tolist())) for key, tensor in tensors.items()}  # keeps NaN
+    for key, value in reach.items():
+        if not math.isfinite(value):
+            raise AdapterError(
+                f"{path}: {quoted(key)} holds NaN or infinity; the training diverged: lower lr, or use bf16 or fp32"
+            )
+    for site in sites:
+        if not site.alpha * reach[f"{site.address}.lora_A"] * reach[f"{site.address}.lora_B"] < FLOAT32_MAX:  # ≥ |ΔW|
+            raise AdapterError(f"{path}: the update of {quoted(site.address)} overflows float32; train again with a lower lr")
+    if not any(value for key, value in reach.items() if key.endswith(".lora_B")):
         raise AdapterError(f"{path}: every lora_B is zero, so the adapter does nothing; it was saved before it was trained")
 
 
@@ -206,48 +206,46 @@ def load(backbone: Backbone | nn.Module, path: str | Path | Adapter, name: str =
     if lora.adapters(model, name):
         raise AdapterError(f"the model already carries an adapter {name!r}; eject it, or load this one under another name")
     _check_fit(model, adapter)
-    for address, x in lora.inject(model, adapter.sites, _dropout(adapter), name).items():
+    for address, x in lora.inject(model, adapter.sites, adapter.about["lora"].get("dropout", 0.0), name).items():
         x.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
         x.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
     return adapter
 
 
-def _dropout(adapter: Adapter) -> float:
-    dropout = adapter.about["lora"].get("dropout", 0.0)
-    return float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0
-
-
 def _check_fit(model: nn.Module, adapter: Adapter) -> None:
     """Every module is there, of the right shape, with the base's own weights."""
     modules = dict(model.named_modules())
-    remedy = f"the adapter was trained on {adapter.base!r}; load that base"
+    remedy = f"the adapter was trained on {quoted(adapter.base)}; load that base"
     for site in adapter.sites:
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):
-            raise AdapterError(f"{adapter.path}: this model has no linear {site.module!r}; {remedy}")
+            raise AdapterError(f"{adapter.path}: this model has no linear {quoted(site.module)}; {remedy}")
         start, stop = site.rows or (0, linear.out_features)
         for half, shape in (("A", (site.r, linear.in_features)), ("B", (stop - start, site.r))):
             found = tuple(adapter.tensors[f"{site.address}.lora_{half}"].shape)
             if found != shape or stop > linear.out_features:
-                raise AdapterError(
-                    f"{adapter.path}: lora_{half} of {site.address!r} is {found}, and this model's takes {shape}; {remedy}"
-                )
+                told = f"lora_{half} of {quoted(site.address)} is {found}, and this model's takes {shape}"
+                raise AdapterError(f"{adapter.path}: {told}; {remedy}")
     for path, expected in adapter.about["base"]["samples"].items():
         if path not in modules or not is_linear(modules[path]):
-            raise AdapterError(f"{adapter.path}: this model has no linear {path!r}; {remedy}")
+            raise AdapterError(f"{adapter.path}: this model has no linear {quoted(path)}; {remedy}")
         if not same_weights(expected, sample(modules[path])):
             raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those it was trained on; {remedy}")
+    try:
+        check_sites(model, adapter.sites)
+    except LoRAError as error:  # a tied head: nothing that was saved here has one
+        raise AdapterError(f"{adapter.path}: {error}; {remedy}") from None
 
 
 def locate(adapter: str | Path) -> Path:
     """A file; or the newest adapter in a folder; "latest" is the newest of all runs in lora_blip_output."""
     path = RUNS if adapter == "latest" else Path(adapter)
-    if path.is_dir():
-        found = sorted(path.rglob(FILE_NAME), key=lambda p: p.stat().st_mtime)
-        if found:
-            return found[-1]
-    if path.is_file():
-        return path
+    try:
+        found = [p for p in path.rglob(FILE_NAME) if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
+    except OSError:  # a name longer than names can be
+        found = []
+    if found:
+        return sorted(found, key=lambda p: p.stat().st_mtime)[-1]
     raise AdapterError(f"no adapter at {str(path)!r}; train one with train.py, or give the path of an {FILE_NAME}")
 
 

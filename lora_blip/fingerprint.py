@@ -11,6 +11,7 @@ from lora_blip.lora import LoRA
 from lora_blip.sites import is_linear, is_quantised, tied
 
 SAMPLES = 16  # weights of each linear that are remembered, evenly spaced
+LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
 
 
@@ -21,6 +22,11 @@ def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:
         inside = [f"{part}.{path}" for path, module in child.named_modules() if path and is_linear(module)]
         paths += [path for path in inside if path not in shared][-1:]
     return list(dict.fromkeys(paths))
+
+
+def samples(model: nn.Module, found: Iterable[LoRA]) -> dict[str, dict[str, Any]]:
+    """Path → fingerprint of all that is remembered of a base."""
+    return {path: sample(model.get_submodule(path)) for path in sampled(model, found)}
 
 
 def sample(linear: Any) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def same_weights(expected: dict[str, Any], found: dict[str, Any]) -> bool:
     """Equal to the bit in the same dtype; within one rounding in another; unknown, so accepted, if quantised."""
     if not expected or not found:
         return True
-    a, b = torch.tensor(expected["values"]), torch.tensor(found["values"])
+    a, b = (torch.tensor(sample["values"], dtype=torch.float32) for sample in (expected, found))
     if a.shape != b.shape:
         return False
     if expected["dtype"] == found["dtype"]:
@@ -48,8 +54,10 @@ def same_weights(expected: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def is_sample(entry: Any) -> bool:
-    """A fingerprint as `sample` writes it: empty for a quantised weight, else a dtype and some numbers."""
+    """A fingerprint as `sample` writes it: empty for a quantised weight, else a dtype and up to SAMPLES numbers."""
     if entry == {}:
         return True
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("values"), list):
+        return False
     values = entry["values"]
-    return isinstance(entry["dtype"], str) and bool(values) and all(isinstance(value, int | float) for value in values)
+    return 1 <= len(values) <= SAMPLES and all(type(x) in (int, float) and -LARGEST <= x <= LARGEST for x in values)

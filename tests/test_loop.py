@@ -182,7 +182,8 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
 
     def poison(count: int, learner: Learner) -> None:
         if count == 3:
-            learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1.weight.data.fill_(3e38)  # finite, and no product of it is
+            layer = learner.task.backbone.model.vision_model.encoder.layers[1]
+            layer.mlp.fc1.weight.data.fill_(3e38)  # finite, and no product of it is
 
     before_each_step(monkeypatch, poison)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_skipped=2)

@@ -14,6 +14,7 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.formats import Entry, canonical, jsonl_entries, tsv_entries
 from lora_blip.data.images import ImageError, open_image
+from lora_blip.untrusted import why
 
 LISTED = 20  # problems printed before "and N more"
 
@@ -43,7 +44,7 @@ class Example:
         return " ".join(filter(None, (self.text, self.question, *dict.fromkeys(self.answers))))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a wrong file has a million
 class Problem:
     source: Path
     line: int
@@ -69,12 +70,14 @@ def read(
     """
     source = Path(source)
     root = Path(image_root) if image_root else source.parent
-    if not source.is_file():
-        raise DataError(
-            f'annotations {str(source)!r} do not exist; expected a .jsonl file, a line each {{"image": …, "text": …}}'
-        )
     entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
-    parsed = [_example(entry, number, root) for number, entry in entries]
+    expected = 'expected a .jsonl file, a line each {"image": …, "text": …}'
+    try:
+        parsed = [_example(entry, number, root) for number, entry in entries]
+    except FileNotFoundError:
+        raise DataError(f"annotations {str(source)!r} do not exist; {expected}") from None
+    except OSError as error:
+        raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {expected}") from None
     broken = _undecodable({p.image for p in parsed if isinstance(p, Example)}) if decode else {}
     good, problems = [], []
     for entry in parsed:

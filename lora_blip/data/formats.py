@@ -1,15 +1,20 @@
 """Files of lines → entries, a dict each in lora_blip's keys, or the reason why a line is none: JSONL, TSV and CSV."""
 
+import codecs
 import csv
-import json
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from lora_blip.untrusted import UnreadableError, is_path, open_regular, parsed, quoted
 
 IMAGE_KEYS = ("image", "image_path", "file_name")
 TEXT_KEYS = ("text", "caption")
 ANSWER_KEYS = ("answers", "answer")
 SEVERAL = "|"  # between the answers of one cell of a TSV or CSV
+LONGEST = 2**20  # characters of a line; a caption has a hundred, a question with ten answers a thousand
+TOO_LONG = f"a line of more than {LONGEST:,} characters; has the file lost its line ends?"
 NOT_UTF8 = "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
 
 Place = int | str  # a line's number, or what an entry is called in its JSON: "annotations[17]"
@@ -17,10 +22,32 @@ Entry = dict[str, Any]
 Found = tuple[Place, Entry | str]  # every reader gives these: where, and an entry or the reason why there is none
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank; bytes that are no UTF-8 are kept as surrogates, for `canonical` to name."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Bytes that are no UTF-8 are kept as surrogates, for `canonical` to name. OSError if it is no file that can be read."""
+    file = open_regular(path)
+    if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        file.close()
+        raise UnreadableError("it is UTF-16; save it as UTF-8")
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str | None]]:
+    """The lines that are not blank; None for one that is longer than LONGEST."""
+    with open_text(path) as file:
+        for number, line in enumerate(_bounded(file), 1):
+            if len(line) > LONGEST:
+                yield number, None
+            elif line.strip():
+                yield number, line
+
+
+def _bounded(file: TextIO) -> Iterator[str]:
+    """The lines of a file; of one that is longer than LONGEST only the first LONGEST + 1 characters."""
+    while part := file.readline(LONGEST + 1):
+        yield part
+        while len(part) > LONGEST and part[-1] not in "\r\n":
+            part = file.readline(LONGEST + 1)
 
 
 def canonical(entry: Entry, answered: bool = True) -> Entry | str:
@@ -33,6 +60,8 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     image = _take(rest, IMAGE_KEYS)
     if not isinstance(image, str) or not image.strip():
         return f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
+    if not is_path(image):
+        return f"the image is no path that a file can have: {quoted(image)}"
     made: Entry
     if "question" in rest:
         none = not answered and rest.keys().isdisjoint(ANSWER_KEYS)
@@ -49,7 +78,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     else:
         text = _take(rest, TEXT_KEYS)
         if not isinstance(text, str):
-            there = f"; this line has {', '.join(map(repr, rest))}" if rest else ""
+            there = f"; this line has {quoted(list(rest))[1:-1]}" if rest else ""
             return f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, with a string, or question and answers{there}"
         made = {"text": " ".join(text.split())}
         empty = "" if made["text"] else "the text is empty"
@@ -66,9 +95,12 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 def jsonl_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
     """One JSON object a line."""
     for number, line in numbered_lines(path):
+        if line is None:
+            yield number, TOO_LONG
+            continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parsed(line)
+        except ValueError as error:
             yield number, f"not valid JSON ({error}): {line.strip()[:60]!r}"
             continue
         yield (
@@ -85,6 +117,9 @@ def tsv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
     """
     first = True
     for number, line in numbered_lines(path):
+        if line is None:
+            yield number, TOO_LONG
+            continue
         if line.startswith("#"):
             continue
         cells = [cell.strip() for cell in line.split("\t")]
@@ -105,14 +140,18 @@ def csv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
 
     Other columns are kept as they are. Excel's semicolons are understood; quoting must be that of RFC 4180.
     """
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        delimiter = ";" if ";" in (header_line := file.readline()) and "," not in header_line else ","
+    with open_text(path, newline="") as file:
+        delimiter = ";" if ";" in (header_line := file.readline(LONGEST)) and "," not in header_line else ","
         file.seek(0)
-        rows = _rows(file, delimiter)
+        rows = _rows(_bounded(file), delimiter)
         number, header = next(rows, (1, []))
         names = [name.strip().lower() for name in header] if isinstance(header, list) else []
         if not is_header(names):
             yield number, f"the first line must name the columns, image,caption or such; it is {header_line.strip()[:60]!r}"
+            return
+        named = [name for name in names if name]
+        if len(set(named)) < len(named):
+            yield number, f"the first line names a column twice: {header_line.strip()[:60]!r}"
             return
         for number, row in rows:
             if isinstance(row, str):
@@ -141,8 +180,16 @@ def _is_header(cells: list[str]) -> bool:
 
 def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """(number of its first line, cells or what is wrong) of each row that is not blank; a row may span lines."""
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)  # else an open quote swallows all that follows
+    overlong: list[int] = []  # the lengths of this row's lines that were cut
+
+    def fed() -> Iterator[str]:
+        for line in lines:
+            overlong.extend([len(line)] * (len(line) > LONGEST))
+            yield line
+
+    reader = csv.reader(fed(), delimiter=delimiter, strict=True)  # else an open quote swallows all that follows
     while True:
+        overlong.clear()
         number = reader.line_num + 1
         try:
             row = next(reader)
@@ -151,7 +198,9 @@ def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]
         except csv.Error as error:
             yield number, f"not valid CSV ({error}): a text with quotes or commas stands in quotes, its own quotes doubled"
             continue
-        if any(cell.strip() for cell in row):
+        if overlong:
+            yield number, TOO_LONG
+        elif any(cell.strip() for cell in row):
             yield number, row
 
 

@@ -1,15 +1,38 @@
 """Image files → upright RGB pictures, and gentle augmentation."""
 
+import logging
 import random
 import re
+import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_blip.untrusted import UnreadableError, cut, open_regular, why
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of Pillow's fifty; some of the others run other programs
+LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; a telephone's picture has up to 108 million
+LARGEST_FILE = 2**28  # bytes: what is no picture in a GIF is passed over one by one, at 70 ns
+MOST_SCANS = 100  # of a progressive JPEG, each of which costs a pass over all pixels; encoders write about ten
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # a mirrored picture would make such a caption false
 SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # shares of the side, of the scale, of the grey level
+
+# what is wrong with a picture either makes it unreadable, and is an ImageError, or is not worth a line of the terminal
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class ImageError(ValueError):
@@ -19,25 +42,59 @@ class ImageError(ValueError):
 def open_image(path: str | Path) -> Image.Image:
     """The picture in RGB, turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
 
-    Raises ImageError when the file is missing, is no image, or is damaged.
+    Of several frames it is the first. Raises ImageError when the file is missing, is no image of FORMATS, is damaged,
+    or is too large to be one.
     """
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
+            _refuse_bomb(image, file)
+            image.load()
+            return to_rgb(upright(image))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is no image that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be decoded ({error})") from None
+        raise ImageError(f"{path} is no image of a kind that is read here ({', '.join(FORMATS)})") from None
+    except UnreadableError as error:
+        raise ImageError(f"{path} is no image: {error}") from None
+    except Image.DecompressionBombError:  # Pillow's own end lies beyond LARGEST
+        raise ImageError(f"{path} is no image: it has more than {LARGEST:,} pixels; make it smaller") from None
+    except OSError as error:
+        raise ImageError(f"{path} cannot be decoded ({cut(why(error))})") from None
+    except Exception as error:  # decoders raise whatever they stumble over: struct.error, KeyError, MemoryError …
+        told = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
+        raise ImageError(f"{path} cannot be decoded ({told})") from None
+
+
+def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:
+    """A small file may claim a picture that fills the memory, or hours of passes over it."""
+    pixels = image.width * image.height
+    if not 0 < pixels <= LARGEST:
+        told = f"it has {image.width} × {image.height} pixels"
+        raise UnreadableError(f"{told}, more than {LARGEST:,}; make it smaller" if pixels else told)
+    if "progressive" in image.info:
+        place = file.tell()
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")  # a marker, which pixels never look like: their 0xff is followed by 0
+        file.seek(place)
+        if scans > MOST_SCANS:
+            raise UnreadableError(f"a progressive JPEG of {scans:,} scans, more than {MOST_SCANS}; save it again")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as the camera was held. Tags that cannot be read turn nothing: so do viewers show such a picture."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # of whatever kind a broken tag makes it
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow → RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        deepest = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values * (255.0 / deepest)).clip(0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), copy=False)
+        values *= 255.0 / (65535.0 if values.max(initial=0) > 255 else 255.0)
+        image = Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.annotations import DataError
-from lora_blip.data.formats import TEXT_KEYS, Entry, Found, csv_entries, numbered_lines
+from lora_blip.data.formats import LONGEST, TEXT_KEYS, TOO_LONG, Entry, Found, csv_entries, numbered_lines, open_text
+from lora_blip.untrusted import no_constant, once, parsed, quoted, why
 
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # what a data set calls a split → what it is here
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -27,13 +28,13 @@ BEFORE_STOP = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
 def document(path: Path) -> Any:
     """The parsed JSON, with VQAv2's answers and Karpathy's sentences as plain strings: a tenth of the memory."""
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            return json.load(file, object_hook=_compact)
+        with open_text(path) as file:
+            return parsed(file.read(), _COMPACT)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({why(error)})") from None
     except ValueError as error:
         where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{where}: not valid JSON ({error}); is it whole? download or unpack it again") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be any data set that lora_blip reads") from None
 
 
 def json_entries(path: Path, entries: Any) -> Iterator[Found]:
@@ -59,7 +60,7 @@ def coco_entries(path: Path, found: Any) -> Iterator[Found]:
     for index, entry in enumerate(_as_list(path, "annotations", found)):
         reason = _lacks(entry, image_id=int | str, caption=str)
         if not reason and entry["image_id"] not in names:
-            reason = f"image_id {entry['image_id']!r} is not among the images"
+            reason = f"image_id {quoted(entry['image_id'])} is not among the images"
         yield f"annotations[{index}]", reason or {"image": names[entry["image_id"]], "text": entry["caption"]}
 
 
@@ -67,8 +68,9 @@ def karpathy_entries(path: Path, found: Any) -> Iterator[Found]:
     """dataset_coco.json and its like: images[{filepath, filename, split, sentences[{raw}]}]."""
     for index, image in enumerate(_as_list(path, "images", found)):
         reason = _lacks(image, filename=str, split=str, sentences=list)
+        reason = reason or _lacks({"filepath": None} | image, filepath=str | None)
         if not reason and image["split"] not in SPLITS:
-            reason = f'"split" is {image["split"]!r}, expected one of {", ".join(SPLITS)}'
+            reason = f'"split" is {quoted(image["split"])}, expected one of {", ".join(SPLITS)}'
         if reason:
             yield f"images[{index}]", reason
             continue
@@ -93,7 +95,8 @@ def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Ite
         if reason := _lacks(entry, image_id=int, question=str, question_id=int | str):
             yield f"questions[{index}]", reason
             continue
-        told = said.get(entry["question_id"], f"{answers_path.name} has no answers to question_id {entry['question_id']!r}")
+        told = said.get(entry["question_id"])
+        told = told or f"{answers_path.name} has no answers to question_id {quoted(entry['question_id'])}"
         if isinstance(told, str):
             yield f"questions[{index}]", told
         else:
@@ -124,8 +127,8 @@ def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
 def flickr8k_entries(path: Path) -> Iterator[Found]:
     """Flickr8k.token.txt, or Kaggle's captions.txt; on its sides by the lists of images, if they lie beside it."""
     sides = _flickr8k_sides(path.parent)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        kaggle = file.readline().strip().lower() == "image,caption"
+    with open_text(path) as file:
+        kaggle = file.readline(LONGEST).strip().lower() == "image,caption"
     for number, entry in csv_entries(path) if kaggle else _token_entries(path):
         if isinstance(entry, dict):
             entry["caption"] = spaced(entry["caption"])
@@ -146,7 +149,9 @@ def spaced(caption: str) -> str:
 
 def _token_entries(path: Path) -> Iterator[Found]:
     for number, line in numbered_lines(path):
-        if match := TOKEN.fullmatch(line.strip()):
+        if line is None:
+            yield number, TOO_LONG
+        elif match := TOKEN.fullmatch(line.strip()):
             yield number, {"image": match[1], "caption": match[2]}
         else:
             yield number, f"expected image.jpg#0⇥caption, got {line.strip()[:60]!r}"
@@ -158,16 +163,23 @@ def _flickr8k_sides(folder: Path) -> dict[str, str]:
     if not lists["train"].is_file():
         return {}
     there = {side: numbered_lines(path) for side, path in lists.items() if path.is_file()}
-    return {line.strip(): side for side, lines in there.items() for _, line in lines}
+    try:
+        return {line.strip(): side for side, lines in there.items() for _, line in lines if line}
+    except OSError as error:
+        raise DataError(f"{folder}: one of {', '.join(FLICKR8K_LISTS.values())} cannot be read ({why(error)})") from None
 
 
-def _compact(entry: Entry) -> Any:
+def _compact(pairs: list[tuple[str, Any]]) -> Any:
     """Called on every object of a JSON, innermost first: millions are not worth keeping as dicts."""
+    entry = once(pairs)
     if "answer" in entry and entry.keys() <= VQA_ANSWER and isinstance(entry["answer"], str):
         return sys.intern(entry["answer"])
     if "raw" in entry and entry.keys() <= KARPATHY_SENTENCE and isinstance(entry["raw"], str):
         return entry["raw"]
     return entry
+
+
+_COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_constant=no_constant)
 
 
 def _said(entry: Any, key: str) -> str | None:
@@ -187,10 +199,14 @@ def _as_list(path: Path, key: str, found: Any) -> list[Any]:
 def _lacks(entry: Any, **kinds: Any) -> str:
     """What an entry of a JSON lacks of the keys that it must have, each with its type; "" if nothing."""
     if not isinstance(entry, dict):
-        return f"expected an object {{…}}, got {str(entry)[:60]!r}"
+        return f"expected an object {{…}}, got {_short(entry)}"
     for key, kind in kinds.items():
         if key not in entry:
             return f'no "{key}"'
         if not isinstance(entry[key], kind):
-            return f'"{key}" is {str(entry[key])[:60]!r}, expected {getattr(kind, "__name__", kind)}'
+            return f'"{key}" is {_short(entry[key])}, expected {getattr(kind, "__name__", kind)}'
     return ""
+
+
+def _short(value: Any) -> str:
+    return quoted(value if isinstance(value, str) else quoted(value))

@@ -1,6 +1,6 @@
 """What a user points at → the files to read, each with its format."""
 
-import json
+import codecs
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from lora_blip.data import formats, published
 from lora_blip.data.annotations import DataError
 from lora_blip.data.formats import Found
 from lora_blip.data.published import SPLITS, TOKEN, YEAR
+from lora_blip.untrusted import cut, open_regular, parsed, why
 
 LINES: dict[str, Callable[[Path], Iterator[Found]]] = {
     "jsonl": formats.jsonl_entries,
@@ -61,8 +62,8 @@ class Source:
 
 def find_sources(where: str, form: str = "auto") -> list[Source]:
     """The sources of a file, of several with commas between, or of a folder. DataError says why there are none."""
-    paths = [Path(where)] if Path(where).exists() else [Path(part.strip()) for part in where.split(",") if part.strip()]
-    if missing := [path for path in paths if not path.exists()]:
+    paths = [Path(where)] if _exists(Path(where)) else [Path(part.strip()) for part in where.split(",") if part.strip()]
+    if missing := [path for path in paths if not _exists(path)]:
         raise DataError(f"source {str(missing[0])!r} does not exist; give a file, several with commas between, or a folder")
     files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths)
     loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
@@ -90,11 +91,11 @@ def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any]) -> Sour
 def _load(path: Path, form: str) -> tuple[str, Any]:
     """A file's format, asked for or told by its content, and its JSON if it is one document."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(8192)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} cannot be read ({why(error)})") from None
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise DataError(f"{path} is UTF-16; save it as UTF-8")
     if form == "auto":
         lines = head.decode("utf-8-sig", errors="replace").splitlines()
@@ -104,9 +105,16 @@ def _load(path: Path, form: str) -> tuple[str, Any]:
     found = published.document(path)
     kind = _document_format(found) if form == "document" else form
     if not kind or (kind == "vqa" and not isinstance(found, dict)):
-        keys = f"its keys are {', '.join(map(str, found))[:80]}" if isinstance(found, dict) else "it is no object or list"
+        keys = f"its keys are {cut(', '.join(list(found)[:8]))}" if isinstance(found, dict) else "it is no object or list"
         raise DataError(f"{path}: a JSON of no format that is known ({keys}); {_known()}")
     return kind, found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than names can be, such as several with commas between
+        return False
 
 
 def _line_format(path: Path, first: str) -> str:
@@ -130,7 +138,7 @@ def _line_format(path: Path, first: str) -> str:
 def _is_object(line: str) -> bool:
     """A whole JSON object on the first line that is an example: more follow, a line each."""
     try:
-        entry = json.loads(line)
+        entry = parsed(line)
     except ValueError:
         return False
     return isinstance(entry, dict) and any(key in entry for key in formats.IMAGE_KEYS)

@@ -1,0 +1,127 @@
+"""What a stranger's file may not do: hang when it is opened, mean two things, or fill the screen when it is quoted."""
+
+import json
+import os
+import re
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+DEEPEST = 100  # brackets within brackets of a JSON; Python's own end, about a thousand, moves with whoever calls
+LONGEST_QUOTE = 160  # characters of a value in a message
+LONGEST_PATH, LONGEST_NAME = 3000, 255  # bytes of a path, of one name in it: systems take 4,096, with the folder it is in
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # NUL ends a path, the others move a terminal's cursor
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+AT_ONCE = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))  # where they are known
+QUOTE = reprlib.Repr()
+QUOTE.maxstring = QUOTE.maxother = QUOTE.maxlong = LONGEST_QUOTE
+QUOTE.maxlevel = 3
+
+
+class UnreadableError(OSError):
+    """A path at which there is something, but no file that can be read; the message says what instead."""
+
+
+def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
+    """A file with something in it, of at most `largest` bytes, opened to be read.
+
+    Raises OSError: a pipe would wait for a writer, a device has no end, and files of /proc say that they are empty.
+    It is looked at before it is opened, since opening some devices does something, and again after.
+    """
+    try:
+        _refuse_irregular(os.stat(path), largest)  # noqa: PTH116  # a str or Path of any characters
+        file = os.fdopen(os.open(path, os.O_RDONLY | AT_ONCE), "rb")
+    except ValueError:
+        raise UnreadableError("its name holds a NUL") from None
+    try:
+        _refuse_irregular(os.fstat(file.fileno()), largest)
+    except UnreadableError:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_irregular(about: os.stat_result, largest: int | None) -> None:
+    if not stat.S_ISREG(about.st_mode):
+        raise UnreadableError(f"it is {KINDS.get(stat.S_IFMT(about.st_mode), 'no file')}")
+    if not about.st_size:
+        raise UnreadableError("it is empty")
+    if largest is not None and about.st_size > largest:
+        raise UnreadableError(f"it has {about.st_size:,} bytes, more than {largest:,}")
+
+
+def why(error: OSError) -> str:
+    """Why a file cannot be read, without its path, which the caller knows."""
+    return error.strerror or str(error)
+
+
+def is_path(path: object) -> bool:
+    """A text that a file system can be asked about, and a terminal told."""
+    if not isinstance(path, str) or len(path) > LONGEST_PATH or CONTROL.search(path):
+        return False
+    if len(path) <= LONGEST_NAME // 4:
+        return True
+    written = path.replace("\\", "/").encode(errors="surrogatepass")
+    return len(written) <= LONGEST_PATH and max(map(len, written.split(b"/"))) <= LONGEST_NAME
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def parsed(text: str, decoder: json.JSONDecoder | None = None) -> Any:
+    """The value of a JSON that says one thing: nested at most DEEPEST, no key twice, no NaN or Infinity.
+
+    Another decoder may take other objects and constants. ValueError says what is wrong.
+    """
+    try:
+        value = (decoder or STRICT).decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if text.count("[") + text.count("{") > DEEPEST and _deeper(value, DEEPEST):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON's object. ValueError for a key that is there twice: nobody knows which one is meant."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {quoted(next(key for key in entry if keys.count(key) > 1))} is there twice; keep one")
+    return entry
+
+
+def no_constant(name: str) -> Any:
+    """For NaN and Infinity, which Python writes and reads and no other program takes."""
+    raise ValueError(f"{name} is no JSON; write null")
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=once, parse_constant=no_constant)
+WITH_NAN = json.JSONDecoder(object_pairs_hook=once)
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie deeper in one another, found without recursion."""
+    there: list[Any] = [[value]]
+    while there and levels >= 0:
+        inside = (x.values() if isinstance(x, dict) else x for x in there)
+        there, levels = [x for values in inside for x in values if isinstance(x, dict | list)], levels - 1
+    return bool(there)
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, in at most a line: control characters escaped, a long one with its middle left out."""
+    text = QUOTE.repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]} …"
+
+
+def cut(text: str) -> str:
+    """Another program's message, as `quoted` but without the quotes."""
+    return quoted(text)[1:-1]
