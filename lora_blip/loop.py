@@ -4,6 +4,7 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -49,12 +50,12 @@ def train(config: TrainConfig) -> Path:
     remedy, and TrainingError when the numbers stop being finite or the device's memory does not suffice. Ctrl-C, a
     scheduler's signal, and any error later on, save what there is, to go on from.
     """
-    with dist.joined() as ranks:
-        return train_among(ranks, config)
+    with dist.joined() as ranks, ExitStack() as closing:
+        return train_among(ranks, config, closing)
 
 
-def train_among(ranks: Ranks, config: TrainConfig) -> Path:
-    """The run, as one of torchrun's processes or alone."""
+def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
+    """The run, as one of torchrun's processes or alone; what is to be closed at its end goes into `closing`."""
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
     refuse_impossible(config, ranks)
@@ -74,6 +75,8 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
     autocast = autocasting(backbone.device, precision)
     batches = loader_of(training, task, config, shuffle=True)
     held_out = loader_of(validation, task, config, shuffle=False) if validation else None
+    for loaded in filter(None, (batches, held_out)):
+        closing.callback(close, loaded)
     first = task.batch(first_stack(batches))
     backbone.model.train()
     try:
@@ -141,8 +144,6 @@ def train_among(ranks: Ranks, config: TrainConfig) -> Path:
             raise
         finally:
             run.close()
-            for loaded in filter(None, (batches, held_out)):
-                close(loaded)
     print(f"saved {path}", *filter(None, [run.best_line()]), sep="\n")
     if ranks.main:
         print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")

@@ -50,10 +50,12 @@ def exit_code(number: int) -> int:
 
 
 def ignore_in_worker(_worker: int) -> None:
-    """For loader workers: the terminal's Ctrl-C reaches them too, and their parent still needs them for its last batch."""
+    """For loader workers: signals to a whole group reach them too, and their parent needs them for its last batch.
+
+    A dead worker is an error in the middle of whatever its parent does; `data.batches.close` ends them otherwise.
+    """
     for number in SIGNALS:
-        if number != signal.SIGTERM:  # by which the parent ends them
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Told(SystemExit):

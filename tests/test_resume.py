@@ -229,6 +229,33 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
     assert signal.getsignal(number) is not accumulate
 
 
+def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoints, tmp_path, capfd):
+    """A scheduler's SIGTERM reaches every process of the job; the run still saves where it is, and goes on to the bit."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9, num_workers=2)
+    whole = train(config)
+    child = os.fork()
+    if not child:
+        os.setsid()
+        real = Learner.accumulate
+
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+            real(learner, *rest, **named)
+            if (learner.progress.step, learner.progress.slot) == (3, 1):
+                os.killpg(0, signal.SIGTERM)
+                time.sleep(0.5)  # in which a dead worker would be noticed
+
+        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        try:
+            train(elsewhere(config))
+        except SystemExit as told:
+            os._exit(int(told.code or 0))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == stop.SAVED, capfd.readouterr().err
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (3, 1)
+    assert_same(whole, train(elsewhere(config)))
+
+
 def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
     """Between two batches of a validation the run stops; the validation is made again, and its line is there once."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)

@@ -123,6 +123,8 @@ def close(batches: DataLoader[Stack]) -> None:
     iterator: Any = getattr(batches, "_iterator", None)
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()  # they do not hear a SIGTERM
 
 
 def pixel_values(image: Any, image_processor: Any) -> Tensor:
