@@ -2,13 +2,14 @@
 # make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
 # make test        every test but those that need a GPU        make lint    ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
+# make chaos       a training that is killed fifty times, in fp32 and in bf16, ends as if it were not
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench bases clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench chaos bases clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -32,6 +33,10 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(PYTHON) -m benchmarks.step
+
+chaos: .venv/.plots
+	$(PYTHON) -m benchmarks.chaos --precision fp32
+	$(PYTHON) -m benchmarks.chaos --precision bf16
 
 bases: .venv/.plots
 	$(PYTHON) -m toyworld.pretrain blip --out assets/tiny-blip

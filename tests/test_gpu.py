@@ -1,6 +1,9 @@
 """What only a CUDA device can show: real fp16 and bf16, merging there, and the memory that was foretold."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +12,15 @@ import torch
 
 from lora_blip import adapter, lora, preflight
 from lora_blip.data.annotations import Example
-from lora_blip.loop import train
+from lora_blip.learner import Learner
+from lora_blip.loop import TrainingError, train
 from lora_blip.models import load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Generation
 from tests import tiny
 from tests.conftest import WHOLE, batch_of, inject
-from tests.test_loop import metrics_of, settings
+from tests.test_loop import before_each_step, metrics_of, settings
+from tests.test_resume import config_of, elsewhere, killed_at, only_run
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -67,6 +72,57 @@ def test_the_memory_foretold_is_the_memory_taken(checkpoints):
     kept = preflight.check_gradients(task, batch)
     taken = torch.cuda.max_memory_allocated() - before
     assert 0.5 * taken <= kept <= 1.5 * taken
+
+
+def test_a_run_goes_on_on_the_gpu(checkpoints, tmp_path):
+    """Killed in the middle of a step: all that decides the run is restored; kernels may differ in the last digits."""
+    config = config_of(checkpoints, tmp_path, device=DEVICE, precision="fp16", max_skipped=40, epochs=3)
+    whole = train(config)
+    with killed_at(12):
+        train(elsewhere(config))
+    again = train(elsewhere(config))
+    a, b = adapter.read(whole).tensors, adapter.read(again).tensors
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-2, atol=1e-3)
+    assert [e.get("step") for e in metrics_of(whole)] == [e.get("step") for e in metrics_of(again)]
+
+
+def test_a_training_out_of_memory_says_what_helps_and_goes_on(checkpoints, tmp_path):
+    """A real shortage in the middle of a run, then room again."""
+    config = config_of(checkpoints, tmp_path, device=DEVICE, epochs=2, batch_size=12, val_fraction=0.0)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+
+    def starve(count: int, _: Learner) -> None:
+        if count == 2:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="ran out of memory at batch_size = 12"):
+            before_each_step(patch, starve)
+            train(config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert adapter.read(train(config)).about["training"]["finished"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU alone")
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_gpus_are_one(checkpoints, tmp_path, shard):
+    """nccl: the losses of one GPU with two micro-batches a step."""
+    config = config_of(checkpoints, tmp_path, device=DEVICE, accumulation=2, precision="fp32", base_dtype="fp32")
+    one = metrics_of(train(config))
+    script = tmp_path / "two.py"
+    several = replace(elsewhere(config), accumulation=1, shard=shard, device="auto")
+    script.write_text(
+        f"from lora_blip.config import TrainConfig\nfrom lora_blip.loop import train\ntrain(TrainConfig(**{vars(several)!r}))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run(command, check=True, env=environment)
+    many = metrics_of(only_run(several) / adapter.FILE_NAME)
+    losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (one, many)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(checkpoints):
