@@ -68,7 +68,7 @@ def wait(child: int, runs: Path, seconds: float, early: bool) -> None:
 
 
 def newest(runs: Path) -> str:
-    return max((path.name for path in runs.glob(f"*/{checkpoint.FOLDER}/0*")), default="")
+    return max((path.name for path in runs.glob(f"lora_*/{checkpoint.FOLDER}/0*")), default="")
 
 
 def arm(point: str, rng: random.Random) -> None:

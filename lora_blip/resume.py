@@ -69,7 +69,7 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
 
 def _newest_of(output_dir: Path, now: dict[str, Any], allow_changed: bool) -> tuple[Saved | None, list[str]]:
     notes: list[str] = []
-    there = output_dir.glob(f"*/{checkpoint.FOLDER}")
+    there = output_dir.glob(f"[!.]*/{checkpoint.FOLDER}")  # what begins with a dot was never finished being made
     for folder in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
         saved, wrong = checkpoint.newest(folder.parent)
         notes += wrong

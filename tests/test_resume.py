@@ -447,6 +447,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
     assert older.parent.parent == path.parent
 
 
+def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(checkpoints, tmp_path):
+    """Its first checkpoint is whole, but the folder had not got its name yet."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    run.rename(run.with_name(f".{run.name}.tmp"))
+    assert train(config).parent == only_run(config)
+
+
 def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("a")
