@@ -43,7 +43,7 @@ def tell(go: Callable[[], None]) -> None:
         from lora_blip.checkpoint import CheckpointError
         from lora_blip.data.annotations import DataError
         from lora_blip.data.images import ImageError
-        from lora_blip.loop import TrainingError
+        from lora_blip.faults import TrainingError
         from lora_blip.lora import LoRAError
         from lora_blip.models import ModelError
         from lora_blip.preflight import PreflightError

@@ -21,26 +21,17 @@ from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Pictures, Slot, Stack, close, first_stack, loader, slots_of_steps
-from lora_blip.dist import ALONE, Ranks
-from lora_blip.learner import Autocast, Learner, Progress, Update
-from lora_blip.models import Backbone, autocasting, first_line, open_backbone
+from lora_blip.dist import Ranks
+from lora_blip.faults import TrainingError, explain, explained
+from lora_blip.learner import Autocast, Learner, Progress
+from lora_blip.models import Backbone, autocasting, open_backbone
 from lora_blip.run import Run, summary_writer
 from lora_blip.stop import Heard
 from lora_blip.tasks import TASKS, natural_task
-from lora_blip.tasks.task import Batch, Generation, Task
+from lora_blip.tasks.task import Generation, Task
+from lora_blip.validation import merge_drift, sharers, validate
 
 TINY = 20_000_000  # parameters
-LOST = (
-    "Connection reset",
-    "Connection closed",
-    "Broken pipe",
-    "NCCL error",
-    "remote process exited",
-)  # what a dead peer leaves
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; what was learned until then has been saved."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -218,25 +209,6 @@ def rescue(run: Run) -> None:
         print(f"what was learned since the last checkpoint could not be saved: {error}")
 
 
-def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
-    """The same error; or one that says what helps, where the device's memory was too small or another process is gone."""
-    said = str(error)
-    if run and run.learner.ranks.count > 1 and any(sign in said for sign in LOST):
-        return TrainingError(
-            f"another process was lost ({first_line(error)}); torchrun --max-restarts 3 starts all of them again, and the run "
-            f"goes on from its last checkpoint in {run.folder}"
-        )
-    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
-        return error
-    side = task.backbone.image_processor.size
-    go_on = f"\nAll until then is saved; to go on from it: --resume {run.folder} --allow-changed" if run else ""
-    return TrainingError(
-        f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of "
-        f"{side['height']}×{side['width']}. Lower batch_size and raise accumulation by as much, for the same updates; or set "
-        f"checkpointing = True; or base_dtype = 'bf16'.{go_on}"
-    )
-
-
 # ---------------------------------------------------------------- arithmetic
 
 
@@ -254,75 +226,6 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
     steps = config.epochs * -(-micro_batches // (config.accumulation * ranks))
     return min(steps, config.max_steps) if config.max_steps else steps
-
-
-def sharers(config: TrainConfig, ranks: Ranks) -> Ranks:
-    """Who shares a validation: all ranks; with spread weights, which want the same forwards of all, each makes it whole."""
-    return ALONE if config.shard else ranks
-
-
-@torch.no_grad()
-def validate(
-    task: Task,
-    batches: DataLoader[Stack],
-    autocast: Autocast,
-    wanted: str = "",
-    ranks: Ranks = ALONE,
-    pause: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Loss per label token over the held-out lines, and the task's scores over what it predicts of them.
-
-    Each rank looks at its share of the batches; all get the same figures. `pause` is called before each batch.
-    """
-    model, total, count = task.backbone.model, 0.0, 0.0
-    said: dict[Any, Any] = {}
-    model.eval()
-    sampler: Any = batches.batch_sampler
-    sampler.wanted = range(ranks.rank, len(batches), ranks.count)
-    stacks = iter(batches)
-    for _ in range(-(-len(batches) // ranks.count)):
-        pause()
-        stack = next(stacks, None)
-        if stack is None:  # the other ranks have one more
-            continue
-        batch = task.batch(stack)
-        with autocast():
-            total += float(task.loss(batch))
-            new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in said}
-            if new:
-                rows = list(new.values())
-                said |= zip(new, task.predict(batch.pixel_values[rows], [batch.examples[row] for row in rows]), strict=True)
-        count += batch.count
-    model.train()
-    total, count = ranks.sum(total, count)
-    everything = {key: value for some in reversed(ranks.gather(said)) for key, value in some.items()}
-    examples = batches.dataset.examples  # type: ignore[attr-defined]
-    scores = task.scores(everything, examples, "" if wanted == "loss" else wanted) if ranks.main else {}
-    return {"loss": total / (count or 1.0), **ranks.first(scores)}
-
-
-@torch.no_grad()
-def merge_drift(task: Task, batch: Batch) -> dict[str, float]:
-    """How far merged logits are from hooked ones on one batch, in the base's dtype: largest, and largest logit."""
-    model = task.backbone.model.eval()
-    with torch.autocast(task.backbone.device.type, model.dtype, enabled=model.dtype != torch.float32):
-        hooked = task.logits(batch).float()
-        lora.merge(model)
-        merged = task.logits(batch).float()
-    lora.restore(model)
-    return {"largest_difference": float((merged - hooked).abs().max()), "largest_logit": float(hooked.abs().max())}
-
-
-def explain(update: Update, task: Task, batches: list[Batch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
-    """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
-    if math.isfinite(update.loss):
-        return f"a gradient overflowed at loss scale {update.scale:g}"
-    notes = []
-    for batch in batches:
-        with autocast():
-            notes.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
-    every = [note for some in ranks.gather(notes) for note in some]
-    return next((note for note in every if note.startswith("the first output")), every[-1])
 
 
 # ---------------------------------------------------------------- set-up

@@ -80,6 +80,8 @@ class Run:
     def _take_up(self, saved: Saved, metrics: Path) -> None:
         """Everything as it was at the checkpoint; what came after it is made again."""
         about = saved.about["run"]
+        if not saved.folder.exists():  # between our reading it and our lock on the folder
+            raise CheckpointError(f"another process went on with {self.folder} in the meantime; start again")
         if metrics.stat().st_size < about["metrics"]:
             print(f"warning: lines of {metrics} are gone since the checkpoint was made")
         os.truncate(metrics, min(about["metrics"], metrics.stat().st_size))

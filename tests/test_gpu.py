@@ -12,8 +12,9 @@ import torch
 
 from lora_blip import adapter, lora, preflight
 from lora_blip.data.annotations import Example
+from lora_blip.faults import TrainingError
 from lora_blip.learner import Learner
-from lora_blip.loop import TrainingError, train
+from lora_blip.loop import train
 from lora_blip.models import load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Generation

@@ -19,8 +19,9 @@ from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import DataError
 from lora_blip.data.batches import Slot
 from lora_blip.data.images import ImageError
+from lora_blip.faults import TrainingError
 from lora_blip.learner import Learner, Update
-from lora_blip.loop import TrainingError, learning_rate, train
+from lora_blip.loop import learning_rate, train
 from lora_blip.run import BEST_NAME, Best, Run, run_name
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch, Task

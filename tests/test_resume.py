@@ -20,9 +20,10 @@ import torch
 from lora_blip import adapter, checkpoint, lock, loop, stop
 from lora_blip.checkpoint import ABOUT, TENSORS, CheckpointError
 from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.faults import TrainingError
 from lora_blip.files import make_whole
 from lora_blip.learner import Learner
-from lora_blip.loop import TrainingError, train
+from lora_blip.loop import train
 from lora_blip.run import BEST_NAME, Run
 from tests import tiny
 from tests.test_loop import before_each_step, metrics_of, score, settings

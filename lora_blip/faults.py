@@ -1,0 +1,52 @@
+"""What goes wrong in a training, in words that help: memory, lost processes, numbers that are not finite."""
+
+import math
+from functools import partial
+
+import torch
+
+from lora_blip import preflight
+from lora_blip.config import TrainConfig
+from lora_blip.dist import ALONE, Ranks
+from lora_blip.learner import Autocast, Update
+from lora_blip.models import first_line
+from lora_blip.run import Run
+from lora_blip.tasks.task import Batch, Task
+
+# what a dead peer leaves
+LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what was learned until then has been saved."""
+
+
+def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
+    """The same error; or one that says what helps, where the device's memory was too small or another process is gone."""
+    said = str(error)
+    if run and run.learner.ranks.count > 1 and any(sign in said for sign in LOST):
+        return TrainingError(
+            f"another process was lost ({first_line(error)}); torchrun --max-restarts 3 starts all of them again, and the run "
+            f"goes on from its last checkpoint in {run.folder}"
+        )
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
+        return error
+    side = task.backbone.image_processor.size
+    go_on = f"\nAll until then is saved; to go on from it: --resume {run.folder} --allow-changed" if run else ""
+    return TrainingError(
+        f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of "
+        f"{side['height']}×{side['width']}. Lower batch_size and raise accumulation by as much, for the same updates; or set "
+        f"checkpointing = True; or base_dtype = 'bf16'.{go_on}"
+    )
+
+
+def explain(update: Update, task: Task, batches: list[Batch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
+    """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
+    if math.isfinite(update.loss):
+        return f"a gradient overflowed at loss scale {update.scale:g}"
+    notes = []
+    for batch in batches:
+        with autocast():
+            notes.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
+    every = [note for some in ranks.gather(notes) for note in some]
+    return next((note for note in every if note.startswith("the first output")), every[-1])
