@@ -35,7 +35,7 @@ def config_of(folder: Path, precision: str, steps: int) -> TrainConfig:
     )  # fmt: skip
 
 
-def live(config: TrainConfig, die_at: str) -> int:
+def live(config: TrainConfig, die_at: str, rng: random.Random) -> int:
     """One life in a child process: its pid."""
     sys.stdout.flush()
     child = os.fork()
@@ -45,7 +45,7 @@ def live(config: TrainConfig, die_at: str) -> int:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         if die_at:
-            arm(die_at, random.Random())
+            arm(die_at, rng)
         loop.train(config)
         os._exit(0)
     except SystemExit as end:
@@ -55,9 +55,9 @@ def live(config: TrainConfig, die_at: str) -> int:
         os._exit(1)
 
 
-def wait(child: int, runs: Path, seconds: float, early: bool) -> None:
-    """Until a moment of this life: `seconds` after its first new checkpoint, or early, while it still reads and checks."""
-    before, deadline = newest(runs), time.perf_counter() + (random.uniform(0.1, 3) if early else 60)
+def wait(child: int, runs: Path, seconds: float, early: float) -> None:
+    """Until a moment of this life: `seconds` after its first new checkpoint, or `early`, while it still reads and checks."""
+    before, deadline = newest(runs), time.perf_counter() + (early or 60)
     while (
         newest(runs) == before
         and time.perf_counter() < deadline
@@ -149,7 +149,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         whole, killed = Path(place, "whole"), Path(place, "killed")
         started = time.perf_counter()
-        if status := os.waitpid(live(config_of(whole, wanted.precision, wanted.steps), ""), 0)[1]:
+        if status := os.waitpid(live(config_of(whole, wanted.precision, wanted.steps), "", rng), 0)[1]:
             sys.exit(f"the run that nobody kills ended with {status}")
         one = next(iter(whole.glob("lora_*")))
         pace = json.loads((one / METRICS_NAME).read_text().splitlines()[-2])["seconds"] / wanted.steps
@@ -163,10 +163,10 @@ def main() -> int:
             kills = ends["SIGKILL"]
             kind = rng.choices(("kill", "inside", "told"), (5, 3, 1))[0] if kills < wanted.kills else "free"
             point = rng.choice(POINTS) if kind == "inside" else ""
-            child = live(config, point)
+            child = live(config, point, random.Random(rng.random()))
             if kind in ("kill", "told"):
                 patience = pace * (wanted.steps - step) / max(1, wanted.kills - kills)
-                wait(child, killed, rng.uniform(0, 2 * patience), early=rng.random() < 0.2)
+                wait(child, killed, rng.uniform(0, 2 * patience), rng.uniform(0.1, 3) if rng.random() < 0.2 else 0)
                 number = signal.SIGKILL if kind == "kill" else rng.choice((signal.SIGTERM, signal.SIGUSR1))
                 os.kill(child, number)
             status = os.waitpid(child, 0)[1]
@@ -184,7 +184,7 @@ def main() -> int:
                 sys.exit(f"a life ended with {end}")
         runs = sorted(killed.glob("lora_*"))
         results = {
-            "one run folder": len(runs) == 1,
+            "one run folder": list(killed.glob("[!.]*")) == runs and len(runs) == 1,
             "adapter's bytes": same(one / adapter.FILE_NAME, runs[-1] / adapter.FILE_NAME),
             "best adapter's bytes": same(one / BEST_NAME, runs[-1] / BEST_NAME),
             "lines of metrics.jsonl": lines(one) == lines(runs[-1]),

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from lora_blip.files import make_whole, put_beside, remove
+from lora_blip.files import make_whole, put_beside, remove, sweep
 
 FOLDER, TENSORS, ABOUT, BEST = "checkpoints", "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
+REMEDY = "set TARGETS and R back, or RESUME to off"
 NAME = re.compile(r"(\d{6,})_step\d+")
 
 
@@ -52,6 +53,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any
     best: the adapter file to keep with it, if there is one.
     """
     there = _folders(run)
+    sweep(run / FOLDER)
     serial = int(there[-1].name.split("_")[0]) + 1 if there else 1
     folder = run / FOLDER / f"{serial:06d}_step{step}"
 
@@ -98,14 +100,19 @@ def read(folder: Path) -> Saved:
 
 
 def locate(path: Path) -> Saved:
-    """What RESUME names: a run's folder, or one of its checkpoints. Raises CheckpointError if there is none to go on from."""
-    if (path / ABOUT).is_file():
+    """What RESUME names: a run's folder, for its newest, or one of its checkpoints, to go back to it while it is there.
+
+    Raises CheckpointError if there is none to go on from.
+    """
+    one = path.parent.name == FOLDER and NAME.fullmatch(path.name)
+    if one and path.is_dir():
         return read(path)
-    if not path.is_dir():
-        raise CheckpointError(f"resume = {str(path)!r}: there is no such folder; give a run's, or one of its {FOLDER}/")
-    found, wrong = newest(path)
+    run = path.parent.parent if one else path
+    if not run.is_dir():
+        raise CheckpointError(f"resume = {str(path)!r}: there is no such folder; give a run's")
+    found, wrong = newest(run)
     if found is None:
-        why = "\n".join(wrong) or "it has no checkpoint: it is finished, or was never begun"
+        why = "\n".join(wrong) or "it has no checkpoint: it is finished, or is no run's folder"
         raise CheckpointError(f"resume = {str(path)!r}: {why}")
     return found
 
@@ -120,7 +127,7 @@ def take(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     found = tensors.get(name)
     if found is None or found.shape != like.shape:
         shape = "not there" if found is None else f"of shape {tuple(found.shape)}"
-        raise CheckpointError(f"{name!r} is {shape} in the checkpoint, and {tuple(like.shape)} here; it is another run's")
+        raise CheckpointError(f"{name!r} is {shape} in the checkpoint, and {tuple(like.shape)} here; {REMEDY}")
     return found
 
 

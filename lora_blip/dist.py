@@ -40,10 +40,6 @@ class Ranks:
         distributed.all_reduce(total)
         return total.tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds on one of the ranks at least."""
-        return self.sum(float(flag))[0] > 0
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order, on every rank."""
         if self.count == 1:

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from lora_blip import preflight
+from lora_blip import checkpoint, preflight
 from lora_blip.config import TrainConfig
 from lora_blip.dist import ALONE, Ranks
 from lora_blip.learner import Autocast, Update
@@ -32,7 +32,9 @@ def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | N
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
         return error
     side = task.backbone.image_processor.size
-    go_on = f"\nAll until then is saved; to go on from it: --resume {run.folder} --allow-changed" if run else ""
+    saved = checkpoint.newest(run.folder)[0] if run else None
+    step = saved.about["progress"]["step"] if saved else 0
+    go_on = f"\nSaved after step {step}; to go on from there: --resume {saved.run} --allow-changed" if saved else ""
     return TrainingError(
         f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of "
         f"{side['height']}×{side['width']}. Lower batch_size and raise accumulation by as much, for the same updates; or set "

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the 
 def write_whole(path: Path, content: bytes) -> None:
     """All of the file or none of it, whenever the machine stops: a temporary file, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _unfinished(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -25,9 +26,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """All of a folder or none of it: `fill` writes into a temporary one, which is synced, then renamed."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    remove(temporary)
+    """All of a folder or none of it: `fill` writes into a temporary one, which is synced, then renamed.
+
+    Raises OSError (EEXIST or ENOTEMPTY) if there is a folder of that name already, which is left as it is.
+    """
+    temporary = _unfinished(folder)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
@@ -44,8 +47,19 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 def remove(folder: Path) -> None:
     """Take a folder away so that half of it is never met under its own name."""
     if folder.exists():
-        doomed = folder if folder.name.startswith(".") else folder.replace(folder.with_name(f".{folder.name}.tmp"))
+        doomed = folder if folder.name.startswith(".") else folder.replace(_unfinished(folder))
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Take away what was left unfinished in a folder by processes that are dead: nobody else may be at work in it."""
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """A name beside the path that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def put_beside(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip import lora
-from lora_blip.checkpoint import CheckpointError, take
+from lora_blip.checkpoint import REMEDY, CheckpointError, take
 from lora_blip.data.batches import Slot
 from lora_blip.dist import ALONE, Ranks
 from lora_blip.tasks.task import Batch, Task
@@ -148,18 +148,26 @@ class Learner:
             kept = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer/{key}/{name}": value for key, value in kept.items()}
         step: dict[str, Any] = {}
+        progress = asdict(self.progress)
         if self.progress.slot:  # the ranks' sums differ until the last micro-batch of the step
             mine = {name: p.grad.cpu() for name, p in self.parameters.items() if p.grad is not None}
-            for rank, (gradients, loss) in enumerate(self.ranks.gather((mine, float(self.loss)))):
-                tensors |= {f"gradient/{rank}/{name}": value for name, value in gradients.items()}
-                step[f"loss.{rank}"] = loss
-            step |= {"count": self.count, "images": self.images}
-        about = {"progress": asdict(self.progress), "scaler": self.scaler.state_dict(), "step": step}
+            everyone = self.ranks.gather((mine, float(self.loss)))
+            if all(math.isfinite(loss) for _, loss in everyone):
+                for rank, (gradients, loss) in enumerate(everyone):
+                    tensors |= {f"gradient/{rank}/{name}": value for name, value in gradients.items()}
+                    step[f"loss.{rank}"] = loss
+                step |= {"count": self.count, "images": self.images}
+            else:
+                progress["slot"] = 0  # from its start again, so that the micro-batch to blame is met again
+        about = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
         return {name: value.cpu().contiguous() for name, value in tensors.items()}, about
 
     def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Take up what `state` gave. Raises CheckpointError, before anything is changed, if it is not of such a run."""
         parameters = {name: take(tensors, f"parameter/{name}", p) for name, p in self.parameters.items()}
+        others = [key for key in tensors if key.startswith("parameter/") and key.removeprefix("parameter/") not in parameters]
+        if others:
+            raise CheckpointError(f"the checkpoint has adapters on other modules too, {others[0]!r} among them; {REMEDY}")
         try:
             progress = Progress(**about["progress"])
             step, scaler = dict(about["step"]), dict(about["scaler"])

@@ -4,7 +4,7 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -59,7 +59,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     print(f"\n{targets.table(backbone.model)}\n")
-    identity = resume.identity(config, precision, backbone.model, training, validation, ranks.count)
+    identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
     if config.shard:
         sharding.shard(backbone, ranks.count)
 
@@ -77,64 +77,60 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)
-    saved, notes = ranks.first(resume.find(config, identity) if ranks.main else None)
+    saved, notes = ranks.first(resume.hold(config, identity, closing) if ranks.main else None)
     if saved:
         resume.take_up(learner, saved, identity)
     progress = learner.progress
     warmup, every = min(config.warmup_steps, progress.total // 5), config.validate_every or max(10, progress.total // 10)
-    # a score that cannot be had stops here, before anything is written
-    before = (
-        validate(task, held_out, autocast, config.best_by, sharers(config, ranks))
-        if held_out and progress.validated < 0
-        else {}
-    )
-    run = Run(config, learner, identity, saved)
+    heard = closing.enter_context(stop.heard())
+    before: dict[str, float] = {}
+    if held_out and progress.validated < 0:  # a score that cannot be had stops here, before anything is written
+        with_whom, leave = sharers(config, ranks), partial(leave_if_told, ranks, heard)
+        before = validate(task, held_out, autocast, config.best_by, with_whom, leave)
+    run = Run(config, learner, identity, closing, saved)
     print(*notes, run.line(len(training), len(validation), precision), sep="\n")
-    with stop.heard() as heard:
-        pause = partial(between, run, heard)
-        look = partial(validate_when_due, run, held_out, every, autocast, pause)
-        try:
-            look(before)
+    pause = partial(between, run, heard)
+    look = partial(validate_when_due, run, held_out, every, autocast, pause)
+    try:
+        look(before)
+        pause()
+        for slots, stacks in steps_left(batches, config.epochs, config.accumulation, progress, ranks):
+            micro_batches = [task.batch(stack) for stack in stacks]
+            learner.begin(micro_batches, slots)
+            for batch, slot in zip(micro_batches, slots, strict=True):
+                learner.accumulate(batch, slot, last=slot is slots[-1])
+                if slot is not slots[-1]:
+                    pause()
+            with learner.whole():
+                rate = learning_rate(progress.step, progress.total, warmup, config.lr)
+                update = learner.update(rate)
+                if update.skipped:
+                    run.log_skip(progress.step, progress.epoch, update, explain(update, task, micro_batches, autocast, ranks))
+                else:
+                    run.log_step(progress.step, progress.epoch, update, rate, learner.images)
+            if progress.skipped >= config.max_skipped:
+                raise TrainingError(
+                    f"{progress.skipped} steps in a row were not finite; lower lr, or use bf16 or fp32. {run.last_note}"
+                )
             pause()
-            for slots, stacks in steps_left(batches, config.epochs, config.accumulation, progress, ranks):
-                micro_batches = [task.batch(stack) for stack in stacks]
-                learner.begin(micro_batches, slots)
-                for batch, slot in zip(micro_batches, slots, strict=True):
-                    learner.accumulate(batch, slot, last=slot is slots[-1])
-                    if slot is not slots[-1]:
-                        pause()
-                with learner.whole():
-                    rate = learning_rate(progress.step, progress.total, warmup, config.lr)
-                    update = learner.update(rate)
-                    if update.skipped:
-                        run.log_skip(
-                            progress.step, progress.epoch, update, explain(update, task, micro_batches, autocast, ranks)
-                        )
-                    else:
-                        run.log_step(progress.step, progress.epoch, update, rate, learner.images)
-                if progress.skipped >= config.max_skipped:
-                    raise TrainingError(
-                        f"{progress.skipped} steps in a row were not finite; lower lr, or use bf16 or fp32. {run.last_note}"
-                    )
-                pause()
-                look()
-            look(at_the_end=True)
-            drift = merge_drift(task, first) if ranks.main and not config.shard else {}
-            path = run.save(progress.step, finished=True, merge_drift=drift)
-            ranks.wait()  # a rank that is lost before this has the run go on from its last checkpoint
-        except stop.Told as told:
-            raise told from None
-        except BaseException as error:  # an error, or a second Ctrl-C: what was learned is kept
-            heard.saving = True
-            if not isinstance(error, CheckpointError):  # there is no room for anything
-                rescue(run)
-            if isinstance(error, KeyboardInterrupt) or heard.signal:
-                raise SystemExit(stop.exit_code(heard.signal or signal.SIGINT)) from None
-            if isinstance(error, RuntimeError):
-                raise explained(error, config, task, run) from None
-            raise
-        finally:
-            run.close()
+            look()
+        look(at_the_end=True)
+        drift = merge_drift(task, first) if ranks.main and not config.shard else {}
+        path = run.save(progress.step, finished=True, merge_drift=drift)
+        ranks.wait()  # a rank that is lost before this has the run go on from its last checkpoint
+    except stop.Told:
+        raise
+    except BaseException as error:  # an error, or a second Ctrl-C: what was learned is kept
+        heard.saving = True
+        if not isinstance(error, CheckpointError):  # there is no room for anything
+            rescue(run)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(stop.INTERRUPTED) from None
+        if isinstance(error, RuntimeError):
+            raise explained(error, config, task, run) from None
+        raise
+    finally:
+        run.close()
     print(f"saved {path}", *filter(None, [run.best_line()]), sep="\n")
     if ranks.main:
         print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")
@@ -164,15 +160,26 @@ def steps_left(
 
 def between(run: Run, heard: Heard) -> None:
     """Between two micro-batches: make a checkpoint if it is time, or if the run was told to stop, which it then does."""
-    ranks = run.learner.ranks
-    due, told, by_user = ranks.sum(run.due, heard.signal != 0, heard.signal == signal.SIGINT)
-    if not (due or told):
+    due, *told = run.learner.ranks.sum(run.due, *signs(heard))
+    if not (due or any(told)):
         return
-    heard.saving = told > 0
+    heard.saving = any(told)
     run.checkpoint()
-    if told:
+    if any(told):
         run.save_unfinished()
-        raise stop.Told(stop.INTERRUPTED if by_user else stop.SAVED)
+        raise stop.Told(stop.INTERRUPTED if told[0] else stop.SAVED)
+
+
+def leave_if_told(ranks: Ranks, heard: Heard) -> None:
+    """Before there is a run: nothing is to be saved."""
+    told = ranks.sum(*signs(heard))
+    if any(told):
+        raise stop.Told(stop.INTERRUPTED if told[0] else stop.SAVED)
+
+
+def signs(heard: Heard) -> tuple[bool, bool]:
+    """Whether the user, and whether a scheduler, told this rank to stop."""
+    return heard.signal == signal.SIGINT, heard.signal not in (0, signal.SIGINT)
 
 
 def validate_when_due(
@@ -206,7 +213,8 @@ def rescue(run: Run) -> None:
             run.checkpoint()
         run.save_unfinished()
     except (OSError, CheckpointError, RuntimeError) as error:
-        print(f"what was learned since the last checkpoint could not be saved: {error}")
+        with suppress(OSError):
+            print(f"what was learned since the last checkpoint could not be saved: {error}")
 
 
 # ---------------------------------------------------------------- arithmetic

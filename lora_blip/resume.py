@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_blip import checkpoint
+from lora_blip import checkpoint, lock
 from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import TrainConfig
 from lora_blip.data.annotations import Example
 from lora_blip.learner import Learner
+from lora_blip.models import Backbone
 
 # settings that change no update; what model and annotations name is told by its content, wherever it lies
 FREE = (
     "model", "annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every", "tensorboard", "resume",
     "allow_changed", "checkpoint_seconds", "keep_checkpoints",
 )  # fmt: skip
+WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
+GLIMPSE = 4096  # bytes of an image, at three places
 SAMPLES = 16  # of every weight of the base, evenly spaced
 
 
 def identity(
-    config: TrainConfig, precision: str, model: nn.Module, training: list[Example], validation: list[Example], ranks: int
+    config: TrainConfig, precision: str, backbone: Backbone, training: list[Example], validation: list[Example], ranks: int
 ) -> dict[str, Any]:
     """All that decides a run's updates, in JSON: settings, digests of data and base, where and with what it computes."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    device = next(model.parameters()).device.type
     return settings | {
-        "device": device, "precision": precision, "processes": ranks, "torch": torch.__version__,
-        "training lines": _lines(training), "validation lines": _lines(validation), "base weights": weights_digest(model),
+        "device": backbone.device.type, "precision": precision, "processes": ranks, "torch": torch.__version__,
+        "training lines": _lines(training), "validation lines": _lines(validation),
+        "base weights": weights_digest(backbone.model), "base processors": _processors(backbone),
     }  # fmt: skip
 
 
@@ -41,7 +45,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changed = [name for name in now if then.get(name) != now[name]]
     return [
         f"{name} are not the same"
-        if name.endswith(("lines", "weights"))
+        if name.endswith(("lines", "weights", "processors"))
         else f"{name} was {then.get(name)!r} and is {now[name]!r}"
         for name in changed
     ]
@@ -67,26 +71,69 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
     return saved, [f"going on though {change}" for change in changed]
 
 
+def hold(config: TrainConfig, now: dict[str, Any], held: ExitStack) -> tuple[Saved | None, list[str]]:
+    """What `find` gives, in a folder that no other process can write into from now on, until `held` is closed.
+
+    Raises LockedError if one does, and CheckpointError if one has just finished the run.
+    """
+    saved, notes = find(config, now)
+    if saved is None:
+        return saved, notes
+    held.enter_context(lock.held(saved.run))
+    named = Path(config.resume) == saved.folder
+    again = checkpoint.read(saved.folder) if named else checkpoint.newest(saved.run)[0]  # what was read without the lock is old
+    if again is None:
+        raise CheckpointError(f"another process has just finished {saved.run}; start again for a new run")
+    return again, notes
+
+
 def _newest_of(output_dir: Path, now: dict[str, Any], allow_changed: bool) -> tuple[Saved | None, list[str]]:
+    """The newest that is the same run; else, if that is allowed, the newest of all."""
     notes: list[str] = []
+    others: list[tuple[Saved, list[str]]] = []
     there = output_dir.glob(f"[!.]*/{checkpoint.FOLDER}")  # what begins with a dot was never finished being made
     for folder in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
         saved, wrong = checkpoint.newest(folder.parent)
         notes += wrong
-        changed = differences(saved.about.get("identity", {}), now) if saved else []
-        if saved and (not changed or allow_changed):
-            return saved, [*notes, *(f"going on though {change}" for change in changed)]
-        if saved:
-            notes.append(f"{folder.parent} was interrupted, and is another run: {'; '.join(changed)}")
-    return None, notes
+        if saved is None or saved.about["run"]["name"] != folder.parent.name:  # a copy, somebody's backup
+            continue
+        changed = differences(saved.about.get("identity", {}), now)
+        if not changed:
+            return saved, notes
+        others.append((saved, changed))
+    if others and allow_changed:
+        saved, changed = others[0]
+        return saved, [*notes, *(f"going on though {change}" for change in changed)]
+    return None, [*notes, *(f"{s.run} was interrupted, and is another run: {'; '.join(changed)}" for s, changed in others)]
 
 
 def _lines(examples: Iterable[Example]) -> str:
-    """SHA-256 of what the lines say, in their order, and of the size of each image."""
+    """SHA-256 of what the lines say, in their order, and of each image's size, first, middle and last bytes."""
     digest = hashlib.sha256()
+    known: dict[Path, list[str]] = {}
     for e in examples:
-        digest.update(json.dumps([e.name, e.text, e.question, e.answers, e.image.stat().st_size]).encode())
+        if e.image not in known:
+            known[e.image] = _glimpse(e.image)
+        digest.update(json.dumps([e.name, e.text, e.question, e.answers, *known[e.image]]).encode())
     return digest.hexdigest()
+
+
+def _glimpse(image: Path) -> list[str]:
+    size = image.stat().st_size
+    with image.open("rb") as file:
+        parts = [file.read(GLIMPSE) for place in (0, size // 2, max(0, size - GLIMPSE)) if file.seek(place) == place]
+    return [str(size), *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
+
+
+def _processors(backbone: Backbone) -> str:
+    """SHA-256 of how pictures become pixels and texts become tokens, and of the model's own settings."""
+    config = backbone.model.config.to_dict()
+    pieces = [
+        {key: value for key, value in config.items() if key not in WHEREABOUTS},
+        {key: value for key, value in backbone.image_processor.to_dict().items() if key not in WHEREABOUTS},
+        backbone.tokenizer.get_vocab(),
+    ]
+    return hashlib.sha256(json.dumps(pieces, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:

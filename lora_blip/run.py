@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip import adapter, checkpoint, lock
 from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
-from lora_blip.files import FULL, make_whole, write_whole
+from lora_blip.files import FULL, make_whole, sweep, write_whole
 from lora_blip.learner import Learner, Update
 
 BEST_NAME, METRICS_NAME = "best.safetensors", "metrics.jsonl"
@@ -37,7 +37,9 @@ class Run:
     writes; the others keep count. Raises LockedError if another process writes into the folder.
     """
 
-    def __init__(self, config: TrainConfig, learner: Learner, about: dict[str, Any], saved: Saved | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, learner: Learner, about: dict[str, Any], held: ExitStack, saved: Saved | None = None
+    ) -> None:
         self.config, self.learner, self.identity, self.main = config, learner, about, learner.ranks.main
         self.best = Best(config.best_by)
         self.images = 0
@@ -52,14 +54,23 @@ class Run:
             total=learner.progress.total, initial=learner.progress.step, unit="step", disable=None if self.main else True,
             dynamic_ncols=True,
         )  # fmt: skip
+        if saved:
+            self._remember(saved.about["run"])
         if self.main:
-            self._open(saved)
-
-    def _open(self, saved: Saved | None) -> None:
-        if not saved:  # with its first checkpoint in it: a folder that is there can be gone on with
             with room_for(self.folder):
-                make_whole(self.folder, self._begin)
-        self.closing.enter_context(lock.held(self.folder))
+                self._open(saved, held)
+        self.folder = learner.ranks.first(self.folder)
+
+    def _remember(self, about: dict[str, Any]) -> None:
+        """On every rank, since all decide together when to stop."""
+        self.last, best = about["last"], about["best"]
+        if best["by"] == self.best.by:  # else the scores of before are of another kind
+            self.best = Best(best["by"], best["step"], best["stale"], (best["rank"][0], best["rank"][1]))
+
+    def _open(self, saved: Saved | None, held: ExitStack) -> None:
+        if not saved:
+            self._make()
+            held.enter_context(lock.held(self.folder))
         metrics = self.folder / METRICS_NAME
         if saved:
             self._take_up(saved, metrics)
@@ -68,6 +79,17 @@ class Run:
         if self.config.tensorboard:
             self.board = summary_writer()(self.folder, purge_step=self.learner.progress.step + 1 if saved else None)
             self.closing.callback(self.board.close)
+
+    def _make(self) -> None:
+        """The folder with its first checkpoint in it: one that is there can be gone on with."""
+        while True:
+            try:
+                make_whole(self.folder, self._begin)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                self.folder = fresh(self.folder)  # another run began in the same second
 
     def _begin(self, folder: Path) -> None:
         (folder / "config.json").write_bytes(self._settings())
@@ -80,14 +102,12 @@ class Run:
     def _take_up(self, saved: Saved, metrics: Path) -> None:
         """Everything as it was at the checkpoint; what came after it is made again."""
         about = saved.about["run"]
-        if not saved.folder.exists():  # between our reading it and our lock on the folder
-            raise CheckpointError(f"another process went on with {self.folder} in the meantime; start again")
+        sweep(self.folder)
+        metrics.touch()
         if metrics.stat().st_size < about["metrics"]:
             print(f"warning: lines of {metrics} are gone since the checkpoint was made")
         os.truncate(metrics, min(about["metrics"], metrics.stat().st_size))
         self.started -= about["seconds"]
-        self.last, best = about["last"], about["best"]
-        self.best = Best(best["by"], best["step"], best["stale"], (best["rank"][0], best["rank"][1]))
         kept = saved.folder / checkpoint.BEST
         if kept.exists():
             write_whole(self.folder / BEST_NAME, kept.read_bytes())
@@ -139,8 +159,14 @@ class Run:
     def save_unfinished(self) -> None:
         """The adapter as it is, to try out; the run goes on from its checkpoint."""
         step, total = self.learner.progress.step, self.learner.progress.total
-        saved = f" its adapter so far is {self.save(step, finished=False)};" if step else ""
-        print(f"\nstopped after {step} of {total} steps;{saved} the same settings again go on with it")
+        saved = ""
+        if step:
+            try:
+                saved = f" its adapter so far is {self.save(step, finished=False)};"
+            except adapter.AdapterError as error:  # one that says nothing, or NaN
+                saved = f" its adapter is not saved: {error};"
+        with suppress(OSError):  # a terminal that is gone
+            print(f"\nstopped after {step} of {total} steps;{saved} the same settings again go on with it")
 
     def line(self, training: int, validation: int, precision: str) -> str:
         """One line of what is going to be done."""
@@ -181,13 +207,21 @@ class Run:
         self.checkpointed = time.perf_counter()
         about["identity"] = self.identity
         seconds = self.checkpointed - self.started
-        about["run"] = {"metrics": metrics, "seconds": seconds, "last": self.last, "best": asdict(self.best)}
+        about["run"] = {
+            "name": self.folder.name,
+            "metrics": metrics,
+            "seconds": seconds,
+            "last": self.last,
+            "best": asdict(self.best),
+        }
         step = self.learner.progress.step
         checkpoint.write(folder, step, tensors, about, folder / BEST_NAME, self.config.keep_checkpoints)
 
     def done(self) -> None:
         """The run is finished, and is never gone on with."""
         if self.main:
+            with (self.folder / METRICS_NAME).open("rb") as metrics:
+                os.fsync(metrics.fileno())
             checkpoint.forget(self.folder)
 
     def best_line(self) -> str:
@@ -245,8 +279,8 @@ def room_for(folder: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise CheckpointError(
-            f"no room left to write in {folder} ({error.strerror}). Its checkpoints before this one are whole: free some "
-            "space, then start again with the same settings, and the run goes on"
+            f"no room left to write in {folder} ({error.strerror}). Checkpoints that are there already are whole: free some "
+            "space, then start again with the same settings, to go on from the newest"
         ) from None
 
 

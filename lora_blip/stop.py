@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -23,10 +23,11 @@ class Heard:
     def note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal and not self.saving:
             raise KeyboardInterrupt
-        if not self.signal:
+        first, self.signal = not self.signal, self.signal or number
+        if first:
             said = "stopping when this batch is done; Ctrl-C again stops at once" if number == signal.SIGINT else "stopping"
-            os.write(2, f"\n{signal.Signals(number).name}: {said}\n".encode())  # print may be in the middle of a line
-        self.signal = self.signal or number
+            with suppress(OSError):  # whoever reads may have been stopped too; print may be in the middle of a line
+                os.write(2, f"\n{signal.Signals(number).name}: {said}\n".encode())
 
 
 @contextmanager

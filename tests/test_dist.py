@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,12 @@ from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.batches import slots_of_steps
 from lora_blip.learner import Learner
 from lora_blip.loop import train
+from lora_blip.run import Run
 from tests.conftest import WHOLE
-from tests.test_loop import metrics_of
+from tests.test_loop import before_each_step, metrics_of, score
 from tests.test_resume import assert_same, config_of, elsewhere, only_run
+
+LONGEST = 90  # seconds that processes may take before they count as stuck
 
 
 def among(count: int, act: Callable[[], object]) -> list[int]:
@@ -37,7 +41,21 @@ def among(count: int, act: Callable[[], object]) -> list[int]:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             _end(act)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return _ends(children)
+
+
+def _ends(children: list[int]) -> list[int]:
+    """Their exit codes; those that are stuck are killed after a while."""
+    deadline, codes = time.monotonic() + LONGEST, {}
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
 
 
 def _end(act: Callable[[], object]) -> None:
@@ -130,6 +148,29 @@ def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, 
     assert len(gradients[0]) == len(gradients[1]) > 0
     with pytest.raises(CheckpointError, match="processes was 2 and is 1"):
         train(replace(elsewhere(config), resume=str(saved.run)))
+    assert among(2, lambda: train(elsewhere(config))) == [0, 0]
+    assert_same(finished(config), finished(elsewhere(config)))
+
+
+def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeypatch):
+    """What each counts of the validations without a better score is gone on with on all of them."""
+    scores = [score(9), score(2, 0.5), *[score(3, 0.5)] * 9]
+    real = Run.log_validation
+    monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
+    config = config_of(checkpoints, tmp_path, epochs=9, validate_every=1, patience=4, accumulation=1, checkpoint_seconds=1e9)
+    assert among(2, lambda: train(config)) == [0, 0]
+    assert metrics_of(finished(config))[-1]["step"] == 5
+
+    def stopped() -> None:
+        def tell(count: int, _: Learner) -> None:
+            if count == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch:
+            before_each_step(patch, tell)
+            train(elsewhere(config))
+
+    assert among(2, stopped) == [75, 75]
     assert among(2, lambda: train(elsewhere(config))) == [0, 0]
     assert_same(finished(config), finished(elsewhere(config)))
 

@@ -1,5 +1,6 @@
 """A run that dies goes on as though it had not: N + M steps == N steps, SIGKILL anywhere, resume, M steps, bit for bit."""
 
+import errno
 import json
 import os
 import pickle
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lora_blip import adapter, checkpoint, lock, loop, stop
+from lora_blip import adapter, checkpoint, lock, loop, resume, stop
 from lora_blip.checkpoint import ABOUT, TENSORS, CheckpointError
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.faults import TrainingError
@@ -206,6 +208,7 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
     """In the middle of an accumulation: the gradients so far are kept, nothing is computed twice."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
+    before = signal.getsignal(number)
     done = []
     real = Learner.accumulate
 
@@ -227,7 +230,7 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
         assert adapter.read(run / adapter.FILE_NAME).about["training"]["finished"] is False
         assert_same(whole, train(elsewhere(config)))
     assert len(done) == 14  # two epochs of seven
-    assert signal.getsignal(number) is not accumulate
+    assert signal.getsignal(number) is before
 
 
 def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoints, tmp_path, capfd):
@@ -368,6 +371,7 @@ def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_pa
         ({"seed": 7}, "seed was 0 and is 7"),
         ({"precision": "bf16"}, "precision was 'fp32' and is 'bf16'"),
         ({"model": str(checkpoints["opt"])}, "base weights are not the same"),
+        ({"model": str(other_pixels(checkpoints["blip"], tmp_path / "base"))}, "base processors are not the same"),
     ):
         with pytest.raises(CheckpointError, match=message):
             train(replace(here, **changes))
@@ -380,6 +384,17 @@ def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_pa
     assert "was interrupted, and is another run: epochs was 2 and is 1" in capsys.readouterr().out
     train(replace(here, allow_changed=True))
     assert "going on though" in capsys.readouterr().out
+
+
+def other_pixels(checkpoint: Path, folder: Path) -> Path:
+    """The same weights with another mean of their pixels."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "preprocessor_config.json"
+    file = file if file.exists() else folder / "processor_config.json"
+    about = json.loads(file.read_text())
+    about.get("image_processor", about)["image_mean"] = [0.1, 0.2, 0.3]
+    file.write_text(json.dumps(about))
+    return folder
 
 
 def test_data_and_base_may_move_and_workers_may_change(checkpoints, tmp_path):
@@ -448,6 +463,162 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
     assert older.parent.parent == path.parent
 
 
+def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints, tmp_path, monkeypatch):
+    """The second makes its folder while the first does: each has its own settings in it, and ends as if alone."""
+    config = config_of(checkpoints, tmp_path, epochs=1)
+    alone = train(elsewhere(replace(config, seed=2), "alone"))
+    real = Run._begin
+
+    def begin(run: Run, folder: Path) -> None:
+        real(run, folder)
+        monkeypatch.setattr(Run, "_begin", real)
+        finished.append(train(replace(config, seed=2)))
+
+    finished: list[Path] = []
+    monkeypatch.setattr("lora_blip.run.run_name", lambda *_: "lora_same")
+    monkeypatch.setattr(Run, "_begin", begin)
+    first = train(config)
+    assert first.parent != finished[0].parent
+    for path, seed in ((first, 0), (finished[0], 2)):
+        assert json.loads((path.parent / "config.json").read_text())["seed"] == seed
+    assert_same(alone, finished[0])
+
+
+def test_a_checkpoint_is_chosen_under_the_lock(checkpoints, tmp_path, monkeypatch):
+    """Another process makes newer ones between our look and our lock: the newest is gone on with; if it finishes, we say so."""
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    with killed_at(3):
+        train(elsewhere(config))
+    stale = checkpoint.newest(only_run(elsewhere(config)))[0]
+    with killed_at(6):
+        train(elsewhere(config))
+    assert stale is not None and not stale.folder.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "find", lambda *_: (stale, []))
+        assert_same(whole, train(elsewhere(config)))
+        with pytest.raises(CheckpointError, match="has just finished"):
+            train(elsewhere(config))
+
+
+def test_a_backup_is_not_gone_on_with(checkpoints, tmp_path):
+    """A copy of an interrupted run beside it, though it is newer."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    shutil.copytree(run, run.with_name("backup"))
+    kept = {path: path.read_bytes() for path in run.with_name("backup").rglob("*") if path.is_file()}
+    assert train(config).parent == run and kept == {path: path.read_bytes() for path in kept}
+
+
+def test_an_exact_run_is_preferred_to_a_newer_one_that_changed(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path)
+    for seed in (0, 5):
+        with killed_at(4):
+            train(replace(config, seed=seed, resume="off"))
+    assert json.loads((train(replace(config, allow_changed=True)).parent / "config.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("changes", [{"best_by": "loss"}, {"targets": "text"}, {"r": 4}, {"targets": "vit.mlp"}])
+def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path, changes):
+    """Another score is judged anew; adapters on other modules or of another rank cannot be gone on with."""
+    config = config_of(checkpoints, tmp_path, best_by="exact_match")
+    with killed_at(6):
+        train(config)
+    changed = replace(config, allow_changed=True, resume=str(only_run(config)), **changes)
+    if "best_by" in changes:
+        assert train(changed).parent == only_run(config)
+    else:
+        with pytest.raises(CheckpointError, match="set TARGETS and R back, or RESUME to off"):
+            train(changed)
+
+
+def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, monkeypatch):
+    """fp16: a scale that halved and is about to grow again, in step with the run that was not killed."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: real(device, 2.0**24, enabled=enabled, growth_interval=3)
+    )
+    config = config_of(checkpoints, tmp_path, precision="fp16", max_skipped=40, epochs=6, patience=0)
+    whole = train(config)
+    scales = [entry["loss_scale"] for entry in metrics_of(whole) if "loss" in entry]
+    assert len(set(scales)) > 1
+    with killed_at(30):
+        train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkpoints, tmp_path, monkeypatch):
+    """The micro-batch that was not finite came before the kill, in the same step."""
+    real = Learner.accumulate
+
+    def accumulate(learner: Learner, batch: object, slot: Any, last: bool) -> None:
+        layer = learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1
+        sound, poisoned = layer.weight.data.clone(), (learner.progress.epoch, slot.number) == (0, 3)
+        if poisoned:
+            layer.weight.data.fill_(3e38)
+        real(learner, batch, slot, last)
+        layer.weight.data.copy_(sound)
+
+    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    with killed_at(6):
+        train(elsewhere(config))
+    path = train(elsewhere(config))
+    assert any("skipped" in entry for entry in metrics_of(whole))
+    assert_same(whole, path)
+
+
+@pytest.mark.parametrize("when", ["signal", "error after a signal"])
+def test_what_could_not_be_saved_is_never_called_saved(checkpoints, tmp_path, monkeypatch, when):
+    """SIGTERM and then a full disk, or an error in the update: the error is told, not exit 75."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    real = Learner.accumulate
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        real(learner, *rest, **named)
+        if (learner.progress.step, learner.progress.slot) == (0, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            if when == "signal":
+                monkeypatch.setattr(checkpoint, "make_whole", full)
+            else:
+                monkeypatch.setattr(Learner, "update", raising(ZeroDivisionError))
+
+    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    with pytest.raises(CheckpointError if when == "signal" else ZeroDivisionError):
+        train(config)
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatch):
+    """`train.py | tee log` and Ctrl-C: nobody reads what the run says any more, and it saves all the same."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    real = os.write
+
+    def broken(handle: int, content: bytes) -> int:
+        if handle == 2:
+            raise BrokenPipeError
+        return real(handle, content)
+
+    def interrupt(count: int, _: Learner) -> None:
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "write", broken)
+        before_each_step(patch, interrupt)
+        train(elsewhere(config))
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and saved.about["progress"]["step"] == 3
+    assert_same(whole, train(elsewhere(config)))
+
+
 def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(checkpoints, tmp_path):
     """Its first checkpoint is whole, but the folder had not got its name yet."""
     config = config_of(checkpoints, tmp_path)
@@ -474,6 +645,7 @@ def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):
 HOLD = """
 import os, sys, time
 from pathlib import Path
+from typing import Any
 from lora_blip import lock
 with lock.held(Path(sys.argv[1])):
     child = os.fork()  # a loader worker, which outlives a killed parent for a while
@@ -542,7 +714,7 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     said = capfd.readouterr().err
-    assert f"no room left to write in {only_run(again)}" in said and "before this one are whole" in said
+    assert f"no room left to write in {only_run(again)}" in said and "that are there already are whole" in said
     folders = sorted((only_run(again) / checkpoint.FOLDER).iterdir())
     assert len(folders) == 2 and all(checkpoint.read(folder) for folder in folders)
     assert_same(whole, train(again))
