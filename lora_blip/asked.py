@@ -1,19 +1,28 @@
 """What is asked of which image: questions, texts to rank and known answers, from settings and files."""
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from lora_blip.config import ConfigError
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
+from lora_blip.data.streams import example_of
 from lora_blip.tasks.task import Task
 
 FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 
 
-def example_of(image: str | Path, question: str = "") -> Example:
-    return Example(Path(image), "", str(image), 0, question=question)
+@dataclass(frozen=True)
+class Questioned:
+    """One question of every image, gone through as often as the images are."""
+
+    images: Iterable[Example]
+    question: str
+
+    def __iter__(self) -> Iterator[Example]:
+        return (replace(example, question=self.question) for example in self.images)
 
 
 def read_texts(texts: str) -> list[str]:
@@ -31,9 +40,12 @@ def read_texts(texts: str) -> list[str]:
 
 
 def asked(
-    task: Task, images: list[Path], question: str, references: dict[Path, list[Example]], texts: list[str]
-) -> list[Example]:
-    """What is asked of which image. ConfigError when the task needs a question or texts, and there are none."""
+    task: Task, images: Iterable[Example], question: str, references: dict[Path, list[Example]], texts: list[str]
+) -> Iterable[Example]:
+    """What is asked of which image: a list where a file says it, else one by one as the images come.
+
+    ConfigError when the task needs a question or texts, and there are none.
+    """
     for text in texts:
         if reason := task.check(replace(example_of("", "?"), text=text, answers=(text,))):
             raise ConfigError(f"texts: {reason}")
@@ -42,38 +54,52 @@ def asked(
     if task.name != "vqa" and question:
         raise ConfigError(f"question = {question!r}: the task is {task.name}, which asks none; set TASK (or --task) to vqa")
     if task.name != "vqa":
-        return [example_of(image) for image in images]
-    if is_file(question, "question"):
-        found = [example for some in read_references(question, "", images).values() for example in some]
-    elif question:
-        found = [example_of(image, annotations.plain(question)) for image in images]
-    else:
-        found = [example for some in references.values() for example in some]
+        return images
+    if question and not is_file(question, "question"):
+        question = annotations.plain(question)
+        refuse_questions(task, [example_of("", question)])
+        return Questioned(images, question)
+    lines = read_references(question, "", images) if question else references
+    found = list({task.subject(example): example for some in lines.values() for example in some}.values())
     if not found:
         raise ConfigError("there is no question; give one for every image (QUESTION, or --question), or a file of lines")
-    found = list({task.subject(example): example for example in found}.values())
-    for example in found:
+    refuse_questions(task, found)
+    return found
+
+
+def refuse_questions(task: Task, examples: list[Example]) -> None:
+    """ConfigError for a question that cannot be asked."""
+    for example in examples:
         if not example.question:
             raise ConfigError(f"line {example.line} of the questions has no question")
         if reason := cast(Any, task).check_question(example):
             raise ConfigError(f"question {example.question!r}: {reason}")
-    return found
 
 
-def read_references(source: str, root: str, images: list[Path]) -> dict[Path, list[Example]]:
-    """Image → its lines in an annotations file, for the images that are looked at. DataError if there is none."""
+def read_references(source: str, root: str, images: Iterable[Example]) -> dict[Path, list[Example]]:
+    """Image → its lines in an annotations file, for the images that are looked at. DataError if there is none.
+
+    What is kept grows with the file, not with the images.
+    """
     if not source:
         return {}
     examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
     if problems:
         print(f"{source}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    wanted = {image.resolve(): image for image in images}
+    places = {example.image: example.image.resolve() for example in examples}
+    known = set(places.values())
+    wanted: dict[Path, Path] = {}
+    looked_at = 0
+    for image in images:
+        looked_at += 1
+        if (place := image.image.resolve()) in known:
+            wanted[place] = image.image
     found: dict[Path, list[Example]] = {}
     for example in examples:
-        if image := wanted.get(example.image.resolve()):
-            found.setdefault(image, []).append(replace(example, image=image))
+        if path := wanted.get(places[example.image]):
+            found.setdefault(path, []).append(replace(example, image=path))
     if not found:
-        raise annotations.DataError(f"{source} has a line for none of the {len(images)} images; compare the paths")
+        raise annotations.DataError(f"{source} has a line for none of the {looked_at} images; compare the paths")
     return found
 
 

@@ -14,6 +14,9 @@ from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
 
+# what a dead peer leaves in an error
+LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
+
 
 @dataclass(frozen=True)
 class Ranks:

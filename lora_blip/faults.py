@@ -7,14 +7,11 @@ import torch
 
 from lora_blip import checkpoint, preflight
 from lora_blip.config import TrainConfig
-from lora_blip.dist import ALONE, Ranks
+from lora_blip.dist import ALONE, LOST, Ranks
 from lora_blip.learner import Autocast, Update
 from lora_blip.models import first_line
 from lora_blip.run import Run
 from lora_blip.tasks.task import Batch, Task
-
-# what a dead peer leaves
-LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
 
 
 class TrainingError(RuntimeError):

@@ -1,66 +1,90 @@
 """Inference in batches: images → captions, answers or ranked texts, printed, written, and scored where references are given."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import datetime
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from tqdm import tqdm  # comes with transformers
 
-from lora_blip import adapter, lora
+from lora_blip import adapter, dist, done, lora, output, stop
 from lora_blip.adapter import Adapter
-from lora_blip.asked import asked, example_of, read_references, read_texts
-from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, refuse_unwritable
+from lora_blip.asked import asked, read_references, read_texts
+from lora_blip.bulk import Found, Rounds, Screen, on_main
+from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
 from lora_blip.data.annotations import Example
-from lora_blip.data.images import find_images
+from lora_blip.data.streams import Images, example_of
+from lora_blip.dist import Ranks
 from lora_blip.loop import seed_everything
 from lora_blip.models import Backbone, open_backbone
-from lora_blip.prediction import Prediction, line_of, printed, report
-from lora_blip.run import fresh
+from lora_blip.output import Output
+from lora_blip.prediction import Prediction, report
 from lora_blip.runner import Runner
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Generation, Task
-
-FILE_NAME = "predictions.jsonl"
 
 
 def infer(config: InferConfig) -> Path:
     """Caption, answer or rank as `config` says; returns the path of predictions.jsonl, a line an image and question.
 
-    Raises ConfigError, ModelError, AdapterError, ImageError or DataError before any image is looked at.
+    Images that cannot be read have their line in errors.jsonl. However a run ended, the same settings and output_dir go
+    on with it. Nothing is kept of an image but, where `compare` asks for it, what the base said. Raises ConfigError,
+    ModelError, AdapterError, ImageError or DataError before any image is looked at; ConfigError on a full disk; and
+    stop.Told after Ctrl-C or a scheduler's signal, when the batch under way is written.
     """
+    with dist.joined() as ranks, ExitStack() as closing:
+        return infer_among(ranks, config, closing)
+
+
+def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
+    """The run, as one of torchrun's processes or alone. The main one reads the source and writes."""
     seed_everything(config.seed)
-    images = find_images(config.images)
+    images = Images(config.images)
     references = read_references(config.references, config.image_root, images)
     texts = read_texts(config.texts)
     wanted = wanted_adapter(config.adapter)
-    output = output_file(config.output_dir)  # refused now if it exists; made when there is something to write
+    # refused now if it is taken; made when there is something to write
+    folder: Path = ranks.first(on_main(ranks, lambda: output.folder_of(config, ranks.count)))
+    config = replace(config, device=ranks.device(config.device))
     task, precision = open_task(config, wanted)
     examples = asked(task, images, config.question, references, texts)
-    print(described(task, wanted, len(examples), precision))
+    what = output.identity(config, task, wanted, precision)
 
-    base: dict[Any, Prediction] = {}
+    heard = closing.enter_context(stop.heard())
+    out: Output = on_main(ranks, lambda: closing.enter_context(output.opened(folder, what, config.resume)))
+    count = sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0
+    print(described(task, wanted, count, precision), f"{folder}: {out.greeting() if out else ''}", sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
+    rounds = Rounds(ranks, runner, config.seed, heard, out)
+    base: dict[int, str] = {}
     if config.compare and wanted:
-        base = {task.subject(e): p for e, p in progress(predictions(runner, examples, texts), len(examples), "base")}
+        with Screen("base", count, out) as screen:
+            rounds.run(examples, Saying(texts), partial(keep, base, screen))
     if wanted:
         put_on(task := runner.task, wanted, config.merge)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
-    said: dict[Any, Prediction] = {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # a line is on the disk as soon as it is printed; names that are no Unicode become JSON's escapes
-    with output.open("x", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
-        for example, prediction in progress(predictions(runner, examples, texts), len(examples), task.name):
-            key = task.subject(example)
-            said[key] = prediction
-            file.write(json.dumps(line_of(prediction, base.get(key)), ensure_ascii=False) + "\n")
-            tqdm.write(printed(prediction, base.get(key)))
-    report(task, references, ({"base": base} if base else {}) | {"adapted" if wanted else "base": said})
-    print(f"wrote {output}")
-    return output
+    with Screen(task.name, count, out) as screen:
+        rounds.run(examples, Saying(texts), partial(write, out, base, screen))
+    if ranks.main:
+        out.finish()
+        if references:
+            report(task, references, done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base"))
+        print(out.farewell())
+    return folder / output.FILE_NAME
+
+
+def keep(base: dict[int, str], screen: Screen, found: Found) -> None:
+    """What the base says, to stand beside what it says with the adapter."""
+    base |= {done.key_of(example): said.text for example, said in found if isinstance(said, Prediction)}
+    screen.move(found)
+
+
+def write(out: Output, base: dict[int, str], screen: Screen, found: Found) -> None:
+    out.write(found, base)
+    screen.show(found, base)
 
 
 # ---------------------------------------------------------------- from your own Python
@@ -125,21 +149,29 @@ def predictions(
     runner: Runner, examples: Iterable[Example], texts: list[str] | None = None
 ) -> Iterator[tuple[Example, Prediction]]:
     """Each example with what the task says of it, or with the texts ranked where there are some."""
-    if texts:
-        read: Any = None
+    return runner.run(examples, Saying(texts or []))
 
-        def rank(task: Task, pictures: Tensor, some: list[Example]) -> Tensor:
-            nonlocal read
-            read = task.read(texts) if read is None else read
-            return task.rank(pictures, some, read).cpu()
 
-        found = runner.run(examples, rank)
-        for example, row in found:
-            order = sorted(zip(texts, row.tolist(), strict=True), key=lambda pair: -pair[1])
-            yield example, Prediction(example.image, order[0][0], example.question, order)
-        return
-    for example, text in runner.run(examples, lambda task, pictures, some: task.predict(pictures, some)):
-        yield example, Prediction(example.image, text, example.question)
+class Saying:
+    """What a batch is asked: a text each, or, where there are texts, those ranked; they are read once."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+        self.read: Any = None
+        self.device: Any = None  # where they were read
+
+    def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        """pictures: (images, 3, H, W)"""
+        if not self.texts:
+            texts = task.predict(pictures, examples)
+            return [Prediction(e.image, text, e.question) for e, text in zip(examples, texts, strict=True)]
+        if self.device != task.backbone.device:
+            self.read, self.device = task.read(self.texts), task.backbone.device
+        rankings = [self._order(row) for row in task.rank(pictures, examples, self.read).cpu().tolist()]
+        return [Prediction(e.image, order[0][0], e.question, order) for e, order in zip(examples, rankings, strict=True)]
+
+    def _order(self, row: list[float]) -> list[tuple[str, float]]:
+        return sorted(zip(self.texts, row, strict=True), key=lambda pair: -pair[1])
 
 
 # ---------------------------------------------------------------- set-up
@@ -193,17 +225,6 @@ def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConf
     return task
 
 
-def output_file(output_dir: str) -> Path:
-    """predictions.jsonl in a folder; what is there already is never written over."""
-    if not output_dir:
-        return fresh(adapter.RUNS / f"predictions_{datetime.now():%Y%m%d_%H%M%S}") / FILE_NAME
-    refuse_unwritable(output_dir)
-    path = Path(output_dir) / FILE_NAME
-    if path.exists():
-        raise ConfigError(f"{path} exists already; give another output_dir, or leave it empty for a new folder")
-    return path
-
-
 def described(task: Task, wanted: Adapter | None, count: int, precision: str) -> str:
     """One line: what is asked, which adapter, of which base, trained how far."""
     what = f"{task.name}: {count} to do"
@@ -213,7 +234,3 @@ def described(task: Task, wanted: Adapter | None, count: int, precision: str) ->
     unfinished = "" if training.get("finished", True) else ", stopped before its end"
     steps = training.get("steps", "?")
     return f"{what}, {task.backbone.name} with {wanted.path} ({steps} steps{unfinished}), {precision}"
-
-
-def progress(found: Iterable[Any], count: int, name: str) -> Iterable[Any]:
-    return tqdm(found, total=count, desc=name, unit="image", disable=None, dynamic_ncols=True)

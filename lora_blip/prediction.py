@@ -19,24 +19,25 @@ class Prediction:
     ranking: Ranking = field(default_factory=list)  # where texts were ranked
 
 
-def line_of(prediction: Prediction, base: Prediction | None) -> dict[str, Any]:
+def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
+    """A line of predictions.jsonl; `base` is what the model said without the adapter."""
     line: dict[str, Any] = {"image": str(prediction.image)}
     if prediction.question:
         line["question"] = prediction.question
     line["text"] = prediction.text
-    if base:
-        line["base_text"] = base.text
+    if base is not None:
+        line["base_text"] = base
     if prediction.ranking:
         line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKS_KEPT]]
     return line
 
 
-def printed(prediction: Prediction, base: Prediction | None) -> str:
+def printed(prediction: Prediction, base: str | None = None) -> str:
     rows = [("Image", str(prediction.image))]
     if prediction.question:
         rows.append(("Question", prediction.question))
-    if base:
-        rows.append(("Base", base.text))
+    if base is not None:
+        rows.append(("Base", base))
     if prediction.ranking:
         rows += [("Fits" if not n else "", f"{p:6.1%}  {text}") for n, (text, p) in enumerate(prediction.ranking[:3])]
     else:
@@ -45,7 +46,7 @@ def printed(prediction: Prediction, base: Prediction | None) -> str:
     return lines.encode("utf-8", "replace").decode()  # file names need not be Unicode
 
 
-def report(task: Task, references: dict[Path, list[Example]], found: dict[str, dict[Any, Prediction]]) -> None:
+def report(task: Task, references: dict[Path, list[Example]], found: dict[str, dict[Any, str]]) -> None:
     """How right the texts are, over all that have references and, where the references name groups, over each group.
 
     found: "base" and "adapted", or one of them → what was said of each subject.
@@ -54,7 +55,7 @@ def report(task: Task, references: dict[Path, list[Example]], found: dict[str, d
     known = (e for some in references.values() for e in some if (e.answers if task.name == "vqa" else e.text))
     for example in known:
         lines.setdefault(task.subject(example) if task.name != "retrieval" else (example.image, ""), []).append(example)
-    *_, said = found.values()
+    *_, said = found.values() or [{}]
     scored = [key for key in lines if key in said]
     if not scored:
         if references:
@@ -67,7 +68,7 @@ def report(task: Task, references: dict[Path, list[Example]], found: dict[str, d
         if not group or (group != "all" and len(mine) == len(scored)):
             continue
         shares = [
-            sum(task.correctness(some[key].text, lines[key]) if key in some else 0.0 for key in mine) / len(mine)
+            sum(task.correctness(some[key], lines[key]) if key in some else 0.0 for key in mine) / len(mine)
             for some in found.values()
         ]
         print(f"{group:<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))

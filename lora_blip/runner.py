@@ -10,7 +10,8 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import pixel_values
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import ImageError
+from lora_blip.data.streams import open_picture, place_of
 from lora_blip.models import autocasting, first_line
 from lora_blip.tasks.task import Task
 
@@ -29,14 +30,26 @@ class Runner:
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
         """Each example with its result, in order; an image that cannot be read is reported and left out."""
+        for example, found in self.each(examples, work):
+            if not isinstance(found, ImageError):
+                yield example, found
+            elif str(found) not in self.warned:
+                self.warned.add(str(found))
+                tqdm.write(f"left out: {found}")
+
+    def each(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
+        """Each example with its result, or with the ImageError that says why it has none, in order."""
         self.task.backbone.model.eval()
         iterator = iter(examples)
         while some := list(islice(iterator, self.size)):
-            pictures = {e.image: self._pixels(e) for e in some}
-            good = [(e, picture) for e in some if (picture := pictures[e.image]) is not None]
-            if good:
-                here, stacked = [e for e, _ in good], torch.stack([picture for _, picture in good])
-                yield from zip(here, self._attempt(stacked, here, work), strict=True)
+            first = {place_of(e): e for e in some}  # several questions of one picture
+            pictures = {place: self._pixels(e) for place, e in first.items()}
+            good = [(e, picture) for e in some if isinstance(picture := pictures[place_of(e)], Tensor)]
+            here, stacked = [e for e, _ in good], [picture for _, picture in good]
+            results = self._attempt(torch.stack(stacked), here, work) if good else iter(())
+            for e in some:
+                picture = pictures[place_of(e)]
+                yield e, picture if isinstance(picture, ImageError) else next(results)
 
     def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
         """A result for each; what the first half gave is handed on before the second half can fail."""
@@ -50,7 +63,7 @@ class Runner:
             found, reason = [], first_line(error)
         half = len(examples) // 2
         if not reason:
-            yield from found
+            yield from (result for _, result in zip(examples, found, strict=True))
         elif half:
             self._warn("half", f"{device} gave out ({reason}); going on with batches of {half} and fewer")
             self.size = min(self.size, half)
@@ -78,14 +91,11 @@ class Runner:
             self.warned.add(kind)
             tqdm.write(f"warning: {message}")
 
-    def _pixels(self, example: Example) -> Tensor | None:
+    def _pixels(self, example: Example) -> Tensor | ImageError:
         try:
-            return pixel_values(open_image(example.image), self.task.backbone.image_processor)
+            return pixel_values(open_picture(example), self.task.backbone.image_processor)
         except ImageError as error:
-            if str(error) not in self.warned:
-                self.warned.add(str(error))
-                tqdm.write(f"left out: {error}")
-            return None
+            return ImageError(str(error))  # anew: the frames in its traceback keep a batch of pictures alive
 
 
 def gave_out(error: RuntimeError, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from PIL import Image
 from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError
 from lora_blip.data.batches import EpochBatches, Pictures, loader, pixel_values
-from lora_blip.data.images import ImageError, augment, find_images, open_image
+from lora_blip.data.images import augment, open_image
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
 
@@ -205,14 +205,3 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(make, tmp_path):
 def test_no_line_is_lost_or_repeated_without_shuffling():
     batches = EpochBatches(7, 3, shuffle=False, seed=0)
     assert [[i for _, i in keys] for keys in batches] == [[0, 1, 2], [3, 4, 5], [6]] and len(batches) == 3
-
-
-def test_images_are_found_by_file_folder_and_glob(photo, tmp_path):
-    (tmp_path / "deeper").mkdir()
-    Image.new("RGB", (2, 2)).save(tmp_path / "deeper" / "b.JPG")
-    (tmp_path / "notes.txt").touch()
-    assert find_images(photo) == [photo]
-    assert find_images(tmp_path) == [photo, tmp_path / "deeper" / "b.JPG"]
-    assert find_images(f"{tmp_path}/*.png") == [photo]
-    with pytest.raises(ImageError, match="no image found"):
-        find_images(tmp_path / "*.webp")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from lora_blip.data.annotations import Example
+from lora_blip.data.images import ImageError
 from lora_blip.runner import Runner, gave_out
 from tests import tiny
 
@@ -161,6 +162,18 @@ def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, caps
     told = warnings(capsys)
     assert len(told) == 2 and "3.png is no image" in told[0] and "7.png does not exist" in told[1]
     assert ran(runner, photos[3:4]) == []
+
+
+def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_place(photos):
+    """Beside the others' results, and without a traceback, whose frames would keep the pictures of its batch."""
+    photos[3].image.write_bytes(b"broken")
+    task: Any = Fragile(most=2)
+    found = list(Runner(task, 4).each([e for e in photos for _ in range(2)], lambda task, *some: task.predict(*some)))
+    assert [example for example, _ in found] == [e for e in photos for _ in range(2)]
+    errors = [said for _, said in found if isinstance(said, ImageError)]
+    assert [said for _, said in found if isinstance(said, str)] == [f"meta {n}" for n in range(11) if n != 3 for _ in range(2)]
+    assert len(errors) == 2 and all("3.png is no image" in str(error) for error in errors)
+    assert all(error.__traceback__ is None and error.__context__ is None for error in errors)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 300), (3, 3), (5000, 2)])

@@ -39,14 +39,14 @@ class ImageError(ValueError):
     """An image file that cannot be read; the message names it."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The picture in RGB, turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
 
-    Of several frames it is the first. Raises ImageError when the file is missing, is no image of FORMATS, is damaged,
+    Of several frames it is the first. `content`: the image, where `path` only names it. Raises ImageError when the file is missing, is no image of FORMATS, is damaged,
     or is too large to be one.
     """
     try:
-        with open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
+        with content or open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
             _refuse_bomb(image, file)
             image.load()
             return to_rgb(upright(image))
@@ -122,23 +122,3 @@ def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) 
     moved = padded.resize(image.size, Image.Resampling.BILINEAR, box=box)
     light = 1 + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
     return moved.point([min(255, round(level * light)) for level in range(256)] * 3)
-
-
-def find_images(where: str | Path) -> list[Path]:
-    """The image files of a file, a folder (with its subfolders) or a glob, sorted. ImageError if there are none."""
-    path = Path(where)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES]
-    else:
-        root = Path(path.anchor) if path.is_absolute() else Path()
-        try:
-            found = [p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file()]
-        except ValueError as error:
-            raise ImageError(
-                f"{str(where)!r} is no glob ({error}); give a file, a folder or one such as 'photos/*.jpg'"
-            ) from None
-    if not found:
-        raise ImageError(f"no image found at {str(where)!r}; give a file, a folder or a glob such as 'photos/*.jpg'")
-    return sorted(found)

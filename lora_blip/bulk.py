@@ -1,0 +1,155 @@
+"""Any number of images in blocks, which are dealt out to the processes and come back in order; nothing of them is kept."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm import tqdm  # comes with transformers
+
+from lora_blip import stop
+from lora_blip.config import ConfigError
+from lora_blip.data.annotations import Example
+from lora_blip.data.images import ImageError
+from lora_blip.dist import LOST, Ranks
+from lora_blip.done import OutputError, key_of
+from lora_blip.models import first_line
+from lora_blip.output import Output
+from lora_blip.prediction import RANKS_KEPT, Prediction, printed
+from lora_blip.runner import Runner, Work
+from lora_blip.stop import Heard
+
+SHOWN = 20  # predictions that are printed, and images left out; the rest is in the files
+SILENCE = 60.0  # seconds between lines of progress where no bar can be drawn
+
+Found = list[tuple[Example, Prediction | ImageError]]
+Block = tuple[int, list[Example], list[bool]]  # its number, its examples, and which of them are done already
+
+
+class Rounds:
+    """Block b goes to rank b % count. The main rank alone looks at the source, and is handed what all ranks found.
+
+    A block is the same examples whenever the run is begun again: one that is half done is said whole and written in
+    half. So a text does not depend on where a run was killed, drawn ones included: each block has a seed of its own.
+    """
+
+    def __init__(self, ranks: Ranks, runner: Runner, seed: int, heard: Heard, out: Output) -> None:
+        self.ranks, self.runner, self.seed, self.heard, self.out = ranks, runner, seed, heard, out
+        self.size = runner.size  # which the runner halves when memory runs out
+
+    def run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
+        """`take` is called on the main rank with what was found of what is not in `out` yet, round by round.
+
+        Raises stop.Told after the round in which a signal came, and OutputError when another process is lost.
+        """
+        try:
+            self._run(examples, work, take)
+        except RuntimeError as error:
+            if self.ranks.count == 1 or not any(sign in str(error) for sign in LOST):
+                raise
+            raise OutputError(
+                f"another process was lost ({first_line(error)}); what is written is safe: start again with the same "
+                "settings and output_dir to go on"
+            ) from None
+
+    def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
+        blocks = self._undone(examples)
+        while dealt := self.ranks.first(self._alone(lambda: list(islice(blocks, self.ranks.count)))):
+            mine = self._said(dealt[self.ranks.rank], work) if self.ranks.rank < len(dealt) else []
+            everyone = self.ranks.gather((mine, self.heard.signal))
+            found = [
+                (example, said)
+                for (_, some, over), (said_of, _) in zip(dealt, everyone, strict=False)
+                for example, said, is_over in zip(some, said_of, over, strict=True)
+                if not is_over
+            ]
+            self._alone(lambda: take(found))
+            self._stop_if_told([number for _, number in everyone])
+        if dealt is None:  # the main rank failed, and says why
+            raise SystemExit(2)
+        self._stop_if_told(self.ranks.gather(self.heard.signal))
+
+    def _undone(self, examples: Iterable[Example]) -> Iterator[Block]:
+        iterator, number, done = iter(examples), 0, self.out.done.taker()
+        while (some := list(islice(iterator, self.size))) and not self.heard.signal:
+            over = [done(example) for example in some]
+            if not all(over):
+                yield number, some, over
+            number += 1
+
+    def _said(self, block: Block, work: Work) -> list[Prediction | ImageError]:
+        number, examples, _ = block
+        torch.manual_seed(self.seed + number)
+        return [_short(said) for _, said in self.runner.each(examples, work)]
+
+    def _alone(self, act: Callable[[], Any]) -> Any:
+        """What the main rank does while the others wait for their next blocks; an error there is their end, too."""
+        if not self.ranks.main:
+            return None
+        try:
+            return act()
+        except BaseException:
+            self.ranks.first(None)
+            raise
+
+    def _stop_if_told(self, signals: list[int]) -> None:
+        if any(signals):
+            print(self.out.paused() if self.out else "", flush=True)
+            raise stop.Told(stop.INTERRUPTED if signal.SIGINT in signals else stop.SAVED)
+
+
+def _short(said: Prediction | ImageError) -> Prediction | ImageError:
+    """As much of a ranking as is written: ranks hand over no more."""
+    return said if isinstance(said, ImageError) else replace(said, ranking=said.ranking[:RANKS_KEPT])
+
+
+def on_main(ranks: Ranks, act: Callable[[], Any]) -> Any:
+    """What `act` gives on the main rank, None on the others; a ConfigError there is one on every rank."""
+    made, failed = None, None
+    if ranks.main:
+        try:
+            made = act()
+        except ConfigError as error:
+            failed = error
+    if refused := ranks.first(failed):
+        raise refused
+    return made
+
+
+class Screen:
+    """What the user sees of the main rank: the first few predictions, and how far the run is."""
+
+    def __init__(self, name: str, count: int, out: Output | None) -> None:
+        self.name, self.count, self.out = name, count, out
+        self.shown, self.before = 0, out.lines if out else 0
+        self.done = self.before
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> "Screen":
+        quiet = None if self.out else True
+        self.bar = tqdm(
+            total=self.count, initial=self.done, desc=self.name, unit="image", disable=quiet, dynamic_ncols=True
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def move(self, found: Found) -> None:
+        self.bar.update(len(found))
+        self.done += len(found)
+        now = time.monotonic()
+        if self.bar.disable and now - self.told >= SILENCE:
+            self.told, speed = now, (self.done - self.before) / (now - self.started)
+            print(f"{self.name}: {self.done:,} of {self.count:,}, {speed:.1f} a second", flush=True)
+
+    def show(self, found: Found, base: dict[int, str]) -> None:
+        for example, said in found[: max(0, SHOWN - self.shown)]:
+            tqdm.write(f"left out: {said}" if isinstance(said, ImageError) else printed(said, base.get(key_of(example))))
+        if self.shown <= SHOWN < self.shown + len(found) and self.out:
+            tqdm.write(f"the rest goes to {self.out.path} without being shown here")
+        self.shown += len(found)
+        self.move(found)
