@@ -42,8 +42,8 @@ class ImageError(ValueError):
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The picture in RGB, turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
 
-    Of several frames it is the first. `content`: the image, where `path` only names it. Raises ImageError when the file is missing, is no image of FORMATS, is damaged,
-    or is too large to be one.
+    Of several frames it is the first. `content`: the image, where `path` only names it. Raises ImageError when the file
+    is missing, is no image of FORMATS, is damaged, or is too large to be one.
     """
     try:
         with content or open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
