@@ -31,9 +31,10 @@ WHOLE = {  # every part that can be targeted
 
 
 @pytest.fixture(autouse=True)
-def _steady() -> None:
+def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no test cuts the power, and a slow disk would take minutes for it
 
 
 @pytest.fixture(scope="session")

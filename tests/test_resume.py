@@ -629,6 +629,34 @@ def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(chec
     assert train(config).parent == only_run(config)
 
 
+def test_what_a_power_cut_may_not_lose_is_synced_in_order(checkpoints, tmp_path):
+    """The metrics, each file of the new checkpoint, its rename, the folder it is in; only then the old one goes."""
+    happened: list[str] = []
+    replace_real, rmtree = Path.replace, shutil.rmtree
+
+    def synced(handle: int) -> None:
+        happened.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name.split('_step')[0]}")
+
+    def replaced(path: Path, target: Path) -> Path:
+        happened.append(f"rename to {Path(target).name.split('_step')[0]}")
+        return replace_real(path, target)
+
+    def removed(path: Path, **named: Any) -> None:
+        happened.append("remove" if "000001" in Path(path).name else "tidy")
+        rmtree(path, **named)
+
+    config = config_of(checkpoints, tmp_path, keep_checkpoints=1)
+    with killed_at(2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(Path, "replace", replaced)
+        patch.setattr(shutil, "rmtree", removed)
+        train(config)
+    second = happened[happened.index("sync metrics.jsonl") :]
+    order = [second.index(f"sync {name}") for name in ("metrics.jsonl", TENSORS)]
+    order += [second.index("rename to 000002"), second.index(f"sync {checkpoint.FOLDER}"), second.index("remove")]
+    assert order == sorted(order) and second.index(f"sync {ABOUT}") < order[2]
+
+
 def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("a")
