@@ -5,6 +5,7 @@ Tensors: `<address>.lora_A` (r, in) and `<address>.lora_B` (rows, r), float32. H
 summary. Nothing that is read or written here can run code.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def save(
     kept = backbone.samples if isinstance(backbone, Backbone) else None
     about = {
         "format_version": FORMAT_VERSION,
+        "sha256": _digest(tensors),
         "lora": {
             "dropout": next(iter(found.values())).dropout,
             "modules": {address: _entry(x.site) for address, x in found.items()},
@@ -138,7 +140,17 @@ def read(path: str | Path) -> Adapter:
         told = why(error) if isinstance(error, OSError) else cut(str(error))
         raise AdapterError(f"{path} is no whole .safetensors file ({told}); copy it again") from None
     _check_values(path, tensors, sites)
+    if about.get("sha256", "") not in ("", _digest(tensors)):
+        raise AdapterError(f"{path} is damaged: its weights are not those that were saved; copy it again")
     return Adapter(path, tensors, about)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the values, by name."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(tensors[key].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_header_size(path: Path) -> None:

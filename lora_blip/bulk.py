@@ -16,7 +16,6 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.images import ImageError
 from lora_blip.dist import LOST, Ranks
 from lora_blip.done import OutputError, key_of
-from lora_blip.models import first_line
 from lora_blip.output import Output
 from lora_blip.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runner import Runner, Work
@@ -51,8 +50,7 @@ class Rounds:
             if self.ranks.count == 1 or not any(sign in str(error) for sign in LOST):
                 raise
             raise OutputError(
-                f"another process was lost ({first_line(error)}); what is written is safe: start again with the same "
-                "settings and output_dir to go on"
+                "another process was lost; what is written is safe: start again with the same settings and output_dir to go on"
             ) from None
 
     def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:

@@ -1,5 +1,6 @@
 """Command lines: what train.py and infer.py call, and `python -m lora_blip …`."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ def run_infer(script: dict[str, Any], doc: str | None) -> None:
 
 def tell(go: Callable[[], None]) -> None:
     """Run, and turn the errors that carry a remedy into one message and exit status 2."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Heeded(sys.stdout), Heeded(sys.stderr)
     try:
         go()
     except ConfigError as error:
@@ -56,6 +59,32 @@ def tell(go: Callable[[], None]) -> None:
         if isinstance(error, known):
             stop(error)
         raise
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+
+
+class Heeded:
+    """A stream whose reader may go away, `| tee` or a closed terminal: the work goes on, and is told to nobody."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self.stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def stop(error: Exception) -> None:

@@ -9,7 +9,6 @@ from lora_blip import checkpoint, preflight
 from lora_blip.config import TrainConfig
 from lora_blip.dist import ALONE, LOST, Ranks
 from lora_blip.learner import Autocast, Update
-from lora_blip.models import first_line
 from lora_blip.run import Run
 from lora_blip.tasks.task import Batch, Task
 
@@ -23,8 +22,8 @@ def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | N
     said = str(error)
     if run and run.learner.ranks.count > 1 and any(sign in said for sign in LOST):
         return TrainingError(
-            f"another process was lost ({first_line(error)}); torchrun --max-restarts 3 starts all of them again, and the run "
-            f"goes on from its last checkpoint in {run.folder}"
+            f"another process was lost; all that torchrun --max-restarts starts again go on from the last checkpoint in "
+            f"{run.folder}"
         )
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
         return error

@@ -64,8 +64,10 @@ class Output:
         return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings goes on with it"
 
     def farewell(self) -> str:
-        left_out = f"; {self.failed:,} that cannot be read are in {self.folder / ERRORS_NAME}" if self.failed else ""
-        return f"wrote {self.path}{left_out}"
+        now = self.lines - self.before
+        made = f"wrote {now:,} of {self.lines:,} lines of" if now else f"nothing left to do: all {self.lines:,} images are in"
+        left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
+        return f"{made} {self.path}{left_out}"
 
     def write(self, found: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
         """A line for each, in their order, whole on the disk unless the machine itself fails."""
@@ -128,8 +130,8 @@ def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
     """What an unfinished run in the folder is, None where there is none. OutputError for any other's predictions."""
     about = _read_about(folder)
     there = [name for name in (FILE_NAME, ABOUT_NAME, ERRORS_NAME) if (folder / name).exists()]
-    if there and (about is None or about.get("finished") or not resume):
-        left = "" if about is None or about.get("finished") else ", of a run that was stopped; set resume to go on with it"
+    if there and (about is None or not about["run"] or not resume):
+        left = ", of a run that was stopped; set resume to go on with it" if about and not about.get("finished") else ""
         raise OutputError(
             f"{folder / there[0]} exists already{left}; give another output_dir, or leave it empty for a new folder"
         )

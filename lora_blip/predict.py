@@ -56,7 +56,8 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     heard = closing.enter_context(stop.heard())
     out: Output = on_main(ranks, lambda: closing.enter_context(output.opened(folder, what, config.resume)))
     count = sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0
-    print(described(task, wanted, count, precision), f"{folder}: {out.greeting() if out else ''}", sep="\n", flush=True)
+    left = count - (out.before if out else 0)
+    print(described(task, wanted, left, precision), f"{folder}: {out.greeting() if out else ''}", sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
     rounds = Rounds(ranks, runner, config.seed, heard, out)
     base: dict[int, str] = {}

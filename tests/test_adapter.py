@@ -125,8 +125,10 @@ def test_damage_is_refused_by_name(make, saved):
         rf"{re.escape(b)}' is missing \(1 of": {"tensors": {b: None}},
         "stray.lora_A' belongs to no module": {"tensors": {"stray.lora_A": torch.zeros(1, 1)}},
         rf"lora_A of '.*' is \(2, 7\), and this model's takes \({shape_a[0]}, {shape_a[1]}\)": {
-            "tensors": {a: torch.ones(2, 7)}
+            "tensors": {a: torch.ones(2, 7)},
+            "header": {"sha256": ""},
         },
+        "its weights are not those that were saved": {"tensors": {a: adapter.read(saved).tensors[a] + 1e-3}},
         "r=2 in float32 was promised": {"tensors": {a: torch.ones(5, 32)}},
         "holds NaN": {"tensors": {b: torch.full_like(adapter.read(saved).tensors[b], torch.nan)}},
         "every lora_B is zero": {

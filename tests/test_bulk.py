@@ -319,7 +319,7 @@ def test_every_image_has_one_line_and_says_what_the_api_says(config, capsys):
     assert [(line["image"], line["text"]) for line in said] == expected
     assert Counter(line["image"] for line in said + left_out) == Counter(paths) and len(left_out) == len(BROKEN)
     assert all("is no image" in line["error"] for line in left_out)
-    assert "3 that cannot be read are in whole/errors.jsonl" in capsys.readouterr().out
+    assert "3 could not be read, see whole/errors.jsonl" in capsys.readouterr().out
 
 
 def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, capsys):
@@ -459,11 +459,27 @@ def test_a_run_of_other_settings_is_not_gone_on_with(config, checkpoints):
     }
 
 
-def test_a_folder_that_is_finished_or_not_ours_is_left_alone(config):
+def test_a_run_that_has_finished_has_nothing_left_to_do_but_what_is_new(config, capsys):
+    """The same again adds nothing, an image that came since is added, and other settings are refused by name."""
+    whole(config)
+    before = bytes_of("whole")
+    same = replace(config, output_dir="whole")
+    infer(same)
+    assert bytes_of("whole") == before and "nothing left to do: all" in capsys.readouterr().out
+    shutil.copy("photos/1.png", "photos/zz.png")
+    infer(same)
+    after = bytes_of("whole")[output.FILE_NAME]
+    assert after.startswith(before[output.FILE_NAME]) and after.count(b"\n") == before[output.FILE_NAME].count(b"\n") + 1
+    with pytest.raises(OutputError, match="max_new_tokens was"):
+        infer(replace(same, max_new_tokens=2))
+    with pytest.raises(OutputError, match="exists already"):
+        infer(replace(same, resume=False))
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(config):
     content = whole(config)
-    finished = {path.name: path.read_bytes() for path in Path("whole").iterdir()}
     old = {output.FILE_NAME: b"{}\n"}  # of a version that knew no run.json
-    for files in (finished, old, {output.ABOUT_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
+    for files in (old, {output.ABOUT_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
         shutil.rmtree("out", ignore_errors=True)
         Path("out").mkdir()
         for name, text in files.items():

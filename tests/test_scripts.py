@@ -1,6 +1,7 @@
 """The scripts as users run them: settings at the top, flags of the same names, one clear message when something is wrong."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -139,7 +140,23 @@ def test_an_unreadable_image_is_reported_and_the_rest_is_captioned(checkpoints, 
     run_infer({}, "")
     assert len((here / "out" / "predictions.jsonl").read_text().splitlines()) == 2
     assert "left out: photos/1.png is no image" in capsys.readouterr().out
-    assert "exists already" in told(capsys, run_infer, base, monkeypatch)  # predictions are never written over
+    fresh_only = [*base, "--resume", "false"]
+    assert "exists already" in told(capsys, run_infer, fresh_only, monkeypatch)  # predictions are never written over
+
+
+def test_a_reader_that_goes_away_costs_no_work(checkpoints, here):
+    """`train.py | head -1`: the pipe breaks at the second line, and the run ends as it would have."""
+    flags = train_flags(checkpoints["blip"], tiny.write_photos(here))
+    code = "import sys; from lora_blip.cli import run_train; sys.argv[0] = 'train.py'; run_train({}, '')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment
+    )
+    os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert list(here.rglob("adapter.safetensors"))
 
 
 def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys):
