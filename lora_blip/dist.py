@@ -14,6 +14,11 @@ from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
 
+# gloo's side of every group, never freed. DistributedDataParallel's reducer may be the last to let go of a group: it would
+# wait for gloo's thread while it holds the GIL, and that thread waits for the GIL to let go of the last collective's tensors.
+# The process would hang after its work is done, one time in twenty-five.
+KEPT: list[Any] = []
+
 # what a dead peer leaves in an error
 LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
 
@@ -89,6 +94,7 @@ def joined() -> Iterator[Ranks]:
     store = distributed.PrefixStore(f"life {life}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    KEPT.append(distributed.group.WORLD._get_backend(torch.device("cpu")))  # type: ignore[union-attr]
     ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         torch.cuda.set_device(ranks.local)

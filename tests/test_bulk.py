@@ -356,7 +356,13 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
 
     while not (about := output._read_about(Path("out"))) or not about["finished"]:
         child = forked(run)
-        time.sleep(rng.uniform(0.2, 0.7))
+        if kills == 0:
+            time.sleep(0.1)  # before it has written
+        elif kills == 1:
+            while not bytes_of("out").get(output.FILE_NAME):  # in the middle
+                time.sleep(0.01)
+        else:
+            time.sleep(rng.uniform(0.2, 0.7))
         os.kill(child, signal.SIGKILL)
         kills += ended(child) == -signal.SIGKILL
         assert all(whole.startswith(part[: part.rfind(b"\n") + 1]) for whole, part in zip_files(content, bytes_of("out")))

@@ -1,5 +1,7 @@
 """Several processes are one: the same updates as one process with as many micro-batches a step, one writer, no rank lost."""
 
+import faulthandler
+import importlib
 import os
 import signal
 import socket
@@ -13,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip import adapter, checkpoint, sharding
 from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.batches import slots_of_steps
+from lora_blip.dist import joined
 from lora_blip.learner import Learner
 from lora_blip.loop import train
 from lora_blip.run import Run
@@ -59,8 +63,9 @@ def _ends(children: list[int]) -> list[int]:
 
 
 def _end(act: Callable[[], object]) -> None:
-    """Leave a forked process without pytest's own end."""
+    """Leave a forked process without pytest's own end; one that is stuck says where before it is killed."""
     status = 1
+    faulthandler.dump_traceback_later(LONGEST - 5, file=2)
     try:
         act()
         status = 0
@@ -123,6 +128,22 @@ def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_pat
     said = capfd.readouterr().out
     bytes_ = sum(tensor.numel() * 4 for tensor in adapter.read(finished(config)).tensors.values())
     assert said.count("saved ") == 1 and f"2 processes, {bytes_ / 1e6:.2f} MB of gradients sent by each a step" in said
+
+
+def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
+    """DDP's reducer, freed last, would wait for gloo's thread with the GIL, and that thread for the GIL."""
+    importlib.import_module("torch._dynamo")  # once here, not in each child
+
+    def act() -> None:
+        sys.setswitchinterval(60)  # the GIL goes to no other thread unless it is let go
+        with joined() as ranks:
+            model = DistributedDataParallel(torch.nn.Linear(2, 2))
+            model(torch.ones(1, 2)).sum().backward()
+            ranks.gather([parameter.grad for parameter in model.parameters()])
+        del model
+
+    for _ in range(12):  # one time in four it was stuck
+        assert among(2, act) == [0, 0]
 
 
 def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, tmp_path):
