@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter, checkpoint, lock
+from lora_blip.best import Best, shown
 from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.files import FULL, make_whole, sweep, write_whole
@@ -250,26 +251,6 @@ class Run:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@dataclass
-class Best:
-    """The best validation so far by one score; of equal scores the one of lower loss."""
-
-    by: str  # "loss", or a score of which more is better
-    step: int = 0
-    stale: int = 0  # validations since
-    rank: tuple[float, float] = (-math.inf, -math.inf)
-
-    def better(self, step: int, scores: dict[str, float]) -> bool:
-        """Take note of a validation; a score that is no number is never better."""
-        value = -scores["loss"] if self.by == "loss" else scores[self.by]
-        rank = (value, -scores["loss"])
-        if rank > self.rank:
-            self.step, self.stale, self.rank = step, 0, rank
-            return True
-        self.stale += 1
-        return False
-
-
 @contextmanager
 def room_for(folder: Path) -> Iterator[None]:
     """A disk that is full, or a quota that is reached, becomes an error that says what is safe and what to do."""
@@ -287,11 +268,6 @@ def room_for(folder: Path) -> Iterator[None]:
 def digits(value: float) -> float:
     """As many as float32 has."""
     return float(f"{value:.8g}")
-
-
-def shown(key: str, value: float) -> str:
-    """A loss in digits, a share in per cent."""
-    return f"{value:.4f}" if key == "loss" or not 0 <= value <= 1 else f"{value:.1%}"
 
 
 def summary_writer() -> Any:

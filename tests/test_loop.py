@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lora_blip import adapter, curves, loop, lora
+from lora_blip.best import Best
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import DataError
 from lora_blip.data.batches import Slot
@@ -22,7 +23,7 @@ from lora_blip.data.images import ImageError
 from lora_blip.faults import TrainingError
 from lora_blip.learner import Learner, Update
 from lora_blip.loop import learning_rate, train
-from lora_blip.run import BEST_NAME, Best, Run, run_name
+from lora_blip.run import BEST_NAME, Run, run_name
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch, Task
 from tests import tiny
