@@ -10,19 +10,24 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """All of the file or none of it, whenever the machine stops: a temporary file, synced, then renamed."""
+def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
+    """All of the file or none of it, whenever the machine stops: a temporary file, synced, then renamed.
+
+    Not `synced`, that holds for processes that are killed, and not for a power cut: for what carries a checksum.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if synced:
+        sync_folder(path.parent)
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError
-from lora_blip.data.batches import EpochBatches, Pictures, loader, pixel_values
+from lora_blip.data.batches import EpochBatches, loader, pixel_values
 from lora_blip.data.images import augment, open_image
+from lora_blip.data.pictures import Pictures
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
 

@@ -3,45 +3,32 @@
 For questions: {"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}.
 """
 
+import gc
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from tqdm import tqdm  # comes with transformers
 
-from lora_blip.data.formats import Entry, canonical, jsonl_entries, tsv_entries
+from lora_blip.data.example import FILE, Example
+from lora_blip.data.formats import jsonl_entries, tsv_entries
 from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.lines import Lines
+from lora_blip.data.places import in_walking_order, resolved
 from lora_blip.untrusted import why
 
 LISTED = 20  # problems printed before "and N more"
+MANY = 100_000  # lines, which the garbage collector is not to go through for the rest of the run
+CHUNK = 1024  # lines whose texts a task may look at together before each is checked
 
 
 class DataError(ValueError):
     """Data that cannot be trained on: which file and line, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One line: an image and a text that describes it, or a question and its answers, one for each who was asked.
-
-    `group` is free for the user ("unseen pairs").
-    """
-
-    image: Path
-    text: str  # empty for a question
-    name: str  # the image as the line wrote it
-    line: int
-    group: str = ""
-    question: str = ""
-    answers: tuple[str, ...] = ()
-
-    @property
-    def words(self) -> str:
-        """All that the line says of its picture."""
-        return " ".join(filter(None, (self.text, self.question, *dict.fromkeys(self.answers))))
 
 
 @dataclass(frozen=True, slots=True)  # a wrong file has a million
@@ -60,38 +47,71 @@ def read(
     on_bad_data: str = "stop",
     check: Callable[[Example], str] | None = None,
     decode: bool = True,
+    expect: Callable[[list[Example]], None] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Every good line as an Example, and every bad one as a Problem with file and line.
 
     Image paths are relative to `image_root`, or to the file's own folder. Every line is checked: JSON,
     keys, that the image is there and decodes, that texts are not empty, and `check`, which gives the
-    reason why a task cannot use the line, or "". `decode` false leaves the images unopened. Raises DataError
-    listing the problems if there are any and `on_bad_data` is "stop", and in any case if no line is good.
+    reason why a task cannot use the line, or "". `decode` false leaves the images unopened. `expect` is given
+    the lines a thousand at a time before they are checked. Raises DataError listing the problems if there are
+    any and `on_bad_data` is "stop", and in any case if no line is good.
     """
     source = Path(source)
-    root = Path(image_root) if image_root else source.parent
+    lines = Lines(source, Path(image_root) if image_root else source.parent)
     entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
     expected = 'expected a .jsonl file, a line each {"image": …, "text": …}'
-    try:
-        parsed = [_example(entry, number, root) for number, entry in entries]
-    except FileNotFoundError:
-        raise DataError(f"annotations {str(source)!r} do not exist; {expected}") from None
-    except OSError as error:
-        raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {expected}") from None
-    broken = _undecodable({p.image for p in parsed if isinstance(p, Example)}) if decode else {}
-    good, problems = [], []
-    for entry in parsed:
-        if isinstance(entry, Example):
-            reason = broken.get(entry.image) or (check(entry) if check else "")
-            if not reason:
-                good.append(entry)
-                continue
-            entry = (entry.line, reason)
-        problems.append(Problem(source, *entry))
+    with many_objects():
+        try:
+            parsed = [lines.example(entry, number) for number, entry in entries]
+        except FileNotFoundError:
+            raise DataError(f"annotations {str(source)!r} do not exist; {expected}") from None
+        except OSError as error:
+            raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {expected}") from None
+        broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}) if decode else {}
+        good, problems = _checked(source, parsed, broken, check, expect)
+    if len(good) >= MANY:
+        gc.freeze()  # for good: they hold no cycles, and loader workers share their memory for as long as nobody writes to it
     if problems and on_bad_data == "stop":
         raise DataError(f'{listing(problems)}\nfix the lines, or set ON_BAD_DATA = "skip" to leave them out')
     if not good:
         raise DataError(f"{source}: no usable line\n{listing(problems)}".strip())
+    return good, problems
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Without the garbage collector, which would look through all of a million lines again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _checked(
+    source: Path,
+    parsed: list[Example | tuple[int, str]],
+    broken: dict[str, str],
+    check: Callable[[Example], str] | None,
+    expect: Callable[[list[Example]], None] | None,
+) -> tuple[list[Example], list[Problem]]:
+    good: list[Example] = []
+    problems: list[Problem] = []
+    for start in range(0, len(parsed), CHUNK):
+        part = parsed[start : start + CHUNK]
+        if expect:
+            expect([entry for entry in part if isinstance(entry, Example)])
+        for entry in part:
+            if isinstance(entry, Example):
+                reason = (broken and broken.get(entry.file)) or (check(entry) if check else "")
+                if not reason:
+                    good.append(entry)
+                    continue
+                entry = (entry.line, reason)
+            problems.append(Problem(source, *entry))
     return good, problems
 
 
@@ -106,26 +126,23 @@ def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple
 
     At least one image is held out if `fraction` > 0. Raises DataError if nothing is left to train on.
     """
-    files = {image: image.resolve() for image in {example.image for example in examples}}  # however a line spells its path
-    images = sorted(set(files.values()))
-    random.Random(seed).shuffle(images)
-    count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
-    held_out = set(images[:count])
-    if count >= len(images):
-        raise DataError(f"val_fraction {fraction} of {len(images)} image(s) leaves none to train on; lower it, or set it to 0")
-    train = [example for example in examples if files[example.image] not in held_out]
-    return train, [example for example in examples if files[example.image] in held_out]
+    with many_objects():
+        files = resolved(dict.fromkeys(map(FILE, examples)))  # however a line spells its path
+        images = sorted(set(files.values()), key=in_walking_order)
+        random.Random(seed).shuffle(images)
+        count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
+        if count >= len(images):
+            told = f"val_fraction {fraction} of {len(images)} image(s) leaves none to train on"
+            raise DataError(f"{told}; lower it, or set it to 0")
+        held_out = set(images[:count])
+        aside = [files[file] in held_out for file in map(FILE, examples)]
+        return list(compress(examples, (not out for out in aside))), list(compress(examples, aside))
 
 
-def _example(found: Entry | str, number: int, root: Path) -> Example | tuple[int, str]:
-    """An Example, or the line's number with what is wrong with it."""
-    entry = found if isinstance(found, str) else canonical(found, answered=False)
-    if isinstance(entry, str):
-        return number, entry
-    image, group = entry["image"], entry.get("group", "")
-    group = group if isinstance(group, str) else ""
-    answers = tuple(entry.get("answers", ()))
-    return Example(root / image, entry.get("text", ""), image, number, group, entry.get("question", ""), answers)
+def unreadable(example: Example, error: ImageError) -> DataError:
+    """What to raise for a line whose picture turns out to be no good after all lines were taken for good."""
+    place = f"{example.source}:{example.line}: " if example.source else ""
+    return DataError(f'{place}{error}; fix the line, or set CHECK_IMAGES = "all" to be told of all such lines before training')
 
 
 def plain(text: str) -> str:
@@ -133,7 +150,7 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _undecodable(images: set[Path]) -> dict[Path, str]:
+def _undecodable(images: set[str]) -> dict[str, str]:
     """Image → why it cannot be read; each file is decoded once, in threads (Pillow lets go of the GIL)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(_decode_failure, sorted(images))
@@ -141,7 +158,7 @@ def _undecodable(images: set[Path]) -> dict[Path, str]:
         return {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
 
 
-def _decode_failure(image: Path) -> str:
+def _decode_failure(image: str) -> str:
     try:
         open_image(image)
     except ImageError as error:

@@ -2,45 +2,17 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lora_blip.data.annotations import Example
-from lora_blip.data.images import augment, open_image
+from lora_blip.data.pictures import Key, Picture, Pictures
+from lora_blip.data.pixels import pixels_of
 from lora_blip.stop import ignore_in_worker
-
-Key = tuple[int, int]  # (epoch, index of the example)
-
-
-class Pictures(Dataset[tuple[Example, Tensor]]):
-    """(epoch, index) → the example and its pixel values (3, H, W), float32.
-
-    Augmentation draws from a generator of its own for each key, so that it is the same whatever the
-    number of workers and wherever a run is taken up again.
-    """
-
-    def __init__(self, examples: list[Example], image_processor: Any, augmented: bool, seed: int) -> None:
-        self.examples, self.image_processor, self.augmented, self.seed = examples, image_processor, augmented, seed
-        self.side: int = image_processor.size["height"]
-        self.words: dict[Path, str] = {}  # all that is said of an image: a mirror must not make any of it false
-        for example in examples:
-            self.words[example.image] = f"{self.words.get(example.image, '')} {example.words}"
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, key: Key) -> tuple[Example, Tensor]:
-        epoch, index = key
-        example = self.examples[index]
-        image = open_image(example.image)
-        if self.augmented:
-            image = augment(image, self.words[example.image], random.Random(f"{self.seed} {epoch} {index}"), self.side)
-        return example, pixel_values(image, self.image_processor)
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -89,16 +61,41 @@ def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 
     return steps
 
 
+class Known(NamedTuple):
+    """What of the pictures of a batch need not be computed: the states that enter the first block that may change them."""
+
+    states: Tensor  # (known, tokens, width)
+    places: list[int]  # of these among the pictures; the others, in order, are in the batch's pixel_values
+    keys: list[str]  # of the others, to keep their states under
+
+
 @dataclass(frozen=True)
 class Stack:
-    """What a worker hands over: examples and their pixel values, (images, 3, H, W)."""
+    """What a worker hands over: examples, the pictures that they are about, and their pixel values (images, 3, H, W)."""
 
     examples: list[Example]
     pixel_values: Tensor
+    picture: list[int] | None = None  # (examples,) which picture each is about; None: the one of its own number
+    known: Known | None = None
+
+    def pin_memory(self) -> "Stack":
+        """Called by the DataLoader, so that the copy to a GPU does not hold anybody up."""
+        known = self.known and self.known._replace(states=self.known.states.pin_memory())
+        return replace(self, pixel_values=self.pixel_values.pin_memory(), known=known)
 
 
-def stack(rows: list[tuple[Example, Tensor]]) -> Stack:
-    return Stack([example for example, _ in rows], torch.stack([values for _, values in rows]))
+def stack(rows: list[Picture]) -> Stack:
+    examples = [example for row in rows for example in row.examples]
+    picture = [number for number, row in enumerate(rows) for _ in row.examples]
+    fresh = [row.pixel_values for row in rows if row.pixel_values is not None]
+    pixel_values = torch.stack(fresh) if fresh else torch.empty(0, 3, 0, 0)
+    places = [number for number, row in enumerate(rows) if row.states is not None]
+    keys = [row.key for row in rows if row.states is None]
+    known = None
+    if places or any(keys):
+        states = [row.states for row in rows if row.states is not None]
+        known = Known(torch.stack(states) if states else torch.empty(0), places, keys)
+    return Stack(examples, pixel_values, None if len(examples) == len(rows) else picture, known)
 
 
 def loader(dataset: Pictures, batch_size: int, shuffle: bool, seed: int, workers: int, pin: bool) -> DataLoader[Stack]:
@@ -115,7 +112,8 @@ def loader(dataset: Pictures, batch_size: int, shuffle: bool, seed: int, workers
 def first_stack(batches: DataLoader[Stack]) -> Stack:
     """The first batch of the loader's epoch, read in this process: no worker is started for it."""
     keys: list[Key] = next(iter(batches.batch_sampler))  # type: ignore[arg-type]
-    return stack([batches.dataset[key] for key in keys])  # type: ignore[misc]
+    pictures: Any = batches.dataset
+    return stack([pictures.look(key, known=False) for key in keys])
 
 
 def close(batches: DataLoader[Stack]) -> None:
@@ -128,5 +126,5 @@ def close(batches: DataLoader[Stack]) -> None:
 
 
 def pixel_values(image: Any, image_processor: Any) -> Tensor:
-    """One RGB picture → (3, H, W) float32, exactly as the checkpoint's own processor makes it."""
-    return image_processor(image, return_tensors="pt")["pixel_values"][0]
+    """One picture → (3, H, W) float32, exactly as the checkpoint's own processor makes it."""
+    return pixels_of(image_processor)(image)

@@ -101,12 +101,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def names_side(text: str) -> bool:
+    """Whether a text says left or right."""
+    if text.isascii() and "left" not in (lower := text.lower()) and "right" not in lower:
+        return False  # a tenth of the time of the search
+    return SIDED.search(text) is not None
+
+
 def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) -> Image.Image:
     """Shift, scale and brightness a little; mirror half of the time, never when the text says left or right.
 
     side: pixels of the model's input, to which the picture is shrunk afterwards.
     """
-    if rng.random() < 0.5 and not SIDED.search(text):
+    if rng.random() < 0.5 and not names_side(text):
         image = ImageOps.mirror(image)
     if min(image.size) > 2 * side:  # a camera's picture: what the model will not see need not be moved about
         scale = 2 * side / min(image.size)

@@ -23,7 +23,7 @@ NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 PADDING = 2**20  # bytes that may follow the end of a tar, if they are empty; most programs write less than 10 KB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member(Example):
     """An image in a shard: `size` bytes of it from `offset` on."""
 
@@ -32,7 +32,7 @@ class Member(Example):
     size: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Missing(Example):
     """Stands where images should be and nothing can be read: in a shard that is cut off, a folder that is closed."""
 

@@ -1,0 +1,98 @@
+"""Pixel values: the checkpoint's own processor's, to the last bit, whatever the picture and the settings."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from lora_blip.data.batches import pixel_values
+from lora_blip.data.images import to_rgb
+from lora_blip.data.pixels import Pixels
+
+PROCESSORS = {
+    "tiny-blip": lambda: AutoImageProcessor.from_pretrained("assets/tiny-blip", backend="pil"),
+    "BLIP, 384": BlipImageProcessorPil,
+    "BLIP-2, 224": lambda: BlipImageProcessorPil(size={"height": 224, "width": 224}),
+    "BLIP-2, 364, as it resizes": lambda: BlipImageProcessorPil(size={"height": 364, "width": 364}, resample=2),
+    "out of square": lambda: BlipImageProcessorPil(size={"height": 40, "width": 72}),
+    "other means": lambda: BlipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[1] * 3),
+}
+UNUSUAL = {  # settings under which the bytes of a resized picture do not say everything, or not in this way
+    "another scale": {"rescale_factor": 1 / 128},
+    "no scale": {"do_rescale": False},
+    "no mean": {"do_normalize": False},
+    "as large as it is": {"do_resize": False},
+    "a crop": {"do_center_crop": True, "crop_size": {"height": 20, "width": 20}},
+    "the shortest edge": {"size": {"shortest_edge": 32}},
+    "one mean for all": {"image_mean": 0.5, "image_std": 0.5},
+}
+SIZES = [(1, 1), (7, 3), (3, 7), (32, 32), (96, 96), (384, 384), (500, 333), (33, 1000), (1200, 900)]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def theirs(processor: BlipImageProcessorPil, image: Image.Image) -> torch.Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixel_values_are_the_processor_s_to_the_last_bit(name):
+    """Up, down, out of shape and of one pixel: by the short way, which is the one taken."""
+    processor = PROCESSORS[name]()
+    pixels = Pixels(processor)
+    assert pixels.exact
+    for size in SIZES:
+        image = noise(*size)
+        made = pixels(image)
+        assert torch.equal(made, theirs(processor, image)) and made.dtype == torch.float32 and made.is_contiguous()
+        assert torch.equal(pixel_values(image, processor), made)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
+def test_every_mode_comes_out_as_the_processor_makes_it(mode):
+    processor = BlipImageProcessorPil()
+    deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
+    image = to_rgb(deep if mode == "I;16" else noise(60, 45).convert(mode))
+    assert torch.equal(Pixels(processor)(image), theirs(processor, image))
+    if mode in ("L", "P", "RGBA", "LA"):  # what was not made RGB before
+        image = noise(60, 45).convert(mode)
+        assert torch.equal(Pixels(processor)(image), theirs(processor, image))
+
+
+def test_a_colour_that_stands_for_transparent_is_left_to_the_processor():
+    processor, image = BlipImageProcessorPil(), noise(30, 20)
+    image.info["transparency"] = image.getpixel((0, 0))
+    assert torch.equal(Pixels(processor)(image), theirs(processor, image))
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_settings_are_left_to_the_processor(name):
+    processor = BlipImageProcessorPil(**{"size": {"height": 32, "width": 32}} | UNUSUAL[name])
+    pixels, image = Pixels(processor), noise(50, 41)
+    assert not pixels.exact and torch.equal(pixels(image), theirs(processor, image))
+    with pytest.raises(ValueError, match="do not keep them"):
+        pixels.resized(image)
+
+
+def test_a_processor_that_computes_something_else_is_found_out(monkeypatch):
+    """Not by its name or settings: by what it makes of a probe."""
+    monkeypatch.setattr(BlipImageProcessorPil, "normalize", lambda *given, **_: given[1] * np.float32(2))
+    assert not Pixels(BlipImageProcessorPil()).exact
+
+
+def test_bytes_that_were_kept_become_the_same_pixel_values():
+    """The picture, its bytes, the same bytes in another order of memory, and all that after pickling."""
+    pixels, image = Pixels(BlipImageProcessorPil()), noise(640, 480)
+    levels = pixels.resized(image)
+    assert levels.shape == (384, 384, 3) and levels.dtype == torch.uint8
+    before = levels.clone()
+    for bytes_ in (levels, levels.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        assert torch.equal(pixels.of_bytes(bytes_), theirs(pixels.image_processor, image))
+    assert torch.equal(levels, before)  # they are read, not changed
+    assert torch.equal(pickle.loads(pickle.dumps(pixels))(image), pixels(image))

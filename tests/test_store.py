@@ -1,0 +1,312 @@
+"""The store: what is read is what was put, or nothing, through kills, damage and a full disk."""
+
+import errno
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_blip.data import store
+from lora_blip.data.images import ImageError
+from lora_blip.data.store import Store, image_digest
+
+PLENTY = 10**9
+KEY = "ab" + "0" * 30
+DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64]
+
+
+def value_of(seed: int, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    return torch.randint(0, 256, shape or (40, 50, 3), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def key_of(number: int) -> str:
+    return f"{number % 256:02x}{number:030x}"
+
+
+def file_of(kept: Store, key: str = KEY) -> Path:
+    return kept.values / key[:2] / f"{key}.safetensors"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Store:
+    made = Store(tmp_path / "cache", {"stage": "pixels", "size": [40, 50]}, PLENTY)
+    assert made.put(KEY, value_of(1))
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (577, 16), (1, 2, 3, 4)])
+def test_what_is_put_is_what_is_got(tmp_path, dtype, shape):
+    """To the bit, of every dtype and shape, through another object, in a file that anyone's safetensors reads."""
+    kept = Store(tmp_path, {}, PLENTY)
+    value = value_of(1, *shape, dtype=dtype) if shape else torch.tensor(7).to(dtype)
+    assert KEY not in kept and kept.get(KEY) is None
+    assert kept.put(KEY, value.T if len(shape) == 2 else value) and KEY in kept
+    found = Store(tmp_path, {}, PLENTY).get(KEY)
+    expected = value.T if len(shape) == 2 else value
+    assert torch.equal(found, expected) and found.dtype == dtype and found.shape == expected.shape
+    assert torch.equal(load_file(file_of(kept))["value"], expected)
+    found.zero_()  # the caller's own
+    assert torch.equal(kept.get(KEY), expected)
+
+
+def test_kinds_do_not_meet_and_say_what_they_are(kept, tmp_path):
+    other = Store(tmp_path / "cache", {"stage": "states", "size": [40, 50]}, PLENTY)
+    again = Store(tmp_path / "cache", {"size": [40, 50], "stage": "pixels"}, PLENTY)  # in whatever order
+    assert other.get(KEY) is None and torch.equal(again.get(KEY), value_of(1))
+    assert json.loads((kept.values / "kind.json").read_text()) == kept.kind
+
+
+@pytest.mark.parametrize("key", ["", "a", "../../etc/passwd", "AB00", "ab/cd", "ab.", "ab" + "0" * 200, "zz00"])
+def test_a_key_is_no_path(kept, key):
+    for act in (kept.get, kept.__contains__, lambda key: kept.put(key, value_of(1))):
+        with pytest.raises(ValueError, match="is no key"):
+            act(key)
+
+
+def test_every_byte_that_is_changed_and_every_cut_is_seen(tmp_path):
+    """A damaged value is None and gone, never another value. (Where a header says the same in other words, it is the same.)"""
+    kept, value = Store(tmp_path, {}, PLENTY), value_of(1, 30, 50, 3)
+    kept.put(KEY, value)
+    whole, path = file_of(kept).read_bytes(), file_of(kept)
+    rng = random.Random(0)
+    places = [*range(0, 300), *(rng.randrange(len(whole)) for _ in range(300)), *range(len(whole) - 20, len(whole))]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
+        found = kept.get(KEY)
+        assert found is None and not path.exists(), place
+    for size in (0, 1, 7, 8, 20, 200, len(whole) - 1, len(whole) + 1, len(whole) + 4096):
+        path.write_bytes((whole + bytes(4096))[:size])
+        assert kept.get(KEY) is None and not path.exists(), size
+    swapped = whole[:-8192] + whole[-4096:] + whole[-8192:-4096] if len(whole) > 9000 else whole[::-1]
+    path.write_bytes(swapped)
+    assert kept.get(KEY) is None
+
+
+def test_pages_that_never_reached_the_disk_are_seen(tmp_path):
+    """After a power cut a file may have its size, and zeros or another file's page in it."""
+    kept, value = Store(tmp_path, {}, PLENTY), value_of(1, 4096 * 5 + 77)
+    kept.put(KEY, value)
+    whole, path = file_of(kept).read_bytes(), file_of(kept)
+    start = len(whole) - len(value)
+    pages = [whole[at : at + 4096] for at in range(start, len(whole), 4096)]
+    for order in ([1, 0, 2, 3, 4, 5], [0, 1, 2, 2, 4, 5], [4, 1, 2, 3, 0, 5]):
+        path.write_bytes(whole[:start] + b"".join(pages[number] for number in order))
+        assert kept.get(KEY) is None, order
+    path.write_bytes(whole[: start + 4096] + bytes(4096) + whole[start + 8192 :])
+    assert kept.get(KEY) is None
+
+
+HEADERS = {
+    "another key": lambda path: save_file({"value": value_of(1)}, path, {"key": "cd" + KEY[2:], "sum": "00000000"}),
+    "no checksum": lambda path: save_file({"value": value_of(1)}, path, {"key": KEY}),
+    "another name": lambda path: save_file({"x": value_of(1)}, path, {"key": KEY, "sum": "00000000"}),
+    "a pickle": lambda path: torch.save(value_of(1), path),
+    "no JSON": lambda path: path.write_bytes((8).to_bytes(8, "little") + b"{{{{{{{{" + bytes(100)),
+    "a list": lambda path: path.write_bytes((8).to_bytes(8, "little") + b"[[1,2,3]" + bytes(100)),
+    "an endless header": lambda path: path.write_bytes((2**60).to_bytes(8, "little") + bytes(100)),
+    "a deep header": lambda path: path.write_bytes((4096).to_bytes(8, "little") + b"[" * 4096 + bytes(100)),
+    "a negative shape": lambda path: path.write_bytes(
+        (256).to_bytes(8, "little") + json.dumps({
+            "__metadata__": {"key": KEY, "sum": "00000000"},
+            "value": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 0]},
+        }).encode().ljust(256)
+    ),
+    "a pipe": os.mkfifo,
+    "a folder": lambda path: path.mkdir(),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a hole of a terabyte": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 2**40),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_stranger_s_file_is_no_value(kept, name):
+    """Nothing is run, waited for or believed."""
+    path = file_of(kept)
+    path.unlink()
+    HEADERS[name](path)
+    assert kept.get(KEY) is None
+    if name != "a folder":
+        assert kept.put(KEY, value_of(2)) and torch.equal(kept.get(KEY), value_of(2))
+
+
+DYING = """
+import sys
+import torch
+from pathlib import Path
+from lora_blip.data.store import Store
+from tests.test_store import key_of, value_of
+kept = Store(Path(sys.argv[1]), {"a": 1}, 10**9)
+print("ready", flush=True)
+for number in range(10**9):
+    kept.put(key_of(number % 50), value_of(number % 50, 300, 300, 3))
+    if number % 50 == 49:
+        for path in kept.values.glob("*/*.safetensors"):
+            path.unlink(missing_ok=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_whole_values(tmp_path):
+    """Two processes write the same keys and are killed 8 times: what is there is whole, and nothing half is left for long."""
+    rng = random.Random(1)
+    command = [sys.executable, "-c", DYING, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = 0
+    for _ in range(4):
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
+        for process in both:
+            assert process.stdout and process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0.01, 0.15))
+        for process in both:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kept = Store(tmp_path, {"a": 1}, 10**9)
+        there = [number for number in range(50) if key_of(number) in kept]
+        found += len(there)
+        for number in there:
+            assert torch.equal(kept.get(key_of(number)), value_of(number, 300, 300, 3)), number
+    assert found  # else they were killed too early to show anything
+    half = list(tmp_path.rglob("*.tmp"))
+    for path in half:
+        os.utime(path, (0, 0))  # long ago
+    assert kept.put(key_of(99), value_of(1)) and not list(tmp_path.rglob("*.tmp"))
+
+
+def write_all(folder: Path, first: int) -> int:
+    kept = Store(folder, {"a": 1}, PLENTY)
+    return sum(kept.put(key_of(n), value_of(n)) for n in [*range(first, 30), *range(first)])
+
+
+def test_processes_that_write_the_same_keys_at_once_agree(tmp_path):
+    with get_context("spawn").Pool(2) as pool:
+        assert pool.starmap(write_all, [(tmp_path, 0), (tmp_path, 15)]) == [30, 30]
+    kept = Store(tmp_path, {"a": 1}, PLENTY)
+    assert all(torch.equal(kept.get(key_of(n)), value_of(n)) for n in range(30))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 30 and not list(tmp_path.rglob("*.tmp"))
+
+
+def total(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fill(kept: Store, first: int = 0) -> int:
+    """How many values it takes."""
+    return next(n for n in range(10**6) if not kept.put(key_of(first + n), value_of(n)))
+
+
+def test_the_limit_holds_for_all_kinds_together(tmp_path, capsys):
+    limit = 100_000
+    one, two = Store(tmp_path, {"kind": 1}, limit), Store(tmp_path, {"kind": 2}, limit)
+    for n in range(5):
+        one.put(key_of(n), value_of(n))
+    count = fill(two)
+    assert count > 3 and total(tmp_path) <= limit < total(tmp_path) + 7000
+    assert all(torch.equal(one.get(key_of(n)), value_of(n)) for n in range(5))  # it is open: not to be taken from
+    assert two.put(KEY, value_of(1)) is False and two.put(key_of(0), value_of(0)) is True  # it is there already
+    assert all(torch.equal(two.get(key_of(n)), value_of(n)) for n in range(count))  # what is there stays, and is read
+    said = capsys.readouterr().out
+    assert said.count("reached its limit of") == 1 and str(tmp_path) in said
+
+
+def test_kinds_that_nobody_has_open_make_room_the_longest_unused_first(tmp_path):
+    limit = 60_000
+    for number in range(3):
+        old = Store(tmp_path, {"kind": number}, limit)
+        assert old.put(key_of(0), value_of(0)) and old.put(key_of(1), value_of(1))
+        os.utime(old.values / "kind.json", (number + 1, number + 1))
+        del old
+    mine = tmp_path / "notes"
+    mine.mkdir()
+    (mine / "kind.json").write_text("a user's own")
+    again = Store(tmp_path, {"kind": 0}, limit)  # the oldest, and now the newest
+    assert again.get(key_of(0)) is not None
+    del again
+    new = Store(tmp_path, {"kind": 9}, limit)
+    for n in range(5):
+        assert new.put(key_of(n), value_of(n))
+    left = {json.loads(p.read_text()).get("kind") for p in tmp_path.glob("*/kind.json") if p.parent != mine}
+    assert left == {0, 2, 9} and mine.exists()
+    fill(new, 100)
+    left = {json.loads(p.read_text()).get("kind") for p in tmp_path.glob("*/kind.json") if p.parent != mine}
+    assert left == {9} and total(tmp_path) - 12 <= limit
+
+
+def test_what_others_write_counts_too(tmp_path):
+    """Two that fill one kind, each knowing of its own writes alone between two counts, stay near the limit."""
+    limit = 600_000
+    pair = [Store(tmp_path, {"kind": 1}, limit) for _ in range(2)]
+    for n in range(1000):
+        pair[n % 2].put(key_of(n), value_of(n))
+    assert limit * 0.9 < total(tmp_path) < limit * 1.05
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_full_disk_is_told_once_and_is_no_error(kept, monkeypatch, capsys, number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store, "write_whole", fails)
+    assert [kept.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3
+    assert capsys.readouterr().out.count("nothing more is kept") == 1
+    assert torch.equal(kept.get(KEY), value_of(1))
+
+
+def test_a_folder_that_cannot_be_made_is_told_once_and_is_no_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    nowhere = Store(tmp_path / "file" / "cache", {}, PLENTY)
+    assert [nowhere.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3 and nowhere.get(key_of(1)) is None
+    assert capsys.readouterr().out.count("nothing more is kept") == 1
+
+
+def test_nothing_is_made_before_there_is_something_to_keep(tmp_path):
+    empty = Store(tmp_path / "cache", {}, PLENTY)
+    assert empty.get(KEY) is None and KEY not in empty and not (tmp_path / "cache").exists()
+    assert empty.put(KEY, value_of(1)) and (empty.values / "kind.json").exists()
+
+
+def test_what_cannot_be_kept_is_said(kept, monkeypatch):
+    monkeypatch.setattr(store, "LARGEST", 1000)
+    for value in (torch.empty(0), torch.zeros(3, dtype=torch.complex64), torch.zeros(1001, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="cannot be kept"):
+            kept.put(key_of(1), value)
+
+
+def test_a_pickled_store_is_the_same_store(kept, tmp_path):
+    again = pickle.loads(pickle.dumps(kept))
+    assert torch.equal(again.get(KEY), value_of(1)) and again.put(key_of(3), value_of(3)) and key_of(3) in kept
+    del kept
+    other = Store(tmp_path / "cache", {"kind": "other"}, 20_000)  # 12 KB are there
+    assert not other.put(key_of(1), value_of(1, 10_000)) and again.get(KEY) is not None  # still in use
+
+
+def test_a_digest_is_of_the_bytes_and_is_computed_once(tmp_path, monkeypatch):
+    one, two = tmp_path / "a.png", tmp_path / "b.png"
+    one.write_bytes(b"same")
+    two.write_bytes(b"same")
+    assert image_digest(one) == image_digest(two) and len(image_digest(one)) == 32
+    opened = []
+    plain = store.open_regular
+    monkeypatch.setattr(store, "open_regular", lambda *given: opened.append(given) or plain(*given))
+    image_digest(one)
+    assert not opened
+    one.write_bytes(b"emas")
+    os.utime(one, ns=(1, 1))
+    assert image_digest(one) != image_digest(two) and len(opened) == 1
+
+
+def test_an_image_that_is_not_there_has_no_digest(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    for name, told in (("gone.png", "does not exist"), ("empty.png", "is empty"), ("folder.png", "a folder")):
+        with pytest.raises(ImageError, match=told):
+            image_digest(tmp_path / name)
