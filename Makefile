@@ -32,7 +32,7 @@ lint: .venv/.dev
 	.venv/bin/mypy
 
 bench: .venv/.dev
-	$(PYTHON) -m benchmarks.step
+	$(PYTHON) -m benchmarks
 
 chaos: .venv/.plots
 	$(PYTHON) -m benchmarks.chaos --precision fp32

@@ -1,0 +1,52 @@
+"""Ratios side by side, interleaved, in one run: `make bench`, or `python -m benchmarks --only step,memory --quick`.
+
+All rows take about three quarters of an hour on 2 cores. `python -m benchmarks.growth` shows how cost grows,
+`python -m benchmarks.bars` draws a result.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from benchmarks import card, cubes, epochs, inference, memory, report, steps
+from benchmarks.plan import Plan, Row, device, quick
+
+ROWS: dict[str, Row] = {
+    "step": steps.step,
+    "compiled": steps.compiled,
+    "captions": steps.captions,
+    "memory": memory.memory,
+    "epoch": epochs.epoch,
+    "cached": epochs.cached,
+    "input": epochs.input,
+    "generate": inference.generate,
+    "batch": inference.batch,
+    "merge": inference.merge,
+    "cubes": cubes.cubes,
+    "card": card.card,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default=",".join(ROWS), help=f"rows, with commas: {', '.join(ROWS)}")
+    parser.add_argument("--quick", action="store_true", help="every row on the smallest model: whether it runs, not how fast")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant, after a warm-up")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images, on both sides")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the .json and the .md")
+    given = parser.parse_args(arguments)
+    unknown = set(given.only.split(",")) - set(ROWS)
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    plan = quick() if given.quick else Plan(rounds=given.rounds, workers=given.workers, device=device())
+    _, whole = report.collect(
+        {name: ROWS[name](plan) for name in ROWS if name in given.only.split(",")}, given.out, "quick" * given.quick
+    )
+    return 0 if whole else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""Side by side: every contestant in turn, A B C … C B A, in one run, so that a machine whose speed drifts decides nothing.
+
+Each round gives one ratio to the reference; what is reported is their median with the smallest and the largest.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+OURS, PEFT, PEFT16, TRAINER = "lora_blip", "peft", "peft, 16-bit weights", "peft + Trainer"
+FULL, FLOOR, HANDMADE, HF = "full fine-tuning", "floor: no adapters", "hand-made", "transformers"
+
+Turn = Callable[[], float | dict[str, float]]  # what one contestant does when it is its turn; several figures have names
+
+
+@dataclass
+class Cell:
+    """One comparison: figures of every contestant, round by round."""
+
+    row: str
+    setting: str
+    reference: str
+    unit: str = "s"
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)  # of the warm-up, which counts in nothing else
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def ratios(self) -> dict[str, dict[str, float]]:
+        """Name → median, min and max over the rounds of its figure divided by the reference's of the same round."""
+        found = {}
+        for name, figures in self.figures.items():
+            each = [a / b for a, b in zip(figures, self.figures[self.reference], strict=True)]
+            found[name] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+        return found
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(figures) for name, figures in self.figures.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"ratios": self.ratios(), "medians": self.medians()}
+
+    def __str__(self) -> str:
+        medians, ratios = self.medians(), self.ratios()
+        lines = [f"{self.row}: {self.setting} (reference: {self.reference})"]
+        for name, ratio in ratios.items():
+            spread = f"{ratio['median']:.3f} ({ratio['min']:.3f}–{ratio['max']:.3f})"
+            lines.append(f"  {name:<40}{spread:<24}{medians[name]:>12.5g} {self.unit}")
+        return "\n".join(lines)
+
+
+def compare(
+    row: str, setting: str, turns: Mapping[str, Turn], reference: str, rounds: int, unit: str = "s", warm: bool = True
+) -> Cell:
+    """Let the contestants take turns, the order reversed every other round; the warm-up before them is kept apart."""
+    cell = Cell(row, setting, reference, unit)
+    if warm:
+        for name, turn in turns.items():
+            cell.first |= _named(name, turn())
+    for number in range(rounds):
+        for name in list(turns)[:: -1 if number % 2 else 1]:
+            gc.collect()  # nobody pays for what another left
+            for key, value in _named(name, turns[name]()).items():
+                cell.figures.setdefault(key, []).append(value)
+    order = [key for name in turns for key in cell.figures if key == name or key.startswith(f"{name}, ")]
+    cell.figures = {key: cell.figures[key] for key in dict.fromkeys(order)}
+    return cell
+
+
+def _named(name: str, figure: float | dict[str, float]) -> dict[str, float]:
+    return {f"{name}, {key}": value for key, value in figure.items()} if isinstance(figure, dict) else {name: figure}
+
+
+def seconds(run: Callable[[], object], times: int = 1) -> float:
+    """Mean seconds of one `run`, with all that a GPU was given done before either look at the clock."""
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(times):
+        run()
+    synchronize()
+    return (time.perf_counter() - started) / times
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """What a block built is gone after it: models of one comparison do not crowd out the next one's."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

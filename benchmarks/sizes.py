@@ -1,0 +1,122 @@
+"""Models of true sizes with random weights, in memory or as a folder. What they say means nothing; what it costs does."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipTextConfig,
+    BlipVisionConfig,
+    OPTConfig,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from lora_blip.models import DTYPES, Backbone, Quiet
+from toyworld.vocabulary import blip_tokenizer, opt_tokenizer
+
+Settings = dict[str, Any]
+STD = 0.02  # a vision config's own 1e-10 would make denormals, which are slow and tell nothing
+
+
+def _width(hidden: int, layers: int, heads: int, **more: Any) -> Settings:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    } | more
+
+
+SMALL_TEXT = _width(128, 3, 4, encoder_hidden_size=128, vocab_size=442, max_position_embeddings=512)
+# name → settings of the ViT, the Q-Former (BLIP-2's alone) and the language side; {} is the architecture's own
+SIZES: dict[str, tuple[Settings, Settings | None, Settings]] = {
+    "mini": (_width(32, 2, 4, image_size=32, patch_size=8), None, SMALL_TEXT | _width(32, 2, 4, encoder_hidden_size=32)),
+    "tiny": (_width(128, 4, 4, image_size=96), None, SMALL_TEXT),  # as assets/tiny-blip
+    "base": ({}, None, {}),
+    "large": (_width(1024, 24, 16), None, {"encoder_hidden_size": 1024}),
+    "mini2": (
+        _width(32, 2, 4, image_size=32, patch_size=8),
+        _width(32, 2, 4, encoder_hidden_size=32),
+        {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"vocab_size": 1001},
+    ),
+    "blip2": (  # of the true widths, with 4 of 39 and of 32 layers
+        _width(1408, 4, 16, intermediate_size=6144, image_size=224, patch_size=14),
+        {"encoder_hidden_size": 1408},
+        {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 4, "num_attention_heads": 32}
+        | {"vocab_size": 50304},
+    ),
+}
+QUERIES = 32
+
+
+def backbone(size: str, device: str = "cpu", dtype: str = "fp32", **vision: Any) -> Backbone:
+    """A frozen model of this size; `vision` overrides settings of its ViT. No dropout: all compute the same."""
+    torch.manual_seed(0)
+    eyes, qformer, text = SIZES[size]
+    model = _blip(eyes | vision, text) if qformer is None else _blip2(eyes | vision, qformer, text)
+    tokenizer = tokenizer_of("blip" if qformer is None else "blip-2")
+    side = model.config.vision_config.image_size
+    processor = BlipImageProcessorPil(size={"height": side, "width": side})
+    model.requires_grad_(False).eval().to(device, DTYPES[dtype])
+    return Backbone(model, tokenizer, processor, size, torch.device(device))
+
+
+@cache
+def tokenizer_of(family: str) -> Any:
+    """The embedded bases' tokenizers: a model's vocabulary may be larger, and costs what it is."""
+    return blip_tokenizer() if family == "blip" else opt_tokenizer()
+
+
+def _blip(vision: Settings, text: Settings) -> Any:
+    tokens = tokenizer_of("blip")
+    ends = {"bos_token_id": tokens.bos_token_id, "pad_token_id": tokens.pad_token_id}
+    ends |= {"sep_token_id": tokens.sep_token_id, "eos_token_id": tokens.sep_token_id}
+    quiet: Settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BlipConfig(
+        vision_config=BlipVisionConfig(**{"initializer_range": STD, **vision}),
+        text_config=BlipTextConfig(**text, **ends, **quiet),
+    )
+    return BlipForConditionalGeneration(config)
+
+
+def _blip2(vision: Settings, qformer: Settings, text: Settings) -> Any:
+    quiet: Settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**{"initializer_range": STD, **vision}),
+        qformer_config=Blip2QFormerConfig(**qformer, **quiet),
+        text_config=OPTConfig(**text, dropout=0.0),
+        num_query_tokens=QUERIES,
+        image_token_index=tokenizer_of("blip-2").convert_tokens_to_ids("<image>"),
+    )
+    model = Blip2ForConditionalGeneration(config)
+    model.query_tokens.data.normal_(std=0.5)  # zeros would make all queries one
+    return model
+
+
+def copy_of(backbone: Backbone) -> Backbone:
+    """The same weights again, apart: contestants must not share what they change."""
+    return replace(backbone, model=deepcopy(backbone.model))
+
+
+def in_dtype(backbone: Backbone, dtype: str) -> Backbone:
+    backbone.model.to(DTYPES[dtype])
+    return backbone
+
+
+def save(backbone: Backbone, folder: Path) -> Path:
+    """A checkpoint's folder, as `load_backbone` and `train` read it."""
+    folder.mkdir(parents=True)
+    with Quiet(str(folder)):
+        for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
+            part.save_pretrained(folder)
+    return folder
