@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip import stop
+from lora_blip.ahead import Ahead
 from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.data.images import ImageError
@@ -52,11 +53,16 @@ class Rounds:
             raise OutputError(
                 "another process was lost; what is written is safe: start again with the same settings and output_dir to go on"
             ) from None
+        finally:
+            self.runner.darkroom.close()
 
     def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
-        blocks = self._undone(examples)
-        while dealt := self.ranks.first(self._alone(lambda: list(islice(blocks, self.ranks.count)))):
-            mine = self._said(dealt[self.ranks.rank], work) if self.ranks.rank < len(dealt) else []
+        blocks, count = Ahead(self._undone(examples)), self.ranks.count
+        while turn := self.ranks.first(self._alone(lambda: (blocks.take(count), blocks.look(count)))):
+            dealt, following = turn  # a round is dealt out a round before, for its pictures to be decoded meanwhile
+            if not dealt:
+                break
+            mine = self._said(self._mine(dealt), self._mine(following), work)
             everyone = self.ranks.gather((mine, self.heard.signal))
             found = [
                 (example, said)
@@ -66,7 +72,7 @@ class Rounds:
             ]
             self._alone(lambda: take(found))
             self._stop_if_told([number for _, number in everyone])
-        if dealt is None:  # the main rank failed, and says why
+        if turn is None:  # the main rank failed, and says why
             raise SystemExit(2)
         self._stop_if_told(self.ranks.gather(self.heard.signal))
 
@@ -78,10 +84,13 @@ class Rounds:
                 yield number, some, over
             number += 1
 
-    def _said(self, block: Block, work: Work) -> list[Prediction | ImageError]:
+    def _mine(self, dealt: list[Block]) -> Block:
+        return dealt[self.ranks.rank] if self.ranks.rank < len(dealt) else (0, [], [])
+
+    def _said(self, block: Block, following: Block, work: Work) -> list[Prediction | ImageError]:
         number, examples, _ = block
         torch.manual_seed(self.seed + number)
-        return [_short(said) for _, said in self.runner.each(examples, work)]
+        return [_short(said) for _, said in self.runner.each(examples, work, following[1])]
 
     def _alone(self, act: Callable[[], Any]) -> Any:
         """What the main rank does while the others wait for their next blocks; an error there is their end, too."""
@@ -141,8 +150,18 @@ class Screen:
         self.done += len(found)
         now = time.monotonic()
         if self.bar.disable and now - self.told >= SILENCE:
-            self.told, speed = now, (self.done - self.before) / (now - self.started)
-            print(f"{self.name}: {self.done:,} of {self.count:,}, {speed:.1f} a second", flush=True)
+            self.told = now
+            print(f"{self.name}: {self.done:,} of {self.count:,}, {self.speed:.1f} a second", flush=True)
+
+    @property
+    def speed(self) -> float:
+        """Images a second, over the time that this process has been at it."""
+        return (self.done - self.before) / max(time.monotonic() - self.started, 1e-9)
+
+    def pace(self) -> str:
+        """A line: what was done, in how long and how fast; "" where nothing was left to do."""
+        done, seconds = self.done - self.before, time.monotonic() - self.started
+        return f"{done:,} images in {seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
 
     def show(self, found: Found, base: dict[int, str]) -> None:
         for example, said in found[: max(0, SHOWN - self.shown)]:

@@ -36,21 +36,32 @@ class Choice:
         self.acting = ALL_ACT
         self.made = False  # whether gradients were ever taken under one
         self.again = False  # whether it is in force once more, see `as_chosen`
+        self.fast = True  # whether `fused` may stand in for `add_update`
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Choice, ()  # a copy of a model starts with no choice made
 
+    @property
+    def everyone(self) -> bool:
+        """Whether every adapter acts on every row."""
+        self._check()
+        return self.acting is ALL_ACT
+
     def rows(self, name: str, x: Tensor) -> Any:
         """Where the rows of an adapter stand in x (rows, …): ALL, a tensor of places, or None for nowhere."""
         acting = self.acting
+        self._check()
+        if name in acting.off or acting.alone not in ("", name):
+            return None
+        return places(acting.rows.get(name), acting, x) if acting.count else ALL
+
+    def _check(self) -> None:
+        """LoRAError where nobody knows any more who acted."""
         if self.made and not self.again and torch._C._current_graph_task_id() >= 0:
             raise LoRAError(
                 "a layer is computed again in the backward pass, and which adapters acted in it is not known any more; "
                 "checkpoint it with context_fn=partial(lora.as_chosen, model), as load_backbone(checkpointing=True) does"
             )
-        if name in acting.off or acting.alone not in ("", name):
-            return None
-        return places(acting.rows.get(name), acting, x) if acting.count else ALL
 
 
 def places(rows: Tensor | None, acting: Acting, x: Tensor) -> Tensor | None:

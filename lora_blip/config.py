@@ -45,9 +45,15 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay, on the adapters")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never")
     precision: Precision = setting("auto", "arithmetic under autocast: fp16, bf16 or fp32; auto: what the device does best")
-    base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: fp32 for BLIP, the precision for BLIP-2")
+    base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: in 16 bits what is read in 16 bits")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     augment: bool = setting(True, "gentle random mirror, shift, scale and brightness; no mirror if a text says left or right")
+    views: int = setting(0, "versions of each augmented picture, which come in turn and can be kept; 0: always another")
+    cache_gb: float = setting(10.0, "disk for decoded pictures and what comes before the first adapter, if it repeats; 0: none")
+    fast: bool = setting(True, "the same sums by faster ways: attention, update, texts; false: the plain ways, to compare with")
+    compile: bool = setting(
+        False, "torch.compile the ViT's blocks: a minute or more at the start, faster steps on some machines"
+    )
     validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, or 10; the end is always validated")
     best_by: str = setting("auto", "score that picks best.safetensors: loss, exact_match, cider …; auto: the task's own")
     patience: int = setting(0, "stop after so many validations without a better score; 0: never")
@@ -65,6 +71,7 @@ class TrainConfig:
     num_workers: int = setting(2, "processes that load images; 0: none")
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
     on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the annotations is no good")
+    check_images: Literal["all", "lazy"] = setting("all", "all: each is decoded before the first step; lazy: when it is needed")
 
     def __post_init__(self) -> None:
         check(self)
@@ -95,6 +102,8 @@ class TrainConfig:
             "seed",
             "validate_every",
             "patience",
+            "views",
+            "cache_gb",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 

@@ -43,7 +43,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     wanted = wanted_adapter(config.adapter)
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, wanted)
-    examples, problems = annotations.read(config.references, config.image_root, config.on_bad_data, task.check)
+    examples, problems = annotations.read(
+        config.references, config.image_root, config.on_bad_data, task.check, expect=task.expect
+    )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     leaks, why = leaks_of(config, wanted, examples)

@@ -73,7 +73,9 @@ class Learner:
             {"params": [*halves.values()], "weight_decay": weight_decay},
             {"params": [*beside.values()], "weight_decay": 0.0},
         ]
-        self.optimizer = optimizer or torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+        kernel = task.backbone.device.type in ("cpu", "cuda")
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, fused=kernel)  # one kernel for all the small tensors
         self.scaler = torch.amp.GradScaler(task.backbone.device.type, enabled=precision == "fp16")
         self.objective: nn.Module = Objective(task, self.parameters.values())
         self.traffic = 0  # bytes of gradients that a rank hands to the others in a step
@@ -91,7 +93,7 @@ class Learner:
         if self.progress.slot:
             return
         mine = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.idle]
-        count, images = self.ranks.sum(sum(b.count for b in mine), sum(len(b.examples) for b in mine))
+        count, images = self.ranks.sum(sum(b.count for b in mine), sum(b.images for b in mine))
         self.count, self.images = count or 1.0, int(images)  # 0: nothing here to learn from
         self.loss = torch.zeros_like(self.loss)
 
@@ -112,8 +114,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)  # clip true gradients, not scaled ones
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf))
-        (loss,) = self.ranks.sum(float(self.loss))
+        clipped = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
+        norm, mine = torch.stack([clipped, self.loss]).tolist()  # the only wait for the device in a step
+        (loss,) = self.ranks.sum(mine)
         finite = math.isfinite(norm) and math.isfinite(loss)
         scale = self.scaler.get_scale()
         if finite or self.scaler.is_enabled():  # the scaler itself skips, and then lowers its scale

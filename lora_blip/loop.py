@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lora_blip import curves, dist, lora, preflight, resume, sharding, stop, targets
+from lora_blip import caching, curves, dist, lora, preflight, resume, sharding, stop, targets, weights
 from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
-from lora_blip.data.batches import Pictures, Slot, Stack, close, first_stack, loader, slots_of_steps
+from lora_blip.data.batches import Slot, Stack, close, first_stack, loader, slots_of_steps
+from lora_blip.data.pictures import NO_CACHES, Caches, Pictures
 from lora_blip.dist import Ranks
 from lora_blip.faults import TrainingError, explain, explained
 from lora_blip.learner import Autocast, Learner, Progress
-from lora_blip.models import Backbone, autocasting, open_backbone
+from lora_blip.models import Backbone, autocasting, compile_blocks, open_backbone
 from lora_blip.run import Run, summary_writer
 from lora_blip.stop import Heard
 from lora_blip.tasks import TASKS, natural_task
@@ -51,7 +52,9 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     refuse_unwritable(config.output_dir)
     refuse_impossible(config, ranks)
     device = ranks.device(config.device)
-    backbone, precision = open_backbone(config.model, device, config.precision, config.base_dtype, config.checkpointing)
+    backbone, precision = open_backbone(
+        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast
+    )
     task = task_for(config, backbone)
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
@@ -59,13 +62,18 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     print(f"\n{targets.table(backbone.model)}\n")
+    caches = caching.caches_for(config, task, precision)
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
+    identity["learned from"] = caching.learns_from_kept(config, task)
+    lora.fast(backbone.model, config.fast)
+    if config.base_dtype == "auto":
+        weights.cast_once(backbone, precision)
     if config.shard:
         sharding.shard(backbone, ranks.count)
 
     autocast = autocasting(backbone.device, precision)
-    batches = loader_of(training, task, config, shuffle=True)
-    held_out = loader_of(validation, task, config, shuffle=False) if validation else None
+    batches = loader_of(training, task, config, shuffle=True, caches=caches)
+    held_out = loader_of(validation, task, config, shuffle=False, caches=caches) if validation else None
     for loaded in filter(None, (batches, held_out)):
         closing.callback(close, loaded)
     first = task.batch(first_stack(batches))
@@ -74,6 +82,8 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         print(preflight.check(task, first, autocast), "\n", sep="")
     except RuntimeError as error:
         raise explained(error, config, task) from None
+    if config.compile:
+        compile_blocks(backbone.model)
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)
@@ -115,7 +125,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
             pause()
             look()
         look(at_the_end=True)
-        drift = merge_drift(task, first) if ranks.main and not config.shard else {}
+        drift = merge_drift(task, first, autocast) if ranks.main and not config.shard else {}
         path = run.save(progress.step, finished=True, merge_drift=drift)
         ranks.wait()  # a rank that is lost before this has the run go on from its last checkpoint
     except stop.Told:
@@ -274,7 +284,10 @@ def default_rate(model: Any) -> float:
 
 def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[Example]]:
     """Checked lines, split by image into training and validation, the latter in an order drawn from the seed."""
-    examples, problems = annotations.read(config.annotations, config.image_root, config.on_bad_data, task.check)
+    decode = config.check_images == "all"
+    examples, problems = annotations.read(
+        config.annotations, config.image_root, config.on_bad_data, task.check, decode, task.expect
+    )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     task.know(examples)
@@ -283,8 +296,10 @@ def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[
     return training, validation
 
 
-def loader_of(examples: list[Example], task: Task, config: TrainConfig, shuffle: bool) -> DataLoader[Stack]:
+def loader_of(
+    examples: list[Example], task: Task, config: TrainConfig, shuffle: bool, caches: Caches = NO_CACHES
+) -> DataLoader[Stack]:
     augmented = shuffle and config.augment
-    pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed)
+    pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed, task.together, config.views, caches)
     cuda = task.backbone.device.type == "cuda"
     return loader(pictures, config.batch_size, shuffle, config.seed, config.num_workers, pin=cuda)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.choice import ALL, ALL_ACT, Acting, Choice, LoRAError, in_force
+from lora_blip.fused import Entered, hand_over, updated
 from lora_blip.sites import Site, check_sites, is_quantised
 
 
@@ -69,6 +70,7 @@ class Updates(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.choice = Choice()
+        self.entered = Entered()
         self.original: Tensor | None = None
         self.merged: frozenset[str] = frozenset()
 
@@ -76,6 +78,8 @@ class Updates(nn.ModuleDict):
 def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook: y + Σ (alpha / r) · B A x over the adapters that act on a row and are not merged."""
     updates: Updates = linear.lora
+    if updates.entered.x is not None:  # taken in by `hand_over`: the same update, faster
+        return updated(linear, output)
     x = args[0]
     for key, lora in updates.items():
         rows = None if key in updates.merged else updates.choice.rows(_name(key), x)
@@ -154,6 +158,11 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
     return [lora.site.address for m in hooked.values() if id(m) not in called for lora in m.lora.values()]
 
 
+def fast(model: nn.Module, on: bool = True) -> None:
+    """Whether `fused` stands in for `add_update` where it is the same; it does from the start."""
+    _choice(model).fast = on
+
+
 # ---------------------------------------------------------------- into the weights and back
 
 
@@ -192,14 +201,19 @@ def _fold(linear: Any, keys: frozenset[str], keep_original: bool = True) -> None
     updates: Updates = linear.lora
     if not keys:
         return
-    if updates.original is None and keep_original:
-        updates.original = linear.weight.detach().clone()
-    original = linear.weight if updates.original is None else updates.original
-    total = original.to(linear.weight.device, torch.promote_types(original.dtype, torch.float32))
-    for lora in (updates[key] for key in sorted(keys)):
-        assert isinstance(lora, LoRA)
-        total = total + lora.delta_weight()
-    linear.weight.data.copy_(total)
+    weight, kept = linear.weight.data, updates.original
+    if kept is None and keep_original:
+        updates.original = weight.clone()
+    start = weight if kept is None else kept
+    wide = torch.promote_types(start.dtype, torch.float32)
+    total = weight if start is weight and weight.dtype == wide else start.to(weight.device, wide, copy=True)
+    with torch.autocast(weight.device.type, enabled=False):
+        for lora in (updates[key] for key in sorted(keys)):
+            assert isinstance(lora, LoRA)
+            rows = total[lora.padding[0] : len(total) - lora.padding[1]]
+            rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)
+    if total is not weight:
+        weight.copy_(total)
     updates.merged = frozenset(keys)
 
 
@@ -317,6 +331,7 @@ def _refuse_unmergeable(hooked: dict[str, Any]) -> None:
 def _attach(linear: Any, site: Site, dropout: float, name: str) -> None:
     if not isinstance(linear._modules.get("lora"), Updates):
         linear.lora = Updates()
+        linear.register_forward_pre_hook(hand_over)
         linear.register_forward_hook(add_update)
     tensors = [*linear.parameters(recurse=False), *linear.buffers(recurse=False)]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -326,7 +341,7 @@ def _attach(linear: Any, site: Site, dropout: float, name: str) -> None:
 
 def _detach(linear: Any) -> None:
     """Remove the hook by what it is, not by a handle, so that a deepcopy or an unpickled model can do it too."""
-    for number, hook in list(linear._forward_hooks.items()):
-        if hook is add_update:
-            del linear._forward_hooks[number]
+    for hooks in (linear._forward_hooks, linear._forward_pre_hooks):
+        for number in [number for number, hook in hooks.items() if hook in (add_update, hand_over)]:
+            del hooks[number]
     del linear.lora

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lora_blip import attention
 from lora_blip.config import ConfigError
 from lora_blip.lora import as_chosen
 
@@ -51,7 +52,8 @@ class Backbone:
     image_processor: Any
     name: str
     device: torch.device
-    samples: dict[str, Any] | None = None  # fingerprints of weights that are spread over ranks, taken before
+    samples: dict[str, Any] | None = None  # fingerprints of weights that were cast or spread over ranks, taken before
+    fast: bool = True  # attention without stored scores, texts packed; false: transformers' own way, to compare with
 
     @property
     def family(self) -> str:
@@ -108,22 +110,25 @@ def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractCo
     return lambda: torch.autocast(device.type, DTYPES[precision])
 
 
-def load_backbone(name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False) -> Backbone:
+def load_backbone(
+    name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False, fast: bool = True
+) -> Backbone:
     """Load a checkpoint frozen, in eval mode: one that captions, answers questions or matches texts with images.
 
     name: hub name or folder. dtype: of the weights: "fp32", "fp16" or "bf16". checkpointing: recompute
-    activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients).
+    activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients). fast: see
+    `attention`; off, everything is computed as transformers does.
 
     The model's own dropout is set to 0: a frozen backbone gains nothing from it, and training then
     computes what inference computes. Raises ModelError for a checkpoint that is not there, is of
     another kind, lacks weights or image placeholders, or is a T5 in fp16.
     """
     source = locate_model(name)
-    return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing)
+    return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast)
 
 
 def open_backbone(
-    name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False
+    name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False, fast: bool = True
 ) -> tuple[Backbone, str]:
     """A backbone as the settings ask for it, and the precision to compute in; training and inference agree by this.
 
@@ -137,20 +142,23 @@ def open_backbone(
     config = load_config(source)
     refuse_t5_fp16(config, name, precision)  # under AMP as well, whatever the weights' dtype
     dtype = pick_base_dtype(base_dtype, config, precision)
-    return _load(name, source, config, where, dtype, checkpointing), precision
+    return _load(name, source, config, where, dtype, checkpointing, fast), precision
 
 
-def _load(name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool) -> Backbone:
+def _load(
+    name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool, fast: bool
+) -> Backbone:
     _refuse(config, name, dtype)
     _silence_dropout(config)
     model = _load_model(_architecture(config), source, config, DTYPES[dtype])
     model.requires_grad_(False).eval().to(where)
+    attention.fast(model, fast)
     if checkpointing:
         with Quiet(source):
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(as_chosen, model)})
             model.disable_input_require_grads()  # only the reentrant kind needs them, and BLIP adds positions in place
     tokenizer, image_processor = _load_processors(source)
-    return Backbone(model, tokenizer, image_processor, name, where)
+    return Backbone(model, tokenizer, image_processor, name, where, fast=fast)
 
 
 def load_config(source: str) -> PretrainedConfig:
@@ -246,6 +254,12 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def compile_blocks(model: Any) -> None:
+    """torch.compile for the blocks of the ViT, with the hooks that they carry now: later ones would be ignored."""
+    for block in model.vision_model.encoder.layers:
+        block.compile()
 
 
 class Quiet(warnings.catch_warnings):

@@ -70,6 +70,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     with Screen(task.name, count, out) as screen:
         rounds.run(examples, Saying(texts), partial(write, out, base, screen))
     if ranks.main:
+        print(screen.pace(), end="")
         out.finish()
         if references:
             report(task, references, done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base"))

@@ -1,17 +1,16 @@
 """Runs a task over images in batches, and goes on when the device gives out: half the batch, then the CPU."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm  # comes with transformers
 
+from lora_blip.ahead import Ahead, Darkroom
 from lora_blip.data.annotations import Example
-from lora_blip.data.batches import pixel_values
 from lora_blip.data.images import ImageError
-from lora_blip.data.streams import open_picture, place_of
+from lora_blip.data.streams import place_of
 from lora_blip.models import autocasting, first_line
 from lora_blip.tasks.task import Task
 
@@ -27,6 +26,7 @@ class Runner:
     ) -> None:
         self.task, self.size, self.precision, self.reopen = task, batch_size, precision, reopen
         self.warned: set[str] = set()
+        self.darkroom = Darkroom()
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
         """Each example with its result, in order; an image that cannot be read is reported and left out."""
@@ -37,19 +37,32 @@ class Runner:
                 self.warned.add(str(found))
                 tqdm.write(f"left out: {found}")
 
-    def each(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
-        """Each example with its result, or with the ImageError that says why it has none, in order."""
+    def each(self, examples: Iterable[Example], work: Work, coming: Iterable[Example] = ()) -> Iterator[tuple[Example, Any]]:
+        """Each example with its result, or with the ImageError that says why it has none, in order.
+
+        One batch is drawn ahead, and its pictures are decoded while the model is at work; `coming`: what the next call
+        will ask for. Whoever tells it closes the darkroom in the end.
+        """
         self.task.backbone.model.eval()
-        iterator = iter(examples)
-        while some := list(islice(iterator, self.size)):
-            first = {place_of(e): e for e in some}  # several questions of one picture
-            pictures = {place: self._pixels(e) for place, e in first.items()}
-            good = [(e, picture) for e in some if isinstance(picture := pictures[place_of(e)], Tensor)]
-            here, stacked = [e for e, _ in good], [picture for _, picture in good]
-            results = self._attempt(torch.stack(stacked), here, work) if good else iter(())
-            for e in some:
-                picture = pictures[place_of(e)]
-                yield e, picture if isinstance(picture, ImageError) else next(results)
+        source, coming = Ahead(examples), list(coming)
+        try:
+            while some := source.take(self.size):
+                yield from self._batch(some, source.look(self.size) or coming, work)
+        finally:
+            if not coming:
+                self.darkroom.close()
+
+    def _batch(self, some: list[Example], following: list[Example], work: Work) -> Iterator[tuple[Example, Any]]:
+        processor = self.task.backbone.image_processor
+        self.darkroom.announce([*some, *following], processor)
+        pictures = self.darkroom.pictures(some)  # several questions of one picture have one place
+        self.darkroom.announce(following, processor)
+        good = [(e, picture) for e in some if isinstance(picture := pictures[place_of(e)], Tensor)]
+        here, stacked = [e for e, _ in good], [picture for _, picture in good]
+        results = self._attempt(torch.stack(stacked), here, work) if good else iter(())
+        for e in some:
+            picture = pictures[place_of(e)]
+            yield e, picture if isinstance(picture, ImageError) else next(results)
 
     def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
         """A result for each; what the first half gave is handed on before the second half can fail."""
@@ -90,12 +103,6 @@ class Runner:
         if kind not in self.warned:
             self.warned.add(kind)
             tqdm.write(f"warning: {message}")
-
-    def _pixels(self, example: Example) -> Tensor | ImageError:
-        try:
-            return pixel_values(open_picture(example), self.task.backbone.image_processor)
-        except ImageError as error:
-            return ImageError(str(error))  # anew: the frames in its traceback keep a batch of pictures alive
 
 
 def gave_out(error: RuntimeError, device: torch.device) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lora_blip.choice import LoRAError
 
+TIED = "tied_to"  # attribute of a head whose weight was shared, see `weights.cast_once`
+
 
 @dataclass(frozen=True)
 class Site:
@@ -41,18 +43,26 @@ def is_quantised(linear: Any) -> bool:
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Linear path → the other owner of its weight, for every weight that two modules share."""
+    """Linear path → the other owner of its weight, for every weight that two modules share, or did before it was cast."""
     owners: dict[int, list[str]] = {}
+    once = {path: getattr(module, TIED) for path, module in model.named_modules() if getattr(module, TIED, "")}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
     shared = [paths for paths in owners.values() if len(paths) > 1]
-    return {path: next(p for p in paths if p != path) for paths in shared for path in paths}
+    return once | {path: next(p for p in paths if p != path) for paths in shared for path in paths}
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been called on a model or on a part of it: hooks added later are silently ignored."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """LoRAError when a site is no linear of this model, a tied head, or of a wrong range."""
+    """LoRAError when a site is no linear of this model, a tied head, or of a wrong range, or the model is compiled."""
+    if compiled(model):
+        raise LoRAError("this model went through torch.compile, which would ignore adapters without a word; inject them first")
     modules, shared = dict(model.named_modules()), tied(model)
     for site in sites:
         linear = modules.get(site.module)

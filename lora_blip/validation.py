@@ -45,25 +45,27 @@ def validate(
             continue
         batch = task.batch(stack)
         with autocast():
-            total += float(task.loss(batch))
+            seen = task.see(batch)
+            total += float(task.loss(batch, seen))
             new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in said}
             if new:
                 rows = list(new.values())
-                said |= zip(new, task.predict(batch.pixel_values[rows], [batch.examples[row] for row in rows]), strict=True)
+                examples = [batch.examples[row] for row in rows]
+                said |= zip(new, task.predict(batch.pixel_values, examples, seen=batch.each(seen)[rows]), strict=True)
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)
     everything = {key: value for some in reversed(ranks.gather(said)) for key, value in some.items()}
-    examples = batches.dataset.examples  # type: ignore[attr-defined]
-    scores = task.scores(everything, examples, "" if wanted == "loss" else wanted) if ranks.main else {}
+    every = batches.dataset.examples  # type: ignore[attr-defined]
+    scores = task.scores(everything, every, "" if wanted == "loss" else wanted) if ranks.main else {}
     return {"loss": total / (count or 1.0), **ranks.first(scores)}
 
 
 @torch.no_grad()
-def merge_drift(task: Task, batch: Batch) -> dict[str, float]:
-    """How far merged logits are from hooked ones on one batch, in the base's dtype: largest, and largest logit."""
+def merge_drift(task: Task, batch: Batch, autocast: Autocast) -> dict[str, float]:
+    """How far merged logits are from hooked ones on one batch, as it was trained: largest, and largest logit."""
     model = task.backbone.model.eval()
-    with torch.autocast(task.backbone.device.type, model.dtype, enabled=model.dtype != torch.float32):
+    with autocast():
         hooked = task.logits(batch).float()
         lora.merge(model)
         merged = task.logits(batch).float()

@@ -144,7 +144,7 @@ def test_exact_match_can_be_reached_by_every_caption(make, kind):
 def test_texts_and_prompts_with_special_tokens_are_refused(backbone):
     task = CaptionTask(backbone)
     end = backbone.tokenizer.sep_token or "<image>"
-    assert "means something else" in task.check_text(f"a cube {end} here", "") and not task.check_text("a cube", "")
+    assert "means something else" in task.unusable(f"a cube {end} here", 9) and not task.unusable("a cube", 9)
     with pytest.raises(ConfigError, match=r"prompt = .*means something else"):
         CaptionTask(backbone, f"a {end}")
 

@@ -117,6 +117,11 @@ def test_injecting_twice_is_injecting_once(make):
         inject(backbone, "vit")
 
 
+def plus(weight: torch.Tensor, x: lora.LoRA) -> torch.Tensor:
+    """W + ΔW, rounded once, as a merge has it."""
+    return torch.addmm(weight, x.B, x.A, alpha=x.scale)
+
+
 def test_two_adapters_add_and_part_again():
     """Updates add: hooked with both equals W + ΔW₁ + ΔW₂; ejecting one of two merged leaves exactly the other."""
     model = nn.Sequential(nn.Linear(5, 4))
@@ -132,7 +137,7 @@ def test_two_adapters_add_and_part_again():
     lora.merge(model)
     torch.testing.assert_close(model(x), both)
     lora.eject(model, "one")
-    assert lora.names(model) == ["two"] and torch.equal(model[0].weight, weight + deltas["two"])
+    assert lora.names(model) == ["two"] and torch.equal(model[0].weight, plus(weight, lora.adapters(model, "two")["0"]))
     lora.eject(model, "two")
     assert torch.equal(model[0].weight, weight)
 
@@ -262,7 +267,7 @@ def test_checkpointed_layers_keep_their_adapters_alive(make):
             gradients.append({address: x.B.grad for address, x in found.items()})
         assert any(getattr(m, "gradient_checkpointing", False) for m in backbone.model.modules())
         for address, plain in gradients[0].items():
-            torch.testing.assert_close(gradients[1][address], plain, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradients[1][address], plain, rtol=1e-4, atol=2e-6 * float(plain.abs().max()))
             assert plain.any(), address
 
 
@@ -291,7 +296,8 @@ def test_merging_again_takes_up_what_was_learned_since():
     for _ in range(2):
         found.B.data.normal_()
         lora.merge(model)
-        assert torch.equal(model[0].weight, before + found.delta_weight())
+        assert torch.equal(model[0].weight, plus(before, found))
+        torch.testing.assert_close(model[0].weight, before + found.delta_weight())
     model.double()
     lora.merge(model)
     lora.restore(model)

@@ -1,5 +1,6 @@
 """Captioning: an image in, a text out, with or without a prompt before it."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ class CaptionTask(TextTask):
         return [(example.text, 1.0)]
 
     def check(self, example: Example) -> str:
-        return self.check_text(example.text, self.prompt) if example.text else "no text: captioning needs one"
+        return self.unusable(example.text, self.room) if example.text else "no text: captioning needs one"
+
+    @cached_property
+    def room(self) -> int:
+        """Tokens for a caption after the prompt."""
+        return self.language.room(self.prompt)
 
     def subject(self, example: Example) -> Path:
         return example.image

@@ -1,16 +1,20 @@
 """Each kind of language model: how it makes rows of a prompt and a text, is run over what was seen, and writes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
 from lora_blip import lora
+from lora_blip.attention.text import reading
 from lora_blip.config import ConfigError
 from lora_blip.models import Backbone, ModelError
 from lora_blip.tasks.losses import IGNORE
+from lora_blip.tasks.packing import Packed, apart, pack
+from lora_blip.tasks.pictures import distinct
 from lora_blip.tasks.rows import Rows, by_length, index_of, mask_of, pad, plain_ids, shifted_targets
 
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all that are on
@@ -47,38 +51,93 @@ class Language:
         """Logits (rows, tokens, vocabulary) of rows over `seen` (images, states, width)."""
         raise NotImplementedError
 
+    def after(self, states: Tensor) -> Tensor:
+        """`see`, from the ViT's output (images, states, width) on."""
+        raise NotImplementedError
+
+    @property
+    def head(self) -> nn.Linear:
+        """What turns the states of the text into logits."""
+        raise NotImplementedError
+
+    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:
+        """The rows as they are learned fastest; row i is about prompt `prompt[i]` and picture `picture[i]`."""
+        raise NotImplementedError
+
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        """What `head` reads for each label, (labels, width), over what was seen of each picture.
+
+        `each` gives every prompt what belongs to its picture.
+        """
+        raise NotImplementedError
+
+    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+        """`logits` of rows that are all about one image, `seen` (1, states, width)."""
+        return self.logits(seen, rows)
+
+    def look(self, pixel_values: Tensor, adapters: Adapters = None) -> Tensor:
+        """(rows, 3, H, W) → what `see` makes of each row (rows, states, width); a picture that comes again is seen once."""
+        first, index = distinct(pixel_values, adapters)
+        if len(first) == len(index) or (adapters is None and rows_are_named(self.model)):
+            first = index = list(range(len(index)))
+        with lora.chosen(self.model, adapters and [adapters[row] for row in first]):
+            return self.see(pixel_values[first])[index] if first != index else self.see(pixel_values)
+
     def room(self, prompt: str) -> int:
         """Tokens for a text after a prompt, beside the first and the last one."""
-        return self.longest - len(plain_ids(self.tokenizer, prompt)) - 2
+        return self.room_after(len(plain_ids(self.tokenizer, prompt)))
+
+    def room_after(self, tokens: int) -> int:
+        """`room`, for a prompt of so many tokens."""
+        return self.longest - tokens - 2
 
     def together(self, starts: list[list[int]]) -> Iterable[list[int]]:
         """Which starts are continued in one batch: of one length, so that no padding stands before what follows."""
         return by_length(starts)
 
-    def continued(self, pixel_values: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        """The ids that follow `ids` (rows, tokens)."""
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        """The ids that follow `ids` (rows, tokens) over `seen` (rows, states, width)."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def generate(
         self, pixel_values: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
     ) -> list[str]:
-        """One text an image, after its prompt; the prompt is not in it. `adapters` names each row's own.
+        """One text a row of pictures, after its prompt; the prompt is not in it. `adapters` names each row's own.
 
         A text ends after `max_new_tokens`, or where the model's positions do.
         """
+        return self.write(self.look(pixel_values, adapters), prompts, adapters, max_new_tokens, **settings)
+
+    @torch.no_grad()
+    def write(
+        self, seen: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
+    ) -> list[str]:
+        """`generate` over what was seen of each row (rows, states, width)."""
         starts, said = [self.start(prompt) for prompt in prompts], [""] * len(prompts)
         for group in self.together(starts):
-            some, device = [starts[index] for index in group], pixel_values.device
+            some, device = [starts[index] for index in group], seen.device
             ids, mask = pad(some, self.pad_id).to(device), mask_of(some).to(device)
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
             if most < 1:
                 raise ConfigError(f"a prompt has too many tokens for this model: {max((prompts[i] for i in group), key=len)!r}")
             mine = adapters and [adapters[index] for index in group]
             with lora.chosen(self.model, mine, settings.get("num_beams", 1)):
-                made = self.continued(pixel_values[group], ids, mask, settings | {"max_new_tokens": most})
+                made = self.continued(seen[group], ids, mask, settings | {"max_new_tokens": most})
             for index, text in zip(group, self.tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
                 said[index] = " ".join(text.split())
         return said
+
+
+def cast_once(states: Tensor) -> Tensor:
+    """In autocast's dtype, where it is on: each layer's keys and values would cast them again."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
+def rows_are_named(model: nn.Module) -> bool:
+    """Whether a `lora.chosen` around this one names an adapter for every row, so that no row may be left out."""
+    return any(isinstance(module, lora.Updates) and module.choice.acting.count for module in model.modules())
 
 
 class DecoderLanguage(Language):
@@ -104,8 +163,8 @@ class EncoderLanguage(Language):
         decoder = pad([[self.first, *row[:-1]] for row in written], self.pad_id)
         return Rows(pad(read, self.pad_id), mask_of(read), pad(written, IGNORE), decoder, index_of(image))
 
-    def room(self, prompt: str) -> int:
-        asked = super().room(prompt)
+    def room_after(self, tokens: int) -> int:
+        asked = super().room_after(tokens)
         return self.longest - 2 if asked >= 0 else asked  # prompt and text have positions of their own
 
     def together(self, starts: list[list[int]]) -> Iterable[list[int]]:
@@ -127,16 +186,45 @@ class BlipLanguage(DecoderLanguage):
     def see(self, pixel_values: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
 
+    def after(self, states: Tensor) -> Tensor:
+        return states
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.text_decoder.cls.predictions.decoder
+
+    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+        return pack(rows.input_ids, rows, picture)
+
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
+        return self.decoded_packed(packed, encoder_hidden_states=cast_once(seen))
+
+    def decoded_packed(self, packed: Packed, **source: Tensor) -> Tensor:
+        decoder = self.model.text_decoder
+        states = decoder.bert(
+            input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask(decoder.dtype), is_decoder=True,
+            use_cache=False, **source,
+        ).last_hidden_state  # fmt: skip
+        return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.places])
+
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
+        return self.decoded(rows, encoder_hidden_states=rows.each(seen))
+
+    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+        with reading(self.model.text_decoder, seen, rows=len(rows.input_ids)) as source:
+            return self.decoded(rows, **source)
+
+    def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
         return self.model.text_decoder(
-            input_ids=rows.input_ids, attention_mask=rows.attention_mask, encoder_hidden_states=rows.each(seen),
-            use_cache=False,
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
         ).logits  # fmt: skip
 
-    def continued(self, pixel_values: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        ids, mask = (torch.cat([x, x[:, :1]], dim=1) for x in (ids, mask))  # generate() drops the last token of both
-        made = self.model.generate(pixel_values=pixel_values, input_ids=ids, attention_mask=mask, **settings)
-        return made[:, ids.shape[1] - 1 :]
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        with reading(self.model.text_decoder, seen) as source:
+            made = self.model.text_decoder.generate(
+                input_ids=ids, attention_mask=mask, eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings
+            )
+        return made[:, ids.shape[1] :]
 
 
 class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
@@ -157,20 +245,33 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         """The question, read over the image: (images, tokens, width)."""
         return self.model.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
 
-    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        # an answer's padding stands behind it, where a causal decoder never looks
-        read = self.read(seen, rows.input_ids, rows.attention_mask)
-        return self.model.text_decoder(
-            input_ids=rows.decoder_input_ids, encoder_hidden_states=rows.each(read),
-            encoder_attention_mask=rows.each(rows.attention_mask), use_cache=False,
-        ).logits  # fmt: skip
+    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+        assert rows.decoder_input_ids is not None
+        return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question
 
-    def continued(self, pixel_values: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        made = self.model.text_decoder.generate(
-            input_ids=torch.full((len(ids), 1), self.first, device=ids.device),
-            encoder_hidden_states=self.read(self.see(pixel_values), ids, mask), encoder_attention_mask=mask,
-            eos_token_id=self.end, pad_token_id=self.pad_id, **settings,
-        )  # fmt: skip
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        read = self.read(each(cast_once(seen)), rows.input_ids, rows.attention_mask)
+        return self.decoded_packed(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
+
+    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
+        read, mask = self.read(seen, rows.input_ids, rows.attention_mask), rows.attention_mask
+        return self.decoded(rows, encoder_hidden_states=rows.each(read), encoder_attention_mask=rows.each(mask))
+
+    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+        read = self.read(seen, rows.input_ids, rows.attention_mask)
+        with reading(self.model.text_decoder, read, rows.attention_mask, len(rows.targets)) as source:
+            return self.decoded(rows, **source)
+
+    def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
+        # an answer's padding stands behind it, where a causal decoder never looks
+        return self.model.text_decoder(input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
+
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        with reading(self.model.text_decoder, self.read(seen, ids, mask), mask) as source:
+            made = self.model.text_decoder.generate(
+                input_ids=torch.full((len(ids), 1), self.first, device=ids.device),
+                eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings,
+            )  # fmt: skip
         return made[:, 1:]
 
 
@@ -206,6 +307,23 @@ class Blip2Language(Language):
     def see(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
 
+    def after(self, states: Tensor) -> Tensor:
+        model = self.model
+        there = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
+        queries = model.qformer(
+            query_embeds=model.query_tokens.expand(len(states), -1, -1),
+            encoder_hidden_states=states,
+            encoder_attention_mask=there,
+        ).last_hidden_state
+        return model.language_projection(queries.to(states.dtype))
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.language_model.get_output_embeddings()
+
+    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+        return apart(rows)
+
     def run(self, seen: Tensor, ids: Tensor, mask: Tensor, **more: Any) -> Tensor:
         """The model's forward with `seen` (rows, queries, width) in the place of the image."""
         image = BaseModelOutputWithVisionQformerOutputs(pooler_output=seen)
@@ -213,9 +331,14 @@ class Blip2Language(Language):
             pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=ids, attention_mask=mask, use_cache=False, **more
         ).logits
 
-    def continued(self, pixel_values: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        made = self.model.generate(
-            pixel_values=pixel_values, input_ids=ids, attention_mask=mask, eos_token_id=self.end, pad_token_id=self.pad_id,
+    def embedded(self, seen: Tensor, ids: Tensor) -> Tensor:
+        """What the language model reads: `ids` (rows, tokens) as embeddings, `seen` in the place of the image's."""
+        embeds = self.model.get_input_embeddings()(ids)
+        return embeds.masked_scatter((ids == self.image[0])[..., None], seen.to(embeds.device, embeds.dtype))
+
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        made = self.model.language_model.generate(
+            inputs_embeds=self.embedded(seen, ids), attention_mask=mask, eos_token_id=self.end, pad_token_id=self.pad_id,
             **settings,
         )  # fmt: skip
         echoed = made.shape[1] >= ids.shape[1] and bool((made[:1, : ids.shape[1]] == ids[:1]).all())
@@ -231,6 +354,15 @@ class OptLanguage(DecoderLanguage, Blip2Language):
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         return self.run(rows.each(seen), rows.input_ids, rows.attention_mask)
 
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        embeds = self.embedded(rows.each(each(seen)), rows.input_ids)
+        decoder = self.model.language_model.model
+        states = decoder(inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[packed.places]
+
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        return super().continued(seen, ids, mask, settings | {"input_ids": ids})
+
 
 class T5Language(EncoderLanguage, Blip2Language):
     """BLIP-2 with an encoder-decoder (Flan-T5): it reads <image>… prompt </s> and writes text </s>."""
@@ -244,11 +376,25 @@ class T5Language(EncoderLanguage, Blip2Language):
         return [*self.image, *plain_ids(self.tokenizer, prompt), self.end]
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        read, mask = rows.each(rows.input_ids), rows.each(rows.attention_mask)
-        return self.run(rows.each(seen), read, mask, decoder_input_ids=rows.decoder_input_ids)
+        model, mask = self.model.language_model, rows.attention_mask
+        read = model.get_encoder()(inputs_embeds=self.embedded(seen, rows.input_ids), attention_mask=mask).last_hidden_state
+        return model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=rows.each(read)), attention_mask=rows.each(mask),
+            decoder_input_ids=rows.decoder_input_ids, use_cache=False,
+        ).logits  # fmt: skip
 
-    def continued(self, pixel_values: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        return super().continued(pixel_values, ids, mask, settings | {"decoder_start_token_id": self.first})
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        model, mask = self.model.language_model, rows.attention_mask
+        embeds = self.embedded(each(seen), rows.input_ids)
+        read = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        states = model.get_decoder()(
+            input_ids=rows.decoder_input_ids, encoder_hidden_states=rows.each(read), encoder_attention_mask=rows.each(mask),
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)[packed.places]  # fmt: skip
+        return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
+
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        return super().continued(seen, ids, mask, settings | {"decoder_start_token_id": self.first})
 
 
 def language_of(backbone: Backbone) -> Language:

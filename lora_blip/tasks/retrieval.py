@@ -1,7 +1,7 @@
 """Image-text retrieval: which text belongs to which image, by contrast (ITC) and by matching (ITM)."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
+from lora_blip.data.annotations import Example, many_objects
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import FILE
+from lora_blip.data.places import resolved
 from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models import Backbone
 from lora_blip.tasks.losses import hard_negatives, itc_loss
@@ -48,6 +50,7 @@ class RetrievalTask(Task):
     name = "retrieval"
     architectures = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval")
     such_as = "Salesforce/blip-itm-base-coco"
+    together = False  # two lines of an image are no negatives of each other
     score_names = ("recall_at_1", *(f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in RECALLS))
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
@@ -55,7 +58,7 @@ class RetrievalTask(Task):
         if self.prompt:
             raise ConfigError(f"prompt = {self.prompt!r}: retrieval has no prompt; leave it empty")
         self.matcher = matcher_of(backbone)
-        self.known: dict[Path, set[str]] = {}  # image → the texts of all its lines, in this batch or another
+        self.known: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, where there are several
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
 
     @property
@@ -68,11 +71,14 @@ class RetrievalTask(Task):
     # ---- training
 
     def know(self, examples: list[Example]) -> None:
-        files = {image: image.resolve() for image in {example.image for example in examples}}  # one image, however spelled
-        texts: dict[Path, set[str]] = {}
-        for example in examples:
-            texts.setdefault(files[example.image], set()).add(example.text)
-        self.known = {image: texts[file] for image, file in files.items()}
+        with many_objects():
+            files = resolved(dict.fromkeys(map(FILE, examples)))  # one image, however spelled
+            texts: dict[str, tuple[str, ...]] = {}
+            for example in examples:
+                said = texts.get(files[example.file], ())
+                if example.text not in said:
+                    texts[files[example.file]] = (*said, example.text)
+            self.known = {image: texts[file] for image, file in files.items() if len(texts[file]) > 1}
 
     def check(self, example: Example) -> str:
         return self.check_text(example.text) if example.text else "no text: retrieval needs one"
@@ -85,16 +91,22 @@ class RetrievalTask(Task):
         device = self.backbone.device
         texts = self.matcher.texts([example.text for example in stack.examples]).to(device)
         count = 0 if positives(stack.examples, self.known).all() else len(stack.examples)
-        return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), texts, count)
+        return Batch(stack.examples, rows=texts, count=count, **self.pictures(stack))
 
-    def loss(self, batch: Batch) -> Tensor:
+    def look(self, pixel_values: Tensor) -> Tensor:
+        return self.matcher.see(pixel_values)
+
+    def after(self, states: Tensor) -> Tensor:
+        return states
+
+    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
         """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
         0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone, whose count is
         0 too: ITM would only learn from it to say yes.
         """
         matcher, texts = self.matcher, batch.rows
-        seen = matcher.see(batch.pixel_values)
+        seen = batch.each(self.see(batch) if seen is None else seen)
         similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
         right = positives(batch.examples, self.known)
         if right.all():
@@ -110,7 +122,7 @@ class RetrievalTask(Task):
 
     def logits(self, batch: Batch) -> Tensor:
         """ITC's logits of all pairs, then ITM's log-odds of the right ones: (rows · rows + rows,)."""
-        seen = self.matcher.see(batch.pixel_values)
+        seen = batch.each(self.see(batch))
         similarity = cosines(self.matcher.image_features(seen), self.matcher.text_features(batch.rows))
         return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
 
@@ -133,13 +145,18 @@ class RetrievalTask(Task):
 
     @torch.no_grad()
     def predict(
-        self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
+        self,
+        pixel_values: Tensor,
+        examples: list[Example],
+        adapters: list[str | None] | None = None,
+        seen: Tensor | None = None,
     ) -> list[Features]:
         """Image and text in the joint space, on the CPU, for `scores`."""
         if adapters is not None:
             raise ConfigError("retrieval ranks with one adapter at a time: lora.chosen(model, name)")
         texts = self.matcher.texts([example.text for example in examples]).to(self.backbone.device)
-        images = self.matcher.image_features(self.matcher.see(pixel_values)).cpu()
+        seen = self.matcher.see(pixel_values) if seen is None else seen
+        images = self.matcher.image_features(seen).cpu()
         return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts).cpu(), strict=True)]
 
     @torch.no_grad()
@@ -208,12 +225,12 @@ NO_NEGATIVES = (
 )
 
 
-def positives(examples: list[Example], known: Mapping[Path, Set[str]] = MappingProxyType({})) -> Tensor:
+def positives(examples: list[Example], known: Mapping[str, Collection[str]] = MappingProxyType({})) -> Tensor:
     """(rows, rows) bool: text j describes image i, as some line here says it does, or `known`, of all the data."""
-    said: dict[Path, set[str]] = {}
+    said: dict[str, set[str]] = {}
     for example in examples:
-        said.setdefault(example.image, set(known.get(example.image, ()))).add(example.text)
-    return torch.tensor([[other.text in own for other in examples] for own in (said[one.image] for one in examples)])
+        said.setdefault(example.file, set(known.get(example.file, ()))).add(example.text)
+    return torch.tensor([[other.text in own for other in examples] for own in (said[one.file] for one in examples)])
 
 
 def belongs(examples: list[Example], images: list[Path], texts: list[str]) -> Any:

@@ -74,6 +74,12 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
+    """`plain_ids` of each of some texts."""
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False).input_ids
+    return dict(zip(texts, ids, strict=True))
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids that mean something else than words. BERT's [UNK] stands for a word; OPT's is its end token by another name."""
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)

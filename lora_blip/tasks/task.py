@@ -1,6 +1,7 @@
 """What every task is: its own inputs, labels, loss, prediction and scores, over one backbone."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
-from lora_blip.data.batches import Stack
+from lora_blip.data.batches import Known, Stack
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import Backbone
-from lora_blip.tasks.rows import plain_ids, special_ids
+from lora_blip.tasks.bounds import UNTOLD, Bounds
+from lora_blip.tasks.rows import many_ids, plain_ids, special_ids
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,20 @@ class Generation:
 @dataclass(frozen=True)
 class Batch:
     examples: list[Example]
-    pixel_values: Tensor  # (images, 3, H, W)
+    pixel_values: Tensor  # (pictures, 3, H, W)
     rows: Any  # the texts, as the task reads them
     count: float  # what the summed loss is divided by over a whole step; known before anything waits for the device
+    picture: Tensor | None = None  # (examples,) which picture each is about; None: the one of its own number
+    known: Known | None = None  # of pictures that are not among the pixel values
+    packed: Any = None  # the texts once more, as they are learned fastest
+
+    @property
+    def images(self) -> int:
+        return len(self.pixel_values) + (len(self.known.places) if self.known else 0)
+
+    def each(self, of_pictures: Tensor) -> Tensor:
+        """(pictures, …) → (examples, …)"""
+        return of_pictures if self.picture is None else of_pictures[self.picture]
 
 
 class Task:
@@ -37,12 +50,14 @@ class Task:
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]  # the checkpoints that can do it
     such_as: ClassVar[str]  # one of them
+    together: ClassVar[bool] = True  # the lines about an image are learned at one look at it
     score_names: ClassVar[tuple[str, ...]]  # what `scores` can give, more is better; the first picks the best adapter
     prompt: str
     generation: Generation
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         self.backbone, self.prompt, self.generation = backbone, prompt.strip(), generation or Generation()
+        self.prefix: Any = None  # a `prefix.Prefix`, where what comes before the first adapter is kept
         if backbone.architecture not in self.architectures:
             raise ConfigError(
                 f"task = {self.name!r}: {backbone.name!r} is a {backbone.architecture}; "
@@ -50,6 +65,7 @@ class Task:
             )
         image = getattr(backbone.model.config, "image_token_index", None)
         self.special_ids = special_ids(backbone.tokenizer) | ({image} - {None})
+        self.expected: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
 
     def require_score(self, name: str) -> None:
         """ConfigError if validation gives no score of that name."""
@@ -65,10 +81,30 @@ class Task:
         """Why a line cannot be learned from, or ""."""
         raise NotImplementedError
 
+    def expect(self, examples: list[Example]) -> None:
+        """Tokenise together what `check` will ask about these lines, which takes half the time; nothing else changes."""
+        some = [self.checked(example) for example in examples]
+        if self.bounds.longest_word:
+            some = [texts for texts in some if not "".join(texts).isascii()]
+        doubtful = sorted({text for texts in some for text in texts if text and self.bounds.most(text, 0) == UNTOLD})
+        self.expected = many_ids(self.backbone.tokenizer, doubtful) if doubtful else {}
+
+    def checked(self, example: Example) -> tuple[str, ...]:
+        """The texts that `check` may tokenise."""
+        return (example.text,)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        return Bounds(self.backbone.tokenizer, self.special_ids)
+
+    def ids(self, text: str) -> list[int]:
+        return self.expected.get(text) or plain_ids(self.backbone.tokenizer, text)
+
     def unusable(self, text: str, room: int) -> str:
         """Why a text cannot be learned or matched where there is room for so many tokens, or ""."""
-        tokenizer = self.backbone.tokenizer
-        ids = plain_ids(tokenizer, text)
+        if self.bounds.most(text, room) <= room:
+            return ""
+        tokenizer, ids = self.backbone.tokenizer, self.ids(text)
         if not set(ids) - {tokenizer.unk_token_id}:
             return f"the text {text!r} is only unknown tokens for this model's tokenizer"
         if len(ids) > room:
@@ -85,8 +121,31 @@ class Task:
         """Examples and their pictures → tensors on the model's device."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The summed loss, float32: divide by `batch.count` over the whole step."""
+    def see(self, batch: Batch) -> Tensor:
+        """What the vision side makes of each picture of a batch: for `loss` and `predict` both to go on from."""
+        if batch.known and self.prefix:
+            return self.prefix.see(batch.pixel_values, batch.known)
+        return self.look(batch.pixel_values)
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """(pictures, 3, H, W) → what is read of each (pictures, states, width)."""
+        raise NotImplementedError
+
+    def after(self, states: Tensor) -> Tensor:
+        """`look`, from the ViT's output (pictures, tokens, width) on."""
+        raise NotImplementedError
+
+    def pictures(self, stack: Stack) -> dict[str, Any]:
+        """The pictures of a batch, on the model's device."""
+        device, known = self.backbone.device, stack.known
+        return {
+            "pixel_values": stack.pixel_values.to(device, non_blocking=True),
+            "picture": None if stack.picture is None else torch.tensor(stack.picture, device=device),
+            "known": known and known._replace(states=known.states.to(device, non_blocking=True)),
+        }
+
+    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
+        """The summed loss, float32: divide by `batch.count` over the whole step. `seen`: of its pictures, if they were."""
         raise NotImplementedError
 
     def logits(self, batch: Batch) -> Tensor:
@@ -111,8 +170,14 @@ class Task:
         """What one prediction is about: examples of one subject share it."""
         raise NotImplementedError
 
-    def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[Any]:
-        """One prediction an example. `adapters` names the adapter of each row, None for the base."""
+    def predict(
+        self,
+        pixel_values: Tensor,
+        examples: list[Example],
+        adapters: list[str | None] | None = None,
+        seen: Tensor | None = None,
+    ) -> list[Any]:
+        """One prediction an example. `adapters` names the adapter of each row, None for the base. `seen`: as for `loss`."""
         raise NotImplementedError
 
     def read(self, texts: list[str]) -> Any:

@@ -10,6 +10,7 @@ from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone
+from lora_blip.tasks.head import head_loss
 from lora_blip.tasks.language import language_of
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids
@@ -37,30 +38,50 @@ class TextTask(Task):
 
     def batch(self, stack: Stack) -> Batch:
         device, prompts = self.backbone.device, [self.prompt_of(example) for example in stack.examples]
+        about = stack.picture or range(len(stack.examples))
         texts = [(i, text, weight) for i, e in enumerate(stack.examples) for text, weight in self.texts_of(e)]
         image, said, weights = map(list, zip(*texts, strict=True))
         rows = self.language.rows(prompts, said, image).weighing(weights)
-        return Batch(stack.examples, stack.pixel_values.to(device, non_blocking=True), rows.to(device), rows.label_tokens)
+        packed = self.language.packed(rows, image, [about[i] for i in image]) if self.backbone.fast else None
+        packed = packed and packed.to(device)
+        return Batch(stack.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.pictures(stack))
 
     def logits(self, batch: Batch) -> Tensor:
         """(rows, tokens, vocabulary)."""
-        return self.language.logits(self.language.see(batch.pixel_values), batch.rows)
+        return self.language.logits(batch.each(self.see(batch)), batch.rows)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
         """Σ weight × cross-entropy over the label tokens."""
-        return token_loss(self.logits(batch), batch.rows.targets, batch.rows.weights)
+        seen = self.see(batch) if seen is None else seen
+        if batch.packed is None:
+            return token_loss(self.language.logits(batch.each(seen), batch.rows), batch.rows.targets, batch.rows.weights)
+        states = self.language.label_states(seen, batch.each, batch.rows, batch.packed)
+        return head_loss(states, self.language.head, batch.packed.targets, batch.packed.weights)
 
     # ---- prediction
 
+    def look(self, pixel_values: Tensor) -> Tensor:
+        return self.language.see(pixel_values)
+
+    def after(self, states: Tensor) -> Tensor:
+        return self.language.after(states)
+
     @torch.no_grad()
-    def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[str]:
+    def predict(
+        self,
+        pixel_values: Tensor,
+        examples: list[Example],
+        adapters: list[str | None] | None = None,
+        seen: Tensor | None = None,
+    ) -> list[str]:
         prompts = [self.prompt_of(example) for example in examples]
-        return self.language.generate(pixel_values, prompts, adapters, **asdict(self.generation))
+        seen = self.language.look(pixel_values, adapters) if seen is None else seen
+        return self.language.write(seen, prompts, adapters, **asdict(self.generation))
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
         """softmax over the texts of their log-likelihoods; see `likelihood` of each task."""
-        seen, found = self.language.see(pixel_values), []
+        seen, found = self.language.look(pixel_values), []
         for states, example in zip(seen.split(1), examples, strict=True):
             parts = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
             found.append(torch.cat([self.scored(states, self.prompt_of(example), part) for part in parts]))
@@ -69,7 +90,7 @@ class TextTask(Task):
     def scored(self, seen: Tensor, prompt: str, texts: list[str]) -> Tensor:
         """The log-likelihood of each text after a prompt, over one image seen (1, states, width): (texts,)."""
         rows = self.language.rows([prompt], texts, [0] * len(texts)).to(self.backbone.device)
-        return self.likelihood(token_log_likelihoods(self.language.logits(seen, rows), rows.targets))
+        return self.likelihood(token_log_likelihoods(self.language.logits_of_one(seen, rows), rows.targets))
 
     def likelihood(self, tokens: Tensor) -> Tensor:
         """Per-token log-likelihoods (rows, tokens), NaN where nothing counts → one score a text."""
@@ -84,10 +105,6 @@ class TextTask(Task):
         room, wanted = self.language.room(prompt), self.generation.max_new_tokens
         if room < wanted:
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
-
-    def check_text(self, text: str, prompt: str) -> str:
-        """Why a text cannot be learned after a prompt, or ""."""
-        return self.unusable(text, self.language.room(prompt))
 
     def wrong_labels(self, batch: Batch) -> str:
         """Each row's labels are its text's tokens and the end token, and nothing else."""

@@ -10,8 +10,8 @@ from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models import Backbone
+from lora_blip.tasks.bounds import UNTOLD
 from lora_blip.tasks.language import BlipVqaLanguage
-from lora_blip.tasks.rows import plain_ids
 from lora_blip.tasks.task import Generation
 from lora_blip.tasks.text import TextTask
 
@@ -50,14 +50,32 @@ class VqaTask(TextTask):
             return 'no question: lines are {"image": …, "question": …, "answers": […]}'
         if not example.answers:
             return "no answer: expected the key answers, with a list of texts"
-        answers = (self.check_text(answer, self.prompt_of(example)) for answer in dict.fromkeys(example.answers))
+        if self._surely_fits(example):
+            return ""
+        room = self.room(example)
+        answers = (self.unusable(answer, room) for answer in dict.fromkeys(example.answers))
         return self.check_question(example) or next(filter(None, answers), "")
+
+    def checked(self, example: Example) -> tuple[str, ...]:
+        return (example.question, self.prompt_of(example), *example.answers)
+
+    def room(self, example: Example) -> int:
+        """Tokens for an answer to the example's question."""
+        return self.language.room_after(len(self.ids(self.prompt_of(example))))
+
+    def _surely_fits(self, example: Example) -> bool:
+        """Whether the rest of `check` finds nothing, told without a token being made."""
+        bounds, prompt, room = self.bounds, self.prompt_of(example), self.language.room_after
+        needed = bounds.most_of(example.answers)
+        if needed == UNTOLD:
+            return False
+        return room(bounds.most(prompt)) >= needed or room(bounds.most(prompt, 0)) >= needed  # it has the question in it
 
     def check_question(self, example: Example) -> str:
         """Why a question cannot be asked, or ""."""
-        if self.language.room(self.prompt_of(example)) < 1:
+        if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}"
-        return self.special(example.question, plain_ids(self.backbone.tokenizer, example.question))
+        return self.special(example.question, self.ids(example.question))
 
     def subject(self, example: Example) -> tuple[Path, str]:
         return example.image, example.question

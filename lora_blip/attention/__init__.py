@@ -1,0 +1,26 @@
+"""Attention and MLPs that are faster or keep less than transformers' own: switched on without touching its code."""
+
+from torch import nn
+from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
+
+from lora_blip.attention.mlp import Blip2VitMLP, BlipVitMLP
+from lora_blip.attention.text import TextAttention
+from lora_blip.attention.vit import Blip2VitAttention, BlipVitAttention
+
+KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    BlipAttention: BlipVitAttention, Blip2Attention: Blip2VitAttention, BlipTextSelfAttention: TextAttention,
+    BlipMLP: BlipVitMLP, Blip2MLP: Blip2VitMLP,
+}  # fmt: skip
+
+
+def fast(model: nn.Module, on: bool = True) -> None:
+    """Switch the attentions and MLPs of a model to their fast kinds, or back to transformers' own. Twice is once.
+
+    Only the class of a module changes, so that weights, hooks, names, copies and pickles stay what they are.
+    """
+    change = KINDS if on else {quick: plain for plain, quick in KINDS.items()}
+    for module in model.modules():
+        if type(module) in change:
+            module.__class__ = change[type(module)]

@@ -1,0 +1,33 @@
+"""The MLP of a ViT's block, which remembers what its activation was made of.
+
+fc2 needs its input again for the gradient of its A. That is the activation of what fc1 returned, which autograd keeps
+in any case: `fused` computes it again, and a quarter of what a block remembers need not be kept.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+from transformers.models.blip.modeling_blip import BlipMLP
+from transformers.models.blip_2.modeling_blip_2 import Blip2MLP
+
+from lora_blip.fused import MADE_OF
+
+
+class VitMLP(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(images, states, width) → the same shape."""
+        model: Any = self
+        before = model.fc1(hidden_states)
+        after = model.activation_fn(before)
+        if type(model.activation_fn) is GELUActivation and model.activation_fn.act is nn.functional.gelu:
+            setattr(after, MADE_OF, before)
+        return model.fc2(after)
+
+
+class BlipVitMLP(VitMLP, BlipMLP):
+    pass
+
+
+class Blip2VitMLP(VitMLP, Blip2MLP):
+    pass

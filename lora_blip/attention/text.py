@@ -1,0 +1,148 @@
+"""Attention of BLIP's text models: the fused kernel, and keys of an image computed once, however many rows read it.
+
+transformers' `generate` repeats the states of an image for each beam, computes their keys and values for all of them,
+and moves these about after every token. Inside `reading`, a decoder computes them once an image, and its beams are
+further queries to them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+
+class Source:
+    """What the cross-attention of one layer reads of each image, its keys and values computed at the first look."""
+
+    def __init__(self, states: Tensor, mask: Tensor | None) -> None:
+        self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of a model reads nothing
+
+    def attended(self, layer: "TextAttention", queries: Tensor) -> Tensor:
+        """queries (rows, tokens, width), the rows of an image side by side → what they read (rows, tokens, width)."""
+        if self.pair is None:
+            k, v = (layer.by_heads(project(self.states)).contiguous() for project in (layer.key, layer.value))
+            self.pair = k, v
+        together = queries.reshape(len(self.states), -1, queries.shape[-1])  # all tokens of all rows of an image
+        return attend(layer.by_heads(together), *self.pair, self.mask).transpose(1, 2).reshape(queries.shape)
+
+
+class TextAttention(BlipTextSelfAttention):
+    """BlipTextSelfAttention with the same weights, each called once; its second output, the probabilities, is None."""
+
+    source: Source | None = None  # what it reads inside of `reading`
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """hidden_states (rows, tokens, width) → the same shape. Masks are added to the scores (rows, 1, tokens, keys)."""
+        if self.training and self.dropout.p:  # never in a backbone that is loaded here
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        queries, crosses = self.query(hidden_states), encoder_hidden_states is not None
+        if crosses and self.source is not None:
+            return self.source.attended(self, queries), None
+        mask = encoder_attention_mask if crosses else attention_mask
+        if encoder_hidden_states is not None and past_key_values is None and self._few(queries, encoder_hidden_states):
+            return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None
+        k, v = self._keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        return attend(self.by_heads(queries), k, v, mask).transpose(1, 2).flatten(2), None
+
+    def _keys_and_values(self, own: Tensor, encoder: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+        """(rows, heads, keys, d) each; those of earlier tokens and of the encoder from the cache, if there is one."""
+        states, crosses, both = own if encoder is None else encoder, encoder is not None, cache
+        if isinstance(both, EncoderDecoderCache):
+            if crosses and both.is_updated.get(self.layer_idx):
+                kept = both.cross_attention_cache.layers[self.layer_idx]
+                return kept.keys, kept.values
+            cache = both.cross_attention_cache if crosses else both.self_attention_cache
+            if crosses:
+                both.is_updated[self.layer_idx] = True
+        k, v = self.by_heads(self.key(states)), self.by_heads(self.value(states))
+        return (k, v) if cache is None else cache.update(k, v, self.layer_idx)
+
+    def _few(self, queries: Tensor, states: Any) -> bool:
+        """Whether the queries of all heads are few beside the width of a state, and nothing hooks its projections."""
+        plain = all(
+            type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks
+            for each in (self.key, self.value)
+        )
+        return plain and 2 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= states.shape[1] * 4
+
+    def _absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention without keys and values, q (rows, heads, tokens, d), states (rows, n, width) → (rows, tokens, heads · d).
+
+        q · (Wₖ x + bₖ) = (Wₖᵀ q) · x + a number that the softmax does not see; Σ pᵢ (Wᵥ xᵢ + bᵥ) = Wᵥ Σ pᵢ xᵢ + bᵥ: a few
+        queries go through the frozen weights, and not every state of the picture.
+        """
+        heads, (rows, _, tokens, d) = self.num_attention_heads, q.shape
+        wk, wv = (each.weight.unflatten(0, (heads, d)) for each in (self.key, self.value))  # (heads, d, width)
+        far = (q * d**-0.5).transpose(0, 1).flatten(1, 2) @ wk  # (heads, rows · tokens, width)
+        scores = far.unflatten(1, (rows, tokens)).transpose(0, 1).flatten(1, 2) @ states.transpose(1, 2)
+        if mask is not None:
+            lowest = torch.finfo(scores.dtype).min
+            scores = (scores.unflatten(1, (heads, tokens)) + mask.clamp(min=lowest).to(scores.dtype)).flatten(1, 2)
+        read = scores.softmax(-1).to(states.dtype) @ states  # (rows, heads · tokens, width)
+        read = read.unflatten(1, (heads, tokens)).transpose(0, 1).flatten(1, 2) @ wv.transpose(
+            1, 2
+        )  # (heads, rows · tokens, d)
+        read = read.unflatten(1, (rows, tokens)).permute(1, 2, 0, 3).flatten(2)
+        return read if self.value.bias is None else read + self.value.bias.to(read.dtype)
+
+    def by_heads(self, states: Tensor) -> Tensor:
+        """(rows, tokens, width) → a view (rows, heads, tokens, d)."""
+        return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + mask) v: q (rows, heads, tokens, d), k and v (rows, heads, keys, d) → (rows, heads, tokens, d).
+
+    In 16 bits on a CPU by hand: the fused kernel takes twice as long there, and its backward pass up to six times.
+    """
+    if mask is not None and mask.dtype != q.dtype:  # float32's smallest number is no number in 16 bits
+        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+    if q.device.type != "cpu" or q.element_size() > 2 or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    with torch.autocast("cpu", enabled=False):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return (scores if mask is None else scores + mask).softmax(-1) @ v
+
+
+@contextmanager
+def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int = 1) -> Iterator[dict[str, Tensor]]:
+    """Inside the block a BLIP text decoder reads `states` (images, n, width); gives the arguments to call it with.
+
+    mask: (images, n), 1 on what is there. `rows` of each image stand side by side in the decoder's input, to which
+    `generate` adds its beams by itself. The block must hold the backward pass too, where activations are computed again.
+    """
+    layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
+    if not all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers):
+        named = {"encoder_hidden_states": states} | ({} if mask is None else {"encoder_attention_mask": mask})
+        yield {name: value.repeat_interleave(rows, 0) for name, value in named.items()} if rows > 1 else named
+        return
+    hidden = None
+    if mask is not None and not mask.all():
+        hidden = (1 - mask[:, None, None].to(states.dtype)) * torch.finfo(states.dtype).min
+    before = [layer.source for layer in layers]
+    for layer in layers:
+        layer.source = Source(states, hidden)
+    try:
+        yield {"encoder_hidden_states": states[:, :0].repeat_interleave(rows, 0)}  # to say that there is something to read
+    finally:
+        for layer, source in zip(layers, before, strict=True):
+            layer.source = source

@@ -1,0 +1,43 @@
+"""What a training keeps on the disk between epochs and runs: decoded pictures, and what comes before the first adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_blip.config import TrainConfig
+from lora_blip.data.pictures import NO_CACHES, Caches
+from lora_blip.data.store import Store
+from lora_blip.resume import WHEREABOUTS, weights_digest
+from lora_blip.tasks.prefix import Prefix
+from lora_blip.tasks.task import Task
+
+FOLDER = ".cache"  # in the output folder, for all its runs
+
+
+def caches_for(config: TrainConfig, task: Task, precision: str) -> Caches:
+    """The caches that the settings allow. Where states of pictures are kept, `task.prefix` goes on from them.
+
+    Called when the adapters are on the model, and its weights still are what was loaded.
+    """
+    if not config.cache_gb:
+        return NO_CACHES
+    folder, limit = Path(config.output_dir) / FOLDER, int(config.cache_gb * 1e9)
+    backbone = task.backbone
+    picture = {key: value for key, value in backbone.image_processor.to_dict().items() if key not in WHEREABOUTS}
+    pixels = Store(folder, {"of": "pictures", "processor": picture}, limit)
+    prefix = Prefix(backbone.model, task.after)
+    if not prefix.worthwhile or config.shard:  # spread weights want the same forwards of all ranks
+        return Caches(pixels)
+    computed: dict[str, Any] = {
+        "base": weights_digest(backbone.model), "precision": precision, "base_dtype": config.base_dtype, "fast": config.fast,
+        "device": backbone.device.type, "torch": torch.__version__,
+    }  # fmt: skip
+    prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, "processor": picture}, limit)
+    task.prefix = prefix
+    return Caches(pixels, prefix.store)
+
+
+def learns_from_kept(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """What the training's pictures are read from, if not from their pixels, for the identity of a run."""
+    return task.prefix.about if task.prefix and (config.views or not config.augment) else {}

@@ -1,0 +1,110 @@
+"""What `lora.add_update` does, faster: one autograd function for a frozen linear and all the adapters on it.
+
+    forward     h = s · x Aᵀ             y = x Wᵀ + b + h Bᵀ, into the output itself
+    backward    g = s · dy B             dx = dy W + g A          dA = gᵀ x          dB = dyᵀ h
+
+Autograd's own way keeps x twice under autocast, the update before and after it is scaled, and adds the two halves of
+dx in a pass of their own. Here a pre-hook hands the linear x without its graph, cast once, so that nothing of the
+frozen product is recorded; what is kept is x and the rank-r h. `lora.add_update` is the oracle of the tests, and goes
+its own way wherever this one would not be the same: with dropout, rows of their own, quantised or merged weights, and
+under torch.compile, which fuses by itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MADE_OF = "made_of"  # attribute of an activation: what gelu was given, which is kept in any case
+
+
+class Entered:
+    """The input of a linear between its pre-hook and its hook; a copy of the module starts with none."""
+
+    x: Tensor | None = None  # with its graph
+    cast: Tensor | None = None  # the same as the linear read it: without a graph, in autocast's dtype
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Entered, ()
+
+
+def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+    """The forward pre-hook: hand the linear x without its graph, where `updated` will see to the gradients."""
+    updates = linear.lora
+    updates.entered.x = None  # of a forward that an error broke off
+    if (
+        not (updates.choice.fast and updates.choice.everyone and type(linear) is nn.Linear and len(args) == 1)
+        or updates.merged
+        or not updates
+    ):
+        return None
+    x = args[0]
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not linear.weight.is_floating_point():
+        return None
+    if any(lora.dropout and lora.training for lora in updates.values()):
+        return None
+    kind = x.device.type
+    cast = x.detach()
+    if torch.is_autocast_enabled(kind):
+        cast = cast.to(torch.get_autocast_dtype(kind))
+    elif not x.dtype == linear.weight.dtype == torch.float32:
+        return None  # 16-bit weights without autocast: A and B stay float32
+    updates.entered.x, updates.entered.cast = x, cast
+    return (cast,)
+
+
+def updated(linear: Any, output: Tensor) -> Tensor:
+    """What the linear returned, with Σ (alpha / r) · B A x added in place, and gradients for x, A and B."""
+    updates = linear.lora
+    x, cast = updates.entered.x, updates.entered.cast
+    updates.entered.x = updates.entered.cast = None
+    each = list(updates.values())
+    reach = [(lora.scale, lora.padding[0], output.shape[-1] - lora.padding[1]) for lora in each]
+    halves = [half for lora in each for half in (lora.A, lora.B)]
+    before = getattr(x, MADE_OF, None)
+    kept = cast if before is None or before.dtype != cast.dtype else before.detach()
+    return FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """Gradients of a linear whose W is frozen, and of its adapters (s, first row, last row) with halves A, B, A, B …"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cast: Tensor, before: Tensor, output: Tensor, weight: Tensor, reach: Any, *halves: Tensor
+    ) -> Tensor:
+        """cast: x as the linear read it; before: what it is the gelu of, or itself."""
+        flat, y = cast.flatten(0, -2), output.view(-1, output.shape[-1])
+        kept = []
+        for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
+            h = flat @ a.to(flat.dtype).t()
+            h *= scale
+            y[:, start:stop].addmm_(h, b.to(flat.dtype).t())
+            kept.append(h)
+        ctx.save_for_backward(before, weight, *halves, *kept)
+        ctx.reach, ctx.like, ctx.gelu = reach, (x.shape, x.dtype), before is not cast
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, *rest = ctx.saved_tensors
+        flat = (nn.functional.gelu(x) if ctx.gelu else x).flatten(0, -2)
+        count = len(ctx.reach)
+        halves, kept = rest[: 2 * count], rest[2 * count :]
+        dtype = flat.dtype
+        dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        dx = dy @ weight.to(dtype) if ctx.needs_input_grad[0] else None
+        gradients: list[Tensor | None] = []
+        for (scale, start, stop), a, b, h in zip(ctx.reach, halves[::2], halves[1::2], kept, strict=True):
+            part = dy[:, start:stop]
+            gt = (
+                b.to(dtype).t() @ part.t()
+            )  # gᵀ and dBᵀ: a long matrix is read in the order in which it lies, up to 9 times as fast
+            gt *= scale
+            if dx is not None:
+                dx.addmm_(gt.t(), a.to(dtype))
+            gradients += [(gt @ flat).to(a.dtype), (h.t() @ part).t().to(b.dtype)]
+        shape, kind = ctx.like
+        return (None if dx is None else dx.view(shape).to(kind)), None, None, None, None, None, *gradients

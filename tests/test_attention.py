@@ -1,0 +1,140 @@
+"""Attention of the ViT: the fast kinds are transformers' own, in value and gradient, and leave the model what it was."""
+
+import copy
+import io
+
+import pytest
+import torch
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
+
+from lora_blip import attention
+from lora_blip.attention.vit import ByHeads, apart, fused
+from lora_blip.models import load_backbone
+from tests.conftest import WHOLE, batch_of, inject, logits_of
+
+
+def by_hand(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v by the book, in the dtype given."""
+    q, k, v = apart(qkv, heads).unbind(0)
+    return ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_heads_one_after_another_are_attention_by_the_book(threads):
+    """`ByHeads` and its gradient in float64, for head widths whose root is no whole number, and parts that do not divide."""
+    torch.set_num_threads(threads)
+    qkv = torch.randn(2, 7, 3 * 4 * 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ByHeads.apply(qkv, 4), by_hand(qkv, 4), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: ByHeads.apply(x, 4), (qkv,), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_as_close_as_transformers_own_are(dtype):
+    """Against float64, the error is at most half as large again as that of the eager arithmetic; so is the gradient's."""
+    torch.manual_seed(0)
+    qkv = (2 * torch.randn(2, 50, 3 * 64)).to(dtype)
+    weights = torch.randn(2, 50, 64)
+
+    def run(attend, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        y = attend(x, 4)
+        (y.double() * weights).sum().backward()
+        return [y.detach().double(), x.grad.double()]
+
+    truth = run(by_hand, qkv.double())
+    errors = [[(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (ByHeads.apply, fused, by_hand)]
+    for fast in errors[:2]:
+        assert all(mine <= 1.5 * theirs for mine, theirs in zip(fast, errors[2], strict=True))
+
+
+@pytest.mark.parametrize("kind", list(WHOLE))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twenty_steps_with_it_are_twenty_of_transformers_own(kind, precision, make):
+    """Losses of 20 steps of AdamW over the ViT: within 1e-5 in fp32 and 2 % in bf16; switched off, the bits come back."""
+    from lora_blip.models import autocasting
+
+    backbone = make(kind)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    state = copy.deepcopy(backbone.model.vision_model.state_dict())
+    losses = []
+    for on in (True, False):
+        found = inject(backbone, "vit", trained=False)
+        attention.fast(backbone.model, on)
+        kinds = {type(m) for m in backbone.model.vision_model.modules()}
+        assert bool(kinds & {BlipAttention, Blip2Attention}) is not on
+        optimizer = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=1e-2)
+        mine = []
+        for _ in range(20):
+            with autocasting(backbone.device, precision)():
+                loss = (
+                    backbone.model.vision_model(pixel_values=pixels).last_hidden_state.float().square().sub(1).square().mean()
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mine.append(loss.item())
+        losses.append(mine)
+        from lora_blip import lora
+
+        lora.eject(backbone.model)
+    assert losses[0][-1] < 0.99 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
+    assert all(map(torch.equal, state.values(), backbone.model.vision_model.state_dict().values()))
+
+
+def test_only_the_class_of_a_module_changes(make, checkpoints):
+    """Names and weights stay; copies and pickles are fast too; off is transformers' own, to the bit; twice is once."""
+    backbone, plain = make("blip"), load_backbone(str(checkpoints["blip"]), "cpu", fast=False)
+    assert list(backbone.model.state_dict()) == list(plain.model.state_dict())
+    quick = {type(m).__name__ for m in backbone.model.modules()}
+    assert {"BlipVitAttention", "TextAttention"} <= quick and not quick & {"BlipAttention", "BlipTextSelfAttention"}
+    inject(backbone), inject(plain)
+    assert torch.allclose(logits_of(backbone), logits_of(plain), rtol=1e-5, atol=1e-5)
+    file = io.BytesIO()
+    torch.save(backbone.model, file)
+    file.seek(0)
+    for model in (copy.deepcopy(backbone.model), torch.load(file, weights_only=False)):
+        assert {type(m).__name__ for m in model.modules()} == {type(m).__name__ for m in backbone.model.modules()}
+    attention.fast(backbone.model, False)
+    attention.fast(backbone.model, False)
+    from lora_blip import lora
+
+    lora.fast(backbone.model, False), lora.fast(plain.model, False)
+    assert torch.equal(logits_of(backbone), logits_of(plain))
+
+
+def test_no_scores_are_kept(make):
+    """What autograd keeps of a ViT grows with the number of patches, not with its square."""
+    from lora_blip.tasks.caption import CaptionTask
+
+    config = make("blip").model.config.vision_config
+    patches = (config.image_size // config.patch_size) ** 2 + 1
+
+    def kept(on: bool) -> int:
+        backbone = make("blip")
+        inject(backbone, "vit")
+        attention.fast(backbone.model, on)
+        task, seen, total = CaptionTask(backbone), set(), 0
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            if tensor.ndim >= 3 and tensor.shape[-2:] == (patches, patches) and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            task.loss(batch_of(task)).backward()
+        return total
+
+    assert kept(True) == 0 < kept(False)
+
+
+def test_dropout_of_its_own_goes_transformers_way(make):
+    """A ViT that was given attention dropout draws it, which the fast kinds would not."""
+    model = make("blip").model.train()
+    layer = model.vision_model.encoder.layers[0].self_attn
+    layer.dropout.p = 0.5
+    x = torch.randn(1, 5, layer.embed_dim)
+    assert not torch.equal(layer(x)[0], layer(x)[0]) and layer(x)[1] is not None

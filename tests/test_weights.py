@@ -1,0 +1,83 @@
+"""Frozen weights that are cast once give the bits that autocast gives, casting them at every use."""
+
+import copy
+
+import pytest
+import torch
+
+from lora_blip import adapter, lora, sites, weights
+from lora_blip.models import DTYPES, autocasting
+from lora_blip.sites import Site
+from lora_blip.tasks import TASKS, natural_task
+from tests.conftest import WHOLE, batch_of, inject
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(kind, "bf16") for kind in WHOLE] + [(k, "fp16") for k in WHOLE if k != "t5"])
+def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
+    """Through every linear and the head; gradients of the adapters too."""
+    found = []
+    for cast in (False, True):
+        backbone = make(kind)
+        halves = inject(backbone)
+        if cast:
+            weights.cast_once(backbone, precision)
+            weights.cast_once(backbone, precision)
+        task = TASKS[natural_task(backbone.architecture)](backbone)
+        batch = batch_of(task) if task.name == "caption" else None
+        with autocasting(backbone.device, precision)():
+            if batch is not None:
+                logits, loss = task.logits(batch), task.loss(batch)
+            else:
+                logits = task.look(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+                loss = logits.float().square().mean()
+        loss.backward()
+        found.append([logits, loss, *(x.A.grad for x in halves.values() if x.A.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2 and all(map(torch.equal, *found))
+
+
+def test_what_autocast_leaves_alone_stays_in_float32(make):
+    """Linears are in 16 bits, adapters and all else as they were; names of the weights too."""
+    backbone = make("blip")
+    inject(backbone)
+    before = copy.deepcopy(backbone.model.state_dict())
+    weights.cast_once(backbone, "bf16")
+    after = backbone.model.state_dict()
+    linears = {path for path, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert list(after) == list(before)
+    for key, value in after.items():
+        cast = key.rpartition(".")[0] in linears
+        assert value.dtype == (torch.bfloat16 if cast else before[key].dtype) and torch.equal(
+            value, before[key].to(value.dtype)
+        )
+    assert not any(p.requires_grad for n, p in backbone.model.named_parameters() if ".lora." not in n)
+
+
+def test_a_head_that_was_tied_is_still_no_target(make):
+    """Cast, it no longer shares the embeddings' memory; an adapter there is refused as before."""
+    backbone = make("blip")
+    head = "text_decoder.cls.predictions.decoder"
+    assert head in sites.tied(backbone.model)
+    weights.cast_once(backbone, "bf16")
+    assert head in sites.tied(backbone.model)
+    with pytest.raises(lora.LoRAError, match="shares its weight"):
+        lora.inject(backbone.model, [Site(head)])
+
+
+def test_the_adapter_remembers_the_base_as_it_was_loaded(make, tmp_path):
+    """The fingerprint is of the weights before they were cast, so that another base is told to the bit."""
+    backbone = make("blip")
+    inject(backbone)
+    exact = adapter.save(tmp_path / "exact.safetensors", backbone)
+    weights.cast_once(backbone, "bf16")
+    saved = adapter.read(adapter.save(tmp_path / "cast.safetensors", backbone))
+    assert saved.about["base"]["samples"] == adapter.read(exact).about["base"]["samples"]
+    adapter.load(make("blip"), saved)
+
+
+def test_in_fp32_and_for_weights_in_16_bits_nothing_changes(make):
+    for dtype, precision in (("fp32", "fp32"), ("bf16", "bf16")):
+        backbone = make("opt", dtype=dtype)
+        before = {name: p for name, p in backbone.model.named_parameters() if p.dtype == DTYPES[dtype]}
+        weights.cast_once(backbone, precision)
+        after = dict(backbone.model.named_parameters())
+        assert before and all(after[name] is p for name, p in before.items())
