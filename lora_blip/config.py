@@ -68,7 +68,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "how many of them stay, the newest")
     seed: int = setting(0, "decides the split, the order, the augmentation and the adapters' start")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    num_workers: int = setting(2, "processes that load images; 0: none")
+    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none beside a model on the CPU, else 4")
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
     on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the annotations is no good")
     check_images: Literal["all", "lazy"] = setting("all", "all: each is decoded before the first step; lazy: when it is needed")
@@ -98,7 +98,6 @@ class TrainConfig:
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
-            "num_workers",
             "seed",
             "validate_every",
             "patience",
@@ -106,6 +105,7 @@ class TrainConfig:
             "cache_gb",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.num_workers >= -1, "num_workers", self.num_workers, "-1 or more")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Learner:
 
     def accumulate(self, batch: Batch, slot: Slot, last: bool) -> None:
         """Add a micro-batch's gradients. Dropout and drawn negatives depend on its place alone, not on what came before."""
-        torch.manual_seed(random.Random(f"{self.seed} {self.progress.epoch} {slot.number}").getrandbits(63))
+        reseed(self.loss.device, random.Random(f"{self.seed} {self.progress.epoch} {slot.number}").getrandbits(63))
         apart = isinstance(self.objective, DistributedDataParallel) and not last
         with self.objective.no_sync() if apart else nullcontext():  # type: ignore[operator]  # ranks meet once a step
             with self.autocast():
@@ -211,6 +211,15 @@ class Learner:
         gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
         self.traffic = 2 * gradients * (self.ranks.count - 1) // self.ranks.count
         return wrapped
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """The generators that a step on this device draws from: `torch.manual_seed` would note a call stack for each other kind."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def add_up(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:

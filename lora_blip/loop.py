@@ -33,6 +33,7 @@ from lora_blip.tasks.task import Generation, Task
 from lora_blip.validation import merge_drift, sharers, validate
 
 TINY = 20_000_000  # parameters
+WIDER = 4  # a batch of validation beside one of training: it keeps nothing for a backward pass
 
 
 def train(config: TrainConfig) -> Path:
@@ -301,5 +302,7 @@ def loader_of(
 ) -> DataLoader[Stack]:
     augmented = shuffle and config.augment
     pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed, task.together, config.views, caches)
-    cuda = task.backbone.device.type == "cuda"
-    return loader(pictures, config.batch_size, shuffle, config.seed, config.num_workers, pin=cuda)
+    device = task.backbone.device.type
+    workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
+    size = config.batch_size * (1 if shuffle or not task.together else WIDER)
+    return loader(pictures, size, shuffle, config.seed, workers, pin=device == "cuda")

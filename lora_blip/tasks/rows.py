@@ -6,6 +6,7 @@ padding (by the mask, never by id), on the prompt, on image placeholders.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -71,7 +72,13 @@ def index_of(image: list[int] | None) -> Tensor | None:
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """The tokens of a text and no others. The same texts come in every epoch, and a call takes as long as small matrices."""
+    return list(_ids(tokenizer, text))
+
+
+@lru_cache(maxsize=2**16)
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
