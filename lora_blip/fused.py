@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+SMALL = 2**20  # bytes of an activation that is kept rather than computed again
 MADE_OF = "made_of"  # attribute of an activation: what gelu was given, which is kept in any case
 
 
@@ -33,17 +34,13 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     """The forward pre-hook: hand the linear x without its graph, where `updated` will see to the gradients."""
     updates = linear.lora
     updates.entered.x = None  # of a forward that an error broke off
-    if (
-        not (updates.choice.fast and updates.choice.everyone and type(linear) is nn.Linear and len(args) == 1)
-        or updates.merged
-        or not updates
-    ):
+    if not (torch.is_grad_enabled() and updates.choice.fast and updates.choice.everyone) or torch.compiler.is_compiling():
         return None
-    x = args[0]
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not linear.weight.is_floating_point():
+    if type(linear) is not nn.Linear or updates.merged or len(args) != 1:
         return None
     if any(lora.dropout and lora.training for lora in updates.values()):
         return None
+    x = args[0]
     kind = x.device.type
     cast = x.detach()
     if torch.is_autocast_enabled(kind):
@@ -63,7 +60,7 @@ def updated(linear: Any, output: Tensor) -> Tensor:
     reach = [(lora.scale, lora.padding[0], output.shape[-1] - lora.padding[1]) for lora in each]
     halves = [half for lora in each for half in (lora.A, lora.B)]
     before = getattr(x, MADE_OF, None)
-    kept = cast if before is None or before.dtype != cast.dtype else before.detach()
+    kept = cast if before is None or before.dtype != cast.dtype or cast.nbytes < SMALL else before.detach()
     return FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)
 
 
@@ -99,9 +96,8 @@ class FrozenLinear(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         for (scale, start, stop), a, b, h in zip(ctx.reach, halves[::2], halves[1::2], kept, strict=True):
             part = dy[:, start:stop]
-            gt = (
-                b.to(dtype).t() @ part.t()
-            )  # gᵀ and dBᵀ: a long matrix is read in the order in which it lies, up to 9 times as fast
+            # gᵀ and dBᵀ, so that a long matrix is read in the order in which it lies: up to 9 times as fast
+            gt = b.to(dtype).t() @ part.t()
             gt *= scale
             if dx is not None:
                 dx.addmm_(gt.t(), a.to(dtype))

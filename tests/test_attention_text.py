@@ -165,3 +165,38 @@ def test_a_copy_made_while_it_reads_reads_nothing(decoder):
         twins = copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))
     for twin in (decoder, *twins):
         assert all(block.crossattention.self.source is None for block in twin.bert.encoder.layer)
+
+
+def reader(dtype: torch.dtype) -> BlipTextSelfAttention:
+    """Two heads over wide states: few queries, as those of a short caption beside a picture."""
+    torch.manual_seed(3)
+    config = BlipTextConfig(hidden_size=32, encoder_hidden_size=64, num_attention_heads=2, attention_probs_dropout_prob=0.0)
+    made = BlipTextSelfAttention(config, True, 0)
+    nn.init.normal_(made.key.bias), nn.init.normal_(made.value.bias)
+    return made.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_few_queries_go_through_the_weights_and_not_every_state(dtype, masked, monkeypatch):
+    """Neither keys nor values are made, and outputs and gradients are what these would lead to, biases included."""
+    torch.manual_seed(4)
+    plain, x, states = reader(dtype), torch.randn(3, 5, 32, dtype=dtype), torch.randn(3, 40, 64, dtype=dtype)
+    mask = {"encoder_attention_mask": hidden((3, 1, 1, 40), dtype=dtype)} if masked else {}
+    fast, ran = quick(plain), []
+    monkeypatch.setattr(type(fast), "_absorbed", lambda *a, f=TextAttention._absorbed: ran.append(1) or f(*a))
+    named = {"encoder_hidden_states": states, **mask}
+    assert far(outcome(fast, x, **named), outcome(plain, x, **named)) < BOUND[dtype] and ran
+    ran.clear()
+    many = torch.randn(3, 9, 32, dtype=dtype)
+    assert far(outcome(fast, many, **named), outcome(plain, many, **named)) < BOUND[dtype] and not ran
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_a_hook_on_a_projection_is_never_passed_by(where):
+    """With an adapter on keys or values, or anybody's hook, every state goes through it."""
+    fast, x, states = quick(reader(torch.float32)), torch.randn(2, 5, 32), torch.randn(2, 40, 64)
+    seen: list[int] = []
+    getattr(fast, where).register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+    fast(x, encoder_hidden_states=states)
+    assert seen == [40]

@@ -82,7 +82,7 @@ class TextAttention(BlipTextSelfAttention):
             type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks
             for each in (self.key, self.value)
         )
-        return plain and 2 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= states.shape[1] * 4
+        return plain and 4 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= 4 * states.shape[1]
 
     def _absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Attention without keys and values, q (rows, heads, tokens, d), states (rows, n, width) → (rows, tokens, heads · d).
