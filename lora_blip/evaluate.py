@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     if config.base or not wanted:
         base = measure(runner, examples, config.seed, shown("base", folder))
     if wanted:
-        put_on(runner.task, wanted, merge=True)
+        put_on(runner.task, wanted, merge=True, precision=runner.precision)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
         adapted = measure(runner, examples, config.seed, shown("adapted", folder))
     last = adapted or base

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lora_blip import adapter, dist, done, lora, output, stop
+from lora_blip import adapter, dist, done, lora, output, stop, weights
 from lora_blip.adapter import Adapter
 from lora_blip.asked import asked, read_references, read_texts
 from lora_blip.bulk import Found, Rounds, Screen, on_main
@@ -65,7 +65,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         with Screen("base", count, out) as screen:
             rounds.run(examples, Saying(texts), partial(keep, base, screen))
     if wanted:
-        put_on(task := runner.task, wanted, config.merge)
+        put_on(task := runner.task, wanted, config.merge, runner.precision)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
     with Screen(task.name, count, out) as screen:
         rounds.run(examples, Saying(texts), partial(write, out, base, screen))
@@ -195,11 +195,12 @@ def open_task(
     return task, precision
 
 
-def put_on(task: Task, wanted: Adapter, merge: bool) -> None:
-    """The adapter onto the task's backbone, with what it learned beside the weights."""
+def put_on(task: Task, wanted: Adapter, merge: bool, precision: str = "fp32") -> None:
+    """The adapter onto the task's backbone, with what it learned beside the weights, which are then cast once."""
     adapter.load(task.backbone, wanted)
     if merge:
         lora.bake(task.backbone.model)
+    weights.cast_once(task.backbone, precision)
     if wanted.task.get("name") == task.name:
         task.recall(wanted.task)
 

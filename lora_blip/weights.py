@@ -16,7 +16,9 @@ from lora_blip.sites import TIED, tied
 
 
 def cast_once(backbone: Backbone, precision: str) -> None:
-    """Cast the linears of a float32 base, the head too, which then no longer shares the memory of the embeddings.
+    """Cast the linears of a float32 base, a decoder's head too, which then no longer shares the memory of the embeddings.
+
+    The model's own heads stay, in whose dtype retrieval compares and matches under autocast, too (`matching.projected`).
 
     Adapters stay as they are; merge them before, and ΔW is rounded together with W. The base's fingerprint is taken
     before. Does nothing in fp32, nor to weights that are in 16 bits already. Repeating a call changes nothing.
@@ -27,7 +29,7 @@ def cast_once(backbone: Backbone, precision: str) -> None:
     backbone.samples = backbone.samples or fingerprint.samples(model, lora.adapters(model).values())
     shared = tied(model)
     for path, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and "." in path:
             setattr(module, TIED, shared.get(path, getattr(module, TIED, "")))
             module.weight = frozen(module.weight, dtype)
             module.bias = None if module.bias is None else frozen(module.bias, dtype)

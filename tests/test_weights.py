@@ -42,7 +42,7 @@ def test_what_autocast_leaves_alone_stays_in_float32(make):
     before = copy.deepcopy(backbone.model.state_dict())
     weights.cast_once(backbone, "bf16")
     after = backbone.model.state_dict()
-    linears = {path for path, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears = {path for path, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear) and "." in path}
     assert list(after) == list(before)
     for key, value in after.items():
         cast = key.rpartition(".")[0] in linears
@@ -81,3 +81,21 @@ def test_in_fp32_and_for_weights_in_16_bits_nothing_changes(make):
         weights.cast_once(backbone, precision)
         after = dict(backbone.model.named_parameters())
         assert before and all(after[name] is p for name, p in before.items())
+
+
+@pytest.mark.parametrize("kind", ["itm", "itm2"])
+def test_what_retrieval_computes_in_float32_it_still_does(kind, make):
+    """Cosines and odds under autocast are the bits that they are without casting: ten odds would be one in 16 bits."""
+    found = []
+    for cast in (False, True):
+        backbone = make(kind)
+        inject(backbone)
+        if cast:
+            weights.cast_once(backbone, "bf16")
+        matcher = TASKS["retrieval"](backbone).matcher
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        texts = matcher.texts(["a red cube", "a blue cube on a cube"])
+        with torch.no_grad(), autocasting(backbone.device, "bf16")():
+            seen = matcher.see(pixels)
+            found.append([matcher.image_features(seen), matcher.text_features(texts), matcher.matching(seen, texts)])
+    assert all(map(torch.equal, *found)) and all(value.dtype == torch.float32 for value in found[1])

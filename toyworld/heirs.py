@@ -22,7 +22,7 @@ from transformers import (
     BlipProcessor,
 )
 
-from lora_blip.tasks.language import mend
+from lora_blip.tasks.blip import mend
 from lora_blip.tasks.losses import IGNORE, hard_negatives, itc_loss
 from toyworld.pretrain import WIDTH, advance, learning_rate, optimizer_of, patch_classes, patch_loss, pixels
 from toyworld.questions import asked

@@ -10,8 +10,10 @@ from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone
+from lora_blip.tasks.blip import BlipLanguage, BlipVqaLanguage
+from lora_blip.tasks.blip2 import OptLanguage, T5Language
 from lora_blip.tasks.head import head_loss
-from lora_blip.tasks.language import language_of
+from lora_blip.tasks.language import Language
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids
 from lora_blip.tasks.task import Batch, Generation, Task
@@ -140,3 +142,11 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     counts = targets != IGNORE
     log_p = logits.float().log_softmax(-1).gather(-1, targets.masked_fill(~counts, 0)[..., None]).squeeze(-1)
     return log_p.masked_fill(~counts, torch.nan)
+
+
+def language_of(backbone: Backbone) -> Language:
+    if backbone.architecture == "BlipForQuestionAnswering":
+        return BlipVqaLanguage(backbone)
+    if backbone.family == "blip":
+        return BlipLanguage(backbone)
+    return OptLanguage(backbone) if backbone.model.config.use_decoder_only_language_model else T5Language(backbone)

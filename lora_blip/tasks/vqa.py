@@ -10,8 +10,8 @@ from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models import Backbone
+from lora_blip.tasks.blip import BlipVqaLanguage
 from lora_blip.tasks.bounds import UNTOLD
-from lora_blip.tasks.language import BlipVqaLanguage
 from lora_blip.tasks.task import Generation
 from lora_blip.tasks.text import TextTask
 
