@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_blip.products import QuickLinear, product
+
+PLAIN = (nn.Linear, QuickLinear)
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
 MADE_OF = "made_of"  # attribute of an activation: what gelu was given, which is kept in any case
 
@@ -36,7 +39,7 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     updates.entered.x = None  # of a forward that an error broke off
     if not (torch.is_grad_enabled() and updates.choice.fast and updates.choice.everyone) or torch.compiler.is_compiling():
         return None
-    if type(linear) is not nn.Linear or updates.merged or len(args) != 1:
+    if type(linear) not in PLAIN or updates.merged or len(args) != 1:
         return None
     if any(lora.dropout and lora.training for lora in updates.values()):
         return None
@@ -75,7 +78,7 @@ class FrozenLinear(torch.autograd.Function):
         flat, y = cast.flatten(0, -2), output.view(-1, output.shape[-1])
         kept = []
         for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
-            h = flat @ a.to(flat.dtype).t()
+            h = product(flat, a.to(flat.dtype))
             h *= scale
             y[:, start:stop].addmm_(h, b.to(flat.dtype).t())
             kept.append(h)
@@ -92,15 +95,15 @@ class FrozenLinear(torch.autograd.Function):
         halves, kept = rest[: 2 * count], rest[2 * count :]
         dtype = flat.dtype
         dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        dx = dy @ weight.to(dtype) if ctx.needs_input_grad[0] else None
+        dx = product(dy, weight.to(dtype).t()) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
         for (scale, start, stop), a, b, h in zip(ctx.reach, halves[::2], halves[1::2], kept, strict=True):
             part = dy[:, start:stop]
             # gᵀ and dBᵀ, so that a long matrix is read in the order in which it lies: up to 9 times as fast
-            gt = b.to(dtype).t() @ part.t()
+            gt = product(b.to(dtype).t(), part)
             gt *= scale
             if dx is not None:
                 dx.addmm_(gt.t(), a.to(dtype))
-            gradients += [(gt @ flat).to(a.dtype), (h.t() @ part).t().to(b.dtype)]
+            gradients += [product(gt, flat.t()).to(a.dtype), product(h.t(), part.t()).t().to(b.dtype)]
         shape, kind = ctx.like
         return (None if dx is None else dx.view(shape).to(kind)), None, None, None, None, None, *gradients

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_blip import fingerprint, lora
+from lora_blip.fused import PLAIN
 from lora_blip.models import DTYPES, Backbone
 from lora_blip.sites import TIED, tied
 
@@ -29,7 +30,7 @@ def cast_once(backbone: Backbone, precision: str) -> None:
     backbone.samples = backbone.samples or fingerprint.samples(model, lora.adapters(model).values())
     shared = tied(model)
     for path, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and "." in path:
+        if type(module) in PLAIN and module.weight.dtype == torch.float32 and "." in path:
             setattr(module, TIED, shared.get(path, getattr(module, TIED, "")))
             module.weight = frozen(module.weight, dtype)
             module.bias = None if module.bias is None else frozen(module.bias, dtype)

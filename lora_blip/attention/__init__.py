@@ -8,15 +8,16 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
 from lora_blip.attention.mlp import Blip2VitMLP, BlipVitMLP
 from lora_blip.attention.text import TextAttention
 from lora_blip.attention.vit import Blip2VitAttention, BlipVitAttention
+from lora_blip.products import QuickLinear
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
     BlipAttention: BlipVitAttention, Blip2Attention: Blip2VitAttention, BlipTextSelfAttention: TextAttention,
-    BlipMLP: BlipVitMLP, Blip2MLP: Blip2VitMLP,
+    BlipMLP: BlipVitMLP, Blip2MLP: Blip2VitMLP, nn.Linear: QuickLinear,
 }  # fmt: skip
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Switch the attentions and MLPs of a model to their fast kinds, or back to transformers' own. Twice is once.
+    """Switch the attentions, MLPs and linears of a model to their fast kinds, or back to transformers' own. Twice is once.
 
     Only the class of a module changes, so that weights, hooks, names, copies and pickles stay what they are.
     """

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+from lora_blip.fused import PLAIN
 
 
 class Source:
@@ -79,8 +81,7 @@ class TextAttention(BlipTextSelfAttention):
     def _few(self, queries: Tensor, states: Any) -> bool:
         """Whether the queries of all heads are few beside the width of a state, and nothing hooks its projections."""
         plain = all(
-            type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks
-            for each in (self.key, self.value)
+            type(each) in PLAIN and not each._forward_hooks and not each._forward_pre_hooks for each in (self.key, self.value)
         )
         return plain and 4 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= 4 * states.shape[1]
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_blip.products import product
+
 
 def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Σ wᵢ · −log p(targetᵢ), float32. states (labels, width) that the frozen linear `head` reads, targets (labels,)."""
@@ -25,7 +27,7 @@ class FrozenHead(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
     ) -> Tensor:
         weight = weight.to(states.dtype)
-        logits = torch.nn.functional.linear(states, weight, None if bias is None else bias.to(states.dtype)).float()
+        logits = product(states, weight, None if bias is None else bias.to(states.dtype)).float()
         wanted = logits.gather(1, targets[:, None]).squeeze(1)
         total = logits.logsumexp(1)
         each = total - wanted
@@ -34,7 +36,7 @@ class FrozenHead(torch.autograd.Function):
             p[torch.arange(len(targets), device=targets.device), targets] -= 1
             if weights is not None:
                 p *= weights[:, None]
-            ctx.save_for_backward(p.to(states.dtype) @ weight)
+            ctx.save_for_backward(product(p.to(states.dtype), weight.t()))
         return (each if weights is None else each * weights).sum()
 
     @staticmethod

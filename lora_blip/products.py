@@ -1,0 +1,65 @@
+"""Matrix products in float32 on a CPU, by the kernels that are fastest there.
+
+PyTorch gives float32 to MKL, which on other makers' processors leaves half of AVX-512 unused; oneDNN, which comes with
+PyTorch as well and does its convolutions and 16-bit products, does not. Both sum in float32, in another order.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, without a graph: x (…, in), weight (out, in), which may be a transposed view, bias (out,)."""
+    if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and has_kernel():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@cache
+def has_kernel() -> bool:
+    """Whether oneDNN's kernel is here, computes what it should, and has AVX-512 to do it with."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    x, weight = torch.linspace(-1, 1, 35).view(5, 7), torch.linspace(1, -2, 21).view(7, 3)
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(x, weight.t(), torch.ones(3), "none", [], "")
+    except (AttributeError, RuntimeError):  # a torch without it
+        return False
+    return torch.allclose(found, x @ weight + 1, rtol=1e-5, atol=1e-5)
+
+
+class QuickLinear(nn.Linear):
+    """nn.Linear over the same weight, by `product` where it is frozen."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.requires_grad or torch.is_autocast_enabled(input.device.type) or not fits(input, self.weight):
+            return super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            return Through.apply(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
+
+
+def fits(x: Tensor, weight: Any) -> bool:
+    """Whether `product` has a kernel of its own for these, and nobody is tracing."""
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and type(weight) is nn.Parameter
+    return plain and has_kernel() and not torch.compiler.is_compiling()
+
+
+class Through(torch.autograd.Function):
+    """x Wᵀ + b with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(dy, weight.t()), None, None
