@@ -8,17 +8,17 @@ import torch
 from lora_blip.config import TrainConfig
 from lora_blip.data.pictures import NO_CACHES, Caches
 from lora_blip.data.store import Store
-from lora_blip.resume import WHEREABOUTS, weights_digest
+from lora_blip.resume import WHEREABOUTS
 from lora_blip.tasks.prefix import Prefix
 from lora_blip.tasks.task import Task
 
 FOLDER = ".cache"  # in the output folder, for all its runs
 
 
-def caches_for(config: TrainConfig, task: Task, precision: str) -> Caches:
+def caches_for(config: TrainConfig, task: Task, precision: str, base: str) -> Caches:
     """The caches that the settings allow. Where states of pictures are kept, `task.prefix` goes on from them.
 
-    Called when the adapters are on the model, and its weights still are what was loaded.
+    Called when the adapters are on the model. `base`: the digest of its weights as they were loaded.
     """
     if not config.cache_gb:
         return NO_CACHES
@@ -30,7 +30,7 @@ def caches_for(config: TrainConfig, task: Task, precision: str) -> Caches:
     if not prefix.worthwhile or config.shard:  # spread weights want the same forwards of all ranks
         return Caches(pixels)
     computed: dict[str, Any] = {
-        "base": weights_digest(backbone.model), "precision": precision, "base_dtype": config.base_dtype, "fast": config.fast,
+        "base": base, "precision": precision, "base_dtype": config.base_dtype, "fast": config.fast,
         "device": backbone.device.type, "torch": torch.__version__,
     }  # fmt: skip
     prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, "processor": picture}, limit)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_blip.products import QuickLinear, product
+from lora_blip.products import QuickLinear, as_autocast, product
 
 PLAIN = (nn.Linear, QuickLinear)
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
@@ -44,14 +44,10 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     if any(lora.dropout and lora.training for lora in updates.values()):
         return None
     x = args[0]
-    kind = x.device.type
-    cast = x.detach()
-    if torch.is_autocast_enabled(kind):
-        cast = cast.to(torch.get_autocast_dtype(kind))
-    elif not x.dtype == linear.weight.dtype == torch.float32:
+    if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
         return None  # 16-bit weights without autocast: A and B stay float32
-    updates.entered.x, updates.entered.cast = x, cast
-    return (cast,)
+    updates.entered.x, updates.entered.cast = x, as_autocast(x.detach())
+    return (updates.entered.cast,)
 
 
 def updated(linear: Any, output: Tensor) -> Tensor:

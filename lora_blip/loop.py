@@ -63,8 +63,8 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     print(f"\n{targets.table(backbone.model)}\n")
-    caches = caching.caches_for(config, task, precision)
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
+    caches = caching.caches_for(config, task, precision, identity["base weights"])
     identity["learned from"] = caching.learns_from_kept(config, task)
     lora.fast(backbone.model, config.fast)
     if config.base_dtype == "auto":

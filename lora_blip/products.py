@@ -33,6 +33,12 @@ def has_kernel() -> bool:
     return torch.allclose(found, x @ weight + 1, rtol=1e-5, atol=1e-5)
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype where it is on, as every linear would cast it; else x itself."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class QuickLinear(nn.Linear):
     """nn.Linear over the same weight, by `product` where it is frozen."""
 

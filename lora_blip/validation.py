@@ -51,7 +51,7 @@ def validate(
             if new:
                 rows = list(new.values())
                 examples = [batch.examples[row] for row in rows]
-                said |= zip(new, task.predict(batch.pixel_values, examples, seen=batch.each(seen)[rows]), strict=True)
+                said |= zip(new, task.say(batch.each(seen)[rows], examples), strict=True)
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)

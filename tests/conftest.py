@@ -18,7 +18,7 @@ import torch
 from lora_blip import lora, targets
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
-from lora_blip.models import Backbone, load_backbone
+from lora_blip.models import Backbone, autocasting, load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch
 from tests import tiny
@@ -103,6 +103,21 @@ def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -
     texts = texts or TEXTS
     images = torch.randn(len(texts), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
     return task.batch(Stack([Example(Path("x.png"), text, "x.png", 1) for text in texts], images))
+
+
+def twenty_steps(
+    found: dict[str, lora.LoRA], loss_of: Callable[[], torch.Tensor], precision: str = "fp32", rate: float = 1e-3
+) -> list[float]:
+    """The loss before each of twenty steps of AdamW on the adapters, on the CPU."""
+    optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=rate), []
+    for _ in range(20):
+        with autocasting(torch.device("cpu"), precision)():
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @torch.no_grad()

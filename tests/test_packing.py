@@ -10,14 +10,13 @@ from torch import nn
 from lora_blip import lora
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
-from lora_blip.models import autocasting
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.head import head_loss
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.task import Task
 from lora_blip.tasks.vqa import VqaTask
 from tests import tiny
-from tests.conftest import WHOLE, inject
+from tests.conftest import WHOLE, inject, twenty_steps
 
 SAID = [
     ["a red cube", "a single blue cube on top of the table", "nothing"],
@@ -122,16 +121,7 @@ def test_twenty_steps_packed_are_twenty_apart(precision, make):
         task.backbone.fast = fast
         batch = task.batch(stack_of("caption"))
         assert (batch.packed is not None) is fast
-        optimizer = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=1e-3)
-        mine = []
-        for _ in range(20):
-            with autocasting(task.backbone.device, precision)():
-                loss = task.loss(batch) / batch.count
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            mine.append(loss.item())
-        losses.append(mine)
+        losses.append(twenty_steps(found, lambda task=task, batch=batch: task.loss(batch) / batch.count, precision))
     assert losses[0][-1] < 0.97 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_blip.attention.text import reading
 from lora_blip.models import Backbone
-from lora_blip.tasks.language import DecoderLanguage, EncoderLanguage, Named, cast_once
+from lora_blip.products import as_autocast
+from lora_blip.tasks.language import DecoderLanguage, EncoderLanguage, Named
 from lora_blip.tasks.packing import Packed, pack
 from lora_blip.tasks.rows import Rows, plain_ids
 
@@ -25,9 +26,6 @@ class BlipLanguage(DecoderLanguage):
     def start(self, prompt: str) -> list[int]:
         return [self.first, *plain_ids(self.tokenizer, prompt)]
 
-    def see(self, pixel_values: Tensor) -> Tensor:
-        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
-
     def after(self, states: Tensor) -> Tensor:
         return states
 
@@ -39,7 +37,7 @@ class BlipLanguage(DecoderLanguage):
         return pack(rows.input_ids, rows, picture)
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
-        return self.decoded_packed(packed, encoder_hidden_states=cast_once(seen))
+        return self.decoded_packed(packed, encoder_hidden_states=as_autocast(seen))  # not once a layer
 
     def decoded_packed(self, packed: Packed, **source: Tensor) -> Tensor:
         decoder = self.model.text_decoder
@@ -92,7 +90,7 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        read = self.read(each(cast_once(seen)), rows.input_ids, rows.attention_mask)
+        read = self.read(each(as_autocast(seen)), rows.input_ids, rows.attention_mask)
         return self.decoded_packed(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:

@@ -1,7 +1,6 @@
 """BLIP-2's language side: the Q-Former's states stand as placeholders before the text of an OPT or a Flan-T5."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +27,6 @@ class Blip2Language(Language):
         if config.image_token_index >= backbone.model.get_input_embeddings().num_embeddings:
             raise ModelError(f"{backbone.name!r}: image_token_index {config.image_token_index} is past the embeddings")
 
-    def see(self, pixel_values: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-
     def after(self, states: Tensor) -> Tensor:
         model = self.model
         there = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
@@ -47,13 +43,6 @@ class Blip2Language(Language):
 
     def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         return apart(rows)
-
-    def run(self, seen: Tensor, ids: Tensor, mask: Tensor, **more: Any) -> Tensor:
-        """The model's forward with `seen` (rows, queries, width) in the place of the image."""
-        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=seen)
-        return self.model(
-            pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=ids, attention_mask=mask, use_cache=False, **more
-        ).logits
 
     def embedded(self, seen: Tensor, ids: Tensor) -> Tensor:
         """What the language model reads: `ids` (rows, tokens) as embeddings, `seen` in the place of the image's."""
@@ -76,7 +65,11 @@ class OptLanguage(DecoderLanguage, Blip2Language):
         return [*self.image, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        return self.run(rows.each(seen), rows.input_ids, rows.attention_mask)
+        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.each(seen))
+        return self.model(
+            pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask, use_cache=False,
+        ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         embeds = self.embedded(rows.each(each(seen)), rows.input_ids)
@@ -99,21 +92,22 @@ class T5Language(EncoderLanguage, Blip2Language):
     def start(self, prompt: str) -> list[int]:
         return [*self.image, *plain_ids(self.tokenizer, prompt), self.end]
 
+    def read(self, seen: Tensor, rows: Rows) -> Tensor:
+        """The prompt with the image before it, for each text: (rows, tokens, width)."""
+        embeds, encoder = self.embedded(seen, rows.input_ids), self.model.language_model.get_encoder()
+        return rows.each(encoder(inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
+
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        model, mask = self.model.language_model, rows.attention_mask
-        read = model.get_encoder()(inputs_embeds=self.embedded(seen, rows.input_ids), attention_mask=mask).last_hidden_state
-        return model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=rows.each(read)), attention_mask=rows.each(mask),
-            decoder_input_ids=rows.decoder_input_ids, use_cache=False,
+        return self.model.language_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.read(seen, rows)),
+            attention_mask=rows.each(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        model, mask = self.model.language_model, rows.attention_mask
-        embeds = self.embedded(each(seen), rows.input_ids)
-        read = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        model = self.model.language_model
         states = model.get_decoder()(
-            input_ids=rows.decoder_input_ids, encoder_hidden_states=rows.each(read), encoder_attention_mask=rows.each(mask),
-            use_cache=False,
+            input_ids=rows.decoder_input_ids, encoder_hidden_states=self.read(each(seen), rows),
+            encoder_attention_mask=rows.each(rows.attention_mask), use_cache=False,
         ).last_hidden_state.flatten(0, 1)[packed.places]  # fmt: skip
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 

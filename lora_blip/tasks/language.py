@@ -41,7 +41,7 @@ class Language:
 
     def see(self, pixel_values: Tensor) -> Tensor:
         """(images, 3, H, W) → what the language side reads of each image (images, states, width)."""
-        raise NotImplementedError
+        return self.after(self.model.vision_model(pixel_values=pixel_values).last_hidden_state)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         """Logits (rows, tokens, vocabulary) of rows over `seen` (images, states, width)."""
@@ -123,12 +123,6 @@ class Language:
             for index, text in zip(group, self.tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
                 said[index] = " ".join(text.split())
         return said
-
-
-def cast_once(states: Tensor) -> Tensor:
-    """In autocast's dtype, where it is on: each layer's keys and values would cast them again."""
-    kind = states.device.type
-    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
 def rows_are_named(model: nn.Module) -> bool:

@@ -145,17 +145,16 @@ class RetrievalTask(Task):
 
     @torch.no_grad()
     def predict(
-        self,
-        pixel_values: Tensor,
-        examples: list[Example],
-        adapters: list[str | None] | None = None,
-        seen: Tensor | None = None,
+        self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
     ) -> list[Features]:
         """Image and text in the joint space, on the CPU, for `scores`."""
         if adapters is not None:
             raise ConfigError("retrieval ranks with one adapter at a time: lora.chosen(model, name)")
+        return self.say(self.look(pixel_values), examples)
+
+    @torch.no_grad()
+    def say(self, seen: Tensor, examples: list[Example]) -> list[Features]:
         texts = self.matcher.texts([example.text for example in examples]).to(self.backbone.device)
-        seen = self.matcher.see(pixel_values) if seen is None else seen
         images = self.matcher.image_features(seen).cpu()
         return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts).cpu(), strict=True)]
 

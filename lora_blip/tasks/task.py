@@ -170,14 +170,12 @@ class Task:
         """What one prediction is about: examples of one subject share it."""
         raise NotImplementedError
 
-    def predict(
-        self,
-        pixel_values: Tensor,
-        examples: list[Example],
-        adapters: list[str | None] | None = None,
-        seen: Tensor | None = None,
-    ) -> list[Any]:
-        """One prediction an example. `adapters` names the adapter of each row, None for the base. `seen`: as for `loss`."""
+    def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[Any]:
+        """One prediction an example. `adapters` names the adapter of each row, None for the base."""
+        raise NotImplementedError
+
+    def say(self, seen: Tensor, examples: list[Example]) -> list[Any]:
+        """`predict`, from what was seen of each example's picture (examples, states, width) on."""
         raise NotImplementedError
 
     def read(self, texts: list[str]) -> Any:

@@ -69,16 +69,13 @@ class TextTask(Task):
         return self.language.after(states)
 
     @torch.no_grad()
-    def predict(
-        self,
-        pixel_values: Tensor,
-        examples: list[Example],
-        adapters: list[str | None] | None = None,
-        seen: Tensor | None = None,
-    ) -> list[str]:
+    def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[str]:
         prompts = [self.prompt_of(example) for example in examples]
-        seen = self.language.look(pixel_values, adapters) if seen is None else seen
-        return self.language.write(seen, prompts, adapters, **asdict(self.generation))
+        return self.language.generate(pixel_values, prompts, adapters, **asdict(self.generation))
+
+    @torch.no_grad()
+    def say(self, seen: Tensor, examples: list[Example]) -> list[str]:
+        return self.language.write(seen, [self.prompt_of(example) for example in examples], **asdict(self.generation))
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
