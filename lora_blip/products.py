@@ -13,11 +13,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+LARGE = 2**20  # multiplications from which oneDNN's kernel, which takes longer to call, is the faster one
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, without a graph: x (…, in), weight (out, in), which may be a transposed view, bias (out,)."""
-    if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and has_kernel():
+    if fits(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's kernel is the faster one for this product."""
+    single = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    return single and x.numel() * len(weight) >= LARGE and has_kernel()
 
 
 @cache
@@ -43,17 +52,12 @@ class QuickLinear(nn.Linear):
     """nn.Linear over the same weight, by `product` where it is frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight.requires_grad or torch.is_autocast_enabled(input.device.type) or not fits(input, self.weight):
+        own = type(self.weight) is nn.Parameter and not self.weight.requires_grad and not torch.compiler.is_compiling()
+        if not own or torch.is_autocast_enabled(input.device.type) or not fits(input, self.weight):
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
             return Through.apply(input, self.weight, self.bias)
         return product(input, self.weight, self.bias)
-
-
-def fits(x: Tensor, weight: Any) -> bool:
-    """Whether `product` has a kernel of its own for these, and nobody is tracing."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and type(weight) is nn.Parameter
-    return plain and has_kernel() and not torch.compiler.is_compiling()
 
 
 class Through(torch.autograd.Function):

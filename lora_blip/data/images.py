@@ -29,6 +29,7 @@ TURNS = {
 }
 SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # a mirrored picture would make such a caption false
 SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # shares of the side, of the scale, of the grey level
+LEVELS = np.arange(256)
 
 # what is wrong with a picture either makes it unreadable, and is an ImageError, or is not worth a line of the terminal
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -128,4 +129,5 @@ def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) 
     box = (max(0.0, left), max(0.0, top), min(padded.width, left + width * zoom), min(padded.height, top + height * zoom))
     moved = padded.resize(image.size, Image.Resampling.BILINEAR, box=box)
     light = 1 + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
-    return moved.point([min(255, round(level * light)) for level in range(256)] * 3)
+    table = np.rint(LEVELS * light).clip(max=255).astype(int).tolist()
+    return moved.point(table * 3)
