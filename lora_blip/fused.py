@@ -74,32 +74,32 @@ class FrozenLinear(torch.autograd.Function):
         flat, y = cast.flatten(0, -2), output.view(-1, output.shape[-1])
         kept = []
         for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
-            h = product(flat, a.to(flat.dtype))
+            a, b = a.to(flat.dtype), b.to(flat.dtype)
+            h = product(flat, a)
             h *= scale
-            y[:, start:stop].addmm_(h, b.to(flat.dtype).t())
-            kept.append(h)
-        ctx.save_for_backward(before, weight, *halves, *kept)
-        ctx.reach, ctx.like, ctx.gelu = reach, (x.shape, x.dtype), before is not cast
+            y[:, start:stop].addmm_(h, b.t())
+            kept += [a, b, h]
+        ctx.save_for_backward(before, weight, *kept)
+        ctx.reach, ctx.like, ctx.gelu, ctx.halves = reach, (x.shape, x.dtype), before is not cast, [half.dtype for half in halves]
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, *rest = ctx.saved_tensors
+        x, weight, *kept = ctx.saved_tensors
         flat = (nn.functional.gelu(x) if ctx.gelu else x).flatten(0, -2)
-        count = len(ctx.reach)
-        halves, kept = rest[: 2 * count], rest[2 * count :]
         dtype = flat.dtype
         dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
         dx = product(dy, weight.to(dtype).t()) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
-        for (scale, start, stop), a, b, h in zip(ctx.reach, halves[::2], halves[1::2], kept, strict=True):
+        for (scale, start, stop), a, b, h in zip(ctx.reach, kept[::3], kept[1::3], kept[2::3], strict=True):
             part = dy[:, start:stop]
             # gᵀ and dBᵀ, so that a long matrix is read in the order in which it lies: up to 9 times as fast
-            gt = product(b.to(dtype).t(), part)
+            gt = product(b.t(), part)
             gt *= scale
             if dx is not None:
-                dx.addmm_(gt.t(), a.to(dtype))
-            gradients += [product(gt, flat.t()).to(a.dtype), product(h.t(), part.t()).t().to(b.dtype)]
+                dx.addmm_(gt.t(), a)
+            gradients += [product(gt, flat.t()), product(h.t(), part.t()).t()]
+        gradients = [found.to(half) for found, half in zip(gradients, ctx.halves, strict=True)]
         shape, kind = ctx.like
         return (None if dx is None else dx.view(shape).to(kind)), None, None, None, None, None, *gradients

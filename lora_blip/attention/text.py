@@ -120,8 +120,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if q.device.type != "cpu" or q.element_size() > 2 or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask)
     with torch.autocast("cpu", enabled=False):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return (scores if mask is None else scores + mask).softmax(-1) @ v
+        scores = k.contiguous() @ (q * q.shape[-1] ** -0.5).transpose(-1, -2)  # so that no long matrix need be turned about
+        scores = scores.transpose(-1, -2)
+        return (scores if mask is None else scores + mask).softmax(-1) @ v.contiguous()
 
 
 @contextmanager
