@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(ROWS), help=f"rows, with commas: {', '.join(ROWS)}")
     parser.add_argument("--quick", action="store_true", help="every row on the smallest model: whether it runs, not how fast")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant, after a warm-up")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images, on both sides")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images, on both sides")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the .json and the .md")
     given = parser.parse_args(arguments)
     unknown = set(given.only.split(",")) - set(ROWS)

@@ -66,7 +66,7 @@ def merge(plan: Plan) -> Iterator[Cell]:
                 OURS: partial(fresh, ours.opened(base, "fp32"), partial(ours.load_and_merge, path=mine)),
                 PEFT: partial(fresh, base, partial(peers.load_and_merge, folder=theirs)),
             }
-            yield compare("merge", f"{name} fp32, load and merge", turns, PEFT, plan.rounds)
+            yield compare("merge", f"{name} fp32, load and merge", turns, PEFT, 2 * plan.rounds)
 
 
 def fresh(base: Backbone, work: Callable[[Backbone], None]) -> float:

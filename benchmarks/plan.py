@@ -17,7 +17,7 @@ class Plan:
     quick: bool = False
     rounds: int = 5
     long_rounds: int = 2  # of what takes a minute a turn
-    workers: int = 2
+    workers: int = 0  # processes that load images
     device: str = "cpu"
 
     def size(self, name: str) -> str:

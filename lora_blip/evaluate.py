@@ -19,7 +19,6 @@ from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.leaks import Leak, find_leaks
 from lora_blip.files import write_whole
-from lora_blip.loop import seed_everything
 from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.predict import described, open_task, put_on, wanted_adapter
@@ -27,6 +26,7 @@ from lora_blip.prediction import Prediction, line_of
 from lora_blip.report import Card, Row
 from lora_blip.run import METRICS_NAME, fresh
 from lora_blip.runner import Runner
+from lora_blip.start import seed_everything
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
 FEW = 10  # images, below which a bootstrap claims too much

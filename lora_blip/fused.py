@@ -80,7 +80,8 @@ class FrozenLinear(torch.autograd.Function):
             y[:, start:stop].addmm_(h, b.t())
             kept += [a, b, h]
         ctx.save_for_backward(before, weight, *kept)
-        ctx.reach, ctx.like, ctx.gelu, ctx.halves = reach, (x.shape, x.dtype), before is not cast, [half.dtype for half in halves]
+        ctx.reach, ctx.gelu = reach, before is not cast
+        ctx.like, ctx.halves = (x.shape, x.dtype), [half.dtype for half in halves]
         return output
 
     @staticmethod
@@ -91,7 +92,7 @@ class FrozenLinear(torch.autograd.Function):
         dtype = flat.dtype
         dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
         dx = product(dy, weight.to(dtype).t()) if ctx.needs_input_grad[0] else None
-        gradients: list[Tensor | None] = []
+        gradients: list[Tensor] = []
         for (scale, start, stop), a, b, h in zip(ctx.reach, kept[::3], kept[1::3], kept[2::3], strict=True):
             part = dy[:, start:stop]
             # gᵀ and dBᵀ, so that a long matrix is read in the order in which it lies: up to 9 times as fast

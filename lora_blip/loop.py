@@ -1,7 +1,6 @@
 """The training loop, by hand: `train` reads top to bottom."""
 
 import math
-import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -11,29 +10,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from lora_blip import caching, curves, dist, lora, preflight, resume, sharding, stop, targets, weights
 from lora_blip.checkpoint import CheckpointError
-from lora_blip.config import ConfigError, TrainConfig, refuse_unwritable
-from lora_blip.data import annotations
-from lora_blip.data.annotations import Example
-from lora_blip.data.batches import Slot, Stack, close, first_stack, loader, slots_of_steps
-from lora_blip.data.pictures import NO_CACHES, Caches, Pictures
+from lora_blip.config import TrainConfig, refuse_unwritable
+from lora_blip.data.batches import Slot, Stack, close, first_stack, slots_of_steps
 from lora_blip.dist import Ranks
 from lora_blip.faults import TrainingError, explain, explained
 from lora_blip.learner import Autocast, Learner, Progress
-from lora_blip.models import Backbone, autocasting, compile_blocks, open_backbone
-from lora_blip.run import Run, summary_writer
+from lora_blip.models import autocasting, compile_blocks, open_backbone
+from lora_blip.run import Run
+from lora_blip.start import default_rate, loader_of, read_examples, refuse_impossible, seed_everything, task_for
 from lora_blip.stop import Heard
-from lora_blip.tasks import TASKS, natural_task
-from lora_blip.tasks.task import Generation, Task
 from lora_blip.validation import merge_drift, sharers, validate
-
-TINY = 20_000_000  # parameters
-WIDER = 4  # a batch of validation beside one of training: it keeps nothing for a backward pass
 
 
 def train(config: TrainConfig) -> Path:
@@ -245,64 +235,3 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
     steps = config.epochs * -(-micro_batches // (config.accumulation * ranks))
     return min(steps, config.max_steps) if config.max_steps else steps
-
-
-# ---------------------------------------------------------------- set-up
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
-    """ConfigError for settings that contradict each other, or that need what is not there."""
-    if config.shard and ranks.count == 1:
-        raise ConfigError("shard = True spreads weights over several processes: torchrun --nproc-per-node 2 train.py")
-    if config.tensorboard:
-        summary_writer()
-    blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
-    for name in (name for name, wanted in blind.items() if wanted and not config.val_fraction):
-        raise ConfigError(
-            f"{name} = {getattr(config, name)!r} needs images to validate on, and val_fraction is 0: set VAL_FRACTION"
-        )
-
-
-def task_for(config: TrainConfig, backbone: Backbone) -> Task:
-    """The task that is to be learned; ConfigError if its score to pick the best by is none that it has."""
-    name = natural_task(backbone.architecture) if config.task == "auto" else config.task
-    task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
-    task.require_score(config.best_by)
-    return task
-
-
-def default_rate(model: Any) -> float:
-    """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
-    size = sum(p.numel() for p in model.parameters())
-    return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
-
-
-def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[Example]]:
-    """Checked lines, split by image into training and validation, the latter in an order drawn from the seed."""
-    decode = config.check_images == "all"
-    examples, problems = annotations.read(
-        config.annotations, config.image_root, config.on_bad_data, task.check, decode, task.expect
-    )
-    if problems:
-        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    task.know(examples)
-    training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
-    random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
-    return training, validation
-
-
-def loader_of(
-    examples: list[Example], task: Task, config: TrainConfig, shuffle: bool, caches: Caches = NO_CACHES
-) -> DataLoader[Stack]:
-    augmented = shuffle and config.augment
-    pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed, task.together, config.views, caches)
-    device = task.backbone.device.type
-    workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
-    size = config.batch_size * (1 if shuffle or not task.together else WIDER)
-    return loader(pictures, size, shuffle, config.seed, workers, pin=device == "cuda")

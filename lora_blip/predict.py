@@ -18,11 +18,11 @@ from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
 from lora_blip.data.annotations import Example
 from lora_blip.data.streams import Images, example_of
 from lora_blip.dist import Ranks
-from lora_blip.loop import seed_everything
 from lora_blip.models import Backbone, open_backbone
 from lora_blip.output import Output
 from lora_blip.prediction import Prediction, report
 from lora_blip.runner import Runner
+from lora_blip.start import seed_everything
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Generation, Task
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
 LARGE = 2**20  # multiplications from which oneDNN's kernel, which takes longer to call, is the faster one
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import adapter, curves, loop, lora
+from lora_blip import adapter, curves, loop, lora, start
 from lora_blip.best import Best
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import DataError
@@ -221,7 +221,7 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
     task = CaptionTask(make("blip"))
     asked = []
     monkeypatch.setattr(task, "say", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
-    held_out = loop.loader_of(loop.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
+    held_out = start.loader_of(start.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
     assert loop.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
 
 
@@ -229,7 +229,7 @@ def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), lr=0.0, warmup_steps=500, epochs=5))
     rates = [entry["lr"] for entry in metrics_of(path) if "loss" in entry]
     assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3]) and rates[-1] < 3e-4 and "_lr0.003_" in path.parent.name
-    assert loop.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
+    assert start.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
 
 
 def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
@@ -381,8 +381,8 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     last = [entry for entry in metrics_of(path) if "val_cider" in entry][-1]
     backbone = loop.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
     adapter.load(backbone, path)
-    task = CaptionTask(backbone, generation=loop.Generation(5))
-    held_out = loop.annotations.split_by_image(loop.annotations.read(source)[0], 0.5, 0)[1]
+    task = CaptionTask(backbone, generation=start.Generation(5))
+    held_out = start.annotations.split_by_image(start.annotations.read(source)[0], 0.5, 0)[1]
     from lora_blip.predict import captions
 
     said = [p.text for p in captions(task, [e.image for e in held_out])]

@@ -1,0 +1,80 @@
+"""What a run starts from: its task, its examples, its rate; and what is refused before anything is loaded."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.data import annotations
+from lora_blip.data.annotations import Example
+from lora_blip.data.batches import Stack, loader
+from lora_blip.data.pictures import NO_CACHES, Caches, Pictures
+from lora_blip.dist import Ranks
+from lora_blip.models import Backbone
+from lora_blip.run import summary_writer
+from lora_blip.tasks import TASKS, natural_task
+from lora_blip.tasks.task import Generation, Task
+
+TINY = 20_000_000  # parameters
+WIDER = 4  # a batch of validation beside one of training: it keeps nothing for a backward pass
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
+    """ConfigError for settings that contradict each other, or that need what is not there."""
+    if config.shard and ranks.count == 1:
+        raise ConfigError("shard = True spreads weights over several processes: torchrun --nproc-per-node 2 train.py")
+    if config.tensorboard:
+        summary_writer()
+    blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
+    for name in (name for name, wanted in blind.items() if wanted and not config.val_fraction):
+        raise ConfigError(
+            f"{name} = {getattr(config, name)!r} needs images to validate on, and val_fraction is 0: set VAL_FRACTION"
+        )
+
+
+def task_for(config: TrainConfig, backbone: Backbone) -> Task:
+    """The task that is to be learned; ConfigError if its score to pick the best by is none that it has."""
+    name = natural_task(backbone.architecture) if config.task == "auto" else config.task
+    task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
+    task.require_score(config.best_by)
+    return task
+
+
+def default_rate(model: Any) -> float:
+    """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
+    size = sum(p.numel() for p in model.parameters())
+    return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
+
+
+def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[Example]]:
+    """Checked lines, split by image into training and validation, the latter in an order drawn from the seed."""
+    decode = config.check_images == "all"
+    examples, problems = annotations.read(
+        config.annotations, config.image_root, config.on_bad_data, task.check, decode, task.expect
+    )
+    if problems:
+        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    task.know(examples)
+    training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
+    random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
+    return training, validation
+
+
+def loader_of(
+    examples: list[Example], task: Task, config: TrainConfig, shuffle: bool, caches: Caches = NO_CACHES
+) -> DataLoader[Stack]:
+    augmented = shuffle and config.augment
+    pictures = Pictures(examples, task.backbone.image_processor, augmented, config.seed, task.together, config.views, caches)
+    device = task.backbone.device.type
+    workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
+    size = config.batch_size * (1 if shuffle or not task.together else WIDER)
+    return loader(pictures, size, shuffle, config.seed, workers, pin=device == "cuda")
