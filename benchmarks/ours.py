@@ -25,7 +25,7 @@ from lora_blip.data.pictures import Caches, Pictures
 from lora_blip.data.store import Store
 from lora_blip.learner import Learner
 from lora_blip.loop import train
-from lora_blip.models import Backbone, autocasting, open_backbone
+from lora_blip.models import Backbone, autocasting, compile_blocks, open_backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Batch
 
@@ -46,7 +46,7 @@ class Training:
         self.learner = Learner(self.task, RATE, 0.01, 1.0, precision, self.autocast)
         self.batch = batch_of(self.task, work)
         if compiled:
-            compile_parts(self.model)
+            compile_blocks(self.model)
 
     def forward(self) -> Tensor:
         with self.autocast():
@@ -65,14 +65,6 @@ def batch_of(task: CaptionTask, work: Work) -> Batch:
     examples = [Example(Path(f"{number}.jpg"), text, f"{number}.jpg", line) for line, (number, text) in enumerate(lines, 1)]
     about = [number for number, _ in lines]
     return task.batch(Stack(examples, work.pixel_values, None if about == list(range(len(about))) else about))
-
-
-def compile_parts(model: Any) -> None:
-    """The parts that a task calls, compiled in place."""
-    parts = dict(model.named_modules())
-    for path in ("vision_model", "qformer", "language_model.model", "text_decoder.bert"):
-        if path in parts:
-            parts[path].compile()
 
 
 def opened(base: Backbone, precision: str) -> Backbone:

@@ -3,12 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ALL: Any = slice(None)
+
+class Everywhere(Enum):
+    """`Everywhere.ALL`, for every row: a constant that torch.compile knows again."""
+
+    ALL = "all"
+
+
+ALL: Any = Everywhere.ALL
 
 
 class LoRAError(ValueError):

@@ -9,6 +9,7 @@ from lora_blip import checkpoint, preflight
 from lora_blip.config import TrainConfig
 from lora_blip.dist import ALONE, LOST, Ranks
 from lora_blip.learner import Autocast, Update
+from lora_blip.models import uncompiled
 from lora_blip.run import Run
 from lora_blip.tasks.task import Batch, Task
 
@@ -44,7 +45,7 @@ def explain(update: Update, task: Task, batches: list[Batch], autocast: Autocast
         return f"a gradient overflowed at loss scale {update.scale:g}"
     notes = []
     for batch in batches:
-        with autocast():
+        with uncompiled(task.backbone.model), autocast():
             notes.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
     every = [note for some in ranks.gather(notes) for note in some]
     return next((note for note in every if note.startswith("the first output")), every[-1])

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from lora_blip import attention
 from lora_blip.config import ConfigError
 from lora_blip.lora import as_chosen
+from lora_blip.sites import compiled
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
@@ -260,6 +261,11 @@ def compile_blocks(model: Any) -> None:
     """torch.compile for the blocks of the ViT, with the hooks that they carry now: later ones would be ignored."""
     for block in model.vision_model.encoder.layers:
         block.compile()
+
+
+def uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """Inside the block a model that was compiled runs as it is written: other shapes, hooks to look at it, merged weights."""
+    return torch.compiler.set_stance("force_eager") if compiled(model) else nullcontext()
 
 
 class Quiet(warnings.catch_warnings):

@@ -1,6 +1,8 @@
 """What a run starts from: its task, its examples, its rate; and what is refused before anything is loaded."""
 
+import os
 import random
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from lora_blip.run import summary_writer
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Generation, Task
 
+COMPILERS = ("c++", "g++", "clang++", "cl")
 TINY = 20_000_000  # parameters
 WIDER = 4  # a batch of validation beside one of training: it keeps nothing for a backward pass
 
@@ -32,6 +35,8 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
     """ConfigError for settings that contradict each other, or that need what is not there."""
     if config.shard and ranks.count == 1:
         raise ConfigError("shard = True spreads weights over several processes: torchrun --nproc-per-node 2 train.py")
+    if config.compile and not ("CXX" in os.environ or any(map(which, COMPILERS))):
+        raise ConfigError("compile = True needs a C++ compiler, and none is found: install g++, or set COMPILE = False")
     if config.tensorboard:
         summary_writer()
     blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}

@@ -11,6 +11,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data.batches import Stack
 from lora_blip.dist import ALONE, Ranks
 from lora_blip.learner import Autocast
+from lora_blip.models import uncompiled
 from lora_blip.tasks.task import Batch, Task
 
 
@@ -44,7 +45,7 @@ def validate(
         if stack is None:  # the other ranks have one more
             continue
         batch = task.batch(stack)
-        with autocast():
+        with uncompiled(model), autocast():
             seen = task.see(batch)
             total += float(task.loss(batch, seen))
             new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in said}
@@ -65,7 +66,7 @@ def validate(
 def merge_drift(task: Task, batch: Batch, autocast: Autocast) -> dict[str, float]:
     """How far merged logits are from hooked ones on one batch, as it was trained: largest, and largest logit."""
     model = task.backbone.model.eval()
-    with autocast():
+    with uncompiled(model), autocast():
         hooked = task.logits(batch).float()
         lora.merge(model)
         merged = task.logits(batch).float()

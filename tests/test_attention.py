@@ -9,7 +9,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
 from lora_blip import attention, lora
-from lora_blip.attention.vit import ByHeads, apart, fused
+from lora_blip.attention.vit import apart, by_heads, fused
 from lora_blip.models import load_backbone
 from tests.conftest import WHOLE, batch_of, inject, logits_of, twenty_steps
 
@@ -22,11 +22,11 @@ def by_hand(qkv: torch.Tensor, heads: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_heads_one_after_another_are_attention_by_the_book(threads):
-    """`ByHeads` and its gradient in float64, for head widths whose root is no whole number, and parts that do not divide."""
+    """`by_heads` and its gradient in float64, for head widths whose root is no whole number, and parts that do not divide."""
     torch.set_num_threads(threads)
     qkv = torch.randn(2, 7, 3 * 4 * 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(ByHeads.apply(qkv, 4), by_hand(qkv, 4), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: ByHeads.apply(x, 4), (qkv,), atol=1e-6)
+    torch.testing.assert_close(by_heads(qkv, 4), by_hand(qkv, 4), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: by_heads(x, 4), (qkv,), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -43,7 +43,7 @@ def test_16_bits_are_as_close_as_transformers_own_are(dtype):
         return [y.detach().double(), x.grad.double()]
 
     truth = run(by_hand, qkv.double())
-    errors = [[(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (ByHeads.apply, fused, by_hand)]
+    errors = [[(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (by_heads, fused, by_hand)]
     for fast in errors[:2]:
         assert all(mine <= 1.5 * theirs for mine, theirs in zip(fast, errors[2], strict=True))
 

@@ -1,14 +1,13 @@
 """Attention of BLIP's ViT that keeps no scores: 577 × 577 numbers a head are most of what a step remembers.
 
 transformers computes it by hand for BLIP, and stores every score three times for the backward pass. Here it is
-PyTorch's `scaled_dot_product_attention`, and on a CPU in 16 bits, where its backward pass is slow, `ByHeads`.
+PyTorch's `scaled_dot_product_attention`, and on a CPU in 16 bits, where its backward pass is slow, `by_heads`.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
@@ -23,9 +22,8 @@ class VitAttention(nn.Module):
         if self.training and self.drops:  # never in a backbone that is loaded here
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
-        by_heads = qkv.device.type == "cpu" and qkv.element_size() == 2 and not torch.compiler.is_compiling()
-        context = ByHeads.apply(qkv, model.num_heads) if by_heads else fused(qkv, model.num_heads)
-        return model.projection(context), None
+        attended = by_heads if qkv.device.type == "cpu" and qkv.element_size() == 2 else fused
+        return model.projection(attended(qkv, model.num_heads)), None
 
     @property
     def drops(self) -> bool:
@@ -56,42 +54,64 @@ def apart(qkv: Tensor, heads: int) -> Tensor:
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-class ByHeads(torch.autograd.Function):
+def by_heads(qkv: Tensor, heads: int) -> Tensor:
     """The same, as many heads at a time as there are threads, so that what one step makes is in the cache for the next.
 
-    Keeps the probabilities, once, in 16 bits.
+    Keeps the probabilities, once, in 16 bits. An operator of its own, which torch.compile calls and does not look into.
     """
+    return by_heads_forward(qkv, heads, torch.is_grad_enabled() and qkv.requires_grad)[0]
 
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-        (q, k, v), context = scaled(qkv, heads), qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
-        out = context.unflatten(-1, (heads, -1)).transpose(1, 2)  # (images, heads, states, d)
-        kept = q.new_empty(*q.shape[:3], q.shape[2]) if ctx.needs_input_grad[0] else None
-        with torch.autocast("cpu", enabled=False):
-            for part in parts(q):
-                p = torch.softmax(q[part] @ k[part].transpose(1, 2), -1, out=None if kept is None else kept[part])
-                out[part] = p @ v[part]
-        if kept is not None:
-            ctx.save_for_backward(qkv, kept)
-            ctx.heads = heads
-        return context
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_context: Tensor) -> tuple[Tensor, None]:
-        qkv, kept = ctx.saved_tensors
-        q, k, v = scaled(qkv, ctx.heads)
-        d_out = d_context.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).contiguous()
-        d_qkv = torch.empty_like(qkv)
-        dq, dk, dv = apart(d_qkv, ctx.heads).unbind(0)
+@torch.library.custom_op("lora_blip::by_heads", mutates_args=())
+def by_heads_forward(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """(images, states, 3 · width) → the same and, to keep, the probabilities (images, heads, states, states) or nothing."""
+    (q, k, v), context = scaled(qkv, heads), qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    out = context.unflatten(-1, (heads, -1)).transpose(1, 2)  # (images, heads, states, d)
+    kept = q.new_empty(*q.shape[:3], q.shape[2]) if keep else q.new_empty(0)
+    with torch.autocast("cpu", enabled=False):
         for part in parts(q):
-            p = kept[part]
-            dv[part] = (d_out[part].transpose(1, 2) @ p).transpose(1, 2)  # so that the small factor is the one turned
-            ds = torch._softmax_backward_data(d_out[part] @ v[part].transpose(1, 2), p, -1, p.dtype)
-            dk[part] = (q[part].transpose(1, 2) @ ds).transpose(1, 2)
-            dq[part] = ds @ k[part]
-        dq *= q.shape[-1] ** -0.5
-        return d_qkv, None
+            p = torch.softmax(q[part] @ k[part].transpose(1, 2), -1, out=kept[part] if keep else None)
+            out[part] = p @ v[part]
+    return context, kept
+
+
+@torch.library.custom_op("lora_blip::by_heads_backward", mutates_args=())
+def by_heads_backward(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:
+    q, k, v = scaled(qkv, heads)
+    d_out = d_context.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+    d_qkv = torch.empty_like(qkv)
+    dq, dk, dv = apart(d_qkv, heads).unbind(0)
+    for part in parts(q):
+        p = kept[part]
+        dv[part] = (d_out[part].transpose(1, 2) @ p).transpose(1, 2)  # so that the small factor is the one turned
+        ds = torch._softmax_backward_data(d_out[part] @ v[part].transpose(1, 2), p, -1, p.dtype)
+        dk[part] = (q[part].transpose(1, 2) @ ds).transpose(1, 2)
+        dq[part] = ds @ k[part]
+    dq *= q.shape[-1] ** -0.5
+    return d_qkv
+
+
+@by_heads_forward.register_fake
+def _(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    images, states, width = qkv.shape
+    return qkv.new_empty(images, states, width // 3), qkv.new_empty((images, heads, states, states) if keep else 0)
+
+
+@by_heads_backward.register_fake
+def _(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(qkv)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.heads = inputs[1]
+
+
+def _gradient(ctx: Any, d_context: Tensor, _d_kept: Tensor) -> tuple[Tensor, None, None]:
+    return by_heads_backward(d_context, *ctx.saved_tensors, ctx.heads), None, None
+
+
+by_heads_forward.register_autograd(_gradient, setup_context=_keep)
 
 
 def scaled(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,41 @@
+"""torch.compile of the ViT's blocks: no break in their graphs, and the training that there is without it."""
+
+from shutil import which
+
+import pytest
+import torch
+
+from lora_blip import start
+from lora_blip.config import ConfigError
+from lora_blip.loop import train
+from tests import tiny
+from tests.test_loop import metrics_of, settings
+
+COMPILER = pytest.mark.skipif(not which("g++"), reason="torch.compile needs a compiler")
+STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # of the losses, relative
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, precision):
+    """The losses of twenty steps, and of the validations between them, which are computed as it is written."""
+    source = tiny.write_photos(tmp_path)
+    losses = {}
+    for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        given = {"max_steps": STEPS, "epochs": STEPS, "validate_every": 7, "precision": precision, "lr": 1e-3}
+        path = train(settings(checkpoints["blip"], source, compile=compiled, targets="vit,text", **given))
+        losses[compiled] = [line["loss"] for line in metrics_of(path) if "loss" in line]
+    counted = torch._dynamo.utils.counters
+    # the first block's input has no gradient and the others' have; a full batch, and what is left over
+    assert counted["stats"]["unique_graphs"] == 4 and not counted["graph_break"]
+    assert len(losses[True]) == STEPS and losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=BOUND[precision])
+
+
+def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "which", lambda _: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match="compiler"):
+        train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True))
