@@ -2,7 +2,8 @@
 
 Pictures are checked lazily, so that only what is done with lines is told. Each size is measured in a process of its own,
 by the processor's time, of one core, since others may be at work on the machine; files are made in a temporary folder,
-and no picture is in it. "know" is of retrieval alone, and not in the sum of the others.
+and no picture is in it. The model has 512 positions, as Salesforce's have. "know" is of retrieval alone, and not in
+the sum of the others.
 """
 
 import argparse
@@ -48,14 +49,14 @@ def lines_of(kind: str, count: int) -> Iterator[str]:
 
 def measure(kind: str, source: str) -> dict[str, float]:
     """What a training does with the lines before it looks at a picture, stage by stage: seconds, and MiB at the peak."""
+    from benchmarks.sizes import backbone as backbone_of
     from lora_blip.data import annotations
     from lora_blip.data.pictures import Pictures
-    from lora_blip.models import load_backbone
     from lora_blip.resume import lines_digest
     from lora_blip.tasks import TASKS
     from lora_blip.tasks.retrieval import RetrievalTask
 
-    backbone = load_backbone("assets/tiny-blip", "cpu")
+    backbone = backbone_of("tiny")
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](backbone)
     task.bounds.most("a", 0)  # which looks at the tokenizer once
     before, found = resident(), {}

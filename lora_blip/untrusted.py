@@ -64,7 +64,9 @@ def why(error: OSError) -> str:
 
 def is_path(path: object) -> bool:
     """A text that a file system can be asked about, and a terminal told."""
-    if not isinstance(path, str) or len(path) > LONGEST_PATH or CONTROL.search(path):
+    if not isinstance(path, str) or len(path) > LONGEST_PATH:
+        return False
+    if not path.isprintable() and CONTROL.search(path):  # the first is quick, and refuses more
         return False
     if len(path) <= LONGEST_NAME // 4:
         return True

@@ -128,7 +128,7 @@ def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple
     """
     with many_objects():
         files = resolved(dict.fromkeys(map(FILE, examples)))  # however a line spells its path
-        images = sorted(set(files.values()), key=in_walking_order)
+        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # quick where the lines were in order
         random.Random(seed).shuffle(images)
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):

@@ -1,7 +1,7 @@
 """What a line of annotations says."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,25 @@ class Example:
         return " ".join((self.text, self.question, *self.answers)).strip()
 
 
+put_file, put_text, put_name, put_line, put_group, put_question, put_answers, put_source = (
+    vars(Example)[each.name].__set__ for each in fields(Example)
+)
 SLOT = vars(Example)["image"]
 FILE: Callable[[Example], str] = SLOT.__get__
 Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # after the class is made: its slots would conflict with it
+
+
+def quick(
+    file: str, text: str, name: str, line: int, group: str, question: str, answers: tuple[str, ...], source: str
+) -> Example:
+    """Example(Path(file), text, …), in half the time: a million are made at a start."""
+    made = object.__new__(Example)
+    put_file(made, file)
+    put_text(made, text)
+    put_name(made, name)
+    put_line(made, line)
+    put_group(made, group)
+    put_question(made, question)
+    put_answers(made, answers)
+    put_source(made, source)
+    return made

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.example import FILE, Example
+from lora_blip.data.example import FILE, Example, quick
 from lora_blip.data.formats import Entry, canonical
 from lora_blip.untrusted import is_path
 
@@ -75,7 +75,7 @@ class Lines:
             name, file = first.name, FILE(first)
         else:
             name, file = image, self._file(image)
-        made = Example(file, text, name, number, group, question, answers, self.source)  # type: ignore[arg-type]
+        made = quick(file, text, name, number, group, question, answers, self.source)
         if not first:
             self.firsts[image] = made
         return made

@@ -66,6 +66,9 @@ class VqaTask(TextTask):
     def _surely_fits(self, example: Example) -> bool:
         """Whether the rest of `check` finds nothing, told without a token being made."""
         bounds, prompt, room = self.bounds, self.prompt_of(example), self.language.room_after
+        longest = bounds.most_of((prompt, *example.answers))
+        if longest != UNTOLD and room(longest) >= longest:
+            return True
         needed = bounds.most_of(example.answers)
         if needed == UNTOLD:
             return False
