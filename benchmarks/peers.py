@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from benchmarks.plan import ALPHA, RATE, R
 from benchmarks.work import Work
 from lora_blip import targets
-from lora_blip.models import Backbone, autocasting
+from lora_blip.models import DTYPES, Backbone, autocasting
+from lora_blip.products import product
 from lora_blip.sites import Site
 
 IGNORE = -100
@@ -111,6 +112,31 @@ def floor(backbone: Backbone, work: Work, precision: str) -> Training:
 
 def as_leaf(_embeddings: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.detach().requires_grad_()
+
+
+class Products:
+    """What no LoRA of a model can do without: x Wᵀ of its linears, and dy W where a gradient passes. By the fastest kernels."""
+
+    def __init__(self, backbone: Backbone, work: Work, precision: str) -> None:
+        plain = floor(backbone, work, precision)
+        dtype = DTYPES[precision]
+        self.products: list[tuple[Tensor, Tensor, Tensor | None]] = []  # x, W, and dy where it goes on to x
+
+        def note(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x, dy = args[0].detach().flatten(0, -2).to(dtype), output.detach().flatten(0, -2).to(dtype)
+            self.products.append((x, linear.weight.detach().to(dtype), dy if args[0].requires_grad else None))
+
+        handles = [m.register_forward_hook(note) for m in backbone.model.modules() if isinstance(m, nn.Linear)]
+        plain.forward()
+        for handle in handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for x, weight, dy in self.products:
+            product(x, weight)
+            if dy is not None:
+                product(dy, weight.t())
 
 
 class Replaced(nn.Module):

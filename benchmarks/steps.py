@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import ours, peers, trainer
-from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PEFT16, TRAINER, Cell, Turn, compare, freed, seconds
+from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PEFT16, PRODUCTS, TRAINER, Cell, Turn, compare, freed, seconds
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype
 from benchmarks.work import Work, work
@@ -36,6 +36,7 @@ def _step(plan: Plan, name: str, precision: str, everyone: bool) -> Cell:
     if everyone:
         sides[FULL] = peers.full(copy_of(base), batch, precision)
         sides[FLOOR] = peers.floor(copy_of(base), batch, precision)
+        sides[PRODUCTS] = peers.Products(copy_of(base), batch, precision)
         if precision == "fp32":
             sides[HANDMADE] = peers.handmade(copy_of(base), batch)
     turns = timed(sides, plan.steps(size))

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 
 from benchmarks import bars, growth, memory, ours, pairs, peers, report
 from benchmarks.__main__ import ROWS, main
-from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, TRAINER, Cell
+from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PRODUCTS, TRAINER, Cell
 from benchmarks.plan import Plan, quick
 from benchmarks.sizes import backbone, copy_of
 from benchmarks.work import TOKENS, UNEVEN, work
@@ -47,7 +47,7 @@ def test_the_compiled_row_runs(plan: Plan) -> None:
 
 def test_the_step_row_has_every_way_to_train(plan: Plan) -> None:
     first = next(iter(ROWS["step"](plan)))
-    assert first.figures.keys() == {OURS, PEFT, TRAINER, FULL, FLOOR, HANDMADE}
+    assert first.figures.keys() == {OURS, PEFT, TRAINER, FULL, FLOOR, HANDMADE, PRODUCTS}
 
 
 def test_growth_varies_one_thing_at_a_time(plan: Plan) -> None:
