@@ -26,9 +26,9 @@ BASE_DTYPE = "auto"  # dtype of the frozen weights; auto: in 16 bits what is rea
 CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
 AUGMENT = True  # gentle random mirror, shift, scale and brightness; no mirror if a text says left or right
 VIEWS = 0  # versions of each augmented picture, which come in turn and can be kept; 0: always another
-CACHE_GB = 10.0  # disk for decoded pictures and what comes before the first adapter, where that repeats; 0: none
+CACHE_GB = 10.0  # disk in OUTPUT_DIR/.cache for pictures and what comes before the first adapter, where it repeats; 0: none
 FAST = True  # the same sums by faster ways: attention, update, texts; False: the plain ways, to compare with
-COMPILE = False  # torch.compile the ViT's blocks: a minute or more at the start, faster steps on some machines
+COMPILE = False  # torch.compile the ViT's blocks: some seconds at the start, faster steps on some machines
 
 VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, or 10; the end is always validated
 BEST_BY = "auto"  # score that picks best.safetensors: "loss", "exact_match", "cider", "vqa_accuracy" …; auto: the task's own
@@ -47,7 +47,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
 NUM_WORKERS = -1  # processes that load images; 0: none; -1: none beside a model on the CPU, else 4
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 ON_BAD_DATA = "stop"  # when a line of the annotations is no good: "stop" or "skip"
-CHECK_IMAGES = "all"  # "all": each is decoded before the first step; "lazy": when it is needed, so that a million start at once
+CHECK_IMAGES = "all"  # "all": each is decoded before the first step; "lazy": when needed, and a broken one stops the run
 
 if __name__ == "__main__":
     from lora_blip.cli import run_train

@@ -49,11 +49,11 @@ class TrainConfig:
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     augment: bool = setting(True, "gentle random mirror, shift, scale and brightness; no mirror if a text says left or right")
     views: int = setting(0, "versions of each augmented picture, which come in turn and can be kept; 0: always another")
-    cache_gb: float = setting(10.0, "disk for decoded pictures and what comes before the first adapter, if it repeats; 0: none")
-    fast: bool = setting(True, "the same sums by faster ways: attention, update, texts; false: the plain ways, to compare with")
-    compile: bool = setting(
-        False, "torch.compile the ViT's blocks: a minute or more at the start, faster steps on some machines"
+    cache_gb: float = setting(
+        10.0, "disk in output_dir/.cache for pictures and what comes before the first adapter, if it repeats; 0: none"
     )
+    fast: bool = setting(True, "the same sums by faster ways: attention, update, texts; false: the plain ways, to compare with")
+    compile: bool = setting(False, "torch.compile the ViT's blocks: some seconds at the start, faster steps on some machines")
     validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, or 10; the end is always validated")
     best_by: str = setting("auto", "score that picks best.safetensors: loss, exact_match, cider …; auto: the task's own")
     patience: int = setting(0, "stop after so many validations without a better score; 0: never")
@@ -71,7 +71,9 @@ class TrainConfig:
     num_workers: int = setting(-1, "processes that load images; 0: none; -1: none beside a model on the CPU, else 4")
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
     on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the annotations is no good")
-    check_images: Literal["all", "lazy"] = setting("all", "all: each is decoded before the first step; lazy: when it is needed")
+    check_images: Literal["all", "lazy"] = setting(
+        "all", "all: each is decoded before the first step; lazy: when needed, and a broken one stops the run"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -10,11 +10,13 @@ its own way wherever this one would not be the same: with dropout, rows of their
 under torch.compile, which fuses by itself.
 """
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from lora_blip.products import QuickLinear, as_autocast, product
 
@@ -23,8 +25,8 @@ SMALL = 2**20  # bytes of an activation that is kept rather than computed again
 MADE_OF = "made_of"  # attribute of an activation: what gelu was given, which is kept in any case
 
 
-class Entered:
-    """The input of a linear between its pre-hook and its hook; a copy of the module starts with none."""
+class Entered(threading.local):
+    """The input of a linear between its pre-hook and its hook, of each thread; a copy of the module starts with none."""
 
     x: Tensor | None = None  # with its graph
     cast: Tensor | None = None  # the same as the linear read it: without a graph, in autocast's dtype
@@ -39,7 +41,7 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     updates.entered.x = None  # of a forward that an error broke off
     if not (torch.is_grad_enabled() and updates.choice.fast and updates.choice.everyone) or torch.compiler.is_compiling():
         return None
-    if type(linear) not in PLAIN or updates.merged or len(args) != 1:
+    if type(linear) not in PLAIN or updates.merged or len(args) != 1 or not alone(linear):
         return None
     if any(lora.dropout and lora.training for lora in updates.values()):
         return None
@@ -48,6 +50,14 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         return None  # 16-bit weights without autocast: A and B stay float32
     updates.entered.x, updates.entered.cast = x, as_autocast(x.detach())
     return (updates.entered.cast,)
+
+
+def alone(linear: Any) -> bool:
+    """Whether nobody else looks at what goes in and out, and W and b are frozen, so that the graph may pass them by."""
+    hooks = linear._forward_pre_hooks, linear._forward_hooks, _global_forward_pre_hooks, _global_forward_hooks
+    others = linear._backward_hooks or linear._backward_pre_hooks or "forward" in vars(linear)
+    trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+    return not (trained or others) and tuple(map(len, hooks)) == (1, 1, 0, 0)  # hand_over and add_update
 
 
 def updated(linear: Any, output: Tensor) -> Tensor:
@@ -71,7 +81,7 @@ class FrozenLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, cast: Tensor, before: Tensor, output: Tensor, weight: Tensor, reach: Any, *halves: Tensor
     ) -> Tensor:
         """cast: x as the linear read it; before: what it is the gelu of, or itself."""
-        flat, y = cast.flatten(0, -2), output.view(-1, output.shape[-1])
+        flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
         kept = []
         for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
             a, b = a.to(flat.dtype), b.to(flat.dtype)
@@ -82,13 +92,13 @@ class FrozenLinear(torch.autograd.Function):
         ctx.save_for_backward(before, weight, *kept)
         ctx.reach, ctx.gelu = reach, before is not cast
         ctx.like, ctx.halves = (x.shape, x.dtype), [half.dtype for half in halves]
-        return output
+        return output.data  # the same numbers, and no view of them, which nobody might change in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, *kept = ctx.saved_tensors
-        flat = (nn.functional.gelu(x) if ctx.gelu else x).flatten(0, -2)
+        flat = (nn.functional.gelu(x) if ctx.gelu else x).reshape(-1, x.shape[-1])
         dtype = flat.dtype
         dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
         dx = product(dy, weight.to(dtype).t()) if ctx.needs_input_grad[0] else None

@@ -23,6 +23,7 @@ from lora_blip.models import autocasting, compile_blocks, open_backbone
 from lora_blip.run import Run
 from lora_blip.start import default_rate, loader_of, read_examples, refuse_impossible, seed_everything, task_for
 from lora_blip.stop import Heard
+from lora_blip.tasks.prefix import cut
 from lora_blip.validation import merge_drift, sharers, validate
 
 
@@ -55,6 +56,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     print(f"\n{targets.table(backbone.model)}\n")
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
     caches = caching.caches_for(config, task, precision, identity["base weights"])
+    print(*caching.told(config, task), sep="\n")
     identity["learned from"] = caching.learns_from_kept(config, task)
     lora.fast(backbone.model, config.fast)
     if config.base_dtype == "auto":
@@ -74,7 +76,9 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     except RuntimeError as error:
         raise explained(error, config, task) from None
     if config.compile:
-        compile_blocks(backbone.model)
+        frozen, blocks = cut(backbone.model)[0], len(backbone.model.vision_model.encoder.layers)
+        compile_blocks(backbone.model, frozen)
+        print(f"torch.compile for {blocks - frozen} of the ViT's {blocks} blocks, at the first step\n")
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)

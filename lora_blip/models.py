@@ -257,9 +257,9 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def compile_blocks(model: Any) -> None:
-    """torch.compile for the blocks of the ViT, with the hooks that they carry now: later ones would be ignored."""
-    for block in model.vision_model.encoder.layers:
+def compile_blocks(model: Any, first: int = 0) -> None:
+    """torch.compile for the blocks of the ViT from `first` on, with the hooks they carry now: later ones would be ignored."""
+    for block in model.vision_model.encoder.layers[first:]:
         block.compile()
 
 

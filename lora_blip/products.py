@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 LARGE = 2**20  # multiplications from which oneDNN's kernel, which takes longer to call, is the faster one
@@ -51,16 +51,21 @@ class QuickLinear(nn.Linear):
     """nn.Linear over the same weight, by `product` where it is frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
-        own = type(self.weight) is nn.Parameter and not self.weight.requires_grad and not torch.compiler.is_compiling()
-        if not own or torch.is_autocast_enabled(input.device.type) or not fits(input, self.weight):
+        if torch.compiler.is_compiling() or not fits(input, self.weight) or not self.steady(input):
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
             return Through.apply(input, self.weight, self.bias)
         return product(input, self.weight, self.bias)
 
+    def steady(self, x: Tensor) -> bool:
+        """Whether W and b are frozen, and nothing but plain backward passes is asked for: no autocast, no torch.func."""
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        other = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return type(self.weight) is nn.Parameter and not (trained or other or torch.is_autocast_enabled(x.device.type))
+
 
 class Through(torch.autograd.Function):
-    """x Wᵀ + b with a gradient for x alone."""
+    """x Wᵀ + b with a gradient for x alone, and gradients of that."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,7 +73,6 @@ class Through(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return product(dy, weight.t()), None, None
+        return Through.apply(dy, weight.t(), None), None, None

@@ -142,7 +142,7 @@ def _processors(backbone: Backbone) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes and SAMPLES values of all that is frozen."""
+    """SHA-256 of the names, shapes, dtypes, SAMPLES values, and the exclusive or of all values, of all that is frozen."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -150,7 +150,8 @@ def weights_digest(model: nn.Module) -> str:
         flat = parameter.detach().flatten()
         where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
         values = flat[where.to(flat.device)].double().tolist()
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), values]).encode())
+        whole = torch.hash_tensor(flat.cpu() if flat.device.type == "mps" else flat).tolist() if len(flat) else 0
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), values, whole]).encode())
     return digest.hexdigest()
 
 

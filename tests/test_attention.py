@@ -9,8 +9,10 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
 from lora_blip import attention, lora
+from lora_blip import fused as fused_update
 from lora_blip.attention.vit import apart, by_heads, fused
 from lora_blip.models import load_backbone
+from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import WHOLE, batch_of, inject, logits_of, twenty_steps
 
 
@@ -126,3 +128,20 @@ def test_dropout_of_its_own_goes_transformers_way(make):
     layer.dropout.p = 0.5
     x = torch.randn(1, 5, layer.embed_dim)
     assert not torch.equal(layer(x)[0], layer(x)[0]) and layer(x)[1] is not None
+
+
+def test_an_activation_that_somebody_hooks_is_kept_as_it_came_out(make, monkeypatch):
+    """fc2 computes its input again from fc1's output only where that is all there is between them."""
+    monkeypatch.setattr(fused_update, "SMALL", 0)
+    found = []
+    for on in (True, False):
+        backbone = make("blip")
+        adapted = inject(backbone, "vit")
+        lora.fast(backbone.model, on)
+        for block in backbone.model.vision_model.encoder.layers:
+            block.mlp.activation_fn.register_forward_hook(lambda _m, _a, y: 3 * y)
+        task = CaptionTask(backbone)
+        task.loss(batch_of(task)).backward()
+        found.append([half.grad for x in adapted.values() for half in (x.A, x.B)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

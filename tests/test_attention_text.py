@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -161,10 +164,33 @@ def test_padding_of_what_is_read_is_not_read(decoder):
 
 def test_a_copy_made_while_it_reads_reads_nothing(decoder):
     attention.fast(decoder)
-    with reading(decoder, torch.randn(1, 6, SEEN)):
-        twins = copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))
-    for twin in (decoder, *twins):
-        assert all(block.crossattention.self.source is None for block in twin.bert.encoder.layer)
+    ids, states = torch.randint(50, (1, 4)), torch.randn(2, 1, 6, SEEN)
+    with torch.no_grad(), reading(decoder, states[0]):
+        for twin in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
+            own = twin(input_ids=ids, encoder_hidden_states=states[1]).logits
+            assert torch.allclose(own, decoder_of(states[1], decoder, ids), atol=1e-5)
+
+
+def decoder_of(states: torch.Tensor, decoder: Any, ids: torch.Tensor) -> torch.Tensor:
+    with reading(decoder, states) as source:
+        return decoder(input_ids=ids, **source).logits
+
+
+@torch.no_grad()
+def test_threads_read_each_its_own_picture(decoder):
+    """Two threads inside of `reading` at once, of one decoder."""
+    attention.fast(decoder)
+    ids, states, meet = torch.randint(50, (1, 4)), torch.randn(2, 1, 6, SEEN), threading.Barrier(2, timeout=20)
+    alone = [decoder_of(each, decoder, ids) for each in states]
+
+    @torch.no_grad()
+    def read(own: torch.Tensor) -> torch.Tensor:
+        with reading(decoder, own) as source:
+            meet.wait()
+            return decoder(input_ids=ids, **source).logits
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(map(torch.equal, pool.map(read, states), alone))
 
 
 def reader(dtype: torch.dtype) -> BlipTextSelfAttention:

@@ -8,6 +8,7 @@ import torch
 from lora_blip import start
 from lora_blip.config import ConfigError
 from lora_blip.loop import train
+from lora_blip.models import compile_blocks
 from tests import tiny
 from tests.test_loop import metrics_of, settings
 
@@ -39,3 +40,10 @@ def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, mo
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match="compiler"):
         train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True))
+
+
+def test_blocks_before_the_first_adapter_are_left_as_they_are(make):
+    """What is kept of them is the same, whether a run was compiled or not."""
+    model = make("blip").model
+    compile_blocks(model, first=1)
+    assert [block._compiled_call_impl is not None for block in model.vision_model.encoder.layers] == [False, True]

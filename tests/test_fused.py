@@ -2,14 +2,17 @@
 
 import copy
 import io
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_blip import lora
+from lora_blip import fused, lora
 from lora_blip.fused import FrozenLinear, updated
 from lora_blip.sites import Site
 from tests.conftest import WHOLE, batch_of, inject, twenty_steps
@@ -123,6 +126,63 @@ def test_it_stands_back_where_it_would_be_another_thing(monkeypatch):
     half = network(torch.bfloat16)
     half(x.bfloat16())
     assert not taken
+
+
+def doubled(_linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (2 * args[0],)
+
+
+OTHERS = {  # what else may look at a linear, or be learned of it
+    "weight": lambda linear: linear.weight.requires_grad_(),
+    "bias": lambda linear: linear.bias.requires_grad_(),
+    "a pre-hook": lambda linear: linear.register_forward_pre_hook(doubled),
+    "a hook": lambda linear: linear.register_forward_hook(lambda _m, _a, y: 2 * y),
+    "a hook before": lambda linear: linear.register_forward_hook(lambda _m, _a, y: 2 * y, prepend=True),
+    "a backward hook": lambda linear: linear.register_full_backward_hook(lambda _m, dx, _dy: (2 * dx[0],)),
+    "a forward of its own": lambda linear: setattr(linear, "forward", lambda x: 2 * nn.functional.linear(x, linear.weight)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_who_else_looks_at_a_linear_sees_what_the_plain_way_shows(what):
+    """The same outputs and gradients, those of a base that is trained as well among them."""
+    model, x = network(), torch.randn(4, 6)
+    OTHERS[what](model[0])
+    for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_linear_returns_may_be_changed_in_place(monkeypatch):
+    taken = used(monkeypatch)
+    model, x = nn.Sequential(network(), nn.ReLU(inplace=True)), torch.randn(4, 6)
+    for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert len(taken) == 2
+
+
+def test_a_vector_without_a_batch_is_updated_too():
+    model, x = network(), torch.randn(6)
+    for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_may_share_a_model():
+    """What one of them hands over between the hooks is not another's: here both stand between them at once."""
+    model, meet = network(), threading.Barrier(2, timeout=20)
+    inputs = torch.randn(2, 3, 6)
+    alone = [model(x.requires_grad_()).detach() for x in inputs]
+    real = model[0].forward
+    model[0].__class__ = type("Meeting", (nn.Linear,), {"forward": lambda _self, x: (meet.wait(), real(x))[1]})
+    with patched_plain(type(model[0])), ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda x: model(x.requires_grad_()).detach(), inputs))
+    assert all(map(torch.equal, found, alone))
+
+
+@contextmanager
+def patched_plain(kind: type[nn.Linear]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "PLAIN", (*fused.PLAIN, kind))
+        yield
 
 
 def test_an_error_in_between_leaves_nothing_behind(monkeypatch):

@@ -11,7 +11,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from lora_blip.data.batches import pixel_values
 from lora_blip.data.images import to_rgb
-from lora_blip.data.pixels import Pixels
+from lora_blip.data.pixels import Pixels, pixels_of
 
 PROCESSORS = {
     "tiny-blip": lambda: AutoImageProcessor.from_pretrained("assets/tiny-blip", backend="pil"),
@@ -96,3 +96,11 @@ def test_bytes_that_were_kept_become_the_same_pixel_values():
         assert torch.equal(pixels.of_bytes(bytes_), theirs(pixels.image_processor, image))
     assert torch.equal(levels, before)  # they are read, not changed
     assert torch.equal(pickle.loads(pickle.dumps(pixels))(image), pixels(image))
+
+
+def test_settings_that_change_are_heeded():
+    """A user may ask for another size after the first picture was read."""
+    processor, image = BlipImageProcessorPil(size={"height": 20, "width": 20}), Image.new("RGB", (30, 30), "red")
+    assert pixels_of(processor)(image).shape == (3, 20, 20) and pixels_of(processor) is pixels_of(processor)
+    processor.size = type(processor.size)(height=12, width=16)
+    assert pixels_of(processor)(image).shape == (3, 12, 16)

@@ -10,6 +10,12 @@ from lora_blip import attention, products
 from lora_blip.products import QuickLinear, Through, has_kernel, product
 
 
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """However small: the kernel is taken for small ones too."""
+    monkeypatch.setattr(products, "LARGE", 1)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (0,), (2, 3, 4)])
 def test_a_product_is_that_of_float64(shape, transposed):
@@ -51,6 +57,36 @@ def test_a_weight_that_learns_still_does():
     attention.fast(model)
     model(torch.randn(2, 6)).sum().backward()
     assert model[0].weight.grad is not None and model[0].bias.grad is not None
+
+
+def test_a_bias_that_learns_beside_a_frozen_weight_does_too():
+    model = nn.Sequential(linear())
+    model[0].bias.requires_grad_()
+    attention.fast(model)
+    model(torch.randn(2, 6)).sum().backward()
+    assert torch.equal(model[0].bias.grad, torch.full((5,), 2.0))
+
+
+def test_derivatives_of_other_kinds_are_pytorch_s():
+    """Forward mode, torch.func's transforms, and a gradient of a gradient: as without the class."""
+    x, tangent = torch.randn(3, 6), torch.randn(3, 6)
+    found = []
+    for on in (False, True):
+        model = nn.Sequential(linear(), nn.Tanh(), linear_back())
+        attention.fast(model, on)
+        forward = torch.func.jvp(model, (x,), (tangent,))
+        each = torch.func.vmap(torch.func.grad(lambda row, model=model: model(row).sum()))(x)
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        found.append([*forward, each, first.detach(), second])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def linear_back() -> nn.Linear:
+    torch.manual_seed(2)
+    return nn.Linear(5, 6).requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

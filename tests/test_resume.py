@@ -758,3 +758,13 @@ def test_sigkill_at_random_moments(precision):
     command = [sys.executable, "-m", "benchmarks.chaos", "--precision", precision, "--kills", "4", "--steps", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "NOT" not in done.stdout, done.stdout + done.stderr
+
+
+def test_the_digest_of_the_weights_sees_every_value(make):
+    """One value of a large matrix, between those that are sampled."""
+    model = make("blip").model
+    before = resume.weights_digest(model)
+    weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    assert weight.numel() > 4 * resume.SAMPLES and resume.weights_digest(model) == before
+    weight.view(-1)[1] += 1e-3
+    assert resume.weights_digest(model) != before

@@ -178,6 +178,12 @@ def test_a_line_is_the_same_example_by_the_short_way(found, root):
         assert (made[1] if isinstance(made, tuple) else made) == plainly(dict(entry), Path(root))
 
 
+@pytest.mark.parametrize("group", [0, 0.0, False, None, [], {}, "", "g"])
+def test_a_group_that_is_no_text_is_none_by_either_way(group):
+    entry = {"image": "a.png", "text": "a cube", "group": group}
+    assert Lines(Path("x.jsonl"), Path()).example(dict(entry), 1) == plainly(dict(entry), Path())
+
+
 @often
 @given(
     name=st.lists(st.sampled_from(["a", "b.png", ".", "..", "/", "//", "./", "../", ".hidden", "é", "\\", " "]), min_size=1),

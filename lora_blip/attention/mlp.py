@@ -20,7 +20,8 @@ class VitMLP(nn.Module):
         model: Any = self
         before = model.fc1(hidden_states)
         after = model.activation_fn(before)
-        if type(model.activation_fn) is GELUActivation and model.activation_fn.act is nn.functional.gelu:
+        gelu = model.activation_fn
+        if type(gelu) is GELUActivation and gelu.act is nn.functional.gelu and not gelu._forward_hooks:
             setattr(after, MADE_OF, before)
         return model.fc2(after)
 

@@ -5,6 +5,7 @@ and moves these about after every token. Inside `reading`, a decoder computes th
 further queries to them.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,9 +26,6 @@ class Source:
         self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
         self.pair: tuple[Tensor, Tensor] | None = None
 
-    def __reduce__(self) -> Any:
-        return type(None), ()  # a copy of a model reads nothing
-
     def attended(self, layer: "TextAttention", queries: Tensor) -> Tensor:
         """queries (rows, tokens, width), the rows of an image side by side → what they read (rows, tokens, width)."""
         if self.pair is None:
@@ -37,10 +35,18 @@ class Source:
         return attend(layer.by_heads(together), *self.pair, self.mask).transpose(1, 2).reshape(queries.shape)
 
 
+class Reading(threading.local):
+    """What each layer reads inside of `reading`, by its id: of each thread its own, since all may use one model at a time."""
+
+    def __init__(self) -> None:
+        self.sources: dict[int, Source] = {}
+
+
+NOW = Reading()
+
+
 class TextAttention(BlipTextSelfAttention):
     """BlipTextSelfAttention with the same weights, each called once; its second output, the probabilities, is None."""
-
-    source: Source | None = None  # what it reads inside of `reading`
 
     def forward(
         self,
@@ -57,8 +63,8 @@ class TextAttention(BlipTextSelfAttention):
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
             )
         queries, crosses = self.query(hidden_states), encoder_hidden_states is not None
-        if crosses and self.source is not None:
-            return self.source.attended(self, queries), None
+        if crosses and id(self) in NOW.sources:
+            return NOW.sources[id(self)].attended(self, queries), None
         mask = encoder_attention_mask if crosses else attention_mask
         if encoder_hidden_states is not None and past_key_values is None and self._few(queries, encoder_hidden_states):
             return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None
@@ -130,7 +136,7 @@ def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int 
     """Inside the block a BLIP text decoder reads `states` (images, n, width); gives the arguments to call it with.
 
     mask: (images, n), 1 on what is there. `rows` of each image stand side by side in the decoder's input, to which
-    `generate` adds its beams by itself. The block must hold the backward pass too, where activations are computed again.
+    `generate` adds its beams by itself. Of this thread alone; a backward pass that computes activations again must be inside.
     """
     layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
     if not all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers):
@@ -140,11 +146,9 @@ def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int 
     hidden = None
     if mask is not None and not mask.all():
         hidden = (1 - mask[:, None, None].to(states.dtype)) * torch.finfo(states.dtype).min
-    before = [layer.source for layer in layers]
-    for layer in layers:
-        layer.source = Source(states, hidden)
+    before = NOW.sources
+    NOW.sources = before | {id(layer): Source(states, hidden) for layer in layers}
     try:
         yield {"encoder_hidden_states": states[:, :0].repeat_interleave(rows, 0)}  # to say that there is something to read
     finally:
-        for layer, source in zip(layers, before, strict=True):
-            layer.source = source
+        NOW.sources = before

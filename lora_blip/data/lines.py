@@ -41,7 +41,7 @@ class Lines:
     def _quick(self, found: Entry, number: int) -> Example | None:
         """What `canonical` would lead to, for a line of tidy strings under the usual keys; None for any other."""
         image, group = found.get("image"), found.get("group", "")
-        group = group and self._share(group)
+        group = self._share(group) if group != "" else group
         if type(image) is not str or group is None or not (image in self.firsts or (is_tidy(image) and is_path(image))):
             return None
         if "question" not in found:

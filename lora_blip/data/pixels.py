@@ -65,9 +65,13 @@ class Pixels:
         return self.image_processor(image, return_tensors="pt", **changed)["pixel_values"][0]
 
 
-@lru_cache(maxsize=4)
 def pixels_of(image_processor: Any) -> Pixels:
-    """One for each processor: to verify it takes as long as some pictures."""
+    """One for each processor and its settings: to verify it takes as long as some pictures."""
+    return _pixels_of(image_processor, str(vars(image_processor)))
+
+
+@lru_cache(maxsize=4)
+def _pixels_of(image_processor: Any, _settings: str) -> Pixels:
     return Pixels(image_processor)
 
 

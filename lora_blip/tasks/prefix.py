@@ -53,7 +53,7 @@ class Prefix:
     def enter(self, pixel_values: Tensor) -> Tensor:
         """(1, 3, H, W) → what enters the first block with an adapter (1, tokens, width); as it is if fp16 overflows."""
         x = self.vit.embeddings(pixel_values)
-        for block in self.vit.encoder.layers[: self.first]:
+        for block in self.vit.encoder.layers[: self.first]:  # which `compile_blocks` leaves alone
             x = block(x)
         if self.first == len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
