@@ -19,6 +19,8 @@ import torch
 from benchmarks.pairs import Cell
 
 RESULTS = Path(__file__).parent / "results"
+MEANT = "A ratio is the median over the rounds (the smallest–the largest); below 1 is less than the reference."
+QUICK = "Quick: one model of two narrow layers stands for every size, to see whether the rows run. Its times tell nothing.\n"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "pillow", "numpy")
 
 
@@ -30,7 +32,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
     about: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
     about |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
     path = fresh(folder, kind)
-    print(f"{described(about)}\n→ {path}\n", flush=True)
+    print(f"{described(about)}\n→ {path}\n{MEANT}\n{QUICK * bool(kind)}", flush=True)
     for name, cells in rows.items():
         started = time.perf_counter()
         try:
@@ -101,7 +103,7 @@ def described(about: dict[str, Any]) -> str:
 def markdown(about: dict[str, Any]) -> str:
     lines = [f"# {about['machine']['name']}, {about['date']}", "", described(about), "", f"    {about['command']}", ""]
     lines += [
-        "A ratio is the median over the rounds, with the smallest and the largest; below 1 is less than the reference.",
+        MEANT,
         "",
     ]
     for row in dict.fromkeys(cell["row"] for cell in about["cells"]):
