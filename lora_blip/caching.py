@@ -46,8 +46,10 @@ def told(config: TrainConfig, task: Task) -> list[str]:
         return [
             "each look at a picture is another: AUGMENT = False or VIEWS = 4 would keep what comes before the first adapter\n"
         ]
-    enters, folder = task.prefix.about["enters"], Path(config.output_dir) / FOLDER
-    return [f"what enters the {enters} is computed once a picture and kept in {folder}, up to {config.cache_gb:g} GB\n"]
+    folder = Path(config.output_dir) / FOLDER
+    return [
+        f"what comes before the first adapter is computed once a picture, and kept: {folder}, up to {config.cache_gb:g} GB\n"
+    ]
 
 
 def learns_from_kept(config: TrainConfig, task: Task) -> dict[str, Any]:
