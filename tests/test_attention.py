@@ -10,7 +10,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
 from lora_blip import attention, lora
 from lora_blip import fused as fused_update
-from lora_blip.attention.vit import apart, by_heads, fused
+from lora_blip.attention.vit import apart, by_heads, whole
 from lora_blip.models import load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import WHOLE, batch_of, inject, logits_of, twenty_steps
@@ -45,7 +45,7 @@ def test_16_bits_are_as_close_as_transformers_own_are(dtype):
         return [y.detach().double(), x.grad.double()]
 
     truth = run(by_hand, qkv.double())
-    errors = [[(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (by_heads, fused, by_hand)]
+    errors = [[(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (by_heads, whole, by_hand)]
     for fast in errors[:2]:
         assert all(mine <= 1.5 * theirs for mine, theirs in zip(fast, errors[2], strict=True))
 

@@ -13,7 +13,8 @@ from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 
 from lora_blip import attention
-from lora_blip.attention.text import TextAttention, attend, reading
+from lora_blip.attention.attend import attend
+from lora_blip.attention.text import TextAttention, reading
 
 WIDTH, HEADS, SEEN = 32, 4, 24  # of the text, and width of what it reads
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}

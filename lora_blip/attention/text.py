@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
+from lora_blip.attention.attend import attend
 from lora_blip.fused import PLAIN
 
 
@@ -114,21 +114,6 @@ class TextAttention(BlipTextSelfAttention):
     def by_heads(self, states: Tensor) -> Tensor:
         """(rows, tokens, width) → a view (rows, heads, tokens, d)."""
         return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v: q (rows, heads, tokens, d), k and v (rows, heads, keys, d) → (rows, heads, tokens, d).
-
-    In 16 bits on a CPU by hand: the fused kernel takes twice as long there, and its backward pass up to six times.
-    """
-    if mask is not None and mask.dtype != q.dtype:  # float32's smallest number is no number in 16 bits
-        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
-    if q.device.type != "cpu" or q.element_size() > 2 or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    with torch.autocast("cpu", enabled=False):
-        scores = k.contiguous() @ (q * q.shape[-1] ** -0.5).transpose(-1, -2)  # so that no long matrix need be turned about
-        scores = scores.transpose(-1, -2)
-        return (scores if mask is None else scores + mask).softmax(-1) @ v.contiguous()
 
 
 @contextmanager

@@ -1,16 +1,19 @@
 """Attention of BLIP's ViT that keeps no scores: 577 × 577 numbers a head are most of what a step remembers.
 
 transformers computes it by hand for BLIP, and stores every score three times for the backward pass. Here it is
-PyTorch's `scaled_dot_product_attention`, and on a CPU in 16 bits, where its backward pass is slow, `by_heads`.
+`attend`, and `by_heads` where many scores in 16 bits on a CPU would fill the memory again and again.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
+
+from lora_blip.attention.attend import attend, by_hand
+
+LARGE = 2**22  # scores
 
 
 class VitAttention(nn.Module):
@@ -22,8 +25,8 @@ class VitAttention(nn.Module):
         if self.training and self.drops:  # never in a backbone that is loaded here
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
-        attended = by_heads if qkv.device.type == "cpu" and qkv.element_size() == 2 else fused
-        return model.projection(attended(qkv, model.num_heads)), None
+        large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and by_hand(qkv)
+        return model.projection((by_heads if large else whole)(qkv, model.num_heads)), None
 
     @property
     def drops(self) -> bool:
@@ -43,10 +46,9 @@ class Blip2VitAttention(VitAttention, Blip2Attention):
         return self.attention_dropout > 0
 
 
-def fused(qkv: Tensor, heads: int) -> Tensor:
+def whole(qkv: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / √d) v of each head: (images, states, 3 · width) → (images, states, width)."""
-    q, k, v = apart(qkv, heads).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attend(*apart(qkv, heads).unbind(0)).transpose(1, 2).flatten(2)
 
 
 def apart(qkv: Tensor, heads: int) -> Tensor:
@@ -103,12 +105,13 @@ def _(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:  # no
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # else the probabilities, which nobody differentiates, get zeros for a gradient
     ctx.save_for_backward(inputs[0], output[1])
     ctx.heads = inputs[1]
 
 
-def _gradient(ctx: Any, d_context: Tensor, _d_kept: Tensor) -> tuple[Tensor, None, None]:
-    return by_heads_backward(d_context, *ctx.saved_tensors, ctx.heads), None, None
+def _gradient(ctx: Any, d_context: Tensor | None, _d_kept: None) -> tuple[Tensor | None, None, None]:
+    return None if d_context is None else by_heads_backward(d_context, *ctx.saved_tensors, ctx.heads), None, None
 
 
 by_heads_forward.register_autograd(_gradient, setup_context=_keep)
