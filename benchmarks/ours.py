@@ -125,6 +125,7 @@ def adapt(base: Backbone, merged: bool, precision: str = "fp32") -> Backbone:
         torch.nn.init.normal_(x.B, std=1e-3)
     if merged:
         lora.bake(backbone.model)
+    weights.cast_once(backbone, precision)  # as infer.py does
     return backbone
 
 
