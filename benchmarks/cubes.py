@@ -95,7 +95,7 @@ def their_run(config: TrainConfig, enough: float) -> dict[str, float]:
     settings: dict[str, Any] = {
         "learning_rate": default_rate(backbone.model), "lr_scheduler_type": "cosine", "num_train_epochs": config.epochs,
         "warmup_steps": min(config.warmup_steps, steps // 5), "weight_decay": config.weight_decay, "seed": config.seed,
-        "max_grad_norm": config.max_grad_norm, "dataloader_num_workers": config.num_workers,
+        "max_grad_norm": config.max_grad_norm, "dataloader_num_workers": max(0, config.num_workers),
         "dataloader_persistent_workers": config.num_workers > 0,
     }  # fmt: skip
     precision = pick_precision(config.precision, backbone.device)
