@@ -177,6 +177,15 @@ def decoder_of(states: torch.Tensor, decoder: Any, ids: torch.Tensor) -> torch.T
         return decoder(input_ids=ids, **source).logits
 
 
+def test_what_is_computed_again_when_reading_is_over_is_an_error(decoder):
+    """The handle that `reading` gives stands for nothing by itself."""
+    attention.fast(decoder)
+    with reading(decoder, torch.randn(1, 6, SEEN)) as source:
+        pass
+    with pytest.raises(RuntimeError, match="nothing to read"):
+        decoder(input_ids=torch.randint(50, (1, 4)), **source)
+
+
 @torch.no_grad()
 def test_threads_read_each_its_own_picture(decoder):
     """Two threads inside of `reading` at once, of one decoder."""

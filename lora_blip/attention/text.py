@@ -65,6 +65,10 @@ class TextAttention(BlipTextSelfAttention):
         queries, crosses = self.query(hidden_states), encoder_hidden_states is not None
         if crosses and id(self) in NOW.sources:
             return NOW.sources[id(self)].attended(self, queries), None
+        if encoder_hidden_states is not None and not encoder_hidden_states.shape[1]:
+            raise RuntimeError(
+                "nothing to read: a decoder is called, or computes again, outside of its `reading`, or its thread"
+            )
         mask = encoder_attention_mask if crosses else attention_mask
         if encoder_hidden_states is not None and past_key_values is None and self._few(queries, encoder_hidden_states):
             return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None
