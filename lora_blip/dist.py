@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -104,10 +104,6 @@ def joined() -> Iterator[Ranks]:
             if not ranks.main:
                 sys.stdout = nowhere
             yield ranks
-        # gloo's thread frees what the last collective was given, and ends the process if Python ends while it waits for that
-        KEPT.append(last := torch.zeros(()))
-        with suppress(RuntimeError):  # a rank is lost, when all is done
-            distributed.all_reduce(last)
     finally:
         sys.stdout = said
         distributed.destroy_process_group()
