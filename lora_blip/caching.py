@@ -38,20 +38,25 @@ def caches_for(config: TrainConfig, task: Task, precision: str, base: str) -> Ca
     return Caches(pixels, prefix.store)
 
 
-def told(config: TrainConfig, task: Task) -> list[str]:
-    """What is kept where, or what would let it be, in a line for the user; none where there is nothing to gain."""
+def told(config: TrainConfig, task: Task) -> str:
+    """What is kept where, or what would let it be, for the user to read; "" where there is nothing to gain."""
     if not task.prefix:
-        return []
-    if config.augment and not config.views:
-        return [
-            "each look at a picture is another: AUGMENT = False or VIEWS = 4 would keep what comes before the first adapter\n"
-        ]
+        return ""
+    if not come_again(config):
+        return (
+            "each look at a picture is another: AUGMENT = False or VIEWS = 4 would keep what comes before the first adapter\n\n"
+        )
     folder = Path(config.output_dir) / FOLDER
-    return [
-        f"what comes before the first adapter is computed once a picture, and kept: {folder}, up to {config.cache_gb:g} GB\n"
-    ]
+    return (
+        f"what comes before the first adapter is computed once a picture, and kept: {folder}, up to {config.cache_gb:g} GB\n\n"
+    )
 
 
 def learns_from_kept(config: TrainConfig, task: Task) -> dict[str, Any]:
     """What the training's pictures are read from, if not from their pixels, for the identity of a run."""
-    return task.prefix.about if task.prefix and (config.views or not config.augment) else {}
+    return task.prefix.about if task.prefix and come_again(config) else {}
+
+
+def come_again(config: TrainConfig) -> bool:
+    """Whether pictures are looked at more than once as they were before."""
+    return config.views > 0 or not config.augment

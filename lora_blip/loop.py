@@ -56,7 +56,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     print(f"\n{targets.table(backbone.model)}\n")
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
     caches = caching.caches_for(config, task, precision, identity["base weights"])
-    print(*caching.told(config, task), sep="\n")
+    print(caching.told(config, task), end="")
     identity["learned from"] = caching.learns_from_kept(config, task)
     lora.fast(backbone.model, config.fast)
     if config.base_dtype == "auto":
