@@ -1,23 +1,28 @@
 """One process, or one of torchrun's many: who writes, what all agree on, what is summed. Nothing else knows of ranks."""
 
 import os
+import pickle
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
 
-# gloo's side of every group, never freed. DistributedDataParallel's reducer may be the last to let go of a group: it would
-# wait for gloo's thread while it holds the GIL, and that thread waits for the GIL to let go of the last collective's tensors.
-# The process would hang after its work is done, one time in twenty-five.
-KEPT: list[Any] = []
+# Tensors that were lent to gloo. Its threads may hold the last reference to one long after a collective is over, and need the
+# GIL to let go. A thread that asks for it when Python has ended takes the process down ("terminate called without an active
+# exception"); one that asks while DistributedDataParallel's reducer, freed last, waits for that thread, never gets it.
+LENT: list[weakref.ref[Tensor]] = []
+RETURNED = 5.0  # seconds that a process waits at its end for what it lent
 
 # what a dead peer leaves in an error
 LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
@@ -44,25 +49,30 @@ class Ranks:
         """Σ over the ranks of each value, in float64; the same bits on every rank."""
         if self.count == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(total)
-        return total.tolist()
+        return _summed(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order, on every rank."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        distributed.all_gather_object(found, value)
-        return found
+        mine = pickle.dumps(value)
+        sizes = torch.zeros(self.count, dtype=torch.int64)
+        sizes[self.rank] = len(mine)
+        *starts, end = [0, *_summed(sizes).cumsum(0).tolist()]
+        every = torch.zeros(end, dtype=torch.uint8)
+        every[starts[self.rank] :][: len(mine)] = _bytes(mine)
+        said = _summed(every).numpy().tobytes()
+        return [pickle.loads(said[start:stop]) for start, stop in pairwise([*starts, end])]
 
     def first(self, value: Any) -> Any:
         """The main rank's value, on every rank."""
         if self.count == 1:
             return value
-        holder = [value]
-        distributed.broadcast_object_list(holder, src=0)
-        return holder[0]
+        mine = pickle.dumps(value) if self.main else b""
+        (size,) = self.sum(len(mine))
+        said = _bytes(mine) if self.main else torch.empty(int(size), dtype=torch.uint8)
+        distributed.broadcast(*lent(said), src=0)
+        return value if self.main else pickle.loads(said.numpy().tobytes())
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -76,6 +86,27 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def lent(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, to be handed to a collective; this process does not end before gloo has let go of them."""
+    LENT[:] = [one for one in LENT if one() is not None] + [weakref.ref(tensor) for tensor in tensors]
+    return tensors
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    distributed.all_reduce(*lent(tensor))
+    return tensor
+
+
+def _bytes(said: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(said), dtype=torch.uint8)
+
+
+def _take_back() -> None:
+    deadline = time.monotonic() + RETURNED
+    while any(one() is not None for one in LENT) and time.monotonic() < deadline:
+        time.sleep(0.001)  # without the GIL
 
 
 @contextmanager
@@ -94,7 +125,6 @@ def joined() -> Iterator[Ranks]:
     store = distributed.PrefixStore(f"life {life}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
-    KEPT.append(distributed.group.WORLD._get_backend(torch.device("cpu")))  # type: ignore[union-attr]
     ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         torch.cuda.set_device(ranks.local)
@@ -104,6 +134,10 @@ def joined() -> Iterator[Ranks]:
             if not ranks.main:
                 sys.stdout = nowhere
             yield ranks
+    except RuntimeError:  # a peer is lost, perhaps: its share may never come back
+        LENT.clear()
+        raise
     finally:
         sys.stdout = said
+        _take_back()
         distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lora_blip import lora
 from lora_blip.checkpoint import REMEDY, CheckpointError, take
 from lora_blip.data.batches import Slot
-from lora_blip.dist import ALONE, Ranks
+from lora_blip.dist import ALONE, Ranks, lent
 from lora_blip.tasks.task import Batch, Task
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -231,8 +231,9 @@ def add_up(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future
     own = bucket.buffer()
     shares = F.pad(own, (0, -len(own) % ranks.count))
     mine = torch.empty_like(shares)
-    distributed.all_to_all_single(mine, shares)  # every rank's summands of my share
-    distributed.all_gather(list(shares.chunk(ranks.count)), reduce(torch.add, mine.chunk(ranks.count)))
+    distributed.all_to_all_single(*lent(mine, shares))  # every rank's summands of my share
+    (total,) = lent(reduce(torch.add, mine.chunk(ranks.count)))
+    distributed.all_gather(list(lent(*shares.chunk(ranks.count))), total)
     own.copy_(shares[: len(own)])
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(own)
