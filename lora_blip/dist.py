@@ -71,7 +71,7 @@ class Ranks:
         mine = pickle.dumps(value) if self.main else b""
         (size,) = self.sum(len(mine))
         said = _bytes(mine) if self.main else torch.empty(int(size), dtype=torch.uint8)
-        distributed.broadcast(*lent(said), src=0)
+        distributed.broadcast(lent(said)[0], src=0)
         return value if self.main else pickle.loads(said.numpy().tobytes())
 
     def wait(self) -> None:
@@ -95,7 +95,7 @@ def lent(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    distributed.all_reduce(*lent(tensor))
+    distributed.all_reduce(lent(tensor)[0])
     return tensor
 
 

@@ -231,9 +231,10 @@ def add_up(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future
     own = bucket.buffer()
     shares = F.pad(own, (0, -len(own) % ranks.count))
     mine = torch.empty_like(shares)
-    distributed.all_to_all_single(*lent(mine, shares))  # every rank's summands of my share
-    (total,) = lent(reduce(torch.add, mine.chunk(ranks.count)))
-    distributed.all_gather(list(lent(*shares.chunk(ranks.count))), total)
+    lent(shares, mine)
+    distributed.all_to_all_single(mine, shares)  # every rank's summands of my share
+    total, *parts = lent(reduce(torch.add, mine.chunk(ranks.count)), *shares.chunk(ranks.count))
+    distributed.all_gather(parts, total)
     own.copy_(shares[: len(own)])
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(own)
