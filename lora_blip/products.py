@@ -24,8 +24,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's kernel is the faster one for this product."""
-    single = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return single and x.numel() * len(weight) >= LARGE and has_kernel()
+    if x.numel() * weight.shape[0] < LARGE:  # asked first: most products of a small model are small
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and has_kernel()
 
 
 @cache
@@ -68,11 +69,12 @@ class Through(torch.autograd.Function):
     """x Wᵀ + b with a gradient for x alone, and gradients of that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(weight)
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return Through.apply(dy, weight.t(), None), None, None
+        through = Through.apply if torch.is_grad_enabled() else product  # a gradient of the gradient is rarely asked for
+        return through(dy, weight.t()), None, None

@@ -44,9 +44,13 @@ def is_quantised(linear: Any) -> bool:
 
 def tied(model: nn.Module) -> dict[str, str]:
     """Linear path → the other owner of its weight, for every weight that two modules share, or did before it was cast."""
+    return _tied(dict(model.named_modules()))
+
+
+def _tied(modules: dict[str, nn.Module]) -> dict[str, str]:
     owners: dict[int, list[str]] = {}
-    once = {path: getattr(module, TIED) for path, module in model.named_modules() if getattr(module, TIED, "")}
-    for path, module in model.named_modules():
+    once = {path: vars(module)[TIED] for path, module in modules.items() if vars(module).get(TIED)}
+    for path, module in modules.items():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
@@ -56,14 +60,19 @@ def tied(model: nn.Module) -> dict[str, str]:
 
 def compiled(model: nn.Module) -> bool:
     """Whether torch.compile has been called on a model or on a part of it: hooks added later are silently ignored."""
-    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+    return _compiled(model.modules())
+
+
+def _compiled(modules: Iterable[nn.Module]) -> bool:
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """LoRAError when a site is no linear of this model, a tied head, or of a wrong range, or the model is compiled."""
-    if compiled(model):
+    modules = dict(model.named_modules())
+    if _compiled(modules.values()):
         raise LoRAError("this model went through torch.compile, which would ignore adapters without a word; inject them first")
-    modules, shared = dict(model.named_modules()), tied(model)
+    shared = _tied(modules)
     for site in sites:
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):
