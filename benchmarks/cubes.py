@@ -100,7 +100,7 @@ def their_run(config: TrainConfig, enough: float) -> dict[str, float]:
     }  # fmt: skip
     precision = pick_precision(config.precision, backbone.device)
     trainer.train(model, files, precision, config.batch_size, watch, config.device, **settings)
-    at = {step: moment - watch.epochs[0][0] for step, moment in enumerate(watch.steps, 1)}
+    at = {step: moment - watch.began for step, moment in enumerate(watch.steps, 1)}
     return figures_of(at, watch.good, watch.steps)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from benchmarks import ours, peers, trainer
-from benchmarks.pairs import OURS, PEFT, PEFT16, TRAINER, Cell, Turn, compare, freed, seconds
+from benchmarks.pairs import OURS, PEFT, PEFT16, TRAINER, TRAINER16, Cell, Turn, compare, freed, seconds
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype, save
 from benchmarks.work import Work, work, write_photos
@@ -30,28 +30,31 @@ CACHED = (
 
 def epoch(plan: Plan) -> Iterator[Cell]:
     """Images of 640 × 480 with five captions each: seconds an image, to peft and Trainer that open and process each line's."""
-    images = 2 if plan.quick else 12
+    images = 4 if plan.quick else 12
     for precision in plan.precisions[1:]:
         with freed(), tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             base = backbone(plan.size("base"), plan.device)
             annotations, model = write_photos(root / "data", images, CAPTIONS), save(base, root / "model")
-            theirs = peers.with_peft(base)
             files = trainer.Files(base, lines_of(annotations))
 
             def our_epochs() -> dict[str, float]:
                 with tempfile.TemporaryDirectory() as output:
                     settings: dict[str, Any] = {"batch_size": BATCH, "num_workers": plan.workers, "precision": precision}
                     found = ours.epochs(model, annotations, Path(output), 2, **settings)
-                return {"first epoch": found[0] / images, "second epoch": found[1] / images}
+                return {"first epoch": found[0] / BATCH, "second epoch": found[1] / BATCH}
 
-            def their_epochs() -> float:
+            def their_epochs(model: Any) -> float:
                 watch = trainer.Watch()
                 workers = {"dataloader_num_workers": plan.workers, "dataloader_persistent_workers": plan.workers > 0}
-                trainer.train(theirs, files, precision, BATCH * CAPTIONS, watch, plan.device, num_train_epochs=1, **workers)
-                return mean(end - start for start, end in watch.epochs) / images
+                trainer.train(model, files, precision, BATCH * CAPTIONS, watch, plan.device, num_train_epochs=1, **workers)
+                return trainer.a_step(watch.steps) / BATCH
 
-            turns: dict[str, Turn] = {OURS: our_epochs, TRAINER: their_epochs}
+            turns: dict[str, Turn] = {
+                OURS: our_epochs,
+                TRAINER: partial(their_epochs, peers.with_peft(copy_of(base))),
+                TRAINER16: partial(their_epochs, peers.with_peft(in_dtype(copy_of(base), precision))),
+            }
             cell = compare("epoch", f"base {precision}, JPEG", turns, TRAINER, plan.long_rounds, "s/image", warm=False)
             cell.notes = {"images": images, "captions an image": CAPTIONS, "images a batch": BATCH, "workers": plan.workers}
             yield cell
@@ -81,7 +84,7 @@ def _cached(plan: Plan, root: Path, where: str, name: str, precision: str) -> Ce
         with tempfile.TemporaryDirectory() as output:
             settings: dict[str, Any] = {"batch_size": BATCH, "num_workers": plan.workers, "precision": precision}
             found = ours.epochs(model, annotations, Path(output), 3, targets=where, **settings)
-        return {"first epoch": found[0] / images, "later epochs": mean(found[1:]) / images}
+        return {"first epoch": found[0] / BATCH, "later epochs": mean(found[1:]) / BATCH}
 
     turns: dict[str, Turn] = {OURS: our_epochs}
     turns |= {side: partial(_an_epoch, some, images) for side, some in loops.items()}
@@ -118,6 +121,7 @@ def input(plan: Plan) -> Iterator[Cell]:
         processor = BlipImageProcessorPil(size={"height": side, "width": side})
 
         def our_reads() -> dict[str, float]:
+            ours.forget_digests()
             cache, again = Path(tempfile.mkdtemp(dir=folder)), range(images)
             read = ours.reader(base, paths, cache)
             first = seconds(lambda: [read(index) for index in again]) / images

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import ours, peers
-from benchmarks.pairs import HF, OURS, PEFT, Cell, Turn, compare, freed, seconds
+from benchmarks.pairs import HF, HF16, OURS, PEFT, Cell, Turn, compare, freed, seconds
 from benchmarks.plan import Plan
-from benchmarks.sizes import backbone, copy_of
+from benchmarks.sizes import backbone, copy_of, in_dtype
 from benchmarks.work import work
 from lora_blip.models import Backbone
 
@@ -24,6 +24,7 @@ def generate(plan: Plan) -> Iterator[Cell]:
             merged, hooked = ours.adapt(base, True, precision), ours.adapt(base, False, precision)
             theirs = copy_of(base)
             peers.adapt(theirs)
+            half = in_dtype(copy_of(base), precision)
             for beams in (1, BEAMS):
                 how = (pixels, beams, 3 if plan.quick else TOKENS, precision)
                 turns: dict[str, Turn] = {
@@ -32,6 +33,8 @@ def generate(plan: Plan) -> Iterator[Cell]:
                     f"{PEFT}, unmerged": partial(seconds, partial(peers.generate, theirs, *how)),
                     HF: partial(seconds, partial(peers.generate, base, *how)),
                 }
+                if precision != "fp32" and name != "blip2":
+                    turns[HF16] = partial(seconds, partial(peers.generate, half, *how))
                 yield compare("generate", f"{name} {precision}, beams: {beams}", turns, HF, plan.rounds)
 
 

@@ -58,6 +58,8 @@ def compiled(plan: Plan) -> Iterator[Cell]:
                     OURS: ours.Training(base, batch, precision, compiled=True),
                     PEFT: peers.peft_loop(copy_of(base), batch, precision, compiled=True),
                 }
+                if precision != "fp32":
+                    sides[PEFT16] = peers.peft_loop(in_dtype(copy_of(base), precision), batch, precision, compiled=True)
                 compiling = {key: seconds(side.step) for key, side in sides.items()}
                 cell = compare("compiled", f"{name} {precision}", timed(sides, plan.steps(size)), PEFT, plan.rounds)
                 cell.notes = {"first step with compiling, s": compiling}
@@ -74,6 +76,8 @@ def captions(plan: Plan) -> Iterator[Cell]:
                 OURS: ours.Training(base, batch, precision),
                 PEFT: peers.peft_loop(copy_of(base), batch, precision),
             }
+            if precision != "fp32":
+                sides[PEFT16] = peers.peft_loop(in_dtype(copy_of(base), precision), batch, precision)
             times = plan.steps("captions")
             yield compare("captions", f"base {precision}, 2 images × 5 captions", timed(sides, times), PEFT, plan.few)
 

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
+import transformers
 
+from lora_blip import __version__
 from lora_blip.config import TrainConfig
 from lora_blip.data.pictures import NO_CACHES, Caches
 from lora_blip.data.store import Store
@@ -15,25 +18,27 @@ from lora_blip.tasks.task import Task
 FOLDER = ".cache"  # in the output folder, for all its runs
 
 
-def caches_for(config: TrainConfig, task: Task, precision: str, base: str) -> Caches:
+def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> Caches:
     """The caches that the settings allow. Where states of pictures are kept, `task.prefix` goes on from them.
 
-    Called when the adapters are on the model. `base`: the digest of its weights as they were loaded.
+    Called when the adapters are on the model. `identity`: of the run, with digests of the base as it was loaded.
     """
     if not config.cache_gb:
         return NO_CACHES
     folder, limit = Path(config.output_dir) / FOLDER, int(config.cache_gb * 1e9)
     backbone = task.backbone
     picture = {key: value for key, value in backbone.image_processor.to_dict().items() if key not in WHEREABOUTS}
-    pixels = Store(folder, {"of": "pictures", "processor": picture}, limit)
+    read: dict[str, Any] = {"processor": picture, "pillow": PIL.__version__, "lora_blip": __version__}
+    pixels = Store(folder, {"of": "pictures", **read}, limit)
     prefix = Prefix(backbone.model, task.after)
     if not prefix.worthwhile or config.shard:  # spread weights want the same forwards of all ranks
         return Caches(pixels)
     computed: dict[str, Any] = {
-        "base": base, "precision": precision, "base_dtype": config.base_dtype, "fast": config.fast,
-        "device": backbone.device.type, "torch": torch.__version__,
+        "base": identity["base weights"], "settings": identity["base processors"], "precision": precision,
+        "base_dtype": config.base_dtype, "fast": config.fast, "device": backbone.device.type,
+        "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
-    prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, "processor": picture}, limit)
+    prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, **read}, limit)
     task.prefix = prefix
     return Caches(pixels, prefix.store)
 

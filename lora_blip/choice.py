@@ -1,5 +1,6 @@
 """Which adapter acts on which row of a batch: what `lora.chosen` and `lora.disabled` decide, and the hook asks."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,13 +38,20 @@ class Acting:
 ALL_ACT = Acting()
 
 
-class Choice:
-    """One object that all adapters of a model share: to switch is to assign `acting`."""
+class InForce(threading.local):
+    """What one thread has chosen: others may use the model at the same time."""
 
     def __init__(self) -> None:
         self.acting = ALL_ACT
-        self.made = False  # whether gradients were ever taken under one
         self.again = False  # whether it is in force once more, see `as_chosen`
+
+
+class Choice:
+    """One object that all adapters of a model share: to switch is to assign `now.acting`."""
+
+    def __init__(self) -> None:
+        self.now = InForce()
+        self.made = False  # whether gradients were ever taken under one
         self.fast = True  # whether `fused` may stand in for `add_update`
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -53,11 +61,11 @@ class Choice:
     def everyone(self) -> bool:
         """Whether every adapter acts on every row."""
         self._check()
-        return self.acting is ALL_ACT
+        return self.now.acting is ALL_ACT
 
     def rows(self, name: str, x: Tensor) -> Any:
         """Where the rows of an adapter stand in x (rows, …): ALL, a tensor of places, or None for nowhere."""
-        acting = self.acting
+        acting = self.now.acting
         self._check()
         if name in acting.off or acting.alone not in ("", name):
             return None
@@ -65,7 +73,7 @@ class Choice:
 
     def _check(self) -> None:
         """LoRAError where nobody knows any more who acted."""
-        if self.made and not self.again and torch._C._current_graph_task_id() >= 0:
+        if self.made and not self.now.again and torch._C._current_graph_task_id() >= 0:
             raise LoRAError(
                 "a layer is computed again in the backward pass, and which adapters acted in it is not known any more; "
                 "checkpoint it with context_fn=partial(lora.as_chosen, model), as load_backbone(checkpointing=True) does"
@@ -86,10 +94,11 @@ def places(rows: Tensor | None, acting: Acting, x: Tensor) -> Tensor | None:
 
 @contextmanager
 def in_force(choice: Choice, acting: Acting, again: bool = False) -> Iterator[None]:
-    before = choice.acting, choice.again
-    choice.acting, choice.again = acting, again
+    now = choice.now
+    before = now.acting, now.again
+    now.acting, now.again = acting, again
     choice.made = choice.made or (torch.is_grad_enabled() and not again)
     try:
         yield
     finally:
-        choice.acting, choice.again = before
+        now.acting, now.again = before

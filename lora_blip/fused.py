@@ -6,8 +6,9 @@
 Autograd's own way keeps x twice under autocast, the update before and after it is scaled, and adds the two halves of
 dx in a pass of their own. Here a pre-hook hands the linear x without its graph, cast once, so that nothing of the
 frozen product is recorded; what is kept is x and the rank-r h. `lora.add_update` is the oracle of the tests, and goes
-its own way wherever this one would not be the same: with dropout, rows of their own, quantised or merged weights, and
-under torch.compile, which fuses by itself.
+its own way wherever this one would not be the same: with dropout, rows of their own, quantised or merged weights, in
+torch.func's transforms, and under torch.compile, which fuses by itself. A gradient of a gradient is not to be had
+here; `lora.fast(model, False)` gives it.
 """
 
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from lora_blip.products import QuickLinear, as_autocast, product
+from lora_blip.products import QuickLinear, as_autocast, product, transformed
 
 PLAIN = (nn.Linear, QuickLinear)
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
@@ -43,7 +44,7 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         return None
     if type(linear) not in PLAIN or updates.merged or len(args) != 1 or not alone(linear):
         return None
-    if any(lora.dropout and lora.training for lora in updates.values()):
+    if any(lora.dropout and lora.training for lora in updates.values()) or transformed():
         return None
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
@@ -87,7 +88,11 @@ class FrozenLinear(torch.autograd.Function):
             a, b = a.to(flat.dtype), b.to(flat.dtype)
             h = product(flat, a)
             h *= scale
-            y[:, start:stop].addmm_(h, b.t())
+            part = y[:, start:stop]
+            if y.is_mps and part.shape != y.shape:  # older macOS writes addmm_'s sum into a copy of a strided part
+                part += h @ b.t()
+            else:
+                part.addmm_(h, b.t())
             kept += [a, b, h]
         ctx.save_for_backward(before, weight, *kept)
         ctx.reach, ctx.gelu = reach, before is not cast
@@ -97,6 +102,11 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.autocast(dy.device.type, enabled=False):  # which the caller may have on here, and had not in the forward
+            return FrozenLinear.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> Any:
         x, weight, *kept = ctx.saved_tensors
         flat = (nn.functional.gelu(x) if ctx.gelu else x).reshape(-1, x.shape[-1])
         dtype = flat.dtype

@@ -217,7 +217,8 @@ def reseed(device: torch.device, seed: int) -> None:
     """The generators that a step on this device draws from: `torch.manual_seed` would note a call stack for each other kind."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):  # it seeds the current GPU, which need not be this one
+            torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
 

@@ -55,7 +55,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     print(f"\n{targets.table(backbone.model)}\n")
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
-    caches = caching.caches_for(config, task, precision, identity["base weights"])
+    caches = caching.caches_for(config, task, precision, identity)
     print(caching.told(config, task), end="")
     identity["learned from"] = caching.learns_from_kept(config, task)
     lora.fast(backbone.model, config.fast)

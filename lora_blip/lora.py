@@ -231,9 +231,10 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
     """Inside the block one adapter alone acts, or each row of a batch has its own: `["caption", "vqa", None]`.
 
     None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no weight; a
-    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. `beams`:
-    a search repeats every row so many times. Raises LoRAError for an unknown name, no name at all, when
-    adapters are merged, and in the forward when a batch has another number of rows.
+    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. As `torch.no_grad`, it
+    holds in the thread that enters it, so that threads may share a model. `beams`: a search repeats every row so many
+    times. Raises LoRAError for an unknown name, no name at all, when adapters are merged, and in the forward when a
+    batch has another number of rows.
     """
     if names is None:
         yield
@@ -242,11 +243,13 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
     _check_names(model, [name for name in each if name is not None])
     choice = _unmerged(model, "chosen")
     if isinstance(names, str):
-        acting = Acting(choice.acting.off, alone=names)
+        acting = Acting(choice.now.acting.off, alone=names)
     elif each:
         device = next((lora.A.device for _, lora in _every(model)), None)
         rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
-        acting = Acting(choice.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
+        acting = Acting(
+            choice.now.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams
+        )
     else:
         raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base")
     with in_force(choice, acting):
@@ -255,11 +258,11 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
 
 @contextmanager
 def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside the block the named adapters (all, without names) add nothing. Raises LoRAError if merged."""
+    """Inside the block, in this thread, the named adapters (all, without names) add nothing. Raises LoRAError if merged."""
     _check_names(model, names)
     choice = _unmerged(model, "disabled")
     off = frozenset(names or (owner for (owner, _), _ in _every(model)))
-    with in_force(choice, replace(choice.acting, off=choice.acting.off | off)):
+    with in_force(choice, replace(choice.now.acting, off=choice.now.acting.off | off)):
         yield
 
 
@@ -269,7 +272,7 @@ def as_chosen(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
     The backward pass may run when the block of `chosen` or `disabled` has ended, or inside another.
     """
     updates = next((module for module in model.modules() if isinstance(module, Updates)), None)
-    return nullcontext(), in_force(updates.choice, updates.choice.acting, again=True) if updates else nullcontext()
+    return nullcontext(), in_force(updates.choice, updates.choice.now.acting, again=True) if updates else nullcontext()
 
 
 def _choice(model: nn.Module) -> Choice:
@@ -319,7 +322,7 @@ def _check_new_name(name: str) -> None:
 
 def _refuse_unmergeable(hooked: dict[str, Any]) -> None:
     for path, linear in hooked.items():
-        if linear.lora.choice.acting is not ALL_ACT:
+        if linear.lora.choice.now.acting is not ALL_ACT:
             raise LoRAError("adapters are chosen or disabled here, and merged ones act on every row; leave that block first")
         if is_quantised(linear):
             raise LoRAError(

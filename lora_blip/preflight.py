@@ -1,7 +1,7 @@
 """Proofs before the first step: every hook fires, the image matters, every B learns, only answers are labels."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ def check(task: Task, batch: Batch, autocast: Callable[[], AbstractContextManage
     with autocast():
         check_hooks(model, lambda: task.logits(batch))
         check_image_matters(task, batch)
-        activations = check_gradients(task, batch)
+    activations = check_gradients(task, batch, autocast)
     torch.set_rng_state(state)
     return f"{task.label_table(batch)}\n\n{memory_estimate(model, activations)}"
 
@@ -48,6 +48,7 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
 @torch.no_grad()
 def check_image_matters(task: Task, batch: Batch) -> None:
     """With other images, the logits of the same texts differ."""
+    batch = replace(batch, known=None)  # else states of other pictures might be kept as theirs
     turned = batch.pixel_values.flip(0)
     others = turned if not torch.equal(turned, batch.pixel_values) else -batch.pixel_values
     swapped = replace(batch, pixel_values=others)
@@ -58,14 +59,15 @@ def check_image_matters(task: Task, batch: Batch) -> None:
         )
 
 
-def check_gradients(task: Task, batch: Batch) -> int:
+def check_gradients(task: Task, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
     """Every B gets a gradient from this batch; returns the bytes that the backward pass kept."""
     found = [module for module in task.backbone.model.modules() if isinstance(module, lora.LoRA)]
     kept = KeptBytes(task.backbone.model)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+    with autocast(), torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         loss = task.loss(batch) / batch.count
     if not torch.isfinite(loss):
-        culprit = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
+        with autocast():
+            culprit = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
         raise PreflightError(f"the loss of the first batch is {loss.item()}; {culprit}")
     (loss * LOSS_SCALE).backward()
     dead = [x.site.address for x in found if x.B.grad is None or not x.B.grad.any()]

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from benchmarks import bars, growth, memory, ours, pairs, peers, report
+from benchmarks import bars, growth, memory, ours, pairs, peers, report, trainer
 from benchmarks.__main__ import ROWS, main
 from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PRODUCTS, TRAINER, Cell
 from benchmarks.plan import Plan, quick
@@ -48,6 +48,17 @@ def test_the_compiled_row_runs(plan: Plan) -> None:
 def test_the_step_row_has_every_way_to_train(plan: Plan) -> None:
     first = next(iter(ROWS["step"](plan)))
     assert first.figures.keys() == {OURS, PEFT, TRAINER, FULL, FLOOR, HANDMADE, PRODUCTS}
+
+
+def test_trainer_computes_in_16_bits_however_often_it_trains(plan: Plan) -> None:
+    """One model for all turns of a row: accelerate must cast in each."""
+    base, seen = backbone(plan.size("tiny"), "cpu"), []
+    model, inputs = peers.with_peft(base), peers.inputs_of(base, work(base))
+    linear = base.model.vision_model.encoder.layers[0].mlp.fc1
+    linear.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
+    for _ in range(3):
+        assert trainer.seconds_a_step(model, inputs, "bf16", 1, "cpu") > 0
+    assert seen == [torch.bfloat16] * 6
 
 
 def test_growth_varies_one_thing_at_a_time(plan: Plan) -> None:

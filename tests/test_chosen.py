@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,32 @@ def plus(model: nn.Sequential, x: torch.Tensor, *names: str) -> torch.Tensor:
     """W x + b + Σ ΔW x written out."""
     delta = sum((lora.adapters(model, name)["0"].delta_weight() for name in names), torch.zeros_like(model[0].weight))
     return x @ (model[0].weight + delta).T + model[0].bias
+
+
+def test_threads_choose_each_for_itself():
+    """Two inside of `chosen` at once, that leave in the order in which they came: each has its own, and nothing stays."""
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    for name in ("a", "b"):
+        lora.inject(model, [Site("0", 2)], name=name)["0"].B.data.normal_()
+    alone, both = {}, model(x)
+    for name in ("a", "b"):
+        with lora.chosen(model, name):
+            alone[name] = model(x)
+    came, left = threading.Barrier(2, timeout=20), threading.Event()
+
+    def ask(name: str) -> torch.Tensor:
+        with lora.chosen(model, name):
+            came.wait()
+            said = model(x)
+            if name == "b":
+                assert left.wait(20)
+        left.set()
+        return said
+
+    with ThreadPoolExecutor(2) as pool:
+        said = dict(zip("ab", pool.map(ask, "ab"), strict=True))
+    assert all(torch.equal(said[name], alone[name]) for name in "ab") and not torch.equal(alone["a"], alone["b"])
+    assert torch.equal(model(x), both)
 
 
 def test_of_nested_blocks_the_inner_one_counts_and_the_outer_one_is_back_after_it():

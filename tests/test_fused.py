@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_blip import fused, lora
+from lora_blip import attention, fused, lora
 from lora_blip.fused import FrozenLinear, updated
 from lora_blip.sites import Site
 from tests.conftest import WHOLE, batch_of, inject, twenty_steps
@@ -209,6 +209,49 @@ def test_checkpointing_computes_the_same_again(monkeypatch):
     inside = nn.Sequential(model)
     inside.forward = lambda x: checkpoint(model, x, use_reentrant=False)  # type: ignore[method-assign]
     assert all(map(torch.equal, gradients(inside, x, fast=True), plain)) and len(taken) == 6
+
+
+def test_a_backward_pass_inside_autocast_is_the_one_outside():
+    """The forward was in fp32, so its gradients are."""
+    model, found = network(), []
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        x = torch.linspace(-1, 1, 18).view(3, 6).requires_grad_()
+        y = model(x)
+        with context:
+            y.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad(set_to_none=True)
+    assert len(found[0]) == 7 and all(map(torch.equal, *found))
+
+
+def test_gradients_of_each_sample_by_torch_func_are_those_one_by_one():
+    """vmap(grad) over the adapters, which looks into every operation."""
+    model, x = network(), torch.randn(4, 6)
+    halves = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(halves: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, halves, (row[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(halves, x)
+    for number, row in enumerate(x):
+        one = gradients(model, row[None], fast=True)[2:]
+        for (name, each), other in zip(found.items(), one, strict=True):
+            torch.testing.assert_close(each[number], other, msg=name)
+
+
+def test_an_activation_whose_input_a_hook_changes_is_not_computed_again(make):
+    """Its pre-hook halves what gelu reads: the gradient of fc2's A is of what fc2 did read."""
+    backbone, found = make("blip"), []
+    attention.fast(backbone.model)
+    layer = backbone.model.vision_model.encoder.layers[0].mlp
+    layer.activation_fn.register_forward_pre_hook(lambda _module, args: (args[0] / 2,))
+    adapter = inject(backbone, "vit.mlp")["vision_model.encoder.layers.0.mlp.fc2"]
+    for fast in (True, False):
+        lora.fast(backbone.model, fast)
+        layer(torch.linspace(-3, 3, 4 * layer.fc1.in_features).view(1, 4, -1)).square().sum().backward()
+        found.append(adapter.A.grad)
+        adapter.A.grad = None
+    torch.testing.assert_close(*found)
 
 
 def test_eject_takes_both_hooks_off():

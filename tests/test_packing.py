@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip import lora
+from lora_blip import lora, targets
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.tasks.caption import CaptionTask
@@ -138,6 +138,31 @@ def test_the_head_s_loss_and_gradient_are_cross_entropy_s(weighted):
     (theirs,) = torch.autograd.grad(plain, states)
     (mine,) = torch.autograd.grad(3 * head_loss(states, head, targets, weights), states)
     torch.testing.assert_close(mine, 3 * theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("who", ["an adapter", "a weight that is trained", "a hook"])
+def test_a_head_that_is_more_than_its_weight_goes_the_plain_way(who, make):
+    """Flan-T5's own head may be adapted: the packed loss, and its gradients, are those of rows apart."""
+    backbone, found = make("t5"), []
+    head = backbone.model.language_model.lm_head
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # as Flan-T5's, shared with nobody
+    where = "lm" + r",language_model\.lm_head" * (who == "an adapter")
+    for x in lora.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
+        x.B.data.normal_(std=0.05)
+    if who == "a hook":
+        head.register_forward_hook(lambda _module, _args, output: output * 2)
+    head.weight.requires_grad_(who == "a weight that is trained")
+    for fast in (True, False):
+        backbone.fast = fast
+        task = CaptionTask(backbone)
+        batch = task.batch(stack_of("caption"))
+        assert (batch.packed is not None) == fast
+        loss, halves = gradients(task, batch)
+        found.append([torch.tensor(loss), *halves.values(), *([] if head.weight.grad is None else [head.weight.grad])])
+        head.weight.grad = None
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_no_logits_are_kept():

@@ -1,6 +1,7 @@
 """What comes before the first adapter, kept and read again, is what is computed: whatever is in the cache, to the bit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 
 from lora_blip import lora, targets
 from lora_blip.data import annotations
-from lora_blip.data.batches import loader
+from lora_blip.data.batches import Known, Stack, loader
 from lora_blip.data.pictures import Caches, Pictures
 from lora_blip.data.store import Store
 from lora_blip.loop import train
+from lora_blip.preflight import check_image_matters
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.prefix import Prefix, cut
 from tests import tiny
@@ -132,3 +134,31 @@ def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_pat
     assert torch.equal(one, again) and torch.equal(two, twice) and not torch.equal(one, two)
     assert len(list((tmp_path / "cache").rglob("??/*.safetensors"))) == 2
     assert all(map(torch.equal, pixels(2, store), pixels(2, None)))
+
+
+def test_states_of_another_configuration_are_not_gone_on_from(checkpoints, tmp_path):
+    """The same weights with another epsilon in their config.json: other states, in a kind of their own."""
+    source, folder = tiny.write_photos(tmp_path, 4), tmp_path / "base"
+    shutil.copytree(checkpoints["blip"], folder)
+    common = {"targets": "text", "augment": False, "max_steps": 4, "batch_size": 2, "val_fraction": 0.0, "resume": "off"}
+    where, losses = folder / "config.json", []
+    for epsilon, cache in ((1e-5, 1.0), (0.5, 1.0), (0.5, 0.0)):
+        about = json.loads(where.read_text())
+        about["vision_config"]["layer_norm_eps"] = epsilon
+        where.write_text(json.dumps(about))
+        losses.append(losses_of(train(settings(folder, source, **common, cache_gb=cache))))
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_the_checks_before_a_run_keep_no_picture_under_another_s_key(make, tmp_path):
+    """One that overflows fp16 is not kept, and the one that is put in its place, to see whether it matters, is not either."""
+    task = task_for(make, "blip", "text")
+    task.prefix = Prefix(task.backbone.model, task.after)
+    task.prefix.store = Store(tmp_path / "kept", {"of": "states"}, 10**9)
+    examples, _ = annotations.read(tiny.write_photos(tmp_path, 2))
+    pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    batch = task.batch(Stack(examples[:2], pixels, None, Known(torch.empty(0, 1, 1), [], ["aa0", "bb1"])))
+    check_image_matters(task, batch)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    task.see(batch)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # it would have kept them

@@ -241,6 +241,38 @@ def test_kinds_that_nobody_has_open_make_room_the_longest_unused_first(tmp_path)
     assert left == {9} and total(tmp_path) - 12 <= limit
 
 
+def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_path, monkeypatch):
+    """Nobody can open it meanwhile; that another process was quicker is no reason to take nothing more."""
+    limit, real, tried = 60_000, store.remove, []
+
+    def remove(kind: Path) -> None:
+        if kind.name.startswith("."):
+            return real(kind)
+        with (kind / "kind.json").open("rb") as file:
+            tried.append(store._lock(file, alone=True))
+        real(kind)  # another process
+        return real(kind)
+
+    for number in (1, 2):
+        old = Store(tmp_path, {"kind": number}, limit)
+        fill_to(old, 3)
+        del old
+    dead, fresh, mine = tmp_path / f".{'a' * 16}.1.00000000.tmp", tmp_path / f".{'b' * 16}.1.00000000.tmp", tmp_path / ".my.tmp"
+    for folder in (dead, fresh, mine):
+        folder.mkdir()
+        (folder / "x").write_bytes(bytes(1000))
+    for folder in (dead, mine):
+        os.utime(folder, (1, 1))
+    monkeypatch.setattr(store, "remove", remove)
+    new = Store(tmp_path, {"kind": 9}, limit)
+    assert fill(new, 100) >= 6 and len(tried) == 2 and not any(tried)
+    assert not dead.exists() and fresh.exists() and mine.exists()
+
+
+def fill_to(kept: Store, count: int) -> None:
+    assert all(kept.put(key_of(n), value_of(n)) for n in range(count))
+
+
 def test_what_others_write_counts_too(tmp_path):
     """Two that fill one kind, each knowing of its own writes alone between two counts, stay near the limit."""
     limit = 600_000

@@ -21,7 +21,8 @@ class VitMLP(nn.Module):
         before = model.fc1(hidden_states)
         after = model.activation_fn(before)
         gelu = model.activation_fn
-        if type(gelu) is GELUActivation and gelu.act is nn.functional.gelu and not gelu._forward_hooks:
+        hooked = gelu._forward_hooks or gelu._forward_pre_hooks
+        if type(gelu) is GELUActivation and gelu.act is nn.functional.gelu and not hooked:
             setattr(after, MADE_OF, before)
         return model.fc2(after)
 

@@ -31,6 +31,7 @@ except ImportError:  # Windows, where a folder with an open file in it cannot be
     fcntl = None  # type: ignore[assignment]
 
 KIND = re.compile(r"[0-9a-f]{16}")  # the name of a kind's folder
+DOOMED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the same, once it is being taken away
 KEY = re.compile(r"[0-9a-f]{2}[0-9a-z_-]{0,120}")
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 LARGEST = 2**28  # bytes of a value; the pictures and states of a ViT have one million
@@ -137,12 +138,18 @@ class Store:
     def _has_room(self, size: int) -> bool:
         """Whether `size` bytes more stay within the limit, after other kinds have made room."""
         if self.used < 0 or self.used + size > self.limit or self.uncounted > self.limit / RECOUNTS:
-            self.used, self.uncounted = sum(map(bytes_in, self._kinds())), 0
+            self._count()
             for kind in self._kinds():
-                if self.used + size > self.limit and kind != self.values and _unused(kind):
-                    self.used -= bytes_in(kind)
-                    remove(kind)
+                if self.used + size > self.limit and kind != self.values:
+                    _clear(kind)
+                    self._count()  # others clear as well
         return self.used + size <= self.limit
+
+    def _count(self) -> None:
+        for path in self.root.glob(".*.tmp"):  # a kind that a process which died was about to take away
+            if DOOMED.fullmatch(path.name) and _when(path) < time() - ABANDONED:
+                remove(path)
+        self.used, self.uncounted = sum(map(bytes_in, self._kinds())), 0
 
     def _kinds(self) -> list[Path]:
         """The folders of all kinds, the longest unused first. What else lies in the root is not ours."""
@@ -211,13 +218,15 @@ def _files(folder: str) -> Iterator[os.DirEntry[str]]:
                 yield entry
 
 
-def _unused(kind: Path) -> bool:
-    """Whether no process has the kind open. None opens it half removed: `remove` renames it first."""
-    try:
+def _clear(kind: Path) -> None:
+    """Take a kind away unless a process has it open. None opens it meanwhile: it is renamed under the lock."""
+    with suppress(OSError):  # gone already
         with (kind / "kind.json").open("rb") as file:
-            return _lock(file, alone=True)
-    except OSError:
-        return False
+            unused = _lock(file, alone=True)
+            if unused and fcntl is not None:
+                remove(kind)
+        if fcntl is None:  # Windows renames no folder that has an open file in it
+            remove(kind)
 
 
 def _lock(file: BinaryIO, alone: bool) -> bool:

@@ -12,7 +12,7 @@ from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone
 from lora_blip.tasks.blip import BlipLanguage, BlipVqaLanguage
 from lora_blip.tasks.blip2 import OptLanguage, T5Language
-from lora_blip.tasks.head import head_loss
+from lora_blip.tasks.head import head_loss, passable
 from lora_blip.tasks.language import Language
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids
@@ -57,8 +57,14 @@ class TextTask(Task):
         seen = self.see(batch) if seen is None else seen
         if batch.packed is None:
             return token_loss(self.language.logits(batch.each(seen), batch.rows), batch.rows.targets, batch.rows.weights)
-        states = self.language.label_states(seen, batch.each, batch.rows, batch.packed)
-        return head_loss(states, self.language.head, batch.packed.targets, batch.packed.weights)
+        states, head, packed = (
+            self.language.label_states(seen, batch.each, batch.rows, batch.packed),
+            self.language.head,
+            batch.packed,
+        )
+        if not passable(head):
+            return token_loss(head(states)[:, None], packed.targets[:, None], packed.weights)
+        return head_loss(states, head, packed.targets, packed.weights)
 
     # ---- prediction
 
