@@ -32,7 +32,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
     about: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
     about |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
     path = fresh(folder, kind)
-    print(f"{described(about)}\n→ {path}\n{MEANT}\n{QUICK * bool(kind)}", flush=True)
+    print(f"{described(about)}\n→ {path}\n{MEANT}\n{QUICK * ('quick' in kind)}", flush=True)
     for name, cells in rows.items():
         started = time.perf_counter()
         try:
