@@ -1,7 +1,6 @@
 """One process, or one of torchrun's many: who writes, what all agree on, what is summed. Nothing else knows of ranks."""
 
 import os
-import pickle
 import sys
 import time
 import weakref
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_object
 from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
@@ -21,7 +21,10 @@ PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be cap
 # Tensors that were lent to gloo. Its threads may hold the last reference to one long after a collective is over, and need the
 # GIL to let go. A thread that asks for it when Python has ended takes the process down ("terminate called without an active
 # exception"); one that asks while DistributedDataParallel's reducer, freed last, waits for that thread, never gets it.
+#
+# So objects travel by torch's own two helpers, in tensors that are known here, and not by its `all_gather_object`.
 LENT: list[weakref.ref[Tensor]] = []
+CPU = torch.device("cpu")
 RETURNED = 5.0  # seconds that a process waits at its end for what it lent
 
 # what a dead peer leaves in an error
@@ -55,24 +58,24 @@ class Ranks:
         """The values of all ranks, in their order, on every rank."""
         if self.count == 1:
             return [value]
-        mine = pickle.dumps(value)
+        mine, _ = _object_to_tensor(value, CPU, None)
         sizes = torch.zeros(self.count, dtype=torch.int64)
         sizes[self.rank] = len(mine)
         *starts, end = [0, *_summed(sizes).cumsum(0).tolist()]
         every = torch.zeros(end, dtype=torch.uint8)
-        every[starts[self.rank] :][: len(mine)] = _bytes(mine)
-        said = _summed(every).numpy().tobytes()
-        return [pickle.loads(said[start:stop]) for start, stop in pairwise([*starts, end])]
+        every[starts[self.rank] :][: len(mine)] = mine
+        said = _summed(every)
+        return [_tensor_to_object(said[start:stop], stop - start, None) for start, stop in pairwise([*starts, end])]
 
     def first(self, value: Any) -> Any:
         """The main rank's value, on every rank."""
         if self.count == 1:
             return value
-        mine = pickle.dumps(value) if self.main else b""
-        (size,) = self.sum(len(mine))
-        said = _bytes(mine) if self.main else torch.empty(int(size), dtype=torch.uint8)
+        said, size = _object_to_tensor(value, CPU, None) if self.main else (torch.empty(0), torch.zeros(1, dtype=torch.int64))
+        count = int(_summed(size))
+        said = said if self.main else torch.empty(count, dtype=torch.uint8)
         distributed.broadcast(lent(said)[0], src=0)
-        return value if self.main else pickle.loads(said.numpy().tobytes())
+        return value if self.main else _tensor_to_object(said, count, None)
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -97,10 +100,6 @@ def lent(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _summed(tensor: Tensor) -> Tensor:
     distributed.all_reduce(lent(tensor)[0])
     return tensor
-
-
-def _bytes(said: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(said), dtype=torch.uint8)
 
 
 def _take_back() -> None:
