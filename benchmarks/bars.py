@@ -1,4 +1,4 @@
-"""A result as bars for the README, time relative to the peer = 1: `python -m benchmarks.bars RESULT.json …`."""
+"""A result as bars for the README, time relative to the peer = 1: `python -m benchmarks.bars RESULT.json`."""
 
 import argparse
 import json
@@ -86,11 +86,9 @@ def draw_bar(axes: Any, y: float, bar: Bar) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="of one machine")
+    parser.add_argument("result", type=Path)
     parser.add_argument("--rows", default="step,captions,epoch,cached,merge,cubes", help="which of them, with commas")
     parser.add_argument("--detail", default="base fp32", help="the step of which every contestant is shown")
     parser.add_argument("--out", type=Path, default=Path("assets/speed.png"))
     arguments = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in arguments.results]
-    every = results[0] | {"cells": [cell for result in results for cell in result["cells"]]}
-    print(draw(every, arguments.rows.split(","), arguments.detail, arguments.out))
+    print(draw(json.loads(arguments.result.read_text()), arguments.rows.split(","), arguments.detail, arguments.out))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from lora_blip.products import QuickLinear, as_autocast, product, transformed
+from lora_blip.products import QuickLinear, as_autocast, frozen, product, transformed
 
 PLAIN = (nn.Linear, QuickLinear)
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
@@ -42,7 +42,7 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     updates.entered.x = None  # of a forward that an error broke off
     if not (torch.is_grad_enabled() and updates.choice.fast and updates.choice.everyone) or torch.compiler.is_compiling():
         return None
-    if type(linear) not in PLAIN or updates.merged or len(args) != 1 or not alone(linear):
+    if type(linear) not in PLAIN or updates.merged or len(args) != 1 or not alone(linear, own=1):  # this and add_update
         return None
     if any(lora.dropout and lora.training for lora in updates.values()) or transformed():
         return None
@@ -53,12 +53,11 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     return (updates.entered.cast,)
 
 
-def alone(linear: Any) -> bool:
-    """Whether nobody else looks at what goes in and out, and W and b are frozen, so that the graph may pass them by."""
+def alone(linear: Any, own: int = 0) -> bool:
+    """Whether W and b are frozen, and nobody but so many hooks of ours sees what goes in and out: the graph may pass it by."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, _global_forward_pre_hooks, _global_forward_hooks
     others = linear._backward_hooks or linear._backward_pre_hooks or "forward" in vars(linear)
-    trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
-    return not (trained or others) and tuple(map(len, hooks)) == (1, 1, 0, 0)  # hand_over and add_update
+    return frozen(linear) and not others and tuple(map(len, hooks)) == (own, own, 0, 0)
 
 
 def updated(linear: Any, output: Tensor) -> Tensor:

@@ -242,14 +242,13 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
     each = [names] if isinstance(names, str) else list(names)
     _check_names(model, [name for name in each if name is not None])
     choice = _unmerged(model, "chosen")
+    off = choice.now.acting.off
     if isinstance(names, str):
-        acting = Acting(choice.now.acting.off, alone=names)
+        acting = Acting(off, alone=names)
     elif each:
         device = next((lora.A.device for _, lora in _every(model)), None)
         rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
-        acting = Acting(
-            choice.now.acting.off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams
-        )
+        acting = Acting(off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
     else:
         raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base")
     with in_force(choice, acting):

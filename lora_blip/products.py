@@ -48,6 +48,11 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def frozen(linear: Any) -> bool:
+    """Whether neither W nor b is trained."""
+    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
+
+
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which look into every operation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -65,8 +70,8 @@ class QuickLinear(nn.Linear):
 
     def steady(self, x: Tensor) -> bool:
         """Whether W and b are frozen, and nothing but plain backward passes is asked for: no autocast, no torch.func."""
-        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        return type(self.weight) is nn.Parameter and not (trained or transformed() or torch.is_autocast_enabled(x.device.type))
+        other = transformed() or torch.is_autocast_enabled(x.device.type)
+        return type(self.weight) is nn.Parameter and frozen(self) and not other
 
 
 class Through(torch.autograd.Function):

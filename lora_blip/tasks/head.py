@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_blip.fused import PLAIN
+from lora_blip.fused import PLAIN, alone
 from lora_blip.products import product
 
 
@@ -24,8 +24,7 @@ def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None
 
 def passable(head: Any) -> bool:
     """Whether a head is W h + b, frozen, and nothing else: no hook on it, of an adapter or of others."""
-    frozen = not any(parameter.requires_grad for parameter in head.parameters())
-    return type(head) in PLAIN and frozen and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    return type(head) in PLAIN and alone(head)
 
 
 class FrozenHead(torch.autograd.Function):

@@ -57,11 +57,8 @@ class TextTask(Task):
         seen = self.see(batch) if seen is None else seen
         if batch.packed is None:
             return token_loss(self.language.logits(batch.each(seen), batch.rows), batch.rows.targets, batch.rows.weights)
-        states, head, packed = (
-            self.language.label_states(seen, batch.each, batch.rows, batch.packed),
-            self.language.head,
-            batch.packed,
-        )
+        head, packed = self.language.head, batch.packed
+        states = self.language.label_states(seen, batch.each, batch.rows, packed)
         if not passable(head):
             return token_loss(head(states)[:, None], packed.targets[:, None], packed.weights)
         return head_loss(states, head, packed.targets, packed.weights)
