@@ -1,11 +1,12 @@
 # make demo        set up, train the shipped default, caption image_test/ (demo-blip2: the same with BLIP-2)
 # make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
-# make test        every test but those that need a GPU        make lint    ruff and mypy
+# make test        every test but those that need a GPU, in two processes (JOBS=4: four)        make lint    ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 # make chaos       a training that is killed fifty times, in fp32 and in bf16, ends as if it were not
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
+JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -24,7 +25,7 @@ demo-retrieval: .venv/.plots
 	@$(PYTHON) -m toyworld.demo retrieval
 
 test: .venv/.dev
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
