@@ -10,6 +10,7 @@ from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.streams import example_of
 from lora_blip.tasks.task import Task
+from lora_blip.untrusted import printable
 
 FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 
@@ -85,7 +86,7 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
         return {}
     examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
     if problems:
-        print(f"{source}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+        print(f"{printable(source)}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     places = {example.image: example.image.resolve() for example in examples}
     known = set(places.values())
     wanted: dict[Path, Path] = {}

@@ -21,6 +21,7 @@ from lora_blip.output import Output
 from lora_blip.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runner import Runner, Work
 from lora_blip.stop import Heard
+from lora_blip.untrusted import printable
 
 SHOWN = 20  # predictions that are printed, and images left out; the rest is in the files
 SILENCE = 60.0  # seconds between lines of progress where no bar can be drawn
@@ -104,7 +105,7 @@ class Rounds:
 
     def _stop_if_told(self, signals: list[int]) -> None:
         if any(signals):
-            print(self.out.paused() if self.out else "", flush=True)
+            print(printable(self.out.paused()) if self.out else "", flush=True)
             raise stop.Told(stop.INTERRUPTED if signal.SIGINT in signals else stop.SAVED)
 
 
@@ -165,8 +166,9 @@ class Screen:
 
     def show(self, found: Found, base: dict[int, str]) -> None:
         for example, said in found[: max(0, SHOWN - self.shown)]:
-            tqdm.write(f"left out: {said}" if isinstance(said, ImageError) else printed(said, base.get(key_of(example))))
+            line = printable(f"left out: {said}") if isinstance(said, ImageError) else printed(said, base.get(key_of(example)))
+            tqdm.write(line)
         if self.shown <= SHOWN < self.shown + len(found) and self.out:
-            tqdm.write(f"the rest goes to {self.out.path} without being shown here")
+            tqdm.write(printable(f"the rest goes to {self.out.path} without being shown here"))
         self.shown += len(found)
         self.move(found)

@@ -2,10 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, TrainConfig, parse
+from lora_blip.untrusted import for_terminal, printable_lines
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
@@ -58,6 +60,7 @@ def tell(go: Callable[[], None]) -> None:
         )  # fmt: skip
         if isinstance(error, known):
             stop(error)
+        sys.excepthook = print_traceback
         raise
     finally:
         sys.stdout.flush()
@@ -65,13 +68,18 @@ def tell(go: Callable[[], None]) -> None:
 
 
 class Heeded:
-    """A stream whose reader may go away, `| tee` or a closed terminal: the work goes on, and is told to nobody."""
+    """A text stream to a terminal. Escape unsafe text, and ignore a reader that goes away, as in `| head`."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self._try(lambda: self.stream.write(text)) or len(text)
+        self._try(lambda: self.stream.write(for_terminal(text)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         self._try(self.stream.flush)
@@ -87,11 +95,16 @@ class Heeded:
         return getattr(self.stream, name)
 
 
+def print_traceback(*error: Any) -> None:
+    """Print an error that we do not know as Python does, with its message escaped: it may quote a stranger's file."""
+    traceback.print_exception(*error, file=Heeded(sys.stderr))
+
+
 def stop(error: Exception) -> None:
     message = str(error).strip()
     if "Original Traceback" in message:  # from a worker process: the last line is the message
         message = message.splitlines()[-1].partition(": ")[2]
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable_lines(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
 from lora_blip.tasks import TASKS, natural_task
+from lora_blip.untrusted import printable_lines
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
 EXTRAS = {
@@ -90,7 +90,7 @@ def said(name: str, check: Callable[[str], str]) -> bool:
         print(f"{name}: {check(name)}")
         return True
     except Exception as error:  # the doctor reports whatever is wrong, and goes on
-        print(f"{name}: BROKEN: {type(error).__name__}: {error}", file=sys.stdout)
+        print(printable_lines(f"{name}: BROKEN: {type(error).__name__}: {error}"))
         return False
 
 

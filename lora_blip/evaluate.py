@@ -27,6 +27,7 @@ from lora_blip.report import Card, Row
 from lora_blip.run import METRICS_NAME, fresh
 from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
+from lora_blip.untrusted import printable
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
 FEW = 10  # images, below which a bootstrap claims too much
@@ -82,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         warnings,
         said_by="adapted" if adapted else "base",
     )
-    print(f"\n{table(rows, warnings)}\n\nwrote {', '.join(str(folder / name) for name in FILES)}")
+    print(f"\n{table(rows, warnings)}\n\nwrote {printable(', '.join(str(folder / name) for name in FILES))}")
     return folder
 
 
@@ -256,14 +257,16 @@ def curves_of(wanted: Adapter | None) -> list[dict[str, Any]]:
 
 def table(rows: list[Row], warnings: Iterable[str]) -> str:
     """Warnings, then a line a score: base, adapted, and the gain with its interval."""
-    lines = [f"WARNING: {warning}" for warning in warnings]
-    width = max(len(row.name) for row in rows) + 2
+    lines = [printable(f"WARNING: {warning}") for warning in warnings]
+    names = [printable(row.name) for row in rows]
+    width = max(map(len, names)) + 2
     lines.append(f"{'':<{width}}{'base':>24}{'adapted':>24}{'gain':>26}")
-    for row in rows:
+    for row, name in zip(rows, names, strict=True):
         share = not (row.name.startswith(("CIDEr", *LOWER_IS_BETTER)))
         cells = [interval_text(row.base, share), interval_text(row.adapted, share)]
         gain = interval_text(row.gain, share) if row.gain else difference(row, share)
-        lines.append(f"{row.name:<{width}}{cells[0]:>24}{cells[1]:>24}{gain:>26}" + f"  {row.note}" * bool(row.note))
+        note = printable(f"  {row.note}") if row.note else ""
+        lines.append(f"{name:<{width}}{cells[0]:>24}{cells[1]:>24}{gain:>26}{note}")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from lora_blip.run import Run
 from lora_blip.start import default_rate, loader_of, read_examples, refuse_impossible, seed_everything, task_for
 from lora_blip.stop import Heard
 from lora_blip.tasks.prefix import cut
+from lora_blip.untrusted import printable, printable_lines
 from lora_blip.validation import merge_drift, sharers, validate
 
 
@@ -56,7 +57,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     print(f"\n{targets.table(backbone.model)}\n")
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
     caches = caching.caches_for(config, task, precision, identity)
-    print(caching.told(config, task), end="")
+    print(printable_lines(caching.told(config, task)), end="")
     identity["learned from"] = caching.learns_from_kept(config, task)
     lora.fast(backbone.model, config.fast)
     if config.base_dtype == "auto":
@@ -93,7 +94,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         with_whom, leave = sharers(config, ranks), partial(leave_if_told, ranks, heard)
         before = validate(task, held_out, autocast, config.best_by, with_whom, leave)
     run = Run(config, learner, identity, closing, saved)
-    print(*notes, run.line(len(training), len(validation), precision), sep="\n")
+    print(*map(printable, notes), run.line(len(training), len(validation), precision), sep="\n")
     pause = partial(between, run, heard)
     look = partial(validate_when_due, run, held_out, every, autocast, pause)
     try:
@@ -136,9 +137,9 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         raise
     finally:
         run.close()
-    print(f"saved {path}", *filter(None, [run.best_line()]), sep="\n")
+    print(f"saved {printable(path)}", *filter(None, [run.best_line()]), sep="\n")
     if ranks.main:
-        print(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve")
+        print(printable(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve"))
     run.done()  # last of all: whoever is killed before this is gone on with
     return path
 
@@ -219,7 +220,7 @@ def rescue(run: Run) -> None:
         run.save_unfinished()
     except (OSError, CheckpointError, RuntimeError) as error:
         with suppress(OSError):
-            print(f"what was learned since the last checkpoint could not be saved: {error}")
+            print(printable(f"what was learned since the last checkpoint could not be saved: {error}"))
 
 
 # ---------------------------------------------------------------- arithmetic

@@ -29,6 +29,7 @@ from lora_blip import attention
 from lora_blip.config import ConfigError
 from lora_blip.lora import as_chosen
 from lora_blip.sites import compiled
+from lora_blip.untrusted import printable, quoted
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
@@ -190,7 +191,9 @@ def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
         raise ModelError(f"{name!r} is a {config.model_type!r} model; lora_blip trains BLIP ('blip') and BLIP-2 ('blip-2')")
     known = [kind.__name__ for kind in ARCHITECTURES[config.model_type]]
     if config.architectures and not set(known) & set(config.architectures):
-        raise ModelError(f"{name!r} is a {config.architectures[0]}, which has no task here; give one of {', '.join(known)}")
+        raise ModelError(
+            f"{name!r} is a {quoted(config.architectures[0])}, which has no task here; give one of {', '.join(known)}"
+        )
     if _architecture(config) is Blip2ForConditionalGeneration:
         if config.image_token_index is None:
             raise ModelError(
@@ -254,7 +257,7 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def compile_blocks(model: Any, first: int = 0) -> None:

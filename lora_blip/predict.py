@@ -25,6 +25,7 @@ from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
 from lora_blip.tasks import TASKS, natural_task
 from lora_blip.tasks.task import Generation, Task
+from lora_blip.untrusted import printable
 
 
 def infer(config: InferConfig) -> Path:
@@ -57,7 +58,8 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     out: Output = on_main(ranks, lambda: closing.enter_context(output.opened(folder, what, config.resume)))
     count = sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0
     left = count - (out.before if out else 0)
-    print(described(task, wanted, left, precision), f"{folder}: {out.greeting() if out else ''}", sep="\n", flush=True)
+    greeting = printable(f"{folder}: {out.greeting() if out else ''}")
+    print(described(task, wanted, left, precision), greeting, sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
     rounds = Rounds(ranks, runner, config.seed, heard, out)
     base: dict[int, str] = {}
@@ -74,7 +76,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         out.finish()
         if references:
             report(task, references, done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base"))
-        print(out.farewell())
+        print(printable(out.farewell()))
     return folder / output.FILE_NAME
 
 
@@ -232,8 +234,8 @@ def described(task: Task, wanted: Adapter | None, count: int, precision: str) ->
     """One line: what is asked, which adapter, of which base, trained how far."""
     what = f"{task.name}: {count} to do"
     if wanted is None:
-        return f"{what}, {task.backbone.name} as it is, {precision}"
+        return printable(f"{what}, {task.backbone.name} as it is, {precision}")
     training = wanted.about.get("training", {})
     unfinished = "" if training.get("finished", True) else ", stopped before its end"
     steps = training.get("steps", "?")
-    return f"{what}, {task.backbone.name} with {wanted.path} ({steps} steps{unfinished}), {precision}"
+    return printable(f"{what}, {task.backbone.name} with {wanted.path} ({steps} steps{unfinished}), {precision}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_blip.data.annotations import Example
 from lora_blip.tasks.task import Task
+from lora_blip.untrusted import printable
 
 RANKS_KEPT = 10  # of a ranking: written beside the best text
 Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their probabilities
@@ -42,8 +43,7 @@ def printed(prediction: Prediction, base: str | None = None) -> str:
         rows += [("Fits" if not n else "", f"{p:6.1%}  {text}") for n, (text, p) in enumerate(prediction.ranking[:3])]
     else:
         rows.append(("Answer" if prediction.question else "Caption", prediction.text))
-    lines = "\n".join(f"{f'{name}:' if name else '':<10}{text}" for name, text in rows) + "\n"
-    return lines.encode("utf-8", "replace").decode()  # file names need not be Unicode
+    return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
 
 
 def report(task: Task, references: dict[Path, list[Example]], found: dict[str, dict[Any, str]]) -> None:
@@ -71,4 +71,4 @@ def report(task: Task, references: dict[Path, list[Example]], found: dict[str, d
             sum(task.correctness(some[key], lines[key]) if key in some else 0.0 for key in mine) / len(mine)
             for some in found.values()
         ]
-        print(f"{group:<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))
+        print(f"{printable(group):<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))

@@ -18,6 +18,7 @@ from lora_blip.data.formats import NOT_UTF8, Entry, Place, canonical
 from lora_blip.data.published import SPLITS
 from lora_blip.data.sources import Source, find_sources
 from lora_blip.files import write_whole
+from lora_blip.untrusted import printable
 
 SIDES = ("train", "val", "test")
 DROPPED = "dropped.jsonl"
@@ -75,7 +76,7 @@ class Dropped:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.source.path}:{'' if isinstance(self.at, int) else ' '}{self.at}: {self.reason}"
+        return printable(f"{self.source.path}:{'' if isinstance(self.at, int) else ' '}{self.at}: {self.reason}")
 
 
 @dataclass
@@ -142,7 +143,7 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
             "set images (--images) to the folder where they are"
         )
     entries = len(into.rows) - before + len(into.dropped) - dropped
-    print(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}")
+    print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
 
 
 def examine(source: Source, at: Place, found: Entry | str, folder: Folder, into: Gathered) -> Row | Dropped:
@@ -244,11 +245,11 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], gathered: Gathere
     """How many lines and images came in, went where, and were left out why."""
     for side in (side for side in SIDES if rows[side]):
         images = len({row.picture.identity for row in rows[side]})
-        print(f"{side:7} {len(rows[side]):9,} {gathered.kind} of {images:,} images → {files[side]}")
+        print(printable(f"{side:7} {len(rows[side]):9,} {gathered.kind} of {images:,} images → {files[side]}"))
     if not gathered.dropped:
         return
     total = len(gathered.dropped) + len(gathered.rows)
-    print(f"dropped {len(gathered.dropped):9,} of {total:,} → {files['dropped']}")
+    print(printable(f"dropped {len(gathered.dropped):9,} of {total:,} → {files['dropped']}"))
     for why, title in WHY.items():
         if these := [dropped for dropped in gathered.dropped if dropped.why == why]:
             print(f"  {len(these):,} {title}")

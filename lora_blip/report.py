@@ -24,6 +24,7 @@ from lora_blip.data.images import ImageError, open_image
 from lora_blip.files import write_whole
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.metrics.exact import normal
+from lora_blip.untrusted import printable
 
 FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -92,13 +93,13 @@ def write(
     }
     page = TEMPLATE.read_text(encoding="utf-8")
     parts = {
-        "policy": html.escape(policy(page)),
-        "title": html.escape(title),
+        "policy": escaped(policy(page)),
+        "title": escaped(title),
         "heading": breakable(title),
         "warnings": warnings_html(warnings),
         "scores": scores_html(rows),
         "facts": facts_html(facts or {}),
-        "version": html.escape(__version__),
+        "version": escaped(__version__),
         "data": json_html(data),
     }
     filled = MARKER.sub(lambda marker: parts[marker[1]], page)  # in one pass: what was filled in is not filled again
@@ -160,7 +161,9 @@ def thinned(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: they become null, and the curves have a gap there."""
+    """Return `value` with texts escaped, and NaN and infinity as None: JSON has neither, and the curves have a gap there."""
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -187,16 +190,21 @@ def policy(page: str) -> str:
 # ---------------------------------------------------------------- what can be read without a script
 
 
+def escaped(text: str) -> str:
+    """HTML of a text as it is, safe to show."""
+    return html.escape(printable(text))
+
+
 def breakable(text: str) -> str:
     """Escaped; a long path or name may break after its slashes and underscores."""
-    return re.sub(r"([/\\\\_])", r"\1<wbr>", html.escape(text))
+    return re.sub(r"([/\\\\_])", r"\1<wbr>", escaped(text))
 
 
 def warnings_html(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
     heading = "Read this before the scores" if len(warnings) == 1 else f"Read these {len(warnings)} warnings before the scores"
-    items = "".join(f'<li dir="auto">{html.escape(warning)}</li>' for warning in warnings)
+    items = "".join(f'<li dir="auto">{escaped(warning)}</li>' for warning in warnings)
     return f'<section class="warnings" aria-labelledby="w"><h2 id="w">{heading}</h2><ul>{items}</ul></section>'
 
 
@@ -204,7 +212,7 @@ def facts_html(facts: Mapping[str, str]) -> str:
     if not facts:
         return ""
     items = "".join(
-        f'<div><dt>{html.escape(name)}</dt><dd dir="auto">{breakable(str(fact))}</dd></div>' for name, fact in facts.items()
+        f'<div><dt>{escaped(name)}</dt><dd dir="auto">{breakable(str(fact))}</dd></div>' for name, fact in facts.items()
     )
     return f'<section class="facts" aria-labelledby="f"><h2 id="f">What was measured</h2><dl>{items}</dl></section>'
 
@@ -228,13 +236,13 @@ def row_html(row: Row, compared: bool) -> str:
     base, adapted = (known if known and math.isfinite(known.value) else None for known in (row.base, row.adapted))
     most = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
     share = row.share if row.share is not None else most <= 1 and "cider" not in row.name.lower()
-    note = f'<small dir="auto">{html.escape(row.note)}</small>' if row.note else ""
+    note = f'<small dir="auto">{escaped(row.note)}</small>' if row.note else ""
     gain = gain_html(base, adapted, row, share) if base and adapted else NONE
     cells = {"base": interval_html(base, share), "adapted": interval_html(adapted, share), "gain": gain}
     if not compared:
         cells = {"adapted": cells["adapted"]}
     return (
-        f'<tr><th scope="row">{html.escape(row.name)}{note}</th>'
+        f'<tr><th scope="row">{escaped(row.name)}{note}</th>'
         + "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells.items())
         + f'<td class="plot">{plot_html(base, adapted, 1.0 if share else most)}</td></tr>'
     )

@@ -20,6 +20,7 @@ from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.files import FULL, make_whole, sweep, write_whole
 from lora_blip.learner import Learner, Update
+from lora_blip.untrusted import printable
 
 BEST_NAME, METRICS_NAME = "best.safetensors", "metrics.jsonl"
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # of a line of metrics.jsonl: not for TensorBoard
@@ -106,7 +107,7 @@ class Run:
         sweep(self.folder)
         metrics.touch()
         if metrics.stat().st_size < about["metrics"]:
-            print(f"warning: lines of {metrics} are gone since the checkpoint was made")
+            print(printable(f"warning: lines of {metrics} are gone since the checkpoint was made"))
         os.truncate(metrics, min(about["metrics"], metrics.stat().st_size))
         self.started -= about["seconds"]
         kept = saved.folder / checkpoint.BEST
@@ -138,7 +139,7 @@ class Run:
         self.last_note = note
         if self.main:
             self._write({"step": step, "epoch": epoch, "skipped": note, "loss_scale": update.scale})
-            self.bar.write(f"after step {step}, one was skipped: {note}")
+            self.bar.write(printable(f"after step {step}, one was skipped: {note}"))
 
     def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
         """Log it, and keep the adapter if it is the best so far (none is kept before the first step)."""
@@ -167,7 +168,7 @@ class Run:
             except adapter.AdapterError as error:  # one that says nothing, or NaN
                 saved = f" its adapter is not saved: {error};"
         with suppress(OSError):  # a terminal that is gone
-            print(f"\nstopped after {step} of {total} steps;{saved} the same settings again go on with it")
+            print("\n" + printable(f"stopped after {step} of {total} steps;{saved} the same settings again go on with it"))
 
     def line(self, training: int, validation: int, precision: str) -> str:
         """One line of what is going to be done."""
@@ -176,7 +177,7 @@ class Run:
         lines = f"{training} lines to train on, {validation} held out"
         ranks = f", {learner.ranks.count} processes, {learner.traffic / 1e6:.2f} MB of gradients sent by each a step"
         among = ranks if learner.ranks.count > 1 else ""
-        return f"{self.folder}: {doing}{progress.total} steps of {precision}, {lines}{among}"
+        return f"{printable(self.folder)}: {doing}{progress.total} steps of {precision}, {lines}{among}"
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **about: Any) -> Path:
         summary = {"steps": step, **about, **self.last, "settings": asdict(self.config)}
@@ -231,9 +232,8 @@ class Run:
         if not math.isfinite(value):
             return ""
         what = f"best {self.best.by.replace('_', ' ')}, {shown(self.best.by, value)}"
-        return (
-            f"{what}, after step {self.best.step}: {self.folder / BEST_NAME}" if self.best.step else f"{what}, before training"
-        )
+        kept = f"{what}, after step {self.best.step}: {self.folder / BEST_NAME}"
+        return printable(kept) if self.best.step else f"{what}, before training"
 
     def close(self) -> None:
         self.bar.close()

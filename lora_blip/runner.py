@@ -13,6 +13,7 @@ from lora_blip.data.images import ImageError
 from lora_blip.data.streams import place_of
 from lora_blip.models import autocasting, first_line
 from lora_blip.tasks.task import Task
+from lora_blip.untrusted import printable
 
 Work = Callable[[Task, Tensor, list[Example]], Iterable[Any]]  # pixel values and examples → a result for each
 FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error", "device-side assert")
@@ -35,7 +36,7 @@ class Runner:
                 yield example, found
             elif str(found) not in self.warned:
                 self.warned.add(str(found))
-                tqdm.write(f"left out: {found}")
+                tqdm.write(printable(f"left out: {found}"))
 
     def each(self, examples: Iterable[Example], work: Work, coming: Iterable[Example] = ()) -> Iterator[tuple[Example, Any]]:
         """Each example with its result, or with the ImageError that says why it has none, in order.
@@ -102,7 +103,7 @@ class Runner:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
-            tqdm.write(f"warning: {message}")
+            tqdm.write(printable(f"warning: {message}"))
 
 
 def gave_out(error: RuntimeError, device: torch.device) -> bool:

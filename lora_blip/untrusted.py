@@ -11,6 +11,12 @@ from typing import Any, BinaryIO
 DEEPEST = 100  # brackets within brackets of a JSON; Python's own end, about a thousand, moves with whoever calls
 LONGEST_QUOTE = 160  # characters of a value in a message
 LONGEST_PATH, LONGEST_NAME = 3000, 255  # bytes of a path, of one name in it: systems take 4,096, with the folder it is in
+# C0 and C1 controls (ANSI escapes start with one), bidirectional controls, line separators, invisible tags, half surrogates
+UNPRINTABLE = (
+    r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
+)
+IN_A_LINE, IN_LINES = re.compile(f"[{UNPRINTABLE}]"), re.compile(f"(?!\n)[{UNPRINTABLE}]")
+CURSOR_UP = re.compile(r"(?:\x1b\[A)+")  # what tqdm writes between two bars
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # NUL ends a path, the others move a terminal's cursor
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -116,6 +122,34 @@ def _deeper(value: Any, levels: int) -> bool:
         inside = (x.values() if isinstance(x, dict) else x for x in there)
         there, levels = [x for values in inside for x in values if isinstance(x, dict | list)], levels - 1
     return bool(there)
+
+
+def printable(text: object) -> str:
+    """Return `str(text)` as one line that is safe to print.
+
+    Escape each character that controls a terminal, ends a line, reorders or hides text, or cannot be encoded. Every
+    text that we did not write ourselves passes through here before it is printed or put on a page: paths, captions,
+    model names, config values, metadata, tokens. Other text, in any language, is returned unchanged.
+    """
+    return _escaped(IN_A_LINE, str(text))
+
+
+def printable_lines(text: object) -> str:
+    """Return `str(text)` escaped as in `printable`, but keep its line ends. Use it for our own text of several lines."""
+    return _escaped(IN_LINES, str(text))
+
+
+def for_terminal(text: str) -> str:
+    """Return one write to a terminal as in `printable_lines`, and keep what moves the cursor of a progress bar."""
+    if CURSOR_UP.fullmatch(text):
+        return text
+    return "\r" + printable_lines(text[1:]) if text.startswith("\r") else printable_lines(text)
+
+
+def _escaped(unsafe: re.Pattern[str], text: str) -> str:
+    if text.isprintable():  # quick, and true of most texts
+        return text
+    return unsafe.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def quoted(value: object) -> str:

@@ -20,7 +20,7 @@ from lora_blip.data.formats import jsonl_entries, tsv_entries
 from lora_blip.data.images import ImageError, open_image
 from lora_blip.data.lines import Lines
 from lora_blip.data.places import in_walking_order, resolved
-from lora_blip.untrusted import why
+from lora_blip.untrusted import printable, why
 
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # lines, which the garbage collector is not to go through for the rest of the run
@@ -38,7 +38,7 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}: {self.reason}"
+        return printable(f"{self.source}:{self.line}: {self.reason}")
 
 
 def read(

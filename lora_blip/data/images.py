@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lora_blip.untrusted import UnreadableError, cut, open_regular, why
+from lora_blip.untrusted import UnreadableError, cut, open_regular, printable, why
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of Pillow's fifty; some of the others run other programs
@@ -37,7 +37,10 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class ImageError(ValueError):
-    """An image file that cannot be read; the message names it."""
+    """An image file that cannot be read; the message names it, in one line that is safe to print."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:

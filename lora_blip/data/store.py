@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lora_blip.data.images import LARGEST_FILE, ImageError
 from lora_blip.files import FULL, remove, write_whole
-from lora_blip.untrusted import UnreadableError, open_regular, parsed, why
+from lora_blip.untrusted import UnreadableError, open_regular, parsed, printable, why
 
 try:
     import fcntl
@@ -159,7 +159,8 @@ class Store:
     def _stop(self, reason: str) -> bool:
         """Take nothing more, and say so once."""
         self.full = reason
-        tqdm.write(f"warning: nothing more is kept in {self.root}: {reason}; what is not there is computed each time")
+        message = f"warning: nothing more is kept in {self.root}: {reason}; what is not there is computed each time"
+        tqdm.write(printable(message))
         return False
 
 

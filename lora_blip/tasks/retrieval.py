@@ -22,6 +22,7 @@ from lora_blip.models import Backbone
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.matching import Texts, cosines, matcher_of
 from lora_blip.tasks.task import Batch, Generation, Task
+from lora_blip.untrusted import printable
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
 RERANKED = 16  # of the texts that the contrast likes best, ITM looks at so many again
@@ -135,7 +136,8 @@ class RetrievalTask(Task):
         for row in range(min(rows, len(batch.examples))):
             kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
             names = dict.fromkeys(batch.examples[i].name for i in right[:, row].nonzero().flatten().tolist())
-            lines.append(f"  {' '.join(self.backbone.tokenizer.convert_ids_to_tokens(kept))}  |  {', '.join(names)}")
+            text = " ".join(self.backbone.tokenizer.convert_ids_to_tokens(kept))
+            lines.append(printable(f"  {text}  |  {', '.join(names)}"))
         return "\n".join(lines)
 
     # ---- prediction

@@ -17,6 +17,7 @@ from lora_blip.tasks.language import Language
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids
 from lora_blip.tasks.task import Batch, Generation, Task
+from lora_blip.untrusted import printable
 
 CHUNK = 64  # rows of one image's texts that are ranked at a time
 
@@ -130,7 +131,7 @@ class TextTask(Task):
                 read, prompt = texts.decoder_input_ids, " ".join(words(asked[there == 1].tolist())) + "  →  "
             said = [words(int(t)) if t != IGNORE else "." for t in target]
             pairs = zip(words(read[row].tolist()), said, strict=True)
-            lines.append(f"  {prompt}" + "  ".join(f"{word}|{after}" for word, after in pairs))
+            lines.append(printable(f"  {prompt}" + "  ".join(f"{word}|{after}" for word, after in pairs)))
         return "\n".join(lines)
 
     def metadata(self) -> dict[str, Any]:
