@@ -12,6 +12,7 @@ NUM_BEAMS = 0  # beams; 0: the adapter's own setting, or 1
 SAMPLE = False  # draw words at random instead of taking the likeliest
 BATCH_SIZE = 16  # images at a time; halved when the device's memory runs out
 MERGE = True  # write the adapter into the weights first, which is faster; False: leave it on hooks
+FAST = True  # attention and products by faster ways, equal to transformers' own up to rounding; False: transformers' own
 COMPARE = False  # ask the base as well, and show both side by side
 REFERENCES = ""  # an annotations file with the right texts: adds the task's score to what is printed
 IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their own

@@ -126,6 +126,9 @@ class InferConfig:
     sample: bool = setting(False, "draw words at random instead of taking the likeliest")
     batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
     merge: bool = setting(True, "write the adapter into the weights first, which is faster; false: leave it on hooks")
+    fast: bool = setting(
+        True, "attention and products by faster ways, equal to transformers' own up to rounding; false: transformers' own"
+    )
     compare: bool = setting(False, "ask the base as well, and show both side by side")
     references: str = setting("", "an annotations file with the right texts: adds the task's score to what is printed")
     image_root: str = setting("", "folder that the references' image paths are relative to; empty: their own")
@@ -154,6 +157,7 @@ class EvaluateConfig:
     num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
     batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
     base: bool = setting(True, "score the base beside the adapter")
+    fast: bool = setting(True, "as for infer.py")
     train_annotations: str = setting("", "where to look for leaks; empty: what the adapter was trained on, if it is here; none")
     train_image_root: str = setting("", "folder that their image paths are relative to; empty: as the adapter was trained")
     output_dir: str = setting("", "where the report goes; empty: a new folder in lora_blip_output")

@@ -28,6 +28,8 @@ from lora_blip.choice import ALL, ALL_ACT, Acting, Choice, LoRAError, in_force
 from lora_blip.fused import Entered, hand_over, updated
 from lora_blip.sites import Site, check_sites, is_quantised
 
+FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
+
 
 class LoRA(nn.Module):
     """ΔW = (alpha / r) · B A for one linear, or for a range of its output rows.
@@ -159,7 +161,8 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Whether `fused` stands in for `add_update` where it is the same; it does from the start."""
+    """Use `fused` instead of `add_update` if both give the same update (the default), also for adapters to come."""
+    setattr(model, FAST, on)
     _choice(model).fast = on
 
 
@@ -278,6 +281,7 @@ def _choice(model: nn.Module) -> Choice:
     """The choice of a model, from now on that of all its linears, though some were injected as parts of it."""
     updates = [linear.lora for linear in _hooked(model).values()]
     choice = updates[0].choice if updates else Choice()
+    choice.fast = choice.fast and getattr(model, FAST, True)
     for each in updates:
         each.choice = choice
     return choice

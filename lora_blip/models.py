@@ -2,8 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lora_blip import attention
+from lora_blip import attention, lora
 from lora_blip.config import ConfigError
-from lora_blip.lora import as_chosen
+from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.sites import compiled
 from lora_blip.untrusted import printable, quoted
 
@@ -118,8 +118,8 @@ def load_backbone(
     """Load a checkpoint frozen, in eval mode: one that captions, answers questions or matches texts with images.
 
     name: hub name or folder. dtype: of the weights: "fp32", "fp16" or "bf16". checkpointing: recompute
-    activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients). fast: see
-    `attention`; off, everything is computed as transformers does.
+    activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients). fast: use the
+    fast attention, update and texts; if false, everything is computed as transformers and `lora.add_update` do.
 
     The model's own dropout is set to 0: a frozen backbone gains nothing from it, and training then
     computes what inference computes. Raises ModelError for a checkpoint that is not there, is of
@@ -155,12 +155,26 @@ def _load(
     model = _load_model(_architecture(config), source, config, DTYPES[dtype])
     model.requires_grad_(False).eval().to(where)
     attention.fast(model, fast)
+    lora.fast(model, fast)
     if checkpointing:
         with Quiet(source):
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(as_chosen, model)})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
             model.disable_input_require_grads()  # only the reentrant kind needs them, and BLIP adds positions in place
     tokenizer, image_processor = _load_processors(source)
     return Backbone(model, tokenizer, image_processor, name, where, fast=fast)
+
+
+def recompute_contexts(model: Any) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return the contexts of a checkpointed forward and of its recomputation, which may run in another thread."""
+    forward, recompute = lora.as_chosen(model)
+    return forward, both(recompute, plain(is_plain()))
+
+
+@contextmanager
+def both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter two contexts."""
+    with first, second:
+        yield
 
 
 def load_config(source: str) -> PretrainedConfig:

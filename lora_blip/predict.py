@@ -190,7 +190,8 @@ def open_task(
 ) -> tuple[Task, str]:
     """The backbone that the settings and the adapter name, with its task; the adapter is merged in if `adapted`."""
     name = config.model or (wanted.base if wanted else "")
-    backbone, precision = open_backbone(name, device or config.device, "fp32" if device else config.precision)
+    wanted_precision = "fp32" if device else config.precision
+    backbone, precision = open_backbone(name, device or config.device, wanted_precision, fast=config.fast)
     task = task_of(backbone, wanted, config)
     if adapted and wanted:
         put_on(task, wanted, merge=True)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from lora_blip.kernels.plain import is_plain
+
 LARGE = 2**20  # multiplications from which oneDNN's kernel, which takes longer to call, is the faster one
 
 
@@ -61,8 +63,10 @@ def transformed() -> bool:
 class QuickLinear(nn.Linear):
     """nn.Linear over the same weight, by `product` where it is frozen."""
 
+    WRITTEN_FOR = ("(self, input)",)
+
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not fits(input, self.weight) or not self.steady(input):
+        if torch.compiler.is_compiling() or not fits(input, self.weight) or is_plain() or not self.steady(input):
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
             return Through.apply(input, self.weight, self.bias)

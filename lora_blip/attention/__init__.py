@@ -8,6 +8,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
 from lora_blip.attention.mlp import Blip2VitMLP, BlipVitMLP
 from lora_blip.attention.text import TextAttention
 from lora_blip.attention.vit import Blip2VitAttention, BlipVitAttention
+from lora_blip.kernels.signatures import fits_library
 from lora_blip.products import QuickLinear
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
@@ -19,9 +20,15 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
 def fast(model: nn.Module, on: bool = True) -> None:
     """Switch the attentions, MLPs and linears of a model to their fast kinds, or back to transformers' own. Twice is once.
 
-    Only the class of a module changes, so that weights, hooks, names, copies and pickles stay what they are.
+    Only the class of a module changes, so that weights, hooks, names, copies and pickles stay what they are. A kind that
+    was not written for the installed library stays as it is; this is printed once.
     """
     change = KINDS if on else {quick: plain for plain, quick in KINDS.items()}
+    found: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules():
         if type(module) in change:
-            module.__class__ = change[type(module)]
+            found.setdefault(type(module), []).append(module)
+    for kind, modules in found.items():
+        if not on or fits_library(change[kind], kind):
+            for module in modules:
+                module.__class__ = change[kind]

@@ -12,11 +12,16 @@ from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip_2.modeling_blip_2 import Blip2MLP
 
 from lora_blip.fused import MADE_OF
+from lora_blip.kernels.plain import is_plain
 
 
 class VitMLP(nn.Module):
+    WRITTEN_FOR = ("(self, hidden_states)",)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(images, states, width) → the same shape."""
+        if is_plain():
+            return super().forward(hidden_states)
         model: Any = self
         before = model.fc1(hidden_states)
         after = model.activation_fn(before)

@@ -17,6 +17,10 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 from lora_blip.attention.attend import attend
 from lora_blip.fused import PLAIN
+from lora_blip.kernels.plain import is_plain, wants_attentions
+from lora_blip.kernels.signatures import unknown
+
+CACHE = ("past_key_values", "cache")  # names of one argument: up to transformers 5.23, and from 5.24 on
 
 
 class Source:
@@ -25,6 +29,11 @@ class Source:
     def __init__(self, states: Tensor, mask: Tensor | None) -> None:
         self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
         self.pair: tuple[Tensor, Tensor] | None = None
+
+    def each(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Return the states and the mask of so many rows, those of an image side by side, as transformers reads them."""
+        count = rows // len(self.states)
+        return self.states.repeat_interleave(count, 0), None if self.mask is None else self.mask.repeat_interleave(count, 0)
 
     def attended(self, layer: "TextAttention", queries: Tensor) -> Tensor:
         """queries (rows, tokens, width), the rows of an image side by side → what they read (rows, tokens, width)."""
@@ -46,33 +55,47 @@ NOW = Reading()
 
 
 class TextAttention(BlipTextSelfAttention):
-    """BlipTextSelfAttention with the same weights, each called once; its second output, the probabilities, is None."""
+    """BlipTextSelfAttention with the same weights, each called once; its second output, the probabilities, is None.
 
-    def forward(
+    A caller who asks for the probabilities, or passes an argument that is not known here, gets transformers' own method.
+    """
+
+    WRITTEN_FOR = tuple(
+        "(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, "
+        f"{cache}=None, **kwargs)" for cache in CACHE
+    )  # fmt: skip
+
+    def forward(  # type: ignore[override]  # `cache` has another name up to transformers 5.23
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """hidden_states (rows, tokens, width) → the same shape. Masks are added to the scores (rows, 1, tokens, keys)."""
-        if self.training and self.dropout.p:  # never in a backbone that is loaded here
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
-            )
-        queries, crosses = self.query(hidden_states), encoder_hidden_states is not None
-        if crosses and id(self) in NOW.sources:
-            return NOW.sources[id(self)].attended(self, queries), None
-        if encoder_hidden_states is not None and not encoder_hidden_states.shape[1]:
+        crosses, source = encoder_hidden_states is not None, NOW.sources.get(id(self))
+        if encoder_hidden_states is not None and source is None and not encoder_hidden_states.shape[1]:
             raise RuntimeError(
                 "nothing to read: a decoder is called, or computes again, outside of its `reading`, or its thread"
             )
+        drops = self.training and self.dropout.p  # never in a backbone that is loaded here
+        if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, CACHE[0]):
+            if crosses and source:
+                encoder_hidden_states, encoder_attention_mask = source.each(len(hidden_states))
+            cached = () if cache is None else (cache,)  # by place, since its name depends on the version
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *cached, **kwargs
+            )
+        cache = kwargs.get(CACHE[0]) if cache is None else cache
+        queries = self.query(hidden_states)
+        if crosses and source:
+            return source.attended(self, queries), None
         mask = encoder_attention_mask if crosses else attention_mask
-        if encoder_hidden_states is not None and past_key_values is None and self._few(queries, encoder_hidden_states):
+        if encoder_hidden_states is not None and cache is None and self._few(queries, encoder_hidden_states):
             return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None
-        k, v = self._keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        k, v = self._keys_and_values(hidden_states, encoder_hidden_states, cache)
         return attend(self.by_heads(queries), k, v, mask).transpose(1, 2).flatten(2), None
 
     def _keys_and_values(self, own: Tensor, encoder: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
@@ -128,7 +151,8 @@ def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int 
     `generate` adds its beams by itself. Of this thread alone; a backward pass that computes activations again must be inside.
     """
     layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
-    if not all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers):
+    fast = all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers)
+    if is_plain() or not fast:
         named = {"encoder_hidden_states": states} | ({} if mask is None else {"encoder_attention_mask": mask})
         yield {name: value.repeat_interleave(rows, 0) for name, value in named.items()} if rows > 1 else named
         return

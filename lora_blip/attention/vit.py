@@ -12,17 +12,26 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
 from lora_blip.attention.attend import attend, by_hand
+from lora_blip.kernels.plain import is_plain, wants_attentions
+from lora_blip.kernels.signatures import unknown
 
 LARGE = 2**22  # scores
 
 
 class VitAttention(nn.Module):
-    """What the attentions of both ViTs share, over the same weights; the probabilities, their second output, are None."""
+    """What the attentions of both ViTs share, over the same weights; the probabilities, their second output, are None.
+
+    A caller who asks for the probabilities, or passes an argument that is not known here, gets transformers' own method.
+    """
+
+    WRITTEN_FOR = ("(self, hidden_states, **kwargs)",)
+    UNREAD = ("output_attentions", "output_hidden_states", "return_dict")  # arguments of the model that no attention reads
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """hidden_states (images, states, width) → the same shape."""
         model: Any = self
-        if self.training and self.drops:  # never in a backbone that is loaded here
+        drops = self.training and self.drops  # never in a backbone that is loaded here
+        if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, *self.UNREAD):
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
         large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and by_hand(qkv)

@@ -10,6 +10,7 @@ from lora_blip.attention.text import reading
 from lora_blip.models import Backbone
 from lora_blip.products import as_autocast
 from lora_blip.tasks.language import DecoderLanguage, EncoderLanguage, Named
+from lora_blip.tasks.library import call
 from lora_blip.tasks.packing import Packed, pack
 from lora_blip.tasks.rows import Rows, plain_ids
 
@@ -41,9 +42,9 @@ class BlipLanguage(DecoderLanguage):
 
     def decoded_packed(self, packed: Packed, **source: Tensor) -> Tensor:
         decoder = self.model.text_decoder
-        states = decoder.bert(
-            input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask(decoder.dtype), is_decoder=True,
-            use_cache=False, **source,
+        states = call(
+            decoder.bert, input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask(decoder.dtype),
+            is_decoder=True, use_cache=False, **source,
         ).last_hidden_state  # fmt: skip
         return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.places])
 
@@ -55,8 +56,9 @@ class BlipLanguage(DecoderLanguage):
             return self.decoded(rows, **source)
 
     def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
-        return self.model.text_decoder(
-            input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
+        decoder = self.model.text_decoder
+        return call(
+            decoder, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
         ).logits  # fmt: skip
 
     def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
@@ -83,7 +85,8 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
 
     def read(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The question, read over the image: (images, tokens, width)."""
-        return self.model.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        encoder = self.model.text_encoder
+        return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
 
     def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         assert rows.decoder_input_ids is not None
@@ -104,7 +107,7 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
 
     def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
         # an answer's padding stands behind it, where a causal decoder never looks
-        return self.model.text_decoder(input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
+        return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
 
     def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
         with reading(self.model.text_decoder, self.read(seen, ids, mask), mask) as source:

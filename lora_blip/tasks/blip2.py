@@ -9,6 +9,7 @@ from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVision
 
 from lora_blip.models import Backbone, ModelError
 from lora_blip.tasks.language import DecoderLanguage, EncoderLanguage, Language, Named
+from lora_blip.tasks.library import call
 from lora_blip.tasks.packing import Packed, apart
 from lora_blip.tasks.rows import Rows, plain_ids
 
@@ -30,11 +31,10 @@ class Blip2Language(Language):
     def after(self, states: Tensor) -> Tensor:
         model = self.model
         there = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
-        queries = model.qformer(
-            query_embeds=model.query_tokens.expand(len(states), -1, -1),
-            encoder_hidden_states=states,
+        queries = call(
+            model.qformer, query_embeds=model.query_tokens.expand(len(states), -1, -1), encoder_hidden_states=states,
             encoder_attention_mask=there,
-        ).last_hidden_state
+        ).last_hidden_state  # fmt: skip
         return model.language_projection(queries.to(states.dtype))
 
     @property
@@ -66,15 +66,17 @@ class OptLanguage(DecoderLanguage, Blip2Language):
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.each(seen))
-        return self.model(
-            pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=rows.input_ids,
+        return call(
+            self.model, pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=rows.input_ids,
             attention_mask=rows.attention_mask, use_cache=False,
         ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         embeds = self.embedded(rows.each(each(seen)), rows.input_ids)
         decoder = self.model.language_model.model
-        states = decoder(inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False).last_hidden_state
+        states = call(
+            decoder, inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False
+        ).last_hidden_state  # fmt: skip
         return states.flatten(0, 1)[packed.places]
 
     def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
@@ -95,18 +97,18 @@ class T5Language(EncoderLanguage, Blip2Language):
     def read(self, seen: Tensor, rows: Rows) -> Tensor:
         """The prompt with the image before it, for each text: (rows, tokens, width)."""
         embeds, encoder = self.embedded(seen, rows.input_ids), self.model.language_model.get_encoder()
-        return rows.each(encoder(inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
+        return rows.each(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        return self.model.language_model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.read(seen, rows)),
+        return call(
+            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.read(seen, rows)),
             attention_mask=rows.each(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         model = self.model.language_model
-        states = model.get_decoder()(
-            input_ids=rows.decoder_input_ids, encoder_hidden_states=self.read(each(seen), rows),
+        states = call(
+            model.get_decoder(), input_ids=rows.decoder_input_ids, encoder_hidden_states=self.read(each(seen), rows),
             encoder_attention_mask=rows.each(rows.attention_mask), use_cache=False,
         ).last_hidden_state.flatten(0, 1)[packed.places]  # fmt: skip
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states

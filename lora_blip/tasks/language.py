@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_blip import lora
 from lora_blip.config import ConfigError
+from lora_blip.tasks.library import call
 from lora_blip.tasks.losses import IGNORE
 from lora_blip.tasks.packing import Packed
 from lora_blip.tasks.pictures import distinct
@@ -41,7 +42,7 @@ class Language:
 
     def see(self, pixel_values: Tensor) -> Tensor:
         """(images, 3, H, W) → what the language side reads of each image (images, states, width)."""
-        return self.after(self.model.vision_model(pixel_values=pixel_values).last_hidden_state)
+        return self.after(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         """Logits (rows, tokens, vocabulary) of rows over `seen` (images, states, width)."""

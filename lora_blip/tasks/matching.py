@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lora_blip.models import Backbone
+from lora_blip.tasks.library import call
 from lora_blip.tasks.rows import mask_of, pad, plain_ids
 
 BLOCK = 64  # images compared with all the texts at a time: each makes views × texts cosines
@@ -50,7 +51,7 @@ class Matcher:
 
     def see(self, pixel_values: Tensor) -> Tensor:
         """(images, 3, H, W) → the ViT's states (images, patches, width)."""
-        return self.model.vision_model(pixel_values=pixel_values).last_hidden_state
+        return call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state
 
     def image_features(self, seen: Tensor) -> Tensor:
         """Unit vectors in the joint space (images, views, width), float32; BLIP-2 has a view for each query."""
@@ -96,11 +97,11 @@ class BlipMatcher(Matcher):
         return normalize(projected(self.model.vision_proj, seen[:, :1]), dim=-1)
 
     def text_features(self, texts: Texts) -> Tensor:
-        states = self.model.text_encoder(input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
+        states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
         return normalize(projected(self.model.text_proj, states[:, 0]), dim=-1)
 
     def matching(self, seen: Tensor, texts: Texts) -> Tensor:
-        states = self.model.text_encoder(input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=seen)
+        states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=seen)
         return log_odds(projected(self.model.itm_head, states.last_hidden_state[:, 0]))
 
 
@@ -113,21 +114,22 @@ class Blip2Matcher(Matcher):
 
     def image_features(self, seen: Tensor) -> Tensor:
         queries = self.model.query_tokens.expand(len(seen), -1, -1)
-        states = self.model.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+        states = call(self.model.qformer, query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
         return normalize(projected(self.model.vision_projection, states), dim=-1)
 
     def text_features(self, texts: Texts) -> Tensor:
-        embeds = self.model.embeddings(input_ids=texts.ids)
-        states = self.model.qformer(query_embeds=embeds, query_length=0, attention_mask=texts.mask).last_hidden_state
+        embeds = call(self.model.embeddings, input_ids=texts.ids)
+        states = call(self.model.qformer, query_embeds=embeds, query_length=0, attention_mask=texts.mask).last_hidden_state
         return normalize(projected(self.model.text_projection, states[:, 0]), dim=-1)
 
     def matching(self, seen: Tensor, texts: Texts) -> Tensor:
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
-        both = self.model.embeddings(input_ids=texts.ids, query_embeds=queries)
+        both = call(self.model.embeddings, input_ids=texts.ids, query_embeds=queries)
         mask = torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], dim=1)
-        states = self.model.qformer(
-            query_embeds=both, query_length=queries.shape[1], attention_mask=mask, encoder_hidden_states=seen
-        ).last_hidden_state
+        states = call(
+            self.model.qformer, query_embeds=both, query_length=queries.shape[1], attention_mask=mask,
+            encoder_hidden_states=seen,
+        ).last_hidden_state  # fmt: skip
         return log_odds(projected(self.model.itm_head, states[:, : queries.shape[1]]).mean(1))
 
 
