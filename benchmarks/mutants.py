@@ -13,7 +13,7 @@ text of messages, annotations and code that only a GPU executes. This tool:
 - gives each worker a private copy of the tree with the fault in it, so that subprocesses and torchrun see the fault too;
 - executes the covering tests, quickest first, and stops at the first failure.
 
-Limits: the tests of a mutant get BUDGET CPU seconds, then the mutant waits for a second pass with the tests that are left.
+Limits: the tests of a mutant get BUDGET CPU seconds, then the mutant waits for another pass with the tests that are left.
 What is not finished after `--minutes` is "unfinished" and counts as a survivor. A child that needs far more CPU time than its
 tests need without the fault, or hangs, is "timeout" and counts as killed. A test that fails without any fault is not used.
 """
@@ -58,7 +58,7 @@ SLOW_FILES = tuple(  # test files that take long and are about other code; leavi
     "scale scripts shipped store".split()
 )
 COUNT, SEED, MINUTES = 300, 0, 90.0
-BUDGET = 60.0  # CPU seconds of tests in the first pass of a mutant
+BUDGET = 20.0  # CPU seconds of tests in the first pass of a mutant; each later pass has three times as many
 KILLED, SURVIVED = ("killed", "timeout"), ("survived", "unfinished", "uncovered")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -257,6 +257,7 @@ class Outcome:
     status: str = "unfinished"
     tests: list[str] = field(default_factory=list)  # the covering ones, in order
     done: int = 0  # of them, in earlier passes
+    passes: int = 0
     killer: str = ""
     why: str = ""
     seconds: float = 0.0
@@ -312,9 +313,9 @@ def _run(
 def _try(tree: Tree, coverage: Coverage, outcome: Outcome, server: "Server") -> None:
     """Give a mutant the tests of its next pass."""
     tests: list[str] = []
-    needed = 0.0
+    needed, budget = 0.0, BUDGET * 3**outcome.passes
     for test in outcome.tests[outcome.done :]:
-        if tests and needed + coverage.seconds[test] > BUDGET:
+        if tests and needed + coverage.seconds[test] > budget:
             break
         tests.append(test)
         needed += coverage.seconds[test]
@@ -325,7 +326,7 @@ def _try(tree: Tree, coverage: Coverage, outcome: Outcome, server: "Server") -> 
     if told["code"] == 1000:
         outcome.status, outcome.killer = "timeout", outcome.killer or tests[min(told.get("passed", 0), len(tests) - 1)]
     elif told["code"] in (0, 5):  # 5: the tests have other parameters now, so that none is left
-        outcome.done += len(tests)
+        outcome.done, outcome.passes = outcome.done + len(tests), outcome.passes + 1
         outcome.status = "survived" if outcome.done == len(outcome.tests) else "unfinished"
     elif told["code"] in (1, 2, 3, 4) or told["code"] < 0:  # a failure, or our code cannot be imported, or crashes
         outcome.status, outcome.killer = "killed", outcome.killer or f"exit status {told['code']}"
