@@ -1,0 +1,348 @@
+"""Checkpoint folders, and which of them a run continues from; without a training."""
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_blip import checkpoint, resume
+from lora_blip.checkpoint import ABOUT, BEST, FOLDER, TENSORS, CheckpointError
+from lora_blip.config import TrainConfig
+from lora_blip.data.annotations import Example
+
+IDENTITY = {"lr": 0.1, "batch_size": 2, "training lines": "abc"}
+TENSOR = {"parameter/a": torch.arange(6.0).reshape(2, 3)}
+
+
+def write(run: Path, step: int = 1, age: float = 0.0, keep: int = 2, best: Path | None = None, **identity: Any) -> Path:
+    """A checkpoint of `run`; `age`: seconds since the checkpoint folder was last changed."""
+    about = {"identity": {**IDENTITY, **identity}, "run": {"name": run.name}, "progress": {"step": step}}
+    folder = checkpoint.write(run, step, TENSOR, about, best or run / "none", keep)
+    when = 1_700_000_000 - age
+    os.utime(folder.parent, (when, when))
+    return folder
+
+
+def find(output_dir: Path, how: str | Path = "auto", **changes: Any) -> tuple[checkpoint.Saved | None, list[str]]:
+    return resume.find(TrainConfig(output_dir=str(output_dir), resume=str(how), **changes), IDENTITY)
+
+
+# ---------------------------------------------------------------- which one
+
+
+@pytest.mark.parametrize("newer", ["lora_a", "lora_b"])
+def test_the_newest_interrupted_run_is_continued(tmp_path, newer):
+    for name in ("lora_a", "lora_b"):
+        write(tmp_path / name, age=0 if name == newer else 60)
+    saved, notes = find(tmp_path)
+    assert saved is not None and saved.run == tmp_path / newer and notes == []
+
+
+def test_the_newest_run_with_the_same_settings_is_continued_and_the_others_are_named(tmp_path):
+    write(tmp_path / "lora_same", age=60)
+    write(tmp_path / "lora_older", age=90)
+    write(tmp_path / "lora_changed", lr=0.5)
+    for allowed in (False, True):
+        saved, notes = find(tmp_path, allow_changed=allowed)
+        assert saved is not None and saved.run.name == "lora_same" and notes == []
+    shutil.rmtree(tmp_path / "lora_same")
+    shutil.rmtree(tmp_path / "lora_older")
+    write(tmp_path / "lora_changed_long_ago", age=90, lr=0.7)
+    saved, notes = find(tmp_path)
+    assert saved is None and [note.split(" was interrupted, and is another run: ")[1] for note in notes] == [
+        "lr was 0.5 and is 0.1",
+        "lr was 0.7 and is 0.1",
+    ]
+    saved, notes = find(tmp_path, allow_changed=True)
+    assert saved is not None and saved.run.name == "lora_changed" and notes == ["going on though lr was 0.5 and is 0.1"]
+
+
+def test_a_copy_of_a_runs_folder_is_not_continued_though_it_is_newer(tmp_path):
+    write(tmp_path / "lora_a", age=60)
+    shutil.copytree(tmp_path / "lora_a", tmp_path / "backup")
+    os.utime(tmp_path / "backup" / FOLDER)
+    saved, _ = find(tmp_path)
+    assert saved is not None and saved.run.name == "lora_a"
+    shutil.rmtree(tmp_path / "lora_a")
+    assert find(tmp_path) == (None, [])
+
+
+def test_a_folder_that_was_never_finished_being_made_is_not_continued(tmp_path):
+    write(tmp_path / ".lora_a")
+    assert find(tmp_path) == (None, [])
+
+
+def test_off_continues_nothing(tmp_path):
+    write(tmp_path / "lora_a")
+    assert find(tmp_path, "off") == (None, [])
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_continued(tmp_path):
+    older, newer = write(tmp_path / "lora_a"), write(tmp_path / "lora_a", step=2)
+    (newer / TENSORS).write_bytes(b"x")
+    saved, notes = find(tmp_path)
+    assert saved is not None and saved.folder == older and len(notes) == 1 and f"{newer} is damaged" in notes[0]
+
+
+def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
+    older, newer = (write(tmp_path / "lora_a", step=step, lr=0.5) for step in (1, 2))
+    for path, folder in ((tmp_path / "lora_a", newer), (newer, newer), (older, older)):
+        with pytest.raises(CheckpointError, match=r"lr was 0\.5 and is 0\.1.*allow_changed"):
+            find(tmp_path, path)
+        saved, notes = find(tmp_path, path, allow_changed=True)
+        assert saved is not None and saved.folder == folder and notes == ["going on though lr was 0.5 and is 0.1"]
+    saved, notes = resume.find(TrainConfig(resume=str(older)), {**IDENTITY, "lr": 0.5})
+    assert saved is not None and saved.folder == older and notes == []
+
+
+def test_a_path_to_a_checkpoint_that_is_gone_gives_the_newest_of_its_run(tmp_path):
+    older, newer = write(tmp_path / "lora_a", keep=1), write(tmp_path / "lora_a", step=2, keep=1)
+    assert not older.exists() and checkpoint.locate(older).folder == newer
+    for wrong, message in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path / "nowhere" / FOLDER / "000001_step1", "there is no such folder"),
+        (tmp_path, "it has no checkpoint: it is finished"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.locate(wrong)
+    for name in (TENSORS, ABOUT):
+        (newer / name).unlink()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.locate(newer)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.locate(tmp_path / "lora_a")
+
+
+def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_path):
+    """Another process made a newer checkpoint between our look and our lock."""
+    older, newer = (write(tmp_path / "lora_a", step=step) for step in (1, 2))
+    for how, folder in (("auto", newer), (older, older)):
+        with ExitStack() as held:
+            saved, _ = resume.hold(TrainConfig(output_dir=str(tmp_path), resume=str(how)), IDENTITY, held)
+            assert saved is not None and saved.folder == folder
+    with ExitStack() as held:
+        assert resume.hold(TrainConfig(output_dir=str(tmp_path / "none")), IDENTITY, held) == (None, [])
+
+
+# ---------------------------------------------------------------- the folders
+
+
+def test_a_checkpoint_is_what_was_written(tmp_path):
+    """Tensors to the bit, the state, and the best adapter; its name counts up and holds the step."""
+    best = tmp_path / "best"
+    best.write_bytes(b"best")
+    folders = [write(tmp_path / "lora_a", step=step, keep=3, best=best if step == 7 else None) for step in (0, 7, 7, 12)]
+    assert [folder.name for folder in folders] == ["000001_step0", "000002_step7", "000003_step7", "000004_step12"]
+    assert sorted(path.name for path in folders[0].parent.iterdir()) == [folder.name for folder in folders[1:]]
+    saved = checkpoint.read(folders[1])
+    assert saved.run == tmp_path / "lora_a" and saved.about["progress"] == {"step": 7} and saved.about["identity"] == IDENTITY
+    assert list(saved.tensors()) == list(TENSOR) and torch.equal(saved.tensors()["parameter/a"], TENSOR["parameter/a"])
+    assert (folders[1] / BEST).read_bytes() == b"best" and not (folders[3] / BEST).exists()
+    assert saved.about["sha256"].keys() == {TENSORS, BEST}
+    checkpoint.forget(tmp_path / "lora_a")
+    assert list((tmp_path / "lora_a").iterdir()) == [] and checkpoint.newest(tmp_path / "lora_a") == (None, [])
+
+
+def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
+    """The millionth comes after the one before it."""
+    folder = write(tmp_path / "lora_a")
+    for name in ("999999_step1", "1000000_step1"):
+        shutil.copytree(folder, folder.with_name(name))
+    saved, _ = checkpoint.newest(tmp_path / "lora_a")
+    assert saved is not None and saved.folder.name == "1000000_step1"
+    assert write(tmp_path / "lora_a", step=3, keep=9).name == "1000001_step3"
+
+
+def test_other_files_among_the_checkpoints_are_left_alone(tmp_path):
+    folder = write(tmp_path / "lora_a")
+    for name in ("notes", "12_step3", "000009_step", "x000009_step1", "000009_step1.bak"):
+        (folder.parent / name).mkdir()
+    saved, wrong = checkpoint.newest(tmp_path / "lora_a")
+    assert saved is not None and saved.folder == folder and wrong == []
+    assert write(tmp_path / "lora_a").name == "000002_step1" and (folder.parent / "12_step3").exists()
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+    first = write(tmp_path / "lora_a", keep=1)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "serialise", full)
+    with pytest.raises(OSError, match="no space left"):
+        write(tmp_path / "lora_a", step=2, keep=1)
+    assert [path.name for path in first.parent.iterdir()] == [first.name] and checkpoint.read(first)
+
+
+@pytest.mark.parametrize("name", [TENSORS, BEST])
+def test_one_changed_byte_is_damage(tmp_path, name):
+    best = tmp_path / "best"
+    best.write_bytes(b"best")
+    folder = write(tmp_path / "lora_a", best=best)
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"damaged: {name} is not what was written"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"progress": {"step": 9}}, f"{ABOUT} is not what was written"),
+        ({"sha256": {}}, f"{ABOUT}, {TENSORS} is|{ABOUT} is"),
+        ({"format_version": None}, f"{ABOUT} is not"),
+    ],
+)
+def test_a_changed_state_is_damage(tmp_path, change, message):
+    folder = write(tmp_path / "lora_a")
+    about = json.loads((folder / ABOUT).read_text())
+    (folder / ABOUT).write_text(json.dumps({**about, **change}))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(folder)
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """A state that is whole by its own digest."""
+    about = {**json.loads((folder / ABOUT).read_text()), **changes}
+    about.pop("sha256 of the rest")
+    (folder / ABOUT).write_text(json.dumps({**about, "sha256 of the rest": checkpoint._digest(about)}))
+
+
+def test_another_format_is_refused_by_its_number(tmp_path):
+    folder = write(tmp_path / "lora_a")
+    rewrite(folder, format_version=checkpoint.FORMAT_VERSION + 1)
+    with pytest.raises(CheckpointError, match="has format 2, and this lora_blip knows 1"):
+        checkpoint.read(folder)
+
+
+def test_a_state_without_its_tensors_is_damage(tmp_path):
+    folder = write(tmp_path / "lora_a")
+    rewrite(folder, sha256={})
+    with pytest.raises(CheckpointError, match=f"damaged: {TENSORS} is not what was written"):
+        checkpoint.read(folder)
+
+
+def test_a_sum_of_a_file_elsewhere_does_not_lead_there(tmp_path):
+    """Names in the state are names in the folder: no path of it is opened."""
+    folder = write(tmp_path / "lora_a")
+    (tmp_path / "secret").write_text("x")
+    sums = json.loads((folder / ABOUT).read_text())["sha256"]
+    rewrite(folder, sha256={**sums, "../../../secret": checkpoint._sum(tmp_path / "secret")})
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read(folder)
+
+
+def test_a_tensor_of_another_shape_or_none_is_named():
+    like = torch.zeros(2, 3)
+    assert checkpoint.take(TENSOR, "parameter/a", like) is TENSOR["parameter/a"]
+    for name, wanted, message in (
+        ("parameter/b", like, r"'parameter/b' is not there in the checkpoint, and \(2, 3\) here; set TARGETS and R back"),
+        ("parameter/a", torch.zeros(3, 2), r"'parameter/a' is of shape \(2, 3\) in the checkpoint, and \(3, 2\) here"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.take(TENSOR, name, wanted)
+
+
+# ---------------------------------------------------------------- what identifies a run
+
+
+SIZE = 10 * resume.GLIMPSE
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Example:
+    image = tmp_path / "a.png"
+    image.write_bytes(bytes(SIZE))
+    return Example(image, "a cube", "a.png", 1)
+
+
+@pytest.mark.parametrize("place", [0, resume.GLIMPSE - 1, SIZE // 2, SIZE // 2 + resume.GLIMPSE - 1, -resume.GLIMPSE, -1])
+def test_a_changed_byte_at_the_start_middle_or_end_of_an_image_is_another_data_set(line, place):
+    before = resume.lines_digest([line], True), resume.lines_digest([line], False)
+    content = bytearray(SIZE)
+    content[place] = 1
+    line.image.write_bytes(content)
+    after = resume.lines_digest([line], True), resume.lines_digest([line], False)
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+@pytest.mark.parametrize("size", [0, 1, resume.GLIMPSE, resume.GLIMPSE + 1, SIZE + 1])
+def test_the_size_of_an_image_is_part_of_its_data_set(line, size):
+    before = resume.lines_digest([line], True)
+    line.image.write_bytes(bytes(size))
+    assert resume.lines_digest([line], True) != before
+
+
+def test_every_word_and_the_order_of_the_lines_are_part_of_a_data_set(line):
+    """Beyond a chunk too; where the lines lie is not."""
+    many = [replace(line, text=f"text {n}") for n in range(resume.CHUNK + 2)]
+    changed = [
+        [*many[:-1], replace(many[-1], text="other")],
+        [replace(many[0], name="b.png"), *many[1:]],
+        [replace(many[0], question="what?"), *many[1:]],
+        [replace(many[0], answers=("a",)), *many[1:]],
+        [many[1], many[0], *many[2:]],
+        many[:-1],
+        many[: resume.CHUNK],
+    ]
+    for with_images in (False, True):
+        digests = [resume.lines_digest(each, with_images) for each in (many, *changed)]
+        assert len(set(digests)) == len(digests)
+        assert resume.lines_digest([replace(each, line=7) for each in many], with_images) == digests[0]
+
+
+def test_differences_name_the_setting_or_what_is_not_the_same():
+    then = {"lr": 0.1, "training lines": "a", "base weights": "b", "base processors": "c", "seed": 3, "gone": 1}
+    now = {"lr": 0.2, "training lines": "x", "base weights": "y", "base processors": "z", "seed": 3, "new": 5}
+    assert resume.differences(then, now) == [
+        "lr was 0.1 and is 0.2",
+        "training lines are not the same",
+        "base weights are not the same",
+        "base processors are not the same",
+        "new was None and is 5",
+    ]
+    assert resume.differences(now, now) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.fc.weight.data[1, 2].add_(1e-3),
+        lambda model: model.half(),
+        lambda model: setattr(model.fc, "weight", torch.nn.Parameter(model.fc.weight.data.reshape(4, 3), False)),
+        lambda model: model.fc.bias.requires_grad_(True),
+        lambda model: setattr(model, "fd", model.__delattr__("fc") or torch.nn.Linear(4, 3).requires_grad_(False)),
+    ],
+)
+def test_values_dtypes_shapes_and_names_of_what_is_frozen_identify_a_base(change):
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.fc = torch.nn.Linear(4, 3).requires_grad_(False)
+    model.empty = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
+    before = resume.weights_digest(model)
+    assert before == resume.weights_digest(model)
+    change(model)
+    assert resume.weights_digest(model) != before
+
+
+def test_what_is_trained_does_not_identify_a_base():
+    model = torch.nn.Linear(4, 3)
+    model.bias.requires_grad_(False)
+    before = resume.weights_digest(model)
+    model.weight.data.add_(1)
+    assert resume.weights_digest(model) == before
+
+
+def test_two_values_that_change_places_are_another_base():
+    """The exclusive or of all values does not see it; the samples of a small weight do."""
+    model = torch.nn.Linear(4, 3).requires_grad_(False)
+    before = resume.weights_digest(model)
+    model.weight.data = model.weight.data.flip(0)
+    assert resume.weights_digest(model) != before
