@@ -1,0 +1,143 @@
+"""Adapters, run folders and checkpoints that earlier versions wrote: the same texts, and the same final adapter."""
+
+import json
+import platform
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import PIL
+import pytest
+import torch
+import transformers
+
+from lora_blip import adapter, lora
+from lora_blip.config import InferConfig, TrainConfig
+from lora_blip.loop import train
+from lora_blip.models import load_backbone
+from lora_blip.predict import infer
+from tests.fixtures import bases
+
+V1 = Path(__file__).parent / "fixtures" / "v1"
+ADAPTERS = sorted(path.name for path in (V1 / "adapters").iterdir())
+INTERRUPTED = sorted(path.name for path in (V1 / "interrupted").iterdir())
+TIMES = ("seconds", "images_per_s")
+ELSEWHERE = 1e-3  # of the norm of an adapter: Adam's first steps are signs of gradients, and rounding may turn one
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the files were written in: bases/, photos/ and annotations by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(V1 / "data", tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def settings_of(run: Path) -> TrainConfig:
+    """The settings of a run folder; a setting that is newer than the folder has its default."""
+    recorded = json.loads((run / "config.json").read_text())
+    known = {field.name for field in fields(TrainConfig)}
+    assert recorded.keys() <= known, f"settings of version one are gone: {recorded.keys() - known}"
+    return TrainConfig(**recorded)
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def same_machine() -> bool:
+    """Whether sums are made in the same order as on the machine that wrote the files."""
+    recorded = json.loads((V1 / "made_with.json").read_text())
+    name = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ":").split(":")[1]
+    now = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "pillow": PIL.__version__, "cpu": name.strip(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+    return platform.machine() == "x86_64" and all(recorded[key] == value for key, value in now.items())
+
+
+@pytest.mark.parametrize("kind", bases.TOKENIZER_OF)
+def test_a_base_is_rebuilt_to_the_bit(here, kind):
+    """The weights have the recorded digest, whatever the versions of torch and NumPy, and the model loads them all."""
+    folder = bases.build(kind, here / "bases" / kind)
+    loaded = load_backbone(str(folder), "cpu").model.state_dict()
+    recorded = json.loads((bases.BASES / kind / "weights.json").read_text())["weights"]
+    for name, given in recorded.items():
+        assert torch.equal(loaded[name], torch.from_numpy(bases.weight(name, *given))), name
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_version_one_says_what_it_said(name):
+    """The same texts (on hooks) and rankings within 1e-5 (merged), with the base, prompt and beams that the file names."""
+    (path,) = (V1 / "adapters" / name).rglob(adapter.FILE_NAME)
+    base = Path(adapter.read(path).base)
+    bases.build(base.name, base)
+    question = "questions.jsonl" if name.startswith("vqa") else ""
+    config = InferConfig(adapter=str(path), images="photos", question=question, device="cpu", precision="fp32", batch_size=5)
+    recorded = V1 / "adapters" / name / "texts.jsonl"
+    if recorded.exists():  # retrieval writes none
+        now = lines(infer(replace(config, merge=False, output_dir="texts")).read_text())
+        then = lines(recorded.read_text())
+        assert [{key: line.get(key) for key in known} for known, line in zip(then, now, strict=True)] == then
+    now = lines(infer(replace(config, texts="texts.txt", output_dir="ranking")).read_text())
+    for then, line in zip(lines((V1 / "adapters" / name / "ranking.jsonl").read_text()), now, strict=True):
+        assert (line["image"], line.get("question")) == (then["image"], then.get("question"))
+        odds = [{entry["text"]: entry["probability"] for entry in each["ranking"]} for each in (line, then)]
+        assert odds[0] == pytest.approx(odds[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_version_one_is_saved_as_it_was(here, name):
+    """Loaded and saved again, the tensors, the ranks, the task and the samples of the base are those of the file."""
+    (path,) = (V1 / "adapters" / name).rglob(adapter.FILE_NAME)
+    base = Path(adapter.read(path).base)
+    backbone = load_backbone(str(bases.build(base.name, base)), "cpu")
+    then = adapter.load(backbone, path)
+    again = adapter.read(adapter.save(here / "again.safetensors", backbone, task=then.task))
+    assert list(then.tensors) == list(again.tensors)
+    assert all(torch.equal(then.tensors[key], again.tensors[key]) for key in then.tensors)
+    assert again.about["lora"] == then.about["lora"] and again.about["base"]["samples"] == then.about["base"]["samples"]
+    assert all(x.scale == x.site.alpha / x.site.r for x in lora.adapters(backbone.model).values())
+
+
+def test_a_run_folder_of_version_one_is_found_and_read(here):
+    """`latest` finds the run that finished; its settings are settings still, and its best adapter loads."""
+    (source,) = (V1 / "adapters" / "caption_blip").glob("lora_*")
+    shutil.copytree(source, here / "lora_blip_output" / source.name)
+    bases.build("blip", here / "bases" / "blip")
+    assert adapter.locate("latest").parent.name == source.name
+    config = settings_of(source)
+    assert (config.targets, config.dropout, config.r) == ("vit.q:r=4,vit.v,text[1:2]:r=3", 0.1, 2)
+    adapter.load(load_backbone("bases/blip", "cpu"), source / "best.safetensors")
+    assert [entry["step"] for entry in lines((source / "metrics.jsonl").read_text()) if "loss" in entry][-1] == 60
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter(here, name, capsys):
+    """Law 6 across versions: bit for bit with the same libraries on the same CPU, else within a bound of each tensor's norm."""
+    (source,) = (V1 / "interrupted" / name).glob("lora_*")
+    config = settings_of(source)
+    bases.build(Path(config.model).name, Path(config.model))
+    run = here / config.output_dir / source.name
+    shutil.copytree(source, run)
+    exact = same_machine()
+    path = train(config if exact else replace(config, resume=str(run), allow_changed=True))
+    assert path.parent.resolve() == run.resolve(), capsys.readouterr().out  # it was taken up, not begun again
+    then, now = adapter.read(V1 / "interrupted" / name / "final.safetensors"), adapter.read(path)
+    assert list(then.tensors) == list(now.tensors)
+    for key, value in then.tensors.items():
+        if exact:
+            assert torch.equal(now.tensors[key], value), key
+        else:
+            assert (now.tensors[key] - value).norm() <= ELSEWHERE * value.norm(), key
+    temperatures = [each.task.get("temperature", 1.0) for each in (now, then)]  # retrieval's
+    assert temperatures[0] == pytest.approx(temperatures[1], rel=0 if exact else 1e-4)
+    recorded = lines((V1 / "interrupted" / name / "final_metrics.jsonl").read_text())
+    found = lines((run / "metrics.jsonl").read_text())
+    for one, other in zip(recorded, found, strict=True):
+        assert {key: other[key] for key in one if key not in TIMES} == pytest.approx(
+            {key: value for key, value in one.items() if key not in TIMES}, rel=0 if exact else 1e-4
+        )
+    assert not (run / "checkpoints").exists() and [p.name for p in run.parent.glob("lora_*")] == [source.name]
