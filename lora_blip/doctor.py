@@ -13,9 +13,10 @@ import lora_blip
 from lora_blip import lora, targets
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
+from lora_blip.metrics.java import NOTICE
 from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
 from lora_blip.tasks import TASKS, natural_task
-from lora_blip.untrusted import printable_lines
+from lora_blip.untrusted import printable, printable_lines
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
 EXTRAS = {
@@ -54,7 +55,8 @@ def java() -> str:
     if path is None:
         return "missing"
     done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20, check=False)
-    return (done.stderr or done.stdout).splitlines()[0] if done.returncode == 0 else f"{path} does not run"
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if not line.startswith(NOTICE)]
+    return printable(lines[0]) if lines and done.returncode == 0 else f"{path} does not run"
 
 
 def devices() -> list[torch.device]:

@@ -315,6 +315,42 @@ def test_spice_without_its_models_is_a_reason_and_with_them_its_f_score(tmp_path
     assert java.spice(["a", "b"], [["a"], ["b"]], tmp_path) == (0.375, [0.25, 0.5])
 
 
+OTHER_LOCALE = (
+    "-Duser.language=de -Duser.country=DE -Duser.region=DE -Duser.language.format=ar -Duser.country.format=EG "
+    "-Duser.extensions.format=u-nu-arab -Dfile.encoding=US-ASCII"
+)
+ENGLISH = (0.30598056641999505, 0.47900797895802394, 0.12355212355212356)  # METEOR of both images, and of each
+
+
+@needs_java
+def test_scores_are_those_of_english_whatever_language_java_is_set_to(package, monkeypatch):
+    """METEOR reads its own numbers back: with a decimal comma, or Arabic digits, it failed. Words and case are the same too."""
+    said, right = ["a white cube on a café TABLE I", "a red cube"], [["a white Cube on the café table"], ["a blue cube, 1,5 m"]]
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", OTHER_LOCALE)
+    monkeypatch.setenv("_JAVA_OPTIONS", OTHER_LOCALE)
+    monkeypatch.setenv("LC_ALL", "C")
+    whole, by_image = java.meteor(said, right, package)
+    assert (whole, *by_image) == pytest.approx(ENGLISH, abs=1e-12)
+    assert java.tokenise([*said, "IN ISTANBUL 1.5"], package)[0::2] == ["a white cube on a café table i", "in istanbul 1.5"]
+
+
+def test_every_java_program_gets_the_locale_last(tmp_path, monkeypatch, package):
+    """_JAVA_OPTIONS overrides all other options, and in it the last one counts; what the user set before stays."""
+    log = tmp_path / "log"
+    play(tmp_path, monkeypatch, f'echo "$_JAVA_OPTIONS" >> {log}; echo "Picked up _JAVA_OPTIONS: x" >&2; exit 1')
+    monkeypatch.setenv("_JAVA_OPTIONS", "-Xmx1g -Duser.language=de")
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    for name in java.SPICE_MODELS:
+        (tmp_path / "spice" / "lib" / name).touch()
+    for run in (java.meteor, java.spice, lambda said, _, folder: java.tokenise(said, folder)):
+        with pytest.raises(java.JavaError, match="it wrote nothing"):  # Java's own notice is no reason
+            run(["a"], [["a"]], tmp_path if run is java.spice else package)
+    given = log.read_text().splitlines()
+    assert len(given) == 3 and len(set(given)) == 1 and given[0].startswith("-Xmx1g -Duser.language=de ")
+    last = dict(part.split("=") for part in given[0].split() if "=" in part)
+    assert last["-Duser.language"] == last["-Duser.language.format"] == "en" and last["-Dfile.encoding"] == "UTF-8"
+
+
 # ---- VQA
 
 

@@ -6,6 +6,7 @@ and whatever goes wrong is a JavaError with one line of reason.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,12 @@ from lora_blip.metrics.tokens import kept
 
 START, EACH = 180.0, 0.1  # seconds: allowed to a process at all, and more for every caption or image that it is given
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")  # not in pycocoevalcap's package
+
+# The programs write numbers and change case as the system's language does: METEOR fails on the decimal comma that it writes.
+FIXED = {"language": "en", "country": "US", "region": "US", "script": "", "variant": "", "extensions": ""}
+LOCALE = [f"-Duser.{key}{use}={value}" for key, value in FIXED.items() for use in ("", ".format", ".display")]
+OPTIONS = [*LOCALE, "-Dfile.encoding=UTF-8"]
+NOTICE = "Picked up "  # what Java writes on stderr about options in the environment
 
 Found = tuple[float, list[float]]  # the score of the set, and by image
 
@@ -32,6 +39,14 @@ def java() -> str:
     if found is None:
         raise JavaError("there is no `java` command here; install a Java runtime (8 or newer)")
     return found
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for Java, with English numbers whatever the system's language is.
+
+    `_JAVA_OPTIONS` overrides the command line and JAVA_TOOL_OPTIONS, and of its options the last one counts.
+    """
+    return os.environ | {"_JAVA_OPTIONS": " ".join([os.environ.get("_JAVA_OPTIONS", ""), *OPTIONS]).strip()}
 
 
 def tokenise(captions: list[str], package: Path) -> list[str]:
@@ -62,7 +77,7 @@ def meteor(predictions: list[str], references: list[list[str]], package: Path) -
     The score of the set is taken from the summed counts of all images: it is not the mean of theirs. Raises JavaError.
     """
     jar = package / "meteor" / "meteor-1.5.jar"
-    command = [java(), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = [java(), *OPTIONS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with _talking(command, _limit(len(predictions))) as ask:
         counts = []
         for said, right in zip(predictions, references, strict=True):
@@ -103,7 +118,10 @@ def _limit(items: int) -> float:
 def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
     """What a Java program writes that is given `given`; JavaError when it fails or runs longer than `limit` seconds."""
     try:
-        done = subprocess.run([java(), *arguments], input=given.encode(), capture_output=True, timeout=limit, check=False)
+        done = subprocess.run(
+            [java(), *OPTIONS, *arguments], input=given.encode(), capture_output=True, timeout=limit, check=False,
+            env=environment(),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise JavaError(f"{name} was stopped after {limit:.0f} s") from None
     except OSError as error:
@@ -119,7 +137,9 @@ def _talking(command: list[str], limit: float) -> Iterator[Callable[[str, int], 
     late = threading.Event()
     with tempfile.TemporaryFile() as errors:  # a pipe for stderr would fill up, since nobody reads it
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment()
+            )  # fmt: skip
         except OSError as error:
             raise JavaError(f"Java did not start ({error})") from None
         to, back = process.stdin, process.stdout
@@ -155,5 +175,6 @@ def _talking(command: list[str], limit: float) -> Iterator[Callable[[str, int], 
 
 
 def _last_line(written: bytes) -> str:
-    lines = [line for line in written.decode("utf-8", "replace").splitlines() if line.strip()]
+    lines = written.decode("utf-8", "replace").splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith(NOTICE)]
     return lines[-1][:200] if lines else "it wrote nothing"

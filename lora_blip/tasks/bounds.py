@@ -25,7 +25,7 @@ class Bounds:
 
     def __init__(self, tokenizer: Any, special: Iterable[Any]) -> None:
         self.tokenizer = tokenizer
-        tokens = tokenizer.convert_ids_to_tokens(sorted(special))
+        tokens = list(filter(None, tokenizer.convert_ids_to_tokens(sorted(special))))  # BLIP's [DEC] has none there
         self.marks = {case for token in tokens for case in (token[:1].lower(), token[:1].upper())}  # what each begins with
         self.longest_word = longest_known_word(tokenizer, frozenset(special)) if all(map(str.isascii, tokens)) else 0
         self.counts: dict[str, int] = {}

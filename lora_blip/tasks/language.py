@@ -1,6 +1,7 @@
 """What every kind of language model does: makes rows of a prompt and a text, is run over what was seen, and writes."""
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lora_blip.tasks.library import call
 from lora_blip.tasks.losses import IGNORE
 from lora_blip.tasks.packing import Packed
 from lora_blip.tasks.pictures import distinct
-from lora_blip.tasks.rows import Rows, by_length, index_of, mask_of, pad, plain_ids, shifted_targets
+from lora_blip.tasks.rows import Rows, by_length, index_of, mask_of, pad, plain_ids, shifted_targets, special_ids
 
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all that are on
 Named = dict[str, Any]  # arguments by name
@@ -121,9 +122,24 @@ class Language:
             mine = adapters and [adapters[index] for index in group]
             with lora.chosen(self.model, mine, settings.get("num_beams", 1)):
                 made = self.continued(seen[group], ids, mask, settings | {"max_new_tokens": most})
-            for index, text in zip(group, self.tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+            for index, text in zip(group, self.texts_of(made), strict=True):
                 said[index] = " ".join(text.split())
         return said
+
+    def texts_of(self, ids: Tensor) -> list[str]:
+        """Decode ids (rows, tokens) without the structural and unknown tokens; tokens that a user added stay."""
+        kept = [[id for id in row if id not in self.hidden_ids] for row in ids.tolist()]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def structural_ids(self) -> set[Any]:
+        """Return the ids that no text may contain."""
+        ids: set[Any] = {getattr(self, "first", None), *getattr(self, "image", [])[:1]}
+        return special_ids(self.tokenizer) | (ids - {None})
+
+    @cached_property
+    def hidden_ids(self) -> set[Any]:
+        return self.structural_ids | {self.tokenizer.unk_token_id}
 
 
 def rows_are_named(model: nn.Module) -> bool:

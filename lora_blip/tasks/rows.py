@@ -4,6 +4,7 @@
 padding (by the mask, never by id), on the prompt, on image placeholders.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_blip.tasks.losses import IGNORE
+
+STRUCTURAL = ("bos", "eos", "sep", "pad", "cls", "mask")
+PLACE_HOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, BLIP-2's and T5's
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,14 @@ def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids that mean something else than words. BERT's [UNK] stands for a word; OPT's is its end token by another name."""
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    unknown = tokenizer.unk_token_id
-    return set(tokenizer.all_special_ids) - ({unknown} - set(others))
+    """Return the ids that the model uses as structure: start, end, padding, masks and place holders.
+
+    A token that a user added is a word, even with `special_tokens=True`. BERT's [UNK] replaces a word, so it is not among
+    these; OPT's is its end token under another name.
+    """
+    named = {tokenizer.special_tokens_map.get(f"{name}_token") for name in STRUCTURAL} - {None}
+    ids = set(tokenizer.convert_tokens_to_ids(sorted(map(str, named))))
+    return ids | {id for id, token in tokenizer.added_tokens_decoder.items() if PLACE_HOLDER.fullmatch(str(token))}
 
 
 def by_length(rows: list[list[int]]) -> Iterator[list[int]]:

@@ -64,7 +64,7 @@ class Task:
                 f"give a checkpoint of {' or '.join(self.architectures)}, such as {self.such_as}"
             )
         image = getattr(backbone.model.config, "image_token_index", None)
-        self.special_ids = special_ids(backbone.tokenizer) | ({image} - {None})
+        self.special_ids: set[Any] = special_ids(backbone.tokenizer) | ({image} - {None})
         self.expected: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
 
     def require_score(self, name: str) -> None:

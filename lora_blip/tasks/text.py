@@ -28,6 +28,7 @@ class TextTask(Task):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.language = language_of(backbone)
+        self.special_ids = self.language.structural_ids
 
     def prompt_of(self, example: Example) -> str:
         """What the model reads before it writes."""
