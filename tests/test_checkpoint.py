@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lora_blip import checkpoint, resume
+from lora_blip import checkpoint, lock, resume
 from lora_blip.checkpoint import ABOUT, BEST, FOLDER, TENSORS, CheckpointError
 from lora_blip.config import TrainConfig
 from lora_blip.data.annotations import Example
@@ -90,6 +92,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_continued(tmp
     assert saved is not None and saved.folder == older and len(notes) == 1 and f"{newer} is damaged" in notes[0]
 
 
+def test_a_run_without_a_whole_checkpoint_is_reported_and_not_continued(tmp_path):
+    (write(tmp_path / "lora_a") / TENSORS).write_bytes(b"x")
+    saved, notes = find(tmp_path)
+    assert saved is None and len(notes) == 1 and "is damaged" in notes[0]
+
+
 def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
     older, newer = (write(tmp_path / "lora_a", step=step, lr=0.5) for step in (1, 2))
     for path, folder in ((tmp_path / "lora_a", newer), (newer, newer), (older, older)):
@@ -104,7 +112,10 @@ def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
 def test_a_path_to_a_checkpoint_that_is_gone_gives_the_newest_of_its_run(tmp_path):
     older, newer = write(tmp_path / "lora_a", keep=1), write(tmp_path / "lora_a", step=2, keep=1)
     assert not older.exists() and checkpoint.locate(older).folder == newer
+    (tmp_path / "lora_b").mkdir()
     for wrong, message in (
+        (tmp_path / "lora_b", "it has no checkpoint: it is finished"),
+        (tmp_path / "lora_a" / FOLDER, "it has no checkpoint: it is finished"),
         (tmp_path / "nowhere", "there is no such folder"),
         (tmp_path / "nowhere" / FOLDER / "000001_step1", "there is no such folder"),
         (tmp_path, "it has no checkpoint: it is finished"),
@@ -119,15 +130,34 @@ def test_a_path_to_a_checkpoint_that_is_gone_gives_the_newest_of_its_run(tmp_pat
         checkpoint.locate(tmp_path / "lora_a")
 
 
-def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_path):
-    """Another process made a newer checkpoint between our look and our lock."""
+def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_path, monkeypatch):
+    """The run's folder stays locked until `held` is closed."""
+    locked: list[Path] = []
+
+    @contextmanager
+    def hold(folder: Path) -> Iterator[None]:
+        locked.append(folder)
+        yield
+        locked.remove(folder)
+
+    monkeypatch.setattr(lock, "held", hold)
     older, newer = (write(tmp_path / "lora_a", step=step) for step in (1, 2))
     for how, folder in (("auto", newer), (older, older)):
         with ExitStack() as held:
             saved, _ = resume.hold(TrainConfig(output_dir=str(tmp_path), resume=str(how)), IDENTITY, held)
             assert saved is not None and saved.folder == folder
+            assert locked == [tmp_path / "lora_a"]
     with ExitStack() as held:
-        assert resume.hold(TrainConfig(output_dir=str(tmp_path / "none")), IDENTITY, held) == (None, [])
+        assert resume.hold(TrainConfig(output_dir=str(tmp_path / "none")), IDENTITY, held) == (None, []) and not locked
+
+
+def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, monkeypatch):
+    write(tmp_path / "lora_a")
+    seen = find(tmp_path)
+    checkpoint.forget(tmp_path / "lora_a")
+    monkeypatch.setattr(resume, "find", lambda *_: seen)
+    with ExitStack() as held, pytest.raises(CheckpointError, match=r"another process has just finished .*lora_a"):
+        resume.hold(TrainConfig(output_dir=str(tmp_path)), IDENTITY, held)
 
 
 # ---------------------------------------------------------------- the folders
@@ -298,6 +328,75 @@ def test_every_word_and_the_order_of_the_lines_are_part_of_a_data_set(line):
         assert resume.lines_digest([replace(each, line=7) for each in many], with_images) == digests[0]
 
 
+BASE_CONFIG = {"_name_or_path": "/here", "transformers_version": "5", "hidden_size": 32, "folder": Path("x")}
+PROCESSOR = {"image_mean": [0.5], "_name_or_path": "/here", "size": {"height": 32}}
+
+
+def backbone_of(config: dict = BASE_CONFIG, processor: dict = PROCESSOR, vocabulary: dict | None = None) -> Any:
+    """What `identity` looks at of a backbone."""
+    model = torch.nn.Linear(4, 3).requires_grad_(False)
+    model.weight.data.fill_(1), model.bias.data.fill_(2)
+    model.config = SimpleNamespace(to_dict=lambda: config)
+    return SimpleNamespace(
+        model=model,
+        device=torch.device("cpu"),
+        image_processor=SimpleNamespace(to_dict=lambda: processor),
+        tokenizer=SimpleNamespace(get_vocab=lambda: vocabulary or {"a": 0, "b": 1}),
+    )
+
+
+def identity(
+    config: TrainConfig, training: list[Example], validation: list[Example], backbone: Any = None, **other: Any
+) -> dict:
+    given = {"precision": "fp32", "ranks": 2, **other}
+    return resume.identity(config, given["precision"], backbone or backbone_of(), training, validation, given["ranks"])
+
+
+def test_what_decides_an_update_identifies_a_run_and_nothing_else_does(line):
+    config, other = TrainConfig(check_images="all"), replace(line, text="other")
+    now = identity(config, [line], [other])
+    json.dumps(now)
+    free = {
+        "model": "x", "annotations": "x", "image_root": "x", "on_bad_data": "skip", "output_dir": "x", "num_workers": 7,
+        "log_every": 7, "tensorboard": True, "resume": "x", "allow_changed": True, "checkpoint_seconds": 7,
+        "keep_checkpoints": 7, "cache_gb": 7.0,
+    }  # fmt: skip
+    assert identity(replace(config, **free), [line], [other]) == now and not free.keys() & now.keys()
+    for changed in ({"lr": 9.0}, {"seed": 9}, {"dropout": 0.9}, {"batch_size": 9}, {"targets": "x"}, {"epochs": 9}):
+        (name,) = changed
+        assert resume.differences(now, identity(replace(config, **changed), [line], [other]))[0].startswith(f"{name} was ")
+    for changed, name in (
+        (identity(config, [other], [other]), "training lines are not the same"),
+        (identity(config, [line], [line]), "validation lines are not the same"),
+        (identity(config, [line], [other], ranks=3), "processes was 2 and is 3"),
+        (identity(config, [line], [other], precision="bf16"), "precision was 'fp32' and is 'bf16'"),
+        (identity(config, [line], [other], backbone_of(vocabulary={"a": 1, "b": 0})), "base processors are not the same"),
+    ):
+        assert resume.differences(now, changed) == [name]
+    assert now["device"] == "cpu" and now["torch"] == torch.__version__
+    for checked in ("all", "lazy"):
+        config = replace(config, check_images=checked)
+        line.image.write_bytes(bytes(SIZE))
+        before = identity(config, [line], [line])
+        line.image.write_bytes(bytes(SIZE + 1))
+        expected = ["training lines are not the same", "validation lines are not the same"] if checked == "all" else []
+        assert resume.differences(before, identity(config, [line], [line])) == expected
+
+
+def test_a_base_and_its_processor_may_move_and_nothing_else_of_them_may_change():
+    before = resume._processors(backbone_of())
+    moved = {"transformers_version": "6", "hidden_size": 32, "folder": Path("x"), "_name_or_path": "/there"}
+    assert resume._processors(backbone_of(moved)) == before
+    assert resume._processors(backbone_of(processor={"size": {"height": 32}, "image_mean": [0.5]})) == before
+    for changed in (
+        backbone_of({**BASE_CONFIG, "hidden_size": 64}),
+        backbone_of({**BASE_CONFIG, "folder": Path("y")}),
+        backbone_of(processor={**PROCESSOR, "image_mean": [0.6]}),
+        backbone_of(vocabulary={"a": 0, "c": 1}),
+    ):
+        assert resume._processors(changed) != before
+
+
 def test_differences_name_the_setting_or_what_is_not_the_same():
     then = {"lr": 0.1, "training lines": "a", "base weights": "b", "base processors": "c", "seed": 3, "gone": 1}
     now = {"lr": 0.2, "training lines": "x", "base weights": "y", "base processors": "z", "seed": 3, "new": 5}
@@ -346,3 +445,29 @@ def test_two_values_that_change_places_are_another_base():
     before = resume.weights_digest(model)
     model.weight.data = model.weight.data.flip(0)
     assert resume.weights_digest(model) != before
+
+
+def test_digests_stay_the_same_from_version_to_version(tmp_path):
+    """A run continues after an update: these were written by the first version."""
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.arange(100.0).reshape(4, 25) / 7, requires_grad=False)
+    model.h = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).half(), requires_grad=False)
+    model.none = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
+    image = tmp_path / "a.png"
+    image.write_bytes(bytes(place % 251 for place in range(SIZE)))
+    lines = [
+        Example(image, f"text {n} é", "a.png", n, question="q" * (n % 2), answers=("x", "y") * (n % 2))
+        for n in range(resume.CHUNK + 6)
+    ]
+    assert [resume.weights_digest(model), resume.lines_digest(lines, True), resume.lines_digest(lines, False)] == [
+        "f9921aa7cea7c2684591d223d11ff9556134b7f43ea2b90cd06fbcb5a8c1efd0",
+        "39b4c6f36ca2fe393d9d5b8896597de1e8d0b060a17546102aebf3e284601378",
+        "df9f48bf2d1d6be6edaeb7fd62b9419d0cc5c4ac0f6c1a42607cba56c905c3b2",
+    ]
+
+
+def test_an_image_with_several_lines_is_read_once(line, monkeypatch):
+    read = []
+    monkeypatch.setattr(resume, "_glimpse", lambda image: read.append(image) or ["x"])
+    resume.lines_digest([line, replace(line, text="other"), line], True)
+    assert read == [line.image]
