@@ -37,7 +37,7 @@ DROPPED = {
     "sorted",
 }  # x.lower() → x
 KEPT_DECORATORS = {"staticmethod", "classmethod", "property", "contextmanager", "dataclass", "cache", "overload"}
-KEPT_KEYWORDS = {"strict", "non_blocking", "check", "daemon"}  # say nothing about correct input on a CPU
+KEPT_KEYWORDS = {"strict", "non_blocking", "check", "daemon", "indent", "encoding"}  # no effect on correct input on a CPU
 MESSAGES = {"print", "warn", "warning"}
 DEVICES = ("cuda", "mps")
 
