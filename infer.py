@@ -9,6 +9,7 @@ TEXTS = ""  # rank these texts for every image: a file, a text a line, or texts 
 PROMPT = ""  # text that every caption goes on from; empty: the adapter's own; "none": no prompt
 MAX_NEW_TOKENS = 0  # longest text; 0: the adapter's own setting, or 40
 NUM_BEAMS = 0  # beams; 0: the adapter's own setting, or 1
+IMAGE_SIZE = 0  # side of the square images in pixels; 0: the adapter's own, or the model's
 SAMPLE = False  # draw words at random instead of taking the likeliest
 BATCH_SIZE = 16  # images at a time; halved when the device's memory runs out
 MERGE = True  # write the adapter into the weights first, which is faster; False: leave it on hooks

@@ -5,6 +5,7 @@ TASK = "auto"  # "caption", "vqa" or "retrieval"; auto: what the checkpoint was 
 ANNOTATIONS = "annotations.jsonl"  # a line each: {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
 IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' own
 PROMPT = ""  # text before every caption, never in the loss; vqa: a template, "Question: {question} Answer:"
+IMAGE_SIZE = 0  # side of the square images in pixels, positions are interpolated; 0: the model's own size
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
 OUTPUT_DIR = "lora_blip_output"  # each run gets a folder of its own in here
 

@@ -8,6 +8,7 @@ summary. Nothing that is read or written here can run code.
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ class Adapter:
         return self.about["base"]["name"]
 
     @property
+    def image_size(self) -> int:
+        """Height and width of the images that it was trained on; 0 if the file does not say: the base's own."""
+        return self.about["base"].get("image_size", 0)
+
+    @property
     def task(self) -> dict[str, Any]:
         return self.about["task"]
 
@@ -96,6 +102,7 @@ def save(
             "name": backbone.name if isinstance(backbone, Backbone) else str(getattr(model, "name_or_path", "")),
             "architecture": type(model).__name__,
             "samples": kept or samples(model, found.values()),
+            **_image_size(model),
         },
         "task": task or {},
         "training": training or {},
@@ -218,6 +225,7 @@ def load(backbone: Backbone | nn.Module, path: str | Path | Adapter, name: str =
     if lora.adapters(model, name):
         raise AdapterError(f"the model already carries an adapter {name!r}; eject it, or load this one under another name")
     _check_fit(model, adapter)
+    _check_image_size(backbone, adapter)
     for address, x in lora.inject(model, adapter.sites, adapter.about["lora"].get("dropout", 0.0), name).items():
         x.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
         x.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
@@ -247,6 +255,32 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
         check_sites(model, adapter.sites)
     except LoRAError as error:  # a tied head: nothing that was saved here has one
         raise AdapterError(f"{adapter.path}: {error}; {remedy}") from None
+
+
+def _check_image_size(backbone: Backbone | nn.Module, adapter: Adapter) -> None:
+    """Raise AdapterError if the base reads images of another size, and nobody chose that size."""
+    size = _image_size(_model(backbone)).get("image_size", 0)
+    if not adapter.image_size or not size or size == adapter.image_size:
+        return
+    if isinstance(backbone, Backbone):
+        if not backbone.chose_image_size:
+            raise AdapterError(
+                f"{adapter.path}: it was trained on images of {adapter.image_size}×{adapter.image_size}, and this backbone "
+                f"reads {size}×{size}; load it by load_backbone(…, image_size={adapter.image_size}), or by image_size={size} "
+                "to use the adapter at that size"
+            )
+    else:
+        warnings.warn(
+            f"{adapter.path} was trained on images of {adapter.image_size}×{adapter.image_size}, and the config of this model "
+            f"says {size}×{size}",
+            stacklevel=3,
+        )
+
+
+def _image_size(model: Any) -> dict[str, int]:
+    """{"image_size": pixels}, or nothing for a model whose config names no size."""
+    size = getattr(getattr(getattr(model, "config", None), "vision_config", None), "image_size", None)
+    return {"image_size": size} if isinstance(size, int) else {}
 
 
 def locate(adapter: str | Path) -> Path:

@@ -30,6 +30,7 @@ class TrainConfig:
     annotations: str = setting("annotations.jsonl", 'a line each {"image": …, "text": …}, or with question and answers')
     image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' own")
     prompt: str = setting("", "text before every caption, never in the loss; vqa: a template with {question} in it")
+    image_size: int = setting(0, "side of the square images in pixels, positions are interpolated; 0: the model's own size")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
     output_dir: str = setting("lora_blip_output", "each run gets a folder of its own in here")
     targets: str = setting("vit", "where adapters go: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
@@ -105,6 +106,7 @@ class TrainConfig:
             "patience",
             "views",
             "cache_gb",
+            "image_size",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.num_workers >= -1, "num_workers", self.num_workers, "-1 or more")
@@ -123,6 +125,7 @@ class InferConfig:
     prompt: str = setting("", "text that every caption goes on from; empty: the adapter's own; none: no prompt")
     max_new_tokens: int = setting(0, "longest text; 0: the adapter's own setting, or 40")
     num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
+    image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's own, or the model's")
     sample: bool = setting(False, "draw words at random instead of taking the likeliest")
     batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
     merge: bool = setting(True, "write the adapter into the weights first, which is faster; false: leave it on hooks")
@@ -155,6 +158,7 @@ class EvaluateConfig:
     prompt: str = setting("", "as for infer.py")
     max_new_tokens: int = setting(0, "longest text; 0: the adapter's own setting, or 40")
     num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
+    image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's own, or the model's")
     batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
     base: bool = setting(True, "score the base beside the adapter")
     fast: bool = setting(True, "as for infer.py")
@@ -176,7 +180,7 @@ class EvaluateConfig:
 def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
     require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
     require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
-    for name in ("max_new_tokens", "num_beams", "seed"):
+    for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
         require(getattr(config, name) >= 0, name, getattr(config, name), "0 or more")
     if config.adapter in ("", "none") and not config.model:
         raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")

@@ -169,6 +169,8 @@ def facts_of(
     if wanted:
         facts["adapter"] = str(wanted.path)
         facts["trained"] = f"{wanted.about.get('training', {}).get('steps', '?')} steps"
+    if runner.task.backbone.chosen_size:
+        facts["images"] = f"{runner.task.backbone.image_size}×{runner.task.backbone.image_size} pixels, positions interpolated"
     if runner.task.prompt:
         facts["prompt"] = runner.task.prompt
     scored = f"{len({image_of(s) for s in made.subjects})} of {len({e.image for e in asked})} images"

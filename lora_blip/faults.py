@@ -28,14 +28,14 @@ def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | N
         )
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
         return error
-    side = task.backbone.image_processor.size
+    side = task.backbone.image_size
     saved = checkpoint.newest(run.folder)[0] if run else None
     step = saved.about["progress"]["step"] if saved else 0
     go_on = f"\nSaved after step {step}; to go on from there: --resume {saved.run} --allow-changed" if saved else ""
     return TrainingError(
-        f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of "
-        f"{side['height']}×{side['width']}. Lower batch_size and raise accumulation by as much, for the same updates; or set "
-        f"checkpointing = True; or base_dtype = 'bf16'.{go_on}"
+        f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "
+        "Lower batch_size and raise accumulation by as much, for the same updates; or set checkpointing = True; "
+        f"or base_dtype = 'bf16'; or a smaller image_size.{go_on}"
     )
 
 

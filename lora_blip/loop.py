@@ -46,7 +46,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     refuse_impossible(config, ranks)
     device = ranks.device(config.device)
     backbone, precision = open_backbone(
-        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast
+        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
     )
     task = task_for(config, backbone)
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)

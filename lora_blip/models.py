@@ -27,6 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from lora_blip import attention, lora
 from lora_blip.config import ConfigError
+from lora_blip.errors import ModelError as ModelError
+from lora_blip.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.sites import compiled
 from lora_blip.untrusted import printable, quoted
@@ -41,10 +43,6 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-class ModelError(ValueError):
-    """A checkpoint that cannot be used, with the reason and the remedy."""
-
-
 @dataclass
 class Backbone:
     """A frozen model, its tokenizer and image processor, and where and how it computes."""
@@ -56,6 +54,18 @@ class Backbone:
     device: torch.device
     samples: dict[str, Any] | None = None  # fingerprints of weights that were cast or spread over ranks, taken before
     fast: bool = True  # attention without stored scores, texts packed; false: transformers' own way, to compare with
+    own_image_size: int = 0  # pixels; that of the checkpoint, whatever was chosen
+    chose_image_size: bool = False  # an adapter that was trained at another size is then loaded all the same
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the model reads, in pixels."""
+        return self.model.config.vision_config.image_size
+
+    @property
+    def chosen_size(self) -> int:
+        """`image_size`, or 0 if it is the checkpoint's own: what a run's identity keeps."""
+        return self.image_size if self.own_image_size not in (0, self.image_size) else 0
 
     @property
     def family(self) -> str:
@@ -113,28 +123,32 @@ def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractCo
 
 
 def load_backbone(
-    name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False, fast: bool = True
+    name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False, fast: bool = True, image_size: int = 0
 ) -> Backbone:
     """Load a checkpoint frozen, in eval mode: one that captions, answers questions or matches texts with images.
 
     name: hub name or folder. dtype: of the weights: "fp32", "fp16" or "bf16". checkpointing: recompute
     activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients). fast: use the
     fast attention, update and texts; if false, everything is computed as transformers and `lora.add_update` do.
+    image_size: height and width of the images in pixels, a multiple of the patch size; the positions are interpolated.
+    0: the checkpoint's own.
 
     The model's own dropout is set to 0: a frozen backbone gains nothing from it, and training then
     computes what inference computes. Raises ModelError for a checkpoint that is not there, is of
-    another kind, lacks weights or image placeholders, or is a T5 in fp16.
+    another kind, lacks weights or image placeholders, or is a T5 in fp16. Raises ConfigError for an `image_size` that is
+    not a multiple of the patch size.
     """
     source = locate_model(name)
-    return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast)
+    return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast, image_size)
 
 
 def open_backbone(
-    name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False, fast: bool = True
-) -> tuple[Backbone, str]:
+    name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False, fast: bool = True,
+    image_size: int = 0,
+) -> tuple[Backbone, str]:  # fmt: skip
     """A backbone as the settings ask for it, and the precision to compute in; training and inference agree by this.
 
-    Raises ModelError as `load_backbone` does, and ConfigError for two kinds of 16 bits at once.
+    Raises ModelError and ConfigError as `load_backbone` does, and ConfigError for two kinds of 16 bits at once.
     """
     where = pick_device(device)
     precision = pick_precision(precision, where)
@@ -144,15 +158,22 @@ def open_backbone(
     config = load_config(source)
     refuse_t5_fp16(config, name, precision)  # under AMP as well, whatever the weights' dtype
     dtype = pick_base_dtype(base_dtype, config, precision)
-    return _load(name, source, config, where, dtype, checkpointing, fast), precision
+    return _load(name, source, config, where, dtype, checkpointing, fast, image_size), precision
 
 
 def _load(
-    name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool, fast: bool
-) -> Backbone:
+    name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool, fast: bool,
+    image_size: int,
+) -> Backbone:  # fmt: skip
     _refuse(config, name, dtype)
+    own = own_size(config, name)
+    if image_size:
+        check_size(image_size, config)
+    size = image_size or own
     _silence_dropout(config)
     model = _load_model(_architecture(config), source, config, DTYPES[dtype])
+    if size != own:
+        resize_positions(model, size)
     model.requires_grad_(False).eval().to(where)
     attention.fast(model, fast)
     lora.fast(model, fast)
@@ -161,7 +182,14 @@ def _load(
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
             model.disable_input_require_grads()  # only the reentrant kind needs them, and BLIP adds positions in place
     tokenizer, image_processor = _load_processors(source)
-    return Backbone(model, tokenizer, image_processor, name, where, fast=fast)
+    other = fit_processor(image_processor, size, name)
+    if size != own:
+        print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")
+    elif other:
+        print(f"images are resized to {size}×{size}, which the model {name!r} reads; its image processor {other}")
+    return Backbone(
+        model, tokenizer, image_processor, name, where, fast=fast, own_image_size=own, chose_image_size=bool(image_size)
+    )
 
 
 def recompute_contexts(model: Any) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

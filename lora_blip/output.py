@@ -144,6 +144,7 @@ def identity(config: InferConfig, task: Task, wanted: Adapter | None, precision:
         "model": task.backbone.name, "adapter": _digest(wanted.path) if wanted else "none", "task": task.name,
         "images": config.images, "question": _content(config.question, "question"), "texts": _content(config.texts, "texts"),
         "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
+        "image_size": task.backbone.chosen_size,
     }  # fmt: skip
     if task.name == "vqa" and not config.question:  # the references are the questions
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}

@@ -191,7 +191,8 @@ def open_task(
     """The backbone that the settings and the adapter name, with its task; the adapter is merged in if `adapted`."""
     name = config.model or (wanted.base if wanted else "")
     wanted_precision = "fp32" if device else config.precision
-    backbone, precision = open_backbone(name, device or config.device, wanted_precision, fast=config.fast)
+    size = config.image_size or (wanted.image_size if wanted else 0)
+    backbone, precision = open_backbone(name, device or config.device, wanted_precision, fast=config.fast, image_size=size)
     task = task_of(backbone, wanted, config)
     if adapted and wanted:
         put_on(task, wanted, merge=True)

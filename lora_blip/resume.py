@@ -22,6 +22,7 @@ FREE = (
     "model", "annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every", "tensorboard", "resume",
     "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
 )  # fmt: skip
+ADDED = {"image_size": 0}  # settings that older runs do not name, with the values that they had
 WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
 GLIMPSE = 4096  # bytes of an image, at three places
 CHUNK = 1024  # lines written as one JSON, a third faster than one by one
@@ -35,7 +36,8 @@ def identity(
     """All that decides a run's updates, in JSON: settings, digests of data and base, where and with what it computes."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     return settings | {
-        "device": backbone.device.type, "precision": precision, "processes": ranks, "torch": torch.__version__,
+        "image_size": backbone.chosen_size, "device": backbone.device.type, "precision": precision, "processes": ranks,
+        "torch": torch.__version__,
         "training lines": lines_digest(training, config.check_images == "all"),
         "validation lines": lines_digest(validation, config.check_images == "all"),
         "base weights": weights_digest(backbone.model), "base processors": _processors(backbone),
@@ -44,6 +46,7 @@ def identity(
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is no longer as it was, in words."""
+    then = ADDED | then
     changed = [name for name in now if then.get(name) != now[name]]
     return [
         f"{name} are not the same"

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lora_blip.data.annotations import Example, unreadable
 from lora_blip.data.images import ImageError, augment, names_side, open_image
-from lora_blip.data.pixels import pixels_of
+from lora_blip.data.pixels import pixels_of, side_of
 from lora_blip.data.store import Store, image_digest
 
 Key = tuple[int, int]  # (epoch, number of a group of lines)
@@ -53,7 +53,7 @@ class Pictures(Dataset[Picture]):
     ) -> None:  # fmt: skip
         self.examples, self.augmented, self.seed, self.views, self.caches = examples, augmented, seed, views, caches
         self.pixels = pixels_of(image_processor)
-        self.side: int = image_processor.size["height"]
+        self.side = side_of(image_processor)
         self.lines, self.starts = grouped(examples, MOST if together else 1)
         self.sided: dict[str, str] = {}  # what is said of an image: a mirror must not make any of it false
         for words, file in ((e.words, e.file) for e in examples if augmented):

@@ -65,6 +65,12 @@ class Pixels:
         return self.image_processor(image, return_tensors="pt", **changed)["pixel_values"][0]
 
 
+def side_of(image_processor: Any) -> int:
+    """Return the height of the square images that a processor makes, in pixels."""
+    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
+    return size.height or size.shortest_edge
+
+
 def pixels_of(image_processor: Any) -> Pixels:
     """One for each processor and its settings: to verify it takes as long as some pictures."""
     return _pixels_of(image_processor, str(vars(image_processor)))
