@@ -75,9 +75,11 @@ def device_name(device: torch.device) -> str:
 def works(device: torch.device, precision: str) -> bool:
     """Whether a matrix product under this precision's autocast runs, forward and backward."""
     try:
-        weight = torch.ones(8, 8, device=device, requires_grad=True)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            torch.nn.functional.linear(torch.ones(2, 8, device=device), weight).sum().backward()
+        with torch.inference_mode(False), torch.enable_grad():
+            x, weight = (torch.ones(rows, 8, device=device, dtype=torch.float32) for rows in (2, 8))
+            weight.requires_grad_()
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+                torch.nn.functional.linear(x, weight).sum().backward()
         return weight.grad is not None
     except (RuntimeError, ValueError):
         return False

@@ -56,7 +56,8 @@ def resize_positions(model: Any, size: int) -> None:
     embeddings = model.vision_model.embeddings
     positions = embeddings.position_embedding  # (1, 1 + patches, width)
     patches = (size // embeddings.patch_size) ** 2
-    resized = embeddings.interpolate_pos_encoding(positions.new_empty(1, 1 + patches, positions.shape[-1]), size, size)
+    with torch.autocast(positions.device.type, enabled=False):
+        resized = embeddings.interpolate_pos_encoding(positions.new_empty(1, 1 + patches, positions.shape[-1]), size, size)
     embeddings.position_embedding = nn.Parameter(resized.detach().clone(), requires_grad=False)
     embeddings.image_size, embeddings.num_patches, embeddings.num_positions = size, patches, 1 + patches
     for config in (model.config.vision_config, model.vision_model.config, embeddings.config):

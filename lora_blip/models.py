@@ -1,6 +1,5 @@
 """Backbones: load BLIP or BLIP-2 frozen, by hub name or folder, with what turns text and images into tensors."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lora_blip import attention, lora
+from lora_blip.base_config import check_config, check_sizes
 from lora_blip.config import ConfigError
 from lora_blip.errors import ModelError as ModelError
 from lora_blip.image_size import check_size, fit_processor, own_size, resize_positions
@@ -171,6 +170,8 @@ def _load(
         check_size(image_size, config)
     size = image_size or own
     _silence_dropout(config)
+    with Quiet(source):
+        check_sizes(_architecture(config), config, source)
     model = _load_model(_architecture(config), source, config, DTYPES[dtype])
     if size != own:
         resize_positions(model, size)
@@ -209,8 +210,11 @@ def load_config(source: str) -> PretrainedConfig:
     """The checkpoint's configuration; ModelError says what to do when there is none."""
     try:
         with Quiet(source):
-            return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+            check_config(source)
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # values of a stranger's file, each of which fails in another place of transformers
         raise ModelError(
             f"model {source!r} cannot be loaded: {first_line(error)}\n"
             "give a folder that holds config.json, or a hub name such as Salesforce/blip-image-captioning-large"
@@ -268,9 +272,9 @@ def _load_processors(source: str) -> tuple[Any, Any]:
     """Tokenizer and image processor (Pillow's: the same on every machine, with no need of torchvision)."""
     try:
         with Quiet(source):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+    except Exception as error:  # as for the config
         raise ModelError(f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}") from None
     if len(tokenizer) < SMALLEST_VOCABULARY:
         raise ModelError(f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them beside its weights")
@@ -283,8 +287,10 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
     try:
         with Quiet(source):
-            model, report = from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            model, report = from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            )
+    except Exception as error:  # as for the config
         raise ModelError(
             f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are read: a .bin can run "
             f"code; `{kind.__name__}.from_pretrained(…).save_pretrained(…)` in transformers writes them"
@@ -299,7 +305,8 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
 
 
 def first_line(error: Exception) -> str:
-    return printable((str(error).splitlines() or [type(error).__name__])[0])
+    """Return the first line of a message on one line that is safe to print: it may quote a stranger's file."""
+    return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
 
 
 def compile_blocks(model: Any, first: int = 0) -> None:

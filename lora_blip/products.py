@@ -4,6 +4,8 @@ PyTorch gives float32 to MKL, which on other makers' processors leaves half of A
 PyTorch as well and does its convolutions and 16-bit products, does not. Both sum in float32, in another order.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -36,12 +38,21 @@ def has_kernel() -> bool:
     """Whether oneDNN's kernel is here, computes what it should, and has AVX-512 to do it with."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
-    x, weight = torch.linspace(-1, 1, 35).view(5, 7), torch.linspace(1, -2, 21).view(7, 3)
     try:
-        found = torch.ops.mkldnn._linear_pointwise(x, weight.t(), torch.ones(3), "none", [], "")
-    except (AttributeError, RuntimeError):  # a torch without it
+        with as_at_start():
+            x, weight = (torch.linspace(*ends, dtype=torch.float32, device="cpu") for ends in ((-1, 1, 35), (1, -2, 21)))
+            x, weight, bias = x.view(5, 7), weight.view(7, 3), torch.ones(3, dtype=torch.float32, device="cpu")
+            found = torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
+            return torch.allclose(found, x @ weight + 1, rtol=1e-5, atol=1e-5)
+    except Exception:  # a torch without it, or one in which nothing can be tried now
         return False
-    return torch.allclose(found, x @ weight + 1, rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def as_at_start() -> Iterator[None]:
+    """Compute on the CPU as at the start of a program, whatever modes the caller is in: no autocast and no gradients."""
+    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Products by oneDNN are PyTorch's own within float32's rounding, and where there is no such kernel, PyTorch's own."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 from lora_blip import attention, products
+from lora_blip.doctor import precisions
 from lora_blip.products import QuickLinear, Through, has_kernel, product
 
 
@@ -127,5 +129,58 @@ def test_a_kernel_that_errs_or_is_gone_is_not_used(monkeypatch):
         monkeypatch.setattr(torch.ops, "mkldnn", other)
         has_kernel.cache_clear()
         assert not has_kernel()
+    monkeypatch.undo()
+    has_kernel.cache_clear()
+
+
+@contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "gradients": torch.enable_grad,
+    "another device": lambda: torch.device("meta"),
+    "float64": float64,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_probe_says_the_same_in_every_mode_of_its_caller(mode, monkeypatch):
+    """It runs in the first product that is large enough, which may be in an autocast block: it computes outside of it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    has_kernel.cache_clear()
+    expected = has_kernel()
+    assert expected  # oneDNN computes it right on every CPU
+    has_kernel.cache_clear()
+    with MODES[mode]():
+        assert has_kernel() == expected
+    monkeypatch.undo()
+    has_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_doctor_says_the_same_in_every_mode_of_its_caller(mode):
+    expected = precisions(torch.device("cpu"))
+    with MODES[mode]():
+        assert precisions(torch.device("cpu")) == expected
+
+
+def test_training_in_bf16_over_float32_weights_probes_the_kernel(monkeypatch):
+    """A linear's first large product under autocast is on a CPU with AVX-512 where the kernel is tried."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "LARGE", 1)
+    has_kernel.cache_clear()
+    model = nn.Sequential(linear())
+    attention.fast(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(4, 6)).dtype == torch.bfloat16
     monkeypatch.undo()
     has_kernel.cache_clear()

@@ -29,7 +29,7 @@ class Pixels:
             self.size = (image_processor.size["width"], image_processor.size["height"])
             self.resample = Image.Resampling(image_processor.resample)
             scale = (image_processor.image_mean, image_processor.image_std)
-            self.mean, self.std = (torch.tensor(values, dtype=torch.float32).reshape(3, 1, 1) for values in scale)
+            self.mean, self.std = (torch.tensor(each, dtype=torch.float32, device="cpu").reshape(3, 1, 1) for each in scale)
             self.exact = self._agrees()
 
     def __call__(self, image: Image.Image) -> Tensor:
