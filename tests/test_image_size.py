@@ -209,7 +209,8 @@ def test_inference_says_what_a_forward_at_that_size_says(trained, tmp_path):
     assert said == {p.image: p.text for p in captions(task, images)}
 
 
-def test_an_evaluation_at_that_size_says_so(trained, tmp_path):
+def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
     source = trained.parents[2] / "annotations.jsonl"
     folder = evaluate(
         EvaluateConfig(references=str(source), adapter=str(trained), output_dir=str(tmp_path / "out"), device="cpu")
@@ -270,12 +271,11 @@ def test_runs_of_two_sizes_share_no_states_and_no_pictures(checkpoints, tmp_path
         path = train(settings(checkpoints["blip"], source, **common, image_size=size, cache_gb=gigabytes))
         return [line["loss"] for line in metrics_of(path)]
 
-    kept = {size: losses(size, 1.0) for size in (16, 32, 64)}
+    kept = {size: losses(size, 1.0) for size in (16, 32)}
     assert (tmp_path / "runs" / caching.FOLDER).exists()
     for size in kept:
         assert kept[size] == pytest.approx(losses(size, 0.0), rel=1e-3)
-        assert kept[size] == losses(size, 1.0)
-    assert kept[16] != kept[32] != kept[64]
+    assert kept[16] != kept[32] and kept[16] == losses(16, 1.0)
 
 
 def test_a_run_is_not_resumed_at_another_size(checkpoints, tmp_path):
