@@ -68,13 +68,15 @@ def read_json(source: str, file_name: str, needed: bool = True, largest: int = L
         with open_regular(path, largest) as file:
             value = parsed(file.read(largest + 1).decode("utf-8"))
     except UnreadableError as error:
-        raise ModelError(f"{file_name} of {source!r} cannot be read: {error}; {remedy}") from None
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {error}; {remedy}") from None
     except OSError as error:
-        raise ModelError(f"{file_name} of {source!r} cannot be read: {why(error)}; {remedy}") from None
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {why(error)}; {remedy}") from None
     except ValueError as error:
-        raise ModelError(f"{file_name} of {source!r} is no JSON ({quoted(str(error))}); {remedy}") from None
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {file_name} is no JSON ({quoted(str(error))}); {remedy}"
+        ) from None
     if not isinstance(value, dict):
-        raise ModelError(f"{file_name} of {source!r} holds {quoted(value)}, expected an object; {remedy}")
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name} holds {quoted(value)}, expected an object; {remedy}")
     return value
 
 
