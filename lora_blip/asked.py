@@ -23,7 +23,20 @@ class Questioned:
     question: str
 
     def __iter__(self) -> Iterator[Example]:
-        return (replace(example, question=self.question) for example in self.images)
+        return (replace(example, question=self.question, prompt="") for example in self.images)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Each image once for each prompt that its references have, gone through as often as the images are."""
+
+    images: Iterable[Example]
+    prompts: dict[Path, list[str]]
+
+    def __iter__(self) -> Iterator[Example]:
+        for example in self.images:
+            for prompt in self.prompts.get(example.image, [example.prompt]):
+                yield replace(example, prompt=prompt)
 
 
 def read_texts(texts: str) -> list[str]:
@@ -54,6 +67,8 @@ def asked(
         raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
     if task.name != "vqa" and question:
         raise ConfigError(f"question = {question!r}: the task is {task.name}, which asks none; set TASK (or --task) to vqa")
+    if task.name == "caption":
+        return captioned(task, images, references)
     if task.name != "vqa":
         return images
     if question and not is_file(question, "question"):
@@ -65,6 +80,33 @@ def asked(
     if not found:
         raise ConfigError("there is no question; give one for every image (QUESTION, or --question), or a file of lines")
     refuse_questions(task, found)
+    return found
+
+
+def captioned(task: Task, images: Iterable[Example], references: dict[Path, list[Example]]) -> Iterable[Example]:
+    """The images, with the prompts that the lines of the references have of their own."""
+    prompts = prompts_of(references)
+    for prompt in dict.fromkeys(prompt for some in prompts.values() for prompt in some):
+        if reason := cast(Any, task).check_prompt(replace(example_of("", ""), prompt=prompt)):
+            raise ConfigError(f"references: {reason}")
+    return Prompted(images, prompts) if prompts else images
+
+
+def prompts_of(references: dict[Path, list[Example]]) -> dict[Path, list[str]]:
+    """The prompts of the lines of each image, for the images of which a line has one."""
+    prompts = {image: list(dict.fromkeys(e.prompt for e in some)) for image, some in references.items()}
+    return {image: some for image, some in prompts.items() if any(some)}
+
+
+def trim_references(task: Task, source: str, references: dict[Path, list[Example]]) -> dict[Path, list[Example]]:
+    """The references without a prompt at the start of their texts: predictions do not contain it."""
+    every = [example for some in references.values() for example in some]
+    found: dict[Path, list[Example]] = {}
+    for line in annotations.trimmed(source, list(every), task.trim):
+        if isinstance(line, Example):
+            found.setdefault(line.image, []).append(line)
+        else:
+            print(printable(f"{source}:{line[0]}: left out, {line[1]}"))
     return found
 
 

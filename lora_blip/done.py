@@ -12,7 +12,6 @@ import numpy as np
 
 from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
-from lora_blip.data.streams import example_of
 
 CHUNK = 2**16
 
@@ -44,12 +43,17 @@ class Done:
 
 
 def key_of(example: Example) -> int:
-    return _key(str(example.image), example.question)
+    return _key(str(example.image), example.question, example.question_id, example.prompt)
 
 
-def _key(image: str, question: str) -> int:
+def _key_of_line(line: dict[str, Any]) -> int:
+    return _key(line["image"], str(line.get("question", "")), line.get("question_id", ""), str(line.get("prompt", "")))
+
+
+def _key(image: str, question: str, question_id: int | str, prompt: str) -> int:
     """64 bits: among ten million images two are taken for one once in 400,000 runs."""
-    digest = hashlib.blake2b(f"{image}\0{question}".encode("utf-8", "surrogatepass"), digest_size=8)
+    own = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
+    digest = hashlib.blake2b(f"{image}\0{question}{own}".encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -83,12 +87,19 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
+def asked_in(line: dict[str, Any]) -> Example:
+    """What a line that was written here is about."""
+    image, number = line["image"], line.get("question_id", "")
+    prompt, number = str(line.get("prompt", "")), number if isinstance(number, int) else str(number)
+    return Example(Path(image), "", image, 0, question=str(line.get("question", "")), prompt=prompt, question_id=number)
+
+
 def take_up(path: Path, keys: "array[int]") -> int:
     """Cut off half a line, and add the key of each that is whole; how many there are."""
     before = len(keys)
     if path.exists():
         _cut_torn(path)
-        keys.extend(_key(line["image"], str(line.get("question", ""))) for line in lines_of(path))
+        keys.extend(map(_key_of_line, lines_of(path)))
     return len(keys) - before
 
 
@@ -97,7 +108,7 @@ def texts_of(path: Path, subject: Callable[[Example], Any], wanted: Container[Pa
     found: dict[str, dict[Any, str]] = {}
     for line in lines_of(path):
         if Path(line["image"]) in wanted:
-            about = subject(example_of(line["image"], line.get("question", "")))
+            about = subject(asked_in(line))
             if "base_text" in line:
                 found.setdefault("base", {})[about] = line["base_text"]
             found.setdefault(name, {})[about] = line["text"]

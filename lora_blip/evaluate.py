@@ -1,7 +1,5 @@
 """`python -m lora_blip evaluate`: base beside adapter on images with known texts → figures, a table and report.html."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable
@@ -18,11 +16,11 @@ from lora_blip.config import ConfigError, EvaluateConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.leaks import Leak, find_leaks
-from lora_blip.files import write_whole
+from lora_blip.files import csv_text, write_whole
 from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.predict import described, open_task, put_on, wanted_adapter
-from lora_blip.prediction import Prediction, line_of
+from lora_blip.prediction import line_of, prediction_of
 from lora_blip.report import Card, Row
 from lora_blip.run import METRICS_NAME, fresh
 from lora_blip.runner import Runner
@@ -45,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, wanted)
     examples, problems = annotations.read(
-        config.references, config.image_root, config.on_bad_data, task.check, expect=task.expect
+        config.references, config.image_root, config.on_bad_data, task.check, expect=task.expect, trim=task.trim
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
@@ -103,7 +101,7 @@ def shown(name: str, folder: Path) -> measures.Progress:
     def watch(found: Iterable[Any], count: int) -> Iterable[Any]:
         for example, said in tqdm(found, total=count, desc=name, unit="", disable=None, dynamic_ncols=True):
             if isinstance(said, str):
-                line = line_of(Prediction(example.image, said, example.question), None)
+                line = line_of(prediction_of(example, said))
                 with (folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             yield example, said
@@ -126,7 +124,7 @@ def leaks_of(config: EvaluateConfig, wanted: Adapter | None, examples: list[Exam
             raise DataError(f"train_annotations {source!r} do not exist; give the file, or none")
         return [], f"not looked for: the training data, {source}, is not here (--train-annotations)"
     try:
-        trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False)
+        trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
     except DataError as error:
         if config.train_annotations:
             raise
@@ -200,15 +198,16 @@ def csv_of(base: Measured | None, adapted: Measured | None) -> str:
     made = adapted or base
     assert made is not None
     before = dict(zip(base.subjects, zip(base.texts, base.points, strict=True), strict=True)) if base else {}
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["image", "question", "references", "base", "adapted", f"base {made.main}", made.main, "group"])
+    names = ["image", "question", "references", "base", "adapted", f"base {made.main}", made.main, "group"]
+    rows: list[list[object]] = [[*names, "question_id", "prompt"]]
     for subject, lines, text, point in zip(made.subjects, made.lines, made.texts, made.points, strict=True):
         old, old_point = before.get(subject, ("", ""))
         said, own = (text, point) if adapted else ("", "")
         known = " | ".join(references_of(lines))
-        writer.writerow([lines[0].image, lines[0].question, known, old, said, old_point, own, lines[0].group])
-    return file.getvalue()
+        first = lines[0]
+        asked = [first.image, first.question, known]
+        rows.append([*asked, old, said, old_point, own, first.group, first.question_id, first.prompt])
+    return csv_text(rows)
 
 
 def references_of(lines: list[Example]) -> list[str]:

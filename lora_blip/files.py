@@ -1,13 +1,17 @@
 """Files and folders that are written whole or not at all."""
 
+import csv
 import errno
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
+
+FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")  # a cell that begins so may be run by a spreadsheet
 
 
 def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
@@ -28,6 +32,23 @@ def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
         temporary.unlink(missing_ok=True)
     if synced:
         sync_folder(path.parent)
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV in which no text is a formula: a spreadsheet shows an apostrophe before it, and runs nothing.
+
+    Numbers stay numbers. Every CSV file that is written for people comes from here.
+    """
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
+    return file.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, int | float):
+        return value
+    text = str(value).replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a carriage return, which ends a row
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -102,7 +102,7 @@ def measure_captions(runner: Runner, examples: list[Example], seed: int, progres
     for name in captions.NAMES:
         value = scores.values[name]
         made.scores[name] = None if value is None else intervals.get(name, Interval(value, np.nan, np.nan))
-    made.each, made.coco = {"exact match": Column(scores.per_image["exact match"], subjects)}, scores
+    made.each, made.coco = {"exact match": Column(scores.per_image["exact match"], [image_of(s) for s in subjects])}, scores
     made.notes |= scores.reasons
     if scores.tokenizer:
         made.facts["tokenizer of the scores"] = scores.tokenizer

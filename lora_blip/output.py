@@ -25,7 +25,7 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.images import ImageError
 from lora_blip.done import Done, OutputError, key_of, take_up
 from lora_blip.files import FULL, write_whole
-from lora_blip.prediction import Prediction, line_of
+from lora_blip.prediction import Prediction, line_of, request_of
 from lora_blip.resume import differences
 from lora_blip.run import fresh
 from lora_blip.tasks.task import Task
@@ -107,8 +107,7 @@ class Output:
 
 
 def _error_line(example: Example, error: ImageError) -> dict[str, Any]:
-    question = {"question": example.question} if example.question else {}
-    return {"image": str(example.image), **question, "error": str(error)}
+    return request_of(example) | {"error": str(error)}
 
 
 # ---------------------------------------------------------------- which folder, and whether it is this run's
@@ -138,15 +137,20 @@ def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
     return about
 
 
-def identity(config: InferConfig, task: Task, wanted: Adapter | None, precision: str) -> dict[str, Any]:
-    """All that decides what is said of an image, in JSON; files by what is in them."""
+def identity(
+    config: InferConfig, task: Task, wanted: Adapter | None, precision: str, by_references: bool = False
+) -> dict[str, Any]:
+    """All that decides what is said of an image, in JSON; files by what is in them.
+
+    `by_references`: lines of the references have prompts of their own.
+    """
     settings = {
         "model": task.backbone.name, "adapter": _digest(wanted.path) if wanted else "none", "task": task.name,
         "images": config.images, "question": _content(config.question, "question"), "texts": _content(config.texts, "texts"),
         "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
         "image_size": task.backbone.chosen_size,
     }  # fmt: skip
-    if task.name == "vqa" and not config.question:  # the references are the questions
+    if by_references or (task.name == "vqa" and not config.question):  # in which the references are the questions
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_blip import adapter, dist, done, lora, output, stop, weights
 from lora_blip.adapter import Adapter
-from lora_blip.asked import asked, read_references, read_texts
+from lora_blip.asked import Prompted, asked, read_references, read_texts, trim_references
 from lora_blip.bulk import Found, Rounds, Screen, on_main
 from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
 from lora_blip.data.annotations import Example
@@ -20,7 +20,7 @@ from lora_blip.data.streams import Images, example_of
 from lora_blip.dist import Ranks
 from lora_blip.models import Backbone, open_backbone
 from lora_blip.output import Output
-from lora_blip.prediction import Prediction, report
+from lora_blip.prediction import Prediction, prediction_of, report
 from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
 from lora_blip.tasks import TASKS, natural_task
@@ -51,13 +51,16 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     folder: Path = ranks.first(on_main(ranks, lambda: output.folder_of(config, ranks.count)))
     config = replace(config, device=ranks.device(config.device))
     task, precision = open_task(config, wanted)
+    references = trim_references(task, config.references, references)
     examples = asked(task, images, config.question, references, texts)
-    what = output.identity(config, task, wanted, precision)
+    what = output.identity(config, task, wanted, precision, by_references=isinstance(examples, Prompted))
 
     heard = closing.enter_context(stop.heard())
     out: Output = on_main(ranks, lambda: closing.enter_context(output.opened(folder, what, config.resume)))
     count = sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0
     left = count - (out.before if out else 0)
+    if others := images.others_line():
+        print(others)
     greeting = printable(f"{folder}: {out.greeting() if out else ''}")
     print(described(task, wanted, left, precision), greeting, sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
@@ -168,11 +171,11 @@ class Saying:
         """pictures: (images, 3, H, W)"""
         if not self.texts:
             texts = task.predict(pictures, examples)
-            return [Prediction(e.image, text, e.question) for e, text in zip(examples, texts, strict=True)]
+            return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
         if self.device != task.backbone.device:
             self.read, self.device = task.read(self.texts), task.backbone.device
         rankings = [self._order(row) for row in task.rank(pictures, examples, self.read).cpu().tolist()]
-        return [Prediction(e.image, order[0][0], e.question, order) for e, order in zip(examples, rankings, strict=True)]
+        return [prediction_of(e, order[0][0], order) for e, order in zip(examples, rankings, strict=True)]
 
     def _order(self, row: list[float]) -> list[tuple[str, float]]:
         return sorted(zip(self.texts, row, strict=True), key=lambda pair: -pair[1])

@@ -18,13 +18,23 @@ class Prediction:
     text: str
     question: str = ""
     ranking: Ranking = field(default_factory=list)  # where texts were ranked
+    question_id: int | str = ""  # of the line that asked
+    prompt: str = ""  # the line's own
+
+
+def prediction_of(example: Example, text: str, ranking: Ranking | None = None) -> Prediction:
+    return Prediction(example.image, text, example.question, ranking or [], example.question_id, example.prompt)
+
+
+def request_of(example: Example | Prediction) -> dict[str, Any]:
+    """What was asked, as each line of a run's files begins: image, and question, question_id and prompt if there are any."""
+    own = {"question": example.question, "question_id": example.question_id, "prompt": example.prompt}
+    return {"image": str(example.image)} | {key: value for key, value in own.items() if value != ""}
 
 
 def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
     """A line of predictions.jsonl; `base` is what the model said without the adapter."""
-    line: dict[str, Any] = {"image": str(prediction.image)}
-    if prediction.question:
-        line["question"] = prediction.question
+    line = request_of(prediction)
     line["text"] = prediction.text
     if base is not None:
         line["base_text"] = base
@@ -37,6 +47,8 @@ def printed(prediction: Prediction, base: str | None = None) -> str:
     rows = [("Image", str(prediction.image))]
     if prediction.question:
         rows.append(("Question", prediction.question))
+    if prediction.prompt:
+        rows.append(("Prompt", prediction.prompt))
     if base is not None:
         rows.append(("Base", base))
     if prediction.ranking:

@@ -121,9 +121,15 @@ def lines_digest(examples: list[Example], with_images: bool) -> str:
         for e in part if with_images else ():
             if e.file not in known:
                 known[e.file] = _glimpse(e.image)
-        said = [[e.name, e.text, e.question, e.answers, *known.get(e.file, ())] for e in part]
+        said = [[e.name, e.text, e.question, e.answers, *known.get(e.file, ()), *_own(e)] for e in part]
         digest.update("".join(map(WRITE, said)).encode() if with_images else WRITE(said).encode())
     return digest.hexdigest()
+
+
+def _own(example: Example) -> list[dict[str, Any]]:
+    """What only some lines have. Nothing is added for the others, so that their digest stays what it was."""
+    own = {"prompt": example.prompt, "question_id": example.question_id}
+    return [own] if example.prompt or example.question_id != "" else []
 
 
 def _glimpse(image: Path) -> list[str]:

@@ -64,7 +64,7 @@ def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[
     """Checked lines, split by image into training and validation, the latter in an order drawn from the seed."""
     decode = config.check_images == "all"
     examples, problems = annotations.read(
-        config.annotations, config.image_root, config.on_bad_data, task.check, decode, task.expect
+        config.annotations, config.image_root, config.on_bad_data, task.check, decode, task.expect, task.trim
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

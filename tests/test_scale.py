@@ -29,7 +29,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, images
 from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.batches import loader
-from lora_blip.data.formats import _object, canonical
+from lora_blip.data.formats import STRICT, _object, as_text, canonical
 from lora_blip.data.images import SIDED, names_side
 from lora_blip.data.lines import Lines
 from lora_blip.data.pictures import Pictures
@@ -150,7 +150,10 @@ def test_plain_captions_and_answers_are_not_tokenised_at_all(make, monkeypatch):
 
 odd = st.sampled_from(["a", " a  b ", "a\tb", "\ud800", "é", ""])
 values = st.none() | st.booleans() | st.integers() | st.text(max_size=9) | odd
-keys = ("image", "image_path", "file_name", "text", "caption", "question", "answers", "answer", "group", "id")
+keys = (
+    "image", "image_path", "file_name", "text", "caption", "question", "answers", "answer", "group", "id", "prompt",
+    "question_id",
+)  # fmt: skip
 entries = st.dictionaries(
     st.sampled_from(keys), values | st.lists(values | st.fixed_dictionaries({"answer": values}), max_size=3), max_size=6
 )
@@ -161,11 +164,11 @@ def plainly(entry: dict[str, Any], root: Path) -> Example | str:
     made = canonical(entry, answered=False)
     if isinstance(made, str):
         return made
-    group = made.get("group", "")
-    answers = tuple(made["answers"]) if "question" in made else ()
+    asked = "question" in made
     return Example(
-        root / made["image"], made.get("text", ""), made["image"], 1, group if isinstance(group, str) else "",
-        made.get("question", ""), answers,
+        root / made["image"], "" if asked else made["text"], made["image"], 1, as_text(made.get("group")) or "",
+        made["question"] if asked else "", tuple(made["answers"]) if asked else (), prompt=made.get("prompt", ""),
+        question_id=made.get("question_id", "") if asked else "",
     )  # fmt: skip
 
 
@@ -179,7 +182,7 @@ def test_a_line_is_the_same_example_by_the_short_way(found, root):
 
 
 @pytest.mark.parametrize("group", [0, 0.0, False, None, [], {}, "", "g"])
-def test_a_group_that_is_no_text_is_none_by_either_way(group):
+def test_a_group_of_any_kind_is_the_same_by_either_way(group):
     entry = {"image": "a.png", "text": "a cube", "group": group}
     assert Lines(Path("x.jsonl"), Path()).example(dict(entry), 1) == plainly(dict(entry), Path())
 
@@ -205,7 +208,7 @@ def test_a_name_becomes_the_path_that_pathlib_makes_of_it(name, root):
 def test_a_json_line_means_what_the_strict_reader_says(line):
     """Keys that are there twice, constants that are none, brackets without end: refused alike, in the same words."""
     found = []
-    for read in (_object, parsed):
+    for read in (_object, lambda text: parsed(text, STRICT)):
         try:
             found.append(repr(read(line)))
         except ValueError as error:

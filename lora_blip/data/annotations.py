@@ -20,7 +20,7 @@ from lora_blip.data.formats import jsonl_entries, tsv_entries
 from lora_blip.data.images import ImageError, open_image
 from lora_blip.data.lines import Lines
 from lora_blip.data.places import in_walking_order, resolved
-from lora_blip.untrusted import printable, why
+from lora_blip.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # lines, which the garbage collector is not to go through for the rest of the run
@@ -48,14 +48,17 @@ def read(
     check: Callable[[Example], str] | None = None,
     decode: bool = True,
     expect: Callable[[list[Example]], None] | None = None,
+    trim: Callable[[Example], Example] | None = None,
+    report: Callable[[str], object] = print,
 ) -> tuple[list[Example], list[Problem]]:
     """Every good line as an Example, and every bad one as a Problem with file and line.
 
     Image paths are relative to `image_root`, or to the file's own folder. Every line is checked: JSON,
     keys, that the image is there and decodes, that texts are not empty, and `check`, which gives the
     reason why a task cannot use the line, or "". `decode` false leaves the images unopened. `expect` is given
-    the lines a thousand at a time before they are checked. Raises DataError listing the problems if there are
-    any and `on_bad_data` is "stop", and in any case if no line is good.
+    the lines a thousand at a time before they are checked. `trim` removes a task's prompt from the start of a line's
+    texts. `report` is called with a line about each thing that was ignored or changed. Raises DataError listing the
+    problems if there are any and `on_bad_data` is "stop", and in any case if no line is good.
     """
     source = Path(source)
     lines = Lines(source, Path(image_root) if image_root else source.parent)
@@ -68,8 +71,15 @@ def read(
             raise DataError(f"annotations {str(source)!r} do not exist; {expected}") from None
         except OSError as error:
             raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {expected}") from None
+        if lines.ignored:
+            report(printable(f"{source}: these keys are ignored: {_ignored(lines.ignored)}"))
+        if trim:
+            parsed = trimmed(source, parsed, trim, report)
         broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}) if decode else {}
         good, problems = _checked(source, parsed, broken, check, expect)
+    if lines.prompts and (own := sum(bool(example.prompt) for example in good)):
+        message = f"{source}: {own:,} of {len(good):,} line(s) have a prompt of their own, which replaces PROMPT for them"
+        report(printable(message))
     if len(good) >= MANY:
         gc.freeze()  # for good: they hold no cycles, and loader workers share their memory for as long as nobody writes to it
     if problems and on_bad_data == "stop":
@@ -77,6 +87,33 @@ def read(
     if not good:
         raise DataError(f"{source}: no usable line\n{listing(problems)}".strip())
     return good, problems
+
+
+def trimmed(
+    source: str | Path,
+    lines: list[Example | tuple[int, str]],
+    trim: Callable[[Example], Example],
+    report: Callable[[str], object] = print,
+) -> list[Example | tuple[int, str]]:
+    """Remove a repeated prompt from each line, and report how many had one. A line that is nothing else becomes a reason."""
+    found, count, first = list(lines), 0, ""
+    for place, line in enumerate(lines):
+        if isinstance(line, Example) and (made := trim(line)) is not line:
+            count, first = count + 1, first or f"line {line.line}: {quoted(line.words)} is now {quoted(made.words)}"
+            empty = not made.text if line.text else not all(made.answers)
+            found[place] = (line.line, "the text is nothing but the prompt; write what follows the prompt") if empty else made
+    if count:
+        message = (
+            f"{source}: removed the prompt from the start of {count:,} line(s), because it comes before each text; {first}"
+        )
+        report(printable(message))
+    return found
+
+
+def _ignored(keys: dict[str, tuple[int, int]]) -> str:
+    """The keys that are ignored, with the number of lines of each and the first line."""
+    some = [f"{quoted(key)} ({count:,} line(s), first line {first})" for key, (count, first) in keys.items()]
+    return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
 
 
 @contextmanager

@@ -23,7 +23,8 @@ class AsText:
 class Example:
     """One line: an image and a text that describes it, or a question and its answers, one for each who was asked.
 
-    `group` is free for the user ("unseen pairs").
+    `group` is free for the user ("unseen pairs"). `prompt` replaces the task's own prompt for this line. Two questions
+    of one image with the same words differ by their `question_id`.
     """
 
     image: Path
@@ -34,6 +35,8 @@ class Example:
     question: str = ""
     answers: tuple[str, ...] = ()
     source: str = field(default="", compare=False, repr=False)  # the annotations, for messages
+    prompt: str = ""
+    question_id: int | str = ""
 
     @property
     def file(self) -> str:
@@ -43,10 +46,10 @@ class Example:
     @property
     def words(self) -> str:
         """All that the line says of its picture."""
-        return " ".join((self.text, self.question, *self.answers)).strip()
+        return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))
 
 
-put_file, put_text, put_name, put_line, put_group, put_question, put_answers, put_source = (
+put_file, put_text, put_name, put_line, put_group, put_question, put_answers, put_source, put_prompt, put_question_id = (
     vars(Example)[each.name].__set__ for each in fields(Example)
 )
 SLOT = vars(Example)["image"]
@@ -55,8 +58,9 @@ Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # after the class
 
 
 def quick(
-    file: str, text: str, name: str, line: int, group: str, question: str, answers: tuple[str, ...], source: str
-) -> Example:
+    file: str, text: str, name: str, line: int, group: str, question: str, answers: tuple[str, ...], source: str,
+    prompt: str, question_id: int | str,
+) -> Example:  # fmt: skip
     """Example(Path(file), text, …), in half the time: a million are made at a start."""
     made = object.__new__(Example)
     put_file(made, file)
@@ -67,4 +71,6 @@ def quick(
     put_question(made, question)
     put_answers(made, answers)
     put_source(made, source)
+    put_prompt(made, prompt)
+    put_question_id(made, question_id)
     return made

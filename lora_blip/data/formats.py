@@ -4,11 +4,13 @@ import codecs
 import csv
 import io
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_blip.untrusted import DEEPEST, UnreadableError, is_path, no_constant, open_regular, parsed, quoted
+from lora_blip.untrusted import DEEPEST, UnreadableError, cut, is_path, no_constant, once, open_regular, parsed, quoted
 
 IMAGE_KEYS = ("image", "image_path", "file_name")
 TEXT_KEYS = ("text", "caption")
@@ -18,7 +20,25 @@ LONGEST = 2**20  # characters of a line; a caption has a hundred, a question wit
 TOO_LONG = f"a line of more than {LONGEST:,} characters; has the file lost its line ends?"
 NOT_UTF8 = "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
 
-QUICK = json.JSONDecoder(parse_constant=no_constant)  # takes a key twice without a word, in a fifth of the time
+WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
+
+
+class WrittenFloat(float):
+    """A number of a JSON that is not whole, with its spelling: 1.50 stays 1.50 if it is an answer."""
+
+    __slots__ = ("spelling",)
+    spelling: str
+
+    def __new__(cls, spelling: str) -> "WrittenFloat":
+        made = super().__new__(cls, spelling)
+        if math.isinf(made):
+            raise ValueError(f"{cut(spelling)} is too large for a number")
+        made.spelling = spelling
+        return made
+
+
+QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=no_constant)  # accepts a key twice; five times as fast
+STRICT = json.JSONDecoder(object_pairs_hook=once, parse_float=WrittenFloat, parse_constant=no_constant)
 
 Place = int | str  # a line's number, or what an entry is called in its JSON: "annotations[17]"
 Entry = dict[str, Any]
@@ -53,11 +73,20 @@ def _bounded(file: TextIO) -> Iterator[str]:
             part = file.readline(LONGEST + 1)
 
 
+def as_text(value: object) -> str | None:
+    """Return a string, a number as it is written, or yes or no for a boolean; None for any other value."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return value.spelling if isinstance(value, WrittenFloat) else str(value)
+    return value if isinstance(value, str) else None
+
+
 def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     """{"image", "text"} or {"image", "question", "answers"}, spaces tidied, then the entry's other keys; or why not.
 
-    A line with a question is a question, with its `answers` (strings, or VQAv2's {"answer": …}) or its one `answer`;
-    not `answered`: it may have none.
+    A line with a question is a question, with its `answers` (texts, or VQAv2's {"answer": …}) or its one `answer`;
+    not `answered`: it may have none. Numbers and booleans become texts, see `as_text`.
     """
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)
@@ -65,34 +94,63 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
         return f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
     if not is_path(image):
         return f"the image is no path that a file can have: {quoted(image)}"
-    made: Entry
-    if "question" in rest:
-        none = not answered and rest.keys().isdisjoint(ANSWER_KEYS)
-        question, answers = rest.pop("question"), [] if none else _take(rest, ANSWER_KEYS)
-        answers = answers if isinstance(answers, list) else [answers]
-        answers = [item.get("answer") if isinstance(item, dict) else item for item in answers]
-        if not isinstance(question, str):
-            return "the question is no string"
-        if (not answers and not none) or not all(isinstance(answer, str) for answer in answers):
-            return 'no answer: expected "answers", a list of strings, or "answer", a string'
-        made = {"question": " ".join(question.split()), "answers": [" ".join(answer.split()) for answer in answers]}
-        empty = "" if all(made["answers"]) else "an answer is empty"
-        empty = empty if made["question"] else "the question is empty"
-    else:
-        text = _take(rest, TEXT_KEYS)
-        if not isinstance(text, str):
-            there = f"; this line has {quoted(list(rest))[1:-1]}" if rest else ""
-            return f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, with a string, or question and answers{there}"
-        made = {"text": " ".join(text.split())}
-        empty = "" if made["text"] else "the text is empty"
-    written = (
-        image
-        + (rest["group"] if isinstance(rest.get("group"), str) else "")
-        + (made.get("text") or " ".join((made["question"], *made["answers"])) if not empty else "")
-    )
-    if not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written):
-        return NOT_UTF8
-    return empty or {"image": image} | made | rest
+    try:
+        made = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest
+    except _ValueError as error:
+        return str(error)
+    return NOT_UTF8 if _has_surrogates(made) else made
+
+
+def _caption(rest: Entry) -> Entry:
+    if rest.keys().isdisjoint(TEXT_KEYS):
+        there = f"; this line has {quoted(list(rest))[1:-1]}" if rest else ""
+        raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, or question and answers{there}")
+    return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
+
+
+def _question(rest: Entry, answered: bool) -> Entry:
+    question, unasked = _tidied("question", rest.pop("question")), not answered and rest.keys().isdisjoint(ANSWER_KEYS)
+    answers = _take(rest, ANSWER_KEYS, [])
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers and not unasked:
+        raise _ValueError('no answer: expected "answers", a list of texts, or "answer", a text')
+    said = [item.get("answer", item) if isinstance(item, dict) else item for item in answers]
+    made: Entry = {"question": question, "answers": [_tidied("answer", text) for text in said]}
+    number = rest.pop("question_id", None)
+    if number is None or number == "":
+        return made
+    if isinstance(number, bool) or not isinstance(number, int | str):
+        raise _ValueError(f"the question_id is {quoted(number)}; expected a whole number or a text")
+    return made | {"question_id": number}
+
+
+def _prompt(rest: Entry) -> Entry:
+    """The line's own prompt. None and an empty text are none: a CSV has a cell for it on every row."""
+    prompt = rest.pop("prompt", None)
+    return {"prompt": _tidied("prompt", prompt)} if prompt is not None and str(prompt).strip() else {}
+
+
+def _tidied(name: str, value: object) -> str:
+    """A text with one space between words. Raises _ValueError for null, an empty text, and what is no text."""
+    text = as_text(value)
+    if text is None:
+        found = f"the {name} is null" if value is None else f"no {name}: it is {quoted(value)}"
+        raise _ValueError(f"{found}; write a text")
+    if not (text := " ".join(text.split())):
+        raise _ValueError(f"{'an' if name == 'answer' else 'the'} {name} is empty")
+    return text
+
+
+def _has_surrogates(entry: Entry) -> bool:
+    """Whether a text that becomes part of an Example holds half of a surrogate pair."""
+    used = [entry.get(key) for key in ("image", "group", "text", "question", "prompt", "question_id")]
+    answers = entry["answers"] if "question" in entry else ()  # a caption may have any value under that key
+    written = "".join(value for value in (*used, *answers) if isinstance(value, str))
+    return not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written)
+
+
+class _ValueError(ValueError):
+    """A value of an entry that cannot be used; the message names it."""
 
 
 def jsonl_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
@@ -117,18 +175,18 @@ def _object(line: str) -> Any:
     try:
         entry, end = QUICK.raw_decode(line)
     except (ValueError, RecursionError):
-        return parsed(line)  # which says what is wrong
+        return parsed(line, STRICT)  # which says what is wrong
     flat = line[end:] in ("\n", "") and type(entry) is dict and len(entry) == line.count(":") and line.count("[") < DEEPEST - 1
-    return entry if flat else parsed(line)
+    return entry if flat else parsed(line, STRICT)
 
 
 def tsv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
     """image⇥caption, or image⇥question⇥answer with `|` between several answers.
 
     Lines that start with # are comments (an image of such a name is written ./#1.png). There is no quoting. A first
-    line that names the columns is passed over.
+    line that names the columns, such as image⇥prompt⇥caption, says what each column is.
     """
-    first = True
+    names: list[str] | None = None  # not known before the first line; empty: it names no columns
     for number, line in numbered_lines(path):
         if line is None:
             yield number, TOO_LONG
@@ -136,10 +194,19 @@ def tsv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
         if line.startswith("#"):
             continue
         cells = [cell.strip() for cell in line.split("\t")]
-        heads, first = first and _is_header(cells), False
-        if heads:
-            continue
-        if len(cells) == 2:
+        if names is None:
+            names = [cell.lower() for cell in cells] if is_header(cells) else []
+            if names:
+                if reason := _repeated(names):
+                    yield number, reason
+                    return
+                continue
+        if names and len(cells) == len(names):
+            yield number, _of_columns(names, cells)
+        elif names:
+            columns = f"{len(cells)} column{'s' * (len(cells) > 1)} where the first line names {len(names)}"
+            yield number, f"{columns}: {quoted(line.strip()[:60])}"
+        elif len(cells) == 2:
             yield number, {"image": cells[0], "text": cells[1]}
         elif len(cells) == 3:
             yield number, {"image": cells[0], "question": cells[1], "answers": several(cells[2])}
@@ -162,9 +229,8 @@ def csv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
         if not is_header(names):
             yield number, f"the first line must name the columns, image,caption or such; it is {header_line.strip()[:60]!r}"
             return
-        named = [name for name in names if name]
-        if len(set(named)) < len(named):
-            yield number, f"the first line names a column twice: {header_line.strip()[:60]!r}"
+        if reason := _repeated(names):
+            yield number, reason
             return
         for number, row in rows:
             if isinstance(row, str):
@@ -173,8 +239,22 @@ def csv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
                 columns = f"{len(row)} column{'s' * (len(row) > 1)} where the header has {len(names)}"
                 yield number, f"{columns}: a text with commas stands in quotes, got {delimiter.join(row)[:60]!r}"
             else:
-                entry: Entry = {name: cell.strip() for name, cell in zip(names, row, strict=True) if name}
-                yield number, entry | {key: several(entry[key]) for key in ANSWER_KEYS if key in entry}
+                yield number, _of_columns(names, row)
+
+
+def _of_columns(names: list[str], cells: list[str]) -> Entry:
+    """An entry of the cells of a row. A question_id of digits is a number, as it is in a JSON."""
+    entry: Entry = {name: cell.strip() for name, cell in zip(names, cells, strict=True) if name}
+    entry |= {key: several(entry[key]) for key in ANSWER_KEYS if key in entry}
+    number = entry.get("question_id", "")
+    return entry | {"question_id": int(number)} if WHOLE.fullmatch(number) else entry
+
+
+def _repeated(names: list[str]) -> str:
+    """Why these are no names of columns, or ""."""
+    named = [name for name in names if name]
+    twice = next((name for name in named if named.count(name) > 1), "")
+    return f"the first line names a column twice: {quoted(twice)}; keep one" if twice else ""
 
 
 def several(cell: str) -> list[str]:
@@ -185,10 +265,6 @@ def is_header(cells: Iterable[str]) -> bool:
     """Names of columns with an image and with a text or question among them."""
     names = {cell.strip().lower() for cell in cells}
     return bool(names.intersection(IMAGE_KEYS) and names.intersection((*TEXT_KEYS, "question")))
-
-
-def _is_header(cells: list[str]) -> bool:
-    return is_header(cells) and all(cell.lower() in (*IMAGE_KEYS, *TEXT_KEYS, "question", *ANSWER_KEYS) for cell in cells)
 
 
 def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
@@ -217,7 +293,12 @@ def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]
             yield number, row
 
 
-def _take(entry: Entry, keys: Iterable[str]) -> Any:
-    """The value of the first key that is there; all of them are taken out."""
-    found = [entry.pop(key) for key in keys if key in entry]
-    return found[0] if found else None
+def first_key(entry: Entry, keys: Iterable[str]) -> str | None:
+    """Return the first of some keys that an entry has. The others of them are not used."""
+    return next((key for key in keys if key in entry), None)
+
+
+def _take(entry: Entry, keys: Iterable[str], otherwise: Any = None) -> Any:
+    """Take the value of the first of some keys out of an entry."""
+    key = first_key(entry, keys)
+    return otherwise if key is None else entry.pop(key)

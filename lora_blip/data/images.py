@@ -4,16 +4,42 @@ import logging
 import random
 import re
 import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_blip.untrusted import UnreadableError, cut, open_regular, printable, why
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of Pillow's fifty; some of the others run other programs
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")  # of Pillow's fifty; others run programs
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+}  # fmt: skip
+HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+RAW = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}  # of cameras
+OTHERS = {".emf", ".eps", ".ico", ".jxl", ".pcx", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".wmf"}
+PICTURES = SUFFIXES | HEIC | RAW | OTHERS  # files that a user takes for images: one that is not read is reported
+NO_PICTURES = {
+    ".7z", ".bin", ".caption", ".cls", ".csv", ".db", ".gz", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".mov", ".mp4",
+    ".npy", ".npz", ".parquet", ".pdf", ".pt", ".py", ".safetensors", ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
+}  # fmt: skip
+HEAD = 64  # bytes from which the kind of a file is known
+SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000", b"\xff\x4f\xff\x51": "JPEG2000",
+}  # fmt: skip
+BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"), "HEIF"),
+}  # of ISO base media files
+BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
 LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; a telephone's picture has up to 108 million
 LARGEST_FILE = 2**28  # bytes: what is no picture in a GIF is passed over one by one, at 70 ns
 MOST_SCANS = 100  # of a progressive JPEG, each of which costs a pass over all pixels; encoders write about ten
@@ -47,17 +73,22 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     """The picture in RGB, turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
 
     Of several frames it is the first. `content`: the image, where `path` only names it. Raises ImageError when the file
-    is missing, is no image of FORMATS, is damaged, or is too large to be one.
+    is missing, is no image of FORMATS, is damaged, or is too large to be one. A HEIC image needs pillow-heif.
     """
+    kind = ""
     try:
-        with content or open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
-            _refuse_bomb(image, file)
-            image.load()
-            return to_rgb(upright(image))
+        with content or open_regular(path, LARGEST_FILE) as file:
+            kind = kind_of(file.read(HEAD))
+            file.seek(0)
+            _refuse_raw(path, kind)
+            with Image.open(file, formats=_formats(kind)) as image:
+                _refuse_bomb(image, file)
+                image.load()
+                return to_rgb(upright(image))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is no image of a kind that is read here ({', '.join(FORMATS)})") from None
+        raise ImageError(f"{path} is {_unknown(path, kind)}") from None
     except UnreadableError as error:
         raise ImageError(f"{path} is no image: {error}") from None
     except Image.DecompressionBombError:  # Pillow's own end lies beyond LARGEST
@@ -67,6 +98,70 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     except Exception as error:  # decoders raise whatever they stumble over: struct.error, KeyError, MemoryError …
         told = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
         raise ImageError(f"{path} cannot be decoded ({told})") from None
+
+
+def kind_of(head: bytes) -> str:
+    """Return the kind of image whose file begins with `head`, HEAD bytes or all there are: of FORMATS, HEIF or "" for none."""
+    for signature, kind in SIGNATURES.items():
+        if head.startswith(signature):
+            return kind
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in BMP_HEADERS:
+        return "BMP"
+    if head[4:8] != b"ftyp":
+        return ""
+    brands = [head[8:12], *(head[at : at + 4] for at in range(16, min(int.from_bytes(head[:4]), len(head)), 4))]
+    kinds = [BRANDS[brand] for brand in brands if brand in BRANDS]
+    return "AVIF" if "AVIF" in kinds else "HEIF" if "HEIF" in kinds else ""
+
+
+def is_picture(name: str, head: Callable[[], bytes]) -> bool:
+    """Whether a file is an image, or one that a user takes for an image: by its suffix, or else by its first bytes.
+
+    Hidden files are none. `head` is called only if the suffix does not decide.
+    """
+    dot = name.rfind(".")
+    suffix = name[dot:].lower() if dot > 0 else ""
+    if name.startswith(".") or suffix in NO_PICTURES:
+        return False
+    if suffix in PICTURES:
+        return True
+    return kind_of(head()) not in (("", "TIFF") if suffix else ("",))  # TIFF's signature begins many other formats
+
+
+@lru_cache
+def _formats(kind: str) -> tuple[str, ...]:
+    """The formats that Pillow may try. HEIF is among them if the content is one and pillow-heif is installed."""
+    Image.init()
+    there = tuple(name for name in FORMATS if name in Image.OPEN)
+    return (*there, "HEIF") if kind == "HEIF" and _heif_reader() else there
+
+
+def _heif_reader() -> bool:
+    """Register pillow-heif; False if it is not installed."""
+    try:
+        pillow_heif: Any = import_module("pillow_heif")
+    except (ImportError, OSError):  # OSError: a library of its own is missing
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _refuse_raw(path: str | Path, kind: str) -> None:
+    """Pillow would read the thumbnail of such a file without saying so."""
+    if kind == "TIFF" and Path(path).suffix.lower() in RAW:
+        raise UnreadableError("it is a raw file of a camera; export it as JPEG or PNG")
+
+
+def _unknown(path: str | Path, kind: str) -> str:
+    """What a file is that Pillow does not know, and what to do."""
+    suffix = Path(path).suffix.lower()
+    if kind == "HEIF" or (suffix in HEIC and not _heif_reader()):
+        return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"
+    if kind in FORMATS and kind not in _formats(kind):
+        return f"a {kind} image, which Pillow {PIL.__version__} cannot read: pip install --upgrade pillow"
+    return f"no image of a kind that is read here ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 
 def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.annotations import DataError
-from lora_blip.data.formats import LONGEST, TEXT_KEYS, TOO_LONG, Entry, Found, csv_entries, numbered_lines, open_text
+from lora_blip.data.formats import (
+    LONGEST,
+    TEXT_KEYS,
+    TOO_LONG,
+    Entry,
+    Found,
+    WrittenFloat,
+    as_text,
+    csv_entries,
+    numbered_lines,
+    open_text,
+)
 from lora_blip.untrusted import no_constant, once, parsed, quoted, why
 
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # what a data set calls a split → what it is here
@@ -20,6 +31,7 @@ SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "tes
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
 FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
+TEXT = str | int | float  # what `as_text` takes
 VQA_ANSWER = {"answer", "answer_confidence", "answer_id"}
 KARPATHY_SENTENCE = {"raw", "tokens", "imgid", "sentid"}
 BEFORE_STOP = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
@@ -58,10 +70,13 @@ def coco_entries(path: Path, found: Any) -> Iterator[Found]:
         else:
             names[image["id"]] = image["file_name"]
     for index, entry in enumerate(_as_list(path, "annotations", found)):
-        reason = _lacks(entry, image_id=int | str, caption=str)
+        reason = _lacks(entry, image_id=int | str, caption=TEXT)
         if not reason and entry["image_id"] not in names:
             reason = f"image_id {quoted(entry['image_id'])} is not among the images"
-        yield f"annotations[{index}]", reason or {"image": names[entry["image_id"]], "text": entry["caption"]}
+        if reason:
+            yield f"annotations[{index}]", reason
+        else:
+            yield f"annotations[{index}]", {"image": names[entry["image_id"]], "text": entry["caption"]} | _prompt_of(entry)
 
 
 def karpathy_entries(path: Path, found: Any) -> Iterator[Found]:
@@ -79,7 +94,7 @@ def karpathy_entries(path: Path, found: Any) -> Iterator[Found]:
         for number, sentence in enumerate(image["sentences"]):
             place = f"images[{index}].sentences[{number}]"
             raw = _said(sentence, "raw")
-            yield place, _lacks(sentence, raw=str) if raw is None else {"image": name, "text": spaced(raw), "split": side}
+            yield place, _lacks(sentence, raw=TEXT) if raw is None else {"image": name, "text": spaced(raw), "split": side}
 
 
 def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Iterator[Found]:
@@ -92,7 +107,7 @@ def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Ite
             said[entry["question_id"]] = _vqa_answers(f"{answers_path.name}: annotations[{index}]", entry)
     subset = subset_of(path, found)
     for index, entry in enumerate(_as_list(path, "questions", found)):
-        if reason := _lacks(entry, image_id=int, question=str, question_id=int | str):
+        if reason := _lacks(entry, image_id=int, question=TEXT, question_id=int | str):
             yield f"questions[{index}]", reason
             continue
         told = said.get(entry["question_id"])
@@ -102,7 +117,7 @@ def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Ite
         else:
             name = f"COCO_{subset}_{entry['image_id']:012d}.jpg"
             asked = {"image": name, "question": entry["question"], "answers": told, "question_id": entry["question_id"]}
-            yield f"questions[{index}]", asked
+            yield f"questions[{index}]", asked | _prompt_of(entry)
 
 
 def subset_of(path: Path, found: Any) -> str:
@@ -120,7 +135,7 @@ def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
     answers = [_said(answer, "answer") for answer in entry["answers"]]
     if None in answers:
         number = answers.index(None)
-        return f"{place}.answers[{number}]: {_lacks(entry['answers'][number], answer=str)}"
+        return f"{place}.answers[{number}]: {_lacks(entry['answers'][number], answer=TEXT)}"
     return [answer for answer in answers if answer and answer.strip()] or f"{place}: all answers are empty"
 
 
@@ -172,20 +187,23 @@ def _flickr8k_sides(folder: Path) -> dict[str, str]:
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
     """Called on every object of a JSON, innermost first: millions are not worth keeping as dicts."""
     entry = once(pairs)
-    if "answer" in entry and entry.keys() <= VQA_ANSWER and isinstance(entry["answer"], str):
-        return sys.intern(entry["answer"])
+    if "answer" in entry and entry.keys() <= VQA_ANSWER and (answer := as_text(entry["answer"])) is not None:
+        return sys.intern(answer)
     if "raw" in entry and entry.keys() <= KARPATHY_SENTENCE and isinstance(entry["raw"], str):
         return entry["raw"]
     return entry
 
 
-_COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_constant=no_constant)
+_COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_float=WrittenFloat, parse_constant=no_constant)
 
 
 def _said(entry: Any, key: str) -> str | None:
     """The text of an answer or sentence, compact or with keys of its own beside; None if it has none."""
-    text = entry.get(key) if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) else None
+    return as_text(entry.get(key) if isinstance(entry, dict) else entry)
+
+
+def _prompt_of(entry: Entry) -> Entry:
+    return {"prompt": entry["prompt"]} if "prompt" in entry else {}
 
 
 def _as_list(path: Path, key: str, found: Any) -> list[Any]:
@@ -204,7 +222,8 @@ def _lacks(entry: Any, **kinds: Any) -> str:
         if key not in entry:
             return f'no "{key}"'
         if not isinstance(entry[key], kind):
-            return f'"{key}" is {_short(entry[key])}, expected {getattr(kind, "__name__", kind)}'
+            expected = "a text" if kind is TEXT else getattr(kind, "__name__", kind)
+            return f'"{key}" is {"null" if entry[key] is None else _short(entry[key])}, expected {expected}'
     return ""
 
 

@@ -3,8 +3,10 @@
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -12,14 +14,15 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from lora_blip.data.annotations import Example
-from lora_blip.data.formats import IMAGE_KEYS, TOO_LONG, jsonl_entries, numbered_lines
-from lora_blip.data.images import LARGEST_FILE, SUFFIXES, ImageError, open_image
+from lora_blip.data.annotations import Example, plain
+from lora_blip.data.formats import IMAGE_KEYS, TOO_LONG, as_text, jsonl_entries, numbered_lines
+from lora_blip.data.images import HEAD, LARGEST_FILE, SUFFIXES, ImageError, is_picture, open_image
 from lora_blip.untrusted import cut, open_regular, quoted, why
 
 SHARD = ".tar"
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+MOST_LISTED, MOST_KINDS = 8, 100  # kinds of files that are no images: printed, and counted apart
 PADDING = 2**20  # bytes that may follow the end of a tar, if they are empty; most programs write less than 10 KB
 
 
@@ -44,30 +47,47 @@ class Images:
 
     A folder with its subfolders; a glob; a list, .txt with a path a line or .jsonl with the key "image", relative to
     the list; tar shards as WebDataset has them: a file, a folder of them, or a pattern such as
-    'shards/{0000..0031}.tar'. Raises ImageError when there is no image.
+    'shards/{0000..0031}.tar'. What is an image is decided by `images.is_picture`; `others` are the files beside them,
+    counted by suffix, after all images were gone through. Raises ImageError when there is no image.
     """
 
     def __init__(self, where: str | Path) -> None:
         self.where = str(where)
+        self.others: Counter[str] = Counter()
         problem = ""
         for example in self:
             if not isinstance(example, Missing):
                 return
             problem = problem or f" ({example.reason})"
+        problem = problem or f" ({self.others_line()})" * bool(self.others)
         raise ImageError(
             f"no image found at {self.where!r}{problem}; give a file, a folder, a glob such as 'photos/*.jpg', a list "
             "(.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
         )
 
     def __iter__(self) -> Iterator[Example]:
+        others: Counter[str] = Counter()
+        yield from self._every(others)
+        self.others = others
+
+    def _every(self, others: Counter[str]) -> Iterator[Example]:
         path = Path(self.where)
         if path.is_dir():
-            return in_folder(path)
+            return in_folder(path, others)
         if path.is_file():
-            return LISTS.get(path.suffix.lower(), in_file)(path)
+            return LISTS.get(path.suffix.lower(), in_file)(path, others)
         if BRACES.search(self.where) and path.suffix == SHARD:
-            return chain.from_iterable(map(members, expanded(self.where)))
-        return chain.from_iterable(map(in_file, globbed(self.where)))
+            return chain.from_iterable(members(shard, others) for shard in expanded(self.where))
+        return in_glob(self.where, others)
+
+    def others_line(self) -> str:
+        """How many files are no images, by suffix; "" if there are none."""
+        if not self.others:
+            return ""
+        kinds = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        some = [f"{count:,} {quoted(kind)[1:-1]}" for kind, count in kinds[:MOST_LISTED]]
+        some += ["…"] * (len(self.others) > MOST_LISTED)
+        return f"not images, left out: {self.others.total():,} file(s) ({', '.join(some)})"
 
 
 def example_of(image: str | Path, question: str = "") -> Example:
@@ -89,25 +109,35 @@ def place_of(example: Example) -> Any:
 # ---------------------------------------------------------------- files, folders, globs
 
 
-def in_file(path: str | Path) -> Iterator[Example]:
+def in_file(path: str | Path, others: Counter[str]) -> Iterator[Example]:
     """The image that the file is, or those of a shard."""
-    return members(str(path)) if str(path).endswith(SHARD) else iter((example_of(path),))
+    return members(str(path), others) if str(path).endswith(SHARD) else iter((example_of(path),))
 
 
-def in_folder(folder: Path) -> Iterator[Example]:
+def in_glob(pattern: str, others: Counter[str]) -> Iterator[Example]:
+    """The images and shards that match."""
+    for path in globbed(pattern):
+        if path.endswith(SHARD) or is_picture(Path(path).name, partial(_head, path)):
+            yield from in_file(path, others)
+        else:
+            _count(Path(path).name, others)
+
+
+def in_folder(folder: Path, others: Counter[str]) -> Iterator[Example]:
     """The images of a folder and its subfolders, or of its shards if there is nothing else to look at in it."""
     try:
-        images, shards, folders = _names(str(folder))
+        images, shards, folders, rest = _names(str(folder))
     except OSError:
-        return walked(str(folder))  # which says why
+        return walked(str(folder), others)  # which says why
     if shards and not images and not folders:
-        return chain.from_iterable(members(str(folder / name)) for name in shards)
-    return walked(str(folder))
+        others.update(rest)
+        return chain.from_iterable(members(str(folder / name), others) for name in shards)
+    return walked(str(folder), others)
 
 
-def walked(folder: str) -> Iterator[Example]:
+def walked(folder: str, others: Counter[str]) -> Iterator[Example]:
     """Image files by name, folder within folder. A link to a folder is not followed: it may lead in a circle."""
-    below = [_entries(folder)]
+    below = [_entries(folder, others)]
     while below:
         entry = next(below[-1], None)
         if entry is None:
@@ -115,24 +145,26 @@ def walked(folder: str) -> Iterator[Example]:
         elif isinstance(entry, Example):
             yield entry
         else:
-            below.append(_entries(entry))
+            below.append(_entries(entry, others))
 
 
-def _entries(folder: str) -> Iterator[Example | str]:
+def _entries(folder: str, others: Counter[str]) -> Iterator[Example | str]:
     """The images of one folder and the paths of its subfolders, by name."""
     try:
-        images, _, folders = _names(folder)
+        images, shards, folders, rest = _names(folder)
     except OSError as error:
         yield missing(folder, f"{folder} cannot be listed ({why(error)})")
         return
+    others.update(rest + Counter({SHARD: len(shards)}))
     inner = set(folders)
     for name in sorted(images + folders):
         path = str(Path(folder) / name)
         yield path if name in inner else example_of(path)
 
 
-def _names(folder: str) -> tuple[list[str], list[str], list[str]]:
-    """Image files, shards and subfolders; nothing of the rest is kept."""
+def _names(folder: str) -> tuple[list[str], list[str], list[str], Counter[str]]:
+    """Image files, shards and subfolders; of the rest, how many there are of each suffix."""
+    others: Counter[str] = Counter()
     images: list[str] = []
     shards: list[str] = []
     folders: list[str] = []
@@ -142,11 +174,30 @@ def _names(folder: str) -> tuple[list[str], list[str], list[str]]:
             suffix = entry.name[dot:].lower() if dot > 0 else ""
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.name)
-            elif suffix in SUFFIXES and not entry.is_dir():
-                images.append(entry.name)
+            elif entry.is_dir():
+                others["links to folders"] += 1
             elif suffix == SHARD:
                 shards.append(entry.name)
-    return images, sorted(shards), folders
+            elif (suffix in SUFFIXES and entry.name[0] != ".") or is_picture(entry.name, partial(_head, entry.path)):
+                images.append(entry.name)
+            else:
+                _count(entry.name, others)
+    return images, sorted(shards), folders, others
+
+
+def _head(path: str) -> bytes:
+    """The first bytes of a file, none of one that cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(HEAD)
+    except OSError:
+        return b""
+
+
+def _count(name: str, others: Counter[str]) -> None:
+    """One more file that is no image."""
+    kind = "hidden" if name.startswith(".") else Path(name).suffix.lower() or "without a suffix"
+    others[kind if kind in others or len(others) < MOST_KINDS else "of other kinds"] += 1
 
 
 def globbed(pattern: str) -> list[str]:
@@ -167,27 +218,29 @@ def missing(name: str | Path, reason: str) -> Missing:
 # ---------------------------------------------------------------- lists
 
 
-def in_text(path: Path) -> Iterator[Example]:
+def in_text(path: Path, others: Counter[str]) -> Iterator[Example]:
     """A path a line, relative to the list's folder."""
     for number, line in numbered_lines(path):
         if line is None:
             yield missing(f"{path}:{number}", f"{path}:{number}: {TOO_LONG}")
         else:
-            yield from in_file(path.parent / line.strip())
+            yield from in_file(path.parent / line.strip(), others)
 
 
-def in_jsonl(path: Path) -> Iterator[Example]:
-    """A JSON object a line, whose key "image" is a path relative to the list's folder."""
+def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
+    """A JSON object a line, whose key "image" is a path relative to the list's folder; it may have a "prompt"."""
     for number, entry in jsonl_entries(path):
         found = entry if isinstance(entry, str) else next((entry[key] for key in IMAGE_KEYS if key in entry), None)
         if isinstance(entry, str) or not isinstance(found, str) or not found.strip():
             reason = entry if isinstance(entry, str) else f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}"
             yield missing(f"{path}:{number}", f"{path}:{number}: {reason}")
         else:
-            yield from in_file(path.parent / found)
+            prompt = plain(as_text(entry.get("prompt")) or "")
+            some = in_file(path.parent / found, others)
+            yield from (replace(example, prompt=prompt) for example in some) if prompt else some
 
 
-LISTS: dict[str, Callable[[Path], Iterator[Example]]] = {".txt": in_text, ".jsonl": in_jsonl}
+LISTS: dict[str, Callable[[Path, Counter[str]], Iterator[Example]]] = {".txt": in_text, ".jsonl": in_jsonl}
 
 
 # ---------------------------------------------------------------- shards
@@ -206,8 +259,8 @@ class Strict(tarfile.TarInfo):
             raise tarfile.ReadError("its end is not there" if not buf else str(error)) from None
 
 
-def members(shard: str) -> Iterator[Example]:
-    """The images of a tar file, in its order, by name `shard.tar/000123.jpg`; what else is in it is passed over.
+def members(shard: str, others: Counter[str]) -> Iterator[Example]:
+    """The images of a tar file, in its order, by name `shard.tar/000123.jpg`; what else is in it is counted.
 
     Only headers are read here. A shard that is damaged ends in a Missing that says where, and is not silently shorter.
     """
@@ -222,13 +275,25 @@ def members(shard: str) -> Iterator[Example]:
                 archive.members = []  # type: ignore[attr-defined]  # which it would keep all of
                 if info.size < 0 or (info.isreg() and info.offset_data + info.size > size):
                     raise tarfile.ReadError(f"{quoted(info.name)} is cut off")
-                if Path(info.name).suffix.lower() in SUFFIXES and not info.isdir():
-                    yield _member(shard, info)
+                if not info.isdir():
+                    name = info.name.rpartition("/")[2]
+                    if is_picture(name, partial(_head_of_member, file, info)):
+                        yield _member(shard, info)
+                    else:
+                        _count(name, others)
                 last = info.name
             _refuse_rest(archive, file)
     except Exception as error:  # of whatever kind a broken header makes it
         told = why(error) if isinstance(error, OSError) else cut(str(error))
         yield missing(shard, f"{shard} cannot be read {f'beyond {quoted(last)}' if last else 'as a tar archive'} ({told})")
+
+
+def _head_of_member(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    """The first bytes of a file in an archive. tarfile finds its next header wherever `file` is."""
+    if not info.isreg() or info.issparse():
+        return b""
+    file.seek(info.offset_data)
+    return file.read(min(HEAD, info.size))
 
 
 def _member(shard: str, info: tarfile.TarInfo) -> Example:

@@ -1,6 +1,5 @@
 """Captioning: an image in, a text out, with or without a prompt before it."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,10 @@ COCO_KEYS = {name.lower().replace("-", "_"): name for name in COCO}  # "bleu_4":
 
 
 class CaptionTask(TextTask):
-    """`prompt` ("a picture of") stands before every caption; lines are {"image": …, "text": …}."""
+    """`prompt` ("a picture of") comes before every caption; lines are {"image": …, "text": …}.
+
+    A line with a "prompt" of its own has that one instead.
+    """
 
     name = "caption"
     architectures = ("BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
@@ -28,23 +30,35 @@ class CaptionTask(TextTask):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.require_room(self.prompt)
+        self.faults: dict[str, str] = {}  # prompts of lines → why they cannot be used, or ""
+        self.rooms: dict[str, int] = {}  # prompts → tokens for a caption after them
 
-    def prompt_of(self, example: Example) -> str:  # noqa: ARG002
-        return self.prompt
+    def prompt_of(self, example: Example) -> str:
+        return example.prompt or self.prompt
 
     def texts_of(self, example: Example) -> list[tuple[str, float]]:
         return [(example.text, 1.0)]
 
     def check(self, example: Example) -> str:
-        return self.unusable(example.text, self.room) if example.text else "no text: captioning needs one"
+        if not example.text:
+            return "no text: captioning needs one"
+        return self.check_prompt(example) or self.unusable(example.text, self.room(self.prompt_of(example)))
 
-    @cached_property
-    def room(self) -> int:
-        """Tokens for a caption after the prompt."""
-        return self.language.room(self.prompt)
+    def room(self, prompt: str) -> int:
+        """Tokens for a caption after a prompt."""
+        if prompt not in self.rooms:
+            self.rooms[prompt] = self.language.room(prompt)
+        return self.rooms[prompt]
 
-    def subject(self, example: Example) -> Path:
-        return example.image
+    def check_prompt(self, example: Example) -> str:
+        """Why a line's own prompt cannot be used, or ""."""
+        if example.prompt not in self.faults:
+            self.faults[example.prompt] = self.prompt_fault(example.prompt) if example.prompt else ""
+        return self.faults[example.prompt]
+
+    def subject(self, example: Example) -> Path | tuple[Path, str]:
+        """An image, or one of its prompts: each prompt has a caption of its own."""
+        return (example.image, example.prompt) if example.prompt else example.image
 
     def likelihood(self, tokens: Tensor) -> Tensor:
         """The mean over a text's tokens, so that long captions are not punished for their length."""
@@ -52,9 +66,9 @@ class CaptionTask(TextTask):
 
     def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:
         """Exact match with any text of the image; the captioning metrics when one of them is wanted."""
-        texts: dict[Any, list[str]] = {image: [] for image in predictions}
+        texts: dict[Any, list[str]] = {subject: [] for subject in predictions}
         for example in examples:
-            texts[example.image].append(example.text)
+            texts[self.subject(example)].append(example.text)
         said, right = list(predictions.values()), list(texts.values())
         found = {"exact_match": exact_match(said, right)}
         return found | coco_score(said, right, wanted) if wanted in COCO_KEYS else found

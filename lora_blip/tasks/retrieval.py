@@ -82,6 +82,8 @@ class RetrievalTask(Task):
             self.known = {image: texts[file] for image, file in files.items() if len(texts[file]) > 1}
 
     def check(self, example: Example) -> str:
+        if example.prompt:
+            return 'the line has a prompt, and retrieval reads none; remove the key "prompt"'
         return self.check_text(example.text) if example.text else "no text: retrieval needs one"
 
     def check_text(self, text: str) -> str:

@@ -77,6 +77,10 @@ class Task:
     def know(self, examples: list[Example]) -> None:
         """All lines of the data, before any of them is learned from."""
 
+    def trim(self, example: Example) -> Example:
+        """Return the example without a prompt at the start of its texts; the same object if there is none."""
+        return example
+
     def check(self, example: Example) -> str:
         """Why a line cannot be learned from, or ""."""
         raise NotImplementedError

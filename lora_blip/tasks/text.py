@@ -1,13 +1,14 @@
 """What captioning and question answering share: a prompt is read, a text is the answer, and only the text is learned."""
 
-from dataclasses import asdict
+import unicodedata
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
+from lora_blip.data.annotations import Example, plain
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone
 from lora_blip.tasks.blip import BlipLanguage, BlipVqaLanguage
@@ -17,7 +18,7 @@ from lora_blip.tasks.language import Language
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids
 from lora_blip.tasks.task import Batch, Generation, Task
-from lora_blip.untrusted import printable
+from lora_blip.untrusted import printable, quoted
 
 CHUNK = 64  # rows of one image's texts that are ranked at a time
 
@@ -39,6 +40,14 @@ class TextTask(Task):
         raise NotImplementedError
 
     # ---- training
+
+    def trim(self, example: Example) -> Example:
+        """The prompt is read before every text: a text that begins with it would hold it twice."""
+        prompt = plain(self.prompt_of(example))
+        if not prompt or prompt == example.question:  # BLIP's own VQA reads the question apart from the answer
+            return example
+        text, answers = after_prompt(example.text, prompt), tuple(after_prompt(answer, prompt) for answer in example.answers)
+        return example if (text, answers) == (example.text, example.answers) else replace(example, text=text, answers=answers)
 
     def batch(self, stack: Stack) -> Batch:
         device, prompts = self.backbone.device, [self.prompt_of(example) for example in stack.examples]
@@ -110,6 +119,12 @@ class TextTask(Task):
         if room < wanted:
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
 
+    def prompt_fault(self, prompt: str) -> str:
+        """Why a line's own prompt cannot be used, or ""."""
+        if self.language.room(prompt) < 1:
+            return f"the prompt has too many tokens for this model: {quoted(prompt)}"
+        return self.special(prompt, plain_ids(self.backbone.tokenizer, prompt))
+
     def wrong_labels(self, batch: Batch) -> str:
         """Each row's labels are its text's tokens and the end token, and nothing else."""
         tokenizer = self.backbone.tokenizer
@@ -137,6 +152,19 @@ class TextTask(Task):
 
     def metadata(self) -> dict[str, Any]:
         return {"name": self.name, "prompt": self.prompt, "generation": asdict(self.generation)}
+
+
+def after_prompt(text: str, prompt: str) -> str:
+    """Return what follows the prompt in a text that begins with it, in letters of any case; else the text."""
+    start, rest = text[: len(prompt)], text[len(prompt) :]
+    if start.casefold() != prompt.casefold() or (is_word(prompt[-1:]) and is_word(rest[:1])):
+        return text
+    return rest.strip()
+
+
+def is_word(character: str) -> bool:
+    """Whether a character continues a word; a Chinese or Japanese one is a word of its own."""
+    return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
 
 
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:

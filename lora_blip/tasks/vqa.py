@@ -14,6 +14,7 @@ from lora_blip.tasks.blip import BlipVqaLanguage
 from lora_blip.tasks.bounds import UNTOLD
 from lora_blip.tasks.task import Generation
 from lora_blip.tasks.text import TextTask
+from lora_blip.untrusted import quoted
 
 TEMPLATE = "Question: {question} Answer:"  # as BLIP-2's authors prompt it (Li et al. 2023, arXiv:2301.12597, section 4.1)
 
@@ -39,7 +40,8 @@ class VqaTask(TextTask):
         self.require_room(self.prompt.replace("{question}", ""))
 
     def prompt_of(self, example: Example) -> str:
-        return self.prompt.replace("{question}", example.question)
+        """The line's own template, or the task's, with the question in it."""
+        return (example.prompt or self.prompt).replace("{question}", example.question)
 
     def texts_of(self, example: Example) -> list[tuple[str, float]]:
         votes = Counter(example.answers)
@@ -50,6 +52,8 @@ class VqaTask(TextTask):
             return 'no question: lines are {"image": …, "question": …, "answers": […]}'
         if not example.answers:
             return "no answer: expected the key answers, with a list of texts"
+        if fault := self.check_prompt(example):
+            return fault
         if self._surely_fits(example):
             return ""
         room = self.room(example)
@@ -76,12 +80,24 @@ class VqaTask(TextTask):
 
     def check_question(self, example: Example) -> str:
         """Why a question cannot be asked, or ""."""
+        if fault := self.check_prompt(example):
+            return fault
         if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}"
         return self.special(example.question, self.ids(example.question))
 
-    def subject(self, example: Example) -> tuple[Path, str]:
-        return example.image, example.question
+    def check_prompt(self, example: Example) -> str:
+        """Why a line's own template cannot be used, or ""."""
+        if not example.prompt:
+            return ""
+        if example.prompt.count("{question}") != 1:
+            return f"the prompt {quoted(example.prompt)} is no template: write {{question}} in it once"
+        return self.special(example.prompt, self.ids(example.prompt.replace("{question}", "")))
+
+    def subject(self, example: Example) -> tuple[Path | str, ...]:
+        """A question about an image. Two with the same words differ by their question_id, or by their templates."""
+        own = (str(example.question_id), example.prompt)
+        return (example.image, example.question, *own) if any(own) else (example.image, example.question)
 
     def likelihood(self, tokens: Tensor) -> Tensor:
         """The sum over an answer's tokens: log p(answer), so that ranking gives the posterior over the list."""

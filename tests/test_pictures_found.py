@@ -1,0 +1,183 @@
+"""Which files are images: by their content, in folders, globs and shards; what is left out is counted or reported."""
+
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image, features
+
+from lora_blip.config import InferConfig
+from lora_blip.data import annotations
+from lora_blip.data.images import FORMATS, ImageError, kind_of, open_image
+from lora_blip.data.streams import Images, open_picture
+from lora_blip.predict import infer
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+
+
+def content(kind: str, **more: object) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 12), (200, 30, 30)).save(file, kind, **more)
+    return file.getvalue()
+
+
+def phone_folder() -> dict[str, bytes]:
+    """Name → content, as telephones and browsers write them."""
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (16, 12), "blue")]}
+    found = {
+        "D.JPG": content("JPEG"), "a.jpg": content("JPEG"), "b.jfif": content("JPEG"), "noext": content("JPEG"),
+        "e.mpo": content("MPO", **frames), "g.apng": content("PNG", **frames), "h.gif": content("GIF", **frames),
+        "i.TIF": content("TIFF"), "j.weird": content("WEBP"), "bitmap": content("BMP"),
+    }  # fmt: skip
+    found |= {"c.avif": content("AVIF")} if features.check("avif") else {}
+    return found | ({"k.jp2": content("JPEG2000"), "l": content("JPEG2000")} if features.check("jpg_2000") else {})
+
+
+OTHERS = {
+    ".DS_Store": b"\0\0\0\1Bud1", "._a.jpg": b"\0\5\x16\7\0\2", ".hidden.jpg": content("JPEG"), "Thumbs.db": content("JPEG"),
+    "a.txt": b"a cube", "b.json": b"{}", "notes": b"some words", "BMW": b"BMW is a car, and this is a text", "empty": b"",
+    "movie.mp4": b"\0\0\0\x18ftypisom", "film": b"\0\0\0\x18ftypisom\0\0\0\0isommp41",
+}  # fmt: skip
+COUNTS = {"hidden": 3, ".db": 1, ".txt": 1, ".json": 1, "without a suffix": 4, ".mp4": 1}
+BAD = {
+    "f.heic": b"no picture",
+    "m.heic": HEIC,
+    "zero.png": b"",
+    "n.jpg": b"a text",
+    "o.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def shard_of(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"sub/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("where", ["folder", "glob", "shard"])
+def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path, where):
+    """In a folder, in a glob, in a tar: the same images, the same counts, and every image opens."""
+    files = phone_folder() | OTHERS
+    folder = write(tmp_path / "photos", files)
+    (folder / "dir.jpg").mkdir()
+    source = {"folder": folder, "glob": folder / "*", "shard": tmp_path / "x.tar"}[where]
+    images = Images(str(shard_of(source, files) if where == "shard" else source))
+    for _ in range(2):
+        found = list(images)
+        assert sorted(e.image.name for e in found) == sorted(phone_folder())
+        assert dict(images.others) == COUNTS and "11 file(s) (4 without a suffix, 3 hidden" in images.others_line()
+    for one in found:
+        red, green, blue = open_picture(one).getpixel((8, 6))
+        assert red > 180 and green < 60 and blue < 60, one.image  # the first frame of several
+
+
+def test_a_list_and_training_lines_read_every_kind(tmp_path):
+    folder = write(tmp_path / "photos", phone_folder())
+    (tmp_path / "list.txt").write_text("".join(f"photos/{name}\n" for name in phone_folder()))
+    assert [e.image.name for e in Images(tmp_path / "list.txt")] == list(phone_folder())
+    lines = "".join(f'{{"image": "photos/{name}", "text": "red"}}\n' for name in phone_folder())
+    (tmp_path / "x.jsonl").write_text(lines)
+    assert len(annotations.read(tmp_path / "x.jsonl")[0]) == len(list(folder.iterdir()))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_file_is_never_opened(tmp_path):
+    folder = write(tmp_path / "photos", {"a.jpg": content("JPEG")})
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(tmp_path)
+    (folder / "gone").symlink_to(tmp_path / "nothing")
+    images = Images(folder)
+    assert [e.image.name for e in images] == ["a.jpg"]
+    assert dict(images.others) == {"without a suffix": 2, "links to folders": 1}
+
+
+def test_a_folder_without_an_image_says_what_is_in_it(tmp_path):
+    with pytest.raises(ImageError, match=r"not images, left out: 2 file\(s\) \(1 \.txt, 1 without a suffix\)"):
+        Images(write(tmp_path / "photos", {"a.txt": b"x", "b": b"y"}))
+
+
+def test_many_suffixes_are_counted_in_little_memory_and_printed_in_a_line(tmp_path):
+    images = Images(write(tmp_path / "photos", {"a.jpg": content("JPEG")} | {f"x.n\x1b{n}": b"x" for n in range(300)}))
+    list(images)
+    assert images.others.total() == 300 and len(images.others) <= 101
+    assert "\x1b" not in images.others_line() and len(images.others_line()) < 300
+
+
+def test_an_image_that_cannot_be_read_is_in_errors_jsonl_with_what_to_do(tmp_path, checkpoints, capsys, monkeypatch):
+    """And so many files as are no images are printed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    folder = write(tmp_path / "photos", {"a.jpg": content("JPEG"), "x.txt": b"x"} | BAD)
+    path = infer(InferConfig(str(checkpoints["blip"]), "none", images=str(folder), output_dir=str(tmp_path / "out")))
+    errors = (path.parent / "errors.jsonl").read_text().splitlines()
+    assert len(path.read_text().splitlines()) == 1 and len(errors) == len(BAD)
+    told = dict(zip(sorted(BAD), errors, strict=True))
+    for name in ("f.heic", "m.heic"):
+        assert "pip install pillow-heif" in told[name]
+    assert "it is empty" in told["zero.png"] and "save it as JPEG or PNG" in told["n.jpg"] and "save it as" in told["o.eps"]
+    assert "not images, left out: 1 file(s) (1 .txt)" in capsys.readouterr().out
+
+
+def test_formats_that_run_programs_or_read_other_files_are_never_tried():
+    assert not {"EPS", "WMF", "EMF", "PDF", "MPEG", "FPX", "MIC", "WAL", "GBR", "BUFR", "GRIB", "HDF5"} & {*FORMATS}
+    assert kind_of(b"%!PS-Adobe-3.0 EPSF-3.0") == "" == kind_of(b"\xd7\xcd\xc6\x9a\0\0")
+
+
+def test_a_raw_file_of_a_camera_is_refused_and_not_read_as_its_thumbnail(tmp_path):
+    (tmp_path / "a.NEF").write_bytes(content("TIFF"))
+    with pytest.raises(ImageError, match="raw file of a camera; export it as JPEG"):
+        open_image(tmp_path / "a.NEF")
+    assert [e.image.name for e in Images(tmp_path)] == ["a.NEF"]
+    (tmp_path / "b.CR2").write_bytes(content("JPEG"))  # whatever its name says
+    assert open_image(tmp_path / "b.CR2").size == (16, 12)
+
+
+def test_a_heic_image_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
+    """Its opener is registered when the first such image comes, and for no other file."""
+    registered = []
+
+    def register() -> None:
+        registered.append(1)
+        monkeypatch.setitem(Image.OPEN, "HEIF", (lambda *_: Image.new("RGB", (3, 2), "red"), None))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+    from lora_blip.data import images
+
+    images._formats.cache_clear()
+    for name, data in {"a.jpg": content("JPEG"), "b.heic": HEIC, "c": HEIC}.items():
+        (tmp_path / name).write_bytes(data)
+    assert open_image(tmp_path / "a.jpg").size == (16, 12) and not registered
+    assert open_image(tmp_path / "b.heic").size == (3, 2) == open_image(tmp_path / "c").size and registered
+    images._formats.cache_clear()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_first_bytes_tell_what_pillow_writes(kind):
+    if (kind == "AVIF" and not features.check("avif")) or (kind == "JPEG2000" and not features.check("jpg_2000")):
+        with pytest.raises((KeyError, OSError)):
+            content(kind)
+        return
+    assert kind_of(content(kind)[:64]) == ("JPEG" if kind == "MPO" else kind)
+
+
+def test_brands_tell_avif_from_heic_from_films():
+    def box(major: bytes, *others: bytes) -> bytes:
+        return (16 + 4 * len(others)).to_bytes(4) + b"ftyp" + major + bytes(4) + b"".join(others)
+
+    assert kind_of(box(b"avif", b"mif1")) == kind_of(box(b"mif1", b"miaf", b"avif")) == "AVIF"
+    assert kind_of(box(b"heic")) == kind_of(box(b"mif1", b"heic")) == "HEIF"
+    assert kind_of(box(b"isom", b"mp41")) == kind_of(box(b"qt  ")) == kind_of(b"\0\0\0\x08ftyp") == ""
