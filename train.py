@@ -33,7 +33,8 @@ COMPILE = False  # torch.compile the ViT's blocks: some seconds at the start, fa
 
 VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, or 10; the end is always validated
 BEST_BY = "auto"  # score that picks best.safetensors: "loss", "exact_match", "cider", "vqa_accuracy" …; auto: the task's own
-PATIENCE = 0  # stop after so many validations without a better score; 0: never
+PATIENCE = 0  # stop after so many validations without a better BEST_BY score; 0: never
+MIN_IMPROVEMENT = 1e-4  # smallest gain in BEST_BY that counts as better for PATIENCE
 TENSORBOARD = False  # write TensorBoard's event files too: pip install 'lora_blip[tensorboard]'
 MAX_NEW_TOKENS = 40  # longest text that is generated, here and by default with the adapter
 NUM_BEAMS = 1  # beams of generation, here and by default with the adapter

@@ -1,12 +1,15 @@
 """Command lines: what train.py and infer.py call, and `python -m lora_blip …`."""
 
+import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, TrainConfig, parse
+from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, TrainConfig, nearest, parse
+from lora_blip.limits import ADVICE, is_process_limit
 from lora_blip.untrusted import for_terminal, printable_lines
 
 
@@ -35,7 +38,7 @@ def run_infer(script: dict[str, Any], doc: str | None) -> None:
 def tell(go: Callable[[], None]) -> None:
     """Run, and turn the errors that carry a remedy into one message and exit status 2."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Heeded(sys.stdout), Heeded(sys.stderr)
+    sys.stdout, sys.stderr = (stream and heeded(stream) for stream in streams)  # None: the program was started without it
     try:
         go()
     except ConfigError as error:
@@ -60,11 +63,26 @@ def tell(go: Callable[[], None]) -> None:
         )  # fmt: skip
         if isinstance(error, known):
             stop(error)
+        if is_process_limit(error):
+            for child in multiprocessing.active_children():
+                child.kill()  # loader workers ignore SIGTERM, and Python waits for them when it ends
+            stop(RuntimeError(ADVICE))
         sys.excepthook = print_traceback
         raise
     finally:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         sys.stdout, sys.stderr = streams
+
+
+def heeded(stream: Any) -> Any:
+    """Return a stream that survives its reader, and prints characters that its encoding lacks as escapes.
+
+    `LC_ALL=C` gives an ASCII terminal, and settings, captions and file names hold other characters.
+    """
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return Heeded(stream)
 
 
 class Heeded:
@@ -115,23 +133,27 @@ COMMANDS = {
 }
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """`doctor` has no settings."""
+
+
 def main() -> None:
     """`python -m lora_blip prepare | evaluate | doctor`, each with --help."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    if wanted not in COMMANDS:
-        lines = "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())
-        asked = wanted in ("", "-h", "--help")
-        (sys.stdout if asked else sys.stderr).write(
-            ("" if asked else f"error: {wanted!r} is no command\n")
-            + f"python -m lora_blip COMMAND\n\n{lines}\nCOMMAND --help lists its settings\n"
-        )
-        raise SystemExit(0 if asked else 2)
-    tell(lambda: run_command(wanted, sys.argv[2:]))
+    tell(lambda: run_command(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]))
 
 
 def run_command(command: str, arguments: list[str]) -> None:
     program = f"python -m lora_blip {command}"
-    if command == "prepare":
+    if command in ("", "-h", "--help"):
+        lines = "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())
+        print(f"python -m lora_blip COMMAND\n\n{lines}\nCOMMAND --help lists its settings")
+    elif command not in COMMANDS:
+        raise ConfigError(
+            f"{command!r} is no command; did you mean {nearest(command, list(COMMANDS))}? "
+            f"Commands are {', '.join(COMMANDS)}; each has --help"
+        )
+    elif command == "prepare":
         from lora_blip.prepare import PrepareConfig, prepare
 
         prepare(parse(PrepareConfig, {}, arguments, COMMANDS[command], program))
@@ -141,6 +163,7 @@ def run_command(command: str, arguments: list[str]) -> None:
 
         evaluate(config)
     else:
+        parse(DoctorConfig, {}, arguments, COMMANDS[command], program)
         from lora_blip.doctor import examine
 
         raise SystemExit(0 if examine() else 1)

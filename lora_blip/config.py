@@ -2,15 +2,33 @@
 
 import argparse
 import difflib
+import math
 import os
+import stat
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 Settings = TypeVar("Settings")
+
+LARGEST_INT = 2**31 - 1
+LARGEST = {  # bounds of what can be meant, by setting
+    "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024,
+    "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
+    "min_improvement": 1e6,
+}  # fmt: skip
+OTHER_NAMES = {  # of settings, in other libraries
+    "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
+    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
+    "grad_accum": "accumulation", "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "checkpointing",
+    "target_modules": "targets", "model_name": "model", "base_model": "model", "max_length": "max_new_tokens",
+    "beams": "num_beams", "dtype": "precision", "workers": "num_workers", "output": "output_dir",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -57,7 +75,8 @@ class TrainConfig:
     compile: bool = setting(False, "torch.compile the ViT's blocks: some seconds at the start, faster steps on some machines")
     validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, or 10; the end is always validated")
     best_by: str = setting("auto", "score that picks best.safetensors: loss, exact_match, cider …; auto: the task's own")
-    patience: int = setting(0, "stop after so many validations without a better score; 0: never")
+    patience: int = setting(0, "stop after so many validations without a better best_by score; 0: never")
+    min_improvement: float = setting(1e-4, "smallest gain in best_by that counts as better for patience")
     tensorboard: bool = setting(False, "write TensorBoard's event files too (pip install 'lora_blip[tensorboard]')")
     max_new_tokens: int = setting(40, "longest text that is generated, here and by default with the adapter")
     num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
@@ -104,6 +123,7 @@ class TrainConfig:
             "seed",
             "validate_every",
             "patience",
+            "min_improvement",
             "views",
             "cache_gb",
             "image_size",
@@ -186,13 +206,24 @@ def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
         raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ConfigErrors: one line, without the usage of all settings."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def parse(
     kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
 ) -> Settings:
-    """Settings from the capitals at the top of a script, overridden by flags of the same names."""
-    parser = argparse.ArgumentParser(prog=program, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    """Return the settings from the upper-case names of a script, overridden by flags of the same names.
+
+    Raises ConfigError for a name or a flag that is not a setting.
+    """
+    parser = _Parser(prog=program, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     known: Any = fields(kind)  # type: ignore[arg-type]  # a dataclass
-    _refuse_misspelt(script, [entry.name.upper() for entry in known])
+    names = [entry.name for entry in known]
+    _refuse_unknown_names(script, names)
     script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
     for entry in known:
         flag = f"--{entry.name.replace('_', '-')}"
@@ -204,22 +235,74 @@ def parse(
             parser.add_argument(flag, choices=get_args(entry.type), help=text)
         else:
             parser.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
-    return kind(**script | vars(parser.parse_args(arguments)))
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse_flag(unknown[0], names)
+    return kind(**script | vars(given))
 
 
-def _refuse_misspelt(script: dict[str, Any], known: list[str]) -> None:
-    """EPOCH = 3 beside the setting EPOCHS would be ignored without a word."""
-    for name in script:
-        if name.isupper() and name not in known and (close := difflib.get_close_matches(name, known, 1, 0.8)):
-            raise ConfigError(f"{name} is no setting; {close[0]} is")
+def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
+    """Raise ConfigError for RANK = 4 or r = 4 beside the setting R: it would have no effect.
+
+    Names that start with _ are the user's, and so are modules, classes and functions (`import PIL`).
+    """
+    for name, value in script.items():
+        if name.startswith("_") or not isinstance(value, str | int | float | list | tuple | dict | set | None):
+            continue
+        if name.isupper() and name.lower() not in known:
+            raise ConfigError(
+                f"{name} is not a setting; did you mean {nearest(name.lower(), known).upper()}? "
+                f"Names of your own start with _: _{name}"
+            )
+        if not name.isupper() and name.lower() in known:
+            raise ConfigError(f"{name} is not a setting; write {name.upper()}. Names of your own start with _: _{name}")
+
+
+def _refuse_flag(flag: str, known: list[str]) -> NoReturn:
+    """Raise ConfigError that suggests the nearest flag."""
+    name = flag.partition("=")[0]
+    if not name.startswith("-"):
+        raise ConfigError(f"{flag!r} is not a flag, and belongs to none; a value follows its flag: --batch-size 8")
+    near = nearest(name.lstrip("-").replace("-", "_").lower(), [*known, "help"])
+    raise ConfigError(f"{name} is not a flag; did you mean --{near.replace('_', '-')}? --help lists all flags")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return the setting that a wrong name most likely means."""
+    if OTHER_NAMES.get(name) in known:
+        return OTHER_NAMES[name]
+    longer = [one for one in known if len(name) > 2 and one.startswith(name)]  # an abbreviation
+    return longer[0] if longer else difflib.get_close_matches(name, known, 1, 0.0)[0]
 
 
 def refuse_unwritable(folder: str) -> None:
-    """ConfigError if a folder cannot be made or written; nothing is made yet."""
+    """Raise ConfigError if a folder cannot be made or written. Nothing is left behind."""
     path = Path(folder).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"output_dir = {folder!r}: {there} is no folder that can be written")
+    there, reason = path, ""
+    try:
+        there, about = next(filter(None, map(_found, (path, *path.parents))))
+        if stat.S_ISLNK(about.st_mode):
+            about = there.stat()  # FileNotFoundError or ELOOP: the link leads nowhere
+        if not stat.S_ISDIR(about.st_mode):
+            reason = "it is not a folder"
+        else:
+            with tempfile.TemporaryFile(dir=there):  # permissions alone do not know of read-only and special file systems
+                pass
+    except FileNotFoundError:
+        reason = "it is a link to a missing folder" if there.is_symlink() else "no file can be made in it"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        name = "" if there == path else f"{there}: "
+        raise ConfigError(f"output_dir = {folder!r}: {name}{reason}; give a folder that can be written (--output-dir)")
+
+
+def _found(path: Path) -> tuple[Path, os.stat_result] | None:
+    """Return a path with what it is, not following a link; None if it does not exist."""
+    try:
+        return path, path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _bool(text: str) -> bool:
@@ -231,18 +314,25 @@ def _bool(text: str) -> bool:
 
 
 def check(config: Any) -> None:
-    """Every field has its type: settings come from scripts that users edit."""
+    """Raise ConfigError if a field has a wrong type, is not finite, or is larger than can be meant."""
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if entry.name == "targets" and isinstance(value, list | tuple):
+        if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
             value = ",".join(value)
             object.__setattr__(config, "targets", value)
         if get_origin(entry.type) is Literal:
             require(value in get_args(entry.type), entry.name, value, f"one of {', '.join(get_args(entry.type))}")
-        elif entry.type is float and isinstance(value, int) and not isinstance(value, bool):
+        elif entry.type is float and type(value) is int:
+            require(abs(value) < 1e30, entry.name, value, "a smaller number")
             object.__setattr__(config, entry.name, float(value))
         elif type(value) is not entry.type:
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
+        if isinstance(value, str):
+            require("\0" not in value, entry.name, value, "a text without a NUL character")
+        elif entry.type in (int, float):
+            require(math.isfinite(value), entry.name, value, "a finite number")
+            largest = LARGEST.get(entry.name, LARGEST_INT)
+            require(value <= largest, entry.name, value, f"at most {largest:,}")
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

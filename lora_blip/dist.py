@@ -129,7 +129,7 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local)
     said = sys.stdout
     try:
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere:  # noqa: PTH123
             if not ranks.main:
                 sys.stdout = nowhere
             yield ranks

@@ -87,6 +87,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 def output_folder(output_dir: str) -> Path:
     if not output_dir:
+        refuse_unwritable(str(adapter.RUNS))
         return fresh(adapter.RUNS / f"evaluation_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(output_dir)
     taken = [name for name in (*FILES, "base.jsonl", "adapted.jsonl") if (Path(output_dir) / name).exists()]

@@ -208,7 +208,7 @@ def validate_when_due(
         progress.validated = progress.step
         if progress.step < progress.total and 0 < config.patience <= run.best.stale:
             progress.total = progress.step
-            print(f"stopped early: no better {config.best_by} since step {run.best.step}")
+            print(f"stopped early: no better {config.best_by} since step {run.best.improved}")
 
 
 def rescue(run: Run) -> None:

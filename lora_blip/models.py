@@ -29,6 +29,7 @@ from lora_blip.config import ConfigError
 from lora_blip.errors import ModelError as ModelError
 from lora_blip.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.kernels.plain import is_plain, plain
+from lora_blip.limits import is_process_limit
 from lora_blip.sites import compiled
 from lora_blip.untrusted import printable, quoted
 
@@ -291,6 +292,8 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
                 source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
             )
     except Exception as error:  # as for the config
+        if is_process_limit(error):
+            raise
         raise ModelError(
             f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are read: a .bin can run "
             f"code; `{kind.__name__}.from_pretrained(…).save_pretrained(…)` in transformers writes them"

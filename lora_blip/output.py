@@ -118,6 +118,7 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
     if not config.output_dir:
         if processes > 1:
             raise OutputError("give an output_dir (--output-dir): a process that is started anew must find the same folder")
+        refuse_unwritable(str(RUNS))
         return fresh(RUNS / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(config.output_dir)
     folder = Path(config.output_dir)

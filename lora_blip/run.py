@@ -43,7 +43,7 @@ class Run:
         self, config: TrainConfig, learner: Learner, about: dict[str, Any], held: ExitStack, saved: Saved | None = None
     ) -> None:
         self.config, self.learner, self.identity, self.main = config, learner, about, learner.ranks.main
-        self.best = Best(config.best_by)
+        self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images = 0
         self.last: dict[str, Any] = {}
         self.last_note = ""
@@ -67,7 +67,9 @@ class Run:
         """On every rank, since all decide together when to stop."""
         self.last, best = about["last"], about["best"]
         if best["by"] == self.best.by:  # else the scores of before are of another kind
-            self.best = Best(best["by"], best["step"], best["stale"], (best["rank"][0], best["rank"][1]))
+            rank = (best["rank"][0], best["rank"][1])
+            improved, reached = best.get("improved", best["step"]), best.get("reached", rank[0])  # older checkpoints lack these
+            self.best = Best(best["by"], best["step"], best["stale"], rank, self.config.min_improvement, improved, reached)
 
     def _open(self, saved: Saved | None, held: ExitStack) -> None:
         if not saved:
@@ -89,8 +91,12 @@ class Run:
                 make_whole(self.folder, self._begin)
                 return
             except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                if error.errno in FULL:
                     raise
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not os.path.lexists(self.folder):
+                    raise ConfigError(
+                        f"output_dir = {self.config.output_dir!r}: {error.strerror or error}; give a folder that can be written"
+                    ) from None
                 self.folder = fresh(self.folder)  # another run began in the same second
 
     def _begin(self, folder: Path) -> None:
@@ -282,6 +288,9 @@ def summary_writer() -> Any:
 
 
 def fresh(path: Path) -> Path:
-    """The path, or if that is taken the same with a number: two runs in one second get names of their own."""
-    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 1000)))
-    return next(name for name in names if not name.exists())
+    """Return the path, or the same with a number if it exists, so that two runs in one second have their own names."""
+    for number in range(1, 1000):
+        name = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        if not os.path.lexists(name):
+            return name
+    raise ConfigError(f"{path} and 998 numbered names beside it exist; give another output_dir")

@@ -1,6 +1,7 @@
 """The scripts as users run them: settings at the top, flags of the same names, one clear message when something is wrong."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -182,7 +183,7 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
         (run_train, train_flags(blip, source, seed=-1), "seed = -1"),
         (run_train, train_flags(blip, source, **{"num-beams": 0}), "num_beams = 0"),
         (run_train, train_flags(blip, source, **{"max-new-tokens": 100}), "max_new_tokens = 100"),
-        (run_train, train_flags(blip, source, **{"output-dir": source}), "is no folder that can be written"),
+        (run_train, train_flags(blip, source, **{"output-dir": source}), "it is not a folder"),
         (run_train, train_flags(blip, source, **{"base-dtype": "bf16", "precision": "fp16"}), "same 16 bits"),
         (run_infer, ["--images", "photos/**.png"], "no image found" if sys.version_info >= (3, 13) else "is no glob"),
     ]
@@ -242,10 +243,150 @@ def test_ctrl_c_is_no_traceback(capsys):
     assert stopped.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
 
 
-def test_a_misspelt_setting_is_named():
-    with pytest.raises(ConfigError, match="EPOCH is no setting; EPOCHS is"):
-        parse(TrainConfig, {"EPOCH": 3}, [])
-    assert parse(TrainConfig, {"MY_ROOT": "x"}, []) == TrainConfig()
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ({"EPOCH": 3}, "EPOCH is not a setting; did you mean EPOCHS?"),
+        ({"RANK": 4}, "RANK is not a setting; did you mean R?"),
+        ({"LEARNING_RATE": 1e-4}, "LEARNING_RATE is not a setting; did you mean LR?"),
+        ({"LORA_ALPHA": 16}, "did you mean ALPHA?"),
+        ({"BATCH": 16}, "did you mean BATCH_SIZE?"),
+        ({"MY_ROOT": "x"}, "Names of your own start with _: _MY_ROOT"),
+        ({"EXTRA": None}, "EXTRA is not a setting"),
+        ({"batch_size": 4}, "batch_size is not a setting; write BATCH_SIZE"),
+    ],
+)
+def test_a_name_of_the_script_that_is_no_setting_is_an_error(script, message):
+    """A setting that has no effect is an error that names the nearest one."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(TrainConfig, script, [])
+
+
+def test_names_of_the_users_own_are_free():
+    """A leading underscore, lower case, and modules, classes and functions in upper case are no settings."""
+    own = {"_ROOT": "x", "root": "y", "PIL": json, "XY": Path, "F": print, "__name__": "__main__"}
+    assert parse(TrainConfig, own, []) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rank 4", "--rank is not a flag; did you mean --r?"),
+        ("--batch 4", "--batch is not a flag; did you mean --batch-size?"),
+        ("--learning-rate=1", "--learning-rate is not a flag; did you mean --lr?"),
+        ("--target vit", "did you mean --targets?"),
+        ("--epochs 3 4", "'4' is not a flag"),
+        ("--epochs four", "argument --epochs: invalid int value"),
+        ("--resume", "argument --resume: expected one argument"),
+    ],
+)
+def test_a_flag_that_is_no_setting_is_an_error(flags, message):
+    """No abbreviation is accepted, and the error names the nearest flag."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(TrainConfig, {}, flags.split())
+
+
+@pytest.mark.parametrize("command", ["prepare", "evaluate", "doctor"])
+def test_commands_refuse_unknown_flags(command, monkeypatch, capsys):
+    from lora_blip.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["lora_blip", command, "--seeed", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --seeed is not a flag; did you mean --")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"LR": math.inf}, {"LR": 1e9}, {"LR": 10**400}, {"ALPHA": math.nan}, {"ALPHA": 1e300}, {"DROPOUT": math.nan},
+        {"VAL_FRACTION": math.nan}, {"WEIGHT_DECAY": math.inf}, {"MAX_GRAD_NORM": math.inf}, {"CACHE_GB": math.inf},
+        {"CHECKPOINT_SECONDS": math.inf}, {"MIN_IMPROVEMENT": math.nan}, {"MIN_IMPROVEMENT": -1.0}, {"SEED": 2**32},
+        {"R": 10**9}, {"BATCH_SIZE": 10**12}, {"MAX_STEPS": 10**30}, {"TARGETS": ["vit", 3]}, {"TARGETS": None},
+        {"MODEL": Path("x")}, {"MODEL": "a\0b"}, {"AUGMENT": 1}, {"EPOCHS": 3.0}, {"R": "8"},
+    ],
+)  # fmt: skip
+def test_a_setting_with_an_absurd_value_is_an_error_before_any_work(wrong):
+    """Not finite, out of range, or of the wrong type: a ConfigError that names the setting."""
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"^{name.lower()} = "):
+        parse(TrainConfig, wrong, [])
+
+
+@pytest.mark.parametrize("kind", ["dangling", "loop", "file", "below a file", "device", "special", "long"])
+def test_an_output_folder_that_cannot_be_made_is_one_error(checkpoints, here, monkeypatch, capsys, kind):
+    """train.py, infer.py, prepare and evaluate all refuse it at once, and leave nothing behind."""
+    from lora_blip.cli import run_command, tell
+
+    source = tiny.write_photos(here, 2)
+    (here / "dangling").symlink_to(here / "nowhere")
+    (here / "loop").symlink_to(here / "loop")
+    (here / "file").touch()
+    folder = {"below a file": "file/x", "device": "/dev/null/x", "special": "/proc/x/y", "long": "x" * 300}.get(kind, kind)
+    before = sorted(here.rglob("*"))
+    base = ["--model", str(checkpoints["blip"]), "--adapter", "none", "--output-dir", folder]
+
+    def command(name: str, flags: list[str]):
+        return lambda *_: tell(lambda: run_command(name, flags))
+
+    runs = [
+        (run_train, train_flags(checkpoints["blip"], source, **{"output-dir": folder})),
+        (run_infer, ["--images", "photos", *base]),
+        (command("prepare", ["--source", str(source), "--output-dir", folder]), []),
+        (command("evaluate", ["--references", str(source), *base]), []),
+    ]
+    for run, flags in runs:
+        said = told(capsys, run, flags, monkeypatch)
+        assert said.startswith(f"error: output_dir = {folder!r}: ") and said.count("\n") == 1
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_default_output_folder_that_is_a_dangling_link_is_one_error(checkpoints, here, monkeypatch, capsys):
+    tiny.write_photos(here, 2)
+    (here / "lora_blip_output").symlink_to(here / "nowhere")
+    flags = ["--images", "photos", "--model", str(checkpoints["blip"]), "--adapter", "none"]
+    assert "it is a link to a missing folder" in told(capsys, run_infer, flags, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_an_ascii_terminal_prints_escapes(environment):
+    """Every command prints its help, a caption and an error, whatever the terminal's encoding."""
+    code = (
+        "import sys; from lora_blip.cli import main, run_train, run_infer, tell; from lora_blip.config import ConfigError\n"
+        "def fail(): print('\\u4e2d\\u6587'); raise ConfigError('\\xe7\\xe0')\n"
+        "for act in (lambda: run_train({}, ''), lambda: run_infer({}, ''), lambda: tell(fail), main):\n"
+        "    try: act()\n"
+        "    except SystemExit as end: print(end.code)\n"
+        "    sys.argv[1:] = ['prepare', '--help']\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert r"\u4e2d\u6587" in done.stdout and r"error: \xe7\xe0" in done.stderr and r"\u2026" in done.stdout
+
+
+def test_a_limit_of_processes_is_named(monkeypatch, capsys):
+    """`ulimit -u`: the advice is about threads and processes, whatever was being done."""
+    from lora_blip import models
+    from lora_blip.cli import tell
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(models.BlipForConditionalGeneration, "from_pretrained", refuse)
+    for act in (
+        lambda: models.load_backbone("assets/tiny-blip", "cpu"),
+        lambda: (_ for _ in ()).throw(BlockingIOError(11, "Resource temporarily unavailable")),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.chdir(ROOT)
+            tell(lambda act=act: next(act()))
+        assert "allows no more threads or processes (ulimit -u)" in capsys.readouterr().err
 
 
 def test_the_doctor_reports(capsys, monkeypatch):
