@@ -1,16 +1,21 @@
 """Pictures of a run, drawn from its metrics.jsonl with matplotlib (extra: plots)."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 
 def draw(folder: Path) -> Path | None:
     """loss.png: training and validation loss, the validation's scores beneath; None where matplotlib is not installed."""
+    backend = os.environ.pop("MPLBACKEND", None)  # notebooks set one that may not be installed; a file needs none
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))

@@ -16,6 +16,7 @@ from lora_blip.config import ConfigError, EvaluateConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.leaks import Leak, find_leaks
+from lora_blip.extras import attempt
 from lora_blip.files import csv_text, write_whole
 from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
 from lora_blip.metrics.bootstrap import Interval
@@ -71,17 +72,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode("utf-8", "backslashreplace"))
     write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig", "replace"))  # Excel needs the mark
     title = f"{runner.task.name} on {config.references}"
-    report.write(
+    page, cards, curves, said_by = (
         folder / FILES[2],
-        title,
-        rows,
         cards_of(base, adapted, leaks),
         curves_of(wanted),
-        facts,
-        warnings,
-        said_by="adapted" if adapted else "base",
+        "adapted" if adapted else "base",
     )
-    print(f"\n{table(rows, warnings)}\n\nwrote {printable(', '.join(str(folder / name) for name in FILES))}")
+    attempt("report", lambda: report.write(page, title, rows, cards, curves, facts, warnings, said_by=said_by))
+    written = ", ".join(str(folder / name) for name in FILES if (folder / name).exists())
+    print(f"\n{table(rows, warnings)}\n\nwrote {printable(written)}")
     return folder
 
 

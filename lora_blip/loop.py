@@ -17,6 +17,7 @@ from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import TrainConfig, refuse_unwritable
 from lora_blip.data.batches import Slot, Stack, close, first_stack, slots_of_steps
 from lora_blip.dist import Ranks
+from lora_blip.extras import attempt
 from lora_blip.faults import TrainingError, explain, explained
 from lora_blip.learner import Autocast, Learner, Progress
 from lora_blip.models import autocasting, compile_blocks, open_backbone
@@ -121,8 +122,9 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
             pause()
             look()
         look(at_the_end=True)
-        drift = merge_drift(task, first, autocast) if ranks.main and not config.shard else {}
-        path = run.save(progress.step, finished=True, merge_drift=drift)
+        measured = ranks.main and not config.shard
+        drift = attempt("merge drift", lambda: merge_drift(task, first, autocast)) if measured else {}
+        path = run.save(progress.step, finished=True, merge_drift=drift or {})
         ranks.wait()  # a rank that is lost before this has the run go on from its last checkpoint
     except stop.Told:
         raise
@@ -139,7 +141,10 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         run.close()
     print(f"saved {printable(path)}", *filter(None, [run.best_line()]), sep="\n")
     if ranks.main:
-        print(printable(curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve"))
+        if plot := attempt(
+            "loss curve", lambda: curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve"
+        ):
+            print(printable(plot))
     run.done()  # last of all: whoever is killed before this is gone on with
     return path
 

@@ -18,6 +18,7 @@ from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
 from lora_blip.data.annotations import Example
 from lora_blip.data.streams import Images, example_of
 from lora_blip.dist import Ranks
+from lora_blip.extras import attempt
 from lora_blip.models import Backbone, open_backbone
 from lora_blip.output import Output
 from lora_blip.prediction import Prediction, prediction_of, report
@@ -78,7 +79,8 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         print(screen.pace(), end="")
         out.finish()
         if references:
-            report(task, references, done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base"))
+            said = done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base")
+            attempt("scores", lambda: report(task, references, said))
         print(printable(out.farewell()))
     return folder / output.FILE_NAME
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ def identity(
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is no longer as it was, in words."""
+    """Return what has changed, in words. A setting that the older version did not know had its default."""
     then = ADDED | then
+    if "training lines" in then:  # of a training run
+        then = {entry.name: entry.default for entry in fields(TrainConfig)} | then
     changed = [name for name in now if then.get(name) != now[name]]
     return [
         f"{name} are not the same"

@@ -18,6 +18,7 @@ from lora_blip import adapter, checkpoint, lock
 from lora_blip.best import Best, shown
 from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.extras import attempt
 from lora_blip.files import FULL, make_whole, sweep, write_whole
 from lora_blip.learner import Learner, Update
 from lora_blip.untrusted import printable
@@ -81,8 +82,9 @@ class Run:
             write_whole(self.folder / "config.json", self._settings())
         self.metrics = self.closing.enter_context(metrics.open("ab", buffering=0))
         if self.config.tensorboard:
-            self.board = summary_writer()(self.folder, purge_step=self.learner.progress.step + 1 if saved else None)
-            self.closing.callback(self.board.close)
+            purge = self.learner.progress.step + 1 if saved else None
+            self.board = attempt("TensorBoard", lambda: summary_writer()(self.folder, purge_step=purge))
+            self.closing.callback(attempt, "whole TensorBoard file", lambda: self.board and self.board.close())
 
     def _make(self) -> None:
         """The folder with its first checkpoint in it: one that is there can be gone on with."""
@@ -245,12 +247,17 @@ class Run:
         self.bar.close()
         self.closing.close()
 
+    def _track(self, entry: dict[str, Any]) -> bool:
+        """Hand the numbers of a line to TensorBoard."""
+        for key in (key for key, value in entry.items() if key not in NO_SCALARS and value is not None):
+            self.board.add_scalar(key, entry[key], entry["step"])
+        return True
+
     def _write(self, entry: dict[str, Any]) -> None:
         """A line of metrics.jsonl; JSON has no NaN and no infinity, so these are null."""
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
-        if self.board:
-            for key in (key for key, value in entry.items() if key not in NO_SCALARS and value is not None):
-                self.board.add_scalar(key, entry[key], entry["step"])
+        if self.board and attempt("TensorBoard from here on", lambda: self._track(entry)) is None:
+            self.board = None
         with room_for(self.folder):
             line = (json.dumps(entry) + "\n").encode()
             if self.metrics.write(line) != len(line):
@@ -284,6 +291,8 @@ def summary_writer() -> Any:
         raise ConfigError(
             "tensorboard = True, and TensorBoard is not installed: pip install 'lora_blip[tensorboard]', or set it to False"
         ) from None
+    except Exception as error:  # a package that does not fit it
+        raise ConfigError(f"tensorboard = True, and TensorBoard cannot be imported: {error}; set it to False") from None
     return SummaryWriter
 
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -355,6 +358,67 @@ def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkp
     assert adapter.read(path.parent / BEST_NAME).about["training"]["steps"] == 6
     assert "no better exact_match since step 6" in capsys.readouterr().out
     assert [e["step"] for e in metrics_of(path) if "loss" in e] == list(range(1, 11))
+
+
+def test_a_lower_loss_is_no_improvement_of_another_score(checkpoints, tmp_path, monkeypatch):
+    """Patience counts validations without a better BEST_BY; the lower loss still chooses among equal scores."""
+    watched(monkeypatch, [score(9, 0.5), *[score(9 - n / 1e6, 0.5) for n in range(1, 20)]])
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
+    assert adapter.read(path).about["training"]["steps"] == 4
+    assert adapter.read(path.parent / BEST_NAME).about["training"]["steps"] == 4
+
+
+@pytest.mark.parametrize(("smallest", "stale"), [(0.0, 0), (1e-3, 4), (0.15, 1), (1.0, 4)])
+def test_patience_counts_gains_above_the_smallest(smallest, stale):
+    """Gains below MIN_IMPROVEMENT add up: the score is compared with that of the last improvement."""
+    gains = {0.0: 1e-6, 1e-3: 1e-4, 0.15: 0.1, 1.0: 0.2}[smallest]
+    best = Best("loss", min_improvement=smallest)
+    for step in range(5):
+        assert best.better(step, {"loss": 5 - step * gains})
+    assert (best.stale, best.step) == (stale, 4)
+
+
+def test_patience_goes_on_from_a_checkpoint_of_any_version(checkpoints, tmp_path):
+    """The score of the last improvement is kept; a checkpoint without it counts from its best score."""
+    run = Run.__new__(Run)
+    run.config, run.best = TrainConfig(best_by="exact_match"), Best("exact_match", min_improvement=1e-4)
+    run._remember({"last": {}, "best": {"by": "exact_match", "step": 4, "stale": 2, "rank": [0.5, -1.0]}})
+    assert run.best == Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 4, 0.5)
+    kept = Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 2, 0.49995)
+    run._remember({"last": {}, "best": json.loads(json.dumps(vars(kept)))})
+    assert run.best == kept
+
+
+def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_path, monkeypatch, capsys):
+    """A plot, a tracker and the measured drift: the adapter is saved, the run finished, and its checkpoints are gone."""
+    import torch.utils.tensorboard as board
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no\nsuch backend")
+
+    for module, name in ((curves, "draw"), (loop, "merge_drift"), (board.SummaryWriter, "add_scalar")):
+        monkeypatch.setattr(module, name, fail)
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
+    said = capsys.readouterr().out
+    for what in ("loss curve", "merge drift", "TensorBoard from here on"):
+        assert said.count(f"warning: no {what} (ValueError: no such backend); nothing else is affected\n") == 1
+    assert adapter.read(path).about["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
+    monkeypatch.setattr(board.SummaryWriter, "__init__", fail)
+    monkeypatch.setattr(board.SummaryWriter, "close", fail, raising=False)
+    train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
+    assert capsys.readouterr().out.count("warning: no TensorBoard (ValueError") == 1
+
+
+def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
+    """MPLBACKEND names a backend that is not installed; a file needs none, and the variable stays as it was."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    code = "import os, sys, pathlib; from lora_blip import curves; print(curves.draw(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
+    backend = "module://matplotlib_inline.backend_inline"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False,
+        env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.stdout.split() == [str(tmp_path / "loss.png"), backend], done.stderr
 
 
 def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoints, tmp_path, monkeypatch, capsys):
