@@ -28,6 +28,8 @@ from lora_blip.tasks.prefix import cut
 from lora_blip.untrusted import printable, printable_lines
 from lora_blip.validation import merge_drift, sharers, validate
 
+NO_PLOT = "pip install 'lora_blip[plots]' draws the loss curve"
+
 
 def train(config: TrainConfig) -> Path:
     """Train an adapter as `config` says; returns the path of its file.
@@ -140,11 +142,8 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     finally:
         run.close()
     print(f"saved {printable(path)}", *filter(None, [run.best_line()]), sep="\n")
-    if ranks.main:
-        if plot := attempt(
-            "loss curve", lambda: curves.draw(run.folder) or "pip install 'lora_blip[plots]' draws the loss curve"
-        ):
-            print(printable(plot))
+    if ranks.main and (plot := attempt("loss curve", lambda: curves.draw(run.folder) or NO_PLOT)):
+        print(printable(plot))
     run.done()  # last of all: whoever is killed before this is gone on with
     return path
 
