@@ -157,7 +157,7 @@ def coverage_of(tree: Tree, servers: list["Server"]) -> Coverage:
 
 
 def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
-    from coverage import CoverageData
+    from coverage import CoverageData, CoverageException
 
     out = cache.with_suffix("")
     shutil.rmtree(out, ignore_errors=True)
@@ -176,7 +176,10 @@ def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
     lines: dict[str, dict[int, set[str]]] = {}
     for path in out.glob("data.*"):
         data = CoverageData(str(path))
-        data.read()
+        try:
+            data.read()
+        except CoverageException:  # of a process that a test killed while it was written
+            continue
         for measured in data.measured_files():
             known = lines.setdefault(str(Path(measured).relative_to(server.folder)), {})
             for line, contexts in data.contexts_by_lineno(measured).items():

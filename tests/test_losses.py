@@ -1,0 +1,189 @@
+"""The losses as pure functions, against sums that are written out in float64; packed rows, and the loss of a frozen head."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_blip.tasks import head as heads
+from lora_blip.tasks.head import head_loss, passable
+from lora_blip.tasks.losses import IGNORE, hard_negatives, itc_loss, token_loss
+from lora_blip.tasks.packing import PADDING, apart, pack
+from lora_blip.tasks.rows import Rows
+
+# ---------------------------------------------------------------- next token
+
+
+def token_loss_by_hand(logits: torch.Tensor, targets: torch.Tensor, weights: list[float]) -> float:
+    total = 0.0
+    for row, weight in enumerate(weights):
+        for place, target in enumerate(targets[row].tolist()):
+            if target != IGNORE:
+                scores = logits[row, place].double()
+                total -= weight * float(scores[target] - scores.exp().sum().log())
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weights", [None, [0.25, 2.0, 0.0]])
+def test_the_token_loss_is_a_weighted_sum_over_what_counts(dtype, weights):
+    """Σ w · −log p, computed and returned in float32 also for half-precision logits."""
+    torch.manual_seed(0)
+    logits = (20 * torch.randn(3, 4, 9)).to(dtype)
+    targets = torch.tensor([[1, 2, IGNORE, 0], [IGNORE] * 4, [8, IGNORE, 3, 4]])
+    loss = token_loss(logits, targets, None if weights is None else torch.tensor(weights))
+    expected = token_loss_by_hand(logits, targets, weights or [1.0, 1.0, 1.0])
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------- contrast and negatives
+
+
+def test_the_contrast_is_computed_in_float32_for_every_dtype_and_divides_by_the_temperature():
+    similarity = torch.tensor([[0.5, -0.25], [0.125, 1.0]])
+    right = torch.eye(2, dtype=torch.bool)
+    for temperature in (0.01, 2.0, torch.tensor(0.5)):
+        loss = itc_loss(similarity.half(), right, temperature)
+        s = (similarity.double() / float(temperature)).tolist()
+        log = lambda row, i: row[i] - math.log(sum(map(math.exp, row)))  # noqa: E731
+        columns = list(zip(*s, strict=True))
+        expected = [-(log(s[i], i) + log(columns[i], i)) / 2 for i in range(2)]
+        assert loss.dtype == torch.float32 and loss.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_a_hard_negative_is_the_most_similar_wrong_one_each_way():
+    """Not sampled: the text for an image by its row, the image for a text by its column; −1 where all are right."""
+    similarity = torch.tensor([[9.0, 1.0, 3.0], [7.0, 8.0, 2.0], [4.0, 6.0, 5.0]])
+    right = torch.eye(3, dtype=torch.bool)
+    text, image = hard_negatives(similarity, right, 1.0, sampled=False)
+    assert (text.tolist(), image.tolist()) == ([2, 0, 1], [1, 2, 0])
+    right[0] = True
+    text, image = hard_negatives(similarity, right, 1.0, sampled=False)
+    assert (text.tolist(), image.tolist()) == ([-1, 0, 1], [1, 2, 1])
+    right[:, 1] = True
+    text, image = hard_negatives(similarity, right, 1.0, sampled=False)
+    assert (text.tolist(), image.tolist()) == ([-1, 0, 0], [1, -1, 1])
+
+
+def test_every_wrong_one_has_a_chance_and_the_temperature_decides_how_much():
+    """At temperature 1 a gap of ln 3 is three to one; however cold, none has less than one in a million of the rest."""
+    torch.manual_seed(0)
+    draws = 4000
+    right = torch.tensor([True, False, False]).expand(draws, 3)
+    for temperature, low, high in ((1.0, 0.72, 0.78), (0.5, 0.87, 0.93), (1e-6, 0.999, 1.0)):
+        similarity = torch.tensor([9.0, math.log(3.0), 0.0]).expand(draws, 3)
+        text, _ = hard_negatives(similarity, right, temperature)
+        assert low <= float((text == 1).float().mean()) <= high and not (text == 0).any()
+    chances = []
+    real = torch.multinomial
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", lambda given, *rest: chances.append(given) or real(given, *rest))
+        hard_negatives(torch.tensor([[9.0, 5.0, 0.0]] * 3), torch.eye(3, dtype=torch.bool), 0.01)
+    assert chances[0][0].tolist() == pytest.approx([0, 1, 1e-6]) and len(chances) == 2
+    sampled = {tuple(hard_negatives(torch.zeros(4, 4), torch.eye(4, dtype=torch.bool), 1.0)[0].tolist()) for _ in range(20)}
+    assert len(sampled) > 1  # drawn unless it is asked for the likeliest
+
+
+# ---------------------------------------------------------------- packed rows
+
+
+def rows_of() -> tuple[torch.Tensor, Rows]:
+    """Texts of 3, 1 and 2 tokens; the first and the last are about picture 0."""
+    ids = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 4, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    targets = torch.tensor([[IGNORE, 7, 3], [IGNORE, IGNORE, IGNORE], [4, 3, IGNORE]])
+    return ids, Rows(ids, mask, targets, weights=torch.tensor([0.5, 2.0, 3.0]))
+
+
+def test_packed_rows_by_hand():
+    packed = pack(*rows_of(), [0, 1, 0])
+    assert packed.ids.tolist() == [[5, 6, 7, 9, 4], [8, 0, 0, 0, 0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
+    assert packed.text.tolist() == [[0, 0, 0, 2, 2], [1, *[PADDING] * 4]]
+    assert packed.places.tolist() == [1, 2, 3, 4] and packed.targets.tolist() == [7, 3, 4, 3]
+    assert packed.weights is not None and packed.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
+    hidden = torch.finfo(torch.float16).min
+    mask = packed.mask(torch.float16)
+    assert mask.dtype == torch.float16 and mask.shape == (2, 1, 5, 5)
+    sees = [[(i, j) for i in range(5) for j in range(5) if mask[p, 0, i, j] == 0] for p in range(2)]
+    assert sees[0] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4)]
+    assert set(mask.unique().tolist()) == {0.0, hidden}
+
+
+def test_a_decoders_rows_are_as_long_as_their_labels():
+    """An encoder-decoder's mask is the question's: the answers end at their last label."""
+    ids, rows = rows_of()
+    targets = torch.tensor([[6, 7, IGNORE], [8, IGNORE, IGNORE], [9, 4, 3]])
+    decoder = Rows(torch.ones(3, 1), torch.ones(3, 1), targets, decoder_input_ids=ids)
+    packed = pack(ids, decoder, [0, 0, 1])
+    assert packed.ids.tolist() == [[5, 6, 8], [9, 4, 0]] and packed.targets.tolist() == [6, 7, 8, 9, 4, 3]
+    assert packed.weights is None and rows.weights is not None
+
+
+def test_rows_apart_say_where_their_labels_stand():
+    _, rows = rows_of()
+    found = apart(rows)
+    assert found.places.tolist() == [1, 2, 6, 7] and found.targets.tolist() == [7, 3, 4, 3]
+    assert found.weights is not None and found.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
+    for none in (found.ids, found.positions, found.text):
+        assert none.numel() == 0 and none.dtype == torch.long
+    plain = apart(Rows(rows.input_ids, rows.attention_mask, rows.targets))
+    assert plain.weights is None and plain.places.tolist() == [1, 2, 6, 7]
+
+
+def test_packed_rows_move_with_all_their_tensors():
+    packed = pack(*rows_of(), [0, 1, 0]).to(torch.device("meta"))
+    assert {name for name, tensor in vars(packed).items() if tensor.is_meta} == set(vars(packed))
+
+
+# ---------------------------------------------------------------- the frozen head
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", [None, [0.5, 0.0, 2.0, 1.0]])
+@pytest.mark.parametrize(("states", "weight"), [("float32", "float32"), ("float16", "float32"), ("float32", "bfloat16")])
+def test_the_loss_of_a_frozen_head_is_the_token_loss_of_its_logits(bias, weights, states, weight):
+    torch.manual_seed(1)
+    head = nn.Linear(5, 7, bias=bias).to(getattr(torch, weight)).requires_grad_(False)
+    x = torch.randn(4, 5).to(getattr(torch, states)).requires_grad_()
+    targets, w = torch.tensor([0, 6, 3, 3]), None if weights is None else torch.tensor(weights)
+    loss = head_loss(x, head, targets, w)
+    (mine,) = torch.autograd.grad(2 * loss, x)
+    wide = x.detach().to(head.weight.dtype).double().requires_grad_()
+    plain = token_loss_double(wide, head, targets, w)
+    (theirs,) = torch.autograd.grad(2 * plain, wide)
+    bound = 1e-5 if "16" not in states + weight else 3e-2
+    assert loss.dtype == torch.float32 and mine.dtype == x.dtype
+    assert float(loss) == pytest.approx(float(plain), rel=bound)
+    torch.testing.assert_close(mine.double(), theirs, rtol=bound, atol=bound)
+
+
+def token_loss_double(x: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    bias = 0 if head.bias is None else head.bias.double()
+    logits = x @ head.weight.double().t() + bias
+    each = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
+    return (each if weights is None else each * weights.double()).sum()
+
+
+def test_the_head_computes_in_autocasts_dtype_and_reads_no_gradient_that_nobody_needs(monkeypatch):
+    seen = []
+    real = heads.product
+    monkeypatch.setattr(heads, "product", lambda a, b, *rest: seen.append((a.dtype, b.dtype)) or real(a, b, *rest))
+    head = nn.Linear(5, 7).requires_grad_(False)
+    for autocast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        for grad, products in ((True, 2), (False, 1)):
+            seen.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = head_loss(torch.randn(4, 5, requires_grad=grad), head, torch.zeros(4, dtype=torch.long))
+            assert seen == [(dtype, dtype)] * products and loss.requires_grad == grad
+
+
+def test_only_a_frozen_linear_without_hooks_is_passed_by():
+    def frozen() -> nn.Linear:
+        return nn.Linear(5, 7).requires_grad_(False)
+
+    hooked = frozen()
+    hooked.register_forward_hook(lambda *_: None)
+    subclass = type("Other", (nn.Linear,), {})(5, 7).requires_grad_(False)
+    assert passable(frozen()) and not any(map(passable, (nn.Linear(5, 7), hooked, subclass, nn.Identity())))
