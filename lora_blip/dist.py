@@ -4,18 +4,21 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_object
 from torch.distributed.rendezvous import rendezvous
 
+from lora_blip.config import ConfigError
+
+Result = TypeVar("Result")
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
 
 # Tensors that were lent to gloo. Its threads may hold the last reference to one long after a collective is over, and need the
@@ -76,6 +79,23 @@ class Ranks:
         said = said if self.main else torch.empty(count, dtype=torch.uint8)
         distributed.broadcast(lent(said)[0], src=0)
         return value if self.main else _tensor_to_object(said, count, None)
+
+    def together(self, act: Callable[[], Result]) -> Result:
+        """Return `act()`, which calls no collective. If it fails on one rank, every rank raises an error, and none waits."""
+        if self.count == 1:
+            return act()
+        result, failure = None, None
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+        said = self.gather(failure and f"{type(failure).__name__}: {failure}")
+        if failure:
+            raise failure
+        for rank, reason in enumerate(said):
+            if reason:
+                raise ConfigError(f"process {rank} failed, and all stop: {reason}")
+        return cast(Result, result)
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lora_blip import caching, curves, dist, lora, preflight, resume, sharding, stop, targets, weights
 from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import TrainConfig, refuse_unwritable
+from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Slot, Stack, close, first_stack, slots_of_steps
 from lora_blip.dist import Ranks
 from lora_blip.extras import attempt
@@ -25,6 +26,7 @@ from lora_blip.run import Run
 from lora_blip.start import default_rate, loader_of, read_examples, refuse_impossible, seed_everything, task_for
 from lora_blip.stop import Heard
 from lora_blip.tasks.prefix import cut
+from lora_blip.tasks.task import Task
 from lora_blip.untrusted import printable, printable_lines
 from lora_blip.validation import merge_drift, sharers, validate
 
@@ -44,21 +46,10 @@ def train(config: TrainConfig) -> Path:
 
 def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     """The run, as one of torchrun's processes or alone; what is to be closed at its end goes into `closing`."""
-    seed_everything(config.seed)
-    refuse_unwritable(config.output_dir)
-    refuse_impossible(config, ranks)
-    device = ranks.device(config.device)
-    backbone, precision = open_backbone(
-        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
-    )
-    task = task_for(config, backbone)
-    config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
-    config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
-    training, validation = read_examples(config, task)
-
-    lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
+    config, task, precision, training, validation, identity = ranks.together(lambda: set_up(ranks, config))
+    resume.require_same(ranks, identity)
+    backbone = task.backbone
     print(f"\n{targets.table(backbone.model)}\n")
-    identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
     caches = caching.caches_for(config, task, precision, identity)
     print(printable_lines(caching.told(config, task)), end="")
     identity["learned from"] = caching.learns_from_kept(config, task)
@@ -146,6 +137,27 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         print(printable(plot))
     run.done()  # last of all: whoever is killed before this is gone on with
     return path
+
+
+def set_up(ranks: Ranks, config: TrainConfig) -> tuple[TrainConfig, Task, str, list[Example], list[Example], dict[str, Any]]:
+    """Return the settings with their automatic values, the task, the precision, the data, and the run's identity.
+
+    The adapters are on the backbone. No collective is called: an error on one rank reaches the others afterwards.
+    """
+    seed_everything(config.seed)
+    refuse_unwritable(config.output_dir)
+    refuse_impossible(config, ranks)
+    device = ranks.device(config.device)
+    backbone, precision = open_backbone(
+        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
+    )
+    task = task_for(config, backbone)
+    config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
+    config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
+    training, validation = read_examples(config, task)
+    lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
+    identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
+    return config, task, precision, training, validation, identity
 
 
 # ---------------------------------------------------------------- between the steps

@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
 import torch
+import transformers
 from torch import nn
 
-from lora_blip import checkpoint, lock
+from lora_blip import __version__, checkpoint, lock
 from lora_blip.checkpoint import CheckpointError, Saved
-from lora_blip.config import TrainConfig
+from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import Example
+from lora_blip.dist import Ranks
 from lora_blip.learner import Learner
 from lora_blip.models import Backbone
 
@@ -56,6 +61,24 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         else f"{name} was {then.get(name)!r} and is {now[name]!r}"
         for name in changed
     ]
+
+
+def require_same(ranks: Ranks, mine: dict[str, Any]) -> None:
+    """Raise ConfigError on every rank if one has other data, settings, base weights or library versions than rank 0."""
+    versions = {"Python": sys.version, "transformers": transformers.__version__, "numpy": np.__version__}
+    mine = mine | versions | {"pillow": PIL.__version__, "lora_blip": __version__}
+    every = ranks.gather(mine)
+    for rank, theirs in enumerate(every):
+        changed = [
+            f"{name} are not the same" if name.endswith(("lines", "weights", "processors"))
+            else f"{name} is {theirs.get(name)!r} there and {every[0].get(name)!r} in process 0"
+            for name in mine if theirs.get(name) != every[0].get(name)
+        ]  # fmt: skip
+        if changed:
+            raise ConfigError(
+                f"process {rank} would train something else than process 0: {'; '.join(changed)}. Start all processes with the "
+                "same settings, files and library versions"
+            )
 
 
 def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:

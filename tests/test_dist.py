@@ -146,6 +146,26 @@ def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
         assert among(2, act) == [0, 0]
 
 
+@pytest.mark.parametrize("change", ["lines", "lr", "missing"])
+def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkpoints, tmp_path, capfd, change):
+    """Other data, other settings, or an error on one rank alone: all end at once, and the error names the rank."""
+    config = config_of(checkpoints, tmp_path)
+    source = Path(config.annotations)
+    other = source.with_name("other.jsonl")
+    other.write_text("\n".join(source.read_text().splitlines()[:8]))
+    changed = {"lines": {"annotations": str(other)}, "lr": {"lr": 0.5}, "missing": {"annotations": "gone.jsonl"}}[change]
+    start = time.monotonic()
+    codes = among(2, lambda: train(replace(config, **(changed if os.environ["RANK"] == "1" else {}))))
+    assert codes == [1, 1] and time.monotonic() - start < 30
+    said = capfd.readouterr().err
+    expected = {
+        "lines": "process 1 would train something else than process 0: training lines are not the same",
+        "lr": "lr is 0.5 there and",
+        "missing": "process 1 failed, and all stop: DataError",
+    }[change]
+    assert expected in said and not list(Path(config.output_dir).glob("lora_*"))
+
+
 def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, tmp_path):
     """In the middle of an accumulation; and a run of two is not gone on with by one."""
     config = config_of(checkpoints, tmp_path, checkpoint_seconds=1e9, epochs=3)
