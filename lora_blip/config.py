@@ -78,7 +78,7 @@ class TrainConfig:
     patience: int = setting(0, "stop after so many validations without a better best_by score; 0: never")
     min_improvement: float = setting(1e-4, "smallest gain in best_by that counts as better for patience")
     tensorboard: bool = setting(False, "write TensorBoard's event files too (pip install 'lora_blip[tensorboard]')")
-    max_new_tokens: int = setting(40, "longest text that is generated, here and by default with the adapter")
+    max_new_tokens: int = setting(0, "most tokens of a generated text, kept in the adapter; 0: the longest text and a margin")
     num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
     max_skipped: int = setting(10, "stop after so many steps in a row with a loss or gradient that is not finite")
     shard: bool = setting(False, "spread the frozen weights over torchrun's processes (FSDP2), for one too large for each")
@@ -108,7 +108,6 @@ class TrainConfig:
             "accumulation",
             "log_every",
             "max_skipped",
-            "max_new_tokens",
             "num_beams",
             "keep_checkpoints",
         ):
@@ -123,6 +122,7 @@ class TrainConfig:
             "seed",
             "validate_every",
             "patience",
+            "max_new_tokens",
             "min_improvement",
             "views",
             "cache_gb",

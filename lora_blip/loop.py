@@ -27,6 +27,7 @@ from lora_blip.start import default_rate, loader_of, read_examples, refuse_impos
 from lora_blip.stop import Heard
 from lora_blip.tasks.prefix import cut
 from lora_blip.tasks.task import Task
+from lora_blip.tasks.text_length import fit_generation
 from lora_blip.untrusted import printable, printable_lines
 from lora_blip.validation import merge_drift, sharers, validate
 
@@ -155,6 +156,7 @@ def set_up(ranks: Ranks, config: TrainConfig) -> tuple[TrainConfig, Task, str, l
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
     training, validation = read_examples(config, task)
+    config = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
     return config, task, precision, training, validation, identity

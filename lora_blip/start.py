@@ -49,7 +49,7 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:
     """The task that is to be learned; ConfigError if its score to pick the best by is none that it has."""
     name = natural_task(backbone.architecture) if config.task == "auto" else config.task
-    task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens, config.num_beams))
+    task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens or 1, config.num_beams))
     task.require_score(config.best_by)
     return task
 

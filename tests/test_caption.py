@@ -15,6 +15,7 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids, special_ids
 from lora_blip.tasks.task import Generation
+from lora_blip.tasks.text_length import fit_generation
 from lora_blip.tasks.vqa import VqaTask
 from tests.conftest import TEXTS, batch_of
 
@@ -202,3 +203,18 @@ def test_without_added_tokens_a_text_is_decoded_as_transformers_does(backbone):
     ids = torch.randint(len(tokenizer), (20, 30), generator=torch.Generator().manual_seed(5))
     assert any(i in special_ids(tokenizer) for i in ids.flatten().tolist())
     assert CaptionTask(backbone).language.texts_of(ids) == tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_the_longest_generated_text_is_the_longest_of_the_data_and_a_margin(make, kind, capsys):
+    """Every text of the data fits with its end token, counted by the tokenizer; a smaller number is reported."""
+    task = CaptionTask(make(kind))
+    texts = ["a cube", "a red cube on top of a blue cube " * 2, "two cubes", "two cubes"]
+    examples = [Example(Path("x.png"), text, "x.png", 1) for text in texts]
+    found = fit_generation(task, examples, 0)
+    assert found == task.generation.max_new_tokens
+    assert found >= max(len(task.ids(text.strip())) + 1 for text in texts) + 8 or found == task.language.room("")
+    assert not capsys.readouterr().out
+    least = len(task.ids("two cubes")) + 2
+    assert fit_generation(task, examples, least) == least
+    assert f"max_new_tokens = {least} cuts 1 of 4 texts" in capsys.readouterr().out
