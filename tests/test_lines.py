@@ -116,6 +116,13 @@ def test_a_text_that_is_nothing_but_the_prompt_is_a_bad_line(folder, make):
         annotations.read(captions(folder, "A picture of", "a cube"), check=task.check, trim=task.trim)
 
 
+def test_an_answer_that_is_nothing_but_the_template_is_a_bad_line(folder, make):
+    task = VqaTask(make("blip"))
+    source = lines(folder / "x.jsonl", {"image": "a.png", "question": "q?", "answers": ["red", "Question: q? Answer:"]})
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the text is nothing but the prompt"):
+        annotations.read(source, check=task.check, trim=task.trim)
+
+
 def test_an_answer_loses_the_template_it_begins_with_and_a_question_never_does(make):
     """BLIP's own VQA reads the question apart: an answer that begins with its question's words stays."""
     one = example("", "what is it?", "", "", "Question: what is it? Answer: a cube", "a cube")
@@ -279,6 +286,20 @@ def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
     for key, (count, first) in expected.items():
         assert f"'{key}' ({count} line(s), first line {first})" in said[0]
     assert said[0].count("line(s)") == 6 and "\x1b" not in said[0]
+
+
+@pytest.mark.parametrize("key", ["question_id", "answers"])
+def test_a_question_s_key_on_a_tidy_caption_is_reported(folder, key):
+    said: list[str] = []
+    annotations.read(lines(folder / "x.jsonl", {"image": "a.png", "text": "t", key: 4}), report=said.append)
+    assert said == [f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line(s), first line 1)"]
+
+
+@pytest.mark.parametrize("number", [True, 4.5, [], {"a": 1}])
+def test_a_question_id_that_is_none_is_a_bad_line(folder, number):
+    entry = {"image": "a.png", "question": "q", "answers": ["a"], "question_id": number}
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the question_id is .*expected a whole number or a text"):
+        annotations.read(lines(folder / "x.jsonl", entry))
 
 
 def test_a_million_keys_are_a_short_report(folder):
