@@ -21,6 +21,7 @@ from lora_blip.output import Output
 from lora_blip.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runner import Runner, Work
 from lora_blip.stop import Heard
+from lora_blip.tasks import verification
 from lora_blip.untrusted import printable
 
 SHOWN = 20  # predictions that are printed, and images left out; the rest is in the files
@@ -63,6 +64,7 @@ class Rounds:
             dealt, following = turn  # a round is dealt out a round before, for its pictures to be decoded meanwhile
             if not dealt:
                 break
+            self._check(dealt[0], work)
             mine = self._said(self._mine(dealt), self._mine(following), work)
             everyone = self.ranks.gather((mine, self.heard.signal))
             found = [
@@ -76,6 +78,15 @@ class Rounds:
         if turn is None:  # the main rank failed, and says why
             raise SystemExit(2)
         self._stop_if_told(self.ranks.gather(self.heard.signal))
+
+    def _check(self, block: Block, work: Work) -> None:
+        """Several processes take the same decision about the fast path: the main one's. One alone takes it in `each`."""
+        if self.ranks.count == 1 or self.runner.checked:
+            return
+        self._alone(lambda: self.runner.check_first(block[1], work))
+        self.runner.checked = True
+        if not self.ranks.first(self.runner.task.backbone.fast):
+            verification.disable(self.runner.task)
 
     def _undone(self, examples: Iterable[Example]) -> Iterator[Block]:
         iterator, number, done = iter(examples), 0, self.out.done.taker()

@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     if wanted:
         put_on(runner.task, wanted, merge=True, precision=runner.precision)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
+        runner.checked = not runner.fast
         adapted = measure(runner, examples, config.seed, shown("adapted", folder))
     last = adapted or base
     assert last is not None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from lora_blip.kernels.plain import is_plain
 from lora_blip.products import QuickLinear, as_autocast, frozen, product, transformed
 
 PLAIN = (nn.Linear, QuickLinear)
@@ -41,6 +42,8 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     updates = linear.lora
     updates.entered.x = None  # of a forward that an error broke off
     if not (torch.is_grad_enabled() and updates.choice.fast and updates.choice.everyone) or torch.compiler.is_compiling():
+        return None
+    if is_plain():
         return None
     if type(linear) not in PLAIN or updates.merged or len(args) != 1 or not alone(linear, own=1):  # this and add_update
         return None

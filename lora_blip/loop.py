@@ -25,6 +25,7 @@ from lora_blip.models import autocasting, compile_blocks, open_backbone
 from lora_blip.run import Run
 from lora_blip.start import default_rate, loader_of, read_examples, refuse_impossible, seed_everything, task_for
 from lora_blip.stop import Heard
+from lora_blip.tasks import verification
 from lora_blip.tasks.prefix import cut
 from lora_blip.tasks.task import Task
 from lora_blip.tasks.text_length import fit_generation
@@ -75,6 +76,10 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         frozen, blocks = cut(backbone.model)[0], len(backbone.model.vision_model.encoder.layers)
         compile_blocks(backbone.model, frozen)
         print(f"torch.compile for {blocks - frozen} of the ViT's {blocks} blocks, at the first step\n")
+    changing = ("compile", "base_dtype", "checkpointing", "shard")
+    verification.before_training(
+        task, first, precision, autocast, {name: getattr(config, name) for name in changing}, ranks, held_out is not None
+    )
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)

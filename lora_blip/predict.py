@@ -24,7 +24,7 @@ from lora_blip.output import Output
 from lora_blip.prediction import Prediction, prediction_of, report
 from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
-from lora_blip.tasks import TASKS, natural_task
+from lora_blip.tasks import TASKS, natural_task, verification
 from lora_blip.tasks.task import Generation, Task
 from lora_blip.untrusted import printable
 
@@ -73,6 +73,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     if wanted:
         put_on(task := runner.task, wanted, config.merge, runner.precision)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
+        runner.checked = not runner.fast
     with Screen(task.name, count, out) as screen:
         rounds.run(examples, Saying(texts), partial(write, out, base, screen))
     if ranks.main:
@@ -168,6 +169,10 @@ class Saying:
         self.texts = texts
         self.read: Any = None
         self.device: Any = None  # where they were read
+
+    def again(self) -> "Saying":
+        """The same request from the start, of a few texts: to compare two ways to compute it."""
+        return Saying(self.texts[: verification.TEXTS])
 
     def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
         """pictures: (images, 3, H, W)"""

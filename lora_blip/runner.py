@@ -12,6 +12,7 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.images import ImageError
 from lora_blip.data.streams import place_of
 from lora_blip.models import autocasting, first_line
+from lora_blip.tasks import verification
 from lora_blip.tasks.task import Task
 from lora_blip.untrusted import printable
 
@@ -28,6 +29,9 @@ class Runner:
         self.task, self.size, self.precision, self.reopen = task, batch_size, precision, reopen
         self.warned: set[str] = set()
         self.darkroom = Darkroom()
+        self.fast: bool = getattr(task.backbone, "fast", False)
+        self.base = verification.base_of(task.backbone) if self.fast else ""
+        self.checked = not self.fast  # whether the fast path has been compared with the plain one for what comes next
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
         """Each example with its result, in order; an image that cannot be read is reported and left out."""
@@ -60,10 +64,32 @@ class Runner:
         self.darkroom.announce(following, processor)
         good = [(e, picture) for e in some if isinstance(picture := pictures[place_of(e)], Tensor)]
         here, stacked = [e for e, _ in good], [picture for _, picture in good]
+        if good:
+            self.check(torch.stack(stacked[: verification.ROWS]), here[: verification.ROWS], work)
         results = self._attempt(torch.stack(stacked), here, work) if good else iter(())
         for e in some:
             picture = pictures[place_of(e)]
             yield e, picture if isinstance(picture, ImageError) else next(results)
+
+    def check(self, pictures: Tensor, examples: list[Example], work: Work) -> None:
+        """Compare the fast path with the plain one on a few pictures, unless that has been done; it may be off afterwards."""
+        if self.checked:
+            return
+        self.checked = True
+        task, again = self.task, getattr(work, "again", lambda: work)
+        pictures = pictures.to(task.backbone.device)
+        what = "ranking" if getattr(work, "texts", ()) else "prediction"
+        run = lambda: list(again()(task, pictures, examples))  # noqa: E731
+        verification.before_prediction(task, self.base, self.precision, run, what, tqdm.write)
+
+    def check_first(self, examples: list[Example], work: Work) -> None:
+        """`check`, with the pictures of a block that is about to come."""
+        self.darkroom.announce(examples, self.task.backbone.image_processor)
+        pictures = self.darkroom.pictures(examples)
+        good = [(e, picture) for e in examples if isinstance(picture := pictures[place_of(e)], Tensor)][: verification.ROWS]
+        if good:
+            self.task.backbone.model.eval()
+            self.check(torch.stack([picture for _, picture in good]), [e for e, _ in good], work)
 
     def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
         """A result for each; what the first half gave is handed on before the second half can fail."""
@@ -98,7 +124,7 @@ class Runner:
                 raise
             self.task = self.reopen()
         self.task.backbone.model.eval()
-        self.precision = "fp32"
+        self.precision, self.checked = "fp32", not self.fast
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self.warned:

@@ -102,11 +102,14 @@ class RetrievalTask(Task):
     def after(self, states: Tensor) -> Tensor:
         return states
 
-    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
+    def repeatable_loss(self, batch: Batch) -> Tensor:
+        return self.loss(batch, drawn=False)
+
+    def loss(self, batch: Batch, seen: Tensor | None = None, drawn: bool = True) -> Tensor:
         """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
         0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone, whose count is
-        0 too: ITM would only learn from it to say yes.
+        0 too: ITM would only learn from it to say yes. `drawn`: draw the wrong ones by similarity.
         """
         matcher, texts = self.matcher, batch.rows
         seen = batch.each(self.see(batch) if seen is None else seen)
@@ -115,7 +118,8 @@ class RetrievalTask(Task):
         if right.all():
             return 0 * similarity.sum()
         right = right.to(similarity.device)
-        text, image = hard_negatives(similarity, right, self.temperature, sampled=self.backbone.model.training)
+        likely = similarity if drawn else torch.zeros_like(similarity)  # not drawn: the first wrong ones
+        text, image = hard_negatives(likely, right, self.temperature, sampled=drawn and self.backbone.model.training)
         every = torch.arange(len(texts), device=text.device)
         images = torch.cat([every, every[text >= 0], image[image >= 0]])  # (pairs,), the right ones first
         odds = matcher.matching(seen[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])

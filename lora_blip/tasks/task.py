@@ -152,6 +152,10 @@ class Task:
         """The summed loss, float32: divide by `batch.count` over the whole step. `seen`: of its pictures, if they were."""
         raise NotImplementedError
 
+    def repeatable_loss(self, batch: Batch) -> Tensor:
+        """`loss`, without anything that is drawn or chosen by what was computed: to compare two ways to compute it."""
+        return self.loss(batch)
+
     def logits(self, batch: Batch) -> Tensor:
         """All that the batch makes the model say, in one tensor: for the proofs before the first step."""
         raise NotImplementedError

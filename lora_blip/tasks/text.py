@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example, plain
 from lora_blip.data.batches import Stack
+from lora_blip.kernels.plain import is_plain
 from lora_blip.models import Backbone
 from lora_blip.tasks.blip import BlipLanguage, BlipVqaLanguage
 from lora_blip.tasks.blip2 import OptLanguage, T5Language
@@ -66,7 +67,7 @@ class TextTask(Task):
     def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
         """Σ weight × cross-entropy over the label tokens."""
         seen = self.see(batch) if seen is None else seen
-        if batch.packed is None:
+        if batch.packed is None or is_plain():
             return token_loss(self.language.logits(batch.each(seen), batch.rows), batch.rows.targets, batch.rows.weights)
         head, packed = self.language.head, batch.packed
         states = self.language.label_states(seen, batch.each, batch.rows, packed)

@@ -1,0 +1,419 @@
+"""The check of the fast path against the plain one, before its first use on a machine.
+
+The fast modules compute what transformers computes, by other sums. A new version of a library, another device or another
+base can break that without an error. So before the first step or text with a combination that has not been checked on
+this machine, one real micro-batch is computed both ways: logits, loss and the gradients of the adapters before training;
+tokens and their logits, ranked texts and features before prediction. If the two differ by more than rounding can, the
+fast path is switched off for the run.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from lora_blip import __version__, attention, fingerprint, lora
+from lora_blip.dist import ALONE, Ranks
+from lora_blip.files import write_whole
+from lora_blip.kernels.plain import plain
+from lora_blip.models import DTYPES, Backbone, autocasting, first_line, uncompiled
+from lora_blip.tasks.task import Batch, Task
+from lora_blip.tasks.text import TextTask
+
+# The largest relative difference that is taken for rounding: many times what was measured (1e-6 in float32, 1e-3 in float16,
+# 2e-2 in bfloat16, over all kinds of models), and much less than what a wrong mask, cache or scale gives.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LOOSER = (
+    4  # times the bound: for gradients, which pass through the model twice, and for probabilities behind a small temperature
+)
+ROWS = 4  # examples of a batch that are predicted both ways
+TOKENS = 16  # of each text
+TEXTS = 8  # that are ranked
+SIZE_OF_B = 0.02  # a fresh B is zero, and with it the gradient of A
+LOSS_SCALE = 1024.0  # keeps fp16 gradients above zero
+WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the fast path is from the plain one, in one quantity."""
+
+    what: str
+    value: float
+    bound: float
+
+    @property
+    def too_large(self) -> bool:
+        return not self.value <= self.bound  # NaN is too large
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.value:.0e}"
+
+
+def failure(error: Exception) -> Difference:
+    return Difference(f"{type(error).__name__}: {first_line(error)}:", math.nan, 0.0)
+
+
+class UncheckedError(Exception):
+    """The comparison cannot be made, for example because the device has too little memory for the plain path."""
+
+
+# ---------------------------------------------------------------- before training, before prediction
+
+
+def before_training(
+    task: Task, batch: Batch, precision: str, autocast: Autocast, settings: dict[str, Any], ranks: Ranks = ALONE,
+    predicts: bool = True,
+) -> None:  # fmt: skip
+    """Check logits, loss and gradients of a batch, and what is predicted of it. Every rank calls this with the same batch."""
+    if not task.backbone.fast:
+        return
+    key = key_of(task, base_of(task.backbone), precision, settings | {"of": "training", "predicts": predicts})
+
+    def compare() -> list[Difference]:
+        found = training_differences(task, batch, autocast, bound_of(task, precision))
+        if predicts and not any(each.too_large for each in found):
+            rows = list(range(min(ROWS, len(batch.examples))))
+            pictures, examples = batch.each(batch.pixel_values)[rows], batch.examples[: len(rows)]
+            with evaluating(task), uncompiled(task.backbone.model):
+                found += prediction_differences(task, lambda: task.predict(pictures, examples), precision, autocast)
+        return found
+
+    check(task, key, compare, ranks)
+
+
+def before_prediction(task: Task, base: str, precision: str, run: Callable[[], Any], what: str, say: Any = print) -> None:
+    """Check what `run` predicts of a few examples. `base`: what `base_of` gave of the base alone; `what`: kind of result."""
+    beams = task.generation.num_beams if isinstance(task, TextTask) else 1
+    key = key_of(task, base, precision, {"of": what, "beams": beams})
+    autocast = autocasting(task.backbone.device, precision)
+    check(task, key, lambda: prediction_differences(task, run, precision, autocast), say=say)
+
+
+def check(
+    task: Task, key: dict[str, Any], compare: Callable[[], list[Difference]], ranks: Ranks = ALONE, say: Any = print
+) -> None:
+    """Compare once per key on this machine; if the difference is too large, switch the fast path off, on every rank."""
+    if ranks.first(is_verified(key) if ranks.main else None):
+        return
+    say("comparing the fast path with transformers' own computation on one batch, once on this machine")
+    start, found, problem = time.perf_counter(), list[Difference](), ""
+    with untouched(task.backbone.device):
+        try:
+            found = compare()
+        except UncheckedError as error:
+            problem = str(error)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                problem = first_line(error)
+            else:
+                found = [failure(error)]
+        except (TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            found = [failure(error)]
+    wrong = [each for each in found if each.too_large]
+    bad, unchecked = ranks.sum(len(wrong), bool(problem))
+    seconds = f"{time.perf_counter() - start:.1f} s"
+    if bad:
+        disable(task)
+        worst = f"{wrong[0]}, and {wrong[0].bound:.0e} is allowed" if wrong else "on another process"
+        say(f"WARNING: they differ ({worst}; {seconds}), so the fast path is off: this run continues without it, more slowly\n")
+    elif unchecked:
+        say(f"they could not be compared ({problem or 'on another process'}; {seconds}); the fast path stays on\n")
+    else:
+        say(f"they are equal up to rounding ({', '.join(map(str, found))}; {seconds})\n")
+        if ranks.main:
+            remember(key, found)
+
+
+def disable(task: Task) -> None:
+    """Compute everything as transformers and the plain LoRA hook do from now on, uncompiled."""
+    model = task.backbone.model
+    attention.fast(model, False)
+    lora.fast(model, False)
+    task.backbone.fast = False
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+# ---------------------------------------------------------------- both ways
+
+
+def both_ways(task: Task, run: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return what `run` gives by the fast path and by the plain one."""
+    fast = run()
+    with uncompiled(task.backbone.model), plain():
+        return fast, run()
+
+
+def training_differences(task: Task, batch: Batch, autocast: Autocast, bound: float) -> list[Difference]:
+    """Compare the logits, the loss and the adapters' gradients of a batch, with values in B and without dropout."""
+    batch = replace(batch, known=None)
+    adapters = [module for module in task.backbone.model.modules() if isinstance(module, lora.LoRA)]
+    trained = [*(half for each in adapters for half in (each.A, each.B)), *task.parameters()]
+
+    def run() -> tuple[Tensor, Tensor, list[Tensor]]:
+        with torch.no_grad(), autocast():
+            logits = task.logits(batch).float()
+        with autocast():
+            loss = task.repeatable_loss(batch) / batch.count
+        (loss * LOSS_SCALE).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        return logits, loss.detach(), gradients
+
+    with filled(adapters), without_gradients(trained):
+        fast, slow = both_ways(task, run)
+    if not torch.isfinite(slow[1]):
+        raise UncheckedError("the loss is not finite")
+    return [
+        Difference("logits", relative(fast[0], slow[0]), bound),
+        Difference("loss", float((fast[1] - slow[1]).abs() / slow[1].abs().clamp_min(0.1)), bound),
+        Difference("gradients", gradient_difference(fast[2], slow[2]), LOOSER * bound),
+    ]
+
+
+@torch.no_grad()
+def prediction_differences(task: Task, run: Callable[[], Any], precision: str, autocast: Autocast) -> list[Difference]:
+    """Compare what `run` predicts: the logits of every token of greedy texts, texts by beams, probabilities, features."""
+    bound, found = bound_of(task, precision), []
+    heads = exits(task)
+
+    def recorded() -> tuple[list[Tensor], Any]:
+        outputs: list[Tensor] = []
+        handles = [head.register_forward_hook(lambda _m, _a, output: outputs.append(output.float())) for head in heads]
+        try:
+            with autocast():
+                return outputs, run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    beams = task.generation.num_beams if isinstance(task, TextTask) else 1
+    with short(task, 1):
+        fast, slow = both_ways(task, recorded)
+    written = is_texts(slow[1])
+    if slow[0]:
+        what = "logits" if isinstance(task, TextTask) else "features"
+        found.append(Difference(f"{what} of a prediction", stepwise(fast[0], slow[0], written), bound))
+    if not written:
+        one, other = (torch.from_numpy(np.concatenate(numbers(each[1]) or [np.zeros(1)])) for each in (fast, slow))
+        found.append(Difference("predictions", distance(one, other), LOOSER * bound))
+    elif beams > 1:
+        with short(task, beams):
+            said = [texts(each) for each in both_ways(task, lambda: recorded()[1])]
+        different = sum(a != b for a, b in zip(*said, strict=True)) / len(said[0])
+        # a near tie may end in another text: in 16 bits, one text alone proves nothing
+        found.append(
+            Difference("other texts by beams", different, 0.5 if len(said[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0)
+        )
+    return found
+
+
+def stepwise(fast: list[Tensor], slow: list[Tensor], written: bool) -> float:
+    """The largest relative difference of the outputs of two runs, call by call.
+
+    Where texts are `written`, a row is left out once the likeliest tokens differ: what follows reads another text.
+    """
+    worst = 0.0
+    alive = torch.empty(0, dtype=torch.bool)
+    for one, other in zip(fast, slow, strict=False):
+        if one.shape != other.shape:
+            return worst if written and not alive.all() else math.inf
+        if len(alive) != len(one) or one.shape[1:-1] != (1,):  # another group of rows begins
+            alive = torch.ones(len(one), dtype=torch.bool, device=one.device)
+        worst = max(worst, relative(one[alive], other[alive]))
+        if not worst < math.inf:
+            return math.inf
+        if written:
+            last = [each.reshape(len(each), -1, each.shape[-1])[:, -1].argmax(-1) for each in (one, other)]
+            alive = alive & (last[0] == last[1])
+            if not alive.any():
+                return worst
+    return worst if len(fast) == len(slow) or (written and not alive.all()) else math.inf
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ of logits, whose mean over the last axis does not matter. 0 for none."""
+    if not other.numel():
+        return 0.0
+    if other.ndim > 1 and other.shape[-1] > 2:
+        one, other = (each - each.mean(-1, keepdim=True) for each in (one, other))
+    return distance(one, other)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-6))
+
+
+def gradient_difference(fast: list[Tensor], slow: list[Tensor]) -> float:
+    """The largest ‖Δ‖ / ‖g‖ of a tensor; one that is small beside the largest counts beside a twentieth of that."""
+    norms = [float(each.norm()) for each in slow]
+    floor = max(max(norms, default=0.0) / 20, 1e-12)
+    return max((float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(fast, slow, norms, strict=True)), default=0.0)
+
+
+def exits(task: Task) -> list[Any]:
+    """The modules whose outputs decide a prediction."""
+    if isinstance(task, TextTask):
+        return [task.language.head]
+    names = ("vision_proj", "text_proj", "vision_projection", "text_projection")
+    return [module for name in names if (module := getattr(task.backbone.model, name, None)) is not None]
+
+
+def texts(results: Sequence[Any]) -> list[str]:
+    return [each if isinstance(each, str) else each.text for each in results]
+
+
+def is_texts(results: Any) -> bool:
+    """Return True if a prediction is written, not ranked or measured."""
+    return all(isinstance(each, str) or (hasattr(each, "text") and not getattr(each, "ranking", True)) for each in results)
+
+
+def numbers(result: Any) -> list[np.ndarray]:
+    """The numbers of a prediction in an order that does not depend on them: probabilities by text, features, odds."""
+    if isinstance(result, Tensor):
+        return [result.double().cpu().numpy().ravel()]
+    if isinstance(result, np.ndarray | float | int):
+        return [np.asarray(result, dtype=np.float64).ravel()]
+    if ranking := getattr(result, "ranking", None):
+        return [np.array([probability for _, probability in sorted(ranking)])]
+    if isinstance(result, list | tuple):
+        return [each for part in result for each in numbers(part)]
+    return []
+
+
+# ---------------------------------------------------------------- nothing of it stays
+
+
+@contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Leave the random generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def filled(adapters: list[lora.LoRA]) -> Iterator[None]:
+    """Give every B small values that are the same everywhere, and no dropout; the bits come back behind the block."""
+    kept = [(each.B.detach().clone(), each.dropout) for each in adapters]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each in adapters:
+            each.B.copy_(SIZE_OF_B * torch.randn(each.B.shape, generator=generator))
+            each.dropout = 0.0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, (b, dropout) in zip(adapters, kept, strict=True):
+                each.B.copy_(b)
+                each.dropout = dropout
+
+
+@contextmanager
+def without_gradients(parameters: list[Any]) -> Iterator[None]:
+    """Inside the block no parameter has a gradient; those of a step that is under way come back."""
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in zip(parameters, kept, strict=True):
+            p.grad = gradient
+
+
+@contextmanager
+def evaluating(task: Task) -> Iterator[None]:
+    training = task.backbone.model.training
+    task.backbone.model.eval()
+    try:
+        yield
+    finally:
+        task.backbone.model.train(training)
+
+
+@contextmanager
+def short(task: Task, beams: int) -> Iterator[None]:
+    """Inside the block texts are short, and drawn by no chance."""
+    kept = task.generation
+    most = min(TOKENS, kept.max_new_tokens)
+    task.generation = replace(kept, do_sample=False, num_beams=beams, max_new_tokens=most)
+    try:
+        yield
+    finally:
+        task.generation = kept
+
+
+# ---------------------------------------------------------------- what has been checked
+
+
+def bound_of(task: Task, precision: str) -> float:
+    """The bound of the coarsest dtype that is computed in."""
+    dtypes = [DTYPES[precision], *{p.dtype for p in task.backbone.model.parameters() if p.dtype in BOUNDS}]
+    if task.backbone.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
+        dtypes.append(torch.float16)  # TF32 has as many bits
+    return max(BOUNDS[dtype] for dtype in dtypes)
+
+
+def base_of(backbone: Backbone) -> str:
+    """A digest of a base: its configuration, and samples of its weights."""
+    config = {name: value for name, value in backbone.model.config.to_dict().items() if name not in WHEREABOUTS}
+    found = [x for name in lora.names(backbone.model) for x in lora.adapters(backbone.model, name).values()]
+    samples = backbone.samples or fingerprint.samples(backbone.model, found)
+    return digest({"config": config, "weights": samples})
+
+
+def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what is computed and how, in JSON."""
+    model, device = task.backbone.model, task.backbone.device
+    sites = [str(x.site) for name in lora.names(model) for x in lora.adapters(model, name).values()]
+    merged = any(isinstance(module, lora.Updates) and bool(module.merged) for module in model.modules())
+    processor = task.backbone.image_processor
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
+    return {
+        "base": base, "device": f"{device.type} {where} {torch.backends.cpu.get_cpu_capability()}", "precision": precision,
+        "weights": sorted({str(p.dtype) for p in model.parameters()}), "task": task.name, "adapters": sites, "merged": merged,
+        "image size": str(getattr(processor, "size", "")), "settings": settings,
+        "torch": torch.__version__, "transformers": transformers.__version__, "lora_blip": __version__,
+    }  # fmt: skip
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def path_of(key: dict[str, Any]) -> Path:
+    """The file that says that a key has been checked on this machine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lora_blip" / "verified" / f"{digest(key)[:32]}.json"
+
+
+def is_verified(key: dict[str, Any]) -> bool:
+    try:
+        return json.loads(path_of(key).read_text(encoding="utf-8"))["key"] == json.loads(json.dumps(key, default=str))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
+        return False
+
+
+def remember(key: dict[str, Any], found: list[Difference]) -> None:
+    """Write down that a key has been checked; where nothing can be written, it is checked again."""
+    about = {"key": key, "differences": {each.what: each.value for each in found}}
+    with suppress(OSError, RuntimeError):
+        write_whole(path_of(key), json.dumps(about, indent=1, default=str).encode(), synced=False)
