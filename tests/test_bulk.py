@@ -147,7 +147,8 @@ def test_a_folder_is_walked_in_the_order_of_its_paths(tmp_path, seed):
             path.touch()
     (tmp_path / "last.png").touch()
     (folders[-1] / "circle").symlink_to(tmp_path, target_is_directory=True)
-    expected = sorted(p for p in tmp_path.rglob("*") if p.suffix.lower() in (".png", ".jpg") and not p.is_dir())
+    files = (p for p in tmp_path.rglob("*") if not p.is_dir() and not p.name.startswith("."))  # hidden files are not images
+    expected = sorted(p for p in files if p.suffix.lower() in (".png", ".jpg"))
     assert names(tmp_path) == [str(path) for path in expected]
 
 
