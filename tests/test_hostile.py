@@ -422,9 +422,9 @@ def test_any_bytes_changed_are_read_or_refused(flips, tmp_path):
 
 
 def test_every_part_of_a_header_that_is_used_is_known_to_the_check():
-    """The table names no part that a saved header lacks, but for a temperature, which retrieval alone has."""
+    """The table names no part that a saved header lacks, but for retrieval's temperature and a backbone's image size."""
     known = {tuple(place.split(".")) for place in header.KNOWN if place}
-    assert known - set(places(about())) == {("task", "temperature")}
+    assert known - set(places(about())) == {("task", "temperature"), ("base", "image_size")}
 
 
 # ---------------------------------------------------------------- images
