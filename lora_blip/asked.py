@@ -60,9 +60,13 @@ def asked(
 
     ConfigError when the task needs a question or texts, and there are none.
     """
-    for text in texts:
-        if reason := task.check(replace(example_of("", "?"), text=text, answers=(text,))):
-            raise ConfigError(f"texts: {reason}")
+    ranked = [replace(example_of("", "?"), text=text, answers=(text,), line=line) for line, text in enumerate(texts, 1)]
+    task.expect(ranked)
+    for example in ranked:
+        if reason := task.check(example):
+            raise ConfigError(f"texts: text {example.line}: {reason}")
+    if (texts or task.name != "vqa") and (report := task.unknown_report(ranked)):
+        print(report)
     if task.name == "retrieval" and not texts:
         raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
     if task.name != "vqa" and question:
@@ -111,12 +115,15 @@ def trim_references(task: Task, source: str, references: dict[Path, list[Example
 
 
 def refuse_questions(task: Task, examples: list[Example]) -> None:
-    """ConfigError for a question that cannot be asked."""
+    """ConfigError for a question that cannot be asked. Print the share of unknown tokens in the others."""
+    task.expect(examples)
     for example in examples:
         if not example.question:
             raise ConfigError(f"line {example.line} of the questions has no question")
         if reason := cast(Any, task).check_question(example):
             raise ConfigError(f"question {example.question!r}: {reason}")
+    if report := task.unknown_report(examples):
+        print(report)
 
 
 def read_references(source: str, root: str, images: Iterable[Example]) -> dict[Path, list[Example]]:

@@ -48,6 +48,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    if report_of_tokens := task.unknown_report(examples):
+        print(report_of_tokens)
     leaks, why = leaks_of(config, wanted, examples)
     folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # from here on it is taken
     print(described(task, wanted, len(dict.fromkeys(map(task.subject, examples))), precision))

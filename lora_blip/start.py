@@ -68,6 +68,8 @@ def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    if report := task.unknown_report(examples):
+        print(report)
     task.know(examples)
     training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
     random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other

@@ -56,7 +56,9 @@ def accuracy(prediction: str, answers: list[str]) -> float:
     """Accuracy of one prediction, 0 to 1: min(n / 3, 1) of the n equal answers, averaged over leaving each answer out.
 
     answers: those that people gave to the question, ten in VQA. As in the official code, both sides are normalised only if
-    the answers differ among themselves; where all agree, they are compared as written but for case ("two" is then not "2").
+    the answers differ among themselves; if all are equal, they are compared as written ("two" is then not "2"), except that
+    case is ignored. This is our one exception for ten answers: the official code gives `red` 0 if all ten are `Red`. It
+    concerns only answers that are all equal and have capitals, and BLIP's tokenizer writes lower case only.
     With fewer than four answers a full score would be out of reach: then 1 if the prediction equals any of them, both
     normalised, else 0. Raises ValueError for no answers.
     """

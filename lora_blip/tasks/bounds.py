@@ -37,6 +37,12 @@ class Bounds:
         most = len(text) + 1
         return most if most <= enough else sum(map(self._count, text.split(" ")))
 
+    def knows(self, text: str) -> bool:
+        """Return True if the text surely has no unknown and no special token: as `most`, and for each of its words."""
+        if self.most(text) == UNTOLD:
+            return False
+        return len(text) <= self.longest_word or max(map(len, text.split(" "))) <= self.longest_word
+
     def most_of(self, texts: Collection[str]) -> int:
         """Tokens of the longest of some texts at most."""
         longest = max(map(len, texts))

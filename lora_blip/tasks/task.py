@@ -12,8 +12,12 @@ from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Known, Stack
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import Backbone
-from lora_blip.tasks.bounds import UNTOLD, Bounds
+from lora_blip.tasks.bounds import Bounds
 from lora_blip.tasks.rows import many_ids, plain_ids, special_ids
+from lora_blip.tasks.unknown import REMEDY, UnknownTokens
+from lora_blip.untrusted import quoted
+
+ONLY_UNKNOWN = f"is only unknown tokens for this model's tokenizer; {REMEDY}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Task:
             )
         image = getattr(backbone.model.config, "image_token_index", None)
         self.special_ids: set[Any] = special_ids(backbone.tokenizer) | ({image} - {None})
+        self.prompt_warning = ""
         self.expected: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
 
     def require_score(self, name: str) -> None:
@@ -87,11 +92,21 @@ class Task:
 
     def expect(self, examples: list[Example]) -> None:
         """Tokenise together what `check` will ask about these lines, which takes half the time; nothing else changes."""
-        some = [self.checked(example) for example in examples]
-        if self.bounds.longest_word:
-            some = [texts for texts in some if not "".join(texts).isascii()]
-        doubtful = sorted({text for texts in some for text in texts if text and self.bounds.most(text, 0) == UNTOLD})
+        some, longest = [self.checked(example) for example in examples], self.bounds.longest_word
+        if longest:
+            some = [texts for texts in some if not (joined := "".join(texts)).isascii() or len(joined) > longest]
+        doubtful = sorted({text for texts in some for text in texts if text and not self.bounds.knows(text)})
         self.expected = many_ids(self.backbone.tokenizer, doubtful) if doubtful else {}
+        self.unknown.note(self.expected)
+
+    def texts_in(self, example: Example) -> tuple[str, ...]:
+        """The texts of a line."""
+        return (example.text,)
+
+    def unknown_report(self, examples: list[Example]) -> str:
+        """Return the share of unknown tokens in the prompt and in lines that `expect` was given, with examples, or ""."""
+        lines = ((example.line, self.texts_in(example)) for example in examples)
+        return "\n".join(filter(None, [self.prompt_warning, self.unknown.report(lines)]))
 
     def checked(self, example: Example) -> tuple[str, ...]:
         """The texts that `check` may tokenise."""
@@ -101,6 +116,10 @@ class Task:
     def bounds(self) -> Bounds:
         return Bounds(self.backbone.tokenizer, self.special_ids)
 
+    @cached_property
+    def unknown(self) -> UnknownTokens:
+        return UnknownTokens(self.backbone.tokenizer, self.special_ids)
+
     def ids(self, text: str) -> list[int]:
         return self.expected.get(text) or plain_ids(self.backbone.tokenizer, text)
 
@@ -108,9 +127,9 @@ class Task:
         """Why a text cannot be learned or matched where there is room for so many tokens, or ""."""
         if self.bounds.most(text, room) <= room:
             return ""
-        tokenizer, ids = self.backbone.tokenizer, self.ids(text)
-        if not set(ids) - {tokenizer.unk_token_id}:
-            return f"the text {text!r} is only unknown tokens for this model's tokenizer"
+        ids = self.ids(text)
+        if self.unknown.nothing_left(ids):
+            return f"the text {quoted(text)} {ONLY_UNKNOWN}"
         if len(ids) > room:
             return f"the text has {len(ids)} tokens, and the model has room for {room}"
         return self.special(text, ids)

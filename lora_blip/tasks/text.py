@@ -18,7 +18,7 @@ from lora_blip.tasks.head import head_loss, passable
 from lora_blip.tasks.language import Language
 from lora_blip.tasks.losses import IGNORE, token_loss
 from lora_blip.tasks.rows import plain_ids
-from lora_blip.tasks.task import Batch, Generation, Task
+from lora_blip.tasks.task import ONLY_UNKNOWN, Batch, Generation, Task
 from lora_blip.untrusted import printable, quoted
 
 CHUNK = 64  # rows of one image's texts that are ranked at a time
@@ -113,9 +113,12 @@ class TextTask(Task):
     # ---- checks
 
     def require_room(self, prompt: str) -> None:
-        """ConfigError if `prompt` holds a special token, or leaves too few positions."""
-        if reason := self.special(prompt, plain_ids(self.backbone.tokenizer, prompt)):
-            raise ConfigError(f"prompt = {prompt!r}: {reason}")
+        """ConfigError if `prompt` holds a special token or only unknown ones, or leaves too few positions."""
+        ids = plain_ids(self.backbone.tokenizer, prompt)
+        if reason := self.special(prompt, ids) or (ONLY_UNKNOWN if prompt.strip() and self.unknown.nothing_left(ids) else ""):
+            raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
+        self.unknown.note({prompt: ids})
+        self.prompt_warning = self.unknown.report([(0, (prompt,))], "prompt")
         room, wanted = self.language.room(prompt), self.generation.max_new_tokens
         if room < wanted:
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")

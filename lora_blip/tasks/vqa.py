@@ -12,7 +12,7 @@ from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models import Backbone
 from lora_blip.tasks.blip import BlipVqaLanguage
 from lora_blip.tasks.bounds import UNTOLD
-from lora_blip.tasks.task import Generation
+from lora_blip.tasks.task import ONLY_UNKNOWN, Generation
 from lora_blip.tasks.text import TextTask
 from lora_blip.untrusted import quoted
 
@@ -84,7 +84,13 @@ class VqaTask(TextTask):
             return fault
         if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}"
-        return self.special(example.question, self.ids(example.question))
+        ids = self.ids(example.question)
+        if self.unknown.nothing_left(ids):
+            return f"the question {quoted(example.question)} {ONLY_UNKNOWN}"
+        return self.special(example.question, ids)
+
+    def texts_in(self, example: Example) -> tuple[str, ...]:
+        return (example.question, *example.answers)
 
     def check_prompt(self, example: Example) -> str:
         """Why a line's own template cannot be used, or ""."""
