@@ -23,7 +23,7 @@ V1 = Path(__file__).parent / "fixtures" / "v1"
 ADAPTERS = sorted(path.name for path in (V1 / "adapters").iterdir())
 INTERRUPTED = sorted(path.name for path in (V1 / "interrupted").iterdir())
 TIMES = ("seconds", "images_per_s")
-ELSEWHERE = 1e-3  # of the norm of an adapter: Adam's first steps are signs of gradients, and rounding may turn one
+ELSEWHERE = {"fp32": 1e-5, "bf16": 2e-2}  # of each tensor's norm: AdamW's first steps amplify what is rounded otherwise
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter
     bases.build(Path(config.model).name, Path(config.model))
     run = here / config.output_dir / source.name
     shutil.copytree(source, run)
-    exact = same_machine()
+    exact, bound = same_machine(), ELSEWHERE[config.precision]
     path = train(config if exact else replace(config, resume=str(run), allow_changed=True))
     assert path.parent.resolve() == run.resolve(), capsys.readouterr().out  # it was taken up, not begun again
     then, now = adapter.read(V1 / "interrupted" / name / "final.safetensors"), adapter.read(path)
@@ -131,13 +131,13 @@ def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter
         if exact:
             assert torch.equal(now.tensors[key], value), key
         else:
-            assert (now.tensors[key] - value).norm() <= ELSEWHERE * value.norm(), key
+            assert (now.tensors[key] - value).norm() <= bound * value.norm(), key
     temperatures = [each.task.get("temperature", 1.0) for each in (now, then)]  # retrieval's
-    assert temperatures[0] == pytest.approx(temperatures[1], rel=0 if exact else 1e-4)
+    assert temperatures[0] == pytest.approx(temperatures[1], rel=0 if exact else bound)
     recorded = lines((V1 / "interrupted" / name / "final_metrics.jsonl").read_text())
     found = lines((run / "metrics.jsonl").read_text())
     for one, other in zip(recorded, found, strict=True):
         assert {key: other[key] for key in one if key not in TIMES} == pytest.approx(
-            {key: value for key, value in one.items() if key not in TIMES}, rel=0 if exact else 1e-4
+            {key: value for key, value in one.items() if key not in TIMES}, rel=0 if exact else bound
         )
     assert not (run / "checkpoints").exists() and [p.name for p in run.parent.glob("lora_*")] == [source.name]
