@@ -37,6 +37,11 @@ def test_the_token_loss_is_a_weighted_sum_over_what_counts(dtype, weights):
     assert loss.dtype == torch.float32 and float(loss) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_label_that_does_not_count_is_the_libraries():
+    """PyTorch's cross-entropy and transformers' models ignore −100."""
+    assert nn.CrossEntropyLoss().ignore_index == IGNORE
+
+
 # ---------------------------------------------------------------- contrast and negatives
 
 
@@ -177,6 +182,14 @@ def test_the_head_computes_in_autocasts_dtype_and_reads_no_gradient_that_nobody_
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = head_loss(torch.randn(4, 5, requires_grad=grad), head, torch.zeros(4, dtype=torch.long))
             assert seen == [(dtype, dtype)] * products and loss.requires_grad == grad
+
+
+def test_a_gradient_of_the_heads_gradient_is_an_error_not_a_wrong_number():
+    x = torch.randn(4, 5, requires_grad=True)
+    loss = head_loss(x, nn.Linear(5, 7).requires_grad_(False), torch.zeros(4, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(loss * x.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_only_a_frozen_linear_without_hooks_is_passed_by():

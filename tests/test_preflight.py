@@ -95,6 +95,17 @@ def test_the_memory_estimate_counts_what_autograd_keeps(make):
     assert 1.7 < counted["two"] / counted["one"] < 2.2 and counted["frugal"] < 0.6 * counted["one"]
 
 
+def test_the_checks_draw_nothing_from_the_generator_of_the_run(make):
+    """Dropout inside the checks leaves the random numbers of the training as they are."""
+    backbone = make("blip")
+    for adapter in inject(backbone, "vit", trained=False).values():
+        adapter.dropout = 0.5
+    backbone.model.train()
+    before = torch.get_rng_state()
+    checked(CaptionTask(backbone))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # ---------------------------------------------------------------- each proof on its own
 
 

@@ -157,6 +157,7 @@ def test_levels_resamples_and_seeds_reach_every_interval():
 
 
 def test_blocks_bound_the_memory_and_add_up(monkeypatch):
+    assert list(bootstrap._blocks(1000, 5000)) == [838, 162]  # 4 million drawn numbers at a time
     monkeypatch.setattr(bootstrap, "BLOCK", 100)
     for resamples, images, blocks in ((10, 30, [3, 3, 3, 1]), (2, 30, [2]), (3, 1000, [1, 1, 1]), (100, 1, [100])):
         assert list(bootstrap._blocks(resamples, images)) == blocks

@@ -1,0 +1,153 @@
+"""What Java's programs are given, how long they may take, and what is made of their answers; no Java is started."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_blip.metrics import java
+from lora_blip.metrics.java import JavaError
+
+PACKAGE = Path("/package")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The calls of `_run`; each gives the next of `answers`, or calls it with the arguments."""
+    calls: list[dict[str, Any]] = []
+
+    def run(name: str, arguments: list[str], given: str, limit: float) -> str:
+        calls.append({"name": name, "arguments": arguments, "given": given, "limit": limit})
+        answer = answers.pop(0)
+        return answer(arguments) if callable(answer) else answer
+
+    answers: list[Any] = []
+    monkeypatch.setattr(java, "_run", run)
+    return SimpleNamespace(calls=calls, answers=answers)
+
+
+def test_the_tokenizer_gets_a_line_a_caption_and_its_marks_are_left_out(ran):
+    ran.answers.append("a red , cube .\n\n-lrb- b\n")
+    found = java.tokenise(["A red,\ncube.", "\t", "( B\udc80"], PACKAGE)
+    assert found == ["a red cube", "", "-lrb- b"]
+    (call,) = ran.calls
+    assert (
+        call["given"] == "A red, cube.\n\n( B?\n" and call["limit"] == pytest.approx(180.3) and call["name"] == "PTBTokenizer"
+    )
+    assert call["arguments"] == [
+        "-cp", "/package/tokenizer/stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines", "-lowerCase", "-encoding", "UTF-8",
+    ]  # fmt: skip
+    ran.answers.append("a\nb\n")
+    with pytest.raises(JavaError, match="gave 2 lines for 1 captions"):
+        java.tokenise(["a b"], PACKAGE)
+
+
+def spice_answers(scores: list[Any]) -> Any:
+    def answer(arguments: list[str]) -> str:
+        given = json.loads(Path(arguments[arguments.index("-silent") - 3]).read_text(encoding="utf-8"))
+        assert given == [
+            {"image_id": 0, "test": "é", "refs": ["a", "b"]}, {"image_id": 1, "test": "c", "refs": ["d"]}
+        ]  # fmt: skip
+        items = [{"image_id": place, "scores": {"All": {"f": score}}} for place, score in scores]
+        Path(arguments[arguments.index("-out") + 1]).write_text(json.dumps(items), encoding="utf-8")
+        return ""
+
+    return answer
+
+
+def test_spice_gets_every_image_with_its_references_and_time_for_each(ran, tmp_path):
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    for name in java.SPICE_MODELS:
+        with pytest.raises(JavaError, match=name.replace(".", r"\.")):
+            java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)
+        (tmp_path / "spice" / "lib" / name).touch()
+    ran.answers.append(spice_answers([(1, 0.25), (0, 0.75)]))
+    assert java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path) == (0.5, [0.75, 0.25])
+    (call,) = ran.calls
+    assert (call["name"], call["given"], call["limit"]) == ("SPICE", "", pytest.approx(182.0))  # ten captions' time an image
+    assert call["arguments"][:3] == ["-Xmx8G", "-jar", str(tmp_path / "spice" / "spice-1.0.jar")]
+    ran.answers.append(spice_answers([(1, None), (0, 0.75)]))
+    mean, by_image = java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)
+    assert math.isnan(mean) and by_image[0] == 0.75 and math.isnan(by_image[1])
+    for scores in ([(0, 0.75)], [(0, "x"), (1, 1)]):
+        ran.answers.append(spice_answers(scores))
+        with pytest.raises(JavaError, match=r"no scores that can be read \((Key|Value)Error"):
+            java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)
+
+
+def test_meteor_is_asked_in_its_protocol_and_bounded_in_time(monkeypatch):
+    asked: list[tuple[str, int]] = []
+    started: list[tuple[list[str], float]] = []
+
+    def ask(line: str, answers: int) -> list[str]:
+        asked.append((line, answers))
+        return [f"{len(asked)} {n}" for n in range(answers)] if line.startswith("SCORE") else ["0.25", "0.5", "0.75"]
+
+    @contextmanager
+    def talking(command: list[str], limit: float) -> Iterator[Any]:
+        started.append((command, limit))
+        yield ask
+
+    monkeypatch.setattr(java, "_talking", talking)
+    monkeypatch.setattr(java, "java", lambda: "/bin/java")
+    assert java.meteor(["a  b", "c"], [["d|||e", "f"], ["g"]], PACKAGE) == (0.75, [0.25, 0.5])
+    assert asked == [("SCORE ||| d e ||| f ||| a b", 1), ("SCORE ||| g ||| c", 1), ("EVAL ||| 1 0 ||| 2 0", 3)]
+    ((command, limit),) = started
+    assert limit == pytest.approx(180.2) and command[0] == "/bin/java"
+    tail = ["-Xmx2G", "-jar", "/package/meteor/meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    assert command[-len(tail) :] == tail and "-Duser.language=en" in command
+
+
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A `java` that is a shell script."""
+    path = tmp_path / "bin" / "java"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_program_s_output_is_text_and_its_last_line_of_error_is_the_reason(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, 'cat; echo " $1"')
+    assert java._run("X", ["--last"], "é\n", 5.0) == f"é\n {java.OPTIONS[0]}\n"
+    for script, reason in (
+        ("echo first >&2; echo last >&2; echo >&2; exit 3", "X failed with 3: last"),
+        ("exit 4", "X failed with 4: it wrote nothing"),
+        (f"echo '{java.NOTICE}_JAVA_OPTIONS: x' >&2; exit 5", "X failed with 5: it wrote nothing"),
+        (f"echo {'y' * 300} >&2; exit 6", f"X failed with 6: {'y' * 200}"),
+    ):
+        fake(tmp_path, monkeypatch, script)
+        with pytest.raises(JavaError) as raised:
+            java._run("X", [], "", 5.0)
+        assert str(raised.value) == reason
+    fake(tmp_path, monkeypatch, "exec sleep 20")
+    with pytest.raises(JavaError, match="X was stopped after 1 s"):
+        java._run("X", [], "", 0.6)
+
+
+def test_a_process_to_talk_with_is_gone_after_the_block(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, 'while read -r line; do echo "$line!"; echo " two "; done')
+    with java._talking([java.java()], 5.0) as ask:
+        assert ask("é", 2) == ["é!", "two"] and ask("b", 1) == ["b!"]
+    for script, reason in (("echo why >&2; exit 1", "METEOR failed .*why"), ("exec sleep 20", "METEOR was stopped after 1 s")):
+        fake(tmp_path, monkeypatch, script)
+        with pytest.raises(JavaError, match=reason), java._talking([java.java()], 0.6) as ask:
+            float(ask("x" * 100_000, 1)[0])
+    with pytest.raises(JavaError, match="Java did not start"), java._talking([str(tmp_path / "none")], 5.0):
+        pass
+
+
+def test_a_missing_java_is_one_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(JavaError, match="no `java` command"):
+        java.java()
+    monkeypatch.setattr(java, "java", lambda: str(tmp_path / "none"))
+    with pytest.raises(JavaError, match="Java did not start"):
+        java._run("X", [], "", 5.0)
