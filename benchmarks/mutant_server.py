@@ -36,6 +36,7 @@ def trace(rc: str, out: Path, file: str, options: list[str]) -> int:
             os.environ["MUTANTS_TEST"] = str(len(tests))
             tests.append(item.nodeid)
             measured.switch_context(os.environ["MUTANTS_TEST"])
+            measured.set_option("run:context", os.environ["MUTANTS_TEST"])  # of forked children
             try:
                 return (yield)
             finally:

@@ -36,8 +36,17 @@ DROPPED = {
     "reversed",
     "sorted",
 }  # x.lower() → x
+COMMUTATIVE = {"min", "max", "equal", "gcd"}
 KEPT_DECORATORS = {"staticmethod", "classmethod", "property", "contextmanager", "dataclass", "cache", "overload"}
-KEPT_KEYWORDS = {"strict", "non_blocking", "check", "daemon", "indent", "encoding"}  # no effect on correct input on a CPU
+KEPT_KEYWORDS = {
+    "strict",
+    "non_blocking",
+    "check",
+    "daemon",
+    "indent",
+    "encoding",
+    "device",
+}  # no effect on correct input on a CPU
 MESSAGES = {"print", "warn", "warning"}
 DEVICES = ("cuda", "mps")
 
@@ -283,7 +292,7 @@ class _Walker(ast.NodeVisitor):
             for new in (value + 1, value - 1) if isinstance(value, int) else (value * 2 or 1.0, value / 2):
                 if new != value:
                     self.add(node, f"({new!r})", f"{value!r} to {new!r}")
-        elif isinstance(value, str) and value and len(value.split()) <= 3 and "\n" not in value:
+        elif isinstance(value, str) and value not in ("", *DEVICES) and len(value.split()) <= 3 and "\n" not in value:
             self.add(node, '""', f"{value!r} emptied")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -312,7 +321,11 @@ class _Walker(ast.NodeVisitor):
         elif name in DROPPED and node.args:
             self.add(node, node.args[0], f"drop {name}()")
         plain = [x for x in node.args[:2] if not isinstance(x, ast.Starred | ast.GeneratorExp)]
-        if len(plain) == 2 and ast.unparse(plain[0]) != ast.unparse(plain[1]) and name not in ("isinstance", "getattr"):
+        if (
+            len(plain) == 2
+            and ast.unparse(plain[0]) != ast.unparse(plain[1])
+            and name not in ("isinstance", "getattr", *COMMUTATIVE)
+        ):
             self.add(node, self.changed(node, args=[*reversed(plain), *node.args[2:]]), "swap arguments")
         for place, keyword in enumerate(node.keywords):
             if keyword.arg not in (None, *KEPT_KEYWORDS):
