@@ -340,6 +340,7 @@ def backbone_of(config: dict = BASE_CONFIG, processor: dict = PROCESSOR, vocabul
     return SimpleNamespace(
         model=model,
         device=torch.device("cpu"),
+        chosen_size=48,
         image_processor=SimpleNamespace(to_dict=lambda: processor),
         tokenizer=SimpleNamespace(get_vocab=lambda: vocabulary or {"a": 0, "b": 1}),
     )
@@ -373,7 +374,7 @@ def test_what_decides_an_update_identifies_a_run_and_nothing_else_does(line):
         (identity(config, [line], [other], backbone_of(vocabulary={"a": 1, "b": 0})), "base processors are not the same"),
     ):
         assert resume.differences(now, changed) == [name]
-    assert now["device"] == "cpu" and now["torch"] == torch.__version__
+    assert now["image_size"] == 48 and now["device"] == "cpu" and now["torch"] == torch.__version__
     for checked in ("all", "lazy"):
         config = replace(config, check_images=checked)
         line.image.write_bytes(bytes(SIZE))
@@ -408,6 +409,17 @@ def test_differences_name_the_setting_or_what_is_not_the_same():
         "new was None and is 5",
     ]
     assert resume.differences(now, now) == []
+
+
+def test_a_setting_that_an_older_version_did_not_know_had_its_default():
+    """Of a training run; the size of the images too, of every run."""
+    now = {"training lines": "a", "dropout": TrainConfig().dropout, "image_size": 0}
+    assert resume.differences({"training lines": "a"}, now) == []
+    assert resume.differences({"training lines": "a"}, {**now, "dropout": 0.9, "image_size": 64}) == [
+        f"dropout was {TrainConfig().dropout} and is 0.9",
+        "image_size was 0 and is 64",
+    ]
+    assert resume.differences({}, {"image_size": 0, "dropout": 0.0}) == ["dropout was None and is 0.0"]
 
 
 @pytest.mark.parametrize(
@@ -453,6 +465,8 @@ def test_digests_stay_the_same_from_version_to_version(tmp_path):
     model.w = torch.nn.Parameter(torch.arange(100.0).reshape(4, 25) / 7, requires_grad=False)
     model.h = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).half(), requires_grad=False)
     model.none = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
+    model.large = torch.nn.Parameter(torch.zeros(2**24 + 50, dtype=torch.float16), requires_grad=False)
+    model.large.data[-1] = 1  # its place is no float32
     image = tmp_path / "a.png"
     image.write_bytes(bytes(place % 251 for place in range(SIZE)))
     lines = [
@@ -460,7 +474,7 @@ def test_digests_stay_the_same_from_version_to_version(tmp_path):
         for n in range(resume.CHUNK + 6)
     ]
     assert [resume.weights_digest(model), resume.lines_digest(lines, True), resume.lines_digest(lines, False)] == [
-        "f9921aa7cea7c2684591d223d11ff9556134b7f43ea2b90cd06fbcb5a8c1efd0",
+        "b26a88b2d3459295ad82fb00854e2f336c4cc694398ccafdd5d6cbef21dc2f40",
         "39b4c6f36ca2fe393d9d5b8896597de1e8d0b060a17546102aebf3e284601378",
         "df9f48bf2d1d6be6edaeb7fd62b9419d0cc5c4ac0f6c1a42607cba56c905c3b2",
     ]

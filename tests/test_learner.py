@@ -155,7 +155,23 @@ def test_between_two_steps_no_gradient_is_kept(make, learner):
     learner.update(1e-2)
     tensors, about = learner.state()
     assert not any(key.startswith("gradient/") for key in tensors) and about["step"] == {}
-    assert all(parameter.grad is None for parameter in restored(make, (tensors, about)).parameters.values())
+    other = restored(make, (tensors, about))
+    assert all(parameter.grad is None for parameter in other.parameters.values())
+    assert (other.count, other.images, float(other.loss)) == (1.0, 0, 0.0)
+
+
+def test_a_fresh_learner_has_done_nothing(learner):
+    assert learner.progress == Progress(epoch=0, group=0, slot=0, step=0, skipped=0, validated=-1, total=0)
+    assert not learner.torn and (learner.images, learner.count, learner.traffic, float(learner.loss)) == (0, 1.0, 0, 0.0)
+
+
+def test_a_step_without_a_label_divides_by_one(learner):
+    """Every micro-batch is another rank's: there is nothing to learn from, and no division by zero."""
+    learner.begin([batch_of(learner.task)], [Slot(0, idle=True)])
+    assert (learner.count, learner.images) == (1.0, 0)
+    learner.accumulate(batch_of(learner.task), Slot(0, idle=True), last=True)
+    update = learner.update(1e-2)
+    assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
 
 
 def test_a_step_whose_loss_is_not_finite_is_kept_from_its_start(make, learner):
