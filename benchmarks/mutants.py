@@ -418,6 +418,7 @@ def page(result: dict[str, Any]) -> str:
         f"`{result['command']}`, commit {result['commit'][:9]}, {result['minutes']:.0f} minutes on {result['workers']} cores.",
         "",
     ]
+    lines += [result["note"], ""] if "note" in result else []
     lines += [f"| file | mutants | {' | '.join(statuses)} | score |", "|---|" + "---|" * (len(statuses) + 2)]
     for file, score in {**result["scores"], "**all**": result["total"]}.items():
         share = "–" if score["score"] is None else f"{score['score']:.1%}"
