@@ -46,7 +46,8 @@ SERVER = ROOT / "benchmarks" / "mutant_server.py"
 RESULTS = ROOT / "benchmarks" / "results"
 EQUIVALENT = ROOT / "benchmarks" / "equivalent_mutants.json"
 PARTS = {  # part → its files
-    **{f"{name}.py": [f"lora_blip/{name}.py"] for name in "lora fused choice learner loop resume checkpoint adapter".split()},
+    "lora.py": ["lora_blip/lora.py", "lora_blip/mergeable.py"],
+    **{f"{name}.py": [f"lora_blip/{name}.py"] for name in "fused choice learner loop resume checkpoint adapter".split()},
     **{f"tasks/{name}.py": [f"lora_blip/tasks/{name}.py"] for name in ("packing", "losses", "head")},
     "preflight.py": ["lora_blip/preflight.py"],
     "metrics/": [
@@ -198,7 +199,7 @@ def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
 
 
 def candidates(tree: Tree, files: Iterable[str]) -> list[Mutant]:
-    return [mutant for file in files for mutant in mutations(file, tree.source(file))]
+    return [mutant for file in files if (tree.root / file).exists() for mutant in mutations(file, tree.source(file))]
 
 
 def drawn(tree: Tree, parts: dict[str, list[str]], count: int, seed: int) -> list[Mutant]:
@@ -213,20 +214,21 @@ def drawn(tree: Tree, parts: dict[str, list[str]], count: int, seed: int) -> lis
 
 
 def named(tree: Tree) -> list[Mutant]:
-    """Return the named mutants. Raises SystemExit if the text of one is not in its file: the list must follow the code."""
-    return [_named(tree, name, file, pairs) for name, file, pairs in NAMED]
+    """Return the named mutants. Raises SystemExit if the text of one is in none of the files: the list must follow the code."""
+    return [_named(tree, name, part, pairs) for name, part, pairs in NAMED]
 
 
-def _named(tree: Tree, name: str, file: str, pairs: list[tuple[str, str]]) -> Mutant:
-    source = tree.source(file)
-    for old, new in pairs:
-        if source.count(old.encode()) == 1:
-            start = source.index(old.encode())
-            line = source[:start].count(b"\n") + 1
-            text = source.decode().splitlines()[line - 1].strip()
-            last = line + old.count("\n")
-            return Mutant(file, "", line, start, start + len(old.encode()), new, name, text, (line, last), name)
-    raise SystemExit(f"named mutant {name!r}: its text is not in {file} exactly once; update benchmarks/named_mutants.py")
+def _named(tree: Tree, name: str, part: str, pairs: list[tuple[str, str]]) -> Mutant:
+    for file in (file for file in PARTS[part] if (tree.root / file).exists()):
+        source = tree.source(file)
+        for old, new in pairs:
+            if source.count(old.encode()) == 1:
+                start = source.index(old.encode())
+                line = source[:start].count(b"\n") + 1
+                text = source.decode().splitlines()[line - 1].strip()
+                lines = (line, line + old.count("\n"))
+                return Mutant(file, "", line, start, start + len(old.encode()), new, name, text, lines, name)
+    raise SystemExit(f"named mutant {name!r}: no file of {part} has its text exactly once; update benchmarks/named_mutants.py")
 
 
 def covering(tree: Tree, coverage: Coverage, mutant: Mutant) -> list[str]:

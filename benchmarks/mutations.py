@@ -232,10 +232,10 @@ class _Walker(ast.NodeVisitor):
         self.body(node.body)
 
     def visit_If(self, node: ast.If) -> None:
-        self.add(node.test, "True", "if True")
-        self.add(node.test, "False", "if False")
-        self.visit(node.test)
         if not any(word in ast.unparse(node.test) for word in DEVICES):
+            self.add(node.test, "True", "if True")
+            self.add(node.test, "False", "if False")
+            self.visit(node.test)
             self.body(node.body)
         self.body(node.orelse)
 

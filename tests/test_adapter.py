@@ -57,6 +57,24 @@ def test_slices_and_ranks_of_their_own_come_back(make, tmp_path):
     assert torch.equal(logits_of(other), expected)
 
 
+def test_the_dropout_and_the_name_of_the_base_are_in_the_file_and_come_back(make, tmp_path):
+    """Training that continues from a file drops as much as before; of a bare model, its own name is kept."""
+    backbone = make("blip")
+    for x in inject(backbone, "vit").values():
+        x.dropout = 0.25
+    path = adapter.save(tmp_path / "a.safetensors", backbone)
+    assert adapter.read(path).about["lora"]["dropout"] == 0.25
+    other = make("blip")
+    adapter.load(other, path)
+    assert {x.dropout for x in lora.adapters(other.model).values()} == {0.25}
+    assert adapter.read(path).base == backbone.name
+    backbone.model.name_or_path = "elsewhere"
+    assert adapter.read(adapter.save(path, backbone, overwrite=True)).base == backbone.name
+    assert adapter.read(adapter.save(tmp_path / "b.safetensors", backbone.model)).base == "elsewhere"
+    with pytest.raises(AdapterError, match="exists already"):
+        adapter.save(path, backbone)
+
+
 def test_an_adapter_saved_while_merged_is_the_same(make, tmp_path):
     backbone = make("blip")
     inject(backbone)
