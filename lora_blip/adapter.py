@@ -27,7 +27,7 @@ from lora_blip.fingerprint import same_weights, sample, samples
 from lora_blip.header import FORMAT_VERSION, HeaderError, sites_of
 from lora_blip.lora import LoRA
 from lora_blip.models import Backbone
-from lora_blip.sites import Site, check_sites, is_linear
+from lora_blip.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.untrusted import UnreadableError, cut, open_regular, quoted, why
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -88,6 +88,8 @@ def save(
     found = lora.adapters(model, name)
     if not found:
         raise AdapterError(f"the model carries no adapter {name!r}; it has {lora.names(model) or 'none'}")
+    for x in found.values():
+        refuse_meta(x.site.module, model.get_submodule(x.site.module))
     tensors = {key: value for address, x in found.items() for key, value in _tensors(address, x).items()}
     _check_values(path, tensors, [x.site for x in found.values()])
     kept = backbone.samples if isinstance(backbone, Backbone) else None
@@ -219,7 +221,8 @@ def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> 
 def load(backbone: Backbone | nn.Module, path: str | Path | Adapter, name: str = "default") -> Adapter:
     """Put the adapter of a file, or one that `read` gave, on a frozen backbone by hooks; `lora.merge` then writes it in.
 
-    Raises AdapterError, before the model is touched, if the file is damaged or was trained on another base.
+    Raises AdapterError, before the model is touched, if the file is damaged or was trained on another base; LoRAError if
+    the base is on the meta device.
     """
     model, adapter = _model(backbone), path if isinstance(path, Adapter) else read(path)
     if lora.adapters(model, name):
@@ -249,6 +252,7 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
     for path, expected in adapter.about["base"]["samples"].items():
         if path not in modules or not is_linear(modules[path]):
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(path)}; {remedy}")
+        refuse_meta(path, modules[path])
         if not same_weights(expected, sample(modules[path])):
             raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those it was trained on; {remedy}")
     try:

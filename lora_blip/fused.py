@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from lora_blip.choice import LoRAError
 from lora_blip.kernels.plain import is_plain
 from lora_blip.products import QuickLinear, as_autocast, frozen, product, transformed
 
@@ -37,7 +38,7 @@ class Entered(threading.local):
         return Entered, ()
 
 
-def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+def hand_over(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]] | None:
     """The forward pre-hook: hand the linear x without its graph, where `updated` will see to the gradients."""
     updates = linear.lora
     updates.entered.x = None  # of a forward that an error broke off
@@ -45,15 +46,25 @@ def hand_over(linear: Any, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         return None
     if is_plain():
         return None
-    if type(linear) not in PLAIN or updates.merged or len(args) != 1 or not alone(linear, own=1):  # this and add_update
-        return None
+    if type(linear) not in PLAIN or updates.merged or len(args) != 1 or kwargs or not alone(linear, own=1):
+        return None  # own: this hook and add_update
     if any(lora.dropout and lora.training for lora in updates.values()) or transformed():
         return None
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
         return None  # 16-bit weights without autocast: A and B stay float32
     updates.entered.x, updates.entered.cast = x, as_autocast(x.detach())
-    return (updates.entered.cast,)
+    return (updates.entered.cast,), kwargs
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the tensor that a linear was called with, by position or by a keyword of any name."""
+    if args:
+        return args[0]
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    if len(tensors) != 1:
+        raise LoRAError(f"a linear with adapters was called with {', '.join(kwargs)}; give its input by position")
+    return tensors[0]
 
 
 def alone(linear: Any, own: int = 0) -> bool:

@@ -15,6 +15,7 @@ No module is replaced and no code of the model is touched: the adapter lives as 
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -24,9 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_blip.choice import ALL, ALL_ACT, Acting, Choice, LoRAError, in_force
-from lora_blip.fused import Entered, hand_over, updated
-from lora_blip.sites import Site, check_sites, is_quantised
+from lora_blip.call_batch import call_batch, forget_batch, note_batch, watch
+from lora_blip.choice import ALL, Acting, Choice, LoRAError, enter, in_force, leave
+from lora_blip.fused import Entered, hand_over, input_of, updated
+from lora_blip.mergeable import check_mergeable, summed
+from lora_blip.save_guard import guard, refuse_inside_save_pretrained, unguard
+from lora_blip.sites import Site, check_sites
 
 FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
 
@@ -67,7 +71,10 @@ class LoRA(nn.Module):
 
 
 class Updates(nn.ModuleDict):
-    """The adapters of one linear, by name; their updates add. `original` is W while some are merged."""
+    """The adapters of one linear, by name; their updates add. `original` is W while some are merged.
+
+    An adapter that is merged is not in the state_dict: the weight contains its update.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +83,29 @@ class Updates(nn.ModuleDict):
         self.original: Tensor | None = None
         self.merged: frozenset[str] = frozenset()
 
+    @property
+    def unmerged(self) -> list[str]:
+        return [_name(key) for key in self if key not in self.merged]
 
-def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return the tensors of the unmerged adapters. Raise LoRAError inside of a `save_pretrained` if there are any."""
+        if self.unmerged:
+            refuse_inside_save_pretrained(self.unmerged)
+        destination = args[0] if args else OrderedDict() if destination is None else destination
+        for key, lora in self.items():
+            if key not in self.merged:
+                lora.state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)
+        return destination
+
+
+def add_update(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook: y + Σ (alpha / r) · B A x over the adapters that act on a row and are not merged."""
     updates: Updates = linear.lora
     if updates.entered.x is not None:  # taken in by `hand_over`: the same update, faster
         return updated(linear, output)
-    x = args[0]
+    if updates.merged and not updates.choice.everyone:
+        raise LoRAError("adapters were merged after they had been chosen or disabled here; call lora.restore(model) first")
+    x = input_of(args, kwargs)
     for key, lora in updates.items():
         rows = None if key in updates.merged else updates.choice.rows(_name(key), x)
         if rows is ALL:
@@ -98,39 +121,53 @@ def add_update(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: str = "default") -> dict[str, LoRA]:
     """Put a fresh adapter called `name` on every site, freeze all that is no adapter, return address → LoRA.
 
-    Repeating a call changes nothing. Raises LoRAError, before anything is changed, when a site is no
-    linear of this model, a tied head, of a wrong range, or when `name` already sits elsewhere.
+    Repeating a call changes nothing but the dropout. Raises LoRAError, before anything is changed, when there is no site,
+    when one is no linear of this model, a tied head, of a wrong range or rank, or when `name` already sits elsewhere.
     """
+    sites = list(sites)
     wanted = {site.address: site for site in sites}
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != wanted:
         raise LoRAError(f"adapter {name!r} is already on other modules of this model; eject it first")
+    check_sites(model, sites, dropout)
     for lora in present.values():
         lora.dropout = dropout
     if not present:
         _check_new_name(name)
-        check_sites(model, wanted.values())
-        for site in wanted.values():
+        for site in sites:
             _attach(model.get_submodule(site.module), site, dropout, name)
         _choice(model)
-    for parameter_name, parameter in model.named_parameters():
-        if ".lora." not in f".{parameter_name}":
+        guard(model)
+    own = {id(parameter) for linear in _hooked(model).values() for parameter in linear.lora.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
             parameter.requires_grad_(False)
     return adapters(model, name)
 
 
 def eject(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter off, or all: the weights, the outputs and the state_dict are the base's own again."""
+    """Take one adapter off, or all: the weights, the outputs and the state_dict are the base's own again.
+
+    Raises LoRAError, before anything is changed, inside a `chosen` that names it, in whichever thread or task.
+    """
     _check_names(model, [name] if name else [])
-    for linear in _hooked(model).values():
-        leaving = {key for key in linear.lora if name in (None, _name(key))}
-        if linear.lora.merged & leaving:
-            staying = linear.lora.merged - leaving
-            _fold(linear, staying) if staying else _write_back(linear)
-        for key in leaving:
-            del linear.lora[key]
-        if not linear.lora:
-            _detach(linear)
+    hooked = _hooked(model)
+    leaving = {path: {key for key in linear.lora if name in (None, _name(key))} for path, linear in hooked.items()}
+    staying = {path: linear.lora.merged - leaving[path] for path, linear in hooked.items()}
+    with _choice(model).lock:
+        for path, linear in hooked.items():
+            named = {_name(key) for key in leaving[path]}
+            if any(block.acting.names(each) for block in linear.lora.choice.blocks for each in named):
+                raise LoRAError("the adapter is chosen by name in a block of `chosen`; leave that block first")
+        check_mergeable(model, {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged})
+        for path, linear in hooked.items():
+            if linear.lora.merged & leaving[path]:
+                _fold(linear, staying[path]) if staying[path] else _write_back(linear)
+            for key in leaving[path]:
+                del linear.lora[key]
+            if not linear.lora:
+                _detach(linear)
+    _clear_if_bare(model)
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:
@@ -161,7 +198,7 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Use `fused` instead of `add_update` if both give the same update (the default), also for adapters to come."""
+    """Use `fused` instead of `add_update` if both give the same update (the default), also for copies and adapters to come."""
     setattr(model, FAST, on)
     _choice(model).fast = on
 
@@ -172,57 +209,70 @@ def fast(model: nn.Module, on: bool = True) -> None:
 def merge(model: nn.Module, *names: str) -> None:
     """W ← W + Σ ΔW, summed in float32, over the named adapters (all, without names). Merging twice is merging once.
 
-    The original W is kept beside the linear for `restore`, and every merge starts from it. Raises
-    LoRAError, before any weight is written, for an unknown name, a quantised linear, or inside `chosen` or `disabled`.
+    The original W is kept beside the linear for `restore`, and every merge starts from it. Raises LoRAError, before any
+    weight is written, for an unknown name, for a weight that cannot take the update (see `mergeable`), for a sum that is
+    not finite, and while any thread or task is inside `chosen` or `disabled`.
     """
     _check_names(model, names)
-    hooked = _hooked(model)
-    _refuse_unmergeable(hooked)
-    for linear in hooked.values():
-        chosen = {key for key in linear.lora if not names or _name(key) in names}
-        _fold(linear, linear.lora.merged | chosen)
+    with _writing(model) as hooked:
+        keys = {p: m.lora.merged | {k for k in m.lora if not names or _name(k) in names} for p, m in hooked.items()}
+        keys = {path: some for path, some in keys.items() if some}
+        check_mergeable(model, keys)
+        for path, some in keys.items():
+            _fold(hooked[path], some)
 
 
 def restore(model: nn.Module) -> None:
     """Undo `merge`: the weights are `torch.equal` to the originals, and the adapters act by their hooks again."""
-    for linear in _hooked(model).values():
-        _write_back(linear)
+    with _choice(model).lock:
+        for linear in _hooked(model).values():
+            _write_back(linear)
 
 
 def bake(model: nn.Module) -> None:
-    """Merge for good: the weights keep the update; adapters, hooks and originals are gone, and no memory is held."""
-    hooked = _hooked(model)
-    _refuse_unmergeable(hooked)
-    for linear in hooked.values():
-        _fold(linear, frozenset(linear.lora), keep_original=False)
-        _detach(linear)
+    """Merge for good: the weights keep the update; adapters, hooks and originals are gone, and no memory is held.
+
+    Raises LoRAError as `merge` does.
+    """
+    with _writing(model) as hooked:
+        check_mergeable(model, {path: frozenset(linear.lora) for path, linear in hooked.items()})
+        for linear in hooked.values():
+            _fold(linear, frozenset(linear.lora), keep_original=False)
+            _detach(linear)
+    _clear_if_bare(model)
+
+
+@contextmanager
+def _writing(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keep every thread and task out of `chosen` while weights are written; LoRAError if one is inside."""
+    choice = _choice(model)
+    with choice.lock:
+        if choice.blocks:
+            raise LoRAError(
+                "adapters are chosen or disabled here or in another thread or task, and merged ones act on every row; "
+                "leave that block first"
+            )
+        yield _hooked(model)
 
 
 @torch.no_grad()
 def _fold(linear: Any, keys: frozenset[str], keep_original: bool = True) -> None:
     """Write original + Σ ΔW of `keys` into the weight, always starting from the original."""
     updates: Updates = linear.lora
-    if not keys:
-        return
-    weight, kept = linear.weight.data, updates.original
-    if kept is None and keep_original:
-        updates.original = weight.clone()
-    start = weight if kept is None else kept
-    wide = torch.promote_types(start.dtype, torch.float32)
-    total = weight if start is weight and weight.dtype == wide else start.to(weight.device, wide, copy=True)
-    with torch.autocast(weight.device.type, enabled=False):
-        for lora in (updates[key] for key in sorted(keys)):
-            assert isinstance(lora, LoRA)
-            rows = total[lora.padding[0] : len(total) - lora.padding[1]]
-            rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)
-    if total is not weight:
-        weight.copy_(total)
+    if updates.original is None and keep_original:
+        updates.original = linear.weight.detach().clone()
+        total = summed(linear, keys)
+    else:
+        total = summed(linear, keys, in_place=True)
+    if total.data_ptr() != linear.weight.data_ptr():
+        linear.weight.copy_(total)
     updates.merged = frozenset(keys)
 
 
+@torch.no_grad()
 def _write_back(linear: Any) -> None:
     if linear.lora.original is not None:
-        linear.weight.data.copy_(linear.lora.original)
+        linear.weight.copy_(linear.lora.original)
     linear.lora.original, linear.lora.merged = None, frozenset()
 
 
@@ -234,63 +284,80 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
     """Inside the block one adapter alone acts, or each row of a batch has its own: `["caption", "vqa", None]`.
 
     None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no weight; a
-    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. As `torch.no_grad`, it
-    holds in the thread that enters it, so that threads may share a model. `beams`: a search repeats every row so many
-    times. Raises LoRAError for an unknown name, no name at all, when adapters are merged, and in the forward when a
-    batch has another number of rows.
+    batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. It holds in the thread
+    or asyncio task that enters it, and in tasks that are started inside, so that all may share a model. `beams`: a search
+    repeats every row so many times. Raises LoRAError for an unknown name, no name at all, when adapters are merged, and
+    in the forward when the model is called with another number of rows.
     """
     if names is None:
         yield
         return
     each = [names] if isinstance(names, str) else list(names)
     _check_names(model, [name for name in each if name is not None])
-    choice = _unmerged(model, "chosen")
-    off = choice.now.acting.off
-    if isinstance(names, str):
-        acting = Acting(off, alone=names)
-    elif each:
+    if not each or beams < 1:
+        raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base; beams ≥ 1")
+
+    def acting(off: frozenset[str]) -> Acting:
+        if isinstance(names, str):
+            return Acting(off, alone=names)
         device = next((lora.A.device for _, lora in _every(model)), None)
         rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
-        acting = Acting(off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
-    else:
-        raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base")
-    with in_force(choice, acting):
+        return Acting(off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
+
+    if not isinstance(names, str):
+        watch(model, skip=_has_adapters)
+    with _inside(model, "chosen", acting):
         yield
 
 
 @contextmanager
 def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside the block, in this thread, the named adapters (all, without names) add nothing. Raises LoRAError if merged."""
+    """Inside the block, in this thread or task, the named adapters (all, without names) add nothing; LoRAError if merged."""
     _check_names(model, names)
-    choice = _unmerged(model, "disabled")
-    off = frozenset(names or (owner for (owner, _), _ in _every(model)))
-    with in_force(choice, replace(choice.now.acting, off=choice.now.acting.off | off)):
+    more = frozenset(names or (owner for (owner, _), _ in _every(model)))
+    choice = _choice(model)
+    with _inside(model, "disabled", lambda off: replace(choice.acting, off=off | more)):
         yield
+
+
+@contextmanager
+def _inside(model: nn.Module, what: str, acting: Callable[[frozenset[str]], Acting]) -> Iterator[None]:
+    """A block of `chosen` or `disabled`; `acting` is given what is disabled already."""
+    choice = _choice(model)
+    with choice.lock:  # no merge in between
+        if any(linear.lora.merged for linear in _hooked(model).values()):
+            raise LoRAError(f"adapters are merged into the weights, so none can be {what}; call restore(model) first")
+        block = enter(choice, acting(choice.acting.off))
+    try:
+        yield
+    finally:
+        leave(block)
 
 
 def as_chosen(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`torch.utils.checkpoint(…, context_fn=partial(as_chosen, model))`: what the backward pass computes again acts as it did.
 
-    The backward pass may run when the block of `chosen` or `disabled` has ended, or inside another.
+    The backward pass may run when the block of `chosen` or `disabled` has ended, inside another, or in another thread.
     """
-    updates = next((module for module in model.modules() if isinstance(module, Updates)), None)
-    return nullcontext(), in_force(updates.choice, updates.choice.now.acting, again=True) if updates else nullcontext()
+    choices = {updates.choice: None for updates in model.modules() if isinstance(updates, Updates)}
+    blocks = [(choice, choice.block) for choice in choices]
+    again = [(c, c.acting, b.batch if b and b.again else call_batch()) for c, b in blocks]
+    return nullcontext(), in_force(again)
 
 
 def _choice(model: nn.Module) -> Choice:
     """The choice of a model, from now on that of all its linears, though some were injected as parts of it."""
     updates = [linear.lora for linear in _hooked(model).values()]
-    choice = updates[0].choice if updates else Choice()
-    choice.fast = choice.fast and getattr(model, FAST, True)
+    found = list(dict.fromkeys(each.choice for each in updates)) or [Choice()]
+    busy = [choice for choice in found if choice.blocks]
+    if len(busy) > 1:
+        raise LoRAError("parts of this model have each a block of `chosen` or `disabled`; leave these blocks first")
+    choice = (busy or found)[0]
+    choice.fast = all(each.fast for each in found) and getattr(model, FAST, True)
+    choice.used, choice.made = any(each.used for each in found), any(each.made for each in found)
     for each in updates:
         each.choice = choice
     return choice
-
-
-def _unmerged(model: nn.Module, what: str) -> Choice:
-    if any(linear.lora.merged for linear in _hooked(model).values()):
-        raise LoRAError(f"adapters are merged into the weights, so none can be {what}; call restore(model) first")
-    return _choice(model)
 
 
 # ---------------------------------------------------------------- looking and checking
@@ -303,7 +370,11 @@ def _every(model: nn.Module) -> Iterator[tuple[tuple[str, str], LoRA]]:
 
 
 def _hooked(model: nn.Module) -> dict[str, Any]:
-    return {path: m for path, m in model.named_modules() if isinstance(m._modules.get("lora"), Updates)}
+    return {path: m for path, m in model.named_modules() if _has_adapters(m)}
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return isinstance(module._modules.get("lora"), Updates)
 
 
 def _name(key: str) -> str:
@@ -323,31 +394,39 @@ def _check_new_name(name: str) -> None:
         raise LoRAError(f"adapter name {name!r} must be letters, digits, '-' and '_', and no word such as 'keys'")
 
 
-def _refuse_unmergeable(hooked: dict[str, Any]) -> None:
-    for path, linear in hooked.items():
-        if linear.lora.choice.now.acting is not ALL_ACT:
-            raise LoRAError("adapters are chosen or disabled here, and merged ones act on every row; leave that block first")
-        if is_quantised(linear):
-            raise LoRAError(
-                f"{path!r} is quantised ({type(linear).__name__}): merging would round the update away; "
-                "use the adapter unmerged, or load the base in fp16, bf16 or fp32"
-            )
-
-
 def _attach(linear: Any, site: Site, dropout: float, name: str) -> None:
-    if not isinstance(linear._modules.get("lora"), Updates):
+    if not _has_adapters(linear):
         linear.lora = Updates()
-        linear.register_forward_pre_hook(hand_over)
-        linear.register_forward_hook(add_update)
-    tensors = [*linear.parameters(recurse=False), *linear.buffers(recurse=False)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+        linear.register_forward_pre_hook(hand_over, with_kwargs=True)
+        linear.register_forward_hook(add_update, with_kwargs=True)
+    device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 
 def _detach(linear: Any) -> None:
-    """Remove the hook by what it is, not by a handle, so that a deepcopy or an unpickled model can do it too."""
-    for hooks in (linear._forward_hooks, linear._forward_pre_hooks):
-        for number in [number for number, hook in hooks.items() if hook in (add_update, hand_over)]:
-            del hooks[number]
+    _remove_hooks(linear)
     del linear.lora
+
+
+def _clear_if_bare(model: nn.Module) -> None:
+    """Leave no trace on a model without adapters."""
+    if not _hooked(model):
+        unguard(model)
+        for module in model.modules():
+            _remove_hooks(module)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Remove our hooks by what they are, not by a handle, so that a deepcopy or an unpickled model can do it too."""
+    of: Any = module
+    for hooks, *flags in (
+        (of._forward_pre_hooks, of._forward_pre_hooks_with_kwargs),
+        (of._forward_hooks, of._forward_hooks_with_kwargs, of._forward_hooks_always_called),
+    ):
+        for number in [number for number, hook in hooks.items() if hook in OURS]:
+            for table in (hooks, *flags):
+                table.pop(number, None)
+
+
+OURS = (hand_over, add_update, note_batch, forget_batch)

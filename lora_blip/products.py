@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lora_blip.kernels.plain import is_plain
+from lora_blip.sites import PLAIN_TENSORS
 
 LARGE = 2**20  # multiplications from which oneDNN's kernel, which takes longer to call, is the faster one
 
@@ -62,8 +63,9 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 def frozen(linear: Any) -> bool:
-    """Whether neither W nor b is trained."""
-    return not (linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad))
+    """Whether neither W nor b is trained, and W is a plain tensor: others, as torchao's, have products of their own."""
+    weight, bias = linear.weight, linear.bias
+    return type(weight) in PLAIN_TENSORS and not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def transformed() -> bool:
@@ -86,7 +88,7 @@ class QuickLinear(nn.Linear):
     def steady(self, x: Tensor) -> bool:
         """Whether W and b are frozen, and nothing but plain backward passes is asked for: no autocast, no torch.func."""
         other = transformed() or torch.is_autocast_enabled(x.device.type)
-        return type(self.weight) is nn.Parameter and frozen(self) and not other
+        return frozen(self) and not other
 
 
 class Through(torch.autograd.Function):

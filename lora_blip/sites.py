@@ -1,13 +1,21 @@
 """Places for adapters: which linear, which of its rows, and which linears can carry one."""
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_blip.choice import LoRAError
 
+PLAIN_TENSORS = (nn.Parameter, Tensor)  # and not a subclass, which may store or compute its values in another way
+FLOAT32 = torch.finfo(torch.float32)
+BLOCK = re.compile(r"[\w-]{1,64}")
+MOST_DROPOUT = 0.999_999
 TIED = "tied_to"  # attribute of a head whose weight was shared, see `weights.cast_once`
 
 
@@ -35,11 +43,20 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_quantised(linear: Any) -> bool:
-    """True when the weight is not a plain float matrix (out_features, in_features)."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    """True when the weight is not a plain float matrix (out_features, in_features): torchao's is a tensor of its own kind."""
+    weight: Any = getattr(linear, "weight", None)
+    if type(weight) not in PLAIN_TENSORS or not weight.is_floating_point():
         return True
     return tuple(weight.shape) != (linear.out_features, linear.in_features)
+
+
+def refuse_meta(path: str, linear: nn.Module) -> None:
+    """Raise LoRAError if a linear is on the meta device, where tensors have shapes and no values."""
+    if any(tensor.is_meta for tensor in (*linear.parameters(), *linear.buffers())):
+        raise LoRAError(
+            f"{path!r} is on the meta device, so the model has no weights yet; load them first, "
+            "for example by from_pretrained, or by model.to_empty(device='cpu') and model.load_state_dict"
+        )
 
 
 def tied(model: nn.Module) -> dict[str, str]:
@@ -67,21 +84,57 @@ def _compiled(modules: Iterable[nn.Module]) -> bool:
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
 
-def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """LoRAError when a site is no linear of this model, a tied head, or of a wrong range, or the model is compiled."""
-    modules = dict(model.named_modules())
+def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -> None:
+    """Raise LoRAError if an adapter cannot be put on one of the sites, or if there is none."""
+    sites, modules = list(sites), dict(model.named_modules())
+    if not sites:
+        raise LoRAError("the list of sites is empty, so there is nothing to train; targets.find(model, 'vit') gives sites")
     if _compiled(modules.values()):
         raise LoRAError("this model went through torch.compile, which would ignore adapters without a word; inject them first")
-    shared = _tied(modules)
+    if not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
+        raise LoRAError(f"dropout = {dropout!r} is no share from 0 to below 1")
+    shared, addresses = _tied(modules), set()
     for site in sites:
+        _check_numbers(site)
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):
-            raise LoRAError(f"{site.module!r} is no linear layer of {type(model).__name__}")
+            raise LoRAError(f"{site.module!r} is no linear layer of {type(model).__name__}{_alias(model, site.module)}")
         if site.module in shared:
             raise LoRAError(
                 f"{site.module!r} shares its weight with {shared[site.module]!r}: an update of one would be missing "
                 "in the other, or merged into both; leave it out of the targets"
             )
-        start, stop = site.rows or (0, linear.out_features)
-        if not 0 <= start < stop <= linear.out_features or site.r < 1:
-            raise LoRAError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} with r={site.r} make no update")
+        if site.address in addresses or (site.block and site.address in modules):
+            raise LoRAError(f"{site.address!r} is named twice, by two sites or by a site and a module; keep one")
+        addresses.add(site.address)
+        _check_place(site, linear)
+
+
+def _check_numbers(site: Site) -> None:
+    """The numbers that a file can hold and float32 can compute with."""
+    if not isinstance(site.r, int) or isinstance(site.r, bool) or site.r < 1:
+        raise LoRAError(f"{site.address!r}: r={site.r!r} is no whole number from 1")
+    if not isinstance(site.alpha, int | float) or not (site.alpha > 0 and math.isfinite(site.alpha)):
+        raise LoRAError(f"{site.address!r}: alpha={site.alpha!r} is no positive finite number")
+    if not FLOAT32.tiny <= site.alpha / site.r <= FLOAT32.max:
+        raise LoRAError(f"{site.address!r}: alpha / r = {site.alpha / site.r:g} is beyond float32")
+
+
+def _check_place(site: Site, linear: Any) -> None:
+    if (site.block and site.rows is None) or not BLOCK.fullmatch(site.block or "whole"):
+        raise LoRAError(f"{site.address!r}: a block is a name of letters, digits, '-' and '_', with the rows that it names")
+    start, stop = site.rows or (0, linear.out_features)
+    if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= linear.out_features:
+        raise LoRAError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} make no update")
+    if linear.in_features < 1 or any(map(is_lazy, linear.parameters(recurse=False))):
+        raise LoRAError(f"{site.module!r} has no shape yet; run the model once before")
+    there = getattr(linear, "lora", None)
+    if there is not None and not (isinstance(there, nn.ModuleDict) and hasattr(there, "choice")):
+        raise LoRAError(f"{site.module!r} has an attribute 'lora' of its own, in the place of the adapters; leave it out")
+
+
+def _alias(model: nn.Module, path: str) -> str:
+    """A module that two parents share has one name here, the first."""
+    every = dict(model.named_modules(remove_duplicate=False))
+    first = next((name for name, module in model.named_modules() if module is every.get(path) and name != path), "")
+    return f"; name it {first!r}" if first else ""

@@ -13,7 +13,7 @@ from torch import nn
 from lora_blip import fingerprint, lora
 from lora_blip.fused import PLAIN
 from lora_blip.models import DTYPES, Backbone
-from lora_blip.sites import TIED, tied
+from lora_blip.sites import PLAIN_TENSORS, TIED, tied
 
 
 def cast_once(backbone: Backbone, precision: str) -> None:
@@ -30,7 +30,8 @@ def cast_once(backbone: Backbone, precision: str) -> None:
     backbone.samples = backbone.samples or fingerprint.samples(model, lora.adapters(model).values())
     shared = tied(model)
     for path, module in model.named_modules():
-        if type(module) in PLAIN and module.weight.dtype == torch.float32 and "." in path:
+        plain = type(module) in PLAIN and type(module.weight) in PLAIN_TENSORS
+        if plain and module.weight.dtype == torch.float32 and "." in path:
             setattr(module, TIED, shared.get(path, getattr(module, TIED, "")))
             module.weight = frozen(module.weight, dtype)
             module.bias = None if module.bias is None else frozen(module.bias, dtype)

@@ -19,6 +19,7 @@ from lora_blip.attention.attend import attend
 from lora_blip.fused import PLAIN
 from lora_blip.kernels.plain import is_plain, wants_attentions
 from lora_blip.kernels.signatures import unknown
+from lora_blip.sites import PLAIN_TENSORS
 
 CACHE = ("past_key_values", "cache")  # names of one argument: up to transformers 5.23, and from 5.24 on
 
@@ -114,7 +115,11 @@ class TextAttention(BlipTextSelfAttention):
     def _few(self, queries: Tensor, states: Any) -> bool:
         """Whether the queries of all heads are few beside the width of a state, and nothing hooks its projections."""
         plain = all(
-            type(each) in PLAIN and not each._forward_hooks and not each._forward_pre_hooks for each in (self.key, self.value)
+            type(each) in PLAIN
+            and type(each.weight) in PLAIN_TENSORS
+            and not each._forward_hooks
+            and not each._forward_pre_hooks
+            for each in (self.key, self.value)
         )
         return plain and 4 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= 4 * states.shape[1]
 

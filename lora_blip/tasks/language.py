@@ -144,7 +144,7 @@ class Language:
 
 def rows_are_named(model: nn.Module) -> bool:
     """Whether a `lora.chosen` around this one names an adapter for every row, so that no row may be left out."""
-    return any(isinstance(module, lora.Updates) and module.choice.now.acting.count for module in model.modules())
+    return any(isinstance(module, lora.Updates) and module.choice.acting.count for module in model.modules())
 
 
 class DecoderLanguage(Language):

@@ -1,0 +1,66 @@
+"""The batch size of the model's call, for adapters that are chosen row by row.
+
+A linear cannot see it: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks on the
+outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEPTH = 3  # `language_model.model.decoder`: the modules that are called from outside, and not their layers
+CALL: ContextVar[tuple[Any, int] | None] = ContextVar("lora_blip_call", default=None)
+
+
+def call_batch() -> int | None:
+    """Return the batch size of the call in progress, or None if it is unknown."""
+    call = CALL.get()
+    return None if call is None else call[1]
+
+
+def watch(model: nn.Module, skip: Callable[[nn.Module], bool]) -> None:
+    """Note the batch size of calls from now on. `skip` excludes modules, such as linears with adapters."""
+    CALL.set(None)  # of a call that was interrupted
+    for module in _outer(model, DEPTH):
+        if not skip(module) and note_batch not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(note_batch, with_kwargs=True)
+            module.register_forward_hook(forget_batch, always_call=True)
+
+
+def _outer(model: nn.Module, depth: int) -> Iterator[nn.Module]:
+    yield model
+    for child in model.children() if depth else ():
+        if child._modules:
+            yield from _outer(child, depth - 1)
+
+
+def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The forward pre-hook. torch.compile skips it: the batch size is then unknown."""
+    if not torch.compiler.is_compiling() and CALL.get() is None:
+        size = batch_size((args, kwargs))
+        if size is not None:
+            CALL.set((module, size))
+
+
+def forget_batch(module: nn.Module, _args: object, _output: object) -> None:
+    """The forward hook, which an error in the forward calls too."""
+    if not torch.compiler.is_compiling():
+        call = CALL.get()
+        if call is not None and call[0] is module:
+            CALL.set(None)
+
+
+def batch_size(values: Any) -> int | None:
+    """Return the length of the first matrix or larger tensor among the arguments of a call, or None if there is none."""
+    return next((tensor.shape[0] for tensor in _tensors(values) if tensor.ndim > 1), None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
