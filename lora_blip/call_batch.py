@@ -24,17 +24,17 @@ def call_batch() -> int | None:
 def watch(model: nn.Module, skip: Callable[[nn.Module], bool]) -> None:
     """Note the batch size of calls from now on. `skip` excludes modules, such as linears with adapters."""
     CALL.set(None)  # of a call that was interrupted
-    for module in _outer(model, DEPTH):
-        if not skip(module) and note_batch not in module._forward_pre_hooks.values():
+    for module in _outer(model, DEPTH, skip):
+        if note_batch not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(note_batch, with_kwargs=True)
             module.register_forward_hook(forget_batch, always_call=True)
 
 
-def _outer(model: nn.Module, depth: int) -> Iterator[nn.Module]:
-    yield model
-    for child in model.children() if depth else ():
-        if child._modules:
-            yield from _outer(child, depth - 1)
+def _outer(model: nn.Module, depth: int, skip: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    if model._modules and not skip(model):
+        yield model
+        for child in model.children() if depth else ():
+            yield from _outer(child, depth - 1, skip)
 
 
 def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

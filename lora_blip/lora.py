@@ -97,6 +97,13 @@ class Updates(nn.ModuleDict):
                 lora.state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)
         return destination
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Keep merged adapters whose tensors are not in the state_dict as they are."""
+        super()._load_from_state_dict(state, prefix, *args)
+        for key in self.merged:
+            for half, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
+                state.setdefault(half, value)
+
 
 def add_update(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook: y + Σ (alpha / r) · B A x over the adapters that act on a row and are not merged."""

@@ -140,6 +140,28 @@ def test_the_head_s_loss_and_gradient_are_cross_entropy_s(weighted):
     torch.testing.assert_close(mine, 3 * theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**16, 2.0**24])
+@pytest.mark.parametrize("weight", [1.0, 1e-10, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_head_s_gradient_is_autograd_s_under_a_loss_scale(scale, weight, dtype):
+    """A gradient of 1e-10 survives fp16, because the scale of a GradScaler is applied before the cast."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 300).to(dtype).requires_grad_(False)
+    targets, weights = torch.randint(0, 300, (6,)), torch.full((6,), weight)
+    found = []
+    for mine in (True, False):
+        states = torch.linspace(-1, 1, 96).view(6, 16).to(dtype).requires_grad_()
+        plain = weights * nn.functional.cross_entropy(head(states).float(), targets, reduction="none")
+        loss = head_loss(states, head, targets, weights) if mine else plain.sum()
+        (loss / 6 * scale).backward()
+        found.append(states.grad.float())
+    assert bool(found[1].any()) == (scale * weight > 1e-6 or (dtype == torch.bfloat16 and weight > 0))
+    if found[1].isfinite().all():
+        torch.testing.assert_close(*found, rtol=2e-2, atol=max(1.2e-7, 1e-2 * float(found[1].abs().max())))
+    else:
+        assert not found[0].isfinite().all()
+
+
 @pytest.mark.parametrize("who", ["an adapter", "a weight that is trained", "a hook"])
 def test_a_head_that_is_more_than_its_weight_goes_the_plain_way(who, make):
     """Flan-T5's own head may be adapted: the packed loss, and its gradients, are those of rows apart."""

@@ -4,6 +4,7 @@ With z = W h + b, p = softmax(z) and target t, −log pₜ has the gradient Wᵀ
 nor W later on. The plain way, `losses.token_loss` of the head's output, is the oracle of the tests.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_blip.fused import PLAIN, alone
 from lora_blip.products import product
+
+LARGE = 2.0**10  # with |W| < 32 far from fp16's largest number, and values down to 2⁻³⁴ of a row's sum remain
 
 
 def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -42,11 +45,25 @@ class FrozenHead(torch.autograd.Function):
             p[torch.arange(len(targets), device=targets.device), targets] -= 1
             if weights is not None:
                 p *= weights[:, None]
-            ctx.save_for_backward(product(p.to(states.dtype), weight.t()))
+            factors = to_fp16_range(p) if states.dtype == torch.float16 else None
+            ctx.save_for_backward(product(p.to(states.dtype), weight.t()), factors)
         return (each if weights is None else each * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> Any:
-        (d_states,) = ctx.saved_tensors
-        return (d_states * d_loss).to(d_states.dtype), None, None, None, None
+        """The loss scale of a GradScaler is in d_loss: it must be multiplied in before anything is rounded to fp16's range."""
+        d_states, factors = ctx.saved_tensors
+        scale = d_loss if factors is None else (d_loss * factors)[:, None]
+        wide = torch.promote_types(d_states.dtype, torch.float32)
+        return (d_states.to(wide) * scale).to(d_states.dtype), None, None, None, None
+
+
+def to_fp16_range(p: Tensor) -> Tensor:
+    """Scale the rows of p (labels, vocabulary) in place to a sum of LARGE, and return the factors (labels,) that undo it.
+
+    The factors are powers of two, so no digit is lost. A product with W is then at most LARGE · max |W|.
+    """
+    exponents = p.norm(1, dim=1).clamp(min=2.0**-100).log2().ceil() - math.log2(LARGE)
+    p *= torch.exp2(-exponents)[:, None]
+    return torch.exp2(exponents)

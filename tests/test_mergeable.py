@@ -1,0 +1,290 @@
+"""A merge writes all updates or raises one error that names the module, before any weight has changed."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from lora_blip import fused, lora, weights
+from lora_blip.lora import LoRAError
+from lora_blip.products import QuickLinear
+from lora_blip.sites import Site
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype)
+
+
+def adapt(model: nn.Module, paths: tuple[str, ...] = ("0", "1"), name: str = "default", std: float = 1.0) -> nn.Module:
+    for adapter in lora.inject(model, [Site(path, 2) for path in paths], name=name).values():
+        adapter.B.data.normal_(std=std)
+    return model
+
+
+class ScaledInt8(torch.Tensor):
+    """A weight as torchao keeps it: it says float32 and (out, in), and holds int8 values with a scale."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> "ScaledInt8":
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, device=values.device)
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values, self.scale = values, scale
+
+    def __repr__(self) -> str:
+        return "ScaledInt8"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight, *bias = args
+            return func(x, weight.values.float() * weight.scale, *bias, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), _kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return ScaledInt8(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{func} of an int8 weight")
+
+
+def int8_weight(linear: nn.Linear) -> None:
+    scale = linear.weight.detach().abs().max() / 127
+    values = (linear.weight.detach() / scale).round().to(torch.int8)
+    linear.weight = nn.Parameter(ScaledInt8(values, scale), requires_grad=False)
+
+
+def computed_weight(kind: Callable[..., Any]) -> Callable[[nn.Sequential], object]:
+    return lambda model: kind(model[1])
+
+
+def share_storage(model: nn.Sequential) -> None:
+    model[1].weight = nn.Parameter(model[2].weight.data)
+
+
+def share_rows(model: nn.Sequential) -> None:
+    """Two weights whose rows overlap in one storage."""
+    both = torch.randn(6, 4)
+    model[1].weight, model[2].weight = nn.Parameter(both[:4]), nn.Parameter(both[2:])
+
+
+def tie_later(model: nn.Sequential) -> None:
+    model[2].weight = model[1].weight
+
+
+def buffer_shares(model: nn.Sequential) -> None:
+    model.register_buffer("ema", model[1].weight.data)
+
+
+def expand(model: nn.Sequential) -> None:
+    model[1].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4), requires_grad=False)
+
+
+UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+    "weight_norm": (computed_weight(parametrizations.weight_norm), "'1' computes its weight"),
+    "orthogonal": (computed_weight(parametrizations.orthogonal), "'1' computes its weight"),
+    "the older weight_norm": (computed_weight(weight_norm), "'1' computes its weight"),
+    "pruned": (lambda model: prune.l1_unstructured(model[1], "weight", 0.5), "'1' computes its weight"),
+    "two parameters, one storage": (share_storage, r"'1' shares the memory of its weight with '2\.weight'"),
+    "overlapping rows": (share_rows, r"'1' shares the memory of its weight with '2\.weight'"),
+    "tied after inject": (tie_later, r"'1' shares the memory of its weight with '2\.weight'"),
+    "a buffer of one storage": (buffer_shares, r"'1' shares the memory of its weight with '\.ema'"),
+    "an expanded weight": (expand, "'1' has an expanded weight"),
+    "int8 behind float32": (lambda model: int8_weight(model[1]), r"'1' is quantised \(Linear, ScaledInt8\)"),
+    "NaN in A": (lambda model: model[1].lora["default"].A.data.fill_(float("nan")), "'1' would be NaN"),
+    "inf in B": (lambda model: model[1].lora["default"].B.data[0, 0].fill_(float("inf")), "'1' would be NaN"),
+    "NaN in the base": (lambda model: model[1].weight.data[3, 3].fill_(float("nan")), "'1' would be NaN"),
+}
+PRECISE = {"NaN in A", "inf in B", "NaN in the base"}
+
+
+@pytest.mark.parametrize("what", UNMERGEABLE)
+def test_a_weight_that_cannot_take_the_update_is_named_and_nothing_is_changed(what):
+    """merge and bake check the last linear before they write the first one."""
+    model, (change, message) = adapt(net()), UNMERGEABLE[what]
+    change(model)
+    model.requires_grad_(False)
+    first, x = model[0].weight.clone(), torch.randn(3, 4)
+    before = model(x)
+    for write in (lora.merge, lora.bake):
+        with pytest.raises(LoRAError, match=message):
+            write(model)
+        assert torch.equal(model[0].weight, first) and not model[0].lora.merged and model[0].lora.original is None
+        assert what in PRECISE or torch.equal(model(x), before)
+    if what not in PRECISE:  # the hook acts on what the linear computes, whatever its weight is
+        x = x.requires_grad_()
+        model(x).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_a_weight_of_another_kind_takes_the_plain_way_forward_and_backward(monkeypatch):
+    """Outputs and gradients are those of the dequantised base with the same adapter."""
+    taken: list[Any] = []
+    monkeypatch.setattr(lora, "updated", lambda linear, output: taken.append(linear) or fused.updated(linear, output))
+    model = adapt(net())
+    twin = copy.deepcopy(model)
+    for linear in model:
+        if isinstance(linear, nn.Linear):
+            int8_weight(linear)
+    for own, other in zip(model, twin, strict=True):
+        other.weight.data.copy_(own.weight.values.float() * own.weight.scale)
+    model.requires_grad_(False)
+    found = []
+    for each in (model, twin):
+        for half in (p for _, p in each.named_parameters() if p.shape in ((2, 4), (4, 2))):
+            half.requires_grad_()
+        x = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+        each(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
+    assert len(found[0]) == 5 and [linear in twin for linear in taken] == [True, True]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):
+    """Neither oneDNN's product nor `cast_once` reads a weight that is no plain tensor."""
+    backbone = make("blip")
+    quick = backbone.model.vision_model.encoder.layers[0].mlp.fc1
+    assert type(quick) is QuickLinear
+    int8_weight(quick)
+    kept = quick.weight
+    weights.cast_once(backbone, "bf16")
+    assert quick.weight is kept and backbone.model.vision_model.encoder.layers[0].mlp.fc2.weight.dtype == torch.bfloat16
+    assert not fused.alone(quick) and not quick.steady(torch.randn(2, 4))
+
+
+def test_neighbours_in_one_storage_are_merged_each_by_itself():
+    """Weights that lie side by side in one tensor, as a flat buffer keeps them, do not overlap."""
+    model, both = net(), torch.randn(8, 4)
+    model[0].weight, model[1].weight = nn.Parameter(both[:4]), nn.Parameter(both[4:])
+    x = torch.randn(3, 4)
+    hooked = adapt(model)(x)
+    lora.merge(model)
+    torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
+
+
+def test_one_module_under_two_parents_is_merged_once():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
+    x = torch.randn(3, 4)
+    hooked = adapt(model, ("0.0",))(x)
+    lora.merge(model)
+    torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
+    lora.eject(model)
+    with pytest.raises(LoRAError, match=r"'1\.0' is no linear layer of Sequential; name it '0\.0'"):
+        lora.inject(model, [Site("1.0")])
+
+
+@pytest.mark.parametrize("write", [lora.merge, lora.bake])
+def test_a_sum_beyond_float16_is_refused_and_one_below_is_written(write):
+    """65504 is the largest; W + ΔW counts, and not ΔW alone."""
+    for base, update, fits in (
+        (60000.0, 60000.0, False),
+        (-60000.0, 120000.0, True),
+        (0.0, 65504.0, True),
+        (0.0, 65536.0, False),
+    ):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).half()
+        model[0].weight.data.fill_(1.0)
+        model[1].weight.data.fill_(base)
+        for adapter in lora.inject(model, [Site("0", 1, 1.0), Site("1", 1, 1.0)]).values():
+            adapter.A.data.fill_(1.0)
+            adapter.B.data.fill_(1.0)
+        lora.adapters(model)["1"].B.data.fill_(update)
+        if fits:
+            write(model)
+            assert model[1].weight.item() == base + update and model[0].weight.item() == 2
+        else:
+            with pytest.raises(LoRAError, match="'1' would be NaN or beyond the largest float16, 65504"):
+                write(model)
+            assert model[0].weight.item() == 1 and model[1].weight.item() == base
+
+
+def test_two_adapters_that_fit_together_alone_are_not_parted():
+    """Ejecting one of two merged adapters writes the other's sum, so that is checked before as well."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).half()
+    for name, value in (("up", 40000.0), ("down", -40000.0)):
+        adapter = lora.inject(model, [Site("0", 1, 1.0)], name=name)["0"]
+        adapter.A.data.fill_(2.0)
+        adapter.B.data.fill_(value)
+    lora.merge(model)
+    merged = model[0].weight.clone()
+    with pytest.raises(LoRAError, match="'0' would be NaN or beyond"):
+        lora.eject(model, "down")
+    assert torch.equal(model[0].weight, merged) and lora.names(model) == ["up", "down"]
+    lora.restore(model)
+    lora.eject(model, "down")
+
+
+def test_an_update_is_summed_in_float32_and_rounded_once():
+    """Law 5: a merged fp16 weight is float64's W + ΔW within half a unit in the last place, and one float32 rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64)).half()
+    weight = model[0].weight.detach().double()
+    truth = weight.clone()
+    for name in ("a", "b"):
+        adapter = lora.inject(model, [Site("0", 16, 3.0)], name=name)["0"]
+        adapter.B.data.normal_()
+        truth += adapter.scale * adapter.B.detach().double() @ adapter.A.detach().double()
+    lora.merge(model)
+    unit = 2.0 ** (truth.abs().log2().floor() - 10)
+    assert ((model[0].weight.double() - truth).abs() <= 0.501 * unit + 1e-7).all()
+
+
+def test_delta_weight_is_float32_inside_autocast():
+    adapter = lora.inject(nn.Sequential(nn.Linear(8, 8)), [Site("0", 4)])["0"]
+    adapter.B.data.normal_()
+    outside = adapter.delta_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = adapter.delta_weight()
+    assert inside.dtype == torch.float32 and torch.equal(inside, outside)
+
+
+def test_a_merge_between_forward_and_backward_is_an_error_and_no_wrong_gradient():
+    """Autograd kept W for the gradient of x, and would read the merged one."""
+    model = adapt(net())
+    x = torch.randn(3, 4, requires_grad=True)
+    y = model(x)
+    lora.merge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_two_threads_may_merge_at_once():
+    """Merging twice at the same time is merging once."""
+    model = adapt(net())
+    once = copy.deepcopy(model)
+    lora.merge(once)
+    threads = [threading.Thread(target=lora.merge, args=(model,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(model, once, strict=True))
+    lora.restore(model)
+
+
+def test_a_model_on_the_meta_device_is_one_clear_error(tmp_path):
+    from lora_blip import adapter
+
+    path = adapter.save(tmp_path / "a.safetensors", adapt(net()))
+    with torch.device("meta"):
+        bare, carrying = net(), adapt(net())
+    for act in (
+        lambda: adapter.load(bare, path),
+        lambda: lora.merge(carrying),
+        lambda: lora.bake(carrying),
+        lambda: adapter.save(tmp_path / "b.safetensors", carrying),
+    ):
+        with pytest.raises(LoRAError, match=r"'0' is on the meta device.*load"):
+            act()
+    assert not lora.names(bare)
