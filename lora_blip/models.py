@@ -1,6 +1,5 @@
 """Backbones: load BLIP or BLIP-2 frozen, by hub name or folder, with what turns text and images into tensors."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -299,11 +298,6 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
             f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are read: a .bin can run "
             f"code; `{kind.__name__}.from_pretrained(…).save_pretrained(…)` in transformers writes them"
         ) from None
-    if stray := [key for key in report["unexpected_keys"] if re.search(r"(^|\.)lora[._]", key)]:
-        raise ModelError(
-            f"{source!r} contains adapter tensors beside the base's weights ({stray[0]} and {len(stray) - 1} more), which "
-            "would be ignored. Save the model after lora.merge(model), or save the adapter alone: adapter.save(path, model)"
-        )
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise ModelError(

@@ -96,7 +96,7 @@ def test_a_folder_that_holds_adapters_beside_the_weights_is_refused(make, tmp_pa
     lora.eject(backbone.model)
     backbone.model.save_pretrained(tmp_path)
     safetensors.torch.save_file(every, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora\.default\.A.*merge"):
+    with pytest.raises(ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora\.default\.A.*lora\.bake"):
         load_backbone(str(tmp_path), "cpu")
 
 
