@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipT
 from lora_blip import attention, lora
 from lora_blip.attention.text import TextAttention, reading
 from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.data.annotations import Example
 from lora_blip.kernels import signatures
 from lora_blip.kernels.plain import plain
 from lora_blip.models import ModelError, load_backbone
@@ -23,6 +25,8 @@ from lora_blip.tasks.task import Generation
 from tests.conftest import batch_of, inject
 from tests.test_fused import used
 from tests.test_vqa import pictures
+
+LINES = [Example(Path(f"{n}.png"), "", f"{n}.png", n) for n in range(3)]
 
 
 def rename_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,14 +57,14 @@ def test_a_renamed_keyword_changes_no_caption(make, monkeypatch, capsys, switche
     backbone = make("blip")
     inject(backbone)
     task = CaptionTask(backbone, "a picture of", Generation(max_new_tokens=8, num_beams=beams))
-    texts = task.predict(pictures(3), [None] * 3)
+    texts = task.predict(pictures(3), LINES[:3])
     if switched == "after":
         attention.fast(backbone.model, False)
     rename_cache(monkeypatch)
     monkeypatch.setattr(signatures, "REPORTED", set())
     for _ in range(2):
         attention.fast(backbone.model)
-    assert task.predict(pictures(3), [None] * 3) == texts and all(texts)
+    assert task.predict(pictures(3), LINES[:3]) == texts and all(texts)
     assert capsys.readouterr().out.count("BlipTextSelfAttention is off") == (switched == "after")
 
 
@@ -182,9 +186,9 @@ def test_plain_is_transformers_own_to_the_bit_and_ends_with_its_block(make):
     fast = task.logits(batch)
     with plain():
         assert torch.equal(task.logits(batch), other.logits(batch))
-        texts = task.predict(pictures(2), [None] * 2)
+        texts = task.predict(pictures(2), LINES[:2])
     assert torch.equal(task.logits(batch), fast) and not torch.equal(fast, other.logits(batch))
-    assert texts == other.predict(pictures(2), [None] * 2)
+    assert texts == other.predict(pictures(2), LINES[:2])
 
 
 def test_plain_reaches_the_recomputation_of_a_checkpoint(make):
