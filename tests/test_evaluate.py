@@ -213,7 +213,7 @@ def test_what_is_there_is_never_written_over_nor_work_lost(checkpoints, here, mo
         assert (here / "out" / name).read_text() == "mine"
         (here / "out" / name).unlink()
     (here / "file").write_text("")
-    with pytest.raises(ConfigError, match="no folder that can be written"):
+    with pytest.raises(ConfigError, match="it is not a folder; give a folder that can be written"):
         evaluated(refs, adapter=str(path), output_dir="file/out")
     with pytest.raises(ConfigError, match="references is empty"):
         EvaluateConfig()
