@@ -137,7 +137,7 @@ class Validating(trainer.Watch):
         model, tokenizer, found = self.backbone.model, self.backbone.tokenizer, []
         model.eval()
         for pixels in self.pixels.split(self.config.batch_size):
-            ids = model.generate(pixel_values=pixels, max_new_tokens=self.config.max_new_tokens)
+            ids = model.generate(pixel_values=pixels, max_new_tokens=self.config.max_new_tokens or Generation().max_new_tokens)
             found += tokenizer.batch_decode(ids, skip_special_tokens=True)
         model.train()
         return found

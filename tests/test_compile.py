@@ -24,6 +24,7 @@ def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, precision):
     source = tiny.write_photos(tmp_path)
     losses = {}
     for compiled in (False, True):
+        torch._dynamo.reset()  # earlier tests may have used up the compilations of the same code
         torch._dynamo.utils.counters.clear()
         given = {"max_steps": STEPS, "epochs": STEPS, "validate_every": 7, "precision": precision, "lr": 1e-3}
         path = train(settings(checkpoints["blip"], source, compile=compiled, targets="vit,text", **given))

@@ -518,7 +518,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
         (blip, ["--texts", "no such file.txt"], "there is no such file"),
         (blip, ["--question", "what is it?"], "the task is caption, which asks none; set TASK (or --task) to vqa"),
         (blip, ["--texts", "x" * 5000], "at least two are needed to rank"),
-        (blip, ["--texts", "a cube|" + "cube " * 90], "texts: the text has 90 tokens"),
+        (blip, ["--texts", "a cube|" + "cube " * 90], "texts: text 2: the text has 90 tokens"),
         (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "holds {question} once"),
         (blip, ["--references", "gone.jsonl"], "do not exist"),
         (itm, ["--task", "caption"], "give a checkpoint of"),
