@@ -55,8 +55,8 @@ PARTS = {  # part → its files
     ],
 }
 SLOW_FILES = tuple(  # test files that take long and are about other code; leaving tests out can only lower the score
-    "attention attention_text benchmarks bulk compile data fast_inference formats gpu leaks pixels ranking report runner "
-    "scale scripts shipped store".split()
+    "attention attention_text base_config benchmarks bulk compile data fast_inference formats gpu image_size leaks lines "
+    "mutants pictures_found pixels ranking report runner scale scripts shipped signatures store terminal unknown_tokens".split()
 )
 COUNT, SEED, MINUTES = 300, 0, 90.0
 BUDGET = 20.0  # CPU seconds of tests in the first pass of a mutant; each later pass has three times as many
@@ -203,7 +203,7 @@ def candidates(tree: Tree, files: Iterable[str]) -> list[Mutant]:
 
 
 def drawn(tree: Tree, parts: dict[str, list[str]], count: int, seed: int) -> list[Mutant]:
-    """Return `count` mutants at random, the same number from each part as far as it has so many."""
+    """Return `count` mutants at random, the same number from each part, or all if it has fewer."""
     ranked = {part: sorted(candidates(tree, files), key=lambda m: m.rank(seed)) for part, files in parts.items()}
     taken: list[Mutant] = []
     while len(taken) < count and any(ranked.values()):
@@ -234,8 +234,8 @@ def _named(tree: Tree, name: str, part: str, pairs: list[tuple[str, str]]) -> Mu
 def covering(tree: Tree, coverage: Coverage, mutant: Mutant) -> list[str]:
     """Return the tests that can notice a mutant, the quickest first; those of the file's own test file count as quicker.
 
-    A line that is executed once, at import, is noticed by tests of the function that it belongs to (a default, a decorator),
-    else of all functions that use a name that it assigns, else of all functions of the file.
+    A line that is executed once, at import, belongs to the tests of its function (a default, a decorator). Otherwise it belongs
+    to the tests of all functions that use a name that it assigns. Otherwise it belongs to all tests of its file.
     """
     source = tree.source(mutant.file)
     bodies = list(functions(source))
