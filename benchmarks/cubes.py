@@ -29,6 +29,7 @@ from lora_blip.data.images import augment
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import REPOSITORY, Backbone, load_backbone, pick_precision
 from lora_blip.start import default_rate
+from lora_blip.tasks.task import Generation
 
 ENOUGH = 0.95
 EVERY = 25  # steps between validations; a tenth of the run, as shipped, is too coarse to compare by
