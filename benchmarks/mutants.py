@@ -372,7 +372,12 @@ class Server:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(job).encode() + b"\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(
+                f"the process of {self.folder.name} ended ({self.process.poll()}); see the logs in {self.folder.parent}"
+            )
+        return json.loads(answer)
 
 
 def _environment(folder: Path) -> dict[str, str]:
