@@ -4,6 +4,7 @@ transformers loads code, kernels and quantisers that a config.json names, and al
 is refused, and its sizes are compared with the shapes in the headers of the weights, which are read without the weights.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -165,7 +166,7 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
                 f"{source!r}: {name} is {tuple(tensor.shape)} by its config.json, and {shapes[name]} in its weights; {AGAIN}"
             )
     _check_layers(skeleton, shapes, source)
-    count = sum(_count(shape) for shape in shapes.values())
+    count = sum(map(math.prod, shapes.values()))
     absent = sum(tensor.numel() for name, tensor in skeleton.items() if name not in shapes)
     if absent > count + SPARE:
         raise ModelError(
@@ -228,10 +229,3 @@ def _check_layers(skeleton: Mapping[str, Any], shapes: Mapping[str, Any], source
                 f"{source!r}: its weights hold {quoted(name)}, and by its config.json there are {described[numbered[1]]} such "
                 f"layers; {AGAIN}"
             )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -11,7 +11,7 @@ from lora_blip import __version__
 from lora_blip.config import TrainConfig
 from lora_blip.data.pictures import NO_CACHES, Caches
 from lora_blip.data.store import Store
-from lora_blip.resume import WHEREABOUTS
+from lora_blip.fingerprint import settings_of
 from lora_blip.tasks.prefix import Prefix
 from lora_blip.tasks.task import Task
 
@@ -27,8 +27,11 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
         return NO_CACHES
     folder, limit = Path(config.output_dir) / FOLDER, int(config.cache_gb * 1e9)
     backbone = task.backbone
-    picture = {key: value for key, value in backbone.image_processor.to_dict().items() if key not in WHEREABOUTS}
-    read: dict[str, Any] = {"processor": picture, "pillow": PIL.__version__, "lora_blip": __version__}
+    read: dict[str, Any] = {
+        "processor": settings_of(backbone.image_processor),
+        "pillow": PIL.__version__,
+        "lora_blip": __version__,
+    }
     pixels = Store(folder, {"of": "pictures", **read}, limit)
     prefix = Prefix(backbone.model, task.after)
     if not prefix.worthwhile or config.shard:  # spread weights want the same forwards of all ranks

@@ -12,7 +12,13 @@ from lora_blip.sites import is_linear, is_quantised, tied
 
 SAMPLES = 16  # weights of each linear that are remembered, evenly spaced
 LARGEST = torch.finfo(torch.float32).max
+WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
+
+
+def settings_of(part: Any) -> dict[str, Any]:
+    """Return the settings of a config or of an image processor, without its name and the version that wrote it."""
+    return {name: value for name, value in part.to_dict().items() if name not in WHEREABOUTS}
 
 
 def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:

@@ -19,6 +19,7 @@ from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import Example
 from lora_blip.dist import Ranks
+from lora_blip.fingerprint import settings_of
 from lora_blip.learner import Learner
 from lora_blip.models import Backbone
 
@@ -28,7 +29,6 @@ FREE = (
     "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
 )  # fmt: skip
 ADDED = {"image_size": 0}  # settings that older runs do not name, with the values that they had
-WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
 GLIMPSE = 4096  # bytes of an image, at three places
 CHUNK = 1024  # lines written as one JSON, a third faster than one by one
 WRITE = json.JSONEncoder().encode
@@ -166,10 +166,9 @@ def _glimpse(image: Path) -> list[str]:
 
 def _processors(backbone: Backbone) -> str:
     """SHA-256 of how pictures become pixels and texts become tokens, and of the model's own settings."""
-    config = backbone.model.config.to_dict()
     pieces = [
-        {key: value for key, value in config.items() if key not in WHEREABOUTS},
-        {key: value for key, value in backbone.image_processor.to_dict().items() if key not in WHEREABOUTS},
+        settings_of(backbone.model.config),
+        settings_of(backbone.image_processor),
         backbone.tokenizer.get_vocab(),
     ]
     return hashlib.sha256(json.dumps(pieces, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Refuse `save_pretrained` while adapters are unmerged: the folder would load as the base, and nothing would say so.
 
-`state_dict()` and `torch.save` stay free, so that training loops can keep their adapters in checkpoints of their own.
+`state_dict()` stays free, so that training loops can keep adapters in their own checkpoints.
 """
 
 import sys

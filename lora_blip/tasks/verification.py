@@ -35,15 +35,13 @@ from lora_blip.tasks.text import TextTask
 # The largest relative difference that is taken for rounding: many times what was measured (1e-6 in float32, 1e-3 in float16,
 # 2e-2 in bfloat16, over all kinds of models), and much less than what a wrong mask, cache or scale gives.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-LOOSER = (
-    4  # times the bound: for gradients, which pass through the model twice, and for probabilities behind a small temperature
-)
+# Times the bound: for gradients, which pass through the model twice, and for probabilities behind a small temperature.
+LOOSER = 4
 ROWS = 4  # examples of a batch that are predicted both ways
 TOKENS = 16  # of each text
 TEXTS = 8  # that are ranked
 SIZE_OF_B = 0.02  # a fresh B is zero, and with it the gradient of A
 LOSS_SCALE = 1024.0  # keeps fp16 gradients above zero
-WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -374,10 +372,9 @@ def bound_of(task: Task, precision: str) -> float:
 
 def base_of(backbone: Backbone) -> str:
     """A digest of a base: its configuration, and samples of its weights."""
-    config = {name: value for name, value in backbone.model.config.to_dict().items() if name not in WHEREABOUTS}
     found = [x for name in lora.names(backbone.model) for x in lora.adapters(backbone.model, name).values()]
     samples = backbone.samples or fingerprint.samples(backbone.model, found)
-    return digest({"config": config, "weights": samples})
+    return digest({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
 
 
 def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
