@@ -1,5 +1,6 @@
 """Backbones: load BLIP or BLIP-2 frozen, by hub name or folder, with what turns text and images into tensors."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +42,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
 }
 REPOSITORY = Path(__file__).resolve().parent.parent
+_IMPORTED_IN = os.getpid()
 
 
 @dataclass
@@ -286,6 +288,7 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
     model: Any
     report: Any
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
+    restart_thread_pool()
     try:
         with Quiet(source):
             model, report = from_pretrained(
@@ -305,6 +308,17 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
             "random: this is a checkpoint for another task, or a broken download"
         )
     return model
+
+
+def restart_thread_pool() -> None:
+    """Create PyTorch's thread pool again in the calling thread if this process was forked after our import.
+
+    The first operation after a fork creates the pool again, without a lock. transformers reads weights in several threads.
+    Two threads that start at the same time can find no pool ("Invalid thread pool", ATen/ParallelOpenMP.cpp). Servers that
+    import everything and then fork their workers (gunicorn's `preload_app`) are in this situation.
+    """
+    if os.getpid() != _IMPORTED_IN:
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def first_line(error: Exception) -> str:

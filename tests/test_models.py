@@ -1,0 +1,64 @@
+"""Reading a base from disk."""
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from lora_blip import models
+
+FORKS = 8  # without a new pool, seven of ten of them fail
+
+
+class ReadInThreads:
+    """A model class whose weights are read in several threads, as transformers does."""
+
+    @staticmethod
+    def from_pretrained(*_: object, **__: object) -> tuple[None, dict[str, list[str]]]:
+        errors: list[Exception] = []
+        start = False
+        tensor = torch.ones(200_000)
+
+        def read() -> None:
+            while not start:  # an Event would start the threads one after the other
+                pass
+            try:
+                tensor.add(1)
+            except RuntimeError as error:
+                errors.append(error)
+
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        start = True
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return None, {"missing_keys": []}
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_base_loads_in_a_process_that_was_forked_after_torch_had_run(capfd):
+    """PyTorch's thread pool is created again before several threads ask for it ("Invalid thread pool")."""
+    for _ in range(FORKS):
+        child = os.fork()
+        if not child:
+            try:
+                models._load_model(ReadInThreads, "a base", None, torch.float32)  # type: ignore[arg-type]
+            except BaseException as error:
+                os.write(2, f"{error}\n".encode())
+                os._exit(1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, capfd.readouterr().err
