@@ -7,6 +7,7 @@ IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotatio
 PROMPT = ""  # text before every caption, never in the loss; vqa: a template, "Question: {question} Answer:"
 IMAGE_SIZE = 0  # side of the square images in pixels, positions are interpolated; 0: the model's own size
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
+VAL_ANNOTATIONS = ""  # a file like ANNOTATIONS with the images to validate on; empty: VAL_FRACTION of them
 OUTPUT_DIR = "lora_blip_output"  # each run gets a folder of its own in here
 
 TARGETS = "vit"  # where adapters go: "vit", "vit,qformer", "text", "lm", "vit.q,vit.v", "vit[8:12]", "text:r=4", a regex

@@ -50,6 +50,7 @@ class TrainConfig:
     prompt: str = setting("", "text before every caption, never in the loss; vqa: a template with {question} in it")
     image_size: int = setting(0, "side of the square images in pixels, positions are interpolated; 0: the model's own size")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
+    val_annotations: str = setting("", "annotations of the images to validate on; empty: val_fraction of the others")
     output_dir: str = setting("lora_blip_output", "each run gets a folder of its own in here")
     targets: str = setting("vit", "where adapters go: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
     r: int = setting(8, "rank of the update")

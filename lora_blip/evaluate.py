@@ -15,7 +15,7 @@ from lora_blip.adapter import Adapter
 from lora_blip.config import ConfigError, EvaluateConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.annotations import DataError, Example
-from lora_blip.data.leaks import Leak, find_leaks
+from lora_blip.data.leaks import Leak, find_leaks, leak_warning
 from lora_blip.extras import attempt
 from lora_blip.files import csv_text, write_whole
 from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
@@ -30,7 +30,6 @@ from lora_blip.untrusted import printable
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
 FEW = 10  # images, below which a bootstrap claims too much
-LISTED = 3  # leaks named in the warning
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -67,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     assert last is not None
     rows = rows_of(base, adapted, runner.task, config.seed)
     images = len({e.image for e in examples})
-    warnings = leak_warnings(leaks, images) + last.warnings
+    warnings = ([leak_warning(leaks, images, "evaluation")] if leaks else []) + last.warnings
     if images < FEW:
         warnings.append(f"only {images} image{'s' * (images > 1)}: the intervals know no others, and are too narrow")
     facts = facts_of(config, wanted, runner, last, examples) | {"leaks": why}
@@ -137,14 +136,6 @@ def leaks_of(config: EvaluateConfig, wanted: Adapter | None, examples: list[Exam
         return [], f"not looked for: no image of {source} is here (--train-image-root)"
     found = find_leaks(dict.fromkeys(e.image for e in examples), there)
     return found, f"{len(found)} found among the {len(there)} images of {source}"
-
-
-def leak_warnings(leaks: list[Leak], images: int) -> list[str]:
-    if not leaks:
-        return []
-    some = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
-    kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks)} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
-    return [f"{len(leaks)} of {images} evaluation images are in the training data ({kinds}), so the scores flatter: {some}"]
 
 
 # ---------------------------------------------------------------- what is shown and written

@@ -17,13 +17,22 @@ from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import TrainConfig, refuse_unwritable
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Slot, Stack, close, first_stack, slots_of_steps
+from lora_blip.data.split_leaks import Thumbnails
 from lora_blip.dist import Ranks
 from lora_blip.extras import attempt
 from lora_blip.faults import TrainingError, explain, explained
 from lora_blip.learner import Autocast, Learner, Progress
 from lora_blip.models import autocasting, compile_blocks, open_backbone
 from lora_blip.run import Run
-from lora_blip.start import default_rate, loader_of, read_examples, refuse_impossible, seed_everything, task_for
+from lora_blip.start import (
+    default_rate,
+    loader_of,
+    read_examples,
+    refuse_impossible,
+    seed_everything,
+    task_for,
+    warn_of_leaks,
+)
 from lora_blip.stop import Heard
 from lora_blip.tasks import verification
 from lora_blip.tasks.prefix import cut
@@ -160,7 +169,13 @@ def set_up(ranks: Ranks, config: TrainConfig) -> tuple[TrainConfig, Task, str, l
     task = task_for(config, backbone)
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
-    training, validation = read_examples(config, task)
+    thumbnails = Thumbnails() if ranks.main and (config.val_fraction or config.val_annotations) else None
+    training, validation = read_examples(config, task, thumbnails)
+    if thumbnails:
+        attempt(
+            "search for validation images in the training data",
+            partial(warn_of_leaks, config, training, validation, thumbnails),
+        )
     config = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     identity = resume.identity(config, precision, backbone, training, validation, ranks.count)

@@ -25,8 +25,8 @@ from lora_blip.models import Backbone
 
 # settings that change no update; what model and annotations name is told by its content, wherever it lies
 FREE = (
-    "model", "annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every", "tensorboard", "resume",
-    "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
+    "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
+    "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
 )  # fmt: skip
 ADDED = {"image_size": 0}  # settings that older runs do not name, with the values that they had
 GLIMPSE = 4096  # bytes of an image, at three places

@@ -13,7 +13,9 @@ from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack, loader
+from lora_blip.data.example import FILE
 from lora_blip.data.pictures import NO_CACHES, Caches, Pictures
+from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.dist import Ranks
 from lora_blip.models import Backbone
 from lora_blip.run import summary_writer
@@ -40,7 +42,8 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
     if config.tensorboard:
         summary_writer()
     blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
-    for name in (name for name, wanted in blind.items() if wanted and not config.val_fraction):
+    held_out = config.val_fraction or config.val_annotations
+    for name in (name for name, wanted in blind.items() if wanted and not held_out):
         raise ConfigError(
             f"{name} = {getattr(config, name)!r} needs images to validate on, and val_fraction is 0: set VAL_FRACTION"
         )
@@ -60,20 +63,45 @@ def default_rate(model: Any) -> float:
     return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
 
-def read_examples(config: TrainConfig, task: Task) -> tuple[list[Example], list[Example]]:
-    """Checked lines, split by image into training and validation, the latter in an order drawn from the seed."""
-    decode = config.check_images == "all"
+def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
+    """Return checked lines to train on and to validate on, the latter in an order drawn from the seed.
+
+    The validation lines are those of `val_annotations`, or a share of the images. `thumbnails` keeps one of each image
+    that is decoded.
+    """
+    examples = read_file(config, task, config.annotations, thumbnails)
+    if config.val_annotations:
+        training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
+        task.know([*training, *validation])
+    else:
+        task.know(examples)
+        training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
+    random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
+    return training, validation
+
+
+def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnails | None) -> list[Example]:
+    """Return the usable lines of an annotations file, and print what was left out and which tokens are unknown."""
+    decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     examples, problems = annotations.read(
-        config.annotations, config.image_root, config.on_bad_data, task.check, decode, task.expect, task.trim
+        source, config.image_root, config.on_bad_data, task.check, decode, task.expect, task.trim, decoded=keep
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     if report := task.unknown_report(examples):
         print(report)
-    task.know(examples)
-    training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
-    random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
-    return training, validation
+    return examples
+
+
+def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
+    """Print which validation images are in the training data, or nearly the same pictures, and what to do."""
+    fix = (
+        f"Remove them from {config.val_annotations} or from {config.annotations}"
+        if config.val_annotations
+        else "Keep all images of a video or scene on one side: move the lines of some of them to another file, and set "
+        'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+    )
+    report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)
 
 
 def loader_of(

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import FILE, Example
@@ -50,6 +52,7 @@ def read(
     expect: Callable[[list[Example]], None] | None = None,
     trim: Callable[[Example], Example] | None = None,
     report: Callable[[str], object] = print,
+    decoded: Callable[[str, Image.Image], object] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Every good line as an Example, and every bad one as a Problem with file and line.
 
@@ -57,8 +60,9 @@ def read(
     keys, that the image is there and decodes, that texts are not empty, and `check`, which gives the
     reason why a task cannot use the line, or "". `decode` false leaves the images unopened. `expect` is given
     the lines a thousand at a time before they are checked. `trim` removes a task's prompt from the start of a line's
-    texts. `report` is called with a line about each thing that was ignored or changed. Raises DataError listing the
-    problems if there are any and `on_bad_data` is "stop", and in any case if no line is good.
+    texts. `report` is called with a line about each thing that was ignored or changed. `decoded` is called, in threads, with
+    each image file and its picture. Raises DataError listing the problems if there are any and `on_bad_data` is "stop",
+    and in any case if no line is good.
     """
     source = Path(source)
     lines = Lines(source, Path(image_root) if image_root else source.parent)
@@ -75,7 +79,7 @@ def read(
             report(printable(f"{source}: these keys are ignored: {_ignored(lines.ignored)}"))
         if trim:
             parsed = trimmed(source, parsed, trim, report)
-        broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}) if decode else {}
+        broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
         good, problems = _checked(source, parsed, broken, check, expect)
     if lines.prompts and (own := sum(bool(example.prompt) for example in good)):
         message = f"{source}: {own:,} of {len(good):,} line(s) have a prompt of their own, which replaces PROMPT for them"
@@ -187,17 +191,19 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _undecodable(images: set[str]) -> dict[str, str]:
+def _undecodable(images: set[str], decoded: Callable[[str, Image.Image], object] | None = None) -> dict[str, str]:
     """Image → why it cannot be read; each file is decoded once, in threads (Pillow lets go of the GIL)."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = pool.map(_decode_failure, sorted(images))
+        reasons = pool.map(partial(_decode_failure, decoded=decoded), sorted(images))
         reasons = tqdm(reasons, total=len(images), desc="checking", unit="image", disable=None, delay=2, leave=False)
         return {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
 
 
-def _decode_failure(image: str) -> str:
+def _decode_failure(image: str, decoded: Callable[[str, Image.Image], object] | None) -> str:
     try:
-        open_image(image)
+        picture = open_image(image)
     except ImageError as error:
         return str(error)
+    if decoded:
+        decoded(image, picture)
     return ""

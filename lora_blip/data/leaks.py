@@ -20,6 +20,7 @@ GRAIN = 0.6  # grey levels by which compression moves a thumbnail; it decides on
 CONTRAST = 0.75  # the smaller standard deviation over the larger, at least
 LIGHT = 26.0  # grey levels between the mean colours, at most
 BLOCK = 1024  # evaluation images compared at a time
+LISTED = 3  # leaks that a warning names
 THREADS = 8  # Pillow decodes outside of Python's lock
 
 Floats = NDArray[np.float32]
@@ -72,6 +73,14 @@ def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path])
     return leaks
 
 
+def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
+    """Return one line: how many of the `what` images ("validation") are in the training data, how, and the first."""
+    some = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
+    kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks):,} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
+    found = f"{len(leaks):,} of {images:,} {what} images are in the training data ({kinds})"
+    return f"{found}, so the scores are too high: {some}"
+
+
 def nearest(asked: Thumbnails, known: Thumbnails) -> NDArray[np.int64]:
     """(asked,) place of the most alike known thumbnail that is nearly the same, −1 where there is none.
 
@@ -114,13 +123,18 @@ def thumbnail(image: Image.Image) -> Floats:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
 
 
-def look(path: Path) -> Sight:
-    """Raises ImageError when the file cannot be read at all."""
+def digest_of(path: Path) -> bytes:
+    """Return the SHA-256 of a file. Raises ImageError if it cannot be read."""
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
+            return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise ImageError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def look(path: Path) -> Sight:
+    """Raises ImageError when the file cannot be read at all."""
+    digest = digest_of(path)
     try:
         return Sight(digest, thumbnail(open_image(path)))
     except ImageError:
