@@ -25,7 +25,7 @@ def generate(plan: Plan) -> Iterator[Cell]:
             theirs = copy_of(base)
             peers.adapt(theirs)
             half = in_dtype(copy_of(base), precision)
-            for beams in (1, BEAMS):
+            for beams in (2,) if plan.quick else (1, BEAMS):
                 how = (pixels, beams, 3 if plan.quick else TOKENS, precision)
                 turns: dict[str, Turn] = {
                     f"{OURS}, merged": partial(seconds, partial(ours.generate, merged, *how)),

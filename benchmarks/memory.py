@@ -42,7 +42,7 @@ SIDES: dict[str, Callable[[Backbone, Work, str], Any]] = {
 
 def memory(plan: Plan) -> Iterator[Cell]:
     for name in ("tiny",) if plan.quick else ("base", "large"):
-        for precision in plan.precisions if name != "large" else plan.precisions[1:]:
+        for precision in plan.precisions if name == "base" else plan.precisions[1:]:
             some = [side for side in SIDES if (side != PEFT16 or precision != "fp32") and (side != FULL or name == "base")]
             kept, peak = (Cell("memory", f"{name} {precision}, {what}", PEFT, "MB") for what in ("kept", "peak"))
             base = backbone(plan.size(name), plan.device)

@@ -27,8 +27,13 @@ def test_heads_one_after_another_are_attention_by_the_book(threads):
     """`by_heads` and its gradient in float64, for head widths whose root is no whole number, and parts that do not divide."""
     torch.set_num_threads(threads)
     qkv = torch.randn(2, 7, 3 * 4 * 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(by_heads(qkv, 4), by_hand(qkv, 4), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: by_heads(x, 4), (qkv,), atol=1e-6)
+    found, expected = by_heads(qkv, 4), by_hand(qkv, 4)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * weights).sum(), qkv)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    small = torch.randn(1, 3, 3 * 4 * 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: by_heads(x, 4), (small,), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
