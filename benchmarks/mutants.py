@@ -55,7 +55,7 @@ PARTS = {  # part → its files
     ],
 }
 SLOW_FILES = tuple(  # test files that take long and are about other code; leaving tests out can only lower the score
-    "attention attention_text base_config benchmarks bulk compile data fast_inference formats gpu image_size leaks lines "
+    "attention attention_text base_config benchmarks bulk compile data fast_inference formats gpu leaks lines "
     "mutants pictures_found pixels ranking report runner scale scripts shipped signatures store terminal unknown_tokens".split()
 )
 COUNT, SEED, MINUTES = 300, 0, 90.0

@@ -14,8 +14,11 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
         [("self.B.float() @ self.A.float() * self.scale", "(self.B.half() @ self.A.half()).float() * self.scale")],
     ),
     (
-        "ΔW summed inside autocast", "lora.py",
-        [("with torch.autocast(weight.device.type, enabled=False):", "if True:")],
+        "ΔW summed by an operation that autocast casts", "lora.py",
+        [(
+            "rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)",
+            "rows.add_(lora.B.to(total.dtype) @ lora.A.to(total.dtype), alpha=lora.scale)",
+        )],
     ),
     (
         "a fresh adapter does not take the linear's mode", "lora.py",

@@ -87,11 +87,11 @@ class Updates(nn.ModuleDict):
     def unmerged(self) -> list[str]:
         return [_name(key) for key in self if key not in self.merged]
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the tensors of the unmerged adapters. Raise LoRAError inside of a `save_pretrained` if there are any."""
         if self.unmerged:
             refuse_inside_save_pretrained(self.unmerged)
-        destination = args[0] if args else OrderedDict() if destination is None else destination
+        destination = OrderedDict() if destination is None else destination
         for key, lora in self.items():
             if key not in self.merged:
                 lora.state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)

@@ -33,10 +33,9 @@ def summed(linear: Any, keys: frozenset[str], in_place: bool = False) -> Tensor:
     start = weight if updates.original is None else updates.original
     wide = torch.promote_types(start.dtype, torch.float32)
     total = weight if in_place and start is weight and weight.dtype == wide else start.to(weight.device, wide, copy=True)
-    with torch.autocast(weight.device.type, enabled=False):
-        for lora in (updates[key] for key in sorted(keys)):
-            rows = total[lora.padding[0] : len(total) - lora.padding[1]]
-            rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)
+    for lora in (updates[key] for key in sorted(keys)):
+        rows = total[lora.padding[0] : len(total) - lora.padding[1]]
+        rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)  # autocast casts no in-place operation
     return total
 
 

@@ -409,6 +409,14 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     assert capsys.readouterr().out.count("warning: no TensorBoard (ValueError") == 1
 
 
+@pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "the curve.png\n"), (None, loop.NO_PLOT)])
+def test_a_run_prints_its_plot_or_why_there_is_none(checkpoints, tmp_path, monkeypatch, capsys, drawn, line):
+    monkeypatch.setattr(curves, "draw", lambda _: drawn)
+    train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1))
+    printed = capsys.readouterr().out
+    assert printed.count(line) == 1 and (drawn is None or loop.NO_PLOT not in printed)
+
+
 def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
     """MPLBACKEND names a backend that is not installed; a file needs none, and the variable stays as it was."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')

@@ -171,6 +171,14 @@ def token_loss_double(x: torch.Tensor, head: nn.Linear, targets: torch.Tensor, w
     return (each if weights is None else each * weights.double()).sum()
 
 
+def test_fp16_keeps_small_gradients_beside_large_ones():
+    """A value down to 2⁻³⁴ of its row's sum survives fp16, and so does a row whose values are all small."""
+    p = torch.tensor([[1.0, -1.0, 2.0**-33, 0.0], [2.0**-40, 2.0**-70, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    scaled = p.clone()
+    factors = heads.to_fp16_range(scaled)
+    assert torch.equal(scaled.half().double() * factors.double()[:, None], p.double())
+
+
 def test_the_head_computes_in_autocasts_dtype_and_reads_no_gradient_that_nobody_needs(monkeypatch):
     seen = []
     real = heads.product

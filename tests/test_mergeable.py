@@ -249,6 +249,18 @@ def test_delta_weight_is_float32_inside_autocast():
     assert inside.dtype == torch.float32 and torch.equal(inside, outside)
 
 
+def test_a_merge_inside_autocast_is_one_outside_of_it():
+    merged = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8))
+        lora.inject(model, [Site("0", 4)])["0"].B.data.normal_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            lora.merge(model)
+        merged.append(model[0].weight)
+    assert torch.equal(*merged)
+
+
 def test_a_merge_between_forward_and_backward_is_an_error_and_no_wrong_gradient():
     """Autograd kept W for the gradient of x, and would read the merged one."""
     model = adapt(net())

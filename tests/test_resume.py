@@ -23,6 +23,7 @@ from benchmarks import chaos
 from lora_blip import adapter, checkpoint, lock, loop, resume, stop
 from lora_blip.checkpoint import ABOUT, TENSORS, CheckpointError
 from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.data.example import Example
 from lora_blip.faults import TrainingError
 from lora_blip.files import make_whole
 from lora_blip.learner import Learner
@@ -758,6 +759,24 @@ def test_sigkill_at_random_moments(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chaos", "--kills", "4", "--steps", "12"])
     status, printed = chaos.main(), capsys.readouterr().out
     assert status == 0 and printed.count("the same\n") == 4 and "NOT" not in printed, printed
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_the_digest_of_the_lines_sees_the_prompt_and_the_question_id(tmp_path, with_images):
+    """An id of 0 is one too. Lines without both have the digest of earlier versions."""
+    (tmp_path / "a.png").write_bytes(b"an image")
+    plain = Example(tmp_path / "a.png", "a cube", "a.png", 1)
+    lines = [plain, *(replace(plain, **own) for own in ({"prompt": "see"}, {"question_id": 0}, {"question_id": "7"}))]
+    assert len({resume.lines_digest([line], with_images) for line in lines}) == len(lines)
+    assert resume._own(plain) == []
+
+
+def test_the_digest_of_the_weights_sees_what_comes_after_a_trainable_parameter(make):
+    model = make("blip").model
+    next(model.parameters()).requires_grad_()
+    before = resume.weights_digest(model)
+    [*model.parameters()][-1].data[0] += 1e-3
+    assert resume.weights_digest(model) != before
 
 
 def test_the_digest_of_the_weights_sees_every_value(make):

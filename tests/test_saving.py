@@ -109,6 +109,7 @@ def test_a_state_dict_has_the_adapters_that_are_not_in_the_weights():
     state = model.state_dict()
     assert set(state) == {key for key in every if ".lora.a." not in key}
     assert all(key.startswith("x.") for key in model.state_dict(prefix="x."))
+    assert model.state_dict(keep_vars=True)["0.lora.b.A"] is model[0].lora["b"].A and not state["0.lora.b.A"].requires_grad
     x = torch.randn(2, 4)
     expected = model(x)
     plain = adapt(net(), "b")
