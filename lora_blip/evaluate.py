@@ -26,6 +26,7 @@ from lora_blip.report import Card, Row
 from lora_blip.run import METRICS_NAME, fresh
 from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
+from lora_blip.tasks.text_length import CutCount
 from lora_blip.untrusted import printable
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
@@ -67,6 +68,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     rows = rows_of(base, adapted, runner.task, config.seed)
     images = len({e.image for e in examples})
     warnings = ([leak_warning(leaks, images, "evaluation")] if leaks else []) + last.warnings
+    for name, made in (("the base", base), ("the adapter", adapted)):
+        if made and (line := CutCount().add(made.texts).report(runner.task, f"texts of {name}", examples)):
+            warnings.append(line)
     if images < FEW:
         warnings.append(f"only {images} image{'s' * (images > 1)}: the intervals know no others, and are too narrow")
     facts = facts_of(config, wanted, runner, last, examples) | {"leaks": why}

@@ -94,7 +94,14 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     learner.progress.total = total_steps(config, len(batches), ranks.count)
     saved, notes = ranks.first(resume.hold(config, identity, closing) if ranks.main else None)
     if saved:
+        identity = resume.as_begun(config, saved.about["identity"], identity)
+        if identity["max_new_tokens"] != task.generation.max_new_tokens and task.name != "retrieval":
+            notes.append(f"MAX_NEW_TOKENS = {identity['max_new_tokens']}, as the run began")
+            fit_generation(
+                task, [*training, *validation], identity["max_new_tokens"], fix='RESUME = "off" begins with room for all'
+            )
         resume.take_up(learner, saved, identity)
+    config = replace(config, max_new_tokens=identity["max_new_tokens"])
     progress = learner.progress
     warmup, every = min(config.warmup_steps, progress.total // 5), config.validate_every or max(10, progress.total // 10)
     heard = closing.enter_context(stop.heard())
@@ -176,9 +183,9 @@ def set_up(ranks: Ranks, config: TrainConfig) -> tuple[TrainConfig, Task, str, l
             "search for validation images in the training data",
             partial(warn_of_leaks, config, training, validation, thumbnails),
         )
-    config = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
+    fitted = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
-    identity = resume.identity(config, precision, backbone, training, validation, ranks.count)
+    identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
     return config, task, precision, training, validation, identity
 
 

@@ -26,6 +26,7 @@ from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
 from lora_blip.tasks import TASKS, natural_task, verification
 from lora_blip.tasks.task import Generation, Task
+from lora_blip.tasks.text_length import CutCount
 from lora_blip.untrusted import printable
 
 
@@ -67,17 +68,21 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
     rounds = Rounds(ranks, runner, config.seed, heard, out)
     base: dict[int, str] = {}
+    cut = {"base": CutCount(), "texts": CutCount()}
     if config.compare and wanted:
         with Screen("base", count, out) as screen:
-            rounds.run(examples, Saying(texts), partial(keep, base, screen))
+            rounds.run(examples, Saying(texts), partial(keep, base, screen, cut["base"]))
     if wanted:
         put_on(task := runner.task, wanted, config.merge, runner.precision)
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
     with Screen(task.name, count, out) as screen:
-        rounds.run(examples, Saying(texts), partial(write, out, base, screen))
+        rounds.run(examples, Saying(texts), partial(write, out, base, screen, cut["texts"]))
     if ranks.main:
         print(screen.pace(), end="")
+        for name, said_by in (("texts of the base", cut["base"]), ("texts", cut["texts"])):
+            if line := said_by.report(task, name):
+                print(f"warning: {line}")
         out.finish()
         if references:
             said = done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base")
@@ -86,13 +91,15 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     return folder / output.FILE_NAME
 
 
-def keep(base: dict[int, str], screen: Screen, found: Found) -> None:
+def keep(base: dict[int, str], screen: Screen, cut: CutCount, found: Found) -> None:
     """What the base says, to stand beside what it says with the adapter."""
+    cut.add([said.text for _, said in found if isinstance(said, Prediction)])
     base |= {done.key_of(example): said.text for example, said in found if isinstance(said, Prediction)}
     screen.move(found)
 
 
-def write(out: Output, base: dict[int, str], screen: Screen, found: Found) -> None:
+def write(out: Output, base: dict[int, str], screen: Screen, cut: CutCount, found: Found) -> None:
+    cut.add([said.text for _, said in found if isinstance(said, Prediction)])
     out.write(found, base)
     screen.show(found, base)
 

@@ -63,6 +63,15 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def as_begun(config: TrainConfig, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of this start as a continuation of the run `then`.
+
+    An automatic MAX_NEW_TOKENS is that of the run, which another version may have chosen by another rule.
+    """
+    automatic = not config.max_new_tokens and "max_new_tokens" in then
+    return now | {"max_new_tokens": then["max_new_tokens"]} if automatic else now
+
+
 def require_same(ranks: Ranks, mine: dict[str, Any]) -> None:
     """Raise ConfigError on every rank if one has other data, settings, base weights or library versions than rank 0."""
     versions = {"Python": sys.version, "transformers": transformers.__version__, "numpy": np.__version__}
@@ -90,9 +99,10 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
     if config.resume == "off":
         return None, []
     if config.resume == "auto":
-        return _newest_of(Path(config.output_dir), now, config.allow_changed)
+        return _newest_of(config, now)
     saved = checkpoint.locate(Path(config.resume))
-    changed = differences(saved.about.get("identity", {}), now)
+    then = saved.about.get("identity", {})
+    changed = differences(then, as_begun(config, then, now))
     if changed and not config.allow_changed:
         raise CheckpointError(
             f"resume = {config.resume!r}: it would not go on as it began: {'; '.join(changed)}. Set it back, or set "
@@ -117,8 +127,9 @@ def hold(config: TrainConfig, now: dict[str, Any], held: ExitStack) -> tuple[Sav
     return again, notes
 
 
-def _newest_of(output_dir: Path, now: dict[str, Any], allow_changed: bool) -> tuple[Saved | None, list[str]]:
+def _newest_of(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
     """The newest that is the same run; else, if that is allowed, the newest of all."""
+    output_dir, allow_changed = Path(config.output_dir), config.allow_changed
     notes: list[str] = []
     others: list[tuple[Saved, list[str]]] = []
     there = output_dir.glob(f"[!.]*/{checkpoint.FOLDER}")  # what begins with a dot was never finished being made
@@ -127,7 +138,8 @@ def _newest_of(output_dir: Path, now: dict[str, Any], allow_changed: bool) -> tu
         notes += wrong
         if saved is None or saved.about["run"]["name"] != folder.parent.name:  # a copy, somebody's backup
             continue
-        changed = differences(saved.about.get("identity", {}), now)
+        then = saved.about.get("identity", {})
+        changed = differences(then, as_begun(config, then, now))
         if not changed:
             return saved, notes
         others.append((saved, changed))

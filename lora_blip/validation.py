@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm  # comes with transformers
 
 from lora_blip import lora
 from lora_blip.config import TrainConfig
@@ -13,6 +14,7 @@ from lora_blip.dist import ALONE, Ranks
 from lora_blip.learner import Autocast
 from lora_blip.models import uncompiled
 from lora_blip.tasks.task import Batch, Task
+from lora_blip.tasks.text_length import CutCount
 
 
 def sharers(config: TrainConfig, ranks: Ranks) -> Ranks:
@@ -31,7 +33,8 @@ def validate(
 ) -> dict[str, float]:
     """Loss per label token over the held-out lines, and the task's scores over what it predicts of them.
 
-    Each rank looks at its share of the batches; all get the same figures. `pause` is called before each batch.
+    Each rank looks at its share of the batches; all get the same figures. `pause` is called before each batch. The number
+    of texts that were cut is printed.
     """
     model, total, count = task.backbone.model, 0.0, 0.0
     said: dict[Any, Any] = {}
@@ -59,6 +62,8 @@ def validate(
     everything = {key: value for some in reversed(ranks.gather(said)) for key, value in some.items()}
     every = batches.dataset.examples  # type: ignore[attr-defined]
     scores = task.scores(everything, every, "" if wanted == "loss" else wanted) if ranks.main else {}
+    if ranks.main and (line := CutCount().add(everything.values()).report(task, "validation texts", every)):
+        tqdm.write(f"warning: {line}")
     return {"loss": total / (count or 1.0), **ranks.first(scores)}
 
 

@@ -28,14 +28,21 @@ class Bounds:
         tokens = list(filter(None, tokenizer.convert_ids_to_tokens(sorted(special))))  # BLIP's [DEC] has none there
         self.marks = {case for token in tokens for case in (token[:1].lower(), token[:1].upper())}  # what each begins with
         self.longest_word = longest_known_word(tokenizer, frozenset(special)) if all(map(str.isascii, tokens)) else 0
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, tuple[int, int]] = {}  # word → its tokens at the start of a text, and after a space
 
     def most(self, text: str, enough: int = UNTOLD) -> int:
         """Tokens of a text at most; a closer bound, which takes longer, when they might be more than `enough`."""
         if not self._plain(text, text.find(" ") if len(text) > self.longest_word else 0):
             return UNTOLD
         most = len(text) + 1
-        return most if most <= enough else sum(map(self._count, text.split(" ")))
+        return most if most <= enough else sum(map(max, map(self._counts, text.split(" "))))
+
+    def count(self, text: str, spaced: bool = False) -> int:
+        """Return the tokens of a text, or of it after a space; UNTOLD if that needs the tokenizer."""
+        if self.most(text) == UNTOLD:
+            return UNTOLD
+        first, *rest = map(self._counts, text.split(" "))
+        return first[spaced] + sum(after for _, after in rest)
 
     def knows(self, text: str) -> bool:
         """Return True if the text surely has no unknown and no special token: as `most`, and for each of its words."""
@@ -56,11 +63,11 @@ class Bounds:
                 return False
         return text.isascii() and text.isprintable() and text >= "!" and 0 <= word <= self.longest_word
 
-    def _count(self, word: str) -> int:
-        """Tokens of a word, at the start of a text or after a space."""
+    def _counts(self, word: str) -> tuple[int, int]:
+        """Return the tokens of a word at the start of a text, and after a space."""
         found = self.counts.get(word)
         if found is None:
-            found = max(len(plain_ids(self.tokenizer, word)), len(plain_ids(self.tokenizer, f" {word}")))
+            found = len(plain_ids(self.tokenizer, word)), len(plain_ids(self.tokenizer, f" {word}"))
             if len(self.counts) < WORDS_KEPT:
                 self.counts[word] = found
         return found

@@ -19,6 +19,12 @@ Adapters = list[str | None] | None  # the adapter of each row, None for the base
 Named = dict[str, Any]  # arguments by name
 
 
+class CutText(str):
+    """A generated text without its end token: generation stopped at MAX_NEW_TOKENS, or where the model's positions end."""
+
+    __slots__ = ()
+
+
 class Language:
     """How one kind of language model reads a prompt and a text, is run, and generates.
 
@@ -111,7 +117,7 @@ class Language:
     def write(
         self, seen: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
     ) -> list[str]:
-        """`generate` over what was seen of each row (rows, states, width)."""
+        """`generate` over what was seen of each row (rows, states, width). A text without its end is a CutText."""
         starts, said = [self.start(prompt) for prompt in prompts], [""] * len(prompts)
         for group in self.together(starts):
             some, device = [starts[index] for index in group], seen.device
@@ -122,8 +128,9 @@ class Language:
             mine = adapters and [adapters[index] for index in group]
             with lora.chosen(self.model, mine, settings.get("num_beams", 1)):
                 made = self.continued(seen[group], ids, mask, settings | {"max_new_tokens": most})
-            for index, text in zip(group, self.texts_of(made), strict=True):
-                said[index] = " ".join(text.split())
+            for index, text, ids in zip(group, self.texts_of(made), made.tolist(), strict=True):
+                text = " ".join(text.split())
+                said[index] = text if self.end in ids else CutText(text)
         return said
 
     def texts_of(self, ids: Tensor) -> list[str]:

@@ -71,6 +71,7 @@ class Task:
         self.special_ids: set[Any] = special_ids(backbone.tokenizer) | ({image} - {None})
         self.prompt_warning = ""
         self.expected: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
+        self.lengths: dict[str, int] = {}  # how many tokens such texts had, until `fit_generation` has used them
 
     def require_score(self, name: str) -> None:
         """ConfigError if validation gives no score of that name."""
@@ -98,6 +99,7 @@ class Task:
         doubtful = sorted({text for texts in some for text in texts if text and not self.bounds.knows(text)})
         self.expected = many_ids(self.backbone.tokenizer, doubtful) if doubtful else {}
         self.unknown.note(self.expected)
+        self.lengths |= {text: len(ids) for text, ids in self.expected.items()}
 
     def texts_in(self, example: Example) -> tuple[str, ...]:
         """The texts of a line."""

@@ -119,7 +119,7 @@ class TextTask(Task):
             raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
         self.unknown.note({prompt: ids})
         self.prompt_warning = self.unknown.report([(0, (prompt,))], "prompt")
-        room, wanted = self.language.room(prompt), self.generation.max_new_tokens
+        room, wanted = self.language.room(prompt) + 1, self.generation.max_new_tokens  # 1: the end token
         if room < wanted:
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
 

@@ -1,50 +1,132 @@
-"""The longest text of the data in tokens, found without tokenizing a million lines."""
+"""The number of tokens that a generated text may have: chosen from the data, and reported where it cuts texts."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 from lora_blip.data.annotations import Example
+from lora_blip.tasks.bounds import UNTOLD
+from lora_blip.tasks.language import CutText, DecoderLanguage
+from lora_blip.tasks.rows import many_ids
 from lora_blip.tasks.task import Generation, Task
 from lora_blip.tasks.text import TextTask
 
 MARGIN = 8  # tokens beyond the longest text, at least; a quarter of it if that is more
+CHUNK = 1024  # texts tokenized together
+MANY = 200_000  # lines whose texts take some seconds to count
 
 
-def tokens_of(task: Task, text: str) -> int:
-    """Return the tokens that the model must generate for a text, with its end token."""
-    return max(len(task.ids(text)), len(task.ids(f" {text}"))) + 1
+def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
+    """Return the tokens that the model must generate for each text, with its end token.
+
+    A decoder generates a text after a prompt with a space before it (`spaced`). The tokens of plain words are known.
+    Those of other texts are known if the data was just checked. Only the rest is tokenized.
+    """
+    known = {text: task.bounds.count(text, spaced) for text in texts}
+    if not spaced:
+        known |= {text: task.lengths[text] for text in texts if known[text] == UNTOLD and text in task.lengths}
+    rest = [text for text in texts if known[text] == UNTOLD]
+    for start in range(0, len(rest), CHUNK):
+        part = rest[start : start + CHUNK]
+        written = [f" {text}" if spaced else text for text in part]
+        ids = many_ids(task.backbone.tokenizer, written)
+        known |= {text: len(ids[one]) for text, one in zip(part, written, strict=True)}
+    return {text: tokens + 1 for text, tokens in known.items()}
 
 
-def longest_text(task: Task, texts: Iterable[str]) -> int:
-    """Return the most tokens of any text, with its end token. Only texts that may be the longest are tokenized."""
+def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counter[str]]:
+    """Return the texts of the examples, apart for those that are generated with a space before them, with their counts."""
+    decoder = isinstance(task, TextTask) and isinstance(task.language, DecoderLanguage)
+    texts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    for e in examples:
+        texts[decoder and bool(e.prompt or task.prompt)].update(e.answers or (e.text,))
+    return texts
+
+
+def longer_texts(task: Task, examples: Iterable[Example], limit: int) -> tuple[Counter[str], int, int]:
+    """Return the texts of more than `limit` tokens with their counts, the most tokens of one, and the number of texts.
+
+    If no text is longer than `limit`, the most tokens are given as 0. Each text of a line counts.
+    """
+    texts, longer, most = texts_by_space(task, examples), Counter[str](), 0
+    for spaced, counts in texts.items():
+        may_be = [text for text in counts if task.bounds.most(text) + 1 > limit]
+        found = {text: n for text, n in token_counts(task, may_be, spaced).items() if n > limit}
+        longer.update({text: counts[text] for text in found})
+        most = max(most, *found.values()) if found else most
+    return longer, most, sum(counts.total() for counts in texts.values())
+
+
+def longest_text(task: Task, examples: Iterable[Example]) -> int:
+    """Return the most tokens of any text of the examples, with its end token. Only texts that may be longest are counted."""
     longest = 0
-    for text in texts:
-        if task.bounds.most(text, longest - 1) + 1 > longest:
-            longest = max(longest, tokens_of(task, text))
+    for spaced, counts in texts_by_space(task, examples).items():
+        others = []
+        for text in counts:
+            most = task.bounds.most(text, longest - 1)
+            if most == UNTOLD:
+                others.append(text)
+            elif most + 1 > longest:
+                longest = max(longest, task.bounds.count(text, spaced) + 1)
+        longest = max(longest, *token_counts(task, others, spaced).values()) if others else longest
     return longest
 
 
-def fit_generation(task: Task, examples: list[Example], wanted: int) -> int:
-    """Set and return the longest text that the task generates.
+def fit_generation(task: Task, examples: list[Example], wanted: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all") -> int:
+    """Set and return the most tokens of a generated text.
 
     `wanted` 0 gives the longest text of the examples plus a margin, as far as the model has room. Otherwise it is
-    `wanted`, and the number of longer texts is printed.
+    `wanted`. If texts are longer, their number is printed, with the fix.
     """
     if not isinstance(task, TextTask):
+        task.lengths = {}
         return wanted or Generation().max_new_tokens
-    texts = Counter(text for e in examples for text in (e.answers or (e.text,)))
+    chosen, room = wanted, task.language.room(task.prompt.replace("{question}", "")) + 1  # 1: the end token
+    if len(examples) >= MANY:
+        print(f"counting the tokens of the texts of {len(examples):,} lines")
     if not wanted:
-        longest = longest_text(task, texts)
-        room = task.language.room(task.prompt.replace("{question}", ""))
-        task.generation = replace(task.generation, max_new_tokens=max(1, min(longest + max(MARGIN, longest // 4), room)))
-        return task.generation.max_new_tokens
-    longer = {text: count for text, count in texts.items() if task.bounds.most(text, wanted - 1) + 1 > wanted}
-    longer = {text: count for text, count in longer.items() if tokens_of(task, text) > wanted}
-    if longer:
+        longest = longest_text(task, examples)
+        chosen = max(1, min(longest + max(MARGIN, longest // 4), room))
+        fix = "the model has no room for more after the prompt"
+    if (wanted or longest > chosen) and (cut := longer_texts(task, examples, chosen))[0]:
+        longer, most, total = cut
         print(
-            f"warning: max_new_tokens = {wanted} cuts {sum(longer.values()):,} of {texts.total():,} texts, the longest of "
-            f"which has {longest_text(task, longer)} tokens with its end: their predictions can never be right. "
-            "MAX_NEW_TOKENS = 0 has room for all"
+            f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {total:,} texts, the longest of which has "
+            f"{most} tokens with its end: their predictions can never be right. {fix}"
         )
-    return wanted
+    task.lengths = {}  # of the check: they are not needed any more
+    task.generation = replace(task.generation, max_new_tokens=chosen)
+    return chosen
+
+
+# ---------------------------------------------------------------- generated texts
+
+
+@dataclass
+class CutCount:
+    """How many generated texts were cut."""
+
+    cut: int = 0
+    total: int = 0
+
+    def add(self, texts: Collection[object]) -> "CutCount":
+        self.cut += sum(isinstance(text, CutText) for text in texts)
+        self.total += len(texts)
+        return self
+
+    def report(self, task: Task, what: str, examples: Iterable[Example] = ()) -> str:
+        """Return one line with the number of texts that were cut, and the fix; "" if there are none.
+
+        `examples` are the right answers, if they are known. A model that has room for all of them did not end its texts.
+        """
+        if not self.cut or not isinstance(task, TextTask):
+            return ""
+        most, room = task.generation.max_new_tokens, task.language.room(task.prompt.replace("{question}", "")) + 1
+        longer = min(2 * most, room)
+        if examples and longest_text(task, examples) <= most:
+            fix = "The right texts are not longer: the model did not end these, and more training teaches it to"
+        elif longer > most:
+            fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
+        else:
+            fix = "The model has no room for longer texts"
+        return f"{self.cut:,} of {self.total:,} {what} were cut after {most} tokens, before their end. {fix}"
