@@ -206,6 +206,8 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 def fast(model: nn.Module, on: bool = True) -> None:
     """Use `fused` instead of `add_update` if both give the same update (the default), also for copies and adapters to come."""
+    for module in model.modules():
+        vars(module).pop(FAST, None)  # of a part
     setattr(model, FAST, on)
     _choice(model).fast = on
 
@@ -216,17 +218,24 @@ def fast(model: nn.Module, on: bool = True) -> None:
 def merge(model: nn.Module, *names: str) -> None:
     """W ← W + Σ ΔW, summed in float32, over the named adapters (all, without names). Merging twice is merging once.
 
-    The original W is kept beside the linear for `restore`, and every merge starts from it. Raises LoRAError, before any
-    weight is written, for an unknown name, for a weight that cannot take the update (see `mergeable`), for a sum that is
-    not finite, and while any thread or task is inside `chosen` or `disabled`.
+    The original W is kept beside the linear for `restore`, and every merge starts from it. A merge that fails, such as
+    out of memory, puts every weight back. Raises LoRAError, before any weight is written, for an unknown name, for a
+    weight that cannot take the update (see `mergeable`), for a sum that is not finite, and while any thread or task is
+    inside `chosen` or `disabled`.
     """
     _check_names(model, names)
     with _writing(model) as hooked:
         keys = {p: m.lora.merged | {k for k in m.lora if not names or _name(k) in names} for p, m in hooked.items()}
         keys = {path: some for path, some in keys.items() if some}
         check_mergeable(model, keys)
-        for path, some in keys.items():
-            _fold(hooked[path], some)
+        before = {path: hooked[path].lora.merged for path in keys}
+        try:
+            for path, some in keys.items():
+                _fold(hooked[path], some)
+        except BaseException:  # out of memory, or interrupted
+            for path, some in before.items():
+                _fold(hooked[path], some) if some else _write_back(hooked[path])
+            raise
 
 
 def restore(model: nn.Module) -> None:
@@ -293,8 +302,9 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
     None in a list is the base as it is, and None instead of a list changes nothing. Switching copies no weight; a
     batch of mixed rows gives each row what it gets apart; of nested blocks the inner one counts. It holds in the thread
     or asyncio task that enters it, and in tasks that are started inside, so that all may share a model. `beams`: a search
-    repeats every row so many times. Raises LoRAError for an unknown name, no name at all, when adapters are merged, and
-    in the forward when the model is called with another number of rows.
+    repeats every row so many times. Leave the block before `yield` in a generator: it holds for the caller too until the
+    generator continues, as torch.no_grad does. Raises LoRAError for an unknown name, no name at all, when adapters are
+    merged, and in the forward when the model is called with another number of rows.
     """
     if names is None:
         yield
@@ -360,7 +370,7 @@ def _choice(model: nn.Module) -> Choice:
     if len(busy) > 1:
         raise LoRAError("parts of this model have each a block of `chosen` or `disabled`; leave these blocks first")
     choice = (busy or found)[0]
-    choice.fast = all(each.fast for each in found) and getattr(model, FAST, True)
+    choice.fast = all(each.fast for each in found) and all(getattr(module, FAST, True) for module in model.modules())
     choice.used, choice.made = any(each.used for each in found), any(each.made for each in found)
     for each in updates:
         each.choice = choice

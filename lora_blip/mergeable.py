@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_blip.choice import LoRAError
+from lora_blip.products import QuickLinear
 from lora_blip.sites import PLAIN_TENSORS, is_quantised, refuse_meta
+
+PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)
 
 
 def check_mergeable(model: nn.Module, wanted: Mapping[str, frozenset[str]]) -> None:
@@ -55,8 +59,37 @@ def _check_weight(path: str, linear: Any) -> None:
         )
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise LoRAError(f"{path!r} was created in torch.inference_mode and cannot be changed; load the base outside of it")
-    if any(step == 0 and size > 1 for size, step in zip(weight.shape, weight.stride(), strict=True)):
-        raise LoRAError(f"{path!r} has an expanded weight, whose rows share memory; give it one of its own: weight.clone()")
+    if _overlaps_itself(weight):
+        raise LoRAError(
+            f"{path!r} has an expanded weight, whose rows share memory; give it a weight of its own: "
+            "linear.weight = nn.Parameter(linear.weight.clone())"
+        )
+    _check_forward(path, linear)
+
+
+@torch.no_grad()
+def _check_forward(path: str, linear: Any) -> None:
+    """Raise LoRAError if a linear computes something other than W x + b, for example scales it or rounds W.
+
+    The hook adds ΔW x to what the linear returns, so W + ΔW gives another result in such a linear. nn.Linear's own
+    `forward` needs no check. Another one is compared on two inputs.
+    """
+    if type(linear).forward in PLAIN_FORWARDS and "forward" not in vars(linear):
+        return
+    weight = linear.weight
+    x = torch.linspace(-1, 1, 2 * linear.in_features, device=weight.device).view(2, -1).to(weight.dtype)
+    bound = 1e-4 if weight.dtype.itemsize > 2 else 5e-2
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            found, plain = linear.forward(x), F.linear(x, weight, linear.bias)
+        equal = torch.allclose(found, plain, rtol=bound, atol=bound * _largest(plain), equal_nan=True)
+    except Exception as error:
+        raise LoRAError(f"{path!r} ({type(linear).__name__}) cannot be checked before a merge: {error}") from error
+    if not equal:
+        raise LoRAError(
+            f"{path!r} ({type(linear).__name__}) computes something other than W x + b, so a merge would change its update; "
+            "use the adapter unmerged, or leave this module out of the targets"
+        )
 
 
 @torch.no_grad()
@@ -106,6 +139,16 @@ def _span(name: str, tensor: Tensor) -> Span:
     first = tensor.data_ptr()
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else -1
     return first, first + (last + 1) * tensor.element_size(), name
+
+
+def _overlaps_itself(weight: Tensor) -> bool:
+    """Return True if two elements may have one address, as in an expanded tensor."""
+    end = 0
+    for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and step <= end:
+            return True
+        end += (size - 1) * step
+    return False
 
 
 def _overlapping(name: str, weight: Tensor, memory: dict[int, list[Span]]) -> str:

@@ -63,9 +63,11 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 def frozen(linear: Any) -> bool:
-    """Whether neither W nor b is trained, and W is a plain tensor: others, as torchao's, have products of their own."""
+    """Return True if W and b are plain tensors that are not trained. Others, such as torchao's, have their own products."""
     weight, bias = linear.weight, linear.bias
-    return type(weight) in PLAIN_TENSORS and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if type(weight) not in PLAIN_TENSORS or weight.requires_grad:
+        return False
+    return bias is None or (type(bias) in PLAIN_TENSORS and not bias.requires_grad)
 
 
 def transformed() -> bool:

@@ -43,9 +43,14 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_quantised(linear: Any) -> bool:
-    """True when the weight is not a plain float matrix (out_features, in_features): torchao's is a tensor of its own kind."""
+    """Return True if the weight is not a plain float matrix (out_features, in_features) of 16 bits or more.
+
+    torchao's weight is a tensor subclass. A float8 weight needs a scale, which its linear stores elsewhere.
+    """
     weight: Any = getattr(linear, "weight", None)
-    if type(weight) not in PLAIN_TENSORS or not weight.is_floating_point():
+    if type(weight) not in PLAIN_TENSORS or weight.layout != torch.strided:
+        return True
+    if not weight.is_floating_point() or weight.itemsize < 2:
         return True
     return tuple(weight.shape) != (linear.out_features, linear.in_features)
 
@@ -114,7 +119,11 @@ def _check_numbers(site: Site) -> None:
     """The numbers that a file can hold and float32 can compute with."""
     if not isinstance(site.r, int) or isinstance(site.r, bool) or site.r < 1:
         raise LoRAError(f"{site.address!r}: r={site.r!r} is no whole number from 1")
-    if not isinstance(site.alpha, int | float) or not (site.alpha > 0 and math.isfinite(site.alpha)):
+    if (
+        isinstance(site.alpha, bool)
+        or not isinstance(site.alpha, int | float)
+        or not (site.alpha > 0 and math.isfinite(site.alpha))
+    ):
         raise LoRAError(f"{site.address!r}: alpha={site.alpha!r} is no positive finite number")
     if not FLOAT32.tiny <= site.alpha / site.r <= FLOAT32.max:
         raise LoRAError(f"{site.address!r}: alpha / r = {site.alpha / site.r:g} is beyond float32")

@@ -89,6 +89,37 @@ def expand(model: nn.Sequential) -> None:
     model[1].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4), requires_grad=False)
 
 
+def overlap(model: nn.Sequential) -> None:
+    model[1].weight = nn.Parameter(torch.randn(7).as_strided((4, 4), (1, 1)), requires_grad=False)
+
+
+class Doubled(nn.Linear):
+    """Computes 2 (W x + b): in the weight, an update would be doubled too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return 2 * super().forward(x)
+
+
+class Float8(nn.Linear):
+    """A plain float8 parameter with a scale of its own, as transformers keeps it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return nn.functional.linear(x, self.weight.float() * 0.1, self.bias)
+
+
+def kind_of_linear(kind: type[nn.Linear], dtype: torch.dtype = torch.float32) -> Callable[[nn.Sequential], object]:
+    def change(model: nn.Sequential) -> None:
+        weight = nn.Parameter(model[1].weight.detach().to(dtype), requires_grad=False)
+        model[1].__class__ = kind
+        model[1].weight = weight
+
+    return change
+
+
+def forward_of_its_own(model: nn.Sequential) -> None:
+    model[1].forward = lambda x: x.sin()
+
+
 UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "weight_norm": (computed_weight(parametrizations.weight_norm), "'1' computes its weight"),
     "orthogonal": (computed_weight(parametrizations.orthogonal), "'1' computes its weight"),
@@ -99,6 +130,10 @@ UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "tied after inject": (tie_later, r"'1' shares the memory of its weight with '2\.weight'"),
     "a buffer of one storage": (buffer_shares, r"'1' shares the memory of its weight with '\.ema'"),
     "an expanded weight": (expand, "'1' has an expanded weight"),
+    "a weight that overlaps itself": (overlap, "'1' has an expanded weight"),
+    "a linear that scales": (kind_of_linear(Doubled), r"'1' \(Doubled\) computes something other than W x \+ b"),
+    "a forward of its own": (forward_of_its_own, r"'1' \(Linear\) computes something other than W x \+ b"),
+    "float8 with a scale": (kind_of_linear(Float8, torch.float8_e4m3fn), r"'1' is quantised \(Float8, Parameter\)"),
     "int8 behind float32": (lambda model: int8_weight(model[1]), r"'1' is quantised \(Linear, ScaledInt8\)"),
     "NaN in A": (lambda model: model[1].lora["default"].A.data.fill_(float("nan")), "'1' would be NaN"),
     "inf in B": (lambda model: model[1].lora["default"].B.data[0, 0].fill_(float("inf")), "'1' would be NaN"),
@@ -148,6 +183,46 @@ def test_a_weight_of_another_kind_takes_the_plain_way_forward_and_backward(monke
     assert len(found[0]) == 5 and [linear in twin for linear in taken] == [True, True]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kind_of_linear_that_computes_w_x_plus_b_is_merged():
+    """A subclass with another forward and the same result, in each dtype."""
+
+    class Same(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.einsum("...i,oi->...o", x, self.weight) + self.bias
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        model = nn.Sequential(nn.Linear(4, 4), Same(4, 4)).to(dtype)
+        x = torch.randn(3, 4, dtype=dtype)
+        hooked = adapt(model)(x)
+        lora.merge(model)
+        bound = 1e-4 if dtype.itemsize > 2 else 0.1
+        torch.testing.assert_close(model(x), hooked, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("earlier", [(), ("a",)])
+def test_a_merge_that_fails_halfway_puts_every_weight_back(monkeypatch, earlier):
+    """Out of memory at the last linear: weights are those before the call, merged or not, and outputs too."""
+    model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
+    if earlier:
+        lora.merge(model, *earlier)
+    x, before = torch.randn(3, 4), [linear.weight.clone() for linear in model]
+    hooked, fold = model(x), lora._fold
+
+    def fail(linear: Any, keys: frozenset[str]) -> None:
+        if linear is model[2] and "b" in keys:
+            raise MemoryError
+        fold(linear, keys)
+
+    monkeypatch.setattr(lora, "_fold", fail)
+    with pytest.raises(MemoryError):
+        lora.merge(model)
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
+    assert all(linear.lora.merged == set(earlier) for linear in model) and torch.equal(model(x), hooked)
+    monkeypatch.undo()
+    lora.merge(model)
+    torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
 
 
 def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):

@@ -184,3 +184,9 @@ def test_copies_and_pickles_keep_the_plain_way():
     lora.fast(bare, False)  # before there is an adapter
     lora.inject(bare, [Site("0")])
     assert bare[0].lora.choice.fast is False
+    whole = nn.Sequential(net())
+    lora.fast(whole[0], False)  # of a part
+    lora.inject(whole, [Site("0.0")])
+    assert whole[0][0].lora.choice.fast is False
+    lora.fast(whole)
+    assert copy.deepcopy(whole)[0][0].lora.choice.fast and lora.adapters(whole) and whole[0][0].lora.choice.fast
