@@ -30,7 +30,7 @@ from lora_blip.choice import ALL, Acting, Choice, LoRAError, enter, in_force, le
 from lora_blip.fused import Entered, hand_over, input_of, updated
 from lora_blip.mergeable import check_mergeable, summed
 from lora_blip.save_guard import guard, refuse_inside_save_pretrained, unguard
-from lora_blip.sites import Site, check_sites
+from lora_blip.sites import Site, check_sites, list_sites
 
 FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
 
@@ -131,7 +131,7 @@ def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: 
     Repeating a call changes nothing but the dropout. Raises LoRAError, before anything is changed, when there is no site,
     when one is no linear of this model, a tied head, of a wrong range or rank, or when `name` already sits elsewhere.
     """
-    sites = list(sites)
+    sites = list_sites(sites)
     wanted = {site.address: site for site in sites}
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != wanted:

@@ -89,6 +89,15 @@ def _compiled(modules: Iterable[nn.Module]) -> bool:
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
 
+def list_sites(sites: Any) -> list[Site]:
+    """Return the sites as a list. Raise LoRAError if they are something else, for example names."""
+    found = list(sites) if isinstance(sites, Iterable) else [sites]
+    for site in found:
+        if not isinstance(site, Site):
+            raise LoRAError(f"{site!r} is no Site; targets.find(model, 'vit') gives the sites of a target")
+    return found
+
+
 def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -> None:
     """Raise LoRAError if an adapter cannot be put on one of the sites, or if there is none."""
     sites, modules = list(sites), dict(model.named_modules())

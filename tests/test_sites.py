@@ -26,6 +26,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "no site": ([], "list of sites is empty"),
     "alpha NaN": ([Site("0", alpha=NAN)], "'0': alpha=nan"),
     "alpha infinite": ([Site("0", alpha=INF)], "'0': alpha=inf"),
+    "alpha a boolean": ([Site("0", alpha=True)], "'0': alpha=True"),
     "alpha zero": ([Site("0", alpha=0.0)], "'0': alpha=0.0"),
     "alpha negative": ([Site("0", alpha=-2.0)], "'0': alpha=-2.0"),
     "alpha that no JSON holds": ([Site("0", alpha=np.float32(2))], "'0': alpha="),  # type: ignore[arg-type]
@@ -69,6 +70,15 @@ def test_dropout_is_a_share_below_one_at_the_first_inject_and_at_the_next(dropou
     with pytest.raises(LoRAError, match="dropout"):
         lora.inject(model, [Site("0")], dropout)
     assert lora.adapters(model)["0"].dropout == 0.25
+
+
+def test_what_is_no_site_is_named_with_the_fix():
+    """`inject(model, "vit")` asks for `targets.find`; nothing is frozen by a call that fails."""
+    for sites in ("vit", ["0"], None, 3):
+        model = net()
+        with pytest.raises(LoRAError, match=r"is no Site; targets\.find\(model, 'vit'\)"):
+            lora.inject(model, sites)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_ends_of_what_is_allowed_are_allowed():
