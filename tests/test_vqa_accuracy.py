@@ -1,6 +1,7 @@
 """VQA answers are normalized as by the official evaluation: github.com/GT-Vision-Lab/VQA, vqaEval.py, typed here."""
 
 import re
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,3 +53,13 @@ def test_marks_numbers_and_full_stops_by_hand():
     }
     assert {answer: vqa.normal(answer) for answer in by_hand} == by_hand
     assert {answer: official(answer) for answer in by_hand} == by_hand
+
+
+def test_a_difference_from_the_official_accuracy_is_documented_next_to_the_claim():
+    """Case is ignored though all ten answers agree; the official code compares them as written then, which gives 0."""
+    assert vqa.accuracy("red", ["Red"] * 10) == 1
+    official = [min(1, sum(answer == "red" for answer in ["Red"] * 9) / 3) for _ in range(10)]
+    assert sum(official) == 0
+    text = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    claim = text.index("VQA accuracy follows the official evaluation")
+    assert "rule for rule" not in text and "Case is always ignored" in text[claim : claim + 300]
