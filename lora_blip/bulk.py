@@ -12,10 +12,9 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip import stop
 from lora_blip.ahead import Ahead
-from lora_blip.config import ConfigError
 from lora_blip.data.annotations import Example
 from lora_blip.data.images import ImageError
-from lora_blip.dist import LOST, Ranks
+from lora_blip.dist import Ranks, is_lost
 from lora_blip.done import OutputError, key_of
 from lora_blip.output import Output
 from lora_blip.prediction import RANKS_KEPT, Prediction, printed
@@ -50,7 +49,7 @@ class Rounds:
         try:
             self._run(examples, work, take)
         except RuntimeError as error:
-            if self.ranks.count == 1 or not any(sign in str(error) for sign in LOST):
+            if self.ranks.count == 1 or not is_lost(error):
                 raise
             raise OutputError(
                 "another process was lost; what is written is safe: start again with the same settings and output_dir to go on"
@@ -123,19 +122,6 @@ class Rounds:
 def _short(said: Prediction | ImageError) -> Prediction | ImageError:
     """As much of a ranking as is written: ranks hand over no more."""
     return said if isinstance(said, ImageError) else replace(said, ranking=said.ranking[:RANKS_KEPT])
-
-
-def on_main(ranks: Ranks, act: Callable[[], Any]) -> Any:
-    """What `act` gives on the main rank, None on the others; a ConfigError there is one on every rank."""
-    made, failed = None, None
-    if ranks.main:
-        try:
-            made = act()
-        except ConfigError as error:
-            failed = error
-    if refused := ranks.first(failed):
-        raise refused
-    return made
 
 
 class Screen:

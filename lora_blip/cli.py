@@ -41,16 +41,17 @@ def tell(go: Callable[[], None]) -> None:
     sys.stdout, sys.stderr = (stream and heeded(stream) for stream in streams)  # None: the program was started without it
     try:
         go()
-    except ConfigError as error:
-        stop(error)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if type(error) is ConfigError:  # before anything large is imported
+            stop(error)
         from lora_blip.adapter import AdapterError
         from lora_blip.checkpoint import CheckpointError
         from lora_blip.data.annotations import DataError
         from lora_blip.data.images import ImageError
+        from lora_blip.dist import PeerError
         from lora_blip.faults import TrainingError
         from lora_blip.lora import LoRAError
         from lora_blip.models import ModelError
@@ -59,8 +60,12 @@ def tell(go: Callable[[], None]) -> None:
 
         known = (
             AdapterError, CheckpointError, DataError, ImageError, LoRAError, ModelError, PreflightError, TargetError,
-            TrainingError,
+            TrainingError, ConfigError,
         )  # fmt: skip
+        if isinstance(error, PeerError):  # the main process reports it
+            if error.__cause__ and not isinstance(error.__cause__, known):
+                print_traceback(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
+            raise SystemExit(2) from None
         if isinstance(error, known):
             stop(error)
         if is_process_limit(error):

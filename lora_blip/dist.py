@@ -34,6 +34,10 @@ RETURNED = 5.0  # seconds that a process waits at its end for what it lent
 LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
 
 
+class PeerError(ConfigError):
+    """An error that the main process reports for all. This process stops without a message."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among `count`. Alone, every method is the identity.
@@ -81,7 +85,11 @@ class Ranks:
         return value if self.main else _tensor_to_object(said, count, None)
 
     def together(self, act: Callable[[], Result]) -> Result:
-        """Return `act()`, which calls no collective. If it fails on one rank, every rank raises an error, and none waits."""
+        """Return `act()`, which calls no collective. If it fails on any rank, every rank raises an error, and none waits.
+
+        The main rank raises its own error, or a ConfigError that names the rank that failed; the others raise PeerError.
+        So one process reports.
+        """
         if self.count == 1:
             return act()
         result, failure = None, None
@@ -90,11 +98,11 @@ class Ranks:
         except Exception as error:
             failure = error
         said = self.gather(failure and f"{type(failure).__name__}: {failure}")
-        if failure:
+        if self.main and failure:
             raise failure
         for rank, reason in enumerate(said):
             if reason:
-                raise ConfigError(f"process {rank} failed, and all stop: {reason}")
+                raise (ConfigError if self.main else PeerError)(f"process {rank} failed, and all stop: {reason}") from failure
         return cast(Result, result)
 
     def wait(self) -> None:
@@ -120,6 +128,18 @@ def lent(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _summed(tensor: Tensor) -> Tensor:
     distributed.all_reduce(lent(tensor)[0])
     return tensor
+
+
+def refuse_several(command: str) -> None:
+    """Raise an error in every process if torchrun started several: each would do all of the work and write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        kind = ConfigError if os.environ.get("RANK", "0") == "0" else PeerError
+        raise kind(f"{command} is one process; start it without torchrun: python -m lora_blip {command} …")
+
+
+def is_lost(error: Exception) -> bool:
+    """Return True if a collective failed because another process is gone."""
+    return any(sign in str(error) for sign in LOST)
 
 
 def _take_back() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm  # comes with transformers
 
-from lora_blip import adapter, measures, report
+from lora_blip import adapter, dist, measures, report
 from lora_blip.adapter import Adapter
 from lora_blip.config import ConfigError, EvaluateConfig, refuse_unwritable
 from lora_blip.data import annotations
@@ -39,6 +39,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     What is said is in base.jsonl and adapted.jsonl there as soon as it is said. Raises ConfigError, ModelError,
     AdapterError, ImageError or DataError before anything is predicted.
     """
+    dist.refuse_several("evaluate")
     seed_everything(config.seed)
     wanted = wanted_adapter(config.adapter)
     folder = output_folder(config.output_dir)

@@ -7,7 +7,7 @@ import torch
 
 from lora_blip import checkpoint, preflight
 from lora_blip.config import TrainConfig
-from lora_blip.dist import ALONE, LOST, Ranks
+from lora_blip.dist import ALONE, Ranks, is_lost
 from lora_blip.learner import Autocast, Update
 from lora_blip.models import uncompiled
 from lora_blip.run import Run
@@ -21,7 +21,7 @@ class TrainingError(RuntimeError):
 def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
     """The same error; or one that says what helps, where the device's memory was too small or another process is gone."""
     said = str(error)
-    if run and run.learner.ranks.count > 1 and any(sign in said for sign in LOST):
+    if run and run.learner.ranks.count > 1 and is_lost(error):
         return TrainingError(
             f"another process was lost; all that torchrun --max-restarts starts again go on from the last checkpoint in "
             f"{run.folder}"

@@ -36,7 +36,7 @@ from lora_blip.start import (
 from lora_blip.stop import Heard
 from lora_blip.tasks import verification
 from lora_blip.tasks.prefix import cut
-from lora_blip.tasks.task import Task
+from lora_blip.tasks.task import Batch, Task
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.untrusted import printable, printable_lines
 from lora_blip.validation import merge_drift, sharers, validate
@@ -52,7 +52,12 @@ def train(config: TrainConfig) -> Path:
     scheduler's signal, and any error later on, save what there is, to go on from.
     """
     with dist.joined() as ranks, ExitStack() as closing:
-        return train_among(ranks, config, closing)
+        try:
+            return train_among(ranks, config, closing)
+        except RuntimeError as error:
+            if ranks.count == 1 or isinstance(error, TrainingError) or not dist.is_lost(error):
+                raise
+            raise TrainingError("another process was lost before the first step; its own message says why") from None
 
 
 def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
@@ -61,7 +66,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     resume.require_same(ranks, identity)
     backbone = task.backbone
     print(f"\n{targets.table(backbone.model)}\n")
-    caches = caching.caches_for(config, task, precision, identity)
+    caches = ranks.together(lambda: caching.caches_for(config, task, precision, identity))
     print(printable_lines(caching.told(config, task)), end="")
     identity["learned from"] = caching.learns_from_kept(config, task)
     lora.fast(backbone.model, config.fast)
@@ -75,12 +80,10 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     held_out = loader_of(validation, task, config, shuffle=False, caches=caches) if validation else None
     for loaded in filter(None, (batches, held_out)):
         closing.callback(close, loaded)
-    first = task.batch(first_stack(batches))
+    first = ranks.together(lambda: task.batch(first_stack(batches)))
     backbone.model.train()
-    try:
-        print(preflight.check(task, first, autocast), "\n", sep="")
-    except RuntimeError as error:
-        raise explained(error, config, task) from None
+    alone = dist.ALONE if config.shard else ranks  # the forwards of spread weights are collectives
+    print(alone.together(lambda: proofs(config, task, first, autocast)), "\n", sep="")
     if config.compile:
         frozen, blocks = cut(backbone.model)[0], len(backbone.model.vision_model.encoder.layers)
         compile_blocks(backbone.model, frozen)
@@ -92,7 +95,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)
-    saved, notes = ranks.first(resume.hold(config, identity, closing) if ranks.main else None)
+    saved, notes = ranks.first(ranks.together(lambda: resume.hold(config, identity, closing) if ranks.main else None))
     if saved:
         identity = resume.as_begun(config, saved.about["identity"], identity)
         if identity["max_new_tokens"] != task.generation.max_new_tokens and task.name != "retrieval":
@@ -187,6 +190,14 @@ def set_up(ranks: Ranks, config: TrainConfig) -> tuple[TrainConfig, Task, str, l
     lora.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
     return config, task, precision, training, validation, identity
+
+
+def proofs(config: TrainConfig, task: Task, first: Batch, autocast: Autocast) -> str:
+    """Return what the checks before the first step found. Raise PreflightError, or an error that says what to change."""
+    try:
+        return preflight.check(task, first, autocast)
+    except RuntimeError as error:
+        raise explained(error, config, task) from None
 
 
 # ---------------------------------------------------------------- between the steps

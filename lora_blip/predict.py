@@ -1,10 +1,11 @@
 """Inference in batches: images → captions, answers or ranked texts, printed, written, and scored where references are given."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,21 +14,25 @@ from torch import Tensor
 from lora_blip import adapter, dist, done, lora, output, stop, weights
 from lora_blip.adapter import Adapter
 from lora_blip.asked import Prompted, asked, read_references, read_texts, trim_references
-from lora_blip.bulk import Found, Rounds, Screen, on_main
+from lora_blip.bulk import Found, Rounds, Screen
 from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
 from lora_blip.data.annotations import Example
-from lora_blip.data.streams import Images, example_of
-from lora_blip.dist import Ranks
+from lora_blip.data.images import ImageError
+from lora_blip.data.streams import Images, example_of, open_picture
+from lora_blip.dist import PeerError, Ranks
 from lora_blip.extras import attempt
 from lora_blip.models import Backbone, open_backbone
 from lora_blip.output import Output
 from lora_blip.prediction import Prediction, prediction_of, report
+from lora_blip.resume import processors_digest, require_same, weights_digest
 from lora_blip.runner import Runner
 from lora_blip.start import seed_everything
 from lora_blip.tasks import TASKS, natural_task, verification
 from lora_blip.tasks.task import Generation, Task
 from lora_blip.tasks.text_length import CutCount
 from lora_blip.untrusted import printable
+
+GLIMPSED = 8  # images that several processes compare before the first prediction
 
 
 def infer(config: InferConfig) -> Path:
@@ -45,23 +50,22 @@ def infer(config: InferConfig) -> Path:
 def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     """The run, as one of torchrun's processes or alone. The main one reads the source and writes."""
     seed_everything(config.seed)
-    images = Images(config.images)
-    references = read_references(config.references, config.image_root, images)
-    texts = read_texts(config.texts)
-    wanted = wanted_adapter(config.adapter)
+    inputs = ranks.together(lambda: read_inputs(config))
+    wanted, texts = inputs.adapter, inputs.texts
     # refused now if it is taken; made when there is something to write
-    folder: Path = ranks.first(on_main(ranks, lambda: output.folder_of(config, ranks.count)))
+    folder: Path = ranks.first(ranks.together(lambda: output.folder_of(config, ranks.count) if ranks.main else None))
     config = replace(config, device=ranks.device(config.device))
-    task, precision = open_task(config, wanted)
-    references = trim_references(task, config.references, references)
-    examples = asked(task, images, config.question, references, texts)
-    what = output.identity(config, task, wanted, precision, by_references=isinstance(examples, Prompted))
+    task, precision, examples, what = ranks.together(lambda: open_inputs(config, inputs))
+    if ranks.count > 1:
+        require_same_inputs(ranks, config, task, what, examples)
 
     heard = closing.enter_context(stop.heard())
-    out: Output = on_main(ranks, lambda: closing.enter_context(output.opened(folder, what, config.resume)))
-    count = sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0
+    opening = lambda: closing.enter_context(output.opened(folder, what, config.resume)) if ranks.main else None  # noqa: E731
+    out: Any = ranks.together(opening)
+    counting = lambda: sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0  # noqa: E731
+    count = ranks.together(counting)
     left = count - (out.before if out else 0)
-    if others := images.others_line():
+    if others := inputs.images.others_line():
         print(others)
     greeting = printable(f"{folder}: {out.greeting() if out else ''}")
     print(described(task, wanted, left, precision), greeting, sep="\n", flush=True)
@@ -73,7 +77,8 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         with Screen("base", count, out) as screen:
             rounds.run(examples, Saying(texts), partial(keep, base, screen, cut["base"]))
     if wanted:
-        put_on(task := runner.task, wanted, config.merge, runner.precision)
+        task = runner.task
+        ranks.together(lambda: put_on(task, wanted, config.merge, runner.precision))
         runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
     with Screen(task.name, count, out) as screen:
@@ -84,7 +89,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
             if line := said_by.report(task, name):
                 print(f"warning: {line}")
         out.finish()
-        if references:
+        if references := inputs.references:
             said = done.texts_of(out.path, task.subject, references, "adapted" if wanted else "base")
             attempt("scores", lambda: report(task, references, said))
         print(printable(out.farewell()))
@@ -196,6 +201,59 @@ class Saying:
 
 
 # ---------------------------------------------------------------- set-up
+
+
+@dataclass
+class Inputs:
+    """What the settings name, read but not yet compared with a model."""
+
+    images: Images
+    references: dict[Path, list[Example]]
+    texts: list[str]
+    adapter: Adapter | None
+
+
+def read_inputs(config: InferConfig) -> Inputs:
+    images = Images(config.images)
+    references = read_references(config.references, config.image_root, images)
+    return Inputs(images, references, read_texts(config.texts), wanted_adapter(config.adapter))
+
+
+def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[Task, str, Any, dict[str, Any]]:
+    """Return the task, the precision, the examples to predict, and the identity of the run."""
+    task, precision = open_task(config, inputs.adapter)
+    inputs.references = trim_references(task, config.references, inputs.references)
+    examples = asked(task, inputs.images, config.question, inputs.references, inputs.texts)
+    what = output.identity(config, task, inputs.adapter, precision, by_references=isinstance(examples, Prompted))
+    return task, precision, examples, what
+
+
+def require_same_inputs(ranks: Ranks, config: InferConfig, task: Task, what: dict[str, Any], examples: Any) -> None:
+    """Raise an error on every rank if one would predict something else than rank 0.
+
+    Settings, adapter and base are compared, and the pictures of the first images. The name of the base is not: machines
+    may keep it in different places.
+    """
+    base = {"base weights": weights_digest(task.backbone.model), "base processors": processors_digest(task.backbone)}
+    ways = {name: getattr(config, name) for name in ("merge", "fast", "batch_size")}
+    require_same(ranks, {key: value for key, value in what.items() if key != "model"} | ways | base, "predict")
+    some = ranks.first(ranks.together(lambda: list(islice(examples, GLIMPSED)) if ranks.main else None))
+    every = ranks.gather([picture_digest(example) for example in some])
+    for rank, digests in enumerate(every):
+        for example, theirs, ours in zip(some, digests, every[0], strict=True):
+            if theirs != ours:
+                raise (ConfigError if ranks.main else PeerError)(
+                    f"process {rank} finds another picture in {example.image} than process 0; give all processes the same files"
+                )
+
+
+def picture_digest(example: Example) -> str:
+    """SHA-256 of the decoded picture; of one that cannot be read, the kind of error."""
+    try:
+        picture = open_picture(example)
+    except ImageError as error:
+        return type(error).__name__
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
 def wanted_adapter(name: str) -> Adapter | None:

@@ -18,7 +18,7 @@ from lora_blip import __version__, checkpoint, lock
 from lora_blip.checkpoint import CheckpointError, Saved
 from lora_blip.config import ConfigError, TrainConfig
 from lora_blip.data.annotations import Example
-from lora_blip.dist import Ranks
+from lora_blip.dist import PeerError, Ranks
 from lora_blip.fingerprint import settings_of
 from lora_blip.learner import Learner
 from lora_blip.models import Backbone
@@ -45,7 +45,7 @@ def identity(
         "torch": torch.__version__,
         "training lines": lines_digest(training, config.check_images == "all"),
         "validation lines": lines_digest(validation, config.check_images == "all"),
-        "base weights": weights_digest(backbone.model), "base processors": _processors(backbone),
+        "base weights": weights_digest(backbone.model), "base processors": processors_digest(backbone),
     }  # fmt: skip
 
 
@@ -72,8 +72,8 @@ def as_begun(config: TrainConfig, then: dict[str, Any], now: dict[str, Any]) -> 
     return now | {"max_new_tokens": then["max_new_tokens"]} if automatic else now
 
 
-def require_same(ranks: Ranks, mine: dict[str, Any]) -> None:
-    """Raise ConfigError on every rank if one has other data, settings, base weights or library versions than rank 0."""
+def require_same(ranks: Ranks, mine: dict[str, Any], verb: str = "train") -> None:
+    """Raise an error on every rank if one has other data, settings, base weights or library versions than rank 0."""
     versions = {"Python": sys.version, "transformers": transformers.__version__, "numpy": np.__version__}
     mine = mine | versions | {"pillow": PIL.__version__, "lora_blip": __version__}
     every = ranks.gather(mine)
@@ -84,9 +84,9 @@ def require_same(ranks: Ranks, mine: dict[str, Any]) -> None:
             for name in mine if theirs.get(name) != every[0].get(name)
         ]  # fmt: skip
         if changed:
-            raise ConfigError(
-                f"process {rank} would train something else than process 0: {'; '.join(changed)}. Start all processes with the "
-                "same settings, files and library versions"
+            raise (ConfigError if ranks.main else PeerError)(
+                f"process {rank} would {verb} something else than process 0: {'; '.join(changed)}. Start all processes with "
+                "the same settings, files and library versions"
             )
 
 
@@ -176,7 +176,7 @@ def _glimpse(image: Path) -> list[str]:
     return [str(size), *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
 
 
-def _processors(backbone: Backbone) -> str:
+def processors_digest(backbone: Backbone) -> str:
     """SHA-256 of how pictures become pixels and texts become tokens, and of the model's own settings."""
     pieces = [
         settings_of(backbone.model.config),
@@ -206,7 +206,9 @@ def take_up(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     Raises CheckpointError if the adapters have other shapes.
     """
     total = learner.progress.total
-    learner.restore(learner.ranks.first(saved.tensors() if learner.ranks.main else None), saved.about)
+    ranks = learner.ranks
+    tensors = ranks.first(ranks.together(lambda: saved.tensors() if ranks.main else None))
+    ranks.together(lambda: learner.restore(tensors, saved.about))
     then = saved.about["identity"]
     if differences(then, now):
         images = [each["batch_size"] * each["accumulation"] * each["processes"] for each in (then, now)]

@@ -59,9 +59,7 @@ class Run:
         )  # fmt: skip
         if saved:
             self._remember(saved.about["run"])
-        if self.main:
-            with room_for(self.folder):
-                self._open(saved, held)
+        learner.ranks.together(lambda: self._open(saved, held) if self.main else None)
         self.folder = learner.ranks.first(self.folder)
 
     def _remember(self, about: dict[str, Any]) -> None:
@@ -73,6 +71,10 @@ class Run:
             self.best = Best(best["by"], best["step"], best["stale"], rank, self.config.min_improvement, improved, reached)
 
     def _open(self, saved: Saved | None, held: ExitStack) -> None:
+        with room_for(self.folder):
+            self._fill(saved, held)
+
+    def _fill(self, saved: Saved | None, held: ExitStack) -> None:
         if not saved:
             self._make()
             held.enter_context(lock.held(self.folder))

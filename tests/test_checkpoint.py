@@ -385,17 +385,17 @@ def test_what_decides_an_update_identifies_a_run_and_nothing_else_does(line):
 
 
 def test_a_base_and_its_processor_may_move_and_nothing_else_of_them_may_change():
-    before = resume._processors(backbone_of())
+    before = resume.processors_digest(backbone_of())
     moved = {"transformers_version": "6", "hidden_size": 32, "folder": Path("x"), "_name_or_path": "/there"}
-    assert resume._processors(backbone_of(moved)) == before
-    assert resume._processors(backbone_of(processor={"size": {"height": 32}, "image_mean": [0.5]})) == before
+    assert resume.processors_digest(backbone_of(moved)) == before
+    assert resume.processors_digest(backbone_of(processor={"size": {"height": 32}, "image_mean": [0.5]})) == before
     for changed in (
         backbone_of({**BASE_CONFIG, "hidden_size": 64}),
         backbone_of({**BASE_CONFIG, "folder": Path("y")}),
         backbone_of(processor={**PROCESSOR, "image_mean": [0.6]}),
         backbone_of(vocabulary={"a": 0, "c": 1}),
     ):
-        assert resume._processors(changed) != before
+        assert resume.processors_digest(changed) != before
 
 
 def test_differences_name_the_setting_or_what_is_not_the_same():
