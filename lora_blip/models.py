@@ -36,6 +36,8 @@ from lora_blip.untrusted import printable, quoted
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
+WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # names of the tables that token ids select from
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 # model type → its architectures; the first is taken where a config names none
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip": (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
@@ -186,6 +188,7 @@ def _load(
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
             model.disable_input_require_grads()  # only the reentrant kind needs them, and BLIP adds positions in place
     tokenizer, image_processor = _load_processors(source)
+    check_vocabulary(model, tokenizer, name)
     other = fit_processor(image_processor, size, name)
     if size != own:
         print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")
@@ -282,6 +285,33 @@ def _load_processors(source: str) -> tuple[Any, Any]:
     if len(tokenizer) < SMALLEST_VOCABULARY:
         raise ModelError(f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them beside its weights")
     return tokenizer, image_processor
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise ModelError if a token of the tokenizer or a token id of the config has no row in the text embeddings.
+
+    A tokenizer with fewer tokens than rows is fine. So is an image token without a row in a model that matches images with
+    texts, because that model never embeds it.
+    """
+    tables = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WORD_EMBEDDINGS]
+    rows = min(table.num_embeddings for table in tables)
+    generates = not isinstance(model, Blip2ForImageTextRetrieval)  # the other has a text_config that it does not use
+    unread = None if generates else model.config.image_token_index
+    past = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != unread)
+    if past:
+        raise ModelError(
+            f"{name!r}: the tokenizer has {len(past)} tokens that the model has no embeddings for (first: "
+            f"{quoted(past[0][1])}, id {past[0][0]}; the model has {rows} rows); use the tokenizer that was saved with "
+            "this model, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
+        )
+    for field in TOKEN_IDS if generates else ():
+        value = getattr(model.config.text_config, field, None)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and not 0 <= each < rows:
+                raise ModelError(
+                    f"{name!r}: {field} of text_config is {each}, but the model has {rows} embeddings; "
+                    "set it in config.json to an id of the tokenizer"
+                )
 
 
 def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:
