@@ -6,17 +6,24 @@ outer modules of a model note the batch size of the outermost call in progress, 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 DEPTH = 3  # `language_model.model.decoder`: the modules that are called from outside, and not their layers
-CALL: ContextVar[tuple[Any, int] | None] = ContextVar("lora_blip_call", default=None)
+CALL: ContextVar[tuple[Any, "CallBatch"] | None] = ContextVar("lora_blip_call", default=None)
 
 
-def call_batch() -> int | None:
-    """Return the batch size of the call in progress, or None if it is unknown."""
+class CallBatch(NamedTuple):
+    """The batch of a call: how many rows, and whether they are images, which no search repeats."""
+
+    size: int
+    images: bool = False
+
+
+def call_batch() -> CallBatch | None:
+    """Return the batch of the call in progress, or None if it is unknown."""
     call = CALL.get()
     return None if call is None else call[1]
 
@@ -40,9 +47,9 @@ def _outer(model: nn.Module, depth: int, skip: Callable[[nn.Module], bool]) -> I
 def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The forward pre-hook. torch.compile skips it: the batch size is then unknown."""
     if not torch.compiler.is_compiling() and CALL.get() is None:
-        size = batch_size((args, kwargs))
-        if size is not None:
-            CALL.set((module, size))
+        batch = batch_of((args, kwargs))
+        if batch is not None:
+            CALL.set((module, batch))
 
 
 def forget_batch(module: nn.Module, _args: object, _output: object) -> None:
@@ -53,9 +60,15 @@ def forget_batch(module: nn.Module, _args: object, _output: object) -> None:
             CALL.set(None)
 
 
-def batch_size(values: Any) -> int | None:
-    """Return the length of the first matrix or larger tensor among the arguments of a call, or None if there is none."""
-    return next((tensor.shape[0] for tensor in _tensors(values) if tensor.ndim > 1), None)
+def batch_of(values: Any) -> CallBatch | None:
+    """Return the batch by the first matrix or larger tensor among the arguments of a call, or None if there is none."""
+    first = next((tensor for tensor in _tensors(values) if tensor.ndim > 1), None)
+    return None if first is None else CallBatch(first.shape[0], _is_images(first))
+
+
+def _is_images(tensor: Tensor) -> bool:
+    """Return True for (rows, 3, height, width): attention masks and caches have four dimensions too."""
+    return tensor.ndim == 4 and tensor.shape[1] == 3 and tensor.is_floating_point()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

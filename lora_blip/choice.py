@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from lora_blip.call_batch import call_batch
+from lora_blip.call_batch import CallBatch, call_batch
 
 
 class Everywhere(Enum):
@@ -112,36 +112,35 @@ class Block:
     acting: Acting
     outer: Optional["Block"]  # the block of any model around it
     again: bool = False  # True in a recomputation, see `as_chosen`
-    batch: int | None = None  # the batch size of the call that is recomputed
+    batch: CallBatch | None = None  # of the call that is recomputed
     left: bool = False  # True if the block ended while another block or another context was current
 
 
 CURRENT: ContextVar[Block | None] = ContextVar("lora_blip_block", default=None)
 
 
-def places(rows: Tensor | None, acting: Acting, x: Tensor, batch: int | None = None) -> Tensor | None:
+def places(rows: Tensor | None, acting: Acting, x: Tensor, batch: CallBatch | None = None) -> Tensor | None:
     """Return where an adapter's rows are in the first dimension of x (rows, …), or None for nowhere.
 
-    A beam search repeats every row side by side. A matrix (rows · tokens, width) holds the tokens of a row side by
-    side if `batch`, the batch size of the model's call, says so. Raise LoRAError if the batch is of another size.
+    A beam search repeats every row side by side, and no image. A matrix (rows · tokens, width) holds the tokens of a row
+    side by side if `batch`, that of the model's call, says so. Raise LoRAError if the batch is of another size.
     """
     if x.ndim < 2:
         raise LoRAError("a vector without a batch dimension meets adapters that were chosen row by row; give x[None]")
-    size, sizes = x.shape[0], (acting.count, acting.count * acting.beams)
-    flattened = batch is not None and batch > 0 and x.ndim == 2 and size % batch == 0
-    known = batch is None or batch in sizes
+    size, beams = x.shape[0], 1 if batch is not None and batch.images else acting.beams
+    sizes = (acting.count, acting.count * beams)
+    flattened = batch is not None and batch.size > 0 and x.ndim == 2 and size % batch.size == 0
+    known = batch is None or batch.size in sizes
     if not known or not (size in sizes or flattened):
-        raise LoRAError(
-            f"a batch of {size if known else batch} rows meets adapters that were chosen for {acting.count}; "
-            "name one for every row"
-        )
+        found = size if batch is None or known else batch.size
+        raise LoRAError(f"a batch of {found} rows meets adapters that were chosen for {acting.count}; name one for every row")
     if rows is None:
         return None
     repeats = size // acting.count
     return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
 
 
-def enter(choice: Choice, acting: Acting, again: bool = False, batch: int | None = None) -> Block:
+def enter(choice: Choice, acting: Acting, again: bool = False, batch: CallBatch | None = None) -> Block:
     """Make a block the current one of this thread or task."""
     block = Block(choice, acting, CURRENT.get(), again, batch)
     with choice.lock:
@@ -163,7 +162,7 @@ def leave(block: Block) -> None:
 
 
 @contextmanager
-def in_force(blocks: list[tuple[Choice, Acting, int | None]]) -> Iterator[None]:
+def in_force(blocks: list[tuple[Choice, Acting, CallBatch | None]]) -> Iterator[None]:
     """Repeat blocks that were current when a layer was first computed, also in another thread."""
     entered = [enter(choice, acting, again=True, batch=batch) for choice, acting, batch in blocks]
     try:

@@ -95,6 +95,29 @@ def test_beams_repeat_rows_of_flattened_tokens_side_by_side():
         pass
 
 
+class Seeing(nn.Module):
+    """As BLIP's forward: images, flattened to patches, and a mask."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.inner = linear
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.inner(pixel_values.flatten(1)[:, :20].view(len(pixel_values), 5, 4))
+
+
+def test_no_search_repeats_images():
+    """Nine images for three names are a mistake, with beams = 3 too; nine texts may be those of a search."""
+    inner = line("a", "b")
+    model = Seeing(inner)
+    with lora.chosen(model, ["a", None, "b"], beams=3):
+        assert model(torch.randn(3, 3, 4, 4)).shape == (3, 5, 3)
+        assert inner(torch.randn(9, 5, 4)).shape == (9, 5, 3)
+        for call in (model, lambda pixels: model(pixel_values=pixels)):
+            with pytest.raises(LoRAError, match="a batch of 9 rows meets adapters that were chosen for 3"):
+                call(torch.randn(9, 3, 4, 4))
+
+
 @pytest.mark.parametrize("part", ["the model", "its encoder", "its text", "ViT", "Q-Former"])
 @pytest.mark.parametrize("kind", ["opt", "blip"])
 @torch.no_grad()
