@@ -4,14 +4,22 @@ import csv
 import errno
 import io
 import os
+import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lora_blip.untrusted import UNPRINTABLE
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
 
-FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")  # a cell that begins so may be run by a spreadsheet
+# where a cell begins: at its start, at a line's, and after what some countries' spreadsheets take for the separator; spaces
+# and invisible characters may come before the sign
+INVISIBLE = f"\\s\u00ad\u180e\u200b-\u200d\u2060{UNPRINTABLE}"
+START = re.compile(f"(?:^(?![;\t\n])|[;\t\n])(?=(?:(?![\t\n])[{INVISIBLE}])*(.?))")
+SIGNS = "=+-\u2212@"  # also as ＝, ﹢ or ⁻, which some programs read as the plain sign
 
 
 def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
@@ -37,7 +45,8 @@ def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
     """Return rows as CSV in which no text is a formula: a spreadsheet shows an apostrophe before it, and runs nothing.
 
-    Numbers stay numbers. Every CSV file that is written for people comes from here.
+    That holds if it takes semicolons or tabs for separators too: a text "a;=1" gets its apostrophe inside. Numbers stay
+    numbers. Every CSV file that is written for people comes from here.
     """
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
@@ -48,7 +57,12 @@ def _cell(value: object) -> object:
     if isinstance(value, int | float):
         return value
     text = str(value).replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a carriage return, which ends a row
-    return f"'{text}" if text.startswith(FORMULA) else text
+    text = START.sub(lambda match: f"{match[0]}'" if _is_sign(match[1]) else match[0], text)
+    return f"'{text}" if text.startswith(("\t", "\n")) else text
+
+
+def _is_sign(character: str) -> bool:
+    return unicodedata.normalize("NFKC", character) in [*SIGNS]
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -365,6 +366,34 @@ def test_no_cell_of_a_csv_is_a_formula_and_numbers_stay_numbers(start):
     (row,) = csv.reader(io.StringIO(text, newline=""))
     start = start.replace("\r", "\n")  # which csv would not quote
     assert row[:2] == [f"'{start}1+1", f"'{start}x.png"] and row[2:] == ["-1.5", "3", "a=b", "", ""]
+
+
+@pytest.mark.parametrize("before", ["", " ", "\u00a0 ", "\ufeff", "\u200b", "\x00", "a;", "a; ", "a\t", "a\n", "a\r\n", "a\r "])
+def test_no_part_of_a_text_is_a_formula_in_any_spreadsheet(before):
+    """Some trim spaces, some split at semicolons and tabs, some read a wide sign as the plain one."""
+    text = before.replace("\r\n", "\n").replace("\r", "\n")
+    start = text.rstrip(SPACES)
+    for sign in SIGNS:
+        (row,) = csv.reader(io.StringIO(csv_text([[f"{before}{sign}1+1", "b"]]), newline=""))
+        assert row == [f"{start}'{text[len(start) :]}{sign}1+1", "b"]
+
+
+def test_a_long_text_of_separators_is_written_at_once():
+    """The search for signs is linear."""
+    start = time.perf_counter()
+    for text in ("\t" * 200_000, ";" * 200_000, "\n " * 100_000, " " * 200_000, "; " * 100_000):
+        assert len(csv_text([[text]])) >= 200_000
+    assert time.perf_counter() - start < 5
+    assert csv_text([["\t=1"]]) == "'\t'=1\n"
+
+
+SIGNS = "=+-@\u2212\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b\u207a\u207b\u207c"  # plain, wide, small, raised
+SPACES = " \u00a0\ufeff\u200b\x00"
+
+
+def test_a_sign_within_a_text_is_left_alone():
+    for text in ("a-b; c", "a cube - red", "a;b=1", "; a", "一 + 二", "😀-1", "a, =b", "a b\n c"):
+        assert list(csv.reader(io.StringIO(csv_text([[text]]), newline=""))) == [[text]]
 
 
 def test_a_comparison_holds_no_formula(make):
