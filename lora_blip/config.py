@@ -8,6 +8,7 @@ import stat
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
@@ -243,20 +244,23 @@ def parse(
 
 
 def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
-    """Raise ConfigError for RANK = 4 or r = 4 beside the setting R: it would have no effect.
+    """Raise ConfigError for RANK = 4, r = 4 or rank = 4 beside the setting R: it would have no effect.
 
     Names that start with _ are the user's, and so are modules, classes and functions (`import PIL`).
     """
+    folded = [name.replace("_", "") for name in known]
     for name, value in script.items():
-        if name.startswith("_") or not isinstance(value, str | int | float | list | tuple | dict | set | None):
+        if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
             continue
+        plain = name.lower()
+        meant = known[folded.index(plain.replace("_", ""))] if plain.replace("_", "") in folded else OTHER_NAMES.get(plain)
         if name.isupper() and name.lower() not in known:
             raise ConfigError(
                 f"{name} is not a setting; did you mean {nearest(name.lower(), known).upper()}? "
                 f"Names of your own start with _: _{name}"
             )
-        if not name.isupper() and name.lower() in known:
-            raise ConfigError(f"{name} is not a setting; write {name.upper()}. Names of your own start with _: _{name}")
+        if not name.isupper() and meant in known:
+            raise ConfigError(f"{name} is not a setting; write {meant.upper()}. Names of your own start with _: _{name}")
 
 
 def _refuse_flag(flag: str, known: list[str]) -> NoReturn:

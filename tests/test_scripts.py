@@ -254,6 +254,13 @@ def test_ctrl_c_is_no_traceback(capsys):
         ({"MY_ROOT": "x"}, "Names of your own start with _: _MY_ROOT"),
         ({"EXTRA": None}, "EXTRA is not a setting"),
         ({"batch_size": 4}, "batch_size is not a setting; write BATCH_SIZE"),
+        ({"Batch_Size": 4}, "Batch_Size is not a setting; write BATCH_SIZE"),
+        ({"batchsize": 4}, "batchsize is not a setting; write BATCH_SIZE"),
+        ({"Epochs": 4}, "Epochs is not a setting; write EPOCHS"),
+        ({"rank": 4}, "rank is not a setting; write R."),
+        ({"learning_rate": 4}, "learning_rate is not a setting; write LR."),
+        ({"IMAGE_DIR": Path("photos")}, "IMAGE_DIR is not a setting"),
+        ({"RANKS": range(4)}, "RANKS is not a setting"),
     ],
 )
 def test_a_name_of_the_script_that_is_no_setting_is_an_error(script, message):
@@ -264,7 +271,7 @@ def test_a_name_of_the_script_that_is_no_setting_is_an_error(script, message):
 
 def test_names_of_the_users_own_are_free():
     """A leading underscore, lower case, and modules, classes and functions in upper case are no settings."""
-    own = {"_ROOT": "x", "root": "y", "PIL": json, "XY": Path, "F": print, "__name__": "__main__"}
+    own = {"_ROOT": "x", "root": "y", "texts": 1, "PIL": json, "XY": Path, "F": print, "__name__": "__main__"}
     assert parse(TrainConfig, own, []) == TrainConfig()
 
 
