@@ -74,6 +74,8 @@ def merge_drift(task: Task, batch: Batch, autocast: Autocast) -> dict[str, float
     with uncompiled(model), autocast():
         hooked = task.logits(batch).float()
         lora.merge(model)
-        merged = task.logits(batch).float()
-    lora.restore(model)
+        try:
+            merged = task.logits(batch).float()
+        finally:  # out of memory: the adapter stays on its hooks
+            lora.restore(model)
     return {"largest_difference": float((merged - hooked).abs().max()), "largest_logit": float(hooked.abs().max())}
