@@ -166,10 +166,12 @@ def eject(model: nn.Module, name: str | None = None) -> None:
             named = {_name(key) for key in leaving[path]}
             if any(block.acting.names(each) for block in linear.lora.choice.blocks for each in named):
                 raise LoRAError("the adapter is chosen by name in a block of `chosen`; leave that block first")
-        check_mergeable(model, {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged})
+        refold = {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged}
+        check_mergeable(model, refold)
+        _fold_all(hooked, refold)
         for path, linear in hooked.items():
             if linear.lora.merged & leaving[path]:
-                _fold(linear, staying[path]) if staying[path] else _write_back(linear)
+                _write_back(linear)
             for key in leaving[path]:
                 del linear.lora[key]
             if not linear.lora:
@@ -228,14 +230,7 @@ def merge(model: nn.Module, *names: str) -> None:
         keys = {p: m.lora.merged | {k for k in m.lora if not names or _name(k) in names} for p, m in hooked.items()}
         keys = {path: some for path, some in keys.items() if some}
         check_mergeable(model, keys)
-        before = {path: hooked[path].lora.merged for path in keys}
-        try:
-            for path, some in keys.items():
-                _fold(hooked[path], some)
-        except BaseException:  # out of memory, or interrupted
-            for path, some in before.items():
-                _fold(hooked[path], some) if some else _write_back(hooked[path])
-            raise
+        _fold_all(hooked, keys)
 
 
 def restore(model: nn.Module) -> None:
@@ -248,12 +243,14 @@ def restore(model: nn.Module) -> None:
 def bake(model: nn.Module) -> None:
     """Merge for good: the weights keep the update; adapters, hooks and originals are gone, and no memory is held.
 
-    Raises LoRAError as `merge` does.
+    Until the last weight is written, the originals are kept in the CPU's memory. A bake that fails puts every weight
+    back. Raises LoRAError as `merge` does.
     """
     with _writing(model) as hooked:
-        check_mergeable(model, {path: frozenset(linear.lora) for path, linear in hooked.items()})
+        keys = {path: frozenset(linear.lora) for path, linear in hooked.items()}
+        check_mergeable(model, keys)
+        _fold_all(hooked, keys, torch.device("cpu"))
         for linear in hooked.values():
-            _fold(linear, frozenset(linear.lora), keep_original=False)
             _detach(linear)
     _clear_if_bare(model)
 
@@ -271,17 +268,25 @@ def _writing(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield _hooked(model)
 
 
+def _fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: torch.device | None = None) -> None:
+    """Merge the adapters `keys` (path → keys), or put every weight back if one fails: out of memory, or interrupted."""
+    before = {path: hooked[path].lora.merged for path in keys}
+    try:
+        for path, some in keys.items():
+            _fold(hooked[path], some, keep_on)
+    except BaseException:
+        for path, some in before.items():
+            _fold(hooked[path], some) if some else _write_back(hooked[path])
+        raise
+
+
 @torch.no_grad()
-def _fold(linear: Any, keys: frozenset[str], keep_original: bool = True) -> None:
-    """Write original + Σ ΔW of `keys` into the weight, always starting from the original."""
+def _fold(linear: Any, keys: frozenset[str], keep_on: torch.device | None = None) -> None:
+    """Write original + Σ ΔW of `keys` into the weight. Keep the original on a device, by default the weight's own."""
     updates: Updates = linear.lora
-    if updates.original is None and keep_original:
-        updates.original = linear.weight.detach().clone()
-        total = summed(linear, keys)
-    else:
-        total = summed(linear, keys, in_place=True)
-    if total.data_ptr() != linear.weight.data_ptr():
-        linear.weight.copy_(total)
+    if updates.original is None:
+        updates.original = linear.weight.detach().to(device=keep_on, copy=True)
+    linear.weight.copy_(summed(linear, keys))
     updates.merged = frozenset(keys)
 
 
@@ -305,6 +310,10 @@ def chosen(model: nn.Module, names: str | Sequence[str | None] | None, beams: in
     repeats every row so many times. Leave the block before `yield` in a generator: it holds for the caller too until the
     generator continues, as torch.no_grad does. Raises LoRAError for an unknown name, no name at all, when adapters are
     merged, and in the forward when the model is called with another number of rows.
+
+    Two mistakes cannot be detected. With `beams`, a plain forward of len(names) · beams texts is taken for a search; images
+    are never repeated by one, so they are checked. A model whose tensors put time before the rows gives the adapters to
+    wrong rows if there are as many steps as rows, or if it flattens both; BLIP and BLIP-2 put rows first.
     """
     if names is None:
         yield
@@ -415,7 +424,7 @@ def _attach(linear: Any, site: Site, dropout: float, name: str) -> None:
     if not _has_adapters(linear):
         linear.lora = Updates()
         linear.register_forward_pre_hook(hand_over, with_kwargs=True)
-        linear.register_forward_hook(add_update, with_kwargs=True)
+        linear.register_forward_hook(add_update, with_kwargs=True, prepend=True)  # other hooks see W + ΔW, as if merged
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks_with_kwargs
 
 from lora_blip.choice import LoRAError
 from lora_blip.products import QuickLinear
@@ -31,12 +32,11 @@ def check_mergeable(model: nn.Module, wanted: Mapping[str, frozenset[str]]) -> N
 
 
 @torch.no_grad()
-def summed(linear: Any, keys: frozenset[str], in_place: bool = False) -> Tensor:
-    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W. `in_place` allows W itself."""
+def summed(linear: Any, keys: frozenset[str]) -> Tensor:
+    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W."""
     updates, weight = linear.lora, linear.weight.detach()  # detached, not .data: autograd notices that it changes
     start = weight if updates.original is None else updates.original
-    wide = torch.promote_types(start.dtype, torch.float32)
-    total = weight if in_place and start is weight and weight.dtype == wide else start.to(weight.device, wide, copy=True)
+    total = start.to(weight.device, torch.promote_types(start.dtype, torch.float32), copy=True)
     for lora in (updates[key] for key in sorted(keys)):
         rows = total[lora.padding[0] : len(total) - lora.padding[1]]
         rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)  # autocast casts no in-place operation
@@ -65,6 +65,7 @@ def _check_weight(path: str, linear: Any) -> None:
             "linear.weight = nn.Parameter(linear.weight.clone())"
         )
     _check_forward(path, linear)
+    _check_hooks(path, linear)
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def _check_forward(path: str, linear: Any) -> None:
     if type(linear).forward in PLAIN_FORWARDS and "forward" not in vars(linear):
         return
     weight = linear.weight
-    x = torch.linspace(-1, 1, 2 * linear.in_features, device=weight.device).view(2, -1).to(weight.dtype)
+    x = _probe(linear)
     bound = 1e-4 if weight.dtype.itemsize > 2 else 5e-2
     try:
         with torch.autocast(weight.device.type, enabled=False):
@@ -90,6 +91,34 @@ def _check_forward(path: str, linear: Any) -> None:
             f"{path!r} ({type(linear).__name__}) computes something other than W x + b, so a merge would change its update; "
             "use the adapter unmerged, or leave this module out of the targets"
         )
+
+
+@torch.no_grad()
+def _check_hooks(path: str, linear: Any) -> None:
+    """Raise LoRAError if a foreign hook that runs before ours changes the output: merged, it would change the update too."""
+    own = list(linear._forward_hooks.items())
+    ours = next((place for place, (_, hook) in enumerate(own) if getattr(hook, "__module__", "") == "lora_blip.lora"), 0)
+    earlier = [*_global_forward_hooks.items(), *own[:ours]]
+    if not earlier:
+        return
+    x = _probe(linear)
+    found = F.linear(x, linear.weight, linear.bias)
+    plain = found.clone()
+    for number, hook in earlier:
+        keywords = number in linear._forward_hooks_with_kwargs or number in _global_forward_hooks_with_kwargs
+        result = hook(linear, (x,), {}, found) if keywords else hook(linear, (x,), found)
+        found = found if result is None else result
+    if not torch.equal(found, plain):
+        raise LoRAError(
+            f"{path!r} has a forward hook that changes its output before the adapter's update is added, so a merge would give "
+            "another result; remove the hook, or use the adapter unmerged"
+        )
+
+
+def _probe(linear: Any) -> Tensor:
+    """Return two inputs, shape (2, in_features)."""
+    x = torch.linspace(-1, 1, 2 * linear.in_features, device=linear.weight.device)
+    return x.view(2, -1).to(linear.weight.dtype)
 
 
 @torch.no_grad()

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_blip.choice import LoRAError
+from lora_blip.untrusted import quoted
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # and not a subclass, which may store or compute its values in another way
 FLOAT32 = torch.finfo(torch.float32)
 BLOCK = re.compile(r"[\w-]{1,64}")
 MOST_DROPOUT = 0.999_999
+MOST_RANK = 2**16  # that of the setting `r`: a larger one is a slip, and fills the memory
 TIED = "tied_to"  # attribute of a head whose weight was shared, see `weights.cast_once`
 
 
@@ -105,7 +107,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
         raise LoRAError("the list of sites is empty, so there is nothing to train; targets.find(model, 'vit') gives sites")
     if _compiled(modules.values()):
         raise LoRAError("this model went through torch.compile, which would ignore adapters without a word; inject them first")
-    if not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
         raise LoRAError(f"dropout = {dropout!r} is no share from 0 to below 1")
     shared, addresses = _tied(modules), set()
     for site in sites:
@@ -121,21 +123,18 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
         if site.address in addresses or (site.block and site.address in modules):
             raise LoRAError(f"{site.address!r} is named twice, by two sites or by a site and a module; keep one")
         addresses.add(site.address)
+        refuse_meta(site.module, linear)
         _check_place(site, linear)
 
 
 def _check_numbers(site: Site) -> None:
     """The numbers that a file can hold and float32 can compute with."""
-    if not isinstance(site.r, int) or isinstance(site.r, bool) or site.r < 1:
-        raise LoRAError(f"{site.address!r}: r={site.r!r} is no whole number from 1")
-    if (
-        isinstance(site.alpha, bool)
-        or not isinstance(site.alpha, int | float)
-        or not (site.alpha > 0 and math.isfinite(site.alpha))
-    ):
-        raise LoRAError(f"{site.address!r}: alpha={site.alpha!r} is no positive finite number")
-    if not FLOAT32.tiny <= site.alpha / site.r <= FLOAT32.max:
-        raise LoRAError(f"{site.address!r}: alpha / r = {site.alpha / site.r:g} is beyond float32")
+    if type(site.r) is not int or not 1 <= site.r <= MOST_RANK:
+        raise LoRAError(f"{site.address!r}: r={quoted(site.r)} is no whole number from 1 to {MOST_RANK}")
+    if isinstance(site.alpha, bool) or not isinstance(site.alpha, int | float) or not 0 < site.alpha < math.inf:
+        raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)} is no positive finite number")
+    if site.alpha > FLOAT32.max * site.r or site.alpha / site.r < FLOAT32.tiny:
+        raise LoRAError(f"{site.address!r}: alpha / r = {quoted(site.alpha)} / {site.r} is beyond float32")
 
 
 def _check_place(site: Site, linear: Any) -> None:

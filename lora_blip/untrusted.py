@@ -154,7 +154,10 @@ def _escaped(unsafe: re.Pattern[str], text: str) -> str:
 
 def quoted(value: object) -> str:
     """A value as Python writes it, in at most a line: control characters escaped, a long one with its middle left out."""
-    text = QUOTE.repr(value)
+    try:
+        text = QUOTE.repr(value)
+    except ValueError:  # of an int with more digits than Python writes
+        text = f"{type(value).__name__} of many digits"
     return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]} …"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lora_blip import fused, lora, weights
+from lora_blip import fused, lora, mergeable, weights
 from lora_blip.lora import LoRAError
 from lora_blip.products import QuickLinear
 from lora_blip.sites import Site
@@ -201,8 +201,9 @@ def test_a_kind_of_linear_that_computes_w_x_plus_b_is_merged():
         torch.testing.assert_close(model(x), hooked, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("write", [lora.merge, lora.bake])
 @pytest.mark.parametrize("earlier", [(), ("a",)])
-def test_a_merge_that_fails_halfway_puts_every_weight_back(monkeypatch, earlier):
+def test_a_merge_or_bake_that_fails_halfway_puts_every_weight_back(monkeypatch, earlier, write):
     """Out of memory at the last linear: weights are those before the call, merged or not, and outputs too."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
     if earlier:
@@ -210,19 +211,94 @@ def test_a_merge_that_fails_halfway_puts_every_weight_back(monkeypatch, earlier)
     x, before = torch.randn(3, 4), [linear.weight.clone() for linear in model]
     hooked, fold = model(x), lora._fold
 
-    def fail(linear: Any, keys: frozenset[str]) -> None:
+    def fail(linear: Any, keys: frozenset[str], *more: Any) -> None:
         if linear is model[2] and "b" in keys:
             raise MemoryError
-        fold(linear, keys)
+        fold(linear, keys, *more)
 
     monkeypatch.setattr(lora, "_fold", fail)
     with pytest.raises(MemoryError):
-        lora.merge(model)
+        write(model)
     assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
     assert all(linear.lora.merged == set(earlier) for linear in model) and torch.equal(model(x), hooked)
     monkeypatch.undo()
-    lora.merge(model)
+    write(model)
     torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
+
+
+def test_an_eject_that_fails_halfway_puts_every_weight_back(monkeypatch):
+    """Ejecting one of two merged adapters writes the other's sum: all of the linears or none."""
+    model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
+    lora.merge(model)
+    before, sums = [linear.weight.clone() for linear in model], []
+
+    def fail(linear: Any, keys: frozenset[str]) -> torch.Tensor:
+        sums.append(keys)
+        if len(sums) == 2:
+            raise MemoryError
+        return mergeable.summed(linear, keys)
+
+    monkeypatch.setattr(lora, "summed", fail)
+    with pytest.raises(MemoryError):
+        lora.eject(model, "a")
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
+    assert lora.names(model) == ["a", "b"] and all(linear.lora.merged == {"a", "b"} for linear in model)
+
+
+class Scaling:
+    """A forward hook of somebody else."""
+
+    def __call__(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 2 + 1
+
+
+def scale_in_place(_module: nn.Module, _args: Any, _kwargs: Any, output: torch.Tensor) -> None:
+    output.mul_(2)
+
+
+def watch_only(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    output.sum()
+
+
+@pytest.mark.parametrize("when", ["before the adapter", "after the adapter"])
+def test_a_foreign_hook_sees_the_update_whenever_it_was_registered(when):
+    """Merged is hooked, also if a hook scales what the linear returns: W + ΔW is scaled."""
+    model, plain, x = net(), net(), torch.randn(3, 4)
+    if when == "before the adapter":
+        model[1].register_forward_hook(Scaling())
+    adapt(model), adapt(plain)
+    plain.load_state_dict(model.state_dict())
+    if when == "after the adapter":
+        model[1].register_forward_hook(Scaling())
+    hooked = model(x)
+    torch.testing.assert_close(hooked, plain[2](plain[1](plain[0](x)) * 2 + 1))
+    lora.merge(model)
+    torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", [lora.merge, lora.bake])
+@pytest.mark.parametrize("where", ["prepended", "prepended, with keywords", "of all modules"])
+def test_a_foreign_hook_before_the_adapter_s_may_watch_and_not_change(where, write):
+    """One that changes the output first is named, since a merge would change the update; a watcher is let through."""
+    for hook, sound in ((watch_only, True), (Scaling(), False)):
+        model, x = adapt(net()), torch.randn(3, 4)
+        if where == "of all modules":
+            handle = nn.modules.module.register_module_forward_hook(hook)
+        elif where == "prepended" or sound:
+            handle = model[1].register_forward_hook(hook, prepend=True)
+        else:
+            handle = model[1].register_forward_hook(scale_in_place, prepend=True, with_kwargs=True)
+        try:
+            hooked, before = model(x), model[0].weight.clone()
+            if sound:
+                write(model)
+                torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
+            else:
+                with pytest.raises(LoRAError, match=r"'[01]' has a forward hook that changes its output before"):
+                    write(model)
+                assert torch.equal(model[0].weight, before) and torch.equal(model(x), hooked)
+        finally:
+            handle.remove()
 
 
 def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):
@@ -364,8 +440,7 @@ def test_a_model_on_the_meta_device_is_one_clear_error(tmp_path):
     from lora_blip import adapter
 
     path = adapter.save(tmp_path / "a.safetensors", adapt(net()))
-    with torch.device("meta"):
-        bare, carrying = net(), adapt(net())
+    bare, carrying = net().to("meta"), adapt(net()).to("meta")
     for act in (
         lambda: adapter.load(bare, path),
         lambda: lora.merge(carrying),

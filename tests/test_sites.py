@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lora_blip import lora
+from lora_blip.config import LARGEST
 from lora_blip.lora import LoRAError
-from lora_blip.sites import Site
+from lora_blip.sites import MOST_RANK, Site
 from tests.test_chosen import line, plus
 
 NAN, INF = float("nan"), float("inf")
@@ -30,12 +31,15 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "alpha zero": ([Site("0", alpha=0.0)], "'0': alpha=0.0"),
     "alpha negative": ([Site("0", alpha=-2.0)], "'0': alpha=-2.0"),
     "alpha that no JSON holds": ([Site("0", alpha=np.float32(2))], "'0': alpha="),  # type: ignore[arg-type]
-    "scale beyond float32": ([Site("0", 1, 1e39)], "'0': alpha / r = 1e[+]39"),
+    "scale beyond float32": ([Site("0", 1, 1e39)], "'0': alpha / r = 1e[+]39 / 1 is"),
     "scale below float32": ([Site("0", 8, 1e-38)], "'0': alpha / r"),
+    "alpha of many digits": ([Site("0", alpha=10**5000)], "'0': alpha / r = int of many digits / 8"),
     "r zero": ([Site("0", 0)], "'0': r=0"),
     "r negative": ([Site("0", -3)], "'0': r=-3"),
     "r a fraction": ([Site("0", 2.5)], "'0': r=2.5"),  # type: ignore[arg-type]
     "r true": ([Site("0", True)], "'0': r=True"),
+    "r that fills the memory": ([Site("0", 10**9)], "'0': r=1000000000 is no whole number from 1 to 65536"),
+    "r of many digits": ([Site("0", 10**5000)], "'0': r="),
     "twice": ([Site("0"), Site("0")], "'0' is named twice"),
     "twice with another r": ([Site("0", 2), Site("0", 4)], "'0' is named twice"),
     "one block twice": ([Site("0", block="q", rows=(0, 2)), Site("0", block="q", rows=(2, 4))], "'0.q' is named twice"),
@@ -60,7 +64,7 @@ def test_a_site_that_makes_no_sound_update_is_named_and_nothing_changes(what):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("dropout", [NAN, -0.1, 1.0, 1.5, INF])
+@pytest.mark.parametrize("dropout", [NAN, -0.1, 1.0, 1.5, INF, None, "0.1"])
 def test_dropout_is_a_share_below_one_at_the_first_inject_and_at_the_next(dropout):
     model = net()
     with pytest.raises(LoRAError, match="dropout"):
@@ -70,6 +74,19 @@ def test_dropout_is_a_share_below_one_at_the_first_inject_and_at_the_next(dropou
     with pytest.raises(LoRAError, match="dropout"):
         lora.inject(model, [Site("0")], dropout)
     assert lora.adapters(model)["0"].dropout == 0.25
+
+
+def test_the_largest_rank_is_that_of_the_setting():
+    assert LARGEST["r"] == MOST_RANK
+
+
+def test_a_model_on_the_meta_device_takes_no_adapter():
+    """`to_empty` would leave A and B with whatever is in the memory."""
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(LoRAError, match=r"'1' is on the meta device, so the model has no weights yet; load them first"):
+        lora.inject(model, [Site("1")])
+    assert not lora.names(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_what_is_no_site_is_named_with_the_fix():

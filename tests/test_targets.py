@@ -79,8 +79,8 @@ def test_true_sizes_on_the_meta_device():
     with torch.device("meta"):
         blip = BlipForConditionalGeneration(large)
         blip2 = Blip2ForConditionalGeneration(Blip2Config(text_config=opt, image_token_index=50265))
-    found = lora.inject(blip, targets.find(blip, "vit", r=8))
-    assert len(found) == 96 and sum(x.A.numel() + x.B.numel() for x in found.values()) == 3_145_728
+    found = [(site.r, blip.get_submodule(site.module)) for site in targets.find(blip, "vit", r=8)]
+    assert len(found) == 96 and sum(r * (linear.in_features + linear.out_features) for r, linear in found) == 3_145_728
     counts = {part: len(addresses(blip2, part)) for part in ("vit", "qformer", "lm")}
     assert counts == {"vit": 156, "qformer": 96, "lm": 192}
     assert len(addresses(blip2, "vit,qformer")) == 252
