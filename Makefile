@@ -3,6 +3,7 @@
 # make test        every test but those that need a GPU, in two processes (JOBS=4: four)        make lint    ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 # make chaos       a training that is killed fifty times, in fp32 and in bf16, ends as if it were not
+# make versions    the fast path beside the plain one on each supported transformers, and the core tests on two of them
 # make mutants     plant small faults in the source and list those that no test notices, at most 90 minutes
 
 SHELL := /bin/bash
@@ -11,7 +12,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench chaos mutants bases clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench chaos versions mutants bases clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -39,6 +40,9 @@ bench: .venv/.dev
 chaos: .venv/.plots
 	$(PYTHON) -m benchmarks.chaos --precision fp32
 	$(PYTHON) -m benchmarks.chaos --precision bf16
+
+versions: .venv/.dev
+	$(PYTHON) -m benchmarks.versions --tests
 
 mutants: .venv/.dev
 	$(PYTHON) -m benchmarks.mutants
