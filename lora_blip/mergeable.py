@@ -36,7 +36,8 @@ def summed(linear: Any, keys: frozenset[str]) -> Tensor:
     """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W."""
     updates, weight = linear.lora, linear.weight.detach()  # detached, not .data: autograd notices that it changes
     start = weight if updates.original is None else updates.original
-    total = start.to(weight.device, torch.promote_types(start.dtype, torch.float32), copy=True)
+    wide = torch.promote_types(start.dtype, torch.float32)
+    total = start.to(weight.device, wide, copy=True)
     for lora in (updates[key] for key in sorted(keys)):
         rows = total[lora.padding[0] : len(total) - lora.padding[1]]
         rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)  # autocast casts no in-place operation
