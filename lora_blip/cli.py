@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, TrainConfig, nearest, parse
-from lora_blip.limits import ADVICE, is_process_limit
+from lora_blip.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
 from lora_blip.untrusted import for_terminal, printable_lines
 
 
@@ -68,10 +68,11 @@ def tell(go: Callable[[], None]) -> None:
             raise SystemExit(2) from None
         if isinstance(error, known):
             stop(error)
-        if is_process_limit(error):
+        if is_lost_worker(error) or is_process_limit(error):
             for child in multiprocessing.active_children():
                 child.kill()  # loader workers ignore SIGTERM, and Python waits for them when it ends
-            stop(RuntimeError(ADVICE))
+            sys.unraisablehook = lambda _: None  # loaders that are deleted start a thread, to end their workers
+            stop(RuntimeError(LOST_WORKER if is_lost_worker(error) else ADVICE))
         sys.excepthook = print_traceback
         raise
     finally:

@@ -1,14 +1,35 @@
 """Limits of the system that look like other errors: threads and processes (`ulimit -u`)."""
 
 import errno
+import threading
 
 ADVICE = (
     "the system allows no more threads or processes (ulimit -u). Raise the limit, end other programs, or use fewer: "
     "NUM_WORKERS = 0 (--num-workers 0), and OMP_NUM_THREADS=1 in the environment"
 )
 
+LOST_WORKER = (
+    "a process that loads images was ended by the system, which has too little memory (also in /dev/shm), or allows too few "
+    "processes (ulimit -u). Use fewer: NUM_WORKERS = 0 (--num-workers 0) loads images in the main process"
+)
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Return True if a worker of a DataLoader crashed or was killed."""
+    return str(error).startswith("DataLoader worker (pid")
+
 
 def is_process_limit(error: BaseException) -> bool:
     """Return True if the system refused to start a thread or a process."""
-    refused = isinstance(error, OSError) and error.errno == errno.EAGAIN
-    return refused or "can't start new thread" in str(error)
+    if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+        return True
+    return "can't start new thread" in str(error) or not can_start_a_thread()
+
+
+def can_start_a_thread() -> bool:
+    """Return False at the limit. OpenMP ends the program there, and other threads then fail with any message."""
+    try:
+        threading.Thread(target=int).start()
+    except RuntimeError:
+        return False
+    return True

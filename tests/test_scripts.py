@@ -7,11 +7,13 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from lora_blip.cli import run_infer, run_train
 from lora_blip.config import ConfigError, InferConfig, TrainConfig, parse
@@ -394,6 +396,43 @@ def test_a_limit_of_processes_is_named(monkeypatch, capsys):
             patch.chdir(ROOT)
             tell(lambda act=act: next(act()))
         assert "allows no more threads or processes (ulimit -u)" in capsys.readouterr().err
+
+
+def test_a_limit_of_processes_is_found_whatever_the_error_says(monkeypatch, capsys):
+    """OpenMP ends the program at the limit, and another thread then fails with some message of its own."""
+    from lora_blip.cli import tell
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def fail() -> None:
+        raise TypeError("unknown parameter type")
+
+    with pytest.raises(TypeError, match="unknown parameter type"):
+        tell(fail)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(SystemExit):
+        tell(fail)
+    assert "allows no more threads or processes (ulimit -u)" in capsys.readouterr().err
+
+
+class Ending(Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        os._exit(7)
+
+
+def test_a_loading_process_that_is_killed_is_one_error_with_the_setting(capsys):
+    """Out of memory, /dev/shm or processes: PyTorch's error names none of them, and no setting."""
+    from lora_blip.cli import tell
+
+    with pytest.raises(SystemExit) as stopped:
+        tell(lambda: print(*DataLoader(Ending(), num_workers=1)))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: a process that loads images was ended")
+    assert "--num-workers 0" in said and said.count("\n") == 1
 
 
 def test_the_doctor_reports(capsys, monkeypatch):
