@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import lora, targets
+from lora_blip import curves, lora, targets
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone, autocasting, load_backbone
@@ -51,6 +51,13 @@ def _checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """In this process the fast path counts as checked on this machine; tests of the check itself begin without that."""
     if request.module.__name__ != "tests.test_verification":
         monkeypatch.setattr(verification, "is_verified", lambda _: True)
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss curve takes longer than most of the trainings here. Tests of it have the marker `plots`."""
+    if not request.node.get_closest_marker("plots"):
+        monkeypatch.setattr(curves, "draw", lambda _: None)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,7 @@ def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, m
     assert 0 < drift["largest_difference"] < 1e-4 * drift["largest_logit"]
 
 
+@pytest.mark.plots
 def test_a_run_leaves_its_settings_its_metrics_and_falls(checkpoints, tmp_path):
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=6, accumulation=2, validate_every=3)
     path = train(config)
@@ -493,6 +494,7 @@ def test_what_validation_cannot_give_is_refused_before_anything_is_written(check
     assert [path.name for path in Path(settings(blip, source).output_dir).iterdir()] == [".cache"]  # of validation's pictures
 
 
+@pytest.mark.plots
 def test_without_held_out_images_a_run_trains_and_has_no_best(checkpoints, tmp_path, capsys):
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), val_fraction=0.0, epochs=1))
     assert not (path.parent / BEST_NAME).exists() and not any("val_loss" in entry for entry in metrics_of(path))
@@ -511,6 +513,7 @@ def test_tensorboard_holds_the_scalars_of_the_metrics(checkpoints, tmp_path):
     assert found == pytest.approx(expected, rel=1e-6) and ("val_loss", 0) in found and ("loss", 9) in found
 
 
+@pytest.mark.plots
 def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
     """Each score that is a share has a line of its own, with its points; what is no number is left out."""
     from matplotlib.figure import Figure

@@ -67,10 +67,10 @@ def losses_of(path: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "where"), [("blip", "text"), ("blip", "vit[1:2]"), ("opt", "qformer"), ("t5", "lm"), ("itm", "text")]
 )
-def test_twenty_steps_from_the_cache_are_twenty_from_the_pixels(kind, where, checkpoints, tmp_path):
+def test_ten_steps_from_the_cache_are_ten_from_the_pixels(kind, where, checkpoints, tmp_path):
     """Losses within 1e-3 of those without a cache; with a cache that is empty, full or half full they are the same bits."""
     source = tiny.write_photos(tmp_path, 8)
-    common = {"targets": where, "augment": False, "max_steps": 20, "epochs": 20, "batch_size": 3, "val_fraction": 0.2}
+    common = {"targets": where, "augment": False, "max_steps": 10, "epochs": 20, "batch_size": 3, "val_fraction": 0.2}
     plain = losses_of(train(settings(checkpoints[kind], source, **common, cache_gb=0.0)))
     runs = [train(settings(checkpoints[kind], source, **common, cache_gb=1.0)) for _ in range(2)]
     root = Path(settings(checkpoints[kind], source).output_dir) / ".cache"
@@ -82,7 +82,7 @@ def test_twenty_steps_from_the_cache_are_twenty_from_the_pixels(kind, where, che
     runs.append(train(settings(checkpoints[kind], source, **common, cache_gb=1.0)))
     tiny_cache = settings(checkpoints[kind], source, **common, cache_gb=2e-6, output_dir=str(tmp_path / "elsewhere"))
     runs.append(train(tiny_cache))
-    assert len(plain) >= 20 and all(losses_of(run) == losses_of(runs[0]) for run in runs[1:])
+    assert len(plain) >= 10 and all(losses_of(run) == losses_of(runs[0]) for run in runs[1:])
     assert losses_of(runs[0]) == pytest.approx(plain, rel=1e-3)
     assert len({(run.parent / "adapter.safetensors").read_bytes()[-1000:] for run in runs}) == 1
 
