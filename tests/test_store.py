@@ -6,8 +6,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -140,36 +138,39 @@ def test_a_stranger_s_file_is_no_value(kept, name):
         assert kept.put(KEY, value_of(2)) and torch.equal(kept.get(KEY), value_of(2))
 
 
-DYING = """
-import sys
-import torch
-from pathlib import Path
-from lora_blip.data.store import Store
-from tests.test_store import key_of, value_of
-kept = Store(Path(sys.argv[1]), {"a": 1}, 10**9)
-print("ready", flush=True)
-for number in range(10**9):
-    kept.put(key_of(number % 50), value_of(number % 50, 300, 300, 3))
-    if number % 50 == 49:
-        for path in kept.values.glob("*/*.safetensors"):
-            path.unlink(missing_ok=True)
-"""
+def write_without_end(folder: Path, ready: int) -> None:
+    kept = Store(folder, {"a": 1}, 10**9)
+    os.write(ready, b".")
+    for number in range(10**9):
+        kept.put(key_of(number % 50), value_of(number % 50, 300, 300, 3))
+        if number % 50 == 49:
+            for path in kept.values.glob("*/*.safetensors"):
+                path.unlink(missing_ok=True)
 
 
 def test_a_kill_at_any_moment_leaves_whole_values(tmp_path):
     """Two processes write the same keys and are killed 8 times: what is there is whole, and nothing half is left for long."""
     rng = random.Random(1)
-    command = [sys.executable, "-c", DYING, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     found = 0
     for _ in range(4):
-        both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
-        for process in both:
-            assert process.stdout and process.stdout.readline() == b"ready\n"
+        told, ready = os.pipe()
+        both = []
+        for _ in range(2):
+            child = os.fork()
+            if not child:
+                try:
+                    write_without_end(tmp_path, ready)
+                finally:
+                    os._exit(1)
+            both.append(child)
+        for _ in both:
+            assert os.read(told, 1) == b"."
         time.sleep(rng.uniform(0.01, 0.15))
-        for process in both:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        for child in both:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(told)
+        os.close(ready)
         kept = Store(tmp_path, {"a": 1}, 10**9)
         there = [number for number in range(50) if key_of(number) in kept]
         found += len(there)
@@ -188,7 +189,7 @@ def write_all(folder: Path, first: int) -> int:
 
 
 def test_processes_that_write_the_same_keys_at_once_agree(tmp_path):
-    with get_context("spawn").Pool(2) as pool:
+    with get_context("fork").Pool(2) as pool:
         assert pool.starmap(write_all, [(tmp_path, 0), (tmp_path, 15)]) == [30, 30]
     kept = Store(tmp_path, {"a": 1}, PLENTY)
     assert all(torch.equal(kept.get(key_of(n)), value_of(n)) for n in range(30))
