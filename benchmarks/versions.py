@@ -110,7 +110,7 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.versions", "--row", version]
             failed |= subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0
             if options.tests and version in (VERSIONS[0], VERSIONS[-1]):
-                tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", *CORE]
+                tests = [sys.executable, "-m", "pytest", "-n", "2", *CORE]
                 failed |= subprocess.run(tests, cwd=ROOT, env=environment, check=False).returncode != 0
     raise SystemExit(1 if failed else 0)
 
