@@ -15,8 +15,8 @@ from lora_blip.untrusted import UNPRINTABLE
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
 
-# where a cell begins: at its start, at a line's, and after what some countries' spreadsheets take for the separator; spaces
-# and invisible characters may come before the sign
+# The places where a spreadsheet may see the start of a cell: of the text, of a line in it, and after a separator that some
+# countries use. Spaces and invisible characters may come before the sign.
 INVISIBLE = f"\\s\u00ad\u180e\u200b-\u200d\u2060{UNPRINTABLE}"
 START = re.compile(f"(?:^(?![;\t\n])|[;\t\n])(?=(?:(?![\t\n])[{INVISIBLE}])*(.?))")
 SIGNS = "=+-\u2212@"  # also as ＝, ﹢ or ⁻, which some programs read as the plain sign

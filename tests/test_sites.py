@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "r negative": ([Site("0", -3)], "'0': r=-3"),
     "r a fraction": ([Site("0", 2.5)], "'0': r=2.5"),  # type: ignore[arg-type]
     "r true": ([Site("0", True)], "'0': r=True"),
-    "r that fills the memory": ([Site("0", 10**9)], "'0': r=1000000000 is no whole number from 1 to 65536"),
+    "r that fills the memory": ([Site("0", 2**16 + 1)], "'0': r=65537 is no whole number from 1 to 65536"),
     "r of many digits": ([Site("0", 10**5000)], "'0': r="),
     "twice": ([Site("0"), Site("0")], "'0' is named twice"),
     "twice with another r": ([Site("0", 2), Site("0", 4)], "'0' is named twice"),
