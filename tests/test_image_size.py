@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,8 @@ def test_an_adapter_on_a_backbone_of_another_size_is_refused_unless_that_was_cho
     adapter.load(load_backbone(wanted.base, "cpu", image_size=tiny.SIDE), wanted)
     with pytest.warns(UserWarning, match="16×16"):
         adapter.load(load_backbone(wanted.base, "cpu").model, wanted)
+    with warnings.catch_warnings(action="error"):
+        adapter.load(load_backbone(wanted.base, "cpu", image_size=16).model, wanted)
 
 
 def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, tmp_path):
