@@ -364,7 +364,7 @@ def test_a_run_that_died_at_any_byte_goes_on_to_the_same_bytes(config, sample):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
-    """SIGKILL at random moments of its work, until it is through."""
+    """SIGKILL at random moments of its work, until the run is finished."""
     content = whole(config)
     rng, kills = random.Random(0), 0
 
@@ -373,18 +373,22 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
         infer(config)
 
     while not (about := output._read_about(Path("out"))) or not about["finished"]:
+        before = length_of("out")
         child = forked(run)
         if kills == 0:
             time.sleep(0.1)  # before it has written
-        elif kills == 1:
-            while not bytes_of("out").get(output.FILE_NAME):  # in the middle
+        else:  # after it has written more: a slow machine must not kill each life before it does anything
+            while length_of("out") == before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 time.sleep(0.01)
-        else:
-            time.sleep(rng.uniform(0.2, 0.7))
+            time.sleep(rng.uniform(0, 0.3))
         os.kill(child, signal.SIGKILL)
         kills += ended(child) == -signal.SIGKILL
         assert all(whole.startswith(part[: part.rfind(b"\n") + 1]) for whole, part in zip_files(content, bytes_of("out")))
     assert kills > 1 and bytes_of("out") == content
+
+
+def length_of(folder: str) -> int:
+    return len(bytes_of(folder).get(output.FILE_NAME, b""))
 
 
 def zip_files(one: dict[str, bytes], other: dict[str, bytes]) -> list[tuple[bytes, bytes]]:
