@@ -55,7 +55,7 @@ bases: .venv/.plots
 
 .venv/.plots .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(if $(filter dev,$*),plots$(comma)dev,plots)]'
+	$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(if $(filter dev,$*),plots$(comma)dev,plots)]'
 	@touch $@
 
 comma := ,
