@@ -62,7 +62,7 @@ def forget_batch(module: nn.Module, _args: object, _output: object) -> None:
 
 def batch_of(values: Any) -> CallBatch | None:
     """Return the batch by the first matrix or larger tensor among the arguments of a call, or None if there is none."""
-    first = next((tensor for tensor in _tensors(values) if tensor.ndim > 1), None)
+    first = next((tensor for tensor in tensors_in(values) if tensor.ndim > 1), None)
     return None if first is None else CallBatch(first.shape[0], _is_images(first))
 
 
@@ -71,9 +71,10 @@ def _is_images(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and tensor.shape[1] == 3 and tensor.is_floating_point()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
+            yield from tensors_in(each)

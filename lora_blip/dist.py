@@ -102,8 +102,16 @@ class Ranks:
             raise failure
         for rank, reason in enumerate(said):
             if reason:
-                raise (ConfigError if self.main else PeerError)(f"process {rank} failed, and all stop: {reason}") from failure
+                raise self.error(f"process {rank} failed, and all stop: {reason}") from failure
         return cast(Result, result)
+
+    def on_main(self, act: Callable[[], Result]) -> Result | None:
+        """Return `act()` on the main rank and None on the others. If it fails, every rank raises, as in `together`."""
+        return self.together(lambda: act() if self.main else None)
+
+    def error(self, message: str) -> ConfigError:
+        """Return the error to raise for what every rank has found: only the main rank reports it."""
+        return (ConfigError if self.main else PeerError)(message)
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -95,7 +95,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)
-    saved, notes = ranks.first(ranks.together(lambda: resume.hold(config, identity, closing) if ranks.main else None))
+    saved, notes = ranks.first(ranks.on_main(lambda: resume.hold(config, identity, closing)))
     if saved:
         identity = resume.as_begun(config, saved.about["identity"], identity)
         if identity["max_new_tokens"] != task.generation.max_new_tokens and task.name != "retrieval":

@@ -19,7 +19,7 @@ from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
 from lora_blip.data.annotations import Example
 from lora_blip.data.images import ImageError
 from lora_blip.data.streams import Images, example_of, open_picture
-from lora_blip.dist import PeerError, Ranks
+from lora_blip.dist import Ranks
 from lora_blip.extras import attempt
 from lora_blip.models import Backbone, open_backbone
 from lora_blip.output import Output
@@ -53,17 +53,15 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     inputs = ranks.together(lambda: read_inputs(config))
     wanted, texts = inputs.adapter, inputs.texts
     # refused now if it is taken; made when there is something to write
-    folder: Path = ranks.first(ranks.together(lambda: output.folder_of(config, ranks.count) if ranks.main else None))
+    folder: Path = ranks.first(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
     config = replace(config, device=ranks.device(config.device))
     task, precision, examples, what = ranks.together(lambda: open_inputs(config, inputs))
     if ranks.count > 1:
         require_same_inputs(ranks, config, task, what, examples)
 
     heard = closing.enter_context(stop.heard())
-    opening = lambda: closing.enter_context(output.opened(folder, what, config.resume)) if ranks.main else None  # noqa: E731
-    out: Any = ranks.together(opening)
-    counting = lambda: sum(1 for _ in takewhile(lambda _: not heard.signal, examples)) if ranks.main else 0  # noqa: E731
-    count = ranks.together(counting)
+    out: Any = ranks.on_main(lambda: closing.enter_context(output.opened(folder, what, config.resume)))
+    count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not heard.signal, examples))) or 0
     left = count - (out.before if out else 0)
     if others := inputs.images.others_line():
         print(others)
@@ -237,12 +235,12 @@ def require_same_inputs(ranks: Ranks, config: InferConfig, task: Task, what: dic
     base = {"base weights": weights_digest(task.backbone.model), "base processors": processors_digest(task.backbone)}
     ways = {name: getattr(config, name) for name in ("merge", "fast", "batch_size")}
     require_same(ranks, {key: value for key, value in what.items() if key != "model"} | ways | base, "predict")
-    some = ranks.first(ranks.together(lambda: list(islice(examples, GLIMPSED)) if ranks.main else None))
+    some = ranks.first(ranks.on_main(lambda: list(islice(examples, GLIMPSED))))
     every = ranks.gather([picture_digest(example) for example in some])
     for rank, digests in enumerate(every):
         for example, theirs, ours in zip(some, digests, every[0], strict=True):
             if theirs != ours:
-                raise (ConfigError if ranks.main else PeerError)(
+                raise ranks.error(
                     f"process {rank} finds another picture in {example.image} than process 0; give all processes the same files"
                 )
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from lora_blip import __version__, checkpoint, lock
 from lora_blip.checkpoint import CheckpointError, Saved
-from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.config import TrainConfig
 from lora_blip.data.annotations import Example
-from lora_blip.dist import PeerError, Ranks
+from lora_blip.dist import Ranks
 from lora_blip.fingerprint import settings_of
 from lora_blip.learner import Learner
 from lora_blip.models import Backbone
@@ -84,7 +84,7 @@ def require_same(ranks: Ranks, mine: dict[str, Any], verb: str = "train") -> Non
             for name in mine if theirs.get(name) != every[0].get(name)
         ]  # fmt: skip
         if changed:
-            raise (ConfigError if ranks.main else PeerError)(
+            raise ranks.error(
                 f"process {rank} would {verb} something else than process 0: {'; '.join(changed)}. Start all processes with "
                 "the same settings, files and library versions"
             )
@@ -207,7 +207,7 @@ def take_up(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     """
     total = learner.progress.total
     ranks = learner.ranks
-    tensors = ranks.first(ranks.together(lambda: saved.tensors() if ranks.main else None))
+    tensors = ranks.first(ranks.on_main(saved.tensors))
     ranks.together(lambda: learner.restore(tensors, saved.about))
     then = saved.about["identity"]
     if differences(then, now):

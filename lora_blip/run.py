@@ -59,7 +59,7 @@ class Run:
         )  # fmt: skip
         if saved:
             self._remember(saved.about["run"])
-        learner.ranks.together(lambda: self._open(saved, held) if self.main else None)
+        learner.ranks.on_main(lambda: self._open(saved, held))
         self.folder = learner.ranks.first(self.folder)
 
     def _remember(self, about: dict[str, Any]) -> None:

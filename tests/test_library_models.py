@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_blip import lora
+from lora_blip.call_batch import tensors_in
 from lora_blip.models import Backbone, recompute_contexts
 from tests import tiny
 from tests.conftest import WHOLE, inject
@@ -55,6 +56,12 @@ def inputs(model: Any, kind: str, rows: int = 2) -> dict[str, torch.Tensor]:
     return {"pixel_values": images, "input_ids": ids, "attention_mask": mask}
 
 
+def forward_inputs(model: Any, kind: str) -> dict[str, torch.Tensor]:
+    """Return `inputs`, with the start of a text for T5's decoder: `generate` begins it itself."""
+    start = {"decoder_input_ids": torch.tensor([[1, 20, 21], [1, 22, 23]])} if kind == "t5" else {}
+    return inputs(model, kind) | start
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", CAPTIONS)
@@ -92,9 +99,7 @@ def test_hidden_states_of_the_vision_tower_are_transformers_own(pair, kind):
 def test_logits_and_the_saved_merged_model_are_transformers_own(pair, kind, tmp_path):
     """The whole model agrees on left-padded texts; so does what `save_pretrained` writes after a merge."""
     ours, plain = pair(kind)
-    given = inputs(ours, kind)
-    if kind == "t5":
-        given["decoder_input_ids"] = torch.tensor([[1, 20, 21], [1, 22, 23]])
+    given = forward_inputs(ours, kind)
     expected = plain(**given).logits
     torch.testing.assert_close(ours(**given).logits, expected, rtol=1e-3, atol=1e-4)
     lora.merge(ours)
@@ -112,9 +117,7 @@ def test_gradients_are_autograd_s_of_the_plain_model(pair, kind, reentrant):
     attention does not normalize its probabilities in the backward pass.
     """
     ours, plain = pair(kind)
-    given = inputs(ours, kind)
-    if kind == "t5":
-        given["decoder_input_ids"] = torch.tensor([[1, 20, 21], [1, 22, 23]])
+    given = forward_inputs(ours, kind)
     found = lora.adapters(ours)
     counts = torch.ones(2, 3, 1) if kind == "t5" else given["attention_mask"][..., None]
     for address in found:
@@ -133,31 +136,20 @@ def test_gradients_are_autograd_s_of_the_plain_model(pair, kind, reentrant):
         torch.testing.assert_close(adapter.A.grad, adapter.scale * b.t() @ d_weight, **bound)
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in an output of transformers, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    return [found for each in value for found in tensors(each)] if isinstance(value, tuple | list | type({}.values())) else []
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", WHOLE)
 def test_every_tensor_of_the_output_is_transformers_own(pair, kind):
     """Hidden states of all towers, scores, embeddings and losses."""
     ours, plain = pair(kind)
-    given = inputs(ours, kind)
+    given = forward_inputs(ours, kind)
     forms: list[dict[str, Any]] = [{}]
-    if kind == "t5":
-        forms = [{"decoder_input_ids": torch.tensor([[1, 20, 21], [1, 22, 23]])}]
-    elif kind in ("vqa", "blip"):
+    if kind in ("vqa", "blip"):
         forms = [{"labels": given["input_ids"]}]
     elif kind in ("itm", "itm2"):
         head = "use_itm_head" if kind == "itm" else "use_image_text_matching_head"
         forms = [{head: True}, {head: False}]
     for form in forms:
-        one, other = (tensors(m(**given, **form, output_hidden_states=True, return_dict=True)) for m in (ours, plain))
+        one, other = ([*tensors_in(m(**given, **form, output_hidden_states=True, return_dict=True))] for m in (ours, plain))
         assert len(one) == len(other) > 1
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -195,9 +187,7 @@ def test_a_padded_row_is_the_row_alone(pair):
 def test_16_bits_are_as_close_to_float32_as_transformers_own_are(pair, kind, dtype):
     """The largest error of the logits is at most twice that of the plain model in the same dtype."""
     ours, plain = pair(kind)
-    given = inputs(ours, kind)
-    if kind == "t5":
-        given["decoder_input_ids"] = torch.tensor([[1, 20, 21], [1, 22, 23]])
+    given = forward_inputs(ours, kind)
     truth = plain(**given).logits
     given["pixel_values"] = given["pixel_values"].to(dtype)
     lora.merge(ours)

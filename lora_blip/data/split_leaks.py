@@ -48,7 +48,7 @@ class Thumbnails:
     def add(self, file: str, picture: Image.Image) -> None:
         """Keep the thumbnail of a picture. Threads may call this at the same time."""
         if len(self.of) < KEPT:
-            self.of[file] = thumbnail(picture).astype(np.uint8).tobytes()
+            self.of[file] = packed(picture)
 
 
 def report_split_leaks(
@@ -115,6 +115,11 @@ def leak_of(asked: str, known: str) -> Leak:
     return Leak(Path(asked), Path(known), SAME_BYTES if same else NEARLY)
 
 
+def packed(picture: Image.Image) -> bytes:
+    """Return the thumbnail of a picture as bytes; `floats` is the inverse."""
+    return thumbnail(picture).astype(np.uint8).tobytes()
+
+
 def floats(files: Sequence[str], of: dict[str, bytes]) -> list[np.ndarray]:
     """Return thumbnails as (SIDE, SIDE, 3) float32 in grey levels."""
     levels = np.frombuffer(b"".join(of[file] for file in files), np.uint8)
@@ -142,7 +147,7 @@ def decode(groups: Sequence[tuple[Sequence[str], Sequence[str]]], made: dict[str
     def look(file: str) -> None:
         if file not in made and time.monotonic() < end:
             try:
-                made[file] = thumbnail(open_image(file)).astype(np.uint8).tobytes()
+                made[file] = packed(open_image(file))
             except ImageError:
                 return  # the first step that needs it names it
 

@@ -119,9 +119,13 @@ class TextTask(Task):
             raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
         self.unknown.note({prompt: ids})
         self.prompt_warning = self.unknown.report([(0, (prompt,))], "prompt")
-        room, wanted = self.language.room(prompt) + 1, self.generation.max_new_tokens  # 1: the end token
+        room, wanted = self.most_new_tokens(prompt), self.generation.max_new_tokens
         if room < wanted:
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
+
+    def most_new_tokens(self, prompt: str) -> int:
+        """Return how many tokens the model has room for after a prompt, with the end token."""
+        return self.language.room(prompt) + 1
 
     def prompt_fault(self, prompt: str) -> str:
         """Why a line's own prompt cannot be used, or ""."""

@@ -72,6 +72,11 @@ def longest_text(task: Task, examples: Iterable[Example]) -> int:
     return longest
 
 
+def most_new_tokens(task: TextTask) -> int:
+    """Return how many tokens the model has room for after the task's prompt, without a question, with the end token."""
+    return task.most_new_tokens(task.prompt.replace("{question}", ""))
+
+
 def fit_generation(task: Task, examples: list[Example], wanted: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all") -> int:
     """Set and return the most tokens of a generated text.
 
@@ -81,7 +86,7 @@ def fit_generation(task: Task, examples: list[Example], wanted: int, fix: str = 
     if not isinstance(task, TextTask):
         task.lengths = {}
         return wanted or Generation().max_new_tokens
-    chosen, room = wanted, task.language.room(task.prompt.replace("{question}", "")) + 1  # 1: the end token
+    chosen, room = wanted, most_new_tokens(task)
     if len(examples) >= MANY:
         print(f"counting the tokens of the texts of {len(examples):,} lines")
     if not wanted:
@@ -121,8 +126,8 @@ class CutCount:
         """
         if not self.cut or not isinstance(task, TextTask):
             return ""
-        most, room = task.generation.max_new_tokens, task.language.room(task.prompt.replace("{question}", "")) + 1
-        longer = min(2 * most, room)
+        most = task.generation.max_new_tokens
+        longer = min(2 * most, most_new_tokens(task))
         if examples and longest_text(task, examples) <= most:
             fix = "The right texts are not longer: the model did not end these, and more training teaches it to"
         elif longer > most:
