@@ -11,6 +11,7 @@ PYTHON := .venv/bin/python
 JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+unexport PYTHONDONTWRITEBYTECODE  # some systems set it: then every process compiles the 2,600 modules of the libraries again
 
 .PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench chaos versions mutants bases clean
 

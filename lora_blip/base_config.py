@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from lora_blip.errors import ModelError
@@ -23,16 +23,35 @@ LARGEST_NUMBER = 2**20  # the largest vocabulary of a language model has a quart
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 LANGUAGE_MODELS = ("opt", "t5")
 ATTENTIONS = (None, "eager", "sdpa")
-# keys that make transformers load code, a kernel, a quantiser or other files, or generate in another way
+LARGEST_TOKENIZER = 2**26  # bytes of each file of the tokenizer and the processors; those of known models have 4 MB
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+# keys that make transformers load code, a kernel, a quantiser or other files
 LOADED = (
     "quantization_config", "compression_config", "kernel_config", "use_kernels", "fusion_config", "per_layer_config",
     "transformers_weights", "configuration_files", "distributed_config", "experts_implementation",
-    "_experts_implementation", "_experts_implementation_internal", "custom_generate", "num_return_sequences",
-    "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "prompt_lookup_num_tokens",
-    "assistant_early_exit", "watermarking_config", "cache_implementation", "compile_config", "stop_strings",
+    "_experts_implementation", "_experts_implementation_internal", "custom_generate", "constraints", "force_words_ids",
+    "num_beam_groups", "penalty_alpha", "dola_layers",
 )  # fmt: skip
+# keys of a generation config that choose the next token from the logits, or that have no effect here
+GENERATION_KEYS = (
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "do_sample", "num_beams", "use_cache",
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "diversity_penalty",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "pad_token_id", "bos_token_id",
+    "eos_token_id", "decoder_start_token_id", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "low_memory", "disable_compile", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "_from_model_config", "transformers_version",
+)  # fmt: skip
+# every other key of a generation config, also of a later transformers: it stops by the clock, changes the search or the cache
+OTHER_GENERATION = frozenset(vars(GenerationConfig())) - {*GENERATION_KEYS}
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-COUNTS = ("num_return_sequences", "num_beam_groups")  # of which 1 is the default
+ONES = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys that have no effect if they are 1
 HARMLESS: tuple[Any, ...] = (None, False, "", [], {})
 UNUSED = ("task_specific_params",)  # which transformers keeps and never reads
 NUMBERED = re.compile(r"(.*\.(?:layers?|block)\.)(\d+)\.")
@@ -41,7 +60,7 @@ SPARE = 2**24  # weights that a model may have beside those of the file, as thos
 
 
 def check_config(source: str) -> None:
-    """Raise ModelError for a config.json or generation_config.json that is broken, too large, or loads more than weights."""
+    """Raise ModelError if a configuration file of a checkpoint is broken, too large, or loads more than weights."""
     config = read_json(source, "config.json")
     _check_kind(config, source)
     _check_values(config, source, "config.json")
@@ -52,6 +71,22 @@ def check_config(source: str) -> None:
             f"{source!r} holds a PEFT adapter (adapter_config.json), which would be loaded into another base; give the "
             "checkpoint that it was trained on"
         )
+    check_tokenizer_files(source)
+
+
+def check_tokenizer_files(source: str) -> None:
+    """Raise ModelError if a file of a folder's tokenizer or processors is too large, empty, or no regular file.
+
+    transformers reads such a file as a whole. A hub name is not checked: its files are downloaded first.
+    """
+    for path in (Path(source) / file_name for file_name in TOKENIZER_FILES):
+        try:
+            if path.exists():
+                open_regular(path, LARGEST_TOKENIZER).close()
+        except OSError as error:
+            raise ModelError(
+                f"model {source!r} cannot be loaded: {path.name}: {why(error)}; copy it again from the checkpoint"
+            ) from None
 
 
 def read_json(source: str, file_name: str, needed: bool = True, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
@@ -112,9 +147,11 @@ def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> Non
         where = f"{file_name} of {source!r}: {quoted(place)[1:-1]} is {quoted(value)}"
         if key in ATTENTION_KEYS and not (value is None or (isinstance(value, str) and value in ATTENTIONS)):
             raise ModelError(f"{where}, which may load a kernel; remove the key")
-        default = value in HARMLESS or (key in COUNTS and value == 1)
+        default = value in HARMLESS or (key in ONES and value == 1)
         if key in LOADED and not default:
             raise ModelError(f"{where}, which lora_blip does not load; remove the key, or give a plain checkpoint")
+        if key in OTHER_GENERATION and not default:
+            raise ModelError(f"{where}, and lora_blip does not generate in this way; remove the key")
         if key == "auto_map" and place != "auto_map":
             raise ModelError(f"{where}: code of a checkpoint is never run; remove the key")
         if isinstance(value, int) and value > LARGEST_NUMBER and not isinstance(value, bool):

@@ -1,6 +1,7 @@
 """Backbones: load BLIP or BLIP-2 frozen, by hub name or folder, with what turns text and images into tensors."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -296,22 +297,36 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     tables = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WORD_EMBEDDINGS]
     rows = min(table.num_embeddings for table in tables)
     generates = not isinstance(model, Blip2ForImageTextRetrieval)  # the other has a text_config that it does not use
-    unread = None if generates else model.config.image_token_index
-    past = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != unread)
+    image = getattr(model.config, "image_token_index", None)
+    if image is not None and not (is_id(image, rows) or (is_id(image) and not generates)):
+        raise ModelError(no_embedding(name, "image_token_index", image, rows))
+    past = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != image)
     if past:
         raise ModelError(
             f"{name!r}: the tokenizer has {len(past)} tokens that the model has no embeddings for (first: "
             f"{quoted(past[0][1])}, id {past[0][0]}; the model has {rows} rows); use the tokenizer that was saved with "
             "this model, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
         )
-    for field in TOKEN_IDS if generates else ():
-        value = getattr(model.config.text_config, field, None)
+    if not generates:
+        return
+    for key in TOKEN_IDS:
+        value = getattr(model.config.text_config, key, None)
         for each in value if isinstance(value, list) else [value]:
-            if each is not None and not 0 <= each < rows:
-                raise ModelError(
-                    f"{name!r}: {field} of text_config is {each}, but the model has {rows} embeddings; "
-                    "set it in config.json to an id of the tokenizer"
-                )
+            if each is not None and not is_id(each, rows):
+                raise ModelError(no_embedding(name, f"{key} of text_config", each, rows))
+
+
+def is_id(value: Any, rows: int = sys.maxsize) -> bool:
+    """Return True if a value is a token id below `rows`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
+
+
+def no_embedding(name: str, key: str, value: object, rows: int) -> str:
+    """Return the message for a token id that has no row in the text embeddings."""
+    return (
+        f"{name!r}: {key} in config.json is {quoted(value)}, but the model has {rows} embeddings; set it to an id of the "
+        f"tokenizer, from 0 to {rows - 1}"
+    )
 
 
 def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:

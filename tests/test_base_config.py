@@ -1,6 +1,7 @@
 """A checkpoint's files may be a stranger's: they are loaded as weights, or refused in one message before anything is built."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_blip import lora
+from lora_blip import base_config, lora
 from lora_blip.models import ModelError, load_backbone
 from tests.conftest import inject
 
@@ -171,12 +172,44 @@ def test_a_config_that_loads_more_than_weights_is_refused(what, base):
 
 @pytest.mark.parametrize(
     ("key", "value"), [("custom_generate", "evil/repo"), ("num_return_sequences", 10**6), ("penalty_alpha", 0.6),
-                       ("cache_implementation", "offloaded"), ("num_beam_groups", 4), ("stop_strings", ["a"])]
+                       ("cache_implementation", "offloaded"), ("num_beam_groups", 4), ("stop_strings", ["a"]),
+                       ("max_time", 1e-9), ("sequence_bias", [[[5000], 1.0]]), ("guidance_scale", 2.0), ("token_healing", True),
+                       ("prefill_chunk_size", 2)]
 )  # fmt: skip
 def test_a_generation_config_that_generates_in_another_way_is_refused(key, value, base):
     folder = base()
     (folder / "generation_config.json").write_text(json.dumps({key: value}))
     assert key in refused(folder)
+
+
+@pytest.mark.parametrize("key", sorted(base_config.OTHER_GENERATION))
+def test_another_way_to_generate_in_the_config_of_the_text_model_is_refused(key, base):
+    """Every key of this transformers' GenerationConfig that is not in GENERATION_KEYS; without the check, it acts silently."""
+
+    def change(about: dict[str, Any]) -> None:
+        about["text_config"][key] = 1e-9
+
+    assert key in refused(base("opt", change))
+
+
+LARGE_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "added_tokens.json", "vocab.txt")
+
+
+@pytest.mark.parametrize("name", LARGE_FILES)
+def test_a_tokenizer_file_that_is_too_large_is_refused_before_it_is_read(name, base):
+    folder = base()
+    with (folder / name).open("ab") as file:
+        file.truncate(5 * 2**30)
+    assert f"{name}: it has 5,368,709,120 bytes" in refused(folder)
+
+
+@pytest.mark.parametrize("name", LARGE_FILES)
+def test_a_tokenizer_file_that_is_a_pipe_is_refused(name, base):
+    """A pipe would wait for a writer without an end."""
+    folder = base()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name}: it is a pipe" in refused(folder)
 
 
 def test_a_generation_config_with_its_defaults_written_out_is_read(base):

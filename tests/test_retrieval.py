@@ -348,6 +348,21 @@ def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
         assert reason in str(problem) and str(problem).startswith(f"{path}:") and "\n" not in str(problem)
 
 
+@pytest.mark.parametrize("text", ["a [SEP] cube", "<image> a cube", " ".join(["cube"] * 600)])
+def test_a_text_that_cannot_be_matched_is_one_error_from_python_too(task, text):
+    """Such a text gave an IndexError, or the score of another text."""
+    task.backbone.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    task.special_ids.add(task.backbone.tokenizer.convert_tokens_to_ids("<image>"))
+    pixels = torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
+    calls = (
+        lambda: task.read(["a cube", text]), lambda: task.rank(pixels, [], ["a cube", text]),
+        lambda: task.match(pixels, [["a cube", text]]), lambda: task.predict(pixels, examples([("0.png", text)])),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(ConfigError, match="cannot be matched with an image"):
+            call()
+
+
 def test_a_text_as_long_as_the_room_can_be_read(task):
     tokenizer, room = task.backbone.tokenizer, task.matcher.longest - 2
     text = " ".join(["a"] * room)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +36,27 @@ def test_a_token_id_without_an_embedding_is_one_error(checkpoints, kind, field, 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=rf"{field}.*5000|Padding_idx must be within"):
         load_backbone(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "itm2"])
+@pytest.mark.parametrize("value", [-1, 5000])
+def test_an_image_token_id_without_an_embedding_is_one_error(checkpoints, kind, value, tmp_path):
+    """A model that matches images with texts does not embed the image token: only a negative id is an error there."""
+    folder = edited(checkpoints[kind], tmp_path, lambda config: config.update(image_token_index=value))
+    if kind == "itm2" and value > 0:
+        load_backbone(str(folder), "cpu")
+        return
+    with pytest.raises(ModelError, match=rf"image_token_index.*{value}"):
+        load_backbone(str(folder), "cpu")
+
+
+def edited(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Return a copy of a checkpoint whose config.json was changed."""
+    shutil.copytree(checkpoint, folder / "copy")
+    config = json.loads((folder / "copy/config.json").read_text())
+    change(config)
+    (folder / "copy/config.json").write_text(json.dumps(config))
+    return folder / "copy"
 
 
 def test_an_image_token_that_is_never_embedded_needs_no_embedding(tmp_path):

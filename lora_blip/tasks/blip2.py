@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
-from lora_blip.models import Backbone, ModelError
+from lora_blip.models import Backbone
 from lora_blip.tasks.language import DecoderLanguage, EncoderLanguage, Language, Named
 from lora_blip.tasks.library import call
 from lora_blip.tasks.packing import Packed, apart
@@ -25,8 +25,6 @@ class Blip2Language(Language):
         end = language.generation_config.eos_token_id or config.text_config.eos_token_id
         self.end = end[0] if isinstance(end, list) else end
         self.longest = getattr(config.text_config, "max_position_embeddings", 512) - len(self.image)
-        if config.image_token_index >= backbone.model.get_input_embeddings().num_embeddings:
-            raise ModelError(f"{backbone.name!r}: image_token_index {config.image_token_index} is past the embeddings")
 
     def after(self, states: Tensor) -> Tensor:
         model = self.model

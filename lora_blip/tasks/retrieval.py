@@ -22,7 +22,7 @@ from lora_blip.models import Backbone
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.matching import Texts, cosines, matcher_of
 from lora_blip.tasks.task import Batch, Generation, Task
-from lora_blip.untrusted import printable
+from lora_blip.untrusted import printable, quoted
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
 RERANKED = 16  # of the texts that the contrast likes best, ITM looks at so many again
@@ -162,13 +162,20 @@ class RetrievalTask(Task):
 
     @torch.no_grad()
     def say(self, seen: Tensor, examples: list[Example]) -> list[Features]:
-        texts = self.matcher.texts([example.text for example in examples]).to(self.backbone.device)
+        texts = self.checked_texts([example.text for example in examples]).to(self.backbone.device)
         images = self.matcher.image_features(seen).cpu()
         return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts).cpu(), strict=True)]
 
+    def checked_texts(self, texts: list[str]) -> Texts:
+        """Return the token rows of texts. Raise ConfigError if one is too long or contains a special token."""
+        for text in texts:
+            if reason := self.check_text(text):
+                raise ConfigError(f"the text {quoted(text)} cannot be matched with an image: {reason}")
+        return self.matcher.texts(texts)
+
     @torch.no_grad()
     def read(self, texts: list[str]) -> Read:
-        rows, device = self.matcher.texts(texts), self.backbone.device
+        rows, device = self.checked_texts(texts), self.backbone.device
         parts = (rows[start : start + CHUNK].to(device) for start in range(0, len(rows), CHUNK))
         return Read(rows, torch.cat([self.matcher.text_features(part).cpu() for part in parts]))
 
@@ -193,7 +200,7 @@ class RetrievalTask(Task):
         """ITM's log-odds of some texts of each image: a float32 array an image."""
         found = []
         for states, mine in zip(self.matcher.see(pixel_values), texts, strict=True):
-            rows = self.matcher.texts(mine).to(self.backbone.device)
+            rows = self.checked_texts(mine).to(self.backbone.device)
             parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
             odds = [self.matcher.matching(states.expand(len(part), *states.shape), part) for part in parts]
             found.append(torch.cat(odds).cpu().numpy())
