@@ -1,6 +1,7 @@
 # make demo        set up, train the shipped default, caption image_test/ (demo-blip2: the same with BLIP-2)
 # make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
-# make test        every test but those that need a GPU, in two processes (JOBS=4: four)        make lint    ruff and mypy
+# make test        the tests, in two processes (JOBS=4: four)        make slow    the tests that take over 10 s each
+# make lint        ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 # make chaos       a training that is killed fifty times, in fp32 and in bf16, ends as if it were not
 # make versions    the fast path beside the plain one on each supported transformers, and the core tests on two of them
@@ -13,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE  # some systems set it: then every process compiles the 2,600 modules of the libraries again
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test lint bench chaos versions mutants bases clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lint bench chaos versions mutants bases clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -28,7 +29,10 @@ demo-retrieval: .venv/.plots
 	@$(PYTHON) -m toyworld.demo retrieval
 
 test: .venv/.dev
-	$(PYTHON) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal
+	$(PYTHON) -m pytest -m "not gpu and not slow" -n $(JOBS) --dist worksteal
+
+slow: .venv/.dev
+	$(PYTHON) -m pytest -m "slow and not gpu" -n $(JOBS) --dist worksteal
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import curves, lora, targets
+from lora_blip import curves, lora, models, targets
 from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
 from lora_blip.models import Backbone, autocasting, load_backbone
@@ -58,6 +58,32 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """A loss curve takes longer than most of the trainings here. Tests of it have the marker `plots`."""
     if not request.node.get_closest_marker("plots"):
         monkeypatch.setattr(curves, "draw", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Return a copy if the same weights were loaded with the same config before, which takes a fifth of the time.
+
+    Tests with the marker `loads` always read the file.
+    """
+    if not request.node.get_closest_marker("loads"):
+        monkeypatch.setattr(models, "_load_model", load_once)
+
+
+REAL_LOAD, LOADED = models._load_model, {}
+
+
+def load_once(kind: Any, source: str, config: Any, dtype: torch.dtype) -> Any:
+    files = tuple(sorted((path.name, *path.stat()[6:9]) for path in Path(source).glob("*")))
+    key = kind, source, files, config.to_json_string(), dtype
+    if key not in LOADED:
+        if len(LOADED) >= 16:
+            LOADED.clear()
+        with torch.random.fork_rng(devices=[]):  # a copy draws no random numbers
+            LOADED[key] = REAL_LOAD(kind, source, config, dtype)
+    return deepcopy(
+        LOADED[key]
+    )  # the first time too: the memory of a file is aligned otherwise, and sums differ in the last bit
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,10 @@ def plan() -> Plan:
 ABREAST = [name for name in ROWS if name not in ("compiled", "card")]  # one needs a compiler, one a GPU
 
 
-@pytest.mark.parametrize("row", ABREAST)
+SLOW = ("memory", "step")  # rows that start processes, or train in seven ways
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row in SLOW)) for row in ABREAST])
 def test_a_row_measures_every_contestant(row: str, plan: Plan) -> None:
     """Each comparison has its reference, the same number of figures a contestant, and finite ratios."""
     cells = list(ROWS[row](plan))

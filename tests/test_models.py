@@ -50,6 +50,7 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.loads
 def test_a_base_loads_in_a_process_that_was_forked_after_torch_had_run(capfd):
     """PyTorch's thread pool is created again before several threads ask for it ("Invalid thread pool")."""
     for _ in range(FORKS):

@@ -147,6 +147,7 @@ def test_an_unreadable_image_is_reported_and_the_rest_is_captioned(checkpoints, 
     assert "exists already" in told(capsys, run_infer, fresh_only, monkeypatch)  # predictions are never written over
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_costs_no_work(checkpoints, here):
     """`train.py | head -1`: the pipe breaks at the second line, and the run ends as it would have."""
     flags = train_flags(checkpoints["blip"], tiny.write_photos(here))
