@@ -41,6 +41,7 @@ def test_a_row_measures_every_contestant(row: str, plan: Plan) -> None:
         assert cell.ratios()[cell.reference] == {"median": 1, "min": 1, "max": 1}
 
 
+@pytest.mark.slow
 def test_the_compiled_row_runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its graphs are captured and executed as they are: a compiler takes a minute, and test_compile.py uses it."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -64,6 +65,7 @@ def test_trainer_computes_in_16_bits_however_often_it_trains(plan: Plan) -> None
     assert seen == [torch.bfloat16] * 6
 
 
+@pytest.mark.slow
 def test_growth_varies_one_thing_at_a_time(plan: Plan) -> None:
     """Seconds and kept megabytes of each of the four kinds of point."""
     found = list(growth.growth(plan, "fp32"))

@@ -114,6 +114,7 @@ def test_a_run_folder_of_version_one_is_found_and_read(here):
     assert [entry["step"] for entry in lines((source / "metrics.jsonl").read_text()) if "loss" in entry][-1] == 60
 
 
+@pytest.mark.loads
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter(here, name, capsys):
     """Law 6 across versions: bit for bit with the same libraries on the same CPU, else within a bound of each tensor's norm."""
