@@ -24,7 +24,7 @@ from benchmarks.pairs import OURS, TRAINER, Cell, Turn, compare, freed
 from benchmarks.plan import Plan
 from lora_blip.config import TrainConfig, parse
 from lora_blip.data import annotations
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.data.images import augment
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import REPOSITORY, Backbone, load_backbone, pick_precision

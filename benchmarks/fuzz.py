@@ -27,6 +27,8 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from lora_blip.errors import AdapterError, DataError, ImageError
+
 SECONDS, MEGABYTES = 5.0, 256  # what one small file may cost
 ADDRESS_SPACE = 3 * 2**30  # beyond what is there at the start: memory that a file only claims is asked for in vain
 SHOWN = 25  # kinds of refusals in the table
@@ -148,14 +150,14 @@ class Adapters:
 
     def __init__(self, folder: Path) -> None:
         from lora_blip import adapter, lora, models, predict, targets
-        from lora_blip.config import ConfigError
+        from lora_blip.errors import ConfigError
         from tests import tiny
 
         with redirect_stdout(io.StringIO()):
             tiny.save_blip(folder / "blip")
             self.backbone = models.load_backbone(str(folder / "blip"), "cpu")
         self.adapter, self.lora, self.predict = adapter, lora, predict
-        self.allowed = (adapter.AdapterError, ConfigError)
+        self.allowed = (AdapterError, ConfigError)
         self.path, self.loaded = folder / "case.safetensors", 0
         task = {
             "name": "caption",
@@ -214,11 +216,11 @@ class Annotations:
         from PIL import Image
 
         from lora_blip import prepare
-        from lora_blip.config import ConfigError
         from lora_blip.data import annotations
+        from lora_blip.errors import ConfigError
 
         self.folder, self.read, self.prepare = folder, annotations.read, prepare
-        self.allowed = (annotations.DataError, ConfigError)
+        self.allowed = (DataError, ConfigError)
         for name in ("1.jpg", "2.jpg"):
             Image.new("RGB", (4, 4)).save(folder / name)
         os.mkfifo(folder / "pipe.jpg")
@@ -277,7 +279,7 @@ class Images:
         from lora_blip.data import images
 
         images.LARGEST = 2**23  # as large as it is, a picture that claims to be so takes long to be refused
-        self.open_image, self.allowed, self.path = images.open_image, (images.ImageError,), folder / "case.img"
+        self.open_image, self.allowed, self.path = images.open_image, (ImageError,), folder / "case.img"
         noise = Image.effect_noise((24, 16), 60)
         exif = Image.Exif()
         exif[0x0112] = 6

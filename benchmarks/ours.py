@@ -20,8 +20,8 @@ from benchmarks.sizes import save
 from benchmarks.work import Work
 from lora_blip import adapter, lora, targets, weights
 from lora_blip.config import TrainConfig
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Slot, Stack
+from lora_blip.data.example import Example
 from lora_blip.data.pictures import Caches, Pictures
 from lora_blip.data.store import Store, _digest
 from lora_blip.learner import Learner

@@ -31,8 +31,8 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
     import torch
 
     from lora_blip import lora, targets
-    from lora_blip.data.annotations import Example
     from lora_blip.data.batches import Stack, pixel_values
+    from lora_blip.data.example import Example
     from lora_blip.data.images import open_image
     from lora_blip.models import load_backbone
     from lora_blip.tasks import TASKS, natural_task

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lora_blip
 from lora_blip import header, lora
-from lora_blip.choice import LoRAError
+from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.files import write_whole
 from lora_blip.fingerprint import same_weights, sample, samples
 from lora_blip.header import FORMAT_VERSION, HeaderError, sites_of
@@ -33,10 +33,6 @@ from lora_blip.untrusted import UnreadableError, cut, open_regular, quoted, why
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FILE_NAME = "adapter.safetensors"
 RUNS = Path("lora_blip_output")
-
-
-class AdapterError(ValueError):
-    """An adapter that is not there, is damaged, or does not fit its base; the message names the module and the remedy."""
 
 
 @dataclass(frozen=True)

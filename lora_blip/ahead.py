@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from lora_blip.data.annotations import Example
-from lora_blip.data.images import ImageError
+from lora_blip.data.example import Example
 from lora_blip.data.pixels import pixels_of
 from lora_blip.data.streams import open_picture, place_of
+from lora_blip.errors import ImageError
 
 MOST_THREADS = 4  # each may hold a picture of 400 MB while it is made small
 T = TypeVar("T")

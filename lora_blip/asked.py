@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_blip.config import ConfigError
 from lora_blip.data import annotations
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.data.streams import example_of
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.tasks.task import Task
 from lora_blip.untrusted import printable
 
@@ -149,7 +149,7 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
         if path := wanted.get(places[example.image]):
             found.setdefault(path, []).append(replace(example, image=path))
     if not found:
-        raise annotations.DataError(f"{source} has a line for none of the {looked_at} images; compare the paths")
+        raise DataError(f"{source} has a line for none of the {looked_at} images; compare the paths")
     return found
 
 

@@ -12,10 +12,10 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip import stop
 from lora_blip.ahead import Ahead
-from lora_blip.data.annotations import Example
-from lora_blip.data.images import ImageError
+from lora_blip.data.example import Example
 from lora_blip.dist import Ranks, is_lost
-from lora_blip.done import OutputError, key_of
+from lora_blip.done import key_of
+from lora_blip.errors import ImageError, OutputError
 from lora_blip.output import Output
 from lora_blip.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runner import Runner, Work

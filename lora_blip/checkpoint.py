@@ -20,16 +20,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from lora_blip.errors import CheckpointError
 from lora_blip.files import make_whole, put_beside, remove, sweep
 
 FOLDER, TENSORS, ABOUT, BEST = "checkpoints", "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
 REMEDY = "set TARGETS and R back, or RESUME to off"
 NAME = re.compile(r"(\d{6,})_step\d+")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, is damaged, or is not of this run; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)

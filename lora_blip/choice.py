@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_blip.call_batch import CallBatch, call_batch
+from lora_blip.errors import LoRAError
 
 
 class Everywhere(Enum):
@@ -25,10 +26,6 @@ class Everywhere(Enum):
 
 
 ALL: Any = Everywhere.ALL
-
-
-class LoRAError(ValueError):
-    """A request that would leave the model other than was meant; nothing has been changed."""
 
 
 @dataclass(frozen=True)

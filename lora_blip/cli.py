@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_blip.config import ConfigError, EvaluateConfig, InferConfig, TrainConfig, nearest, parse
+from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig, nearest, parse
+from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
 from lora_blip.untrusted import for_terminal, printable_lines
 
@@ -45,28 +46,11 @@ def tell(go: Callable[[], None]) -> None:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if type(error) is ConfigError:  # before anything large is imported
-            stop(error)
-        from lora_blip.adapter import AdapterError
-        from lora_blip.checkpoint import CheckpointError
-        from lora_blip.data.annotations import DataError
-        from lora_blip.data.images import ImageError
-        from lora_blip.dist import PeerError
-        from lora_blip.faults import TrainingError
-        from lora_blip.lora import LoRAError
-        from lora_blip.models import ModelError
-        from lora_blip.preflight import PreflightError
-        from lora_blip.targets import TargetError
-
-        known = (
-            AdapterError, CheckpointError, DataError, ImageError, LoRAError, ModelError, PreflightError, TargetError,
-            TrainingError, ConfigError,
-        )  # fmt: skip
         if isinstance(error, PeerError):  # the main process reports it
-            if error.__cause__ and not isinstance(error.__cause__, known):
+            if error.__cause__ and not isinstance(error.__cause__, LoraBlipError):
                 print_traceback(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
             raise SystemExit(2) from None
-        if isinstance(error, known):
+        if isinstance(error, LoraBlipError):
             stop(error)
         if is_lost_worker(error) or is_process_limit(error):
             for child in multiprocessing.active_children():

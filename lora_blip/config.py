@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from lora_blip.errors import ConfigError
+
 TASK_NAMES = ("caption", "vqa", "retrieval")
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
@@ -30,10 +32,6 @@ OTHER_NAMES = {  # of settings, in other libraries
     "target_modules": "targets", "model_name": "model", "base_model": "model", "max_length": "max_new_tokens",
     "beams": "num_beams", "dtype": "precision", "workers": "num_workers", "output": "output_dir",
 }  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """A setting with a value that it cannot have; the message names it."""
 
 
 def setting(default: Any, doc: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_object
 from torch.distributed.rendezvous import rendezvous
 
-from lora_blip.config import ConfigError
+from lora_blip.errors import ConfigError, PeerError
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
@@ -32,10 +32,6 @@ RETURNED = 5.0  # seconds that a process waits at its end for what it lent
 
 # what a dead peer leaves in an error
 LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
-
-
-class PeerError(ConfigError):
-    """An error that the main process reports for all. This process stops without a message."""
 
 
 @dataclass(frozen=True)

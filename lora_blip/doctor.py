@@ -11,8 +11,8 @@ import torch
 
 import lora_blip
 from lora_blip import lora, targets
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
 from lora_blip.metrics.java import NOTICE
 from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
 from lora_blip.tasks import TASKS, natural_task

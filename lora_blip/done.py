@@ -10,14 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
+from lora_blip.errors import OutputError
 
 CHUNK = 2**16
-
-
-class OutputError(ConfigError):
-    """The folder cannot be written, or is not this run's; the message says what to do."""
 
 
 class Done:

@@ -1,5 +1,64 @@
-"""The errors that carry a remedy, one class for each kind of cause."""
+"""The errors that users see. Each message is complete: it names the file, line or module, and says what to do.
+
+Catch `LoraBlipError` for all of them. The commands print the message and exit with status 2.
+"""
 
 
-class ModelError(ValueError):
-    """A checkpoint that cannot be used, with the reason and the remedy."""
+class LoraBlipError(Exception):
+    """The base class of the errors below."""
+
+
+class ConfigError(LoraBlipError, ValueError):
+    """A setting has a value that it cannot have. The message names the setting."""
+
+
+class LockedError(ConfigError):
+    """Another process writes into the same folder."""
+
+
+class OutputError(ConfigError):
+    """An output folder cannot be written, or belongs to another run."""
+
+
+class PeerError(ConfigError):
+    """Another process of this run failed. The main process prints the error; this process exits without a message."""
+
+
+class DataError(LoraBlipError, ValueError):
+    """Data cannot be read or trained on. The message names the file and the line."""
+
+
+class ImageError(LoraBlipError, ValueError):
+    """An image cannot be read. The message is one line that is safe to print."""
+
+
+class ModelError(LoraBlipError, ValueError):
+    """A checkpoint cannot be used. The message says why."""
+
+
+class TargetError(LoraBlipError, ValueError):
+    """A target matches no module, or a module that cannot take an adapter. The message lists what the model has."""
+
+
+class LoRAError(LoraBlipError, ValueError):
+    """A request would leave the model in a state that was not meant. Nothing was changed."""
+
+
+class AdapterError(LoraBlipError, ValueError):
+    """An adapter file is missing or damaged, or does not fit its base. The message names the module."""
+
+
+class CheckpointError(LoraBlipError, ValueError):
+    """A checkpoint is missing or damaged, or belongs to another run."""
+
+
+class PreflightError(LoraBlipError, ValueError):
+    """Training would be useless. The message says why."""
+
+
+class TrainingError(LoraBlipError, RuntimeError):
+    """Training cannot continue. What was learned before the error is saved."""
+
+
+class JavaError(LoraBlipError, RuntimeError):
+    """Java is missing, or one of its programs failed or took too long. The message is one line."""

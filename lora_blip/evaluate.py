@@ -12,10 +12,11 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter, dist, measures, report
 from lora_blip.adapter import Adapter
-from lora_blip.config import ConfigError, EvaluateConfig, refuse_unwritable
+from lora_blip.config import EvaluateConfig, refuse_unwritable
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError, Example
+from lora_blip.data.example import Example
 from lora_blip.data.leaks import Leak, find_leaks, leak_warning
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.extras import attempt
 from lora_blip.files import csv_text, write_whole
 from lora_blip.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure

@@ -8,14 +8,11 @@ import torch
 from lora_blip import checkpoint, preflight
 from lora_blip.config import TrainConfig
 from lora_blip.dist import ALONE, Ranks, is_lost
+from lora_blip.errors import TrainingError
 from lora_blip.learner import Autocast, Update
 from lora_blip.models import uncompiled
 from lora_blip.run import Run
 from lora_blip.tasks.task import Batch, Task
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; what was learned until then has been saved."""
 
 
 def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:

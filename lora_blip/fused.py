@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from lora_blip.choice import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.kernels.plain import is_plain
 from lora_blip.products import QuickLinear, as_autocast, frozen, product, transformed
 

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers.image_utils import SizeDict
 
-from lora_blip.config import ConfigError
-from lora_blip.errors import ModelError
+from lora_blip.errors import ConfigError, ModelError
 from lora_blip.untrusted import quoted
 
 LARGEST = 4096  # pixels of a side

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip import lora
-from lora_blip.checkpoint import REMEDY, CheckpointError, take
+from lora_blip.checkpoint import REMEDY, take
 from lora_blip.data.batches import Slot
 from lora_blip.dist import ALONE, Ranks, lent
+from lora_blip.errors import CheckpointError
 from lora_blip.tasks.task import Batch, Task
 
 Autocast = Callable[[], AbstractContextManager[Any]]

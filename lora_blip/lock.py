@@ -7,13 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lora_blip.config import ConfigError
+from lora_blip.errors import LockedError
 
 NAME = ".lock"
-
-
-class LockedError(ConfigError):
-    """Another process writes into this folder at this moment."""
 
 
 @contextmanager

@@ -13,14 +13,14 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lora_blip import caching, curves, dist, lora, preflight, resume, sharding, stop, targets, weights
-from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import TrainConfig, refuse_unwritable
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Slot, Stack, close, first_stack, slots_of_steps
+from lora_blip.data.example import Example
 from lora_blip.data.split_leaks import Thumbnails
 from lora_blip.dist import Ranks
+from lora_blip.errors import CheckpointError, TrainingError
 from lora_blip.extras import attempt
-from lora_blip.faults import TrainingError, explain, explained
+from lora_blip.faults import explain, explained
 from lora_blip.learner import Autocast, Learner, Progress
 from lora_blip.models import autocasting, compile_blocks, open_backbone
 from lora_blip.run import Run

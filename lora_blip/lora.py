@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.call_batch import call_batch, forget_batch, note_batch, watch
-from lora_blip.choice import ALL, Acting, Choice, LoRAError, enter, in_force, leave
+from lora_blip.choice import ALL, Acting, Choice, enter, in_force, leave
+from lora_blip.errors import LoRAError
 from lora_blip.fused import Entered, hand_over, input_of, updated
 from lora_blip.mergeable import check_mergeable, summed
 from lora_blip.save_guard import guard, refuse_inside_save_pretrained, unguard

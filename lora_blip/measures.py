@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_blip.data.annotations import DataError, Example
+from lora_blip.data.example import Example
+from lora_blip.errors import DataError
 from lora_blip.metrics import bootstrap, captions, retrieval
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.metrics.captions import caption_scores

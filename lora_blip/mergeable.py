@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks_with_kwargs
 
-from lora_blip.choice import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.products import QuickLinear
 from lora_blip.sites import PLAIN_TENSORS, is_quantised, refuse_meta
 

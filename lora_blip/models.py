@@ -27,8 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_blip import attention, lora
 from lora_blip.base_config import check_config, check_sizes
-from lora_blip.config import ConfigError
-from lora_blip.errors import ModelError as ModelError
+from lora_blip.errors import ConfigError, ModelError
 from lora_blip.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.limits import is_process_limit

@@ -21,9 +21,9 @@ from lora_blip import lock
 from lora_blip.adapter import RUNS, Adapter
 from lora_blip.asked import is_file
 from lora_blip.config import InferConfig, refuse_unwritable
-from lora_blip.data.annotations import Example
-from lora_blip.data.images import ImageError
-from lora_blip.done import Done, OutputError, key_of, take_up
+from lora_blip.data.example import Example
+from lora_blip.done import Done, key_of, take_up
+from lora_blip.errors import ImageError, OutputError
 from lora_blip.files import FULL, write_whole
 from lora_blip.prediction import Prediction, line_of, request_of
 from lora_blip.resume import differences

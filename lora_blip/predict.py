@@ -15,11 +15,11 @@ from lora_blip import adapter, dist, done, lora, output, stop, weights
 from lora_blip.adapter import Adapter
 from lora_blip.asked import Prompted, asked, read_references, read_texts, trim_references
 from lora_blip.bulk import Found, Rounds, Screen
-from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
-from lora_blip.data.annotations import Example
-from lora_blip.data.images import ImageError
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.data.example import Example
 from lora_blip.data.streams import Images, example_of, open_picture
 from lora_blip.dist import Ranks
+from lora_blip.errors import ConfigError, ImageError
 from lora_blip.extras import attempt
 from lora_blip.models import Backbone, open_backbone
 from lora_blip.output import Output

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.tasks.task import Task
 from lora_blip.untrusted import printable
 

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip import lora
+from lora_blip.errors import PreflightError
 from lora_blip.sharding import here
 from lora_blip.sites import is_linear
 from lora_blip.tasks.task import Batch, Task
 
 GIB = 2**30
 LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far below overflow
-
-
-class PreflightError(ValueError):
-    """Training would be useless; the message says why and what to do."""
 
 
 def check(task: Task, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> str:

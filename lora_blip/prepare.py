@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lora_blip.config import ConfigError, check, refuse_unwritable, require, setting
-from lora_blip.data.annotations import LISTED, DataError
+from lora_blip.config import check, refuse_unwritable, require, setting
+from lora_blip.data.annotations import LISTED
 from lora_blip.data.folders import Folder, Picture
 from lora_blip.data.formats import NOT_UTF8, Entry, Place, canonical
 from lora_blip.data.published import SPLITS
 from lora_blip.data.sources import Source, find_sources
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.files import write_whole
 from lora_blip.untrusted import printable
 

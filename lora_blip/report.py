@@ -20,7 +20,8 @@ from typing import Any
 from PIL import Image
 
 from lora_blip import __version__
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import open_image
+from lora_blip.errors import ImageError
 from lora_blip.files import write_whole
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.metrics.exact import normal

@@ -15,10 +15,11 @@ import transformers
 from torch import nn
 
 from lora_blip import __version__, checkpoint, lock
-from lora_blip.checkpoint import CheckpointError, Saved
+from lora_blip.checkpoint import Saved
 from lora_blip.config import TrainConfig
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.dist import Ranks
+from lora_blip.errors import CheckpointError
 from lora_blip.fingerprint import settings_of
 from lora_blip.learner import Learner
 from lora_blip.models import Backbone

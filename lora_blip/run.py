@@ -16,8 +16,9 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip import adapter, checkpoint, lock
 from lora_blip.best import Best, shown
-from lora_blip.checkpoint import CheckpointError, Saved
-from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.checkpoint import Saved
+from lora_blip.config import TrainConfig
+from lora_blip.errors import AdapterError, CheckpointError, ConfigError
 from lora_blip.extras import attempt
 from lora_blip.files import FULL, make_whole, sweep, write_whole
 from lora_blip.learner import Learner, Update
@@ -175,7 +176,7 @@ class Run:
         if step:
             try:
                 saved = f" its adapter so far is {self.save(step, finished=False)};"
-            except adapter.AdapterError as error:  # one that says nothing, or NaN
+            except AdapterError as error:  # one that says nothing, or NaN
                 saved = f" its adapter is not saved: {error};"
         with suppress(OSError):  # a terminal that is gone
             print("\n" + printable(f"stopped after {step} of {total} steps;{saved} the same settings again go on with it"))

@@ -8,9 +8,9 @@ from torch import Tensor
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.ahead import Ahead, Darkroom
-from lora_blip.data.annotations import Example
-from lora_blip.data.images import ImageError
+from lora_blip.data.example import Example
 from lora_blip.data.streams import place_of
+from lora_blip.errors import ImageError
 from lora_blip.models import autocasting, first_line
 from lora_blip.tasks import verification
 from lora_blip.tasks.task import Task

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_blip.choice import LoRAError
+from lora_blip.errors import LoRAError
 
 NAME = "save_pretrained"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_blip.choice import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.untrusted import quoted
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # and not a subclass, which may store or compute its values in another way

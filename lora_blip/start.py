@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack, loader
-from lora_blip.data.example import FILE
+from lora_blip.data.example import FILE, Example
 from lora_blip.data.pictures import NO_CACHES, Caches, Pictures
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.dist import Ranks
+from lora_blip.errors import ConfigError
 from lora_blip.models import Backbone
 from lora_blip.run import summary_writer
 from lora_blip.tasks import TASKS, natural_task

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_blip.errors import TargetError
 from lora_blip.lora import adapters
 from lora_blip.sites import Site, is_linear, tied
 
@@ -54,10 +55,6 @@ PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
     "lm.mlp": (LM + r"(?:fc1|fc2|DenseReluDense\..*)", None),
 }
 PARTS = {"ViT": r"vision_model\.", "Q-Former": r"qformer\.", "text": r"text_", "language model": r"language_model\."}
-
-
-class TargetError(ValueError):
-    """A target that names nothing, or what cannot take an adapter; the message lists what there is."""
 
 
 GRAMMAR = re.compile(r"(?P<body>.+?)(?:\[(?P<first>\d*):(?P<last>\d*)\])?(?P<own>(?::(?:r|alpha)=[\d.]+)*)")

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from lora_blip import curves, lora, models, targets
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
 from lora_blip.models import Backbone, autocasting, load_backbone
 from lora_blip.tasks import verification
 from lora_blip.tasks.caption import CaptionTask

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from lora_blip import adapter, lora
-from lora_blip.adapter import AdapterError
+from lora_blip.errors import AdapterError
 from lora_blip.predict import task_of
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.task import Generation

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_blip import base_config, lora
-from lora_blip.models import ModelError, load_backbone
+from lora_blip.errors import ModelError
+from lora_blip.models import load_backbone
 from tests.conftest import inject
 
 PLANTED = "import pathlib; pathlib.Path({path!r}).write_text('ran')"

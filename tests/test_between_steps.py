@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lora_blip import loop, stop
-from lora_blip.checkpoint import CheckpointError
 from lora_blip.config import TrainConfig
 from lora_blip.dist import ALONE
+from lora_blip.errors import CheckpointError
 from lora_blip.learner import Progress
 from tests import tiny
 from tests.test_loop import settings

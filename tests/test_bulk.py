@@ -22,11 +22,10 @@ from PIL import Image
 
 from lora_blip import bulk, lock, output, stop
 from lora_blip.cli import run_infer
-from lora_blip.config import ConfigError, InferConfig
-from lora_blip.data.images import ImageError
+from lora_blip.config import InferConfig
 from lora_blip.data.streams import Images, Missing, expanded, open_picture
-from lora_blip.done import Done, OutputError, key_of
-from lora_blip.lock import LockedError
+from lora_blip.done import Done, key_of
+from lora_blip.errors import ConfigError, ImageError, LockedError, OutputError
 from lora_blip.predict import captions, infer, open_task
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny

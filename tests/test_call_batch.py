@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_blip import lora
 from lora_blip.call_batch import call_batch, forget_batch, note_batch
-from lora_blip.lora import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import inject
 from tests.test_chosen import line, plus

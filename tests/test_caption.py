@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError
 from lora_blip.metrics.exact import exact_match
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.losses import IGNORE, token_loss

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from lora_blip import checkpoint, lock, resume
-from lora_blip.checkpoint import ABOUT, BEST, FOLDER, TENSORS, CheckpointError
+from lora_blip.checkpoint import ABOUT, BEST, FOLDER, TENSORS
 from lora_blip.config import TrainConfig
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
+from lora_blip.errors import CheckpointError
 
 IDENTITY = {"lr": 0.1, "batch_size": 2, "training lines": "abc"}
 TENSOR = {"parameter/a": torch.arange(6.0).reshape(2, 3)}

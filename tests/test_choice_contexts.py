@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_blip import lora
-from lora_blip.lora import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.sites import Site
 from tests.test_chosen import line, plus
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_blip import lora, predict, targets
-from lora_blip.data.annotations import Example
-from lora_blip.lora import LoRAError
+from lora_blip.data.example import Example
+from lora_blip.errors import LoRAError
 from lora_blip.models import Backbone
 from lora_blip.sites import Site
 from lora_blip.tasks.caption import CaptionTask

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_blip import start
-from lora_blip.config import ConfigError
+from lora_blip.errors import ConfigError
 from lora_blip.loop import train
 from lora_blip.models import compile_blocks
 from tests import tiny

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError
 from lora_blip.data.batches import EpochBatches, loader, pixel_values
 from lora_blip.data.images import augment, open_image
 from lora_blip.data.pictures import Pictures
+from lora_blip.errors import DataError
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
 

@@ -18,10 +18,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip import adapter, checkpoint, sharding
-from lora_blip.checkpoint import CheckpointError
-from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.config import TrainConfig
 from lora_blip.data.batches import slots_of_steps
 from lora_blip.dist import joined
+from lora_blip.errors import CheckpointError, ConfigError
 from lora_blip.learner import Learner
 from lora_blip.loop import train
 from lora_blip.run import Run

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from lora_blip import adapter, evaluate, lora, measures, targets
-from lora_blip.config import ConfigError, EvaluateConfig, parse
+from lora_blip.config import EvaluateConfig, parse
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError
 from lora_blip.data.images import open_image
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.metrics import captions
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.models import load_backbone

@@ -12,9 +12,9 @@ import torch
 
 from lora_blip import ahead, attention, lora
 from lora_blip.ahead import Ahead
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
-from lora_blip.data.images import ImageError
+from lora_blip.data.example import Example
+from lora_blip.errors import ImageError
 from lora_blip.runner import Runner
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.pictures import distinct

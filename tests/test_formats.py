@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_blip.config import ConfigError
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError
 from lora_blip.data.formats import canonical, csv_entries, tsv_entries
 from lora_blip.data.published import document, spaced
 from lora_blip.data.sources import find_sources
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.prepare import PrepareConfig, prepare, shares_of
 
 Lines = list[dict]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_blip import attention, fused, lora
+from lora_blip.errors import LoRAError
 from lora_blip.fused import FrozenLinear, updated
 from lora_blip.sites import Site
 from tests.conftest import WHOLE, batch_of, inject, twenty_steps
@@ -277,5 +278,5 @@ def test_adapters_come_before_torch_compile_or_not_at_all():
         if not hasattr(compiled, "_orig_mod"):
             compiled[0].compile()
         path = "_orig_mod.0" if hasattr(compiled, "_orig_mod") else "0"
-        with pytest.raises(lora.LoRAError, match=r"torch\.compile"):
+        with pytest.raises(LoRAError, match=r"torch\.compile"):
             lora.inject(compiled, [Site(path)])

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lora_blip import adapter, lora, preflight
-from lora_blip.data.annotations import Example
-from lora_blip.faults import TrainingError
+from lora_blip.data.example import Example
+from lora_blip.errors import TrainingError
 from lora_blip.learner import Learner
 from lora_blip.loop import train
 from lora_blip.models import load_backbone

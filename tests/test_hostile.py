@@ -25,13 +25,12 @@ from PIL import Image
 from torch import nn
 
 from lora_blip import adapter, header, lora, untrusted
-from lora_blip.adapter import AdapterError
 from lora_blip.data import annotations, formats, images
-from lora_blip.data.annotations import DataError
 from lora_blip.data.folders import Folder
 from lora_blip.data.formats import canonical, csv_entries, jsonl_entries, tsv_entries
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import open_image
 from lora_blip.data.sources import find_sources
+from lora_blip.errors import AdapterError, DataError, ImageError
 from lora_blip.fingerprint import sample
 from lora_blip.predict import described, task_of
 

@@ -17,13 +17,12 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lora_blip import adapter, caching, lora, resume
-from lora_blip.adapter import AdapterError
-from lora_blip.checkpoint import CheckpointError
-from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from lora_blip.evaluate import evaluate
 from lora_blip.faults import explained
 from lora_blip.loop import train
-from lora_blip.models import ModelError, load_backbone
+from lora_blip.models import load_backbone
 from lora_blip.predict import captions, infer, open_task, wanted_adapter
 from lora_blip.start import loader_of
 from lora_blip.tasks.caption import CaptionTask

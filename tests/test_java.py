@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from lora_blip.errors import JavaError
 from lora_blip.metrics import java
-from lora_blip.metrics.java import JavaError
 
 PACKAGE = Path("/package")
 

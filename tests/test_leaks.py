@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from lora_blip.data import leaks
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import open_image
 from lora_blip.data.leaks import NEARLY, SAME_BYTES, Leak, find_leaks
+from lora_blip.errors import ImageError
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = sorted((ROOT / "image_train").glob("*.png")), sorted((ROOT / "image_test").glob("*.png"))

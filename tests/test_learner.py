@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lora_blip import checkpoint, resume
-from lora_blip.checkpoint import CheckpointError, Saved
+from lora_blip.checkpoint import Saved
 from lora_blip.data.batches import Slot
+from lora_blip.errors import CheckpointError
 from lora_blip.learner import Learner, Progress, reseed
 from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import batch_of, inject

@@ -14,11 +14,12 @@ from PIL import Image
 from lora_blip import resume
 from lora_blip.asked import Prompted, asked, trim_references
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
 from lora_blip.data.formats import STRICT
 from lora_blip.data.streams import Images
 from lora_blip.done import asked_in, key_of
+from lora_blip.errors import DataError
 from lora_blip.evaluate import csv_of
 from lora_blip.files import csv_text
 from lora_blip.measures import Measured

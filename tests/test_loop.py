@@ -19,10 +19,9 @@ import torch
 
 from lora_blip import adapter, curves, loop, lora, start
 from lora_blip.best import Best
-from lora_blip.config import ConfigError, TrainConfig
-from lora_blip.data.annotations import DataError
+from lora_blip.config import TrainConfig
 from lora_blip.data.batches import Slot
-from lora_blip.faults import TrainingError
+from lora_blip.errors import ConfigError, DataError, TrainingError
 from lora_blip.learner import Learner, Update
 from lora_blip.loop import learning_rate, train
 from lora_blip.run import BEST_NAME, Run, run_name

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_blip import lora, targets
+from lora_blip.errors import LoRAError
 from lora_blip.sites import Site, tied
 from tests.conftest import inject, logits_of
 
@@ -275,16 +276,16 @@ def test_an_unknown_name_is_an_error_and_not_a_silence(make):
     backbone = make("blip")
     inject(backbone, "vit")
     for act in (lora.merge, lora.eject):
-        with pytest.raises(lora.LoRAError, match="no adapter 'typo'; it has default"):
+        with pytest.raises(LoRAError, match="no adapter 'typo'; it has default"):
             act(backbone.model, "typo")
-    with pytest.raises(lora.LoRAError, match="no adapter 'typo'"), lora.disabled(backbone.model, "typo"):
+    with pytest.raises(LoRAError, match="no adapter 'typo'"), lora.disabled(backbone.model, "typo"):
         pass
 
 
 @pytest.mark.parametrize("name", ["merged", "original", "training", "a.b", "", "keys"])
 def test_an_odd_adapter_name_is_refused_before_anything_changes(name):
     model = nn.Sequential(nn.Linear(3, 4))
-    with pytest.raises(lora.LoRAError, match="adapter name"):
+    with pytest.raises(LoRAError, match="adapter name"):
         lora.inject(model, [Site("0")], name=name)
     assert not model[0]._forward_hooks and not hasattr(model[0], "lora")
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lora_blip import fused, lora, mergeable, weights
-from lora_blip.lora import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.products import QuickLinear
 from lora_blip.sites import Site
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_blip.errors import JavaError
 from lora_blip.metrics import bootstrap, captions, java, vqa
 from lora_blip.metrics.captions import BLEU, NAMES, caption_scores
 from lora_blip.metrics.diversity import diversity
@@ -76,7 +77,7 @@ def varied(images: int, odd: float, seed: int = 0, endings: tuple[str, ...] = OD
 
 
 def refuse(*_args):
-    raise java.JavaError("not asked for in this test")
+    raise JavaError("not asked for in this test")
 
 
 OTHER_LOCALE = (
@@ -286,7 +287,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 def test_a_meteor_that_crashes_hangs_or_babbles_is_a_reason_in_bounded_time(tmp_path, monkeypatch, script, said, why):
     play(tmp_path, monkeypatch, script)
     began = time.monotonic()
-    with pytest.raises(java.JavaError, match=why):
+    with pytest.raises(JavaError, match=why):
         java.meteor(["a" * said] * 9, [["a"]] * 9, tmp_path)
     assert time.monotonic() - began < 20
 
@@ -318,14 +319,14 @@ def test_a_tokenizer_that_fails_leaves_the_scores_that_need_none(tmp_path, monke
 def test_spice_without_its_models_is_a_reason_and_with_them_its_f_score(tmp_path, monkeypatch):
     """Nothing is downloaded or run while a jar is missing; the mean of what SPICE writes, in the images' order, afterwards."""
     play(tmp_path, monkeypatch, "echo ran >> " + str(tmp_path / "log"))
-    with pytest.raises(java.JavaError, match=r"stanford-corenlp-3\.6\.0.*get_stanford_models"):
+    with pytest.raises(JavaError, match=r"stanford-corenlp-3\.6\.0.*get_stanford_models"):
         java.spice(["a"], [["a"]], tmp_path)
     assert not (tmp_path / "log").exists()
 
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     for name in java.SPICE_MODELS:
         (tmp_path / "spice" / "lib" / name).touch()
-    with pytest.raises(java.JavaError, match="no scores that can be read"):
+    with pytest.raises(JavaError, match="no scores that can be read"):
         java.spice(["a"], [["a"]], tmp_path)
     assert (tmp_path / "log").exists()
     items = '[{"image_id":1,"scores":{"All":{"f":0.5}}},{"image_id":0,"scores":{"All":{"f":0.25}}}]'
@@ -350,7 +351,7 @@ def test_every_java_program_gets_the_locale_last(tmp_path, monkeypatch, package)
     for name in java.SPICE_MODELS:
         (tmp_path / "spice" / "lib" / name).touch()
     for run in (java.meteor, java.spice, lambda said, _, folder: java.tokenise(said, folder)):
-        with pytest.raises(java.JavaError, match="it wrote nothing"):  # Java's own notice is no reason
+        with pytest.raises(JavaError, match="it wrote nothing"):  # Java's own notice is no reason
             run(["a"], [["a"]], tmp_path if run is java.spice else package)
     given = log.read_text().splitlines()
     assert len(given) == 3 and len(set(given)) == 1 and given[0].startswith("-Xmx1g -Duser.language=de ")

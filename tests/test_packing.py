@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_blip import lora, targets
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.head import head_loss
 from lora_blip.tasks.losses import IGNORE, token_loss

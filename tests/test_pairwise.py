@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from lora_blip import fused, lora, products, targets, weights
 from lora_blip.attention import vit
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Known, Slot, Stack
+from lora_blip.data.example import Example
 from lora_blip.dist import ALONE, Ranks, joined
 from lora_blip.learner import Learner
 from lora_blip.models import autocasting, load_backbone, open_backbone

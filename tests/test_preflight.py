@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_blip import lora, preflight
-from lora_blip.preflight import PreflightError
+from lora_blip.errors import PreflightError
 from lora_blip.sites import Site
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.losses import IGNORE

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.models import autocasting
 from lora_blip.tasks import text
 from lora_blip.tasks.caption import CaptionTask

@@ -11,14 +11,13 @@ import pytest
 from PIL import Image
 
 from lora_blip import loop, output, predict, resume
-from lora_blip.checkpoint import CheckpointError
 from lora_blip.cli import tell
-from lora_blip.config import ConfigError, EvaluateConfig, InferConfig
-from lora_blip.dist import PeerError, joined
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.dist import joined
+from lora_blip.errors import CheckpointError, ConfigError, PeerError, PreflightError
 from lora_blip.evaluate import evaluate
 from lora_blip.loop import train
 from lora_blip.predict import infer
-from lora_blip.preflight import PreflightError
 from lora_blip.run import Run
 from lora_blip.tasks import verification
 from tests import tiny

@@ -21,10 +21,10 @@ import torch
 
 from benchmarks import chaos
 from lora_blip import adapter, checkpoint, lock, loop, resume, stop
-from lora_blip.checkpoint import ABOUT, TENSORS, CheckpointError
-from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.checkpoint import ABOUT, TENSORS
+from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
-from lora_blip.faults import TrainingError
+from lora_blip.errors import CheckpointError, ConfigError, LockedError, TrainingError
 from lora_blip.files import make_whole
 from lora_blip.learner import Learner
 from lora_blip.loop import train
@@ -709,7 +709,7 @@ def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
     assert holder.stdout is not None and (holder.stdout.readline() or True)
     time.sleep(0.1)
     try:
-        with pytest.raises(lock.LockedError):
+        with pytest.raises(LockedError):
             train(config)
         assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     finally:

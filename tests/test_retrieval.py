@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from lora_blip import adapter, loop, lora, predict, preflight
-from lora_blip.config import ConfigError
 from lora_blip.data import annotations
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError, PreflightError
 from lora_blip.loop import train
 from lora_blip.models import autocasting
-from lora_blip.preflight import PreflightError
 from lora_blip.tasks import matching, retrieval
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.matching import cosines

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lora_blip.data.annotations import Example
-from lora_blip.data.images import ImageError
+from lora_blip.data.example import Example
+from lora_blip.errors import ImageError
 from lora_blip.runner import Runner, gave_out
 from tests import tiny
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_blip import lora
-from lora_blip.lora import LoRAError
-from lora_blip.models import ModelError, load_backbone
+from lora_blip.errors import LoRAError, ModelError
+from lora_blip.models import load_backbone
 from lora_blip.sites import Site
 from tests.conftest import inject, logits_of
 

@@ -27,14 +27,15 @@ from benchmarks.lines import KINDS, STAGES, lines_of, measure
 from lora_blip import loop, resume
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, images
-from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.batches import loader
+from lora_blip.data.example import Example
 from lora_blip.data.formats import STRICT, _object, as_text, canonical
 from lora_blip.data.images import SIDED, names_side
 from lora_blip.data.lines import Lines
 from lora_blip.data.pictures import Pictures
 from lora_blip.data.places import FEW, resolved
 from lora_blip.data.streams import Member, Missing
+from lora_blip.errors import DataError
 from lora_blip.tasks import TASKS
 from lora_blip.tasks.bounds import UNTOLD, Bounds
 from lora_blip.tasks.retrieval import positives

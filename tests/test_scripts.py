@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from lora_blip.cli import run_infer, run_train
-from lora_blip.config import ConfigError, InferConfig, TrainConfig, parse
+from lora_blip.config import InferConfig, TrainConfig, parse
+from lora_blip.errors import ConfigError
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.models import load_backbone
 from lora_blip.tasks import TASKS, natural_task
 from toyworld.cubes import cube_scene, ten_answers

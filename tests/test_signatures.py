@@ -14,10 +14,11 @@ from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipT
 from lora_blip import attention, lora
 from lora_blip.attention.text import TextAttention, reading
 from lora_blip.config import EvaluateConfig, InferConfig
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
+from lora_blip.errors import ModelError
 from lora_blip.kernels import signatures
 from lora_blip.kernels.plain import plain
-from lora_blip.models import ModelError, load_backbone
+from lora_blip.models import load_backbone
 from lora_blip.predict import open_task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.library import call

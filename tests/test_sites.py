@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_blip import lora
 from lora_blip.config import LARGEST
-from lora_blip.lora import LoRAError
+from lora_blip.errors import LoRAError
 from lora_blip.sites import MOST_RANK, Site
 from tests.test_chosen import line, plus
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from lora_blip import loop
-from lora_blip.config import ConfigError, TrainConfig
+from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, split_leaks
-from lora_blip.data.annotations import DataError
 from lora_blip.data.leaks import find_leaks, leak_warning
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.learner import Learner
 from lora_blip.loop import train
 from tests.test_dist import among

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_blip.data import store
-from lora_blip.data.images import ImageError
 from lora_blip.data.store import Store, image_digest
+from lora_blip.errors import ImageError
 
 PLENTY = 10**9
 KEY = "ab" + "0" * 30

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, BlipConfig, BlipForConditionalGeneration
 
 from lora_blip import lora, targets
+from lora_blip.errors import TargetError
 
 
 def addresses(model, what, **options):
@@ -36,7 +37,7 @@ def test_slices_are_the_row_blocks_of_the_fused_qkv(make):
     sites = targets.find(model, "vit.q,vit.v")
     width = model.config.vision_config.hidden_size
     assert [(s.block, s.rows) for s in sites[:2]] == [("q", (0, width)), ("v", (2 * width, 3 * width))]
-    with pytest.raises(targets.TargetError, match="whole and by a block"):
+    with pytest.raises(TargetError, match="whole and by a block"):
         targets.find(model, "vit,vit.q")
 
 
@@ -51,10 +52,10 @@ def test_ranges_names_regexes_and_ranks_of_their_own(make):
 
 
 def test_nothing_matched_lists_what_there_is(make):
-    with pytest.raises(targets.TargetError, match=r"'qformer' matches no linear of BlipForConditionalGeneration") as said:
+    with pytest.raises(TargetError, match=r"'qformer' matches no linear of BlipForConditionalGeneration") as said:
         targets.find(make("blip").model, "qformer")
     assert "vit (8)" in str(said.value) and "vision_model.encoder.layers.N.self_attn.qkv" in str(said.value)
-    with pytest.raises(targets.TargetError, match="regex"):
+    with pytest.raises(TargetError, match="regex"):
         targets.find(make("blip").model, "vit(")
 
 

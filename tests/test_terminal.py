@@ -17,7 +17,7 @@ from lora_blip import adapter, prepare
 from lora_blip.cli import COMMANDS, Heeded, main, print_traceback, run_infer, run_train
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import Problem
-from lora_blip.data.images import ImageError
+from lora_blip.errors import ImageError
 from lora_blip.predict import infer
 from lora_blip.untrusted import for_terminal, printable, printable_lines
 from tests import tiny

@@ -12,7 +12,7 @@ import torch
 
 from lora_blip import adapter
 from lora_blip.config import EvaluateConfig, InferConfig
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.evaluate import evaluate
 from lora_blip.loop import train
 from lora_blip.predict import captions, infer

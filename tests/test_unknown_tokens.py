@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import T5Tokenizer
 
 from lora_blip.asked import asked
-from lora_blip.config import ConfigError
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError, Example
+from lora_blip.data.example import Example
 from lora_blip.data.streams import example_of
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.models import Backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask

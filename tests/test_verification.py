@@ -17,8 +17,8 @@ from lora_blip import attention, fused, lora
 from lora_blip.attention import text as text_attention
 from lora_blip.attention import vit
 from lora_blip.config import TrainConfig
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
 from lora_blip.loop import train
 from lora_blip.models import autocasting
 from lora_blip.predict import Saying, captions, predictions

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lora_blip.models import ModelError, load_backbone
+from lora_blip.errors import ModelError
+from lora_blip.models import load_backbone
 from tests import tiny
 from tests.conftest import WHOLE
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from lora_blip import adapter, loop, lora, predict, preflight
-from lora_blip.config import ConfigError
 from lora_blip.data import annotations
-from lora_blip.data.annotations import DataError, Example
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError, DataError
 from lora_blip.tasks import natural_task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.losses import IGNORE

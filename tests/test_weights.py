@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_blip import adapter, lora, sites, weights
+from lora_blip.errors import LoRAError
 from lora_blip.models import DTYPES, autocasting
 from lora_blip.sites import Site
 from lora_blip.tasks import TASKS, natural_task
@@ -59,7 +60,7 @@ def test_a_head_that_was_tied_is_still_no_target(make):
     assert head in sites.tied(backbone.model)
     weights.cast_once(backbone, "bf16")
     assert head in sites.tied(backbone.model)
-    with pytest.raises(lora.LoRAError, match="shares its weight"):
+    with pytest.raises(LoRAError, match="shares its weight"):
         lora.inject(backbone.model, [Site(head)])
 
 

@@ -19,18 +19,15 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import FILE, Example
 from lora_blip.data.formats import jsonl_entries, tsv_entries
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import open_image
 from lora_blip.data.lines import Lines
 from lora_blip.data.places import in_walking_order, resolved
+from lora_blip.errors import DataError, ImageError
 from lora_blip.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # lines, which the garbage collector is not to go through for the rest of the run
 CHUNK = 1024  # lines whose texts a task may look at together before each is checked
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on: which file and line, why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)  # a wrong file has a million

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.data.pictures import Key, Picture, Pictures
 from lora_blip.data.pixels import pixels_of
 from lora_blip.stop import ignore_in_worker

@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_blip.errors import ImageError
 from lora_blip.untrusted import UnreadableError, cut, open_regular, printable, why
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")  # of Pillow's fifty; others run programs
@@ -62,13 +63,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-class ImageError(ValueError):
-    """An image file that cannot be read; the message names it, in one line that is safe to print."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())
-
-
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The picture in RGB, turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
 
@@ -86,18 +80,18 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
                 image.load()
                 return to_rgb(upright(image))
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
+        raise ImageError(printable(f"{path} does not exist")) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is {_unknown(path, kind)}") from None
+        raise ImageError(printable(f"{path} is {_unknown(path, kind)}")) from None
     except UnreadableError as error:
-        raise ImageError(f"{path} is no image: {error}") from None
+        raise ImageError(printable(f"{path} is no image: {error}")) from None
     except Image.DecompressionBombError:  # Pillow's own end lies beyond LARGEST
-        raise ImageError(f"{path} is no image: it has more than {LARGEST:,} pixels; make it smaller") from None
+        raise ImageError(printable(f"{path} is no image: it has more than {LARGEST:,} pixels; make it smaller")) from None
     except OSError as error:
-        raise ImageError(f"{path} cannot be decoded ({cut(why(error))})") from None
+        raise ImageError(printable(f"{path} cannot be decoded ({cut(why(error))})")) from None
     except Exception as error:  # decoders raise whatever they stumble over: struct.error, KeyError, MemoryError …
         told = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
-        raise ImageError(f"{path} cannot be decoded ({told})") from None
+        raise ImageError(printable(f"{path} cannot be decoded ({told})")) from None
 
 
 def kind_of(head: bytes) -> str:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import open_image
+from lora_blip.errors import ImageError
+from lora_blip.untrusted import printable
 
 SAME_BYTES, NEARLY = "same bytes", "nearly the same picture"
 SIDE = 12  # pixels of a thumbnail's side
@@ -129,7 +131,7 @@ def digest_of(path: Path) -> bytes:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise ImageError(printable(f"{path} cannot be read ({error.strerror or error})")) from None
 
 
 def look(path: Path) -> Sight:

@@ -11,10 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_blip.data.annotations import Example, unreadable
-from lora_blip.data.images import ImageError, augment, names_side, open_image
+from lora_blip.data.annotations import unreadable
+from lora_blip.data.example import Example
+from lora_blip.data.images import augment, names_side, open_image
 from lora_blip.data.pixels import pixels_of, side_of
 from lora_blip.data.store import Store, image_digest
+from lora_blip.errors import ImageError
 
 Key = tuple[int, int]  # (epoch, number of a group of lines)
 MOST = 8  # lines about one image that come together: what is more comes with another batch

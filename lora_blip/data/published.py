@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.annotations import DataError
 from lora_blip.data.formats import (
     LONGEST,
     TEXT_KEYS,
@@ -24,6 +23,7 @@ from lora_blip.data.formats import (
     numbered_lines,
     open_text,
 )
+from lora_blip.errors import DataError
 from lora_blip.untrusted import no_constant, once, parsed, quoted, why
 
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # what a data set calls a split → what it is here

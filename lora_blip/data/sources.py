@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data import formats, published
-from lora_blip.data.annotations import DataError
 from lora_blip.data.formats import Found
 from lora_blip.data.published import SPLITS, TOKEN, YEAR
+from lora_blip.errors import DataError
 from lora_blip.untrusted import cut, open_regular, parsed, why
 
 LINES: dict[str, Callable[[Path], Iterator[Found]]] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_blip.data.images import ImageError, open_image
+from lora_blip.data.images import open_image
 from lora_blip.data.leaks import (
     NEARLY,
     SAME_BYTES,
@@ -27,6 +27,7 @@ from lora_blip.data.leaks import (
     thumbnails,
 )
 from lora_blip.data.places import in_walking_order
+from lora_blip.errors import ImageError
 from lora_blip.untrusted import printable
 
 KEPT = 300_000  # thumbnails of 432 bytes that are kept in memory

@@ -21,7 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_blip.data.images import LARGEST_FILE, ImageError
+from lora_blip.data.images import LARGEST_FILE
+from lora_blip.errors import ImageError
 from lora_blip.files import FULL, remove, write_whole
 from lora_blip.untrusted import UnreadableError, open_regular, parsed, printable, why
 
@@ -259,11 +260,11 @@ def image_digest(path: Path) -> str:
         about = path.stat()
         return _digest(path, about.st_size, about.st_mtime_ns)
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
+        raise ImageError(printable(f"{path} does not exist")) from None
     except UnreadableError as error:
-        raise ImageError(f"{path} is no image: {error}") from None
+        raise ImageError(printable(f"{path} is no image: {error}")) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        raise ImageError(f"{path} cannot be read ({why(error) if isinstance(error, OSError) else error})") from None
+        raise ImageError(printable(f"{path} cannot be read ({why(error) if isinstance(error, OSError) else error})")) from None
 
 
 @lru_cache(maxsize=DIGESTS)

@@ -14,10 +14,12 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from lora_blip.data.annotations import Example, plain
+from lora_blip.data.annotations import plain
+from lora_blip.data.example import Example
 from lora_blip.data.formats import IMAGE_KEYS, TOO_LONG, as_text, jsonl_entries, numbered_lines
-from lora_blip.data.images import HEAD, LARGEST_FILE, SUFFIXES, ImageError, is_picture, open_image
-from lora_blip.untrusted import cut, open_regular, quoted, why
+from lora_blip.data.images import HEAD, LARGEST_FILE, SUFFIXES, is_picture, open_image
+from lora_blip.errors import ImageError
+from lora_blip.untrusted import cut, open_regular, printable, quoted, why
 
 SHARD = ".tar"
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -63,8 +65,8 @@ class Images:
             problem = problem or f" ({example.reason})"
         problem = problem or f" ({self.others_line()})" * bool(self.others)
         raise ImageError(
-            f"no image found at {self.where!r}{problem}; give a file, a folder, a glob such as 'photos/*.jpg', a list "
-            "(.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
+            f"no image found at {self.where!r}{printable(problem)}; give a file, a folder, a glob such as 'photos/*.jpg', a "
+            "list (.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -99,7 +101,7 @@ def example_of(image: str | Path, question: str = "") -> Example:
 def open_picture(example: Example) -> Image.Image:
     """The picture of an example, wherever it lies. Raises ImageError as `open_image` does."""
     if isinstance(example, Missing):
-        raise ImageError(example.reason)
+        raise ImageError(printable(example.reason))
     return _unpacked(example) if isinstance(example, Member) else open_image(example.image)
 
 
@@ -209,7 +211,9 @@ def globbed(pattern: str) -> list[str]:
     try:
         found = [str(p) for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file()]
     except ValueError as error:
-        raise ImageError(f"{pattern!r} is no glob ({error}); give a file, a folder or one such as 'photos/*.jpg'") from None
+        raise ImageError(
+            printable(f"{pattern!r} is no glob ({error}); give a file, a folder or one such as 'photos/*.jpg'")
+        ) from None
     return sorted(found, key=lambda name: name.replace(os.sep, "\0"))
 
 
@@ -326,13 +330,13 @@ def _refuse_rest(archive: tarfile.TarFile, file: BinaryIO) -> None:
 def _unpacked(member: Member) -> Image.Image:
     if not 0 < member.size <= LARGEST_FILE:
         told = f"it has {member.size:,} bytes, more than {LARGEST_FILE:,}" if member.size else "it is empty"
-        raise ImageError(f"{member.image} is no image: {told}")
+        raise ImageError(printable(f"{member.image} is no image: {told}"))
     try:
         with open_regular(member.shard) as shard:
             shard.seek(member.offset)
             content = shard.read(member.size)
     except OSError as error:
-        raise ImageError(f"{member.image} cannot be read ({why(error)})") from None
+        raise ImageError(printable(f"{member.image} cannot be read ({why(error)})")) from None
     return open_image(member.image, BytesIO(content))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_blip.errors import JavaError
 from lora_blip.metrics import bootstrap, java
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.metrics.exact import exact_match
@@ -83,7 +84,7 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
         if name in names and name not in reasons:
             try:
                 whole, by_image = score(said, right, package)
-            except java.JavaError as error:
+            except JavaError as error:
                 reasons[name] = str(error)
                 continue
             if np.isfinite([whole, *by_image]).all():
@@ -122,7 +123,7 @@ def tokenised(
     texts = [*predictions, *(text for right in references for text in right)]
     try:
         words, name, why = java.tokenise(texts, package), PTB, ""
-    except java.JavaError as error:
+    except JavaError as error:
         words, name, why = [plain(text) for text in texts], PLAIN, str(error)
     following = iter(words[len(predictions) :])
     return words[: len(predictions)], [[next(following) for _ in right] for right in references], name, why

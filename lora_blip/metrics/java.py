@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lora_blip.errors import JavaError
 from lora_blip.metrics.tokens import kept
 
 START, EACH = 180.0, 0.1  # seconds: allowed to a process at all, and more for every caption or image that it is given
@@ -27,10 +28,6 @@ OPTIONS = [*LOCALE, "-Dfile.encoding=UTF-8"]
 NOTICE = "Picked up "  # what Java writes on stderr about options in the environment
 
 Found = tuple[float, list[float]]  # the score of the set, and by image
-
-
-class JavaError(RuntimeError):
-    """Java is missing, or one of its programs failed or took too long; the message is one line."""
 
 
 def java() -> str:

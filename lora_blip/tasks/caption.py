@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError
 from lora_blip.metrics.captions import COCO, caption_scores
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import Backbone

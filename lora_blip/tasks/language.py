@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip import lora
-from lora_blip.config import ConfigError
+from lora_blip.errors import ConfigError
 from lora_blip.tasks.library import call
 from lora_blip.tasks.losses import IGNORE
 from lora_blip.tasks.packing import Packed

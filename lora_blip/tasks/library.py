@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import arguments_of, version_of
-from lora_blip.models import ModelError
 
 UNCHECKED = {"use_cache"}  # changes no number, and a model may pass it on to its language model
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example, many_objects
+from lora_blip.data.annotations import many_objects
 from lora_blip.data.batches import Stack
-from lora_blip.data.example import FILE
+from lora_blip.data.example import FILE, Example
 from lora_blip.data.places import resolved
+from lora_blip.errors import ConfigError
 from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models import Backbone
 from lora_blip.tasks.losses import hard_negatives, itc_loss

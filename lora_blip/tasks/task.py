@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
 from lora_blip.data.batches import Known, Stack
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models import Backbone
 from lora_blip.tasks.bounds import Bounds

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example, plain
+from lora_blip.data.annotations import plain
 from lora_blip.data.batches import Stack
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError
 from lora_blip.kernels.plain import is_plain
 from lora_blip.models import Backbone
 from lora_blip.tasks.blip import BlipLanguage, BlipVqaLanguage

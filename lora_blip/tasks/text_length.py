@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
 from lora_blip.tasks.bounds import UNTOLD
 from lora_blip.tasks.language import CutText, DecoderLanguage
 from lora_blip.tasks.rows import many_ids

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_blip.config import ConfigError
-from lora_blip.data.annotations import Example
+from lora_blip.data.example import Example
+from lora_blip.errors import ConfigError
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models import Backbone
 from lora_blip.tasks.blip import BlipVqaLanguage
