@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_blip.output import ABOUT_NAME, ERRORS_NAME, FILE_NAME
+from lora_blip.inference.output import ABOUT_NAME, ERRORS_NAME, FILE_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN = 97  # every so many-th picture: empty, cut off or no picture at all

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
-from lora_blip import adapter, checkpoint, files, loop, stop
 from lora_blip.config import TrainConfig
-from lora_blip.run import BEST_NAME, METRICS_NAME
+from lora_blip.lora import adapter_file
+from lora_blip.runtime import files, signals
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME
+from lora_blip.training import checkpoint, loop
 
 TIMES = ("seconds", "images_per_s")
 POINTS = ("before", "half the tensors", "half a state.json", "before the rename", "after the rename", "an old one half gone")
@@ -135,7 +137,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def same(one: Path, other: Path) -> bool:
-    a, b = adapter.read(one).tensors, adapter.read(other).tensors
+    a, b = adapter_file.read(one).tensors, adapter_file.read(other).tensors
     return a.keys() == b.keys() and all(x.numpy().tobytes() == b[key].numpy().tobytes() for key, x in a.items())
 
 
@@ -182,12 +184,12 @@ def main() -> int:
                 where["in a step" if saved.about["progress"]["slot"] else "between steps"] += 1
                 print(f"{sum(ends.values()):4}  {kind:<6} {point:<20} {end:<8} {saved.folder.name}", flush=True)
             finished = run is not None and not (run / checkpoint.FOLDER).exists()  # though it was killed right after
-            if end not in ("exit 0", "SIGKILL", f"exit {stop.SAVED}", "SIGTERM", "SIGUSR1"):
+            if end not in ("exit 0", "SIGKILL", f"exit {signals.SAVED}", "SIGTERM", "SIGUSR1"):
                 sys.exit(f"a life ended with {end}")
         runs = sorted(killed.glob("lora_*"))
         results = {
             "one run folder": list(killed.glob("[!.]*")) == runs and len(runs) == 1,
-            "adapter's bytes": same(one / adapter.FILE_NAME, runs[-1] / adapter.FILE_NAME),
+            "adapter's bytes": same(one / ADAPTER_NAME, runs[-1] / ADAPTER_NAME),
             "best adapter's bytes": same(one / BEST_NAME, runs[-1] / BEST_NAME),
             "lines of metrics.jsonl": lines(one) == lines(runs[-1]),
         }

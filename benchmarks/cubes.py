@@ -27,9 +27,9 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.images import augment
 from lora_blip.metrics.exact import exact_match
-from lora_blip.models import REPOSITORY, Backbone, load_backbone, pick_precision
-from lora_blip.start import default_rate
-from lora_blip.tasks.task import Generation
+from lora_blip.models.loading import REPOSITORY, Backbone, load_backbone, pick_precision
+from lora_blip.tasks.base import Generation
+from lora_blip.training.setup import default_rate
 
 ENOUGH = 0.95
 EVERY = 25  # steps between validations; a tenth of the run, as shipped, is too coarse to compare by

@@ -16,7 +16,7 @@ from benchmarks.pairs import OURS, PEFT, PEFT16, TRAINER, TRAINER16, Cell, Turn,
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype, save
 from benchmarks.work import Work, work, write_photos
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
 
 Step = Callable[[], None]
 BATCH = 2  # images

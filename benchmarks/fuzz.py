@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.errors import AdapterError, DataError, ImageError
+from lora_blip.lora import injection
 
 SECONDS, MEGABYTES = 5.0, 256  # what one small file may cost
 ADDRESS_SPACE = 3 * 2**30  # beyond what is there at the start: memory that a file only claims is asked for in vain
@@ -149,14 +150,16 @@ class Adapters:
     largest = 1 << 16
 
     def __init__(self, folder: Path) -> None:
-        from lora_blip import adapter, lora, models, predict, targets
         from lora_blip.errors import ConfigError
+        from lora_blip.inference import pipeline
+        from lora_blip.lora import adapter_file, attached, targets
+        from lora_blip.models import loading
         from tests import tiny
 
         with redirect_stdout(io.StringIO()):
             tiny.save_blip(folder / "blip")
-            self.backbone = models.load_backbone(str(folder / "blip"), "cpu")
-        self.adapter, self.lora, self.predict = adapter, lora, predict
+            self.backbone = loading.load_backbone(str(folder / "blip"), "cpu")
+        self.adapter, self.lora, self.predict = adapter_file, attached, pipeline
         self.allowed = (AdapterError, ConfigError)
         self.path, self.loaded = folder / "case.safetensors", 0
         task = {
@@ -167,10 +170,10 @@ class Adapters:
         training = {"steps": 3, "finished": True, "settings": {"annotations": "a.jsonl", "image_root": ""}}
         self.seeds = []
         for what in ("vit[0:1]:r=1", "vit.q,vit.v:r=2:alpha=3", "text[1:]:r=1"):
-            for x in lora.inject(self.backbone.model, targets.find(self.backbone.model, what)).values():
+            for x in injection.inject(self.backbone.model, targets.find(self.backbone.model, what)).values():
                 x.B.data.fill_(0.01)
-            adapter.save(self.path, self.backbone, task=task | {"temperature": 0.07}, training=training, overwrite=True)
-            lora.eject(self.backbone.model)
+            adapter_file.save(self.path, self.backbone, task=task | {"temperature": 0.07}, training=training, overwrite=True)
+            injection.eject(self.backbone.model)
             self.seeds.append(self.path.read_bytes())
 
     def mutate(self, rng: random.Random, data: bytes) -> bytes:
@@ -215,11 +218,11 @@ class Annotations:
     def __init__(self, folder: Path) -> None:
         from PIL import Image
 
-        from lora_blip import prepare
         from lora_blip.data import annotations
+        from lora_blip.data.prepare import command
         from lora_blip.errors import ConfigError
 
-        self.folder, self.read, self.prepare = folder, annotations.read, prepare
+        self.folder, self.read, self.prepare = folder, annotations.read, command
         self.allowed = (DataError, ConfigError)
         for name in ("1.jpg", "2.jpg"):
             Image.new("RGB", (4, 4)).save(folder / name)

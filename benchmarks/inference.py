@@ -10,7 +10,7 @@ from benchmarks.pairs import HF, HF16, OURS, PEFT, Cell, Turn, compare, freed, s
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype
 from benchmarks.work import work
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
 
 TOKENS, BEAMS, MANY = 20, 5, 8
 

@@ -51,10 +51,10 @@ def measure(kind: str, source: str) -> dict[str, float]:
     """What a training does with the lines before it looks at a picture, stage by stage: seconds, and MiB at the peak."""
     from benchmarks.sizes import backbone as backbone_of
     from lora_blip.data import annotations
-    from lora_blip.data.pictures import Pictures
-    from lora_blip.resume import lines_digest
-    from lora_blip.tasks import TASKS
+    from lora_blip.data.dataset import ImageDataset
+    from lora_blip.tasks.registry import TASKS
     from lora_blip.tasks.retrieval import RetrievalTask
+    from lora_blip.training.resume import lines_digest
 
     backbone = backbone_of("tiny")
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](backbone)
@@ -77,7 +77,7 @@ def measure(kind: str, source: str) -> dict[str, float]:
         lines_digest(training, with_images=False)
         lines_digest(validation, with_images=False)
     with timed("pictures"):
-        Pictures(training, backbone.image_processor, augmented=True, seed=0)
+        ImageDataset(training, backbone.image_processor, augmented=True, seed=0)
     return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
 
 

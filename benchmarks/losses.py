@@ -16,14 +16,16 @@ import torch
 
 from benchmarks import ours
 from benchmarks.plan import ALPHA, RATE, R
-from lora_blip import attention, lora, targets, weights
 from lora_blip.data import annotations
-from lora_blip.data.batches import Slot, Stack, pixel_values
 from lora_blip.data.images import open_image
-from lora_blip.learner import Learner
-from lora_blip.models import autocasting, compile_blocks, open_backbone
+from lora_blip.data.loader import Slot, Stack, pixel_values
+from lora_blip.kernels import switch as attention
+from lora_blip.lora import attached, injection, targets
+from lora_blip.models import weights
+from lora_blip.models.loading import autocasting, compile_blocks, open_backbone
+from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Task
+from lora_blip.training.learner import Learner
 
 MODEL, DATA, STEPS, TEXTS = "assets/tiny-blip", "annotations.jsonl", 20, 5
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
@@ -57,8 +59,8 @@ def losses(how: Way, precision: str) -> list[float]:
     torch.manual_seed(0)
     backbone = open_backbone(MODEL, "cpu", precision, fast=how.packed)[0]
     attention.fast(backbone.model, how.attention)
-    lora.inject(backbone.model, targets.find(backbone.model, "vit,text", R, ALPHA))
-    lora.fast(backbone.model, how.update)
+    injection.inject(backbone.model, targets.find(backbone.model, "vit,text", R, ALPHA))
+    attached.fast(backbone.model, how.update)
     if how.cast:
         weights.cast_once(backbone, precision)
     if how.compiled:

@@ -28,7 +28,7 @@ from benchmarks.pairs import FLOOR, FULL, OURS, PEFT, PEFT16, Cell, freed
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype
 from benchmarks.work import Work, work
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
 
 MB = 1e6
 SIDES: dict[str, Callable[[Backbone, Work, str], Any]] = {

@@ -46,11 +46,13 @@ SERVER = ROOT / "benchmarks" / "mutant_server.py"
 RESULTS = ROOT / "benchmarks" / "results"
 EQUIVALENT = ROOT / "benchmarks" / "equivalent_mutants.json"
 PARTS = {  # part → its files
-    "lora.py": ["lora_blip/lora.py", "lora_blip/mergeable.py"],
-    **{f"{name}.py": [f"lora_blip/{name}.py"] for name in "fused choice learner loop resume checkpoint adapter".split()},
-    **{f"tasks/{name}.py": [f"lora_blip/tasks/{name}.py"] for name in ("packing", "losses", "head")},
-    "preflight.py": ["lora_blip/preflight.py"],
-    "metrics/": [
+    "lora": [f"lora_blip/lora/{name}.py" for name in "layer dispatch attached injection merging mergeable".split()],
+    "fused": ["lora_blip/lora/fused.py", "lora_blip/kernels/linear.py"],
+    "routing": ["lora_blip/lora/routing.py", "lora_blip/lora/routing_state.py"],
+    "adapter_file": ["lora_blip/lora/adapter_file.py"],
+    **{name: [f"lora_blip/training/{name}.py"] for name in "learner loop resume checkpoint preflight".split()},
+    "losses": ["lora_blip/models/packing.py", "lora_blip/tasks/losses.py", "lora_blip/kernels/head_loss.py"],
+    "metrics": [
         f"lora_blip/metrics/{name}.py" for name in "bootstrap captions diversity exact java retrieval tokens vqa".split()
     ],
 }

@@ -18,17 +18,18 @@ from torch import Tensor
 from benchmarks.plan import ALPHA, RATE, R
 from benchmarks.sizes import save
 from benchmarks.work import Work
-from lora_blip import adapter, lora, targets, weights
 from lora_blip.config import TrainConfig
-from lora_blip.data.batches import Slot, Stack
+from lora_blip.data.dataset import Caches, ImageDataset
+from lora_blip.data.disk_cache import Store, _digest
 from lora_blip.data.example import Example
-from lora_blip.data.pictures import Caches, Pictures
-from lora_blip.data.store import Store, _digest
-from lora_blip.learner import Learner
-from lora_blip.loop import train
-from lora_blip.models import Backbone, autocasting, compile_blocks, open_backbone
+from lora_blip.data.loader import Slot, Stack
+from lora_blip.lora import adapter_file, injection, merging, targets
+from lora_blip.models import weights
+from lora_blip.models.loading import Backbone, autocasting, compile_blocks, open_backbone
+from lora_blip.tasks.base import Batch
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Batch
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
 
 
 class Training:
@@ -40,7 +41,7 @@ class Training:
         backbone = opened(base, precision)
         self.task = CaptionTask(backbone)
         self.model = backbone.model
-        lora.inject(self.model, targets.find(self.model, where, r, ALPHA))
+        injection.inject(self.model, targets.find(self.model, where, r, ALPHA))
         weights.cast_once(backbone, precision)
         self.model.train()
         self.autocast = autocasting(backbone.device, precision)
@@ -110,7 +111,7 @@ def reader(backbone: Backbone, paths: list[Path], cache: Path) -> Callable[[int]
     """index → pixel values (3, H, W), as the loader reads a picture; asked again, it comes from the cache."""
     examples = [Example(path, "a picture", path.name, line) for line, path in enumerate(paths, 1)]
     caches = Caches(Store(cache, {"of": "pictures"}, 10**9))
-    pictures = Pictures(examples, backbone.image_processor, augmented=False, seed=0, caches=caches)
+    pictures = ImageDataset(examples, backbone.image_processor, augmented=False, seed=0, caches=caches)
     return lambda index: pictures.look((0, index)).pixel_values
 
 
@@ -130,19 +131,19 @@ def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, 
 def adapt(base: Backbone, merged: bool, precision: str = "fp32") -> Backbone:
     """An adapter that does something, on its hooks or merged for good."""
     backbone = opened(base, precision)
-    found = lora.inject(backbone.model, targets.find(backbone.model, "vit", R, ALPHA))
+    found = injection.inject(backbone.model, targets.find(backbone.model, "vit", R, ALPHA))
     for x in found.values():
         torch.nn.init.normal_(x.B, std=1e-3)
     if merged:
-        lora.bake(backbone.model)
+        merging.bake(backbone.model)
     weights.cast_once(backbone, precision)  # as infer.py does
     return backbone
 
 
 def save_adapter(backbone: Backbone, path: Path) -> Path:
-    return adapter.save(path, adapt(backbone, merged=False))
+    return adapter_file.save(path, adapt(backbone, merged=False))
 
 
 def load_and_merge(backbone: Backbone, path: Path) -> None:
-    adapter.load(backbone, path)
-    lora.bake(backbone.model)
+    adapter_file.load(backbone, path)
+    merging.bake(backbone.model)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.plan import ALPHA, RATE, R
 from benchmarks.work import Work
-from lora_blip import targets
-from lora_blip.models import DTYPES, Backbone, autocasting
-from lora_blip.products import product
-from lora_blip.sites import Site
+from lora_blip.kernels.linear import product
+from lora_blip.lora import targets
+from lora_blip.lora.sites import Site
+from lora_blip.models.loading import DTYPES, Backbone, autocasting
 
 IGNORE = -100
 Inputs = dict[str, Tensor]

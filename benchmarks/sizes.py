@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from lora_blip.models import DTYPES, Backbone, Quiet
+from lora_blip.models.loading import DTYPES, Backbone, Quiet
 from toyworld.vocabulary import blip_tokenizer, opt_tokenizer
 
 Settings = dict[str, Any]

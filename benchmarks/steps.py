@@ -9,7 +9,7 @@ from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PEFT16, PRODUCTS
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype
 from benchmarks.work import Work, work
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
 
 
 def step(plan: Plan) -> Iterator[Cell]:

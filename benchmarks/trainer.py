@@ -15,7 +15,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from benchmarks.peers import Inputs, rows_of
 from benchmarks.plan import RATE
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
 
 Row = dict[str, Tensor]
 

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_blip.lora import injection
+
 VERSIONS = ("5.20.0", "5.23.0", "5.24.0")
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = {  # base → what it is asked, and what an adapter on it learns
@@ -30,13 +32,13 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
     """Return the texts, the probabilities or the losses of one base, in a process with one version of transformers."""
     import torch
 
-    from lora_blip import lora, targets
-    from lora_blip.data.batches import Stack, pixel_values
     from lora_blip.data.example import Example
     from lora_blip.data.images import open_image
-    from lora_blip.models import load_backbone
-    from lora_blip.tasks import TASKS, natural_task
-    from lora_blip.tasks.task import Generation
+    from lora_blip.data.loader import Stack, pixel_values
+    from lora_blip.lora import targets
+    from lora_blip.models.loading import load_backbone
+    from lora_blip.tasks.base import Generation
+    from lora_blip.tasks.registry import TASKS, natural_task
 
     torch.manual_seed(0)
     backbone = load_backbone(str(ROOT / "assets" / base), "cpu", fast=fast)
@@ -52,7 +54,7 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
         return task.rank(pixels, examples, TEXTS).flatten().tolist()
     if what != "losses":
         return task.predict(pixels, examples)
-    found = lora.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
+    found = injection.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
     batch = task.batch(Stack(examples, pixels))
     optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=1e-3), []
     for _ in range(20):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
 from toyworld.words import WORDS
 
 TOKENS = 16  # of a caption, the first and the last one included

@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig, nearest, parse
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
-from lora_blip.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
-from lora_blip.untrusted import for_terminal, printable_lines
+from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
+from lora_blip.runtime.untrusted import for_terminal, printable_lines
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
@@ -19,7 +19,7 @@ def run_train(script: dict[str, Any], doc: str | None) -> None:
 
     def go() -> None:
         config = parse(TrainConfig, script, doc=doc or "")
-        from lora_blip.loop import train  # late, so that --help and a bad setting answer at once
+        from lora_blip.training.loop import train  # late, so that --help and a bad setting answer at once
 
         train(config)
 
@@ -29,7 +29,7 @@ def run_train(script: dict[str, Any], doc: str | None) -> None:
 def run_infer(script: dict[str, Any], doc: str | None) -> None:
     def go() -> None:
         config = parse(InferConfig, script, doc=doc or "")
-        from lora_blip.predict import infer
+        from lora_blip.inference.pipeline import infer
 
         infer(config)
 
@@ -144,12 +144,12 @@ def run_command(command: str, arguments: list[str]) -> None:
             f"Commands are {', '.join(COMMANDS)}; each has --help"
         )
     elif command == "prepare":
-        from lora_blip.prepare import PrepareConfig, prepare
+        from lora_blip.data.prepare.command import PrepareConfig, prepare
 
         prepare(parse(PrepareConfig, {}, arguments, COMMANDS[command], program))
     elif command == "evaluate":
         config = parse(EvaluateConfig, {}, arguments, COMMANDS[command], program)
-        from lora_blip.evaluate import evaluate
+        from lora_blip.evaluation.comparison import evaluate
 
         evaluate(config)
     else:

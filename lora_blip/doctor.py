@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-import lora_blip
-from lora_blip import lora, targets
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
+from lora_blip.data.loader import Stack
+from lora_blip.lora import injection, targets
 from lora_blip.metrics.java import NOTICE
-from lora_blip.models import DTYPES, REPOSITORY, emulated, load_backbone
-from lora_blip.tasks import TASKS, natural_task
-from lora_blip.untrusted import printable, printable_lines
+from lora_blip.models.loading import DTYPES, REPOSITORY, emulated, load_backbone
+from lora_blip.runtime.untrusted import printable, printable_lines
+from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.version import __version__
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
 EXTRAS = {
@@ -30,7 +30,7 @@ BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "asset
 
 def examine() -> bool:
     """Print all that is known of this machine; False when something that is needed does not work."""
-    print(f"lora_blip {lora_blip.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"lora_blip {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("core        ", ", ".join(f"{name} {version(name)}" for name in CORE))
     for extra, names in EXTRAS.items():
         print(f"{extra:<13}" + ", ".join(f"{name} {version(name)}" for name in names))
@@ -108,7 +108,7 @@ def hook_fires(name: str) -> str:
     batch = task.batch(Stack(examples, pictures))
     with torch.no_grad():
         before = task.logits(batch)
-        placed = lora.inject(backbone.model, targets.find(backbone.model, "vit"))
+        placed = injection.inject(backbone.model, targets.find(backbone.model, "vit"))
         fresh = task.logits(batch)
         for update in placed.values():
             update.B.fill_(0.01)

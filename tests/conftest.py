@@ -20,13 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import curves, lora, models, targets
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
-from lora_blip.models import Backbone, autocasting, load_backbone
+from lora_blip.data.loader import Stack
+from lora_blip.lora import injection, targets
+from lora_blip.lora.layer import LoRA
+from lora_blip.models import loading
+from lora_blip.models.loading import Backbone, autocasting, load_backbone
+from lora_blip.reports import plots
 from lora_blip.tasks import verification
+from lora_blip.tasks.base import Batch
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Batch
 from tests import tiny
 
 CACHE = Path(os.environ["XDG_CACHE_HOME"])
@@ -57,7 +60,7 @@ def _checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss curve takes longer than most of the trainings here. Tests of it have the marker `plots`."""
     if not request.node.get_closest_marker("plots"):
-        monkeypatch.setattr(curves, "draw", lambda _: None)
+        monkeypatch.setattr(plots, "draw", lambda _: None)
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +70,10 @@ def _loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     Tests with the marker `loads` always read the file.
     """
     if not request.node.get_closest_marker("loads"):
-        monkeypatch.setattr(models, "_load_model", load_once)
+        monkeypatch.setattr(loading, "_load_model", load_once)
 
 
-REAL_LOAD, LOADED = models._load_model, {}
+REAL_LOAD, LOADED = loading._load_model, {}
 
 
 def load_once(kind: Any, source: str, config: Any, dtype: torch.dtype) -> Any:
@@ -128,7 +131,9 @@ def kind_of(backbone: Backbone) -> str:
 def inject(backbone: Backbone, what: str = "", r: int = 4, alpha: float = 8.0, trained: bool = True, name: str = "default"):
     """Adapters on every part (or on `what`); `trained` gives each B values that matter."""
     torch.manual_seed(11)
-    found = lora.inject(backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha), name=name)
+    found = injection.inject(
+        backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha), name=name
+    )
     if trained:
         generator = torch.Generator().manual_seed(7)
         for x in found.values():
@@ -155,7 +160,7 @@ def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -
 
 
 def twenty_steps(
-    found: dict[str, lora.LoRA], loss_of: Callable[[], torch.Tensor], precision: str = "fp32", rate: float = 1e-3
+    found: dict[str, LoRA], loss_of: Callable[[], torch.Tensor], precision: str = "fp32", rate: float = 1e-3
 ) -> list[float]:
     """The loss before each of twenty steps of AdamW on the adapters, on the CPU."""
     optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=rate), []

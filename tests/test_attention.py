@@ -8,10 +8,11 @@ import torch
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
-from lora_blip import attention, lora
-from lora_blip import fused as fused_update
-from lora_blip.attention.vit import apart, by_heads, whole
-from lora_blip.models import load_backbone
+from lora_blip.kernels import switch
+from lora_blip.kernels.vit_attention import apart, by_heads, whole
+from lora_blip.lora import attached, injection
+from lora_blip.lora import fused as fused_update
+from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import WHOLE, batch_of, inject, logits_of, twenty_steps
 
@@ -70,11 +71,11 @@ def test_twenty_steps_with_it_are_twenty_of_transformers_own(kind, precision, ma
     losses = []
     for on in (True, False):
         found = inject(backbone, "vit", trained=False)
-        attention.fast(backbone.model, on)
+        switch.fast(backbone.model, on)
         kinds = {type(m) for m in backbone.model.vision_model.modules()}
         assert bool(kinds & {BlipAttention, Blip2Attention}) is not on
         losses.append(twenty_steps(found, loss_of, precision, rate=1e-2))
-        lora.eject(backbone.model)
+        injection.eject(backbone.model)
     assert losses[0][-1] < 0.99 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
     assert all(map(torch.equal, state.values(), backbone.model.vision_model.state_dict().values()))
@@ -93,9 +94,9 @@ def test_only_the_class_of_a_module_changes(make, checkpoints):
     file.seek(0)
     for model in (copy.deepcopy(backbone.model), torch.load(file, weights_only=False)):
         assert {type(m).__name__ for m in model.modules()} == {type(m).__name__ for m in backbone.model.modules()}
-    attention.fast(backbone.model, False)
-    attention.fast(backbone.model, False)
-    lora.fast(backbone.model, False), lora.fast(plain.model, False)
+    switch.fast(backbone.model, False)
+    switch.fast(backbone.model, False)
+    attached.fast(backbone.model, False), attached.fast(plain.model, False)
     assert torch.equal(logits_of(backbone), logits_of(plain))
 
 
@@ -109,7 +110,7 @@ def test_no_scores_are_kept(make):
     def kept(on: bool) -> int:
         backbone = make("blip")
         inject(backbone, "vit")
-        attention.fast(backbone.model, on)
+        switch.fast(backbone.model, on)
         task, seen, total = CaptionTask(backbone), set(), 0
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ def test_an_activation_that_somebody_hooks_is_kept_as_it_came_out(make, monkeypa
     for on in (True, False):
         backbone = make("blip")
         adapted = inject(backbone, "vit")
-        lora.fast(backbone.model, on)
+        attached.fast(backbone.model, on)
         for block in backbone.model.vision_model.encoder.layers:
             block.mlp.activation_fn.register_forward_hook(lambda _m, _a, y: 3 * y)
         task = CaptionTask(backbone)

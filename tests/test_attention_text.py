@@ -12,9 +12,9 @@ from torch import nn
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 
-from lora_blip import attention
-from lora_blip.attention.attend import attend
-from lora_blip.attention.text import TextAttention, reading
+from lora_blip.kernels import switch
+from lora_blip.kernels.sdpa import attend
+from lora_blip.kernels.text_attention import TextAttention, reading
 
 WIDTH, HEADS, SEEN = 32, 4, 24  # of the text, and width of what it reads
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
@@ -30,7 +30,7 @@ def layer(crosses: bool = False, dtype: torch.dtype = torch.float32, dropout: fl
 def quick(plain: BlipTextSelfAttention) -> TextAttention:
     """A copy with the same weights, switched."""
     twin = copy.deepcopy(plain)
-    attention.fast(twin)
+    switch.fast(twin)
     assert isinstance(twin, TextAttention)
     return twin
 
@@ -106,7 +106,7 @@ def test_a_switched_module_is_the_same_module_and_can_be_switched_back():
     assert list(twin.state_dict()) == list(plain.state_dict())
     other = pickle.loads(pickle.dumps(quick(plain)))
     assert type(other) is TextAttention and type(copy.deepcopy(other)) is TextAttention
-    attention.fast(other, False)
+    switch.fast(other, False)
     assert type(other) is BlipTextSelfAttention
 
 
@@ -138,7 +138,7 @@ def test_rows_of_an_image_read_what_they_would_read_apart(decoder, rows, fast):
     """Whichever attention is on; keys are made once an image where it is the fast one."""
     ids, states = torch.randint(50, (2 * rows, 5)), torch.randn(2, 6, SEEN)
     expected = decoder(input_ids=ids, encoder_hidden_states=states.repeat_interleave(rows, 0)).logits
-    attention.fast(decoder, fast)
+    switch.fast(decoder, fast)
     made = keys_of(decoder)
     with reading(decoder, states, rows=rows) as source:
         found = decoder(input_ids=ids, use_cache=False, **source).logits
@@ -152,7 +152,7 @@ def test_rows_of_an_image_read_what_they_would_read_apart(decoder, rows, fast):
 @torch.no_grad()
 def test_padding_of_what_is_read_is_not_read(decoder):
     """A mask of ragged questions: each row as it reads without its padding."""
-    attention.fast(decoder)
+    switch.fast(decoder)
     ids, states, mask = torch.randint(50, (2, 4)), torch.randn(2, 6, SEEN), torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
     with reading(decoder, states, mask) as source:
@@ -164,7 +164,7 @@ def test_padding_of_what_is_read_is_not_read(decoder):
 
 
 def test_a_copy_made_while_it_reads_reads_nothing(decoder):
-    attention.fast(decoder)
+    switch.fast(decoder)
     ids, states = torch.randint(50, (1, 4)), torch.randn(2, 1, 6, SEEN)
     with torch.no_grad(), reading(decoder, states[0]):
         for twin in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
@@ -179,7 +179,7 @@ def decoder_of(states: torch.Tensor, decoder: Any, ids: torch.Tensor) -> torch.T
 
 def test_what_is_computed_again_when_reading_is_over_is_an_error(decoder):
     """The handle that `reading` gives stands for nothing by itself."""
-    attention.fast(decoder)
+    switch.fast(decoder)
     with reading(decoder, torch.randn(1, 6, SEEN)) as source:
         pass
     with pytest.raises(RuntimeError, match="nothing to read"):
@@ -189,7 +189,7 @@ def test_what_is_computed_again_when_reading_is_over_is_an_error(decoder):
 @torch.no_grad()
 def test_threads_read_each_its_own_picture(decoder):
     """Two threads inside of `reading` at once, of one decoder."""
-    attention.fast(decoder)
+    switch.fast(decoder)
     ids, states, meet = torch.randint(50, (1, 4)), torch.randn(2, 1, 6, SEEN), threading.Barrier(2, timeout=20)
     alone = [decoder_of(each, decoder, ids) for each in states]
 

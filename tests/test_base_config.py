@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_blip import base_config, lora
 from lora_blip.errors import ModelError
-from lora_blip.models import load_backbone
+from lora_blip.lora import attached
+from lora_blip.models import base_config
+from lora_blip.models.loading import load_backbone
 from tests.conftest import inject
 
 PLANTED = "import pathlib; pathlib.Path({path!r}).write_text('ran')"
@@ -351,6 +352,6 @@ def test_weights_with_adapters_among_them_are_refused_with_the_fix(base):
     backbone = load_backbone(str(folder), "cpu")
     kept = load_file(folder / "model.safetensors")
     inject(backbone, "vit")
-    (path,) = list(lora.adapters(backbone.model))[:1]
+    (path,) = list(attached.adapters(backbone.model))[:1]
     save_file(kept | {f"{path}.lora.default.A": torch.ones(4, 32)}, folder / "model.safetensors", {"format": "pt"})
     assert "lora.bake" in refused(folder)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from lora_blip import loop, stop
 from lora_blip.config import TrainConfig
-from lora_blip.dist import ALONE
 from lora_blip.errors import CheckpointError
-from lora_blip.learner import Progress
+from lora_blip.runtime import signals
+from lora_blip.runtime.distributed import ALONE
+from lora_blip.training import loop
+from lora_blip.training.learner import Progress
 from tests import tiny
 from tests.test_loop import settings
 
@@ -109,20 +110,20 @@ def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, stop.INTERRUPTED), (signal.SIGTERM, stop.SAVED), (signal.SIGUSR1, stop.SAVED)]
+    ("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED), (signal.SIGUSR1, signals.SAVED)]
 )
 @pytest.mark.parametrize("due", [True, False])
 def test_a_run_that_is_told_to_stop_saves_and_stops(number, code, due):
     run, heard = run_of(due), SimpleNamespace(signal=number, saving=False)
-    with pytest.raises(stop.Told) as told:
+    with pytest.raises(signals.Told) as told:
         loop.between(run, heard)
     assert told.value.code == code and run.happened == ["checkpoint", "adapter"] and heard.saving
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, stop.INTERRUPTED), (signal.SIGTERM, stop.SAVED)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED)])
 def test_before_there_is_a_run_a_signal_stops_and_saves_nothing(number, code):
     loop.leave_if_told(ALONE, SimpleNamespace(signal=0))
-    with pytest.raises(stop.Told) as told:
+    with pytest.raises(signals.Told) as told:
         loop.leave_if_told(ALONE, SimpleNamespace(signal=number))
     assert told.value.code == code
 

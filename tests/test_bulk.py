@@ -20,13 +20,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_blip import bulk, lock, output, stop
 from lora_blip.cli import run_infer
 from lora_blip.config import InferConfig
-from lora_blip.data.streams import Images, Missing, expanded, open_picture
-from lora_blip.done import Done, key_of
+from lora_blip.data.image_sources import Images, Missing, expanded, open_picture
 from lora_blip.errors import ConfigError, ImageError, LockedError, OutputError
-from lora_blip.predict import captions, infer, open_task
+from lora_blip.inference import blocks, output
+from lora_blip.inference.finished import Done, key_of
+from lora_blip.inference.pipeline import captions, infer, open_task
+from lora_blip.lora import injection
+from lora_blip.runtime import lock, signals
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
 from tests.test_dist import among
@@ -342,7 +344,7 @@ def test_every_image_has_one_line_and_says_what_the_api_says(config, capsys):
 def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, capsys):
     infer(config)
     said = capsys.readouterr().out
-    assert said.count("Image:") + said.count("left out:") == bulk.SHOWN < COUNT
+    assert said.count("Image:") + said.count("left out:") == blocks.SHOWN < COUNT
     assert "the rest goes to out/predictions.jsonl" in said and "--output-dir out with the same settings goes on" in said
 
 
@@ -433,20 +435,20 @@ def test_what_is_done_is_counted_as_a_multiset():
 
 
 def _examples(count: int) -> list:
-    from lora_blip.data.streams import example_of
+    from lora_blip.data.image_sources import example_of
 
     return [example_of(f"{n // 2}.png", "what?" * (n % 2)) for n in range(count)]
 
 
 def test_scores_and_the_base_stand_beside_images_that_were_done_before(config, checkpoints, capsys):
     """COMPARE and REFERENCES: the table of a run that was killed is that of one that was not."""
-    from lora_blip import adapter, lora, targets
-    from lora_blip.models import load_backbone
+    from lora_blip.lora import adapter_file, targets
+    from lora_blip.models.loading import load_backbone
 
     backbone = load_backbone(str(checkpoints["blip"]), "cpu")
-    for x in lora.inject(backbone.model, targets.find(backbone.model, "vit,text", 2, 8.0)).values():
+    for x in injection.inject(backbone.model, targets.find(backbone.model, "vit,text", 2, 8.0)).values():
         x.B.data.normal_(std=0.2)
-    adapter.save("a.safetensors", backbone, task={"name": "caption"})
+    adapter_file.save("a.safetensors", backbone, task={"name": "caption"})
     Path("refs.jsonl").write_text(
         "".join(json.dumps({"image": path, "text": "a cube", "group": path[7]}) + "\n" for path in names("photos"))
     )
@@ -567,7 +569,8 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(confi
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, stop.SAVED), (signal.SIGUSR1, stop.SAVED), (signal.SIGINT, stop.INTERRUPTED)]
+    ("number", "status"),
+    [(signal.SIGTERM, signals.SAVED), (signal.SIGUSR1, signals.SAVED), (signal.SIGINT, signals.INTERRUPTED)],
 )
 def test_a_signal_ends_it_after_the_batch(config, number, status):
     content = whole(config)
@@ -626,7 +629,7 @@ def test_several_processes_end_together(config, capfd):
             CaptionTask.predict = predict  # type: ignore[method-assign]
         infer(config)
 
-    assert among(2, told) == [stop.SAVED] * 2
+    assert among(2, told) == [signals.SAVED] * 2
     assert 0 < len(lines_of("out")) < COUNT
     assert among(2, lambda: infer(config)) == [0, 0] and bytes_of("out") == content
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip import lora
-from lora_blip.call_batch import call_batch, forget_batch, note_batch
 from lora_blip.errors import LoRAError
+from lora_blip.lora import injection
+from lora_blip.lora.call_batch import call_batch, forget_batch, note_batch
+from lora_blip.lora.routing import use_adapters
 from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import inject
 from tests.test_chosen import line, plus
@@ -41,10 +42,10 @@ def test_a_batch_of_another_size_is_an_error_for_every_shape(shape):
     """Nine rows with three names gave three neighbours one adapter."""
     model, before = line("a", "b"), line("a")
     for call in (model, model[0]):
-        with lora.chosen(model, ["a", None, None]), pytest.raises(LoRAError, match="adapters that were chosen"):
+        with use_adapters(model, ["a", None, None]), pytest.raises(LoRAError, match="adapters were chosen"):
             call(torch.randn(shape))
     for names in (["a"], ["a", None, None, None]):  # as many as the vector has elements
-        with lora.chosen(before, names), pytest.raises(LoRAError, match=r"adapters that were chosen.*give x\[None\]"):
+        with use_adapters(before, names), pytest.raises(LoRAError, match=r"adapters were chosen.*give x\[None\]"):
             before(torch.randn(4))
 
 
@@ -52,7 +53,7 @@ def test_a_batch_of_another_size_is_an_error_for_every_shape(shape):
 def test_a_batch_of_the_right_size_gets_its_adapters_for_every_shape(shape):
     model, x = line("a", "b"), torch.randn(shape)
     for call in (model, model[0]):
-        with lora.chosen(model, ["a", None, "b"]):
+        with use_adapters(model, ["a", None, "b"]):
             CLOSE(call(x), torch.stack([plus(model, x[0], "a"), plus(model, x[1]), plus(model, x[2], "b")]))
 
 
@@ -65,10 +66,10 @@ def test_flattened_tokens_belong_to_the_rows_of_the_model_s_call(by):
     call: Any = {"position": model, "keyword": lambda x: model(mask=None, states=x), "mapping": lambda x: model({"states": x})}[
         by
     ]
-    with lora.chosen(model, ["a", None]):
+    with use_adapters(model, ["a", None]):
         CLOSE(call(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))
         for rows, tokens in ((3, 4), (4, 1), (1, 2), (6, 2)):
-            with pytest.raises(LoRAError, match=f"a batch of {rows} rows meets adapters that were chosen for 2"):
+            with pytest.raises(LoRAError, match=f"a batch has {rows} rows, but adapters were chosen for 2"):
                 call(torch.randn(rows, tokens, 4))
         CLOSE(call(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # an error in between leaves nothing
     assert call_batch() is None
@@ -77,21 +78,21 @@ def test_flattened_tokens_belong_to_the_rows_of_the_model_s_call(by):
 def test_rows_that_only_look_like_the_batch_are_refused():
     """Three windows of one row are not three rows, though their number is that of the names."""
     model = Windows(line("a", "b"))
-    with lora.chosen(model, ["a", None, "b"]):
+    with use_adapters(model, ["a", None, "b"]):
         for rows in (1, 3):
-            with pytest.raises(LoRAError, match="a batch of"):
+            with pytest.raises(LoRAError, match="a batch has"):
                 model(torch.randn(rows, 6, 4))
 
 
 def test_beams_repeat_rows_of_flattened_tokens_side_by_side():
     inner = line("a", "b")
     model, x = Flattening(inner), torch.randn(4, 3, 4)
-    with lora.chosen(model, ["a", None], beams=2):
+    with use_adapters(model, ["a", None], beams=2):
         CLOSE(model(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1], "a"), plus(inner, x[2]), plus(inner, x[3])]))
         CLOSE(model(x[:2]), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # what comes before the beams
-        with pytest.raises(LoRAError, match="a batch of 3 rows"):
+        with pytest.raises(LoRAError, match="a batch has 3 rows"):
             model(x[:3])
-    with pytest.raises(LoRAError, match="beams"), lora.chosen(model, ["a", None], beams=0):
+    with pytest.raises(LoRAError, match="beams"), use_adapters(model, ["a", None], beams=0):
         pass
 
 
@@ -110,11 +111,11 @@ def test_no_search_repeats_images():
     """Nine images for three names are a mistake, with beams = 3 too; nine texts may be those of a search."""
     inner = line("a", "b")
     model = Seeing(inner)
-    with lora.chosen(model, ["a", None, "b"], beams=3):
+    with use_adapters(model, ["a", None, "b"], beams=3):
         assert model(torch.randn(3, 3, 4, 4)).shape == (3, 5, 3)
         assert inner(torch.randn(9, 5, 4)).shape == (9, 5, 3)
         for call in (model, lambda pixels: model(pixel_values=pixels)):
-            with pytest.raises(LoRAError, match="a batch of 9 rows meets adapters that were chosen for 3"):
+            with pytest.raises(LoRAError, match="a batch has 9 rows, but adapters were chosen for 3"):
                 call(torch.randn(9, 3, 4, 4))
 
 
@@ -143,7 +144,7 @@ def test_every_part_of_a_backbone_refuses_other_rows(make, kind, part):
         else:
             calls["its text"] = lambda ids=ids: model.text_decoder(ids)
             calls["Q-Former"] = lambda images=images, ids=ids: model(images, ids)
-        with lora.chosen(model, ["default", None, None]), pytest.raises(LoRAError, match=f"a batch of {rows} rows"):
+        with use_adapters(model, ["default", None, None]), pytest.raises(LoRAError, match=f"a batch has {rows} rows"):
             calls[part]()
 
 
@@ -160,10 +161,10 @@ def test_the_hooks_that_watch_come_once_and_go_with_the_adapters():
 
     assert watching() == [0, 0]
     for _ in range(2):
-        with lora.chosen(model, ["a", None]):
+        with use_adapters(model, ["a", None]):
             model(x)
     assert watching() == [2, 2]
-    lora.eject(model)
+    injection.eject(model)
     left = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called]
     assert watching() == [0, 0] and not left
 
@@ -182,8 +183,8 @@ def test_a_call_that_was_interrupted_is_forgotten_at_the_next_block():
             return self.inner(x)
 
     model = Interrupted()
-    with pytest.raises(KeyboardInterrupt), lora.chosen(model, ["a", None, None]):
+    with pytest.raises(KeyboardInterrupt), use_adapters(model, ["a", None, None]):
         model(torch.randn(3, 4))
     model.stop, x = False, torch.randn(2, 4)
-    with lora.chosen(model, ["a", None]):
+    with use_adapters(model, ["a", None]):
         CLOSE(model.inner(x), torch.cat([plus(model.inner, x[:1], "a"), plus(model.inner, x[1:])]))

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from lora_blip.data.example import Example
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.exact import exact_match
+from lora_blip.models.token_rows import IGNORE, plain_ids, special_ids
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.losses import IGNORE, token_loss
-from lora_blip.tasks.rows import plain_ids, special_ids
-from lora_blip.tasks.task import Generation
+from lora_blip.tasks.losses import token_loss
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.tasks.vqa import VqaTask
 from tests.conftest import TEXTS, batch_of

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import checkpoint, lock, resume
-from lora_blip.checkpoint import ABOUT, BEST, FOLDER, TENSORS
 from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import CheckpointError
+from lora_blip.models.identity import processors_digest, weights_digest
+from lora_blip.runtime import lock
+from lora_blip.training import checkpoint, resume
+from lora_blip.training.checkpoint import ABOUT, BEST, FOLDER, TENSORS
 
 IDENTITY = {"lr": 0.1, "batch_size": 2, "training lines": "abc"}
 TENSOR = {"parameter/a": torch.arange(6.0).reshape(2, 3)}
@@ -386,17 +388,17 @@ def test_what_decides_an_update_identifies_a_run_and_nothing_else_does(line):
 
 
 def test_a_base_and_its_processor_may_move_and_nothing_else_of_them_may_change():
-    before = resume.processors_digest(backbone_of())
+    before = processors_digest(backbone_of())
     moved = {"transformers_version": "6", "hidden_size": 32, "folder": Path("x"), "_name_or_path": "/there"}
-    assert resume.processors_digest(backbone_of(moved)) == before
-    assert resume.processors_digest(backbone_of(processor={"size": {"height": 32}, "image_mean": [0.5]})) == before
+    assert processors_digest(backbone_of(moved)) == before
+    assert processors_digest(backbone_of(processor={"size": {"height": 32}, "image_mean": [0.5]})) == before
     for changed in (
         backbone_of({**BASE_CONFIG, "hidden_size": 64}),
         backbone_of({**BASE_CONFIG, "folder": Path("y")}),
         backbone_of(processor={**PROCESSOR, "image_mean": [0.6]}),
         backbone_of(vocabulary={"a": 0, "c": 1}),
     ):
-        assert resume.processors_digest(changed) != before
+        assert processors_digest(changed) != before
 
 
 def test_differences_name_the_setting_or_what_is_not_the_same():
@@ -438,26 +440,26 @@ def test_values_dtypes_shapes_and_names_of_what_is_frozen_identify_a_base(change
     model = torch.nn.Module()
     model.fc = torch.nn.Linear(4, 3).requires_grad_(False)
     model.empty = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
-    before = resume.weights_digest(model)
-    assert before == resume.weights_digest(model)
+    before = weights_digest(model)
+    assert before == weights_digest(model)
     change(model)
-    assert resume.weights_digest(model) != before
+    assert weights_digest(model) != before
 
 
 def test_what_is_trained_does_not_identify_a_base():
     model = torch.nn.Linear(4, 3)
     model.bias.requires_grad_(False)
-    before = resume.weights_digest(model)
+    before = weights_digest(model)
     model.weight.data.add_(1)
-    assert resume.weights_digest(model) == before
+    assert weights_digest(model) == before
 
 
 def test_two_values_that_change_places_are_another_base():
     """The exclusive or of all values does not see it; the samples of a small weight do."""
     model = torch.nn.Linear(4, 3).requires_grad_(False)
-    before = resume.weights_digest(model)
+    before = weights_digest(model)
     model.weight.data = model.weight.data.flip(0)
-    assert resume.weights_digest(model) != before
+    assert weights_digest(model) != before
 
 
 def test_digests_stay_the_same_from_version_to_version(tmp_path):
@@ -474,7 +476,7 @@ def test_digests_stay_the_same_from_version_to_version(tmp_path):
         Example(image, f"text {n} é", "a.png", n, question="q" * (n % 2), answers=("x", "y") * (n % 2))
         for n in range(resume.CHUNK + 6)
     ]
-    assert [resume.weights_digest(model), resume.lines_digest(lines, True), resume.lines_digest(lines, False)] == [
+    assert [weights_digest(model), resume.lines_digest(lines, True), resume.lines_digest(lines, False)] == [
         "b26a88b2d3459295ad82fb00854e2f336c4cc694398ccafdd5d6cbef21dc2f40",
         "39b4c6f36ca2fe393d9d5b8896597de1e8d0b060a17546102aebf3e284601378",
         "df9f48bf2d1d6be6edaeb7fd62b9419d0cc5c4ac0f6c1a42607cba56c905c3b2",

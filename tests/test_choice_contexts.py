@@ -14,21 +14,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_blip import lora
 from lora_blip.errors import LoRAError
-from lora_blip.sites import Site
+from lora_blip.lora import attached, injection, merging
+from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
+from lora_blip.lora.sites import Site
 from tests.test_chosen import line, plus
 
 CLOSE = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 def test_coroutines_choose_each_for_itself():
-    """Two tasks of one thread inside `chosen` at once, which leave in the order in which they came; nothing stays."""
+    """Two tasks of one thread inside `use_adapters` at once, which leave in the order in which they came; nothing stays."""
     model, x, found = line("a", "b"), torch.randn(2, 4), {}
     both = model(x)
 
     async def ask(name: str, came: asyncio.Event, other: asyncio.Event) -> None:
-        with lora.chosen(model, name):
+        with use_adapters(model, name):
             came.set()
             await other.wait()
             found[name] = model(x)
@@ -43,7 +44,7 @@ def test_coroutines_choose_each_for_itself():
     for name in "ab":
         CLOSE(found[name], plus(model, x, name))
     assert torch.equal(model(x), both)
-    lora.merge(model)
+    merging.merge(model)
 
 
 def test_a_task_that_is_started_inside_a_block_keeps_its_choice():
@@ -55,10 +56,10 @@ def test_a_task_that_is_started_inside_a_block_keeps_its_choice():
         return model(x)
 
     async def serve() -> list[torch.Tensor]:
-        with lora.chosen(model, "a"):
+        with use_adapters(model, "a"):
             task = asyncio.create_task(later())
             inside = await asyncio.to_thread(model, x)
-        with lora.chosen(model, "b"):
+        with use_adapters(model, "b"):
             return [inside, await task]
 
     for found in asyncio.run(serve()):
@@ -69,18 +70,18 @@ def test_a_merge_that_a_started_task_does_not_know_of_is_an_error_there():
     model, x = line("a", "b"), torch.randn(2, 4)
 
     async def serve() -> None:
-        with lora.chosen(model, "a"):
+        with use_adapters(model, "a"):
             task = asyncio.create_task(asyncio.sleep(0.001))
             task = asyncio.create_task(asyncio.to_thread(lambda: model(x)))
-        lora.merge(model)
+        merging.merge(model)
         with pytest.raises(LoRAError, match="were merged after"):
             await task
 
     asyncio.run(serve())
 
 
-@pytest.mark.parametrize("block", [lambda m: lora.chosen(m, "a"), lambda m: lora.chosen(m, ["a", None]), lora.disabled])
-@pytest.mark.parametrize("write", [lora.merge, lora.bake])
+@pytest.mark.parametrize("block", [lambda m: use_adapters(m, "a"), lambda m: use_adapters(m, ["a", None]), disable_adapters])
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
 def test_nothing_is_merged_while_any_thread_is_inside_a_block(block, write):
     model = line("a", "b")
     weight, inside, done = model[0].weight.clone(), threading.Event(), threading.Event()
@@ -96,7 +97,7 @@ def test_nothing_is_merged_while_any_thread_is_inside_a_block(block, write):
         assert inside.wait(20)
         with pytest.raises(LoRAError, match="another thread or task"):
             write(model)
-        assert torch.equal(model[0].weight, weight) and lora.names(model) == ["a", "b"]
+        assert torch.equal(model[0].weight, weight) and attached.names(model) == ["a", "b"]
     finally:
         done.set()
         thread.join()
@@ -112,17 +113,17 @@ def test_nothing_is_merged_while_another_task_is_inside_a_block():
         inside, done = asyncio.Event(), asyncio.Event()
 
         async def request() -> None:
-            with lora.chosen(model, "a"):
+            with use_adapters(model, "a"):
                 inside.set()
                 await done.wait()
 
         task = asyncio.create_task(request())
         await inside.wait()
         with pytest.raises(LoRAError, match="leave that block first"):
-            lora.merge(model)
+            merging.merge(model)
         done.set()
         await task
-        lora.merge(model)
+        merging.merge(model)
 
     asyncio.run(serve())
     assert not torch.equal(model[0].weight, weight)
@@ -132,11 +133,11 @@ def test_a_block_waits_for_a_merge_and_then_says_that_adapters_are_merged():
     """No request gets in between the check and the last weight that is written."""
     model = line("a")
     pool = ThreadPoolExecutor(1)
-    with model[0].lora.choice.lock:
-        request = pool.submit(lora.chosen(model, "a").__enter__)
+    with model[0].lora.routing.lock:
+        request = pool.submit(use_adapters(model, "a").__enter__)
         time.sleep(0.01)
         assert not request.done()
-        lora.merge(model)
+        merging.merge(model)
     with pytest.raises(LoRAError, match="restore"):
         request.result(20)
 
@@ -144,15 +145,15 @@ def test_a_block_waits_for_a_merge_and_then_says_that_adapters_are_merged():
 def test_an_adapter_that_a_request_asked_for_is_not_ejected_under_it():
     model, x = line("a", "b"), torch.randn(2, 4)
     for names in ("a", ["a", None]):
-        with lora.chosen(model, names):
+        with use_adapters(model, names):
             before = model(x)
             for name in ("a", None):
-                with pytest.raises(LoRAError, match="chosen by name"):
-                    lora.eject(model, name)
+                with pytest.raises(LoRAError, match="names the adapter"):
+                    injection.eject(model, name)
             assert torch.equal(model(x), before)
-    with lora.chosen(model, "a"):
-        lora.eject(model, "b")  # nobody asked for it
-        assert lora.names(model) == ["a"]
+    with use_adapters(model, "a"):
+        injection.eject(model, "b")  # nobody asked for it
+        assert attached.names(model) == ["a"]
 
 
 def test_blocks_may_end_in_any_order():
@@ -161,7 +162,7 @@ def test_blocks_may_end_in_any_order():
     both = model(x)
 
     def inside(name: str) -> Iterator[torch.Tensor]:
-        with lora.chosen(model, name):
+        with use_adapters(model, name):
             while True:
                 yield model(x)
 
@@ -181,20 +182,20 @@ def test_blocks_may_end_in_any_order():
     del four
     gc.collect()
     assert torch.equal(model(x), both)
-    lora.merge(model)
+    merging.merge(model)
 
 
 def test_two_models_in_one_context_do_not_share_a_choice():
     """Blocks of different models nest in any way, and each model has its innermost one."""
     one, two, x = line("a", "b"), line("a", "b"), torch.randn(2, 4)
-    with lora.chosen(one, "a"), lora.chosen(two, "b"):
+    with use_adapters(one, "a"), use_adapters(two, "b"):
         CLOSE(one(x), plus(one, x, "a")), CLOSE(two(x), plus(two, x, "b"))
-        with lora.chosen(one, ["b", None]):
+        with use_adapters(one, ["b", None]):
             CLOSE(two(x), plus(two, x, "b"))
         with pytest.raises(LoRAError, match="leave that block first"):
-            lora.merge(two)
-    with lora.chosen(one, "a"):
-        lora.merge(two)
+            merging.merge(two)
+    with use_adapters(one, "a"):
+        merging.merge(two)
 
 
 def test_parts_with_blocks_of_their_own_are_not_joined_under_them():
@@ -202,9 +203,9 @@ def test_parts_with_blocks_of_their_own_are_not_joined_under_them():
     x = torch.randn(3, 4)
     with ExitStack() as blocks:
         for part in parts:
-            blocks.enter_context(lora.disabled(part))
+            blocks.enter_context(disable_adapters(part))
         before = parts[0](x)
-        with pytest.raises(LoRAError, match="leave these blocks first"), lora.chosen(parts, "a"):
+        with pytest.raises(LoRAError, match="leave these blocks first"), use_adapters(parts, "a"):
             pass
         assert torch.equal(parts[0](x), before)
 
@@ -212,34 +213,34 @@ def test_parts_with_blocks_of_their_own_are_not_joined_under_them():
 def test_an_adapter_before_the_others_joins_the_block_that_is_in_force():
     """The first linear of the model gets its adapter last, inside a block and with the fast way switched off."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
-    lora.inject(model, [Site("1", 2)], name="a")["1"].B.data.normal_()
-    lora.fast(model, False)
-    with lora.chosen(model, ["a", None]):
+    injection.inject(model, [Site("1", 2)], name="a")["1"].B.data.normal_()
+    attached.fast(model, False)
+    with use_adapters(model, ["a", None]):
         before = model(x)
-        lora.inject(model, [Site("0", 2)], name="b")["0"].B.data.normal_()
+        injection.inject(model, [Site("0", 2)], name="b")["0"].B.data.normal_()
         assert torch.equal(model(x), before)
-    assert not torch.equal(model(x), before) and not model[0].lora.choice.fast
+    assert not torch.equal(model(x), before) and not model[0].lora.routing.fast
 
 
 @pytest.mark.parametrize("names", ["a", ["a", "b"]])
 def test_a_recomputation_in_another_thread_acts_as_the_forward_did(names):
     """Autograd computes checkpointed layers again in a thread of its own for each device."""
     model, x = line("a", "b"), torch.randn(2, 4)
-    with lora.chosen(model, names):
+    with use_adapters(model, names):
         expected = model(x)
-        _, again = lora.as_chosen(model)
+        _, again = checkpoint_context(model)
 
     def recompute() -> torch.Tensor:
         with again:
             with pytest.raises(LoRAError, match="leave that block first"):
-                lora.merge(model)
+                merging.merge(model)
             return model(x)
 
-    with ThreadPoolExecutor(1) as pool, lora.disabled(model):
+    with ThreadPoolExecutor(1) as pool, disable_adapters(model):
         found = pool.submit(recompute).result(20)
         CLOSE(model(x), plus(model, x))
     CLOSE(found, expected)
-    assert lora.as_chosen(nn.Linear(2, 2))
+    assert checkpoint_context(nn.Linear(2, 2))
 
 
 def test_a_checkpoint_inside_a_checkpoint_knows_its_batch():
@@ -251,17 +252,17 @@ def test_a_checkpoint_inside_a_checkpoint_knows_its_batch():
             self.inner = inner
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            context = partial(lora.as_chosen, self)
+            context = partial(checkpoint_context, self)
             again = partial(checkpoint, use_reentrant=False, context_fn=context)
             return again(lambda flat: again(self.inner, flat), x.flatten(0, 1)).view(*x.shape[:2], -1)
 
     inner = line("a", "b")
     model, x = Flat(inner), torch.randn(2, 3, 4, requires_grad=True)
-    with lora.chosen(model, ["a", None]):
+    with use_adapters(model, ["a", None]):
         y = model(x)
     CLOSE(y, torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))
     y.square().sum().backward()
-    assert lora.adapters(model, "a")["0"].B.grad.any() and lora.adapters(model, "b")["0"].B.grad is None
+    assert attached.adapters(model, "a")["0"].B.grad.any() and attached.adapters(model, "b")["0"].B.grad is None
 
 
 @pytest.mark.slow
@@ -270,7 +271,7 @@ def test_compiled_models_follow_the_choice():
     model, x = line("a", "b"), torch.randn(2, 4)
     compiled = torch.compile(model, backend="eager")
     for names in (None, "a", ["a", None], None, "b", [None, "b"]):
-        with lora.chosen(model, names):
+        with use_adapters(model, names):
             CLOSE(compiled(x), model(x))
-    with lora.disabled(model):
+    with disable_adapters(model):
         CLOSE(compiled(x), plus(model, x))

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_blip import lora, predict, targets
 from lora_blip.data.example import Example
 from lora_blip.errors import LoRAError
-from lora_blip.models import Backbone
-from lora_blip.sites import Site
+from lora_blip.inference import pipeline
+from lora_blip.lora import attached, injection, merging, targets
+from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
+from lora_blip.lora.sites import Site
+from lora_blip.models.loading import Backbone
+from lora_blip.tasks.base import Batch, Generation, Task
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Batch, Generation, Task
 from lora_blip.tasks.vqa import VqaTask
 from tests import tiny
 from tests.conftest import KINDS, batch_of, inject, kind_of
@@ -38,7 +40,7 @@ TEXTS = ["a red cube", "nothing", "a single blue cube on top of the table", "a c
 def carry(backbone: Backbone, dropout: float = 0.0) -> Backbone:
     """Three adapters with updates of their own, large enough to change what is said."""
     for seed, (name, where) in enumerate(WHERE[kind_of(backbone)].items()):
-        found = lora.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0), dropout, name)
+        found = injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0), dropout, name)
         generator = torch.Generator().manual_seed(seed)
         for x in found.values():
             x.A.data.copy_(torch.randn(x.A.shape, generator=generator) * 0.2)
@@ -62,12 +64,12 @@ def mixed_and_apart(backbone: Backbone, each: list[str | None]) -> tuple[torch.T
     """Logits of a mixed batch, and those of its rows each with its adapter as the only one on the model."""
     task = CaptionTask(backbone)
     batch = batch_of(task, TEXTS[: len(each)])
-    with lora.chosen(backbone.model, each):
+    with use_adapters(backbone.model, each):
         mixed = task.logits(batch)
     apart = []
     for row, name in enumerate(each):
-        others = [other for other in lora.names(backbone.model) if other != name]
-        with lora.disabled(backbone.model, *others):
+        others = [other for other in attached.names(backbone.model) if other != name]
+        with disable_adapters(backbone.model, *others):
             apart.append(task.logits(alone(batch, row)))
     return mixed, torch.cat(apart)
 
@@ -84,11 +86,11 @@ def test_rows_without_an_adapter_are_the_base_to_the_bit(many):
     task = CaptionTask(many)
     batch = batch_of(task, TEXTS)
     with torch.no_grad():
-        with lora.disabled(many.model):
+        with disable_adapters(many.model):
             base = task.logits(batch)
-        with lora.chosen(many.model, EACH):
+        with use_adapters(many.model, EACH):
             mixed = task.logits(batch)
-        with lora.chosen(many.model, [None] * len(EACH)):
+        with use_adapters(many.model, [None] * len(EACH)):
             assert torch.equal(task.logits(batch), base)
     assert torch.equal(mixed[1], base[1]) and not torch.equal(mixed[0], base[0])
 
@@ -103,7 +105,7 @@ def test_every_text_of_a_mixed_batch_is_what_it_is_apart(many, beams):
         mixed = language.generate(images, PROMPTS, adapters=EACH, **settings)
         apart = []
         for row, name in enumerate(EACH):
-            with lora.disabled(many.model, *(other for other in lora.names(many.model) if other != name)):
+            with disable_adapters(many.model, *(other for other in attached.names(many.model) if other != name)):
                 apart += language.generate(images[row : row + 1], [PROMPTS[row]], **settings)
     assert mixed == apart
     assert mixed != language.generate(images, PROMPTS, adapters=[None] * len(EACH), **settings)
@@ -120,11 +122,11 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
     photos = [tmp_path / "photos" / f"{n}.png" for n in (0, 1, 2, 3, 0)]
     rows = [("vqa", "what is it?"), ("", ""), ("third", ""), ("vqa", "what colour is the cube?"), ("third", "")]
     requests = [(photo, name, question) for photo, (name, question) in zip(photos, rows, strict=True)]
-    found = list(predict.mixed(tasks, iter(requests), batch_size=3))
+    found = list(pipeline.mixed(tasks, iter(requests), batch_size=3))
     expected = []
     for photo, name, question in requests:
-        with lora.chosen(backbone.model, name) if name else lora.disabled(backbone.model):
-            expected += predict.answers(asking, [(photo, question)]) if question else predict.captions(tasks[name], [photo])
+        with use_adapters(backbone.model, name) if name else disable_adapters(backbone.model):
+            expected += pipeline.answers(asking, [(photo, question)]) if question else pipeline.captions(tasks[name], [photo])
     assert found == expected and len({p.text for p in found}) > 2
     for wrong, message in (
         ({**tasks, "caption": CaptionTask(backbone)}, "one `task.generation`"),
@@ -133,7 +135,7 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
         ({**tasks, "none": plain}, "no adapter 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(predict.mixed(wrong, [*requests, (photos[0], "none", "")]))
+            list(pipeline.mixed(wrong, [*requests, (photos[0], "none", "")]))
 
 
 def test_gradients_reach_the_adapters_of_their_rows_alone(many):
@@ -149,13 +151,13 @@ def test_gradients_reach_the_adapters_of_their_rows_alone(many):
         return found
 
     def mixed() -> None:
-        with lora.chosen(many.model, each):
+        with use_adapters(many.model, each):
             loss = task.loss(batch)
         loss.backward()  # outside of the block, as loops do
 
     def apart() -> None:
         for row, name in enumerate(each[:2]):
-            with lora.disabled(many.model, *(other for other in lora.names(many.model) if other != name)):
+            with disable_adapters(many.model, *(other for other in attached.names(many.model) if other != name)):
                 task.loss(alone(batch, row)).backward()
 
     found, expected = gradients(mixed), gradients(apart)
@@ -176,7 +178,7 @@ def test_a_switch_reads_no_file_and_copies_no_weight(many, monkeypatch):
         patch.setattr(torch.Tensor, "copy_", forbidden)
         patch.setattr(torch.Tensor, "clone", forbidden)
         for name in ("vqa", "caption", "third"):
-            with lora.chosen(many.model, name):
+            with use_adapters(many.model, name):
                 assert {n: v.data_ptr() for n, v in many.model.state_dict().items()} == before
     assert {name: value._version for name, value in many.model.state_dict().items()} == versions
 
@@ -185,29 +187,29 @@ def line(*names: str) -> nn.Sequential:
     """One linear with an adapter of each name, whose update is large."""
     model = nn.Sequential(nn.Linear(4, 3))
     for name in names:
-        lora.inject(model, [Site("0", r=2)], name=name)["0"].B.data.normal_()
+        injection.inject(model, [Site("0", r=2)], name=name)["0"].B.data.normal_()
     return model
 
 
 def plus(model: nn.Sequential, x: torch.Tensor, *names: str) -> torch.Tensor:
     """W x + b + Σ ΔW x written out."""
-    delta = sum((lora.adapters(model, name)["0"].delta_weight() for name in names), torch.zeros_like(model[0].weight))
+    delta = sum((attached.adapters(model, name)["0"].delta_weight() for name in names), torch.zeros_like(model[0].weight))
     return x @ (model[0].weight + delta).T + model[0].bias
 
 
 def test_threads_choose_each_for_itself():
-    """Two inside of `chosen` at once, that leave in the order in which they came: each has its own, and nothing stays."""
+    """Two inside `use_adapters` at once, that leave in the order in which they came: each has its own, and nothing stays."""
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     for name in ("a", "b"):
-        lora.inject(model, [Site("0", 2)], name=name)["0"].B.data.normal_()
+        injection.inject(model, [Site("0", 2)], name=name)["0"].B.data.normal_()
     alone, both = {}, model(x)
     for name in ("a", "b"):
-        with lora.chosen(model, name):
+        with use_adapters(model, name):
             alone[name] = model(x)
     came, left = threading.Barrier(2, timeout=20), threading.Event()
 
     def ask(name: str) -> torch.Tensor:
-        with lora.chosen(model, name):
+        with use_adapters(model, name):
             came.wait()
             said = model(x)
             if name == "b":
@@ -225,19 +227,19 @@ def test_of_nested_blocks_the_inner_one_counts_and_the_outer_one_is_back_after_i
     model, x = line("a", "b"), torch.randn(2, 4)
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(model(x), plus(model, x, "a", "b"))
-    with lora.chosen(model, "a"):
+    with use_adapters(model, "a"):
         close(model(x), plus(model, x, "a"))
-        with lora.chosen(model, ["b", None]):
+        with use_adapters(model, ["b", None]):
             close(model(x), torch.cat([plus(model, x[:1], "b"), plus(model, x[1:])]))
-            with lora.chosen(model, "b"), lora.chosen(model, None):
+            with use_adapters(model, "b"), use_adapters(model, None):
                 close(model(x), plus(model, x, "b"))
-            with lora.disabled(model, "b"):
+            with disable_adapters(model, "b"):
                 close(model(x), plus(model, x))
-            with pytest.raises(KeyError), lora.chosen(model, ["a", "a"]):
+            with pytest.raises(KeyError), use_adapters(model, ["a", "a"]):
                 raise KeyError
             close(model(x), torch.cat([plus(model, x[:1], "b"), plus(model, x[1:])]))
         close(model(x), plus(model, x, "a"))
-    with lora.disabled(model, "a"), lora.chosen(model, ["a", "b"]):  # what is disabled stays so
+    with disable_adapters(model, "a"), use_adapters(model, ["a", "b"]):  # what is disabled stays so
         close(model(x), torch.cat([plus(model, x[:1]), plus(model, x[1:], "b")]))
     close(model(x), plus(model, x, "a", "b"))
 
@@ -250,17 +252,17 @@ def test_of_nested_blocks_the_inner_one_counts_and_the_outer_one_is_back_after_i
         ("", 2, "no adapter ''"),
         (["a", ""], 2, "no adapter ''"),
         ([], 2, "name one for every row"),
-        (["a", "b"], 3, "a batch of 3 rows meets adapters that were chosen for 2; name one for every row"),
-        (["a", None, "b"], 2, "a batch of 2 rows meets adapters that were chosen for 3"),
-        ([None, None], 3, "a batch of 3 rows"),
-        (["a", "b"], 0, "a batch of 0 rows"),
+        (["a", "b"], 3, "a batch has 3 rows, but adapters were chosen for 2; name one for every row"),
+        (["a", None, "b"], 2, "a batch has 2 rows, but adapters were chosen for 3"),
+        ([None, None], 3, "a batch has 3 rows"),
+        (["a", "b"], 0, "a batch has 0 rows"),
     ],
 )
 def test_what_cannot_be_chosen_is_an_error_with_a_remedy(names, rows, message):
     model = line("a", "b")
     x = torch.randn(rows, 4)
     before = model(x)
-    with pytest.raises(LoRAError, match=message), lora.chosen(model, names):
+    with pytest.raises(LoRAError, match=message), use_adapters(model, names):
         model(x)
     assert torch.equal(model(x), before)
 
@@ -268,11 +270,11 @@ def test_what_cannot_be_chosen_is_an_error_with_a_remedy(names, rows, message):
 def test_only_beams_that_were_declared_repeat_rows():
     """A wrong list must not give rows to the wrong adapter, with gradients or without."""
     model, x = line("a", "b"), torch.randn(4, 5, 4)
-    with lora.chosen(model, ["a", "b"]):
+    with use_adapters(model, ["a", "b"]):
         for mode in (torch.enable_grad, torch.no_grad):
-            with mode(), pytest.raises(LoRAError, match="a batch of 4 rows"):
+            with mode(), pytest.raises(LoRAError, match="a batch has 4 rows"):
                 model(x)
-    with torch.no_grad(), lora.chosen(model, ["a", "b"], beams=2):
+    with torch.no_grad(), use_adapters(model, ["a", "b"], beams=2):
         torch.testing.assert_close(model(x), torch.cat([plus(model, x[:2], "a"), plus(model, x[2:], "b")]))
 
 
@@ -282,27 +284,27 @@ def test_ranking_texts_under_a_list_of_adapters_is_refused(make):
     inject(backbone, "vit,text")
     task, some = CaptionTask(backbone), [Example(Path(f"{n}.png"), "", f"{n}.png", 1) for n in range(2)]
     pictures = torch.randn(2, 3, 32, 32)
-    with lora.chosen(backbone.model, ["default", None]), pytest.raises(LoRAError, match="name one for every row"):
+    with use_adapters(backbone.model, ["default", None]), pytest.raises(LoRAError, match="name one for every row"):
         task.rank(pictures, some, ["a", "b", "c", "d"])
 
 
 def test_merged_adapters_cannot_be_chosen_nor_chosen_ones_merged():
     model = line("a", "b")
-    lora.merge(model, "a")
+    merging.merge(model, "a")
     for names in ("b", ["a", None]):
-        with pytest.raises(LoRAError, match="restore"), lora.chosen(model, names):
+        with pytest.raises(LoRAError, match="restore"), use_adapters(model, names):
             pass
-    lora.restore(model)
+    merging.restore(model)
     weight = model[0].weight.clone()
-    for block in (lora.chosen(model, "a"), lora.chosen(model, ["a"]), lora.disabled(model, "a")):
-        for write in (lora.merge, lora.bake):
+    for block in (use_adapters(model, "a"), use_adapters(model, ["a"]), disable_adapters(model, "a")):
+        for write in (merging.merge, merging.bake):
             with (
                 pytest.raises(LoRAError, match="leave that block first"),
-                block if write is lora.merge else lora.chosen(model, "b"),
+                block if write is merging.merge else use_adapters(model, "b"),
             ):
                 write(model)
     assert torch.equal(model[0].weight, weight)
-    lora.merge(model)
+    merging.merge(model)
 
 
 def test_a_copy_chooses_for_itself(many):
@@ -312,7 +314,7 @@ def test_a_copy_chooses_for_itself(many):
     stored = io.BytesIO()
     with torch.no_grad():
         everything = task.logits(batch)
-        with lora.chosen(many.model, ["vqa", "caption"]):
+        with use_adapters(many.model, ["vqa", "caption"]):
             chosen = task.logits(batch)
             pickle.dump(many.model, stored)
             twins = [copy.deepcopy(many.model), pickle.loads(stored.getvalue())]
@@ -320,7 +322,7 @@ def test_a_copy_chooses_for_itself(many):
             for twin in twins:
                 many.model = task.language.model = twin
                 assert torch.equal(task.logits(batch), everything)
-                with lora.chosen(twin, "third"):
+                with use_adapters(twin, "third"):
                     many.model = task.language.model = original
                     assert torch.equal(task.logits(batch), chosen)
                 many.model = task.language.model = original
@@ -330,9 +332,9 @@ def test_a_copy_chooses_for_itself(many):
 def test_parts_that_were_injected_one_by_one_choose_together():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
     for part in model:
-        lora.inject(part, [Site("0", r=2)], name="a")["0"].B.data.normal_()
+        injection.inject(part, [Site("0", r=2)], name="a")["0"].B.data.normal_()
     x = torch.randn(3, 4)
-    with lora.chosen(model, [None] * 3):
+    with use_adapters(model, [None] * 3):
         assert torch.equal(model(x), nn.functional.linear(
             nn.functional.linear(x, model[0][0].weight, model[0][0].bias), model[1][0].weight, model[1][0].bias
         ))  # fmt: skip
@@ -340,10 +342,10 @@ def test_parts_that_were_injected_one_by_one_choose_together():
 
 def test_an_adapter_that_comes_during_a_block_serves_no_row_of_it():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
-    lora.inject(model, [Site("0", r=2)], name="a")["0"].B.data.normal_()
-    with lora.chosen(model, ["a", None]):
+    injection.inject(model, [Site("0", r=2)], name="a")["0"].B.data.normal_()
+    with use_adapters(model, ["a", None]):
         before = model(x)
-        lora.inject(model, [Site("1", r=2)], name="b")["1"].B.data.normal_()
+        injection.inject(model, [Site("1", r=2)], name="b")["1"].B.data.normal_()
         assert torch.equal(model(x), before)
     assert not torch.equal(model(x), before)
 
@@ -353,7 +355,7 @@ def test_dropout_falls_on_the_rows_of_its_adapter_alone(make):
     task = CaptionTask(backbone)
     batch = batch_of(task, TEXTS[:3])
     backbone.model.train()
-    with torch.no_grad(), lora.chosen(backbone.model, ["vqa", None, "third"]):
+    with torch.no_grad(), use_adapters(backbone.model, ["vqa", None, "third"]):
         one, two = task.logits(batch), task.logits(batch)
     assert [torch.equal(a, b) for a, b in zip(one, two, strict=True)] == [False, True, False]
 
@@ -377,11 +379,11 @@ def test_checkpointed_layers_are_computed_again_with_the_adapters_that_acted(mak
             batch = batch_of(task, TEXTS[:3])
             loss = task.loss(batch)
             for names in ("caption", ["vqa", None, "third"], "vqa"):
-                with lora.chosen(backbone.model, names):
+                with use_adapters(backbone.model, names):
                     loss = loss + task.loss(batch)
-            with lora.disabled(backbone.model, "vqa"):
+            with disable_adapters(backbone.model, "vqa"):
                 loss = loss + task.loss(batch)
-            with lora.chosen(backbone.model, "third"):
+            with use_adapters(backbone.model, "third"):
                 loss.backward()
             gradients.append({n: p.grad for n, p in backbone.model.named_parameters() if p.requires_grad})
         copy.deepcopy(backbone.model), pickle.dumps(backbone.model)
@@ -392,11 +394,11 @@ def test_checkpointed_layers_are_computed_again_with_the_adapters_that_acted(mak
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_that_cannot_know_who_acted_is_refused(reentrant):
     model, x = line("a", "b"), torch.randn(2, 4, requires_grad=True)
-    with lora.chosen(model, "a"):
+    with use_adapters(model, "a"):
         y = checkpoint(model, x, use_reentrant=reentrant)
-    with pytest.raises(LoRAError, match="context_fn"), lora.chosen(model, "b"):
+    with pytest.raises(LoRAError, match="context_fn"), use_adapters(model, "b"):
         y.sum().backward()
-    with lora.chosen(model, "a"):
-        y = checkpoint(model, x, use_reentrant=False, context_fn=partial(lora.as_chosen, model))
+    with use_adapters(model, "a"):
+        y = checkpoint(model, x, use_reentrant=False, context_fn=partial(checkpoint_context, model))
     y.sum().backward()
-    assert lora.adapters(model, "a")["0"].B.grad.any() and lora.adapters(model, "b")["0"].B.grad is None
+    assert attached.adapters(model, "a")["0"].B.grad.any() and attached.adapters(model, "b")["0"].B.grad is None

@@ -6,10 +6,10 @@ from shutil import which
 import pytest
 import torch
 
-from lora_blip import start
 from lora_blip.errors import ConfigError
-from lora_blip.loop import train
-from lora_blip.models import compile_blocks
+from lora_blip.models.loading import compile_blocks
+from lora_blip.training import setup
+from lora_blip.training.loop import train
 from tests import tiny
 from tests.test_loop import metrics_of, settings
 
@@ -48,7 +48,7 @@ def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, monkeypatch, p
 
 
 def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "which", lambda _: None)
+    monkeypatch.setattr(setup, "which", lambda _: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match="compiler"):
         train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True))

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from lora_blip.data import annotations
-from lora_blip.data.batches import EpochBatches, loader, pixel_values
+from lora_blip.data.dataset import ImageDataset
 from lora_blip.data.images import augment, open_image
-from lora_blip.data.pictures import Pictures
+from lora_blip.data.loader import EpochBatches, loader, pixel_values
 from lora_blip.errors import DataError
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
@@ -192,7 +192,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(make, tmp_path):
     processor = make("blip").image_processor
 
     def epoch_of(workers: int, epoch: int, seed: int = 5) -> tuple[list[int], torch.Tensor]:
-        batches = loader(Pictures(examples, processor, True, seed), 4, True, seed, workers, pin=False)
+        batches = loader(ImageDataset(examples, processor, True, seed), 4, True, seed, workers, pin=False)
         batches.batch_sampler.epoch = epoch
         stacks = list(batches)
         assert [len(stack.examples) for stack in stacks] == [4, 4, 2]

@@ -17,14 +17,17 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_blip import adapter, checkpoint, sharding
 from lora_blip.config import TrainConfig
-from lora_blip.data.batches import slots_of_steps
-from lora_blip.dist import joined
+from lora_blip.data.loader import slots_of_steps
 from lora_blip.errors import CheckpointError, ConfigError
-from lora_blip.learner import Learner
-from lora_blip.loop import train
-from lora_blip.run import Run
+from lora_blip.lora import adapter_file
+from lora_blip.models import sharding
+from lora_blip.runtime.distributed import joined
+from lora_blip.runtime.runs import ADAPTER_NAME
+from lora_blip.training import checkpoint
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
+from lora_blip.training.run_folder import Run
 from tests.conftest import WHOLE
 from tests.test_loop import before_each_step, metrics_of, score
 from tests.test_resume import assert_same, config_of, elsewhere, only_run
@@ -91,7 +94,7 @@ def _end(act: Callable[[], object]) -> None:
 
 
 def finished(config: TrainConfig) -> Path:
-    return only_run(config) / adapter.FILE_NAME
+    return only_run(config) / ADAPTER_NAME
 
 
 @pytest.mark.parametrize("batches", [1, 2, 5, 6, 13])
@@ -128,7 +131,7 @@ def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
     for key in ("loss", "grad_norm", "val_loss", "val_exact_match", "val_recall_at_1", "val_vqa_accuracy", "lr"):
         pairs = [(a[key], b[key]) for a, b in zip(alone, together, strict=True) if key in a]
         assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs), key
-    a, b = adapter.read(one), adapter.read(many)
+    a, b = adapter_file.read(one), adapter_file.read(many)
     assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
     assert a.task == b.task  # retrieval's temperature
     assert {p.name for p in one.parent.iterdir()} == {p.name for p in many.parent.iterdir()}
@@ -139,7 +142,7 @@ def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_pat
     config = config_of(checkpoints, tmp_path, epochs=1, targets="vit,text")
     assert among(2, lambda: train(config)) == [0, 0]
     said = capfd.readouterr().out
-    bytes_ = sum(tensor.numel() * 4 for tensor in adapter.read(finished(config)).tensors.values())
+    bytes_ = sum(tensor.numel() * 4 for tensor in adapter_file.read(finished(config)).tensors.values())
     assert said.count("saved ") == 1 and f"2 processes, {bytes_ / 1e6:.2f} MB of gradients sent by each a step" in said
 
 
@@ -257,11 +260,11 @@ def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, k
 
     assert among(2, halved) == [0, 0]
     if kind == "t5":  # its autograd graph adds up the decoder's gradients in another order
-        a, b = adapter.read(finished(config)).tensors, adapter.read(finished(spread)).tensors
+        a, b = adapter_file.read(finished(config)).tensors, adapter_file.read(finished(spread)).tensors
         assert all((a[key] - b[key]).abs().max() <= 1e-4 * a[key].abs().max() for key in a)
     else:
         assert_same(finished(config), finished(spread))
-    adapter.load(make(kind), finished(spread))
+    adapter_file.load(make(kind), finished(spread))
 
 
 def test_spread_weights_want_several_processes(checkpoints, tmp_path):
@@ -272,8 +275,8 @@ def test_spread_weights_want_several_processes(checkpoints, tmp_path):
 DYING = """
     import os, signal, sys
     from lora_blip.config import TrainConfig
-    from lora_blip.learner import Learner
-    from lora_blip.loop import train
+    from lora_blip.training.learner import Learner
+    from lora_blip.training.loop import train
 
     rank, lives = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     real = Learner.accumulate

@@ -14,19 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_blip import adapter, evaluate, lora, measures, targets
 from lora_blip.config import EvaluateConfig, parse
 from lora_blip.data import annotations
 from lora_blip.data.images import open_image
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.evaluation import comparison, measures
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.pipeline import answers, put_on
+from lora_blip.inference.pipeline import captions as say
+from lora_blip.lora import adapter_file, injection, targets
 from lora_blip.metrics import captions
 from lora_blip.metrics.bootstrap import Interval
-from lora_blip.models import load_backbone
-from lora_blip.predict import answers, put_on
-from lora_blip.predict import captions as say
-from lora_blip.runner import Runner
-from lora_blip.tasks import TASKS, natural_task
-from lora_blip.tasks.task import Generation
+from lora_blip.models.loading import load_backbone
+from lora_blip.runtime.runs import ADAPTER_NAME
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.registry import TASKS, natural_task
 from tests.conftest import WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,18 +67,18 @@ def references(folder: Path, count: int = 6) -> Path:
 def adapter_of(checkpoint: Path, folder: Path, task: str = "", **training: Any) -> Path:
     """An adapter with random values on every part, saved as a run saves it."""
     backbone = load_backbone(str(checkpoint), "cpu")
-    found = lora.inject(backbone.model, targets.find(backbone.model, WHOLE[checkpoint.name], 2, 8.0))
+    found = injection.inject(backbone.model, targets.find(backbone.model, WHOLE[checkpoint.name], 2, 8.0))
     generator = torch.Generator().manual_seed(9)
     for x in found.values():
         x.B.data.copy_(0.2 * torch.randn(x.B.shape, generator=generator))
     made = TASKS[task or natural_task(backbone.architecture)](backbone, "", Generation(max_new_tokens=6))
-    path = folder / "run" / adapter.FILE_NAME
-    return adapter.save(path, backbone, task=made.metadata(), training={"steps": 3, **training})
+    path = folder / "run" / ADAPTER_NAME
+    return adapter_file.save(path, backbone, task=made.metadata(), training={"steps": 3, **training})
 
 
 def evaluated(refs: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[str, str]], str]:
     """metrics.json, comparison.csv and report.html."""
-    folder = evaluate.evaluate(EvaluateConfig(references=str(refs), device="cpu", **settings))
+    folder = comparison.evaluate(EvaluateConfig(references=str(refs), device="cpu", **settings))
     strict = json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     with (folder / "comparison.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -92,7 +94,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     images = [here / "eval" / f"{n}.png" for n in range(6)]
     right = [[f"a red cube on cube {n}", "a blue cube"] for n in range(6)]
     said = {"base": [p.text for p in say(task, images)]}
-    put_on(task, adapter.read(path), merge=True)
+    put_on(task, adapter_file.read(path), merge=True)
     said["adapted"] = [p.text for p in say(task, images)]
     assert said["base"] != said["adapted"]
     for who, texts in said.items():
@@ -120,8 +122,8 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
 def test_a_score_that_is_no_number_is_null():
     """JSON has no NaN: neither as the end of an interval nor as a value."""
     nan = float("nan")
-    assert evaluate.numbers(Interval(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
-    assert evaluate.numbers(Interval(nan, nan, nan)) is None and evaluate.numbers(None) is None
+    assert comparison.numbers(Interval(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
+    assert comparison.numbers(Interval(nan, nan, nan)) is None and comparison.numbers(None) is None
 
 
 def test_a_score_that_has_no_interval_is_still_json(checkpoints, tmp_path, monkeypatch):
@@ -202,8 +204,8 @@ def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, he
 
 def test_what_is_there_is_never_written_over_nor_work_lost(checkpoints, here, monkeypatch):
     refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
-    monkeypatch.setattr(evaluate, "open_task", lambda *_, **__: pytest.fail("a model was loaded"))
-    for name in evaluate.FILES:
+    monkeypatch.setattr(comparison, "open_task", lambda *_, **__: pytest.fail("a model was loaded"))
+    for name in comparison.FILES:
         (here / "out").mkdir(exist_ok=True)
         (here / "out" / name).write_text("mine")
         with pytest.raises(ConfigError, match=f"{name} exists already"):
@@ -236,13 +238,13 @@ def test_lines_that_are_no_good_stop_it_or_are_left_out(checkpoints, here, capsy
 def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
     """Readable when the lines were checked, gone when the base looks at it: the other images are scored, and paired."""
     refs, path = references(here, 4), adapter_of(checkpoints["blip"], here)
-    real = evaluate.leaks_of
+    real = comparison.leaks_of
 
     def vanishing(*arguments: Any) -> Any:
         (here / "eval" / "1.png").unlink()
         return real(*arguments)
 
-    monkeypatch.setattr(evaluate, "leaks_of", vanishing)
+    monkeypatch.setattr(comparison, "leaks_of", vanishing)
     found, rows, page = evaluated(refs, adapter=str(path))
     assert [Path(row["image"]).name for row in rows] == ["0.png", "2.png", "3.png"] and found["scores"]["CIDEr"]["gain"]
     assert found["facts"]["scored"] == "3 of 4 images" and capsys.readouterr().out.count("left out: ") == 1
@@ -252,7 +254,7 @@ def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here,
 def test_when_no_image_can_be_read_any_more_one_message_says_so(checkpoints, here, monkeypatch):
     refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
     monkeypatch.setattr(
-        evaluate, "leaks_of", lambda *_: ([image.unlink() for image in (here / "eval").iterdir()] and [], "gone")
+        comparison, "leaks_of", lambda *_: ([image.unlink() for image in (here / "eval").iterdir()] and [], "gone")
     )
     with pytest.raises(DataError, match="none of the 2 images"):
         evaluated(refs, adapter=str(path))
@@ -266,7 +268,7 @@ def test_answers_are_scored_by_question(checkpoints, here):
     scene(here / "a.png", 1), scene(here / "b.png", 2)
     path = adapter_of(checkpoints["vqa"], here)
     task = TASKS["vqa"](load_backbone(str(checkpoints["vqa"]), "cpu"), "", Generation(6))
-    put_on(task, adapter.read(path), merge=True)
+    put_on(task, adapter_file.read(path), merge=True)
     asked = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
     said = [p.text for p in answers(task, asked)]
     votes = [[said[0]] * 2 + ["zebra"] * 8, [said[1]] * 10, ["zebra"] * 10]

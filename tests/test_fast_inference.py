@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import ahead, attention, lora
-from lora_blip.ahead import Ahead
-from lora_blip.data.batches import Stack
+from lora_blip.data import prefetch
 from lora_blip.data.example import Example
+from lora_blip.data.loader import Stack
+from lora_blip.data.prefetch import Ahead
 from lora_blip.errors import ImageError
-from lora_blip.runner import Runner
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.kernels import switch
+from lora_blip.lora import merging
+from lora_blip.lora.routing import use_adapters
+from lora_blip.models.distinct_images import distinct
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.pictures import distinct
-from lora_blip.tasks.task import Generation
 from lora_blip.tasks.vqa import VqaTask
-from lora_blip.validation import validate
+from lora_blip.training.validation import validate
 from tests import tiny
 from tests.conftest import inject
 from tests.test_chosen import EACH, PROMPTS, carry
@@ -38,7 +41,7 @@ def written(task: CaptionTask, made: torch.Tensor, after: int) -> list[str]:
 def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **settings: Any) -> list[str]:
     """Captions by the model's own `generate`, with transformers' own attention."""
     model, language = task.backbone.model, task.language
-    attention.fast(model, False)
+    switch.fast(model, False)
     start = language.start(prompt)
     ids = torch.tensor([start] * len(images))
     settings |= {"eos_token_id": language.end, "pad_token_id": language.pad_id}
@@ -51,7 +54,7 @@ def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **setting
             settings["decoder_start_token_id"] = language.first
         made = model.generate(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
         after = len(start) if made[0, : len(start)].tolist() == start else 0
-    attention.fast(model)
+    switch.fast(model)
     return written(task, made, after)
 
 
@@ -67,7 +70,7 @@ def test_captions_are_those_of_hugging_face_s_generate(backbone, beams, prompt):
             settings = {"max_new_tokens": 7, "num_beams": beams, "do_sample": False, "min_new_tokens": least}
             expected = hugging_face(task, images, prompt, **settings)
             assert task.language.generate(images, [prompt] * batch, **settings) == expected and all(expected)
-        lora.merge(backbone.model) if batch == 2 else lora.restore(backbone.model)
+        merging.merge(backbone.model) if batch == 2 else merging.restore(backbone.model)
 
 
 @pytest.mark.parametrize("beams", [1, 3, 5])
@@ -77,7 +80,7 @@ def test_answers_to_ragged_questions_are_the_same_with_either_attention(make, be
     inject(task.backbone)
     some, images = examples(), pictures(len(ASKED))
     fast = task.predict(images, some)
-    attention.fast(task.backbone.model, False)
+    switch.fast(task.backbone.model, False)
     assert task.predict(images, some) == fast and any(fast)
 
 
@@ -88,7 +91,7 @@ def test_rows_of_several_adapters_are_the_same_with_either_attention(make, kind,
     language, found = CaptionTask(backbone).language, []
     settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
     for on in (True, False):
-        attention.fast(backbone.model, on)
+        switch.fast(backbone.model, on)
         found.append(language.generate(pictures(len(EACH), 5), PROMPTS, EACH, **settings))
     assert found[0] == found[1]
     assert found[0] != language.generate(pictures(len(EACH), 5), PROMPTS, [None] * len(EACH), **settings)
@@ -141,7 +144,7 @@ def test_a_picture_that_two_adapters_look_at_is_looked_at_by_each(make):
     apart = [language.generate(images[:1], [""], [name], **settings)[0] for name in each]
     seen = watched(backbone.model)
     assert language.generate(images, [""] * 4, each, **settings) == apart and seen == [3] and len(set(apart)) == 3
-    with lora.chosen(backbone.model, each):  # rows that a block around it names are not left out
+    with use_adapters(backbone.model, each):  # rows that a block around it names are not left out
         assert language.generate(images, [""] * 4, **settings) == apart and seen == [3, 4]
 
 
@@ -212,7 +215,7 @@ def runner(size: int) -> Runner:
 
 def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], bool]]:
     """The pictures that were opened, and a wait for one of them."""
-    real, names, change = ahead.open_picture, [], threading.Condition()
+    real, names, change = prefetch.open_picture, [], threading.Condition()
 
     def noting(example: Example) -> Any:
         with change:
@@ -224,7 +227,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], 
         with change:
             return change.wait_for(lambda: name in names, timeout=20)
 
-    monkeypatch.setattr(ahead, "open_picture", noting)
+    monkeypatch.setattr(prefetch, "open_picture", noting)
     return names, wait
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 
-from lora_blip import adapter, lora
 from lora_blip.config import InferConfig, TrainConfig
-from lora_blip.loop import train
-from lora_blip.models import load_backbone
-from lora_blip.predict import infer
+from lora_blip.inference.pipeline import infer
+from lora_blip.lora import adapter_file, attached
+from lora_blip.models.loading import load_backbone
+from lora_blip.runtime import runs
+from lora_blip.runtime.runs import ADAPTER_NAME
+from lora_blip.training.loop import train
 from tests.fixtures import bases
 
 V1 = Path(__file__).parent / "fixtures" / "v1"
@@ -71,8 +73,8 @@ def test_a_base_is_rebuilt_to_the_bit(here, kind):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_version_one_says_what_it_said(name):
     """The same texts (on hooks) and rankings within 1e-5 (merged), with the base, prompt and beams that the file names."""
-    (path,) = (V1 / "adapters" / name).rglob(adapter.FILE_NAME)
-    base = Path(adapter.read(path).base)
+    (path,) = (V1 / "adapters" / name).rglob(ADAPTER_NAME)
+    base = Path(adapter_file.read(path).base)
     bases.build(base.name, base)
     question = "questions.jsonl" if name.startswith("vqa") else ""
     config = InferConfig(adapter=str(path), images="photos", question=question, device="cpu", precision="fp32", batch_size=5)
@@ -91,15 +93,15 @@ def test_an_adapter_of_version_one_says_what_it_said(name):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_version_one_is_saved_as_it_was(here, name):
     """Loaded and saved again, the tensors, the ranks, the task and the samples of the base are those of the file."""
-    (path,) = (V1 / "adapters" / name).rglob(adapter.FILE_NAME)
-    base = Path(adapter.read(path).base)
+    (path,) = (V1 / "adapters" / name).rglob(ADAPTER_NAME)
+    base = Path(adapter_file.read(path).base)
     backbone = load_backbone(str(bases.build(base.name, base)), "cpu")
-    then = adapter.load(backbone, path)
-    again = adapter.read(adapter.save(here / "again.safetensors", backbone, task=then.task))
+    then = adapter_file.load(backbone, path)
+    again = adapter_file.read(adapter_file.save(here / "again.safetensors", backbone, task=then.task))
     assert list(then.tensors) == list(again.tensors)
     assert all(torch.equal(then.tensors[key], again.tensors[key]) for key in then.tensors)
     assert again.about["lora"] == then.about["lora"] and again.about["base"]["samples"] == then.about["base"]["samples"]
-    assert all(x.scale == x.site.alpha / x.site.r for x in lora.adapters(backbone.model).values())
+    assert all(x.scale == x.site.alpha / x.site.r for x in attached.adapters(backbone.model).values())
 
 
 def test_a_run_folder_of_version_one_is_found_and_read(here):
@@ -107,10 +109,10 @@ def test_a_run_folder_of_version_one_is_found_and_read(here):
     (source,) = (V1 / "adapters" / "caption_blip").glob("lora_*")
     shutil.copytree(source, here / "lora_blip_output" / source.name)
     bases.build("blip", here / "bases" / "blip")
-    assert adapter.locate("latest").parent.name == source.name
+    assert runs.locate("latest").parent.name == source.name
     config = settings_of(source)
     assert (config.targets, config.dropout, config.r) == ("vit.q:r=4,vit.v,text[1:2]:r=3", 0.1, 2)
-    adapter.load(load_backbone("bases/blip", "cpu"), source / "best.safetensors")
+    adapter_file.load(load_backbone("bases/blip", "cpu"), source / "best.safetensors")
     assert [entry["step"] for entry in lines((source / "metrics.jsonl").read_text()) if "loss" in entry][-1] == 60
 
 
@@ -126,7 +128,7 @@ def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter
     exact, bound = same_machine(), ELSEWHERE[config.precision]
     path = train(config if exact else replace(config, resume=str(run), allow_changed=True))
     assert path.parent.resolve() == run.resolve(), capsys.readouterr().out  # it was taken up, not begun again
-    then, now = adapter.read(V1 / "interrupted" / name / "final.safetensors"), adapter.read(path)
+    then, now = adapter_file.read(V1 / "interrupted" / name / "final.safetensors"), adapter_file.read(path)
     assert list(then.tensors) == list(now.tensors)
     for key, value in then.tensors.items():
         if exact:

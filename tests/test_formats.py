@@ -11,10 +11,10 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.formats import canonical, csv_entries, tsv_entries
-from lora_blip.data.published import document, spaced
-from lora_blip.data.sources import find_sources
+from lora_blip.data.prepare.command import PrepareConfig, prepare, shares_of
+from lora_blip.data.prepare.published import document, spaced
+from lora_blip.data.prepare.sources import find_sources
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.prepare import PrepareConfig, prepare, shares_of
 
 Lines = list[dict]
 

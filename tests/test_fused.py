@@ -1,4 +1,4 @@
-"""The fused update is `lora.add_update`: in value and gradient, in every arithmetic; where it would not be, it stands back."""
+"""The fused update is `layer.lora_hook`: in value and gradient, in every arithmetic; where it would not be, it stands back."""
 
 import copy
 import io
@@ -12,10 +12,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_blip import attention, fused, lora
 from lora_blip.errors import LoRAError
-from lora_blip.fused import FrozenLinear, updated
-from lora_blip.sites import Site
+from lora_blip.kernels import switch
+from lora_blip.kernels.linear import PLAIN_LINEARS
+from lora_blip.lora import attached, dispatch, fused, injection, merging
+from lora_blip.lora.fused import FrozenLinear, updated
+from lora_blip.lora.routing import use_adapters
+from lora_blip.lora.sites import Site
 from tests.conftest import WHOLE, batch_of, inject, twenty_steps
 
 QV = [Site("0", 2, 8.0, "q", (0, 4)), Site("0", 3, 4.0, "v", (8, 12)), Site("2", 4, 2.0)]
@@ -25,14 +28,14 @@ def network(dtype: torch.dtype = torch.float32, sites: list[Site] | None = None,
     """A fused qkv with two blocks of its rows adapted, and a whole linear behind it."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 5)).to(dtype)
-    for x in lora.inject(model, sites or QV, dropout).values():
+    for x in injection.inject(model, sites or QV, dropout).values():
         x.B.data.normal_()
     return model
 
 
 def gradients(model: nn.Module, x: torch.Tensor, fast: bool, context=nullcontext) -> list[torch.Tensor]:
     """The output, and the gradients of x and of every half."""
-    lora.fast(model, fast)
+    attached.fast(model, fast)
     x = x.clone().requires_grad_()
     with context():
         y = model(x)
@@ -46,14 +49,14 @@ def gradients(model: nn.Module, x: torch.Tensor, fast: bool, context=nullcontext
 def used(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The linears that take the fast way, as they do."""
     taken: list[nn.Module] = []
-    monkeypatch.setattr(lora, "updated", lambda linear, output: taken.append(linear) or updated(linear, output))
+    monkeypatch.setattr(dispatch, "updated", lambda linear, output: taken.append(linear) or updated(linear, output))
     return taken
 
 
 def test_its_gradients_are_those_of_finite_differences():
     """gradcheck in float64, for x, A and B of two blocks of rows; the plain update agrees to 1e-12."""
     model = network(torch.float64)
-    for x in lora.adapters(model).values():
+    for x in attached.adapters(model).values():
         x.double()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     halves = [half for lora_ in model[0].lora.values() for half in (lora_.A, lora_.B)]
@@ -99,7 +102,7 @@ def test_twenty_steps_by_it_are_twenty_plain_steps(kind, precision, make):
     for fast in (True, False):
         backbone = make(kind)
         found = inject(backbone, WHOLE[kind], trained=False)
-        lora.fast(backbone.model, fast)
+        attached.fast(backbone.model, fast)
         task = VqaTask(backbone) if kind == "vqa" else CaptionTask(backbone)
         batch = questions_of(task) if kind == "vqa" else batch_of(task)
         losses.append(twenty_steps(found, lambda task=task, batch=batch: task.loss(batch) / batch.count, precision))
@@ -119,10 +122,10 @@ def test_it_stands_back_where_it_would_be_another_thing(monkeypatch):
     model = network()
     with torch.no_grad():
         model(x)
-    with lora.chosen(model, ["default", None]):
+    with use_adapters(model, ["default", None]):
         model(x)
     merged = network()
-    lora.merge(merged)
+    merging.merge(merged)
     merged(x)
     half = network(torch.bfloat16)
     half(x.bfloat16())
@@ -182,7 +185,7 @@ def test_threads_may_share_a_model():
 @contextmanager
 def patched_plain(kind: type[nn.Linear]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "PLAIN", (*fused.PLAIN, kind))
+        patch.setattr(fused, "PLAIN_LINEARS", (*PLAIN_LINEARS, kind))
         yield
 
 
@@ -192,14 +195,14 @@ def test_an_error_in_between_leaves_nothing_behind(monkeypatch):
     monkeypatch.setitem(model[0]._parameters, "bias", nn.Parameter(torch.zeros(7), requires_grad=False))
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 6, requires_grad=True))
-    assert model[0].lora.entered.x is not None
-    assert copy.deepcopy(model[0].lora).entered.x is None
+    assert model[0].lora.pending.x is not None
+    assert copy.deepcopy(model[0].lora).pending.x is None
     torch.save(model, io.BytesIO())
     monkeypatch.undo()
     with torch.no_grad():
         x = torch.randn(2, 6)
         once = model(x)
-        lora.fast(model, False)
+        attached.fast(model, False)
         assert torch.equal(model(x), once)
 
 
@@ -243,12 +246,12 @@ def test_gradients_of_each_sample_by_torch_func_are_those_one_by_one():
 def test_an_activation_whose_input_a_hook_changes_is_not_computed_again(make):
     """Its pre-hook halves what gelu reads: the gradient of fc2's A is of what fc2 did read."""
     backbone, found = make("blip"), []
-    attention.fast(backbone.model)
+    switch.fast(backbone.model)
     layer = backbone.model.vision_model.encoder.layers[0].mlp
     layer.activation_fn.register_forward_pre_hook(lambda _module, args: (args[0] / 2,))
     adapter = inject(backbone, "vit.mlp")["vision_model.encoder.layers.0.mlp.fc2"]
     for fast in (True, False):
-        lora.fast(backbone.model, fast)
+        attached.fast(backbone.model, fast)
         layer(torch.linspace(-3, 3, 4 * layer.fc1.in_features).view(1, 4, -1)).square().sum().backward()
         found.append(adapter.A.grad)
         adapter.A.grad = None
@@ -257,7 +260,7 @@ def test_an_activation_whose_input_a_hook_changes_is_not_computed_again(make):
 
 def test_eject_takes_both_hooks_off():
     model = network()
-    lora.eject(model)
+    injection.eject(model)
     assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
@@ -279,4 +282,4 @@ def test_adapters_come_before_torch_compile_or_not_at_all():
             compiled[0].compile()
         path = "_orig_mod.0" if hasattr(compiled, "_orig_mod") else "0"
         with pytest.raises(LoRAError, match=r"torch\.compile"):
-            lora.inject(compiled, [Site(path)])
+            injection.inject(compiled, [Site(path)])

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
-from lora_blip import fused, lora
-from lora_blip.sites import Site
+from lora_blip.kernels.linear import MADE_OF
+from lora_blip.lora import attached, fused
+from lora_blip.lora.sites import Site
 from tests.test_fused import gradients, network, used
 
 GLOBAL = {
@@ -42,13 +43,13 @@ def test_what_gelu_read_is_kept_instead_of_what_it_gave_only_in_the_dtype_of_the
     linear = model[2]
     found = []
     for fast in (True, False):
-        lora.fast(model, fast)
+        attached.fast(model, fast)
         before = torch.linspace(-3, 3, 48).reshape(4, 12).to(dtype)
         after = nn.functional.gelu(before.float()).requires_grad_()
-        setattr(after, fused.MADE_OF, before)
+        setattr(after, MADE_OF, before)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             linear(after).float().square().sum().backward()
-        adapter = lora.adapters(model)["2"]
+        adapter = attached.adapters(model)["2"]
         found.append([after.grad, adapter.A.grad.clone(), adapter.B.grad.clone()])
         adapter.A.grad = adapter.B.grad = None
     for one, other in zip(*found, strict=True):
@@ -64,7 +65,7 @@ def test_the_frozen_product_records_no_graph(monkeypatch):
     model = network(sites=[Site("2", 4, 2.0)])
     for fast in (True, False):
         reads.clear()
-        lora.fast(model, fast)
+        attached.fast(model, fast)
         model[2](torch.randn(4, 12, requires_grad=True))
         assert reads[0] is not fast
 
@@ -91,4 +92,4 @@ def test_adapters_are_float32_whatever_the_default_dtype_is():
         model = network(torch.bfloat16)
     finally:
         torch.set_default_dtype(before)
-    assert {half.dtype for x in lora.adapters(model).values() for half in (x.A, x.B)} == {torch.float32}
+    assert {half.dtype for x in attached.adapters(model).values() for half in (x.A, x.B)} == {torch.float32}

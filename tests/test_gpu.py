@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_blip import adapter, lora, preflight
 from lora_blip.data.example import Example
 from lora_blip.errors import TrainingError
-from lora_blip.learner import Learner
-from lora_blip.loop import train
-from lora_blip.models import load_backbone
+from lora_blip.lora import adapter_file, merging
+from lora_blip.models.loading import load_backbone
+from lora_blip.runtime.runs import ADAPTER_NAME
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Generation
+from lora_blip.training import preflight
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
 from tests import tiny
 from tests.conftest import WHOLE, batch_of, inject
 from tests.test_loop import before_each_step, metrics_of, settings
@@ -46,7 +48,7 @@ def test_training_on_the_gpu_learns_and_loads_on_the_cpu(checkpoints, make, tmp_
     path = train(replace(config, device=DEVICE, precision=precision, max_skipped=40))
     scores = [entry["val_loss"] for entry in metrics_of(path) if "val_loss" in entry]
     assert scores[-1] < 0.95 * scores[0]
-    adapter.load(make(kind), path)
+    adapter_file.load(make(kind), path)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-4), ("bf16", 0.15), ("fp16", 0.02)])
@@ -57,7 +59,7 @@ def test_merged_is_hooked_on_the_gpu(checkpoints, dtype, bound):
     batch = batch_of(task)
     with torch.no_grad():
         hooked = task.logits(batch).float()
-        lora.merge(backbone.model)
+        merging.merge(backbone.model)
         merged = task.logits(batch).float()
     assert (merged - hooked).abs().max() <= bound * hooked.abs().max()
 
@@ -82,7 +84,7 @@ def test_a_run_goes_on_on_the_gpu(checkpoints, tmp_path):
     with killed_at(12):
         train(elsewhere(config))
     again = train(elsewhere(config))
-    a, b = adapter.read(whole).tensors, adapter.read(again).tensors
+    a, b = adapter_file.read(whole).tensors, adapter_file.read(again).tensors
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, rtol=1e-2, atol=1e-3)
     assert [e.get("step") for e in metrics_of(whole)] == [e.get("step") for e in metrics_of(again)]
@@ -104,7 +106,7 @@ def test_a_training_out_of_memory_says_what_helps_and_goes_on(checkpoints, tmp_p
             train(config)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert adapter.read(train(config)).about["training"]["finished"]
+    assert adapter_file.read(train(config)).about["training"]["finished"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU alone")
@@ -116,19 +118,20 @@ def test_two_gpus_are_one(checkpoints, tmp_path, shard):
     script = tmp_path / "two.py"
     several = replace(elsewhere(config), accumulation=1, shard=shard, device="auto")
     script.write_text(
-        f"from lora_blip.config import TrainConfig\nfrom lora_blip.loop import train\ntrain(TrainConfig(**{vars(several)!r}))\n"
+        "from lora_blip.config import TrainConfig\nfrom lora_blip.training.loop import train\n"
+        f"train(TrainConfig(**{vars(several)!r}))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run(command, check=True, env=environment)
-    many = metrics_of(only_run(several) / adapter.FILE_NAME)
+    many = metrics_of(only_run(several) / ADAPTER_NAME)
     losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (one, many)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(checkpoints):
     """A real shortage: the process may have little more than the weights; every answer is as on the CPU."""
-    from lora_blip.runner import Runner
+    from lora_blip.inference.batch_runner import Runner
 
     examples = [Example(Path(f"{n}.png"), "", f"{n}.png", 1) for n in range(512)]
     pictures = torch.randn(512, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))

@@ -24,15 +24,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from lora_blip import adapter, header, lora, untrusted
 from lora_blip.data import annotations, formats, images
-from lora_blip.data.folders import Folder
 from lora_blip.data.formats import canonical, csv_entries, jsonl_entries, tsv_entries
 from lora_blip.data.images import open_image
-from lora_blip.data.sources import find_sources
+from lora_blip.data.prepare.folders import Folder
+from lora_blip.data.prepare.sources import find_sources
 from lora_blip.errors import AdapterError, DataError, ImageError
-from lora_blip.fingerprint import sample
-from lora_blip.predict import described, task_of
+from lora_blip.inference.pipeline import described, task_of
+from lora_blip.lora import adapter_file, attached, header
+from lora_blip.lora.fingerprint import sample
+from lora_blip.runtime import runs, untrusted
+from lora_blip.runtime.runs import ADAPTER_NAME
 
 often = settings(
     max_examples=300,
@@ -159,8 +161,8 @@ def renamed(name: str) -> bytes:
 def test_the_good_file_is_read_and_loaded(tmp_path):
     (tmp_path / "a").write_bytes(packed(about()))
     model = Model()
-    adapter.load(model, tmp_path / "a")
-    assert list(lora.adapters(model)) == [MODULE] and torch.equal(model.part["linear"].weight, WEIGHT)
+    adapter_file.load(model, tmp_path / "a")
+    assert list(attached.adapters(model)) == [MODULE] and torch.equal(model.part["linear"].weight, WEIGHT)
 
 
 BOTH = entries().items()
@@ -251,11 +253,11 @@ def test_a_hostile_adapter_is_refused_in_a_short_message_and_leaves_the_model_al
 
     def load() -> None:
         with pytest.raises(AdapterError, match=expected) as told:
-            adapter.load(model, tmp_path / "a.safetensors")
+            adapter_file.load(model, tmp_path / "a.safetensors")
         assert len(str(told.value)) < MESSAGE and "\x1b" not in str(told.value) and "\0" not in str(told.value)
 
     assert megabytes(load) < 20 + 10 * len(data) / 2**20
-    assert not lora.names(model) and list(tmp_path.iterdir()) == [tmp_path / "a.safetensors"]
+    assert not attached.names(model) and list(tmp_path.iterdir()) == [tmp_path / "a.safetensors"]
 
 
 def test_a_tied_head_is_refused_as_an_adapter_is(tmp_path):
@@ -264,7 +266,7 @@ def test_a_tied_head_is_refused_as_an_adapter_is(tmp_path):
     told["base"]["samples"]["part.head"] = {}
     (tmp_path / "a").write_bytes(packed(told, {key.replace(MODULE, "part.head"): value for key, value in entries().items()}))
     with pytest.raises(AdapterError, match="shares its weight"):
-        adapter.load(Model(), tmp_path / "a")
+        adapter_file.load(Model(), tmp_path / "a")
 
 
 def test_an_adapter_that_is_cut_anywhere_is_refused(tmp_path):
@@ -273,7 +275,7 @@ def test_an_adapter_that_is_cut_anywhere_is_refused(tmp_path):
     for end in range(len(whole)):
         (tmp_path / "a").write_bytes(whole[:end])
         with pytest.raises(AdapterError, match="no whole"):
-            adapter.read(tmp_path / "a")
+            adapter_file.read(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -288,28 +290,28 @@ def test_only_float32_is_read(dtype, tmp_path):
         }
         (tmp_path / "a").write_bytes(packed(about(), tensors, bytes(14 * width)))
         with pytest.raises(AdapterError, match=r"no whole|was promised"):
-            adapter.read(tmp_path / "a")
+            adapter_file.read(tmp_path / "a")
 
 
 def test_what_is_no_file_is_no_adapter_and_nothing_hangs(tmp_path):
     """A pipe, a folder, a device, /proc, a loop of links, names that cannot be: AdapterError from `read` and `locate`."""
     for what, path in no_file(tmp_path).items():
         with pytest.raises(AdapterError):
-            adapter.read(path)
+            adapter_file.read(path)
         if what not in ("/proc/self/mem", "empty", "/proc/kcore"):
             with pytest.raises(AdapterError, match="no adapter at"):
-                adapter.locate(path)
+                runs.locate(path)
 
 
 def test_the_newest_is_found_beside_what_is_no_file(tmp_path):
     """A link to nowhere, a folder and a pipe of the adapter's name are passed over."""
     for name in "abcd":
         (tmp_path / name).mkdir()
-    (tmp_path / "a" / adapter.FILE_NAME).symlink_to(tmp_path / "nowhere")
-    (tmp_path / "b" / adapter.FILE_NAME).mkdir()
-    os.mkfifo(tmp_path / "c" / adapter.FILE_NAME)
-    (tmp_path / "d" / adapter.FILE_NAME).write_bytes(b"x")
-    assert adapter.locate(tmp_path) == tmp_path / "d" / adapter.FILE_NAME
+    (tmp_path / "a" / ADAPTER_NAME).symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b" / ADAPTER_NAME).mkdir()
+    os.mkfifo(tmp_path / "c" / ADAPTER_NAME)
+    (tmp_path / "d" / ADAPTER_NAME).write_bytes(b"x")
+    assert runs.locate(tmp_path) == tmp_path / "d" / ADAPTER_NAME
 
 
 class Planted:
@@ -331,7 +333,7 @@ def test_a_pickle_is_never_opened(tmp_path):
     (tmp_path / "c.safetensors").write_bytes(packed(about(), entries(), pickle.dumps(Planted(tmp_path / "ran"))))
     for name in "abc":
         with pytest.raises(AdapterError):
-            adapter.read(tmp_path / f"{name}.safetensors")
+            adapter_file.read(tmp_path / f"{name}.safetensors")
     assert not (tmp_path / "ran").exists()
 
 
@@ -339,13 +341,13 @@ def test_many_tensors_end_at_the_header_s_size(tmp_path):
     """A file of a million tensors is refused before they are looked at."""
     (tmp_path / "a").write_bytes((60_000_000).to_bytes(8, "little") + b" " * 60_000_000)
     with pytest.raises(AdapterError, match="header claims 60,000,000 bytes"):
-        adapter.read(tmp_path / "a")
+        adapter_file.read(tmp_path / "a")
 
 
 def test_a_run_that_ended_in_nan_can_be_read_again(tmp_path):
     """Python writes NaN for a loss that is none; the adapter's header may hold one."""
     (tmp_path / "a").write_bytes(packed(put(float("nan"), "training", "val_loss")))
-    assert np.isnan(adapter.read(tmp_path / "a").about["training"]["val_loss"])
+    assert np.isnan(adapter_file.read(tmp_path / "a").about["training"]["val_loss"])
 
 
 scalars = (
@@ -375,11 +377,11 @@ def test_any_value_anywhere_in_the_header_is_used_well_or_refused(place, value, 
     """AdapterError from `read` or `load`; what is read makes a task, and its line, without any other error than its own."""
     (tmp_path / "a").write_bytes(packed(put(value, *place)))
     try:
-        found = adapter.read(tmp_path / "a")
+        found = adapter_file.read(tmp_path / "a")
         backbone = BACKBONE.setdefault("", make("blip"))
         task = task_of(backbone, found)
         described(task, found, 1, "fp32")
-        adapter.load(Model(), found)
+        adapter_file.load(Model(), found)
     except AdapterError as error:
         assert len(str(error)) < MESSAGE
     except ValueError as error:
@@ -401,7 +403,7 @@ def test_any_tensor_that_is_claimed_is_there_or_refused(key, shape, offsets, dty
     tensors = entries() | {key: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
     (tmp_path / "a").write_bytes(packed(about(), tensors))
     try:
-        adapter.read(tmp_path / "a")
+        adapter_file.read(tmp_path / "a")
     except AdapterError as error:
         assert len(str(error)) < MESSAGE
 
@@ -415,7 +417,7 @@ def test_any_bytes_changed_are_read_or_refused(flips, tmp_path):
         data[place % len(data)] = value
     (tmp_path / "a").write_bytes(data)
     try:
-        assert all(t.isfinite().all() for t in adapter.read(tmp_path / "a").tensors.values())
+        assert all(t.isfinite().all() for t in adapter_file.read(tmp_path / "a").tensors.values())
     except AdapterError as error:
         assert len(str(error)) < MESSAGE
 

@@ -16,16 +16,17 @@ from transformers import BlipForConditionalGeneration
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from lora_blip import adapter, caching, lora, resume
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelError
-from lora_blip.evaluate import evaluate
-from lora_blip.faults import explained
-from lora_blip.loop import train
-from lora_blip.models import load_backbone
-from lora_blip.predict import captions, infer, open_task, wanted_adapter
-from lora_blip.start import loader_of
+from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference.pipeline import captions, infer, open_task, wanted_adapter
+from lora_blip.lora import adapter_file, merging
+from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import caching, resume
+from lora_blip.training.diagnostics import explained
+from lora_blip.training.loop import train
+from lora_blip.training.setup import loader_of
 from tests import tiny
 from tests.conftest import WHOLE, batch_of, inject
 from tests.test_loop import metrics_of, settings
@@ -202,9 +203,9 @@ def test_inference_says_what_a_forward_at_that_size_says(trained, tmp_path):
         InferConfig(adapter=str(trained), images=str(images[0].parent), output_dir=str(tmp_path / "out"), device="cpu")
     )
     said = {Path(line["image"]): line["text"] for line in map(json.loads, written.read_text().splitlines())}
-    wanted = adapter.read(trained)
+    wanted = adapter_file.read(trained)
     found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
-    adapter.load(found, wanted)
+    adapter_file.load(found, wanted)
     task = CaptionTask(found, generation=replace(CaptionTask(found).generation, max_new_tokens=5))
     assert said == {p.image: p.text for p in captions(task, images)}
 
@@ -220,14 +221,14 @@ def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):
 
 
 def test_an_adapter_on_a_backbone_of_another_size_is_refused_unless_that_was_chosen(trained):
-    wanted = adapter.read(trained)
+    wanted = adapter_file.read(trained)
     with pytest.raises(AdapterError, match=r"trained on images of 16×16.* reads 32×32.*image_size=16"):
-        adapter.load(load_backbone(wanted.base, "cpu"), wanted)
-    adapter.load(load_backbone(wanted.base, "cpu", image_size=tiny.SIDE), wanted)
+        adapter_file.load(load_backbone(wanted.base, "cpu"), wanted)
+    adapter_file.load(load_backbone(wanted.base, "cpu", image_size=tiny.SIDE), wanted)
     with pytest.warns(UserWarning, match="16×16"):
-        adapter.load(load_backbone(wanted.base, "cpu").model, wanted)
+        adapter_file.load(load_backbone(wanted.base, "cpu").model, wanted)
     with warnings.catch_warnings(action="error"):
-        adapter.load(load_backbone(wanted.base, "cpu", image_size=16).model, wanted)
+        adapter_file.load(load_backbone(wanted.base, "cpu", image_size=16).model, wanted)
 
 
 def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, tmp_path):
@@ -247,15 +248,15 @@ def test_a_size_in_a_header_that_is_none_is_refused(size, trained, tmp_path):
     about["base"]["image_size"] = size
     save_file(load_file(trained), tmp_path / "odd.safetensors", {"lora_blip": json.dumps(about)})
     with pytest.raises(AdapterError, match=r"base\.image_size"):
-        adapter.read(tmp_path / "odd.safetensors")
+        adapter_file.read(tmp_path / "odd.safetensors")
 
 
 def test_a_merged_model_that_is_saved_is_a_checkpoint_of_that_size(trained, tmp_path):
     """transformers loads it with all its weights, and says the same; so do we, at its own size."""
-    wanted = adapter.read(trained)
+    wanted = adapter_file.read(trained)
     found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
-    adapter.load(found, wanted)
-    lora.bake(found.model)
+    adapter_file.load(found, wanted)
+    merging.bake(found.model)
     for part in (found.model, found.tokenizer, found.image_processor):
         part.save_pretrained(tmp_path / "merged")
     theirs = BlipForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()

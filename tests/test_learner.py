@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import checkpoint, resume
-from lora_blip.checkpoint import Saved
-from lora_blip.data.batches import Slot
+from lora_blip.data.loader import Slot
 from lora_blip.errors import CheckpointError
-from lora_blip.learner import Learner, Progress, reseed
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import checkpoint, resume
+from lora_blip.training.checkpoint import Saved
+from lora_blip.training.learner import Learner, Progress, reseed
 from tests.conftest import batch_of, inject
 
 

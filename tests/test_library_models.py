@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import lora
-from lora_blip.call_batch import tensors_in
-from lora_blip.models import Backbone, recompute_contexts
+from lora_blip.lora import attached, merging
+from lora_blip.lora.call_batch import tensors_in
+from lora_blip.models.loading import Backbone, recompute_contexts
 from tests import tiny
 from tests.conftest import WHOLE, inject
 
@@ -102,7 +102,7 @@ def test_logits_and_the_saved_merged_model_are_transformers_own(pair, kind, tmp_
     given = forward_inputs(ours, kind)
     expected = plain(**given).logits
     torch.testing.assert_close(ours(**given).logits, expected, rtol=1e-3, atol=1e-4)
-    lora.merge(ours)
+    merging.merge(ours)
     ours.save_pretrained(tmp_path)
     again = type(plain).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(**given).logits, expected, rtol=1e-3, atol=1e-4)
@@ -118,7 +118,7 @@ def test_gradients_are_autograd_s_of_the_plain_model(pair, kind, reentrant):
     """
     ours, plain = pair(kind)
     given = forward_inputs(ours, kind)
-    found = lora.adapters(ours)
+    found = attached.adapters(ours)
     counts = torch.ones(2, 3, 1) if kind == "t5" else given["attention_mask"][..., None]
     for address in found:
         plain.get_submodule(address).weight.requires_grad_()
@@ -190,7 +190,7 @@ def test_16_bits_are_as_close_to_float32_as_transformers_own_are(pair, kind, dty
     given = forward_inputs(ours, kind)
     truth = plain(**given).logits
     given["pixel_values"] = given["pixel_values"].to(dtype)
-    lora.merge(ours)
+    merging.merge(ours)
     mine, theirs = ((model.to(dtype)(**given).logits.float() - truth).abs().max() for model in (ours, plain))
     assert 0 < mine <= 2 * theirs
 
@@ -200,7 +200,7 @@ def test_16_bits_are_as_close_to_float32_as_transformers_own_are(pair, kind, dty
 def test_a_merged_model_exports_as_the_plain_model_does(pair, kind):
     """torch.export captures the whole graph, and the exported program gives the same logits."""
     ours, plain = pair(kind)
-    lora.merge(ours)
+    merging.merge(ours)
     given: dict[str, Any] = inputs(ours, kind) | ({"use_cache": False} if kind == "opt" else {})  # a cache is no tensor
     program = torch.export.export(ours, (), given, strict=False)
     torch.testing.assert_close(program.module()(**given).logits, plain(**given).logits, rtol=1e-3, atol=1e-4)

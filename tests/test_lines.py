@@ -11,25 +11,25 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_blip import resume
-from lora_blip.asked import Prompted, asked, trim_references
 from lora_blip.data import annotations
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
 from lora_blip.data.formats import STRICT
-from lora_blip.data.streams import Images
-from lora_blip.done import asked_in, key_of
+from lora_blip.data.image_sources import Images
+from lora_blip.data.loader import Stack
+from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
-from lora_blip.evaluate import csv_of
-from lora_blip.files import csv_text
-from lora_blip.measures import Measured
-from lora_blip.prediction import line_of, prediction_of
-from lora_blip.prepare import PrepareConfig, prepare
+from lora_blip.evaluation.comparison import csv_of
+from lora_blip.evaluation.measures import Measured
+from lora_blip.inference.finished import asked_in, key_of
+from lora_blip.inference.prediction import line_of, prediction_of
+from lora_blip.inference.questions import Prompted, asked, trim_references
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.runtime.files import csv_text
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.losses import IGNORE
 from lora_blip.tasks.retrieval import RetrievalTask
-from lora_blip.tasks.text import after_prompt
+from lora_blip.tasks.text_task import after_prompt
 from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training import resume
 from tests import tiny
 
 

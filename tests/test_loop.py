@@ -17,16 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import adapter, curves, loop, lora, start
-from lora_blip.best import Best
 from lora_blip.config import TrainConfig
-from lora_blip.data.batches import Slot
+from lora_blip.data.loader import Slot
 from lora_blip.errors import ConfigError, DataError, TrainingError
-from lora_blip.learner import Learner, Update
-from lora_blip.loop import learning_rate, train
-from lora_blip.run import BEST_NAME, Run, run_name
+from lora_blip.lora import adapter_file, attached
+from lora_blip.lora.routing import disable_adapters
+from lora_blip.reports import plots
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
+from lora_blip.tasks.base import Batch, Task
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.task import Batch, Task
+from lora_blip.training import loop, setup
+from lora_blip.training.best import Best
+from lora_blip.training.learner import Learner, Update
+from lora_blip.training.loop import learning_rate, train
+from lora_blip.training.run_folder import Run, run_name
 from tests import tiny
 from tests.conftest import WHOLE, batch_of, inject
 
@@ -124,7 +128,7 @@ def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, m
     fresh = make(kind).model.state_dict()
     after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
-    saved = adapter.read(path)
+    saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
     assert saved.task["prompt"] == "a photo of" and saved.about["training"]["finished"] is True
     drift = saved.about["merge_drift"]
@@ -147,9 +151,9 @@ def test_a_run_leaves_its_settings_its_metrics_and_falls(checkpoints, tmp_path):
 def test_the_same_seed_gives_the_same_adapter(checkpoints, tmp_path):
     source = tiny.write_photos(tmp_path)
     runs = [train(settings(checkpoints["blip"], source, augment=True, dropout=0.1, num_workers=n)) for n in (0, 2)]
-    first, second = (adapter.read(path).tensors for path in runs)
+    first, second = (adapter_file.read(path).tensors for path in runs)
     assert runs[0].parent != runs[1].parent and all(torch.equal(first[key], second[key]) for key in first)
-    other = adapter.read(train(settings(checkpoints["blip"], source, augment=True, dropout=0.1, seed=1))).tensors
+    other = adapter_file.read(train(settings(checkpoints["blip"], source, augment=True, dropout=0.1, seed=1))).tensors
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
@@ -193,9 +197,9 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_skipped=2)
     with pytest.raises(TrainingError, match=r"2 steps in a row.*'vision_model\.encoder\.layers\.1\.mlp\.fc1'"):
         train(config)
-    (path,) = Path(config.output_dir).rglob(adapter.FILE_NAME)
+    (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
     validated = [entry for entry in metrics_of(path) if "val_loss" in entry]
-    assert adapter.read(path).about["training"] | {"settings": 0} == {
+    assert adapter_file.read(path).about["training"] | {"settings": 0} == {
         "steps": 2, "finished": False, "settings": 0,
         **{key: pytest.approx(value, abs=1e-6) for key, value in validated[-1].items() if key.startswith("val")},
     }  # fmt: skip
@@ -211,8 +215,8 @@ def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9)
     with pytest.raises(SystemExit) as stopped:
         train(config)
-    (path,) = Path(config.output_dir).rglob(adapter.FILE_NAME)
-    assert stopped.value.code == 130 and adapter.read(path).about["training"]["steps"] == 3
+    (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
+    assert stopped.value.code == 130 and adapter_file.read(path).about["training"]["steps"] == 3
 
 
 def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_path, monkeypatch):
@@ -224,7 +228,7 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
     task = CaptionTask(make("blip"))
     asked = []
     monkeypatch.setattr(task, "say", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
-    held_out = start.loader_of(start.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
+    held_out = setup.loader_of(setup.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
     assert loop.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
 
 
@@ -232,7 +236,7 @@ def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), lr=0.0, warmup_steps=500, epochs=5))
     rates = [entry["lr"] for entry in metrics_of(path) if "loss" in entry]
     assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3]) and rates[-1] < 3e-4 and "_lr0.003_" in path.parent.name
-    assert start.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
+    assert setup.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
 
 
 def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
@@ -248,8 +252,8 @@ def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=r"annotations.jsonl:\d+: .* does not exist"):
         before_each_step(patch, vanish)
         train(config)
-    (path,) = Path(config.output_dir).rglob(adapter.FILE_NAME)
-    assert adapter.read(path).about["training"]["steps"] >= 3
+    (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
+    assert adapter_file.read(path).about["training"]["steps"] >= 3
 
 
 def test_max_steps_ends_in_the_middle_of_an_epoch(checkpoints, tmp_path):
@@ -278,7 +282,7 @@ def test_bad_data_stops_before_anything_is_written_or_is_left_out(checkpoints, t
 def test_checkpointing_trains_to_the_same_adapter(checkpoints, tmp_path):
     source = tiny.write_photos(tmp_path)
     plain, frugal = (
-        adapter.read(train(settings(checkpoints["opt"], source, targets="vit,qformer,lm", checkpointing=c))).tensors
+        adapter_file.read(train(settings(checkpoints["opt"], source, targets="vit,qformer,lm", checkpointing=c))).tensors
         for c in (False, True)
     )
     for key, value in plain.items():
@@ -295,7 +299,7 @@ def test_dropout_of_the_adapter_is_for_training_alone(make):
     assert not torch.equal(task.logits(batch), task.logits(batch))
     backbone.model.eval()
     assert torch.equal(task.logits(batch), task.logits(batch))
-    with lora.disabled(backbone.model):
+    with disable_adapters(backbone.model):
         backbone.model.train()
         assert torch.equal(task.logits(batch), task.logits(batch))  # the backbone's own dropout is off
 
@@ -311,7 +315,7 @@ def watched(
     real = Run.log_validation
 
     def log(run: Run, step: int, epoch: int, found: dict[str, float]) -> None:
-        halves = lora.adapters(run.learner.task.backbone.model).items()
+        halves = attached.adapters(run.learner.task.backbone.model).items()
         kept[step] = {f"{a}.lora_{h}": getattr(x, h).detach().clone() for a, x in halves for h in "AB"}
         real(run, step, epoch, scores[len(kept) - 1] if scores else found)
 
@@ -337,7 +341,7 @@ def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
     kept = watched(monkeypatch, scores)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_steps=8, validate_every=2, best_by=by)
     path = train(config)
-    found, last = adapter.read(path.parent / BEST_NAME), adapter.read(path)
+    found, last = adapter_file.read(path.parent / BEST_NAME), adapter_file.read(path)
     assert list(kept) == [0, 2, 4, 6, 8] and found.about["training"]["steps"] == best
     assert all(torch.equal(found.tensors[key], value) for key, value in kept[best].items())
     assert all(torch.equal(last.tensors[key], value) for key, value in kept[8].items())
@@ -352,10 +356,10 @@ def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkp
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2)
     path = train(config)
     assert list(kept) == [0, 2, 4, 6, 8, 10]
-    summary = adapter.read(path).about["training"]
-    assert (summary["steps"], summary["finished"]) == (10, True) and adapter.read(path).about["merge_drift"]
-    assert all(torch.equal(adapter.read(path).tensors[key], value) for key, value in kept[10].items())
-    assert adapter.read(path.parent / BEST_NAME).about["training"]["steps"] == 6
+    summary = adapter_file.read(path).about["training"]
+    assert (summary["steps"], summary["finished"]) == (10, True) and adapter_file.read(path).about["merge_drift"]
+    assert all(torch.equal(adapter_file.read(path).tensors[key], value) for key, value in kept[10].items())
+    assert adapter_file.read(path.parent / BEST_NAME).about["training"]["steps"] == 6
     assert "no better exact_match since step 6" in capsys.readouterr().out
     assert [e["step"] for e in metrics_of(path) if "loss" in e] == list(range(1, 11))
 
@@ -364,8 +368,8 @@ def test_a_lower_loss_is_no_improvement_of_another_score(checkpoints, tmp_path, 
     """Patience counts validations without a better BEST_BY; the lower loss still chooses among equal scores."""
     watched(monkeypatch, [score(9, 0.5), *[score(9 - n / 1e6, 0.5) for n in range(1, 20)]])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
-    assert adapter.read(path).about["training"]["steps"] == 4
-    assert adapter.read(path.parent / BEST_NAME).about["training"]["steps"] == 4
+    assert adapter_file.read(path).about["training"]["steps"] == 4
+    assert adapter_file.read(path.parent / BEST_NAME).about["training"]["steps"] == 4
 
 
 @pytest.mark.parametrize(("smallest", "stale"), [(0.0, 0), (1e-3, 4), (0.15, 0), (1.0, 4)])
@@ -396,13 +400,13 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no\nsuch backend")
 
-    for module, name in ((curves, "draw"), (loop, "merge_drift"), (board.SummaryWriter, "add_scalar")):
+    for module, name in ((plots, "draw"), (loop, "merge_drift"), (board.SummaryWriter, "add_scalar")):
         monkeypatch.setattr(module, name, fail)
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
     said = capsys.readouterr().out
     for what in ("loss curve", "merge drift", "TensorBoard from here on"):
         assert said.count(f"warning: no {what} (ValueError: no such backend); nothing else is affected\n") == 1
-    assert adapter.read(path).about["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
+    assert adapter_file.read(path).about["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
     monkeypatch.setattr(board.SummaryWriter, "__init__", fail)
     monkeypatch.setattr(board.SummaryWriter, "close", fail, raising=False)
     train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
@@ -411,7 +415,7 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
 
 @pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "the curve.png\n"), (None, loop.NO_PLOT)])
 def test_a_run_prints_its_plot_or_why_there_is_none(checkpoints, tmp_path, monkeypatch, capsys, drawn, line):
-    monkeypatch.setattr(curves, "draw", lambda _: drawn)
+    monkeypatch.setattr(plots, "draw", lambda _: drawn)
     train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1))
     printed = capsys.readouterr().out
     assert printed.count(line) == 1 and (drawn is None or loop.NO_PLOT not in printed)
@@ -435,7 +439,7 @@ def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
 def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoints, tmp_path, monkeypatch, capsys):
     watched(monkeypatch, [score(1, 1), score(2), score(2)])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
-    assert adapter.read(path).about["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
+    assert adapter_file.read(path).about["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
     assert "best exact match, 100.0%, before training" in capsys.readouterr().out
 
 
@@ -455,14 +459,14 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     path = train(settings(checkpoints["blip"], source, best_by="cider", val_fraction=0.5))
     last = [entry for entry in metrics_of(path) if "val_cider" in entry][-1]
     backbone = loop.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
-    adapter.load(backbone, path)
-    task = CaptionTask(backbone, generation=start.Generation(5))
-    held_out = start.annotations.split_by_image(start.annotations.read(source)[0], 0.5, 0)[1]
-    from lora_blip.predict import captions
+    adapter_file.load(backbone, path)
+    task = CaptionTask(backbone, generation=setup.Generation(5))
+    held_out = setup.annotations.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]
+    from lora_blip.inference.pipeline import captions
 
     said = [p.text for p in captions(task, [e.image for e in held_out])]
     assert last["val_cider"] == pytest.approx(caption_scores(said, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
-    assert adapter.read(path).about["training"]["settings"]["best_by"] == "cider"
+    assert adapter_file.read(path).about["training"]["settings"]["best_by"] == "cider"
 
 
 def test_what_validation_cannot_give_is_refused_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
@@ -527,7 +531,7 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
         {"step": 2, "val_loss": 1.0, "val_vqa_accuracy": 0.9, "val_cider": 4.5, "val_r": 0.25},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert curves.draw(tmp_path) == tmp_path / "loss.png"
+    assert plots.draw(tmp_path) == tmp_path / "loss.png"
     upper, lower = drawn[0].axes
 
     def shown(axes) -> dict[str, list[tuple[float, float]]]:
@@ -536,7 +540,7 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
     assert shown(upper) == {"training": [(1, 2.0)], "validation": [(0, 3.0), (2, 1.0)]}
     assert shown(lower) == {"vqa accuracy": [(0, 0.1), (2, 0.9)], "r": [(2, 0.25)]}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
-    curves.draw(tmp_path)
+    plots.draw(tmp_path)
     assert not drawn[1].axes[1].get_visible()
 
 

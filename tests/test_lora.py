@@ -3,14 +3,18 @@
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from lora_blip import lora, targets
 from lora_blip.errors import LoRAError
-from lora_blip.sites import Site, tied
+from lora_blip.lora import attached, injection, merging, targets
+from lora_blip.lora.dispatch import dispatching_hook
+from lora_blip.lora.layer import LoRA, lora_hook
+from lora_blip.lora.routing import disable_adapters
+from lora_blip.lora.sites import Site, tied
 from tests.conftest import inject, logits_of
 
 
@@ -28,7 +32,7 @@ def test_the_hook_adds_what_the_equation_says():
     """y = W x + b + (alpha / r) B A x, against float64 matrices written out; also for a row block."""
     linear = nn.Linear(6, 9).double()
     model = nn.Sequential(linear)
-    found = lora.inject(model, [Site("0", r=2, alpha=3.0, block="k", rows=(3, 6))])["0.k"]
+    found = injection.inject(model, [Site("0", r=2, alpha=3.0, block="k", rows=(3, 6))])["0.k"]
     found.B.data.normal_()
     x = torch.randn(5, 6, dtype=torch.float64)
     delta = torch.zeros(9, 6, dtype=torch.float64)
@@ -57,7 +61,7 @@ def test_merged_is_hooked(make, dtype, bound):
             base = logits_of(backbone).float()
             inject(backbone)
             hooked = logits_of(backbone).float()
-            lora.merge(backbone.model)
+            merging.merge(backbone.model)
             merged = logits_of(backbone).float()
         assert (merged - hooked).abs().max() <= bound * hooked.abs().max()
         assert (hooked - base).abs().max() > 2 * (merged - hooked).abs().max()
@@ -66,13 +70,13 @@ def test_merged_is_hooked(make, dtype, bound):
 def test_merging_twice_is_merging_once_and_restore_gives_the_same_bits(backbone):
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     inject(backbone)
-    lora.merge(backbone.model)
+    merging.merge(backbone.model)
     once = {key: value.clone() for key, value in backbone.model.state_dict().items()}
-    lora.merge(backbone.model)
+    merging.merge(backbone.model)
     assert all(torch.equal(value, once[key]) for key, value in backbone.model.state_dict().items())
     assert any(not torch.equal(once[key], before[key]) for key in before)
-    lora.restore(backbone.model)
-    lora.restore(backbone.model)
+    merging.restore(backbone.model)
+    merging.restore(backbone.model)
     assert all(torch.equal(backbone.model.state_dict()[key], before[key]) for key in before)
 
 
@@ -82,8 +86,8 @@ def test_half_precision_weights_survive_merge_and_restore_to_the_bit(make):
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     inject(backbone)
     for _ in range(3):
-        lora.merge(backbone.model)
-        lora.restore(backbone.model)
+        merging.merge(backbone.model)
+        merging.restore(backbone.model)
     assert all(torch.equal(backbone.model.state_dict()[key], before[key]) for key in before)
 
 
@@ -91,20 +95,20 @@ def test_eject_leaves_the_base_as_it_was(backbone):
     before, keys = logits_of(backbone), list(backbone.model.state_dict())
     inject(backbone)
     assert set(keys) <= set(backbone.model.state_dict())  # the base's own names never change
-    lora.merge(backbone.model)
-    lora.eject(backbone.model)
-    lora.eject(backbone.model)
+    merging.merge(backbone.model)
+    injection.eject(backbone.model)
+    injection.eject(backbone.model)
     assert list(backbone.model.state_dict()) == keys and torch.equal(logits_of(backbone), before)
-    assert not any(hook is lora.add_update for m in backbone.model.modules() for hook in m._forward_hooks.values())
+    assert not any(hook is dispatching_hook for m in backbone.model.modules() for hook in m._forward_hooks.values())
 
 
 def test_bake_keeps_the_merged_weights_and_nothing_else(make):
     backbone = make("blip")
     keys = list(backbone.model.state_dict())
     inject(backbone)
-    lora.merge(backbone.model)
+    merging.merge(backbone.model)
     merged = logits_of(backbone)
-    lora.bake(backbone.model)
+    merging.bake(backbone.model)
     assert list(backbone.model.state_dict()) == keys and torch.equal(logits_of(backbone), merged)
 
 
@@ -118,7 +122,7 @@ def test_injecting_twice_is_injecting_once(make):
         inject(backbone, "vit")
 
 
-def plus(weight: torch.Tensor, x: lora.LoRA) -> torch.Tensor:
+def plus(weight: torch.Tensor, x: LoRA) -> torch.Tensor:
     """W + ΔW, rounded once, as a merge has it."""
     return torch.addmm(weight, x.B, x.A, alpha=x.scale)
 
@@ -128,18 +132,18 @@ def test_two_adapters_add_and_part_again():
     model = nn.Sequential(nn.Linear(5, 4))
     weight = model[0].weight.detach().clone()
     for name in ("one", "two"):
-        lora.inject(model, [Site("0", r=2)], name=name)["0"].B.data.normal_()
-    deltas = {name: lora.adapters(model, name)["0"].delta_weight() for name in lora.names(model)}
+        injection.inject(model, [Site("0", r=2)], name=name)["0"].B.data.normal_()
+    deltas = {name: attached.adapters(model, name)["0"].delta_weight() for name in attached.names(model)}
     x = torch.randn(3, 5)
     both = x @ (weight + deltas["one"] + deltas["two"]).T + model[0].bias
     torch.testing.assert_close(model(x), both)
-    lora.merge(model, "one")
+    merging.merge(model, "one")
     torch.testing.assert_close(model(x), both)  # one in the weights, two on the hook
-    lora.merge(model)
+    merging.merge(model)
     torch.testing.assert_close(model(x), both)
-    lora.eject(model, "one")
-    assert lora.names(model) == ["two"] and torch.equal(model[0].weight, plus(weight, lora.adapters(model, "two")["0"]))
-    lora.eject(model, "two")
+    injection.eject(model, "one")
+    assert attached.names(model) == ["two"] and torch.equal(model[0].weight, plus(weight, attached.adapters(model, "two")["0"]))
+    injection.eject(model, "two")
     assert torch.equal(model[0].weight, weight)
 
 
@@ -148,13 +152,13 @@ def test_disabled_is_the_base_and_ends_even_by_an_error(make):
     before = logits_of(backbone)
     inject(backbone)
     after = logits_of(backbone)
-    with lora.disabled(backbone.model):
+    with disable_adapters(backbone.model):
         assert torch.equal(logits_of(backbone), before)
-    with pytest.raises(KeyError), lora.disabled(backbone.model):
+    with pytest.raises(KeyError), disable_adapters(backbone.model):
         raise KeyError
     assert torch.equal(logits_of(backbone), after)
-    lora.merge(backbone.model)
-    with pytest.raises(ValueError, match="restore"), lora.disabled(backbone.model):
+    merging.merge(backbone.model)
+    with pytest.raises(ValueError, match="restore"), disable_adapters(backbone.model):
         pass
 
 
@@ -166,11 +170,11 @@ def test_a_copy_has_adapters_of_its_own(make):
     stored = io.BytesIO()
     pickle.dump(backbone.model, stored)
     for twin in (copy.deepcopy(backbone.model), pickle.loads(stored.getvalue())):
-        for x in lora.adapters(twin).values():
+        for x in attached.adapters(twin).values():
             x.B.data.zero_()
         original, backbone.model = backbone.model, twin
         changed = logits_of(backbone)
-        lora.eject(twin)
+        injection.eject(twin)
         ejected = logits_of(backbone)
         backbone.model = original
         assert not torch.equal(changed, before) and torch.equal(changed, ejected)
@@ -205,11 +209,11 @@ def test_a_quantised_base_is_trained_by_hook_and_refuses_to_merge():
         model = nn.Sequential(quantised)
         x = torch.randn(3, 8)
         before = model(x)
-        found = lora.inject(model, [Site("0", r=2)])["0"]
+        found = injection.inject(model, [Site("0", r=2)])["0"]
         found.B.data.normal_()
         torch.testing.assert_close(model(x), before + x @ found.delta_weight().T)
         with pytest.raises(ValueError, match="'0' is quantised"):
-            lora.merge(model)
+            merging.merge(model)
 
 
 def _dynamic_quantised() -> nn.Module:
@@ -225,15 +229,15 @@ def test_a_tied_head_is_refused(backbone):
     if head not in tied(backbone.model):
         pytest.skip("this T5 has a head of its own, as Flan-T5 does")
     with pytest.raises(ValueError, match="shares its weight with"):
-        lora.inject(backbone.model, targets.find(backbone.model, head))
+        injection.inject(backbone.model, targets.find(backbone.model, head))
 
 
 @pytest.mark.parametrize("site", [Site("nowhere"), Site("1"), Site("0", rows=(2, 9)), Site("0", r=0)])
 def test_a_site_that_cannot_be_is_refused_before_anything_changes(site):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with pytest.raises(ValueError, match=f"'{site.module}"):
-        lora.inject(model, [Site("0"), site] if site.module != "0" else [site])
-    assert not lora.names(model) and not model[0]._forward_hooks
+        injection.inject(model, [Site("0"), site] if site.module != "0" else [site])
+    assert not attached.names(model) and not model[0]._forward_hooks
 
 
 def test_unfired_names_a_linear_whose_weight_is_used_behind_its_back():
@@ -248,8 +252,8 @@ def test_unfired_names_a_linear_whose_weight_is_used_behind_its_back():
             return nn.functional.linear(self.honest(x), self.bypassed.weight)
 
     model = Sly()
-    lora.inject(model, [Site("honest"), Site("bypassed")])
-    assert lora.unfired(model, lambda: model(torch.randn(2, 4))) == ["bypassed"]
+    injection.inject(model, [Site("honest"), Site("bypassed")])
+    assert attached.unfired(model, lambda: model(torch.randn(2, 4))) == ["bypassed"]
 
 
 def test_checkpointed_layers_keep_their_adapters_alive(make):
@@ -275,10 +279,10 @@ def test_checkpointed_layers_keep_their_adapters_alive(make):
 def test_an_unknown_name_is_an_error_and_not_a_silence(make):
     backbone = make("blip")
     inject(backbone, "vit")
-    for act in (lora.merge, lora.eject):
+    for act in (merging.merge, injection.eject):
         with pytest.raises(LoRAError, match="no adapter 'typo'; it has default"):
             act(backbone.model, "typo")
-    with pytest.raises(LoRAError, match="no adapter 'typo'"), lora.disabled(backbone.model, "typo"):
+    with pytest.raises(LoRAError, match="no adapter 'typo'"), disable_adapters(backbone.model, "typo"):
         pass
 
 
@@ -286,20 +290,61 @@ def test_an_unknown_name_is_an_error_and_not_a_silence(make):
 def test_an_odd_adapter_name_is_refused_before_anything_changes(name):
     model = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(LoRAError, match="adapter name"):
-        lora.inject(model, [Site("0")], name=name)
+        injection.inject(model, [Site("0")], name=name)
     assert not model[0]._forward_hooks and not hasattr(model[0], "lora")
 
 
 def test_merging_again_takes_up_what_was_learned_since():
     model = nn.Sequential(nn.Linear(3, 4))
     before = model[0].weight.detach().clone()
-    found = lora.inject(model, [Site("0", r=2)])["0"]
+    found = injection.inject(model, [Site("0", r=2)])["0"]
     for _ in range(2):
         found.B.data.normal_()
-        lora.merge(model)
+        merging.merge(model)
         assert torch.equal(model[0].weight, plus(before, found))
         torch.testing.assert_close(model[0].weight, before + found.delta_weight())
     model.double()
-    lora.merge(model)
-    lora.restore(model)
+    merging.merge(model)
+    merging.restore(model)
     assert torch.equal(model[0].weight, before.double())
+
+
+@pytest.mark.parametrize("merged", [(), ("b",)])
+def test_the_dispatching_hook_is_the_plain_hook_if_every_adapter_acts_on_every_row(merged):
+    """Outputs and gradients have equal bits, with two adapters, a block of rows and a merged one."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+    injection.inject(model, [Site("0", 2, 3.0), Site("2", 2, 3.0, "q", (1, 3))], name="a")
+    injection.inject(model, [Site("0", 3, 5.0)], name="b")
+    for name in ("a", "b"):
+        for lora in attached.adapters(model, name).values():
+            nn.init.normal_(lora.B)
+    if merged:
+        merging.merge(model, *merged)
+    attached.fast(model, False)
+    plain = copy.deepcopy(model)
+    for linear in attached.adapted_linears(plain).values():
+        attached.remove_hooks(linear)
+        linear.register_forward_hook(lora_hook, with_kwargs=True)
+    x = torch.randn(5, 6)
+    outputs = [each(x) for each in (model, plain)]
+    assert torch.equal(*outputs)
+    halves = [list(unmerged_halves(each)) for each in (model, plain)]
+    gradients = [torch.autograd.grad(y.square().sum(), some) for y, some in zip(outputs, halves, strict=True)]
+    assert all(map(torch.equal, *gradients)) and all(g.any() for g in gradients[0])
+    hidden = nn.functional.gelu(written_out(plain[0], x))
+    torch.testing.assert_close(written_out(plain[2], hidden), outputs[1], rtol=1e-6, atol=1e-6)
+
+
+def unmerged_halves(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The A and B that act by a hook."""
+    for linear in attached.adapted_linears(model).values():
+        for key, lora in linear.lora.items():
+            if key not in linear.lora.merged:
+                yield from lora.parameters()
+
+
+def written_out(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """y = (W + Σ ΔW) x + b, with the original W."""
+    weight = linear.weight if linear.lora.original is None else linear.lora.original
+    return nn.functional.linear(x, weight + sum(lora.delta_weight() for lora in linear.lora.values()), linear.bias)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip.tasks import head as heads
-from lora_blip.tasks.head import head_loss, passable
-from lora_blip.tasks.losses import IGNORE, hard_negatives, itc_loss, token_loss
-from lora_blip.tasks.packing import PADDING, apart, pack
-from lora_blip.tasks.rows import Rows
+from lora_blip.kernels import head_loss as heads
+from lora_blip.kernels.head_loss import head_loss, passable
+from lora_blip.models.packing import PADDING, apart, pack
+from lora_blip.models.token_rows import IGNORE, Rows
+from lora_blip.tasks.losses import hard_negatives, itc_loss, token_loss
 
 # ---------------------------------------------------------------- next token
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lora_blip import fused, lora, mergeable, weights
 from lora_blip.errors import LoRAError
-from lora_blip.products import QuickLinear
-from lora_blip.sites import Site
+from lora_blip.kernels.linear import QuickLinear, alone
+from lora_blip.lora import attached, dispatch, fused, injection, mergeable, merging
+from lora_blip.lora.sites import Site
+from lora_blip.models import weights
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -22,7 +23,7 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def adapt(model: nn.Module, paths: tuple[str, ...] = ("0", "1"), name: str = "default", std: float = 1.0) -> nn.Module:
-    for adapter in lora.inject(model, [Site(path, 2) for path in paths], name=name).values():
+    for adapter in injection.inject(model, [Site(path, 2) for path in paths], name=name).values():
         adapter.B.data.normal_(std=std)
     return model
 
@@ -150,7 +151,7 @@ def test_a_weight_that_cannot_take_the_update_is_named_and_nothing_is_changed(wh
     model.requires_grad_(False)
     first, x = model[0].weight.clone(), torch.randn(3, 4)
     before = model(x)
-    for write in (lora.merge, lora.bake):
+    for write in (merging.merge, merging.bake):
         with pytest.raises(LoRAError, match=message):
             write(model)
         assert torch.equal(model[0].weight, first) and not model[0].lora.merged and model[0].lora.original is None
@@ -164,7 +165,7 @@ def test_a_weight_that_cannot_take_the_update_is_named_and_nothing_is_changed(wh
 def test_a_weight_of_another_kind_takes_the_plain_way_forward_and_backward(monkeypatch):
     """Outputs and gradients are those of the dequantised base with the same adapter."""
     taken: list[Any] = []
-    monkeypatch.setattr(lora, "updated", lambda linear, output: taken.append(linear) or fused.updated(linear, output))
+    monkeypatch.setattr(dispatch, "updated", lambda linear, output: taken.append(linear) or fused.updated(linear, output))
     model = adapt(net())
     twin = copy.deepcopy(model)
     for linear in model:
@@ -196,27 +197,27 @@ def test_a_kind_of_linear_that_computes_w_x_plus_b_is_merged():
         model = nn.Sequential(nn.Linear(4, 4), Same(4, 4)).to(dtype)
         x = torch.randn(3, 4, dtype=dtype)
         hooked = adapt(model)(x)
-        lora.merge(model)
+        merging.merge(model)
         bound = 1e-4 if dtype.itemsize > 2 else 0.1
         torch.testing.assert_close(model(x), hooked, rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("write", [lora.merge, lora.bake])
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
 @pytest.mark.parametrize("earlier", [(), ("a",)])
 def test_a_merge_or_bake_that_fails_halfway_puts_every_weight_back(monkeypatch, earlier, write):
     """Out of memory at the last linear: weights are those before the call, merged or not, and outputs too."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
     if earlier:
-        lora.merge(model, *earlier)
+        merging.merge(model, *earlier)
     x, before = torch.randn(3, 4), [linear.weight.clone() for linear in model]
-    hooked, fold = model(x), lora._fold
+    hooked, fold = model(x), merging.fold
 
     def fail(linear: Any, keys: frozenset[str], *more: Any) -> None:
         if linear is model[2] and "b" in keys:
             raise MemoryError
         fold(linear, keys, *more)
 
-    monkeypatch.setattr(lora, "_fold", fail)
+    monkeypatch.setattr(merging, "fold", fail)
     with pytest.raises(MemoryError):
         write(model)
     assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
@@ -229,7 +230,7 @@ def test_a_merge_or_bake_that_fails_halfway_puts_every_weight_back(monkeypatch, 
 def test_an_eject_that_fails_halfway_puts_every_weight_back(monkeypatch):
     """Ejecting one of two merged adapters writes the other's sum: all of the linears or none."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
-    lora.merge(model)
+    merging.merge(model)
     before, sums = [linear.weight.clone() for linear in model], []
 
     def fail(linear: Any, keys: frozenset[str]) -> torch.Tensor:
@@ -238,11 +239,11 @@ def test_an_eject_that_fails_halfway_puts_every_weight_back(monkeypatch):
             raise MemoryError
         return mergeable.summed(linear, keys)
 
-    monkeypatch.setattr(lora, "summed", fail)
+    monkeypatch.setattr(merging, "summed", fail)
     with pytest.raises(MemoryError):
-        lora.eject(model, "a")
+        injection.eject(model, "a")
     assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
-    assert lora.names(model) == ["a", "b"] and all(linear.lora.merged == {"a", "b"} for linear in model)
+    assert attached.names(model) == ["a", "b"] and all(linear.lora.merged == {"a", "b"} for linear in model)
 
 
 class Scaling:
@@ -272,11 +273,11 @@ def test_a_foreign_hook_sees_the_update_whenever_it_was_registered(when):
         model[1].register_forward_hook(Scaling())
     hooked = model(x)
     torch.testing.assert_close(hooked, plain[2](plain[1](plain[0](x)) * 2 + 1))
-    lora.merge(model)
+    merging.merge(model)
     torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("write", [lora.merge, lora.bake])
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
 @pytest.mark.parametrize("where", ["prepended", "prepended, with keywords", "of all modules"])
 def test_a_foreign_hook_before_the_adapter_s_may_watch_and_not_change(where, write):
     """One that changes the output first is named, since a merge would change the update; a watcher is let through."""
@@ -310,7 +311,7 @@ def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):
     kept = quick.weight
     weights.cast_once(backbone, "bf16")
     assert quick.weight is kept and backbone.model.vision_model.encoder.layers[0].mlp.fc2.weight.dtype == torch.bfloat16
-    assert not fused.alone(quick) and not quick.steady(torch.randn(2, 4))
+    assert not alone(quick) and not quick.steady(torch.randn(2, 4))
 
 
 def test_neighbours_in_one_storage_are_merged_each_by_itself():
@@ -319,7 +320,7 @@ def test_neighbours_in_one_storage_are_merged_each_by_itself():
     model[0].weight, model[1].weight = nn.Parameter(both[:4]), nn.Parameter(both[4:])
     x = torch.randn(3, 4)
     hooked = adapt(model)(x)
-    lora.merge(model)
+    merging.merge(model)
     torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
 
 
@@ -328,14 +329,14 @@ def test_one_module_under_two_parents_is_merged_once():
     model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
     x = torch.randn(3, 4)
     hooked = adapt(model, ("0.0",))(x)
-    lora.merge(model)
+    merging.merge(model)
     torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
-    lora.eject(model)
+    injection.eject(model)
     with pytest.raises(LoRAError, match=r"'1\.0' is no linear layer of Sequential; name it '0\.0'"):
-        lora.inject(model, [Site("1.0")])
+        injection.inject(model, [Site("1.0")])
 
 
-@pytest.mark.parametrize("write", [lora.merge, lora.bake])
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
 def test_a_sum_beyond_float16_is_refused_and_one_below_is_written(write):
     """65504 is the largest; W + ΔW counts, and not ΔW alone."""
     for base, update, fits in (
@@ -347,10 +348,10 @@ def test_a_sum_beyond_float16_is_refused_and_one_below_is_written(write):
         model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).half()
         model[0].weight.data.fill_(1.0)
         model[1].weight.data.fill_(base)
-        for adapter in lora.inject(model, [Site("0", 1, 1.0), Site("1", 1, 1.0)]).values():
+        for adapter in injection.inject(model, [Site("0", 1, 1.0), Site("1", 1, 1.0)]).values():
             adapter.A.data.fill_(1.0)
             adapter.B.data.fill_(1.0)
-        lora.adapters(model)["1"].B.data.fill_(update)
+        attached.adapters(model)["1"].B.data.fill_(update)
         if fits:
             write(model)
             assert model[1].weight.item() == base + update and model[0].weight.item() == 2
@@ -364,16 +365,16 @@ def test_two_adapters_that_fit_together_alone_are_not_parted():
     """Ejecting one of two merged adapters writes the other's sum, so that is checked before as well."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).half()
     for name, value in (("up", 40000.0), ("down", -40000.0)):
-        adapter = lora.inject(model, [Site("0", 1, 1.0)], name=name)["0"]
+        adapter = injection.inject(model, [Site("0", 1, 1.0)], name=name)["0"]
         adapter.A.data.fill_(2.0)
         adapter.B.data.fill_(value)
-    lora.merge(model)
+    merging.merge(model)
     merged = model[0].weight.clone()
     with pytest.raises(LoRAError, match="'0' would be NaN or beyond"):
-        lora.eject(model, "down")
-    assert torch.equal(model[0].weight, merged) and lora.names(model) == ["up", "down"]
-    lora.restore(model)
-    lora.eject(model, "down")
+        injection.eject(model, "down")
+    assert torch.equal(model[0].weight, merged) and attached.names(model) == ["up", "down"]
+    merging.restore(model)
+    injection.eject(model, "down")
 
 
 def test_an_update_is_summed_in_float32_and_rounded_once():
@@ -383,16 +384,16 @@ def test_an_update_is_summed_in_float32_and_rounded_once():
     weight = model[0].weight.detach().double()
     truth = weight.clone()
     for name in ("a", "b"):
-        adapter = lora.inject(model, [Site("0", 16, 3.0)], name=name)["0"]
+        adapter = injection.inject(model, [Site("0", 16, 3.0)], name=name)["0"]
         adapter.B.data.normal_()
         truth += adapter.scale * adapter.B.detach().double() @ adapter.A.detach().double()
-    lora.merge(model)
+    merging.merge(model)
     unit = 2.0 ** (truth.abs().log2().floor() - 10)
     assert ((model[0].weight.double() - truth).abs() <= 0.501 * unit + 1e-7).all()
 
 
 def test_delta_weight_is_float32_inside_autocast():
-    adapter = lora.inject(nn.Sequential(nn.Linear(8, 8)), [Site("0", 4)])["0"]
+    adapter = injection.inject(nn.Sequential(nn.Linear(8, 8)), [Site("0", 4)])["0"]
     adapter.B.data.normal_()
     outside = adapter.delta_weight()
     with torch.autocast("cpu", torch.bfloat16):
@@ -405,9 +406,9 @@ def test_a_merge_inside_autocast_is_one_outside_of_it():
     for autocast in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8))
-        lora.inject(model, [Site("0", 4)])["0"].B.data.normal_()
+        injection.inject(model, [Site("0", 4)])["0"].B.data.normal_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            lora.merge(model)
+            merging.merge(model)
         merged.append(model[0].weight)
     assert torch.equal(*merged)
 
@@ -417,7 +418,7 @@ def test_a_merge_between_forward_and_backward_is_an_error_and_no_wrong_gradient(
     model = adapt(net())
     x = torch.randn(3, 4, requires_grad=True)
     y = model(x)
-    lora.merge(model)
+    merging.merge(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -426,27 +427,27 @@ def test_two_threads_may_merge_at_once():
     """Merging twice at the same time is merging once."""
     model = adapt(net())
     once = copy.deepcopy(model)
-    lora.merge(once)
-    threads = [threading.Thread(target=lora.merge, args=(model,)) for _ in range(4)]
+    merging.merge(once)
+    threads = [threading.Thread(target=merging.merge, args=(model,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(model, once, strict=True))
-    lora.restore(model)
+    merging.restore(model)
 
 
 def test_a_model_on_the_meta_device_is_one_clear_error(tmp_path):
-    from lora_blip import adapter
+    from lora_blip.lora import adapter_file as adapter
 
     path = adapter.save(tmp_path / "a.safetensors", adapt(net()))
     bare, carrying = net().to("meta"), adapt(net()).to("meta")
     for act in (
         lambda: adapter.load(bare, path),
-        lambda: lora.merge(carrying),
-        lambda: lora.bake(carrying),
+        lambda: merging.merge(carrying),
+        lambda: merging.bake(carrying),
         lambda: adapter.save(tmp_path / "b.safetensors", carrying),
     ):
         with pytest.raises(LoRAError, match=r"'0' is on the meta device.*load"):
             act()
-    assert not lora.names(bare)
+    assert not attached.names(bare)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lora_blip import models
+from lora_blip.models import loading
 
 FORKS = 8  # without a new pool, seven of ten of them fail
 
@@ -57,7 +57,7 @@ def test_a_base_loads_in_a_process_that_was_forked_after_torch_had_run(capfd):
         child = os.fork()
         if not child:
             try:
-                models._load_model(ReadInThreads, "a base", None, torch.float32)  # type: ignore[arg-type]
+                loading._load_model(ReadInThreads, "a base", None, torch.float32)  # type: ignore[arg-type]
             except BaseException as error:
                 os.write(2, f"{error}\n".encode())
                 os._exit(1)

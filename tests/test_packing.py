@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip import lora, targets
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
+from lora_blip.data.loader import Stack
+from lora_blip.kernels.head_loss import head_loss
+from lora_blip.lora import attached, injection, targets
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.head import head_loss
-from lora_blip.tasks.losses import IGNORE, token_loss
-from lora_blip.tasks.task import Task
+from lora_blip.tasks.losses import token_loss
 from lora_blip.tasks.vqa import VqaTask
 from tests import tiny
 from tests.conftest import WHOLE, inject, twenty_steps
@@ -54,7 +55,7 @@ def stack_of(name: str) -> Stack:
 def gradients(task: Task, batch) -> tuple[float, dict[str, torch.Tensor]]:
     loss = task.loss(batch) / batch.count
     loss.backward()
-    found = lora.adapters(task.backbone.model)
+    found = attached.adapters(task.backbone.model)
     halves = {f"{address}.{half}": getattr(x, half).grad for address, x in found.items() for half in "AB"}
     for x in found.values():
         x.A.grad = x.B.grad = None
@@ -169,7 +170,7 @@ def test_a_head_that_is_more_than_its_weight_goes_the_plain_way(who, make):
     head = backbone.model.language_model.lm_head
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # as Flan-T5's, shared with nobody
     where = "lm" + r",language_model\.lm_head" * (who == "an adapter")
-    for x in lora.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
+    for x in injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
         x.B.data.normal_(std=0.05)
     if who == "a hook":
         head.register_forward_hook(lambda _module, _args, output: output * 2)

@@ -19,16 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_blip import fused, lora, products, targets, weights
-from lora_blip.attention import vit
-from lora_blip.data.batches import Known, Slot, Stack
 from lora_blip.data.example import Example
-from lora_blip.dist import ALONE, Ranks, joined
-from lora_blip.learner import Learner
-from lora_blip.models import autocasting, load_backbone, open_backbone
-from lora_blip.tasks import TASKS, matching, natural_task, retrieval
-from lora_blip.tasks.losses import IGNORE
-from lora_blip.tasks.prefix import Prefix, cut
+from lora_blip.data.loader import Known, Slot, Stack
+from lora_blip.kernels import linear as products
+from lora_blip.kernels import vit_attention
+from lora_blip.lora import attached, fused, injection, targets
+from lora_blip.lora.layer import LoRA
+from lora_blip.lora.routing import use_adapters
+from lora_blip.models import matching, weights
+from lora_blip.models.loading import autocasting, load_backbone, open_backbone
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.runtime.distributed import ALONE, Ranks, joined
+from lora_blip.tasks import retrieval
+from lora_blip.tasks.frozen_prefix import Prefix, cut
+from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.training.learner import Learner
 from tests import tiny
 from tests.test_dist import among
 
@@ -105,7 +110,7 @@ def allowed(given: dict[str, Any]) -> bool:
         or (has("compile") and has("dropout"))  # a compiled graph draws other masks
         or (has("adapters") == "each" and (has("kind") in MATCHING or has("texts") == 3))  # rows are pairs, or texts
         or (has("compile") and (has("kind") in ("t5", "opt", "vqa", "itm2") and has("targets") == "late"))  # no ViT block
-        or (has("compile") and has("adapters") == "each")  # lora.chosen is no setting of a training
+        or (has("compile") and has("adapters") == "each")  # use_adapters is no setting of a training
     )
 
 
@@ -196,11 +201,11 @@ def names_of(case: Case, stack: Stack) -> list[str | None] | None:
 def put_on(model: Any, case: Case) -> None:
     """Adapters whose halves are drawn by their address, so that every process and the oracle have the same."""
     where = TARGETS[case.kind][case.targets]
-    lora.inject(model, targets.find(model, where, 2, 4.0), case.dropout)
+    injection.inject(model, targets.find(model, where, 2, 4.0), case.dropout)
     if case.adapters != "one":
-        lora.inject(model, targets.find(model, where, 4, 2.0), case.dropout, name="other")
-    for name in lora.names(model):
-        for address, x in lora.adapters(model, name).items():
+        injection.inject(model, targets.find(model, where, 4, 2.0), case.dropout, name="other")
+    for name in attached.names(model):
+        for address, x in attached.adapters(model, name).items():
             generator = torch.Generator().manual_seed(int.from_bytes(f"{name} {address}".encode(), "little") % 2**31)
             for half, scale in ((x.A, 0.2), (x.B, 0.2)):
                 half.data.copy_(scale * torch.randn(half.shape, generator=generator))
@@ -222,10 +227,10 @@ class Record:
 @contextmanager
 def recording(record: Record) -> Iterator[None]:
     """Inside the block every mask and every negative that is drawn is kept; those of a recomputation are not."""
-    real_dropout, real_forward, real_negatives = F.dropout, lora.LoRA.forward, retrieval.hard_negatives
-    acting: list[lora.LoRA] = []
+    real_dropout, real_forward, real_negatives = F.dropout, LoRA.forward, retrieval.hard_negatives
+    acting: list[LoRA] = []
 
-    def forward(adapter: lora.LoRA, x: Tensor) -> Tensor:
+    def forward(adapter: LoRA, x: Tensor) -> Tensor:
         acting.append(adapter)
         try:
             return real_forward(adapter, x)
@@ -247,7 +252,7 @@ def recording(record: Record) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "dropout", dropout)
-        patch.setattr(lora.LoRA, "forward", forward)
+        patch.setattr(LoRA, "forward", forward)
         patch.setattr(retrieval, "hard_negatives", negatives)
         yield
 
@@ -259,10 +264,10 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
     )
     task, model = TASKS[natural_task(backbone.architecture)](backbone), backbone.model
     put_on(model, case)
-    for name in lora.names(model):
-        for x in lora.adapters(model, name).values():
+    for name in attached.names(model):
+        for x in attached.adapters(model, name).values():
             x.owner = name  # type: ignore[assignment]
-    lora.fast(model, case.fast)
+    attached.fast(model, case.fast)
     if case.base == "auto":
         weights.cast_once(backbone, precision)
     if case.prefix:
@@ -291,7 +296,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
         learner.begin(batches, slots)
         for batch, slot, stack in zip(batches, slots, some, strict=True):
             record.slot, names = slot.number, names_of(case, stack)
-            with lora.chosen(model, names) if names else nullcontext():
+            with use_adapters(model, names) if names else nullcontext():
                 learner.accumulate(batch, slot, last=slot is slots[-1])
     learner.scaler.unscale_(learner.optimizer)
     (loss,) = ranks.sum(float(learner.loss))
@@ -349,13 +354,13 @@ class Oracle:
         self.first = cut(self.model)
         self.halves: dict[str, Tensor] = {}
         parts: dict[str, list[tuple[str, str, Any, Tensor, Tensor]]] = {}
-        for name in lora.names(self.model):
-            for address, x in lora.adapters(self.model, name).items():
+        for name in attached.names(self.model):
+            for address, x in attached.adapters(self.model, name).items():
                 a, b = (half.detach().double().requires_grad_(name == "default") for half in (x.A, x.B))
                 parts.setdefault(x.site.module, []).append((name, address, x, a, b))
                 if name == "default":
                     self.halves |= {f"{address}.lora_A": a, f"{address}.lora_B": b}
-        lora.eject(self.model)
+        injection.eject(self.model)
         self.model.double()
         for path, mine in parts.items():
             parent, _, child = path.rpartition(".")
@@ -485,7 +490,7 @@ def test_a_step_is_that_of_a_model_written_out_in_float64(checkpoints, tmp_path,
     if case.large:
         monkeypatch.setattr(products, "LARGE", 1)
         monkeypatch.setattr(fused, "SMALL", 0)
-        monkeypatch.setattr(vit, "LARGE", 1)
+        monkeypatch.setattr(vit_attention, "LARGE", 1)
     base = checkpoints[case.kind]
     loss, gradients, record = learn(case, base) if case.ranks == 1 else learn_among_ranks(case, base, tmp_path)
     oracle_loss, oracle = Oracle(case, base, record).step()

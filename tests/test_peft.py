@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_blip import attention, lora
+from lora_blip.kernels import switch
+from lora_blip.lora import attached, merging
 from lora_blip.tasks.caption import CaptionTask
 from tests.conftest import batch_of, inject, kind_of
 
@@ -37,8 +38,8 @@ def test_logits_and_gradients_are_those_of_peft(make, kind, fast, bound):
     ours, theirs, pairs = twins(make, kind)
     for task, on in ((ours, fast), (theirs, False)):
         task.backbone.fast = on
-        attention.fast(task.backbone.model, on)
-    lora.fast(ours.backbone.model, fast)
+        switch.fast(task.backbone.model, on)
+    attached.fast(ours.backbone.model, fast)
     a, b = ours.logits(batch_of(ours)), theirs.logits(batch_of(theirs))
     assert kind_of(ours.backbone) == kind and relative(a, b) <= bound
     for task in (ours, theirs):
@@ -67,7 +68,7 @@ def test_twenty_adamw_steps_give_the_losses_of_peft(make, kind):
 
 def test_a_merged_model_is_peft_s_merged_model(make):
     ours, theirs, _ = twins(make, "blip")
-    lora.merge(ours.backbone.model)
+    merging.merge(ours.backbone.model)
     for module in theirs.backbone.model.modules():
         if hasattr(module, "get_delta_weight"):
             module.merge()

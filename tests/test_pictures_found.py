@@ -12,10 +12,10 @@ from PIL import Image, features
 
 from lora_blip.config import InferConfig
 from lora_blip.data import annotations
+from lora_blip.data.image_sources import Images, open_picture
 from lora_blip.data.images import FORMATS, kind_of, open_image
-from lora_blip.data.streams import Images, open_picture
 from lora_blip.errors import ImageError
-from lora_blip.predict import infer
+from lora_blip.inference.pipeline import infer
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 

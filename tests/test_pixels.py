@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from lora_blip.data.batches import pixel_values
 from lora_blip.data.images import to_rgb
-from lora_blip.data.pixels import Pixels, pixels_of
+from lora_blip.data.loader import pixel_values
+from lora_blip.data.preprocessing import Pixels, pixels_of
 
 PROCESSORS = {
     "tiny-blip": lambda: AutoImageProcessor.from_pretrained("assets/tiny-blip", backend="pil"),

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip import lora, targets
 from lora_blip.data import annotations
-from lora_blip.data.batches import Known, Stack, loader
-from lora_blip.data.pictures import Caches, Pictures
-from lora_blip.data.store import Store
-from lora_blip.loop import train
-from lora_blip.preflight import check_image_matters
-from lora_blip.tasks import TASKS, natural_task
-from lora_blip.tasks.prefix import Prefix, cut
+from lora_blip.data.dataset import Caches, ImageDataset
+from lora_blip.data.disk_cache import Store
+from lora_blip.data.loader import Known, Stack, loader
+from lora_blip.lora import injection, targets
+from lora_blip.lora.routing import disable_adapters
+from lora_blip.tasks.frozen_prefix import Prefix, cut
+from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.training.loop import train
+from lora_blip.training.preflight import check_image_matters
 from tests import tiny
 from tests.test_loop import settings
 
@@ -29,7 +30,7 @@ PLACES = [  # kind, targets, first block with an adapter, whether only the langu
 
 def task_for(make, kind: str, where: str) -> Any:
     backbone = make(kind)
-    for x in lora.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
+    for x in injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
         x.B.data.normal_(std=0.05)
     return TASKS[natural_task(backbone.architecture)](backbone)
 
@@ -41,7 +42,7 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     model = task.backbone.model
     assert cut(model) == (first, beyond)
     prefix, pixels = Prefix(model, task.after), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
-    with torch.no_grad(), lora.disabled(model):
+    with torch.no_grad(), disable_adapters(model):
         base = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
     with torch.no_grad():
         mine = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
@@ -93,7 +94,7 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 4))
     prefix = Prefix(task.backbone.model, task.after, Store(tmp_path / "cache", {"of": "states"}, 10**8))
     task.prefix = prefix
-    pictures = Pictures(examples, task.backbone.image_processor, False, 0, caches=Caches(None, prefix.store))
+    pictures = ImageDataset(examples, task.backbone.image_processor, False, 0, caches=Caches(None, prefix.store))
     batches, ran = loader(pictures, 2, True, 0, 0, pin=False), []
     for number, block in enumerate(task.backbone.model.vision_model.encoder.layers):
         block.register_forward_pre_hook(lambda _, args, number=number: ran.append((number, len(args[0]))))
@@ -122,7 +123,7 @@ def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_pat
     processor = make("blip").image_processor
 
     def pixels(views: int, store: Store | None) -> list[torch.Tensor]:
-        pictures = Pictures(examples, processor, True, 0, views=views, caches=Caches(store))
+        pictures = ImageDataset(examples, processor, True, 0, views=views, caches=Caches(store))
         return [pictures[epoch, 1].pixel_values for epoch in range(4)]
 
     store = Store(tmp_path / "cache", {"of": "pictures"}, 10**8)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip import lora, preflight
 from lora_blip.errors import PreflightError
-from lora_blip.sites import Site
+from lora_blip.lora import attached, injection
+from lora_blip.lora.sites import Site
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.tasks.base import Batch
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.losses import IGNORE
-from lora_blip.tasks.task import Batch
+from lora_blip.training import preflight
 from tests.conftest import batch_of, inject
 
 
@@ -116,7 +117,7 @@ class Toy(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.pair = Pair()
-        lora.inject(self, targets_of("first", "second"))
+        injection.inject(self, targets_of("first", "second"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.pair(self.first(x))[1])
@@ -146,12 +147,12 @@ def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution(
         assert said == f"the first output that is not finite is that of {module!r} ({kind}, torch.float32)"
         assert not any(m._forward_hooks for name, m in model.named_modules() if name not in ("first", "second"))
     model = Toy()
-    lora.adapters(model)["first"].B.data.fill_(torch.nan)  # the linear with its update is named, not the adapter
+    attached.adapters(model)["first"].B.data.fill_(torch.nan)  # the linear with its update is named, not the adapter
     assert "'first'" in preflight.first_nonfinite(model, lambda: model(x))
     sound = preflight.first_nonfinite(Toy(), lambda: model(x))
     assert sound.startswith("every module's output is finite in a second forward")
     model.pair.register_forward_hook(lambda *_: (torch.tensor([1]), torch.full((1, 4), torch.nan)))
-    lora.adapters(model)["first"].B.data.zero_()
+    attached.adapters(model)["first"].B.data.zero_()
     assert "that of 'pair' (Pair, torch.int64)" in preflight.first_nonfinite(model, lambda: model(x))
     seen = []
     preflight.first_nonfinite(Toy(), lambda: seen.append(torch.is_grad_enabled()))
@@ -179,7 +180,7 @@ def test_adapters_that_are_not_called_are_counted_and_the_first_is_named():
 def test_adapters_without_a_gradient_are_counted_and_no_gradient_stays():
     """B that is not reached, and B whose gradient is zero; a batch of four counts as one of one."""
     x, model = torch.ones(1, 4), Toy()
-    found = lora.adapters(model)
+    found = attached.adapters(model)
     batch = SimpleNamespace(count=4)
     assert preflight.check_gradients(toy_task(model, lambda _: model(x).sum()), batch) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -206,7 +207,7 @@ def test_the_gradients_of_a_task_s_own_parameters_are_dropped_too():
 def test_a_gradient_that_only_a_loss_scale_keeps_above_zero_is_seen():
     """In float16, 1e-8 is zero, and 1024 times that is not."""
     model = Toy()
-    found = lora.adapters(model)
+    found = attached.adapters(model)
     loss = lambda _: sum((x.B.half() * 1e-4 * 1e-4).sum() for x in found.values())  # noqa: E731
     preflight.check_gradients(toy_task(model, loss), SimpleNamespace(count=1))
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip import attention, products
 from lora_blip.doctor import precisions
-from lora_blip.products import QuickLinear, Through, has_kernel, product
+from lora_blip.kernels import linear as products
+from lora_blip.kernels import switch
+from lora_blip.kernels.linear import QuickLinear, Through, has_kernel, product
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def test_a_frozen_linear_gives_its_input_a_gradient():
     found = []
     for on in (False, True):
         model = nn.Sequential(copy.deepcopy(plain))
-        attention.fast(model, on)
+        switch.fast(model, on)
         assert (type(model[0]) is QuickLinear) is on
         y = torch.ones(2, 6).requires_grad_()
         model(y).square().sum().backward()
@@ -56,7 +57,7 @@ def test_a_frozen_linear_gives_its_input_a_gradient():
 def test_a_weight_that_learns_still_does():
     """A linear whose weight is trained goes PyTorch's way, by which it gets its gradient."""
     model = nn.Sequential(nn.Linear(6, 5))
-    attention.fast(model)
+    switch.fast(model)
     model(torch.randn(2, 6)).sum().backward()
     assert model[0].weight.grad is not None and model[0].bias.grad is not None
 
@@ -64,7 +65,7 @@ def test_a_weight_that_learns_still_does():
 def test_a_bias_that_learns_beside_a_frozen_weight_does_too():
     model = nn.Sequential(linear())
     model[0].bias.requires_grad_()
-    attention.fast(model)
+    switch.fast(model)
     model(torch.randn(2, 6)).sum().backward()
     assert torch.equal(model[0].bias.grad, torch.full((5,), 2.0))
 
@@ -75,7 +76,7 @@ def test_derivatives_of_other_kinds_are_pytorch_s():
     found = []
     for on in (False, True):
         model = nn.Sequential(linear(), nn.Tanh(), linear_back())
-        attention.fast(model, on)
+        switch.fast(model, on)
         forward = torch.func.jvp(model, (x,), (tangent,))
         each = torch.func.vmap(torch.func.grad(lambda row, model=model: model(row).sum()))(x)
         leaf = x.clone().requires_grad_()
@@ -97,7 +98,7 @@ def test_other_dtypes_and_autocast_go_pytorch_s_way(dtype, monkeypatch):
     plain, x = linear(), torch.randn(4, 6)
     monkeypatch.setattr(products, "product", lambda *_: pytest.fail("taken"))
     model = nn.Sequential(copy.deepcopy(plain))
-    attention.fast(model)
+    switch.fast(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(x), plain(x))
     assert torch.equal(model.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype)))
@@ -107,7 +108,7 @@ def test_without_the_kernel_it_is_pytorch_s_own(monkeypatch):
     monkeypatch.setattr(products, "has_kernel", lambda: False)
     plain, x = linear(), torch.randn(4, 6)
     model = nn.Sequential(copy.deepcopy(plain))
-    attention.fast(model)
+    switch.fast(model)
     assert torch.equal(product(x, plain.weight, plain.bias), plain(x)) and torch.equal(model(x), plain(x))
 
 
@@ -179,7 +180,7 @@ def test_training_in_bf16_over_float32_weights_probes_the_kernel(monkeypatch):
     monkeypatch.setattr(products, "LARGE", 1)
     has_kernel.cache_clear()
     model = nn.Sequential(linear())
-    attention.fast(model)
+    switch.fast(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(4, 6)).dtype == torch.bfloat16
     monkeypatch.undo()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.models import autocasting
-from lora_blip.tasks import text
+from lora_blip.models.loading import autocasting
+from lora_blip.tasks import text_task
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.text import TextTask, token_log_likelihoods
+from lora_blip.tasks.text_task import TextTask, token_log_likelihoods
 from lora_blip.tasks.vqa import VqaTask
 from tests.conftest import inject
 from tests.test_vqa import examples, hugging_face, ids_of, pictures
@@ -73,7 +73,7 @@ def test_chunks_and_their_padding_change_nothing(task, monkeypatch):
     whole = task.rank(images, some, TEXTS)
     torch.testing.assert_close(whole.sum(1), torch.ones(4))
     for size in (3, 1):
-        monkeypatch.setattr(text, "CHUNK", size)
+        monkeypatch.setattr(text_task, "CHUNK", size)
         torch.testing.assert_close(task.rank(images, some, TEXTS), whole, rtol=1e-4, atol=1e-6)
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_blip import loop, output, predict, resume
 from lora_blip.cli import tell
 from lora_blip.config import EvaluateConfig, InferConfig
-from lora_blip.dist import joined
 from lora_blip.errors import CheckpointError, ConfigError, PeerError, PreflightError
-from lora_blip.evaluate import evaluate
-from lora_blip.loop import train
-from lora_blip.predict import infer
-from lora_blip.run import Run
+from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference import output, pipeline
+from lora_blip.inference.pipeline import infer
+from lora_blip.runtime.distributed import joined
 from lora_blip.tasks import verification
+from lora_blip.training import loop, resume
+from lora_blip.training.loop import train
+from lora_blip.training.run_folder import Run
 from tests import tiny
 from tests.conftest import inject
 from tests.test_dist import among
@@ -124,13 +125,13 @@ def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def adapter_in(folder: Path, make: Callable[..., Any], seed: float) -> str:
-    from lora_blip import adapter
+    from lora_blip.lora import adapter_file
     from lora_blip.tasks.caption import CaptionTask
 
     backbone = make("blip")
     for each in inject(backbone, "vit").values():
         each.B.data.mul_(seed)
-    return str(adapter.save(folder / f"{seed}.safetensors", backbone, task=CaptionTask(backbone).metadata(), training={}))
+    return str(adapter_file.save(folder / f"{seed}.safetensors", backbone, task=CaptionTask(backbone).metadata(), training={}))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_processes_that_find_other_pictures_under_one_name_stop_before_a_caption
     assert codes == [0, 0] and not said
 
 
-@pytest.mark.parametrize(("owner", "name"), [(predict, "put_on"), (output, "opened"), (output, "folder_of")])
+@pytest.mark.parametrize(("owner", "name"), [(pipeline, "put_on"), (output, "opened"), (output, "folder_of")])
 def test_an_error_of_one_process_before_the_first_caption_stops_all_with_one_message(
     config, make, tmp_path, capfd, owner, name
 ):

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_blip import report
 from lora_blip.metrics.bootstrap import Interval
-from lora_blip.report import Card, Row
-from lora_blip.untrusted import printable
+from lora_blip.reports import report
+from lora_blip.reports.report import Card, ReportRow
+from lora_blip.runtime.untrusted import printable
 
 NASTY = [
     "<script>window.pwned = 1</script>",
@@ -34,10 +34,10 @@ METRICS: list[dict[str, Any]] = [
 ]
 WARNING = "2 images are in the training data <b>"
 ROWS = [
-    Row("exact match", Interval(0.25, 0.2, 0.3), Interval(0.75, 0.7, 0.8)),
-    Row("CIDEr", Interval(0.9, 0.8, 1.0), Interval(0.5, 0.4, 0.85)),
-    Row("loss", Interval(2.5, 2.0, 3.0), Interval(0.5, 0.4, 0.6), lower_is_better=True),
-    Row("SPICE", None, None, "needs Java <i>"),
+    ReportRow("exact match", Interval(0.25, 0.2, 0.3), Interval(0.75, 0.7, 0.8)),
+    ReportRow("CIDEr", Interval(0.9, 0.8, 1.0), Interval(0.5, 0.4, 0.85)),
+    ReportRow("loss", Interval(2.5, 2.0, 3.0), Interval(0.5, 0.4, 0.6), lower_is_better=True),
+    ReportRow("SPICE", None, None, "needs Java <i>"),
 ]
 
 
@@ -172,7 +172,7 @@ def test_score_table_says_what_is_better() -> None:
     assert "−2.000 better" in table[2] and "overlap" not in table[2]
     assert "needs Java &lt;i&gt; – – –" in table[3]
     alone = report.scores_html(
-        [Row("exact match", None, Interval(0.5, 0.4, 0.6)), Row("x", None, Interval(float("nan"), 0, 1))]
+        [ReportRow("exact match", None, Interval(0.5, 0.4, 0.6)), ReportRow("x", None, Interval(float("nan"), 0, 1))]
     )
     assert "base</th>" not in alone and "gain" not in alone and "nan" not in alone
 

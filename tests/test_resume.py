@@ -20,15 +20,20 @@ import pytest
 import torch
 
 from benchmarks import chaos
-from lora_blip import adapter, checkpoint, lock, loop, resume, stop
-from lora_blip.checkpoint import ABOUT, TENSORS
 from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import CheckpointError, ConfigError, LockedError, TrainingError
-from lora_blip.files import make_whole
-from lora_blip.learner import Learner
-from lora_blip.loop import train
-from lora_blip.run import BEST_NAME, Run
+from lora_blip.lora import adapter_file
+from lora_blip.models import identity
+from lora_blip.models.identity import weights_digest
+from lora_blip.runtime import lock, signals
+from lora_blip.runtime.files import make_whole
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
+from lora_blip.training import checkpoint, loop, resume
+from lora_blip.training.checkpoint import ABOUT, TENSORS
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
+from lora_blip.training.run_folder import Run
 from tests import tiny
 from tests.test_loop import before_each_step, metrics_of, score, settings
 
@@ -90,10 +95,10 @@ def lines(path: Path) -> list[dict]:
 
 def assert_same(one: Path, other: Path) -> None:
     """The same bytes in the adapters, the last and the best, and the same lines of metrics, but for the times."""
-    for name in (adapter.FILE_NAME, BEST_NAME):
+    for name in (ADAPTER_NAME, BEST_NAME):
         assert (one.parent / name).exists() == (other.parent / name).exists()
         if (one.parent / name).exists():
-            a, b = adapter.read(one.parent / name).tensors, adapter.read(other.parent / name).tensors
+            a, b = adapter_file.read(one.parent / name).tensors, adapter_file.read(other.parent / name).tensors
             assert list(a) == list(b) and all(a[key].numpy().tobytes() == b[key].numpy().tobytes() for key in a)
     assert lines(one) == lines(other)
 
@@ -229,7 +234,7 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
         saved = checkpoint.newest(run)[0]
         assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 2)
         assert any(key.startswith("gradient/0/") for key in saved.tensors())
-        assert adapter.read(run / adapter.FILE_NAME).about["training"]["finished"] is False
+        assert adapter_file.read(run / ADAPTER_NAME).about["training"]["finished"] is False
         assert_same(whole, train(elsewhere(config)))
     assert len(done) == 14  # two epochs of seven
     assert signal.getsignal(number) is before
@@ -256,7 +261,7 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
         except SystemExit as told:
             os._exit(int(told.code or 0))
         os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == stop.SAVED, capfd.readouterr().err
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signals.SAVED, capfd.readouterr().err
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
     assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (3, 1)
     assert_same(whole, train(elsewhere(config)))
@@ -282,7 +287,7 @@ def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_while_saving():
-    with stop.heard() as heard:
+    with signals.heard() as heard:
         os.kill(os.getpid(), signal.SIGINT)
         assert heard.signal == signal.SIGINT
         heard.saving = True
@@ -477,7 +482,7 @@ def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints
         finished.append(train(replace(config, seed=2)))
 
     finished: list[Path] = []
-    monkeypatch.setattr("lora_blip.run.run_name", lambda *_: "lora_same")
+    monkeypatch.setattr("lora_blip.training.run_folder.run_name", lambda *_: "lora_same")
     monkeypatch.setattr(Run, "_begin", begin)
     first = train(config)
     assert first.parent != finished[0].parent
@@ -775,16 +780,16 @@ def test_the_digest_of_the_lines_sees_the_prompt_and_the_question_id(tmp_path, w
 def test_the_digest_of_the_weights_sees_what_comes_after_a_trainable_parameter(make):
     model = make("blip").model
     next(model.parameters()).requires_grad_()
-    before = resume.weights_digest(model)
+    before = weights_digest(model)
     [*model.parameters()][-1].data[0] += 1e-3
-    assert resume.weights_digest(model) != before
+    assert weights_digest(model) != before
 
 
 def test_the_digest_of_the_weights_sees_every_value(make):
     """One value of a large matrix, between those that are sampled."""
     model = make("blip").model
-    before = resume.weights_digest(model)
+    before = weights_digest(model)
     weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
-    assert weight.numel() > 4 * resume.SAMPLES and resume.weights_digest(model) == before
+    assert weight.numel() > 4 * identity.SAMPLES and weights_digest(model) == before
     weight.view(-1)[1] += 1e-3
-    assert resume.weights_digest(model) != before
+    assert weights_digest(model) != before

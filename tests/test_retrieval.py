@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_blip import adapter, loop, lora, predict, preflight
 from lora_blip.data import annotations
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
+from lora_blip.data.loader import Stack
 from lora_blip.errors import ConfigError, PreflightError
-from lora_blip.loop import train
-from lora_blip.models import autocasting
-from lora_blip.tasks import matching, retrieval
+from lora_blip.inference import pipeline
+from lora_blip.lora import adapter_file, attached, injection, merging
+from lora_blip.models import matching
+from lora_blip.models.loading import autocasting
+from lora_blip.models.matching import cosines
+from lora_blip.tasks import retrieval
+from lora_blip.tasks.base import Batch
 from lora_blip.tasks.losses import hard_negatives, itc_loss
-from lora_blip.tasks.matching import cosines
 from lora_blip.tasks.retrieval import TEMPERATURE, RetrievalTask, positives
-from lora_blip.tasks.task import Batch
+from lora_blip.training import loop, preflight
+from lora_blip.training.loop import train
 from tests import tiny
 from tests.conftest import WHOLE, every_target, inject
 from tests.test_loop import settings
@@ -227,7 +230,7 @@ def test_the_tail_of_an_epoch_may_be_one_row(task):
     inject(task.backbone)
     loss = task.loss(batch_of(task, LINES[:2]))
     loss.backward()
-    found = lora.adapters(task.backbone.model)
+    found = attached.adapters(task.backbone.model)
     assert loss == 0 and not any(x.B.grad is not None and x.B.grad.any() for x in found.values())
 
 
@@ -399,7 +402,7 @@ def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints
     fresh = make(kind, dtype=dtype).model.state_dict()
     after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
-    saved = adapter.read(path)
+    saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
     temperature = saved.task["temperature"]
     assert temperature != pytest.approx(TEMPERATURE, rel=1e-3) and 0.01 < temperature < 0.5
@@ -409,12 +412,12 @@ def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints
 
     backbone = make(kind)
     for merge in (False, True):
-        task = predict.task_of(backbone, saved)
+        task = pipeline.task_of(backbone, saved)
         assert task.temperature.item() == pytest.approx(TEMPERATURE)  # the base has its own
-        predict.put_on(task, saved, merge)
+        pipeline.put_on(task, saved, merge)
         assert task.temperature.item() == pytest.approx(temperature, rel=1e-6)
-        assert merge or predict.task_of(backbone, saved).temperature.item() == pytest.approx(temperature, rel=1e-6)
-        lora.eject(backbone.model)
+        assert merge or pipeline.task_of(backbone, saved).temperature.item() == pytest.approx(temperature, rel=1e-6)
+        injection.eject(backbone.model)
 
 
 def test_no_weight_decay_pulls_at_the_temperature(checkpoints, tmp_path, monkeypatch):
@@ -435,7 +438,7 @@ def test_merged_is_hooked(make, kind, precision):
     batch = batch_of(task)
     with autocasting(task.backbone.device, precision)(), torch.no_grad():
         hooked = task.logits(batch)
-        lora.merge(task.backbone.model)
+        merging.merge(task.backbone.model)
         merged = task.logits(batch)
     assert hooked.dtype == torch.float32
     bits = {"fp32": 1e-5, "bf16": 0.1, "fp16": 0.02}[precision]

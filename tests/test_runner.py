@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_blip.data.example import Example
 from lora_blip.errors import ImageError
-from lora_blip.runner import Runner, gave_out
+from lora_blip.inference.batch_runner import Runner, gave_out
 from tests import tiny
 
 FAILING = torch.device("meta")  # stands in for an accelerator: tensors go there, and it is not the CPU
@@ -93,7 +93,7 @@ def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(p
     anew.backbone.model.train()
     runner = Runner(task, 4, "bf16", reopen=lambda: anew)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_blip.runner.autocasting", lambda *_: torch.no_grad)  # meta has no autocast
+        patch.setattr("lora_blip.inference.batch_runner.autocasting", lambda *_: torch.no_grad)  # meta has no autocast
         assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
     assert runner.task is anew and runner.precision == "fp32" and not anew.backbone.model.training
     assert len(warnings(capsys)) == 2

@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_blip import lora
 from lora_blip.errors import LoRAError, ModelError
-from lora_blip.models import load_backbone
-from lora_blip.sites import Site
+from lora_blip.lora import injection, merging
+from lora_blip.lora.sites import Site
+from lora_blip.models.loading import load_backbone
 from tests.conftest import inject, logits_of
 
 FIX = r"lora\.merge\(model\)"
@@ -25,7 +25,7 @@ def net() -> nn.Sequential:
 
 def adapt(model: nn.Module, *names: str) -> nn.Module:
     for name in names:
-        for adapter in lora.inject(model, [Site("0", 2), Site("1", 2)], name=name).values():
+        for adapter in injection.inject(model, [Site("0", 2), Site("1", 2)], name=name).values():
             adapter.B.data.normal_()
     return model
 
@@ -39,7 +39,7 @@ def test_a_merged_model_has_exactly_the_base_s_keys(make, tmp_path):
     with pytest.raises(LoRAError, match=FIX):
         model.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
-    lora.merge(model)
+    merging.merge(model)
     assert list(model.state_dict()) == keys and not any("lora" in key for key in model.state_dict()._metadata)
     assert not any("lora" in key for key in model.vision_model.state_dict())
     stored = io.BytesIO()
@@ -54,10 +54,10 @@ def test_a_merged_model_has_exactly_the_base_s_keys(make, tmp_path):
     backbone.image_processor.save_pretrained(tmp_path / "merged")
     again = load_backbone(str(tmp_path / "merged"), "cpu")
     torch.testing.assert_close(logits_of(again), hooked, rtol=1e-4, atol=1e-4)
-    lora.restore(model)
+    merging.restore(model)
     with pytest.raises(LoRAError, match=FIX):
         model.save_pretrained(tmp_path / "lost")
-    for end in (lora.bake, lora.eject):
+    for end in (merging.bake, injection.eject):
         twin = copy.deepcopy(model)
         end(twin)
         assert list(twin.state_dict()) == keys and "save_pretrained" not in vars(twin)
@@ -71,7 +71,7 @@ def test_no_way_to_save_pretrained_loses_an_adapter(make, tmp_path, how):
     model = make("blip").model
     what: Any = model.vision_model if how == "the whole around a part" else model
     site = "vision_model.encoder.layers.0.mlp.fc1".removeprefix("" if what is model else "vision_model.")
-    lora.inject(what, [Site(site, 2)])
+    injection.inject(what, [Site(site, 2)])
     saved = {"a part": model.vision_model, "a copy": copy.deepcopy(model), "a pickle": None}.get(how, model)
     saved = pickle.loads(pickle.dumps(model)) if saved is None else saved
     given = {"state_dict": model.state_dict()} if how == "a state_dict of its own" else {}
@@ -80,7 +80,7 @@ def test_no_way_to_save_pretrained_loses_an_adapter(make, tmp_path, how):
     if how != "the whole around a part":
         model.text_decoder.save_pretrained(tmp_path / "text")  # nothing of it is adapted
     if how == "a copy":
-        lora.eject(saved)
+        injection.eject(saved)
         saved.save_pretrained(tmp_path / "base")
         with pytest.raises(LoRAError, match=FIX):
             model.save_pretrained(tmp_path / "lost")
@@ -90,10 +90,10 @@ def test_a_folder_that_holds_adapters_beside_the_weights_is_refused(make, tmp_pa
     """Today's load gave the captions of the base without a word."""
     backbone = make("blip")
     keys = backbone.model.state_dict()
-    lora.inject(backbone.model, [Site("vision_model.encoder.layers.0.mlp.fc1", 2)])
+    injection.inject(backbone.model, [Site("vision_model.encoder.layers.0.mlp.fc1", 2)])
     every = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     assert set(every) > set(keys)
-    lora.eject(backbone.model)
+    injection.eject(backbone.model)
     backbone.model.save_pretrained(tmp_path)
     safetensors.torch.save_file(every, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora\.default\.A.*lora\.bake"):
@@ -105,7 +105,7 @@ def test_a_state_dict_has_the_adapters_that_are_not_in_the_weights():
     model = adapt(net(), "a", "b")
     every = set(model.state_dict())
     assert {"0.lora.a.A", "0.lora.b.B"} <= every
-    lora.merge(model, "a")
+    merging.merge(model, "a")
     state = model.state_dict()
     assert set(state) == {key for key in every if ".lora.a." not in key}
     assert all(key.startswith("x.") for key in model.state_dict(prefix="x."))
@@ -119,6 +119,6 @@ def test_a_state_dict_has_the_adapters_that_are_not_in_the_weights():
     assert torch.equal(model(x), expected)
     with pytest.raises(RuntimeError, match=r"0\.lora\.b\.A"):
         model.load_state_dict({key: value for key, value in state.items() if key != "0.lora.b.A"})
-    lora.restore(model)
+    merging.restore(model)
     with pytest.raises(RuntimeError, match=r"0\.lora\.a\.A"):
         model.load_state_dict(state)

@@ -24,23 +24,23 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from benchmarks.lines import KINDS, STAGES, lines_of, measure
-from lora_blip import loop, resume
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, images
-from lora_blip.data.batches import loader
+from lora_blip.data.dataset import ImageDataset
 from lora_blip.data.example import Example
 from lora_blip.data.formats import STRICT, _object, as_text, canonical
+from lora_blip.data.image_sources import Member, Missing
 from lora_blip.data.images import SIDED, names_side
-from lora_blip.data.lines import Lines
-from lora_blip.data.pictures import Pictures
-from lora_blip.data.places import FEW, resolved
-from lora_blip.data.streams import Member, Missing
+from lora_blip.data.loader import loader
+from lora_blip.data.paths import FEW, resolved
+from lora_blip.data.records import Lines
 from lora_blip.errors import DataError
-from lora_blip.tasks import TASKS
-from lora_blip.tasks.bounds import UNTOLD, Bounds
+from lora_blip.models.token_bounds import UNTOLD, Bounds
+from lora_blip.models.token_rows import plain_ids, special_ids
+from lora_blip.runtime.untrusted import parsed
+from lora_blip.tasks.registry import TASKS
 from lora_blip.tasks.retrieval import positives
-from lora_blip.tasks.rows import plain_ids, special_ids
-from lora_blip.untrusted import parsed
+from lora_blip.training import loop, resume
 from tests import tiny
 
 often = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -407,7 +407,7 @@ def test_a_run_is_another_where_pictures_are_checked_in_another_way(source, tmp_
 
 def test_workers_hand_over_what_one_process_would(source, make):
     examples, _ = annotations.read(source, decode=False)
-    pictures = Pictures(examples, make("blip").image_processor, True, 1)
+    pictures = ImageDataset(examples, make("blip").image_processor, True, 1)
     stacks = [torch.cat([s.pixel_values for s in loader(pictures, 4, False, 1, workers, False)]) for workers in (0, 2)]
     assert torch.equal(*stacks)
 

@@ -383,15 +383,15 @@ def test_an_ascii_terminal_prints_escapes(environment):
 
 def test_a_limit_of_processes_is_named(monkeypatch, capsys):
     """`ulimit -u`: the advice is about threads and processes, whatever was being done."""
-    from lora_blip import models
     from lora_blip.cli import tell
+    from lora_blip.models import loading
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(models.BlipForConditionalGeneration, "from_pretrained", refuse)
+    monkeypatch.setattr(loading.BlipForConditionalGeneration, "from_pretrained", refuse)
     for act in (
-        lambda: models.load_backbone("assets/tiny-blip", "cpu"),
+        lambda: loading.load_backbone("assets/tiny-blip", "cpu"),
         lambda: (_ for _ in ()).throw(BlockingIOError(11, "Resource temporarily unavailable")),
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):

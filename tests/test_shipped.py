@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.models import load_backbone
-from lora_blip.tasks import TASKS, natural_task
+from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.registry import TASKS, natural_task
 from toyworld.cubes import cube_scene, ten_answers
 from toyworld.pretrain import pixels
 from toyworld.questions import asked, sentences, taught

@@ -11,18 +11,18 @@ from torch import nn
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextSelfAttention
 
-from lora_blip import attention, lora
-from lora_blip.attention.text import TextAttention, reading
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import ModelError
-from lora_blip.kernels import signatures
+from lora_blip.inference.pipeline import open_task
+from lora_blip.kernels import signatures, switch
 from lora_blip.kernels.plain import plain
-from lora_blip.models import load_backbone
-from lora_blip.predict import open_task
+from lora_blip.kernels.text_attention import TextAttention, reading
+from lora_blip.lora import attached
+from lora_blip.models.library import call
+from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.library import call
-from lora_blip.tasks.task import Generation
 from tests.conftest import batch_of, inject
 from tests.test_fused import used
 from tests.test_vqa import pictures
@@ -60,19 +60,19 @@ def test_a_renamed_keyword_changes_no_caption(make, monkeypatch, capsys, switche
     task = CaptionTask(backbone, "a picture of", Generation(max_new_tokens=8, num_beams=beams))
     texts = task.predict(pictures(3), LINES[:3])
     if switched == "after":
-        attention.fast(backbone.model, False)
+        switch.fast(backbone.model, False)
     rename_cache(monkeypatch)
     monkeypatch.setattr(signatures, "REPORTED", set())
     for _ in range(2):
-        attention.fast(backbone.model)
+        switch.fast(backbone.model)
     assert task.predict(pictures(3), LINES[:3]) == texts and all(texts)
     assert capsys.readouterr().out.count("BlipTextSelfAttention is off") == (switched == "after")
 
 
-@pytest.mark.parametrize("library", attention.KINDS)
+@pytest.mark.parametrize("library", switch.KINDS)
 def test_every_fast_kind_was_written_for_the_installed_library(library, monkeypatch, capsys):
     """It fits; with one argument more it does not, the module stays the library's own, and one line says so."""
-    assert signatures.fits_library(attention.KINDS[library], library)
+    assert signatures.fits_library(switch.KINDS[library], library)
     given = inspect.signature(library.forward)
     more = [*list(given.parameters.values())[:2], inspect.Parameter("more", inspect.Parameter.KEYWORD_ONLY)]
 
@@ -82,7 +82,7 @@ def test_every_fast_kind_was_written_for_the_installed_library(library, monkeypa
     monkeypatch.setattr(library, "forward", changed)
     module = library.__new__(library)
     nn.Module.__init__(module)
-    attention.fast(module)
+    switch.fast(module)
     assert type(module) is library and f"{library.__name__} is off" in capsys.readouterr().out
 
 
@@ -128,10 +128,10 @@ def test_attentions_are_transformers_eager_ones(make, kind, how):
         if hasattr(module, "config"):
             module.config.output_attentions = True
     fast = attentions(model, **named)
-    attention.fast(model, False)
+    switch.fast(model, False)
     expected = attentions(model, **named)
     assert len(fast) == len(expected) > 2 and all(map(torch.equal, fast, expected))
-    attention.fast(model)
+    switch.fast(model)
     assert not model.vision_model(pixel_values=pictures(2), output_attentions=False).attentions
 
 
@@ -164,7 +164,7 @@ def test_generated_attentions_are_transformers_own(make):
     }
     ids, found = torch.full((2, 1), 4), []
     for on in (True, False):
-        attention.fast(decoder, on)
+        switch.fast(decoder, on)
         found.append(decoder.generate(input_ids=ids, **named))
     fast, expected = found
     assert torch.equal(fast.sequences, expected.sequences) and len(fast.attentions) == 4
@@ -180,9 +180,9 @@ def test_plain_is_transformers_own_to_the_bit_and_ends_with_its_block(make):
     backbone = make("blip")
     inject(backbone)
     slow = copy.deepcopy(backbone)
-    attention.fast(slow.model, False), lora.fast(slow.model, False)
+    switch.fast(slow.model, False), attached.fast(slow.model, False)
     task, other = CaptionTask(backbone), CaptionTask(slow)
-    lora.fast(backbone.model, False)
+    attached.fast(backbone.model, False)
     batch = batch_of(task)
     fast = task.logits(batch)
     with plain():
@@ -199,7 +199,7 @@ def test_plain_reaches_the_recomputation_of_a_checkpoint(make):
         backbone = make("blip", checkpointing=True, fast=on)
         backbone.fast = False  # the same texts
         adapters = inject(backbone)
-        lora.fast(backbone.model, False)
+        attached.fast(backbone.model, False)
         task = CaptionTask(backbone)
         backbone.model.train()
         with plain():
@@ -214,12 +214,12 @@ def test_fast_off_is_off_everywhere(checkpoints, monkeypatch):
     taken = used(monkeypatch)
     backbone = load_backbone(str(checkpoints["blip"]), "cpu", fast=False)
     inject(backbone)
-    assert not {type(module) for module in backbone.model.modules()} & set(attention.KINDS.values())
+    assert not {type(module) for module in backbone.model.modules()} & set(switch.KINDS.values())
     task = CaptionTask(backbone)
     batch = batch_of(task)
     task.loss(batch).backward()
     assert batch.packed is None and not taken
-    lora.fast(backbone.model)
+    attached.fast(backbone.model)
     task.loss(batch).backward()
     assert taken
 
@@ -233,7 +233,7 @@ def test_infer_and_evaluate_have_the_setting(checkpoints, kind, on):
     backbone = open_task(config, None)[0].backbone
     inject(backbone)
     kinds = {type(module) for module in backbone.model.modules()}
-    assert backbone.fast is on and (TextAttention in kinds) is on and lora._choice(backbone.model).fast is on
+    assert backbone.fast is on and (TextAttention in kinds) is on and attached.routing_of(backbone.model).fast is on
 
 
 def test_an_argument_that_a_model_no_longer_has_is_an_error(make):

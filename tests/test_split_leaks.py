@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_blip import loop
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, split_leaks
 from lora_blip.data.leaks import find_leaks, leak_warning
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.learner import Learner
-from lora_blip.loop import train
+from lora_blip.training import loop
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
 from tests.test_dist import among
 from tests.test_loop import metrics_of, settings
 from tests.test_resume import assert_same, killed_at, only_run

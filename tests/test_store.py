@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_blip.data import store
-from lora_blip.data.store import Store, image_digest
+from lora_blip.data import disk_cache
+from lora_blip.data.disk_cache import Store, image_digest
 from lora_blip.errors import ImageError
 
 PLENTY = 10**9
@@ -244,13 +244,13 @@ def test_kinds_that_nobody_has_open_make_room_the_longest_unused_first(tmp_path)
 
 def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_path, monkeypatch):
     """Nobody can open it meanwhile; that another process was quicker is no reason to take nothing more."""
-    limit, real, tried = 60_000, store.remove, []
+    limit, real, tried = 60_000, disk_cache.remove, []
 
     def remove(kind: Path) -> None:
         if kind.name.startswith("."):
             return real(kind)
         with (kind / "kind.json").open("rb") as file:
-            tried.append(store._lock(file, alone=True))
+            tried.append(disk_cache._lock(file, alone=True))
         real(kind)  # another process
         return real(kind)
 
@@ -264,7 +264,7 @@ def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_pa
         (folder / "x").write_bytes(bytes(1000))
     for folder in (dead, mine):
         os.utime(folder, (1, 1))
-    monkeypatch.setattr(store, "remove", remove)
+    monkeypatch.setattr(disk_cache, "remove", remove)
     new = Store(tmp_path, {"kind": 9}, limit)
     assert fill(new, 100) >= 6 and len(tried) == 2 and not any(tried)
     assert not dead.exists() and fresh.exists() and mine.exists()
@@ -288,7 +288,7 @@ def test_a_full_disk_is_told_once_and_is_no_error(kept, monkeypatch, capsys, num
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(store, "write_whole", fails)
+    monkeypatch.setattr(disk_cache, "write_whole", fails)
     assert [kept.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3
     assert capsys.readouterr().out.count("nothing more is kept") == 1
     assert torch.equal(kept.get(KEY), value_of(1))
@@ -308,7 +308,7 @@ def test_nothing_is_made_before_there_is_something_to_keep(tmp_path):
 
 
 def test_what_cannot_be_kept_is_said(kept, monkeypatch):
-    monkeypatch.setattr(store, "LARGEST", 1000)
+    monkeypatch.setattr(disk_cache, "LARGEST", 1000)
     for value in (torch.empty(0), torch.zeros(3, dtype=torch.complex64), torch.zeros(1001, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="cannot be kept"):
             kept.put(key_of(1), value)
@@ -328,8 +328,8 @@ def test_a_digest_is_of_the_bytes_and_is_computed_once(tmp_path, monkeypatch):
     two.write_bytes(b"same")
     assert image_digest(one) == image_digest(two) and len(image_digest(one)) == 32
     opened = []
-    plain = store.open_regular
-    monkeypatch.setattr(store, "open_regular", lambda *given: opened.append(given) or plain(*given))
+    plain = disk_cache.open_regular
+    monkeypatch.setattr(disk_cache, "open_regular", lambda *given: opened.append(given) or plain(*given))
     image_digest(one)
     assert not opened
     one.write_bytes(b"emas")

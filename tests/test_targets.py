@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, Blip2Config, Blip2ForConditionalGeneration, BlipConfig, BlipForConditionalGeneration
 
-from lora_blip import lora, targets
 from lora_blip.errors import TargetError
+from lora_blip.lora import injection, targets
 
 
 def addresses(model, what, **options):
@@ -62,7 +62,7 @@ def test_nothing_matched_lists_what_there_is(make):
 def test_the_table_counts_by_part(make):
     model = make("opt").model
     sites = targets.find(model, "vit,qformer", r=4)
-    lora.inject(model, sites)
+    injection.inject(model, sites)
     lines = [line.split() for line in targets.table(model).splitlines()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert [(line[0], line[1]) for line in lines[1:]] == [("ViT", "8"), ("Q-Former", "16"), ("all", "24")]

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_blip import adapter, prepare
 from lora_blip.cli import COMMANDS, Heeded, main, print_traceback, run_infer, run_train
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import Problem
+from lora_blip.data.images import open_image
+from lora_blip.data.prepare import command as prepare
 from lora_blip.errors import ImageError
-from lora_blip.predict import infer
-from lora_blip.untrusted import for_terminal, printable, printable_lines
+from lora_blip.inference.pipeline import infer
+from lora_blip.lora import adapter_file
+from lora_blip.runtime.untrusted import for_terminal, printable, printable_lines
 from tests import tiny
 from tests.test_evaluate import adapter_of
 
@@ -112,7 +114,9 @@ def test_a_progress_bar_moves_the_cursor_and_its_text_does_not():
 
 def test_errors_about_files_are_one_line():
     for text in HOSTILE:
-        assert not unsafe(str(ImageError(f"{text} does not exist")), "")
+        with pytest.raises(ImageError) as caught:
+            open_image(text)
+        assert not unsafe(str(caught.value), "")
         assert not unsafe(str(Problem(Path(text), 3, text)), "")
 
 
@@ -185,13 +189,13 @@ def test_what_an_adapter_says_of_itself_is_escaped(checkpoints, here, monkeypatc
     path = adapter_of(checkpoints["blip"], here)
     for text in HOSTILE:
         for place in ("name", "prompt", "base"):
-            about = json.loads(json.dumps(adapter.read(path).about))
+            about = json.loads(json.dumps(adapter_file.read(path).about))
             if place == "base":
                 about["base"]["name"] = f"{checkpoints['blip']}{text}"
             else:
                 about["task"][place] = f"caption{text}" if place == "name" else f"a {text}"
             odd = here / f"{place}.safetensors"
-            odd.write_bytes(adapter.serialise(adapter.read(path).tensors, {"lora_blip": json.dumps(about)}))
+            odd.write_bytes(adapter_file.serialise(adapter_file.read(path).tensors, {"lora_blip": json.dumps(about)}))
             flags = ["--adapter", odd, "--images", "photos", "--device", "cpu", "--max-new-tokens", 3]
             if place != "base":
                 flags += ["--model", checkpoints["blip"]]

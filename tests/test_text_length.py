@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_blip import adapter
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
-from lora_blip.evaluate import evaluate
-from lora_blip.loop import train
-from lora_blip.predict import captions, infer
+from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference.pipeline import captions, infer
+from lora_blip.lora import adapter_file
+from lora_blip.models.language import CutText
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.language import CutText
-from lora_blip.tasks.task import Generation
 from lora_blip.tasks.text_length import MARGIN, CutCount, fit_generation, longer_texts, token_counts
 from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training.loop import train
 from tests import tiny
 from tests.test_dist import among
 from tests.test_resume import assert_same, config_of, elsewhere, killed_at, only_run
@@ -223,7 +223,7 @@ def test_a_run_that_began_with_another_length_continues_with_it(checkpoints, tmp
     path = train(replace(again, max_new_tokens=0))
     assert path.parent == run and "MAX_NEW_TOKENS = 40, as the run began" in capsys.readouterr().out
     assert_same(whole, path)
-    assert adapter.read(path).task["generation"]["max_new_tokens"] == 40
+    assert adapter_file.read(path).task["generation"]["max_new_tokens"] == 40
     assert json.loads((run / "config.json").read_text())["max_new_tokens"] == 40
 
 

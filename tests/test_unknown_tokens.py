@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 from transformers import T5Tokenizer
 
-from lora_blip.asked import asked
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.streams import example_of
+from lora_blip.data.image_sources import example_of
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.models import Backbone
+from lora_blip.inference.questions import asked
+from lora_blip.models.loading import Backbone
+from lora_blip.models.token_rows import plain_ids
+from lora_blip.models.unknown_tokens import UnknownTokens
+from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask
-from lora_blip.tasks.rows import plain_ids
-from lora_blip.tasks.task import Task
-from lora_blip.tasks.unknown import UnknownTokens
 from lora_blip.tasks.vqa import VqaTask
 from tests import tiny
 from tests.test_scripts import train_flags
@@ -104,7 +104,7 @@ def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypat
     """Of a million lines of ASCII none is tokenised for this, and the report does not go through them."""
     task = tasks[kind]
     task.expect([])
-    monkeypatch.setattr("lora_blip.tasks.task.many_ids", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("lora_blip.tasks.base.many_ids", lambda *_: pytest.fail("tokenised"))
     task.expect(lines(task, ["a red cube on top of a blue cube", "a white t-shirt, it's new", "an odd " * 20]))
     assert task.unknown.report(iter(lambda: pytest.fail("read"), None)) == ""
 
@@ -138,7 +138,7 @@ def test_a_part_that_is_lost_of_a_question_prompt_or_text_is_reported(tasks, mak
 
 def test_training_reports_the_share_before_the_first_step(checkpoints, tmp_path, monkeypatch, capsys):
     from lora_blip.config import TrainConfig, parse
-    from lora_blip.loop import train
+    from lora_blip.training.loop import train
 
     monkeypatch.chdir(tmp_path)
     source = tiny.write_photos(tmp_path, len(TEXTS), TEXTS)

@@ -13,22 +13,22 @@ import torch
 from PIL import Image
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
-from lora_blip import attention, fused, lora
-from lora_blip.attention import text as text_attention
-from lora_blip.attention import vit
 from lora_blip.config import TrainConfig
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
-from lora_blip.loop import train
-from lora_blip.models import autocasting
-from lora_blip.predict import Saying, captions, predictions
-from lora_blip.runner import Runner
+from lora_blip.data.loader import Stack
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.pipeline import Saying, captions, predictions
+from lora_blip.kernels import switch, vit_attention
+from lora_blip.kernels import text_attention as text_attention
+from lora_blip.lora import attached, fused, injection
+from lora_blip.models.loading import autocasting
+from lora_blip.models.packing import Packed
 from lora_blip.tasks import verification
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.packing import Packed
 from lora_blip.tasks.retrieval import RetrievalTask
-from lora_blip.tasks.task import Generation
 from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training.loop import train
 from tests import tiny
 from tests.conftest import inject
 from tests.test_vqa import examples, pictures
@@ -66,7 +66,7 @@ def check_training(task: Any, batch: Any, precision: str = "fp32") -> None:
 
 
 def kinds(model: torch.nn.Module) -> set[type]:
-    return {type(module) for module in model.modules()} & set(attention.KINDS.values())
+    return {type(module) for module in model.modules()} & set(switch.KINDS.values())
 
 
 def files() -> list[Path]:
@@ -90,7 +90,7 @@ def test_the_fast_path_is_equal_and_is_checked_once(make, capsys, kind, precisio
 def test_the_check_leaves_no_trace(make):
     """Adapters, gradients of a step under way, modes, settings and random generators are what they were, to the bit."""
     task, batch = learned("blip", make)
-    adapters = lora.adapters(task.backbone.model)
+    adapters = attached.adapters(task.backbone.model)
     for number, x in enumerate(adapters.values()):
         x.B.data.normal_()
         x.dropout = 0.1
@@ -127,8 +127,8 @@ def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores of the ViT are a tenth too large."""
-    real = vit.attend
-    monkeypatch.setattr(vit, "attend", lambda q, k, v: real(1.1 * q, k, v))
+    real = vit_attention.attend
+    monkeypatch.setattr(vit_attention, "attend", lambda q, k, v: real(1.1 * q, k, v))
 
 
 def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_a_fast_path_that_computes_something_else_does_not_train(make, monkeypat
     task, batch = learned(kind, make)
     check_training(task, batch)
     assert capsys.readouterr().out.count("WARNING: they differ") == 1 and not files()
-    assert not task.backbone.fast and not kinds(task.backbone.model) and not lora._choice(task.backbone.model).fast
+    assert not task.backbone.fast and not kinds(task.backbone.model) and not attached.routing_of(task.backbone.model).fast
     loss = task.loss(again(task, batch))
     monkeypatch.undo()
     plain = TASKS[kind](make(kind, fast=False))
@@ -176,9 +176,9 @@ def ignored_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mixed_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read of an image is that of the first one."""
-    real = text_attention.Source.__init__
+    real = text_attention.ImageStates.__init__
     monkeypatch.setattr(
-        text_attention.Source, "__init__", lambda self, states, mask: real(self, states[:1].expand_as(states), mask)
+        text_attention.ImageStates, "__init__", lambda self, states, mask: real(self, states[:1].expand_as(states), mask)
     )
 
 
@@ -227,8 +227,8 @@ def test_a_fast_path_that_computes_something_else_predicts_nothing(make, monkeyp
 @pytest.mark.parametrize("kind", ["blip", "vqa"])
 def test_a_ranking_of_texts_by_a_wrong_path_is_the_plain_one(make, monkeypatch, capsys, kind):
     """`rank` of a model that writes: the texts of one image read it together."""
-    mixed = text_attention.Source.attended
-    monkeypatch.setattr(text_attention.Source, "attended", lambda self, layer, queries: 1.1 * mixed(self, layer, queries))
+    mixed = text_attention.ImageStates.attended
+    monkeypatch.setattr(text_attention.ImageStates, "attended", lambda self, layer, queries: 1.1 * mixed(self, layer, queries))
     task = TASKS[kind](make(kind))
     runner, images = Runner(task, 2), pictures(2)
     work = Saying(TEXTS)
@@ -259,7 +259,7 @@ def test_what_changes_the_computation_is_checked_apart(make):
     others = [key("bf16"), key(compile=True)]
     task.backbone.model.vision_model.encoder.layers[-1].mlp.fc2.weight.data.mul_(2)
     others.append(key())
-    lora.eject(task.backbone.model)
+    injection.eject(task.backbone.model)
     others.append(key())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification.transformers, "__version__", "9.9.9")

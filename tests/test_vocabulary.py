@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_blip.errors import ModelError
-from lora_blip.models import load_backbone
+from lora_blip.models.loading import load_backbone
 from tests import tiny
 from tests.conftest import WHOLE
 

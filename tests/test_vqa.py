@@ -12,17 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_blip import adapter, loop, lora, predict, preflight
 from lora_blip.data import annotations
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import Example
+from lora_blip.data.loader import Stack
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.tasks import natural_task
+from lora_blip.inference import pipeline
+from lora_blip.lora import adapter_file, merging
+from lora_blip.lora.routing import disable_adapters, use_adapters
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.tasks.base import Batch, Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.losses import IGNORE
+from lora_blip.tasks.registry import natural_task
 from lora_blip.tasks.retrieval import RetrievalTask
-from lora_blip.tasks.task import Batch, Generation
 from lora_blip.tasks.vqa import TEMPLATE, VqaTask
+from lora_blip.training import loop, preflight
 from tests import tiny
 from tests.conftest import WHOLE, every_target, inject
 from tests.test_loop import one_step, settings
@@ -408,7 +411,7 @@ def test_each_row_is_answered_by_the_adapter_it_names(make, beams):
         said = task.predict(images, some, mixed)
         apart = {}
         for name in ("one", "two", None):
-            with lora.chosen(task.backbone.model, name) if name else lora.disabled(task.backbone.model):
+            with use_adapters(task.backbone.model, name) if name else disable_adapters(task.backbone.model):
                 apart[name] = [task.predict(images[n : n + 1], some[n : n + 1])[0] for n in range(len(some))]
         assert said == [apart[name][n] for n, name in enumerate(mixed)]
         assert len({tuple(answers) for answers in apart.values()}) > 1
@@ -420,7 +423,7 @@ def test_merged_is_hooked(task):
     batch = batch_of(task)
     with torch.no_grad():
         hooked = task.logits(batch)
-        lora.merge(task.backbone.model)
+        merging.merge(task.backbone.model)
         torch.testing.assert_close(task.logits(batch), hooked, rtol=1e-4, atol=1e-4)
 
 
@@ -494,9 +497,9 @@ def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, ki
     fresh = make(kind, dtype="fp32" if kind == "vqa" else precision).model.state_dict()
     after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
-    saved = adapter.read(path)
+    saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
-    task = predict.task_of(make(kind), saved)
+    task = pipeline.task_of(make(kind), saved)
     assert isinstance(task, VqaTask) and task.prompt == (template or "{question}") and task.generation.max_new_tokens == 5
 
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from lora_blip import adapter, lora, sites, weights
 from lora_blip.errors import LoRAError
-from lora_blip.models import DTYPES, autocasting
-from lora_blip.sites import Site
-from lora_blip.tasks import TASKS, natural_task
+from lora_blip.lora import adapter_file, injection, sites
+from lora_blip.lora.sites import Site
+from lora_blip.models import weights
+from lora_blip.models.loading import DTYPES, autocasting
+from lora_blip.tasks.registry import TASKS, natural_task
 from tests.conftest import WHOLE, batch_of, inject
 
 
@@ -61,18 +62,18 @@ def test_a_head_that_was_tied_is_still_no_target(make):
     weights.cast_once(backbone, "bf16")
     assert head in sites.tied(backbone.model)
     with pytest.raises(LoRAError, match="shares its weight"):
-        lora.inject(backbone.model, [Site(head)])
+        injection.inject(backbone.model, [Site(head)])
 
 
 def test_the_adapter_remembers_the_base_as_it_was_loaded(make, tmp_path):
     """The fingerprint is of the weights before they were cast, so that another base is told to the bit."""
     backbone = make("blip")
     inject(backbone)
-    exact = adapter.save(tmp_path / "exact.safetensors", backbone)
+    exact = adapter_file.save(tmp_path / "exact.safetensors", backbone)
     weights.cast_once(backbone, "bf16")
-    saved = adapter.read(adapter.save(tmp_path / "cast.safetensors", backbone))
-    assert saved.about["base"]["samples"] == adapter.read(exact).about["base"]["samples"]
-    adapter.load(make("blip"), saved)
+    saved = adapter_file.read(adapter_file.save(tmp_path / "cast.safetensors", backbone))
+    assert saved.about["base"]["samples"] == adapter_file.read(exact).about["base"]["samples"]
+    adapter_file.load(make("blip"), saved)
 
 
 def test_in_fp32_and_for_weights_in_16_bits_nothing_changes(make):

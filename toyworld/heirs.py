@@ -22,8 +22,9 @@ from transformers import (
     BlipProcessor,
 )
 
-from lora_blip.tasks.blip import mend
-from lora_blip.tasks.losses import IGNORE, hard_negatives, itc_loss
+from lora_blip.models.blip import mend
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.tasks.losses import hard_negatives, itc_loss
 from toyworld.pretrain import WIDTH, advance, learning_rate, optimizer_of, patch_classes, patch_loss, pixels
 from toyworld.questions import asked
 from toyworld.scenes import KINDS, ROLES, Scene, flat_scene, render_flat

@@ -20,10 +20,10 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip.data.example import FILE, Example
 from lora_blip.data.formats import jsonl_entries, tsv_entries
 from lora_blip.data.images import open_image
-from lora_blip.data.lines import Lines
-from lora_blip.data.places import in_walking_order, resolved
+from lora_blip.data.paths import in_walking_order, resolved
+from lora_blip.data.records import Lines
 from lora_blip.errors import DataError, ImageError
-from lora_blip.untrusted import printable, quoted, why
+from lora_blip.runtime.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # lines, which the garbage collector is not to go through for the rest of the run

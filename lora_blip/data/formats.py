@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_blip.untrusted import DEEPEST, UnreadableError, cut, is_path, no_constant, once, open_regular, parsed, quoted
+from lora_blip.runtime.untrusted import DEEPEST, UnreadableError, cut, is_path, no_constant, once, open_regular, parsed, quoted
 
 IMAGE_KEYS = ("image", "image_path", "file_name")
 TEXT_KEYS = ("text", "caption")

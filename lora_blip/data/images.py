@@ -15,7 +15,7 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_blip.errors import ImageError
-from lora_blip.untrusted import UnreadableError, cut, open_regular, printable, why
+from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")  # of Pillow's fifty; others run programs
 SUFFIXES = {

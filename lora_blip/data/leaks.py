@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
-from lora_blip.untrusted import printable
+from lora_blip.runtime.untrusted import printable
 
 SAME_BYTES, NEARLY = "same bytes", "nearly the same picture"
 SIDE = 12  # pixels of a thumbnail's side
@@ -44,7 +44,7 @@ class Sight(NamedTuple):
     thumbnail: Floats
 
 
-class Thumbnails(NamedTuple):
+class ComparedThumbnails(NamedTuple):
     """n thumbnails ready to be compared: their patterns have mean 0 in every channel and length 1 (0 where flat)."""
 
     pattern: Floats  # (n, 3 · SIDE²)
@@ -83,14 +83,14 @@ def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
     return f"{found}, so the scores are too high: {some}"
 
 
-def nearest(asked: Thumbnails, known: Thumbnails) -> NDArray[np.int64]:
+def nearest(asked: ComparedThumbnails, known: ComparedThumbnails) -> NDArray[np.int64]:
     """(asked,) place of the most alike known thumbnail that is nearly the same, −1 where there is none.
 
     Of two patterns p, q of contrast s, t the distance is 1 − p·q ≤ FAR + GRAIN² / (s t). Memory: BLOCK × known.
     """
     found = []
     for start in range(0, len(asked.pattern), BLOCK):
-        block = Thumbnails(*(part[start : start + BLOCK] for part in asked))
+        block = ComparedThumbnails(*(part[start : start + BLOCK] for part in asked))
         likeness = block.pattern @ known.pattern.T  # (block, known)
         grain = np.outer(GRAIN / np.maximum(block.contrast, 1e-6), GRAIN / np.maximum(known.contrast, 1e-6))
         likeness += np.minimum(grain, 1)  # flat pictures have no pattern: likeness 0, grain 1
@@ -103,21 +103,23 @@ def nearest(asked: Thumbnails, known: Thumbnails) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def _alike(one: Thumbnails, rows: NDArray[np.int64], other: Thumbnails, columns: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _alike(
+    one: ComparedThumbnails, rows: NDArray[np.int64], other: ComparedThumbnails, columns: NDArray[np.int64]
+) -> NDArray[np.bool_]:
     """Of pairs whose patterns agree: whether contrast and light do too, so that a shadow of a picture is another picture."""
     first, second = one.contrast[rows] + GRAIN, other.contrast[columns] + GRAIN
     same_contrast = np.minimum(first, second) >= CONTRAST * np.maximum(first, second)
     return same_contrast & (np.abs(one.light[rows] - other.light[columns]) <= LIGHT).all(1)
 
 
-def thumbnails(pictures: Sequence[Floats]) -> Thumbnails:
+def thumbnails(pictures: Sequence[Floats]) -> ComparedThumbnails:
     """Pictures (SIDE, SIDE, 3) → their patterns, contrasts and colours. What is NaN matches nothing."""
     stack = np.stack(pictures)
     light = stack.mean((1, 2))
     pattern = (stack - light[:, None, None]).reshape(len(stack), -1)
     contrast = pattern.std(1)
     pattern /= np.maximum(np.linalg.norm(pattern, axis=1, keepdims=True), 1e-6)
-    return Thumbnails(np.nan_to_num(pattern), np.nan_to_num(contrast, nan=1e9), np.nan_to_num(light, nan=-1e9))
+    return ComparedThumbnails(np.nan_to_num(pattern), np.nan_to_num(contrast, nan=1e9), np.nan_to_num(light, nan=-1e9))
 
 
 def thumbnail(image: Image.Image) -> Floats:

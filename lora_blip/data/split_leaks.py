@@ -26,9 +26,9 @@ from lora_blip.data.leaks import (
     thumbnail,
     thumbnails,
 )
-from lora_blip.data.places import in_walking_order
+from lora_blip.data.paths import in_walking_order
 from lora_blip.errors import ImageError
-from lora_blip.untrusted import printable
+from lora_blip.runtime.untrusted import printable
 
 KEPT = 300_000  # thumbnails of 432 bytes that are kept in memory
 PAIRS = 5 * 10**7  # that are compared: about 2 s on one core

@@ -9,9 +9,9 @@ from lora_blip.data.example import Example
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.captions import COCO, caption_scores
 from lora_blip.metrics.exact import exact_match
-from lora_blip.models import Backbone
-from lora_blip.tasks.task import Generation
-from lora_blip.tasks.text import TextTask
+from lora_blip.models.loading import Backbone
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.text_task import TextTask
 
 COCO_KEYS = {name.lower().replace("-", "_"): name for name in COCO}  # "bleu_4": "BLEU-4"
 

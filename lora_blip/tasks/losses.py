@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100
+from lora_blip.models.token_rows import IGNORE
 
 
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.data.annotations import many_objects
-from lora_blip.data.batches import Stack
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.places import resolved
+from lora_blip.data.loader import Stack
+from lora_blip.data.paths import resolved
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.retrieval import RECALLS, recalls
-from lora_blip.models import Backbone
+from lora_blip.models.loading import Backbone
+from lora_blip.models.matching import Texts, cosines, matcher_of
+from lora_blip.runtime.untrusted import printable, quoted
+from lora_blip.tasks.base import Batch, Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
-from lora_blip.tasks.matching import Texts, cosines, matcher_of
-from lora_blip.tasks.task import Batch, Generation, Task
-from lora_blip.untrusted import printable, quoted
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
 RERANKED = 16  # of the texts that the contrast likes best, ITM looks at so many again
@@ -157,7 +157,7 @@ class RetrievalTask(Task):
     ) -> list[Features]:
         """Image and text in the joint space, on the CPU, for `scores`."""
         if adapters is not None:
-            raise ConfigError("retrieval ranks with one adapter at a time: lora.chosen(model, name)")
+            raise ConfigError("retrieval ranks with one adapter at a time: lora_blip.use_adapters(model, name)")
         return self.say(self.look(pixel_values), examples)
 
     @torch.no_grad()

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from lora_blip.data.example import Example
-from lora_blip.tasks.bounds import UNTOLD
-from lora_blip.tasks.language import CutText, DecoderLanguage
-from lora_blip.tasks.rows import many_ids
-from lora_blip.tasks.task import Generation, Task
-from lora_blip.tasks.text import TextTask
+from lora_blip.models.language import CutText, DecoderLanguage
+from lora_blip.models.token_bounds import UNTOLD
+from lora_blip.models.token_rows import many_ids
+from lora_blip.tasks.base import Generation, Task
+from lora_blip.tasks.text_task import TextTask
 
 MARGIN = 8  # tokens beyond the longest text, at least; a quarter of it if that is more
 CHUNK = 1024  # texts tokenized together

@@ -24,13 +24,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from lora_blip import __version__, attention, fingerprint, lora
-from lora_blip.dist import ALONE, Ranks
-from lora_blip.files import write_whole
+from lora_blip.kernels import switch
 from lora_blip.kernels.plain import plain
-from lora_blip.models import DTYPES, Backbone, autocasting, first_line, uncompiled
-from lora_blip.tasks.task import Batch, Task
-from lora_blip.tasks.text import TextTask
+from lora_blip.lora import attached, fingerprint
+from lora_blip.lora.layer import AdapterStack, LoRA
+from lora_blip.models.loading import DTYPES, Backbone, autocasting, first_line, uncompiled
+from lora_blip.runtime.distributed import ALONE, Ranks
+from lora_blip.runtime.files import write_whole
+from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.text_task import TextTask
+from lora_blip.version import __version__
 
 # The largest relative difference that is taken for rounding: many times what was measured (1e-6 in float32, 1e-3 in float16,
 # 2e-2 in bfloat16, over all kinds of models), and much less than what a wrong mask, cache or scale gives.
@@ -140,8 +143,8 @@ def check(
 def disable(task: Task) -> None:
     """Compute everything as transformers and the plain LoRA hook do from now on, uncompiled."""
     model = task.backbone.model
-    attention.fast(model, False)
-    lora.fast(model, False)
+    switch.fast(model, False)
+    attached.fast(model, False)
     task.backbone.fast = False
     for module in model.modules():
         module._compiled_call_impl = None
@@ -160,7 +163,7 @@ def both_ways(task: Task, run: Callable[[], Any]) -> tuple[Any, Any]:
 def training_differences(task: Task, batch: Batch, autocast: Autocast, bound: float) -> list[Difference]:
     """Compare the logits, the loss and the adapters' gradients of a batch, with values in B and without dropout."""
     batch = replace(batch, known=None)
-    adapters = [module for module in task.backbone.model.modules() if isinstance(module, lora.LoRA)]
+    adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
     trained = [*(half for each in adapters for half in (each.A, each.B)), *task.parameters()]
 
     def run() -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -307,7 +310,7 @@ def untouched(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def filled(adapters: list[lora.LoRA]) -> Iterator[None]:
+def filled(adapters: list[LoRA]) -> Iterator[None]:
     """Give every B small values that are the same everywhere, and no dropout; the bits come back behind the block."""
     kept = [(each.B.detach().clone(), each.dropout) for each in adapters]
     generator = torch.Generator().manual_seed(0)
@@ -372,7 +375,7 @@ def bound_of(task: Task, precision: str) -> float:
 
 def base_of(backbone: Backbone) -> str:
     """A digest of a base: its configuration, and samples of its weights."""
-    found = [x for name in lora.names(backbone.model) for x in lora.adapters(backbone.model, name).values()]
+    found = [x for name in attached.names(backbone.model) for x in attached.adapters(backbone.model, name).values()]
     samples = backbone.samples or fingerprint.samples(backbone.model, found)
     return digest({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
 
@@ -380,8 +383,8 @@ def base_of(backbone: Backbone) -> str:
 def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All that decides what is computed and how, in JSON."""
     model, device = task.backbone.model, task.backbone.device
-    sites = [str(x.site) for name in lora.names(model) for x in lora.adapters(model, name).values()]
-    merged = any(isinstance(module, lora.Updates) and bool(module.merged) for module in model.modules())
+    sites = [str(x.site) for name in attached.names(model) for x in attached.adapters(model, name).values()]
+    merged = any(isinstance(module, AdapterStack) and bool(module.merged) for module in model.modules())
     processor = task.backbone.image_processor
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
     return {

@@ -9,12 +9,12 @@ from torch import Tensor
 from lora_blip.data.example import Example
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
-from lora_blip.models import Backbone
-from lora_blip.tasks.blip import BlipVqaLanguage
-from lora_blip.tasks.bounds import UNTOLD
-from lora_blip.tasks.task import ONLY_UNKNOWN, Generation
-from lora_blip.tasks.text import TextTask
-from lora_blip.untrusted import quoted
+from lora_blip.models.blip import BlipVqaLanguage
+from lora_blip.models.loading import Backbone
+from lora_blip.models.token_bounds import UNTOLD
+from lora_blip.runtime.untrusted import quoted
+from lora_blip.tasks.base import ONLY_UNKNOWN, Generation
+from lora_blip.tasks.text_task import TextTask
 
 TEMPLATE = "Question: {question} Answer:"  # as BLIP-2's authors prompt it (Li et al. 2023, arXiv:2301.12597, section 4.1)
 

@@ -1,0 +1,64 @@
+"""Where the image is that a line names, and whether two names are one image."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_blip.data.prepare.published import whole_name
+
+DEPTH = 2  # folders that are searched by name below the root: Flickr8k_Dataset/Flicker8k_Dataset
+COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the same photographs, renamed in 2017
+
+
+class ImageFile(NamedTuple):
+    path: Path
+    identity: object  # equal for two paths to one file: by a link, by "./", in other letters where case does not count
+
+
+class Folder:
+    """The images of a source. `by_name`: their names are unique, so that they may lie in folders below as well."""
+
+    def __init__(self, root: Path, by_name: bool) -> None:
+        self.root = root.absolute()
+        self.below = _names(self.root) if by_name else {}
+        self.known: dict[str, ImageFile | None] = {}
+
+    def find(self, name: str) -> ImageFile | None:
+        """The image, or None if there is no such file."""
+        if name not in self.known:
+            self.known[name] = next(filter(None, map(_picture, self._spellings(name))), None)
+        return self.known[name]
+
+    def _spellings(self, name: str) -> Iterator[Path]:
+        if name in self.below:  # already seen: the root comes first in it
+            yield self.below[name]
+        yield self.root / name
+        if "\\" in name:  # written under Windows
+            name = name.replace("\\", "/")
+            yield self.root / name
+        last = name.rpartition("/")[2]
+        yield from (self.below[alias] for alias in (last, COCO_2014.sub("", last), whole_name(last)) if alias in self.below)
+
+
+def _picture(path: Path) -> ImageFile | None:
+    try:
+        about = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    if not stat.S_ISREG(about.st_mode):
+        return None
+    path = path.resolve() if ".." in path.parts else path  # after a link, ".." is not what the text says
+    return ImageFile(path, (about.st_dev, about.st_ino) if about.st_ino else path.resolve())
+
+
+def _names(root: Path) -> dict[str, Path]:
+    """File name → path, nearest to the root first."""
+    found: dict[str, Path] = {}
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(below) if len(Path(folder).relative_to(root).parts) < DEPTH else []
+        for file in files:
+            found.setdefault(file, Path(folder, file))
+    return found

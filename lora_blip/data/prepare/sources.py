@@ -1,0 +1,186 @@
+"""What a user points at → the files to read, each with its format."""
+
+import codecs
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lora_blip.data import formats
+from lora_blip.data.formats import Found
+from lora_blip.data.prepare import published
+from lora_blip.data.prepare.published import SPLITS, TOKEN, YEAR
+from lora_blip.errors import DataError
+from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
+
+LINES: dict[str, Callable[[Path], Iterator[Found]]] = {
+    "jsonl": formats.jsonl_entries,
+    "tsv": formats.tsv_entries,
+    "csv": formats.csv_entries,
+    "flickr8k": published.flickr8k_entries,
+}
+DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Found]]] = {
+    "json": published.json_entries,
+    "coco": published.coco_entries,
+    "karpathy": published.karpathy_entries,
+}
+FORMATS = (*LINES, *DOCUMENTS, "vqa")
+OWN = ("jsonl", "tsv", "csv")  # written by the user, who can fix a line; the others were downloaded
+
+IN_A_FOLDER = {  # format → names under which its files lie in a folder; the first that is there counts
+    "flickr8k": ("Flickr8k.token.txt", "captions.txt"),
+    "karpathy": ("dataset_*.json",),
+    "coco": ("captions_*.json",),
+    "vqa": ("v2_*_questions.json",),
+    "jsonl": ("metadata.jsonl", "*/metadata.jsonl", "annotations.jsonl"),
+    "csv": ("metadata.csv", "*/metadata.csv"),
+    "tsv": ("annotations.tsv",),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read: `entries` gives its places and entries; `split` is the side that its own name tells, or ""."""
+
+    path: Path
+    format: str
+    entries: Callable[[], Iterator[Found]]
+    split: str = ""
+
+    @property
+    def downloaded(self) -> bool:
+        return self.format not in OWN
+
+    @property
+    def root(self) -> Path:
+        """Where its images are if nobody says: beside it, or beside the folder of a data set's texts."""
+        texts = re.fullmatch(r"annotations|flicke?r8k_text", self.path.absolute().parent.name, re.IGNORECASE)
+        return self.path.parent.absolute().parent if self.downloaded and texts else self.path.parent
+
+
+def find_sources(where: str, form: str = "auto") -> list[Source]:
+    """The sources of a file, of several with commas between, or of a folder. DataError says why there are none."""
+    paths = [Path(where)] if _exists(Path(where)) else [Path(part.strip()) for part in where.split(",") if part.strip()]
+    if missing := [path for path in paths if not _exists(path)]:
+        raise DataError(f"source {str(missing[0])!r} does not exist; give a file, several with commas between, or a folder")
+    files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths)
+    loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
+    answers = {path: found for path, (kind, found) in loaded.items() if kind == "vqa" and "questions" not in found}
+    sources = [_source(path, kind, found, answers) for path, (kind, found) in loaded.items() if path not in answers]
+    if not sources:
+        raise DataError(f"{where}: VQAv2's answers without its questions; give both files with a comma between")
+    return sources
+
+
+def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any]) -> Source:
+    side = (year := YEAR.search(path.name)) and year[1].lower()  # captions_train2017.json
+    if kind in LINES:
+        folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
+        return Source(path, kind, partial(LINES[kind], path), folder)
+    if kind in DOCUMENTS:
+        return Source(path, kind, partial(DOCUMENTS[kind], path, found), side or "" if kind == "coco" else "")
+    subset = published.subset_of(path, found)
+    fitting = [other for other in answers if published.subset_of(other, answers[other]) == subset]
+    if not fitting:
+        raise DataError(f"{path}: VQAv2's questions without their answers; give both files with a comma between")
+    return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side or "")
+
+
+def _load(path: Path, form: str) -> tuple[str, Any]:
+    """A file's format, asked for or told by its content, and its JSON if it is one document."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(8192)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({why(error)})") from None
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"{path} is UTF-16; save it as UTF-8")
+    if form == "auto":
+        lines = head.decode("utf-8-sig", errors="replace").splitlines()
+        form = _line_format(path, next((line.strip() for line in lines if line.strip() and not line.startswith("#")), ""))
+    if form in LINES:
+        return form, None
+    found = published.document(path)
+    kind = _document_format(found) if form == "document" else form
+    if not kind or (kind == "vqa" and not isinstance(found, dict)):
+        keys = f"its keys are {cut(', '.join(list(found)[:8]))}" if isinstance(found, dict) else "it is no object or list"
+        raise DataError(f"{path}: a JSON of no format that is known ({keys}); {_known()}")
+    return kind, found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than names can be, such as several with commas between
+        return False
+
+
+def _line_format(path: Path, first: str) -> str:
+    """The format of a file by its suffix and first line; "document" for one JSON."""
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson", ".csv"):
+        return "csv" if suffix == ".csv" else "jsonl"
+    if TOKEN.fullmatch(first):
+        return "flickr8k"
+    if suffix == ".tsv":
+        return "tsv"
+    if suffix == ".json" or first.startswith(("{", "[")):
+        return "jsonl" if _is_object(first) else "document"
+    if formats.is_header(re.split("[,;]", first)):
+        return "flickr8k" if (path.name, first.lower()) == ("captions.txt", "image,caption") else "csv"
+    if "\t" in first:
+        return "tsv"
+    raise DataError(f"{path}: of no format that is known, it begins with {first[:60]!r}; {_known()}")
+
+
+def _is_object(line: str) -> bool:
+    """A whole JSON object on the first line that is an example: more follow, a line each."""
+    try:
+        entry = parsed(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and any(key in entry for key in formats.IMAGE_KEYS)
+
+
+def _document_format(found: Any) -> str:
+    if isinstance(found, list):
+        return "json"
+    keys = found.keys() if isinstance(found, dict) else set()
+    if "images" in keys:
+        return "coco" if "annotations" in keys else "karpathy"
+    return "vqa" if keys & {"questions", "annotations"} else ""
+
+
+def _files_of(folder: Path, form: str) -> list[Path]:
+    """The files of one data set in a folder."""
+    found: dict[str, list[Path]] = {}
+    for kind, patterns in IN_A_FOLDER.items():
+        hits = next((hits for pattern in patterns if (hits := sorted(folder.glob(pattern)))), [])
+        if hits and form in ("auto", kind):
+            found[kind] = hits
+    names = [path.relative_to(folder).as_posix() for hits in found.values() for path in hits]
+    if not names:
+        raise DataError(f"{folder}: no file of a known name in this folder; give the file itself as source")
+    if len(found) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
+        raise DataError(
+            f"{folder} holds several data sets ({', '.join(names)}); give one as source, its files with commas between"
+        )
+    return next(iter(found.values()))
+
+
+def _with_partner(path: Path) -> list[Path]:
+    """VQAv2's answers lie beside its questions, and the other way round."""
+    if path.name.endswith("_questions.json"):
+        other = path.with_name(re.sub("OpenEnded_|MultipleChoice_", "", path.name).replace("_questions", "_annotations"))
+    elif path.name.endswith("_annotations.json"):
+        other = path.with_name(path.name.replace("v2_", "v2_OpenEnded_").replace("_annotations", "_questions"))
+    else:
+        return [path]
+    return [path, other] if other.is_file() else [path]
+
+
+def _known() -> str:
+    return f"set format (--format) to one of {', '.join(FORMATS)}"

@@ -1,0 +1,171 @@
+"""Any number of images in blocks, which are dealt out to the processes and come back in order; nothing of them is kept."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm import tqdm  # comes with transformers
+
+from lora_blip.data.example import Example
+from lora_blip.data.prefetch import Ahead
+from lora_blip.errors import ImageError, OutputError
+from lora_blip.inference.batch_runner import Runner, Work
+from lora_blip.inference.finished import key_of
+from lora_blip.inference.output import Output
+from lora_blip.inference.prediction import RANKS_KEPT, Prediction, printed
+from lora_blip.runtime import signals as stop
+from lora_blip.runtime.distributed import Ranks, is_lost
+from lora_blip.runtime.signals import Heard
+from lora_blip.runtime.untrusted import printable
+from lora_blip.tasks import verification
+
+SHOWN = 20  # predictions that are printed, and images left out; the rest is in the files
+SILENCE = 60.0  # seconds between lines of progress where no bar can be drawn
+
+Found = list[tuple[Example, Prediction | ImageError]]
+Block = tuple[int, list[Example], list[bool]]  # its number, its examples, and which of them are done already
+
+
+class Rounds:
+    """Block b goes to rank b % count. The main rank alone looks at the source, and is handed what all ranks found.
+
+    A block is the same examples whenever the run is begun again: one that is half done is said whole and written in
+    half. So a text does not depend on where a run was killed, drawn ones included: each block has a seed of its own.
+    """
+
+    def __init__(self, ranks: Ranks, runner: Runner, seed: int, heard: Heard, out: Output) -> None:
+        self.ranks, self.runner, self.seed, self.heard, self.out = ranks, runner, seed, heard, out
+        self.size = runner.size  # which the runner halves when memory runs out
+
+    def run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
+        """`take` is called on the main rank with what was found of what is not in `out` yet, round by round.
+
+        Raises stop.Told after the round in which a signal came, and OutputError when another process is lost.
+        """
+        try:
+            self._run(examples, work, take)
+        except RuntimeError as error:
+            if self.ranks.count == 1 or not is_lost(error):
+                raise
+            raise OutputError(
+                "another process was lost; what is written is safe: start again with the same settings and output_dir to go on"
+            ) from None
+        finally:
+            self.runner.darkroom.close()
+
+    def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
+        blocks, count = Ahead(self._undone(examples)), self.ranks.count
+        while turn := self.ranks.first(self._alone(lambda: (blocks.take(count), blocks.look(count)))):
+            dealt, following = turn  # a round is dealt out a round before, for its pictures to be decoded meanwhile
+            if not dealt:
+                break
+            self._check(dealt[0], work)
+            mine = self._said(self._mine(dealt), self._mine(following), work)
+            everyone = self.ranks.gather((mine, self.heard.signal))
+            found = [
+                (example, said)
+                for (_, some, over), (said_of, _) in zip(dealt, everyone, strict=False)
+                for example, said, is_over in zip(some, said_of, over, strict=True)
+                if not is_over
+            ]
+            self._alone(lambda: take(found))
+            self._stop_if_told([number for _, number in everyone])
+        if turn is None:  # the main rank failed, and says why
+            raise SystemExit(2)
+        self._stop_if_told(self.ranks.gather(self.heard.signal))
+
+    def _check(self, block: Block, work: Work) -> None:
+        """Several processes take the same decision about the fast path: the main one's. One alone takes it in `each`."""
+        if self.ranks.count == 1 or self.runner.checked:
+            return
+        self._alone(lambda: self.runner.check_first(block[1], work))
+        self.runner.checked = True
+        if not self.ranks.first(self.runner.task.backbone.fast):
+            verification.disable(self.runner.task)
+
+    def _undone(self, examples: Iterable[Example]) -> Iterator[Block]:
+        iterator, number, done = iter(examples), 0, self.out.done.taker()
+        while (some := list(islice(iterator, self.size))) and not self.heard.signal:
+            over = [done(example) for example in some]
+            if not all(over):
+                yield number, some, over
+            number += 1
+
+    def _mine(self, dealt: list[Block]) -> Block:
+        return dealt[self.ranks.rank] if self.ranks.rank < len(dealt) else (0, [], [])
+
+    def _said(self, block: Block, following: Block, work: Work) -> list[Prediction | ImageError]:
+        number, examples, _ = block
+        torch.manual_seed(self.seed + number)
+        return [_short(said) for _, said in self.runner.each(examples, work, following[1])]
+
+    def _alone(self, act: Callable[[], Any]) -> Any:
+        """What the main rank does while the others wait for their next blocks; an error there is their end, too."""
+        if not self.ranks.main:
+            return None
+        try:
+            return act()
+        except BaseException:
+            self.ranks.first(None)
+            raise
+
+    def _stop_if_told(self, signals: list[int]) -> None:
+        if any(signals):
+            print(printable(self.out.paused()) if self.out else "", flush=True)
+            raise stop.Told(stop.INTERRUPTED if signal.SIGINT in signals else stop.SAVED)
+
+
+def _short(said: Prediction | ImageError) -> Prediction | ImageError:
+    """As much of a ranking as is written: ranks hand over no more."""
+    return said if isinstance(said, ImageError) else replace(said, ranking=said.ranking[:RANKS_KEPT])
+
+
+class Screen:
+    """What the user sees of the main rank: the first few predictions, and how far the run is."""
+
+    def __init__(self, name: str, count: int, out: Output | None) -> None:
+        self.name, self.count, self.out = name, count, out
+        self.shown, self.before = 0, out.lines if out else 0
+        self.done = self.before
+        self.started = self.told = time.monotonic()
+
+    def __enter__(self) -> "Screen":
+        quiet = None if self.out else True
+        self.bar = tqdm(
+            total=self.count, initial=self.done, desc=self.name, unit="image", disable=quiet, dynamic_ncols=True
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def move(self, found: Found) -> None:
+        self.bar.update(len(found))
+        self.done += len(found)
+        now = time.monotonic()
+        if self.bar.disable and now - self.told >= SILENCE:
+            self.told = now
+            print(f"{self.name}: {self.done:,} of {self.count:,}, {self.speed:.1f} a second", flush=True)
+
+    @property
+    def speed(self) -> float:
+        """Images a second, over the time that this process has been at it."""
+        return (self.done - self.before) / max(time.monotonic() - self.started, 1e-9)
+
+    def pace(self) -> str:
+        """A line: what was done, in how long and how fast; "" where nothing was left to do."""
+        done, seconds = self.done - self.before, time.monotonic() - self.started
+        return f"{done:,} images in {seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
+
+    def show(self, found: Found, base: dict[int, str]) -> None:
+        for example, said in found[: max(0, SHOWN - self.shown)]:
+            line = printable(f"left out: {said}") if isinstance(said, ImageError) else printed(said, base.get(key_of(example)))
+            tqdm.write(line)
+        if self.shown <= SHOWN < self.shown + len(found) and self.out:
+            tqdm.write(printable(f"the rest goes to {self.out.path} without being shown here"))
+        self.shown += len(found)
+        self.move(found)

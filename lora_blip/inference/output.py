@@ -1,0 +1,217 @@
+"""The folder of a run over images: a line in predictions.jsonl or errors.jsonl for each, added as it comes; gone on with
+after any end.
+
+run.json says what the run is, so that it is not gone on with as another, and whether it has finished.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from lora_blip.config import InferConfig, refuse_unwritable
+from lora_blip.data.example import Example
+from lora_blip.errors import ImageError, OutputError
+from lora_blip.inference.finished import Done, key_of, take_up
+from lora_blip.inference.prediction import Prediction, line_of, request_of
+from lora_blip.inference.questions import is_file
+from lora_blip.lora.adapter_file import Adapter
+from lora_blip.runtime import lock
+from lora_blip.runtime.agreement import changes
+from lora_blip.runtime.files import FULL, unused_path, write_whole
+from lora_blip.runtime.runs import RUNS
+from lora_blip.runtime.untrusted import parsed
+from lora_blip.tasks.base import Task
+
+FILE_NAME, ERRORS_NAME, ABOUT_NAME = "predictions.jsonl", "errors.jsonl", "run.json"
+SYNC = 5.0  # seconds of work that a machine without power may lose; a process that is killed loses none
+
+
+class Output:
+    """Both files, open to be added to. Made by `opened`."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about = folder, about
+        keys = array("Q")
+        self.said, self.failed = (take_up(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # lines of each
+        self.done, self.before = Done(keys), self.lines
+        self.files: dict[str, IO[bytes]] = {}
+        self.synced = time.monotonic()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / FILE_NAME
+
+    @property
+    def lines(self) -> int:
+        """Images and questions that are done."""
+        return self.said + self.failed
+
+    def greeting(self) -> str:
+        if self.before:
+            return f"going on after {self.before:,} images"
+        return f"if this run is stopped, --output-dir {self.folder} with the same settings goes on with it"
+
+    def paused(self) -> str:
+        return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings goes on with it"
+
+    def farewell(self) -> str:
+        now = self.lines - self.before
+        made = f"wrote {now:,} of {self.lines:,} lines of" if now else f"nothing left to do: all {self.lines:,} images are in"
+        left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
+        return f"{made} {self.path}{left_out}"
+
+    def write(self, found: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
+        """A line for each, in their order, whole on the disk unless the machine itself fails."""
+        predictions = [line_of(p, base.get(key_of(e))) for e, p in found if not isinstance(p, ImageError)]
+        errors = [_error_line(e, p) for e, p in found if isinstance(p, ImageError)]
+        self._add(FILE_NAME, predictions)
+        self._add(ERRORS_NAME, errors)
+        self.said, self.failed = self.said + len(predictions), self.failed + len(errors)
+        if time.monotonic() - self.synced >= SYNC:
+            self.sync()
+
+    def _add(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """In one call to the system. Names that are no Unicode become JSON's escapes."""
+        if name not in self.files:
+            if not lines and name == ERRORS_NAME:
+                return
+            self.files[name] = (self.folder / name).open("ab", buffering=0)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        content = text.encode("utf-8", "backslashreplace")
+        if content and self.files[name].write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        self.synced = time.monotonic()
+
+    def finish(self) -> None:
+        """All is done: the folder is not gone on with any more."""
+        self._add(FILE_NAME, [])  # which is there though no image could be read
+        self.sync()
+        _write_about(self.folder, self.about, finished=True)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def _error_line(example: Example, error: ImageError) -> dict[str, Any]:
+    return request_of(example) | {"error": str(error)}
+
+
+# ---------------------------------------------------------------- which folder, and whether it is this run's
+
+
+def folder_of(config: InferConfig, processes: int = 1) -> Path:
+    """The folder to write into, not yet made. OutputError if it holds what must not be added to; nothing is written over."""
+    if not config.output_dir:
+        if processes > 1:
+            raise OutputError("give an output_dir (--output-dir): a process that is started anew must find the same folder")
+        refuse_unwritable(str(RUNS))
+        return unused_path(RUNS / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
+    refuse_unwritable(config.output_dir)
+    folder = Path(config.output_dir)
+    _refuse_taken(folder, config.resume)
+    return folder
+
+
+def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """What an unfinished run in the folder is, None where there is none. OutputError for any other's predictions."""
+    about = _read_about(folder)
+    there = [name for name in (FILE_NAME, ABOUT_NAME, ERRORS_NAME) if (folder / name).exists()]
+    if there and (about is None or not about["run"] or not resume):
+        left = ", of a run that was stopped; set resume to go on with it" if about and not about.get("finished") else ""
+        raise OutputError(
+            f"{folder / there[0]} exists already{left}; give another output_dir, or leave it empty for a new folder"
+        )
+    return about
+
+
+def identity(
+    config: InferConfig, task: Task, wanted: Adapter | None, precision: str, by_references: bool = False
+) -> dict[str, Any]:
+    """All that decides what is said of an image, in JSON; files by what is in them.
+
+    `by_references`: lines of the references have prompts of their own.
+    """
+    settings = {
+        "model": task.backbone.name, "adapter": _digest(wanted.path) if wanted else "none", "task": task.name,
+        "images": config.images, "question": _content(config.question, "question"), "texts": _content(config.texts, "texts"),
+        "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
+        "image_size": task.backbone.chosen_size,
+    }  # fmt: skip
+    if by_references or (task.name == "vqa" and not config.question):  # in which the references are the questions
+        settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
+    return settings | ({"seed": config.seed} if task.generation.do_sample else {})
+
+
+def _content(text: str, setting: str) -> str:
+    return f"{text} ({_digest(Path(text))})" if is_file(text, setting) else text
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def opened(folder: Path, what: dict[str, Any], resume: bool) -> Iterator[Output]:
+    """The folder of the run `what`, this process's own inside the block. OutputError if it is another's or there is no room."""
+    with room_for(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.held(folder):
+            then = _refuse_taken(folder, resume)
+            if then is not None and (changed := changes(then["run"], what)):
+                raise OutputError(
+                    f"{folder} was begun with other settings, and is not gone on with: {'; '.join(changed)}. "
+                    "Set them back, or give another output_dir"
+                )
+            if then is None:
+                _write_about(folder, what, finished=False)
+            output = Output(folder, what)
+            try:
+                yield output
+            finally:
+                output.close()
+
+
+def _write_about(folder: Path, what: dict[str, Any], finished: bool) -> None:
+    about = {"finished": finished, "run": what}
+    write_whole(folder / ABOUT_NAME, (json.dumps(about, indent=1) + "\n").encode())
+
+
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    """What run.json says, None where there is no such file; one that is not ours counts as finished."""
+    try:
+        about = parsed((folder / ABOUT_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        about = None
+    ours = isinstance(about, dict) and isinstance(about.get("run"), dict)
+    return about if ours else {"finished": True, "run": {}}
+
+
+@contextmanager
+def room_for(folder: Path) -> Iterator[None]:
+    """A disk that is full, or a quota that is reached, becomes an error that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OutputError(
+            f"no room left to write in {folder} ({error.strerror}); what is in it is safe. Free some space, then start "
+            f"again with the same settings and --output-dir {folder}, and it goes on from there"
+        ) from None

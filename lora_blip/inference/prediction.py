@@ -1,0 +1,86 @@
+"""One prediction: a text of an image, an answer, or a ranking; as a line of predictions.jsonl, printed, and scored."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_blip.data.example import Example
+from lora_blip.runtime.untrusted import printable
+from lora_blip.tasks.base import Task
+
+RANKS_KEPT = 10  # of a ranking: written beside the best text
+Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their probabilities
+
+
+@dataclass(frozen=True)
+class Prediction:
+    image: Path
+    text: str
+    question: str = ""
+    ranking: Ranking = field(default_factory=list)  # where texts were ranked
+    question_id: int | str = ""  # of the line that asked
+    prompt: str = ""  # the line's own
+
+
+def prediction_of(example: Example, text: str, ranking: Ranking | None = None) -> Prediction:
+    return Prediction(example.image, text, example.question, ranking or [], example.question_id, example.prompt)
+
+
+def request_of(example: Example | Prediction) -> dict[str, Any]:
+    """What was asked, as each line of a run's files begins: image, and question, question_id and prompt if there are any."""
+    own = {"question": example.question, "question_id": example.question_id, "prompt": example.prompt}
+    return {"image": str(example.image)} | {key: value for key, value in own.items() if value != ""}
+
+
+def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
+    """A line of predictions.jsonl; `base` is what the model said without the adapter."""
+    line = request_of(prediction)
+    line["text"] = prediction.text
+    if base is not None:
+        line["base_text"] = base
+    if prediction.ranking:
+        line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKS_KEPT]]
+    return line
+
+
+def printed(prediction: Prediction, base: str | None = None) -> str:
+    rows = [("Image", str(prediction.image))]
+    if prediction.question:
+        rows.append(("Question", prediction.question))
+    if prediction.prompt:
+        rows.append(("Prompt", prediction.prompt))
+    if base is not None:
+        rows.append(("Base", base))
+    if prediction.ranking:
+        rows += [("Fits" if not n else "", f"{p:6.1%}  {text}") for n, (text, p) in enumerate(prediction.ranking[:3])]
+    else:
+        rows.append(("Answer" if prediction.question else "Caption", prediction.text))
+    return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
+
+
+def report(task: Task, references: dict[Path, list[Example]], found: dict[str, dict[Any, str]]) -> None:
+    """How right the texts are, over all that have references and, where the references name groups, over each group.
+
+    found: "base" and "adapted", or one of them → what was said of each subject.
+    """
+    lines: dict[Any, list[Example]] = {}
+    known = (e for some in references.values() for e in some if (e.answers if task.name == "vqa" else e.text))
+    for example in known:
+        lines.setdefault(task.subject(example) if task.name != "retrieval" else (example.image, ""), []).append(example)
+    *_, said = found.values() or [{}]
+    scored = [key for key in lines if key in said]
+    if not scored:
+        if references:
+            print(f"no score: the references have no {'answers' if task.name == 'vqa' else 'text'} to what was asked")
+        return
+    label = "VQA accuracy" if task.name == "vqa" else "exact match"
+    print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in found))
+    for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
+        mine = [key for key in scored if group in ("all", lines[key][0].group)]
+        if not group or (group != "all" and len(mine) == len(scored)):
+            continue
+        shares = [
+            sum(task.correctness(some[key], lines[key]) if key in some else 0.0 for key in mine) / len(mine)
+            for some in found.values()
+        ]
+        print(f"{printable(group):<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))

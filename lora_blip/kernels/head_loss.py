@@ -1,0 +1,68 @@
+"""Cross-entropy through a frozen head, a function of its own: no logits are kept, and their gradient is taken at once.
+
+With z = W h + b, p = softmax(z) and target t, −log pₜ has the gradient Wᵀ (p − onehot(t)) in h, which needs neither z
+nor W later on. The plain way, `losses.token_loss` of the head's output, is the oracle of the tests.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_blip.kernels.linear import PLAIN_LINEARS, alone, product
+
+LARGE = 2.0**10  # with |W| < 32 far from fp16's largest number, and values down to 2⁻³⁴ of a row's sum remain
+
+
+def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ wᵢ · −log p(targetᵢ), float32. states (labels, width) that the frozen linear `head` reads, targets (labels,)."""
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    with torch.autocast(kind, enabled=False):
+        return FrozenHead.apply(states.to(dtype), head.weight, head.bias, targets, weights)
+
+
+def passable(head: Any) -> bool:
+    """Whether a head is W h + b, frozen, and nothing else: no hook on it, of an adapter or of others."""
+    return type(head) in PLAIN_LINEARS and alone(head)
+
+
+class FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        weight = weight.to(states.dtype)
+        logits = product(states, weight, None if bias is None else bias.to(states.dtype)).float()
+        wanted = logits.gather(1, targets[:, None]).squeeze(1)
+        total = logits.logsumexp(1)
+        each = total - wanted
+        if ctx.needs_input_grad[0]:
+            p = logits.sub_(total[:, None]).exp_()
+            p[torch.arange(len(targets), device=targets.device), targets] -= 1
+            if weights is not None:
+                p *= weights[:, None]
+            factors = to_fp16_range(p) if states.dtype == torch.float16 else None
+            ctx.save_for_backward(product(p.to(states.dtype), weight.t()), factors)
+        return (each if weights is None else each * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> Any:
+        """The loss scale of a GradScaler is in d_loss: it must be multiplied in before anything is rounded to fp16's range."""
+        d_states, factors = ctx.saved_tensors
+        scale = d_loss if factors is None else (d_loss * factors)[:, None]
+        wide = torch.promote_types(d_states.dtype, torch.float32)
+        return (d_states.to(wide) * scale).to(d_states.dtype), None, None, None, None
+
+
+def to_fp16_range(p: Tensor) -> Tensor:
+    """Scale the rows of p (labels, vocabulary) in place to a sum of LARGE, and return the factors (labels,) that undo it.
+
+    The factors are powers of two, so no digit is lost. A product with W is then at most LARGE · max |W|.
+    """
+    exponents = p.norm(1, dim=1).clamp(min=2.0**-100).log2().ceil() - math.log2(LARGE)
+    p *= torch.exp2(-exponents)[:, None]
+    return torch.exp2(exponents)

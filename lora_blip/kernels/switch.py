@@ -1,0 +1,34 @@
+"""Attention and MLPs that are faster or keep less than transformers' own: switched on without touching its code."""
+
+from torch import nn
+from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
+
+from lora_blip.kernels.linear import QuickLinear
+from lora_blip.kernels.mlp import Blip2VitMLP, BlipVitMLP
+from lora_blip.kernels.signatures import fits_library
+from lora_blip.kernels.text_attention import TextAttention
+from lora_blip.kernels.vit_attention import Blip2VitAttention, BlipVitAttention
+
+KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    BlipAttention: BlipVitAttention, Blip2Attention: Blip2VitAttention, BlipTextSelfAttention: TextAttention,
+    BlipMLP: BlipVitMLP, Blip2MLP: Blip2VitMLP, nn.Linear: QuickLinear,
+}  # fmt: skip
+
+
+def fast(model: nn.Module, on: bool = True) -> None:
+    """Switch the attentions, MLPs and linears of a model to their fast kinds, or back to transformers' own. Twice is once.
+
+    Only the class of a module changes, so that weights, hooks, names, copies and pickles stay what they are. A kind that
+    was not written for the installed library stays as it is; this is printed once.
+    """
+    change = KINDS if on else {quick: plain for plain, quick in KINDS.items()}
+    found: dict[type[nn.Module], list[nn.Module]] = {}
+    for module in model.modules():
+        if type(module) in change:
+            found.setdefault(type(module), []).append(module)
+    for kind, modules in found.items():
+        if not on or fits_library(change[kind], kind):
+            for module in modules:
+                module.__class__ = change[kind]

@@ -1,0 +1,171 @@
+"""Attention of BLIP's text models: the fused kernel, and keys of an image computed once, however many rows read it.
+
+transformers' `generate` repeats the states of an image for each beam, computes their keys and values for all of them,
+and moves these about after every token. Inside `reading`, a decoder computes them once an image, and its beams are
+further queries to them.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+from lora_blip.kernels.linear import PLAIN_LINEARS, PLAIN_TENSORS
+from lora_blip.kernels.plain import is_plain, wants_attentions
+from lora_blip.kernels.sdpa import attend
+from lora_blip.kernels.signatures import unknown
+
+CACHE = ("past_key_values", "cache")  # names of one argument: up to transformers 5.23, and from 5.24 on
+
+
+class ImageStates:
+    """What the cross-attention of one layer reads of each image, its keys and values computed at the first look."""
+
+    def __init__(self, states: Tensor, mask: Tensor | None) -> None:
+        self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def each(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Return the states and the mask of so many rows, those of an image side by side, as transformers reads them."""
+        count = rows // len(self.states)
+        return self.states.repeat_interleave(count, 0), None if self.mask is None else self.mask.repeat_interleave(count, 0)
+
+    def attended(self, layer: "TextAttention", queries: Tensor) -> Tensor:
+        """queries (rows, tokens, width), the rows of an image side by side → what they read (rows, tokens, width)."""
+        if self.pair is None:
+            k, v = (layer.by_heads(project(self.states)).contiguous() for project in (layer.key, layer.value))
+            self.pair = k, v
+        together = queries.reshape(len(self.states), -1, queries.shape[-1])  # all tokens of all rows of an image
+        return attend(layer.by_heads(together), *self.pair, self.mask).transpose(1, 2).reshape(queries.shape)
+
+
+class Reading(threading.local):
+    """What each layer reads inside of `reading`, by its id: of each thread its own, since all may use one model at a time."""
+
+    def __init__(self) -> None:
+        self.sources: dict[int, ImageStates] = {}
+
+
+NOW = Reading()
+
+
+class TextAttention(BlipTextSelfAttention):
+    """BlipTextSelfAttention with the same weights, each called once; its second output, the probabilities, is None.
+
+    A caller who asks for the probabilities, or passes an argument that is not known here, gets transformers' own method.
+    """
+
+    WRITTEN_FOR = tuple(
+        "(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, "
+        f"{cache}=None, **kwargs)" for cache in CACHE
+    )  # fmt: skip
+
+    def forward(  # type: ignore[override]  # `cache` has another name up to transformers 5.23
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """hidden_states (rows, tokens, width) → the same shape. Masks are added to the scores (rows, 1, tokens, keys)."""
+        crosses, source = encoder_hidden_states is not None, NOW.sources.get(id(self))
+        if encoder_hidden_states is not None and source is None and not encoder_hidden_states.shape[1]:
+            raise RuntimeError(
+                "nothing to read: a decoder is called, or computes again, outside of its `reading`, or its thread"
+            )
+        drops = self.training and self.dropout.p  # never in a backbone that is loaded here
+        if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, CACHE[0]):
+            if crosses and source:
+                encoder_hidden_states, encoder_attention_mask = source.each(len(hidden_states))
+            cached = () if cache is None else (cache,)  # by place, since its name depends on the version
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *cached, **kwargs
+            )
+        cache = kwargs.get(CACHE[0]) if cache is None else cache
+        queries = self.query(hidden_states)
+        if crosses and source:
+            return source.attended(self, queries), None
+        mask = encoder_attention_mask if crosses else attention_mask
+        if encoder_hidden_states is not None and cache is None and self._few(queries, encoder_hidden_states):
+            return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None
+        k, v = self._keys_and_values(hidden_states, encoder_hidden_states, cache)
+        return attend(self.by_heads(queries), k, v, mask).transpose(1, 2).flatten(2), None
+
+    def _keys_and_values(self, own: Tensor, encoder: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+        """(rows, heads, keys, d) each; those of earlier tokens and of the encoder from the cache, if there is one."""
+        states, crosses, both = own if encoder is None else encoder, encoder is not None, cache
+        if isinstance(both, EncoderDecoderCache):
+            if crosses and both.is_updated.get(self.layer_idx):
+                kept = both.cross_attention_cache.layers[self.layer_idx]
+                return kept.keys, kept.values
+            cache = both.cross_attention_cache if crosses else both.self_attention_cache
+            if crosses:
+                both.is_updated[self.layer_idx] = True
+        k, v = self.by_heads(self.key(states)), self.by_heads(self.value(states))
+        return (k, v) if cache is None else cache.update(k, v, self.layer_idx)
+
+    def _few(self, queries: Tensor, states: Any) -> bool:
+        """Whether the queries of all heads are few beside the width of a state, and nothing hooks its projections."""
+        plain = all(
+            type(each) in PLAIN_LINEARS
+            and type(each.weight) in PLAIN_TENSORS
+            and not each._forward_hooks
+            and not each._forward_pre_hooks
+            for each in (self.key, self.value)
+        )
+        return plain and 4 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= 4 * states.shape[1]
+
+    def _absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention without keys and values, q (rows, heads, tokens, d), states (rows, n, width) → (rows, tokens, heads · d).
+
+        q · (Wₖ x + bₖ) = (Wₖᵀ q) · x + a number that the softmax does not see; Σ pᵢ (Wᵥ xᵢ + bᵥ) = Wᵥ Σ pᵢ xᵢ + bᵥ: a few
+        queries go through the frozen weights, and not every state of the picture.
+        """
+        heads, (rows, _, tokens, d) = self.num_attention_heads, q.shape
+        wk, wv = (each.weight.unflatten(0, (heads, d)) for each in (self.key, self.value))  # (heads, d, width)
+        far = (q * d**-0.5).transpose(0, 1).flatten(1, 2) @ wk  # (heads, rows · tokens, width)
+        scores = far.unflatten(1, (rows, tokens)).transpose(0, 1).flatten(1, 2) @ states.transpose(1, 2)
+        if mask is not None:
+            lowest = torch.finfo(scores.dtype).min
+            scores = (scores.unflatten(1, (heads, tokens)) + mask.clamp(min=lowest).to(scores.dtype)).flatten(1, 2)
+        read = scores.softmax(-1).to(states.dtype) @ states  # (rows, heads · tokens, width)
+        read = read.unflatten(1, (heads, tokens)).transpose(0, 1).flatten(1, 2) @ wv.transpose(
+            1, 2
+        )  # (heads, rows · tokens, d)
+        read = read.unflatten(1, (rows, tokens)).permute(1, 2, 0, 3).flatten(2)
+        return read if self.value.bias is None else read + self.value.bias.to(read.dtype)
+
+    def by_heads(self, states: Tensor) -> Tensor:
+        """(rows, tokens, width) → a view (rows, heads, tokens, d)."""
+        return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+
+@contextmanager
+def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int = 1) -> Iterator[dict[str, Tensor]]:
+    """Inside the block a BLIP text decoder reads `states` (images, n, width); gives the arguments to call it with.
+
+    mask: (images, n), 1 on what is there. `rows` of each image stand side by side in the decoder's input, to which
+    `generate` adds its beams by itself. Of this thread alone; a backward pass that computes activations again must be inside.
+    """
+    layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
+    fast = all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers)
+    if is_plain() or not fast:
+        named = {"encoder_hidden_states": states} | ({} if mask is None else {"encoder_attention_mask": mask})
+        yield {name: value.repeat_interleave(rows, 0) for name, value in named.items()} if rows > 1 else named
+        return
+    hidden = None
+    if mask is not None and not mask.all():
+        hidden = (1 - mask[:, None, None].to(states.dtype)) * torch.finfo(states.dtype).min
+    before = NOW.sources
+    NOW.sources = before | {id(layer): ImageStates(states, hidden) for layer in layers}
+    try:
+        yield {"encoder_hidden_states": states[:, :0].repeat_interleave(rows, 0)}  # to say that there is something to read
+    finally:
+        NOW.sources = before

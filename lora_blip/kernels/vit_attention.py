@@ -1,0 +1,139 @@
+"""Attention of BLIP's ViT that keeps no scores: 577 × 577 numbers a head are most of what a step remembers.
+
+transformers computes it by hand for BLIP, and stores every score three times for the backward pass. Here it is
+`attend`, and `by_heads` where many scores in 16 bits on a CPU would fill the memory again and again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
+
+from lora_blip.kernels.plain import is_plain, wants_attentions
+from lora_blip.kernels.sdpa import attend, by_hand
+from lora_blip.kernels.signatures import unknown
+
+LARGE = 2**22  # scores
+
+
+class VitAttention(nn.Module):
+    """What the attentions of both ViTs share, over the same weights; the probabilities, their second output, are None.
+
+    A caller who asks for the probabilities, or passes an argument that is not known here, gets transformers' own method.
+    """
+
+    WRITTEN_FOR = ("(self, hidden_states, **kwargs)",)
+    UNREAD = ("output_attentions", "output_hidden_states", "return_dict")  # arguments of the model that no attention reads
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        """hidden_states (images, states, width) → the same shape."""
+        model: Any = self
+        drops = self.training and self.drops  # never in a backbone that is loaded here
+        if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, *self.UNREAD):
+            return super().forward(hidden_states, **kwargs)
+        qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
+        large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and by_hand(qkv)
+        return model.projection((by_heads if large else whole)(qkv, model.num_heads)), None
+
+    @property
+    def drops(self) -> bool:
+        """Whether probabilities are dropped in training."""
+        raise NotImplementedError
+
+
+class BlipVitAttention(VitAttention, BlipAttention):
+    @property
+    def drops(self) -> bool:
+        return self.dropout.p > 0
+
+
+class Blip2VitAttention(VitAttention, Blip2Attention):
+    @property
+    def drops(self) -> bool:
+        return self.attention_dropout > 0
+
+
+def whole(qkv: Tensor, heads: int) -> Tensor:
+    """softmax(q kᵀ / √d) v of each head: (images, states, 3 · width) → (images, states, width)."""
+    return attend(*apart(qkv, heads).unbind(0)).transpose(1, 2).flatten(2)
+
+
+def apart(qkv: Tensor, heads: int) -> Tensor:
+    """(images, states, 3 · width) → a view (3, images, heads, states, width / heads)."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def by_heads(qkv: Tensor, heads: int) -> Tensor:
+    """The same, as many heads at a time as there are threads, so that what one step makes is in the cache for the next.
+
+    Keeps the probabilities, once, in 16 bits. An operator of its own, which torch.compile calls and does not look into.
+    """
+    return by_heads_forward(qkv, heads, torch.is_grad_enabled() and qkv.requires_grad)[0]
+
+
+@torch.library.custom_op("lora_blip::by_heads", mutates_args=())
+def by_heads_forward(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """(images, states, 3 · width) → the same and, to keep, the probabilities (images, heads, states, states) or nothing."""
+    (q, k, v), context = scaled(qkv, heads), qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    out = context.unflatten(-1, (heads, -1)).transpose(1, 2)  # (images, heads, states, d)
+    kept = q.new_empty(*q.shape[:3], q.shape[2]) if keep else q.new_empty(0)
+    with torch.autocast("cpu", enabled=False):
+        for part in parts(q):
+            p = torch.softmax(q[part] @ k[part].transpose(1, 2), -1, out=kept[part] if keep else None)
+            out[part] = p @ v[part]
+    return context, kept
+
+
+@torch.library.custom_op("lora_blip::by_heads_backward", mutates_args=())
+def by_heads_backward(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:
+    q, k, v = scaled(qkv, heads)
+    d_out = d_context.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+    d_qkv = torch.empty_like(qkv)
+    dq, dk, dv = apart(d_qkv, heads).unbind(0)
+    for part in parts(q):
+        p = kept[part]
+        dv[part] = (d_out[part].transpose(1, 2) @ p).transpose(1, 2)  # so that the small factor is the one turned
+        ds = torch._softmax_backward_data(d_out[part] @ v[part].transpose(1, 2), p, -1, p.dtype)
+        dk[part] = (q[part].transpose(1, 2) @ ds).transpose(1, 2)
+        dq[part] = ds @ k[part]
+    dq *= q.shape[-1] ** -0.5
+    return d_qkv
+
+
+@by_heads_forward.register_fake
+def _(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
+    images, states, width = qkv.shape
+    return qkv.new_empty(images, states, width // 3), qkv.new_empty((images, heads, states, states) if keep else 0)
+
+
+@by_heads_backward.register_fake
+def _(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(qkv)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # else the probabilities, which nobody differentiates, get zeros for a gradient
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.heads = inputs[1]
+
+
+def _gradient(ctx: Any, d_context: Tensor | None, _d_kept: None) -> tuple[Tensor | None, None, None]:
+    return None if d_context is None else by_heads_backward(d_context, *ctx.saved_tensors, ctx.heads), None, None
+
+
+by_heads_forward.register_autograd(_gradient, setup_context=_keep)
+
+
+def scaled(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q / √d, k and v, each (images, heads, states, d) and contiguous."""
+    q, k, v = apart(qkv, heads).unbind(0)
+    return (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
+
+
+def parts(q: Tensor) -> list[tuple[int, slice]]:
+    """(image, heads) of one part after another."""
+    images, heads = q.shape[:2]
+    size = min(heads, torch.get_num_threads())
+    return [(image, slice(first, first + size)) for image in range(images) for first in range(0, heads, size)]

@@ -1,0 +1,138 @@
+"""Which adapters are on which linears of a model, and how one is attached.
+
+The state of a model's adapters is on its linears: `linear.lora` is an `AdapterStack`, and the hooks are module-level
+functions, so a deepcopy or a pickle of the model keeps them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_blip.errors import LoRAError
+from lora_blip.lora.call_batch import forget_batch, note_batch
+from lora_blip.lora.dispatch import dispatching_hook
+from lora_blip.lora.fused import PendingInput, fused_pre_hook
+from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook, name_of
+from lora_blip.lora.routing_state import AdapterRouting
+from lora_blip.lora.save_guard import unguard
+from lora_blip.lora.sites import Site
+
+FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
+
+
+def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:
+    """Return {address: LoRA} of the adapter `name`, in the model's order; {} if the model does not have it."""
+    return {lora.site.address: lora for owner, lora in every_adapter(model) if owner == name}
+
+
+def names(model: nn.Module) -> list[str]:
+    """Return the names of the adapters on a model."""
+    return list(dict.fromkeys(owner for owner, _ in every_adapter(model)))
+
+
+def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
+    """Return the addresses whose linear is not called while `forward` runs: an adapter on it would do nothing."""
+    called: set[int] = set()
+
+    def note(linear: nn.Module, _args: object, _output: object) -> None:
+        called.add(id(linear))
+
+    linears = adapted_linears(model).values()
+    handles = [linear.register_forward_hook(note) for linear in linears]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [lora.site.address for m in linears if id(m) not in called for lora in m.lora.values()]
+
+
+def fast(model: nn.Module, on: bool = True) -> None:
+    """Use `fused` if it gives the same update (the default). This holds for copies and for adapters that are added later."""
+    for module in model.modules():
+        vars(module).pop(FAST, None)  # of a part
+    setattr(model, FAST, on)
+    routing_of(model).fast = on
+
+
+def routing_of(model: nn.Module) -> AdapterRouting:
+    """Return the routing that all linears of a model share from now on, even if parts of the model had their own."""
+    stacks = [linear.lora for linear in adapted_linears(model).values()]
+    found = list(dict.fromkeys(each.routing for each in stacks)) or [AdapterRouting()]
+    busy = [each for each in found if each.blocks]
+    if len(busy) > 1:
+        raise LoRAError(
+            "two parts of this model are each in a block of `use_adapters` or `disable_adapters`; leave these blocks first"
+        )
+    routing = (busy or found)[0]
+    routing.fast = all(each.fast for each in found) and all(getattr(module, FAST, True) for module in model.modules())
+    routing.used, routing.made = any(each.used for each in found), any(each.made for each in found)
+    for each in stacks:
+        each.routing = routing
+    return routing
+
+
+def every_adapter(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
+    """Yield (name, LoRA) for each linear and each adapter on it."""
+    for linear in adapted_linears(model).values():
+        for key, lora in linear.lora.items():
+            yield name_of(key), lora
+
+
+def adapted_linears(model: nn.Module) -> dict[str, Any]:
+    return {path: m for path, m in model.named_modules() if has_adapters(m)}
+
+
+def has_adapters(module: nn.Module) -> bool:
+    return isinstance(module._modules.get("lora"), AdapterStack)
+
+
+def check_names(model: nn.Module, wanted: Iterable[str]) -> None:
+    """Raise LoRAError if the model does not have one of the adapters."""
+    there = names(model)
+    for name in wanted:
+        if name not in there:
+            raise LoRAError(f"the model has no adapter {name!r}; it has {', '.join(there) or 'none'}")
+
+
+def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
+    """Put an adapter on a linear, and the hooks if it is the first one."""
+    if not has_adapters(linear):
+        linear.lora = AdapterStack()
+        linear.lora.routing, linear.lora.pending = AdapterRouting(), PendingInput()
+        linear.register_forward_pre_hook(fused_pre_hook, with_kwargs=True)
+        linear.register_forward_hook(dispatching_hook, with_kwargs=True, prepend=True)  # other hooks see W + ΔW, as if merged
+    device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
+    lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
+    linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
+
+
+def detach(linear: Any) -> None:
+    """Take all adapters and our hooks off a linear."""
+    remove_hooks(linear)
+    del linear.lora
+
+
+def clear_if_bare(model: nn.Module) -> None:
+    """Remove our hooks and guards from a model that has no adapters left."""
+    if not adapted_linears(model):
+        unguard(model)
+        for module in model.modules():
+            remove_hooks(module)
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Remove our hooks. They are found by identity, not by a handle, so this works on a deepcopy and after unpickling."""
+    of: Any = module
+    for hooks, *flags in (
+        (of._forward_pre_hooks, of._forward_pre_hooks_with_kwargs),
+        (of._forward_hooks, of._forward_hooks_with_kwargs, of._forward_hooks_always_called),
+    ):
+        for number in [number for number, hook in hooks.items() if hook in OURS]:
+            for table in (hooks, *flags):
+                table.pop(number, None)
+
+
+OURS = (fused_pre_hook, dispatching_hook, lora_hook, note_batch, forget_batch)

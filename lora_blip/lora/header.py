@@ -1,0 +1,133 @@
+"""What the header of an adapter says, checked before anything believes it: the file may be a stranger's."""
+
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+from lora_blip.lora.fingerprint import is_sample
+from lora_blip.lora.sites import Site
+from lora_blip.runtime.untrusted import WITH_NAN, is_path, parsed, quoted
+
+FORMAT_VERSION = 1
+LARGEST = 8 * 2**20  # bytes; 700 adapted modules need less than one million
+LONGEST_TEXT = 10_000  # characters of a prompt or name
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is no Unicode
+BLOCK = re.compile(r"[\w-]{0,64}")
+MISSING = object()
+
+
+class HeaderError(ValueError):
+    """Why a header cannot be used, and what to do."""
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT and not CONTROL.search(value)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def number(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and least <= value <= most
+
+
+KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {  # all that is used of a header, an object before what is in it
+    "": (is_object, "an object"),
+    "format_version": (whole(1, 2**31), "a number from 1"),
+    "lora": (is_object, "an object"),
+    "lora.modules": (lambda value: is_object(value) and bool(value), "an object with a module at least"),
+    "lora.dropout": (number(0, 0.999_999), "a share from 0 to below 1"),
+    "base": (is_object, "an object"),
+    "base.name": (is_path, "a name or path"),
+    "base.samples": (is_object, "an object"),
+    "base.image_size": (whole(1, 4096), "a number from 1 to 4096"),
+    "task": (is_object, "an object"),
+    "task.name": (is_text, "a text"),
+    "task.prompt": (is_text, "a text"),
+    "task.generation": (is_object, "an object"),
+    "task.generation.max_new_tokens": (whole(1, 2**31), "a number from 1"),
+    "task.generation.num_beams": (whole(1, 1024), "a number from 1 to 1024"),
+    "task.generation.do_sample": (is_flag, "true or false"),
+    "task.temperature": (number(1e-6, 1e6), "a number from 0.000001 to 1000000"),
+    "training": (is_object, "an object"),
+    "training.steps": (whole(0, 2**63), "a number"),
+    "training.finished": (is_flag, "true or false"),
+    "training.settings": (is_object, "an object"),
+    "training.settings.annotations": (is_path, "a path"),
+    "training.settings.image_root": (is_path, "a path"),
+    "merge_drift": (is_object, "an object"),
+}
+NEEDED = ("", "format_version", "lora", "lora.modules", "base", "base.name", "base.samples", "task")
+
+
+def about_of(text: str) -> dict[str, Any]:
+    """The header as an object of which every part that is used has its type. HeaderError names the part that has not."""
+    try:
+        about = parsed(text, WITH_NAN)  # a loss that was NaN is noted as such
+    except ValueError as error:
+        raise HeaderError(f"its header cannot be understood ({error}); copy the file again, or train it again") from None
+    version = about.get("format_version") if is_object(about) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise HeaderError(f"of format {quoted(version)}, and this lora_blip knows up to {FORMAT_VERSION}; upgrade lora_blip")
+    for place, (fits, expected) in KNOWN.items():
+        value = _at(about, place)
+        if value is MISSING and place not in NEEDED:
+            continue
+        if not fits(value):
+            found = "missing" if value is MISSING else quoted(value)
+            raise HeaderError(
+                f"its header cannot be understood ({place or 'it'} is {found}, expected {expected}); "
+                "copy the file again, or train it again"
+            )
+    samples, modules = about["base"]["samples"], about["lora"]["modules"]
+    wrong = [path for path, sample in samples.items() if not is_sample(sample)]
+    wrong += [address for address, entry in modules.items() if not _is_sampled(entry, samples)]
+    if wrong:
+        raise HeaderError(f"its header cannot be understood (what it says of {quoted(wrong[0])}); train the adapter again")
+    return about
+
+
+def _is_sampled(entry: Any, samples: dict[str, Any]) -> bool:
+    return is_object(entry) and isinstance(entry.get("module"), str) and entry["module"] in samples
+
+
+def _at(about: Any, place: str) -> Any:
+    for key in filter(None, place.split(".")):
+        if not isinstance(about, dict) or key not in about:
+            return MISSING
+        about = about[key]
+    return about
+
+
+def sites_of(about: dict[str, Any]) -> list[Site]:
+    """The places that the header has adapters for. HeaderError names an entry that is none."""
+    return [_site(address, entry) for address, entry in about["lora"]["modules"].items()]
+
+
+def _site(address: str, entry: dict[str, Any]) -> Site:
+    r, alpha, block, rows = map(entry.get, ("r", "alpha", "block", "rows"))
+    sound = whole(1, 2**31)(r) and number(0, 1e300)(alpha) and alpha != 0
+    sound = sound and (rows is None) is (block is None) and (rows is None or _is_block(block, rows))
+    if not sound:
+        raise HeaderError(f"the header's entry for {quoted(address)} cannot be understood; train the adapter again")
+    site = Site(entry["module"], cast(int, r), float(cast(float, alpha)), block or "", tuple(rows) if rows else None)
+    if site.address != address:
+        told = f"the header's entry for {quoted(address)} speaks of {quoted(site.address)}"
+        raise HeaderError(f"{told}; train the adapter again")
+    return site
+
+
+def _is_block(block: Any, rows: Any) -> bool:
+    """A name, and [start, stop) of a linear's output rows."""
+    if not isinstance(block, str) or not BLOCK.fullmatch(block) or not isinstance(rows, list) or len(rows) != 2:
+        return False
+    return all(map(whole(0, 2**31), rows)) and rows[0] < rows[1]

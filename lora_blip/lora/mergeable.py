@@ -1,0 +1,187 @@
+"""Whether updates can be written into the weights: `check_mergeable` looks at all linears before any weight changes."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks_with_kwargs
+
+from lora_blip.errors import LoRAError
+from lora_blip.kernels.linear import PLAIN_TENSORS, QuickLinear
+from lora_blip.lora.sites import is_quantised, refuse_meta
+
+PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)
+
+
+def check_mergeable(model: nn.Module, wanted: Mapping[str, frozenset[str]]) -> None:
+    """Raise LoRAError, naming the module, if a linear cannot take the updates of its adapters `wanted` (path → keys)."""
+    modules = dict(model.named_modules())
+    memory = _memory(modules)
+    for path, keys in wanted.items():
+        linear: Any = modules[path]
+        _check_weight(path, linear)
+        if other := _overlapping(f"{path}.weight", linear.weight, memory):
+            raise LoRAError(
+                f"{path!r} shares the memory of its weight with {other!r}: a merge would change both. "
+                "Use the adapter unmerged, or give it a weight of its own: linear.weight = nn.Parameter(linear.weight.clone())"
+            )
+        _check_sum(path, linear, keys)
+
+
+@torch.no_grad()
+def summed(linear: Any, keys: frozenset[str]) -> Tensor:
+    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W."""
+    updates, weight = linear.lora, linear.weight.detach()  # detached, not .data: autograd notices that it changes
+    start = weight if updates.original is None else updates.original
+    wide = torch.promote_types(start.dtype, torch.float32)
+    total = start.to(weight.device, wide, copy=True)
+    for lora in (updates[key] for key in sorted(keys)):
+        rows = total[lora.padding[0] : len(total) - lora.padding[1]]
+        rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)  # autocast casts no in-place operation
+    return total
+
+
+def _check_weight(path: str, linear: Any) -> None:
+    refuse_meta(path, linear)
+    if is_quantised(linear):
+        kinds = dict.fromkeys((type(linear).__name__, type(getattr(linear, "weight", None)).__name__))
+        raise LoRAError(
+            f"{path!r} is quantised ({', '.join(kinds)}): merging would round the update away; "
+            "use the adapter unmerged, or load the base in fp16, bf16 or fp32"
+        )
+    weight = linear.weight
+    if weight is not linear._parameters.get("weight") and weight is not linear._buffers.get("weight"):
+        raise LoRAError(
+            f"{path!r} computes its weight in each forward (parametrize, weight_norm, prune), so an update would be lost; use "
+            "the adapter unmerged, or first call torch.nn.utils.parametrize.remove_parametrizations(linear, 'weight')"
+        )
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise LoRAError(f"{path!r} was created in torch.inference_mode and cannot be changed; load the base outside of it")
+    if _overlaps_itself(weight):
+        raise LoRAError(
+            f"{path!r} has an expanded weight, whose rows share memory; give it a weight of its own: "
+            "linear.weight = nn.Parameter(linear.weight.clone())"
+        )
+    _check_forward(path, linear)
+    _check_hooks(path, linear)
+
+
+@torch.no_grad()
+def _check_forward(path: str, linear: Any) -> None:
+    """Raise LoRAError if a linear computes something other than W x + b, for example scales it or rounds W.
+
+    The hook adds ΔW x to what the linear returns, so W + ΔW gives another result in such a linear. nn.Linear's own
+    `forward` needs no check. Another one is compared on two inputs.
+    """
+    if type(linear).forward in PLAIN_FORWARDS and "forward" not in vars(linear):
+        return
+    weight = linear.weight
+    x = _probe(linear)
+    bound = 1e-4 if weight.dtype.itemsize > 2 else 5e-2
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            found, plain = linear.forward(x), F.linear(x, weight, linear.bias)
+        equal = torch.allclose(found, plain, rtol=bound, atol=bound * _largest(plain), equal_nan=True)
+    except Exception as error:
+        raise LoRAError(f"{path!r} ({type(linear).__name__}) cannot be checked before a merge: {error}") from error
+    if not equal:
+        raise LoRAError(
+            f"{path!r} ({type(linear).__name__}) computes something other than W x + b, so a merge would change its update; "
+            "use the adapter unmerged, or leave this module out of the targets"
+        )
+
+
+@torch.no_grad()
+def _check_hooks(path: str, linear: Any) -> None:
+    """Raise LoRAError if a foreign hook that runs before ours changes the output: merged, it would change the update too."""
+    own = list(linear._forward_hooks.items())
+    ours = next((place for place, (_, hook) in enumerate(own) if getattr(hook, "__module__", "").startswith("lora_blip.")), 0)
+    earlier = [*_global_forward_hooks.items(), *own[:ours]]
+    if not earlier:
+        return
+    x = _probe(linear)
+    found = F.linear(x, linear.weight, linear.bias)
+    plain = found.clone()
+    for number, hook in earlier:
+        keywords = number in linear._forward_hooks_with_kwargs or number in _global_forward_hooks_with_kwargs
+        result = hook(linear, (x,), {}, found) if keywords else hook(linear, (x,), found)
+        found = found if result is None else result
+    if not torch.equal(found, plain):
+        raise LoRAError(
+            f"{path!r} has a forward hook that changes its output before the adapter's update is added, so a merge would give "
+            "another result; remove the hook, or use the adapter unmerged"
+        )
+
+
+def _probe(linear: Any) -> Tensor:
+    """Return two inputs, shape (2, in_features)."""
+    x = torch.linspace(-1, 1, 2 * linear.in_features, device=linear.weight.device)
+    return x.view(2, -1).to(linear.weight.dtype)
+
+
+@torch.no_grad()
+def _check_sum(path: str, linear: Any, keys: frozenset[str]) -> None:
+    """Raise LoRAError if W + Σ ΔW is not finite in the weight's dtype. A bound on its values, which is cheap, comes first."""
+    updates, weight = linear.lora, linear.weight
+    start = weight if updates.original is None else updates.original
+    largest, bound = torch.finfo(weight.dtype).max, _largest(start)
+    for lora in (updates[key] for key in keys):
+        bound += lora.scale * lora.site.r * _largest(lora.A) * _largest(lora.B)
+    if bound < largest and math.isfinite(bound):
+        return
+    if not torch.isfinite(summed(linear, keys).to(weight.dtype)).all():
+        raise LoRAError(
+            f"{path!r} would be NaN or beyond the largest {str(weight.dtype).removeprefix('torch.')}, {largest:g}, when "
+            "merged; nothing was changed. Use the adapter unmerged, load the base in bf16 or fp32, or train with a lower lr"
+        )
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one."""
+    return float(torch.stack(torch.aminmax(values.detach())).abs().max()) if values.numel() else 0.0
+
+
+# ---------------------------------------------------------------- memory that two tensors share
+
+Span = tuple[int, int, str]  # first byte, end, and the name of a tensor
+
+
+def _memory(modules: Mapping[str, nn.Module]) -> dict[int, list[Span]]:
+    """Storage → the tensors in it, over all parameters and buffers."""
+    found: dict[int, list[Span]] = {}
+    for path, module in modules.items():
+        for name, tensor in _tensors(module):
+            if type(tensor) in PLAIN_TENSORS and tensor.layout == torch.strided and tensor.data_ptr():
+                found.setdefault(tensor.untyped_storage().data_ptr(), []).append(_span(f"{path}.{name}", tensor))
+    return found
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _span(name: str, tensor: Tensor) -> Span:
+    first = tensor.data_ptr()
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else -1
+    return first, first + (last + 1) * tensor.element_size(), name
+
+
+def _overlaps_itself(weight: Tensor) -> bool:
+    """Return True if two elements may have one address, as in an expanded tensor."""
+    end = 0
+    for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and step <= end:
+            return True
+        end += (size - 1) * step
+    return False
+
+
+def _overlapping(name: str, weight: Tensor, memory: dict[int, list[Span]]) -> str:
+    first, end, _ = _span(name, weight)
+    spans = memory.get(weight.untyped_storage().data_ptr(), [])
+    return next((other for start, stop, other in spans if other != name and start < end and first < stop), "")

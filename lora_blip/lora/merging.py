@@ -1,0 +1,94 @@
+"""Write the adapters into the weights, and back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_blip.errors import LoRAError
+from lora_blip.lora.attached import adapted_linears, check_names, clear_if_bare, detach, routing_of
+from lora_blip.lora.layer import AdapterStack, name_of
+from lora_blip.lora.mergeable import check_mergeable, summed
+
+
+def merge(model: nn.Module, *names: str) -> None:
+    """Write W + Σ ΔW into the weights, over the named adapters (all, if no name is given). A second merge changes nothing.
+
+    The sum is computed in float32. The original W is kept for `restore`, and every merge starts from it. If a merge fails,
+    for example out of memory, every weight is put back. Raise LoRAError, before any weight is written, for an unknown name,
+    for a weight that cannot take the update (see `mergeable`), for a sum that is not finite, and while a thread or task is
+    inside `use_adapters` or `disable_adapters`.
+    """
+    check_names(model, names)
+    with writing(model) as hooked:
+        keys = {p: m.lora.merged | {k for k in m.lora if not names or name_of(k) in names} for p, m in hooked.items()}
+        keys = {path: some for path, some in keys.items() if some}
+        check_mergeable(model, keys)
+        fold_all(hooked, keys)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `merge`. The weights are `torch.equal` to the originals, and the hooks add the updates again."""
+    with routing_of(model).lock:
+        for linear in adapted_linears(model).values():
+            write_back(linear)
+
+
+def bake(model: nn.Module) -> None:
+    """Merge all adapters and remove them, with their hooks and the original weights.
+
+    The originals are kept in the CPU's memory until the last weight is written. If this fails, every weight is put back.
+    Raise LoRAError as `merge` does.
+    """
+    with writing(model) as hooked:
+        keys = {path: frozenset(linear.lora) for path, linear in hooked.items()}
+        check_mergeable(model, keys)
+        fold_all(hooked, keys, torch.device("cpu"))
+        for linear in hooked.values():
+            detach(linear)
+    clear_if_bare(model)
+
+
+@contextmanager
+def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Lock `use_adapters` and `disable_adapters` while weights are written. Raise LoRAError if a block is active."""
+    routing = routing_of(model)
+    with routing.lock:
+        if routing.blocks:
+            raise LoRAError(
+                "a block of `use_adapters` or `disable_adapters` is active, here or in another thread or task, and a merged "
+                "adapter acts on every row; leave that block first"
+            )
+        yield adapted_linears(model)
+
+
+def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: torch.device | None = None) -> None:
+    """Merge the adapters `keys`, {path: keys of its stack}. If one fails, put every weight back."""
+    before = {path: hooked[path].lora.merged for path in keys}
+    try:
+        for path, some in keys.items():
+            fold(hooked[path], some, keep_on)
+    except BaseException:
+        for path, some in before.items():
+            fold(hooked[path], some) if some else write_back(hooked[path])
+        raise
+
+
+@torch.no_grad()
+def fold(linear: Any, keys: frozenset[str], keep_on: torch.device | None = None) -> None:
+    """Write original + Σ ΔW of `keys` into the weight. Keep the original on a device, by default that of the weight."""
+    stack: AdapterStack = linear.lora
+    if stack.original is None:
+        stack.original = linear.weight.detach().to(device=keep_on, copy=True)
+    linear.weight.copy_(summed(linear, keys))
+    stack.merged = frozenset(keys)
+
+
+@torch.no_grad()
+def write_back(linear: Any) -> None:
+    """Put the original weight back, if an adapter is merged."""
+    if linear.lora.original is not None:
+        linear.weight.copy_(linear.lora.original)
+    linear.lora.original, linear.lora.merged = None, frozenset()

@@ -1,0 +1,93 @@
+"""Choose which adapter acts: one alone, one for each row of a batch, or none.
+
+`use_adapters` and `disable_adapters` hold in the current thread or asyncio task. `checkpoint_context` repeats the choice
+while a layer is computed again in the backward pass.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_blip.errors import LoRAError
+from lora_blip.lora.attached import adapted_linears, check_names, every_adapter, has_adapters, routing_of
+from lora_blip.lora.call_batch import call_batch, watch
+from lora_blip.lora.layer import AdapterStack
+from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputing
+
+
+@contextmanager
+def use_adapters(model: nn.Module, names: str | Sequence[str | None] | None, beams: int = 1) -> Iterator[None]:
+    """Use one adapter alone inside the block, or one for each row of a batch: `["caption", "vqa", None]`.
+
+    None in a list is the base without an adapter. None instead of a list changes nothing. No weight is copied. Each row of a
+    mixed batch has the result that it has alone. Of nested blocks, the inner one counts. The block holds in the thread or
+    asyncio task that enters it, and in tasks that are started inside, so several of them can share a model. `beams` is the
+    number of beams of a search, which repeats every row. A generator must leave the block before `yield`, as with
+    torch.no_grad: otherwise it holds for the caller too. Raise LoRAError for an unknown name, for an empty list, if adapters
+    are merged, and in the forward if the batch has another number of rows.
+
+    Two mistakes cannot be detected. With `beams`, a plain forward of len(names) · beams texts is treated as a search (images
+    are checked, because a search does not repeat them). A model with time in the first dimension gives the adapters to wrong
+    rows if there are as many steps as rows, or if it flattens both. BLIP and BLIP-2 have the rows first.
+    """
+    if names is None:
+        yield
+        return
+    each = [names] if isinstance(names, str) else list(names)
+    check_names(model, [name for name in each if name is not None])
+    if not each or beams < 1:
+        raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base; beams ≥ 1")
+
+    def active(off: frozenset[str]) -> ActiveAdapters:
+        if isinstance(names, str):
+            return ActiveAdapters(off, alone=names)
+        device = next((lora.A.device for _, lora in every_adapter(model)), None)
+        rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
+        return ActiveAdapters(off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
+
+    if not isinstance(names, str):
+        watch(model, skip=has_adapters)
+    with _block(model, "chosen", active):
+        yield
+
+
+@contextmanager
+def disable_adapters(model: nn.Module, *names: str) -> Iterator[None]:
+    """Disable the named adapters inside the block (all, if no name is given), in this thread or task.
+
+    Raise LoRAError for an unknown name, and if adapters are merged.
+    """
+    check_names(model, names)
+    more = frozenset(names or (name for name, _ in every_adapter(model)))
+    routing = routing_of(model)
+    with _block(model, "disabled", lambda off: replace(routing.active, off=off | more)):
+        yield
+
+
+@contextmanager
+def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], ActiveAdapters]) -> Iterator[None]:
+    """Enter a block. `active` returns its adapters, given those that are disabled already."""
+    routing = routing_of(model)
+    with routing.lock:  # no merge in between
+        if any(linear.lora.merged for linear in adapted_linears(model).values()):
+            raise LoRAError(f"adapters are merged into the weights, so none can be {verb}; call restore(model) first")
+        block = enter(routing, active(routing.active.off))
+    try:
+        yield
+    finally:
+        leave(block)
+
+
+def checkpoint_context(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a checkpointed forward and of its recomputation, which uses the same adapters.
+
+    Use it as `torch.utils.checkpoint(…, context_fn=partial(checkpoint_context, model))`. The backward pass may run after the
+    block of `use_adapters` has ended, inside another block, or in another thread.
+    """
+    routings = {stack.routing: None for stack in model.modules() if isinstance(stack, AdapterStack)}
+    blocks = [(routing, routing.block) for routing in routings]
+    again = [(r, r.active, b.batch if b and b.again else call_batch()) for r, b in blocks]
+    return nullcontext(), recomputing(again)

@@ -1,0 +1,172 @@
+"""The state of `routing`: which adapters are active in the current thread or task, and on which rows of a batch.
+
+A block of `use_adapters` or `disable_adapters` is stored in a ContextVar, so each thread and each asyncio task has its own.
+The `AdapterRouting` of a model also keeps the set of all its blocks, because `merge` must know those of other threads.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from lora_blip.errors import LoRAError
+from lora_blip.lora.call_batch import CallBatch, call_batch
+
+
+class Everywhere(Enum):
+    """`Everywhere.ALL` means every row. torch.compile recognises an enum member as a constant."""
+
+    ALL = "all"
+
+
+ALL: Any = Everywhere.ALL
+
+
+@dataclass(frozen=True)
+class ActiveAdapters:
+    """The active adapters: not those in `off`. If `alone` is a name, only this one. If `count` > 0, each on its `rows`."""
+
+    off: frozenset[str] = frozenset()
+    alone: str = ""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0  # rows of the batch; 0: the adapters act on every row
+    beams: int = 1  # how often a beam search repeats every row
+
+    def names(self, name: str) -> bool:
+        """Return True if the block selects this adapter by its name."""
+        return name == self.alone or name in self.rows
+
+
+ALL_ACTIVE = ActiveAdapters()
+
+
+class AdapterRouting:
+    """The routing that all linears of a model share. `active` is the choice of the current thread or task."""
+
+    def __init__(self, fast: bool = True) -> None:
+        self.blocks: set[Block] = set()  # the active ones of all threads and tasks
+        self.used = False  # True once a block was entered
+        self.made = False  # True once gradients were recorded in a block
+        self.fast = fast  # True if `fused` may be used
+        self.lock = threading.RLock()  # held while a block is entered or a weight is written
+
+    def __reduce__(self) -> tuple[type, tuple[bool]]:
+        return AdapterRouting, (self.fast,)  # a copy of a model starts outside of every block
+
+    @property
+    def block(self) -> Optional["Block"]:
+        """The innermost block of this model in the current context."""
+        block = CURRENT.get() if self.used else None
+        while block is not None and (block.routing is not self or block.left):
+            block = block.outer
+        return block
+
+    @property
+    def active(self) -> ActiveAdapters:
+        block = self.block
+        return ALL_ACTIVE if block is None else block.active
+
+    @property
+    def everyone(self) -> bool:
+        """Return True if every adapter acts on every row."""
+        block = self.block
+        self._check(block)
+        return block is None or block.active is ALL_ACTIVE
+
+    def rows(self, name: str, x: Tensor) -> Any:
+        """Return the rows of x (rows, …) on which an adapter acts: ALL, a tensor of row numbers, or None for no row."""
+        block = self.block
+        self._check(block)
+        if block is None:
+            return ALL
+        active = block.active
+        if name in active.off or active.alone not in ("", name):
+            return None
+        if not active.count:
+            return ALL
+        return row_numbers(active.rows.get(name), active, x, block.batch if block.again else call_batch())
+
+    def _check(self, block: Optional["Block"]) -> None:
+        """Raise LoRAError if the active adapters are unknown while a layer is computed again."""
+        if self.made and not (block is not None and block.again) and torch._C._current_graph_task_id() >= 0:
+            raise LoRAError(
+                "a layer is computed again in the backward pass, but its active adapters are unknown; "
+                "checkpoint it with context_fn=partial(lora_blip.lora.routing.checkpoint_context, model), as "
+                "load_backbone(checkpointing=True) does"
+            )
+
+
+@dataclass(eq=False)
+class Block:
+    """A block of `use_adapters` or `disable_adapters`, or of `checkpoint_context`, which repeats an earlier one."""
+
+    routing: AdapterRouting
+    active: ActiveAdapters
+    outer: Optional["Block"]  # the block of any model around it
+    again: bool = False  # True in a recomputation, see `checkpoint_context`
+    batch: CallBatch | None = None  # of the call that is recomputed
+    left: bool = False  # True if the block ended while another block or another context was current
+
+
+CURRENT: ContextVar[Block | None] = ContextVar("lora_blip_block", default=None)
+
+
+def row_numbers(rows: Tensor | None, active: ActiveAdapters, x: Tensor, batch: CallBatch | None = None) -> Tensor | None:
+    """Return the numbers of an adapter's rows in the first dimension of x (rows, …), or None if it has none.
+
+    A beam search repeats every row next to itself, but not the images. A matrix (rows · tokens, width) contains the tokens of
+    a row next to each other if `batch`, that of the model's call, has fewer rows. Raise LoRAError for another batch size.
+    """
+    if x.ndim < 2:
+        raise LoRAError(
+            "adapters were chosen for each row of a batch, but the input is a vector without a batch dimension; give x[None]"
+        )
+    size, beams = x.shape[0], 1 if batch is not None and batch.images else active.beams
+    sizes = (active.count, active.count * beams)
+    flattened = batch is not None and batch.size > 0 and x.ndim == 2 and size % batch.size == 0
+    known = batch is None or batch.size in sizes
+    if not known or not (size in sizes or flattened):
+        found = size if batch is None or known else batch.size
+        raise LoRAError(f"a batch has {found} rows, but adapters were chosen for {active.count}; name one for every row")
+    if rows is None:
+        return None
+    repeats = size // active.count
+    return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
+
+
+def enter(routing: AdapterRouting, active: ActiveAdapters, again: bool = False, batch: CallBatch | None = None) -> Block:
+    """Start a block in this thread or task."""
+    block = Block(routing, active, CURRENT.get(), again, batch)
+    with routing.lock:
+        routing.blocks.add(block)
+    routing.used = True
+    routing.made = routing.made or (torch.is_grad_enabled() and not again)
+    CURRENT.set(block)
+    return block
+
+
+def leave(block: Block) -> None:
+    """End a block. Blocks may end in any order and in any thread."""
+    with block.routing.lock:
+        block.routing.blocks.discard(block)
+    if CURRENT.get() is block:
+        CURRENT.set(block.outer)
+    else:
+        block.left = True
+
+
+@contextmanager
+def recomputing(blocks: list[tuple[AdapterRouting, ActiveAdapters, CallBatch | None]]) -> Iterator[None]:
+    """Repeat the blocks in which a layer was first computed, also in another thread."""
+    entered = [enter(routing, active, again=True, batch=batch) for routing, active, batch in blocks]
+    try:
+        yield
+    finally:
+        for block in reversed(entered):
+            leave(block)

@@ -1,0 +1,59 @@
+"""Refuse `save_pretrained` while adapters are unmerged: the folder would load as the base, and nothing would say so.
+
+`state_dict()` stays free, so that training loops can keep adapters in their own checkpoints.
+"""
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from lora_blip.errors import LoRAError
+
+NAME = "save_pretrained"
+
+
+class SaveGuard:
+    """Replaces `save_pretrained` of a model that may have adapters. A class, not a closure, so that copies have their own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for path, module in self.model.named_modules():
+            unmerged = getattr(module._modules.get("lora"), "unmerged", ())
+            if unmerged:
+                refuse(unmerged, path)
+        return getattr(type(self.model), NAME)(self.model, *args, **kwargs)
+
+
+def guard(model: nn.Module) -> None:
+    """Put a guard on every module of the model that has `save_pretrained`."""
+    for module in model.modules():
+        if hasattr(type(module), NAME) and NAME not in vars(module):
+            vars(module)[NAME] = SaveGuard(module)
+
+
+def unguard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(vars(module).get(NAME), SaveGuard):
+            del vars(module)[NAME]
+
+
+def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
+    """Raise LoRAError if a `save_pretrained` is among the callers: of a model around the one that has the guard."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == NAME:
+            refuse(unmerged)
+        frame = frame.f_back
+
+
+def refuse(unmerged: list[str], path: str = "") -> None:
+    where = f" on {path!r}" if path else ""
+    raise LoRAError(
+        f"save_pretrained would write the adapter {unmerged[0]!r}{where} beside the base's weights, and a model that is "
+        "loaded from there ignores it. Call lora_blip.merge(model) first, or save the adapter alone: "
+        "lora_blip.save_adapter(path, model)"
+    )

@@ -1,0 +1,167 @@
+"""Which linears get an adapter: presets, exact names, regexes, layer ranges, and r or alpha of their own.
+
+vit                     every linear of the ViT's blocks
+vit.q, vit.v            row blocks of its fused qkv
+text.cross              a part of a part: see PRESETS
+vit[8:12]               blocks 8 to 11
+qformer:r=4:alpha=8     with its own rank and alpha
+.*\\.mlp\\.fc1            a regex over the whole module path
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_blip.errors import TargetError
+from lora_blip.lora.attached import adapters
+from lora_blip.lora.sites import Site, is_linear, tied
+
+VIT = r"vision_model\.encoder\.layers\.\d+\."
+TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
+QFORMER = r"qformer\.encoder\.layer\.\d+\."
+LM = r"language_model\..*(?:layers|block)\.\d+\.(?:layer\.\d+\.)?"
+Q, K, V = ("q", 0), ("k", 1), ("v", 2)  # the row blocks of a fused qkv
+
+# preset → (regex over the module path, row block of a fused qkv or None)
+PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
+    "vit": (VIT + r".*", None),
+    "vit.q": (VIT + r"self_attn\.qkv", Q),
+    "vit.k": (VIT + r"self_attn\.qkv", K),
+    "vit.v": (VIT + r"self_attn\.qkv", V),
+    "vit.qkv": (VIT + r"self_attn\.qkv", None),
+    "vit.attn": (VIT + r"self_attn\..*", None),
+    "vit.mlp": (VIT + r"mlp\..*", None),
+    "text": (TEXT + r".*", None),
+    "text.q": (TEXT + r"(?:cross)?attention\.self\.query", None),
+    "text.k": (TEXT + r"(?:cross)?attention\.self\.key", None),
+    "text.v": (TEXT + r"(?:cross)?attention\.self\.value", None),
+    "text.attn": (TEXT + r"attention\..*", None),
+    "text.cross": (TEXT + r"crossattention\..*", None),
+    "text.mlp": (TEXT + r"(?:intermediate|output)\.dense", None),
+    "qformer": (QFORMER + r".*", None),
+    "qformer.q": (QFORMER + r"(?:cross)?attention\.attention\.query", None),
+    "qformer.k": (QFORMER + r"(?:cross)?attention\.attention\.key", None),
+    "qformer.v": (QFORMER + r"(?:cross)?attention\.attention\.value", None),
+    "qformer.attn": (QFORMER + r"attention\..*", None),
+    "qformer.cross": (QFORMER + r"crossattention\..*", None),
+    "qformer.mlp": (QFORMER + r"(?:intermediate|output)(?:_query)?\.dense", None),
+    "lm": (LM + r".*", None),
+    "lm.q": (LM + r"(?:self_attn\.q_proj|(?:SelfAttention|EncDecAttention)\.q)", None),
+    "lm.k": (LM + r"(?:self_attn\.k_proj|(?:SelfAttention|EncDecAttention)\.k)", None),
+    "lm.v": (LM + r"(?:self_attn\.v_proj|(?:SelfAttention|EncDecAttention)\.v)", None),
+    "lm.attn": (LM + r"(?:self_attn|SelfAttention|EncDecAttention)\..*", None),
+    "lm.mlp": (LM + r"(?:fc1|fc2|DenseReluDense\..*)", None),
+}
+PARTS = {"ViT": r"vision_model\.", "Q-Former": r"qformer\.", "text": r"text_", "language model": r"language_model\."}
+
+
+GRAMMAR = re.compile(r"(?P<body>.+?)(?:\[(?P<first>\d*):(?P<last>\d*)\])?(?P<own>(?::(?:r|alpha)=[\d.]+)*)")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A target as the user wrote it, taken apart."""
+
+    text: str
+    body: str
+    layers: range | None
+    r: int
+    alpha: float
+
+
+def parse(target: str, r: int, alpha: float) -> Pattern:
+    """`vit[8:12]:r=4` → its parts. A rank of its own without an alpha keeps alpha / r as it is for the others."""
+    match = GRAMMAR.fullmatch(target.strip())
+    if match is None:
+        raise TargetError(f"target {target!r} is empty")
+    own = dict(piece.split("=") for piece in match["own"].split(":") if piece)
+    if not own.get("r", "1").isdecimal() or int(own.get("r", 1)) < 1:
+        raise TargetError(f"target {target.strip()!r}: r is a whole number from 1 up")
+    rank = int(own.get("r", r))
+    layers = None
+    if match["first"] is not None:
+        layers = range(int(match["first"] or 0), int(match["last"] or 10_000))
+    return Pattern(target.strip(), match["body"], layers, rank, float(own.get("alpha", alpha * rank / r)))
+
+
+def find(model: nn.Module, targets: str | list[str] | tuple[str, ...], r: int = 8, alpha: float = 16.0) -> list[Site]:
+    """The sites that `targets` name, in the model's order; a later target overrides an earlier one's r and alpha.
+
+    Raises TargetError when a target matches nothing (listing what there is), when two targets ask for the
+    whole of a fused linear and for a block of it, or when one names a head that is tied.
+    """
+    chosen: dict[str, Site] = {}
+    for target in targets.split(",") if isinstance(targets, str) else targets:
+        found = _sites(model, parse(target, r, alpha))
+        if not found:
+            raise TargetError(_nothing_matched(model, target))
+        chosen.update({site.address: site for site in found})
+    doubled = {site.module for site in chosen.values() if site.block} & chosen.keys()
+    if doubled:
+        raise TargetError(f"{min(doubled)!r} is targeted whole and by a block of its rows; drop one of the two targets")
+    order = {path: number for number, (path, _) in enumerate(model.named_modules())}
+    return sorted(chosen.values(), key=lambda site: (order[site.module], site.rows or (0, 0)))
+
+
+def _sites(model: nn.Module, pattern: Pattern) -> list[Site]:
+    modules = dict(model.named_modules())
+    exact = re.escape(pattern.body) if pattern.body in modules else pattern.body
+    regex, block = PRESETS.get(pattern.body, (exact, None))
+    try:
+        compiled = re.compile(regex)
+    except re.error as error:
+        raise TargetError(f"target {pattern.text!r} is neither a preset, a module nor a regex ({error})") from None
+    is_preset = pattern.body in PRESETS
+    shared = tied(model) if is_preset else {}  # a tied head that is asked for by name is refused by `inject`
+    found = []
+    for path, module in modules.items():
+        if not is_linear(module) or path in shared or not compiled.fullmatch(path) or ".lora" in path:
+            continue
+        if pattern.layers is None or layer_number(path) in pattern.layers:
+            found.append(_site(path, module, block, pattern))
+    return found
+
+
+def _site(path: str, linear: Any, block: tuple[str, int] | None, pattern: Pattern) -> Site:
+    if block is None:
+        return Site(path, pattern.r, pattern.alpha)
+    name, index = block
+    third = linear.out_features // 3
+    return Site(path, pattern.r, pattern.alpha, name, (index * third, (index + 1) * third))
+
+
+def layer_number(path: str) -> int:
+    """The block that a module stands in: 7 for `vision_model.encoder.layers.7.mlp.fc1`, -1 outside any."""
+    match = re.search(r"(?:layers|layer|block)\.(\d+)\.", path)
+    return int(match[1]) if match else -1
+
+
+def _nothing_matched(model: nn.Module, target: str) -> str:
+    linears = [path for path, module in model.named_modules() if is_linear(module) and ".lora" not in path]
+    counts = {name: sum(bool(re.fullmatch(regex, p)) for p in linears) for name, (regex, _) in PRESETS.items()}
+    presets = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in linears)
+    listed = "\n  ".join(list(shapes)[:24])
+    return (
+        f"target {target.strip()!r} matches no linear of {type(model).__name__}; "
+        f"presets here: {presets or 'none'}\nits linears are\n  {listed}"
+    )
+
+
+def table(model: nn.Module, name: str = "default") -> str:
+    """By part: linears with an adapter, adapter parameters, and their share of the model's."""
+    found = adapters(model, name)
+    base = sum(p.numel() for n, p in model.named_parameters() if ".lora." not in f".{n}")
+    rows = []
+    for part in [*dict.fromkeys(_part(address) for address in found), "all"]:
+        mine = [lora for address, lora in found.items() if part in ("all", _part(address))]
+        size = sum(lora.A.numel() + lora.B.numel() for lora in mine)
+        rows.append((part, len({lora.site.module for lora in mine}), size))
+    lines = [f"{'part':<15}{'linears':>8}{'LoRA parameters':>17}{'of the model':>14}"]
+    return "\n".join(lines + [f"{p:<15}{n:>8}{size:>17,}{size / base:>14.2%}" for p, n, size in rows])
+
+
+def _part(address: str) -> str:
+    return next((part for part, prefix in PARTS.items() if re.match(prefix, address)), "other")

@@ -1,0 +1,268 @@
+"""What the files of a checkpoint say before anything is built from them: a folder or a hub repository may be a stranger's.
+
+transformers loads code, kernels and quantisers that a config.json names, and allocates what it describes. Here such a config
+is refused, and its sizes are compared with the shapes in the headers of the weights, which are read without the weights.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from lora_blip.errors import ModelError
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
+
+LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
+LARGEST_NUMBER = 2**20  # the largest vocabulary of a language model has a quarter of it
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+LANGUAGE_MODELS = ("opt", "t5")
+ATTENTIONS = (None, "eager", "sdpa")
+LARGEST_TOKENIZER = 2**26  # bytes of each file of the tokenizer and the processors; those of known models have 4 MB
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+# keys that make transformers load code, a kernel, a quantiser or other files
+LOADED = (
+    "quantization_config", "compression_config", "kernel_config", "use_kernels", "fusion_config", "per_layer_config",
+    "transformers_weights", "configuration_files", "distributed_config", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "custom_generate", "constraints", "force_words_ids",
+    "num_beam_groups", "penalty_alpha", "dola_layers",
+)  # fmt: skip
+# keys of a generation config that choose the next token from the logits, or that have no effect here
+GENERATION_KEYS = (
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "do_sample", "num_beams", "use_cache",
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "diversity_penalty",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "pad_token_id", "bos_token_id",
+    "eos_token_id", "decoder_start_token_id", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "low_memory", "disable_compile", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "_from_model_config", "transformers_version",
+)  # fmt: skip
+# every other key of a generation config, also of a later transformers: it stops by the clock, changes the search or the cache
+OTHER_GENERATION = frozenset(vars(GenerationConfig())) - {*GENERATION_KEYS}
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+ONES = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys that have no effect if they are 1
+HARMLESS: tuple[Any, ...] = (None, False, "", [], {})
+UNUSED = ("task_specific_params",)  # which transformers keeps and never reads
+NUMBERED = re.compile(r"(.*\.(?:layers?|block)\.)(\d+)\.")
+ADAPTERS = re.compile(r"\.(lora|lora_A|lora_B|base_layer)\.|\.lora_[AB]$")
+SPARE = 2**24  # weights that a model may have beside those of the file, as those of another task
+
+
+def check_config(source: str) -> None:
+    """Raise ModelError if a configuration file of a checkpoint is broken, too large, or loads more than weights."""
+    config = read_json(source, "config.json")
+    _check_kind(config, source)
+    _check_values(config, source, "config.json")
+    generation = read_json(source, "generation_config.json", needed=False)
+    _check_values(generation, source, "generation_config.json")
+    if _located(source, "adapter_config.json"):
+        raise ModelError(
+            f"{source!r} holds a PEFT adapter (adapter_config.json), which would be loaded into another base; give the "
+            "checkpoint that it was trained on"
+        )
+    check_tokenizer_files(source)
+
+
+def check_tokenizer_files(source: str) -> None:
+    """Raise ModelError if a file of a folder's tokenizer or processors is too large, empty, or no regular file.
+
+    transformers reads such a file as a whole. A hub name is not checked: its files are downloaded first.
+    """
+    for path in (Path(source) / file_name for file_name in TOKENIZER_FILES):
+        try:
+            if path.exists():
+                open_regular(path, LARGEST_TOKENIZER).close()
+        except OSError as error:
+            raise ModelError(
+                f"model {source!r} cannot be loaded: {path.name}: {why(error)}; copy it again from the checkpoint"
+            ) from None
+
+
+def read_json(source: str, file_name: str, needed: bool = True, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Return the JSON object of a checkpoint's file, {} if there is none. Raise ModelError if it is no such object."""
+    path = _located(source, file_name)
+    if path is None:
+        if needed:
+            raise ModelError(
+                f"model {source!r} cannot be loaded: it has no {file_name}\n"
+                "give a folder that holds config.json, or a hub name such as Salesforce/blip-image-captioning-large"
+            )
+        return {}
+    remedy = "copy it again from where the checkpoint came from"
+    try:
+        with open_regular(path, largest) as file:
+            value = parsed(file.read(largest + 1).decode("utf-8"))
+    except UnreadableError as error:
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {error}; {remedy}") from None
+    except OSError as error:
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {why(error)}; {remedy}") from None
+    except ValueError as error:
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {file_name} is no JSON ({quoted(str(error))}); {remedy}"
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name} holds {quoted(value)}, expected an object; {remedy}")
+    return value
+
+
+def _located(source: str, file_name: str) -> Path | None:
+    """Return where a checkpoint's file is, after its download if `source` is a hub name; None if there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / file_name
+        return path if path.exists() else None
+    found = cached_file(
+        source, file_name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=True
+    )
+    return Path(found) if found else None
+
+
+def _check_kind(config: Mapping[str, Any], source: str) -> None:
+    kind = config.get("model_type")
+    if kind not in ("blip", "blip-2"):
+        code = "; its own Python code is never run" if config.get("auto_map") else ""
+        raise ModelError(f"{source!r} is a {quoted(kind)} model; lora_blip trains BLIP ('blip') and BLIP-2 ('blip-2'){code}")
+    for part in ("vision_config", "text_config", "qformer_config"):
+        if not isinstance(config.get(part, {}), dict | None):
+            raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object")
+    language = (config.get("text_config") or {}).get("model_type", "opt")
+    if kind == "blip-2" and language not in LANGUAGE_MODELS:
+        raise ModelError(
+            f"{source!r} has a {quoted(language)} language model; lora_blip trains BLIP-2 with {' or '.join(LANGUAGE_MODELS)}"
+        )
+
+
+def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> None:
+    for place, key, value in _entries(config):
+        where = f"{file_name} of {source!r}: {quoted(place)[1:-1]} is {quoted(value)}"
+        if key in ATTENTION_KEYS and not (value is None or (isinstance(value, str) and value in ATTENTIONS)):
+            raise ModelError(f"{where}, which may load a kernel; remove the key")
+        default = value in HARMLESS or (key in ONES and value == 1)
+        if key in LOADED and not default:
+            raise ModelError(f"{where}, which lora_blip does not load; remove the key, or give a plain checkpoint")
+        if key in OTHER_GENERATION and not default:
+            raise ModelError(f"{where}, and lora_blip does not generate in this way; remove the key")
+        if key == "auto_map" and place != "auto_map":
+            raise ModelError(f"{where}: code of a checkpoint is never run; remove the key")
+        if isinstance(value, int) and value > LARGEST_NUMBER and not isinstance(value, bool):
+            raise ModelError(f"{where}, more than the {LARGEST_NUMBER:,} of the largest models; copy the file again")
+
+
+def _entries(config: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (path, key, value) of every entry, of entries within entries too."""
+    items = config.items() if isinstance(config, Mapping) else enumerate(config)
+    for key, value in items:
+        if key in UNUSED:
+            continue
+        path = f"{place}.{key}" if place else str(key)
+        yield path, str(key), value
+        if isinstance(value, dict | list):
+            yield from _entries(value, path)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: str) -> None:
+    """Raise ModelError if the config describes another model than the one whose weights are in the checkpoint.
+
+    The model is built without memory, on the meta device. Does nothing if there are no safetensors.
+    """
+    shapes = weight_shapes(source)
+    if not shapes:
+        return
+    _check_keys(shapes, source)
+    for part in (config, *(getattr(config, name, None) for name in ("vision_config", "text_config", "qformer_config"))):
+        for key in LAYERS:
+            layers = getattr(part, key, None)
+            if layers is not None and not 0 < layers <= len(shapes):
+                raise ModelError(
+                    f"config.json of {source!r}: {key} is {layers}, and its weights have {len(shapes)} tensors in all; {AGAIN}"
+                )
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            skeleton = kind(config).state_dict()
+    except Exception as error:  # sizes that do not fit each other, in a library that does not check them
+        message = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"config.json of {source!r} describes no model ({type(error).__name__}: {quoted(message)}); {AGAIN}"
+        ) from None
+    for name, tensor in skeleton.items():
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise ModelError(
+                f"{source!r}: {name} is {tuple(tensor.shape)} by its config.json, and {shapes[name]} in its weights; {AGAIN}"
+            )
+    _check_layers(skeleton, shapes, source)
+    count = sum(map(math.prod, shapes.values()))
+    absent = sum(tensor.numel() for name, tensor in skeleton.items() if name not in shapes)
+    if absent > count + SPARE:
+        raise ModelError(
+            f"{source!r}: its config.json describes {absent:,} weights that are not in its files, which have {count:,}; {AGAIN}"
+        )
+
+
+AGAIN = "copy config.json and the weights again from one checkpoint"
+
+
+def weight_shapes(source: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a checkpoint's safetensors, from their headers; {} if there are none."""
+    files = []
+    if path := _located(source, "model.safetensors"):
+        files = [path]
+    elif _located(source, "model.safetensors.index.json"):
+        index = read_json(source, "model.safetensors.index.json", largest=LARGEST_INDEX).get("weight_map")
+        names = set(index.values()) if isinstance(index, dict) and all(map(_is_plain, index.values())) else set()
+        if not names:
+            raise ModelError(f"model.safetensors.index.json of {source!r} names no files; copy it again")
+        found = {name: _located(source, name) for name in names}
+        if missing := sorted(name for name, path in found.items() if path is None):
+            raise ModelError(f"the weights of {source!r} lack {quoted(missing[0])}; download the checkpoint again")
+        files = [path for path in found.values() if path]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with open_regular(path), safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"the weights of {source!r} cannot be loaded: {quoted(path.name)}: {quoted(str(error))}; download the "
+                "checkpoint again"
+            ) from None
+    return shapes
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
+
+
+def _check_keys(shapes: Mapping[str, Any], source: str) -> None:
+    found = [name for name in shapes if ADAPTERS.search(name)]
+    if found:
+        raise ModelError(
+            f"{source!r} was saved from a model with adapters on it ({quoted(found[0])}): its captions would be the base's. "
+            "Call lora_blip.bake(model) before model.save_pretrained(…); or load the base, and the adapter from its own file"
+        )
+
+
+def _check_layers(skeleton: Mapping[str, Any], shapes: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError if the weights have more layers of a list than the config, which would be left out."""
+    described: dict[str, int] = {}
+    for match in filter(None, map(NUMBERED.match, skeleton)):
+        described[match[1]] = max(described.get(match[1], 0), int(match[2]) + 1)
+    for name in shapes:
+        numbered = NUMBERED.match(name)
+        if numbered and int(numbered[2]) >= described.get(numbered[1], 2**63):
+            raise ModelError(
+                f"{source!r}: its weights hold {quoted(name)}, and by its config.json there are {described[numbered[1]]} such "
+                f"layers; {AGAIN}"
+            )

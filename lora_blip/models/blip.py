@@ -1,0 +1,133 @@
+"""BLIP's language side: a text decoder that reads the picture, and for questions an encoder before it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_blip.kernels.linear import as_autocast
+from lora_blip.kernels.text_attention import reading
+from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
+from lora_blip.models.library import call
+from lora_blip.models.loading import Backbone
+from lora_blip.models.packing import Packed, pack
+from lora_blip.models.token_rows import Rows, plain_ids
+
+
+class BlipLanguage(DecoderLanguage):
+    """BLIP's text decoder: [DEC] prompt text [SEP]."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.model, self.tokenizer = backbone.model, backbone.tokenizer
+        text = backbone.model.config.text_config
+        self.first, self.end, self.pad_id = text.bos_token_id, text.sep_token_id, text.pad_token_id
+        self.longest = text.max_position_embeddings
+
+    def start(self, prompt: str) -> list[int]:
+        return [self.first, *plain_ids(self.tokenizer, prompt)]
+
+    def after(self, states: Tensor) -> Tensor:
+        return states
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.text_decoder.cls.predictions.decoder
+
+    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+        return pack(rows.input_ids, rows, picture)
+
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
+        return self.decoded_packed(packed, encoder_hidden_states=as_autocast(seen))  # not once a layer
+
+    def decoded_packed(self, packed: Packed, **source: Tensor) -> Tensor:
+        decoder = self.model.text_decoder
+        states = call(
+            decoder.bert, input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask(decoder.dtype),
+            is_decoder=True, use_cache=False, **source,
+        ).last_hidden_state  # fmt: skip
+        return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.places])
+
+    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
+        return self.decoded(rows, encoder_hidden_states=rows.each(seen))
+
+    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+        with reading(self.model.text_decoder, seen, rows=len(rows.input_ids)) as source:
+            return self.decoded(rows, **source)
+
+    def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
+        decoder = self.model.text_decoder
+        return call(
+            decoder, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
+        ).logits  # fmt: skip
+
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        with reading(self.model.text_decoder, seen) as source:
+            made = self.model.text_decoder.generate(
+                input_ids=ids, attention_mask=mask, eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings
+            )
+        return made[:, ids.shape[1] :]
+
+
+class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
+    """BLIP for questions: an encoder reads [CLS] question [SEP] over the image, a decoder answers [DEC] answer [SEP].
+
+    transformers feeds its labels to the decoder unshifted, and lets it attend to the padding of ragged
+    questions; here the decoder's input and the targets are apart, and `mend` sees to the other.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        mend(self.model.text_decoder)
+
+    def start(self, prompt: str) -> list[int]:
+        return [self.tokenizer.cls_token_id, *plain_ids(self.tokenizer, prompt), self.tokenizer.sep_token_id]
+
+    def read(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The question, read over the image: (images, tokens, width)."""
+        encoder = self.model.text_encoder
+        return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+
+    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+        assert rows.decoder_input_ids is not None
+        return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question
+
+    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        read = self.read(each(as_autocast(seen)), rows.input_ids, rows.attention_mask)
+        return self.decoded_packed(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
+
+    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
+        read, mask = self.read(seen, rows.input_ids, rows.attention_mask), rows.attention_mask
+        return self.decoded(rows, encoder_hidden_states=rows.each(read), encoder_attention_mask=rows.each(mask))
+
+    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+        read = self.read(seen, rows.input_ids, rows.attention_mask)
+        with reading(self.model.text_decoder, read, rows.attention_mask, len(rows.targets)) as source:
+            return self.decoded(rows, **source)
+
+    def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
+        # an answer's padding stands behind it, where a causal decoder never looks
+        return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
+
+    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        with reading(self.model.text_decoder, self.read(seen, ids, mask), mask) as source:
+            made = self.model.text_decoder.generate(
+                input_ids=torch.full((len(ids), 1), self.first, device=ids.device),
+                eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings,
+            )  # fmt: skip
+        return made[:, 1:]
+
+
+def mend(decoder: Any) -> None:
+    """Let the cross-attention of a BLIP text decoder heed the mask of what it reads. Repeating a call changes nothing."""
+    for layer in decoder.bert.encoder.layer:
+        attention = layer.crossattention.self
+        if hand_over_mask not in attention._forward_pre_hooks.values():
+            attention.register_forward_pre_hook(hand_over_mask, with_kwargs=True)
+
+
+def hand_over_mask(_attention: nn.Module, args: tuple[Any, ...], given: Named) -> tuple[tuple[Any, ...], Named]:
+    """BLIP's cross-attention gets the mask of what it reads as `attention_mask`, and looks for it under another name."""
+    if given.get("encoder_attention_mask") is None:
+        given = given | {"encoder_attention_mask": given.get("attention_mask")}
+    return args, given

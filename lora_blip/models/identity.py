@@ -1,0 +1,36 @@
+"""Digests of a base: two equal digests mean the same weights, or the same way from images and texts to tensors."""
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from lora_blip.lora.fingerprint import settings_of
+from lora_blip.models.loading import Backbone
+
+SAMPLES = 16  # values of each weight, evenly spaced
+
+
+def processors_digest(backbone: Backbone) -> str:
+    """SHA-256 of how pictures become pixels and texts become tokens, and of the model's own settings."""
+    pieces = [
+        settings_of(backbone.model.config),
+        settings_of(backbone.image_processor),
+        backbone.tokenizer.get_vocab(),
+    ]
+    return hashlib.sha256(json.dumps(pieces, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes, dtypes, SAMPLES values, and the exclusive or of all values, of all that is frozen."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        flat = parameter.detach().flatten()
+        where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        values = flat[where.to(flat.device)].double().tolist()
+        whole = torch.hash_tensor(flat.cpu() if flat.device.type == "mps" else flat).tolist() if len(flat) else 0
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), values, whole]).encode())
+    return digest.hexdigest()

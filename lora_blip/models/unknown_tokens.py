@@ -1,0 +1,56 @@
+"""Tokens that a tokenizer does not know: they are lost from a text, so their share is reported before the first step."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from lora_blip.runtime.untrusted import quoted
+
+SHOWN = 3  # texts named in a report
+REMEDY = "a byte-level tokenizer represents every text, such as that of Salesforce/blip2-opt-2.7b"
+
+
+class UnknownTokens:
+    """The texts in which a tokenizer found unknown tokens. A byte-level tokenizer finds none."""
+
+    def __init__(self, tokenizer: Any, special: set[Any]) -> None:
+        self.tokenizer = tokenizer
+        self.id = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id  # OPT's is its end token
+        self.counts: dict[str, tuple[int, int]] = {}  # text → its unknown tokens and all of its tokens
+
+    def note(self, ids: dict[str, list[int]]) -> None:
+        """Remember which of some texts, given with their ids, have unknown tokens."""
+        if self.id is not None:
+            self.counts |= {text: (row.count(self.id), len(row)) for text, row in ids.items() if self.id in row}
+
+    def nothing_left(self, ids: list[int]) -> bool:
+        """Return True if ids decode to nothing without the unknown ones. T5 keeps its mark of a space before them."""
+        known = [i for i in ids if i != self.id]
+        return not known or (len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip())
+
+    def report(self, lines: Iterable[tuple[int, Iterable[str]]], what: str = "line") -> str:
+        """Return the share of unknown tokens in (line number, texts), with examples and the fix; "" if there are none.
+
+        The number is 0 for a text that is on no line. Only texts that `note` was given are counted.
+        """
+        if not self.counts:
+            return ""
+        found: list[tuple[int, list[str]]] = []
+        total = 0
+        for line, texts in lines:
+            total += 1
+            if some := [text for text in dict.fromkeys(texts) if text in self.counts]:
+                found.append((line, some))
+        if not found:
+            return ""
+        counts = [self.counts[text] for text in chain.from_iterable(some for _, some in found)]
+        unknown, tokens = (sum(column) for column in zip(*counts, strict=True))
+        shown = [f"{what} {line}: {quoted(some[0])}" if line else quoted(some[0]) for line, some in found[:SHOWN]]
+        return "\n  ".join(
+            [
+                f"warning: {len(found):,} of {total:,} {what}{'s' * (total != 1)} ({len(found) / total:.1%}) contain tokens "
+                f"that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) are lost:",
+                *shown,
+                REMEDY,
+            ]
+        )

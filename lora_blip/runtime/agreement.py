@@ -1,0 +1,42 @@
+"""Compare two runs, or the processes of one: the same settings, data, weights and versions."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import PIL
+import transformers
+
+from lora_blip.runtime.distributed import Ranks
+from lora_blip.version import __version__
+
+ADDED = {"image_size": 0}  # settings that older runs do not have, with the values that they used
+DIGESTS = ("lines", "weights", "processors")  # endings of names whose value is a digest, which says nothing to a reader
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what has changed since an earlier run, in words."""
+    then = ADDED | then
+    return [
+        f"{name} are not the same" if name.endswith(DIGESTS) else f"{name} was {then.get(name)!r} and is {now[name]!r}"
+        for name in now
+        if then.get(name) != now[name]
+    ]
+
+
+def require_same(ranks: Ranks, mine: dict[str, Any], verb: str = "train") -> None:
+    """Raise an error on every rank if one has other data, settings, base weights or library versions than rank 0."""
+    versions = {"Python": sys.version, "transformers": transformers.__version__, "numpy": np.__version__}
+    mine = mine | versions | {"pillow": PIL.__version__, "lora_blip": __version__}
+    every = ranks.gather(mine)
+    for rank, theirs in enumerate(every):
+        changed = [
+            f"{name} are not the same" if name.endswith(DIGESTS)
+            else f"{name} is {theirs.get(name)!r} there and {every[0].get(name)!r} in process 0"
+            for name in mine if theirs.get(name) != every[0].get(name)
+        ]  # fmt: skip
+        if changed:
+            raise ranks.error(
+                f"process {rank} would {verb} something else than process 0: {'; '.join(changed)}. Start all processes with "
+                "the same settings, files and library versions"
+            )

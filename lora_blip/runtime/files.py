@@ -1,0 +1,130 @@
+"""Files and folders that are written whole or not at all."""
+
+import csv
+import errno
+import io
+import os
+import re
+import secrets
+import shutil
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lora_blip.errors import ConfigError
+from lora_blip.runtime.untrusted import UNPRINTABLE
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
+
+# The places where a spreadsheet may see the start of a cell: of the text, of a line in it, and after a separator that some
+# countries use. Spaces and invisible characters may come before the sign.
+INVISIBLE = f"\\s\u00ad\u180e\u200b-\u200d\u2060{UNPRINTABLE}"
+START = re.compile(f"(?:^(?![;\t\n])|[;\t\n])(?=(?:(?![\t\n])[{INVISIBLE}])*(.?))")
+SIGNS = "=+-\u2212@"  # also as ＝, ﹢ or ⁻, which some programs read as the plain sign
+
+
+def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
+    """All of the file or none of it, whenever the machine stops: a temporary file, synced, then renamed.
+
+    Not `synced`, that holds for processes that are killed, and not for a power cut: for what carries a checksum.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _unfinished(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if synced:
+        sync_folder(path.parent)
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV in which no text is a formula: a spreadsheet shows an apostrophe before it, and runs nothing.
+
+    That holds if it takes semicolons or tabs for separators too: a text "a;=1" gets its apostrophe inside. Numbers stay
+    numbers. Every CSV file that is written for people comes from here.
+    """
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
+    return file.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, int | float):
+        return value
+    text = str(value).replace("\r\n", "\n").replace("\r", "\n")  # csv does not quote a carriage return, which ends a row
+    text = START.sub(lambda match: f"{match[0]}'" if _is_sign(match[1]) else match[0], text)
+    return f"'{text}" if text.startswith(("\t", "\n")) else text
+
+
+def _is_sign(character: str) -> bool:
+    return unicodedata.normalize("NFKC", character) in [*SIGNS]
+
+
+def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """All of a folder or none of it: `fill` writes into a temporary one, which is synced, then renamed.
+
+    Raises OSError (EEXIST or ENOTEMPTY) if there is a folder of that name already, which is left as it is.
+    """
+    temporary = _unfinished(folder)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in filter(Path.is_file, temporary.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        temporary.replace(folder)
+    finally:
+        remove(temporary)
+    sync_folder(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Take a folder away so that half of it is never met under its own name."""
+    if folder.exists():
+        doomed = folder if folder.name.startswith(".") else folder.replace(_unfinished(folder))
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Take away what was left unfinished in a folder by processes that are dead: nobody else may be at work in it."""
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """A name beside the path that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def put_beside(source: Path, target: Path) -> None:
+    """The same file under a second name: by a hard link where there are such, else as a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def unused_path(path: Path) -> Path:
+    """Return the path, or the same with a number if it exists, so that two runs in one second have their own names."""
+    for number in range(1, 1000):
+        name = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        if not os.path.lexists(name):
+            return name
+    raise ConfigError(f"{path} and 998 numbered names beside it exist; give another output_dir")

@@ -1,0 +1,242 @@
+"""What every task is: its own inputs, labels, loss, prediction and scores, over one backbone."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_blip.data.example import Example
+from lora_blip.data.loader import Known, Stack
+from lora_blip.errors import ConfigError
+from lora_blip.metrics.exact import exact_match
+from lora_blip.models.loading import Backbone
+from lora_blip.models.token_bounds import Bounds
+from lora_blip.models.token_rows import many_ids, plain_ids, special_ids
+from lora_blip.models.unknown_tokens import REMEDY, UnknownTokens
+from lora_blip.runtime.untrusted import quoted
+
+ONLY_UNKNOWN = f"is only unknown tokens for this model's tokenizer; {REMEDY}"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a text is written; an adapter carries the settings that it was validated with."""
+
+    max_new_tokens: int = 40
+    num_beams: int = 1
+    do_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    examples: list[Example]
+    pixel_values: Tensor  # (pictures, 3, H, W)
+    rows: Any  # the texts, as the task reads them
+    count: float  # what the summed loss is divided by over a whole step; known before anything waits for the device
+    picture: Tensor | None = None  # (examples,) which picture each is about; None: the one of its own number
+    known: Known | None = None  # of pictures that are not among the pixel values
+    packed: Any = None  # the texts once more, as they are learned fastest
+
+    @property
+    def images(self) -> int:
+        return len(self.pixel_values) + (len(self.known.places) if self.known else 0)
+
+    def each(self, of_pictures: Tensor) -> Tensor:
+        """(pictures, …) → (examples, …)"""
+        return of_pictures if self.picture is None else of_pictures[self.picture]
+
+
+class Task:
+    """A task over a backbone. Raises ConfigError for a prompt or a checkpoint that it cannot use."""
+
+    name: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]  # the checkpoints that can do it
+    such_as: ClassVar[str]  # one of them
+    together: ClassVar[bool] = True  # the lines about an image are learned at one look at it
+    score_names: ClassVar[tuple[str, ...]]  # what `scores` can give, more is better; the first picks the best adapter
+    prompt: str
+    generation: Generation
+
+    def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
+        self.backbone, self.prompt, self.generation = backbone, prompt.strip(), generation or Generation()
+        self.prefix: Any = None  # a `prefix.Prefix`, where what comes before the first adapter is kept
+        if backbone.architecture not in self.architectures:
+            raise ConfigError(
+                f"task = {self.name!r}: {backbone.name!r} is a {backbone.architecture}; "
+                f"give a checkpoint of {' or '.join(self.architectures)}, such as {self.such_as}"
+            )
+        image = getattr(backbone.model.config, "image_token_index", None)
+        self.special_ids: set[Any] = special_ids(backbone.tokenizer) | ({image} - {None})
+        self.prompt_warning = ""
+        self.expected: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
+        self.lengths: dict[str, int] = {}  # how many tokens such texts had, until `fit_generation` has used them
+
+    def require_score(self, name: str) -> None:
+        """ConfigError if validation gives no score of that name."""
+        if name not in ("auto", "loss", *self.score_names):
+            raise ConfigError(f"best_by = {name!r}: {self.name} has auto, loss, {', '.join(self.score_names)}")
+
+    # ---- training
+
+    def know(self, examples: list[Example]) -> None:
+        """All lines of the data, before any of them is learned from."""
+
+    def trim(self, example: Example) -> Example:
+        """Return the example without a prompt at the start of its texts; the same object if there is none."""
+        return example
+
+    def check(self, example: Example) -> str:
+        """Why a line cannot be learned from, or ""."""
+        raise NotImplementedError
+
+    def expect(self, examples: list[Example]) -> None:
+        """Tokenise together what `check` will ask about these lines, which takes half the time; nothing else changes."""
+        some, longest = [self.checked(example) for example in examples], self.bounds.longest_word
+        if longest:
+            some = [texts for texts in some if not (joined := "".join(texts)).isascii() or len(joined) > longest]
+        doubtful = sorted({text for texts in some for text in texts if text and not self.bounds.knows(text)})
+        self.expected = many_ids(self.backbone.tokenizer, doubtful) if doubtful else {}
+        self.unknown.note(self.expected)
+        self.lengths |= {text: len(ids) for text, ids in self.expected.items()}
+
+    def texts_in(self, example: Example) -> tuple[str, ...]:
+        """The texts of a line."""
+        return (example.text,)
+
+    def unknown_report(self, examples: list[Example]) -> str:
+        """Return the share of unknown tokens in the prompt and in lines that `expect` was given, with examples, or ""."""
+        lines = ((example.line, self.texts_in(example)) for example in examples)
+        return "\n".join(filter(None, [self.prompt_warning, self.unknown.report(lines)]))
+
+    def checked(self, example: Example) -> tuple[str, ...]:
+        """The texts that `check` may tokenise."""
+        return (example.text,)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        return Bounds(self.backbone.tokenizer, self.special_ids)
+
+    @cached_property
+    def unknown(self) -> UnknownTokens:
+        return UnknownTokens(self.backbone.tokenizer, self.special_ids)
+
+    def ids(self, text: str) -> list[int]:
+        return self.expected.get(text) or plain_ids(self.backbone.tokenizer, text)
+
+    def unusable(self, text: str, room: int) -> str:
+        """Why a text cannot be learned or matched where there is room for so many tokens, or ""."""
+        if self.bounds.most(text, room) <= room:
+            return ""
+        ids = self.ids(text)
+        if self.unknown.nothing_left(ids):
+            return f"the text {quoted(text)} {ONLY_UNKNOWN}"
+        if len(ids) > room:
+            return f"the text has {len(ids)} tokens, and the model has room for {room}"
+        return self.special(text, ids)
+
+    def special(self, text: str, ids: list[int]) -> str:
+        """Why a text with a special token in it, <image> or [SEP], cannot be used, or ""."""
+        found = [i for i in ids if i in self.special_ids]
+        tokens = self.backbone.tokenizer.convert_ids_to_tokens(found[:1])
+        return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
+
+    def batch(self, stack: Stack) -> Batch:
+        """Examples and their pictures → tensors on the model's device."""
+        raise NotImplementedError
+
+    def see(self, batch: Batch) -> Tensor:
+        """What the vision side makes of each picture of a batch: for `loss` and `predict` both to go on from."""
+        if batch.known and self.prefix:
+            return self.prefix.see(batch.pixel_values, batch.known)
+        return self.look(batch.pixel_values)
+
+    def look(self, pixel_values: Tensor) -> Tensor:
+        """(pictures, 3, H, W) → what is read of each (pictures, states, width)."""
+        raise NotImplementedError
+
+    def after(self, states: Tensor) -> Tensor:
+        """`look`, from the ViT's output (pictures, tokens, width) on."""
+        raise NotImplementedError
+
+    def pictures(self, stack: Stack) -> dict[str, Any]:
+        """The pictures of a batch, on the model's device."""
+        device, known = self.backbone.device, stack.known
+        return {
+            "pixel_values": stack.pixel_values.to(device, non_blocking=True),
+            "picture": None if stack.picture is None else torch.tensor(stack.picture, device=device),
+            "known": known and known._replace(states=known.states.to(device, non_blocking=True)),
+        }
+
+    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
+        """The summed loss, float32: divide by `batch.count` over the whole step. `seen`: of its pictures, if they were."""
+        raise NotImplementedError
+
+    def repeatable_loss(self, batch: Batch) -> Tensor:
+        """`loss`, without anything that is drawn or chosen by what was computed: to compare two ways to compute it."""
+        return self.loss(batch)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """All that the batch makes the model say, in one tensor: for the proofs before the first step."""
+        raise NotImplementedError
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained beside the adapters."""
+        return []
+
+    def wrong_labels(self, batch: Batch) -> str:
+        """Why the labels of a batch are not its examples' own, or ""."""
+        raise NotImplementedError
+
+    def label_table(self, batch: Batch) -> str:
+        """What the model reads and what it must say, for the user to look at."""
+        raise NotImplementedError
+
+    # ---- prediction
+
+    def subject(self, example: Example) -> Any:
+        """What one prediction is about: examples of one subject share it."""
+        raise NotImplementedError
+
+    def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[Any]:
+        """One prediction an example. `adapters` names the adapter of each row, None for the base."""
+        raise NotImplementedError
+
+    def say(self, seen: Tensor, examples: list[Example]) -> list[Any]:
+        """`predict`, from what was seen of each example's picture (examples, states, width) on."""
+        raise NotImplementedError
+
+    def read(self, texts: list[str]) -> Any:
+        """Texts as `rank` takes them: what of them needs no image is computed once. Read again when adapters change."""
+        return texts
+
+    def rank(self, pixel_values: Tensor, examples: list[Example], texts: Any) -> Tensor:
+        """How well each text fits each image, as a distribution: (images, texts), float32, every row sums to 1.
+
+        texts: a list of them, or what `read` made of it.
+        """
+        raise NotImplementedError
+
+    def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:
+        """Figures by name, from subject → prediction; `wanted` names one that is not computed each time."""
+        raise NotImplementedError
+
+    def correctness(self, text: str, examples: list[Example]) -> float:
+        """How right one text is, 0 to 1, for a subject with these lines: 1 if it is one of theirs."""
+        return exact_match([text], [[example.text for example in examples]])
+
+    def move(self, device: torch.device) -> None:
+        """Go on computing on another device, in fp32."""
+        self.backbone.model.to(device).float()
+        self.backbone.device = device
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device)
+
+    # ---- what an adapter file says of its task
+
+    def metadata(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def recall(self, about: dict[str, Any]) -> None:
+        """Take up what `metadata` kept beside the prompt and the generation."""

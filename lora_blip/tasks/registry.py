@@ -1,0 +1,13 @@
+"""What differs by task. Each task owns its inputs, its labels, its loss, its prediction and its scores."""
+
+from lora_blip.tasks.base import Task
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.retrieval import RetrievalTask
+from lora_blip.tasks.vqa import VqaTask
+
+TASKS: dict[str, type[Task]] = {"caption": CaptionTask, "vqa": VqaTask, "retrieval": RetrievalTask}
+
+
+def natural_task(architecture: str) -> str:
+    """The task that a checkpoint was made for."""
+    return next(name for name, task in TASKS.items() if architecture in task.architectures)

@@ -1,0 +1,105 @@
+"""The structure of the package: which file may import which, and how many files and names there are."""
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import lora_blip
+from benchmarks import code_map
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lora_blip"
+LOW = ["errors", "version"]
+TASKS = [*LOW, "kernels", "runtime", "lora", "models", "data", "metrics", "config"]
+RUNS = [*TASKS, "tasks", "reports"]
+ALLOWED = {  # package or file → what it may import, at the top of a file or later
+    "errors": [], "version": [], "metrics": LOW, "runtime": LOW, "kernels": LOW, "config": LOW,
+    "lora": [*LOW, "kernels", "runtime"],
+    "data": [*LOW, "runtime"], "data.prepare": [*LOW, "runtime", "data", "config"],
+    "models": [*LOW, "lora", "kernels", "runtime", "config"],
+    "tasks": TASKS,
+    "reports": [*LOW, "data", "metrics", "runtime"],
+    "training": RUNS, "inference": RUNS, "evaluation": [*RUNS, "inference"],  # training and inference: never each other
+    "doctor": RUNS,
+    "cli": ["*"], "__main__": ["*"], "": ["*"],
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Return {dotted name without the package: file}; the name of an `__init__` is that of its package."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found["" if name == "__init__" else name.removesuffix(".__init__")] = path
+    return found
+
+
+def package_of(module: str) -> str:
+    """Return the entry of ALLOWED that a module belongs to."""
+    return max((entry for entry in ALLOWED if module == entry or module.startswith(f"{entry}.") or not entry), key=len)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, module) for each module of the package that a file imports, in functions too."""
+    known = modules()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno} is a relative import"
+            for name in [f"{node.module}.{alias.name}" for alias in node.names]:
+                if name.startswith("lora_blip"):
+                    inner = name.removeprefix("lora_blip").strip(".")
+                    yield node.lineno, inner if inner in known else inner.rpartition(".")[0]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "lora_blip":
+                    yield node.lineno, alias.name.removeprefix("lora_blip").strip(".")
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name not in ("cli", "__main__")])
+def test_a_file_imports_only_what_its_package_may(module: str) -> None:
+    """`__init__` files contain only a docstring or the API, and no file imports that of its own package."""
+    path, package = modules()[module], package_of(module)
+    for line, other in imports(path):
+        assert not (module and module.startswith(f"{other}.")), f"{path}:{line} imports the __init__ of its own package"
+        allowed = [package, *ALLOWED[package]]
+        assert "*" in allowed or package_of(other) in allowed, f"{path}:{line} imports {other}; {package} may import {allowed}"
+
+
+def test_every_package_has_an_entry() -> None:
+    assert {name.split(".")[0] for name in modules()} == {name.split(".")[0] for name in ALLOWED}
+
+
+def test_the_root_has_at_most_eight_files() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_no_two_classes_share_a_name() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules().values()]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_code_map_is_what_its_command_writes() -> None:
+    """The import graph in docs/code_map.md is that of the source."""
+    page = (PACKAGE.parent / "docs" / "code_map.md").read_text(encoding="utf-8")
+    assert code_map.picture(code_map.imports()) in page, "run: python -m benchmarks.code_map"
+
+
+@pytest.mark.parametrize("name", [*lora_blip.PLACES, "__version__"])
+def test_every_name_of_the_api_is_there(name: str) -> None:
+    """It is what its module has, and dir() lists it."""
+    assert name in dir(lora_blip)
+    module, _, own = lora_blip.PLACES.get(name, "version").partition(":")
+    assert getattr(lora_blip, name) is getattr(import_module(f"lora_blip.{module}"), own or name)
+
+
+def test_the_package_imports_nothing_large_at_first() -> None:
+    code = "import sys, lora_blip; raise SystemExit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+    with pytest.raises(AttributeError, match="nonsense"):
+        lora_blip.nonsense  # noqa: B018
