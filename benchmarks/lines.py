@@ -68,9 +68,9 @@ def measure(kind: str, source: str) -> dict[str, float]:
         found[stage] = time.process_time() - start
 
     with timed("read and check"):
-        examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.expect)
+        examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.pretokenize)
     with timed("know"):  # which retrieval alone does
-        RetrievalTask.know(SimpleNamespace(), examples)  # type: ignore[arg-type]
+        RetrievalTask.prepare_data(SimpleNamespace(), examples)  # type: ignore[arg-type]
     with timed("split"):
         training, validation = annotations.split_by_image(examples, 0.1, 0)
     with timed("digest"):

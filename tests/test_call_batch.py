@@ -132,7 +132,7 @@ def test_every_part_of_a_backbone_refuses_other_rows(make, kind, part):
         ids = torch.full((rows, 3), language.end)
         calls: dict[str, Any] = {
             "the model": lambda images=images, rows=rows: language.generate(images, [""] * rows, max_new_tokens=2),
-            "its encoder": lambda images=images: language.see(images),
+            "its encoder": lambda images=images: language.encode_images(images),
             "ViT": lambda images=images: model.vision_model(images),
         }
         if kind == "opt":

@@ -27,7 +27,7 @@ ANY = Example(Path("x.png"), "", "x.png", 1)
 def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
     """Law 8: not the image, the prompt or padding."""
     task = CaptionTask(backbone, prompt)
-    rows = task.language.rows([prompt] * len(TEXTS), TEXTS)
+    rows = task.language.tokenize([prompt] * len(TEXTS), TEXTS)
     for targets, text in zip(rows.targets, TEXTS, strict=True):
         labels = targets[targets != IGNORE]
         assert labels[-1] == task.language.end and backbone.tokenizer.decode(labels[:-1]).strip() == text
@@ -36,14 +36,14 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
 def test_padding_is_told_by_its_place_and_never_by_its_id(backbone):
     """A token of the padding's id inside a caption would still count (data with one is refused earlier on)."""
     pad = backbone.tokenizer.pad_token
-    rows = CaptionTask(backbone).language.rows(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"])
+    rows = CaptionTask(backbone).language.tokenize(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"])
     assert backbone.tokenizer.pad_token_id in rows.targets[0].tolist()
 
 
 def test_captions_are_padded_to_the_longest_and_no_further(backbone):
     """The width is the longest caption's own; every caption is there whole, and its padding is not attended to."""
     language = CaptionTask(backbone).language
-    rows = language.rows([""] * len(TEXTS), TEXTS)
+    rows = language.tokenize([""] * len(TEXTS), TEXTS)
     lengths = [len(plain_ids(backbone.tokenizer, text)) + 1 for text in TEXTS]  # with the end token
     assert len(set(lengths)) > 1 and [int((targets != IGNORE).sum()) for targets in rows.targets] == lengths
     if rows.decoder_input_ids is None:
@@ -113,7 +113,7 @@ def test_generated_text_is_the_likeliest_continuation_without_the_prompt(backbon
 def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> str:
     """Argmax over the model's full forward, one token after another."""
     model, language = task.backbone.model, task.language
-    start = language.rows([prompt], [""])
+    start = language.tokenize([prompt], [""])
     kept = int((start.targets[0] != IGNORE).nonzero()[0]) + 1
     if start.decoder_input_ids is None:
         ids, written = start.input_ids[:, :kept], []
@@ -192,7 +192,7 @@ def test_tokens_that_a_user_added_are_learned_and_written(make, kind):
     task = VqaTask(backbone) if kind == "vqa" else CaptionTask(backbone)
     text = "a red <cube> on a <sphere> and a <plain>"
     assert not task.unusable(text, 60) and not task.special(text, task.ids(text))
-    rows = task.language.rows(["what?" if kind == "vqa" else ""], [text])
+    rows = task.language.tokenize(["what?" if kind == "vqa" else ""], [text])
     labels = rows.targets[0][rows.targets[0] != IGNORE]
     added = tokenizer.convert_tokens_to_ids(["<cube>", "<sphere>", "<plain>"])
     assert [i for i in labels.tolist() if i in added] == added

@@ -304,7 +304,7 @@ def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
         similarity, odds = torch.zeros(5, 6), torch.zeros(5, 6)
         for i, picture in enumerate(pixels):
             for t, text in enumerate(texts):
-                seen, read = task.matcher.see(picture[None]), task.matcher.texts([text])
+                seen, read = task.matcher.encode_images(picture[None]), task.matcher.tokenize([text])
                 views, word = task.matcher.image_features(seen)[0], task.matcher.text_features(read)[0]
                 similarity[i, t] = max(float(view @ word) for view in views) / 0.07
                 odds[i, t] = task.matcher.matching(seen, read)[0]

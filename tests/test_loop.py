@@ -53,7 +53,7 @@ def metrics_of(path: Path) -> list[dict]:
 def rows(batch: Batch, first: int, last: int, task: CaptionTask) -> Batch:
     """Some rows of a batch as a micro-batch of its own, padded anew."""
     texts = [example.text for example in batch.examples[first:last]]
-    new = task.language.rows([task.prompt] * len(texts), texts)
+    new = task.language.tokenize([task.prompt] * len(texts), texts)
     return Batch(batch.examples[first:last], batch.pixel_values[first:last], new, new.label_tokens)
 
 
@@ -227,7 +227,7 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
     )
     task = CaptionTask(make("blip"))
     asked = []
-    monkeypatch.setattr(task, "say", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
+    monkeypatch.setattr(task, "predict_from_features", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
     held_out = setup.loader_of(setup.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
     assert loop.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
 

@@ -271,7 +271,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
     if case.base == "auto":
         weights.cast_once(backbone, precision)
     if case.prefix:
-        task.prefix = Prefix(model, task.after)
+        task.prefix = Prefix(model, task.project_vision)
     model.train()
     first = cut(model)[0]
     if case.compile:
@@ -394,7 +394,7 @@ class Oracle:
     def seen(self) -> Tensor:
         """What the language side reads of each picture, from the states that were kept if there are such."""
         if not self.case.prefix:
-            return self.task.look(self.batch.pixel_values.double())
+            return self.task.encode_images(self.batch.pixel_values.double())
         first, beyond = self.first
         vision, x = self.model.vision_model, self.record.kept[self.slot].double()
         with torch.no_grad():
@@ -403,13 +403,13 @@ class Oracle:
                 states = block(states)
             if first == len(vision.encoder.layers):
                 states = vision.post_layernorm(states)
-            states = self.task.after(states) if beyond else states
+            states = self.task.project_vision(states) if beyond else states
         assert (x - states).norm() <= 4 * max(self.case.epsilon, EPSILON["fp16"]) * states.norm()
         if beyond:
             return x
         for block in vision.encoder.layers[first:]:
             x = block(x)
-        return self.task.after(vision.post_layernorm(x) if first < len(vision.encoder.layers) else x)
+        return self.task.project_vision(vision.post_layernorm(x) if first < len(vision.encoder.layers) else x)
 
     def said(self) -> Tensor:
         """Σ w · −log p over the label tokens."""

@@ -41,7 +41,7 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     task = task_for(make, kind, where)
     model = task.backbone.model
     assert cut(model) == (first, beyond)
-    prefix, pixels = Prefix(model, task.after), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    prefix, pixels = Prefix(model, task.project_vision), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad(), disable_adapters(model):
         base = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
     with torch.no_grad():
@@ -54,9 +54,9 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
 @pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
 def test_going_on_from_fp16_is_within_its_rounding_of_looking(kind, where, first, beyond, make):  # noqa: ARG001
     task = task_for(make, kind, where)
-    prefix, pixels = Prefix(task.backbone.model, task.after), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
+    prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
-        looked, kept = task.look(pixels), prefix.go_on(prefix.enter(pixels).float())
+        looked, kept = task.encode_images(pixels), prefix.go_on(prefix.enter(pixels).float())
     torch.testing.assert_close(kept, looked, rtol=2e-3, atol=2e-3 * float(looked.abs().max()))
 
 
@@ -92,7 +92,7 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
     """Neither is a picture opened again: its states are all that is read."""
     task = task_for(make, "blip", "vit[1:2]")
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 4))
-    prefix = Prefix(task.backbone.model, task.after, Store(tmp_path / "cache", {"of": "states"}, 10**8))
+    prefix = Prefix(task.backbone.model, task.project_vision, Store(tmp_path / "cache", {"of": "states"}, 10**8))
     task.prefix = prefix
     pictures = ImageDataset(examples, task.backbone.image_processor, False, 0, caches=Caches(None, prefix.store))
     batches, ran = loader(pictures, 2, True, 0, 0, pin=False), []
@@ -112,9 +112,9 @@ def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
     """A backbone whose states overflow 16 bits goes on in its own dtype."""
     task = task_for(make, "blip", "vit[1:2]")
     task.backbone.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
-    prefix, pixels = Prefix(task.backbone.model, task.after), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
+    prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
     entered = prefix.enter(pixels)
-    assert entered.dtype == torch.float32 and torch.equal(prefix.go_on(entered), task.look(pixels))
+    assert entered.dtype == torch.float32 and torch.equal(prefix.go_on(entered), task.encode_images(pixels))
 
 
 def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_path):
@@ -154,12 +154,12 @@ def test_states_of_another_configuration_are_not_gone_on_from(checkpoints, tmp_p
 def test_the_checks_before_a_run_keep_no_picture_under_another_s_key(make, tmp_path):
     """One that overflows fp16 is not kept, and the one that is put in its place, to see whether it matters, is not either."""
     task = task_for(make, "blip", "text")
-    task.prefix = Prefix(task.backbone.model, task.after)
+    task.prefix = Prefix(task.backbone.model, task.project_vision)
     task.prefix.store = Store(tmp_path / "kept", {"of": "states"}, 10**9)
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 2))
     pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
     batch = task.batch(Stack(examples[:2], pixels, None, Known(torch.empty(0, 1, 1), [], ["aa0", "bb1"])))
     check_image_matters(task, batch)
     assert not list(tmp_path.rglob("*.safetensors"))
-    task.see(batch)
+    task.encode_batch(batch)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # it would have kept them

@@ -81,7 +81,7 @@ def test_cosines_and_matching_are_hugging_face_s(task, dtype, placeholder):
         task.backbone.model.config.image_token_index = placeholder
     task.backbone.model.to(dtype)
     batch = batch_of(task, dtype=dtype)
-    matcher, seen = task.matcher, task.matcher.see(batch.pixel_values)
+    matcher, seen = task.matcher, task.matcher.encode_images(batch.pixel_values)
     assert (batch.rows.mask == 0).any()
     found = cosines(matcher.image_features(seen), matcher.text_features(batch.rows))
     for i in range(len(seen)):
@@ -144,7 +144,7 @@ def test_the_loss_is_itc_and_itm_by_definition(task, training):
     task.backbone.model.train(training)
     batch = batch_of(task)
     n, right, matcher = len(batch.examples), positives(batch.examples), task.matcher
-    seen = matcher.see(batch.pixel_values)
+    seen = matcher.encode_images(batch.pixel_values)
     similarity = cosines(matcher.image_features(seen), matcher.text_features(batch.rows))
     torch.manual_seed(5)
     text, image = hard_negatives(similarity, right, task.temperature, sampled=training)
@@ -163,7 +163,7 @@ def test_the_temperature_gets_autograd_s_gradient_in_float64(task):
     batch = batch_of(task)
     task.backbone.model.eval()
     task.loss(batch).backward()
-    seen = task.matcher.see(batch.pixel_values)
+    seen = task.matcher.encode_images(batch.pixel_values)
     similarity = cosines(task.matcher.image_features(seen), task.matcher.text_features(batch.rows)).double().detach()
     log = torch.tensor(math.log(TEMPERATURE), dtype=torch.float64, requires_grad=True)
     targets_ = positives(batch.examples).double()
@@ -292,7 +292,7 @@ MANY = [f"{colour} cube number {n}" for colour in ("red", "blue") for n in range
 def test_texts_beyond_the_reranked_keep_the_order_and_mass_of_the_contrast(task, monkeypatch):
     some = examples()[:2]
     images = pictures(some)
-    seen, rows = task.matcher.see(images), task.matcher.texts(MANY)
+    seen, rows = task.matcher.encode_images(images), task.matcher.tokenize(MANY)
     itc = cosines(task.matcher.image_features(seen), task.matcher.text_features(rows)) / task.temperature
     monkeypatch.setattr(retrieval, "RERANKED", 6)
     found = task.rank(images, some, MANY)
@@ -320,7 +320,7 @@ def test_texts_read_beforehand_rank_the_same(task):
     """What `read` keeps is the text side alone: any image may be ranked with it."""
     texts = [f"a {colour} cube" for colour in ("red", "green", "blue")]
     some = examples()
-    read = task.read(texts)
+    read = task.encode_texts(texts)
     assert torch.equal(task.rank(pictures(some), some, read), task.rank(pictures(some), some, texts))
 
 
@@ -357,7 +357,7 @@ def test_a_text_that_cannot_be_matched_is_one_error_from_python_too(task, text):
     task.special_ids.add(task.backbone.tokenizer.convert_tokens_to_ids("<image>"))
     pixels = torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
     calls = (
-        lambda: task.read(["a cube", text]), lambda: task.rank(pixels, [], ["a cube", text]),
+        lambda: task.encode_texts(["a cube", text]), lambda: task.rank(pixels, [], ["a cube", text]),
         lambda: task.match(pixels, [["a cube", text]]), lambda: task.predict(pixels, examples([("0.png", text)])),
     )  # fmt: skip
     for call in calls:
@@ -506,7 +506,7 @@ def test_what_another_batch_says_of_an_image_is_no_negative_in_this_one(task):
     lines = [(a, "a red cube"), (Path("folder/../folder/a.png"), "a cube"), (b, "a red cube")]
     some = [Example(image, text, image.name, n) for n, (image, text) in enumerate(lines)]
     assert positives(some[1:]).tolist() == [[True, False], [False, True]]
-    task.know(some)
+    task.prepare_data(some)
     assert positives(some[1:], task.known).tolist() == [[True, True], [False, True]]
 
 

@@ -126,9 +126,9 @@ def test_a_line_is_judged_as_if_it_were_tokenised(make, monkeypatch, kind, name)
         for _ in range(400)
     ]  # fmt: skip
     quick = [task.check(line) for line in lines]
-    task.expect(lines)
+    task.pretokenize(lines)
     assert [task.check(line) for line in lines] == quick
-    task.expect([])
+    task.pretokenize([])
     monkeypatch.setattr(Bounds, "most", lambda *_: UNTOLD)
     monkeypatch.setattr(Bounds, "most_of", lambda *_: UNTOLD)
     assert [task.check(line) for line in lines] == quick
@@ -142,7 +142,7 @@ def test_plain_captions_and_answers_are_not_tokenised_at_all(make, monkeypatch):
         line = Example(Path("a.png"), texts[0], "a.png", 1, "", *texts[1:])
         assert task.check(line) == ""  # which looks at the tokenizer once
         monkeypatch.setattr(type(task.backbone.tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
-        task.expect([line])
+        task.pretokenize([line])
         assert task.check(line) == ""
         monkeypatch.undo()
 
@@ -307,7 +307,7 @@ def test_texts_of_other_lines_are_known_as_before(linked):
     some = [*rng.sample([file for file in linked if not file.endswith(".")], 60), *linked[:20]]
     examples = [Example(Path(file), rng.choice("abcdefgh"), file, n) for n, file in enumerate([*some, *some])]
     task = SimpleNamespace()
-    TASKS["retrieval"].know(task, examples)
+    TASKS["retrieval"].prepare_data(task, examples)
     every: dict[Path, set[str]] = {}
     for example in examples:
         every.setdefault(example.image.resolve(), set()).add(example.text)
@@ -373,7 +373,7 @@ def test_nothing_is_opened_before_it_is_needed(source, monkeypatch, make):
         path.unlink()
     monkeypatch.setattr(images, "open_image", lambda *_: pytest.fail("opened"))
     task = TASKS["caption"](make("blip"))
-    examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.expect)
+    examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.pretokenize)
     training, validation = annotations.split_by_image(examples, 0.25, 0)
     assert len(training) == 9 and resume.lines_digest(training, False) != resume.lines_digest(validation, False)
     with pytest.raises(OSError, match=r"\.png"):
@@ -428,7 +428,7 @@ def test_a_hundred_thousand_lines_cost_a_few_times_their_json(kind, tmp_path, ma
         json.loads(line)
     alone = time.process_time() - start
     before, start = resident(), time.process_time()
-    examples, _ = annotations.read(path, check=task.check, decode=False, expect=task.expect)
+    examples, _ = annotations.read(path, check=task.check, decode=False, expect=task.pretokenize)
     training, validation = annotations.split_by_image(examples, 0.1, 0)
     resume.lines_digest(training, False)
     took = time.process_time() - start

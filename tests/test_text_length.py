@@ -62,7 +62,7 @@ def test_tokens_are_counted_as_the_tokenizer_does(make, kind, checked):
     """Plain words, other alphabets, marks and long words, with and without a space before them; the end token counts."""
     task, texts = CaptionTask(make(kind)), texts_of_words()
     if checked:
-        task.expect([example(text) for text in texts])
+        task.pretokenize([example(text) for text in texts])
     for spaced in (False, True):
         expected = {
             text: len(task.backbone.tokenizer(f" {text}" if spaced else text, add_special_tokens=False).input_ids) + 1
@@ -76,7 +76,7 @@ def test_the_texts_that_a_limit_cuts_are_counted_with_all_their_lines(make, kind
     """Against the tokens of every row as the model is trained on it, with a prompt of its own on some lines."""
     task, texts = CaptionTask(make(kind)), [*texts_of_words(60), "a cube", "a cube", "two red cubes", "two red cubes"]
     examples = [example(text, prompt="a photo of" if number % 3 == 0 else "") for number, text in enumerate(texts)]
-    rows = task.language.rows([task.prompt_of(e) for e in examples], texts)
+    rows = task.language.tokenize([task.prompt_of(e) for e in examples], texts)
     tokens = (rows.targets != -100).sum(1).tolist()
     for limit in (1, 3, 5, 9, max(tokens) - 1, max(tokens)):
         longer, most, total = longer_texts(task, examples, limit)

@@ -65,13 +65,13 @@ def test_a_text_of_which_nothing_is_left_is_refused_with_its_line(tasks, tmp_pat
     source = tmp_path / "lines.jsonl"
     source.write_text("\n".join(json.dumps({"image": "a.png", **each}) for each in (good, entry)))
     with pytest.raises(DataError, match=r"lines\.jsonl:2: the text .* is only unknown tokens .*Salesforce/blip2-opt-2\.7b"):
-        annotations.read(source, check=task.check, expect=task.expect)
+        annotations.read(source, check=task.check, expect=task.pretokenize)
 
 
 def test_a_byte_level_tokenizer_takes_every_text(tasks):
     task = tasks["opt"]
     some = lines(task, [CHINESE, KOREAN, "😀", HALF])
-    task.expect(some)
+    task.pretokenize(some)
     assert [task.check(line) for line in some] == [""] * 4 and task.unknown_report(some) == ""
 
 
@@ -80,7 +80,7 @@ def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind)
     """Lines, tokens, per cent and three examples; the texts that were not looked at have none."""
     task = tasks[kind]
     some, tokenizer = lines(task, TEXTS * 3), task.backbone.tokenizer
-    task.expect(some)
+    task.pretokenize(some)
     assert not any(map(task.check, some))
     lost = {
         t: (ids.count(tokenizer.unk_token_id), len(ids))
@@ -103,9 +103,9 @@ def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind)
 def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypatch):
     """Of a million lines of ASCII none is tokenised for this, and the report does not go through them."""
     task = tasks[kind]
-    task.expect([])
+    task.pretokenize([])
     monkeypatch.setattr("lora_blip.tasks.base.many_ids", lambda *_: pytest.fail("tokenised"))
-    task.expect(lines(task, ["a red cube on top of a blue cube", "a white t-shirt, it's new", "an odd " * 20]))
+    task.pretokenize(lines(task, ["a red cube on top of a blue cube", "a white t-shirt, it's new", "an odd " * 20]))
     assert task.unknown.report(iter(lambda: pytest.fail("read"), None)) == ""
 
 

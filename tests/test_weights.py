@@ -30,7 +30,7 @@ def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
             if batch is not None:
                 logits, loss = task.logits(batch), task.loss(batch)
             else:
-                logits = task.look(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+                logits = task.encode_images(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
                 loss = logits.float().square().mean()
         loss.backward()
         found.append([logits, loss, *(x.A.grad for x in halves.values() if x.A.grad is not None)])
@@ -96,8 +96,8 @@ def test_what_retrieval_computes_in_float32_it_still_does(kind, make):
             weights.cast_once(backbone, "bf16")
         matcher = TASKS["retrieval"](backbone).matcher
         pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        texts = matcher.texts(["a red cube", "a blue cube on a cube"])
+        texts = matcher.tokenize(["a red cube", "a blue cube on a cube"])
         with torch.no_grad(), autocasting(backbone.device, "bf16")():
-            seen = matcher.see(pixels)
+            seen = matcher.encode_images(pixels)
             found.append([matcher.image_features(seen), matcher.text_features(texts), matcher.matching(seen, texts)])
     assert all(map(torch.equal, *found)) and all(value.dtype == torch.float32 for value in found[1])

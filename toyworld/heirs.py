@@ -22,7 +22,7 @@ from transformers import (
     BlipProcessor,
 )
 
-from lora_blip.models.blip import mend
+from lora_blip.models.blip import repair_cross_attention
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from toyworld.pretrain import WIDTH, advance, learning_rate, optimizer_of, patch_classes, patch_loss, pixels
@@ -63,7 +63,7 @@ class Vqa(Heir):
 
     def __init__(self, model: nn.Module, processor: BlipProcessor) -> None:
         super().__init__(model, processor)
-        mend(model.text_decoder)
+        repair_cross_attention(model.text_decoder)
 
     def loss(self, seen: Tensor, scenes: list[Scene], rng: random.Random) -> Tensor:
         pairs = [pair for scene in scenes for pair in rng.choices(asked(scene, rng), k=ASKED)]

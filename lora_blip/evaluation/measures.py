@@ -142,7 +142,7 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
     examples = [example for example in examples if example.image in features]
     texts = list(dict.fromkeys(example.text for example in examples))
     task: Any = runner.task
-    logits = blocked(torch.stack(list(features.values())), task.read(texts).features) / task.temperature.item()
+    logits = blocked(torch.stack(list(features.values())), task.encode_texts(texts).features) / task.temperature.item()
     right = belongs(examples, images, texts)
     by_image, by_text = reranked(runner, [first[image] for image in images], texts, logits, progress)
     ranks = retrieval.ranks(by_image, right)[0], retrieval.ranks(by_text, right)[1]

@@ -196,7 +196,7 @@ class Saying:
             texts = task.predict(pictures, examples)
             return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
         if self.device != task.backbone.device:
-            self.read, self.device = task.read(self.texts), task.backbone.device
+            self.read, self.device = task.encode_texts(self.texts), task.backbone.device
         rankings = [self._order(row) for row in task.rank(pictures, examples, self.read).cpu().tolist()]
         return [prediction_of(e, order[0][0], order) for e, order in zip(examples, rankings, strict=True)]
 
@@ -285,7 +285,7 @@ def put_on(task: Task, wanted: Adapter, merge: bool, precision: str = "fp32") ->
         merging.bake(task.backbone.model)
     weights.cast_once(task.backbone, precision)
     if wanted.task.get("name") == task.name:
-        task.recall(wanted.task)
+        task.load_metadata(wanted.task)
 
 
 def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConfig | EvaluateConfig | None = None) -> Task:
@@ -307,7 +307,7 @@ def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConf
         raise ConfigError(f"the adapter was trained for {name!r}, which is no task here; tasks are {', '.join(TASKS)}")
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
     if wanted and attached.adapters(backbone.model):
-        task.recall(own)
+        task.load_metadata(own)
     return task
 
 

@@ -61,7 +61,7 @@ def asked(
     ConfigError when the task needs a question or texts, and there are none.
     """
     ranked = [replace(example_of("", "?"), text=text, answers=(text,), line=line) for line, text in enumerate(texts, 1)]
-    task.expect(ranked)
+    task.pretokenize(ranked)
     for example in ranked:
         if reason := task.check(example):
             raise ConfigError(f"texts: text {example.line}: {reason}")
@@ -116,7 +116,7 @@ def trim_references(task: Task, source: str, references: dict[Path, list[Example
 
 def refuse_questions(task: Task, examples: list[Example]) -> None:
     """ConfigError for a question that cannot be asked. Print the share of unknown tokens in the others."""
-    task.expect(examples)
+    task.pretokenize(examples)
     for example in examples:
         if not example.question:
             raise ConfigError(f"line {example.line} of the questions has no question")

@@ -27,7 +27,7 @@ class BlipLanguage(DecoderLanguage):
     def start(self, prompt: str) -> list[int]:
         return [self.first, *plain_ids(self.tokenizer, prompt)]
 
-    def after(self, states: Tensor) -> Tensor:
+    def project_vision(self, states: Tensor) -> Tensor:
         return states
 
     @property
@@ -73,17 +73,17 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
     """BLIP for questions: an encoder reads [CLS] question [SEP] over the image, a decoder answers [DEC] answer [SEP].
 
     transformers feeds its labels to the decoder unshifted, and lets it attend to the padding of ragged
-    questions; here the decoder's input and the targets are apart, and `mend` sees to the other.
+    questions; here the decoder's input and the targets are apart, and `repair_cross_attention` sees to the other.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        mend(self.model.text_decoder)
+        repair_cross_attention(self.model.text_decoder)
 
     def start(self, prompt: str) -> list[int]:
         return [self.tokenizer.cls_token_id, *plain_ids(self.tokenizer, prompt), self.tokenizer.sep_token_id]
 
-    def read(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_questions(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The question, read over the image: (images, tokens, width)."""
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
@@ -93,15 +93,15 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        read = self.read(each(as_autocast(seen)), rows.input_ids, rows.attention_mask)
+        read = self.encode_questions(each(as_autocast(seen)), rows.input_ids, rows.attention_mask)
         return self.decoded_packed(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        read, mask = self.read(seen, rows.input_ids, rows.attention_mask), rows.attention_mask
+        read, mask = self.encode_questions(seen, rows.input_ids, rows.attention_mask), rows.attention_mask
         return self.decoded(rows, encoder_hidden_states=rows.each(read), encoder_attention_mask=rows.each(mask))
 
     def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
-        read = self.read(seen, rows.input_ids, rows.attention_mask)
+        read = self.encode_questions(seen, rows.input_ids, rows.attention_mask)
         with reading(self.model.text_decoder, read, rows.attention_mask, len(rows.targets)) as source:
             return self.decoded(rows, **source)
 
@@ -110,7 +110,7 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
 
     def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        with reading(self.model.text_decoder, self.read(seen, ids, mask), mask) as source:
+        with reading(self.model.text_decoder, self.encode_questions(seen, ids, mask), mask) as source:
             made = self.model.text_decoder.generate(
                 input_ids=torch.full((len(ids), 1), self.first, device=ids.device),
                 eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings,
@@ -118,15 +118,15 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         return made[:, 1:]
 
 
-def mend(decoder: Any) -> None:
+def repair_cross_attention(decoder: Any) -> None:
     """Let the cross-attention of a BLIP text decoder heed the mask of what it reads. Repeating a call changes nothing."""
     for layer in decoder.bert.encoder.layer:
         attention = layer.crossattention.self
-        if hand_over_mask not in attention._forward_pre_hooks.values():
-            attention.register_forward_pre_hook(hand_over_mask, with_kwargs=True)
+        if pass_encoder_mask not in attention._forward_pre_hooks.values():
+            attention.register_forward_pre_hook(pass_encoder_mask, with_kwargs=True)
 
 
-def hand_over_mask(_attention: nn.Module, args: tuple[Any, ...], given: Named) -> tuple[tuple[Any, ...], Named]:
+def pass_encoder_mask(_attention: nn.Module, args: tuple[Any, ...], given: Named) -> tuple[tuple[Any, ...], Named]:
     """BLIP's cross-attention gets the mask of what it reads as `attention_mask`, and looks for it under another name."""
     if given.get("encoder_attention_mask") is None:
         given = given | {"encoder_attention_mask": given.get("attention_mask")}

@@ -26,7 +26,7 @@ class Blip2Language(Language):
         self.end = end[0] if isinstance(end, list) else end
         self.longest = getattr(config.text_config, "max_position_embeddings", 512) - len(self.image)
 
-    def after(self, states: Tensor) -> Tensor:
+    def project_vision(self, states: Tensor) -> Tensor:
         model = self.model
         there = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
         queries = call(
@@ -92,21 +92,21 @@ class T5Language(EncoderLanguage, Blip2Language):
     def start(self, prompt: str) -> list[int]:
         return [*self.image, *plain_ids(self.tokenizer, prompt), self.end]
 
-    def read(self, seen: Tensor, rows: Rows) -> Tensor:
+    def encode_prompts(self, seen: Tensor, rows: Rows) -> Tensor:
         """The prompt with the image before it, for each text: (rows, tokens, width)."""
         embeds, encoder = self.embedded(seen, rows.input_ids), self.model.language_model.get_encoder()
         return rows.each(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         return call(
-            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.read(seen, rows)),
+            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.encode_prompts(seen, rows)),
             attention_mask=rows.each(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         model = self.model.language_model
         states = call(
-            model.get_decoder(), input_ids=rows.decoder_input_ids, encoder_hidden_states=self.read(each(seen), rows),
+            model.get_decoder(), input_ids=rows.decoder_input_ids, encoder_hidden_states=self.encode_prompts(each(seen), rows),
             encoder_attention_mask=rows.each(rows.attention_mask), use_cache=False,
         ).last_hidden_state.flatten(0, 1)[packed.places]  # fmt: skip
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states

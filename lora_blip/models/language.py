@@ -43,19 +43,19 @@ class Language:
         """What the model has read before the first token of its text."""
         raise NotImplementedError
 
-    def rows(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
+    def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
         """A row a text. `prompts` has one for each image, `image` says which one each text is about: i, without it."""
         raise NotImplementedError
 
-    def see(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(images, 3, H, W) → what the language side reads of each image (images, states, width)."""
-        return self.after(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
+        return self.project_vision(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         """Logits (rows, tokens, vocabulary) of rows over `seen` (images, states, width)."""
         raise NotImplementedError
 
-    def after(self, states: Tensor) -> Tensor:
+    def project_vision(self, states: Tensor) -> Tensor:
         """`see`, from the ViT's output (images, states, width) on."""
         raise NotImplementedError
 
@@ -79,13 +79,13 @@ class Language:
         """`logits` of rows that are all about one image, `seen` (1, states, width)."""
         return self.logits(seen, rows)
 
-    def look(self, pixel_values: Tensor, adapters: Adapters = None) -> Tensor:
+    def encode_unique_images(self, pixel_values: Tensor, adapters: Adapters = None) -> Tensor:
         """(rows, 3, H, W) → what `see` makes of each row (rows, states, width); a picture that comes again is seen once."""
         first, index = distinct(pixel_values, adapters)
         if len(first) == len(index) or (adapters is None and rows_are_named(self.model)):
             first = index = list(range(len(index)))
         with use_adapters(self.model, adapters and [adapters[row] for row in first]):
-            return self.see(pixel_values[first])[index] if first != index else self.see(pixel_values)
+            return self.encode_images(pixel_values[first])[index] if first != index else self.encode_images(pixel_values)
 
     def room(self, prompt: str) -> int:
         """Tokens for a text after a prompt, beside the first and the last one."""
@@ -111,10 +111,12 @@ class Language:
 
         A text ends after `max_new_tokens`, or where the model's positions do.
         """
-        return self.write(self.look(pixel_values, adapters), prompts, adapters, max_new_tokens, **settings)
+        return self.generate_from_features(
+            self.encode_unique_images(pixel_values, adapters), prompts, adapters, max_new_tokens, **settings
+        )
 
     @torch.no_grad()
-    def write(
+    def generate_from_features(
         self, seen: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
     ) -> list[str]:
         """`generate` over what was seen of each row (rows, states, width). A text without its end is a CutText."""
@@ -157,7 +159,7 @@ def rows_are_named(model: nn.Module) -> bool:
 class DecoderLanguage(Language):
     """What BLIP and OPT share: one row holds a start that is silent, the text and the end, and predicts its next token."""
 
-    def rows(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
+    def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
         starts, about = [self.start(prompt) for prompt in prompts], image or range(len(texts))
         ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end] for i, text in zip(about, texts, strict=True)]
         targets = shifted_targets(ids, [len(starts[i]) for i in about])
@@ -171,7 +173,7 @@ class DecoderLanguage(Language):
 class EncoderLanguage(Language):
     """What BLIP's questions and T5 share: an encoder reads the prompt, a decoder writes the text from `first` to the end."""
 
-    def rows(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
+    def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
         read = [self.start(prompt) for prompt in prompts]
         written = [[*plain_ids(self.tokenizer, text), self.end] for text in texts]
         decoder = pad([[self.first, *row[:-1]] for row in written], self.pad_id)

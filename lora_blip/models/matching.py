@@ -19,16 +19,16 @@ BLOCK = 64  # images compared with all the texts at a time: each makes views × 
 
 
 @dataclass(frozen=True)
-class Texts:
+class TokenizedTexts:
     """Token rows [CLS] text [SEP]."""
 
     ids: Tensor  # (texts, tokens)
     mask: Tensor  # (texts, tokens)
 
-    def to(self, device: torch.device) -> "Texts":
-        return Texts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+    def to(self, device: torch.device) -> "TokenizedTexts":
+        return TokenizedTexts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
 
-    def __getitem__(self, rows: Any) -> "Texts":
+    def __getitem__(self, rows: Any) -> "TokenizedTexts":
         return replace(self, ids=self.ids[rows], mask=self.mask[rows])
 
     def __len__(self) -> int:
@@ -44,12 +44,12 @@ class Matcher:
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
 
-    def texts(self, texts: list[str]) -> Texts:
+    def tokenize(self, texts: list[str]) -> TokenizedTexts:
         tokenizer = self.tokenizer
         rows = [[tokenizer.cls_token_id, *plain_ids(tokenizer, text), tokenizer.sep_token_id] for text in texts]
-        return Texts(pad(rows, tokenizer.pad_token_id), mask_of(rows))
+        return TokenizedTexts(pad(rows, tokenizer.pad_token_id), mask_of(rows))
 
-    def see(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(images, 3, H, W) → the ViT's states (images, patches, width)."""
         return call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state
 
@@ -57,11 +57,11 @@ class Matcher:
         """Unit vectors in the joint space (images, views, width), float32; BLIP-2 has a view for each query."""
         raise NotImplementedError
 
-    def text_features(self, texts: Texts) -> Tensor:
+    def text_features(self, texts: TokenizedTexts) -> Tensor:
         """Unit vectors in the joint space (texts, width), float32."""
         raise NotImplementedError
 
-    def matching(self, seen: Tensor, texts: Texts) -> Tensor:
+    def matching(self, seen: Tensor, texts: TokenizedTexts) -> Tensor:
         """Log-odds (rows,), float32, that text i belongs to image i: both read together by the ITM head."""
         raise NotImplementedError
 
@@ -96,11 +96,11 @@ class BlipMatcher(Matcher):
     def image_features(self, seen: Tensor) -> Tensor:
         return normalize(projected(self.model.vision_proj, seen[:, :1]), dim=-1)
 
-    def text_features(self, texts: Texts) -> Tensor:
+    def text_features(self, texts: TokenizedTexts) -> Tensor:
         states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
         return normalize(projected(self.model.text_proj, states[:, 0]), dim=-1)
 
-    def matching(self, seen: Tensor, texts: Texts) -> Tensor:
+    def matching(self, seen: Tensor, texts: TokenizedTexts) -> Tensor:
         states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=seen)
         return log_odds(projected(self.model.itm_head, states.last_hidden_state[:, 0]))
 
@@ -117,12 +117,12 @@ class Blip2Matcher(Matcher):
         states = call(self.model.qformer, query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
         return normalize(projected(self.model.vision_projection, states), dim=-1)
 
-    def text_features(self, texts: Texts) -> Tensor:
+    def text_features(self, texts: TokenizedTexts) -> Tensor:
         embeds = call(self.model.embeddings, input_ids=texts.ids)
         states = call(self.model.qformer, query_embeds=embeds, query_length=0, attention_mask=texts.mask).last_hidden_state
         return normalize(projected(self.model.text_projection, states[:, 0]), dim=-1)
 
-    def matching(self, seen: Tensor, texts: Texts) -> Tensor:
+    def matching(self, seen: Tensor, texts: TokenizedTexts) -> Tensor:
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
         both = call(self.model.embeddings, input_ids=texts.ids, query_embeds=queries)
         mask = torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], dim=1)

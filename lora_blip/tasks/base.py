@@ -80,7 +80,7 @@ class Task:
 
     # ---- training
 
-    def know(self, examples: list[Example]) -> None:
+    def prepare_data(self, examples: list[Example]) -> None:
         """All lines of the data, before any of them is learned from."""
 
     def trim(self, example: Example) -> Example:
@@ -91,7 +91,7 @@ class Task:
         """Why a line cannot be learned from, or ""."""
         raise NotImplementedError
 
-    def expect(self, examples: list[Example]) -> None:
+    def pretokenize(self, examples: list[Example]) -> None:
         """Tokenise together what `check` will ask about these lines, which takes half the time; nothing else changes."""
         some, longest = [self.checked(example) for example in examples], self.bounds.longest_word
         if longest:
@@ -146,17 +146,17 @@ class Task:
         """Examples and their pictures → tensors on the model's device."""
         raise NotImplementedError
 
-    def see(self, batch: Batch) -> Tensor:
+    def encode_batch(self, batch: Batch) -> Tensor:
         """What the vision side makes of each picture of a batch: for `loss` and `predict` both to go on from."""
         if batch.known and self.prefix:
-            return self.prefix.see(batch.pixel_values, batch.known)
-        return self.look(batch.pixel_values)
+            return self.prefix.encode_images(batch.pixel_values, batch.known)
+        return self.encode_images(batch.pixel_values)
 
-    def look(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(pictures, 3, H, W) → what is read of each (pictures, states, width)."""
         raise NotImplementedError
 
-    def after(self, states: Tensor) -> Tensor:
+    def project_vision(self, states: Tensor) -> Tensor:
         """`look`, from the ViT's output (pictures, tokens, width) on."""
         raise NotImplementedError
 
@@ -203,11 +203,11 @@ class Task:
         """One prediction an example. `adapters` names the adapter of each row, None for the base."""
         raise NotImplementedError
 
-    def say(self, seen: Tensor, examples: list[Example]) -> list[Any]:
+    def predict_from_features(self, seen: Tensor, examples: list[Example]) -> list[Any]:
         """`predict`, from what was seen of each example's picture (examples, states, width) on."""
         raise NotImplementedError
 
-    def read(self, texts: list[str]) -> Any:
+    def encode_texts(self, texts: list[str]) -> Any:
         """Texts as `rank` takes them: what of them needs no image is computed once. Read again when adapters change."""
         return texts
 
@@ -238,5 +238,5 @@ class Task:
     def metadata(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def recall(self, about: dict[str, Any]) -> None:
+    def load_metadata(self, metadata: dict[str, Any]) -> None:
         """Take up what `metadata` kept beside the prompt and the generation."""

@@ -24,8 +24,8 @@ LANGUAGE = "language_model."
 class Prefix:
     """`after`: what a task makes of the ViT's output (pictures, states, width) before its texts are read."""
 
-    def __init__(self, model: Any, after: Callable[[Tensor], Tensor], store: Store | None = None) -> None:
-        self.vit, self.after, self.store = model.vision_model, after, store
+    def __init__(self, model: Any, project_vision: Callable[[Tensor], Tensor], store: Store | None = None) -> None:
+        self.vit, self.project_vision, self.store = model.vision_model, project_vision, store
         self.first, self.beyond = cut(model)
 
     @property
@@ -38,7 +38,7 @@ class Prefix:
         """What is kept, in JSON."""
         return {"enters": "language model" if self.beyond else f"ViT block {self.first}", "dtype": str(KEPT)}
 
-    def see(self, pixel_values: Tensor, known: Known) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, known: Known) -> Tensor:
         """What the task reads of each picture: of those whose states are known, and of the others, by their pixels."""
         states: dict[int, Tensor] = dict(zip(known.places, known.states.split(1), strict=False))
         others = (place for place in range(len(known.places) + len(pixel_values)) if place not in states)
@@ -58,7 +58,7 @@ class Prefix:
         if self.first == len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
         if self.beyond:
-            x = self.after(x)
+            x = self.project_vision(x)
         kept = x.to(KEPT)
         return kept if torch.isfinite(kept).all() else x
 
@@ -70,7 +70,7 @@ class Prefix:
             x = block(x)
         if self.first < len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
-        return self.after(x)
+        return self.project_vision(x)
 
 
 def cut(model: Any) -> tuple[int, bool]:

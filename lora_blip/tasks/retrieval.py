@@ -19,7 +19,7 @@ from lora_blip.data.paths import resolved
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models.loading import Backbone
-from lora_blip.models.matching import Texts, cosines, matcher_of
+from lora_blip.models.matching import TokenizedTexts, cosines, matcher_of
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Batch, Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
@@ -34,10 +34,10 @@ class Features(NamedTuple):
     text: Tensor  # (width,)
 
 
-class Read(NamedTuple):
-    """Texts that were read without an image, kept on the CPU, which outlives every fault of a device."""
+class EncodedTexts(NamedTuple):
+    """TokenizedTexts that were read without an image, kept on the CPU, which outlives every fault of a device."""
 
-    rows: Texts
+    rows: TokenizedTexts
     features: Tensor  # (texts, width)
 
 
@@ -71,7 +71,7 @@ class RetrievalTask(Task):
 
     # ---- training
 
-    def know(self, examples: list[Example]) -> None:
+    def prepare_data(self, examples: list[Example]) -> None:
         with many_objects():
             files = resolved(dict.fromkeys(map(FILE, examples)))  # one image, however spelled
             texts: dict[str, tuple[str, ...]] = {}
@@ -92,14 +92,14 @@ class RetrievalTask(Task):
 
     def batch(self, stack: Stack) -> Batch:
         device = self.backbone.device
-        texts = self.matcher.texts([example.text for example in stack.examples]).to(device)
+        texts = self.matcher.tokenize([example.text for example in stack.examples]).to(device)
         count = 0 if positives(stack.examples, self.known).all() else len(stack.examples)
         return Batch(stack.examples, rows=texts, count=count, **self.pictures(stack))
 
-    def look(self, pixel_values: Tensor) -> Tensor:
-        return self.matcher.see(pixel_values)
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        return self.matcher.encode_images(pixel_values)
 
-    def after(self, states: Tensor) -> Tensor:
+    def project_vision(self, states: Tensor) -> Tensor:
         return states
 
     def repeatable_loss(self, batch: Batch) -> Tensor:
@@ -112,7 +112,7 @@ class RetrievalTask(Task):
         0 too: ITM would only learn from it to say yes. `drawn`: draw the wrong ones by similarity.
         """
         matcher, texts = self.matcher, batch.rows
-        seen = batch.each(self.see(batch) if seen is None else seen)
+        seen = batch.each(self.encode_batch(batch) if seen is None else seen)
         similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
         right = positives(batch.examples, self.known)
         if right.all():
@@ -129,7 +129,7 @@ class RetrievalTask(Task):
 
     def logits(self, batch: Batch) -> Tensor:
         """ITC's logits of all pairs, then ITM's log-odds of the right ones: (rows · rows + rows,)."""
-        seen = batch.each(self.see(batch))
+        seen = batch.each(self.encode_batch(batch))
         similarity = cosines(self.matcher.image_features(seen), self.matcher.text_features(batch.rows))
         return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
 
@@ -158,37 +158,37 @@ class RetrievalTask(Task):
         """Image and text in the joint space, on the CPU, for `scores`."""
         if adapters is not None:
             raise ConfigError("retrieval ranks with one adapter at a time: lora_blip.use_adapters(model, name)")
-        return self.say(self.look(pixel_values), examples)
+        return self.predict_from_features(self.encode_images(pixel_values), examples)
 
     @torch.no_grad()
-    def say(self, seen: Tensor, examples: list[Example]) -> list[Features]:
-        texts = self.checked_texts([example.text for example in examples]).to(self.backbone.device)
+    def predict_from_features(self, seen: Tensor, examples: list[Example]) -> list[Features]:
+        texts = self.tokenize_checked([example.text for example in examples]).to(self.backbone.device)
         images = self.matcher.image_features(seen).cpu()
         return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts).cpu(), strict=True)]
 
-    def checked_texts(self, texts: list[str]) -> Texts:
+    def tokenize_checked(self, texts: list[str]) -> TokenizedTexts:
         """Return the token rows of texts. Raise ConfigError if one is too long or contains a special token."""
         for text in texts:
             if reason := self.check_text(text):
                 raise ConfigError(f"the text {quoted(text)} cannot be matched with an image: {reason}")
-        return self.matcher.texts(texts)
+        return self.matcher.tokenize(texts)
 
     @torch.no_grad()
-    def read(self, texts: list[str]) -> Read:
-        rows, device = self.checked_texts(texts), self.backbone.device
+    def encode_texts(self, texts: list[str]) -> EncodedTexts:
+        rows, device = self.tokenize_checked(texts), self.backbone.device
         parts = (rows[start : start + CHUNK].to(device) for start in range(0, len(rows), CHUNK))
-        return Read(rows, torch.cat([self.matcher.text_features(part).cpu() for part in parts]))
+        return EncodedTexts(rows, torch.cat([self.matcher.text_features(part).cpu() for part in parts]))
 
     @torch.no_grad()
-    def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | Read) -> Tensor:  # noqa: ARG002
+    def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
         """softmax of ITC's logits, the mass of the RERANKED likeliest given out anew by ITC and ITM together."""
-        rows, features = texts if isinstance(texts, Read) else self.read(texts)
-        seen, device = self.matcher.see(pixel_values), self.backbone.device
+        rows, features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
+        seen, device = self.matcher.encode_images(pixel_values), self.backbone.device
         logits = cosines(self.matcher.image_features(seen), features.to(device)) / self.temperature
         rows = rows.to(device)
         return torch.stack([self.reranked(row, states, rows) for row, states in zip(logits, seen, strict=True)])
 
-    def reranked(self, logits: Tensor, states: Tensor, texts: Texts) -> Tensor:
+    def reranked(self, logits: Tensor, states: Tensor, texts: TokenizedTexts) -> Tensor:
         """One image's ITC logits (texts,) → probabilities, after ITM has looked at the likeliest."""
         chances = logits.softmax(0)
         best = logits.topk(min(RERANKED, len(texts))).indices
@@ -199,8 +199,8 @@ class RetrievalTask(Task):
     def match(self, pixel_values: Tensor, texts: list[list[str]]) -> list[Any]:
         """ITM's log-odds of some texts of each image: a float32 array an image."""
         found = []
-        for states, mine in zip(self.matcher.see(pixel_values), texts, strict=True):
-            rows = self.checked_texts(mine).to(self.backbone.device)
+        for states, mine in zip(self.matcher.encode_images(pixel_values), texts, strict=True):
+            rows = self.tokenize_checked(mine).to(self.backbone.device)
             parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
             odds = [self.matcher.matching(states.expand(len(part), *states.shape), part) for part in parts]
             found.append(torch.cat(odds).cpu().numpy())
@@ -227,8 +227,8 @@ class RetrievalTask(Task):
             "name": self.name, "prompt": "", "generation": asdict(self.generation), "temperature": self.temperature.item(),
         }  # fmt: skip
 
-    def recall(self, about: dict[str, Any]) -> None:
-        temperature = about.get("temperature", TEMPERATURE)
+    def load_metadata(self, metadata: dict[str, Any]) -> None:
+        temperature = metadata.get("temperature", TEMPERATURE)
         if isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0:
             self.log_temperature.data.fill_(math.log(temperature))
 

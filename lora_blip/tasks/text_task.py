@@ -56,18 +56,18 @@ class TextTask(Task):
         about = stack.picture or range(len(stack.examples))
         texts = [(i, text, weight) for i, e in enumerate(stack.examples) for text, weight in self.texts_of(e)]
         image, said, weights = map(list, zip(*texts, strict=True))
-        rows = self.language.rows(prompts, said, image).weighing(weights)
+        rows = self.language.tokenize(prompts, said, image).weighing(weights)
         packed = self.language.packed(rows, image, [about[i] for i in image]) if self.backbone.fast else None
         packed = packed and packed.to(device)
         return Batch(stack.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.pictures(stack))
 
     def logits(self, batch: Batch) -> Tensor:
         """(rows, tokens, vocabulary)."""
-        return self.language.logits(batch.each(self.see(batch)), batch.rows)
+        return self.language.logits(batch.each(self.encode_batch(batch)), batch.rows)
 
     def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
         """Σ weight × cross-entropy over the label tokens."""
-        seen = self.see(batch) if seen is None else seen
+        seen = self.encode_batch(batch) if seen is None else seen
         if batch.packed is None or is_plain():
             return token_loss(self.language.logits(batch.each(seen), batch.rows), batch.rows.targets, batch.rows.weights)
         head, packed = self.language.head, batch.packed
@@ -78,11 +78,11 @@ class TextTask(Task):
 
     # ---- prediction
 
-    def look(self, pixel_values: Tensor) -> Tensor:
-        return self.language.see(pixel_values)
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        return self.language.encode_images(pixel_values)
 
-    def after(self, states: Tensor) -> Tensor:
-        return self.language.after(states)
+    def project_vision(self, states: Tensor) -> Tensor:
+        return self.language.project_vision(states)
 
     @torch.no_grad()
     def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[str]:
@@ -90,13 +90,15 @@ class TextTask(Task):
         return self.language.generate(pixel_values, prompts, adapters, **asdict(self.generation))
 
     @torch.no_grad()
-    def say(self, seen: Tensor, examples: list[Example]) -> list[str]:
-        return self.language.write(seen, [self.prompt_of(example) for example in examples], **asdict(self.generation))
+    def predict_from_features(self, seen: Tensor, examples: list[Example]) -> list[str]:
+        return self.language.generate_from_features(
+            seen, [self.prompt_of(example) for example in examples], **asdict(self.generation)
+        )
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
         """softmax over the texts of their log-likelihoods; see `likelihood` of each task."""
-        seen, found = self.language.look(pixel_values), []
+        seen, found = self.language.encode_unique_images(pixel_values), []
         for states, example in zip(seen.split(1), examples, strict=True):
             parts = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
             found.append(torch.cat([self.scored(states, self.prompt_of(example), part) for part in parts]))
@@ -104,7 +106,7 @@ class TextTask(Task):
 
     def scored(self, seen: Tensor, prompt: str, texts: list[str]) -> Tensor:
         """The log-likelihood of each text after a prompt, over one image seen (1, states, width): (texts,)."""
-        rows = self.language.rows([prompt], texts, [0] * len(texts)).to(self.backbone.device)
+        rows = self.language.tokenize([prompt], texts, [0] * len(texts)).to(self.backbone.device)
         return self.likelihood(token_log_likelihoods(self.language.logits_of_one(seen, rows), rows.targets))
 
     def likelihood(self, tokens: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
         "lora_blip": __version__,
     }
     pixels = Store(folder, {"of": "pictures", **read}, limit)
-    prefix = Prefix(backbone.model, task.after)
+    prefix = Prefix(backbone.model, task.project_vision)
     if not prefix.worthwhile or config.shard:  # spread weights want the same forwards of all ranks
         return Caches(pixels)
     computed: dict[str, Any] = {

@@ -64,9 +64,9 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     examples = read_file(config, task, config.annotations, thumbnails)
     if config.val_annotations:
         training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
-        task.know([*training, *validation])
+        task.prepare_data([*training, *validation])
     else:
-        task.know(examples)
+        task.prepare_data(examples)
         training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
     random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
     return training, validation
@@ -76,7 +76,7 @@ def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnai
     """Return the usable lines of an annotations file, and print what was left out and which tokens are unknown."""
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     examples, problems = annotations.read(
-        source, config.image_root, config.on_bad_data, task.check, decode, task.expect, task.trim, decoded=keep
+        source, config.image_root, config.on_bad_data, task.check, decode, task.pretokenize, task.trim, decoded=keep
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

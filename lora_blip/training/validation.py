@@ -49,13 +49,13 @@ def validate(
             continue
         batch = task.batch(stack)
         with uncompiled(model), autocast():
-            seen = task.see(batch)
+            seen = task.encode_batch(batch)
             total += float(task.loss(batch, seen))
             new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in said}
             if new:
                 rows = list(new.values())
                 examples = [batch.examples[row] for row in rows]
-                said |= zip(new, task.say(batch.each(seen)[rows], examples), strict=True)
+                said |= zip(new, task.predict_from_features(batch.each(seen)[rows], examples), strict=True)
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)
