@@ -26,7 +26,7 @@ from lora_blip.data.loader import Slot, Stack
 from lora_blip.lora import adapter_file, injection, merging, targets
 from lora_blip.models import weights
 from lora_blip.models.loading import Backbone, autocasting, compile_blocks, open_backbone
-from lora_blip.tasks.base import Batch
+from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
@@ -61,7 +61,7 @@ class Training:
         self.learner.update(RATE)
 
 
-def batch_of(task: CaptionTask, work: Work) -> Batch:
+def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:
     """A line a caption, as the loader hands them over: those about one image come with one look at it."""
     lines = [(number, text) for number, texts in enumerate(work.texts) for text in texts]
     examples = [Example(Path(f"{number}.jpg"), text, f"{number}.jpg", line) for line, (number, text) in enumerate(lines, 1)]

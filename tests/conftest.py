@@ -28,7 +28,7 @@ from lora_blip.models import loading
 from lora_blip.models.loading import Backbone, autocasting, load_backbone
 from lora_blip.reports import plots
 from lora_blip.tasks import verification
-from lora_blip.tasks.base import Batch
+from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
 
@@ -152,7 +152,7 @@ def every_target(model: torch.nn.Module, kind: str) -> list[str]:
 TEXTS = ["a red cube", "a single blue cube on top of the table", "nothing"]
 
 
-def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -> Batch:
+def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -> DeviceBatch:
     """Random images with uneven captions."""
     texts = texts or TEXTS
     images = torch.randn(len(texts), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
 from lora_blip.kernels import switch
-from lora_blip.kernels.vit_attention import apart, by_heads, whole
+from lora_blip.kernels.vit_attention import attend_at_once, by_heads, split_qkv
 from lora_blip.lora import attached, injection
 from lora_blip.lora import fused as fused_update
 from lora_blip.models.loading import load_backbone
@@ -19,13 +19,13 @@ from tests.conftest import WHOLE, batch_of, inject, logits_of, twenty_steps
 
 def by_hand(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """softmax(q kᵀ / √d) v by the book, in the dtype given."""
-    q, k, v = apart(qkv, heads).unbind(0)
+    q, k, v = split_qkv(qkv, heads).unbind(0)
     return ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_heads_one_after_another_are_attention_by_the_book(threads):
-    """`by_heads` and its gradient in float64, for head widths whose root is no whole number, and parts that do not divide."""
+    """`by_heads` and its gradient in float64, for head widths whose root is not a whole number, and parts that do not divide."""
     torch.set_num_threads(threads)
     qkv = torch.randn(2, 7, 3 * 4 * 6, dtype=torch.float64, requires_grad=True)
     found, expected = by_heads(qkv, 4), by_hand(qkv, 4)
@@ -51,7 +51,9 @@ def test_16_bits_are_as_close_as_transformers_own_are(dtype):
         return [y.detach().double(), x.grad.double()]
 
     truth = run(by_hand, qkv.double())
-    errors = [[(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (by_heads, whole, by_hand)]
+    errors = [
+        [(a - b).abs().max() for a, b in zip(run(f, qkv), truth, strict=True)] for f in (by_heads, attend_at_once, by_hand)
+    ]
     for fast in errors[:2]:
         assert all(mine <= 1.5 * theirs for mine, theirs in zip(fast, errors[2], strict=True))
 

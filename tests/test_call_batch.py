@@ -129,7 +129,7 @@ def test_every_part_of_a_backbone_refuses_other_rows(make, kind, part):
     model, language = backbone.model, CaptionTask(backbone).language
     for rows in (9, 2):
         images = torch.randn(rows, 3, 32, 32)
-        ids = torch.full((rows, 3), language.end)
+        ids = torch.full((rows, 3), language.end_id)
         calls: dict[str, Any] = {
             "the model": lambda images=images, rows=rows: language.generate(images, [""] * rows, max_new_tokens=2),
             "its encoder": lambda images=images: language.encode_images(images),

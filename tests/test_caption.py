@@ -30,7 +30,7 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
     rows = task.language.tokenize([prompt] * len(TEXTS), TEXTS)
     for targets, text in zip(rows.targets, TEXTS, strict=True):
         labels = targets[targets != IGNORE]
-        assert labels[-1] == task.language.end and backbone.tokenizer.decode(labels[:-1]).strip() == text
+        assert labels[-1] == task.language.end_id and backbone.tokenizer.decode(labels[:-1]).strip() == text
 
 
 def test_padding_is_told_by_its_place_and_never_by_its_id(backbone):
@@ -47,7 +47,7 @@ def test_captions_are_padded_to_the_longest_and_no_further(backbone):
     lengths = [len(plain_ids(backbone.tokenizer, text)) + 1 for text in TEXTS]  # with the end token
     assert len(set(lengths)) > 1 and [int((targets != IGNORE).sum()) for targets in rows.targets] == lengths
     if rows.decoder_input_ids is None:
-        start = len(language.start(""))
+        start = len(language.prompt_ids(""))
         assert rows.attention_mask.sum(1).tolist() == [start + length for length in lengths]
         assert rows.targets.shape == rows.input_ids.shape == (len(TEXTS), start + max(lengths))
     else:
@@ -125,7 +125,7 @@ def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> s
         else:
             logits = model(pixel_values=image, input_ids=start.input_ids, decoder_input_ids=ids).logits
         token = logits[0, -1].argmax()
-        if token == language.end:
+        if token == language.end_id:
             break
         written.append(int(token))
         ids = torch.cat([ids, token.view(1, 1)], dim=1)
@@ -154,7 +154,7 @@ def test_exact_match_can_be_reached_by_every_caption(make, kind):
 def test_texts_and_prompts_with_special_tokens_are_refused(backbone):
     task = CaptionTask(backbone)
     end = backbone.tokenizer.sep_token or "<image>"
-    assert "means something else" in task.unusable(f"a cube {end} here", 9) and not task.unusable("a cube", 9)
+    assert "means something else" in task.text_problem(f"a cube {end} here", 9) and not task.text_problem("a cube", 9)
     with pytest.raises(ConfigError, match=r"prompt = .*means something else"):
         CaptionTask(backbone, f"a {end}")
 
@@ -191,7 +191,7 @@ def test_tokens_that_a_user_added_are_learned_and_written(make, kind):
     tokenizer.add_tokens(["<plain>"])
     task = VqaTask(backbone) if kind == "vqa" else CaptionTask(backbone)
     text = "a red <cube> on a <sphere> and a <plain>"
-    assert not task.unusable(text, 60) and not task.special(text, task.ids(text))
+    assert not task.text_problem(text, 60) and not task.special_token_problem(text, task.token_ids(text))
     rows = task.language.tokenize(["what?" if kind == "vqa" else ""], [text])
     labels = rows.targets[0][rows.targets[0] != IGNORE]
     added = tokenizer.convert_tokens_to_ids(["<cube>", "<sphere>", "<plain>"])
@@ -217,8 +217,8 @@ def test_the_longest_generated_text_is_the_longest_of_the_data_and_a_margin(make
     examples = [Example(Path("x.png"), text, "x.png", 1) for text in texts]
     found = fit_generation(task, examples, 0)
     assert found == task.generation.max_new_tokens
-    assert found >= max(len(task.ids(text.strip())) + 1 for text in texts) + 8 or found == task.language.room("")
+    assert found >= max(len(task.token_ids(text.strip())) + 1 for text in texts) + 8 or found == task.language.room("")
     assert not capsys.readouterr().out
-    least = len(task.ids("two cubes")) + 2
+    least = len(task.token_ids("two cubes")) + 2
     assert fit_generation(task, examples, least) == least
     assert f"max_new_tokens = {least} cuts 1 of 4 texts" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from lora_blip.lora import attached, injection, merging, targets
 from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
-from lora_blip.tasks.base import Batch, Generation, Task
+from lora_blip.tasks.base import DeviceBatch, Generation, Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.vqa import VqaTask
 from tests import tiny
@@ -53,10 +53,10 @@ def many(request: pytest.FixtureRequest, make: Any) -> Backbone:
     return carry(make(request.param))
 
 
-def alone(batch: Batch, row: int) -> Batch:
+def alone(batch: DeviceBatch, row: int) -> DeviceBatch:
     """A row of a batch by itself, as wide as in the batch, so that its numbers are added in the same order."""
     rows = {key: value[row : row + 1] for key, value in vars(batch.rows).items() if isinstance(value, torch.Tensor)}
-    return Batch(batch.examples[row : row + 1], batch.pixel_values[row : row + 1], type(batch.rows)(**rows), 1.0)
+    return DeviceBatch(batch.examples[row : row + 1], batch.pixel_values[row : row + 1], type(batch.rows)(**rows), 1.0)
 
 
 @torch.no_grad()

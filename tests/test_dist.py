@@ -252,7 +252,7 @@ def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, k
             ]
             before = sum(p.numel() for b in blocks for p in b.parameters() if not p.requires_grad)
             real(backbone, ranks)
-            after = sum(sharding.here(p).numel() for b in blocks for p in b.parameters() if not p.requires_grad)
+            after = sum(sharding.local_part(p).numel() for b in blocks for p in b.parameters() if not p.requires_grad)
             assert before > 0 and after == pytest.approx(before / 2, rel=0.02)
 
         sharding.shard = shard

@@ -42,16 +42,16 @@ def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **setting
     """Captions by the model's own `generate`, with transformers' own attention."""
     model, language = task.backbone.model, task.language
     switch.fast(model, False)
-    start = language.start(prompt)
+    start = language.prompt_ids(prompt)
     ids = torch.tensor([start] * len(images))
-    settings |= {"eos_token_id": language.end, "pad_token_id": language.pad_id}
+    settings |= {"eos_token_id": language.end_id, "pad_token_id": language.pad_id}
     if task.backbone.family == "blip":
         settings = {key: value for key, value in settings.items() if "token_id" not in key}
         ids = torch.cat([ids, ids[:, :1]], dim=1)  # it drops the last token
         made, after = model.generate(pixel_values=images, input_ids=ids, **settings), len(start)
     else:
         if not model.config.use_decoder_only_language_model:
-            settings["decoder_start_token_id"] = language.first
+            settings["decoder_start_token_id"] = language.start_id
         made = model.generate(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
         after = len(start) if made[0, : len(start)].tolist() == start else 0
     switch.fast(model)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
-from lora_blip.kernels.linear import MADE_OF
+from lora_blip.kernels.linear import GELU_INPUT
 from lora_blip.lora import attached, fused
 from lora_blip.lora.sites import Site
 from tests.test_fused import gradients, network, used
@@ -46,7 +46,7 @@ def test_what_gelu_read_is_kept_instead_of_what_it_gave_only_in_the_dtype_of_the
         attached.fast(model, fast)
         before = torch.linspace(-3, 3, 48).reshape(4, 12).to(dtype)
         after = nn.functional.gelu(before.float()).requires_grad_()
-        setattr(after, MADE_OF, before)
+        setattr(after, GELU_INPUT, before)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             linear(after).float().square().sum().backward()
         adapter = attached.adapters(model)["2"]

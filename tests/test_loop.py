@@ -24,7 +24,7 @@ from lora_blip.lora import adapter_file, attached
 from lora_blip.lora.routing import disable_adapters
 from lora_blip.reports import plots
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import loop, setup
 from lora_blip.training.best import Best
@@ -50,14 +50,16 @@ def metrics_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
 
 
-def rows(batch: Batch, first: int, last: int, task: CaptionTask) -> Batch:
+def rows(batch: DeviceBatch, first: int, last: int, task: CaptionTask) -> DeviceBatch:
     """Some rows of a batch as a micro-batch of its own, padded anew."""
     texts = [example.text for example in batch.examples[first:last]]
     new = task.language.tokenize([task.prompt] * len(texts), texts)
-    return Batch(batch.examples[first:last], batch.pixel_values[first:last], new, new.label_tokens)
+    return DeviceBatch(batch.examples[first:last], batch.pixel_values[first:last], new, new.label_tokens)
 
 
-def one_step(task: Task, micro_batches: list[Batch], max_grad_norm: float = 0.0, scale: float = 0.0) -> tuple[Update, list]:
+def one_step(
+    task: Task, micro_batches: list[DeviceBatch], max_grad_norm: float = 0.0, scale: float = 0.0
+) -> tuple[Update, list]:
     """A step of plain SGD at rate 1: what it says of itself, and by how much each parameter moved."""
     parameters = [p for p in task.backbone.model.parameters() if p.requires_grad]
     learner = Learner(task, max_grad_norm=max_grad_norm, optimizer=torch.optim.SGD(parameters, lr=1.0))

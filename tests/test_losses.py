@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lora_blip.kernels import head_loss as heads
-from lora_blip.kernels.head_loss import head_loss, passable
-from lora_blip.models.packing import PADDING, apart, pack
+from lora_blip.kernels.head_loss import head_loss, is_plain_head
+from lora_blip.models.packing import PADDING, pack, unpacked
 from lora_blip.models.token_rows import IGNORE, Rows
 from lora_blip.tasks.losses import hard_negatives, itc_loss, token_loss
 
@@ -106,7 +106,7 @@ def test_packed_rows_by_hand():
     assert packed.ids.tolist() == [[5, 6, 7, 9, 4], [8, 0, 0, 0, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
     assert packed.text.tolist() == [[0, 0, 0, 2, 2], [1, *[PADDING] * 4]]
-    assert packed.places.tolist() == [1, 2, 3, 4] and packed.targets.tolist() == [7, 3, 4, 3]
+    assert packed.label_positions.tolist() == [1, 2, 3, 4] and packed.targets.tolist() == [7, 3, 4, 3]
     assert packed.weights is not None and packed.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
     hidden = torch.finfo(torch.float16).min
     mask = packed.mask(torch.float16)
@@ -128,13 +128,13 @@ def test_a_decoders_rows_are_as_long_as_their_labels():
 
 def test_rows_apart_say_where_their_labels_stand():
     _, rows = rows_of()
-    found = apart(rows)
-    assert found.places.tolist() == [1, 2, 6, 7] and found.targets.tolist() == [7, 3, 4, 3]
+    found = unpacked(rows)
+    assert found.label_positions.tolist() == [1, 2, 6, 7] and found.targets.tolist() == [7, 3, 4, 3]
     assert found.weights is not None and found.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
     for none in (found.ids, found.positions, found.text):
         assert none.numel() == 0 and none.dtype == torch.long
-    plain = apart(Rows(rows.input_ids, rows.attention_mask, rows.targets))
-    assert plain.weights is None and plain.places.tolist() == [1, 2, 6, 7]
+    plain = unpacked(Rows(rows.input_ids, rows.attention_mask, rows.targets))
+    assert plain.weights is None and plain.label_positions.tolist() == [1, 2, 6, 7]
 
 
 def test_packed_rows_move_with_all_their_tensors():
@@ -207,4 +207,4 @@ def test_only_a_frozen_linear_without_hooks_is_passed_by():
     hooked = frozen()
     hooked.register_forward_hook(lambda *_: None)
     subclass = type("Other", (nn.Linear,), {})(5, 7).requires_grad_(False)
-    assert passable(frozen()) and not any(map(passable, (nn.Linear(5, 7), hooked, subclass, nn.Identity())))
+    assert is_plain_head(frozen()) and not any(map(is_plain_head, (nn.Linear(5, 7), hooked, subclass, nn.Identity())))

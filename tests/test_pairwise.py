@@ -378,7 +378,7 @@ class Oracle:
             self.names = names_of(self.case, stack) or []
             if self.case.kind not in MATCHING:
                 prompts, pictures = self.about(stack)
-                self.packed = self.task.language.packed(self.batch.rows, prompts, pictures)
+                self.packed = self.task.language.pack(self.batch.rows, prompts, pictures)
                 self.rows_of_packed = prompts if self.case.kind == "vqa" else pictures
             loss = self.matched() if self.case.kind in MATCHING else self.said()
             total, count = total + loss, count + self.batch.count
@@ -414,7 +414,7 @@ class Oracle:
     def said(self) -> Tensor:
         """Σ w · −log p over the label tokens."""
         rows = self.batch.rows
-        logits = self.task.language.logits(self.batch.each(self.seen()), rows)
+        logits = self.task.language.logits(self.batch.per_example(self.seen()), rows)
         assert logits.dtype == torch.float64
         counts = rows.targets != IGNORE
         each = -logits.log_softmax(-1).gather(-1, rows.targets.masked_fill(~counts, 0)[..., None]).squeeze(-1)
@@ -423,7 +423,7 @@ class Oracle:
 
     def matched(self) -> Tensor:
         """Rows × (mean ITC + mean ITM) with the negatives that were drawn."""
-        texts, matcher, seen = self.batch.rows, self.task.matcher, self.batch.each(self.seen())
+        texts, matcher, seen = self.batch.rows, self.task.matcher, self.batch.per_example(self.seen())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(matching, "projected", lambda head, states: head(states))  # ours rounds to float32
             similarity = matching.cosines(matcher.image_features(seen), matcher.text_features(texts))

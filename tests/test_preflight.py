@@ -12,7 +12,7 @@ from lora_blip.errors import PreflightError
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
 from lora_blip.models.token_rows import IGNORE
-from lora_blip.tasks.base import Batch
+from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import preflight
 from tests.conftest import batch_of, inject
@@ -226,9 +226,9 @@ def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
     """The flipped batch is compared; if that is the same batch, its negative. What is known of other pictures is not used."""
     seen = []
     for pixels in (torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(2, 3, 4, 4)):
-        batch = Batch([], pixels, None, 1.0, known="kept")  # type: ignore[arg-type]
+        batch = DeviceBatch([], pixels, None, 1.0, known="kept")  # type: ignore[arg-type]
 
-        def logits(given: Batch) -> torch.Tensor:
+        def logits(given: DeviceBatch) -> torch.Tensor:
             seen.append((given.known, torch.is_grad_enabled()))
             return given.pixel_values.sum((1, 2, 3))
 

@@ -19,7 +19,7 @@ from lora_blip.models import matching
 from lora_blip.models.loading import autocasting
 from lora_blip.models.matching import cosines
 from lora_blip.tasks import retrieval
-from lora_blip.tasks.base import Batch
+from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.retrieval import TEMPERATURE, RetrievalTask, positives
 from lora_blip.training import loop, preflight
@@ -51,7 +51,7 @@ def pictures(some: list[Example], dtype=torch.float32) -> torch.Tensor:
     return torch.stack([drawn[e.image] for e in some]).to(dtype)
 
 
-def batch_of(task: RetrievalTask, lines=None, dtype=torch.float32) -> Batch:
+def batch_of(task: RetrievalTask, lines=None, dtype=torch.float32) -> DeviceBatch:
     some = examples(lines)
     return task.batch(Stack(some, pictures(some, dtype)))
 
@@ -366,7 +366,7 @@ def test_a_text_that_cannot_be_matched_is_one_error_from_python_too(task, text):
 
 
 def test_a_text_as_long_as_the_room_can_be_read(task):
-    tokenizer, room = task.backbone.tokenizer, task.matcher.longest - 2
+    tokenizer, room = task.backbone.tokenizer, task.matcher.max_tokens - 2
     text = " ".join(["a"] * room)
     assert len(tokenizer(text, add_special_tokens=False).input_ids) == room and task.check_text(text) == ""
     assert torch.isfinite(task.logits(batch_of(task, [("0.png", text), ("1.png", "a")]))).all()
@@ -507,7 +507,7 @@ def test_what_another_batch_says_of_an_image_is_no_negative_in_this_one(task):
     some = [Example(image, text, image.name, n) for n, (image, text) in enumerate(lines)]
     assert positives(some[1:]).tolist() == [[True, False], [False, True]]
     task.prepare_data(some)
-    assert positives(some[1:], task.known).tolist() == [[True, True], [False, True]]
+    assert positives(some[1:], task.texts_of_image).tolist() == [[True, True], [False, True]]
 
 
 def test_a_batch_without_a_wrong_pair_weighs_nothing(task):

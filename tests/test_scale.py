@@ -35,7 +35,7 @@ from lora_blip.data.loader import loader
 from lora_blip.data.paths import FEW, resolved
 from lora_blip.data.records import Lines
 from lora_blip.errors import DataError
-from lora_blip.models.token_bounds import UNTOLD, Bounds
+from lora_blip.models.token_bounds import UNBOUNDED, TokenBounds
 from lora_blip.models.token_rows import plain_ids, special_ids
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.registry import TASKS
@@ -91,14 +91,14 @@ def test_a_bound_is_never_less_than_the_tokens_there_are(make):
     rng, told = random.Random(0), dict.fromkeys(UNDERSTOOD, 0)
     for name, tokenizer in tokenizers(make).items():
         special = special_ids(tokenizer)
-        bounds = Bounds(tokenizer, special)
+        bounds = TokenBounds(tokenizer, special)
         assert (bounds.longest_word > 0) is (name in UNDERSTOOD), name
         for _ in range(600):
             text = some_text(rng)
             ids = plain_ids(tokenizer, text)
-            for most in (bounds.most(text), bounds.most(text, 0), bounds.most_of([text, "a"])):
+            for most in (bounds.at_most(text), bounds.at_most(text, 0), bounds.at_most_of([text, "a"])):
                 assert len(ids) <= most, (name, text)
-                if most < UNTOLD:
+                if most < UNBOUNDED:
                     assert not special & {*ids} and {*ids} - {tokenizer.unk_token_id}, (name, text)
                     told[name] += 1
     assert min(told.values()) > 600  # it is not by silence that they are right
@@ -106,10 +106,10 @@ def test_a_bound_is_never_less_than_the_tokens_there_are(make):
 
 def test_closer_bounds_are_exact_for_word_pieces(make):
     tokenizer = make("blip").tokenizer
-    bounds, rng = Bounds(tokenizer, special_ids(tokenizer)), random.Random(1)
+    bounds, rng = TokenBounds(tokenizer, special_ids(tokenizer)), random.Random(1)
     for _ in range(200):
         text = " ".join(rng.choices(PIECES[:12], k=rng.randint(1, 30)))
-        assert bounds.most(text, 0) == len(plain_ids(tokenizer, text))
+        assert bounds.at_most(text, 0) == len(plain_ids(tokenizer, text))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_a_line_is_judged_as_if_it_were_tokenised(make, monkeypatch, kind, name)
     task.pretokenize(lines)
     assert [task.check(line) for line in lines] == quick
     task.pretokenize([])
-    monkeypatch.setattr(Bounds, "most", lambda *_: UNTOLD)
-    monkeypatch.setattr(Bounds, "most_of", lambda *_: UNTOLD)
+    monkeypatch.setattr(TokenBounds, "at_most", lambda *_: UNBOUNDED)
+    monkeypatch.setattr(TokenBounds, "at_most_of", lambda *_: UNBOUNDED)
     assert [task.check(line) for line in lines] == quick
     assert sum(not reason for reason in quick) > 20 and len({reason[:20] for reason in quick}) > 3
 
@@ -312,7 +312,7 @@ def test_texts_of_other_lines_are_known_as_before(linked):
     for example in examples:
         every.setdefault(example.image.resolve(), set()).add(example.text)
     expected = torch.tensor([[other.text in every[one.image.resolve()] for other in examples] for one in examples])
-    assert torch.equal(positives(examples, task.known), expected) and 0 < expected.float().mean() < 1
+    assert torch.equal(positives(examples, task.texts_of_image), expected) and 0 < expected.float().mean() < 1
 
 
 # ---------------------------------------------------------------- pictures that are looked at late
@@ -421,7 +421,7 @@ def test_a_hundred_thousand_lines_cost_a_few_times_their_json(kind, tmp_path, ma
     path = tmp_path / "x.jsonl"
     path.write_text("".join(lines_of(kind, 100_000)))
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
-    task.bounds.most("a", 0)
+    task.bounds.at_most("a", 0)
     gc.collect()
     start = time.process_time()
     for line in path.read_text().splitlines():

@@ -90,7 +90,7 @@ def test_answers_get_room_for_the_longest_of_any_line(make, kind):
     task = VqaTask(make(kind))
     answers = [("red", "dark red"), ("a red cube on a blue cube", "red"), ("no",)]
     examples = [example(question="what is on top of the table, and of which colour is it?", answers=each) for each in answers]
-    longest = len(task.ids("a red cube on a blue cube")) + 1
+    longest = len(task.token_ids("a red cube on a blue cube")) + 1
     assert longest + MARGIN <= fit_generation(task, examples, 0) <= longest + MARGIN + 2  # OPT's tokens after a space
 
 
@@ -98,10 +98,10 @@ def test_answers_get_room_for_the_longest_of_any_line(make, kind):
 def test_a_text_that_fills_the_model_has_room_for_its_end(make, kind):
     """The automatic length is never more than what an adapter may be opened with, and never less than a usable text."""
     task = CaptionTask(make(kind))
-    task.language.longest = 40
+    task.language.max_tokens = 40
     room = task.language.room("")
     text = " ".join(["a"] * room)
-    assert len(task.ids(text)) == room and not task.check(example(text))
+    assert len(task.token_ids(text)) == room and not task.check(example(text))
     found = fit_generation(task, [example(text)], 0)
     assert found == room + 1
     task.require_room("")
@@ -116,14 +116,14 @@ def test_a_text_without_its_end_token_is_a_cut_text(make, kind, beams):
     """Against a longer generation of the same images: a text is cut if and only if that one goes on after the limit."""
     task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(4, beams))
     language, found = task.language, []
-    real = language.continued
+    real = language.generate_ids
 
     def continued(*given: object) -> torch.Tensor:
         made = real(*given)
-        found.extend(language.end in row for row in made.tolist())
+        found.extend(language.end_id in row for row in made.tolist())
         return made
 
-    language.continued = continued  # type: ignore[method-assign]
+    language.generate_ids = continued  # type: ignore[method-assign]
     images = torch.randn(6, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(1))
     examples = [example(question="what is it?" if kind == "vqa" else "")] * 6
     texts = task.predict(images, examples)

@@ -106,7 +106,7 @@ def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypat
     task.pretokenize([])
     monkeypatch.setattr("lora_blip.tasks.base.many_ids", lambda *_: pytest.fail("tokenised"))
     task.pretokenize(lines(task, ["a red cube on top of a blue cube", "a white t-shirt, it's new", "an odd " * 20]))
-    assert task.unknown.report(iter(lambda: pytest.fail("read"), None)) == ""
+    assert task.unknown_tokens.report(iter(lambda: pytest.fail("read"), None)) == ""
 
 
 def test_questions_prompts_and_texts_to_rank_are_refused_too(tasks, make):

@@ -227,8 +227,8 @@ def test_a_fast_path_that_computes_something_else_predicts_nothing(make, monkeyp
 @pytest.mark.parametrize("kind", ["blip", "vqa"])
 def test_a_ranking_of_texts_by_a_wrong_path_is_the_plain_one(make, monkeypatch, capsys, kind):
     """`rank` of a model that writes: the texts of one image read it together."""
-    mixed = text_attention.ImageStates.attended
-    monkeypatch.setattr(text_attention.ImageStates, "attended", lambda self, layer, queries: 1.1 * mixed(self, layer, queries))
+    mixed = text_attention.ImageStates.attend_to_image
+    monkeypatch.setattr(text_attention.ImageStates, "attend_to_image", lambda *args: 1.1 * mixed(*args))
     task = TASKS[kind](make(kind))
     runner, images = Runner(task, 2), pictures(2)
     work = Saying(TEXTS)

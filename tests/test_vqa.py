@@ -20,7 +20,7 @@ from lora_blip.inference import pipeline
 from lora_blip.lora import adapter_file, merging
 from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.models.token_rows import IGNORE
-from lora_blip.tasks.base import Batch, Generation
+from lora_blip.tasks.base import DeviceBatch, Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import natural_task
 from lora_blip.tasks.retrieval import RetrievalTask
@@ -52,7 +52,7 @@ def pictures(count: int, seed: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def batch_of(task: VqaTask, some: list[Example] | None = None, first: int = 0, dtype=torch.float32) -> Batch:
+def batch_of(task: VqaTask, some: list[Example] | None = None, first: int = 0, dtype=torch.float32) -> DeviceBatch:
     some = some or examples()
     return task.batch(Stack(some, pictures(first + len(some))[first:].to(dtype)))
 
@@ -110,18 +110,18 @@ def test_labels_are_the_answers_and_their_ends_and_nothing_else(task):
     assert len(batch.rows.targets) == len(pairs)
     for row, (_, answer) in zip(batch.rows.targets, pairs, strict=True):
         labels = row[row != IGNORE].tolist()
-        assert labels[-1] == task.language.end
+        assert labels[-1] == task.language.end_id
         assert task.backbone.tokenizer.decode(labels[:-1]).strip() == answer
     assert task.wrong_labels(batch) == ""
     text = task.label_table(batch)
-    assert "what" in text and "cube" in text and task.language.end not in (None, IGNORE)
+    assert "what" in text and "cube" in text and task.language.end_id not in (None, IGNORE)
 
 
 def test_labels_that_are_not_the_answers_are_noticed(task):
     batch = batch_of(task)
     targets = batch.rows.targets
     for wrong in (targets.roll(1, 0), torch.full_like(targets, IGNORE), targets.masked_fill(targets == IGNORE, 40)):
-        bad = Batch(batch.examples, batch.pixel_values, type(batch.rows)(**vars(batch.rows) | {"targets": wrong}), 1.0)
+        bad = DeviceBatch(batch.examples, batch.pixel_values, type(batch.rows)(**vars(batch.rows) | {"targets": wrong}), 1.0)
         assert "and its text is" in task.wrong_labels(bad)
 
 
@@ -173,7 +173,7 @@ def test_padding_may_hold_anything(task):
     if rows.decoder_input_ids is not None:
         past = torch.arange(rows.targets.shape[1]) >= (rows.targets != IGNORE).sum(1, keepdim=True)
         scribbled["decoder_input_ids"] = rows.decoder_input_ids.masked_fill(past, 77)
-    other = Batch(batch.examples, batch.pixel_values, type(rows)(**vars(rows) | scribbled), batch.count)
+    other = DeviceBatch(batch.examples, batch.pixel_values, type(rows)(**vars(rows) | scribbled), batch.count)
     counts = rows.targets != IGNORE
     assert (rows.attention_mask == 0).any()
     torch.testing.assert_close(task.logits(other)[counts], logits[counts], rtol=1e-5, atol=1e-6)
@@ -188,7 +188,7 @@ def test_accumulation_is_a_batch(make, kind):
         inject(task.backbone)
         micro = [batch_of(task, examples()[a:b], first=a) for a, b in pairwise(cuts)]
         whole = pictures(4)
-        micro = [Batch(m.examples, whole[a:b], m.rows, m.count) for m, (a, b) in zip(micro, pairwise(cuts), strict=True)]
+        micro = [DeviceBatch(m.examples, whole[a:b], m.rows, m.count) for m, (a, b) in zip(micro, pairwise(cuts), strict=True)]
         update, moved = one_step(task, micro)
         results.append((update.loss, moved))
     (one_loss, one), (many_loss, many) = results
@@ -244,7 +244,7 @@ def test_greedy_answers_are_the_argmax_of_hugging_face_s_logits(task):
     """Token after token, by the whole model; so the prompt is not glued on either."""
     task.generation = Generation(max_new_tokens=5)
     some, images = examples(), pictures(len(ASKED))
-    tokenizer, end = task.backbone.tokenizer, task.language.end
+    tokenizer, end = task.backbone.tokenizer, task.language.end_id
     for n, said in enumerate(task.predict(images, some)):
         ids: list[int] = []
         for _ in range(5):
@@ -295,7 +295,7 @@ def test_an_answer_is_that_of_hugging_face_s_own_generate(make, beams):
 def test_a_long_question_is_answered_in_the_room_that_is_left(make, kind, beams):
     """The longest question that is let through: writing ends where the model's positions do, and not in an error."""
     task = VqaTask(make(kind), "", Generation(max_new_tokens=20, num_beams=beams))
-    task.language.end = -1  # nothing ends an answer before its room does
+    task.language.end_id = -1  # nothing ends an answer before its room does
     asked = (examples([("a " * count, ("no",))]) for count in range(64, 0, -1))
     longest = next(some for some in asked if not task.check(some[0]))
     assert task.language.room(task.prompt_of(longest[0])) < 20 or kind == "vqa"

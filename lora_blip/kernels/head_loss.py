@@ -24,7 +24,7 @@ def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None
         return FrozenHead.apply(states.to(dtype), head.weight, head.bias, targets, weights)
 
 
-def passable(head: Any) -> bool:
+def is_plain_head(head: Any) -> bool:
     """Whether a head is W h + b, frozen, and nothing else: no hook on it, of an adapter or of others."""
     return type(head) in PLAIN_LINEARS and alone(head)
 

@@ -20,7 +20,7 @@ from lora_blip.kernels.plain import is_plain
 pass
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # and not a subclass, which may store or compute its values in another way
-MADE_OF = "made_of"  # attribute of an activation: the input of its GELU, which autograd keeps anyway
+GELU_INPUT = "gelu_input"  # attribute of an activation: the input of its GELU, which autograd keeps anyway
 LARGE = 2**20  # multiplications from which oneDNN's kernel, which takes longer to call, is the faster one
 
 

@@ -11,7 +11,7 @@ from transformers.activations import GELUActivation
 from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip_2.modeling_blip_2 import Blip2MLP
 
-from lora_blip.kernels.linear import MADE_OF
+from lora_blip.kernels.linear import GELU_INPUT
 from lora_blip.kernels.plain import is_plain
 
 
@@ -28,7 +28,7 @@ class VitMLP(nn.Module):
         gelu = model.activation_fn
         hooked = gelu._forward_hooks or gelu._forward_pre_hooks
         if type(gelu) is GELUActivation and gelu.act is nn.functional.gelu and not hooked:
-            setattr(after, MADE_OF, before)
+            setattr(after, GELU_INPUT, before)
         return model.fc2(after)
 
 

@@ -30,12 +30,12 @@ class ImageStates:
         self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
         self.pair: tuple[Tensor, Tensor] | None = None
 
-    def each(self, rows: int) -> tuple[Tensor, Tensor | None]:
+    def repeated(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Return the states and the mask of so many rows, those of an image side by side, as transformers reads them."""
         count = rows // len(self.states)
         return self.states.repeat_interleave(count, 0), None if self.mask is None else self.mask.repeat_interleave(count, 0)
 
-    def attended(self, layer: "TextAttention", queries: Tensor) -> Tensor:
+    def attend_to_image(self, layer: "TextAttention", queries: Tensor) -> Tensor:
         """queries (rows, tokens, width), the rows of an image side by side → what they read (rows, tokens, width)."""
         if self.pair is None:
             k, v = (layer.by_heads(project(self.states)).contiguous() for project in (layer.key, layer.value))
@@ -83,7 +83,7 @@ class TextAttention(BlipTextSelfAttention):
         drops = self.training and self.dropout.p  # never in a backbone that is loaded here
         if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, CACHE[0]):
             if crosses and source:
-                encoder_hidden_states, encoder_attention_mask = source.each(len(hidden_states))
+                encoder_hidden_states, encoder_attention_mask = source.repeated(len(hidden_states))
             cached = () if cache is None else (cache,)  # by place, since its name depends on the version
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *cached, **kwargs
@@ -91,7 +91,7 @@ class TextAttention(BlipTextSelfAttention):
         cache = kwargs.get(CACHE[0]) if cache is None else cache
         queries = self.query(hidden_states)
         if crosses and source:
-            return source.attended(self, queries), None
+            return source.attend_to_image(self, queries), None
         mask = encoder_attention_mask if crosses else attention_mask
         if encoder_hidden_states is not None and cache is None and self._few(queries, encoder_hidden_states):
             return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None

@@ -35,7 +35,7 @@ class VitAttention(nn.Module):
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
         large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and by_hand(qkv)
-        return model.projection((by_heads if large else whole)(qkv, model.num_heads)), None
+        return model.projection((by_heads if large else attend_at_once)(qkv, model.num_heads)), None
 
     @property
     def drops(self) -> bool:
@@ -55,12 +55,12 @@ class Blip2VitAttention(VitAttention, Blip2Attention):
         return self.attention_dropout > 0
 
 
-def whole(qkv: Tensor, heads: int) -> Tensor:
+def attend_at_once(qkv: Tensor, heads: int) -> Tensor:
     """softmax(q kᵀ / √d) v of each head: (images, states, 3 · width) → (images, states, width)."""
-    return attend(*apart(qkv, heads).unbind(0)).transpose(1, 2).flatten(2)
+    return attend(*split_qkv(qkv, heads).unbind(0)).transpose(1, 2).flatten(2)
 
 
-def apart(qkv: Tensor, heads: int) -> Tensor:
+def split_qkv(qkv: Tensor, heads: int) -> Tensor:
     """(images, states, 3 · width) → a view (3, images, heads, states, width / heads)."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
@@ -91,7 +91,7 @@ def by_heads_backward(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) 
     q, k, v = scaled(qkv, heads)
     d_out = d_context.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
     d_qkv = torch.empty_like(qkv)
-    dq, dk, dv = apart(d_qkv, heads).unbind(0)
+    dq, dk, dv = split_qkv(d_qkv, heads).unbind(0)
     for part in parts(q):
         p = kept[part]
         dv[part] = (d_out[part].transpose(1, 2) @ p).transpose(1, 2)  # so that the small factor is the one turned
@@ -128,7 +128,7 @@ by_heads_forward.register_autograd(_gradient, setup_context=_keep)
 
 def scaled(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q / √d, k and v, each (images, heads, states, d) and contiguous."""
-    q, k, v = apart(qkv, heads).unbind(0)
+    q, k, v = split_qkv(qkv, heads).unbind(0)
     return (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_blip.kernels.linear import MADE_OF, PLAIN_LINEARS, alone, as_autocast, product, transformed
+from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, alone, as_autocast, product, transformed
 from lora_blip.kernels.plain import is_plain
 
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
@@ -60,7 +60,7 @@ def updated(linear: Any, output: Tensor) -> Tensor:
     each = list(stack.values())
     reach = [(lora.scale, lora.padding[0], output.shape[-1] - lora.padding[1]) for lora in each]
     halves = [half for lora in each for half in (lora.A, lora.B)]
-    before = getattr(x, MADE_OF, None)
+    before = getattr(x, GELU_INPUT, None)
     kept = cast if before is None or before.dtype != cast.dtype or cast.nbytes < SMALL else before.detach()
     return FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)
 

@@ -21,11 +21,11 @@ class BlipLanguage(DecoderLanguage):
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
         text = backbone.model.config.text_config
-        self.first, self.end, self.pad_id = text.bos_token_id, text.sep_token_id, text.pad_token_id
-        self.longest = text.max_position_embeddings
+        self.start_id, self.end_id, self.pad_id = text.bos_token_id, text.sep_token_id, text.pad_token_id
+        self.max_tokens = text.max_position_embeddings
 
-    def start(self, prompt: str) -> list[int]:
-        return [self.first, *plain_ids(self.tokenizer, prompt)]
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return [self.start_id, *plain_ids(self.tokenizer, prompt)]
 
     def project_vision(self, states: Tensor) -> Tensor:
         return states
@@ -34,37 +34,37 @@ class BlipLanguage(DecoderLanguage):
     def head(self) -> nn.Linear:
         return self.model.text_decoder.cls.predictions.decoder
 
-    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         return pack(rows.input_ids, rows, picture)
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
-        return self.decoded_packed(packed, encoder_hidden_states=as_autocast(seen))  # not once a layer
+        return self.packed_states(packed, encoder_hidden_states=as_autocast(seen))  # not once a layer
 
-    def decoded_packed(self, packed: Packed, **source: Tensor) -> Tensor:
+    def packed_states(self, packed: Packed, **source: Tensor) -> Tensor:
         decoder = self.model.text_decoder
         states = call(
             decoder.bert, input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask(decoder.dtype),
             is_decoder=True, use_cache=False, **source,
         ).last_hidden_state  # fmt: skip
-        return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.places])
+        return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.label_positions])
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        return self.decoded(rows, encoder_hidden_states=rows.each(seen))
+        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(seen))
 
-    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+    def logits_of_one_image(self, seen: Tensor, rows: Rows) -> Tensor:
         with reading(self.model.text_decoder, seen, rows=len(rows.input_ids)) as source:
-            return self.decoded(rows, **source)
+            return self.decoder_logits(rows, **source)
 
-    def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
+    def decoder_logits(self, rows: Rows, **source: Tensor) -> Tensor:
         decoder = self.model.text_decoder
         return call(
             decoder, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
         ).logits  # fmt: skip
 
-    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
         with reading(self.model.text_decoder, seen) as source:
             made = self.model.text_decoder.generate(
-                input_ids=ids, attention_mask=mask, eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings
+                input_ids=ids, attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id, **source, **settings
             )
         return made[:, ids.shape[1] :]
 
@@ -80,7 +80,7 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         super().__init__(backbone)
         repair_cross_attention(self.model.text_decoder)
 
-    def start(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
         return [self.tokenizer.cls_token_id, *plain_ids(self.tokenizer, prompt), self.tokenizer.sep_token_id]
 
     def encode_questions(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -88,32 +88,32 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
 
-    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         assert rows.decoder_input_ids is not None
         return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         read = self.encode_questions(each(as_autocast(seen)), rows.input_ids, rows.attention_mask)
-        return self.decoded_packed(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
+        return self.packed_states(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         read, mask = self.encode_questions(seen, rows.input_ids, rows.attention_mask), rows.attention_mask
-        return self.decoded(rows, encoder_hidden_states=rows.each(read), encoder_attention_mask=rows.each(mask))
+        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(read), encoder_attention_mask=rows.per_row(mask))
 
-    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+    def logits_of_one_image(self, seen: Tensor, rows: Rows) -> Tensor:
         read = self.encode_questions(seen, rows.input_ids, rows.attention_mask)
         with reading(self.model.text_decoder, read, rows.attention_mask, len(rows.targets)) as source:
-            return self.decoded(rows, **source)
+            return self.decoder_logits(rows, **source)
 
-    def decoded(self, rows: Rows, **source: Tensor) -> Tensor:
+    def decoder_logits(self, rows: Rows, **source: Tensor) -> Tensor:
         # an answer's padding stands behind it, where a causal decoder never looks
         return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
 
-    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
         with reading(self.model.text_decoder, self.encode_questions(seen, ids, mask), mask) as source:
             made = self.model.text_decoder.generate(
-                input_ids=torch.full((len(ids), 1), self.first, device=ids.device),
-                eos_token_id=self.end, pad_token_id=self.pad_id, **source, **settings,
+                input_ids=torch.full((len(ids), 1), self.start_id, device=ids.device),
+                eos_token_id=self.end_id, pad_token_id=self.pad_id, **source, **settings,
             )  # fmt: skip
         return made[:, 1:]
 

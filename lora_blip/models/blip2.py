@@ -10,7 +10,7 @@ from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVision
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
-from lora_blip.models.packing import Packed, apart
+from lora_blip.models.packing import Packed, unpacked
 from lora_blip.models.token_rows import Rows, plain_ids
 
 
@@ -20,11 +20,11 @@ class Blip2Language(Language):
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
         config, language = backbone.model.config, backbone.model.language_model
-        self.image = [config.image_token_index] * config.num_query_tokens
+        self.image_ids = [config.image_token_index] * config.num_query_tokens
         self.pad_id = config.text_config.pad_token_id
         end = language.generation_config.eos_token_id or config.text_config.eos_token_id
-        self.end = end[0] if isinstance(end, list) else end
-        self.longest = getattr(config.text_config, "max_position_embeddings", 512) - len(self.image)
+        self.end_id = end[0] if isinstance(end, list) else end
+        self.max_tokens = getattr(config.text_config, "max_position_embeddings", 512) - len(self.image_ids)
 
     def project_vision(self, states: Tensor) -> Tensor:
         model = self.model
@@ -39,17 +39,17 @@ class Blip2Language(Language):
     def head(self) -> nn.Linear:
         return self.model.language_model.get_output_embeddings()
 
-    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
-        return apart(rows)
+    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
+        return unpacked(rows)
 
-    def embedded(self, seen: Tensor, ids: Tensor) -> Tensor:
+    def embed(self, seen: Tensor, ids: Tensor) -> Tensor:
         """What the language model reads: `ids` (rows, tokens) as embeddings, `seen` in the place of the image's."""
         embeds = self.model.get_input_embeddings()(ids)
-        return embeds.masked_scatter((ids == self.image[0])[..., None], seen.to(embeds.device, embeds.dtype))
+        return embeds.masked_scatter((ids == self.image_ids[0])[..., None], seen.to(embeds.device, embeds.dtype))
 
-    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
         made = self.model.language_model.generate(
-            inputs_embeds=self.embedded(seen, ids), attention_mask=mask, eos_token_id=self.end, pad_token_id=self.pad_id,
+            inputs_embeds=self.embed(seen, ids), attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id,
             **settings,
         )  # fmt: skip
         echoed = made.shape[1] >= ids.shape[1] and bool((made[:1, : ids.shape[1]] == ids[:1]).all())
@@ -59,26 +59,26 @@ class Blip2Language(Language):
 class OptLanguage(DecoderLanguage, Blip2Language):
     """BLIP-2 with a decoder (OPT): <image>… </s> prompt text end."""
 
-    def start(self, prompt: str) -> list[int]:
-        return [*self.image, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return [*self.image_ids, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.each(seen))
+        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.per_row(seen))
         return call(
             self.model, pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=rows.input_ids,
             attention_mask=rows.attention_mask, use_cache=False,
         ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        embeds = self.embedded(rows.each(each(seen)), rows.input_ids)
+        embeds = self.embed(rows.per_row(each(seen)), rows.input_ids)
         decoder = self.model.language_model.model
         states = call(
             decoder, inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False
         ).last_hidden_state  # fmt: skip
-        return states.flatten(0, 1)[packed.places]
+        return states.flatten(0, 1)[packed.label_positions]
 
-    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        return super().continued(seen, ids, mask, settings | {"input_ids": ids})
+    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        return super().generate_ids(seen, ids, mask, settings | {"input_ids": ids})
 
 
 class T5Language(EncoderLanguage, Blip2Language):
@@ -87,29 +87,29 @@ class T5Language(EncoderLanguage, Blip2Language):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         first = getattr(backbone.model.config.text_config, "decoder_start_token_id", None)
-        self.first = self.pad_id if first is None else first  # T5 starts from its padding
+        self.start_id = self.pad_id if first is None else first  # T5 starts from its padding
 
-    def start(self, prompt: str) -> list[int]:
-        return [*self.image, *plain_ids(self.tokenizer, prompt), self.end]
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return [*self.image_ids, *plain_ids(self.tokenizer, prompt), self.end_id]
 
     def encode_prompts(self, seen: Tensor, rows: Rows) -> Tensor:
         """The prompt with the image before it, for each text: (rows, tokens, width)."""
-        embeds, encoder = self.embedded(seen, rows.input_ids), self.model.language_model.get_encoder()
-        return rows.each(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
+        embeds, encoder = self.embed(seen, rows.input_ids), self.model.language_model.get_encoder()
+        return rows.per_row(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
 
     def logits(self, seen: Tensor, rows: Rows) -> Tensor:
         return call(
             self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.encode_prompts(seen, rows)),
-            attention_mask=rows.each(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
+            attention_mask=rows.per_row(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
     def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         model = self.model.language_model
         states = call(
             model.get_decoder(), input_ids=rows.decoder_input_ids, encoder_hidden_states=self.encode_prompts(each(seen), rows),
-            encoder_attention_mask=rows.each(rows.attention_mask), use_cache=False,
-        ).last_hidden_state.flatten(0, 1)[packed.places]  # fmt: skip
+            encoder_attention_mask=rows.per_row(rows.attention_mask), use_cache=False,
+        ).last_hidden_state.flatten(0, 1)[packed.label_positions]  # fmt: skip
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
-    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        return super().continued(seen, ids, mask, settings | {"decoder_start_token_id": self.first})
+    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        return super().generate_ids(seen, ids, mask, settings | {"decoder_start_token_id": self.start_id})

@@ -35,11 +35,11 @@ class Language:
     model: Any
     tokenizer: Any
     pad_id: int
-    first: int  # the token that a decoder starts from
-    end: int  # the token that ends every text
-    longest: int  # tokens of a row, the image left out
+    start_id: int  # the token that a decoder starts from
+    end_id: int  # the token that ends every text
+    max_tokens: int  # tokens of a row, the image left out
 
-    def start(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
         """What the model has read before the first token of its text."""
         raise NotImplementedError
 
@@ -64,7 +64,7 @@ class Language:
         """What turns the states of the text into logits."""
         raise NotImplementedError
 
-    def packed(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:
+    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:
         """The rows as they are learned fastest; row i is about prompt `prompt[i]` and picture `picture[i]`."""
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class Language:
         """
         raise NotImplementedError
 
-    def logits_of_one(self, seen: Tensor, rows: Rows) -> Tensor:
+    def logits_of_one_image(self, seen: Tensor, rows: Rows) -> Tensor:
         """`logits` of rows that are all about one image, `seen` (1, states, width)."""
         return self.logits(seen, rows)
 
@@ -93,13 +93,13 @@ class Language:
 
     def room_after(self, tokens: int) -> int:
         """`room`, for a prompt of so many tokens."""
-        return self.longest - tokens - 2
+        return self.max_tokens - tokens - 2
 
-    def together(self, starts: list[list[int]]) -> Iterable[list[int]]:
+    def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
         """Which starts are continued in one batch: of one length, so that no padding stands before what follows."""
         return by_length(starts)
 
-    def continued(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
         """The ids that follow `ids` (rows, tokens) over `seen` (rows, states, width)."""
         raise NotImplementedError
 
@@ -120,8 +120,8 @@ class Language:
         self, seen: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
     ) -> list[str]:
         """`generate` over what was seen of each row (rows, states, width). A text without its end is a CutText."""
-        starts, said = [self.start(prompt) for prompt in prompts], [""] * len(prompts)
-        for group in self.together(starts):
+        starts, said = [self.prompt_ids(prompt) for prompt in prompts], [""] * len(prompts)
+        for group in self.generation_groups(starts):
             some, device = [starts[index] for index in group], seen.device
             ids, mask = pad(some, self.pad_id).to(device), mask_of(some).to(device)
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
@@ -129,10 +129,10 @@ class Language:
                 raise ConfigError(f"a prompt has too many tokens for this model: {max((prompts[i] for i in group), key=len)!r}")
             mine = adapters and [adapters[index] for index in group]
             with use_adapters(self.model, mine, settings.get("num_beams", 1)):
-                made = self.continued(seen[group], ids, mask, settings | {"max_new_tokens": most})
+                made = self.generate_ids(seen[group], ids, mask, settings | {"max_new_tokens": most})
             for index, text, ids in zip(group, self.texts_of(made), made.tolist(), strict=True):
                 text = " ".join(text.split())
-                said[index] = text if self.end in ids else CutText(text)
+                said[index] = text if self.end_id in ids else CutText(text)
         return said
 
     def texts_of(self, ids: Tensor) -> list[str]:
@@ -143,7 +143,7 @@ class Language:
     @cached_property
     def structural_ids(self) -> set[Any]:
         """Return the ids that no text may contain."""
-        ids: set[Any] = {getattr(self, "first", None), *getattr(self, "image", [])[:1]}
+        ids: set[Any] = {getattr(self, "start_id", None), *getattr(self, "image_ids", [])[:1]}
         return special_ids(self.tokenizer) | (ids - {None})
 
     @cached_property
@@ -160,8 +160,8 @@ class DecoderLanguage(Language):
     """What BLIP and OPT share: one row holds a start that is silent, the text and the end, and predicts its next token."""
 
     def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        starts, about = [self.start(prompt) for prompt in prompts], image or range(len(texts))
-        ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end] for i, text in zip(about, texts, strict=True)]
+        starts, about = [self.prompt_ids(prompt) for prompt in prompts], image or range(len(texts))
+        ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end_id] for i, text in zip(about, texts, strict=True)]
         targets = shifted_targets(ids, [len(starts[i]) for i in about])
         return Rows(pad(ids, self.pad_id), mask_of(ids), targets, image=index_of(image))
 
@@ -174,14 +174,14 @@ class EncoderLanguage(Language):
     """What BLIP's questions and T5 share: an encoder reads the prompt, a decoder writes the text from `first` to the end."""
 
     def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        read = [self.start(prompt) for prompt in prompts]
-        written = [[*plain_ids(self.tokenizer, text), self.end] for text in texts]
-        decoder = pad([[self.first, *row[:-1]] for row in written], self.pad_id)
+        read = [self.prompt_ids(prompt) for prompt in prompts]
+        written = [[*plain_ids(self.tokenizer, text), self.end_id] for text in texts]
+        decoder = pad([[self.start_id, *row[:-1]] for row in written], self.pad_id)
         return Rows(pad(read, self.pad_id), mask_of(read), pad(written, IGNORE), decoder, index_of(image))
 
     def room_after(self, tokens: int) -> int:
         asked = super().room_after(tokens)
-        return self.longest - 2 if asked >= 0 else asked  # prompt and text have positions of their own
+        return self.max_tokens - 2 if asked >= 0 else asked  # prompt and text have positions of their own
 
-    def together(self, starts: list[list[int]]) -> Iterable[list[int]]:
+    def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
         return [list(range(len(starts)))]  # an encoder masks the padding of short ones

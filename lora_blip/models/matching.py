@@ -39,7 +39,7 @@ class Matcher:
     """How one kind of image-text model sees, reads and matches."""
 
     model: Any
-    longest: int  # tokens of a text, [CLS] and [SEP] among them
+    max_tokens: int  # tokens of a text, [CLS] and [SEP] among them
 
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
@@ -91,7 +91,7 @@ class BlipMatcher(Matcher):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        self.longest = backbone.model.config.text_config.max_position_embeddings
+        self.max_tokens = backbone.model.config.text_config.max_position_embeddings
 
     def image_features(self, seen: Tensor) -> Tensor:
         return normalize(projected(self.model.vision_proj, seen[:, :1]), dim=-1)
@@ -110,7 +110,7 @@ class Blip2Matcher(Matcher):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        self.longest = backbone.model.config.qformer_config.max_position_embeddings
+        self.max_tokens = backbone.model.config.qformer_config.max_position_embeddings
 
     def image_features(self, seen: Tensor) -> Tensor:
         queries = self.model.query_tokens.expand(len(seen), -1, -1)

@@ -21,7 +21,7 @@ class Packed:
     ids: Tensor  # (pictures, tokens)
     positions: Tensor  # (pictures, tokens) of each token in its own text
     text: Tensor  # (pictures, tokens) which text a token belongs to, PADDING
-    places: Tensor  # (labels,) among the tokens of all pictures, one after another
+    label_positions: Tensor  # (labels,) among the tokens of all pictures, one after another
     targets: Tensor  # (labels,)
     weights: Tensor | None  # (labels,) what each counts; None: 1
 
@@ -49,15 +49,17 @@ def pack(ids: Tensor, rows: Rows, picture: list[int]) -> Packed:
     positions = pad([[p for row in some for p in range(width[row])] for some in own], 0)
     text = pad([[row for row in some for _ in range(width[row])] for some in own], PADDING)
     wanted = pad([[t for row in some for t in targets[row][: width[row]]] for some in own], IGNORE).flatten()
-    places = (wanted != IGNORE).nonzero().flatten()
-    weights = None if rows.weights is None else rows.weights[text.flatten()[places]]
-    return Packed(packed, positions, text, places, wanted[places], weights)
+    label_positions = (wanted != IGNORE).nonzero().flatten()
+    weights = None if rows.weights is None else rows.weights[text.flatten()[label_positions]]
+    return Packed(packed, positions, text, label_positions, wanted[label_positions], weights)
 
 
-def apart(rows: Rows) -> Packed:
+def unpacked(rows: Rows) -> Packed:
     """The rows as they are, and where their labels stand: for models whose rows are not put together."""
     wanted = rows.targets.flatten()
-    places = (wanted != IGNORE).nonzero().flatten()
-    row = places // rows.targets.shape[1]
+    label_positions = (wanted != IGNORE).nonzero().flatten()
+    row = label_positions // rows.targets.shape[1]
     none = torch.empty(0, dtype=torch.long)
-    return Packed(none, none, none, places, wanted[places], None if rows.weights is None else rows.weights[row])
+    return Packed(
+        none, none, none, label_positions, wanted[label_positions], None if rows.weights is None else rows.weights[row]
+    )

@@ -37,6 +37,6 @@ def blocks_of(part: nn.Module) -> list[nn.Module]:
     return [block for each in outermost for block in each]
 
 
-def here(parameter: Any) -> torch.Tensor:
+def local_part(parameter: Any) -> torch.Tensor:
     """The part of a parameter that this rank holds."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -10,16 +10,16 @@ from lora_blip.models.token_rows import plain_ids
 
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation
 NORMALIZERS = {None, "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}  # none makes ASCII longer
-UNTOLD = sys.maxsize  # no bound
+UNBOUNDED = sys.maxsize  # no bound
 WORDS_KEPT = 2**17  # whose tokens are counted once
 
 
-class Bounds:
+class TokenBounds:
     """Upper bounds of a tokenizer's `plain_ids`, for texts of printable ASCII without a special token in them.
 
     Of such a text word pieces, a byte-level BPE and a unigram model make at most a token of each character, and one more
     for a space before it; and each reads a word by itself, so that the tokens of its words bound those of the text. Of any
-    other tokenizer, one that does not know all of ASCII, and any other text nothing is said: the bound is UNTOLD.
+    other tokenizer, one that does not know all of ASCII, and any other text nothing is said: the bound is UNBOUNDED.
     Any other bound also says that the text has no special token and is more than unknown ones.
     """
 
@@ -30,31 +30,31 @@ class Bounds:
         self.longest_word = longest_known_word(tokenizer, frozenset(special)) if all(map(str.isascii, tokens)) else 0
         self.counts: dict[str, tuple[int, int]] = {}  # word → its tokens at the start of a text, and after a space
 
-    def most(self, text: str, enough: int = UNTOLD) -> int:
+    def at_most(self, text: str, enough: int = UNBOUNDED) -> int:
         """Tokens of a text at most; a closer bound, which takes longer, when they might be more than `enough`."""
         if not self._plain(text, text.find(" ") if len(text) > self.longest_word else 0):
-            return UNTOLD
+            return UNBOUNDED
         most = len(text) + 1
         return most if most <= enough else sum(map(max, map(self._counts, text.split(" "))))
 
     def count(self, text: str, spaced: bool = False) -> int:
-        """Return the tokens of a text, or of it after a space; UNTOLD if that needs the tokenizer."""
-        if self.most(text) == UNTOLD:
-            return UNTOLD
+        """Return the tokens of a text, or of it after a space; UNBOUNDED if that needs the tokenizer."""
+        if self.at_most(text) == UNBOUNDED:
+            return UNBOUNDED
         first, *rest = map(self._counts, text.split(" "))
         return first[spaced] + sum(after for _, after in rest)
 
-    def knows(self, text: str) -> bool:
+    def has_no_unknown(self, text: str) -> bool:
         """Return True if the text surely has no unknown and no special token: as `most`, and for each of its words."""
-        if self.most(text) == UNTOLD:
+        if self.at_most(text) == UNBOUNDED:
             return False
         return len(text) <= self.longest_word or max(map(len, text.split(" "))) <= self.longest_word
 
-    def most_of(self, texts: Collection[str]) -> int:
+    def at_most_of(self, texts: Collection[str]) -> int:
         """Tokens of the longest of some texts at most."""
         longest = max(map(len, texts))
         known = min(texts) >= "!" and self._plain(" ".join(texts), longest)
-        return longest + 1 if known else UNTOLD
+        return longest + 1 if known else UNBOUNDED
 
     def _plain(self, text: str, word: int) -> bool:
         """Whether all is printable ASCII, it begins with more than a space, and its first word, so long, would be known."""

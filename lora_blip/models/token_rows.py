@@ -33,7 +33,7 @@ class Rows:
         moved = {key: value.to(device, non_blocking=True) for key, value in vars(self).items() if value is not None}
         return replace(self, **moved)
 
-    def each(self, of_images: Tensor) -> Tensor:
+    def per_row(self, of_images: Tensor) -> Tensor:
         """(images, …) → (rows, …): what belongs to the image of each row."""
         return of_images if self.image is None else of_images[self.image]
 

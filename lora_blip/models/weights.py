@@ -33,9 +33,9 @@ def cast_once(backbone: Backbone, precision: str) -> None:
         plain = type(module) in PLAIN_LINEARS and type(module.weight) in PLAIN_TENSORS
         if plain and module.weight.dtype == torch.float32 and "." in path:
             setattr(module, TIED, shared.get(path, getattr(module, TIED, "")))
-            module.weight = frozen(module.weight, dtype)
-            module.bias = None if module.bias is None else frozen(module.bias, dtype)
+            module.weight = frozen_copy(module.weight, dtype)
+            module.bias = None if module.bias is None else frozen_copy(module.bias, dtype)
 
 
-def frozen(parameter: Any, dtype: torch.dtype) -> nn.Parameter:
+def frozen_copy(parameter: Any, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)

@@ -12,7 +12,7 @@ from lora_blip.data.loader import Known, Stack
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models.loading import Backbone
-from lora_blip.models.token_bounds import Bounds
+from lora_blip.models.token_bounds import TokenBounds
 from lora_blip.models.token_rows import many_ids, plain_ids, special_ids
 from lora_blip.models.unknown_tokens import REMEDY, UnknownTokens
 from lora_blip.runtime.untrusted import quoted
@@ -30,7 +30,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DeviceBatch:
     examples: list[Example]
     pixel_values: Tensor  # (pictures, 3, H, W)
     rows: Any  # the texts, as the task reads them
@@ -43,7 +43,7 @@ class Batch:
     def images(self) -> int:
         return len(self.pixel_values) + (len(self.known.places) if self.known else 0)
 
-    def each(self, of_pictures: Tensor) -> Tensor:
+    def per_example(self, of_pictures: Tensor) -> Tensor:
         """(pictures, …) → (examples, …)"""
         return of_pictures if self.picture is None else of_pictures[self.picture]
 
@@ -53,8 +53,8 @@ class Task:
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]  # the checkpoints that can do it
-    such_as: ClassVar[str]  # one of them
-    together: ClassVar[bool] = True  # the lines about an image are learned at one look at it
+    example_checkpoint: ClassVar[str]  # one of them
+    one_pass_per_image: ClassVar[bool] = True  # the lines about an image are learned at one look at it
     score_names: ClassVar[tuple[str, ...]]  # what `scores` can give, more is better; the first picks the best adapter
     prompt: str
     generation: Generation
@@ -65,13 +65,13 @@ class Task:
         if backbone.architecture not in self.architectures:
             raise ConfigError(
                 f"task = {self.name!r}: {backbone.name!r} is a {backbone.architecture}; "
-                f"give a checkpoint of {' or '.join(self.architectures)}, such as {self.such_as}"
+                f"give a checkpoint of {' or '.join(self.architectures)}, such as {self.example_checkpoint}"
             )
         image = getattr(backbone.model.config, "image_token_index", None)
         self.special_ids: set[Any] = special_ids(backbone.tokenizer) | ({image} - {None})
         self.prompt_warning = ""
-        self.expected: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
-        self.lengths: dict[str, int] = {}  # how many tokens such texts had, until `fit_generation` has used them
+        self.pretokenized: dict[str, list[int]] = {}  # tokens of the texts that will be checked next
+        self.known_lengths: dict[str, int] = {}  # how many tokens such texts had, until `fit_generation` has used them
 
     def require_score(self, name: str) -> None:
         """ConfigError if validation gives no score of that name."""
@@ -93,60 +93,60 @@ class Task:
 
     def pretokenize(self, examples: list[Example]) -> None:
         """Tokenise together what `check` will ask about these lines, which takes half the time; nothing else changes."""
-        some, longest = [self.checked(example) for example in examples], self.bounds.longest_word
+        some, longest = [self.texts_to_check(example) for example in examples], self.bounds.longest_word
         if longest:
             some = [texts for texts in some if not (joined := "".join(texts)).isascii() or len(joined) > longest]
-        doubtful = sorted({text for texts in some for text in texts if text and not self.bounds.knows(text)})
-        self.expected = many_ids(self.backbone.tokenizer, doubtful) if doubtful else {}
-        self.unknown.note(self.expected)
-        self.lengths |= {text: len(ids) for text, ids in self.expected.items()}
+        doubtful = sorted({text for texts in some for text in texts if text and not self.bounds.has_no_unknown(text)})
+        self.pretokenized = many_ids(self.backbone.tokenizer, doubtful) if doubtful else {}
+        self.unknown_tokens.note(self.pretokenized)
+        self.known_lengths |= {text: len(ids) for text, ids in self.pretokenized.items()}
 
-    def texts_in(self, example: Example) -> tuple[str, ...]:
+    def all_texts(self, example: Example) -> tuple[str, ...]:
         """The texts of a line."""
         return (example.text,)
 
     def unknown_report(self, examples: list[Example]) -> str:
         """Return the share of unknown tokens in the prompt and in lines that `expect` was given, with examples, or ""."""
-        lines = ((example.line, self.texts_in(example)) for example in examples)
-        return "\n".join(filter(None, [self.prompt_warning, self.unknown.report(lines)]))
+        lines = ((example.line, self.all_texts(example)) for example in examples)
+        return "\n".join(filter(None, [self.prompt_warning, self.unknown_tokens.report(lines)]))
 
-    def checked(self, example: Example) -> tuple[str, ...]:
+    def texts_to_check(self, example: Example) -> tuple[str, ...]:
         """The texts that `check` may tokenise."""
         return (example.text,)
 
     @cached_property
-    def bounds(self) -> Bounds:
-        return Bounds(self.backbone.tokenizer, self.special_ids)
+    def bounds(self) -> TokenBounds:
+        return TokenBounds(self.backbone.tokenizer, self.special_ids)
 
     @cached_property
-    def unknown(self) -> UnknownTokens:
+    def unknown_tokens(self) -> UnknownTokens:
         return UnknownTokens(self.backbone.tokenizer, self.special_ids)
 
-    def ids(self, text: str) -> list[int]:
-        return self.expected.get(text) or plain_ids(self.backbone.tokenizer, text)
+    def token_ids(self, text: str) -> list[int]:
+        return self.pretokenized.get(text) or plain_ids(self.backbone.tokenizer, text)
 
-    def unusable(self, text: str, room: int) -> str:
+    def text_problem(self, text: str, room: int) -> str:
         """Why a text cannot be learned or matched where there is room for so many tokens, or ""."""
-        if self.bounds.most(text, room) <= room:
+        if self.bounds.at_most(text, room) <= room:
             return ""
-        ids = self.ids(text)
-        if self.unknown.nothing_left(ids):
+        ids = self.token_ids(text)
+        if self.unknown_tokens.nothing_left(ids):
             return f"the text {quoted(text)} {ONLY_UNKNOWN}"
         if len(ids) > room:
             return f"the text has {len(ids)} tokens, and the model has room for {room}"
-        return self.special(text, ids)
+        return self.special_token_problem(text, ids)
 
-    def special(self, text: str, ids: list[int]) -> str:
+    def special_token_problem(self, text: str, ids: list[int]) -> str:
         """Why a text with a special token in it, <image> or [SEP], cannot be used, or ""."""
         found = [i for i in ids if i in self.special_ids]
         tokens = self.backbone.tokenizer.convert_ids_to_tokens(found[:1])
         return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
 
-    def batch(self, stack: Stack) -> Batch:
+    def batch(self, stack: Stack) -> DeviceBatch:
         """Examples and their pictures → tensors on the model's device."""
         raise NotImplementedError
 
-    def encode_batch(self, batch: Batch) -> Tensor:
+    def encode_batch(self, batch: DeviceBatch) -> Tensor:
         """What the vision side makes of each picture of a batch: for `loss` and `predict` both to go on from."""
         if batch.known and self.prefix:
             return self.prefix.encode_images(batch.pixel_values, batch.known)
@@ -160,7 +160,7 @@ class Task:
         """`look`, from the ViT's output (pictures, tokens, width) on."""
         raise NotImplementedError
 
-    def pictures(self, stack: Stack) -> dict[str, Any]:
+    def image_tensors(self, stack: Stack) -> dict[str, Any]:
         """The pictures of a batch, on the model's device."""
         device, known = self.backbone.device, stack.known
         return {
@@ -169,15 +169,15 @@ class Task:
             "known": known and known._replace(states=known.states.to(device, non_blocking=True)),
         }
 
-    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
+    def loss(self, batch: DeviceBatch, seen: Tensor | None = None) -> Tensor:
         """The summed loss, float32: divide by `batch.count` over the whole step. `seen`: of its pictures, if they were."""
         raise NotImplementedError
 
-    def repeatable_loss(self, batch: Batch) -> Tensor:
+    def repeatable_loss(self, batch: DeviceBatch) -> Tensor:
         """`loss`, without anything that is drawn or chosen by what was computed: to compare two ways to compute it."""
         return self.loss(batch)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: DeviceBatch) -> Tensor:
         """All that the batch makes the model say, in one tensor: for the proofs before the first step."""
         raise NotImplementedError
 
@@ -185,11 +185,11 @@ class Task:
         """What is trained beside the adapters."""
         return []
 
-    def wrong_labels(self, batch: Batch) -> str:
+    def wrong_labels(self, batch: DeviceBatch) -> str:
         """Why the labels of a batch are not its examples' own, or ""."""
         raise NotImplementedError
 
-    def label_table(self, batch: Batch) -> str:
+    def label_table(self, batch: DeviceBatch) -> str:
         """What the model reads and what it must say, for the user to look at."""
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ class CaptionTask(TextTask):
 
     name = "caption"
     architectures = ("BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
-    such_as = "Salesforce/blip-image-captioning-base"
+    example_checkpoint = "Salesforce/blip-image-captioning-base"
     score_names = ("exact_match", *COCO_KEYS)
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
@@ -42,7 +42,7 @@ class CaptionTask(TextTask):
     def check(self, example: Example) -> str:
         if not example.text:
             return "no text: captioning needs one"
-        return self.check_prompt(example) or self.unusable(example.text, self.room(self.prompt_of(example)))
+        return self.check_prompt(example) or self.text_problem(example.text, self.room(self.prompt_of(example)))
 
     def room(self, prompt: str) -> int:
         """Tokens for a caption after a prompt."""

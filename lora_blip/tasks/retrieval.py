@@ -21,7 +21,7 @@ from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models.loading import Backbone
 from lora_blip.models.matching import TokenizedTexts, cosines, matcher_of
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.tasks.base import Batch, Generation, Task
+from lora_blip.tasks.base import DeviceBatch, Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
@@ -50,8 +50,8 @@ class RetrievalTask(Task):
 
     name = "retrieval"
     architectures = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval")
-    such_as = "Salesforce/blip-itm-base-coco"
-    together = False  # two lines of an image are no negatives of each other
+    example_checkpoint = "Salesforce/blip-itm-base-coco"
+    one_pass_per_image = False  # two lines of an image are no negatives of each other
     score_names = ("recall_at_1", *(f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in RECALLS))
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
@@ -59,7 +59,7 @@ class RetrievalTask(Task):
         if self.prompt:
             raise ConfigError(f"prompt = {self.prompt!r}: retrieval has no prompt; leave it empty")
         self.matcher = matcher_of(backbone)
-        self.known: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, where there are several
+        self.texts_of_image: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, where there are several
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
 
     @property
@@ -79,7 +79,7 @@ class RetrievalTask(Task):
                 said = texts.get(files[example.file], ())
                 if example.text not in said:
                     texts[files[example.file]] = (*said, example.text)
-            self.known = {image: texts[file] for image, file in files.items() if len(texts[file]) > 1}
+            self.texts_of_image = {image: texts[file] for image, file in files.items() if len(texts[file]) > 1}
 
     def check(self, example: Example) -> str:
         if example.prompt:
@@ -88,13 +88,13 @@ class RetrievalTask(Task):
 
     def check_text(self, text: str) -> str:
         """Why a text cannot be matched, or ""."""
-        return self.unusable(text, self.matcher.longest - 2)
+        return self.text_problem(text, self.matcher.max_tokens - 2)
 
-    def batch(self, stack: Stack) -> Batch:
+    def batch(self, stack: Stack) -> DeviceBatch:
         device = self.backbone.device
         texts = self.matcher.tokenize([example.text for example in stack.examples]).to(device)
-        count = 0 if positives(stack.examples, self.known).all() else len(stack.examples)
-        return Batch(stack.examples, rows=texts, count=count, **self.pictures(stack))
+        count = 0 if positives(stack.examples, self.texts_of_image).all() else len(stack.examples)
+        return DeviceBatch(stack.examples, rows=texts, count=count, **self.image_tensors(stack))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         return self.matcher.encode_images(pixel_values)
@@ -102,19 +102,19 @@ class RetrievalTask(Task):
     def project_vision(self, states: Tensor) -> Tensor:
         return states
 
-    def repeatable_loss(self, batch: Batch) -> Tensor:
+    def repeatable_loss(self, batch: DeviceBatch) -> Tensor:
         return self.loss(batch, drawn=False)
 
-    def loss(self, batch: Batch, seen: Tensor | None = None, drawn: bool = True) -> Tensor:
+    def loss(self, batch: DeviceBatch, seen: Tensor | None = None, drawn: bool = True) -> Tensor:
         """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
         0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone, whose count is
         0 too: ITM would only learn from it to say yes. `drawn`: draw the wrong ones by similarity.
         """
         matcher, texts = self.matcher, batch.rows
-        seen = batch.each(self.encode_batch(batch) if seen is None else seen)
+        seen = batch.per_example(self.encode_batch(batch) if seen is None else seen)
         similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
-        right = positives(batch.examples, self.known)
+        right = positives(batch.examples, self.texts_of_image)
         if right.all():
             return 0 * similarity.sum()
         right = right.to(similarity.device)
@@ -127,17 +127,17 @@ class RetrievalTask(Task):
         matching = F.binary_cross_entropy_with_logits(odds, labels)  # of two logits: the softmax's cross-entropy
         return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: DeviceBatch) -> Tensor:
         """ITC's logits of all pairs, then ITM's log-odds of the right ones: (rows · rows + rows,)."""
-        seen = batch.each(self.encode_batch(batch))
+        seen = batch.per_example(self.encode_batch(batch))
         similarity = cosines(self.matcher.image_features(seen), self.matcher.text_features(batch.rows))
         return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
 
-    def wrong_labels(self, batch: Batch) -> str:
-        return NO_NEGATIVES if positives(batch.examples, self.known).all() else ""
+    def wrong_labels(self, batch: DeviceBatch) -> str:
+        return NO_NEGATIVES if positives(batch.examples, self.texts_of_image).all() else ""
 
-    def label_table(self, batch: Batch, rows: int = 2) -> str:
-        right = positives(batch.examples, self.known)
+    def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
+        right = positives(batch.examples, self.texts_of_image)
         lines = ["what the model reads | images of this batch that it belongs to"]
         for row in range(min(rows, len(batch.examples))):
             kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()

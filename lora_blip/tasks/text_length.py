@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lora_blip.data.example import Example
 from lora_blip.models.language import CutText, DecoderLanguage
-from lora_blip.models.token_bounds import UNTOLD
+from lora_blip.models.token_bounds import UNBOUNDED
 from lora_blip.models.token_rows import many_ids
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.text_task import TextTask
@@ -24,8 +24,8 @@ def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> di
     """
     known = {text: task.bounds.count(text, spaced) for text in texts}
     if not spaced:
-        known |= {text: task.lengths[text] for text in texts if known[text] == UNTOLD and text in task.lengths}
-    rest = [text for text in texts if known[text] == UNTOLD]
+        known |= {text: task.known_lengths[text] for text in texts if known[text] == UNBOUNDED and text in task.known_lengths}
+    rest = [text for text in texts if known[text] == UNBOUNDED]
     for start in range(0, len(rest), CHUNK):
         part = rest[start : start + CHUNK]
         written = [f" {text}" if spaced else text for text in part]
@@ -50,7 +50,7 @@ def longer_texts(task: Task, examples: Iterable[Example], limit: int) -> tuple[C
     """
     texts, longer, most = texts_by_space(task, examples), Counter[str](), 0
     for spaced, counts in texts.items():
-        may_be = [text for text in counts if task.bounds.most(text) + 1 > limit]
+        may_be = [text for text in counts if task.bounds.at_most(text) + 1 > limit]
         found = {text: n for text, n in token_counts(task, may_be, spaced).items() if n > limit}
         longer.update({text: counts[text] for text in found})
         most = max(most, *found.values()) if found else most
@@ -63,8 +63,8 @@ def longest_text(task: Task, examples: Iterable[Example]) -> int:
     for spaced, counts in texts_by_space(task, examples).items():
         others = []
         for text in counts:
-            most = task.bounds.most(text, longest - 1)
-            if most == UNTOLD:
+            most = task.bounds.at_most(text, longest - 1)
+            if most == UNBOUNDED:
                 others.append(text)
             elif most + 1 > longest:
                 longest = max(longest, task.bounds.count(text, spaced) + 1)
@@ -84,7 +84,7 @@ def fit_generation(task: Task, examples: list[Example], wanted: int, fix: str = 
     `wanted`. If texts are longer, their number is printed, with the fix.
     """
     if not isinstance(task, TextTask):
-        task.lengths = {}
+        task.known_lengths = {}
         return wanted or Generation().max_new_tokens
     chosen, room = wanted, most_new_tokens(task)
     if len(examples) >= MANY:
@@ -99,7 +99,7 @@ def fit_generation(task: Task, examples: list[Example], wanted: int, fix: str = 
             f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {total:,} texts, the longest of which has "
             f"{most} tokens with its end: their predictions can never be right. {fix}"
         )
-    task.lengths = {}  # of the check: they are not needed any more
+    task.known_lengths = {}  # of the check: they are not needed any more
     task.generation = replace(task.generation, max_new_tokens=chosen)
     return chosen
 

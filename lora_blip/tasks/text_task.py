@@ -11,7 +11,7 @@ from lora_blip.data.annotations import plain
 from lora_blip.data.example import Example
 from lora_blip.data.loader import Stack
 from lora_blip.errors import ConfigError
-from lora_blip.kernels.head_loss import head_loss, passable
+from lora_blip.kernels.head_loss import head_loss, is_plain_head
 from lora_blip.kernels.plain import is_plain
 from lora_blip.models.blip import BlipLanguage, BlipVqaLanguage
 from lora_blip.models.blip2 import OptLanguage, T5Language
@@ -19,7 +19,7 @@ from lora_blip.models.language import Language
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import IGNORE, plain_ids
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.tasks.base import ONLY_UNKNOWN, Batch, Generation, Task
+from lora_blip.tasks.base import ONLY_UNKNOWN, DeviceBatch, Generation, Task
 from lora_blip.tasks.losses import token_loss
 
 CHUNK = 64  # rows of one image's texts that are ranked at a time
@@ -51,28 +51,30 @@ class TextTask(Task):
         text, answers = after_prompt(example.text, prompt), tuple(after_prompt(answer, prompt) for answer in example.answers)
         return example if (text, answers) == (example.text, example.answers) else replace(example, text=text, answers=answers)
 
-    def batch(self, stack: Stack) -> Batch:
+    def batch(self, stack: Stack) -> DeviceBatch:
         device, prompts = self.backbone.device, [self.prompt_of(example) for example in stack.examples]
         about = stack.picture or range(len(stack.examples))
         texts = [(i, text, weight) for i, e in enumerate(stack.examples) for text, weight in self.texts_of(e)]
         image, said, weights = map(list, zip(*texts, strict=True))
         rows = self.language.tokenize(prompts, said, image).weighing(weights)
-        packed = self.language.packed(rows, image, [about[i] for i in image]) if self.backbone.fast else None
+        packed = self.language.pack(rows, image, [about[i] for i in image]) if self.backbone.fast else None
         packed = packed and packed.to(device)
-        return Batch(stack.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.pictures(stack))
+        return DeviceBatch(
+            stack.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.image_tensors(stack)
+        )
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: DeviceBatch) -> Tensor:
         """(rows, tokens, vocabulary)."""
-        return self.language.logits(batch.each(self.encode_batch(batch)), batch.rows)
+        return self.language.logits(batch.per_example(self.encode_batch(batch)), batch.rows)
 
-    def loss(self, batch: Batch, seen: Tensor | None = None) -> Tensor:
+    def loss(self, batch: DeviceBatch, seen: Tensor | None = None) -> Tensor:
         """Σ weight × cross-entropy over the label tokens."""
         seen = self.encode_batch(batch) if seen is None else seen
         if batch.packed is None or is_plain():
-            return token_loss(self.language.logits(batch.each(seen), batch.rows), batch.rows.targets, batch.rows.weights)
+            return token_loss(self.language.logits(batch.per_example(seen), batch.rows), batch.rows.targets, batch.rows.weights)
         head, packed = self.language.head, batch.packed
-        states = self.language.label_states(seen, batch.each, batch.rows, packed)
-        if not passable(head):
+        states = self.language.label_states(seen, batch.per_example, batch.rows, packed)
+        if not is_plain_head(head):
             return token_loss(head(states)[:, None], packed.targets[:, None], packed.weights)
         return head_loss(states, head, packed.targets, packed.weights)
 
@@ -107,7 +109,7 @@ class TextTask(Task):
     def scored(self, seen: Tensor, prompt: str, texts: list[str]) -> Tensor:
         """The log-likelihood of each text after a prompt, over one image seen (1, states, width): (texts,)."""
         rows = self.language.tokenize([prompt], texts, [0] * len(texts)).to(self.backbone.device)
-        return self.likelihood(token_log_likelihoods(self.language.logits_of_one(seen, rows), rows.targets))
+        return self.likelihood(token_log_likelihoods(self.language.logits_of_one_image(seen, rows), rows.targets))
 
     def likelihood(self, tokens: Tensor) -> Tensor:
         """Per-token log-likelihoods (rows, tokens), NaN where nothing counts → one score a text."""
@@ -118,10 +120,12 @@ class TextTask(Task):
     def require_room(self, prompt: str) -> None:
         """ConfigError if `prompt` holds a special token or only unknown ones, or leaves too few positions."""
         ids = plain_ids(self.backbone.tokenizer, prompt)
-        if reason := self.special(prompt, ids) or (ONLY_UNKNOWN if prompt.strip() and self.unknown.nothing_left(ids) else ""):
+        if reason := self.special_token_problem(prompt, ids) or (
+            ONLY_UNKNOWN if prompt.strip() and self.unknown_tokens.nothing_left(ids) else ""
+        ):
             raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
-        self.unknown.note({prompt: ids})
-        self.prompt_warning = self.unknown.report([(0, (prompt,))], "prompt")
+        self.unknown_tokens.note({prompt: ids})
+        self.prompt_warning = self.unknown_tokens.report([(0, (prompt,))], "prompt")
         room, wanted = self.most_new_tokens(prompt), self.generation.max_new_tokens
         if room < wanted:
             raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
@@ -134,9 +138,9 @@ class TextTask(Task):
         """Why a line's own prompt cannot be used, or ""."""
         if self.language.room(prompt) < 1:
             return f"the prompt has too many tokens for this model: {quoted(prompt)}"
-        return self.special(prompt, plain_ids(self.backbone.tokenizer, prompt))
+        return self.special_token_problem(prompt, plain_ids(self.backbone.tokenizer, prompt))
 
-    def wrong_labels(self, batch: Batch) -> str:
+    def wrong_labels(self, batch: DeviceBatch) -> str:
         """Each row's labels are its text's tokens and the end token, and nothing else."""
         tokenizer = self.backbone.tokenizer
         pairs = [(example, text) for example in batch.examples for text, _ in self.texts_of(example)]
@@ -147,14 +151,14 @@ class TextTask(Task):
                 return f"the labels of {example.name!r} read {read!r}, and its text is {text!r}"
         return ""
 
-    def label_table(self, batch: Batch, rows: int = 2) -> str:
+    def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
         """What the model reads and what it must say, decoded, for the first rows: . is a position that does not count."""
         words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows
         lines = ["what the model reads | must say next (. does not count)"]
         for row, target in enumerate(texts.targets[:rows]):
             read, prompt = texts.input_ids, ""
             if texts.decoder_input_ids is not None:  # an encoder reads the prompt apart
-                asked, there = texts.each(texts.input_ids)[row], texts.each(texts.attention_mask)[row]
+                asked, there = texts.per_row(texts.input_ids)[row], texts.per_row(texts.attention_mask)[row]
                 read, prompt = texts.decoder_input_ids, " ".join(words(asked[there == 1].tolist())) + "  →  "
             said = [words(int(t)) if t != IGNORE else "." for t in target]
             pairs = zip(words(read[row].tolist()), said, strict=True)

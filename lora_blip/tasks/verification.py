@@ -31,7 +31,7 @@ from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.models.loading import DTYPES, Backbone, autocasting, first_line, uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.files import write_whole
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.text_task import TextTask
 from lora_blip.version import __version__
 
@@ -77,7 +77,7 @@ class UncheckedError(Exception):
 
 
 def before_training(
-    task: Task, batch: Batch, precision: str, autocast: Autocast, settings: dict[str, Any], ranks: Ranks = ALONE,
+    task: Task, batch: DeviceBatch, precision: str, autocast: Autocast, settings: dict[str, Any], ranks: Ranks = ALONE,
     predicts: bool = True,
 ) -> None:  # fmt: skip
     """Check logits, loss and gradients of a batch, and what is predicted of it. Every rank calls this with the same batch."""
@@ -89,7 +89,7 @@ def before_training(
         found = training_differences(task, batch, autocast, bound_of(task, precision))
         if predicts and not any(each.too_large for each in found):
             rows = list(range(min(ROWS, len(batch.examples))))
-            pictures, examples = batch.each(batch.pixel_values)[rows], batch.examples[: len(rows)]
+            pictures, examples = batch.per_example(batch.pixel_values)[rows], batch.examples[: len(rows)]
             with evaluating(task), uncompiled(task.backbone.model):
                 found += prediction_differences(task, lambda: task.predict(pictures, examples), precision, autocast)
         return found
@@ -160,7 +160,7 @@ def both_ways(task: Task, run: Callable[[], Any]) -> tuple[Any, Any]:
         return fast, run()
 
 
-def training_differences(task: Task, batch: Batch, autocast: Autocast, bound: float) -> list[Difference]:
+def training_differences(task: Task, batch: DeviceBatch, autocast: Autocast, bound: float) -> list[Difference]:
     """Compare the logits, the loss and the adapters' gradients of a batch, with values in B and without dropout."""
     batch = replace(batch, known=None)
     adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]

@@ -11,7 +11,7 @@ from lora_blip.errors import ConfigError
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models.blip import BlipVqaLanguage
 from lora_blip.models.loading import Backbone
-from lora_blip.models.token_bounds import UNTOLD
+from lora_blip.models.token_bounds import UNBOUNDED
 from lora_blip.runtime.untrusted import quoted
 from lora_blip.tasks.base import ONLY_UNKNOWN, Generation
 from lora_blip.tasks.text_task import TextTask
@@ -29,7 +29,7 @@ class VqaTask(TextTask):
 
     name = "vqa"
     architectures = ("BlipForQuestionAnswering", "BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
-    such_as = "Salesforce/blip-vqa-base"
+    example_checkpoint = "Salesforce/blip-vqa-base"
     score_names = ("vqa_accuracy",)
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
@@ -57,26 +57,26 @@ class VqaTask(TextTask):
         if self._surely_fits(example):
             return ""
         room = self.room(example)
-        answers = (self.unusable(answer, room) for answer in dict.fromkeys(example.answers))
+        answers = (self.text_problem(answer, room) for answer in dict.fromkeys(example.answers))
         return self.check_question(example) or next(filter(None, answers), "")
 
-    def checked(self, example: Example) -> tuple[str, ...]:
+    def texts_to_check(self, example: Example) -> tuple[str, ...]:
         return (example.question, self.prompt_of(example), *example.answers)
 
     def room(self, example: Example) -> int:
         """Tokens for an answer to the example's question."""
-        return self.language.room_after(len(self.ids(self.prompt_of(example))))
+        return self.language.room_after(len(self.token_ids(self.prompt_of(example))))
 
     def _surely_fits(self, example: Example) -> bool:
         """Whether the rest of `check` finds nothing, told without a token being made."""
         bounds, prompt, room = self.bounds, self.prompt_of(example), self.language.room_after
-        longest = bounds.most_of((prompt, *example.answers))
-        if longest != UNTOLD and room(longest) >= longest:
+        longest = bounds.at_most_of((prompt, *example.answers))
+        if longest != UNBOUNDED and room(longest) >= longest:
             return True
-        needed = bounds.most_of(example.answers)
-        if needed == UNTOLD:
+        needed = bounds.at_most_of(example.answers)
+        if needed == UNBOUNDED:
             return False
-        return room(bounds.most(prompt)) >= needed or room(bounds.most(prompt, 0)) >= needed  # it has the question in it
+        return room(bounds.at_most(prompt)) >= needed or room(bounds.at_most(prompt, 0)) >= needed  # it has the question in it
 
     def check_question(self, example: Example) -> str:
         """Why a question cannot be asked, or ""."""
@@ -84,12 +84,12 @@ class VqaTask(TextTask):
             return fault
         if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}"
-        ids = self.ids(example.question)
-        if self.unknown.nothing_left(ids):
+        ids = self.token_ids(example.question)
+        if self.unknown_tokens.nothing_left(ids):
             return f"the question {quoted(example.question)} {ONLY_UNKNOWN}"
-        return self.special(example.question, ids)
+        return self.special_token_problem(example.question, ids)
 
-    def texts_in(self, example: Example) -> tuple[str, ...]:
+    def all_texts(self, example: Example) -> tuple[str, ...]:
         return (example.question, *example.answers)
 
     def check_prompt(self, example: Example) -> str:
@@ -98,7 +98,7 @@ class VqaTask(TextTask):
             return ""
         if example.prompt.count("{question}") != 1:
             return f"the prompt {quoted(example.prompt)} is no template: write {{question}} in it once"
-        return self.special(example.prompt, self.ids(example.prompt.replace("{question}", "")))
+        return self.special_token_problem(example.prompt, self.token_ids(example.prompt.replace("{question}", "")))
 
     def subject(self, example: Example) -> tuple[Path | str, ...]:
         """A question about an image. Two with the same words differ by their question_id, or by their templates."""

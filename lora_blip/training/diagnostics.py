@@ -9,7 +9,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.errors import TrainingError
 from lora_blip.models.loading import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks, is_lost
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.training import checkpoint, preflight
 from lora_blip.training.learner import Autocast, Update
 from lora_blip.training.run_folder import Run
@@ -36,7 +36,7 @@ def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | N
     )
 
 
-def explain(update: Update, task: Task, batches: list[Batch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
+def explain(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
     """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
     if math.isfinite(update.loss):
         return f"a gradient overflowed at loss scale {update.scale:g}"

@@ -17,7 +17,7 @@ from lora_blip.data.loader import Slot
 from lora_blip.errors import CheckpointError
 from lora_blip.lora import attached
 from lora_blip.runtime.distributed import ALONE, Ranks, lent
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.training.checkpoint import REMEDY, take
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -52,7 +52,7 @@ class Objective(nn.Module):
         self.task = task
         self.trained = nn.ParameterList(trained)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: DeviceBatch) -> Tensor:
         return self.task.loss(batch)
 
 
@@ -89,7 +89,7 @@ class Learner:
 
     # ---------------------------------------------------------------- a step
 
-    def begin(self, micro_batches: list[Batch], slots: list[Slot]) -> None:
+    def begin(self, micro_batches: list[DeviceBatch], slots: list[Slot]) -> None:
         """Learn what all of a step will count, before its first gradient; where it goes on, that is known already."""
         if self.progress.slot:
             return
@@ -98,7 +98,7 @@ class Learner:
         self.count, self.images = count or 1.0, int(images)  # 0: nothing here to learn from
         self.loss = torch.zeros_like(self.loss)
 
-    def accumulate(self, batch: Batch, slot: Slot, last: bool) -> None:
+    def accumulate(self, batch: DeviceBatch, slot: Slot, last: bool) -> None:
         """Add a micro-batch's gradients. Dropout and drawn negatives depend on its place alone, not on what came before."""
         reseed(self.loss.device, random.Random(f"{self.seed} {self.progress.epoch} {slot.number}").getrandbits(63))
         apart = isinstance(self.objective, DistributedDataParallel) and not last

@@ -29,7 +29,7 @@ from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.signals import Heard
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks import verification
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.frozen_prefix import cut
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
@@ -190,7 +190,7 @@ def set_up(ranks: Ranks, config: TrainConfig) -> tuple[TrainConfig, Task, str, l
     return config, task, precision, training, validation, identity
 
 
-def proofs(config: TrainConfig, task: Task, first: Batch, autocast: Autocast) -> str:
+def proofs(config: TrainConfig, task: Task, first: DeviceBatch, autocast: Autocast) -> str:
     """Return what the checks before the first step found. Raise PreflightError, or an error that says what to change."""
     try:
         return preflight.check(task, first, autocast)

@@ -12,14 +12,14 @@ from lora_blip.errors import PreflightError
 from lora_blip.lora import attached
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import is_linear
-from lora_blip.models.sharding import here
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.models.sharding import local_part
+from lora_blip.tasks.base import DeviceBatch, Task
 
 GIB = 2**30
 LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far below overflow
 
 
-def check(task: Task, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
+def check(task: Task, batch: DeviceBatch, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
     """Raise PreflightError, or return what was seen, for the user to read: a label table and a memory estimate."""
     model = task.backbone.model
     state = torch.get_rng_state()
@@ -44,7 +44,7 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
 
 
 @torch.no_grad()
-def check_image_matters(task: Task, batch: Batch) -> None:
+def check_image_matters(task: Task, batch: DeviceBatch) -> None:
     """With other images, the logits of the same texts differ."""
     batch = replace(batch, known=None)  # else states of other pictures might be kept as theirs
     turned = batch.pixel_values.flip(0)
@@ -57,7 +57,7 @@ def check_image_matters(task: Task, batch: Batch) -> None:
         )
 
 
-def check_gradients(task: Task, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
+def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
     """Every B gets a gradient from this batch; returns the bytes that the backward pass kept."""
     found = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
     kept = KeptBytes(task.backbone.model)
@@ -124,7 +124,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
 
 def memory_estimate(model: nn.Module, activations: int) -> str:
     """Bytes of a training step: weights, adapters with gradient and two AdamW moments, kept activations."""
-    weights = sum(here(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    weights = sum(local_part(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     total = weights + 4 * trained + activations
     text = (

@@ -12,7 +12,7 @@ from lora_blip.data.loader import Stack
 from lora_blip.lora import merging
 from lora_blip.models.loading import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
-from lora_blip.tasks.base import Batch, Task
+from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.text_length import CutCount
 from lora_blip.training.learner import Autocast
 
@@ -55,7 +55,7 @@ def validate(
             if new:
                 rows = list(new.values())
                 examples = [batch.examples[row] for row in rows]
-                said |= zip(new, task.predict_from_features(batch.each(seen)[rows], examples), strict=True)
+                said |= zip(new, task.predict_from_features(batch.per_example(seen)[rows], examples), strict=True)
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)
@@ -68,7 +68,7 @@ def validate(
 
 
 @torch.no_grad()
-def merge_drift(task: Task, batch: Batch, autocast: Autocast) -> dict[str, float]:
+def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str, float]:
     """How far merged logits are from hooked ones on one batch, as it was trained: largest, and largest logit."""
     model = task.backbone.model.eval()
     with uncompiled(model), autocast():
