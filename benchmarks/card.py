@@ -13,7 +13,7 @@ from benchmarks.pairs import OURS, PEFT, PEFT16, Cell, compare, freed, seconds
 from benchmarks.plan import Plan
 from benchmarks.sizes import backbone, copy_of, in_dtype
 from benchmarks.work import work
-from lora_blip.models.loading import DTYPES
+from lora_blip.models.precision import DTYPES
 
 IMAGES, SQUARE = 16, 8192
 

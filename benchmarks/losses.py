@@ -22,7 +22,9 @@ from lora_blip.data.loader import Slot, Stack, pixel_values
 from lora_blip.kernels import switch as attention
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models import weights
-from lora_blip.models.loading import autocasting, compile_blocks, open_backbone
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.loading import open_backbone
+from lora_blip.models.precision import autocasting
 from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.learner import Learner

@@ -25,7 +25,9 @@ from lora_blip.data.example import Example
 from lora_blip.data.loader import Slot, Stack
 from lora_blip.lora import adapter_file, injection, merging, targets
 from lora_blip.models import weights
-from lora_blip.models.loading import Backbone, autocasting, compile_blocks, open_backbone
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.loading import Backbone, open_backbone
+from lora_blip.models.precision import autocasting
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.learner import Learner

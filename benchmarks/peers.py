@@ -15,7 +15,8 @@ from benchmarks.work import Work
 from lora_blip.kernels.linear import product
 from lora_blip.lora import targets
 from lora_blip.lora.sites import Site
-from lora_blip.models.loading import DTYPES, Backbone, autocasting
+from lora_blip.models.loading import Backbone
+from lora_blip.models.precision import DTYPES, autocasting
 
 IGNORE = -100
 Inputs = dict[str, Tensor]

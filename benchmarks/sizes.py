@@ -20,7 +20,9 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from lora_blip.models.loading import DTYPES, Backbone, Quiet
+from lora_blip.models.library import Quiet
+from lora_blip.models.loading import Backbone
+from lora_blip.models.precision import DTYPES
 from toyworld.vocabulary import blip_tokenizer, opt_tokenizer
 
 Settings = dict[str, Any]

@@ -13,7 +13,8 @@ from lora_blip.data.example import Example
 from lora_blip.data.loader import Stack
 from lora_blip.lora import injection, targets
 from lora_blip.metrics.java import NOTICE
-from lora_blip.models.loading import DTYPES, REPOSITORY, emulated, load_backbone
+from lora_blip.models.loading import REPOSITORY, load_backbone
+from lora_blip.models.precision import DTYPES, emulated
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.version import __version__

@@ -25,7 +25,8 @@ from lora_blip.data.loader import Stack
 from lora_blip.lora import injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.models import loading
-from lora_blip.models.loading import Backbone, autocasting, load_backbone
+from lora_blip.models.loading import Backbone, load_backbone
+from lora_blip.models.precision import autocasting
 from lora_blip.reports import plots
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import DeviceBatch

@@ -25,7 +25,7 @@ def by_hand(qkv: torch.Tensor, heads: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_heads_one_after_another_are_attention_by_the_book(threads):
-    """`by_heads` and its gradient in float64, for head widths whose root is not a whole number, and parts that do not divide."""
+    """`by_heads` and its gradient in float64, with head widths whose root is not a whole number and uneven parts."""
     torch.set_num_threads(threads)
     qkv = torch.randn(2, 7, 3 * 4 * 6, dtype=torch.float64, requires_grad=True)
     found, expected = by_heads(qkv, 4), by_hand(qkv, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_blip.errors import ConfigError
-from lora_blip.models.loading import compile_blocks
+from lora_blip.models.compilation import compile_blocks
 from lora_blip.training import setup
 from lora_blip.training.loop import train
 from tests import tiny

@@ -27,7 +27,8 @@ from lora_blip.lora import attached, fused, injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.routing import use_adapters
 from lora_blip.models import matching, weights
-from lora_blip.models.loading import autocasting, load_backbone, open_backbone
+from lora_blip.models.loading import load_backbone, open_backbone
+from lora_blip.models.precision import autocasting
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.runtime.distributed import ALONE, Ranks, joined
 from lora_blip.tasks import retrieval

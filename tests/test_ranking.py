@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.models.loading import autocasting
+from lora_blip.models.precision import autocasting
 from lora_blip.tasks import text_task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.text_task import TextTask, token_log_likelihoods

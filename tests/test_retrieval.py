@@ -16,8 +16,8 @@ from lora_blip.errors import ConfigError, PreflightError
 from lora_blip.inference import pipeline
 from lora_blip.lora import adapter_file, attached, injection, merging
 from lora_blip.models import matching
-from lora_blip.models.loading import autocasting
 from lora_blip.models.matching import cosines
+from lora_blip.models.precision import autocasting
 from lora_blip.tasks import retrieval
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.losses import hard_negatives, itc_loss

@@ -21,8 +21,8 @@ from lora_blip.inference.pipeline import Saying, captions, predictions
 from lora_blip.kernels import switch, vit_attention
 from lora_blip.kernels import text_attention as text_attention
 from lora_blip.lora import attached, fused, injection
-from lora_blip.models.loading import autocasting
 from lora_blip.models.packing import Packed
+from lora_blip.models.precision import autocasting
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask

@@ -9,7 +9,7 @@ from lora_blip.errors import LoRAError
 from lora_blip.lora import adapter_file, injection, sites
 from lora_blip.lora.sites import Site
 from lora_blip.models import weights
-from lora_blip.models.loading import DTYPES, autocasting
+from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.tasks.registry import TASKS, natural_task
 from tests.conftest import WHOLE, batch_of, inject
 

@@ -11,7 +11,8 @@ from lora_blip.data.example import Example
 from lora_blip.data.image_sources import place_of
 from lora_blip.data.prefetch import Ahead, Darkroom
 from lora_blip.errors import ImageError
-from lora_blip.models.loading import autocasting, first_line
+from lora_blip.models.library import first_line
+from lora_blip.models.precision import autocasting
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Task

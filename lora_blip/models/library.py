@@ -1,9 +1,14 @@
-"""Calls of transformers' modules by argument name."""
+"""Call transformers: modules by argument name, and loading without its messages."""
 
+import warnings
+from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import arguments_of, version_of
+from lora_blip.runtime.untrusted import printable
 
 UNCHECKED = {"use_cache"}  # changes no number, and a model may pass it on to its language model
 
@@ -20,3 +25,31 @@ def call(module: Any, **named: Any) -> Any:
             "tested with: pip install 'transformers>=5.20,<5.25'"
         )
     return module(**named)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message on one line that is safe to print: it may quote a stranger's file."""
+    return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
+
+
+class Quiet(warnings.catch_warnings):
+    """Suppress transformers' warnings while a checkpoint is loaded. Only a download shows progress bars."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(record=False)
+        self.local = Path(source).is_dir()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self.level = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        if self.local:
+            transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *error: Any) -> None:
+        transformers_logging.set_verbosity(self.level)
+        if self.bars:
+            transformers_logging.enable_progress_bar()
+        super().__exit__(*error)

@@ -13,7 +13,8 @@ from torch import nn
 from lora_blip.kernels.linear import PLAIN_LINEARS, PLAIN_TENSORS
 from lora_blip.lora import attached, fingerprint
 from lora_blip.lora.sites import TIED, tied
-from lora_blip.models.loading import DTYPES, Backbone
+from lora_blip.models.loading import Backbone
+from lora_blip.models.precision import DTYPES
 
 
 def cast_once(backbone: Backbone, precision: str) -> None:

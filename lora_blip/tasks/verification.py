@@ -28,7 +28,10 @@ from lora_blip.kernels import switch
 from lora_blip.kernels.plain import plain
 from lora_blip.lora import attached, fingerprint
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.models.loading import DTYPES, Backbone, autocasting, first_line, uncompiled
+from lora_blip.models.compilation import uncompiled
+from lora_blip.models.library import first_line
+from lora_blip.models.loading import Backbone
+from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.files import write_whole
 from lora_blip.tasks.base import DeviceBatch, Task

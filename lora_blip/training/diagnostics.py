@@ -7,7 +7,7 @@ import torch
 
 from lora_blip.config import TrainConfig
 from lora_blip.errors import TrainingError
-from lora_blip.models.loading import uncompiled
+from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks, is_lost
 from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.training import checkpoint, preflight

@@ -19,7 +19,9 @@ from lora_blip.data.split_leaks import Thumbnails
 from lora_blip.errors import CheckpointError, TrainingError
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models import sharding, weights
-from lora_blip.models.loading import autocasting, compile_blocks, open_backbone
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.loading import open_backbone
+from lora_blip.models.precision import autocasting
 from lora_blip.reports import plots
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.agreement import require_same

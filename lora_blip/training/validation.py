@@ -10,7 +10,7 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import Stack
 from lora_blip.lora import merging
-from lora_blip.models.loading import uncompiled
+from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.text_length import CutCount
