@@ -28,7 +28,7 @@ from lora_blip.models import loading
 from lora_blip.models.loading import Backbone, load_backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.reports import plots
-from lora_blip.tasks import verification
+from lora_blip.tasks import verification_record
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from tests import tiny
@@ -54,7 +54,7 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
 def _checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process the fast path counts as checked on this machine; tests of the check itself begin without that."""
     if request.module.__name__ != "tests.test_verification":
-        monkeypatch.setattr(verification, "is_verified", lambda _: True)
+        monkeypatch.setattr(verification_record, "is_verified", lambda _: True)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from lora_blip.evaluation.comparison import evaluate
 from lora_blip.inference import output, pipeline
 from lora_blip.inference.pipeline import infer
 from lora_blip.runtime.distributed import joined
-from lora_blip.tasks import verification
+from lora_blip.tasks import verification, verification_record
 from lora_blip.training import loop, resume
 from lora_blip.training.loop import train
 from lora_blip.training.run_folder import Run
@@ -87,7 +87,7 @@ def test_a_failing_comparison_on_one_process_switches_the_fast_path_off_on_all(c
     """Of whatever kind the error is: no process waits for the answer of another."""
 
     def act() -> None:
-        verification.is_verified = lambda _: False
+        verification_record.is_verified = lambda _: False
         if on_rank(1):
             raising(verification, "training_differences", 1, OSError("no device"))()
         train(config)

@@ -23,7 +23,7 @@ from lora_blip.kernels import text_attention as text_attention
 from lora_blip.lora import attached, fused, injection
 from lora_blip.models.packing import Packed
 from lora_blip.models.precision import autocasting
-from lora_blip.tasks import verification
+from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask
@@ -70,7 +70,7 @@ def kinds(model: torch.nn.Module) -> set[type]:
 
 
 def files() -> list[Path]:
-    return sorted(verification.path_of({}).parent.glob("*.json"))
+    return sorted(verification_record.path_of({}).parent.glob("*.json"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -253,7 +253,9 @@ def test_what_changes_the_computation_is_checked_apart(make):
     task, _ = learned("blip", make)
 
     def key(precision: str = "fp32", **settings: Any) -> str:
-        return verification.digest(verification.key_of(task, verification.base_of(task.backbone), precision, settings))
+        return verification_record.digest(
+            verification_record.key_of(task, verification_record.base_of(task.backbone), precision, settings)
+        )
 
     same = key()
     others = [key("bf16"), key(compile=True)]
@@ -262,7 +264,7 @@ def test_what_changes_the_computation_is_checked_apart(make):
     injection.eject(task.backbone.model)
     others.append(key())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification.transformers, "__version__", "9.9.9")
+        patch.setattr(verification_record.transformers, "__version__", "9.9.9")
         others.append(key())
     task.backbone.model.config.text_config.num_attention_heads += 1
     others.append(key())
@@ -275,11 +277,11 @@ def test_what_changes_the_computation_is_checked_apart(make):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}}', '"x"', "null"])
 def test_a_damaged_record_is_no_record(content):
     key = {"base": "b"}
-    verification.remember(key, [])
-    assert verification.is_verified(key)
+    verification_record.remember(key, [])
+    assert verification_record.is_verified(key)
     files()[0].write_text(content)
-    assert not verification.is_verified(key)
-    verification.remember(key, [])
+    assert not verification_record.is_verified(key)
+    verification_record.remember(key, [])
     assert json.loads(files()[0].read_text())["key"] == key
 
 
@@ -344,7 +346,7 @@ def test_a_training_run_is_checked_before_its_first_step(checkpoints, tmp_path, 
     found = run("checked")
     said = capsys.readouterr().out
     assert ("WARNING: they differ" in said) is bool(fault) and said.index("comparing the fast path") < said.index("saved ")
-    monkeypatch.setattr(verification, "is_verified", lambda _: True)
+    monkeypatch.setattr(verification_record, "is_verified", lambda _: True)
     assert found == run("other", fast=not fault)
 
 

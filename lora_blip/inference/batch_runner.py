@@ -14,7 +14,7 @@ from lora_blip.errors import ImageError
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks import verification
+from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import Task
 
 Work = Callable[[Task, Tensor, list[Example]], Iterable[Any]]  # pixel values and examples → a result for each
@@ -31,7 +31,7 @@ class Runner:
         self.warned: set[str] = set()
         self.darkroom = Darkroom()
         self.fast: bool = getattr(task.backbone, "fast", False)
-        self.base = verification.base_of(task.backbone) if self.fast else ""
+        self.base = verification_record.base_of(task.backbone) if self.fast else ""
         self.checked = not self.fast  # whether the fast path has been compared with the plain one for what comes next
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:

@@ -7,36 +7,38 @@ tokens and their logits, ranked texts and features before prediction. If the two
 fast path is switched off for the run.
 """
 
-import hashlib
-import json
-import math
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from lora_blip.kernels import switch
 from lora_blip.kernels.plain import plain
-from lora_blip.lora import attached, fingerprint
-from lora_blip.lora.layer import AdapterStack, LoRA
+from lora_blip.lora import attached
+from lora_blip.lora.layer import LoRA
 from lora_blip.models.compilation import uncompiled
 from lora_blip.models.library import first_line
-from lora_blip.models.loading import Backbone
 from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
-from lora_blip.runtime.files import write_whole
+from lora_blip.tasks import verification_record
 from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.differences import (
+    Difference,
+    distance,
+    failure,
+    gradient_difference,
+    is_texts,
+    numbers,
+    relative,
+    stepwise,
+    texts,
+)
 from lora_blip.tasks.text_task import TextTask
-from lora_blip.version import __version__
 
 # The largest relative difference that is taken for rounding: many times what was measured (1e-6 in float32, 1e-3 in float16,
 # 2e-2 in bfloat16, over all kinds of models), and much less than what a wrong mask, cache or scale gives.
@@ -50,26 +52,6 @@ SIZE_OF_B = 0.02  # a fresh B is zero, and with it the gradient of A
 LOSS_SCALE = 1024.0  # keeps fp16 gradients above zero
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far the fast path is from the plain one, in one quantity."""
-
-    what: str
-    value: float
-    bound: float
-
-    @property
-    def too_large(self) -> bool:
-        return not self.value <= self.bound  # NaN is too large
-
-    def __str__(self) -> str:
-        return f"{self.what} {self.value:.0e}"
-
-
-def failure(error: Exception) -> Difference:
-    return Difference(f"{type(error).__name__}: {first_line(error)}:", math.nan, 0.0)
 
 
 class UncheckedError(Exception):
@@ -86,7 +68,9 @@ def before_training(
     """Check logits, loss and gradients of a batch, and what is predicted of it. Every rank calls this with the same batch."""
     if not task.backbone.fast:
         return
-    key = key_of(task, base_of(task.backbone), precision, settings | {"of": "training", "predicts": predicts})
+    key = verification_record.key_of(
+        task, verification_record.base_of(task.backbone), precision, settings | {"of": "training", "predicts": predicts}
+    )
 
     def compare() -> list[Difference]:
         found = training_differences(task, batch, autocast, bound_of(task, precision))
@@ -103,7 +87,7 @@ def before_training(
 def before_prediction(task: Task, base: str, precision: str, run: Callable[[], Any], what: str, say: Any = print) -> None:
     """Check what `run` predicts of a few examples. `base`: what `base_of` gave of the base alone; `what`: kind of result."""
     beams = task.generation.num_beams if isinstance(task, TextTask) else 1
-    key = key_of(task, base, precision, {"of": what, "beams": beams})
+    key = verification_record.key_of(task, base, precision, {"of": what, "beams": beams})
     autocast = autocasting(task.backbone.device, precision)
     check(task, key, lambda: prediction_differences(task, run, precision, autocast), say=say)
 
@@ -112,7 +96,7 @@ def check(
     task: Task, key: dict[str, Any], compare: Callable[[], list[Difference]], ranks: Ranks = ALONE, say: Any = print
 ) -> None:
     """Compare once per key on this machine; if the difference is too large, switch the fast path off, on every rank."""
-    if ranks.first(is_verified(key) if ranks.main else None):
+    if ranks.first(verification_record.is_verified(key) if ranks.main else None):
         return
     say("comparing the fast path with transformers' own computation on one batch, once on this machine")
     start, found, problem = time.perf_counter(), list[Difference](), ""
@@ -140,7 +124,7 @@ def check(
     else:
         say(f"they are equal up to rounding ({', '.join(map(str, found))}; {seconds})\n")
         if ranks.main:
-            remember(key, found)
+            verification_record.remember(key, found)
 
 
 def disable(task: Task) -> None:
@@ -228,77 +212,12 @@ def prediction_differences(task: Task, run: Callable[[], Any], precision: str, a
     return found
 
 
-def stepwise(fast: list[Tensor], slow: list[Tensor], written: bool) -> float:
-    """The largest relative difference of the outputs of two runs, call by call.
-
-    Where texts are `written`, a row is left out once the likeliest tokens differ: what follows reads another text.
-    """
-    worst = 0.0
-    alive = torch.empty(0, dtype=torch.bool)
-    for one, other in zip(fast, slow, strict=False):
-        if one.shape != other.shape:
-            return worst if written and not alive.all() else math.inf
-        if len(alive) != len(one) or one.shape[1:-1] != (1,):  # another group of rows begins
-            alive = torch.ones(len(one), dtype=torch.bool, device=one.device)
-        worst = max(worst, relative(one[alive], other[alive]))
-        if not worst < math.inf:
-            return math.inf
-        if written:
-            last = [each.reshape(len(each), -1, each.shape[-1])[:, -1].argmax(-1) for each in (one, other)]
-            alive = alive & (last[0] == last[1])
-            if not alive.any():
-                return worst
-    return worst if len(fast) == len(slow) or (written and not alive.all()) else math.inf
-
-
-def relative(one: Tensor, other: Tensor) -> float:
-    """‖a − b‖ / ‖b‖ of logits, whose mean over the last axis does not matter. 0 for none."""
-    if not other.numel():
-        return 0.0
-    if other.ndim > 1 and other.shape[-1] > 2:
-        one, other = (each - each.mean(-1, keepdim=True) for each in (one, other))
-    return distance(one, other)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-6))
-
-
-def gradient_difference(fast: list[Tensor], slow: list[Tensor]) -> float:
-    """The largest ‖Δ‖ / ‖g‖ of a tensor; one that is small beside the largest counts beside a twentieth of that."""
-    norms = [float(each.norm()) for each in slow]
-    floor = max(max(norms, default=0.0) / 20, 1e-12)
-    return max((float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(fast, slow, norms, strict=True)), default=0.0)
-
-
 def exits(task: Task) -> list[Any]:
     """The modules whose outputs decide a prediction."""
     if isinstance(task, TextTask):
         return [task.language.head]
     names = ("vision_proj", "text_proj", "vision_projection", "text_projection")
     return [module for name in names if (module := getattr(task.backbone.model, name, None)) is not None]
-
-
-def texts(results: Sequence[Any]) -> list[str]:
-    return [each if isinstance(each, str) else each.text for each in results]
-
-
-def is_texts(results: Any) -> bool:
-    """Return True if a prediction is written, not ranked or measured."""
-    return all(isinstance(each, str) or (hasattr(each, "text") and not getattr(each, "ranking", True)) for each in results)
-
-
-def numbers(result: Any) -> list[np.ndarray]:
-    """The numbers of a prediction in an order that does not depend on them: probabilities by text, features, odds."""
-    if isinstance(result, Tensor):
-        return [result.double().cpu().numpy().ravel()]
-    if isinstance(result, np.ndarray | float | int):
-        return [np.asarray(result, dtype=np.float64).ravel()]
-    if ranking := getattr(result, "ranking", None):
-        return [np.array([probability for _, probability in sorted(ranking)])]
-    if isinstance(result, list | tuple):
-        return [each for part in result for each in numbers(part)]
-    return []
 
 
 # ---------------------------------------------------------------- nothing of it stays
@@ -374,49 +293,3 @@ def bound_of(task: Task, precision: str) -> float:
     if task.backbone.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
         dtypes.append(torch.float16)  # TF32 has as many bits
     return max(BOUNDS[dtype] for dtype in dtypes)
-
-
-def base_of(backbone: Backbone) -> str:
-    """A digest of a base: its configuration, and samples of its weights."""
-    found = [x for name in attached.names(backbone.model) for x in attached.adapters(backbone.model, name).values()]
-    samples = backbone.samples or fingerprint.samples(backbone.model, found)
-    return digest({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
-
-
-def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what is computed and how, in JSON."""
-    model, device = task.backbone.model, task.backbone.device
-    sites = [str(x.site) for name in attached.names(model) for x in attached.adapters(model, name).values()]
-    merged = any(isinstance(module, AdapterStack) and bool(module.merged) for module in model.modules())
-    processor = task.backbone.image_processor
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
-    return {
-        "base": base, "device": f"{device.type} {where} {torch.backends.cpu.get_cpu_capability()}", "precision": precision,
-        "weights": sorted({str(p.dtype) for p in model.parameters()}), "task": task.name, "adapters": sites, "merged": merged,
-        "image size": str(getattr(processor, "size", "")), "settings": settings,
-        "torch": torch.__version__, "transformers": transformers.__version__, "lora_blip": __version__,
-    }  # fmt: skip
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def path_of(key: dict[str, Any]) -> Path:
-    """The file that says that a key has been checked on this machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lora_blip" / "verified" / f"{digest(key)[:32]}.json"
-
-
-def is_verified(key: dict[str, Any]) -> bool:
-    try:
-        return json.loads(path_of(key).read_text(encoding="utf-8"))["key"] == json.loads(json.dumps(key, default=str))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
-        return False
-
-
-def remember(key: dict[str, Any], found: list[Difference]) -> None:
-    """Write down that a key has been checked; where nothing can be written, it is checked again."""
-    about = {"key": key, "differences": {each.what: each.value for each in found}}
-    with suppress(OSError, RuntimeError):
-        write_whole(path_of(key), json.dumps(about, indent=1, default=str).encode(), synced=False)

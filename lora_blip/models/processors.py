@@ -1,0 +1,68 @@
+"""The tokenizer and the image processor of a checkpoint."""
+
+import sys
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForImageTextRetrieval
+
+from lora_blip.errors import ModelError
+from lora_blip.models.library import Quiet, first_line
+from lora_blip.runtime.untrusted import quoted
+
+SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
+WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # names of the tables that token ids select from
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
+
+
+def load_processors(source: str) -> tuple[Any, Any]:
+    """Tokenizer and image processor (Pillow's: the same on every machine, with no need of torchvision)."""
+    try:
+        with Quiet(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+    except Exception as error:  # as for the config
+        raise ModelError(f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}") from None
+    if len(tokenizer) < SMALLEST_VOCABULARY:
+        raise ModelError(f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them beside its weights")
+    return tokenizer, image_processor
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise ModelError if a token of the tokenizer or a token id of the config has no row in the text embeddings.
+
+    A tokenizer with fewer tokens than rows is fine. So is an image token without a row in a model that matches images with
+    texts, because that model never embeds it.
+    """
+    tables = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WORD_EMBEDDINGS]
+    rows = min(table.num_embeddings for table in tables)
+    generates = not isinstance(model, Blip2ForImageTextRetrieval)  # the other has a text_config that it does not use
+    image = getattr(model.config, "image_token_index", None)
+    if image is not None and not (is_id(image, rows) or (is_id(image) and not generates)):
+        raise ModelError(no_embedding(name, "image_token_index", image, rows))
+    past = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != image)
+    if past:
+        raise ModelError(
+            f"{name!r}: the tokenizer has {len(past)} tokens that the model has no embeddings for (first: "
+            f"{quoted(past[0][1])}, id {past[0][0]}; the model has {rows} rows); use the tokenizer that was saved with "
+            "this model, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
+        )
+    if not generates:
+        return
+    for key in TOKEN_IDS:
+        value = getattr(model.config.text_config, key, None)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and not is_id(each, rows):
+                raise ModelError(no_embedding(name, f"{key} of text_config", each, rows))
+
+
+def is_id(value: Any, rows: int = sys.maxsize) -> bool:
+    """Return True if a value is a token id below `rows`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
+
+
+def no_embedding(name: str, key: str, value: object, rows: int) -> str:
+    """Return the message for a token id that has no row in the text embeddings."""
+    return (
+        f"{name!r}: {key} in config.json is {quoted(value)}, but the model has {rows} embeddings; set it to an id of the "
+        f"tokenizer, from 0 to {rows - 1}"
+    )
