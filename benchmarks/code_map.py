@@ -59,7 +59,7 @@ def caption_path(fast: bool) -> list[str]:
 
     from lora_blip.data import annotations
     from lora_blip.data.dataset import ImageDataset
-    from lora_blip.data.loader import stack
+    from lora_blip.data.loader import collate
     from lora_blip.lora import injection, targets
     from lora_blip.models.loading import load_backbone
     from lora_blip.tasks.caption import CaptionTask
@@ -78,7 +78,7 @@ def caption_path(fast: bool) -> list[str]:
     try:
         examples, _ = annotations.read(ROOT / "annotations.jsonl", check=task.check)
         dataset = ImageDataset(examples[:2], backbone.image_processor, augmented=False, seed=0)
-        batch = task.batch(stack([dataset[0, line] for line in range(2)]))
+        batch = task.batch(collate([dataset[0, line] for line in range(2)]))
         task.loss(batch).backward()
     finally:
         sys.setprofile(None)

@@ -18,7 +18,7 @@ from benchmarks import ours
 from benchmarks.plan import ALPHA, RATE, R
 from lora_blip.data import annotations
 from lora_blip.data.images import open_image
-from lora_blip.data.loader import Slot, Stack, pixel_values
+from lora_blip.data.loader import HostBatch, Slot, pixel_values
 from lora_blip.kernels import switch as attention
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models import weights
@@ -74,12 +74,12 @@ def losses(how: Way, precision: str) -> list[float]:
     return [_loss_of_a_step(learner, batch) for _ in range(STEPS)]
 
 
-def stack(task: Task) -> Stack:
+def stack(task: Task) -> HostBatch:
     """Two pictures, each with texts of five lines: its own, and its neighbours', which a loss can be taken of as well."""
     lines = annotations.read(DATA, decode=False)[0][: 2 * TEXTS]
     looked = [lines[0].image, lines[TEXTS].image]
     pixels = [pixel_values(open_image(image), task.backbone.image_processor) for image in looked]
-    return Stack(lines, torch.stack(pixels), [number // TEXTS for number in range(2 * TEXTS)])
+    return HostBatch(lines, torch.stack(pixels), [number // TEXTS for number in range(2 * TEXTS)])
 
 
 def _loss_of_a_step(learner: Learner, batch: Any) -> float:

@@ -22,7 +22,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data.dataset import Caches, ImageDataset
 from lora_blip.data.disk_cache import Store, _digest
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Slot, Stack
+from lora_blip.data.loader import HostBatch, Slot
 from lora_blip.lora import adapter_file, injection, merging, targets
 from lora_blip.models import weights
 from lora_blip.models.compilation import compile_blocks
@@ -68,7 +68,7 @@ def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:
     lines = [(number, text) for number, texts in enumerate(work.texts) for text in texts]
     examples = [Example(Path(f"{number}.jpg"), text, f"{number}.jpg", line) for line, (number, text) in enumerate(lines, 1)]
     about = [number for number, _ in lines]
-    return task.batch(Stack(examples, work.pixel_values, None if about == list(range(len(about))) else about))
+    return task.batch(HostBatch(examples, work.pixel_values, None if about == list(range(len(about))) else about))
 
 
 def opened(base: Backbone, precision: str) -> Backbone:
@@ -114,7 +114,7 @@ def reader(backbone: Backbone, paths: list[Path], cache: Path) -> Callable[[int]
     examples = [Example(path, "a picture", path.name, line) for line, path in enumerate(paths, 1)]
     caches = Caches(Store(cache, {"of": "pictures"}, 10**9))
     pictures = ImageDataset(examples, backbone.image_processor, augmented=False, seed=0, caches=caches)
-    return lambda index: pictures.look((0, index)).pixel_values
+    return lambda index: pictures.item((0, index)).pixel_values
 
 
 def forget_digests() -> None:

@@ -34,7 +34,7 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
 
     from lora_blip.data.example import Example
     from lora_blip.data.images import open_image
-    from lora_blip.data.loader import Stack, pixel_values
+    from lora_blip.data.loader import HostBatch, pixel_values
     from lora_blip.lora import targets
     from lora_blip.models.loading import load_backbone
     from lora_blip.tasks.base import Generation
@@ -55,7 +55,7 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
     if what != "losses":
         return task.predict(pixels, examples)
     found = injection.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
-    batch = task.batch(Stack(examples, pixels))
+    batch = task.batch(HostBatch(examples, pixels))
     optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=1e-3), []
     for _ in range(20):
         loss = task.repeatable_loss(batch) / batch.count

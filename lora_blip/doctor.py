@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.lora import injection, targets
 from lora_blip.metrics.java import NOTICE
 from lora_blip.models.loading import REPOSITORY, load_backbone
@@ -106,7 +106,7 @@ def hook_fires(name: str) -> str:
     side = backbone.model.config.vision_config.image_size
     pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     examples = [Example(Path(text), text, text, 1, "", "what is it?", (text,)) for text in ("a red cube", "a blue cube")]
-    batch = task.batch(Stack(examples, pictures))
+    batch = task.batch(HostBatch(examples, pictures))
     with torch.no_grad():
         before = task.logits(batch)
         placed = injection.inject(backbone.model, targets.find(backbone.model, "vit"))

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.lora import injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.models import loading
@@ -157,7 +157,7 @@ def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -
     """Random images with uneven captions."""
     texts = texts or TEXTS
     images = torch.randn(len(texts), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
-    return task.batch(Stack([Example(Path("x.png"), text, "x.png", 1) for text in texts], images))
+    return task.batch(HostBatch([Example(Path("x.png"), text, "x.png", 1) for text in texts], images))
 
 
 def twenty_steps(

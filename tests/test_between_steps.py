@@ -23,14 +23,14 @@ class Loader:
     """Seven micro-batches an epoch, named by epoch and number, as the sampler asks for them."""
 
     def __init__(self) -> None:
-        self.batch_sampler = SimpleNamespace(epoch=-1, wanted=[])
+        self.batch_sampler = SimpleNamespace(epoch=-1, selected=[])
         self.read = 0
 
     def __len__(self) -> int:
         return 7
 
     def __iter__(self) -> Any:
-        for number in list(self.batch_sampler.wanted):
+        for number in list(self.batch_sampler.selected):
             self.read += 1
             yield f"{self.batch_sampler.epoch}.{number}"
 
@@ -100,13 +100,13 @@ def run_of(due: bool = False, torn: bool = False, fails: Exception | None = None
 
 
 def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
-    heard = SimpleNamespace(signal=0, saving=False)
+    stop_request = SimpleNamespace(signal=0, saving=False)
     run = run_of()
-    loop.between(run, heard)
-    assert run.happened == [] and not heard.saving
+    loop.between(run, stop_request)
+    assert run.happened == [] and not stop_request.saving
     run = run_of(due=True)
-    loop.between(run, heard)
-    assert run.happened == ["checkpoint"] and not heard.saving  # a second Ctrl-C still stops at once
+    loop.between(run, stop_request)
+    assert run.happened == ["checkpoint"] and not stop_request.saving  # a second Ctrl-C still stops at once
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,16 @@ def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
 )
 @pytest.mark.parametrize("due", [True, False])
 def test_a_run_that_is_told_to_stop_saves_and_stops(number, code, due):
-    run, heard = run_of(due), SimpleNamespace(signal=number, saving=False)
-    with pytest.raises(signals.Told) as told:
-        loop.between(run, heard)
-    assert told.value.code == code and run.happened == ["checkpoint", "adapter"] and heard.saving
+    run, stop_request = run_of(due), SimpleNamespace(signal=number, saving=False)
+    with pytest.raises(signals.Stopped) as told:
+        loop.between(run, stop_request)
+    assert told.value.code == code and run.happened == ["checkpoint", "adapter"] and stop_request.saving
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED)])
 def test_before_there_is_a_run_a_signal_stops_and_saves_nothing(number, code):
     loop.leave_if_told(ALONE, SimpleNamespace(signal=0))
-    with pytest.raises(signals.Told) as told:
+    with pytest.raises(signals.Stopped) as told:
         loop.leave_if_told(ALONE, SimpleNamespace(signal=number))
     assert told.value.code == code
 

@@ -194,9 +194,11 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(make, tmp_path):
     def epoch_of(workers: int, epoch: int, seed: int = 5) -> tuple[list[int], torch.Tensor]:
         batches = loader(ImageDataset(examples, processor, True, seed), 4, True, seed, workers, pin=False)
         batches.batch_sampler.epoch = epoch
-        stacks = list(batches)
-        assert [len(stack.examples) for stack in stacks] == [4, 4, 2]
-        return [e.line for stack in stacks for e in stack.examples], torch.cat([stack.pixel_values for stack in stacks])
+        host_batches = list(batches)
+        assert [len(host_batch.examples) for host_batch in host_batches] == [4, 4, 2]
+        return [e.line for host_batch in host_batches for e in host_batch.examples], torch.cat(
+            [host_batch.pixel_values for host_batch in host_batches]
+        )
 
     order, pixels = epoch_of(0, 3)
     again, same = epoch_of(2, 3)

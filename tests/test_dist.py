@@ -108,7 +108,7 @@ def test_every_micro_batch_is_one_ranks_own_once(batches, accumulation, ranks):
     order = [
         turn[n] for steps in zip(*shares, strict=True) for turn in [list(zip(*steps, strict=True))] for n in range(len(turn))
     ]
-    assert [slot.number for turn in order for slot in turn if not slot.idle] == list(range(batches))
+    assert [slot.number for turn in order for slot in turn if not slot.is_filler] == list(range(batches))
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("blip", 2), ("vqa", 3), ("opt", 2), ("itm", 3)])
@@ -155,7 +155,7 @@ def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
         with joined() as ranks:
             model = DistributedDataParallel(torch.nn.Linear(2, 2))
             model(torch.ones(1, 2)).sum().backward()
-            ranks.gather([parameter.grad for parameter in model.parameters()])
+            ranks.all_gather([parameter.grad for parameter in model.parameters()])
         del model
 
     for _ in range(12):  # one time in four it was stuck

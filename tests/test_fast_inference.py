@@ -12,8 +12,8 @@ import torch
 
 from lora_blip.data import prefetch
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
-from lora_blip.data.prefetch import Ahead
+from lora_blip.data.loader import HostBatch
+from lora_blip.data.prefetch import Lookahead
 from lora_blip.errors import ImageError
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.kernels import switch
@@ -166,13 +166,13 @@ def test_pictures_are_the_same_to_the_bit_or_not_at_all():
 def test_validation_looks_at_each_picture_once_and_finds_the_same(make, kind):
     task = VqaTask(make(kind), "", Generation(max_new_tokens=5))
     some, images = examples(), pictures(4)
-    stacks = [Stack(some[:3], images[:3]), Stack(some[3:], images[3:])]
-    batches = [task.batch(stack) for stack in stacks]
+    host_batches = [HostBatch(some[:3], images[:3]), HostBatch(some[3:], images[3:])]
+    batches = [task.batch(host_batch) for host_batch in host_batches]
     with torch.no_grad():
         loss = sum(float(task.loss(batch)) for batch in batches) / sum(batch.count for batch in batches)
     said = {task.subject(e): text for e, text in zip(some, task.predict(images, some), strict=True)}
     seen = watched(task.backbone.model)
-    loader: Any = Loader(stacks, some)
+    loader: Any = Loader(host_batches, some)
     found = validate(task, loader, torch.no_grad)
     assert seen == [3, 1]
     assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["vqa_accuracy"] == task.scores(said, some)["vqa_accuracy"]
@@ -181,15 +181,15 @@ def test_validation_looks_at_each_picture_once_and_finds_the_same(make, kind):
 class Loader(list):
     """Stacks as a loader gives them."""
 
-    def __init__(self, stacks: list[Stack], some: list[Example]) -> None:
-        super().__init__(stacks)
+    def __init__(self, host_batches: list[HostBatch], some: list[Example]) -> None:
+        super().__init__(host_batches)
         self.batch_sampler, self.dataset = SimpleNamespace(), SimpleNamespace(examples=some)
 
 
 def test_a_question_is_encoded_once_however_many_answers_it_has(make):
     task = VqaTask(make("t5"))
     some = examples()
-    batch = task.batch(Stack(some, pictures(len(some))))
+    batch = task.batch(HostBatch(some, pictures(len(some))))
     read: list[int] = []
     encoder = task.backbone.model.language_model.encoder
     encoder.register_forward_pre_hook(lambda _m, _a, k: read.append(len(k["inputs_embeds"])), with_kwargs=True)
@@ -286,13 +286,13 @@ def test_what_was_announced_for_another_call_is_there_for_it(photos, monkeypatch
 
     for block, following in ((photos[:4], photos[4:8]), (photos[4:8], [])):
         assert [said for _, said in one.each(block, work, following)] == block
-    assert sorted(names, key=int) == [str(n) for n in range(8)] and one.darkroom.pool is None
+    assert sorted(names, key=int) == [str(n) for n in range(8)] and one.prefetcher.pool is None
 
 
 def test_ahead_gives_what_there_is_in_order():
-    numbers = Ahead(iter(range(7)))
-    assert numbers.look(3) == [0, 1, 2] and numbers.take(2) == [0, 1] and numbers.look(4) == [2, 3, 4, 5]
-    assert numbers.take(3) == [2, 3, 4] and numbers.take(9) == [5, 6] and numbers.take(1) == [] == numbers.look(2)
+    numbers = Lookahead(iter(range(7)))
+    assert numbers.peek(3) == [0, 1, 2] and numbers.take(2) == [0, 1] and numbers.peek(4) == [2, 3, 4, 5]
+    assert numbers.take(3) == [2, 3, 4] and numbers.take(9) == [5, 6] and numbers.take(1) == [] == numbers.peek(2)
 
 
 def test_a_picture_that_cannot_be_read_ahead_is_told_in_its_place(photos):

@@ -134,7 +134,7 @@ def test_images_are_resized_to_the_model_s_size_and_one_line_names_both(name, ch
     assert "32×32" in line and before in line
     examples = _examples(tmp_path)
     loaded = loader_of(examples, CaptionTask(found), settings(Path(found.name), tmp_path, augment=True), shuffle=True)
-    assert all(stack.pixel_values.shape[1:] == (3, tiny.SIDE, tiny.SIDE) for stack in loaded)
+    assert all(host_batch.pixel_values.shape[1:] == (3, tiny.SIDE, tiny.SIDE) for host_batch in loaded)
     list(captions(CaptionTask(found), [e.image for e in examples]))
 
 

@@ -92,11 +92,11 @@ def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
 def test_idle_slots_of_a_rank_add_nothing(learner):
     """A rank that has no micro-batch left takes part in the step, and changes neither its loss nor its gradients."""
     batches = [batch_of(learner.task, seed=1), batch_of(learner.task, seed=2)]
-    learner.begin(batches, [Slot(0), Slot(0, idle=True)])
+    learner.begin(batches, [Slot(0), Slot(0, is_filler=True)])
     assert learner.count == batches[0].count and learner.images == batches[0].images
     learner.accumulate(batches[0], Slot(0), last=False)
     loss, gradients = float(learner.loss), [parameter.grad.clone() for parameter in learner.parameters.values()]
-    learner.accumulate(batches[1], Slot(0, idle=True), last=True)
+    learner.accumulate(batches[1], Slot(0, is_filler=True), last=True)
     assert float(learner.loss) == loss
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, learner.parameters.values(), strict=True))
 
@@ -168,9 +168,9 @@ def test_a_fresh_learner_has_done_nothing(learner):
 
 def test_a_step_without_a_label_divides_by_one(learner):
     """Every micro-batch is another rank's: there is nothing to learn from, and no division by zero."""
-    learner.begin([batch_of(learner.task)], [Slot(0, idle=True)])
+    learner.begin([batch_of(learner.task)], [Slot(0, is_filler=True)])
     assert (learner.count, learner.images) == (1.0, 0)
-    learner.accumulate(batch_of(learner.task), Slot(0, idle=True), last=True)
+    learner.accumulate(batch_of(learner.task), Slot(0, is_filler=True), last=True)
     update = learner.update(1e-2)
     assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
 

@@ -15,7 +15,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import STRICT
 from lora_blip.data.image_sources import Images
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
 from lora_blip.evaluation.comparison import csv_of
@@ -61,10 +61,10 @@ def test_a_line_s_own_prompt_is_read_instead_of_the_task_s_and_never_learned(bac
     task = CaptionTask(backbone, "a picture of")
     some = [example("a red cube", prompt="the table with"), example("a blue cube"), example("nothing", prompt="a cube on")]
     images = torch.randn(3, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))
-    batch = task.batch(Stack(some, images))
+    batch = task.batch(HostBatch(some, images))
     assert task.wrong_labels(batch) == ""
     for row, (one, prompt) in enumerate(zip(some, ("the table with", "a picture of", "a cube on"), strict=True)):
-        alone = CaptionTask(backbone, prompt).batch(Stack([replace(one, prompt="")], images[row : row + 1]))
+        alone = CaptionTask(backbone, prompt).batch(HostBatch([replace(one, prompt="")], images[row : row + 1]))
         there = batch.rows.attention_mask[row] == 1
         assert torch.equal(batch.rows.input_ids[row][there], alone.rows.input_ids[0])
         labels = batch.rows.targets[row]

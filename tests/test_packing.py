@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.kernels.head_loss import head_loss
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models.token_rows import IGNORE
@@ -39,7 +39,7 @@ def task_of(backbone, name: str) -> Task:
     return CaptionTask(backbone, "a picture of") if name == "caption" else VqaTask(backbone)
 
 
-def stack_of(name: str) -> Stack:
+def stack_of(name: str) -> HostBatch:
     """Three pictures: of one more, of one fewer is said."""
     examples, picture = [], []
     for number, texts in enumerate(SAID):
@@ -49,7 +49,7 @@ def stack_of(name: str) -> Stack:
             examples.append(Example(image, "" if asked else text, image.name, line + 1, **asked))
             picture.append(number)
     pixels = torch.randn(len(SAID), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(4))
-    return Stack(examples, pixels, picture)
+    return HostBatch(examples, pixels, picture)
 
 
 def gradients(task: Task, batch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -72,9 +72,9 @@ def test_loss_and_gradients_are_those_of_rows_apart(kind, name, make):
     plain, theirs = gradients(task, replace(together, packed=None))
     assert loss == pytest.approx(plain, rel=1e-6)
     total, alone = 0.0, {key: torch.zeros_like(value) for key, value in theirs.items()}
-    stack = stack_of(name)
-    for row, example in enumerate(stack.examples):
-        one = task.batch(Stack([example], stack.pixel_values[stack.picture[row]][None]))
+    host_batch = stack_of(name)
+    for row, example in enumerate(host_batch.examples):
+        one = task.batch(HostBatch([example], host_batch.pixel_values[host_batch.image_index[row]][None]))
         part, some = gradients(task, replace(one, packed=None, count=together.count))
         total += part
         alone = {key: value + some[key] for key, value in alone.items()}
@@ -96,11 +96,12 @@ def test_each_picture_is_looked_at_once(kind, name, make):
 def test_a_row_holds_its_picture_s_texts_and_each_begins_anew(make):
     """By hand: tokens side by side, positions from 0, labels only past the prompt, no text sees another."""
     task = CaptionTask(make("blip"), "a")
-    stack = stack_of("caption")
-    batch = task.batch(stack)
+    host_batch = stack_of("caption")
+    batch = task.batch(host_batch)
     packed, rows = batch.packed, batch.rows
     assert len(packed.ids) == 3 and packed.ids.shape[1] == max(
-        sum(int(rows.attention_mask[i].sum()) for i, p in enumerate(stack.picture) if p == number) for number in range(3)
+        sum(int(rows.attention_mask[i].sum()) for i, p in enumerate(host_batch.image_index) if p == number)
+        for number in range(3)
     )
     assert packed.positions[0].tolist() == [p for row in range(3) for p in range(int(rows.attention_mask[row].sum()))] + [0] * (
         packed.ids.shape[1] - int(rows.attention_mask[:3].sum())

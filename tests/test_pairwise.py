@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Known, Slot, Stack
+from lora_blip.data.loader import CachedStates, HostBatch, Slot
 from lora_blip.kernels import linear as products
 from lora_blip.kernels import vit_attention
 from lora_blip.lora import attached, fused, injection, targets
@@ -166,7 +166,7 @@ def test_every_allowed_pair_of_values_is_in_a_case():
 # ---------------------------------------------------------------- what is learned from
 
 
-def stacks(case: Case) -> list[Stack]:
+def host_batches(case: Case) -> list[HostBatch]:
     """The micro-batches of a step: pictures with one or three texts, answers with unequal votes."""
     count = case.accumulation * case.ranks
     size = (12 if case.kind in MATCHING else 6) // count
@@ -177,10 +177,10 @@ def stacks(case: Case) -> list[Stack]:
         rows = [(place, text) for place in mine for text in range(case.texts if place % 2 == 0 else 1)]
         examples = [example(case, place, text) for place, text in rows]
         if case.kind in MATCHING:  # whose rows have a picture each
-            made.append(Stack(examples, pixels[[place for place, _ in rows]]))
+            made.append(HostBatch(examples, pixels[[place for place, _ in rows]]))
         else:
             picture = None if len(rows) == size else [place - mine[0] for place, _ in rows]
-            made.append(Stack(examples, pixels[mine.start : mine.stop], picture))
+            made.append(HostBatch(examples, pixels[mine.start : mine.stop], picture))
     return made
 
 
@@ -193,10 +193,10 @@ def example(case: Case, place: int, text: int) -> Example:
     return Example(image, answers[0], str(image), 1, question=f"what is {WORDS[text]}?", answers=answers)
 
 
-def names_of(case: Case, stack: Stack) -> list[str | None] | None:
+def names_of(case: Case, host_batch: HostBatch) -> list[str | None] | None:
     """The adapter of each row of a micro-batch."""
     some = ["default", "other", "default", None]
-    return [some[row % 4] for row in range(len(stack.examples))] if case.adapters == "each" else None
+    return [some[row % 4] for row in range(len(host_batch.examples))] if case.adapters == "each" else None
 
 
 def put_on(model: Any, case: Case) -> None:
@@ -281,22 +281,26 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
             block.compile(backend="aot_eager")  # the graphs of compile_blocks, without g++
     learner = Learner(task, precision=precision, autocast=autocasting(backbone.device, precision), ranks=ranks)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
-    record, every = Record(), stacks(case)
+    record, every = Record(), host_batches(case)
     slots = [Slot(number) for number in range(len(every))][ranks.rank :: ranks.count]
     some = [every[slot.number] for slot in slots]
     with recording(record):
         batches = []
-        for slot, stack in zip(slots, some, strict=True):
+        for slot, host_batch in zip(slots, some, strict=True):
             if case.prefix:
                 with learner.autocast():
-                    entered = [task.prefix.enter(pixels) for pixels in stack.pixel_values.split(1)]
+                    entered = [task.prefix.enter(pixels) for pixels in host_batch.pixel_values.split(1)]
                 kept = torch.cat(entered)
                 record.kept[slot.number] = kept
-                stack = replace(stack, pixel_values=stack.pixel_values[1:], known=Known(kept[:1], [0], [""] * (len(kept) - 1)))
-            batches.append(task.batch(stack))
+                host_batch = replace(
+                    host_batch,
+                    pixel_values=host_batch.pixel_values[1:],
+                    cached_states=CachedStates(kept[:1], [0], [""] * (len(kept) - 1)),
+                )
+            batches.append(task.batch(host_batch))
         learner.begin(batches, slots)
-        for batch, slot, stack in zip(batches, slots, some, strict=True):
-            record.slot, names = slot.number, names_of(case, stack)
+        for batch, slot, host_batch in zip(batches, slots, some, strict=True):
+            record.slot, names = slot.number, names_of(case, host_batch)
             with use_adapters(model, names) if names else nullcontext():
                 learner.accumulate(batch, slot, last=slot is slots[-1])
     learner.scaler.unscale_(learner.optimizer)
@@ -374,11 +378,11 @@ class Oracle:
 
     def step(self) -> tuple[float, dict[str, Tensor]]:
         total, count = 0.0, 0.0
-        for number, stack in enumerate(stacks(self.case)):
-            self.slot, self.batch = number, self.task.batch(stack)
-            self.names = names_of(self.case, stack) or []
+        for number, host_batch in enumerate(host_batches(self.case)):
+            self.slot, self.batch = number, self.task.batch(host_batch)
+            self.names = names_of(self.case, host_batch) or []
             if self.case.kind not in MATCHING:
-                prompts, pictures = self.about(stack)
+                prompts, pictures = self.about(host_batch)
                 self.packed = self.task.language.pack(self.batch.rows, prompts, pictures)
                 self.rows_of_packed = prompts if self.case.kind == "vqa" else pictures
             loss = self.matched() if self.case.kind in MATCHING else self.said()
@@ -386,10 +390,10 @@ class Oracle:
         (total / count).backward()  # type: ignore[attr-defined]
         return float(total / count), {name: half.grad for name, half in self.halves.items()}
 
-    def about(self, stack: Stack) -> tuple[list[int], list[int]]:
+    def about(self, host_batch: HostBatch) -> tuple[list[int], list[int]]:
         image = self.batch.rows.image
         prompts = [*range(len(self.batch.rows.targets))] if image is None else image.tolist()
-        of = stack.picture or range(len(stack.examples))
+        of = host_batch.image_index or range(len(host_batch.examples))
         return prompts, [of[i] for i in prompts]
 
     def seen(self) -> Tensor:

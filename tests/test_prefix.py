@@ -11,7 +11,7 @@ import torch
 from lora_blip.data import annotations
 from lora_blip.data.dataset import Caches, ImageDataset
 from lora_blip.data.disk_cache import Store
-from lora_blip.data.loader import Known, Stack, loader
+from lora_blip.data.loader import CachedStates, HostBatch, loader
 from lora_blip.lora import injection, targets
 from lora_blip.lora.routing import disable_adapters
 from lora_blip.tasks.frozen_prefix import Prefix, cut
@@ -98,13 +98,13 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
     batches, ran = loader(pictures, 2, True, 0, 0, pin=False), []
     for number, block in enumerate(task.backbone.model.vision_model.encoder.layers):
         block.register_forward_pre_hook(lambda _, args, number=number: ran.append((number, len(args[0]))))
-    first = [task.loss(task.batch(stack)).item() for stack in batches]
+    first = [task.loss(task.batch(host_batch)).item() for host_batch in batches]
     assert ran.count((0, 1)) == 4 and ran.count((1, 2)) == 2
     ran.clear()
     for example in examples:
         example.image.rename(example.image.with_suffix(".bak")), example.image.symlink_to(example.image.with_suffix(".bak"))
     batches.batch_sampler.epoch = 0
-    again = [task.loss(task.batch(stack)).item() for stack in batches]
+    again = [task.loss(task.batch(host_batch)).item() for host_batch in batches]
     assert again == first and ran == [(1, 2), (1, 2)]
 
 
@@ -158,7 +158,7 @@ def test_the_checks_before_a_run_keep_no_picture_under_another_s_key(make, tmp_p
     task.prefix.store = Store(tmp_path / "kept", {"of": "states"}, 10**9)
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 2))
     pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
-    batch = task.batch(Stack(examples[:2], pixels, None, Known(torch.empty(0, 1, 1), [], ["aa0", "bb1"])))
+    batch = task.batch(HostBatch(examples[:2], pixels, None, CachedStates(torch.empty(0, 1, 1), [], ["aa0", "bb1"])))
     check_image_matters(task, batch)
     assert not list(tmp_path.rglob("*.safetensors"))
     task.encode_batch(batch)

@@ -59,7 +59,7 @@ def raising(owner: Any, name: str, rank: int, error: Exception) -> Callable[[], 
         (loop.caching, "caches_for", ConfigError("no room"), 1),
         (loop.preflight, "check", PreflightError("no room"), 0),
         (loop.preflight, "check", PreflightError("no room"), 1),
-        (loop, "first_stack", ConfigError("no room"), 1),
+        (loop, "first_batch", ConfigError("no room"), 1),
         (resume, "hold", CheckpointError("no room"), 0),  # only the main process does this and the next
         (Run, "_open", ConfigError("no room"), 0),
     ],

@@ -287,12 +287,12 @@ def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_while_saving():
-    with signals.heard() as heard:
+    with signals.catch_signals() as stop_request:
         os.kill(os.getpid(), signal.SIGINT)
-        assert heard.signal == signal.SIGINT
-        heard.saving = True
+        assert stop_request.signal == signal.SIGINT
+        stop_request.saving = True
         os.kill(os.getpid(), signal.SIGINT)
-        heard.saving = False
+        stop_request.saving = False
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

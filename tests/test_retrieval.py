@@ -11,7 +11,7 @@ import torch
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.errors import ConfigError, PreflightError
 from lora_blip.inference import pipeline
 from lora_blip.lora import adapter_file, attached, injection, merging
@@ -53,7 +53,7 @@ def pictures(some: list[Example], dtype=torch.float32) -> torch.Tensor:
 
 def batch_of(task: RetrievalTask, lines=None, dtype=torch.float32) -> DeviceBatch:
     some = examples(lines)
-    return task.batch(Stack(some, pictures(some, dtype)))
+    return task.batch(HostBatch(some, pictures(some, dtype)))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.pipeline import Saying, captions, predictions
 from lora_blip.kernels import switch, vit_attention
@@ -56,7 +56,7 @@ def learned(kind: str, make: Any, **options: Any) -> tuple[Any, Any]:
     task = TASKS[kind](backbone)
     some = [Example(Path(f"{n}.png"), e.answers[0], f"{n}.png", n, "", e.question, e.answers) for n, e in enumerate(examples())]
     picture = None if kind.startswith("itm") else [0, 1, 1, 2]
-    batch = task.batch(Stack(some, pictures(4 if picture is None else 3), picture))
+    batch = task.batch(HostBatch(some, pictures(4 if picture is None else 3), picture))
     backbone.model.train()
     return task, batch
 
@@ -163,7 +163,9 @@ def test_a_fast_path_that_computes_something_else_does_not_train(make, monkeypat
 
 
 def again(task: Any, batch: Any) -> Any:
-    return task.batch(Stack(batch.examples, batch.pixel_values, None if batch.picture is None else batch.picture.tolist()))
+    return task.batch(
+        HostBatch(batch.examples, batch.pixel_values, None if batch.image_index is None else batch.image_index.tolist())
+    )
 
 
 def ignored_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.inference import pipeline
 from lora_blip.lora import adapter_file, merging
@@ -54,7 +54,7 @@ def pictures(count: int, seed: int = 3) -> torch.Tensor:
 
 def batch_of(task: VqaTask, some: list[Example] | None = None, first: int = 0, dtype=torch.float32) -> DeviceBatch:
     some = some or examples()
-    return task.batch(Stack(some, pictures(first + len(some))[first:].to(dtype)))
+    return task.batch(HostBatch(some, pictures(first + len(some))[first:].to(dtype)))
 
 
 def ids_of(task: VqaTask, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The pictures of a data set, each with the lines about it: opened, augmented, made into pixel values, or read from a cache."""
+"""A data set of images, each with its lines: decode, augment and preprocess an image, or read it from a cache."""
 
 import random
 from collections.abc import Callable
@@ -19,34 +19,36 @@ from lora_blip.data.preprocessing import pixels_of, side_of
 from lora_blip.errors import ImageError
 
 Key = tuple[int, int]  # (epoch, number of a group of lines)
-MOST = 8  # lines about one image that come together: what is more comes with another batch
+MAX_LINES = 8  # lines of one image in one item; further lines are in further items
 
 
 class Caches(NamedTuple):
-    """What is kept of pictures that do not change between epochs."""
+    """Disk caches of what does not change between epochs."""
 
-    pixels: Store | None = None  # (H, W, 3) uint8, resized
-    states: Store | None = None  # what a frozen ViT makes of them, see `tasks.prefix`
+    pixels: Store | None = None  # resized images, (H, W, 3) uint8
+    states: Store | None = None  # outputs of the frozen ViT blocks, see `tasks.frozen_prefix`
 
 
 NO_CACHES = Caches()
 
 
 class ImageItem(NamedTuple):
-    """Lines about one image, and what is known of it: its pixel values, or what a frozen ViT once made of them."""
+    """One image and its lines. Either `pixel_values` or `states` is set."""
 
     examples: list[Example]
     pixel_values: Tensor | None  # (3, H, W) float32
-    states: Tensor | None = None  # (tokens, width)
-    key: str = ""  # to keep its states under; "": they are not kept
+    states: Tensor | None = None  # (tokens, width), from the cache
+    key: str = ""  # the cache key under which the image's states will be stored; "": they are not stored
 
 
 class ImageDataset(Dataset[ImageItem]):
-    """(epoch, number) → the lines about one image, and the image.
+    """Map (epoch, number) to an image and its lines.
 
-    Augmentation draws from a generator of its own for each key, so that it is the same whatever the number of workers
-    and wherever a run is taken up again. `together`: all lines about an image come with one look at it, MOST at a time;
-    else each comes alone. `views`: so many versions of an augmented picture come in turn; 0: always another.
+    together: put up to MAX_LINES lines of an image into one item. Otherwise each line is one item.
+    views: the number of augmented versions of an image, which alternate between epochs. 0: a new version in each epoch.
+
+    Each item seeds its own random generator for the augmentation. So an item does not depend on the number of workers, or on
+    the step at which a run is resumed.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class ImageDataset(Dataset[ImageItem]):
         self.examples, self.augmented, self.seed, self.views, self.caches = examples, augmented, seed, views, caches
         self.pixels = pixels_of(image_processor)
         self.side = side_of(image_processor)
-        self.lines, self.starts = grouped(examples, MOST if together else 1)
-        self.sided: dict[str, str] = {}  # what is said of an image: a mirror must not make any of it false
+        self.lines, self.starts = grouped(examples, MAX_LINES if together else 1)
+        self.sided: dict[str, str] = {}  # image file → a text that says "left" or "right", which a mirror would make false
         for words, file in ((e.words, e.file) for e in examples if augmented):
             if names_side(words):
                 self.sided[file] = words
@@ -66,59 +68,60 @@ class ImageDataset(Dataset[ImageItem]):
         return len(self.starts) - 1
 
     def __getitem__(self, key: Key) -> ImageItem:
-        return self.look(key)
+        return self.item(key)
 
-    def look(self, key: Key, known: bool = True) -> ImageItem:
-        """`known`: its states will do, where they are kept; else its pixel values are given in any case.
+    def item(self, key: Key, use_cached: bool = True) -> ImageItem:
+        """Return the item of a key. Without `use_cached` it has pixel values, even if the cache contains its states.
 
-        Raises DataError, with the line, for a picture that cannot be read.
+        Raise DataError, with file and line, if the image cannot be read.
         """
         epoch, number = key
         lines = self.lines[self.starts[number] : self.starts[number + 1]].tolist()
         examples = [self.examples[line] for line in lines]
         try:
-            return self._looked(examples, epoch, lines[0], known)
+            return self._item(examples, epoch, lines[0], use_cached)
         except ImageError as error:
             raise unreadable(examples[0], error) from None
 
-    def _looked(self, examples: list[Example], epoch: int, line: int, known: bool) -> ImageItem:
+    def _item(self, examples: list[Example], epoch: int, line: int, use_cached: bool) -> ImageItem:
         image = examples[0].image
         if not self.augmented:
-            return self._kept(examples, image_digest(image) if any(self.caches) else "", partial(open_image, image), known)
+            digest = image_digest(image) if any(self.caches) else ""
+            return self._load(examples, digest, partial(open_image, image), use_cached)
         if not self.views:
-            return self._kept(examples, "", partial(self._drawn, image, f"{epoch} {line}"), known)
-        view, digest = epoch % self.views, image_digest(image)  # one digest, one view, whichever line asks for it
-        name = f"{digest}-{self.seed}-{view}{'-sided' * (str(image) in self.sided)}"
-        return self._kept(examples, name, partial(self._drawn, image, f"{view} {digest}"), known)
+            return self._load(examples, "", partial(self._augmented, image, f"{epoch} {line}"), use_cached)
+        view, digest = epoch % self.views, image_digest(image)  # so all lines of an image share its versions
+        key = f"{digest}-{self.seed}-{view}{'-sided' * (str(image) in self.sided)}"
+        return self._load(examples, key, partial(self._augmented, image, f"{view} {digest}"), use_cached)
 
-    def _drawn(self, image: Path, draw: str) -> Image.Image:
+    def _augmented(self, image: Path, draw: str) -> Image.Image:
         return augment(open_image(image), self.sided.get(str(image), ""), random.Random(f"{self.seed} {draw}"), self.side)
 
-    def _kept(self, examples: list[Example], name: str, make: Callable[[], Image.Image], known: bool) -> ImageItem:
-        """What a cache has under this name, "" being none; else what is made is kept there."""
-        states = self.caches.states if name else None
-        if states and known and (value := states.get(name)) is not None:
-            return ImageItem(examples, None, value)
-        pixels = self.caches.pixels if name and self.pixels.exact else None
-        levels = pixels.get(name) if pixels else None
-        if levels is None and pixels:
+    def _load(self, examples: list[Example], key: str, make: Callable[[], Image.Image], use_cached: bool) -> ImageItem:
+        """Read the item from the caches, or call `make` and store its pixels. A key of "" means no caching."""
+        state_cache = self.caches.states if key else None
+        if state_cache and use_cached and (states := state_cache.get(key)) is not None:
+            return ImageItem(examples, None, states)
+        pixel_cache = self.caches.pixels if key and self.pixels.exact else None
+        levels = pixel_cache.get(key) if pixel_cache else None
+        if levels is None and pixel_cache:
             levels = self.pixels.resized(make())
-            pixels.put(name, levels)
+            pixel_cache.put(key, levels)
         values = self.pixels(make()) if levels is None else self.pixels.of_bytes(levels)
-        return ImageItem(examples, values, key=name if states else "")
+        return ImageItem(examples, values, key=key if state_cache else "")
 
 
 def grouped(examples: list[Example], most: int) -> tuple[Any, Any]:
-    """The lines in groups of up to `most` about one image, in the order in which the images come first.
+    """Group the lines by image, with at most `most` lines in a group. Images are in the order of their first lines.
 
-    Numbers of lines (lines,), and where each group starts among them (groups + 1,).
+    Return the line numbers (lines,), and the start of each group among them (groups + 1,).
     """
     count = len(examples)
     if most == 1:
         return np.arange(count), np.arange(count + 1)
     images: dict[str, int] = {}
-    of_line = np.fromiter((images.setdefault(e.file, len(images)) for e in examples), dtype=np.int64, count=count)
-    lines = np.argsort(of_line, kind="stable")
-    first = np.searchsorted(of_line[lines], np.arange(len(images)))  # of each image
-    place = np.arange(count) - first[of_line[lines]]  # of each line among those of its image
-    return lines, np.append(np.flatnonzero(place % most == 0), count)
+    image_of_line = np.fromiter((images.setdefault(e.file, len(images)) for e in examples), dtype=np.int64, count=count)
+    lines = np.argsort(image_of_line, kind="stable")
+    first = np.searchsorted(image_of_line[lines], np.arange(len(images)))  # (images,)
+    rank = np.arange(count) - first[image_of_line[lines]]  # of each line among the lines of its image
+    return lines, np.append(np.flatnonzero(rank % most == 0), count)

@@ -1,4 +1,4 @@
-"""Examples → batches of tensors, in an order that depends on the seed and the epoch alone."""
+"""Batches of tensors, in an order that depends only on the seed and the epoch."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ from lora_blip.runtime.signals import ignore_in_worker
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Batches of keys for one epoch after another; the last batch of an epoch may be short.
+    """The batches of an epoch, each as a list of keys of `ImageDataset`. The last batch may be short.
 
-    `wanted`: the numbers of those that come, in this order; None: all. A run that goes on, and each of several
-    processes, reads a part of an epoch.
+    Set `epoch` before each epoch. `selected` holds the numbers of the batches to read, in this order; None means all. A run
+    that resumes within an epoch reads a part of it, and so does each of several processes.
     """
 
     def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.epoch = 0
-        self.wanted: Sequence[int] | None = None
+        self.selected: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -34,97 +34,99 @@ class EpochBatches(Sampler[list[Key]]):
         order = list(range(self.count))
         if self.shuffle:
             random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        for number in range(len(self)) if self.wanted is None else self.wanted:
+        for number in range(len(self)) if self.selected is None else self.selected:
             start = number * self.batch_size
             yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
 
 
 class Slot(NamedTuple):
-    """A micro-batch of an epoch as one rank meets it."""
+    """The place of one micro-batch in a step of one rank."""
 
-    number: int
-    idle: bool = False  # it is another rank's own: computed only to keep step, and counted as nothing
+    number: int  # of the micro-batch in the epoch
+    is_filler: bool = False  # a copy that a rank computes so that all ranks make the same calls; its gradient counts 0
 
 
 def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 1) -> list[list[Slot]]:
-    """Which micro-batches of an epoch make up each of its steps, for one of several ranks.
+    """Return the micro-batches of each step of an epoch, for one rank.
 
-    A step is `accumulation` micro-batches of every rank, dealt out in turn, so that ranks × accumulation is what
-    decides the updates. The tail of an epoch is a step too; a rank for which nothing is left repeats its first, idle.
+    A step has `accumulation` micro-batches for every rank, assigned to the ranks in turn. So the updates depend only on
+    ranks × accumulation. The last step of an epoch may be shorter. A rank with no micro-batch left computes the first
+    one of the step again, as a filler.
     """
     size = accumulation * ranks
     steps = []
     for start in range(0, batches, size):
         stop = min(start + size, batches)
-        mine = [first + rank for first in range(start, stop, ranks)]
-        steps.append([Slot(number) if number < stop else Slot(start, idle=True) for number in mine])
+        numbers = [first + rank for first in range(start, stop, ranks)]
+        steps.append([Slot(number) if number < stop else Slot(start, is_filler=True) for number in numbers])
     return steps
 
 
-class Known(NamedTuple):
-    """What of the pictures of a batch need not be computed: the states that enter the first block that may change them."""
+class CachedStates(NamedTuple):
+    """The images of a batch whose states were read from the cache, so that the frozen part of the ViT is not computed."""
 
-    states: Tensor  # (known, tokens, width)
-    places: list[int]  # of these among the pictures; the others, in order, are in the batch's pixel_values
-    keys: list[str]  # of the others, to keep their states under
+    states: Tensor  # (cached images, tokens, width), the input of the first ViT block that may be adapted
+    indices: list[int]  # which images of the batch these are; the batch's pixel_values hold the others, in order
+    keys: list[str]  # cache keys of the others, under which their states will be stored
 
 
 @dataclass(frozen=True)
-class Stack:
-    """What a worker hands over: examples, the pictures that they are about, and their pixel values (images, 3, H, W)."""
+class HostBatch:
+    """A batch in CPU memory, as a loader worker returns it. `Task.batch` makes a `DeviceBatch` from it."""
 
     examples: list[Example]
-    pixel_values: Tensor
-    picture: list[int] | None = None  # (examples,) which picture each is about; None: the one of its own number
-    known: Known | None = None
+    pixel_values: Tensor  # (images, 3, H, W)
+    image_index: list[int] | None = None  # (examples,) the image of each example; None: example i has image i
+    cached_states: CachedStates | None = None
 
-    def pin_memory(self) -> "Stack":
-        """Called by the DataLoader, so that the copy to a GPU does not hold anybody up."""
-        known = self.known and self.known._replace(states=self.known.states.pin_memory())
-        return replace(self, pixel_values=self.pixel_values.pin_memory(), known=known)
-
-
-def stack(rows: list[ImageItem]) -> Stack:
-    examples = [example for row in rows for example in row.examples]
-    picture = [number for number, row in enumerate(rows) for _ in row.examples]
-    fresh = [row.pixel_values for row in rows if row.pixel_values is not None]
-    pixel_values = torch.stack(fresh) if fresh else torch.empty(0, 3, 0, 0)
-    places = [number for number, row in enumerate(rows) if row.states is not None]
-    keys = [row.key for row in rows if row.states is None]
-    known = None
-    if places or any(keys):
-        states = [row.states for row in rows if row.states is not None]
-        known = Known(torch.stack(states) if states else torch.empty(0), places, keys)
-    return Stack(examples, pixel_values, None if len(examples) == len(rows) else picture, known)
+    def pin_memory(self) -> "HostBatch":
+        """Return the batch in pinned memory, so that copies to a GPU are asynchronous. The DataLoader calls this."""
+        cached = self.cached_states and self.cached_states._replace(states=self.cached_states.states.pin_memory())
+        return replace(self, pixel_values=self.pixel_values.pin_memory(), cached_states=cached)
 
 
-def loader(dataset: ImageDataset, batch_size: int, shuffle: bool, seed: int, workers: int, pin: bool) -> DataLoader[Stack]:
-    """A DataLoader over `EpochBatches`; set `.batch_sampler.epoch` (and `.wanted`) before each epoch."""
+def collate(items: list[ImageItem]) -> HostBatch:
+    """Return one batch of the items."""
+    examples = [example for item in items for example in item.examples]
+    image_index = [number for number, item in enumerate(items) for _ in item.examples]
+    pixels = [item.pixel_values for item in items if item.pixel_values is not None]
+    pixel_values = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
+    indices = [number for number, item in enumerate(items) if item.states is not None]
+    keys = [item.key for item in items if item.states is None]
+    cached = None
+    if indices or any(keys):
+        states = [item.states for item in items if item.states is not None]
+        cached = CachedStates(torch.stack(states) if states else torch.empty(0), indices, keys)
+    return HostBatch(examples, pixel_values, None if len(examples) == len(items) else image_index, cached)
+
+
+def loader(dataset: ImageDataset, batch_size: int, shuffle: bool, seed: int, workers: int, pin: bool) -> DataLoader[HostBatch]:
+    """Return a DataLoader over `EpochBatches`. Set `.batch_sampler.epoch` (and `.selected`) before each epoch."""
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # collate_fn turns its items into a Stack
-        batch_sampler=batches, num_workers=workers, collate_fn=stack, pin_memory=pin,
+        dataset,  # type: ignore[arg-type]  # collate_fn makes a HostBatch of its items
+        batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
         persistent_workers=workers > 0, worker_init_fn=ignore_in_worker,
-        generator=torch.Generator().manual_seed(seed),  # its own, so that the number of workers moves no other draw
+        generator=torch.Generator().manual_seed(seed),  # separate, so that the number of workers changes no other random draw
     )  # fmt: skip
 
 
-def first_stack(batches: DataLoader[Stack]) -> Stack:
-    """The first batch of the loader's epoch, read in this process: no worker is started for it."""
+def first_batch(batches: DataLoader[HostBatch]) -> HostBatch:
+    """Return the first batch of the loader's epoch. It is read in this process: no worker is started for it."""
     keys: list[Key] = next(iter(batches.batch_sampler))  # type: ignore[arg-type]
-    pictures: Any = batches.dataset
-    return stack([pictures.look(key, known=False) for key in keys])
+    dataset: Any = batches.dataset
+    return collate([dataset.item(key, use_cached=False) for key in keys])
 
 
-def close(batches: DataLoader[Stack]) -> None:
-    """End the worker processes now: left to the garbage collector, each is waited for in vain for 5 s."""
+def close(batches: DataLoader[HostBatch]) -> None:
+    """End the worker processes now. When the garbage collector ends them, it waits 5 s for each."""
     iterator: Any = getattr(batches, "_iterator", None)
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            worker.kill()  # they do not hear a SIGTERM
+            worker.kill()  # workers ignore SIGTERM
 
 
 def pixel_values(image: Any, image_processor: Any) -> Tensor:
-    """One picture → (3, H, W) float32, exactly as the checkpoint's own processor makes it."""
+    """Return the pixel values of one image, (3, H, W) float32, bit for bit as the checkpoint's own processor makes them."""
     return pixels_of(image_processor)(image)

@@ -18,7 +18,7 @@ MOST_THREADS = 4  # each may hold a picture of 400 MB while it is made small
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Lookahead(Generic[T]):
     """An iterable that can be looked at before it is taken from. What drawing raises is raised when its turn has come."""
 
     def __init__(self, items: Iterable[T]) -> None:
@@ -26,7 +26,7 @@ class Ahead(Generic[T]):
         self.drawn: deque[T] = deque()
         self.error: Exception | None = None
 
-    def look(self, count: int) -> list[T]:
+    def peek(self, count: int) -> list[T]:
         """The next `count`, or fewer where there are no more."""
         try:
             while self.error is None and len(self.drawn) < count:
@@ -39,7 +39,7 @@ class Ahead(Generic[T]):
 
     def take(self, count: int) -> list[T]:
         """The same, taken: the next look begins behind them."""
-        found = self.look(count)
+        found = self.peek(count)
         if self.error is not None and not found:
             error, self.error = self.error, None
             raise error
@@ -48,7 +48,7 @@ class Ahead(Generic[T]):
         return found
 
 
-class Darkroom:
+class ImagePrefetcher:
     """Pictures that are decoded in threads before they are asked for. Only those are kept that were announced last."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import Example
 from lora_blip.data.image_sources import place_of
-from lora_blip.data.prefetch import Ahead, Darkroom
+from lora_blip.data.prefetch import ImagePrefetcher, Lookahead
 from lora_blip.errors import ImageError
 from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
@@ -29,7 +29,7 @@ class Runner:
     ) -> None:
         self.task, self.size, self.precision, self.reopen = task, batch_size, precision, reopen
         self.warned: set[str] = set()
-        self.darkroom = Darkroom()
+        self.prefetcher = ImagePrefetcher()
         self.fast: bool = getattr(task.backbone, "fast", False)
         self.base = verification_record.base_of(task.backbone) if self.fast else ""
         self.checked = not self.fast  # whether the fast path has been compared with the plain one for what comes next
@@ -47,22 +47,22 @@ class Runner:
         """Each example with its result, or with the ImageError that says why it has none, in order.
 
         One batch is drawn ahead, and its pictures are decoded while the model is at work; `coming`: what the next call
-        will ask for. Whoever tells it closes the darkroom in the end.
+        will ask for. Whoever tells it closes the prefetcher in the end.
         """
         self.task.backbone.model.eval()
-        source, coming = Ahead(examples), list(coming)
+        source, coming = Lookahead(examples), list(coming)
         try:
             while some := source.take(self.size):
-                yield from self._batch(some, source.look(self.size) or coming, work)
+                yield from self._batch(some, source.peek(self.size) or coming, work)
         finally:
             if not coming:
-                self.darkroom.close()
+                self.prefetcher.close()
 
     def _batch(self, some: list[Example], following: list[Example], work: Work) -> Iterator[tuple[Example, Any]]:
         processor = self.task.backbone.image_processor
-        self.darkroom.announce([*some, *following], processor)
-        pictures = self.darkroom.pictures(some)  # several questions of one picture have one place
-        self.darkroom.announce(following, processor)
+        self.prefetcher.announce([*some, *following], processor)
+        pictures = self.prefetcher.pictures(some)  # several questions of one picture have one place
+        self.prefetcher.announce(following, processor)
         good = [(e, picture) for e in some if isinstance(picture := pictures[place_of(e)], Tensor)]
         here, stacked = [e for e, _ in good], [picture for _, picture in good]
         if good:
@@ -85,8 +85,8 @@ class Runner:
 
     def check_first(self, examples: list[Example], work: Work) -> None:
         """`check`, with the pictures of a block that is about to come."""
-        self.darkroom.announce(examples, self.task.backbone.image_processor)
-        pictures = self.darkroom.pictures(examples)
+        self.prefetcher.announce(examples, self.task.backbone.image_processor)
+        pictures = self.prefetcher.pictures(examples)
         good = [(e, picture) for e in examples if isinstance(picture := pictures[place_of(e)], Tensor)][: verification.ROWS]
         if good:
             self.task.backbone.model.eval()

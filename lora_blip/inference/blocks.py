@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import Example
-from lora_blip.data.prefetch import Ahead
+from lora_blip.data.prefetch import Lookahead
 from lora_blip.errors import ImageError, OutputError
 from lora_blip.inference.batch_runner import Runner, Work
 from lora_blip.inference.finished import key_of
@@ -19,7 +19,7 @@ from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runtime import signals as stop
 from lora_blip.runtime.distributed import Ranks, is_lost
-from lora_blip.runtime.signals import Heard
+from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification
 
@@ -37,14 +37,14 @@ class Rounds:
     half. So a text does not depend on where a run was killed, drawn ones included: each block has a seed of its own.
     """
 
-    def __init__(self, ranks: Ranks, runner: Runner, seed: int, heard: Heard, out: Output) -> None:
-        self.ranks, self.runner, self.seed, self.heard, self.out = ranks, runner, seed, heard, out
+    def __init__(self, ranks: Ranks, runner: Runner, seed: int, stop_request: StopRequest, out: Output) -> None:
+        self.ranks, self.runner, self.seed, self.stop_request, self.out = ranks, runner, seed, stop_request, out
         self.size = runner.size  # which the runner halves when memory runs out
 
     def run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
         """`take` is called on the main rank with what was found of what is not in `out` yet, round by round.
 
-        Raises stop.Told after the round in which a signal came, and OutputError when another process is lost.
+        Raises stop.Stopped after the round in which a signal came, and OutputError when another process is lost.
         """
         try:
             self._run(examples, work, take)
@@ -55,17 +55,17 @@ class Rounds:
                 "another process was lost; what is written is safe: start again with the same settings and output_dir to go on"
             ) from None
         finally:
-            self.runner.darkroom.close()
+            self.runner.prefetcher.close()
 
     def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
-        blocks, count = Ahead(self._undone(examples)), self.ranks.count
-        while turn := self.ranks.first(self._alone(lambda: (blocks.take(count), blocks.look(count)))):
+        blocks, count = Lookahead(self._undone(examples)), self.ranks.count
+        while turn := self.ranks.broadcast(self._alone(lambda: (blocks.take(count), blocks.peek(count)))):
             dealt, following = turn  # a round is dealt out a round before, for its pictures to be decoded meanwhile
             if not dealt:
                 break
             self._check(dealt[0], work)
             mine = self._said(self._mine(dealt), self._mine(following), work)
-            everyone = self.ranks.gather((mine, self.heard.signal))
+            everyone = self.ranks.all_gather((mine, self.stop_request.signal))
             found = [
                 (example, said)
                 for (_, some, over), (said_of, _) in zip(dealt, everyone, strict=False)
@@ -76,7 +76,7 @@ class Rounds:
             self._stop_if_told([number for _, number in everyone])
         if turn is None:  # the main rank failed, and says why
             raise SystemExit(2)
-        self._stop_if_told(self.ranks.gather(self.heard.signal))
+        self._stop_if_told(self.ranks.all_gather(self.stop_request.signal))
 
     def _check(self, block: Block, work: Work) -> None:
         """Several processes take the same decision about the fast path: the main one's. One alone takes it in `each`."""
@@ -84,12 +84,12 @@ class Rounds:
             return
         self._alone(lambda: self.runner.check_first(block[1], work))
         self.runner.checked = True
-        if not self.ranks.first(self.runner.task.backbone.fast):
+        if not self.ranks.broadcast(self.runner.task.backbone.fast):
             verification.disable(self.runner.task)
 
     def _undone(self, examples: Iterable[Example]) -> Iterator[Block]:
         iterator, number, done = iter(examples), 0, self.out.done.taker()
-        while (some := list(islice(iterator, self.size))) and not self.heard.signal:
+        while (some := list(islice(iterator, self.size))) and not self.stop_request.signal:
             over = [done(example) for example in some]
             if not all(over):
                 yield number, some, over
@@ -110,13 +110,13 @@ class Rounds:
         try:
             return act()
         except BaseException:
-            self.ranks.first(None)
+            self.ranks.broadcast(None)
             raise
 
     def _stop_if_told(self, signals: list[int]) -> None:
         if any(signals):
             print(printable(self.out.paused()) if self.out else "", flush=True)
-            raise stop.Told(stop.INTERRUPTED if signal.SIGINT in signals else stop.SAVED)
+            raise stop.Stopped(stop.INTERRUPTED if signal.SIGINT in signals else stop.SAVED)
 
 
 def _short(said: Prediction | ImageError) -> Prediction | ImageError:

@@ -47,7 +47,7 @@ def infer(config: InferConfig) -> Path:
     Images that cannot be read have their line in errors.jsonl. However a run ended, the same settings and output_dir go
     on with it. Nothing is kept of an image but, where `compare` asks for it, what the base said. Raises ConfigError,
     ModelError, AdapterError, ImageError or DataError before any image is looked at; ConfigError on a full disk; and
-    stop.Told after Ctrl-C or a scheduler's signal, when the batch under way is written.
+    stop.Stopped after Ctrl-C or a scheduler's signal, when the batch under way is written.
     """
     with distributed.joined() as ranks, ExitStack() as closing:
         return infer_among(ranks, config, closing)
@@ -59,22 +59,22 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     inputs = ranks.together(lambda: read_inputs(config))
     wanted, texts = inputs.adapter, inputs.texts
     # refused now if it is taken; made when there is something to write
-    folder: Path = ranks.first(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
+    folder: Path = ranks.broadcast(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
     config = replace(config, device=ranks.device(config.device))
     task, precision, examples, what = ranks.together(lambda: open_inputs(config, inputs))
     if ranks.count > 1:
         require_same_inputs(ranks, config, task, what, examples)
 
-    heard = closing.enter_context(signals.heard())
+    stop_request = closing.enter_context(signals.catch_signals())
     out: Any = ranks.on_main(lambda: closing.enter_context(output.opened(folder, what, config.resume)))
-    count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not heard.signal, examples))) or 0
+    count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not stop_request.signal, examples))) or 0
     left = count - (out.before if out else 0)
     if others := inputs.images.others_line():
         print(others)
     greeting = printable(f"{folder}: {out.greeting() if out else ''}")
     print(described(task, wanted, left, precision), greeting, sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
-    rounds = Rounds(ranks, runner, config.seed, heard, out)
+    rounds = Rounds(ranks, runner, config.seed, stop_request, out)
     base: dict[int, str] = {}
     cut = {"base": CutCount(), "texts": CutCount()}
     if config.compare and wanted:
@@ -241,8 +241,8 @@ def require_same_inputs(ranks: Ranks, config: InferConfig, task: Task, what: dic
     base = {"base weights": weights_digest(task.backbone.model), "base processors": processors_digest(task.backbone)}
     ways = {name: getattr(config, name) for name in ("merge", "fast", "batch_size")}
     require_same(ranks, {key: value for key, value in what.items() if key != "model"} | ways | base, "predict")
-    some = ranks.first(ranks.on_main(lambda: list(islice(examples, GLIMPSED))))
-    every = ranks.gather([picture_digest(example) for example in some])
+    some = ranks.broadcast(ranks.on_main(lambda: list(islice(examples, GLIMPSED))))
+    every = ranks.all_gather([picture_digest(example) for example in some])
     for rank, digests in enumerate(every):
         for example, theirs, ours in zip(some, digests, every[0], strict=True):
             if theirs != ours:

@@ -28,7 +28,7 @@ def require_same(ranks: Ranks, mine: dict[str, Any], verb: str = "train") -> Non
     """Raise an error on every rank if one has other data, settings, base weights or library versions than rank 0."""
     versions = {"Python": sys.version, "transformers": transformers.__version__, "numpy": np.__version__}
     mine = mine | versions | {"pillow": PIL.__version__, "lora_blip": __version__}
-    every = ranks.gather(mine)
+    every = ranks.all_gather(mine)
     for rank, theirs in enumerate(every):
         changed = [
             f"{name} are not the same" if name.endswith(DIGESTS)

@@ -1,4 +1,4 @@
-"""One process, or one of torchrun's many: who writes, what all agree on, what is summed. Nothing else knows of ranks."""
+"""Several processes, started by torchrun: their collectives, and which one writes. Other files use only `Ranks`."""
 
 import os
 import sys
@@ -19,66 +19,69 @@ from torch.distributed.rendezvous import rendezvous
 from lora_blip.errors import ConfigError, PeerError
 
 Result = TypeVar("Result")
-PATIENCE = timedelta(hours=2)  # that ranks wait for the slowest: one may be captioning what the others have done
+PATIENCE = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
 
-# Tensors that were lent to gloo. Its threads may hold the last reference to one long after a collective is over, and need the
-# GIL to let go. A thread that asks for it when Python has ended takes the process down ("terminate called without an active
-# exception"); one that asks while DistributedDataParallel's reducer, freed last, waits for that thread, never gets it.
+# Tensors that gloo may still use. gloo's threads may hold the last reference to a tensor long after its collective has ended,
+# and need the GIL to release it. A thread that requests the GIL after Python has ended aborts the process ("terminate called
+# without an active exception"). A thread that requests it while DistributedDataParallel's reducer, which is freed last, waits
+# for that thread, deadlocks.
 #
-# So objects travel by torch's own two helpers, in tensors that are known here, and not by its `all_gather_object`.
-LENT: list[weakref.ref[Tensor]] = []
+# Therefore objects are sent with torch's two private helpers, in tensors that are recorded here, and not by
+# `all_gather_object`.
+IN_USE: list[weakref.ref[Tensor]] = []
 CPU = torch.device("cpu")
-RETURNED = 5.0  # seconds that a process waits at its end for what it lent
+RELEASE_TIME = 5.0  # seconds that a process waits at its end until gloo has released its tensors
 
-# what a dead peer leaves in an error
-LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")
+LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")  # errors of a lost peer
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`. Alone, every method is the identity.
+    """This process among `count` processes. With one process, every method returns its argument.
 
-    What is agreed on here are a few bytes over gloo, on the CPU, so that no GPU is waited for. Objects are pickled on
-    the way between processes of one program; nothing of the kind is ever read from a file.
+    The collectives here send a few bytes over gloo, on the CPU, so that they do not wait for a GPU. Objects are pickled
+    between processes of one program. No pickle is read from a file.
     """
 
     rank: int = 0
     count: int = 1
-    local: int = 0  # on this machine: the number of its GPU
+    local: int = 0  # rank within this machine: the number of its GPU
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that writes and prints."""
+        """True in the one process that writes and prints."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Σ over the ranks of each value, in float64; the same bits on every rank."""
+        """Return the sum over the ranks of each value, in float64, with the same bits on every rank."""
         if self.count == 1:
             return list(values)
         return _summed(torch.tensor(values, dtype=torch.float64)).tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order, on every rank."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank, on every rank."""
         if self.count == 1:
             return [value]
-        mine, _ = _object_to_tensor(value, CPU, None)
+        encoded, _ = _object_to_tensor(value, CPU, None)
         sizes = torch.zeros(self.count, dtype=torch.int64)
-        sizes[self.rank] = len(mine)
+        sizes[self.rank] = len(encoded)
         *starts, end = [0, *_summed(sizes).cumsum(0).tolist()]
-        every = torch.zeros(end, dtype=torch.uint8)
-        every[starts[self.rank] :][: len(mine)] = mine
-        said = _summed(every)
-        return [_tensor_to_object(said[start:stop], stop - start, None) for start, stop in pairwise([*starts, end])]
+        joint = torch.zeros(end, dtype=torch.uint8)
+        joint[starts[self.rank] :][: len(encoded)] = encoded
+        joint = _summed(joint)
+        return [_tensor_to_object(joint[start:stop], stop - start, None) for start, stop in pairwise([*starts, end])]
 
-    def first(self, value: Any) -> Any:
-        """The main rank's value, on every rank."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the main rank's value, on every rank."""
         if self.count == 1:
             return value
-        said, size = _object_to_tensor(value, CPU, None) if self.main else (torch.empty(0), torch.zeros(1, dtype=torch.int64))
+        encoded, size = (
+            _object_to_tensor(value, CPU, None) if self.main else (torch.empty(0), torch.zeros(1, dtype=torch.int64))
+        )
         count = int(_summed(size))
-        said = said if self.main else torch.empty(count, dtype=torch.uint8)
-        distributed.broadcast(lent(said)[0], src=0)
-        return value if self.main else _tensor_to_object(said, count, None)
+        encoded = encoded if self.main else torch.empty(count, dtype=torch.uint8)
+        distributed.broadcast(keep_alive(encoded)[0], src=0)
+        return value if self.main else _tensor_to_object(encoded, count, None)
 
     def together(self, act: Callable[[], Result]) -> Result:
         """Return `act()`, which calls no collective. If it fails on any rank, every rank raises an error, and none waits.
@@ -93,10 +96,10 @@ class Ranks:
             result = act()
         except Exception as error:
             failure = error
-        said = self.gather(failure and f"{type(failure).__name__}: {failure}")
+        reasons = self.all_gather(failure and f"{type(failure).__name__}: {failure}")
         if self.main and failure:
             raise failure
-        for rank, reason in enumerate(said):
+        for rank, reason in enumerate(reasons):
             if reason:
                 raise self.error(f"process {rank} failed, and all stop: {reason}") from failure
         return cast(Result, result)
@@ -106,39 +109,39 @@ class Ranks:
         return self.together(lambda: act() if self.main else None)
 
     def error(self, message: str) -> ConfigError:
-        """Return the error to raise for what every rank has found: only the main rank reports it."""
+        """Return the error to raise for a problem that every rank has detected. Only the main rank reports it."""
         return (ConfigError if self.main else PeerError)(message)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         self.sum(0.0)
 
-    def device(self, wanted: str) -> str:
-        """The device of this rank: "auto" and "cuda" under torchrun are the GPU of its local number."""
-        if self.count > 1 and wanted in ("auto", "cuda") and torch.cuda.is_available():
+    def device(self, name: str) -> str:
+        """Return the device of this rank. Under torchrun, "auto" and "cuda" are the GPU of its local rank."""
+        if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local}"
-        return wanted
+        return name
 
 
 ALONE = Ranks()
 
 
-def lent(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, to be handed to a collective; this process does not end before gloo has let go of them."""
-    LENT[:] = [one for one in LENT if one() is not None] + [weakref.ref(tensor) for tensor in tensors]
+def keep_alive(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors, for use in a collective. The process will not end before gloo has released them (see IN_USE)."""
+    IN_USE[:] = [ref for ref in IN_USE if ref() is not None] + [weakref.ref(tensor) for tensor in tensors]
     return tensors
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    distributed.all_reduce(lent(tensor)[0])
+    distributed.all_reduce(keep_alive(tensor)[0])
     return tensor
 
 
 def refuse_several(command: str) -> None:
-    """Raise an error in every process if torchrun started several: each would do all of the work and write the same files."""
+    """Raise ConfigError if torchrun started several processes: each would do all of the work and write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         kind = ConfigError if os.environ.get("RANK", "0") == "0" else PeerError
-        raise kind(f"{command} is one process; start it without torchrun: python -m lora_blip {command} …")
+        raise kind(f"{command} runs in one process; start it without torchrun: python -m lora_blip {command} …")
 
 
 def is_lost(error: Exception) -> bool:
@@ -146,16 +149,16 @@ def is_lost(error: Exception) -> bool:
     return any(sign in str(error) for sign in LOST)
 
 
-def _take_back() -> None:
-    deadline = time.monotonic() + RETURNED
-    while any(one() is not None for one in LENT) and time.monotonic() < deadline:
-        time.sleep(0.001)  # without the GIL
+def _wait_for_release() -> None:
+    deadline = time.monotonic() + RELEASE_TIME
+    while any(ref() is not None for ref in IN_USE) and time.monotonic() < deadline:
+        time.sleep(0.001)  # releases the GIL
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Inside the block this process is one of torchrun's, if torchrun started it; only the main one prints."""
-    if distributed.is_available() and distributed.is_initialized():  # the caller's own group
+    """Join the process group if torchrun started this process, and leave it after the block. Only the main rank prints."""
+    if distributed.is_available() and distributed.is_initialized():  # the caller has initialized a group
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
         return
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
@@ -163,7 +166,7 @@ def joined() -> Iterator[Ranks]:
         return
     cuda = torch.cuda.is_available()
     store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
-    # torchrun hands the store of a life to the next one, with the addresses of dead ranks in it: names of its own for each
+    # After a restart, torchrun's store still contains the addresses of dead ranks. A prefix for each restart separates them.
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else ""
     store = distributed.PrefixStore(f"life {life}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -171,16 +174,16 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         torch.cuda.set_device(ranks.local)
-    said = sys.stdout
+    stdout = sys.stdout
     try:
-        with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere:  # noqa: PTH123
+        with open(os.devnull, "w", encoding="utf-8", errors="replace") as devnull:  # noqa: PTH123
             if not ranks.main:
-                sys.stdout = nowhere
+                sys.stdout = devnull
             yield ranks
-    except RuntimeError:  # a peer is lost, perhaps: its share may never come back
-        LENT.clear()
+    except RuntimeError:  # perhaps a peer is lost; then gloo may never release its tensors
+        IN_USE.clear()
         raise
     finally:
-        sys.stdout = said
-        _take_back()
+        sys.stdout = stdout
+        _wait_for_release()
         distributed.destroy_process_group()

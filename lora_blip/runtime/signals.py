@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C, a scheduler's SIGTERM, SIGUSR1 before a preemption. What is under way is finished first."""
+"""Stop after the current batch on Ctrl-C, SIGTERM (a scheduler) or SIGUSR1 (before a preemption)."""
 
 import os
 import signal
@@ -8,56 +8,51 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-SAVED = 75  # exit status of a run that was told to make room and has saved: EX_TEMPFAIL, "try again later"
-INTERRUPTED = 130  # of one that its user stopped
+SAVED = 75  # exit status after a scheduler's signal, when everything is saved: EX_TEMPFAIL, "try again later"
+INTERRUPTED = 130  # exit status after Ctrl-C
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-class Heard:
-    """Which signal came first, 0 for none. A second Ctrl-C stops at once, unless something is being saved."""
+class StopRequest:
+    """The first signal that was received, or 0. A second Ctrl-C stops at once, except while `saving` is set."""
 
     def __init__(self) -> None:
         self.signal = 0
-        self.saving = False  # set it, and a signal only leaves its note: what is being saved is saved whole
+        self.saving = False
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal and not self.saving:
             raise KeyboardInterrupt
         first, self.signal = not self.signal, self.signal or number
         if first:
-            said = "stopping when this batch is done; Ctrl-C again stops at once" if number == signal.SIGINT else "stopping"
-            with suppress(OSError):  # whoever reads may have been stopped too; print may be in the middle of a line
-                os.write(2, f"\n{signal.Signals(number).name}: {said}\n".encode())
+            text = "stopping after this batch; press Ctrl-C again to stop at once" if number == signal.SIGINT else "stopping"
+            with suppress(OSError):  # the terminal may be closed; not `print`, which the signal may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
 
 
 @contextmanager
-def heard() -> Iterator[Heard]:
-    """Inside the block, signals that ask to stop are noted instead of acted on; outside the main thread none is heard."""
-    noted = Heard()
+def catch_signals() -> Iterator[StopRequest]:
+    """Record signals inside the block instead of stopping. Outside the main thread, record nothing."""
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield noted  # signals reach the main thread alone
+        yield request  # Python runs signal handlers only in the main thread
         return
-    before: dict[Any, Any] = {number: signal.signal(number, noted.note) for number in SIGNALS}
+    before: dict[Any, Any] = {number: signal.signal(number, request.note) for number in SIGNALS}
     try:
-        yield noted
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def exit_code(number: int) -> int:
-    """130 for Ctrl-C, SAVED for what a scheduler sends."""
-    return INTERRUPTED if number == signal.SIGINT else SAVED
-
-
 def ignore_in_worker(_worker: int) -> None:
-    """For loader workers: signals to a whole group reach them too, and their parent needs them for its last batch.
+    """Ignore the signals in a loader worker. A signal to a process group reaches workers too.
 
-    A dead worker is an error in the middle of whatever its parent does; `data.batches.close` ends them otherwise.
+    The main process needs its workers for the last batch: a dead worker is an error there. `data.loader.close` ends them.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Told(SystemExit):
-    """The run was told to stop, and has saved."""
+class Stopped(SystemExit):
+    """The run received a signal, and has saved everything."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Known, Stack
+from lora_blip.data.loader import CachedStates, HostBatch
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models.loading import Backbone
@@ -32,20 +32,20 @@ class Generation:
 @dataclass(frozen=True)
 class DeviceBatch:
     examples: list[Example]
-    pixel_values: Tensor  # (pictures, 3, H, W)
-    rows: Any  # the texts, as the task reads them
-    count: float  # what the summed loss is divided by over a whole step; known before anything waits for the device
-    picture: Tensor | None = None  # (examples,) which picture each is about; None: the one of its own number
-    known: Known | None = None  # of pictures that are not among the pixel values
-    packed: Any = None  # the texts once more, as they are learned fastest
+    pixel_values: Tensor  # (images without cached states, 3, H, W)
+    rows: Any  # the tokenized texts; the type depends on the task
+    count: float  # the summed loss is divided by the total of a step; a number of Python, so nothing waits for the device
+    image_index: Tensor | None = None  # (examples,) the image of each example; None: example i has image i
+    cached_states: CachedStates | None = None  # of images that are not in pixel_values
+    packed: Any = None  # the same texts, packed for the fast loss
 
     @property
     def images(self) -> int:
-        return len(self.pixel_values) + (len(self.known.places) if self.known else 0)
+        return len(self.pixel_values) + (len(self.cached_states.indices) if self.cached_states else 0)
 
     def per_example(self, of_pictures: Tensor) -> Tensor:
         """(pictures, …) → (examples, …)"""
-        return of_pictures if self.picture is None else of_pictures[self.picture]
+        return of_pictures if self.image_index is None else of_pictures[self.image_index]
 
 
 class Task:
@@ -142,14 +142,14 @@ class Task:
         tokens = self.backbone.tokenizer.convert_ids_to_tokens(found[:1])
         return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
 
-    def batch(self, stack: Stack) -> DeviceBatch:
+    def batch(self, host_batch: HostBatch) -> DeviceBatch:
         """Examples and their pictures → tensors on the model's device."""
         raise NotImplementedError
 
     def encode_batch(self, batch: DeviceBatch) -> Tensor:
         """What the vision side makes of each picture of a batch: for `loss` and `predict` both to go on from."""
-        if batch.known and self.prefix:
-            return self.prefix.encode_images(batch.pixel_values, batch.known)
+        if batch.cached_states and self.prefix:
+            return self.prefix.encode_images(batch.pixel_values, batch.cached_states)
         return self.encode_images(batch.pixel_values)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
@@ -160,13 +160,13 @@ class Task:
         """`look`, from the ViT's output (pictures, tokens, width) on."""
         raise NotImplementedError
 
-    def image_tensors(self, stack: Stack) -> dict[str, Any]:
+    def image_tensors(self, host_batch: HostBatch) -> dict[str, Any]:
         """The pictures of a batch, on the model's device."""
-        device, known = self.backbone.device, stack.known
+        device, cached = self.backbone.device, host_batch.cached_states
         return {
-            "pixel_values": stack.pixel_values.to(device, non_blocking=True),
-            "picture": None if stack.picture is None else torch.tensor(stack.picture, device=device),
-            "known": known and known._replace(states=known.states.to(device, non_blocking=True)),
+            "pixel_values": host_batch.pixel_values.to(device, non_blocking=True),
+            "image_index": None if host_batch.image_index is None else torch.tensor(host_batch.image_index, device=device),
+            "cached_states": cached and cached._replace(states=cached.states.to(device, non_blocking=True)),
         }
 
     def loss(self, batch: DeviceBatch, seen: Tensor | None = None) -> Tensor:

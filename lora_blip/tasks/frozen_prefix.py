@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_blip.data.disk_cache import Store
-from lora_blip.data.loader import Known
+from lora_blip.data.loader import CachedStates
 from lora_blip.lora import attached
 
 KEPT = torch.float16  # 11 bits of significand; autocast's bf16 has 8
@@ -38,10 +38,10 @@ class Prefix:
         """What is kept, in JSON."""
         return {"enters": "language model" if self.beyond else f"ViT block {self.first}", "dtype": str(KEPT)}
 
-    def encode_images(self, pixel_values: Tensor, known: Known) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, known: CachedStates) -> Tensor:
         """What the task reads of each picture: of those whose states are known, and of the others, by their pixels."""
-        states: dict[int, Tensor] = dict(zip(known.places, known.states.split(1), strict=False))
-        others = (place for place in range(len(known.places) + len(pixel_values)) if place not in states)
+        states: dict[int, Tensor] = dict(zip(known.indices, known.states.split(1), strict=False))
+        others = (place for place in range(len(known.indices) + len(pixel_values)) if place not in states)
         for place, key, pixels in zip([*others], known.keys, pixel_values.split(1), strict=False):
             states[place] = self.enter(pixels)
             if self.store and key and states[place].dtype == KEPT:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lora_blip.data.annotations import many_objects
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.data.paths import resolved
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.retrieval import RECALLS, recalls
@@ -90,11 +90,11 @@ class RetrievalTask(Task):
         """Why a text cannot be matched, or ""."""
         return self.text_problem(text, self.matcher.max_tokens - 2)
 
-    def batch(self, stack: Stack) -> DeviceBatch:
+    def batch(self, host_batch: HostBatch) -> DeviceBatch:
         device = self.backbone.device
-        texts = self.matcher.tokenize([example.text for example in stack.examples]).to(device)
-        count = 0 if positives(stack.examples, self.texts_of_image).all() else len(stack.examples)
-        return DeviceBatch(stack.examples, rows=texts, count=count, **self.image_tensors(stack))
+        texts = self.matcher.tokenize([example.text for example in host_batch.examples]).to(device)
+        count = 0 if positives(host_batch.examples, self.texts_of_image).all() else len(host_batch.examples)
+        return DeviceBatch(host_batch.examples, rows=texts, count=count, **self.image_tensors(host_batch))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         return self.matcher.encode_images(pixel_values)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_blip.data.annotations import plain
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.errors import ConfigError
 from lora_blip.kernels.head_loss import head_loss, is_plain_head
 from lora_blip.kernels.plain import is_plain
@@ -51,16 +51,16 @@ class TextTask(Task):
         text, answers = after_prompt(example.text, prompt), tuple(after_prompt(answer, prompt) for answer in example.answers)
         return example if (text, answers) == (example.text, example.answers) else replace(example, text=text, answers=answers)
 
-    def batch(self, stack: Stack) -> DeviceBatch:
-        device, prompts = self.backbone.device, [self.prompt_of(example) for example in stack.examples]
-        about = stack.picture or range(len(stack.examples))
-        texts = [(i, text, weight) for i, e in enumerate(stack.examples) for text, weight in self.texts_of(e)]
+    def batch(self, host_batch: HostBatch) -> DeviceBatch:
+        device, prompts = self.backbone.device, [self.prompt_of(example) for example in host_batch.examples]
+        about = host_batch.image_index or range(len(host_batch.examples))
+        texts = [(i, text, weight) for i, e in enumerate(host_batch.examples) for text, weight in self.texts_of(e)]
         image, said, weights = map(list, zip(*texts, strict=True))
         rows = self.language.tokenize(prompts, said, image).weighing(weights)
         packed = self.language.pack(rows, image, [about[i] for i in image]) if self.backbone.fast else None
         packed = packed and packed.to(device)
         return DeviceBatch(
-            stack.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.image_tensors(stack)
+            host_batch.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.image_tensors(host_batch)
         )
 
     def logits(self, batch: DeviceBatch) -> Tensor:

@@ -149,7 +149,7 @@ def both_ways(task: Task, run: Callable[[], Any]) -> tuple[Any, Any]:
 
 def training_differences(task: Task, batch: DeviceBatch, autocast: Autocast, bound: float) -> list[Difference]:
     """Compare the logits, the loss and the adapters' gradients of a batch, with values in B and without dropout."""
-    batch = replace(batch, known=None)
+    batch = replace(batch, cached_states=None)
     adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
     trained = [*(half for each in adapters for half in (each.A, each.B)), *task.parameters()]
 

@@ -93,7 +93,7 @@ class Learner:
         """Learn what all of a step will count, before its first gradient; where it goes on, that is known already."""
         if self.progress.slot:
             return
-        mine = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.idle]
+        mine = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
         count, images = self.ranks.sum(sum(b.count for b in mine), sum(b.images for b in mine))
         self.count, self.images = count or 1.0, int(images)  # 0: nothing here to learn from
         self.loss = torch.zeros_like(self.loss)
@@ -105,7 +105,7 @@ class Learner:
         with self.objective.no_sync() if apart else nullcontext():  # type: ignore[operator]  # ranks meet once a step
             with self.autocast():
                 share = self.objective(batch) / self.count
-            share = share * 0.0 if slot.idle else share
+            share = share * 0.0 if slot.is_filler else share
             self.scaler.scale(share).backward()
         self.loss += share.detach()
         self.progress.slot += 1
@@ -155,7 +155,7 @@ class Learner:
         progress = asdict(self.progress)
         if self.progress.slot:  # the ranks' sums differ until the last micro-batch of the step
             mine = {name: p.grad.cpu() for name, p in self.parameters.items() if p.grad is not None}
-            everyone = self.ranks.gather((mine, float(self.loss)))
+            everyone = self.ranks.all_gather((mine, float(self.loss)))
             if all(math.isfinite(loss) for _, loss in everyone):
                 for rank, (gradients, loss) in enumerate(everyone):
                     tensors |= {f"gradient/{rank}/{name}": value for name, value in gradients.items()}
@@ -233,9 +233,9 @@ def add_up(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future
     own = bucket.buffer()
     shares = F.pad(own, (0, -len(own) % ranks.count))
     mine = torch.empty_like(shares)
-    lent(shares, mine)
+    keep_alive(shares, mine)
     distributed.all_to_all_single(mine, shares)  # every rank's summands of my share
-    total, *parts = lent(reduce(torch.add, mine.chunk(ranks.count)), *shares.chunk(ranks.count))
+    total, *parts = keep_alive(reduce(torch.add, mine.chunk(ranks.count)), *shares.chunk(ranks.count))
     distributed.all_gather(parts, total)
     own.copy_(shares[: len(own)])
     done: torch.futures.Future[Tensor] = torch.futures.Future()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lora_blip.config import TrainConfig, refuse_unwritable
 from lora_blip.data.example import Example
-from lora_blip.data.loader import Slot, Stack, close, first_stack, slots_of_steps
+from lora_blip.data.loader import HostBatch, Slot, close, first_batch, slots_of_steps
 from lora_blip.data.split_leaks import Thumbnails
 from lora_blip.errors import CheckpointError, TrainingError
 from lora_blip.lora import attached, injection, targets
@@ -28,7 +28,7 @@ from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.seeding import seed_everything
-from lora_blip.runtime.signals import Heard
+from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import DeviceBatch, Task
@@ -80,7 +80,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     held_out = loader_of(validation, task, config, shuffle=False, caches=caches) if validation else None
     for loaded in filter(None, (batches, held_out)):
         closing.callback(close, loaded)
-    first = ranks.together(lambda: task.batch(first_stack(batches)))
+    first = ranks.together(lambda: task.batch(first_batch(batches)))
     backbone.model.train()
     alone = distributed.ALONE if config.shard else ranks  # the forwards of spread weights are collectives
     print(alone.together(lambda: proofs(config, task, first, autocast)), "\n", sep="")
@@ -95,7 +95,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
 
     learner = Learner(task, config.lr, config.weight_decay, config.max_grad_norm, precision, autocast, config.seed, ranks)
     learner.progress.total = total_steps(config, len(batches), ranks.count)
-    saved, notes = ranks.first(ranks.on_main(lambda: resume.hold(config, identity, closing)))
+    saved, notes = ranks.broadcast(ranks.on_main(lambda: resume.hold(config, identity, closing)))
     if saved:
         identity = resume.as_begun(config, saved.about["identity"], identity)
         if identity["max_new_tokens"] != task.generation.max_new_tokens and task.name != "retrieval":
@@ -107,20 +107,20 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     config = replace(config, max_new_tokens=identity["max_new_tokens"])
     progress = learner.progress
     warmup, every = min(config.warmup_steps, progress.total // 5), config.validate_every or max(10, progress.total // 10)
-    heard = closing.enter_context(signals.heard())
+    stop_request = closing.enter_context(signals.catch_signals())
     before: dict[str, float] = {}
     if held_out and progress.validated < 0:  # a score that cannot be had stops here, before anything is written
-        with_whom, leave = sharers(config, ranks), partial(leave_if_told, ranks, heard)
+        with_whom, leave = sharers(config, ranks), partial(leave_if_told, ranks, stop_request)
         before = validate(task, held_out, autocast, config.best_by, with_whom, leave)
     run = Run(config, learner, identity, closing, saved)
     print(*map(printable, notes), run.line(len(training), len(validation), precision), sep="\n")
-    pause = partial(between, run, heard)
+    pause = partial(between, run, stop_request)
     look = partial(validate_when_due, run, held_out, every, autocast, pause)
     try:
         look(before)
         pause()
-        for slots, stacks in steps_left(batches, config.epochs, config.accumulation, progress, ranks):
-            micro_batches = [task.batch(stack) for stack in stacks]
+        for slots, host_batches in steps_left(batches, config.epochs, config.accumulation, progress, ranks):
+            micro_batches = [task.batch(host_batch) for host_batch in host_batches]
             learner.begin(micro_batches, slots)
             for batch, slot in zip(micro_batches, slots, strict=True):
                 learner.accumulate(batch, slot, last=slot is slots[-1])
@@ -144,10 +144,10 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
         drift = attempt("merge drift", lambda: merge_drift(task, first, autocast)) if measured else {}
         path = run.save(progress.step, finished=True, merge_drift=drift or {})
         ranks.wait()  # a rank that is lost before this has the run go on from its last checkpoint
-    except signals.Told:
+    except signals.Stopped:
         raise
     except BaseException as error:  # an error, or a second Ctrl-C: what was learned is kept
-        heard.saving = True
+        stop_request.saving = True
         if not isinstance(error, CheckpointError):  # there is no room for anything
             rescue(run)
         if isinstance(error, KeyboardInterrupt):
@@ -204,49 +204,49 @@ def proofs(config: TrainConfig, task: Task, first: DeviceBatch, autocast: Autoca
 
 
 def steps_left(
-    batches: DataLoader[Stack], epochs: int, accumulation: int, progress: Progress, ranks: Ranks
-) -> Iterator[tuple[list[Slot], list[Stack]]]:
+    batches: DataLoader[HostBatch], epochs: int, accumulation: int, progress: Progress, ranks: Ranks
+) -> Iterator[tuple[list[Slot], list[HostBatch]]]:
     """Step after step, what is still to be done of it: its slots for this rank, with their micro-batches."""
     sampler: Any = batches.batch_sampler
     while progress.epoch < epochs and progress.step < progress.total:
         steps = slots_of_steps(len(batches), accumulation, ranks.rank, ranks.count)[progress.group :]
         if steps:
             steps[0] = steps[0][progress.slot :]
-        sampler.epoch, sampler.wanted = progress.epoch, [slot.number for slots in steps for slot in slots]
-        stacks = iter(batches)
+        sampler.epoch, sampler.selected = progress.epoch, [slot.number for slots in steps for slot in slots]
+        host_batches = iter(batches)
         for slots in steps:
             if progress.step < progress.total:
-                yield slots, list(islice(stacks, len(slots)))
+                yield slots, list(islice(host_batches, len(slots)))
         progress.epoch, progress.group = progress.epoch + 1, 0
 
 
-def between(run: Run, heard: Heard) -> None:
+def between(run: Run, stop_request: StopRequest) -> None:
     """Between two micro-batches: make a checkpoint if it is time, or if the run was told to stop, which it then does."""
-    due, *told = run.learner.ranks.sum(run.due, *signs(heard))
+    due, *told = run.learner.ranks.sum(run.due, *signs(stop_request))
     if not (due or any(told)):
         return
-    heard.saving = any(told)
+    stop_request.saving = any(told)
     run.checkpoint()
     if any(told):
         run.save_unfinished()
-        raise signals.Told(signals.INTERRUPTED if told[0] else signals.SAVED)
+        raise signals.Stopped(signals.INTERRUPTED if told[0] else signals.SAVED)
 
 
-def leave_if_told(ranks: Ranks, heard: Heard) -> None:
+def leave_if_told(ranks: Ranks, stop_request: StopRequest) -> None:
     """Before there is a run: nothing is to be saved."""
-    told = ranks.sum(*signs(heard))
+    told = ranks.sum(*signs(stop_request))
     if any(told):
-        raise signals.Told(signals.INTERRUPTED if told[0] else signals.SAVED)
+        raise signals.Stopped(signals.INTERRUPTED if told[0] else signals.SAVED)
 
 
-def signs(heard: Heard) -> tuple[bool, bool]:
+def signs(stop_request: StopRequest) -> tuple[bool, bool]:
     """Whether the user, and whether a scheduler, told this rank to stop."""
-    return heard.signal == signal.SIGINT, heard.signal not in (0, signal.SIGINT)
+    return stop_request.signal == signal.SIGINT, stop_request.signal not in (0, signal.SIGINT)
 
 
 def validate_when_due(
     run: Run,
-    held_out: DataLoader[Stack] | None,
+    held_out: DataLoader[HostBatch] | None,
     every: int,
     autocast: Autocast,
     pause: Callable[[], None],

@@ -46,7 +46,7 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
 @torch.no_grad()
 def check_image_matters(task: Task, batch: DeviceBatch) -> None:
     """With other images, the logits of the same texts differ."""
-    batch = replace(batch, known=None)  # else states of other pictures might be kept as theirs
+    batch = replace(batch, cached_states=None)  # else states of other pictures might be kept as theirs
     turned = batch.pixel_values.flip(0)
     others = turned if not torch.equal(turned, batch.pixel_values) else -batch.pixel_values
     swapped = replace(batch, pixel_values=others)

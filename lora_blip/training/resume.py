@@ -153,7 +153,7 @@ def take_up(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     """
     total = learner.progress.total
     ranks = learner.ranks
-    tensors = ranks.first(ranks.on_main(saved.tensors))
+    tensors = ranks.broadcast(ranks.on_main(saved.tensors))
     ranks.together(lambda: learner.restore(tensors, saved.about))
     then = saved.about["identity"]
     if differences(then, now):

@@ -63,7 +63,7 @@ class Run:
         if saved:
             self._remember(saved.about["run"])
         learner.ranks.on_main(lambda: self._open(saved, held))
-        self.folder = learner.ranks.first(self.folder)
+        self.folder = learner.ranks.broadcast(self.folder)
 
     def _remember(self, about: dict[str, Any]) -> None:
         """On every rank, since all decide together when to stop."""

@@ -11,7 +11,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.loader import Stack, loader
+from lora_blip.data.loader import HostBatch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
 from lora_blip.models.loading import Backbone
@@ -98,7 +98,7 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
 
 def loader_of(
     examples: list[Example], task: Task, config: TrainConfig, shuffle: bool, caches: Caches = NO_CACHES
-) -> DataLoader[Stack]:
+) -> DataLoader[HostBatch]:
     augmented = shuffle and config.augment
     pictures = ImageDataset(
         examples, task.backbone.image_processor, augmented, config.seed, task.one_pass_per_image, config.views, caches

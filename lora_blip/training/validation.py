@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.loader import Stack
+from lora_blip.data.loader import HostBatch
 from lora_blip.lora import merging
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
@@ -25,7 +25,7 @@ def sharers(config: TrainConfig, ranks: Ranks) -> Ranks:
 @torch.no_grad()
 def validate(
     task: Task,
-    batches: DataLoader[Stack],
+    batches: DataLoader[HostBatch],
     autocast: Autocast,
     wanted: str = "",
     ranks: Ranks = ALONE,
@@ -40,14 +40,14 @@ def validate(
     said: dict[Any, Any] = {}
     model.eval()
     sampler: Any = batches.batch_sampler
-    sampler.wanted = range(ranks.rank, len(batches), ranks.count)
-    stacks = iter(batches)
+    sampler.selected = range(ranks.rank, len(batches), ranks.count)
+    host_batches = iter(batches)
     for _ in range(-(-len(batches) // ranks.count)):
         pause()
-        stack = next(stacks, None)
-        if stack is None:  # the other ranks have one more
+        host_batch = next(host_batches, None)
+        if host_batch is None:  # the other ranks have one more
             continue
-        batch = task.batch(stack)
+        batch = task.batch(host_batch)
         with uncompiled(model), autocast():
             seen = task.encode_batch(batch)
             total += float(task.loss(batch, seen))
@@ -59,12 +59,12 @@ def validate(
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)
-    everything = {key: value for some in reversed(ranks.gather(said)) for key, value in some.items()}
+    everything = {key: value for some in reversed(ranks.all_gather(said)) for key, value in some.items()}
     every = batches.dataset.examples  # type: ignore[attr-defined]
     scores = task.scores(everything, every, "" if wanted == "loss" else wanted) if ranks.main else {}
     if ranks.main and (line := CutCount().add(everything.values()).report(task, "validation texts", every)):
         tqdm.write(f"warning: {line}")
-    return {"loss": total / (count or 1.0), **ranks.first(scores)}
+    return {"loss": total / (count or 1.0), **ranks.broadcast(scores)}
 
 
 @torch.no_grad()
