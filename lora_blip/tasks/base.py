@@ -31,6 +31,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class DeviceBatch:
+    """A batch on the model's device, made by `Task.batch` from a `HostBatch`."""
+
     examples: list[Example]
     pixel_values: Tensor  # (images without cached states, 3, H, W)
     rows: Any  # the tokenized texts; the type depends on the task
@@ -43,9 +45,9 @@ class DeviceBatch:
     def images(self) -> int:
         return len(self.pixel_values) + (len(self.cached_states.indices) if self.cached_states else 0)
 
-    def per_example(self, of_pictures: Tensor) -> Tensor:
-        """(pictures, …) → (examples, …)"""
-        return of_pictures if self.image_index is None else of_pictures[self.image_index]
+    def per_example(self, of_images: Tensor) -> Tensor:
+        """Return the row of each example's image: (images, …) → (examples, …)."""
+        return of_images if self.image_index is None else of_images[self.image_index]
 
 
 class Task:
@@ -143,7 +145,7 @@ class Task:
         return f"{text!r} holds {tokens[0]!r}, which means something else here" if found else ""
 
     def batch(self, host_batch: HostBatch) -> DeviceBatch:
-        """Examples and their pictures → tensors on the model's device."""
+        """Return the batch with its texts tokenized, on the model's device."""
         raise NotImplementedError
 
     def encode_batch(self, batch: DeviceBatch) -> Tensor:

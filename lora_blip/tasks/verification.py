@@ -96,7 +96,7 @@ def check(
     task: Task, key: dict[str, Any], compare: Callable[[], list[Difference]], ranks: Ranks = ALONE, say: Any = print
 ) -> None:
     """Compare once per key on this machine; if the difference is too large, switch the fast path off, on every rank."""
-    if ranks.first(verification_record.is_verified(key) if ranks.main else None):
+    if ranks.broadcast(verification_record.is_verified(key) if ranks.main else None):
         return
     say("comparing the fast path with transformers' own computation on one batch, once on this machine")
     start, found, problem = time.perf_counter(), list[Difference](), ""
