@@ -16,7 +16,7 @@ from lora_blip.lora.sites import Site
 from lora_blip.models.loading import load_backbone
 from tests.conftest import inject, logits_of
 
-FIX = r"lora\.merge\(model\)"
+FIX = r"lora_blip\.merge\(model\)"
 
 
 def net() -> nn.Sequential:
@@ -96,7 +96,7 @@ def test_a_folder_that_holds_adapters_beside_the_weights_is_refused(make, tmp_pa
     injection.eject(backbone.model)
     backbone.model.save_pretrained(tmp_path)
     safetensors.torch.save_file(every, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora\.default\.A.*lora\.bake"):
+    with pytest.raises(ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora\.default\.A.*lora_blip\.bake"):
         load_backbone(str(tmp_path), "cpu")
 
 
