@@ -43,14 +43,14 @@ bench: .venv/.dev
 	$(PYTHON) -m benchmarks
 
 chaos: .venv/.plots
-	$(PYTHON) -m benchmarks.chaos --precision fp32
-	$(PYTHON) -m benchmarks.chaos --precision bf16
+	$(PYTHON) -m benchmarks.robustness.chaos --precision fp32
+	$(PYTHON) -m benchmarks.robustness.chaos --precision bf16
 
 versions: .venv/.dev
-	$(PYTHON) -m benchmarks.versions --tests
+	$(PYTHON) -m benchmarks.robustness.versions --tests
 
 mutants: .venv/.dev
-	$(PYTHON) -m benchmarks.mutants
+	$(PYTHON) -m benchmarks.robustness.mutants
 
 bases: .venv/.plots
 	$(PYTHON) -m toyworld.pretrain blip --out assets/tiny-blip

@@ -1,7 +1,7 @@
 """Ratios side by side, interleaved, in one run: `make bench`, or `python -m benchmarks --only step,memory --quick`.
 
-All rows take about three quarters of an hour on 2 cores. `python -m benchmarks.growth` shows how cost grows,
-`python -m benchmarks.bars` draws a result.
+All rows take about three quarters of an hour on 2 cores. `python -m benchmarks.studies.growth` shows how cost grows,
+`python -m benchmarks.suite.bars` draws a result.
 """
 
 import argparse
@@ -11,8 +11,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from benchmarks import card, cubes, epochs, inference, memory, report, steps
-from benchmarks.plan import Plan, Row, device, quick
+from benchmarks.rows import card, cubes, epochs, inference, memory, steps
+from benchmarks.suite import report
+from benchmarks.suite.plan import Plan, Row, device, quick
 
 ROWS: dict[str, Row] = {
     "step": steps.step,

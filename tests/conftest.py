@@ -20,27 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch
-from lora_blip.lora import injection, targets
-from lora_blip.lora.layer import LoRA
 from lora_blip.models import loading
 from lora_blip.models.loading import Backbone, load_backbone
-from lora_blip.models.precision import autocasting
 from lora_blip.reports import plots
 from lora_blip.tasks import verification_record
-from lora_blip.tasks.base import DeviceBatch
-from lora_blip.tasks.caption import CaptionTask
-from tests import tiny
+from tests.support import tiny
+from tests.support.models import KINDS, WHOLE
 
 CACHE = Path(os.environ["XDG_CACHE_HOME"])
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
-KINDS = ("blip", "opt", "t5")  # that caption
-WHOLE = {  # every part that can be targeted
-    "blip": "vit,text", "opt": "vit,qformer,lm", "t5": "vit,qformer,lm",
-    "vqa": "vit,text", "itm": "vit,text", "itm2": "vit,qformer",
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +41,7 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process the fast path counts as checked on this machine; tests of the check itself begin without that."""
-    if request.module.__name__ != "tests.test_verification":
+    if request.module.__name__ != "tests.tasks.test_verification":
         monkeypatch.setattr(verification_record, "is_verified", lambda _: True)
 
 
@@ -123,59 +111,3 @@ def make(checkpoints: dict[str, Path], original: Callable[[str], Backbone]) -> C
 @pytest.fixture(params=KINDS)
 def backbone(request: pytest.FixtureRequest, make: Callable[..., Backbone]) -> Backbone:
     return make(request.param)
-
-
-def kind_of(backbone: Backbone) -> str:
-    return Path(backbone.name).name
-
-
-def inject(backbone: Backbone, what: str = "", r: int = 4, alpha: float = 8.0, trained: bool = True, name: str = "default"):
-    """Adapters on every part (or on `what`); `trained` gives each B values that matter."""
-    torch.manual_seed(11)
-    found = injection.inject(
-        backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha), name=name
-    )
-    if trained:
-        generator = torch.Generator().manual_seed(7)
-        for x in found.values():
-            x.B.data.copy_(0.05 * torch.randn(x.B.shape, generator=generator))
-    return found
-
-
-def every_target(model: torch.nn.Module, kind: str) -> list[str]:
-    """WHOLE, which holds the linears of every preset, and all the row blocks of fused ones."""
-    presets = {name: targets._sites(model, targets.parse(name, 2, 4.0)) for name in targets.PRESETS}
-    whole = {site.module for site in targets.find(model, WHOLE[kind])}
-    assert whole == {site.module for sites in presets.values() for site in sites}
-    return [WHOLE[kind], "vit.q,vit.k,vit.v"]
-
-
-TEXTS = ["a red cube", "a single blue cube on top of the table", "nothing"]
-
-
-def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -> DeviceBatch:
-    """Random images with uneven captions."""
-    texts = texts or TEXTS
-    images = torch.randn(len(texts), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(seed))
-    return task.batch(HostBatch([Example(Path("x.png"), text, "x.png", 1) for text in texts], images))
-
-
-def twenty_steps(
-    found: dict[str, LoRA], loss_of: Callable[[], torch.Tensor], precision: str = "fp32", rate: float = 1e-3
-) -> list[float]:
-    """The loss before each of twenty steps of AdamW on the adapters, on the CPU."""
-    optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=rate), []
-    for _ in range(20):
-        with autocasting(torch.device("cpu"), precision)():
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def logits_of(backbone: Backbone) -> torch.Tensor:
-    task = CaptionTask(backbone)
-    return task.logits(batch_of(task))

@@ -10,12 +10,15 @@ import torch
 
 pytest.importorskip("peft")
 
-from benchmarks import bars, growth, memory, ours, pairs, peers, report, trainer
 from benchmarks.__main__ import ROWS, main
-from benchmarks.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PRODUCTS, TRAINER, Cell
-from benchmarks.plan import Plan, quick
-from benchmarks.sizes import backbone, copy_of
-from benchmarks.work import TOKENS, UNEVEN, work
+from benchmarks.contestants import ours, peers, trainer
+from benchmarks.rows import memory
+from benchmarks.studies import growth
+from benchmarks.suite import bars, pairs, report
+from benchmarks.suite.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PRODUCTS, TRAINER, Cell
+from benchmarks.suite.plan import Plan, quick
+from benchmarks.suite.sizes import backbone, copy_of
+from benchmarks.suite.work import TOKENS, UNEVEN, work
 
 
 @pytest.fixture

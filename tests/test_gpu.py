@@ -20,10 +20,10 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import preflight
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
-from tests import tiny
-from tests.conftest import WHOLE, batch_of, inject
-from tests.test_loop import before_each_step, metrics_of, settings
-from tests.test_resume import config_of, elsewhere, killed_at, only_run
+from tests.support import tiny
+from tests.support.kill import killed_at
+from tests.support.models import WHOLE, batch_of, inject
+from tests.support.runs import before_each_step, config_of, elsewhere, metrics_of, only_run, settings
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

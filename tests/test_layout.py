@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lora_blip
-from benchmarks import code_map
+from benchmarks.studies import code_map
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lora_blip"
 LOW = ["errors", "version"]
@@ -87,7 +87,7 @@ def test_no_two_classes_share_a_name() -> None:
 def test_the_code_map_is_what_its_command_writes() -> None:
     """The import graph in docs/code_map.md is that of the source."""
     page = (PACKAGE.parent / "docs" / "code_map.md").read_text(encoding="utf-8")
-    assert code_map.picture(code_map.imports()) in page, "run: python -m benchmarks.code_map"
+    assert code_map.picture(code_map.imports()) in page, "run: python -m benchmarks.studies.code_map"
 
 
 @pytest.mark.parametrize("name", [*lora_blip.PLACES, "__version__"])

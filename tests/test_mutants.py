@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import mutants
-from benchmarks.mutants import Tree
-from benchmarks.mutations import mutations
+from benchmarks.robustness import mutants
+from benchmarks.robustness.mutants import Tree
+from benchmarks.robustness.mutations import mutations
 
 GRADE = '''"""Grades."""
 

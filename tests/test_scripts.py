@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from lora_blip.cli import run_infer, run_train
 from lora_blip.config import InferConfig, TrainConfig, parse
 from lora_blip.errors import ConfigError
-from tests import tiny
+from tests.support import tiny
+from tests.support.runs import train_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train.py": TrainConfig, "infer.py": InferConfig}
@@ -86,19 +87,6 @@ def told(capsys, run, flags: list[str], monkeypatch) -> str:
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("error: ") and "Traceback" not in said
     return said
-
-
-def train_flags(model: Path, source: Path, **more: object) -> list[str]:
-    flags = {
-        "model": model,
-        "annotations": source,
-        "epochs": 2,
-        "batch-size": 4,
-        "num-workers": 0,
-        "max-new-tokens": 5,
-        "r": 2,
-    } | more
-    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])

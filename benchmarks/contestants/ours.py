@@ -1,0 +1,151 @@
+"""Our side of every row, by the product's own public API alone: what changes there is changed here, and in no row.
+
+A model comes to us as to any user, as a checkpoint that is opened: what the product does to it there is part of it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.suite.plan import ALPHA, RATE, R
+from benchmarks.suite.sizes import save
+from benchmarks.suite.work import Work
+from lora_blip.config import TrainConfig
+from lora_blip.data.dataset import Caches, ImageDataset
+from lora_blip.data.disk_cache import Store, _digest
+from lora_blip.data.example import Example
+from lora_blip.data.loader import HostBatch, Slot
+from lora_blip.lora import adapter_file, injection, merging, targets
+from lora_blip.models import weights
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.loading import Backbone, open_backbone
+from lora_blip.models.precision import autocasting
+from lora_blip.tasks.base import DeviceBatch
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
+
+
+class Training:
+    """Adapters on a model, and the learner that the training loop steps: forward, backward, clipping, AdamW."""
+
+    def __init__(
+        self, base: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False
+    ) -> None:
+        backbone = opened(base, precision)
+        self.task = CaptionTask(backbone)
+        self.model = backbone.model
+        injection.inject(self.model, targets.find(self.model, where, r, ALPHA))
+        weights.cast_once(backbone, precision)
+        self.model.train()
+        self.autocast = autocasting(backbone.device, precision)
+        self.learner = Learner(self.task, RATE, 0.01, 1.0, precision, self.autocast)
+        self.batch = batch_of(self.task, work)
+        if compiled:
+            compile_blocks(self.model)
+
+    def forward(self) -> Tensor:
+        with self.autocast():
+            return self.task.loss(self.batch) / self.batch.count
+
+    def step(self) -> None:
+        slot = Slot(0)
+        self.learner.begin([self.batch], [slot])
+        self.learner.accumulate(self.batch, slot, last=True)
+        self.learner.update(RATE)
+
+
+def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:
+    """A line a caption, as the loader hands them over: those about one image come with one look at it."""
+    lines = [(number, text) for number, texts in enumerate(work.texts) for text in texts]
+    examples = [Example(Path(f"{number}.jpg"), text, f"{number}.jpg", line) for line, (number, text) in enumerate(lines, 1)]
+    about = [number for number, _ in lines]
+    return task.batch(HostBatch(examples, work.pixel_values, None if about == list(range(len(about))) else about))
+
+
+def opened(base: Backbone, precision: str) -> Backbone:
+    """The same weights in a model of our own."""
+    with TemporaryDirectory() as folder, silent():
+        return open_backbone(str(save(base, Path(folder) / "model")), str(base.device), precision)[0]
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def epochs(model: Path, annotations: Path, output: Path, count: int, **settings: Any) -> list[float]:
+    """Mean seconds of a step in each epoch of `train`, from what the run itself logs.
+
+    The first step is left out: its pictures have been looked at by the run's checks, before the clock.
+    """
+    plain: dict[str, Any] = {"val_fraction": 0.0, "augment": False, "alpha": ALPHA, "lr": 1e-4, "num_workers": 0}
+    log = run(model, annotations, output, epochs=count, **plain | settings)
+    ends = [line["seconds"] for line in log]
+    each = [(line["epoch"], end - start) for line, start, end in zip(log[1:], ends, ends[1:], strict=False)]
+    return [mean(seconds for epoch, seconds in each if epoch == number) for number in range(count)]
+
+
+def run(model: Path, annotations: Path, output: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Train as train.py does; returns the lines of metrics.jsonl."""
+    given = settings | {"log_every": 1, "resume": "off", "checkpoint_seconds": 1e9}  # every step's time; no run before it
+    with silent():
+        path = train(TrainConfig(model=str(model), annotations=str(annotations), output_dir=str(output), **given))
+    return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+# ---------------------------------------------------------------- input and inference
+
+
+def reader(backbone: Backbone, paths: list[Path], cache: Path) -> Callable[[int], Tensor | None]:
+    """index → pixel values (3, H, W), as the loader reads a picture; asked again, it comes from the cache."""
+    examples = [Example(path, "a picture", path.name, line) for line, path in enumerate(paths, 1)]
+    caches = Caches(Store(cache, {"of": "pictures"}, 10**9))
+    pictures = ImageDataset(examples, backbone.image_processor, augmented=False, seed=0, caches=caches)
+    return lambda index: pictures.item((0, index)).pixel_values
+
+
+def forget_digests() -> None:
+    """A file is read once a process for its digest: the next reader's first look is one again."""
+    _digest.cache_clear()
+
+
+@torch.no_grad()
+def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, precision: str = "fp32") -> list[str]:
+    """Captions of a fixed length."""
+    settings: dict[str, Any] = {"num_beams": beams, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    with autocasting(backbone.device, precision)():
+        return CaptionTask(backbone).language.generate(pixel_values, [""] * len(pixel_values), **settings)
+
+
+def adapt(base: Backbone, merged: bool, precision: str = "fp32") -> Backbone:
+    """An adapter that does something, on its hooks or merged for good."""
+    backbone = opened(base, precision)
+    found = injection.inject(backbone.model, targets.find(backbone.model, "vit", R, ALPHA))
+    for x in found.values():
+        torch.nn.init.normal_(x.B, std=1e-3)
+    if merged:
+        merging.bake(backbone.model)
+    weights.cast_once(backbone, precision)  # as infer.py does
+    return backbone
+
+
+def save_adapter(backbone: Backbone, path: Path) -> Path:
+    return adapter_file.save(path, adapt(backbone, merged=False))
+
+
+def load_and_merge(backbone: Backbone, path: Path) -> None:
+    adapter_file.load(backbone, path)
+    merging.bake(backbone.model)

@@ -1,0 +1,78 @@
+"""Rows `generate`, `batch` and `merge`: captions from a merged or an unmerged model, and how long merging takes."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from benchmarks.contestants import ours, peers
+from benchmarks.suite.pairs import HF, HF16, OURS, PEFT, Cell, Turn, compare, freed, seconds
+from benchmarks.suite.plan import Plan
+from benchmarks.suite.sizes import backbone, copy_of, in_dtype
+from benchmarks.suite.work import work
+from lora_blip.models.loading import Backbone
+
+TOKENS, BEAMS, MANY = 20, 5, 8
+
+
+def generate(plan: Plan) -> Iterator[Cell]:
+    """20 new tokens, no more and no fewer, of two images: greedy and with five beams, merged and on hooks."""
+    for name, precision in [*(("base", precision) for precision in plan.precisions), ("blip2", plan.precisions[-1])]:
+        with freed():
+            base = backbone(plan.size(name), plan.device, precision if name == "blip2" else "fp32")
+            pixels = work(base).pixel_values
+            merged, hooked = ours.adapt(base, True, precision), ours.adapt(base, False, precision)
+            theirs = copy_of(base)
+            peers.adapt(theirs)
+            half = in_dtype(copy_of(base), precision)
+            for beams in (2,) if plan.quick else (1, BEAMS):
+                how = (pixels, beams, 3 if plan.quick else TOKENS, precision)
+                turns: dict[str, Turn] = {
+                    f"{OURS}, merged": partial(seconds, partial(ours.generate, merged, *how)),
+                    f"{OURS}, unmerged": partial(seconds, partial(ours.generate, hooked, *how)),
+                    f"{PEFT}, unmerged": partial(seconds, partial(peers.generate, theirs, *how)),
+                    HF: partial(seconds, partial(peers.generate, base, *how)),
+                }
+                if precision != "fp32" and name != "blip2":
+                    turns[HF16] = partial(seconds, partial(peers.generate, half, *how))
+                yield compare("generate", f"{name} {precision}, beams: {beams}", turns, HF, plan.rounds)
+
+
+def batch(plan: Plan) -> Iterator[Cell]:
+    """Eight images at once, to eight one by one."""
+    with freed():
+        precision, one_by_one = plan.precisions[0], f"{OURS}, 8 × 1"
+        base = backbone(plan.size("base"), plan.device)
+        pixels, tokens = work(base, MANY).pixel_values, 3 if plan.quick else TOKENS
+        merged = ours.adapt(base, True, precision)
+
+        def each() -> None:
+            for image in pixels.split(1):
+                ours.generate(merged, image, 1, tokens, precision)
+
+        turns: dict[str, Turn] = {
+            f"{OURS}, 1 × 8": partial(seconds, partial(ours.generate, merged, pixels, 1, tokens, precision)),
+            f"{HF}, 1 × 8": partial(seconds, partial(peers.generate, base, pixels, 1, tokens, precision)),
+            one_by_one: partial(seconds, each),
+        }
+        yield compare("batch", f"base {precision}, 8 images, greedy", turns, one_by_one, plan.few)
+
+
+def merge(plan: Plan) -> Iterator[Cell]:
+    """An adapter's file → merged weights, on a model that is loaded already."""
+    for name in ("base",) if plan.quick else ("base", "large"):
+        with freed(), tempfile.TemporaryDirectory() as folder:
+            base = backbone(plan.size(name), plan.device)
+            mine = ours.save_adapter(base, Path(folder) / "adapter.safetensors")
+            theirs = peers.save_adapter(copy_of(base), f"{folder}/peft")
+            turns: dict[str, Turn] = {
+                OURS: partial(fresh, ours.opened(base, "fp32"), partial(ours.load_and_merge, path=mine)),
+                PEFT: partial(fresh, base, partial(peers.load_and_merge, folder=theirs)),
+            }
+            yield compare("merge", f"{name} fp32, load and merge", turns, PEFT, 2 * plan.rounds)
+
+
+def fresh(base: Backbone, work: Callable[[Backbone], None]) -> float:
+    """Seconds of `work` on a copy, which is made before the clock runs."""
+    copy = copy_of(base)
+    return seconds(partial(work, copy))

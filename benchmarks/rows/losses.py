@@ -1,0 +1,129 @@
+"""Twenty losses by each fast way beside those by the plain one, from one start: `python -m benchmarks.rows.losses`.
+
+The bound is the one that the tests hold. The shipped tiny base, its pictures, adapters on the ViT and the text decoder.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from benchmarks.contestants import ours
+from benchmarks.suite.plan import ALPHA, RATE, R
+from lora_blip.data import annotations
+from lora_blip.data.images import open_image
+from lora_blip.data.loader import HostBatch, Slot, pixel_values
+from lora_blip.kernels import switch as attention
+from lora_blip.lora import attached, injection, targets
+from lora_blip.models import weights
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.loading import open_backbone
+from lora_blip.models.precision import autocasting
+from lora_blip.tasks.base import Task
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training.learner import Learner
+
+MODEL, DATA, STEPS, TEXTS = "assets/tiny-blip", "annotations.jsonl", 20, 5
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A fast way, alone: all else is plain."""
+
+    name: str
+    update: bool = False
+    attention: bool = False
+    packed: bool = False
+    cast: bool = False
+    compiled: bool = False
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+
+
+WAYS = (
+    Way("the update in one function", update=True),
+    Way("attention, MLPs and products", attention=True),
+    Way("texts of a picture packed", packed=True),
+    Way("frozen weights cast once", cast=True, precisions=("bf16",)),
+    Way("the ViT's blocks compiled", compiled=True),
+    Way("all of them", update=True, attention=True, packed=True, cast=True),
+)
+
+
+def losses(how: Way, precision: str) -> list[float]:
+    """The mean loss of a label token before each of twenty steps of AdamW, two pictures of five texts each."""
+    torch.manual_seed(0)
+    backbone = open_backbone(MODEL, "cpu", precision, fast=how.packed)[0]
+    attention.fast(backbone.model, how.attention)
+    injection.inject(backbone.model, targets.find(backbone.model, "vit,text", R, ALPHA))
+    attached.fast(backbone.model, how.update)
+    if how.cast:
+        weights.cast_once(backbone, precision)
+    if how.compiled:
+        compile_blocks(backbone.model)
+    backbone.model.train()
+    task = CaptionTask(backbone)
+    learner = Learner(task, RATE, precision=precision, autocast=autocasting(backbone.device, precision))
+    batch = task.batch(stack(task))
+    return [_loss_of_a_step(learner, batch) for _ in range(STEPS)]
+
+
+def stack(task: Task) -> HostBatch:
+    """Two pictures, each with texts of five lines: its own, and its neighbours', which a loss can be taken of as well."""
+    lines = annotations.read(DATA, decode=False)[0][: 2 * TEXTS]
+    looked = [lines[0].image, lines[TEXTS].image]
+    pixels = [pixel_values(open_image(image), task.backbone.image_processor) for image in looked]
+    return HostBatch(lines, torch.stack(pixels), [number // TEXTS for number in range(2 * TEXTS)])
+
+
+def _loss_of_a_step(learner: Learner, batch: Any) -> float:
+    slot = Slot(0)
+    learner.begin([batch], [slot])
+    learner.accumulate(batch, slot, last=True)
+    return learner.update(RATE).loss
+
+
+def cached(where: str) -> tuple[list[float], list[float]]:
+    """Plain, and from what was kept of the frozen part, in a run that finds all of it there."""
+    with tempfile.TemporaryDirectory() as folder:
+        given: dict[str, Any] = {"targets": where, "augment": False, "val_fraction": 0.0, "max_steps": STEPS, "epochs": STEPS}
+        runs = [
+            [line["loss"] for line in ours.run(Path(MODEL), Path(DATA), Path(folder), **given, cache_gb=size)]
+            for size in (0.0, 1.0, 1.0)
+        ]
+    return runs[0], runs[2]
+
+
+def rows() -> Iterator[tuple[str, str, float, list[float], list[float]]]:
+    """Name, precision, bound, plain losses, fast ones."""
+    for precision, bound in BOUNDS.items():
+        plain = losses(Way("plain"), precision)
+        for how in WAYS:
+            if precision in how.precisions:
+                yield how.name, precision, bound, plain, losses(how, precision)
+    for where in ("text", "vit[2:4]"):
+        yield f"the frozen part kept, adapters on {where}", "fp32", 1e-3, *cached(where)
+
+
+def main() -> int:
+    print(f"{'':44}{'bound':>7}{'largest':>10}   losses of steps 1, 5, 10, 15, 20: plain above, fast below")
+    whole = True
+    for name, precision, bound, plain, fast in rows():
+        largest = max(abs(a - b) / a for a, b in zip(plain, fast, strict=True))
+        whole = whole and largest <= bound
+        print(f"{name + ', ' + precision:44}{bound:7.0e}{largest:10.1e}   {shown(plain)}\n{'':64}{shown(fast)}", flush=True)
+    return 0 if whole else 1
+
+
+def shown(some: list[float]) -> str:
+    return "  ".join(f"{some[number]:.6f}" for number in (0, 4, 9, 14, 19))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

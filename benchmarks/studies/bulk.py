@@ -1,0 +1,149 @@
+"""infer.py over many images, killed again and again, beside a run that nobody kills: `python -m benchmarks.studies.bulk`
+
+Makes small pictures, a few of them broken, and captions them by infer.py in processes of their own: few of them, all of
+them, and all of them once more with SIGKILLs at random moments, going on each time. In the end every picture must be in
+the output exactly once and both files must be the unkilled run's, byte for byte. Also prints the peak of memory of the
+unkilled runs, which must not grow with the pictures. Exit status 1 if any of this fails.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from lora_blip.inference.output import ABOUT_NAME, ERRORS_NAME, FILE_NAME
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKEN = 97  # every so many-th picture: empty, cut off or no picture at all
+IN_FOLDER = 1000
+GROWTH = 32  # MB of peak memory that the many may take more than the few
+
+
+def draw(folder: Path, count: int) -> list[str]:
+    """`count` pictures in folders of IN_FOLDER; their paths."""
+    paths = []
+    for number in range(count):
+        path = folder / f"{number // IN_FOLDER:03}" / f"{number:06}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour = tuple(random.Random(number).choices(range(256), k=6))
+        picture = Image.new("RGB", (32, 32), colour[:3])
+        picture.paste(colour[3:], (number % 16, number % 11, 16 + number % 16, 22))
+        picture.save(path)
+        if number % BROKEN == BROKEN - 1:
+            path.write_bytes((b"", path.read_bytes()[:60], b"no picture")[number // BROKEN % 3])
+        paths.append(str(path))
+    return paths
+
+
+def start(images: Path, output: Path, wanted: argparse.Namespace) -> subprocess.Popen[bytes]:
+    flags = {
+        "model": wanted.model, "adapter": wanted.adapter, "images": images, "output-dir": output,
+        "max-new-tokens": wanted.max_new_tokens, "batch-size": wanted.batch_size, "device": "cpu",
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "infer.py"),
+        *(part for key, value in flags.items() for part in (f"--{key}", str(value))),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+
+def finish(child: subprocess.Popen[bytes]) -> float:
+    """Its peak of memory in MB, when it has ended well."""
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"infer.py ended with {child.returncode}")
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB here
+
+
+def whole_run(images: Path, output: Path, wanted: argparse.Namespace, count: int) -> tuple[float, float]:
+    """Seconds and MB of a run that nobody kills."""
+    started = time.perf_counter()
+    peak = finish(start(images, output, wanted))
+    seconds = time.perf_counter() - started
+    print(
+        f"unkilled, {count:,} images: {seconds:.1f} s, {count / seconds:.0f} a second with its start, peak {peak:.0f} MB",
+        flush=True,
+    )
+    return seconds, peak
+
+
+def written(output: Path) -> int:
+    return sum((output / name).stat().st_size for name in (FILE_NAME, ERRORS_NAME) if (output / name).exists())
+
+
+def killed_run(images: Path, output: Path, wanted: argparse.Namespace, seconds: float, size: int) -> Counter[str]:
+    """Lives of one run until it is done, which takes `seconds` and writes `size` bytes; where each of its kills came."""
+    rng, ends = random.Random(wanted.seed), Counter[str]()
+    while sum(ends.values()) < wanted.kills:
+        child, before = start(images, output, wanted), written(output)
+        early = rng.random() < 0.15  # while it still starts
+        deadline = time.perf_counter() + (rng.uniform(0, 6) if early else 600)
+        while child.poll() is None and time.perf_counter() < deadline and written(output) == before:
+            time.sleep(0.005)
+        if not early:
+            left = 1 - written(output) / size
+            time.sleep(rng.uniform(0, 2 * seconds * left / (wanted.kills - sum(ends.values()) + 1)))
+        child.send_signal(signal.SIGKILL)
+        if child.wait() != -signal.SIGKILL:
+            sys.exit(f"done before {wanted.kills} kills, with {child.returncode}: give more --images")
+        torn = (output / FILE_NAME).exists() and not (output / FILE_NAME).read_bytes().endswith(b"\n")
+        ends["in a line" if torn else "while captioning" if written(output) > before else "before it wrote"] += 1
+        print(f"{sum(ends.values()):4} SIGKILL after {written(output):,} bytes", flush=True)
+    if not json.loads((output / ABOUT_NAME).read_text())["finished"]:  # killed as it was leaving
+        finish(start(images, output, wanted))
+    return ends
+
+
+def images_in(output: Path) -> Counter[str]:
+    lines = [line for name in (FILE_NAME, ERRORS_NAME) for line in (output / name).read_text().splitlines()]
+    return Counter(json.loads(line)["image"] for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--few", type=int, default=2_000, help="images of the run whose memory is compared")
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--model", default="assets/tiny-blip")
+    parser.add_argument("--adapter", default="none")
+    parser.add_argument("--max-new-tokens", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    wanted = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        few, many = Path(place, "few"), Path(place, "many")
+        draw(few, wanted.few)
+        paths = draw(many, wanted.images)
+        outputs = [Path(place, name) for name in ("out_few", "out_whole", "out_killed")]
+        _, low = whole_run(few, outputs[0], wanted, wanted.few)
+        seconds, high = whole_run(many, outputs[1], wanted, wanted.images)
+        ends = killed_run(many, outputs[2], wanted, seconds, written(outputs[1]))
+        found = images_in(outputs[2])
+        failed = len((outputs[2] / ERRORS_NAME).read_text().splitlines())
+        results = {
+            "every image exactly once": found == Counter(paths),
+            f"both files, as unkilled ({failed:,} lines of errors)": all(
+                (outputs[1] / name).read_bytes() == (outputs[2] / name).read_bytes() for name in (FILE_NAME, ERRORS_NAME)
+            ),
+            f"memory flat: {low:.0f} MB for {wanted.few:,} images, {high:.0f} MB for {wanted.images:,}": high - low <= GROWTH,
+        }
+    print(f"{sum(ends.values())} SIGKILLs: {dict(ends)}")
+    for name, holds in results.items():
+        print(f"{'yes' if holds else 'NO':<4}{name}")
+    return 0 if all(results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

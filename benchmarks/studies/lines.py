@@ -1,0 +1,116 @@
+"""Seconds and memory from an annotations file to the first batch, by its lines: `python -m benchmarks.studies.lines`.
+
+Pictures are checked lazily, so that only what is done with lines is told. Each size is measured in a process of its own,
+by the processor's time, of one core, since others may be at work on the machine; files are made in a temporary folder,
+and no picture is in it. The model has 512 positions, as Salesforce's have. "know" is of retrieval alone, and not in
+the sum of the others.
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+WORDS = (
+    "a the red blue green cube on top of table man riding wave surfboard in ocean dog with frisbee park street two people "
+    "standing near large white building sky under sitting cat laptop pizza"
+).split()
+KINDS = {  # what the lines are → lines about one image
+    "captions, 5 an image": 5,
+    "captions, 1 an image": 1,
+    "questions, 5 an image": 5,
+    "questions, 1 an image": 1,
+}
+STAGES = ("read and check", "know", "split", "digest", "pictures")
+
+
+def lines_of(kind: str, count: int) -> Iterator[str]:
+    """Lines of the length that COCO's have: 8 to 14 words, or a question and ten answers."""
+    rng = random.Random(0)
+    for number in range(count):
+        line: dict[str, Any] = {"image": f"train2014/COCO_train2014_{number // KINDS[kind]:012d}.jpg"}
+        if kind.startswith("captions"):
+            line["text"] = " ".join(rng.choices(WORDS, k=rng.randint(8, 14)))
+        else:
+            answers = rng.choices(WORDS, k=10)
+            line |= {"question": f"what {' '.join(rng.choices(WORDS, k=6))}?", "answers": answers}
+        yield json.dumps(line) + "\n"
+
+
+def measure(kind: str, source: str) -> dict[str, float]:
+    """What a training does with the lines before it looks at a picture, stage by stage: seconds, and MiB at the peak."""
+    from benchmarks.suite.sizes import backbone as backbone_of
+    from lora_blip.data import annotations
+    from lora_blip.data.dataset import ImageDataset
+    from lora_blip.tasks.registry import TASKS
+    from lora_blip.tasks.retrieval import RetrievalTask
+    from lora_blip.training.resume import lines_digest
+
+    backbone = backbone_of("tiny")
+    task = TASKS["caption" if kind.startswith("captions") else "vqa"](backbone)
+    task.bounds.at_most("a", 0)  # which looks at the tokenizer once
+    before, found = resident(), {}
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        found[stage] = time.process_time() - start
+
+    with timed("read and check"):
+        examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.pretokenize)
+    with timed("know"):  # which retrieval alone does
+        RetrievalTask.prepare_data(SimpleNamespace(), examples)  # type: ignore[arg-type]
+    with timed("split"):
+        training, validation = annotations.split_by_image(examples, 0.1, 0)
+    with timed("digest"):
+        lines_digest(training, with_images=False)
+        lines_digest(validation, with_images=False)
+    with timed("pictures"):
+        ImageDataset(training, backbone.image_processor, augmented=True, seed=0)
+    return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
+
+
+def resident() -> float:
+    """MiB that this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--largest", type=int, default=1_000_000)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        print(json.dumps(measure(*chosen.one)))
+        return
+    print(f"{platform.machine()}, Python {platform.python_version()}: seconds, and MiB more at the peak\n")
+    print(f"{'lines':>30}", *(f"{name:>14}" for name in (*STAGES, "all", "MiB")))
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in KINDS:
+            for power in range(2, len(str(chosen.largest))):
+                source = Path(folder, "lines.jsonl")
+                with source.open("w") as file:
+                    file.writelines(lines_of(kind, 10**power))
+                command = [sys.executable, "-m", "benchmarks.studies.lines", "--one", kind, str(source)]
+                made = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+                seconds = [made[stage] for stage in STAGES]
+                print(
+                    f"{10**power:>8,} {kind:>21}",
+                    *(f"{x:14.3f}" for x in (*seconds, sum(seconds) - made["know"])),
+                    f"{made['peak']:14.0f}",
+                )
+
+
+if __name__ == "__main__":
+    main()

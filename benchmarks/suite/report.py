@@ -1,0 +1,131 @@
+"""What was measured → benchmarks/results/<machine>_<date>.json, and the same to read in a .md beside it."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.suite.pairs import Cell
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MEANT = "A ratio is the median over the rounds (the smallest–the largest); below 1 is less than the reference."
+QUICK = "Quick: one model of two narrow layers stands for every size, to see whether the rows run. Its times tell nothing.\n"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "pillow", "numpy")
+
+
+def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") -> tuple[Path, bool]:
+    """Measure row after row, printing each comparison as it comes; both files are brought up to date after every row.
+
+    A row that fails is reported, and the others go on. Returns the path of the JSON and whether all went well.
+    """
+    about: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
+    about |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
+    path = fresh(folder, kind)
+    print(f"{described(about)}\n→ {path}\n{MEANT}\n{QUICK * ('quick' in kind)}", flush=True)
+    for name, cells in rows.items():
+        started = time.perf_counter()
+        try:
+            for cell in cells:
+                about["cells"].append(cell.as_json())
+                print(cell, flush=True)
+        except Exception as error:  # an hour's other rows are not thrown away for one
+            traceback.print_exc()
+            about["failed"][name] = f"{type(error).__name__}: {error}"
+        about["seconds"][name] = round(time.perf_counter() - started, 1)
+        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(about), encoding="utf-8")
+    return path, not about["failed"]
+
+
+def fresh(folder: Path, kind: str = "") -> Path:
+    """A name that is not taken: nothing that was measured is written over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine()["name"]).lower()).strip("-")
+    stem = "_".join(filter(None, (name, kind, f"{datetime.now():%Y-%m-%d}")))
+    names = (stem, *(f"{stem}_{number}" for number in range(2, 1000)))
+    return next(path for path in (folder / f"{name}.json" for name in names) if not path.exists())
+
+
+# ---------------------------------------------------------------- where it was measured
+
+
+def machine() -> dict[str, Any]:
+    """The processor by its name, the card where there is one, cores and threads."""
+    cpu = cpu_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
+    if torch.cuda.is_available():
+        return {"name": torch.cuda.get_device_name(), "card": torch.cuda.get_device_name(), **found}
+    return {"name": f"{cpu} {cores} cores", "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), **found}
+
+
+def cpu_name() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def command() -> str:
+    """What was typed, as near as Python tells."""
+    module = sys.modules["__main__"].__spec__
+    started = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {Path(sys.argv[0]).name}"
+    return shlex.join([*shlex.split(started), *sys.argv[1:]])
+
+
+# ---------------------------------------------------------------- to read
+
+
+def described(about: dict[str, Any]) -> str:
+    where = about["machine"]
+    named = f"{where['card']}, {where['cpu']}" if "card" in where else where["cpu"]
+    return f"{named}, {where['cores']} cores, {where['threads']} threads, {about['date']}; " + ", ".join(
+        f"{name} {number}" for name, number in about["versions"].items()
+    )
+
+
+def markdown(about: dict[str, Any]) -> str:
+    lines = [f"# {about['machine']['name']}, {about['date']}", "", described(about), "", f"    {about['command']}", ""]
+    lines += [
+        MEANT,
+        "",
+    ]
+    for row in dict.fromkeys(cell["row"] for cell in about["cells"]):
+        lines += [f"## {row}", "", "| | | ratio | min–max | rounds | median | |", "|---|---|---|---|---|---|---|"]
+        for cell in (cell for cell in about["cells"] if cell["row"] == row):
+            lines += [line(cell, name) for name in cell["ratios"]]
+            lines += [f"| {cell['setting']} | {key} | | | | {shown(value)} | |" for key, value in cell["notes"].items()]
+        lines.append("")
+    lines += [f"{row} failed: {error}\n" for row, error in about["failed"].items()]
+    return "\n".join(lines)
+
+
+def line(cell: dict[str, Any], name: str) -> str:
+    ratio, median = cell["ratios"][name], cell["medians"][name]
+    spread, rounds = f"{ratio['min']:.3f}–{ratio['max']:.3f}", len(cell["figures"][name])
+    first = f"| {cell['setting']} | {name} | {ratio['median']:.3f} "
+    if name == cell["reference"]:
+        spread = "reference"
+    return first + f"| {spread} | {rounds} | {median:.5g} | {cell['unit']} |"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(each)}" for key, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

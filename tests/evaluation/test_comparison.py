@@ -1,0 +1,377 @@
+"""evaluate: what it writes is what the model says, scored right; leaks and gaps are said aloud."""
+
+import builtins
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_blip.config import EvaluateConfig, parse
+from lora_blip.data import annotations
+from lora_blip.data.images import open_image
+from lora_blip.errors import ConfigError, DataError
+from lora_blip.evaluation import comparison, measures
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.pipeline import answers, put_on
+from lora_blip.inference.pipeline import captions as say
+from lora_blip.lora import adapter_file
+from lora_blip.metrics import captions
+from lora_blip.metrics.bootstrap import Interval
+from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.registry import TASKS
+from tests.support.runs import adapter_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start; see the slow test
+    return tmp_path
+
+
+def scene(path: Path, seed: int, **options: Any) -> Path:
+    """A picture of coloured cells that no other seed gives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = torch.randint(0, 255, (6, 6, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    Image.fromarray(cells.numpy()).resize((60, 60), Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def references(folder: Path, count: int = 6) -> Path:
+    """Pictures with two right captions each, in two groups."""
+    lines = [
+        {"image": str(scene(folder / "eval" / f"{n}.png", n).relative_to(folder)), "text": text, "group": "ab"[n % 2]}
+        for n in range(count)
+        for text in (f"a red cube on cube {n}", "a blue cube")
+    ]
+    return write_lines(folder / "refs.jsonl", lines)
+
+
+def evaluated(refs: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[str, str]], str]:
+    """metrics.json, comparison.csv and report.html."""
+    folder = comparison.evaluate(EvaluateConfig(references=str(refs), device="cpu", **settings))
+    strict = json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    with (folder / "comparison.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return strict, rows, (folder / "report.html").read_text()
+
+
+def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, capsys):
+    """Texts are what each model says, scores what the metrics say of them, gains the differences, with their intervals."""
+    refs, path = references(here), adapter_of(checkpoints["blip"], here)
+    found, rows, page = evaluated(refs, adapter=str(path), output_dir="out")
+    backbone = load_backbone(str(checkpoints["blip"]), "cpu")
+    task = TASKS["caption"](backbone, "", Generation(6))
+    images = [here / "eval" / f"{n}.png" for n in range(6)]
+    right = [[f"a red cube on cube {n}", "a blue cube"] for n in range(6)]
+    said = {"base": [p.text for p in say(task, images)]}
+    put_on(task, adapter_file.read(path), merge=True)
+    said["adapted"] = [p.text for p in say(task, images)]
+    assert said["base"] != said["adapted"]
+    for who, texts in said.items():
+        expected = captions.caption_scores(texts, right)
+        assert [row[who] for row in rows] == texts
+        for name in ("exact match", "BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"):
+            assert found["scores"][name][who]["value"] == pytest.approx(expected.values[name])
+    assert [row["references"] for row in rows] == [" | ".join(texts) for texts in right]
+    assert [row["group"] for row in rows] == ["a", "b"] * 3 and {row["question"] for row in rows} == {""}
+    for name, score in found["scores"].items():
+        if score["gain"]:
+            assert score["gain"]["value"] == pytest.approx(score["adapted"]["value"] - score["base"]["value"])
+            assert score["gain"]["low"] <= score["gain"]["value"] <= score["gain"]["high"], name
+    assert found["scores"]["ROUGE-L"]["gain"] and found["scores"]["exact match: a (3)"]["gain"]
+    assert found["scores"]["METEOR"] == {"base": None, "adapted": None, "gain": None, "note": found["scores"]["METEOR"]["note"]}
+    assert "java" in found["scores"]["METEOR"]["note"] and found["scores"]["CIDEr"]["note"] == ""
+    assert found["facts"]["scored"] == "6 of 6 images" and found["settings"]["references"] == str(refs)
+    assert found["facts"]["leaks"] == "not looked for: no training data is known" and found["leaks"] == []
+    assert "exact match" in page and "a red cube on cube 3" in page
+    printed = capsys.readouterr().out
+    assert "caption: 6 to do" in printed and "-0.0" not in printed
+    assert re.search(r"ROUGE-L .*\[.*\[.*\[", printed) and "wrote out/metrics.json, out/comparison.csv" in printed
+
+
+def test_a_score_that_is_no_number_is_null():
+    """JSON has no NaN: neither as the end of an interval nor as a value."""
+    nan = float("nan")
+    assert comparison.numbers(Interval(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
+    assert comparison.numbers(Interval(nan, nan, nan)) is None and comparison.numbers(None) is None
+
+
+def test_a_score_that_has_no_interval_is_still_json(checkpoints, tmp_path, monkeypatch):
+    """METEOR of a set is not the mean of its images: it has a value, and null for both ends of its interval."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(captions.java, "meteor", lambda said, _right, _package: (0.25, [0.5] * len(said)))
+    found, _, page = evaluated(references(tmp_path, 3), adapter=str(adapter_of(checkpoints["blip"], tmp_path)))
+    meteor = found["scores"]["METEOR"]
+    assert meteor["adapted"] == {"value": 0.25, "low": None, "high": None} and meteor["gain"] is None
+    assert "no interval" in page
+
+
+def test_without_the_scorers_exact_match_comes_with_the_reasons(checkpoints, here, monkeypatch, capsys):
+    real = builtins.__import__
+    monkeypatch.setattr(captions, "import_module", lambda name: real("nowhere_" + name))
+    found, rows, _ = evaluated(references(here, 3), adapter=str(adapter_of(checkpoints["blip"], here)))
+    assert found["scores"]["exact match"]["adapted"]["value"] == 0
+    assert all("pip install 'lora_blip[metrics]'" in found["scores"][name]["note"] for name in captions.COCO)
+    assert "exact match" in rows[0] and "pip install 'lora_blip[metrics]'" in capsys.readouterr().out
+
+
+def test_the_base_alone_and_the_adapter_alone(checkpoints, here):
+    refs, path = references(here, 3), adapter_of(checkpoints["blip"], here)
+    both, rows, _ = evaluated(refs, adapter=str(path))
+    base, base_rows, _ = evaluated(refs, adapter="none", model=str(checkpoints["blip"]), max_new_tokens=6)
+    alone, alone_rows, page = evaluated(refs, adapter=str(path), base=False)
+    for name, score in both["scores"].items():
+        assert base["scores"][name] == score | {"adapted": None, "gain": None}
+        assert alone["scores"][name] == score | {"base": None, "gain": None}
+    assert [row["base"] for row in base_rows] == [row["base"] for row in rows] and {row["adapted"] for row in base_rows} == {""}
+    assert [row["adapted"] for row in alone_rows] == [row["adapted"] for row in rows]
+    assert 'data-name="base"' not in page and "adapter" not in base["facts"]
+
+
+def test_leaks_are_found_and_said_before_the_scores(checkpoints, here, capsys):
+    """The same bytes, and a JPEG of the same picture at half the size; the training data is the adapter's own."""
+    refs = references(here)
+    for n, name in enumerate(("x", "y", "z")):
+        scene(here / "train" / f"{name}.png", 100 + n)
+    (here / "train" / "x.png").write_bytes((here / "eval" / "2.png").read_bytes())
+    Image.open(here / "eval" / "4.png").resize((30, 30), Image.Resampling.BOX).save(here / "train" / "y.jpg", quality=80)
+    names = ("x.png", "y.jpg", "z.png", "gone.png")
+    source = write_lines(here / "train.jsonl", [{"image": f"train/{name}", "text": "a"} for name in names])
+    path = adapter_of(checkpoints["blip"], here, settings={"annotations": "train.jsonl", "image_root": ""})
+    found, _, page = evaluated(refs, adapter=str(path))
+    assert [(Path(x["evaluation"]).name, Path(x["training"]).name, x["kind"]) for x in found["leaks"]] == [
+        ("2.png", "x.png", "same bytes"),
+        ("4.png", "y.jpg", "nearly the same picture"),
+    ]
+    (warning,) = [text for text in found["warnings"] if "training data" in text]
+    assert warning.startswith("2 of 6 evaluation images are in the training data")
+    assert found["facts"]["leaks"] == "2 found among the 3 images of train.jsonl"
+    printed = capsys.readouterr().out
+    assert printed.index("WARNING: 2 of 6") < printed.index("adapted  ") and "Read " in page and warning[:40] in page
+    assert page.count("same bytes as") >= 1 and evaluated(refs, adapter=str(path), train_annotations="none")[0]["leaks"] == []
+    given = evaluated(refs, adapter="none", model=str(checkpoints["blip"]), train_annotations=str(source))[0]
+    assert len(given["leaks"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        (None, "not looked for: the training data, train.jsonl, is not here"),
+        ([], "not looked for: train.jsonl: no usable line"),
+        ([{"image": "gone.png", "text": "a"}], "not looked for: no image of train.jsonl is here"),
+    ],
+)
+def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, here, lines, why):
+    if lines is not None:
+        write_lines(here / "train.jsonl", lines)
+    path = adapter_of(checkpoints["blip"], here, settings={"annotations": "train.jsonl"})
+    refs = references(here, 2)
+    assert evaluated(refs, adapter=str(path))[0]["facts"]["leaks"].startswith(why)
+    if not lines:  # asked for by name, it is an error
+        with pytest.raises(DataError, match=r"train\.jsonl"):
+            evaluated(refs, adapter=str(path), train_annotations="train.jsonl")
+
+
+def test_what_is_there_is_never_written_over_nor_work_lost(checkpoints, here, monkeypatch):
+    refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
+    monkeypatch.setattr(comparison, "open_task", lambda *_, **__: pytest.fail("a model was loaded"))
+    for name in comparison.FILES:
+        (here / "out").mkdir(exist_ok=True)
+        (here / "out" / name).write_text("mine")
+        with pytest.raises(ConfigError, match=f"{name} exists already"):
+            evaluated(refs, adapter=str(path), output_dir="out")
+        assert (here / "out" / name).read_text() == "mine"
+        (here / "out" / name).unlink()
+    (here / "file").write_text("")
+    with pytest.raises(ConfigError, match="it is not a folder; give a folder that can be written"):
+        evaluated(refs, adapter=str(path), output_dir="file/out")
+    with pytest.raises(ConfigError, match="references is empty"):
+        EvaluateConfig()
+
+
+def test_lines_that_are_no_good_stop_it_or_are_left_out(checkpoints, here, capsys):
+    refs, path = references(here, 3), adapter_of(checkpoints["blip"], here)
+    (here / "eval" / "broken.png").write_bytes(b"broken")
+    refs.write_text(
+        refs.read_text() + '{"image": "eval/broken.png", "text": "a cube"}\n{"image": "eval/1.png"}\nno json\n'
+        '{"image": "eval/0.png", "text": "' + "cube " * 90 + '"}\n'
+    )
+    with pytest.raises(
+        DataError, match=r"refs\.jsonl:7: .*broken\.png[^$]*refs\.jsonl:8[^$]*refs\.jsonl:9[^$]*:10: .*90 tokens"
+    ):
+        evaluated(refs, adapter=str(path))
+    assert not (here / "lora_blip_output").exists()
+    found, rows, _ = evaluated(refs, adapter=str(path), on_bad_data="skip")
+    assert len(rows) == 3 and found["facts"]["scored"] == "3 of 3 images" and "left out 4 line(s)" in capsys.readouterr().out
+
+
+def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
+    """Readable when the lines were checked, gone when the base looks at it: the other images are scored, and paired."""
+    refs, path = references(here, 4), adapter_of(checkpoints["blip"], here)
+    real = comparison.leaks_of
+
+    def vanishing(*arguments: Any) -> Any:
+        (here / "eval" / "1.png").unlink()
+        return real(*arguments)
+
+    monkeypatch.setattr(comparison, "leaks_of", vanishing)
+    found, rows, page = evaluated(refs, adapter=str(path))
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "2.png", "3.png"] and found["scores"]["CIDEr"]["gain"]
+    assert found["facts"]["scored"] == "3 of 4 images" and capsys.readouterr().out.count("left out: ") == 1
+    assert "a red cube on cube 1" not in page
+
+
+def test_when_no_image_can_be_read_any_more_one_message_says_so(checkpoints, here, monkeypatch):
+    refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
+    monkeypatch.setattr(
+        comparison, "leaks_of", lambda *_: ([image.unlink() for image in (here / "eval").iterdir()] and [], "gone")
+    )
+    with pytest.raises(DataError, match="none of the 2 images"):
+        evaluated(refs, adapter=str(path))
+
+
+# ---------------------------------------------------------------- answers, retrieval
+
+
+def test_answers_are_scored_by_question(checkpoints, here):
+    """The official accuracy, written out: with ten answers, a third for each that agrees, leaving one out at a time."""
+    scene(here / "a.png", 1), scene(here / "b.png", 2)
+    path = adapter_of(checkpoints["vqa"], here)
+    task = TASKS["vqa"](load_backbone(str(checkpoints["vqa"]), "cpu"), "", Generation(6))
+    put_on(task, adapter_file.read(path), merge=True)
+    asked = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
+    said = [p.text for p in answers(task, asked)]
+    votes = [[said[0]] * 2 + ["zebra"] * 8, [said[1]] * 10, ["zebra"] * 10]
+    lines = [{"image": i, "question": q, "answers": v} for (i, q), v in zip(asked, votes, strict=True)]
+    found, rows, _ = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
+    accuracy = (2 * (1 / 3) + 8 * (2 / 3)) / 10
+    assert [float(row["VQA accuracy"]) for row in rows] == pytest.approx([accuracy, 1, 0])
+    score = found["scores"]["VQA accuracy"]
+    assert score["adapted"]["value"] == pytest.approx((accuracy + 1) / 3) and score["base"]["value"] == 0
+    assert score["gain"]["value"] == pytest.approx(score["adapted"]["value"] - score["base"]["value"])
+    assert [(row["question"], row["adapted"]) for row in rows] == [(q, s) for (_, q), s in zip(asked, said, strict=True)]
+    assert found["facts"]["scored"] == "2 of 2 images, 3 questions"
+
+
+@pytest.mark.parametrize("kind", ["itm", "itm2"])
+@pytest.mark.parametrize("again", [2, 99])
+def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
+    """Ranks by sorting all pairs, one at a time: the `again` likeliest by ITC of each row by ITC + ITM, the rest behind."""
+    monkeypatch.setattr(measures, "RERANKED", again)
+    texts = ["a red cube", "a blue cube", "a green cube on a red cube", "two cubes", "nothing", "a white cube"]
+    owners = [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (3, 0), (4, 5)]  # image, text: some have two, one text has two images
+    for n in range(5):
+        scene(here / f"{n}.png", n)
+    refs = write_lines(here / "refs.jsonl", [{"image": f"{i}.png", "text": texts[t], "group": "ab"[i % 2]} for i, t in owners])
+    task: Any = TASKS["retrieval"](load_backbone(str(checkpoints[kind]), "cpu"))
+    examples = annotations.read(refs)[0]
+    made = measures.measure(Runner(task, 3), examples, 0, lambda found, _: found)
+
+    processor = task.backbone.image_processor
+    files = dict.fromkeys(example.image for example in examples)
+    pixels = [processor(open_image(file), return_tensors="pt")["pixel_values"][0] for file in files]
+    with torch.no_grad():
+        similarity, odds = torch.zeros(5, 6), torch.zeros(5, 6)
+        for i, picture in enumerate(pixels):
+            for t, text in enumerate(texts):
+                seen, read = task.matcher.encode_images(picture[None]), task.matcher.tokenize([text])
+                views, word = task.matcher.image_features(seen)[0], task.matcher.text_features(read)[0]
+                similarity[i, t] = max(float(view @ word) for view in views) / 0.07
+                odds[i, t] = task.matcher.matching(seen, read)[0]
+
+    def rank(row: int, table: torch.Tensor, bonus: torch.Tensor, right: set[int]) -> int:
+        order = sorted(range(table.shape[1]), key=lambda j: -float(table[row, j]))
+        likeliest = sorted(order[:again], key=lambda j: -float(table[row, j] + bonus[row, j]))
+        return min(place for place, j in enumerate(likeliest + order[again:], 1) if j in right)
+
+    by_image = [rank(i, similarity, odds, {t for o, t in owners if o == i}) for i in range(5)]
+    by_text = [rank(t, similarity.T, odds.T, {o for o, s in owners if s == t}) for t in range(6)]
+    for way, ranks in (("image→text", by_image), ("text→image", by_text)):
+        for most in (1, 5, 10):
+            value = sum(r <= most for r in ranks) / len(ranks)
+            assert made.scores[f"R@{most} {way}"].value == pytest.approx(value), (way, most, ranks)
+        assert made.scores[f"mean rank {way}"].value == pytest.approx(sum(ranks) / len(ranks))
+        assert made.scores[f"median rank {way}"].value == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
+    assert made.points == pytest.approx([1 / r for r in by_image])
+    assert len({*by_image, *by_text}) > 1
+
+
+def test_retrieval_is_reported_both_ways_with_gains(checkpoints, here):
+    for n in range(4):
+        scene(here / f"{n}.png", n)
+    lines = [{"image": f"{n}.png", "text": text} for n, text in enumerate(["a red cube", "a cube", "two cubes", "nothing"])]
+    path = adapter_of(checkpoints["itm"], here)
+    found, rows, page = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
+    for name in ("R@1 image→text", "R@10 text→image", "mean rank image→text", "median rank text→image"):
+        assert found["scores"][name]["base"] and found["scores"][name]["adapted"]
+    assert (
+        found["scores"]["R@10 text→image"]["adapted"]["value"] == 1
+        and "by ITC alone" in found["scores"]["R@1 image→text"]["note"]
+    )
+    assert found["scores"]["R@1 image→text"]["gain"] and len(rows) == 4 and "R@1" in page
+    assert found["facts"]["candidates"].startswith("4 texts, 4 images")
+
+
+# ---------------------------------------------------------------- on the embedded base, and the command line
+
+
+def test_on_the_embedded_base(here, capsys):
+    """tiny-blip knows flat shapes, so that a text of its own is found right."""
+    scene(here / "a.png", 1)
+    base = str(ROOT / "assets" / "tiny-blip")
+    task = TASKS["caption"](load_backbone(base, "cpu"))
+    (said,) = say(task, [here / "a.png"])
+    refs = write_lines(here / "refs.jsonl", [{"image": "a.png", "text": said.text}])
+    found, rows, _ = evaluated(refs, adapter="none", model=base)
+    assert found["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == said.text
+    assert "CIDEr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["--help"], ["evalute"], ["evaluate", "--help"], ["prepare", "--help"], ["evaluate"]])
+def test_the_command_line_says_what_there_is(command):
+    done = subprocess.run([sys.executable, "-m", "lora_blip", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said and done.returncode == (2 if command in (["evalute"], ["evaluate"]) else 0)
+    if len(command) == 2:
+        assert (f"python -m lora_blip {command[0]}" in done.stdout and "--on-bad-data" in said) or command[0] == "prepare"
+    elif command == ["evaluate"]:
+        assert done.stderr.startswith("error: references is empty")
+    else:
+        assert all(name in said for name in ("prepare", "evaluate", "doctor"))
+        assert done.stderr.startswith("error: 'evalute' is no command") == (command == ["evalute"])
+
+
+def test_flags_of_evaluate():
+    assert parse(EvaluateConfig, {}, "--references x.jsonl --base false --adapter run".split()) == EvaluateConfig(
+        references="x.jsonl", base=False, adapter="run"
+    )
+    with pytest.raises(ConfigError, match="MODEL"):
+        parse(EvaluateConfig, {}, "--references x.jsonl --adapter none".split())
+
+
+def test_intervals_draw_images_not_questions():
+    """Ten questions an image with one score each: as wide as the hundred images alone, not three times narrower."""
+    values = np.random.default_rng(0).random(100)
+    images = [Path(f"{n}.png") for n in range(100)]
+    alone = measures.Column(values.tolist(), images).interval(0)
+    tenfold = measures.Column(np.repeat(values, 10).tolist(), [image for image in images for _ in range(10)]).interval(0)
+    assert tenfold.value == pytest.approx(alone.value)
+    assert (tenfold.high - tenfold.low) == pytest.approx(alone.high - alone.low, rel=0.15)
+    assert measures.Column([1.0] * 20, images[:4] * 5).interval(0) == (1.0, 1.0, 1.0)

@@ -1,0 +1,196 @@
+"""The runner: what a device that gives out costs is time, never a prediction."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lora_blip.data.example import Example
+from lora_blip.errors import ImageError
+from lora_blip.inference.batch_runner import Runner, gave_out
+from tests.support import tiny
+
+FAILING = torch.device("meta")  # stands in for an accelerator: tensors go there, and it is not the CPU
+CPU = torch.device("cpu")
+
+
+class Weights(nn.Linear):
+    """Weights that say whether they have left their device."""
+
+    left = False
+
+    def to(self, *arguments: Any, **named: Any) -> Any:
+        self.left = True
+        return super().to(*arguments, **named)
+
+
+class Fragile:
+    """A task whose device gives out beyond `most` images, always for `most` = 0, and whose weights may be stuck there."""
+
+    def __init__(self, most: int, stuck: bool = False, device: torch.device = FAILING) -> None:
+        self.most, self.stuck = most, stuck
+        self.backbone = SimpleNamespace(model=Weights(1, 1), device=device, image_processor=tiny.image_processor())
+        self.sizes: list[tuple[str, int]] = []
+        self.error: Exception = torch.OutOfMemoryError("out of memory: tried to allocate 20 GiB\nand more lines")
+
+    def predict(self, pictures: torch.Tensor, examples: list[Example]) -> list[str]:
+        assert len(pictures) == len(examples) and pictures.device == self.backbone.device
+        self.sizes.append((self.backbone.device.type, len(examples)))
+        if self.backbone.device != CPU and len(examples) > self.most:
+            raise self.error
+        return [f"{self.backbone.device.type} {example.image.stem}" for example in examples]
+
+    def move(self, device: torch.device) -> None:
+        if self.stuck:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        assert self.backbone.model.left  # before anything else: turning them to fp32 there would take yet more memory
+        self.backbone.device = device
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Example]:
+    tiny.write_photos(tmp_path, 11)
+    return [Example(tmp_path / "photos" / f"{n}.png", "", f"{n}.png", n) for n in range(11)]
+
+
+def ran(runner: Runner, examples: Any) -> list[tuple[str, str]]:
+    found = runner.run(examples, lambda task, pictures, some: task.predict(pictures, some))
+    return [(example.image.stem, said) for example, said in found]
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_next_ones_are_smaller(photos, capsys):
+    task: Any = Fragile(most=2)
+    assert ran(Runner(task, 8), photos) == [(str(n), f"meta {n}") for n in range(11)]
+    assert [size for _, size in task.sizes] == [8, 4, 2, 2, 4, 2, 2, 2, 1]  # 8 halved to 2s, then batches of 2
+    (warning,) = warnings(capsys)
+    assert warning.startswith("warning: meta gave out (out of memory: tried to allocate 20 GiB); going on with batches of 4")
+
+
+def test_a_device_that_cannot_do_one_image_is_left_for_the_cpu(photos, capsys):
+    task: Any = Fragile(most=0)
+    runner = Runner(task, 4, "fp32")
+    assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
+    assert task.sizes[:3] == [("meta", 4), ("meta", 2), ("meta", 1)] and {kind for kind, _ in task.sizes[3:]} == {"cpu"}
+    assert sum(size for kind, size in task.sizes if kind == "cpu") == 11
+    half, cpu = warnings(capsys)
+    assert "batches of 2" in half and "even for one image" in cpu and runner.task is task and runner.precision == "fp32"
+
+
+def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(photos, capsys):
+    """A CUDA error outlives everything in the process: not even `.to("cpu")` works after it."""
+    task: Any = Fragile(most=0, stuck=True)
+    task.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    anew: Any = Fragile(most=0, device=CPU)
+    anew.backbone.model.train()
+    runner = Runner(task, 4, "bf16", reopen=lambda: anew)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_blip.inference.batch_runner.autocasting", lambda *_: torch.no_grad)  # meta has no autocast
+        assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
+    assert runner.task is anew and runner.precision == "fp32" and not anew.backbone.model.training
+    assert len(warnings(capsys)) == 2
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        ran(Runner(Fragile(most=0, stuck=True), 4), photos)  # with nothing to reopen, the device's own error
+
+
+def test_what_is_predicted_is_neither_lost_nor_repeated_when_it_blows_up_for_good(photos):
+    """The first half of a halved batch is handed on before the second half ends it all."""
+    task: Any = Fragile(most=2, stuck=True)
+    fine = task.predict
+
+    def predict(pictures: torch.Tensor, examples: list[Example]) -> list[str]:
+        if any(example.image.stem == "6" for example in examples):
+            raise torch.OutOfMemoryError("out of memory")
+        return fine(pictures, examples)
+
+    task.predict = predict
+    seen = []
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        for example, _ in Runner(task, 8).run(photos, lambda task, *some: task.predict(*some)):
+            seen.append(example.image.stem)
+    assert seen == [str(n) for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)"),
+        ValueError("a fault of the task"),
+        KeyError("x"),
+    ],
+)
+def test_errors_that_are_not_the_devices_pass_through_unchanged(photos, error):
+    task: Any = Fragile(most=1)
+    task.error = error
+    with pytest.raises(type(error)) as caught:
+        ran(Runner(task, 4), photos)
+    assert caught.value is error and task.sizes == [("meta", 4)]
+
+
+def test_on_the_cpu_nothing_is_tried_again(photos):
+    task: Any = Fragile(most=0, device=CPU)
+    task.predict = lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: not enough memory: out of memory"))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        ran(Runner(task, 4), photos)
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA out of memory. Tried …", "MPS backend out of memory (…)", "CUDA error: device-side assert triggered",
+     "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"],
+)  # fmt: skip
+def test_what_devices_say_when_they_give_out(message):
+    assert gave_out(RuntimeError(message), torch.device("cuda")) and not gave_out(RuntimeError(message), CPU)
+
+
+def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, capsys):
+    photos[3].image.write_bytes(b"broken")
+    photos[7].image.unlink()
+    task: Any = Fragile(most=99)
+    runner = Runner(task, 4)
+    expected = [(str(n), f"meta {n}") for n in range(11) if n not in (3, 7)]
+    assert ran(runner, [e for e in photos for _ in range(2)]) == [pair for pair in expected for _ in range(2)]
+    assert ran(runner, photos) == expected  # the base, then the adapted: the same two are not told again
+    told = warnings(capsys)
+    assert len(told) == 2 and "3.png is no image" in told[0] and "7.png does not exist" in told[1]
+    assert ran(runner, photos[3:4]) == []
+
+
+def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_place(photos):
+    """Beside the others' results, and without a traceback, whose frames would keep the pictures of its batch."""
+    photos[3].image.write_bytes(b"broken")
+    task: Any = Fragile(most=2)
+    found = list(Runner(task, 4).each([e for e in photos for _ in range(2)], lambda task, *some: task.predict(*some)))
+    assert [example for example, _ in found] == [e for e in photos for _ in range(2)]
+    errors = [said for _, said in found if isinstance(said, ImageError)]
+    assert [said for _, said in found if isinstance(said, str)] == [f"meta {n}" for n in range(11) if n != 3 for _ in range(2)]
+    assert len(errors) == 2 and all("3.png is no image" in str(error) for error in errors)
+    assert all(error.__traceback__ is None and error.__context__ is None for error in errors)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 300), (3, 3), (5000, 2)])
+def test_a_picture_of_any_size_is_a_picture(tmp_path, size):
+    """Three pixels on a side is not taken for three channels."""
+    Image.new("RGB", size, "red").save(tmp_path / "odd.png")
+    task: Any = Fragile(most=1)
+    assert ran(Runner(task, 1), [Example(tmp_path / "odd.png", "", "", 0)]) == [("odd", "meta odd")]
+
+
+def test_examples_are_drawn_as_they_are_needed(photos):
+    """An endless source is answered a batch at a time."""
+
+    def endless() -> Iterator[Example]:
+        while True:
+            yield from photos
+
+    task: Any = Fragile(most=99)
+    found = Runner(task, 4).run(endless(), lambda task, *some: task.predict(*some))
+    assert [next(found)[1] for _ in range(25)][-1] == "meta 2" and len(task.sizes) == 7

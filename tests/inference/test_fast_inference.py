@@ -1,0 +1,301 @@
+"""What makes inference fast changes no text: beams over keys made once, pictures seen once and decoded ahead of their turn."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_blip.data import prefetch
+from lora_blip.data.example import Example
+from lora_blip.data.loader import HostBatch
+from lora_blip.data.prefetch import Lookahead
+from lora_blip.errors import ImageError
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.kernels import switch
+from lora_blip.lora import merging
+from lora_blip.lora.routing import use_adapters
+from lora_blip.models.distinct_images import distinct
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training.validation import validate
+from tests.support import tiny
+from tests.support.models import EACH, PROMPTS, carry, inject
+from tests.support.questions import ASKED, examples, pictures
+
+PROMPT = "a picture of"
+
+
+def written(task: CaptionTask, made: torch.Tensor, after: int) -> list[str]:
+    texts = task.backbone.tokenizer.batch_decode(made[:, after:], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
+
+
+@torch.no_grad()
+def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **settings: Any) -> list[str]:
+    """Captions by the model's own `generate`, with transformers' own attention."""
+    model, language = task.backbone.model, task.language
+    switch.fast(model, False)
+    start = language.prompt_ids(prompt)
+    ids = torch.tensor([start] * len(images))
+    settings |= {"eos_token_id": language.end_id, "pad_token_id": language.pad_id}
+    if task.backbone.family == "blip":
+        settings = {key: value for key, value in settings.items() if "token_id" not in key}
+        ids = torch.cat([ids, ids[:, :1]], dim=1)  # it drops the last token
+        made, after = model.generate(pixel_values=images, input_ids=ids, **settings), len(start)
+    else:
+        if not model.config.use_decoder_only_language_model:
+            settings["decoder_start_token_id"] = language.start_id
+        made = model.generate(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        after = len(start) if made[0, : len(start)].tolist() == start else 0
+    switch.fast(model)
+    return written(task, made, after)
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+@pytest.mark.parametrize("beams", [1, 3, 5])
+def test_captions_are_those_of_hugging_face_s_generate(backbone, beams, prompt):
+    """Batches of 1 to 4, on hooks and merged; texts end by themselves and where their room does."""
+    inject(backbone)
+    task = CaptionTask(backbone, prompt)
+    for batch in (1, 2, 3, 4):
+        images = pictures(batch, seed=batch)
+        for least in (0, 7):
+            settings = {"max_new_tokens": 7, "num_beams": beams, "do_sample": False, "min_new_tokens": least}
+            expected = hugging_face(task, images, prompt, **settings)
+            assert task.language.generate(images, [prompt] * batch, **settings) == expected and all(expected)
+        merging.merge(backbone.model) if batch == 2 else merging.restore(backbone.model)
+
+
+@pytest.mark.parametrize("beams", [1, 3, 5])
+def test_answers_to_ragged_questions_are_the_same_with_either_attention(make, beams):
+    """transformers' own attention, which repeats what is read for each beam, is the oracle; see test_vqa for its answers."""
+    task = VqaTask(make("vqa"), "", Generation(max_new_tokens=8, num_beams=beams))
+    inject(task.backbone)
+    some, images = examples(), pictures(len(ASKED))
+    fast = task.predict(images, some)
+    switch.fast(task.backbone.model, False)
+    assert task.predict(images, some) == fast and any(fast)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_rows_of_several_adapters_are_the_same_with_either_attention(make, kind, beams):
+    backbone = carry(make(kind))
+    language, found = CaptionTask(backbone).language, []
+    settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    for on in (True, False):
+        switch.fast(backbone.model, on)
+        found.append(language.generate(pictures(len(EACH), 5), PROMPTS, EACH, **settings))
+    assert found[0] == found[1]
+    assert found[0] != language.generate(pictures(len(EACH), 5), PROMPTS, [None] * len(EACH), **settings)
+
+
+@pytest.mark.parametrize("kind", ["blip", "vqa"])
+def test_keys_of_what_is_read_are_made_once_an_image(make, kind):
+    """Of two images for five beams and all their tokens; of one image for all the texts that are ranked."""
+    task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(max_new_tokens=6, num_beams=5))
+    made: list[int] = []
+    for block in task.backbone.model.text_decoder.bert.encoder.layer:
+        block.crossattention.self.key.register_forward_hook(lambda _m, args, _o: made.append(len(args[0])))
+    task.predict(pictures(2), examples()[:2])
+    assert made == [2] * tiny.LAYERS
+    made.clear()
+    task.rank(pictures(1), examples()[:1], ["red", "two cubes", "nothing", "no", "yes"])
+    assert made == [1] * tiny.LAYERS
+
+
+# ---------------------------------------------------------------- seen once
+
+
+def watched(model: Any) -> list[int]:
+    """Filled with how many pictures the ViT is given at each call."""
+    seen: list[int] = []
+    model.vision_model.register_forward_pre_hook(lambda _m, _a, k: seen.append(len(k["pixel_values"])), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
+def test_questions_about_one_picture_look_at_it_once(make, kind):
+    """Ragged questions, in groups of their own too; the answers are those to each alone."""
+    task = VqaTask(make(kind), "", Generation(max_new_tokens=6))
+    some, images = examples(), pictures(2)[[0, 1, 0, 0]]
+    alone = [task.predict(images[n : n + 1], some[n : n + 1])[0] for n in range(4)]
+    seen = watched(task.backbone.model)
+    assert task.predict(images, some) == alone and seen == [2]
+    texts = ["red", "no", "two cubes"]
+    found = task.rank(images, some, texts)
+    assert seen == [2, 2]
+    for n in range(4):
+        torch.testing.assert_close(task.rank(images[n : n + 1], some[n : n + 1], texts)[0], found[n], rtol=1e-4, atol=1e-6)
+
+
+def test_a_picture_that_two_adapters_look_at_is_looked_at_by_each(make):
+    backbone = carry(make("blip"))
+    language: Any = CaptionTask(backbone).language
+    images, each = pictures(1)[[0, 0, 0, 0]], ["vqa", None, "vqa", "caption"]
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    apart = [language.generate(images[:1], [""], [name], **settings)[0] for name in each]
+    seen = watched(backbone.model)
+    assert language.generate(images, [""] * 4, each, **settings) == apart and seen == [3] and len(set(apart)) == 3
+    with use_adapters(backbone.model, each):  # rows that a block around it names are not left out
+        assert language.generate(images, [""] * 4, **settings) == apart and seen == [3, 4]
+
+
+def test_pictures_are_the_same_to_the_bit_or_not_at_all():
+    """Against a comparison of all with all; one value among many, wherever it is, makes another picture."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, 40, 40, generator=generator)[[0, 1, 0, 2, 1, 0]]
+    images[2, 1, 7, 9] += 1e-6
+    first, index = distinct(images)
+    assert first == [0, 1, 2, 3] and index == [0, 1, 2, 3, 1, 0]
+    assert distinct(images, ["a", "b", "a", "a", "c", "a"]) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0])
+    for place in range(0, images[0].numel(), 101):
+        twins = images[[0, 0]]
+        twins[1].view(-1)[place] += 1e-6
+        assert distinct(twins)[0] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
+def test_validation_looks_at_each_picture_once_and_finds_the_same(make, kind):
+    task = VqaTask(make(kind), "", Generation(max_new_tokens=5))
+    some, images = examples(), pictures(4)
+    host_batches = [HostBatch(some[:3], images[:3]), HostBatch(some[3:], images[3:])]
+    batches = [task.batch(host_batch) for host_batch in host_batches]
+    with torch.no_grad():
+        loss = sum(float(task.loss(batch)) for batch in batches) / sum(batch.count for batch in batches)
+    said = {task.subject(e): text for e, text in zip(some, task.predict(images, some), strict=True)}
+    seen = watched(task.backbone.model)
+    loader: Any = Loader(host_batches, some)
+    found = validate(task, loader, torch.no_grad)
+    assert seen == [3, 1]
+    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["vqa_accuracy"] == task.scores(said, some)["vqa_accuracy"]
+
+
+class Loader(list):
+    """Stacks as a loader gives them."""
+
+    def __init__(self, host_batches: list[HostBatch], some: list[Example]) -> None:
+        super().__init__(host_batches)
+        self.batch_sampler, self.dataset = SimpleNamespace(), SimpleNamespace(examples=some)
+
+
+def test_a_question_is_encoded_once_however_many_answers_it_has(make):
+    task = VqaTask(make("t5"))
+    some = examples()
+    batch = task.batch(HostBatch(some, pictures(len(some))))
+    read: list[int] = []
+    encoder = task.backbone.model.language_model.encoder
+    encoder.register_forward_pre_hook(lambda _m, _a, k: read.append(len(k["inputs_embeds"])), with_kwargs=True)
+    task.logits(batch)
+    assert read == [len(some)] and len(batch.rows.targets) > len(some)
+
+
+# ---------------------------------------------------------------- decoded ahead
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Example]:
+    tiny.write_photos(tmp_path, 11)
+    return [Example(tmp_path / "photos" / f"{n}.png", "", f"{n}.png", n) for n in range(11)]
+
+
+def runner(size: int) -> Runner:
+    model = torch.nn.Linear(1, 1)
+    backbone = SimpleNamespace(model=model, device=torch.device("cpu"), image_processor=tiny.image_processor())
+    task: Any = SimpleNamespace(backbone=backbone)
+    return Runner(task, size)
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], bool]]:
+    """The pictures that were opened, and a wait for one of them."""
+    real, names, change = prefetch.open_picture, [], threading.Condition()
+
+    def noting(example: Example) -> Any:
+        with change:
+            names.append(example.image.stem)
+            change.notify_all()
+        return real(example)
+
+    def wait(name: str) -> bool:
+        with change:
+            return change.wait_for(lambda: name in names, timeout=20)
+
+    monkeypatch.setattr(prefetch, "open_picture", noting)
+    return names, wait
+
+
+def test_the_next_batch_is_decoded_while_the_model_is_at_work_and_no_more(photos, monkeypatch):
+    """Each batch waits for the next one's last picture, which nobody has asked for yet."""
+    names, wait = opened(monkeypatch)
+    most: list[int] = []
+
+    def work(_task: Any, _pictures: Any, some: list[Example]) -> list[str]:
+        last = some[-1].image.stem
+        assert last == "10" or wait(str(min(10, int(last) + 3)))
+        most.append(len(names) - int(last) - 1)
+        return [e.image.stem for e in some]
+
+    found = [said for _, said in runner(3).run(iter(photos), work)]
+    assert found == [str(n) for n in range(11)] and max(most) == 3 and sorted(names, key=int) == found
+
+
+def test_a_picture_of_two_batches_is_decoded_once(photos, monkeypatch):
+    names, _ = opened(monkeypatch)
+    some = [photos[n] for n in (0, 1, 1, 1, 2, 1, 0)]
+    found = runner(2).run(some, lambda _t, pictures, _s: [float(p.sum()) for p in pictures])
+    sums = [value for _, value in found]
+    assert sums[1] == sums[2] == sums[3] == sums[5] != sums[4] and sums[0] == sums[6]
+    assert sorted(names) == ["0", "0", "1", "2"]  # 0 was let go between the first batch and the last
+
+
+def test_an_error_of_the_source_waits_for_its_turn(photos):
+    """All that was drawn before it has its result; so it is with an error of the work, and no thread stays behind."""
+
+    def source() -> Iterator[Example]:
+        yield from photos[:5]
+        raise OSError("the list ends here")
+
+    seen = []
+    with pytest.raises(OSError, match="the list ends here"):
+        for example, _ in runner(2).run(source(), lambda _t, _p, some: some):
+            seen.append(example.image.stem)
+    assert seen == ["0", "1", "2", "3", "4"]
+    with pytest.raises(KeyError):
+        list(runner(2).run(photos, lambda *_: {}["x"]))
+    for thread in threading.enumerate():
+        if thread.name.startswith("pictures"):
+            thread.join(5)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pictures")]
+
+
+def test_what_was_announced_for_another_call_is_there_for_it(photos, monkeypatch):
+    """Blocks, each a call of its own, as runs over images have them."""
+    names, wait = opened(monkeypatch)
+    one = runner(4)
+
+    def work(_task: Any, _pictures: Any, some: list[Example]) -> list[Example]:
+        assert some[0].image.stem != "0" or wait("7")
+        return some
+
+    for block, following in ((photos[:4], photos[4:8]), (photos[4:8], [])):
+        assert [said for _, said in one.each(block, work, following)] == block
+    assert sorted(names, key=int) == [str(n) for n in range(8)] and one.prefetcher.pool is None
+
+
+def test_ahead_gives_what_there_is_in_order():
+    numbers = Lookahead(iter(range(7)))
+    assert numbers.peek(3) == [0, 1, 2] and numbers.take(2) == [0, 1] and numbers.peek(4) == [2, 3, 4, 5]
+    assert numbers.take(3) == [2, 3, 4] and numbers.take(9) == [5, 6] and numbers.take(1) == [] == numbers.peek(2)
+
+
+def test_a_picture_that_cannot_be_read_ahead_is_told_in_its_place(photos):
+    photos[2] = replace(photos[2], image=photos[2].image.with_name("gone.png"))
+    found = list(runner(2).each(photos[:5], lambda _t, _p, some: [e.image.stem for e in some]))
+    assert [said for _, said in found if isinstance(said, str)] == ["0", "1", "3", "4"]
+    assert isinstance(found[2][1], ImageError) and found[2][0] == photos[2]

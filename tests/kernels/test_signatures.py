@@ -1,0 +1,243 @@
+"""A fast module runs only where the library still has the method that it replaces; other calls get the library's own."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextSelfAttention
+
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.data.example import Example
+from lora_blip.errors import ModelError
+from lora_blip.inference.pipeline import open_task
+from lora_blip.kernels import signatures, switch
+from lora_blip.kernels.plain import plain
+from lora_blip.kernels.text_attention import TextAttention, reading
+from lora_blip.lora import attached
+from lora_blip.models.library import call
+from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.caption import CaptionTask
+from tests.support.models import batch_of, inject
+from tests.support.networks import used
+from tests.support.questions import pictures
+
+LINES = [Example(Path(f"{n}.png"), "", f"{n}.png", n) for n in range(3)]
+
+
+def rename_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what transformers 5.24 did: give the cache of BLIP's text attention another name, in callers too."""
+    library = BlipTextSelfAttention.forward
+    old = "cache" if "cache" in inspect.signature(library).parameters else "past_key_values"
+
+    def inner(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, memory=None, **kwargs
+    ) -> Any:  # fmt: skip
+        given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, memory
+        return library(self, *given, **kwargs)
+
+    def outer(self: Any, hidden_states, attention_mask=None, encoder_hidden_states=None, **kwargs: Any) -> Any:
+        context, probabilities = self.self(
+            hidden_states, attention_mask=attention_mask, encoder_hidden_states=encoder_hidden_states, memory=kwargs.get(old)
+        )
+        return self.output(context, hidden_states), probabilities
+
+    monkeypatch.setattr(BlipTextSelfAttention, "forward", inner)
+    monkeypatch.setattr(BlipTextAttention, "forward", outer)
+
+
+@pytest.mark.parametrize("switched", ["before", "after"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_renamed_keyword_changes_no_caption(make, monkeypatch, capsys, switched, beams):
+    """Captions stay equal to transformers' own if the cache gets a third name, whenever the model became fast."""
+    backbone = make("blip")
+    inject(backbone)
+    task = CaptionTask(backbone, "a picture of", Generation(max_new_tokens=8, num_beams=beams))
+    texts = task.predict(pictures(3), LINES[:3])
+    if switched == "after":
+        switch.fast(backbone.model, False)
+    rename_cache(monkeypatch)
+    monkeypatch.setattr(signatures, "REPORTED", set())
+    for _ in range(2):
+        switch.fast(backbone.model)
+    assert task.predict(pictures(3), LINES[:3]) == texts and all(texts)
+    assert capsys.readouterr().out.count("BlipTextSelfAttention is off") == (switched == "after")
+
+
+@pytest.mark.parametrize("library", switch.KINDS)
+def test_every_fast_kind_was_written_for_the_installed_library(library, monkeypatch, capsys):
+    """It fits; with one argument more it does not, the module stays the library's own, and one line says so."""
+    assert signatures.fits_library(switch.KINDS[library], library)
+    given = inspect.signature(library.forward)
+    more = [*list(given.parameters.values())[:2], inspect.Parameter("more", inspect.Parameter.KEYWORD_ONLY)]
+
+    def changed(self: nn.Module, *args: Any, **kwargs: Any) -> None: ...
+
+    changed.__signature__ = given.replace(parameters=more)  # type: ignore[attr-defined]
+    monkeypatch.setattr(library, "forward", changed)
+    module = library.__new__(library)
+    nn.Module.__init__(module)
+    switch.fast(module)
+    assert type(module) is library and f"{library.__name__} is off" in capsys.readouterr().out
+
+
+def test_a_call_with_an_unknown_argument_is_the_library_s(make, monkeypatch):
+    """An argument that the fast attention does not know is never ignored; one that is None is no argument."""
+    vit, text = (make("blip").model.get_submodule(path) for path in (
+        "vision_model.encoder.layers.0.self_attn", "text_decoder.bert.encoder.layer.0.attention.self"
+    ))  # fmt: skip
+    calls: list[dict[str, Any]] = []
+    for kind in (BlipAttention, BlipTextSelfAttention):
+        real = kind.forward
+        note = lambda self, *a, real=real, new=None, **k: calls.append({"new": new}) or real(self, *a, **k)  # noqa: E731
+        monkeypatch.setattr(kind, "forward", note)
+    x = torch.randn(2, 3, 32)
+    for module in (vit, text):
+        module(x), module(x, new=None)
+        assert not calls
+        module(x, new=1)
+        assert calls.pop() == {"new": 1}
+
+
+def attentions(model: Any, **named: Any) -> list[torch.Tensor]:
+    """What each tower with a fast attention gives of its probabilities, and what it computes beside."""
+    pixels, ids = pictures(2), torch.tensor([[5, 6, 7], [8, 9, 3]])
+    seen = model.vision_model(pixel_values=pixels, **named)
+    found = [seen.last_hidden_state, *seen.attentions]
+    for name in ("text_decoder", "text_encoder"):
+        if hasattr(model, name):
+            read = getattr(model, name)(input_ids=ids, encoder_hidden_states=seen.last_hidden_state, **named)
+            found += [read[0], *read.attentions, *read.cross_attentions]
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+@pytest.mark.parametrize("kind", ["blip", "vqa", "itm", "opt"])
+def test_attentions_are_transformers_eager_ones(make, kind, how):
+    """`output_attentions` gives the bits of transformers' eager attention; without it the fast one runs again."""
+    model = make(kind).model
+    model.set_attn_implementation("eager")
+    named = {"output_attentions": True} if how == "argument" else {}
+    for module in model.modules() if how == "configuration" else ():
+        if hasattr(module, "config"):
+            module.config.output_attentions = True
+    fast = attentions(model, **named)
+    switch.fast(model, False)
+    expected = attentions(model, **named)
+    assert len(fast) == len(expected) > 2 and all(map(torch.equal, fast, expected))
+    switch.fast(model)
+    assert not model.vision_model(pixel_values=pictures(2), output_attentions=False).attentions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attentions_of_rows_that_share_an_image_are_those_of_rows_apart(make, rows):
+    """Inside `reading` a call for attentions reads every state, masked as it should be."""
+    decoder = make("vqa").model.text_decoder
+    ids, states, mask = torch.randint(5, 50, (2 * rows, 4)), torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    with reading(decoder, states, mask, rows) as source:
+        quick = decoder(input_ids=ids, **source).logits
+        found = decoder(input_ids=ids, output_attentions=True, **source)
+    torch.testing.assert_close(found.logits, quick, rtol=1e-4, atol=1e-5)
+    for each in found.cross_attentions:
+        torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:-1]))
+        assert each.shape[-1] == 6 and not each[rows:, ..., 4:].any() and each[:rows].all()
+
+
+@torch.no_grad()
+def test_generated_attentions_are_transformers_own(make):
+    decoder = make("blip").model.text_decoder
+    named = {"encoder_hidden_states": torch.randn(2, 6, 32), "max_new_tokens": 4, "min_new_tokens": 4}
+    named |= {
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+        "do_sample": False,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+    }
+    ids, found = torch.full((2, 1), 4), []
+    for on in (True, False):
+        switch.fast(decoder, on)
+        found.append(decoder.generate(input_ids=ids, **named))
+    fast, expected = found
+    assert torch.equal(fast.sequences, expected.sequences) and len(fast.attentions) == 4
+    for one, other in zip(fast.attentions, expected.attentions, strict=True):
+        assert len(one) == len(other) > 0 and all(map(torch.equal, one, other))
+
+
+# ---------------------------------------------------------------- the switches
+
+
+def test_plain_is_transformers_own_to_the_bit_and_ends_with_its_block(make):
+    """Inside `plain` a fast model computes what a model that never was fast does, in its own thread."""
+    backbone = make("blip")
+    inject(backbone)
+    slow = copy.deepcopy(backbone)
+    switch.fast(slow.model, False), attached.fast(slow.model, False)
+    task, other = CaptionTask(backbone), CaptionTask(slow)
+    attached.fast(backbone.model, False)
+    batch = batch_of(task)
+    fast = task.logits(batch)
+    with plain():
+        assert torch.equal(task.logits(batch), other.logits(batch))
+        texts = task.predict(pictures(2), LINES[:2])
+    assert torch.equal(task.logits(batch), fast) and not torch.equal(fast, other.logits(batch))
+    assert texts == other.predict(pictures(2), LINES[:2])
+
+
+def test_plain_reaches_the_recomputation_of_a_checkpoint(make):
+    """Gradients under activation checkpointing are those of the plain model, though the backward pass is outside of `plain`."""
+    found = []
+    for on in (True, False):
+        backbone = make("blip", checkpointing=True, fast=on)
+        backbone.fast = False  # the same texts
+        adapters = inject(backbone)
+        attached.fast(backbone.model, False)
+        task = CaptionTask(backbone)
+        backbone.model.train()
+        with plain():
+            loss = task.loss(batch_of(task))
+        loss.backward()
+        found.append([x.A.grad for x in adapters.values()])
+    assert all(map(torch.equal, *found))
+
+
+def test_fast_off_is_off_everywhere(checkpoints, monkeypatch):
+    """load_backbone(fast=False) leaves no fast kind and no fused update, for adapters that come later too."""
+    taken = used(monkeypatch)
+    backbone = load_backbone(str(checkpoints["blip"]), "cpu", fast=False)
+    inject(backbone)
+    assert not {type(module) for module in backbone.model.modules()} & set(switch.KINDS.values())
+    task = CaptionTask(backbone)
+    batch = batch_of(task)
+    task.loss(batch).backward()
+    assert batch.packed is None and not taken
+    attached.fast(backbone.model)
+    task.loss(batch).backward()
+    assert taken
+
+
+@pytest.mark.parametrize("kind", [InferConfig, EvaluateConfig])
+@pytest.mark.parametrize("on", [True, False])
+def test_infer_and_evaluate_have_the_setting(checkpoints, kind, on):
+    """FAST reaches the backbone, its modules and the hooks of an adapter that is not merged."""
+    config = kind(**{"references": "x.jsonl"} if kind is EvaluateConfig else {}, model=str(checkpoints["blip"]), adapter="none",
+                  fast=on, device="cpu")  # fmt: skip
+    backbone = open_task(config, None)[0].backbone
+    inject(backbone)
+    kinds = {type(module) for module in backbone.model.modules()}
+    assert backbone.fast is on and (TextAttention in kinds) is on and attached.routing_of(backbone.model).fast is on
+
+
+def test_an_argument_that_a_model_no_longer_has_is_an_error(make):
+    """transformers' `**kwargs` would accept it and ignore the value."""
+    model = make("blip").model
+    with pytest.raises(ModelError, match=r"BlipVisionModel of transformers 5\.\d+\.\d+ has no argument 'pictures'"):
+        call(model.vision_model, pixel_values=pictures(1), pictures=1)

@@ -1,0 +1,222 @@
+"""The adapter file: what is saved comes back, alone and to the bit; what does not fit is refused by name."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from lora_blip.errors import AdapterError
+from lora_blip.inference.pipeline import task_of
+from lora_blip.lora import adapter_file, attached, merging
+from lora_blip.runtime import runs
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.caption import CaptionTask
+from tests.support.models import inject, logits_of
+
+
+@pytest.fixture
+def saved(make, tmp_path: Path) -> Path:
+    backbone = make("blip")
+    inject(backbone, "vit,text[0:1]:r=2")
+    return adapter_file.save(tmp_path / "adapter.safetensors", backbone)
+
+
+def rewrite(path: Path, tensors=None, header=None) -> Path:
+    """The same file with some tensors (None drops one) or parts of its header replaced."""
+    with safetensors.safe_open(path, "pt") as file:
+        kept = {key: file.get_tensor(key) for key in file.keys()}
+        about = json.loads(file.metadata()["lora_blip"])
+    kept = {key: value for key, value in (kept | (tensors or {})).items() if value is not None}
+    safetensors.torch.save_file(kept, path, {"lora_blip": json.dumps(about | (header or {}))})
+    return path
+
+
+def test_a_loaded_adapter_gives_the_logits_of_the_saved_one(backbone, make, tmp_path):
+    found = inject(backbone, r=3)
+    expected = logits_of(backbone)
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    moved = shutil.copy(path, tmp_path / "moved.safetensors")  # it stands alone wherever it is copied
+    path.unlink()
+    other = make(Path(backbone.name).name)
+    adapter_file.load(other, moved)
+    assert torch.equal(logits_of(other), expected)
+    assert all(torch.equal(x.A, found[address].A) for address, x in attached.adapters(other.model).items())
+
+
+def test_slices_and_ranks_of_their_own_come_back(make, tmp_path):
+    backbone = make("blip")
+    inject(backbone, "vit.q,vit.v:r=2:alpha=3,text[1:]")
+    expected = logits_of(backbone)
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    other = make("blip")
+    adapter_file.load(other.model, path)  # a bare model will do
+    assert torch.equal(logits_of(other), expected)
+
+
+def test_the_dropout_and_the_name_of_the_base_are_in_the_file_and_come_back(make, tmp_path):
+    """Training that continues from a file drops as much as before; of a bare model, its own name is kept."""
+    backbone = make("blip")
+    for x in inject(backbone, "vit").values():
+        x.dropout = 0.25
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    assert adapter_file.read(path).about["lora"]["dropout"] == 0.25
+    other = make("blip")
+    adapter_file.load(other, path)
+    assert {x.dropout for x in attached.adapters(other.model).values()} == {0.25}
+    assert adapter_file.read(path).base == backbone.name
+    backbone.model.name_or_path = "elsewhere"
+    assert adapter_file.read(adapter_file.save(path, backbone, overwrite=True)).base == backbone.name
+    assert adapter_file.read(adapter_file.save(tmp_path / "b.safetensors", backbone.model)).base == "elsewhere"
+    with pytest.raises(AdapterError, match="exists already"):
+        adapter_file.save(path, backbone)
+
+
+def test_an_adapter_saved_while_merged_is_the_same(make, tmp_path):
+    backbone = make("blip")
+    inject(backbone)
+    hooked = adapter_file.save(tmp_path / "hooked.safetensors", backbone).read_bytes()
+    merging.merge(backbone.model)
+    assert adapter_file.save(tmp_path / "merged.safetensors", backbone).read_bytes() == hooked
+
+
+def test_the_file_holds_what_is_needed_and_nothing_that_runs(make, tmp_path):
+    backbone = make("opt", dtype="fp16")
+    inject(backbone, "vit")
+    task = CaptionTask(backbone, "a photo of", Generation(17, 3))
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone, task=task.metadata(), training={"steps": 9})
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    about = adapter_file.read(path).about
+    assert {key.rsplit(".", 1)[1] for key in tensors} == {"lora_A", "lora_B"} and len(tensors) == 16
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert about["format_version"] == 1 and about["base"]["name"] == backbone.name and about["training"] == {"steps": 9}
+    assert set(about["versions"]) == {"lora_blip", "torch", "transformers"}
+    again = task_of(backbone, adapter_file.read(path))
+    assert (again.prompt, again.generation) == (task.prompt, task.generation)
+
+
+def test_it_fits_its_base_in_every_dtype(make, tmp_path):
+    for trained in ("fp32", "bf16", "fp16"):
+        backbone = make("blip", dtype=trained)
+        inject(backbone, "vit")
+        path = adapter_file.save(tmp_path / f"{trained}.safetensors", backbone)
+        for used in ("fp32", "bf16", "fp16"):
+            adapter_file.load(make("blip", dtype=used), path)
+
+
+def test_another_base_is_refused_even_with_equal_shapes(make, saved):
+    """A near copy: one weight in a thousand moved by a per cent."""
+    other = make("blip")
+    linear = other.model.vision_model.encoder.layers[1].mlp.fc2
+    linear.weight.data *= 1.02
+    with pytest.raises(AdapterError, match=r"weights of 'vision_model\.encoder\.layers\.1\.mlp\.fc2' are not those"):
+        adapter_file.load(other, saved)
+    assert not attached.names(other.model)
+    with pytest.raises(AdapterError, match="this model has no linear 'text_decoder"):
+        adapter_file.load(make("opt"), saved)
+
+
+def test_a_base_that_differs_elsewhere_alone_is_refused(make, tmp_path):
+    """The ViT is shared by several BLIP-2s: an adapter of the ViT alone still knows its own."""
+    backbone = make("opt")
+    inject(backbone, "vit")
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    other = make("opt")
+    other.model.language_model.model.decoder.layers[1].fc2.weight.data *= 1.02
+    with pytest.raises(AdapterError, match=r"weights of 'language_model\..*fc2' are not those"):
+        adapter_file.load(other, path)
+
+
+def key_of(path: Path, half: str) -> str:
+    return next(key for key in adapter_file.read(path).tensors if key.endswith(half))
+
+
+def test_damage_is_refused_by_name(make, saved):
+    backbone, whole = make("blip"), saved.read_bytes()
+    a, b = key_of(saved, "lora_A"), key_of(saved, "lora_B")
+    shape_a = tuple(adapter_file.read(saved).tensors[a].shape)
+    cases = {
+        rf"{re.escape(b)}' is missing \(1 of": {"tensors": {b: None}},
+        "stray.lora_A' belongs to no module": {"tensors": {"stray.lora_A": torch.zeros(1, 1)}},
+        rf"lora_A of '.*' is \(2, 7\), and this model's takes \({shape_a[0]}, {shape_a[1]}\)": {
+            "tensors": {a: torch.ones(2, 7)},
+            "header": {"sha256": ""},
+        },
+        "its weights are not those that were saved": {"tensors": {a: adapter_file.read(saved).tensors[a] + 1e-3}},
+        "r=2 in float32 was promised": {"tensors": {a: torch.ones(5, 32)}},
+        "holds NaN": {"tensors": {b: torch.full_like(adapter_file.read(saved).tensors[b], torch.nan)}},
+        "every lora_B is zero": {
+            "tensors": {k: torch.zeros_like(t) for k, t in adapter_file.read(saved).tensors.items() if k.endswith("lora_B")}
+        },
+        "knows up to 1": {"header": {"format_version": 2}},
+        "header cannot be": {"header": {"lora": {"modules": {"x": 3}}}},
+        "header cannot be understood": {"header": {"lora": []}},
+        "its header cannot": {"header": {"base": {"name": "x", "samples": {}}}},
+        "header cannot": {"header": {"task": None}},
+        "entry for 'm' cannot be understood": {
+            "header": {
+                "lora": {"modules": {"m": {"module": "m", "r": 2, "alpha": float("nan")}}},
+                "base": {"name": "", "samples": {"m": {}}},
+            }
+        },
+    }
+    for reason, change in cases.items():
+        saved.write_bytes(whole)
+        rewrite(saved, **change)
+        with pytest.raises(AdapterError, match=reason):
+            adapter_file.load(backbone, saved)
+        assert not attached.names(backbone.model)
+
+
+def test_files_of_other_kinds_are_refused(tmp_path, saved):
+    with pytest.raises(AdapterError, match="does not exist"):
+        adapter_file.read(tmp_path / "none.safetensors")
+    for content in (b"", b"text", saved.read_bytes()[:-10], saved.read_bytes()[:100]):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        with pytest.raises(AdapterError, match=r"no whole \.safetensors"):
+            adapter_file.read(tmp_path / "x.safetensors")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(AdapterError, match="not written by lora_blip"):
+        adapter_file.read(tmp_path / "y.safetensors")
+
+
+def test_a_fresh_adapter_is_not_saved_and_nothing_is_written_over(make, tmp_path):
+    backbone = make("blip")
+    with pytest.raises(AdapterError, match="carries no adapter"):
+        adapter_file.save(tmp_path / "a.safetensors", backbone)
+    inject(backbone, "vit", trained=False)
+    with pytest.raises(AdapterError, match="every lora_B is zero"):
+        adapter_file.save(tmp_path / "a.safetensors", backbone)
+    inject(backbone, "vit")
+    (tmp_path / "a.safetensors").write_text("mine")
+    with pytest.raises(AdapterError, match="exists already"):
+        adapter_file.save(tmp_path / "a.safetensors", backbone)
+    assert (tmp_path / "a.safetensors").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_second_adapter_needs_a_name_of_its_own(make, saved):
+    backbone = make("blip")
+    adapter_file.load(backbone, saved)
+    with pytest.raises(AdapterError, match="another name"):
+        adapter_file.load(backbone, saved)
+    adapter_file.load(backbone, saved, name="second")
+    assert attached.names(backbone.model) == ["default", "second"]
+
+
+def test_the_newest_is_found(tmp_path, saved, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError, match="train one"):
+        runs.locate("latest")
+    import os
+
+    for age, run in enumerate(("b", "a", "c")):
+        (tmp_path / "lora_blip_output" / run).mkdir(parents=True)
+        path = Path(shutil.copy(saved, tmp_path / "lora_blip_output" / run))
+        os.utime(path, (1000 - age, 1000 - age))
+    assert runs.locate("latest").parent.name == "b" and runs.locate("lora_blip_output/c").parent.name == "c"
+    assert runs.locate(saved) == saved

@@ -1,0 +1,255 @@
+"""The fused update is `layer.lora_hook`: in value and gradient, in every arithmetic; where it would not be, it stands back."""
+
+import copy
+import io
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_blip.errors import LoRAError
+from lora_blip.kernels import switch
+from lora_blip.kernels.linear import PLAIN_LINEARS
+from lora_blip.lora import attached, fused, injection, merging
+from lora_blip.lora.fused import FrozenLinear
+from lora_blip.lora.routing import use_adapters
+from lora_blip.lora.sites import Site
+from tests.support.models import WHOLE, batch_of, inject, twenty_steps
+from tests.support.networks import gradients, network, used
+
+
+def test_its_gradients_are_those_of_finite_differences():
+    """gradcheck in float64, for x, A and B of two blocks of rows; the plain update agrees to 1e-12."""
+    model = network(torch.float64)
+    for x in attached.adapters(model).values():
+        x.double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    halves = [half for lora_ in model[0].lora.values() for half in (lora_.A, lora_.B)]
+    reach = [(4.0, 0, 4), (4 / 3, 8, 12)]
+
+    def run(x: torch.Tensor, *halves: torch.Tensor) -> torch.Tensor:
+        cast = x.detach()
+        output = nn.functional.linear(cast, model[0].weight, model[0].bias)
+        return FrozenLinear.apply(x, cast, cast, output, model[0].weight, reach, *halves)
+
+    assert torch.autograd.gradcheck(run, (x, *halves))
+    for one, other in zip(gradients(model, x.detach(), True), gradients(model, x.detach(), False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_it_is_the_plain_update_in_every_arithmetic(precision, monkeypatch):
+    """fp32 to 1e-6 of the largest value; in 16 bits closer to float64 than twice as far as the plain one is."""
+    taken = used(monkeypatch)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    context = (lambda: torch.autocast("cpu", dtype)) if dtype else nullcontext
+    model, x = network(), torch.randn(4, 7, 6)
+    exact = copy.deepcopy(model).double()
+    truth = gradients(exact, x.double(), fast=False)
+    assert not taken
+    fast, plain = (gradients(model, x, way, context) for way in (True, False))
+    assert taken == [model[0], model[2]]
+    for one, other, true in zip(fast, plain, truth, strict=True):
+        assert one.dtype == other.dtype
+        error, theirs = ((value.double() - true).abs().max() / true.abs().max() for value in (one, other))
+        assert error <= (2 * theirs + 1e-3 if dtype else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["blip", "vqa", "opt", "t5"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twenty_steps_by_it_are_twenty_plain_steps(kind, precision, make):
+    """The losses of 20 steps of AdamW, every part adapted: within 1e-5 of the plain ones in fp32, 2 % in bf16."""
+    from lora_blip.tasks.caption import CaptionTask
+    from lora_blip.tasks.vqa import VqaTask
+    from tests.support.questions import batch_of as questions_of
+
+    losses = []
+    for fast in (True, False):
+        backbone = make(kind)
+        found = inject(backbone, WHOLE[kind], trained=False)
+        attached.fast(backbone.model, fast)
+        task = VqaTask(backbone) if kind == "vqa" else CaptionTask(backbone)
+        batch = questions_of(task) if kind == "vqa" else batch_of(task)
+        losses.append(twenty_steps(found, lambda task=task, batch=batch: task.loss(batch) / batch.count, precision))
+    assert losses[0][-1] < 0.97 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+def test_it_stands_back_where_it_would_be_another_thing(monkeypatch):
+    """With dropout, rows of their own, merged or 16-bit weights, or where no gradients are taken."""
+    taken, x = used(monkeypatch), torch.randn(2, 6, requires_grad=True)
+    model = network(dropout=0.5).train()
+    model(x)
+    assert not taken
+    model.eval()(x)
+    assert len(taken) == 2
+    taken.clear()
+    model = network()
+    with torch.no_grad():
+        model(x)
+    with use_adapters(model, ["default", None]):
+        model(x)
+    merged = network()
+    merging.merge(merged)
+    merged(x)
+    half = network(torch.bfloat16)
+    half(x.bfloat16())
+    assert not taken
+
+
+def doubled(_linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (2 * args[0],)
+
+
+OTHERS = {  # what else may look at a linear, or be learned of it
+    "weight": lambda linear: linear.weight.requires_grad_(),
+    "bias": lambda linear: linear.bias.requires_grad_(),
+    "a pre-hook": lambda linear: linear.register_forward_pre_hook(doubled),
+    "a hook": lambda linear: linear.register_forward_hook(lambda _m, _a, y: 2 * y),
+    "a hook before": lambda linear: linear.register_forward_hook(lambda _m, _a, y: 2 * y, prepend=True),
+    "a backward hook": lambda linear: linear.register_full_backward_hook(lambda _m, dx, _dy: (2 * dx[0],)),
+    "a forward of its own": lambda linear: setattr(linear, "forward", lambda x: 2 * nn.functional.linear(x, linear.weight)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_who_else_looks_at_a_linear_sees_what_the_plain_way_shows(what):
+    """The same outputs and gradients, those of a base that is trained as well among them."""
+    model, x = network(), torch.randn(4, 6)
+    OTHERS[what](model[0])
+    for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_linear_returns_may_be_changed_in_place(monkeypatch):
+    taken = used(monkeypatch)
+    model, x = nn.Sequential(network(), nn.ReLU(inplace=True)), torch.randn(4, 6)
+    for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert len(taken) == 2
+
+
+def test_a_vector_without_a_batch_is_updated_too():
+    model, x = network(), torch.randn(6)
+    for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_may_share_a_model():
+    """What one of them hands over between the hooks is not another's: here both stand between them at once."""
+    model, meet = network(), threading.Barrier(2, timeout=20)
+    inputs = torch.randn(2, 3, 6)
+    alone = [model(x.requires_grad_()).detach() for x in inputs]
+    real = model[0].forward
+    model[0].__class__ = type("Meeting", (nn.Linear,), {"forward": lambda _self, x: (meet.wait(), real(x))[1]})
+    with patched_plain(type(model[0])), ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda x: model(x.requires_grad_()).detach(), inputs))
+    assert all(map(torch.equal, found, alone))
+
+
+@contextmanager
+def patched_plain(kind: type[nn.Linear]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "PLAIN_LINEARS", (*PLAIN_LINEARS, kind))
+        yield
+
+
+def test_an_error_in_between_leaves_nothing_behind(monkeypatch):
+    """A linear that fails leaves its input in hand; the next forward is not misled, and a copy has none."""
+    model = network()
+    monkeypatch.setitem(model[0]._parameters, "bias", nn.Parameter(torch.zeros(7), requires_grad=False))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 6, requires_grad=True))
+    assert model[0].lora.pending.x is not None
+    assert copy.deepcopy(model[0].lora).pending.x is None
+    torch.save(model, io.BytesIO())
+    monkeypatch.undo()
+    with torch.no_grad():
+        x = torch.randn(2, 6)
+        once = model(x)
+        attached.fast(model, False)
+        assert torch.equal(model(x), once)
+
+
+def test_checkpointing_computes_the_same_again(monkeypatch):
+    """Non-reentrant activation checkpointing gives the bits that there are without it."""
+    taken, model, x = used(monkeypatch), network(), torch.randn(3, 6)
+    plain = gradients(model, x, fast=True)
+    inside = nn.Sequential(model)
+    inside.forward = lambda x: checkpoint(model, x, use_reentrant=False)  # type: ignore[method-assign]
+    assert all(map(torch.equal, gradients(inside, x, fast=True), plain)) and len(taken) == 6
+
+
+def test_a_backward_pass_inside_autocast_is_the_one_outside():
+    """The forward was in fp32, so its gradients are."""
+    model, found = network(), []
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        x = torch.linspace(-1, 1, 18).view(3, 6).requires_grad_()
+        y = model(x)
+        with context:
+            y.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad(set_to_none=True)
+    assert len(found[0]) == 7 and all(map(torch.equal, *found))
+
+
+def test_gradients_of_each_sample_by_torch_func_are_those_one_by_one():
+    """vmap(grad) over the adapters, which looks into every operation."""
+    model, x = network(), torch.randn(4, 6)
+    halves = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(halves: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, halves, (row[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(halves, x)
+    for number, row in enumerate(x):
+        one = gradients(model, row[None], fast=True)[2:]
+        for (name, each), other in zip(found.items(), one, strict=True):
+            torch.testing.assert_close(each[number], other, msg=name)
+
+
+def test_an_activation_whose_input_a_hook_changes_is_not_computed_again(make):
+    """Its pre-hook halves what gelu reads: the gradient of fc2's A is of what fc2 did read."""
+    backbone, found = make("blip"), []
+    switch.fast(backbone.model)
+    layer = backbone.model.vision_model.encoder.layers[0].mlp
+    layer.activation_fn.register_forward_pre_hook(lambda _module, args: (args[0] / 2,))
+    adapter = inject(backbone, "vit.mlp")["vision_model.encoder.layers.0.mlp.fc2"]
+    for fast in (True, False):
+        attached.fast(backbone.model, fast)
+        layer(torch.linspace(-3, 3, 4 * layer.fc1.in_features).view(1, 4, -1)).square().sum().backward()
+        found.append(adapter.A.grad)
+        adapter.A.grad = None
+    torch.testing.assert_close(*found)
+
+
+def test_eject_takes_both_hooks_off():
+    model = network()
+    injection.eject(model)
+    assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are(monkeypatch):
+    """torch.compile traces the plain hook, without a break: the same outputs and gradients to 1e-5."""
+    taken, model, x = used(monkeypatch), network(), torch.randn(3, 6)
+    plain = gradients(model, x, fast=False)
+    compiled = torch.compile(model, fullgraph=True)
+    for one, other in zip(gradients(compiled, x, fast=True), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not taken
+
+
+def test_adapters_come_before_torch_compile_or_not_at_all():
+    """Hooks that are added later would be ignored without a word."""
+    for compiled in (torch.compile(nn.Sequential(nn.Linear(6, 12))), nn.Sequential(nn.Linear(6, 12))):
+        if not hasattr(compiled, "_orig_mod"):
+            compiled[0].compile()
+        path = "_orig_mod.0" if hasattr(compiled, "_orig_mod") else "0"
+        with pytest.raises(LoRAError, match=r"torch\.compile"):
+            injection.inject(compiled, [Site(path)])

@@ -1,0 +1,95 @@
+"""When the fused update may be used, and what it reads: conditions that no other test takes away one at a time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+
+from lora_blip.kernels.linear import GELU_INPUT
+from lora_blip.lora import attached, fused
+from lora_blip.lora.sites import Site
+from tests.support.networks import gradients, network, used
+
+GLOBAL = {
+    "pre-hook": lambda linear: modules.register_module_forward_pre_hook(
+        lambda each, args: (2 * args[0],) if each is linear else None
+    ),
+    "hook": lambda linear: modules.register_module_forward_hook(lambda each, _args, y: 2 * y if each is linear else None),
+}
+
+
+@pytest.mark.parametrize("what", GLOBAL)
+def test_a_global_hook_sees_what_the_plain_update_shows_it(what, monkeypatch):
+    """A hook on all modules may change what goes in or out of a linear: the fused update is not used while it is there."""
+    taken, x = used(monkeypatch), torch.randn(4, 6)
+    model = network()
+    handle = GLOBAL[what](model[0])
+    try:
+        for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert not taken
+    finally:
+        handle.remove()
+    gradients(model, x, True)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_gelu_read_is_kept_instead_of_what_it_gave_only_in_the_dtype_of_the_product(autocast, dtype, monkeypatch):
+    """The gradients of A are those of the input that the linear read, whatever dtype the input of gelu has."""
+    monkeypatch.setattr(fused, "SMALL", 0)
+    model = network(sites=[Site("2", 4, 2.0)])
+    linear = model[2]
+    found = []
+    for fast in (True, False):
+        attached.fast(model, fast)
+        before = torch.linspace(-3, 3, 48).reshape(4, 12).to(dtype)
+        after = nn.functional.gelu(before.float()).requires_grad_()
+        setattr(after, GELU_INPUT, before)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            linear(after).float().square().sum().backward()
+        adapter = attached.adapters(model)["2"]
+        found.append([after.grad, adapter.A.grad.clone(), adapter.B.grad.clone()])
+        adapter.A.grad = adapter.B.grad = None
+    for one, other in zip(*found, strict=True):
+        bound = 3e-2 * float(other.abs().max()) if autocast else 1e-5
+        torch.testing.assert_close(one, other, rtol=0, atol=bound)
+
+
+def test_the_frozen_product_records_no_graph(monkeypatch):
+    """The linear reads its input without a graph; the plain way reads it with one."""
+    reads: list[bool] = []
+    real = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: reads.append(x.requires_grad) or real(x, *rest))
+    model = network(sites=[Site("2", 4, 2.0)])
+    for fast in (True, False):
+        reads.clear()
+        attached.fast(model, fast)
+        model[2](torch.randn(4, 12, requires_grad=True))
+        assert reads[0] is not fast
+
+
+def test_an_input_without_a_gradient_costs_no_product(monkeypatch):
+    """Its gradient is not computed: of the first layer's images, say."""
+    products: list[int] = []
+    model = network(sites=[Site("2", 4, 2.0)])
+    outputs = [model[2](torch.randn(4, 12, requires_grad=needed)) for needed in (True, False)]
+    real = fused.product
+    monkeypatch.setattr(fused, "product", lambda *given: products.append(1) or real(*given))
+    counts = []
+    for output in outputs:
+        products.clear()
+        output.sum().backward()
+        counts.append(len(products))
+    assert counts[0] == counts[1] + 1
+
+
+def test_adapters_are_float32_whatever_the_default_dtype_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = network(torch.bfloat16)
+    finally:
+        torch.set_default_dtype(before)
+    assert {half.dtype for x in attached.adapters(model).values() for half in (x.A, x.B)} == {torch.float32}

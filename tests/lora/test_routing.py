@@ -1,0 +1,373 @@
+"""One backbone, many adapters: each row of a batch gets what it would get alone, and a switch costs nothing."""
+
+import copy
+import io
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_blip.data.example import Example
+from lora_blip.errors import LoRAError
+from lora_blip.inference import pipeline
+from lora_blip.lora import attached, injection, merging
+from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
+from lora_blip.lora.sites import Site
+from lora_blip.models.loading import Backbone
+from lora_blip.tasks.base import DeviceBatch, Generation, Task
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.vqa import VqaTask
+from tests.support import tiny
+from tests.support.models import EACH, KINDS, PROMPTS, batch_of, carry, inject
+from tests.support.networks import line, plus
+
+TEXTS = ["a red cube", "nothing", "a single blue cube on top of the table", "a cube", "two cubes"]
+
+
+@pytest.fixture(params=KINDS)
+def many(request: pytest.FixtureRequest, make: Any) -> Backbone:
+    return carry(make(request.param))
+
+
+def alone(batch: DeviceBatch, row: int) -> DeviceBatch:
+    """A row of a batch by itself, as wide as in the batch, so that its numbers are added in the same order."""
+    rows = {key: value[row : row + 1] for key, value in vars(batch.rows).items() if isinstance(value, torch.Tensor)}
+    return DeviceBatch(batch.examples[row : row + 1], batch.pixel_values[row : row + 1], type(batch.rows)(**rows), 1.0)
+
+
+@torch.no_grad()
+def mixed_and_apart(backbone: Backbone, each: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a mixed batch, and those of its rows each with its adapter as the only one on the model."""
+    task = CaptionTask(backbone)
+    batch = batch_of(task, TEXTS[: len(each)])
+    with use_adapters(backbone.model, each):
+        mixed = task.logits(batch)
+    apart = []
+    for row, name in enumerate(each):
+        others = [other for other in attached.names(backbone.model) if other != name]
+        with disable_adapters(backbone.model, *others):
+            apart.append(task.logits(alone(batch, row)))
+    return mixed, torch.cat(apart)
+
+
+def test_every_row_of_a_mixed_batch_is_what_it_is_apart(many):
+    mixed, apart = mixed_and_apart(many, EACH)
+    torch.testing.assert_close(mixed, apart, rtol=1e-5, atol=1e-6 * float(apart.abs().max()))
+    _, same = mixed_and_apart(many, ["caption"] * len(EACH))
+    assert (apart - same).abs().amax((1, 2)).gt(0.01)[[0, 1, 3, 4]].all()  # each adapter says something else
+
+
+def test_rows_without_an_adapter_are_the_base_to_the_bit(many):
+    """No number of a row is touched by the adapters of the others: index_add leaves it alone."""
+    task = CaptionTask(many)
+    batch = batch_of(task, TEXTS)
+    with torch.no_grad():
+        with disable_adapters(many.model):
+            base = task.logits(batch)
+        with use_adapters(many.model, EACH):
+            mixed = task.logits(batch)
+        with use_adapters(many.model, [None] * len(EACH)):
+            assert torch.equal(task.logits(batch), base)
+    assert torch.equal(mixed[1], base[1]) and not torch.equal(mixed[0], base[0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_every_text_of_a_mixed_batch_is_what_it_is_apart(many, beams):
+    """Ragged prompts, greedily and with beams: the same words as an image at a time with one adapter on the model."""
+    language: Any = CaptionTask(many).language
+    images = torch.randn(len(EACH), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(5))
+    settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    with torch.no_grad():
+        mixed = language.generate(images, PROMPTS, adapters=EACH, **settings)
+        apart = []
+        for row, name in enumerate(EACH):
+            with disable_adapters(many.model, *(other for other in attached.names(many.model) if other != name)):
+                apart += language.generate(images[row : row + 1], [PROMPTS[row]], **settings)
+    assert mixed == apart
+    assert mixed != language.generate(images, PROMPTS, adapters=[None] * len(EACH), **settings)
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt"])
+def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_path, kind):
+    """`predict.mixed` says what `captions` and `answers` say with one adapter at a time, in the order of the requests."""
+    backbone = carry(make(kind))
+    alike = Generation(max_new_tokens=6)
+    asking, plain = VqaTask(backbone, "Question: {question} Answer:", alike), CaptionTask(backbone, "", alike)
+    tasks: dict[str, Task] = {"vqa": asking, "third": CaptionTask(backbone, "a photo of", alike), "": plain}
+    tiny.write_photos(tmp_path, 4)
+    photos = [tmp_path / "photos" / f"{n}.png" for n in (0, 1, 2, 3, 0)]
+    rows = [("vqa", "what is it?"), ("", ""), ("third", ""), ("vqa", "what colour is the cube?"), ("third", "")]
+    requests = [(photo, name, question) for photo, (name, question) in zip(photos, rows, strict=True)]
+    found = list(pipeline.mixed(tasks, iter(requests), batch_size=3))
+    expected = []
+    for photo, name, question in requests:
+        with use_adapters(backbone.model, name) if name else disable_adapters(backbone.model):
+            expected += pipeline.answers(asking, [(photo, question)]) if question else pipeline.captions(tasks[name], [photo])
+    assert found == expected and len({p.text for p in found}) > 2
+    for wrong, message in (
+        ({**tasks, "caption": CaptionTask(backbone)}, "one `task.generation`"),
+        ({**tasks, "caption": CaptionTask(make(kind), "", alike)}, "need one backbone"),
+        ({"vqa": tasks["vqa"]}, "names the adapter ''"),
+        ({**tasks, "none": plain}, "no adapter 'none'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(pipeline.mixed(wrong, [*requests, (photos[0], "none", "")]))
+
+
+def test_gradients_reach_the_adapters_of_their_rows_alone(many):
+    """A mixed batch's gradients are the sums over its rows apart, and an adapter of no row gets none."""
+    task = CaptionTask(many)
+    each = ["vqa", "caption", None]
+    batch = batch_of(task, TEXTS[:3])
+
+    def gradients(step: Any) -> dict[str, torch.Tensor | None]:
+        step()
+        found = {n: p.grad for n, p in many.model.named_parameters() if p.requires_grad}
+        many.model.zero_grad(set_to_none=True)
+        return found
+
+    def mixed() -> None:
+        with use_adapters(many.model, each):
+            loss = task.loss(batch)
+        loss.backward()  # outside of the block, as loops do
+
+    def apart() -> None:
+        for row, name in enumerate(each[:2]):
+            with disable_adapters(many.model, *(other for other in attached.names(many.model) if other != name)):
+                task.loss(alone(batch, row)).backward()
+
+    found, expected = gradients(mixed), gradients(apart)
+    for name, gradient in found.items():
+        owner = name.split(".lora.")[1].split(".")[0].split(":")[0]
+        assert (gradient is None) == (owner == "third"), name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_switch_reads_no_file_and_copies_no_weight(many, monkeypatch):
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a switch opened a file or copied a tensor")
+
+    before = {name: value.data_ptr() for name, value in many.model.state_dict().items()}
+    versions = {name: value._version for name, value in many.model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", forbidden)
+        patch.setattr(torch.Tensor, "copy_", forbidden)
+        patch.setattr(torch.Tensor, "clone", forbidden)
+        for name in ("vqa", "caption", "third"):
+            with use_adapters(many.model, name):
+                assert {n: v.data_ptr() for n, v in many.model.state_dict().items()} == before
+    assert {name: value._version for name, value in many.model.state_dict().items()} == versions
+
+
+def test_threads_choose_each_for_itself():
+    """Two inside `use_adapters` at once, that leave in the order in which they came: each has its own, and nothing stays."""
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    for name in ("a", "b"):
+        injection.inject(model, [Site("0", 2)], name=name)["0"].B.data.normal_()
+    alone, both = {}, model(x)
+    for name in ("a", "b"):
+        with use_adapters(model, name):
+            alone[name] = model(x)
+    came, left = threading.Barrier(2, timeout=20), threading.Event()
+
+    def ask(name: str) -> torch.Tensor:
+        with use_adapters(model, name):
+            came.wait()
+            said = model(x)
+            if name == "b":
+                assert left.wait(20)
+        left.set()
+        return said
+
+    with ThreadPoolExecutor(2) as pool:
+        said = dict(zip("ab", pool.map(ask, "ab"), strict=True))
+    assert all(torch.equal(said[name], alone[name]) for name in "ab") and not torch.equal(alone["a"], alone["b"])
+    assert torch.equal(model(x), both)
+
+
+def test_of_nested_blocks_the_inner_one_counts_and_the_outer_one_is_back_after_it():
+    model, x = line("a", "b"), torch.randn(2, 4)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(model(x), plus(model, x, "a", "b"))
+    with use_adapters(model, "a"):
+        close(model(x), plus(model, x, "a"))
+        with use_adapters(model, ["b", None]):
+            close(model(x), torch.cat([plus(model, x[:1], "b"), plus(model, x[1:])]))
+            with use_adapters(model, "b"), use_adapters(model, None):
+                close(model(x), plus(model, x, "b"))
+            with disable_adapters(model, "b"):
+                close(model(x), plus(model, x))
+            with pytest.raises(KeyError), use_adapters(model, ["a", "a"]):
+                raise KeyError
+            close(model(x), torch.cat([plus(model, x[:1], "b"), plus(model, x[1:])]))
+        close(model(x), plus(model, x, "a"))
+    with disable_adapters(model, "a"), use_adapters(model, ["a", "b"]):  # what is disabled stays so
+        close(model(x), torch.cat([plus(model, x[:1]), plus(model, x[1:], "b")]))
+    close(model(x), plus(model, x, "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "message"),
+    [
+        ("typo", 2, "no adapter 'typo'; it has a, b"),
+        (["a", "typo"], 2, "no adapter 'typo'; it has a, b"),
+        ("", 2, "no adapter ''"),
+        (["a", ""], 2, "no adapter ''"),
+        ([], 2, "name one for every row"),
+        (["a", "b"], 3, "a batch has 3 rows, but adapters were chosen for 2; name one for every row"),
+        (["a", None, "b"], 2, "a batch has 2 rows, but adapters were chosen for 3"),
+        ([None, None], 3, "a batch has 3 rows"),
+        (["a", "b"], 0, "a batch has 0 rows"),
+    ],
+)
+def test_what_cannot_be_chosen_is_an_error_with_a_remedy(names, rows, message):
+    model = line("a", "b")
+    x = torch.randn(rows, 4)
+    before = model(x)
+    with pytest.raises(LoRAError, match=message), use_adapters(model, names):
+        model(x)
+    assert torch.equal(model(x), before)
+
+
+def test_only_beams_that_were_declared_repeat_rows():
+    """A wrong list must not give rows to the wrong adapter, with gradients or without."""
+    model, x = line("a", "b"), torch.randn(4, 5, 4)
+    with use_adapters(model, ["a", "b"]):
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode(), pytest.raises(LoRAError, match="a batch has 4 rows"):
+                model(x)
+    with torch.no_grad(), use_adapters(model, ["a", "b"], beams=2):
+        torch.testing.assert_close(model(x), torch.cat([plus(model, x[:2], "a"), plus(model, x[2:], "b")]))
+
+
+def test_ranking_texts_under_a_list_of_adapters_is_refused(make):
+    """The texts of one image are no rows of a batch: half of them would be ranked by another adapter."""
+    backbone = make("blip")
+    inject(backbone, "vit,text")
+    task, some = CaptionTask(backbone), [Example(Path(f"{n}.png"), "", f"{n}.png", 1) for n in range(2)]
+    pictures = torch.randn(2, 3, 32, 32)
+    with use_adapters(backbone.model, ["default", None]), pytest.raises(LoRAError, match="name one for every row"):
+        task.rank(pictures, some, ["a", "b", "c", "d"])
+
+
+def test_merged_adapters_cannot_be_chosen_nor_chosen_ones_merged():
+    model = line("a", "b")
+    merging.merge(model, "a")
+    for names in ("b", ["a", None]):
+        with pytest.raises(LoRAError, match="restore"), use_adapters(model, names):
+            pass
+    merging.restore(model)
+    weight = model[0].weight.clone()
+    for block in (use_adapters(model, "a"), use_adapters(model, ["a"]), disable_adapters(model, "a")):
+        for write in (merging.merge, merging.bake):
+            with (
+                pytest.raises(LoRAError, match="leave that block first"),
+                block if write is merging.merge else use_adapters(model, "b"),
+            ):
+                write(model)
+    assert torch.equal(model[0].weight, weight)
+    merging.merge(model)
+
+
+def test_a_copy_chooses_for_itself(many):
+    """deepcopy and pickle, also from inside a block: the copy starts with every adapter acting, and shares no choice."""
+    task = CaptionTask(many)
+    batch = batch_of(task, TEXTS[:2])
+    stored = io.BytesIO()
+    with torch.no_grad():
+        everything = task.logits(batch)
+        with use_adapters(many.model, ["vqa", "caption"]):
+            chosen = task.logits(batch)
+            pickle.dump(many.model, stored)
+            twins = [copy.deepcopy(many.model), pickle.loads(stored.getvalue())]
+            original = many.model
+            for twin in twins:
+                many.model = task.language.model = twin
+                assert torch.equal(task.logits(batch), everything)
+                with use_adapters(twin, "third"):
+                    many.model = task.language.model = original
+                    assert torch.equal(task.logits(batch), chosen)
+                many.model = task.language.model = original
+    assert not torch.equal(chosen, everything)
+
+
+def test_parts_that_were_injected_one_by_one_choose_together():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
+    for part in model:
+        injection.inject(part, [Site("0", r=2)], name="a")["0"].B.data.normal_()
+    x = torch.randn(3, 4)
+    with use_adapters(model, [None] * 3):
+        assert torch.equal(model(x), nn.functional.linear(
+            nn.functional.linear(x, model[0][0].weight, model[0][0].bias), model[1][0].weight, model[1][0].bias
+        ))  # fmt: skip
+
+
+def test_an_adapter_that_comes_during_a_block_serves_no_row_of_it():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    injection.inject(model, [Site("0", r=2)], name="a")["0"].B.data.normal_()
+    with use_adapters(model, ["a", None]):
+        before = model(x)
+        injection.inject(model, [Site("1", r=2)], name="b")["1"].B.data.normal_()
+        assert torch.equal(model(x), before)
+    assert not torch.equal(model(x), before)
+
+
+def test_dropout_falls_on_the_rows_of_its_adapter_alone(make):
+    backbone = carry(make("blip"), dropout=0.5)
+    task = CaptionTask(backbone)
+    batch = batch_of(task, TEXTS[:3])
+    backbone.model.train()
+    with torch.no_grad(), use_adapters(backbone.model, ["vqa", None, "third"]):
+        one, two = task.logits(batch), task.logits(batch)
+    assert [torch.equal(a, b) for a, b in zip(one, two, strict=True)] == [False, True, False]
+
+
+def test_under_autocast_mixed_is_apart_within_the_grain_of_bf16(many):
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, apart = mixed_and_apart(many, EACH)
+        other, _ = mixed_and_apart(many, [None] * len(EACH))
+    far = (mixed - apart).abs().max()
+    assert far <= 0.03 * apart.abs().max() and (mixed - other).abs().max() > 3 * far
+
+
+def test_checkpointed_layers_are_computed_again_with_the_adapters_that_acted(make):
+    """The backward pass runs outside of the blocks, and its gradients are those without checkpointing."""
+    for kind in KINDS:
+        gradients = []
+        for checkpointing in (False, True):
+            backbone = carry(make(kind, checkpointing=checkpointing))
+            backbone.model.train()
+            task = CaptionTask(backbone)
+            batch = batch_of(task, TEXTS[:3])
+            loss = task.loss(batch)
+            for names in ("caption", ["vqa", None, "third"], "vqa"):
+                with use_adapters(backbone.model, names):
+                    loss = loss + task.loss(batch)
+            with disable_adapters(backbone.model, "vqa"):
+                loss = loss + task.loss(batch)
+            with use_adapters(backbone.model, "third"):
+                loss.backward()
+            gradients.append({n: p.grad for n, p in backbone.model.named_parameters() if p.requires_grad})
+        copy.deepcopy(backbone.model), pickle.dumps(backbone.model)
+        for name, plain in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_that_cannot_know_who_acted_is_refused(reentrant):
+    model, x = line("a", "b"), torch.randn(2, 4, requires_grad=True)
+    with use_adapters(model, "a"):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    with pytest.raises(LoRAError, match="context_fn"), use_adapters(model, "b"):
+        y.sum().backward()
+    with use_adapters(model, "a"):
+        y = checkpoint(model, x, use_reentrant=False, context_fn=partial(checkpoint_context, model))
+    y.sum().backward()
+    assert attached.adapters(model, "a")["0"].B.grad.any() and attached.adapters(model, "b")["0"].B.grad is None

@@ -1,0 +1,124 @@
+"""A merged model is saved as a plain checkpoint; an unmerged one is not saved as one by mistake."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lora_blip.errors import LoRAError, ModelError
+from lora_blip.lora import injection, merging
+from lora_blip.lora.sites import Site
+from lora_blip.models.loading import load_backbone
+from tests.support.models import inject, logits_of
+
+FIX = r"lora_blip\.merge\(model\)"
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def adapt(model: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        for adapter in injection.inject(model, [Site("0", 2), Site("1", 2)], name=name).values():
+            adapter.B.data.normal_()
+    return model
+
+
+def test_a_merged_model_has_exactly_the_base_s_keys(make, tmp_path):
+    """state_dict, torch.save, safetensors and transformers, of BLIP; the saved folder gives the merged logits by itself."""
+    backbone = make("blip")
+    model, keys = backbone.model, list(backbone.model.state_dict())
+    inject(backbone)
+    hooked = logits_of(backbone)
+    with pytest.raises(LoRAError, match=FIX):
+        model.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    merging.merge(model)
+    assert list(model.state_dict()) == keys and not any("lora" in key for key in model.state_dict()._metadata)
+    assert not any("lora" in key for key in model.vision_model.state_dict())
+    stored = io.BytesIO()
+    torch.save(model.state_dict(), stored)
+    stored.seek(0)
+    assert list(torch.load(stored, weights_only=True)) == keys
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) <= set(keys)
+    model.save_pretrained(tmp_path / "merged")
+    backbone.tokenizer.save_pretrained(tmp_path / "merged")
+    backbone.image_processor.save_pretrained(tmp_path / "merged")
+    again = load_backbone(str(tmp_path / "merged"), "cpu")
+    torch.testing.assert_close(logits_of(again), hooked, rtol=1e-4, atol=1e-4)
+    merging.restore(model)
+    with pytest.raises(LoRAError, match=FIX):
+        model.save_pretrained(tmp_path / "lost")
+    for end in (merging.bake, injection.eject):
+        twin = copy.deepcopy(model)
+        end(twin)
+        assert list(twin.state_dict()) == keys and "save_pretrained" not in vars(twin)
+        twin.save_pretrained(tmp_path / end.__name__)
+        with safetensors.safe_open(tmp_path / end.__name__ / "model.safetensors", "pt") as file:
+            assert set(file.keys()) <= set(keys)
+
+
+@pytest.mark.parametrize("how", ["a part", "the whole around a part", "a state_dict of its own", "a copy", "a pickle"])
+def test_no_way_to_save_pretrained_loses_an_adapter(make, tmp_path, how):
+    model = make("blip").model
+    what: Any = model.vision_model if how == "the whole around a part" else model
+    site = "vision_model.encoder.layers.0.mlp.fc1".removeprefix("" if what is model else "vision_model.")
+    injection.inject(what, [Site(site, 2)])
+    saved = {"a part": model.vision_model, "a copy": copy.deepcopy(model), "a pickle": None}.get(how, model)
+    saved = pickle.loads(pickle.dumps(model)) if saved is None else saved
+    given = {"state_dict": model.state_dict()} if how == "a state_dict of its own" else {}
+    with pytest.raises(LoRAError, match=r"adapter 'default'.*" + FIX):
+        saved.save_pretrained(tmp_path / "lost", **given)
+    if how != "the whole around a part":
+        model.text_decoder.save_pretrained(tmp_path / "text")  # nothing of it is adapted
+    if how == "a copy":
+        injection.eject(saved)
+        saved.save_pretrained(tmp_path / "base")
+        with pytest.raises(LoRAError, match=FIX):
+            model.save_pretrained(tmp_path / "lost")
+
+
+def test_a_folder_that_holds_adapters_beside_the_weights_is_refused(make, tmp_path):
+    """Today's load gave the captions of the base without a word."""
+    backbone = make("blip")
+    keys = backbone.model.state_dict()
+    injection.inject(backbone.model, [Site("vision_model.encoder.layers.0.mlp.fc1", 2)])
+    every = {key: value.clone() for key, value in backbone.model.state_dict().items()}
+    assert set(every) > set(keys)
+    injection.eject(backbone.model)
+    backbone.model.save_pretrained(tmp_path)
+    safetensors.torch.save_file(every, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora\.default\.A.*lora_blip\.bake"):
+        load_backbone(str(tmp_path), "cpu")
+
+
+def test_a_state_dict_has_the_adapters_that_are_not_in_the_weights():
+    """Of two adapters with one merged, the other's tensors stay: together they are the model, and they load again."""
+    model = adapt(net(), "a", "b")
+    every = set(model.state_dict())
+    assert {"0.lora.a.A", "0.lora.b.B"} <= every
+    merging.merge(model, "a")
+    state = model.state_dict()
+    assert set(state) == {key for key in every if ".lora.a." not in key}
+    assert all(key.startswith("x.") for key in model.state_dict(prefix="x."))
+    assert model.state_dict(keep_vars=True)["0.lora.b.A"] is model[0].lora["b"].A and not state["0.lora.b.A"].requires_grad
+    x = torch.randn(2, 4)
+    expected = model(x)
+    plain = adapt(net(), "b")
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(x), expected)
+    model.load_state_dict(state)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(RuntimeError, match=r"0\.lora\.b\.A"):
+        model.load_state_dict({key: value for key, value in state.items() if key != "0.lora.b.A"})
+    merging.restore(model)
+    with pytest.raises(RuntimeError, match=r"0\.lora\.a\.A"):
+        model.load_state_dict(state)

@@ -1,0 +1,313 @@
+"""Images have the size that the ViT's positions were made for, or another one that was chosen, with interpolated positions."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import BlipForConditionalGeneration
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference.pipeline import captions, infer, open_task, wanted_adapter
+from lora_blip.lora import adapter_file, merging
+from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import caching, resume
+from lora_blip.training.diagnostics import explained
+from lora_blip.training.loop import train
+from lora_blip.training.setup import loader_of
+from tests.support import tiny
+from tests.support.kill import killed_at
+from tests.support.models import WHOLE, batch_of, inject
+from tests.support.runs import metrics_of, settings
+
+OTHERS = (16, 24, 96)  # pixels; tiny.SIDE is 32
+SQUARE = {"height": tiny.SIDE, "width": tiny.SIDE}
+
+
+def pixels(side: int) -> torch.Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
+
+
+def with_processor(checkpoint: Path, folder: Path, processor: Any, **changed: object) -> str:
+    """A copy of a checkpoint with another image processor, as its file says it."""
+    shutil.copytree(checkpoint, folder)
+    processor.save_pretrained(folder)
+    where = folder / "preprocessor_config.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | changed))
+    return str(folder)
+
+
+# ---------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("size", OTHERS)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_another_size_is_transformers_with_interpolated_positions(kind, size, checkpoints):
+    """Equal to the bit to `interpolate_pos_encoding=True`, for every kind of model; the flag itself changes nothing more."""
+    found = load_backbone(str(checkpoints[kind]), "cpu", fast=False, image_size=size)
+    theirs = type(found.model).from_pretrained(checkpoints[kind], dtype=torch.float32).eval()
+    expected = theirs.vision_model(pixel_values=pixels(size), interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(found.model.vision_model(pixel_values=pixels(size)).last_hidden_state, expected)
+    with_flag = found.model.vision_model(pixel_values=pixels(size), interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(with_flag, expected)
+    assert found.image_size == size and found.own_image_size == tiny.SIDE
+    assert not found.model.vision_model.embeddings.position_embedding.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_positions_keep_the_dtype_of_the_weights(dtype, checkpoints):
+    found = load_backbone(str(checkpoints["blip"]), "cpu", dtype, image_size=64)
+    theirs = BlipForConditionalGeneration.from_pretrained(
+        checkpoints["blip"], dtype=found.model.vision_model.embeddings.class_embedding.dtype
+    )
+    embeddings = theirs.vision_model.embeddings
+    expected = embeddings.interpolate_pos_encoding(torch.empty(1, 65, tiny.WIDTH), 64, 64)
+    assert torch.equal(found.model.vision_model.embeddings.position_embedding, expected)
+
+
+def test_the_checkpoint_s_own_size_changes_nothing(checkpoints, capsys):
+    found = load_backbone(str(checkpoints["blip"]), "cpu", image_size=tiny.SIDE)
+    kept = load_file(checkpoints["blip"] / "model.safetensors")
+    assert torch.equal(
+        found.model.vision_model.embeddings.position_embedding, kept["vision_model.embeddings.position_embedding"]
+    )
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [30, 4, 5000, -8])
+def test_a_size_that_is_no_multiple_of_the_patch_size_is_refused(size, checkpoints):
+    with pytest.raises(ConfigError, match=r"image_size = .* multiple of the model's patch size 8.* set IMAGE_SIZE to \d+"):
+        load_backbone(str(checkpoints["blip"]), "cpu", image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_size", [32, 32]), ("image_size", [32, 64]), ("image_size", 36), ("image_size", 0), ("image_size", -32),
+     ("image_size", 10**9), ("patch_size", 0), ("patch_size", [8, 8]), ("image_size", None), ("image_size", "32")],
+)  # fmt: skip
+def test_a_base_whose_own_size_is_no_square_of_patches_is_one_error(key, value, checkpoints, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(checkpoints["blip"], folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["vision_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match=key):
+        load_backbone(str(folder), "cpu")
+
+
+# ---------------------------------------------------------------- the image processor
+
+
+PROCESSORS = {  # that do not make images of the model's size, and what is printed of it
+    "smaller": (BlipImageProcessorPil(), {"size": {"height": 16, "width": 16}}, "makes 16×16"),
+    "larger": (BlipImageProcessorPil(), {"size": {"height": 48, "width": 48}}, "makes 48×48"),
+    "a number": (BlipImageProcessorPil(), {"size": 24}, "makes 24×24"),
+    "the shortest edge": (BlipImageProcessorPil(), {"size": {"shortest_edge": 32}}, "resizes to shortest_edge 32"),
+    "the longest edge": (BlipImageProcessorPil(), {"size": {"longest_edge": 32}}, "resizes to longest_edge 32"),
+    "no resizing": (BlipImageProcessorPil(size=SQUARE), {"do_resize": False}, "does not resize images"),
+    "CLIP's": (CLIPImageProcessorPil(), {}, "makes 224×224"),
+    "CLIP's without its crop": (CLIPImageProcessorPil(), {"do_center_crop": False}, "resizes to shortest_edge 224"),
+    "padding": (
+        BlipImageProcessorPil(size=SQUARE), {"do_pad": True, "pad_size": {"height": 40, "width": 40}}, "makes 40×40",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_resized_to_the_model_s_size_and_one_line_names_both(name, checkpoints, tmp_path, capsys):
+    """Whatever its file says, a picture of any shape comes out at the size of the positions."""
+    processor, changed, before = PROCESSORS[name]
+    found = load_backbone(with_processor(checkpoints["blip"], tmp_path / "base", processor, **changed), "cpu")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "32×32" in line and before in line
+    examples = _examples(tmp_path)
+    loaded = loader_of(examples, CaptionTask(found), settings(Path(found.name), tmp_path, augment=True), shuffle=True)
+    assert all(host_batch.pixel_values.shape[1:] == (3, tiny.SIDE, tiny.SIDE) for host_batch in loaded)
+    list(captions(CaptionTask(found), [e.image for e in examples]))
+
+
+def test_pixels_of_a_processor_that_was_resized_are_those_of_one_that_was_right(checkpoints, tmp_path):
+    """A 48×48 processor on a 32×32 model makes what a 32×32 processor makes."""
+    other = with_processor(checkpoints["blip"], tmp_path / "base", BlipImageProcessorPil(size={"height": 48, "width": 48}))
+    image = Image.effect_noise((70, 50), 60).convert("RGB")
+    made = [
+        load_backbone(name, "cpu").image_processor(image, return_tensors="pt")["pixel_values"]
+        for name in (other, str(checkpoints["blip"]))
+    ]
+    assert torch.equal(*made)
+
+
+def test_a_crop_stays_a_crop_of_the_same_part(checkpoints, tmp_path, capsys):
+    """256 pixels cut to 224 are 37 cut to 32: the middle, and not the whole picture squeezed."""
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    found = load_backbone(with_processor(checkpoints["blip"], tmp_path / "base", processor), "cpu").image_processor
+    assert (found.size.shortest_edge, found.crop_size.height, found.crop_size.width) == (37, 32, 32)
+    right = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE)
+    capsys.readouterr()
+    load_backbone(with_processor(checkpoints["blip"], tmp_path / "right", right), "cpu")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"size": {"height": 32, "width": 64}}, {"size": {"height": 10**9, "width": 10**9}}, {"size": -3}, {"size": 0},
+     {"do_center_crop": True, "crop_size": {"height": 16, "width": 32}}, {"image_mean": "x"}, {"resample": 77}],
+)  # fmt: skip
+def test_a_processor_that_makes_no_square_is_one_error(changed, checkpoints, tmp_path):
+    name = with_processor(checkpoints["blip"], tmp_path / "base", BlipImageProcessorPil(size=SQUARE), **changed)
+    with pytest.raises(ModelError, match=r"BlipImageProcessorPil|of its image processor"):
+        load_backbone(name, "cpu")
+
+
+# ---------------------------------------------------------------- training and inference
+
+
+def _examples(folder: Path) -> list[Any]:
+    from lora_blip.data import annotations
+
+    return annotations.read(tiny.write_photos(folder, 6))[0]
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoints, tmp_path_factory):
+    """An adapter of every part, trained on images of 16×16."""
+    folder = tmp_path_factory.mktemp("trained")
+    return train(settings(checkpoints["blip"], tiny.write_photos(folder), image_size=16, targets=WHOLE["blip"], epochs=4))
+
+
+def test_an_adapter_keeps_the_size_it_was_trained_at_and_inference_takes_it(trained):
+    """Its metadata name it; 0 is the adapter's own size, another number is taken instead."""
+    with safe_open(trained, "pt") as file:
+        assert json.loads(file.metadata()["lora_blip"])["base"]["image_size"] == 16
+    wanted = wanted_adapter(str(trained))
+    sizes = {size: open_task(InferConfig(image_size=size, device="cpu"), wanted)[0].backbone.image_size for size in (0, 48)}
+    assert sizes == {0: 16, 48: 48}
+
+
+def test_inference_says_what_a_forward_at_that_size_says(trained, tmp_path):
+    """infer.py's captions are those of the hooked model at 16×16, and not those of its own 32×32."""
+    images = sorted((trained.parents[2] / "photos").glob("*.png"))
+    written = infer(
+        InferConfig(adapter=str(trained), images=str(images[0].parent), output_dir=str(tmp_path / "out"), device="cpu")
+    )
+    said = {Path(line["image"]): line["text"] for line in map(json.loads, written.read_text().splitlines())}
+    wanted = adapter_file.read(trained)
+    found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
+    adapter_file.load(found, wanted)
+    task = CaptionTask(found, generation=replace(CaptionTask(found).generation, max_new_tokens=5))
+    assert said == {p.image: p.text for p in captions(task, images)}
+
+
+def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
+    source = trained.parents[2] / "annotations.jsonl"
+    folder = evaluate(
+        EvaluateConfig(references=str(source), adapter=str(trained), output_dir=str(tmp_path / "out"), device="cpu")
+    )
+    assert json.loads((folder / "metrics.json").read_text())["facts"]["images"].startswith("16×16")
+    assert "16×16 pixels" in (folder / "report.html").read_text()
+
+
+def test_an_adapter_on_a_backbone_of_another_size_is_refused_unless_that_was_chosen(trained):
+    wanted = adapter_file.read(trained)
+    with pytest.raises(AdapterError, match=r"trained on images of 16×16.* reads 32×32.*image_size=16"):
+        adapter_file.load(load_backbone(wanted.base, "cpu"), wanted)
+    adapter_file.load(load_backbone(wanted.base, "cpu", image_size=tiny.SIDE), wanted)
+    with pytest.warns(UserWarning, match="16×16"):
+        adapter_file.load(load_backbone(wanted.base, "cpu").model, wanted)
+    with warnings.catch_warnings(action="error"):
+        adapter_file.load(load_backbone(wanted.base, "cpu", image_size=16).model, wanted)
+
+
+def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, tmp_path):
+    """As files were before there was this setting."""
+    with safe_open(trained, "pt") as file:
+        about = json.loads(file.metadata()["lora_blip"])
+    del about["base"]["image_size"]
+    save_file(load_file(trained), tmp_path / "old.safetensors", {"lora_blip": json.dumps(about)})
+    wanted = wanted_adapter(str(tmp_path / "old.safetensors"))
+    assert open_task(InferConfig(device="cpu"), wanted, adapted=True)[0].backbone.image_size == tiny.SIDE
+
+
+@pytest.mark.parametrize("size", [0, -16, 10**9, "16", 16.5, None, [16, 16]])
+def test_a_size_in_a_header_that_is_none_is_refused(size, trained, tmp_path):
+    with safe_open(trained, "pt") as file:
+        about = json.loads(file.metadata()["lora_blip"])
+    about["base"]["image_size"] = size
+    save_file(load_file(trained), tmp_path / "odd.safetensors", {"lora_blip": json.dumps(about)})
+    with pytest.raises(AdapterError, match=r"base\.image_size"):
+        adapter_file.read(tmp_path / "odd.safetensors")
+
+
+def test_a_merged_model_that_is_saved_is_a_checkpoint_of_that_size(trained, tmp_path):
+    """transformers loads it with all its weights, and says the same; so do we, at its own size."""
+    wanted = adapter_file.read(trained)
+    found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
+    adapter_file.load(found, wanted)
+    merging.bake(found.model)
+    for part in (found.model, found.tokenizer, found.image_processor):
+        part.save_pretrained(tmp_path / "merged")
+    theirs = BlipForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    batch = {"pixel_values": pixels(16), "input_ids": torch.tensor([[5, 6, 7]] * 2)}
+    assert torch.equal(theirs(**batch).logits, found.model(**batch).logits)
+    assert load_backbone(str(tmp_path / "merged"), "cpu").image_size == 16
+
+
+def test_runs_of_two_sizes_share_no_states_and_no_pictures(checkpoints, tmp_path):
+    """In one output folder, with all caches, each run's losses are those of a run without any."""
+    source = tiny.write_photos(tmp_path, 6)
+    common = {"targets": "text", "max_steps": 3, "batch_size": 2, "val_fraction": 0.0, "resume": "off"}
+
+    def losses(size: int, gigabytes: float) -> list[float]:
+        path = train(settings(checkpoints["blip"], source, **common, image_size=size, cache_gb=gigabytes))
+        return [line["loss"] for line in metrics_of(path)]
+
+    kept = {size: losses(size, 1.0) for size in (16, 32)}
+    assert (tmp_path / "runs" / caching.FOLDER).exists()
+    for size in kept:
+        assert kept[size] == pytest.approx(losses(size, 0.0), rel=1e-3)
+    assert kept[16] != kept[32] and kept[16] == losses(16, 1.0)
+
+
+def test_a_run_is_not_resumed_at_another_size(checkpoints, tmp_path):
+    """Its own size is 0 or that number, and no number in a checkpoint made before there was this setting."""
+    source = tiny.write_photos(tmp_path, 8)
+    config = settings(checkpoints["blip"], source, checkpoint_seconds=0, max_steps=3, batch_size=2)
+    with killed_at(3):
+        train(config)
+    (run,) = (tmp_path / "runs").glob("lora_*")
+    with pytest.raises(CheckpointError, match="image_size was 0 and is 16"):
+        train(replace(config, image_size=16, resume=str(run)))
+    assert train(replace(config, image_size=tiny.SIDE, resume=str(run))).parent == run
+    assert not resume.differences({}, {"image_size": 0}) and resume.differences({}, {"image_size": 16})
+
+
+def test_out_of_memory_names_the_size_of_the_images(checkpoints, tmp_path):
+    """For processors of every kind: CLIP's has no height."""
+    name = with_processor(checkpoints["blip"], tmp_path / "base", CLIPImageProcessorPil())
+    task = CaptionTask(load_backbone(name, "cpu"))
+    told = explained(RuntimeError("CUDA out of memory"), settings(tmp_path, tmp_path / "a.jsonl"), task)
+    assert "images of 32×32" in str(told)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_a_text_is_as_long_as_before_at_any_size(kind, checkpoints):
+    """A Q-Former's queries are as many whatever it reads: the logits of a batch have the same shape."""
+    found = load_backbone(str(checkpoints[kind]), "cpu", image_size=64)
+    inject(found)
+    task = CaptionTask(found)
+    batch = batch_of(task)
+    large = replace(batch, pixel_values=pixels(64)[:1].expand(3, -1, -1, -1))
+    assert task.logits(large).shape == CaptionTask(load_backbone(str(checkpoints[kind]), "cpu")).logits(batch).shape

@@ -1,0 +1,72 @@
+"""Every token id that a checkpoint can produce has a row in the model's text embeddings."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_blip.errors import ModelError
+from lora_blip.models.loading import load_backbone
+from tests.support import tiny
+from tests.support.models import WHOLE
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_error(checkpoints, make, kind, tmp_path):
+    """The message names the first token without a row; a tokenizer with fewer tokens loads (the fixtures are equal)."""
+    folder = tmp_path / kind
+    shutil.copytree(checkpoints[kind], folder)
+    tokenizer = make(kind).tokenizer.__class__.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra\x1b"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"1 tokens that the model has no embeddings for .*zebra") as caught:
+        load_backbone(str(folder), "cpu")
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa", "itm"])
+def test_a_token_id_without_an_embedding_is_one_error(checkpoints, kind, field, tmp_path):
+    folder = tmp_path / kind
+    shutil.copytree(checkpoints[kind], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][field] = 5000
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"{field}.*5000|Padding_idx must be within"):
+        load_backbone(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "itm2"])
+@pytest.mark.parametrize("value", [-1, 5000])
+def test_an_image_token_id_without_an_embedding_is_one_error(checkpoints, kind, value, tmp_path):
+    """A model that matches images with texts does not embed the image token: only a negative id is an error there."""
+    folder = edited(checkpoints[kind], tmp_path, lambda config: config.update(image_token_index=value))
+    if kind == "itm2" and value > 0:
+        load_backbone(str(folder), "cpu")
+        return
+    with pytest.raises(ModelError, match=rf"image_token_index.*{value}"):
+        load_backbone(str(folder), "cpu")
+
+
+def edited(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Return a copy of a checkpoint whose config.json was changed."""
+    shutil.copytree(checkpoint, folder / "copy")
+    config = json.loads((folder / "copy/config.json").read_text())
+    change(config)
+    (folder / "copy/config.json").write_text(json.dumps(config))
+    return folder / "copy"
+
+
+def test_an_image_token_that_is_never_embedded_needs_no_embedding(tmp_path):
+    """BLIP-2 for retrieval lists an image token after the last row of its Q-Former."""
+    tiny.save_itm2(tmp_path)
+    backbone = load_backbone(str(tmp_path), "cpu")
+    rows = len(backbone.tokenizer)
+    backbone.tokenizer.add_tokens(["<image>"])
+    backbone.tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_index": rows}))
+    assert len(load_backbone(str(tmp_path), "cpu").tokenizer) == rows + 1

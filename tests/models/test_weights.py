@@ -1,0 +1,103 @@
+"""Frozen weights that are cast once give the bits that autocast gives, casting them at every use."""
+
+import copy
+
+import pytest
+import torch
+
+from lora_blip.errors import LoRAError
+from lora_blip.lora import adapter_file, injection, sites
+from lora_blip.lora.sites import Site
+from lora_blip.models import weights
+from lora_blip.models.precision import DTYPES, autocasting
+from lora_blip.tasks.registry import TASKS, natural_task
+from tests.support.models import WHOLE, batch_of, inject
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(kind, "bf16") for kind in WHOLE] + [(k, "fp16") for k in WHOLE if k != "t5"])
+def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
+    """Through every linear and the head; gradients of the adapters too."""
+    found = []
+    for cast in (False, True):
+        backbone = make(kind)
+        halves = inject(backbone)
+        if cast:
+            weights.cast_once(backbone, precision)
+            weights.cast_once(backbone, precision)
+        task = TASKS[natural_task(backbone.architecture)](backbone)
+        batch = batch_of(task) if task.name == "caption" else None
+        with autocasting(backbone.device, precision)():
+            if batch is not None:
+                logits, loss = task.logits(batch), task.loss(batch)
+            else:
+                logits = task.encode_images(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+                loss = logits.float().square().mean()
+        loss.backward()
+        found.append([logits, loss, *(x.A.grad for x in halves.values() if x.A.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2 and all(map(torch.equal, *found))
+
+
+def test_what_autocast_leaves_alone_stays_in_float32(make):
+    """Linears are in 16 bits, adapters and all else as they were; names of the weights too."""
+    backbone = make("blip")
+    inject(backbone)
+    before = copy.deepcopy(backbone.model.state_dict())
+    weights.cast_once(backbone, "bf16")
+    after = backbone.model.state_dict()
+    linears = {path for path, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear) and "." in path}
+    assert list(after) == list(before)
+    for key, value in after.items():
+        cast = key.rpartition(".")[0] in linears
+        assert value.dtype == (torch.bfloat16 if cast else before[key].dtype) and torch.equal(
+            value, before[key].to(value.dtype)
+        )
+    assert not any(p.requires_grad for n, p in backbone.model.named_parameters() if ".lora." not in n)
+
+
+def test_a_head_that_was_tied_is_still_no_target(make):
+    """Cast, it no longer shares the embeddings' memory; an adapter there is refused as before."""
+    backbone = make("blip")
+    head = "text_decoder.cls.predictions.decoder"
+    assert head in sites.tied(backbone.model)
+    weights.cast_once(backbone, "bf16")
+    assert head in sites.tied(backbone.model)
+    with pytest.raises(LoRAError, match="shares its weight"):
+        injection.inject(backbone.model, [Site(head)])
+
+
+def test_the_adapter_remembers_the_base_as_it_was_loaded(make, tmp_path):
+    """The fingerprint is of the weights before they were cast, so that another base is told to the bit."""
+    backbone = make("blip")
+    inject(backbone)
+    exact = adapter_file.save(tmp_path / "exact.safetensors", backbone)
+    weights.cast_once(backbone, "bf16")
+    saved = adapter_file.read(adapter_file.save(tmp_path / "cast.safetensors", backbone))
+    assert saved.about["base"]["samples"] == adapter_file.read(exact).about["base"]["samples"]
+    adapter_file.load(make("blip"), saved)
+
+
+def test_in_fp32_and_for_weights_in_16_bits_nothing_changes(make):
+    for dtype, precision in (("fp32", "fp32"), ("bf16", "bf16")):
+        backbone = make("opt", dtype=dtype)
+        before = {name: p for name, p in backbone.model.named_parameters() if p.dtype == DTYPES[dtype]}
+        weights.cast_once(backbone, precision)
+        after = dict(backbone.model.named_parameters())
+        assert before and all(after[name] is p for name, p in before.items())
+
+
+@pytest.mark.parametrize("kind", ["itm", "itm2"])
+def test_what_retrieval_computes_in_float32_it_still_does(kind, make):
+    """Cosines and odds under autocast are the bits that they are without casting: ten odds would be one in 16 bits."""
+    found = []
+    for cast in (False, True):
+        backbone = make(kind)
+        inject(backbone)
+        if cast:
+            weights.cast_once(backbone, "bf16")
+        matcher = TASKS["retrieval"](backbone).matcher
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        texts = matcher.tokenize(["a red cube", "a blue cube on a cube"])
+        with torch.no_grad(), autocasting(backbone.device, "bf16")():
+            seen = matcher.encode_images(pixels)
+            found.append([matcher.image_features(seen), matcher.text_features(texts), matcher.matching(seen, texts)])
+    assert all(map(torch.equal, *found)) and all(value.dtype == torch.float32 for value in found[1])

@@ -1,0 +1,224 @@
+"""Processes that differ, and a process that fails, end all of them with one message, before the first step or caption."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_blip.cli import tell
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.errors import CheckpointError, ConfigError, PeerError, PreflightError
+from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference import output, pipeline
+from lora_blip.inference.pipeline import infer
+from lora_blip.runtime.distributed import joined
+from lora_blip.tasks import verification, verification_record
+from lora_blip.training import loop, resume
+from lora_blip.training.loop import train
+from lora_blip.training.run_folder import Run
+from tests.support import tiny
+from tests.support.kill import among
+from tests.support.models import inject
+from tests.support.runs import config_of
+
+
+def ends(ranks: int, act: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> tuple[list[int], list[str]]:
+    """The exit codes of processes that `act` as the command line does, and their error messages."""
+    start = time.monotonic()
+    codes = among(ranks, lambda: tell(act))
+    assert time.monotonic() - start < 60, "they waited for each other"
+    return codes, [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
+
+
+def on_rank(number: int) -> bool:
+    return os.environ.get("RANK") == str(number)
+
+
+def raising(owner: Any, name: str, rank: int, error: Exception) -> Callable[[], None]:
+    """Have a function fail on one rank, in a forked process."""
+
+    def patch() -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        if on_rank(rank):
+            setattr(owner, name, fail)
+
+    return patch
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "rank"),
+    [
+        (loop, "read_examples", ConfigError("no room"), 0),
+        (loop.caching, "caches_for", ConfigError("no room"), 1),
+        (loop.preflight, "check", PreflightError("no room"), 0),
+        (loop.preflight, "check", PreflightError("no room"), 1),
+        (loop, "first_batch", ConfigError("no room"), 1),
+        (resume, "hold", CheckpointError("no room"), 0),  # only the main process does this and the next
+        (Run, "_open", ConfigError("no room"), 0),
+    ],
+)
+def test_an_error_of_one_process_before_the_first_step_stops_all_with_one_message(
+    checkpoints, tmp_path, capfd, owner, name, error, rank
+):
+    patch, config = raising(owner, name, rank, error), config_of(checkpoints, tmp_path)
+    codes, said = ends(2, lambda: (patch(), train(config)), capfd)
+    expected = f"error: process 1 failed, and all stop: {type(error).__name__}: no room" if rank else "error: no room"
+    assert codes == [2, 2] and said == [expected]
+    assert not list(Path(config.output_dir).glob("lora_*"))
+
+
+def test_an_unknown_error_of_another_process_keeps_its_traceback(checkpoints, tmp_path, capfd):
+    """A fault of the program is reported by the process that has it, too."""
+    patch, config = raising(loop.preflight, "check", 1, ZeroDivisionError("a bug")), config_of(checkpoints, tmp_path)
+    codes, said = ends(2, lambda: (patch(), train(config)), capfd)
+    assert codes == [2, 2]
+    said = sorted(line for line in said if not line.startswith(" "))
+    assert said == ["ZeroDivisionError: a bug", "error: process 1 failed, and all stop: ZeroDivisionError: a bug"]
+
+
+def test_a_failing_comparison_on_one_process_switches_the_fast_path_off_on_all(checkpoints, tmp_path, capfd):
+    """Of whatever kind the error is: no process waits for the answer of another."""
+
+    def act() -> None:
+        verification_record.is_verified = lambda _: False
+        if on_rank(1):
+            raising(verification, "training_differences", 1, OSError("no device"))()
+        train(config)
+
+    config = config_of(checkpoints, tmp_path, epochs=1)
+    codes, said = ends(2, act, capfd)
+    assert codes == [0, 0] and not said
+
+
+def test_a_process_that_dies_before_the_first_step_is_named_as_lost(checkpoints, tmp_path, capfd):
+    def act() -> None:
+        if on_rank(1):
+            raising(loop, "total_steps", 1, SystemExit(9))()  # type: ignore[arg-type]
+        train(config)
+
+    config = config_of(checkpoints, tmp_path)
+    codes, said = ends(2, act, capfd)
+    assert codes == [2, 9]
+    assert said == ["error: another process was lost before the first step; its own message says why"]
+
+
+# ---------------------------------------------------------------- inference
+
+
+@pytest.fixture
+def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InferConfig:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tiny.write_photos(tmp_path / folder, 5)
+    return InferConfig(
+        model=str(checkpoints["blip"]), adapter="none", images="photos", max_new_tokens=3, batch_size=2,
+        output_dir=str(tmp_path / "out"), device="cpu", image_root="",
+    )  # fmt: skip
+
+
+def adapter_in(folder: Path, make: Callable[..., Any], seed: float) -> str:
+    from lora_blip.lora import adapter_file
+    from lora_blip.tasks.caption import CaptionTask
+
+    backbone = make("blip")
+    for each in inject(backbone, "vit").values():
+        each.B.data.mul_(seed)
+    return str(adapter_file.save(folder / f"{seed}.safetensors", backbone, task=CaptionTask(backbone).metadata(), training={}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": "photos/*.png"}, "images is 'photos/*.png' there and 'photos' in process 0"),
+        ({"prompt": "a photo of"}, "prompt is 'a photo of' there"),
+        ({"max_new_tokens": 5}, "max_new_tokens is 5 there"),
+        ({"fast": False}, "fast is False there"),
+        ({"texts": "a cube|two cubes"}, "texts is"),
+        ({"model": "other"}, "base weights are not the same"),
+        ({"adapter": "other"}, "adapter is"),
+        ({"images": "gone"}, "process 1 failed, and all stop: ImageError"),
+        ({"adapter": "gone.safetensors"}, "process 1 failed, and all stop: AdapterError"),
+    ],
+)
+def test_processes_that_would_predict_something_else_stop_before_a_caption(config, make, capfd, tmp_path, changes, message):
+    """Settings, texts, adapter and base are compared; an error of one process is all of theirs."""
+    if changes.get("model"):
+        backbone = make("blip")
+        backbone.model.vision_model.post_layernorm.bias.data[3] += 0.5
+        tiny.save(backbone.model, backbone.tokenizer, tmp_path / "other")
+        changes = {"model": str(tmp_path / "other")}
+    if changes.get("adapter") == "other":
+        config = replace(config, adapter=adapter_in(tmp_path, make, 1.0))
+        changes = {"adapter": adapter_in(tmp_path, make, 2.0)}
+
+    def act() -> None:
+        os.chdir(tmp_path / "a")
+        infer(replace(config, **(changes if on_rank(1) else {})))
+
+    codes, said = ends(2, act, capfd)
+    assert codes == [2, 2] and len(said) == 1 and message in said[0], said
+    assert not (tmp_path / "out" / output.FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("change", ["other picture", "missing"])
+def test_processes_that_find_other_pictures_under_one_name_stop_before_a_caption(config, capfd, tmp_path, change):
+    """As two machines with folders of the same name; and each reads its own folder if the pictures are equal."""
+    picture = tmp_path / "b" / "photos" / "3.png"
+    if change == "missing":
+        picture.unlink()
+    else:
+        Image.new("RGB", (30, 30), "yellow").save(picture)
+
+    def act() -> None:
+        os.chdir(tmp_path / ("b" if on_rank(1) else "a"))
+        infer(config)
+
+    codes, said = ends(2, act, capfd)
+    assert codes == [2, 2] and len(said) == 1 and "process 1 finds another picture in photos/3.png" in said[0], said
+    (tmp_path / "b" / "photos" / "3.png").write_bytes((tmp_path / "a" / "photos" / "3.png").read_bytes())
+    codes, said = ends(2, act, capfd)
+    assert codes == [0, 0] and not said
+
+
+@pytest.mark.parametrize(("owner", "name"), [(pipeline, "put_on"), (output, "opened"), (output, "folder_of")])
+def test_an_error_of_one_process_before_the_first_caption_stops_all_with_one_message(
+    config, make, tmp_path, capfd, owner, name
+):
+    rank = 1 if name == "put_on" else 0
+    patch, config = raising(owner, name, rank, ConfigError("no room")), replace(config, adapter=adapter_in(tmp_path, make, 1.0))
+
+    def act() -> None:
+        os.chdir(tmp_path / "a")
+        patch()
+        infer(config)
+
+    codes, said = ends(2, act, capfd)
+    assert codes == [2, 2] and said == [
+        "error: process 1 failed, and all stop: ConfigError: no room" if rank else "error: no room"
+    ]
+
+
+def test_evaluate_is_refused_under_torchrun_with_one_message(tmp_path, capfd):
+    codes, said = ends(2, lambda: evaluate(EvaluateConfig(references=str(tmp_path / "x.jsonl"))), capfd)
+    assert codes == [2, 2] and said == [
+        "error: evaluate is one process; start it without torchrun: python -m lora_blip evaluate …"
+    ]
+
+
+def test_a_peer_raises_an_error_that_python_code_can_catch():
+    """Every rank gets an exception with the message, though only the main one prints."""
+
+    def act() -> None:
+        with joined() as ranks, pytest.raises(ConfigError, match="process 1 failed, and all stop: KeyError: 'x'") as caught:
+            ranks.together(lambda: {}["x"] if ranks.rank == 1 else None)
+        assert isinstance(caught.value, PeerError) == (ranks.rank > 0)
+
+    assert among(3, act) == [0, 0, 0]

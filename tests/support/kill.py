@@ -1,0 +1,103 @@
+"""Kill trainings, as SIGKILL or a lost process would."""
+
+import faulthandler
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from lora_blip.training import loop
+from lora_blip.training.learner import Learner
+from lora_blip.training.run_folder import Run
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL inside one process: nothing is rescued after it."""
+
+
+def nothing(_: Run) -> None:
+    """A dead process rescues nothing."""
+
+
+@contextmanager
+def killed_at(micro_batch: int) -> Iterator[None]:
+    """Every training in the block dies when it comes to its micro-batch of this number, counted from 1."""
+    real, count = Learner.accumulate, 0
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        nonlocal count
+        count += 1
+        if count == micro_batch:
+            raise Killed
+        real(learner, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "accumulate", accumulate)
+        patch.setattr(loop, "rescue", nothing)
+        with pytest.raises(Killed):
+            yield
+
+
+LONGEST = 90  # seconds that processes may take before they count as stuck
+
+
+def among(count: int, act: Callable[[], object], restarts: int = 0) -> list[int]:
+    """Execute `act` in `count` processes, with torchrun's environment variables. Return their exit codes.
+
+    If one fails, all of them start again, up to `restarts` times, as torchrun's `--max-restarts` does.
+    """
+    for life in range(restarts + 1):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life)
+        codes = _among(count, act)
+        if not any(codes):
+            break
+    del os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return codes
+
+
+def _among(count: int, act: Callable[[], object]) -> list[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            _end(act)
+        children.append(child)
+    return _ends(children)
+
+
+def _ends(children: list[int]) -> list[int]:
+    """Their exit codes; those that are stuck are killed after a while."""
+    deadline, codes = time.monotonic() + LONGEST, {}
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def _end(act: Callable[[], object]) -> None:
+    """Leave a forked process without pytest's own end; one that is stuck says where before it is killed."""
+    status = 1
+    faulthandler.dump_traceback_later(LONGEST - 5, file=2)
+    try:
+        act()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(status)

@@ -1,0 +1,165 @@
+"""What comes before the first adapter, kept and read again, is what is computed: whatever is in the cache, to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_blip.data import annotations
+from lora_blip.data.dataset import Caches, ImageDataset
+from lora_blip.data.disk_cache import Store
+from lora_blip.data.loader import CachedStates, HostBatch, loader
+from lora_blip.lora import injection, targets
+from lora_blip.lora.routing import disable_adapters
+from lora_blip.tasks.frozen_prefix import Prefix, cut
+from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.training.loop import train
+from lora_blip.training.preflight import check_image_matters
+from tests.support import tiny
+from tests.support.runs import settings
+
+PLACES = [  # kind, targets, first block with an adapter, whether only the language model has any
+    ("blip", "vit", 0, False), ("blip", "vit[1:2]", 1, False), ("blip", "text", 2, False), ("blip", "vit[1:],text", 1, False),
+    ("opt", "qformer", 2, False), ("opt", "lm", 2, True), ("t5", "lm", 2, True), ("opt", "vit[1:],lm", 1, False),
+    ("vqa", "text", 2, False), ("itm", "text", 2, False), ("itm2", "qformer", 2, False),
+]  # fmt: skip
+
+
+def task_for(make, kind: str, where: str) -> Any:
+    backbone = make(kind)
+    for x in injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
+        x.B.data.normal_(std=0.05)
+    return TASKS[natural_task(backbone.architecture)](backbone)
+
+
+@pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
+def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, where, first, beyond, make):
+    """Everything before it gives the same bits with and without the adapters; what comes next does not."""
+    task = task_for(make, kind, where)
+    model = task.backbone.model
+    assert cut(model) == (first, beyond)
+    prefix, pixels = Prefix(model, task.project_vision), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    with torch.no_grad(), disable_adapters(model):
+        base = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
+    with torch.no_grad():
+        mine = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
+    assert torch.equal(base[0], mine[0])
+    if where.startswith("vit"):
+        assert not torch.equal(base[1], mine[1])
+
+
+@pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
+def test_going_on_from_fp16_is_within_its_rounding_of_looking(kind, where, first, beyond, make):  # noqa: ARG001
+    task = task_for(make, kind, where)
+    prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
+    with torch.no_grad():
+        looked, kept = task.encode_images(pixels), prefix.go_on(prefix.enter(pixels).float())
+    torch.testing.assert_close(kept, looked, rtol=2e-3, atol=2e-3 * float(looked.abs().max()))
+
+
+def losses_of(path: Path) -> list[float]:
+    entries = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"), [("blip", "text"), ("blip", "vit[1:2]"), ("opt", "qformer"), ("t5", "lm"), ("itm", "text")]
+)
+def test_ten_steps_from_the_cache_are_ten_from_the_pixels(kind, where, checkpoints, tmp_path):
+    """Losses within 1e-3 of those without a cache; with a cache that is empty, full or half full they are the same bits."""
+    source = tiny.write_photos(tmp_path, 8)
+    common = {"targets": where, "augment": False, "max_steps": 10, "epochs": 20, "batch_size": 3, "val_fraction": 0.2}
+    plain = losses_of(train(settings(checkpoints[kind], source, **common, cache_gb=0.0)))
+    runs = [train(settings(checkpoints[kind], source, **common, cache_gb=1.0)) for _ in range(2)]
+    root = Path(settings(checkpoints[kind], source).output_dir) / ".cache"
+    kept = sorted(root.rglob("*/??/*.safetensors"))
+    states = [path for path in kept if "states" in (path.parent.parent / "kind.json").read_text()]
+    assert len(states) >= 8
+    for path in states[::2]:
+        path.unlink()
+    runs.append(train(settings(checkpoints[kind], source, **common, cache_gb=1.0)))
+    tiny_cache = settings(checkpoints[kind], source, **common, cache_gb=2e-6, output_dir=str(tmp_path / "elsewhere"))
+    runs.append(train(tiny_cache))
+    assert len(plain) >= 10 and all(losses_of(run) == losses_of(runs[0]) for run in runs[1:])
+    assert losses_of(runs[0]) == pytest.approx(plain, rel=1e-3)
+    assert len({(run.parent / "adapter.safetensors").read_bytes()[-1000:] for run in runs}) == 1
+
+
+def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tmp_path):
+    """Neither is a picture opened again: its states are all that is read."""
+    task = task_for(make, "blip", "vit[1:2]")
+    examples, _ = annotations.read(tiny.write_photos(tmp_path, 4))
+    prefix = Prefix(task.backbone.model, task.project_vision, Store(tmp_path / "cache", {"of": "states"}, 10**8))
+    task.prefix = prefix
+    pictures = ImageDataset(examples, task.backbone.image_processor, False, 0, caches=Caches(None, prefix.store))
+    batches, ran = loader(pictures, 2, True, 0, 0, pin=False), []
+    for number, block in enumerate(task.backbone.model.vision_model.encoder.layers):
+        block.register_forward_pre_hook(lambda _, args, number=number: ran.append((number, len(args[0]))))
+    first = [task.loss(task.batch(host_batch)).item() for host_batch in batches]
+    assert ran.count((0, 1)) == 4 and ran.count((1, 2)) == 2
+    ran.clear()
+    for example in examples:
+        example.image.rename(example.image.with_suffix(".bak")), example.image.symlink_to(example.image.with_suffix(".bak"))
+    batches.batch_sampler.epoch = 0
+    again = [task.loss(task.batch(host_batch)).item() for host_batch in batches]
+    assert again == first and ran == [(1, 2), (1, 2)]
+
+
+def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
+    """A backbone whose states overflow 16 bits goes on in its own dtype."""
+    task = task_for(make, "blip", "vit[1:2]")
+    task.backbone.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
+    prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
+    entered = prefix.enter(pixels)
+    assert entered.dtype == torch.float32 and torch.equal(prefix.go_on(entered), task.encode_images(pixels))
+
+
+def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_path):
+    """VIEWS = 2: two versions of a picture in turn, the same whichever line asks; without it, nothing is kept."""
+    examples, _ = annotations.read(tiny.write_photos(tmp_path, 3))
+    processor = make("blip").image_processor
+
+    def pixels(views: int, store: Store | None) -> list[torch.Tensor]:
+        pictures = ImageDataset(examples, processor, True, 0, views=views, caches=Caches(store))
+        return [pictures[epoch, 1].pixel_values for epoch in range(4)]
+
+    store = Store(tmp_path / "cache", {"of": "pictures"}, 10**8)
+    endless = pixels(0, store)
+    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not any(
+        torch.equal(endless[i], endless[j]) for i in range(4) for j in range(i)
+    )
+    one, two, again, twice = pixels(2, store)
+    assert torch.equal(one, again) and torch.equal(two, twice) and not torch.equal(one, two)
+    assert len(list((tmp_path / "cache").rglob("??/*.safetensors"))) == 2
+    assert all(map(torch.equal, pixels(2, store), pixels(2, None)))
+
+
+def test_states_of_another_configuration_are_not_gone_on_from(checkpoints, tmp_path):
+    """The same weights with another epsilon in their config.json: other states, in a kind of their own."""
+    source, folder = tiny.write_photos(tmp_path, 4), tmp_path / "base"
+    shutil.copytree(checkpoints["blip"], folder)
+    common = {"targets": "text", "augment": False, "max_steps": 4, "batch_size": 2, "val_fraction": 0.0, "resume": "off"}
+    where, losses = folder / "config.json", []
+    for epsilon, cache in ((1e-5, 1.0), (0.5, 1.0), (0.5, 0.0)):
+        about = json.loads(where.read_text())
+        about["vision_config"]["layer_norm_eps"] = epsilon
+        where.write_text(json.dumps(about))
+        losses.append(losses_of(train(settings(folder, source, **common, cache_gb=cache))))
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_the_checks_before_a_run_keep_no_picture_under_another_s_key(make, tmp_path):
+    """One that overflows fp16 is not kept, and the one that is put in its place, to see whether it matters, is not either."""
+    task = task_for(make, "blip", "text")
+    task.prefix = Prefix(task.backbone.model, task.project_vision)
+    task.prefix.store = Store(tmp_path / "kept", {"of": "states"}, 10**9)
+    examples, _ = annotations.read(tiny.write_photos(tmp_path, 2))
+    pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    batch = task.batch(HostBatch(examples[:2], pixels, None, CachedStates(torch.empty(0, 1, 1), [], ["aa0", "bb1"])))
+    check_image_matters(task, batch)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    task.encode_batch(batch)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # it would have kept them

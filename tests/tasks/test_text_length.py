@@ -1,0 +1,239 @@
+"""How long a generated text may be is chosen from the data, and texts that were cut are counted and reported."""
+
+import json
+import pickle
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_blip.config import EvaluateConfig, InferConfig
+from lora_blip.data.example import Example
+from lora_blip.evaluation.comparison import evaluate
+from lora_blip.inference.pipeline import captions, infer
+from lora_blip.lora import adapter_file
+from lora_blip.models.language import CutText
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.text_length import MARGIN, CutCount, fit_generation, longer_texts, token_counts
+from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training.loop import train
+from tests.support import tiny
+from tests.support.kill import among, killed_at
+from tests.support.runs import assert_same, config_of, elsewhere, only_run
+
+WORDS = [
+    "a",
+    "red",
+    "cube",
+    "cubes'",
+    "it's",
+    "2,500",
+    "U.S.",
+    "Würfel",
+    "über",
+    "方块",
+    "cube-like",
+    "x" * 30,
+    "#1",
+    "[SEP",
+    "e\u0301",
+]
+
+
+def texts_of_words(count: int = 200) -> list[str]:
+    rng = random.Random(3)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
+
+
+def example(text: str = "", **more: object) -> Example:
+    return Example(Path("x.png"), text, "x.png", 1, **more)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- counted
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_tokens_are_counted_as_the_tokenizer_does(make, kind, checked):
+    """Plain words, other alphabets, marks and long words, with and without a space before them; the end token counts."""
+    task, texts = CaptionTask(make(kind)), texts_of_words()
+    if checked:
+        task.pretokenize([example(text) for text in texts])
+    for spaced in (False, True):
+        expected = {
+            text: len(task.backbone.tokenizer(f" {text}" if spaced else text, add_special_tokens=False).input_ids) + 1
+            for text in texts
+        }
+        assert token_counts(task, texts, spaced) == expected
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_the_texts_that_a_limit_cuts_are_counted_with_all_their_lines(make, kind):
+    """Against the tokens of every row as the model is trained on it, with a prompt of its own on some lines."""
+    task, texts = CaptionTask(make(kind)), [*texts_of_words(60), "a cube", "a cube", "two red cubes", "two red cubes"]
+    examples = [example(text, prompt="a photo of" if number % 3 == 0 else "") for number, text in enumerate(texts)]
+    rows = task.language.tokenize([task.prompt_of(e) for e in examples], texts)
+    tokens = (rows.targets != -100).sum(1).tolist()
+    for limit in (1, 3, 5, 9, max(tokens) - 1, max(tokens)):
+        longer, most, total = longer_texts(task, examples, limit)
+        assert longer.total() == sum(n > limit for n in tokens) and total == len(texts)
+        assert most == (max(tokens) if limit < max(tokens) else 0)
+
+
+@pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
+def test_answers_get_room_for_the_longest_of_any_line(make, kind):
+    """Of several answers each counts; the question does not."""
+    task = VqaTask(make(kind))
+    answers = [("red", "dark red"), ("a red cube on a blue cube", "red"), ("no",)]
+    examples = [example(question="what is on top of the table, and of which colour is it?", answers=each) for each in answers]
+    longest = len(task.token_ids("a red cube on a blue cube")) + 1
+    assert longest + MARGIN <= fit_generation(task, examples, 0) <= longest + MARGIN + 2  # OPT's tokens after a space
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_a_text_that_fills_the_model_has_room_for_its_end(make, kind):
+    """The automatic length is never more than what an adapter may be opened with, and never less than a usable text."""
+    task = CaptionTask(make(kind))
+    task.language.max_tokens = 40
+    room = task.language.room("")
+    text = " ".join(["a"] * room)
+    assert len(task.token_ids(text)) == room and not task.check(example(text))
+    found = fit_generation(task, [example(text)], 0)
+    assert found == room + 1
+    task.require_room("")
+
+
+# ---------------------------------------------------------------- cut
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa"])
+def test_a_text_without_its_end_token_is_a_cut_text(make, kind, beams):
+    """Against a longer generation of the same images: a text is cut if and only if that one goes on after the limit."""
+    task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(4, beams))
+    language, found = task.language, []
+    real = language.generate_ids
+
+    def continued(*given: object) -> torch.Tensor:
+        made = real(*given)
+        found.extend(language.end_id in row for row in made.tolist())
+        return made
+
+    language.generate_ids = continued  # type: ignore[method-assign]
+    images = torch.randn(6, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(1))
+    examples = [example(question="what is it?" if kind == "vqa" else "")] * 6
+    texts = task.predict(images, examples)
+    assert [isinstance(text, CutText) for text in texts] == [not ended for ended in found]
+    if beams == 1:
+        task.generation = Generation(20)
+        longer = task.predict(images, examples)
+        for text, whole in zip(texts, longer, strict=True):
+            assert whole.startswith(str(text)) if isinstance(text, CutText) else whole == text
+
+
+def test_a_cut_text_is_a_text():
+    text = CutText("a red")
+    assert text == "a red" and hash(text) == hash("a red") and json.dumps([text]) == '["a red"]'
+    assert isinstance(pickle.loads(pickle.dumps(text)), CutText)
+    assert type(text.upper()) is str and f"{text}" == "a red"
+
+
+def test_the_fix_is_a_number_that_the_model_has_room_for(make):
+    """Twice the tokens, at most the model's room; if the data is not longer, another number would not help."""
+    task = CaptionTask(make("blip"), "", Generation(10))
+    count = CutCount().add([CutText("a"), "b", CutText("c")])
+    assert count.report(task, "texts") == (
+        "2 of 3 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
+    )
+    assert "did not end these" in count.report(task, "texts", [example("a cube")])
+    assert "Set MAX_NEW_TOKENS" in count.report(task, "texts", [example("a cube " * 9)])
+    room = task.language.room("") + 1
+    task.generation = Generation(room - 1)
+    assert f"MAX_NEW_TOKENS = {room} " in count.report(task, "texts")
+    task.generation = Generation(room)
+    assert count.report(task, "texts").endswith("The model has no room for longer texts")
+    assert not CutCount().add(["a"]).report(task, "texts")
+
+
+# ---------------------------------------------------------------- reported
+
+
+@pytest.fixture
+def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InferConfig:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_photos(tmp_path, 7)
+    return InferConfig(
+        model=str(checkpoints["blip"]), adapter="none", images="photos", max_new_tokens=4, batch_size=3, output_dir="out",
+        device="cpu",
+    )  # fmt: skip
+
+
+def cut_among(config: InferConfig, make) -> int:
+    task = CaptionTask(make("blip"), "", Generation(config.max_new_tokens))
+    return sum(isinstance(p.text, CutText) for p in captions(task, sorted(Path("photos").iterdir())))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_infer_reports_the_texts_that_were_cut(config, make, capfd, ranks):
+    """One line with the number and the fix, from one process or several."""
+    cut = cut_among(config, make)
+    assert cut
+    if ranks == 1:
+        infer(config)
+    else:
+        assert among(ranks, lambda: infer(config)) == [0] * ranks
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "were cut" in line]
+    assert line.startswith(f"warning: {cut} of 7 texts were cut after 4 tokens") and "--max-new-tokens 8" in line
+
+
+def test_evaluate_warns_of_texts_that_were_cut(config, capsys, monkeypatch):
+    """On the terminal and in the report."""
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
+    arguments = {"references": "annotations.jsonl", "model": config.model, "adapter": "none", "device": "cpu"}
+    folder = evaluate(EvaluateConfig(**arguments, max_new_tokens=2, output_dir="scores"))
+    (warning,) = [w for w in json.loads((folder / "metrics.json").read_text())["warnings"] if "cut" in w]
+    assert re.match(r"\d of 7 texts of the base were cut after 2 tokens", warning) and "MAX_NEW_TOKENS = 4" in warning
+    assert f"WARNING: {warning}" in capsys.readouterr().out
+
+
+def test_validation_reports_the_texts_that_were_cut(checkpoints, tmp_path, capsys):
+    """A limit below the data's texts: reported before training, and with each validation."""
+    train(config_of(checkpoints, tmp_path, max_new_tokens=2, epochs=1))
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: max_new_tokens = 2 cuts \d+ of 16 texts.*MAX_NEW_TOKENS = 0 has room for all", printed)
+    assert re.search(r"warning: \d of 3 validation texts were cut after 2 tokens.*Set MAX_NEW_TOKENS = 4", printed)
+
+
+# ---------------------------------------------------------------- a run of an older version
+
+
+def test_a_run_that_began_with_another_length_continues_with_it(checkpoints, tmp_path, capsys):
+    """Older versions chose 40; "automatic" continues their runs as they began, and another number is another run."""
+    config = config_of(checkpoints, tmp_path, max_new_tokens=40)
+    whole = train(config)
+    again = elsewhere(config)
+    with killed_at(5):
+        train(again)
+    run = only_run(again)
+    capsys.readouterr()
+    path = train(replace(again, max_new_tokens=0))
+    assert path.parent == run and "MAX_NEW_TOKENS = 40, as the run began" in capsys.readouterr().out
+    assert_same(whole, path)
+    assert adapter_file.read(path).task["generation"]["max_new_tokens"] == 40
+    assert json.loads((run / "config.json").read_text())["max_new_tokens"] == 40
+
+
+def test_an_automatic_length_is_stored_and_found_again(checkpoints, tmp_path):
+    """Killed and started again with the same settings, also by path; a fixed number is another run."""
+    config = config_of(checkpoints, tmp_path, max_new_tokens=0)
+    with killed_at(5):
+        train(config)
+    run = only_run(config)
+    stored = json.loads((run / "config.json").read_text())["max_new_tokens"]
+    assert stored > 1
+    assert train(replace(config, max_new_tokens=stored + 1)).parent != run
+    assert train(replace(config, resume=str(run))).parent == run

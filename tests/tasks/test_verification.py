@@ -1,0 +1,359 @@
+"""Before the fast path is first used on a machine, one batch is computed both ways; a path that differs is switched off."""
+
+import functools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+from lora_blip.config import TrainConfig
+from lora_blip.data.example import Example
+from lora_blip.data.loader import HostBatch
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.pipeline import Saying, captions, predictions
+from lora_blip.kernels import switch, vit_attention
+from lora_blip.kernels import text_attention as text_attention
+from lora_blip.lora import attached, fused, injection
+from lora_blip.models.packing import Packed
+from lora_blip.models.precision import autocasting
+from lora_blip.tasks import verification, verification_record
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.retrieval import RetrievalTask
+from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training.loop import train
+from tests.support import tiny
+from tests.support.models import inject
+from tests.support.questions import examples, pictures
+
+TASKS = {
+    "blip": CaptionTask,
+    "opt": CaptionTask,
+    "t5": CaptionTask,
+    "vqa": VqaTask,
+    "itm": RetrievalTask,
+    "itm2": RetrievalTask,
+}
+TEXTS = ["red", "two cubes", "nothing on it", "no", "yes"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def learned(kind: str, make: Any, **options: Any) -> tuple[Any, Any]:
+    """A task with adapters on every part, and a batch whose texts are ragged and share images."""
+    backbone = make(kind, **options)
+    inject(backbone, trained=False)
+    task = TASKS[kind](backbone)
+    some = [Example(Path(f"{n}.png"), e.answers[0], f"{n}.png", n, "", e.question, e.answers) for n, e in enumerate(examples())]
+    picture = None if kind.startswith("itm") else [0, 1, 1, 2]
+    batch = task.batch(HostBatch(some, pictures(4 if picture is None else 3), picture))
+    backbone.model.train()
+    return task, batch
+
+
+def check_training(task: Any, batch: Any, precision: str = "fp32") -> None:
+    verification.before_training(task, batch, precision, autocasting(torch.device("cpu"), precision), {})
+
+
+def kinds(model: torch.nn.Module) -> set[type]:
+    return {type(module) for module in model.modules()} & set(switch.KINDS.values())
+
+
+def files() -> list[Path]:
+    return sorted(verification_record.path_of({}).parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_the_fast_path_is_equal_and_is_checked_once(make, capsys, kind, precision):
+    """Logits, loss and gradients of every kind of model are within the bound; the second time nothing is computed."""
+    task, batch = learned(kind, make)
+    check_training(task, batch, precision)
+    said = capsys.readouterr().out
+    assert "equal up to rounding" in said and "gradients" in said and task.backbone.fast and len(files()) == 1
+    if precision == "fp32":
+        assert max(map(float, re.findall(r"\d+e[-+]\d+", said))) < 1e-4
+    check_training(task, batch, precision)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_check_leaves_no_trace(make):
+    """Adapters, gradients of a step under way, modes, settings and random generators are what they were, to the bit."""
+    task, batch = learned("blip", make)
+    adapters = attached.adapters(task.backbone.model)
+    for number, x in enumerate(adapters.values()):
+        x.B.data.normal_()
+        x.dropout = 0.1
+        x.A.grad = torch.full_like(x.A, number)
+    kept = [(x.A.clone(), x.B.clone(), x.A.grad) for x in adapters.values()]
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    check_training(task, batch)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    for x, (a, b, gradient) in zip(adapters.values(), kept, strict=True):
+        assert torch.equal(x.A, a) and torch.equal(x.B, b) and x.A.grad is gradient and x.B.grad is None and x.dropout == 0.1
+    assert task.backbone.model.training and task.generation == Generation() and kinds(task.backbone.model)
+
+
+def wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed texts see the texts before them in their row."""
+    real = Packed.mask
+
+    def mask(self: Packed, dtype: torch.dtype) -> torch.Tensor:
+        count = self.text.shape[1]
+        return real(self, dtype).masked_fill(torch.ones(count, count, dtype=torch.bool).tril(), 0)
+
+    monkeypatch.setattr(Packed, "mask", mask)
+
+
+def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text attention ignores its mask."""
+    real = text_attention.attend
+    monkeypatch.setattr(
+        text_attention, "attend", lambda q, k, v, mask=None: real(q, k, v, mask and None if mask is None else None)
+    )
+
+
+def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of the ViT are a tenth too large."""
+    real = vit_attention.attend
+    monkeypatch.setattr(vit_attention, "attend", lambda q, k, v: real(1.1 * q, k, v))
+
+
+def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused update forgets its scale in the gradient of A."""
+    real = fused.FrozenLinear.gradients
+
+    def gradients(ctx: Any, dy: torch.Tensor) -> Any:
+        found = list(real(ctx, dy))
+        found[6] = found[6] / 2
+        return tuple(found)
+
+    monkeypatch.setattr(fused.FrozenLinear, "gradients", staticmethod(gradients))
+
+
+@pytest.mark.parametrize(("kind", "fault"), [
+    ("blip", wrong_mask), ("blip", no_mask), ("blip", wrong_scale), ("blip", wrong_gradient), ("vqa", no_mask),
+    ("vqa", wrong_scale), ("opt", wrong_scale), ("t5", wrong_gradient), ("itm", no_mask), ("itm2", wrong_scale),
+])  # fmt: skip
+def test_a_fast_path_that_computes_something_else_does_not_train(make, monkeypatch, capsys, kind, fault):
+    """One wrong part of it switches all of it off for the run, in one line, and nothing is remembered."""
+    fault(monkeypatch)
+    task, batch = learned(kind, make)
+    check_training(task, batch)
+    assert capsys.readouterr().out.count("WARNING: they differ") == 1 and not files()
+    assert not task.backbone.fast and not kinds(task.backbone.model) and not attached.routing_of(task.backbone.model).fast
+    loss = task.loss(again(task, batch))
+    monkeypatch.undo()
+    plain = TASKS[kind](make(kind, fast=False))
+    inject(plain.backbone, trained=False)
+    expected = plain.loss(again(plain, batch))
+    assert torch.equal(loss, expected) or kind.startswith("itm")  # whose negatives are drawn
+
+
+def again(task: Any, batch: Any) -> Any:
+    return task.batch(
+        HostBatch(batch.examples, batch.pixel_values, None if batch.image_index is None else batch.image_index.tolist())
+    )
+
+
+def ignored_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before transformers 5.24 was known: the keys of earlier tokens are not read."""
+    real = text_attention.TextAttention._keys_and_values
+    monkeypatch.setattr(
+        text_attention.TextAttention, "_keys_and_values", lambda self, own, encoder, _cache: real(self, own, encoder, None)
+    )
+
+
+def mixed_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of an image is that of the first one."""
+    real = text_attention.ImageStates.__init__
+    monkeypatch.setattr(
+        text_attention.ImageStates, "__init__", lambda self, states, mask: real(self, states[:1].expand_as(states), mask)
+    )
+
+
+def predict(kind: str, make: Any, tmp_path: Path, **generation: Any) -> tuple[Runner, list[Any]]:
+    task = TASKS[kind](make(kind), "", Generation(**{"max_new_tokens": 6, **generation}))
+    inject(task.backbone)
+    for n in range(3):
+        noise = np.random.default_rng(n).integers(0, 255, (tiny.SIDE, tiny.SIDE, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{n}.png")
+    asked = [
+        Example(tmp_path / f"{n}.png", "", f"{n}.png", n, "", q) for n, q in enumerate(("what is it?", "why?", "is it red?"))
+    ]
+    runner = Runner(task, 2)
+    rank = kind.startswith("itm") or bool(generation.get("ranked"))
+    return runner, [found for _, found in predictions(runner, asked, TEXTS if rank else [])]
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_predictions_are_checked_before_the_first_one(make, tmp_path, capsys, kind):
+    """Captions, answers and rankings; a second run on the same machine is not checked again."""
+    _, found = predict(kind, make, tmp_path)
+    assert capsys.readouterr().out.count("equal up to rounding") == 1 and len(files()) == 1
+    assert predict(kind, make, tmp_path)[1] == found and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("kind", "fault"), [
+    ("blip", ignored_cache), ("blip", mixed_images), ("blip", wrong_scale), ("vqa", ignored_cache), ("vqa", no_mask),
+    ("vqa", mixed_images), ("opt", wrong_scale), ("t5", wrong_scale), ("itm", wrong_scale), ("itm", no_mask),
+    ("itm2", wrong_scale),
+])  # fmt: skip
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_fast_path_that_computes_something_else_predicts_nothing(make, monkeypatch, tmp_path, capsys, kind, fault, beams):
+    """Every prediction of the run is the one of the plain path."""
+    fault(monkeypatch)
+    runner, found = predict(kind, make, tmp_path, num_beams=beams)
+    assert "WARNING: they differ" in capsys.readouterr().out and not runner.task.backbone.fast and not files()
+    monkeypatch.undo()
+    slow = TASKS[kind](make(kind, fast=False), "", runner.task.generation)
+    inject(slow.backbone)
+    texts = TEXTS if kind.startswith("itm") else []
+    asked = [Example(p.image, "", p.image.name, 1, "", p.question) for p in found]
+    for (_, expected), p in zip(predictions(Runner(slow, 2), asked, texts), found, strict=True):
+        assert p.text == expected.text and dict(p.ranking) == pytest.approx(dict(expected.ranking), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["blip", "vqa"])
+def test_a_ranking_of_texts_by_a_wrong_path_is_the_plain_one(make, monkeypatch, capsys, kind):
+    """`rank` of a model that writes: the texts of one image read it together."""
+    mixed = text_attention.ImageStates.attend_to_image
+    monkeypatch.setattr(text_attention.ImageStates, "attend_to_image", lambda *args: 1.1 * mixed(*args))
+    task = TASKS[kind](make(kind))
+    runner, images = Runner(task, 2), pictures(2)
+    work = Saying(TEXTS)
+    runner.check(images, examples()[:2], work)
+    assert "WARNING: they differ" in capsys.readouterr().out and not task.backbone.fast
+    found = work(task, images, examples()[:2])
+    slow = TASKS[kind](make(kind, fast=False))
+    assert Saying(TEXTS)(slow, images, examples()[:2]) == found
+
+
+def test_an_error_of_the_fast_path_is_no_error_of_the_run(make, monkeypatch, tmp_path, capsys):
+    def broken(*_: Any) -> None:
+        raise TypeError("forward() got an unexpected keyword")
+
+    monkeypatch.setattr(text_attention.TextAttention, "_keys_and_values", broken)
+    _, found = predict("blip", make, tmp_path)
+    assert len(found) == 3 and "TypeError: forward() got an unexpected keyword" in capsys.readouterr().out
+
+
+def test_what_changes_the_computation_is_checked_apart(make):
+    """Another base, precision, task, target, setting or library version is another key; a path on the disk is not."""
+    task, _ = learned("blip", make)
+
+    def key(precision: str = "fp32", **settings: Any) -> str:
+        return verification_record.digest(
+            verification_record.key_of(task, verification_record.base_of(task.backbone), precision, settings)
+        )
+
+    same = key()
+    others = [key("bf16"), key(compile=True)]
+    task.backbone.model.vision_model.encoder.layers[-1].mlp.fc2.weight.data.mul_(2)
+    others.append(key())
+    injection.eject(task.backbone.model)
+    others.append(key())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification_record.transformers, "__version__", "9.9.9")
+        others.append(key())
+    task.backbone.model.config.text_config.num_attention_heads += 1
+    others.append(key())
+    assert len({same, *others}) == len(others) + 1
+    before = key()
+    task.backbone.model.config._name_or_path = "elsewhere"
+    assert key() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}}', '"x"', "null"])
+def test_a_damaged_record_is_no_record(content):
+    key = {"base": "b"}
+    verification_record.remember(key, [])
+    assert verification_record.is_verified(key)
+    files()[0].write_text(content)
+    assert not verification_record.is_verified(key)
+    verification_record.remember(key, [])
+    assert json.loads(files()[0].read_text())["key"] == key
+
+
+def test_without_a_place_to_remember_it_is_checked_each_time(make, monkeypatch, tmp_path, capsys):
+    """An unwritable cache folder is nobody's error."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        task, batch = learned("blip", make)
+        check_training(task, batch)
+        assert "equal up to rounding" in capsys.readouterr().out and task.backbone.fast
+
+
+def test_too_little_memory_for_the_plain_path_is_reported(make, monkeypatch, capsys):
+    """The fast path stays on: it is what fits."""
+
+    @functools.wraps(BlipTextSelfAttention.forward)
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(BlipTextSelfAttention, "forward", full)
+    task, batch = learned("blip", make)
+    check_training(task, batch)
+    said = capsys.readouterr().out
+    assert "could not be compared (CUDA out of memory" in said and task.backbone.fast and not files()
+
+
+def test_one_process_that_differs_decides_for_all(make, capsys):
+    """Ranks take one decision, or their gradients would be of two paths."""
+
+    class Two(verification.Ranks):
+        def sum(self, *values: float) -> list[float]:
+            return [value + (number == 0) for number, value in enumerate(values)]  # the other one found a difference
+
+    task, _ = learned("blip", make)
+    verification.check(task, {"base": "b"}, lambda: [], Two())
+    assert "on another process" in capsys.readouterr().out and not task.backbone.fast and not files()
+
+
+def test_fast_off_is_not_checked(make, capsys):
+    task, batch = learned("blip", make, fast=False)
+    check_training(task, batch)
+    assert capsys.readouterr().out == "" and not files()
+
+
+@pytest.mark.parametrize("fault", [None, wrong_scale])
+def test_a_training_run_is_checked_before_its_first_step(checkpoints, tmp_path, monkeypatch, capsys, fault):
+    """Its losses are those of FAST = False if the fast path is wrong, and otherwise the bits of a run without the check."""
+    data = tiny.write_photos(tmp_path, 8)
+
+    def run(name: str, **more: Any) -> list[str]:
+        config = TrainConfig(
+            model=str(checkpoints["blip"]), annotations=str(data), output_dir=str(tmp_path / name), max_steps=2, batch_size=4,
+            device="cpu", cache_gb=0, log_every=1, **more,
+        )  # fmt: skip
+        folder = train(config).parent
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    if fault:
+        fault(monkeypatch)
+    found = run("checked")
+    said = capsys.readouterr().out
+    assert ("WARNING: they differ" in said) is bool(fault) and said.index("comparing the fast path") < said.index("saved ")
+    monkeypatch.setattr(verification_record, "is_verified", lambda _: True)
+    assert found == run("other", fast=not fault)
+
+
+def test_captions_from_python_are_checked_too(make, tmp_path, capsys):
+    tiny.write_photos(tmp_path, 2)
+    task = CaptionTask(make("blip"))
+    assert len(list(captions(task, sorted((tmp_path / "photos").iterdir())))) == 2
+    assert "equal up to rounding" in capsys.readouterr().out

@@ -1,0 +1,260 @@
+"""What the loop does between two steps: the data that is left, checkpoints, signals, validation, rescue; on stand-ins."""
+
+import math
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_blip.config import TrainConfig
+from lora_blip.errors import CheckpointError
+from lora_blip.runtime import signals
+from lora_blip.runtime.distributed import ALONE
+from lora_blip.training import loop
+from lora_blip.training.learner import Progress
+from tests.support import tiny
+from tests.support.runs import settings
+
+# ---------------------------------------------------------------- the data that is left
+
+
+class Loader:
+    """Seven micro-batches an epoch, named by epoch and number, as the sampler asks for them."""
+
+    def __init__(self) -> None:
+        self.batch_sampler = SimpleNamespace(epoch=-1, selected=[])
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Any:
+        for number in list(self.batch_sampler.selected):
+            self.read += 1
+            yield f"{self.batch_sampler.epoch}.{number}"
+
+
+def walk(progress: Progress, epochs: int = 2, accumulation: int = 3, ranks: Any = ALONE) -> list[list[str]]:
+    """The micro-batches of each step; every step counts as made."""
+    found = []
+    for slots, stacks in loop.steps_left(Loader(), epochs, accumulation, progress, ranks):
+        assert [f"{progress.epoch}.{slot.number}" for slot in slots] == stacks
+        found.append(stacks)
+        progress.step, progress.group, progress.slot = progress.step + 1, progress.group + 1, 0
+    return found
+
+
+WHOLE = [["0.0", "0.1", "0.2"], ["0.3", "0.4", "0.5"], ["0.6"], ["1.0", "1.1", "1.2"], ["1.3", "1.4", "1.5"], ["1.6"]]
+
+
+def test_every_micro_batch_of_every_epoch_comes_once():
+    progress = Progress(total=6)
+    assert walk(progress) == WHOLE and (progress.epoch, progress.group, progress.step) == (2, 0, 6)
+    assert walk(Progress(total=6), accumulation=1, epochs=0) == []
+
+
+@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_a_run_continues_with_exactly_what_is_left(done, slot):
+    """From any step, and from any micro-batch inside it."""
+    slot = min(slot, len(WHOLE[done]) - 1)
+    progress = Progress(epoch=done // 3, group=done % 3, slot=slot, step=done, total=6)
+    assert walk(progress) == [WHOLE[done][slot:], *WHOLE[done + 1 :]]
+
+
+def test_a_run_ends_at_its_total_in_the_middle_of_an_epoch():
+    for total in (0, 1, 4):
+        assert walk(Progress(total=total)) == WHOLE[:total]
+
+
+def test_a_step_that_was_skipped_is_tried_with_the_next_data():
+    """`group` counts steps that were tried: a skipped one is not read again."""
+    progress = Progress(group=1, step=0, total=6)
+    assert walk(progress, epochs=1) == WHOLE[1:3]
+
+
+def test_ranks_share_a_step():
+    two = [walk(Progress(total=9), epochs=1, accumulation=2, ranks=SimpleNamespace(rank=rank, count=2)) for rank in (0, 1)]
+    assert [len(step) for step in two[0]] == [len(step) for step in two[1]]
+    assert {name for steps in two for step in steps for name in step} == {f"0.{number}" for number in range(7)}
+
+
+# ---------------------------------------------------------------- signals and checkpoints
+
+
+def run_of(due: bool = False, torn: bool = False, fails: Exception | None = None) -> SimpleNamespace:
+    """A run that notes what is asked of it."""
+    happened: list[str] = []
+
+    def checkpoint() -> None:
+        if fails:
+            raise fails
+        happened.append("checkpoint")
+
+    learner = SimpleNamespace(ranks=ALONE, torn=torn, rewind=lambda: happened.append("rewind"))
+    return SimpleNamespace(
+        due=due, learner=learner, happened=happened, checkpoint=checkpoint,
+        save_unfinished=lambda: happened.append("adapter"),
+    )  # fmt: skip
+
+
+def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
+    stop_request = SimpleNamespace(signal=0, saving=False)
+    run = run_of()
+    loop.between(run, stop_request)
+    assert run.happened == [] and not stop_request.saving
+    run = run_of(due=True)
+    loop.between(run, stop_request)
+    assert run.happened == ["checkpoint"] and not stop_request.saving  # a second Ctrl-C still stops at once
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED), (signal.SIGUSR1, signals.SAVED)]
+)
+@pytest.mark.parametrize("due", [True, False])
+def test_a_run_that_is_told_to_stop_saves_and_stops(number, code, due):
+    run, stop_request = run_of(due), SimpleNamespace(signal=number, saving=False)
+    with pytest.raises(signals.Stopped) as told:
+        loop.between(run, stop_request)
+    assert told.value.code == code and run.happened == ["checkpoint", "adapter"] and stop_request.saving
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED)])
+def test_before_there_is_a_run_a_signal_stops_and_saves_nothing(number, code):
+    loop.leave_if_told(ALONE, SimpleNamespace(signal=0))
+    with pytest.raises(signals.Stopped) as told:
+        loop.leave_if_told(ALONE, SimpleNamespace(signal=number))
+    assert told.value.code == code
+
+
+def test_an_error_keeps_what_was_learned():
+    run = run_of()
+    loop.rescue(run)
+    assert run.happened == ["rewind", "checkpoint", "adapter"]
+    run = run_of(torn=True)  # an update that was made in part is in no checkpoint
+    loop.rescue(run)
+    assert run.happened == ["adapter"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), CheckpointError("room"), RuntimeError("device")])
+def test_a_rescue_that_fails_is_reported_and_the_first_error_stays(error, capsys, monkeypatch):
+    loop.rescue(run_of(fails=error))
+    assert f"could not be saved: {error}" in capsys.readouterr().out
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    loop.rescue(run_of(fails=error))  # nobody reads any more
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError):
+        loop.rescue(run_of(fails=ZeroDivisionError()))
+
+
+# ---------------------------------------------------------------- validation
+
+
+def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[list[str], SimpleNamespace]:
+    """What `validate_when_due` does: its validations and lines."""
+    happened: list[str] = []
+    held_out = given.pop("held_out", "held out")
+    config = TrainConfig(patience=given.pop("patience", 0), best_by="loss")
+
+    def validate(*arguments: Any) -> dict[str, float]:
+        happened.append("validate")
+        assert arguments[:4] == ("task", held_out, "autocast", "loss") and arguments[5] == "pause"
+        return {"loss": 7.0}
+
+    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(loop, "sharers", lambda *_: "ranks")
+    whole = []
+
+    class Whole:
+        def __enter__(self) -> None:
+            whole.append("in")
+
+        def __exit__(self, *_: object) -> None:
+            whole.append("out")
+
+    def log(step: int, epoch: int, scores: dict[str, float]) -> None:
+        happened.append(f"{step} {epoch} {scores['loss']}")
+        assert whole == ["in"]
+
+    learner = SimpleNamespace(progress=progress, task="task", ranks=ALONE, whole=Whole)
+    best = SimpleNamespace(stale=given.pop("stale", 0), improved=3)
+    run = SimpleNamespace(learner=learner, config=config, log_validation=log, best=best)
+    loop.validate_when_due(run, held_out, given.pop("every", 10), "autocast", "pause", **given)
+    return happened, run
+
+
+def test_a_validation_is_due_every_so_many_steps_at_the_total_and_at_the_end(monkeypatch):
+    for step, every, due in ((0, 10, True), (10, 10, True), (9, 10, False), (11, 10, False), (37, 10, True), (6, 3, True)):
+        progress = Progress(step=step, epoch=2, total=37)
+        happened, _ = validated(progress, monkeypatch, every=every)
+        assert happened == (["validate", f"{step} 2 7.0"] if due else []) and progress.validated == (step if due else -1)
+    assert validated(Progress(step=9, total=37), monkeypatch, at_the_end=True)[0] == ["validate", "9 0 7.0"]
+
+
+def test_what_was_validated_or_cannot_be_is_not_validated(monkeypatch):
+    assert validated(Progress(step=10, validated=10, total=37), monkeypatch, at_the_end=True)[0] == []
+    assert validated(Progress(step=10, total=10), monkeypatch, held_out=None, at_the_end=True)[0] == []
+    known = validated(Progress(step=10, total=37), monkeypatch, scores={"loss": 3.0})[0]
+    assert known == ["10 0 3.0"]  # scores that are known are not computed again
+    assert validated(Progress(step=10, total=37), monkeypatch, scores={})[0] == ["validate", "10 0 7.0"]
+
+
+def test_patience_ends_a_run_before_its_total(monkeypatch, capsys):
+    for patience, stale, total in ((2, 1, 37), (2, 2, 10), (2, 3, 10), (0, 9, 37)):
+        progress = Progress(step=10, total=37)
+        validated(progress, monkeypatch, patience=patience, stale=stale)
+        assert progress.total == total
+        said = capsys.readouterr().out
+        assert said == ("stopped early: no better loss since step 3\n" if total == 10 else "")
+    progress = Progress(step=37, total=37)
+    validated(progress, monkeypatch, patience=1, stale=1)
+    assert progress.total == 37 and capsys.readouterr().out == ""  # it has ended anyway
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_the_number_of_steps_counts_tails_ranks_and_the_limit():
+    for epochs, accumulation, most, batches, ranks, steps in (
+        (2, 3, 0, 7, 1, 6), (2, 3, 0, 6, 1, 4), (1, 1, 0, 5, 1, 5), (3, 2, 0, 7, 2, 6), (2, 3, 4, 7, 1, 4), (2, 3, 9, 7, 1, 6)
+    ):  # fmt: skip
+        config = TrainConfig(epochs=epochs, accumulation=accumulation, max_steps=most)
+        assert loop.total_steps(config, batches, ranks) == steps
+    assert loop.total_steps(TrainConfig(epochs=2, accumulation=1), 3) == 6
+
+
+def test_the_rate_at_its_corners():
+    """The first update has 1 / warmup of the peak; the peak follows the warm-up; past the total it stays 0."""
+    rates = [loop.learning_rate(step, 10, 4, 8.0) for step in range(13)]
+    assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0] and rates[7] == pytest.approx(4.0)
+    assert rates[9] == pytest.approx(4 * (1 + math.cos(math.pi * 5 / 6))) and rates[10:] == pytest.approx([0.0] * 3)
+    assert loop.learning_rate(4, 4, 4, 8.0) == 8.0 and loop.learning_rate(5, 4, 4, 8.0) == pytest.approx(0.0)
+
+
+class Enough(BaseException):
+    """Ends a training in the middle."""
+
+
+@pytest.mark.parametrize(("epochs", "given", "every"), [(3, 0, 10), (100, 0, 30), (100, 7, 7)])
+def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, tmp_path, monkeypatch, epochs, given, every):
+    """Three steps an epoch; a number of the user's own is taken. The identity holds what is learned from kept states."""
+    seen: list[Any] = []
+
+    def look(_run: Any, _held_out: Any, every: int, *_rest: Any, **_named: Any) -> None:
+        seen.append(every)
+        raise Enough
+
+    hold = loop.resume.hold
+    monkeypatch.setattr(
+        loop.resume, "hold", lambda config, identity, *rest: seen.append(identity) or hold(config, identity, *rest)
+    )
+    monkeypatch.setattr(loop, "validate_when_due", look)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=epochs, validate_every=given)
+    with pytest.raises(Enough):
+        loop.train(config)
+    assert seen[1] == every and "learned from" in seen[0] and seen[0]["epochs"] == epochs

@@ -1,0 +1,61 @@
+"""torch.compile of the ViT's blocks: no break in their graphs, and the training that there is without it."""
+
+from functools import partial
+from shutil import which
+
+import pytest
+import torch
+
+from lora_blip.errors import ConfigError
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.training import setup
+from lora_blip.training.loop import train
+from tests.support import tiny
+from tests.support.runs import metrics_of, settings
+
+COMPILER = pytest.mark.skipif(not which("g++"), reason="torch.compile needs a compiler")
+STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # of the losses, relative
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "batch_size", "blocks", "graphs", "backend"),
+    [("fp32", 3, "vit[1:2]", 1, "inductor"), ("bf16", 4, "vit", 4, "aot_eager")],
+)
+def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, monkeypatch, precision, batch_size, blocks, graphs, backend):
+    """The losses of twenty steps are equal, and those of the validations between them, which are not compiled.
+
+    aot_eager captures the same graphs, forward and backward, but executes PyTorch's own kernels: g++ takes seconds a graph.
+
+    The input of the first block has no gradient, and those of the others have one: two graphs. Nine images in batches of
+    four leave a batch of one: two graphs more.
+    """
+    source = tiny.write_photos(tmp_path)
+    losses = {}
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for compiled in (False, True):
+        torch._dynamo.reset()  # earlier tests may have used up the compilations of the same code
+        torch._dynamo.utils.counters.clear()
+        given = {"max_steps": STEPS, "epochs": STEPS, "validate_every": 7, "precision": precision, "lr": 1e-3}
+        given["batch_size"] = batch_size
+        path = train(settings(checkpoints["blip"], source, compile=compiled, targets=f"{blocks},text", **given))
+        losses[compiled] = [line["loss"] for line in metrics_of(path) if "loss" in line]
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] == graphs and not counted["graph_break"]
+    assert len(losses[True]) == STEPS and (losses[True] != losses[False] or backend != "inductor")
+    assert losses[True] == pytest.approx(losses[False], rel=BOUND[precision])
+
+
+def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "which", lambda _: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match="compiler"):
+        train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True))
+
+
+def test_blocks_before_the_first_adapter_are_left_as_they_are(make):
+    """What is kept of them is the same, whether a run was compiled or not."""
+    model = make("blip").model
+    compile_blocks(model, first=1)
+    assert [block._compiled_call_impl is not None for block in model.vision_model.encoder.layers] == [False, True]

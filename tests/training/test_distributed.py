@@ -1,0 +1,268 @@
+"""Several processes are one: the same updates as one process with as many micro-batches a step, one writer, no rank lost."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_blip.config import TrainConfig
+from lora_blip.data.loader import slots_of_steps
+from lora_blip.errors import CheckpointError, ConfigError
+from lora_blip.lora import adapter_file
+from lora_blip.models import sharding
+from lora_blip.runtime.distributed import joined
+from lora_blip.runtime.runs import ADAPTER_NAME
+from lora_blip.training import checkpoint
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
+from lora_blip.training.run_folder import Run
+from tests.support.kill import among
+from tests.support.models import WHOLE
+from tests.support.runs import assert_same, before_each_step, config_of, elsewhere, metrics_of, only_run, score
+
+
+def finished(config: TrainConfig) -> Path:
+    return only_run(config) / ADAPTER_NAME
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 6, 13])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_micro_batch_is_one_ranks_own_once(batches, accumulation, ranks):
+    """All ranks take as many turns in each step, and what they count is the epoch, in its order."""
+    shares = [slots_of_steps(batches, accumulation, rank, ranks) for rank in range(ranks)]
+    assert {tuple(len(step) for step in share) for share in shares} == {tuple(len(step) for step in shares[0])}
+    assert len(shares[0]) == -(-batches // (accumulation * ranks))
+    order = [
+        turn[n] for steps in zip(*shares, strict=True) for turn in [list(zip(*steps, strict=True))] for n in range(len(turn))
+    ]
+    assert [slot.number for turn in order for slot in turn if not slot.is_filler] == list(range(batches))
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("blip", 2), ("vqa", 3), ("opt", 2), ("itm", 3)])
+def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
+    """20 steps, uneven captions, tails of one line, dropout, drawn negatives: every loss to 1e-6, the adapters to the bit."""
+    changes = {
+        "epochs": 30,
+        "max_steps": 20,
+        "validate_every": 8,
+        "targets": WHOLE[kind],
+        "batch_size": 4 if kind == "itm" else 2,
+    }
+    config = config_of(checkpoints, tmp_path, kind, accumulation=ranks, checkpoint_seconds=1e9, **changes)
+    one = train(config)
+    several = replace(elsewhere(config), accumulation=1)
+    assert among(ranks, lambda: train(several)) == [0] * ranks
+    many = finished(several)
+    alone, together = metrics_of(one), metrics_of(many)
+    assert [entry["step"] for entry in alone] == [entry["step"] for entry in together] and len(alone) > 20
+    for key in ("loss", "grad_norm", "val_loss", "val_exact_match", "val_recall_at_1", "val_vqa_accuracy", "lr"):
+        pairs = [(a[key], b[key]) for a, b in zip(alone, together, strict=True) if key in a]
+        assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs), key
+    a, b = adapter_file.read(one), adapter_file.read(many)
+    assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
+    assert a.task == b.task  # retrieval's temperature
+    assert {p.name for p in one.parent.iterdir()} == {p.name for p in many.parent.iterdir()}
+
+
+def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_path, capfd):
+    """What is exchanged is the adapters' gradients: half of their bytes twice over, between two."""
+    config = config_of(checkpoints, tmp_path, epochs=1, targets="vit,text")
+    assert among(2, lambda: train(config)) == [0, 0]
+    said = capfd.readouterr().out
+    bytes_ = sum(tensor.numel() * 4 for tensor in adapter_file.read(finished(config)).tensors.values())
+    assert said.count("saved ") == 1 and f"2 processes, {bytes_ / 1e6:.2f} MB of gradients sent by each a step" in said
+
+
+def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
+    """DDP's reducer, freed last, would wait for gloo's thread with the GIL, and that thread for the GIL."""
+    importlib.import_module("torch._dynamo")  # once here, not in each child
+
+    def act() -> None:
+        sys.setswitchinterval(60)  # the GIL goes to no other thread unless it is let go
+        with joined() as ranks:
+            model = DistributedDataParallel(torch.nn.Linear(2, 2))
+            model(torch.ones(1, 2)).sum().backward()
+            ranks.all_gather([parameter.grad for parameter in model.parameters()])
+        del model
+
+    for _ in range(12):  # one time in four it was stuck
+        assert among(2, act) == [0, 0]
+
+
+@pytest.mark.parametrize("change", ["lines", "lr", "missing"])
+def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkpoints, tmp_path, capfd, change):
+    """Other data, other settings, or an error on one rank alone: all end at once, and the error names the rank."""
+    config = config_of(checkpoints, tmp_path)
+    source = Path(config.annotations)
+    other = source.with_name("other.jsonl")
+    other.write_text("\n".join(source.read_text().splitlines()[:8]))
+    changed = {"lines": {"annotations": str(other)}, "lr": {"lr": 0.5}, "missing": {"annotations": "gone.jsonl"}}[change]
+    start = time.monotonic()
+    codes = among(2, lambda: train(replace(config, **(changed if os.environ["RANK"] == "1" else {}))))
+    assert codes == [1, 1] and time.monotonic() - start < 30
+    said = capfd.readouterr().err
+    expected = {
+        "lines": "process 1 would train something else than process 0: training lines are not the same",
+        "lr": "lr is 0.5 there and",
+        "missing": "process 1 failed, and all stop: DataError",
+    }[change]
+    assert expected in said and not list(Path(config.output_dir).glob("lora_*"))
+
+
+def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, tmp_path):
+    """In the middle of an accumulation; and a run of two is not gone on with by one."""
+    config = config_of(checkpoints, tmp_path, checkpoint_seconds=1e9, epochs=3)
+    assert among(2, lambda: train(config)) == [0, 0]
+
+    def stopped() -> None:
+        real = Learner.accumulate
+
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+            real(learner, *rest, **named)
+            if learner.progress.step == 2 and learner.progress.slot == 2 and learner.ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # one of them hears it, and both stop
+
+        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        train(elsewhere(config))
+
+    assert among(2, stopped) == [75, 75]
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and saved.about["progress"]["slot"] == 2
+    gradients = [{k: v for k, v in saved.tensors().items() if k.startswith(f"gradient/{rank}/")} for rank in (0, 1)]
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    with pytest.raises(CheckpointError, match="processes was 2 and is 1"):
+        train(replace(elsewhere(config), resume=str(saved.run)))
+    assert among(2, lambda: train(elsewhere(config))) == [0, 0]
+    assert_same(finished(config), finished(elsewhere(config)))
+
+
+def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeypatch):
+    """What each counts of the validations without a better score is gone on with on all of them."""
+    scores = [score(9), score(2, 0.5), *[score(3, 0.5)] * 9]
+    real = Run.log_validation
+    monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
+    config = config_of(checkpoints, tmp_path, epochs=9, validate_every=1, patience=4, accumulation=1, checkpoint_seconds=1e9)
+    assert among(2, lambda: train(config)) == [0, 0]
+    assert metrics_of(finished(config))[-1]["step"] == 5
+
+    def stopped() -> None:
+        def tell(count: int, _: Learner) -> None:
+            if count == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch:
+            before_each_step(patch, tell)
+            train(elsewhere(config))
+
+    assert among(2, stopped) == [75, 75]
+    assert among(2, lambda: train(elsewhere(config))) == [0, 0]
+    assert_same(finished(config), finished(elsewhere(config)))
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5", "itm"])
+def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, kind):
+    """FSDP2 of the frozen blocks: each rank holds half of them, and the adapter is the same, and fits its base."""
+    changes = {"epochs": 2, "targets": WHOLE[kind], "batch_size": 4 if kind == "itm" else 2}
+    config = config_of(checkpoints, tmp_path, kind, checkpoint_seconds=0.2, **changes)
+    assert among(2, lambda: train(config)) == [0, 0]
+    spread = replace(elsewhere(config), shard=True)
+
+    def halved() -> None:
+        real = sharding.shard
+
+        def shard(backbone, ranks: int) -> None:
+            blocks = [
+                b
+                for name in sharding.LARGE
+                if hasattr(backbone.model, name)
+                for b in sharding.blocks_of(getattr(backbone.model, name))
+            ]
+            before = sum(p.numel() for b in blocks for p in b.parameters() if not p.requires_grad)
+            real(backbone, ranks)
+            after = sum(sharding.local_part(p).numel() for b in blocks for p in b.parameters() if not p.requires_grad)
+            assert before > 0 and after == pytest.approx(before / 2, rel=0.02)
+
+        sharding.shard = shard
+        train(spread)
+
+    assert among(2, halved) == [0, 0]
+    if kind == "t5":  # its autograd graph adds up the decoder's gradients in another order
+        a, b = adapter_file.read(finished(config)).tensors, adapter_file.read(finished(spread)).tensors
+        assert all((a[key] - b[key]).abs().max() <= 1e-4 * a[key].abs().max() for key in a)
+    else:
+        assert_same(finished(config), finished(spread))
+    adapter_file.load(make(kind), finished(spread))
+
+
+def test_spread_weights_want_several_processes(checkpoints, tmp_path):
+    with pytest.raises(ConfigError, match="torchrun"):
+        train(config_of(checkpoints, tmp_path, shard=True))
+
+
+DYING = """
+    import os, signal, sys
+    from lora_blip.config import TrainConfig
+    from lora_blip.training.learner import Learner
+    from lora_blip.training.loop import train
+
+    rank, lives = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    real = Learner.accumulate
+
+    def accumulate(learner, *rest, **named):
+        done = (learner.progress.step, learner.progress.slot)
+        if (rank, lives, done) in DEATHS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(learner, *rest, **named)
+
+    Learner.accumulate = accumulate
+    train(TrainConfig(**CONFIG))
+"""
+
+
+def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints, tmp_path):
+    """Rank 1 dies in a step, then the writer, then rank 1 again."""
+    config = config_of(checkpoints, tmp_path, epochs=3)
+    assert among(2, lambda: train(config)) == [0, 0]
+    deaths = [("1", "0", (0, 1)), ("0", "1", (2, 0)), ("1", "2", (4, 2))]
+
+    def act() -> None:
+        real = Learner.accumulate
+
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+            done = (learner.progress.step, learner.progress.slot)
+            if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], done) in deaths:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(learner, *rest, **named)
+
+        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        train(elsewhere(config))
+
+    assert among(2, act, restarts=3) == [0, 0]
+    assert_same(finished(config), finished(elsewhere(config)))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_under_torchrun_is_not_missed(checkpoints, tmp_path):
+    """--max-restarts 1: the writer dies in a step; the adapter equals that of a run without deaths."""
+    config = config_of(checkpoints, tmp_path, epochs=3)
+    assert among(2, lambda: train(config)) == [0, 0]
+    deaths = [(0, 0, (4, 0))]
+    script = tmp_path / "dying.py"
+    settings = vars(elsewhere(config))
+    script.write_text(textwrap.dedent(DYING).replace("CONFIG", repr(settings)).replace("DEATHS", repr(deaths)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "after step 4, the rest of 6 steps" in done.stdout and "another process was lost" in done.stderr
+    assert_same(finished(config), finished(elsewhere(config)))

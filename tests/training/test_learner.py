@@ -1,0 +1,286 @@
+"""A step of the learner: what counts as skipped, what a checkpoint keeps, and how a changed run continues."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_blip.data.loader import Slot
+from lora_blip.errors import CheckpointError
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import checkpoint, resume
+from lora_blip.training.checkpoint import Saved
+from lora_blip.training.learner import Learner, Progress, reseed
+from tests.support.models import batch_of, inject
+
+
+@pytest.fixture
+def learner(make: Callable[..., Any]) -> Learner:
+    return learner_of(make)
+
+
+def learner_of(make: Callable[..., Any], **options: Any) -> Learner:
+    backbone = make("blip")
+    inject(backbone, "vit")
+    return Learner(CaptionTask(backbone), **options)
+
+
+def accumulate(learner: Learner, slots: int = 1, of: int = 1) -> None:
+    """The first `slots` micro-batches of a step that has `of`."""
+    batches = [batch_of(learner.task, seed=number) for number in range(of)]
+    every = [Slot(number) for number in range(of)]
+    learner.begin(batches, every)
+    for batch, slot in list(zip(batches, every, strict=True))[:slots]:
+        learner.accumulate(batch, slot, last=slot is every[-1])
+
+
+def values(learner: Learner) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in learner.parameters.values()]
+
+
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_skips_the_step_though_every_gradient_is(learner, loss):
+    before = values(learner)
+    accumulate(learner)
+    learner.loss.fill_(loss)
+    update = learner.update(1e-2)
+    assert update.skipped and math.isfinite(update.grad_norm)
+    assert (learner.progress.skipped, learner.progress.step, learner.progress.group) == (1, 0, 1)
+    assert all(map(torch.equal, before, values(learner)))
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(learner):
+    before = values(learner)
+    accumulate(learner)
+    next(iter(learner.parameters.values())).grad.fill_(math.inf)
+    update = learner.update(1e-2)
+    assert update.skipped and math.isfinite(update.loss) and all(map(torch.equal, before, values(learner)))
+
+
+def test_only_skipped_steps_in_a_row_are_counted(learner):
+    """Two skipped steps, one that is made, one skipped: the count is 1, not 3."""
+    counts = []
+    for loss in (math.nan, math.nan, None, math.nan):
+        accumulate(learner)
+        if loss is not None:
+            learner.loss.fill_(loss)
+        learner.update(1e-3)
+        counts.append(learner.progress.skipped)
+    assert counts == [1, 2, 0, 1] and (learner.progress.step, learner.progress.group) == (1, 4)
+
+
+def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
+    """The mean over the label tokens of all its micro-batches; the next step starts from zero, at the rate it is given."""
+    accumulate(learner, 2, of=2)
+    batches = [batch_of(learner.task, seed=number) for number in range(2)]
+    with torch.no_grad():
+        expected = float(sum(learner.task.loss(batch) for batch in batches)) / sum(batch.count for batch in batches)
+    assert learner.images == 6 and learner.progress.slot == 2
+    update = learner.update(3e-4)
+    assert update.loss == pytest.approx(expected, rel=1e-5) and (update.skipped, update.scale) == (False, 1.0)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [3e-4]
+    assert all(parameter.grad is None for parameter in learner.parameters.values()) and learner.progress.slot == 0
+    accumulate(learner)
+    with torch.no_grad():
+        second = float(learner.task.loss(batches[0])) / batches[0].count
+    assert learner.images == 3 and learner.update(0.0).loss == pytest.approx(second, rel=1e-5)
+
+
+def test_idle_slots_of_a_rank_add_nothing(learner):
+    """A rank that has no micro-batch left takes part in the step, and changes neither its loss nor its gradients."""
+    batches = [batch_of(learner.task, seed=1), batch_of(learner.task, seed=2)]
+    learner.begin(batches, [Slot(0), Slot(0, is_filler=True)])
+    assert learner.count == batches[0].count and learner.images == batches[0].images
+    learner.accumulate(batches[0], Slot(0), last=False)
+    loss, gradients = float(learner.loss), [parameter.grad.clone() for parameter in learner.parameters.values()]
+    learner.accumulate(batches[1], Slot(0, is_filler=True), last=True)
+    assert float(learner.loss) == loss
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, learner.parameters.values(), strict=True))
+
+
+def test_gradients_are_clipped_only_if_they_are_to_be(make):
+    """Without max_grad_norm the step of plain SGD is the whole gradient."""
+    for most in (0.0, 1e-3):
+        learner = learner_of(make, max_grad_norm=most)
+        learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
+        before = values(learner)
+        accumulate(learner)
+        update = learner.update(1.0)
+        moved = torch.cat([(a - b).flatten() for a, b in zip(before, values(learner), strict=True)])
+        assert float(moved.norm()) == pytest.approx(most or update.grad_norm, rel=1e-3) and update.grad_norm > 0.01
+
+
+def test_weight_decay_pulls_at_the_adapters(make):
+    """AdamW at rate lr shrinks every adapter by lr · weight_decay, however small its gradient."""
+    learner = learner_of(make, weight_decay=0.5, lr=0.1)
+    (group,) = learner.optimizer.param_groups
+    assert (group["weight_decay"], group["lr"], len(group["params"])) == (0.5, 0.1, len(learner.parameters))
+
+
+# ---------------------------------------------------------------- kept and restored
+
+
+def restored(make: Callable[..., Any], kept: tuple[dict, dict]) -> Learner:
+    other = learner_of(make)
+    other.restore(*kept)
+    return other
+
+
+def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
+    """State after one of two micro-batches; the restored one ends the step with the same adapters, moments and loss."""
+    accumulate(learner)
+    learner.update(1e-2)
+    accumulate(learner, 1, of=2)
+    kept = learner.state()
+    other = restored(make, ({key: value.clone() for key, value in kept[0].items()}, kept[1]))
+    assert (other.progress, other.count, other.images) == (learner.progress, learner.count, learner.images)
+    assert other.progress.slot == 1 and float(other.loss) == float(learner.loss)
+    updates = []
+    for each in (learner, other):
+        each.begin([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # what it counts is known already
+        each.accumulate(batch_of(each.task, seed=1), Slot(1), last=True)
+        updates.append(each.update(1e-2))
+    assert updates[0] == updates[1] and all(map(torch.equal, values(learner), values(other)))
+    one, two = learner.state(), other.state()
+    assert one[0].keys() == two[0].keys() and all(torch.equal(one[0][key], two[0][key]) for key in one[0])
+    assert one[1] == two[1] and {key.split("/")[1] for key in one[0] if key.startswith("optimizer/")} == {
+        "step", "exp_avg", "exp_avg_sq"
+    }  # fmt: skip
+
+
+def test_between_two_steps_no_gradient_is_kept(make, learner):
+    accumulate(learner)
+    learner.update(1e-2)
+    tensors, about = learner.state()
+    assert not any(key.startswith("gradient/") for key in tensors) and about["step"] == {}
+    other = restored(make, (tensors, about))
+    assert all(parameter.grad is None for parameter in other.parameters.values())
+    assert (other.count, other.images, float(other.loss)) == (1.0, 0, 0.0)
+
+
+def test_a_fresh_learner_has_done_nothing(learner):
+    assert learner.progress == Progress(epoch=0, group=0, slot=0, step=0, skipped=0, validated=-1, total=0)
+    assert not learner.torn and (learner.images, learner.count, learner.traffic, float(learner.loss)) == (0, 1.0, 0, 0.0)
+
+
+def test_a_step_without_a_label_divides_by_one(learner):
+    """Every micro-batch is another rank's: there is nothing to learn from, and no division by zero."""
+    learner.begin([batch_of(learner.task)], [Slot(0, is_filler=True)])
+    assert (learner.count, learner.images) == (1.0, 0)
+    learner.accumulate(batch_of(learner.task), Slot(0, is_filler=True), last=True)
+    update = learner.update(1e-2)
+    assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
+
+
+def test_a_step_whose_loss_is_not_finite_is_kept_from_its_start(make, learner):
+    """The micro-batch to blame is met again: neither its gradients nor the sum so far are written."""
+    accumulate(learner, 1, of=2)
+    learner.loss.fill_(math.nan)
+    tensors, about = learner.state()
+    assert about["progress"]["slot"] == 0 and about["step"] == {} and learner.progress.slot == 1
+    assert not any(key.startswith("gradient/") for key in tensors)
+    other = restored(make, (tensors, about))
+    assert float(other.loss) == 0 and other.progress.slot == 0
+
+
+def test_a_checkpoint_of_other_adapters_is_refused_before_anything_changes(make, learner):
+    tensors, about = learner.state()
+    some = next(key for key in tensors if key.startswith("parameter/"))
+    broken = [
+        ({**tensors, "parameter/vision_model.other.lora_A": torch.zeros(1)}, about, "adapters on other modules too"),
+        ({key: value for key, value in tensors.items() if key != some}, about, "not there in the checkpoint"),
+        ({**tensors, some: torch.zeros(1, 3)}, about, r"of shape \(1, 3\) in the checkpoint"),
+        (tensors, {**about, "progress": {"epoch": 1, "dance": 2}}, r"state.json is not understood \(TypeError"),
+        (tensors, {key: value for key, value in about.items() if key != "step"}, r"state.json is not understood \(KeyError"),
+        (tensors, {**about, "step": {"count": "many"}}, r"state.json is not understood \(ValueError"),
+    ]
+    other = learner_of(make)
+    for parameter in other.parameters.values():
+        parameter.data.fill_(0.5)
+    for wrong_tensors, wrong_about, message in broken:
+        with pytest.raises(CheckpointError, match=message):
+            other.restore(wrong_tensors, wrong_about)
+        assert all((parameter == 0.5).all() for parameter in other.parameters.values()) and other.progress == Progress()
+
+
+def test_a_block_that_ends_by_an_error_leaves_the_learner_torn(learner):
+    with learner.whole():
+        assert learner.torn
+    assert not learner.torn
+    with pytest.raises(ZeroDivisionError), learner.whole():
+        raise ZeroDivisionError
+    assert learner.torn
+
+
+def test_a_seed_decides_what_is_drawn_on_the_cpu():
+    reseed(torch.device("cpu"), 5)
+    first = torch.rand(4)
+    reseed(torch.device("cpu"), 6)
+    assert not torch.equal(torch.rand(4), first)
+    reseed(torch.device("cpu"), 5)
+    assert torch.equal(torch.rand(4), first)
+
+
+def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
+    """The same slot of the same epoch and seed draws the same; another slot, epoch or seed draws others."""
+
+    def loss(seed: int = 0, epoch: int = 0, number: int = 3, before: int = 0) -> float:
+        learner = learner_of(make, seed=seed)
+        for module in learner.task.backbone.model.modules():
+            if hasattr(module, "site"):
+                module.dropout = 0.5
+        learner.task.backbone.model.train()
+        learner.progress.epoch = epoch
+        torch.rand(before)
+        batch = batch_of(learner.task)
+        learner.begin([batch], [Slot(number)])
+        learner.accumulate(batch, Slot(number), last=True)
+        return float(learner.loss)
+
+    assert loss() == loss(before=7)
+    assert len({loss(), loss(seed=1), loss(epoch=1), loss(number=4)}) == 4
+
+
+# ---------------------------------------------------------------- a changed run
+
+
+def take_up(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[str, Any]) -> Learner:
+    """A new learner that continues from a checkpoint of `learner`, as the run that `now` identifies."""
+    then = {"batch_size": 2, "accumulation": 3, "processes": 1, "lr": 0.1}
+    tensors, about = learner.state()
+    run = folder / "lora_x"
+    written = checkpoint.write(run, 1, tensors, {**about, "identity": then, "run": {"name": run.name}}, run / "none", 1)
+    other = learner_of(make)
+    other.progress.total = 70
+    resume.take_up(other, Saved(written, checkpoint.read(written).about), {**then, **now})
+    return other
+
+
+def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_path):
+    accumulate(learner, 1, of=2)
+    learner.progress.group, learner.progress.total = 8, 50
+    other = take_up(make, learner, tmp_path, {})
+    assert (other.progress.slot, other.progress.group, other.progress.total) == (1, 8, 50)
+    assert any(parameter.grad is not None for parameter in other.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("now", "group"),
+    [
+        ({"lr": 0.2}, 8),
+        ({"batch_size": 4}, 4),
+        ({"accumulation": 1}, 24),
+        ({"processes": 4}, 2),
+        ({"batch_size": 3, "accumulation": 5, "processes": 2}, 1),
+    ],
+)
+def test_a_changed_run_continues_at_the_start_of_a_step_after_as_many_images(make, learner, tmp_path, now, group):
+    """8 steps of 2 · 3 · 1 images are 48 images; half a step's gradients are dropped; the length is that of the new run."""
+    accumulate(learner, 1, of=2)
+    learner.progress.group, learner.progress.total = 8, 50
+    other = take_up(make, learner, tmp_path, now)
+    assert (other.progress.slot, other.progress.group, other.progress.total) == (0, group, 70)
+    assert all(parameter.grad is None for parameter in other.parameters.values())

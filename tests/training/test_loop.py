@@ -1,0 +1,511 @@
+"""The loop: accumulation is a batch, frozen is frozen, fp16 scales and skips, a run leaves what it should."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_blip.config import TrainConfig
+from lora_blip.errors import ConfigError, DataError, TrainingError
+from lora_blip.lora import adapter_file, attached
+from lora_blip.lora.routing import disable_adapters
+from lora_blip.reports import plots
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
+from lora_blip.tasks.base import DeviceBatch
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import loop, setup
+from lora_blip.training.best import Best
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import learning_rate, train
+from lora_blip.training.run_folder import Run, run_name
+from tests.support import tiny
+from tests.support.models import WHOLE, batch_of, inject
+from tests.support.runs import before_each_step, metrics_of, one_step, score, settings
+
+UNEVEN = ["a", "a red cube", "nothing", "a blue cube on top of a green cube", "two cubes"]
+
+
+def rows(batch: DeviceBatch, first: int, last: int, task: CaptionTask) -> DeviceBatch:
+    """Some rows of a batch as a micro-batch of its own, padded anew."""
+    texts = [example.text for example in batch.examples[first:last]]
+    new = task.language.tokenize([task.prompt] * len(texts), texts)
+    return DeviceBatch(batch.examples[first:last], batch.pixel_values[first:last], new, new.label_tokens)
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_accumulation_is_a_batch(make, kind):
+    """Law 7: micro-batches of 2, 2 and a tail of 1, captions of 1 to 10 tokens, equal one batch of 5."""
+    gradients = []
+    for cuts in ((0, 5), (0, 2, 4, 5)):
+        task = CaptionTask(make(kind))
+        inject(task.backbone)
+        whole = batch_of(task, UNEVEN)
+        micro = [rows(whole, a, b, task) for a, b in pairwise(cuts)]
+        update, moved = one_step(task, micro)
+        gradients.append((update.loss, moved))
+    (one_loss, one), (many_loss, many) = gradients
+    assert many_loss == pytest.approx(one_loss, rel=1e-5)
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_unscaled(make):
+    """With a loss scale of 1024, the step taken still has the norm asked for."""
+    task = CaptionTask(make("blip"))
+    inject(task.backbone)
+    update, moved = one_step(task, [batch_of(task)], max_grad_norm=0.01, scale=1024.0)
+    step = torch.cat([each.flatten() for each in moved])
+    assert update.grad_norm > 0.01 and float(step.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
+    rates = [learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * n / 90) for n in range(90)])
+    assert learning_rate(0, 1, 0, 2.0) == 2.0 and learning_rate(3, 4, 50, 2.0) > 0
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, monkeypatch):
+    """Law 2: after training, the base is `torch.equal` to what was loaded, under the same names."""
+    kept = {}
+    real = loop.open_backbone
+    monkeypatch.setattr(loop, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    path = train(settings(checkpoints[kind], tiny.write_photos(tmp_path), targets=WHOLE[kind], prompt="a photo of"))
+    fresh = make(kind).model.state_dict()
+    after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
+    assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
+    saved = adapter_file.read(path)
+    assert all(saved.tensors[key].any() for key in saved.tensors)
+    assert saved.task["prompt"] == "a photo of" and saved.about["training"]["finished"] is True
+    drift = saved.about["merge_drift"]
+    assert 0 < drift["largest_difference"] < 1e-4 * drift["largest_logit"]
+
+
+@pytest.mark.plots
+def test_a_run_leaves_its_settings_its_metrics_and_falls(checkpoints, tmp_path):
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=6, accumulation=2, validate_every=3)
+    path = train(config)
+    entries = metrics_of(path)
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 13))  # 9 lines: batches of 4, 4 and 1; a tail each epoch
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, 3, 6, 9, 12]
+    assert json.loads((path.parent / "config.json").read_text())["accumulation"] == 2
+    assert (path.parent / "loss.png").stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_adapter(checkpoints, tmp_path):
+    source = tiny.write_photos(tmp_path)
+    runs = [train(settings(checkpoints["blip"], source, augment=True, dropout=0.1, num_workers=n)) for n in (0, 2)]
+    first, second = (adapter_file.read(path).tensors for path in runs)
+    assert runs[0].parent != runs[1].parent and all(torch.equal(first[key], second[key]) for key in first)
+    other = adapter_file.read(train(settings(checkpoints["blip"], source, augment=True, dropout=0.1, seed=1))).tensors
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt"])
+def test_fp16_amp_runs_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path, kind, capsys):
+    """A real GradScaler: its first scale of 65,536 overflows, the step is skipped, the scale halves, training goes on."""
+    source = tiny.write_photos(tmp_path)
+    config = settings(checkpoints[kind], source, precision="fp16", epochs=8, targets=WHOLE[kind], max_skipped=40)
+    real = torch.amp.GradScaler
+    try:
+        torch.amp.GradScaler = lambda device, enabled: real(device, enabled=enabled, init_scale=2.0**24)
+        path = train(config)
+    finally:
+        torch.amp.GradScaler = real
+    entries = metrics_of(path)
+    skipped, steps = ([e for e in entries if key in e] for key in ("skipped", "loss"))
+    assert skipped and "overflowed at loss scale 1.67772e+07" in skipped[0]["skipped"]
+    assert steps[0]["step"] == 1 and steps[0]["lr"] == pytest.approx(config.lr)  # the schedule waited for the scaler
+    scores = [e["val_loss"] for e in entries if "val_loss" in e]
+    assert scores[-1] < 0.9 * scores[0] and steps[-1]["loss_scale"] < 2.0**24
+    assert "one was skipped" in capsys.readouterr().out
+
+
+def test_bf16_trains(checkpoints, tmp_path):
+    entries = metrics_of(
+        train(settings(checkpoints["t5"], tiny.write_photos(tmp_path), precision="bf16", targets=WHOLE["t5"], epochs=4))
+    )
+    scores = [entry["val_loss"] for entry in entries if "val_loss" in entry]
+    assert scores[-1] < 0.9 * scores[0]
+
+
+def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_path, monkeypatch):
+    """A weight that overflows after some steps: the module is named, nothing is updated with NaN, what was learned is kept."""
+
+    def poison(count: int, learner: Learner) -> None:
+        if count == 3:
+            layer = learner.task.backbone.model.vision_model.encoder.layers[1]
+            layer.mlp.fc1.weight.data.fill_(3e38)  # finite, and no product of it is
+
+    before_each_step(monkeypatch, poison)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_skipped=2)
+    with pytest.raises(TrainingError, match=r"2 steps in a row.*'vision_model\.encoder\.layers\.1\.mlp\.fc1'"):
+        train(config)
+    (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
+    validated = [entry for entry in metrics_of(path) if "val_loss" in entry]
+    assert adapter_file.read(path).about["training"] | {"settings": 0} == {
+        "steps": 2, "finished": False, "settings": 0,
+        **{key: pytest.approx(value, abs=1e-6) for key, value in validated[-1].items() if key.startswith("val")},
+    }  # fmt: skip
+
+
+def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
+
+    def interrupt(count: int, _: Learner) -> None:
+        if count == 4:
+            raise KeyboardInterrupt
+
+    before_each_step(monkeypatch, interrupt)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
+    assert stopped.value.code == 130 and adapter_file.read(path).about["training"]["steps"] == 3
+
+
+def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_path, monkeypatch):
+    """Exact match is over images: a model that always says one of three right captions scores 1, not a third."""
+    source = tiny.write_photos(tmp_path, 4, ["one"] * 4)
+    source.write_text(
+        source.read_text() + source.read_text().replace("one", "two") + source.read_text().replace("one", "three")
+    )
+    task = CaptionTask(make("blip"))
+    asked = []
+    monkeypatch.setattr(task, "predict_from_features", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
+    held_out = setup.loader_of(setup.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
+    assert loop.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
+
+
+def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp_path):
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), lr=0.0, warmup_steps=500, epochs=5))
+    rates = [entry["lr"] for entry in metrics_of(path) if "loss" in entry]
+    assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3]) and rates[-1] < 3e-4 and "_lr0.003_" in path.parent.name
+    assert setup.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
+
+
+def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
+    """An image that vanishes during training: its error is raised, and the adapter of the steps before is there."""
+    source = tiny.write_photos(tmp_path)
+
+    def vanish(count: int, _: Learner) -> None:
+        if count == 3:
+            for photo in (tmp_path / "photos").iterdir():
+                photo.unlink()
+
+    config = settings(checkpoints["blip"], source, epochs=9)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=r"annotations.jsonl:\d+: .* does not exist"):
+        before_each_step(patch, vanish)
+        train(config)
+    (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
+    assert adapter_file.read(path).about["training"]["steps"] >= 3
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch(checkpoints, tmp_path):
+    entries = metrics_of(train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), max_steps=4, epochs=9)))
+    assert (
+        [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4] and entries[-1]["step"] == 4 and "val_loss" in entries[-1]
+    )
+
+
+def test_a_run_is_named_by_its_settings():
+    config = TrainConfig(batch_size=2, epochs=4, lr=1e-4, r=16, alpha=32)
+    assert run_name(config, datetime(2026, 6, 7, 16, 15, 36)) == "lora_bs2_ep4_lr0.0001_r16_a32_20260607_161536"
+
+
+def test_bad_data_stops_before_anything_is_written_or_is_left_out(checkpoints, tmp_path, capsys):
+    source = tiny.write_photos(tmp_path)
+    source.write_text(source.read_text() + '{"image": "photos/gone.png", "text": "a"}\n')
+    config = settings(checkpoints["blip"], source, epochs=1)
+    with pytest.raises(DataError, match=r"annotations\.jsonl:13: .*gone\.png does not exist"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+    train(replace(config, on_bad_data="skip"))
+    assert "left out 1 line(s)" in capsys.readouterr().out
+
+
+def test_checkpointing_trains_to_the_same_adapter(checkpoints, tmp_path):
+    source = tiny.write_photos(tmp_path)
+    plain, frugal = (
+        adapter_file.read(train(settings(checkpoints["opt"], source, targets="vit,qformer,lm", checkpointing=c))).tensors
+        for c in (False, True)
+    )
+    for key, value in plain.items():
+        torch.testing.assert_close(frugal[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_of_the_adapter_is_for_training_alone(make):
+    backbone = make("blip")
+    for x in inject(backbone, "vit").values():
+        x.dropout = 0.5
+    task = CaptionTask(backbone)
+    batch = batch_of(task)
+    backbone.model.train()
+    assert not torch.equal(task.logits(batch), task.logits(batch))
+    backbone.model.eval()
+    assert torch.equal(task.logits(batch), task.logits(batch))
+    with disable_adapters(backbone.model):
+        backbone.model.train()
+        assert torch.equal(task.logits(batch), task.logits(batch))  # the backbone's own dropout is off
+
+
+# ---------------------------------------------------------------- validation, the best, patience
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, scores: list[dict[str, float]] | None = None
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Step → copies of the adapter's tensors at each validation, whose scores are replaced in turn by `scores`."""
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    real = Run.log_validation
+
+    def log(run: Run, step: int, epoch: int, found: dict[str, float]) -> None:
+        halves = attached.adapters(run.learner.task.backbone.model).items()
+        kept[step] = {f"{a}.lora_{h}": getattr(x, h).detach().clone() for a, x in halves for h in "AB"}
+        real(run, step, epoch, scores[len(kept) - 1] if scores else found)
+
+    monkeypatch.setattr(Run, "log_validation", log)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("by", "scores", "best"),
+    [
+        ("auto", [score(3), score(2, 0.5), score(1, 0.5), score(4, 0.5), score(0.5, 0.25)], 4),  # ties: the lower loss
+        ("loss", [score(3, 1), score(2, 0.5), score(0.5), score(4, 1), score(math.nan, 1)], 4),
+        ("exact_match", [score(3), score(2), score(1), score(1), score(2, 0.1)], 8),
+    ],
+)
+def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
+    checkpoints, tmp_path, monkeypatch, capsys, by, scores, best
+):
+    kept = watched(monkeypatch, scores)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_steps=8, validate_every=2, best_by=by)
+    path = train(config)
+    found, last = adapter_file.read(path.parent / BEST_NAME), adapter_file.read(path)
+    assert list(kept) == [0, 2, 4, 6, 8] and found.about["training"]["steps"] == best
+    assert all(torch.equal(found.tensors[key], value) for key, value in kept[best].items())
+    assert all(torch.equal(last.tensors[key], value) for key, value in kept[8].items())
+    assert "finished" not in found.about["training"] and last.about["training"]["finished"] is True
+    assert f"after step {best}: {path.parent / BEST_NAME}" in capsys.readouterr().out
+    for line in (path.parent / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkpoints, tmp_path, monkeypatch, capsys):
+    kept = watched(monkeypatch, [score(9), score(2, 0.5), score(3, 0.5), score(1, 0.6), score(1, 0.6), score(1, 0.2)])
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2)
+    path = train(config)
+    assert list(kept) == [0, 2, 4, 6, 8, 10]
+    summary = adapter_file.read(path).about["training"]
+    assert (summary["steps"], summary["finished"]) == (10, True) and adapter_file.read(path).about["merge_drift"]
+    assert all(torch.equal(adapter_file.read(path).tensors[key], value) for key, value in kept[10].items())
+    assert adapter_file.read(path.parent / BEST_NAME).about["training"]["steps"] == 6
+    assert "no better exact_match since step 6" in capsys.readouterr().out
+    assert [e["step"] for e in metrics_of(path) if "loss" in e] == list(range(1, 11))
+
+
+def test_a_lower_loss_is_no_improvement_of_another_score(checkpoints, tmp_path, monkeypatch):
+    """Patience counts validations without a better BEST_BY; the lower loss still chooses among equal scores."""
+    watched(monkeypatch, [score(9, 0.5), *[score(9 - n / 1e6, 0.5) for n in range(1, 20)]])
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
+    assert adapter_file.read(path).about["training"]["steps"] == 4
+    assert adapter_file.read(path.parent / BEST_NAME).about["training"]["steps"] == 4
+
+
+@pytest.mark.parametrize(("smallest", "stale"), [(0.0, 0), (1e-3, 4), (0.15, 0), (1.0, 4)])
+def test_patience_counts_gains_above_the_smallest(smallest, stale):
+    """Gains below MIN_IMPROVEMENT add up: the score is compared with that of the last improvement."""
+    gains = {0.0: 1e-6, 1e-3: 1e-4, 0.15: 0.1, 1.0: 0.2}[smallest]
+    best = Best("loss", min_improvement=smallest)
+    for step in range(5):
+        assert best.better(step, {"loss": 5 - step * gains})
+    assert (best.stale, best.step) == (stale, 4)
+
+
+def test_patience_goes_on_from_a_checkpoint_of_any_version():
+    """The score of the last improvement is kept; a checkpoint without it counts from its best score."""
+    run = Run.__new__(Run)
+    run.config, run.best = TrainConfig(best_by="exact_match"), Best("exact_match", min_improvement=1e-4)
+    run._remember({"last": {}, "best": {"by": "exact_match", "step": 4, "stale": 2, "rank": [0.5, -1.0]}})
+    assert run.best == Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 4, 0.5)
+    kept = Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 2, 0.49995)
+    run._remember({"last": {}, "best": json.loads(json.dumps(vars(kept)))})
+    assert run.best == kept
+
+
+def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_path, monkeypatch, capsys):
+    """A plot, a tracker and the measured drift: the adapter is saved, the run finished, and its checkpoints are gone."""
+    import torch.utils.tensorboard as board
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no\nsuch backend")
+
+    for module, name in ((plots, "draw"), (loop, "merge_drift"), (board.SummaryWriter, "add_scalar")):
+        monkeypatch.setattr(module, name, fail)
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
+    said = capsys.readouterr().out
+    for what in ("loss curve", "merge drift", "TensorBoard from here on"):
+        assert said.count(f"warning: no {what} (ValueError: no such backend); nothing else is affected\n") == 1
+    assert adapter_file.read(path).about["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
+    monkeypatch.setattr(board.SummaryWriter, "__init__", fail)
+    monkeypatch.setattr(board.SummaryWriter, "close", fail, raising=False)
+    train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
+    assert capsys.readouterr().out.count("warning: no TensorBoard (ValueError") == 1
+
+
+@pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "the curve.png\n"), (None, loop.NO_PLOT)])
+def test_a_run_prints_its_plot_or_why_there_is_none(checkpoints, tmp_path, monkeypatch, capsys, drawn, line):
+    monkeypatch.setattr(plots, "draw", lambda _: drawn)
+    train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1))
+    printed = capsys.readouterr().out
+    assert printed.count(line) == 1 and (drawn is None or loop.NO_PLOT not in printed)
+
+
+def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
+    """MPLBACKEND names a backend that is not installed; a file needs none, and the variable stays as it was."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    code = (
+        "import os, sys, pathlib; from lora_blip import curves; "
+        "print(curves.draw(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
+    )
+    backend = "module://matplotlib_inline.backend_inline"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False,
+        env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert done.stdout.split() == [str(tmp_path / "loss.png"), backend], done.stderr
+
+
+def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoints, tmp_path, monkeypatch, capsys):
+    watched(monkeypatch, [score(1, 1), score(2), score(2)])
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
+    assert adapter_file.read(path).about["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
+    assert "best exact match, 100.0%, before training" in capsys.readouterr().out
+
+
+def test_the_best_of_equal_scores_has_the_lower_loss():
+    best = Best("cider")
+    given = [(1.0, 2.0), (1.0, 2.0), (1.0, 1.5), (0.9, 0.1), (math.nan, 0.0), (1.1, 9.0)]
+    better = [best.better(n, {"cider": cider, "loss": loss}) for n, (cider, loss) in enumerate(given)]
+    assert better == [True, False, True, False, False, True] and (best.step, best.stale) == (5, 0)
+
+
+def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkeypatch):
+    from lora_blip.metrics.captions import caption_scores
+
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
+
+    source = tiny.write_photos(tmp_path)
+    path = train(settings(checkpoints["blip"], source, best_by="cider", val_fraction=0.5))
+    last = [entry for entry in metrics_of(path) if "val_cider" in entry][-1]
+    backbone = loop.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
+    adapter_file.load(backbone, path)
+    task = CaptionTask(backbone, generation=setup.Generation(5))
+    held_out = setup.annotations.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]
+    from lora_blip.inference.pipeline import captions
+
+    said = [p.text for p in captions(task, [e.image for e in held_out])]
+    assert last["val_cider"] == pytest.approx(caption_scores(said, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
+    assert adapter_file.read(path).about["training"]["settings"]["best_by"] == "cider"
+
+
+def test_what_validation_cannot_give_is_refused_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
+    import builtins
+
+    from lora_blip.metrics import captions
+
+    source, blip = tiny.write_photos(tmp_path), checkpoints["blip"]
+    real = builtins.__import__
+
+    def without_tensorboard(name: str, *rest: object) -> object:
+        if name.startswith(("torch.utils.tensorboard", "tensorboard")):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(captions, "package_folder", lambda: None)
+    monkeypatch.setattr(builtins, "__import__", without_tensorboard)
+    for changes, message in (
+        ({"best_by": "beauty"}, "best_by = 'beauty': caption has auto, loss, exact_match"),
+        ({"best_by": "vqa_accuracy"}, "best_by = 'vqa_accuracy'"),
+        ({"best_by": "loss", "val_fraction": 0.0}, "best_by = 'loss' needs images to validate on"),
+        ({"patience": 3, "val_fraction": 0.0}, "patience = 3 needs images to validate on"),
+        ({"best_by": "cider"}, "pip install 'lora_blip"),
+        ({"tensorboard": True, "model": "nowhere"}, "TensorBoard is not installed: pip install"),  # before a model is sought
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            train(settings(blip, source, **changes))
+    assert [path.name for path in Path(settings(blip, source).output_dir).iterdir()] == [".cache"]  # of validation's pictures
+
+
+@pytest.mark.plots
+def test_without_held_out_images_a_run_trains_and_has_no_best(checkpoints, tmp_path, capsys):
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), val_fraction=0.0, epochs=1))
+    assert not (path.parent / BEST_NAME).exists() and not any("val_loss" in entry for entry in metrics_of(path))
+    assert (path.parent / "loss.png").exists() and "best" not in capsys.readouterr().out.split("saved ")[1]
+
+
+def test_tensorboard_holds_the_scalars_of_the_metrics(checkpoints, tmp_path):
+    """Every number of metrics.jsonl at its step, as TensorBoard itself reads the file."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), tensorboard=True, epochs=3))
+    events = reader.EventAccumulator(str(path.parent))
+    events.Reload()
+    found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    numbers = ("loss", "lr", "grad_norm", "images_per_s", "val_loss", "val_exact_match")
+    expected = {(key, entry["step"]): entry[key] for entry in metrics_of(path) for key in numbers if key in entry}
+    assert found == pytest.approx(expected, rel=1e-6) and ("val_loss", 0) in found and ("loss", 9) in found
+
+
+@pytest.mark.plots
+def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
+    """Each score that is a share has a line of its own, with its points; what is no number is left out."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), real(self, *a, **k))[1])
+    lines = [
+        {"step": 0, "val_loss": 3.0, "val_vqa_accuracy": 0.1, "val_cider": 0.5, "val_r": None},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": None},
+        {"step": 2, "val_loss": 1.0, "val_vqa_accuracy": 0.9, "val_cider": 4.5, "val_r": 0.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert plots.draw(tmp_path) == tmp_path / "loss.png"
+    upper, lower = drawn[0].axes
+
+    def shown(axes) -> dict[str, list[tuple[float, float]]]:
+        return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+
+    assert shown(upper) == {"training": [(1, 2.0)], "validation": [(0, 3.0), (2, 1.0)]}
+    assert shown(lower) == {"vqa accuracy": [(0, 0.1), (2, 0.9)], "r": [(2, 0.25)]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    plots.draw(tmp_path)
+    assert not drawn[1].axes[1].get_visible()
+
+
+def test_the_end_is_validated_though_a_step_was_skipped(checkpoints, tmp_path, monkeypatch):
+    """A skipped step leaves a run short of its total; its last adapter is scored all the same."""
+
+    def spoil(count: int, learner: Learner) -> None:
+        if count == 2:
+            for parameter in learner.parameters.values():
+                parameter.grad = torch.full_like(parameter, torch.inf)
+
+    before_each_step(monkeypatch, spoil)
+    path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=2, validate_every=100))
+    entries = metrics_of(path)
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, max(e["step"] for e in entries if "loss" in e)]

@@ -1,0 +1,250 @@
+"""Preflight: each way in which training would be useless is refused, with the reason."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lora_blip.errors import PreflightError
+from lora_blip.lora import attached, injection
+from lora_blip.lora.sites import Site
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.tasks.base import DeviceBatch
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import preflight
+from tests.support.models import batch_of, inject
+
+
+def checked(task: CaptionTask, **changes: object) -> str:
+    batch = batch_of(task)
+    return preflight.check(task, replace(batch, rows=replace(batch.rows, **changes)), nullcontext)
+
+
+def test_a_sound_model_passes_and_leaves_no_trace(backbone):
+    inject(backbone, trained=False)
+    task = CaptionTask(backbone)
+    before = torch.get_rng_state()
+    said = checked(task)
+    assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in backbone.model.parameters())
+    assert "cube" in said.splitlines()[1] and "|." in said.splitlines()[1] and "memory of a step" in said
+
+
+def test_a_blip2_without_placeholders_is_refused(make):
+    """It would train, silently blind: the text has no place where the image stands."""
+    for kind in ("opt", "t5"):
+        backbone = make(kind)
+        inject(backbone, "lm", trained=False)
+        task = CaptionTask(backbone)
+        image = backbone.model.config.image_token_index
+        ids = batch_of(task).rows.input_ids
+        with pytest.raises(PreflightError, match=r"the model does not see them.*<image>"):
+            checked(task, input_ids=ids.masked_fill(ids == image, 5))
+
+
+def test_an_adapter_that_never_fires_is_refused(make, monkeypatch):
+    backbone = make("blip")
+    inject(backbone, "vit", trained=False)
+    mlp = backbone.model.vision_model.encoder.layers[0].mlp
+    monkeypatch.setattr(mlp, "forward", lambda x: mlp.fc2(torch.nn.functional.linear(x, mlp.fc1.weight)))
+    with pytest.raises(PreflightError, match=r"layers\.0\.mlp\.fc1' is not called"):
+        checked(CaptionTask(backbone))
+
+
+def test_an_adapter_without_gradient_is_refused(make, monkeypatch):
+    backbone = make("blip")
+    inject(backbone, "vit", trained=False)
+    model = backbone.model.vision_model.encoder.layers[0]
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: forward(*a, **k).detach())
+    with pytest.raises(PreflightError, match=r"4 adapter\(s\) get no gradient"):
+        checked(CaptionTask(backbone))
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_labels_on_padding_or_on_the_prompt_are_refused(make, kind):
+    backbone = make(kind)
+    inject(backbone, trained=False)
+    task = CaptionTask(backbone)
+    targets = batch_of(task).rows.targets
+    padded = targets.masked_fill(targets == IGNORE, backbone.tokenizer.convert_tokens_to_ids("a"))
+    with pytest.raises(PreflightError, match=r"the labels of 'x\.png' read"):
+        checked(task, targets=padded)
+    with pytest.raises(PreflightError, match=r"the labels of 'x\.png' read ''"):
+        checked(task, targets=torch.full_like(targets, IGNORE))
+
+
+def test_a_loss_that_is_not_finite_names_the_first_module(make):
+    backbone = make("blip")
+    inject(backbone, "vit", trained=False)
+    backbone.model.vision_model.encoder.layers[1].self_attn.projection.weight.data[0, 0] = torch.nan
+    with pytest.raises(PreflightError, match=r"loss of the first batch is nan; .*'vision_model.*1\.self_attn\.projection'"):
+        checked(CaptionTask(backbone))
+
+
+def test_the_memory_estimate_counts_what_autograd_keeps(make):
+    """Twice the images, about twice the activations; checkpointing keeps a fraction."""
+    counted = {}
+    for name, options, copies in (("one", {}, 1), ("two", {}, 2), ("frugal", {"checkpointing": True}, 1)):
+        backbone = make("opt", **options)
+        inject(backbone, trained=False)
+        backbone.model.train()
+        task = CaptionTask(backbone)
+        counted[name] = preflight.check_gradients(task, batch_of(task, ["a red cube"] * 4 * copies))
+    assert 1.7 < counted["two"] / counted["one"] < 2.2 and counted["frugal"] < 0.6 * counted["one"]
+
+
+def test_the_checks_draw_nothing_from_the_generator_of_the_run(make):
+    """Dropout inside the checks leaves the random numbers of the training as they are."""
+    backbone = make("blip")
+    for adapter in inject(backbone, "vit", trained=False).values():
+        adapter.dropout = 0.5
+    backbone.model.train()
+    before = torch.get_rng_state()
+    checked(CaptionTask(backbone))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- each proof on its own
+
+
+class Toy(nn.Module):
+    """Two linears with adapters, a tuple as output, and integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.pair = Pair()
+        injection.inject(self, targets_of("first", "second"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.pair(self.first(x))[1])
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([1, 2]), x
+
+
+def targets_of(*modules: str) -> list[Site]:
+    return [Site(module, 2, 4.0) for module in modules]
+
+
+def toy_task(model: nn.Module, loss, logits=None) -> SimpleNamespace:
+    """As much of a task as the checks of gradients and images use."""
+    return SimpleNamespace(backbone=SimpleNamespace(model=model), loss=loss, logits=logits, parameters=lambda: ())
+
+
+def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution():
+    """Whatever comes before it or after it; no hook stays."""
+    x = torch.ones(1, 4)
+    for module, poisoned, kind in (("first", "weight", "Linear"), ("second", "bias", "Linear")):
+        model = Toy()
+        getattr(getattr(model, module), poisoned).data.fill_(torch.inf)
+        said = preflight.first_nonfinite(model, lambda model=model: model(x))
+        assert said == f"the first output that is not finite is that of {module!r} ({kind}, torch.float32)"
+        assert not any(m._forward_hooks for name, m in model.named_modules() if name not in ("first", "second"))
+    model = Toy()
+    attached.adapters(model)["first"].B.data.fill_(torch.nan)  # the linear with its update is named, not the adapter
+    assert "'first'" in preflight.first_nonfinite(model, lambda: model(x))
+    sound = preflight.first_nonfinite(Toy(), lambda: model(x))
+    assert sound.startswith("every module's output is finite in a second forward")
+    model.pair.register_forward_hook(lambda *_: (torch.tensor([1]), torch.full((1, 4), torch.nan)))
+    attached.adapters(model)["first"].B.data.zero_()
+    assert "that of 'pair' (Pair, torch.int64)" in preflight.first_nonfinite(model, lambda: model(x))
+    seen = []
+    preflight.first_nonfinite(Toy(), lambda: seen.append(torch.is_grad_enabled()))
+    assert seen == [False]
+
+
+def test_hooks_of_the_search_are_removed_after_an_error_too():
+    model = Toy()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(ZeroDivisionError):
+        preflight.first_nonfinite(model, lambda: 1 // 0)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_adapters_that_are_not_called_are_counted_and_the_first_is_named():
+    model = Toy()
+    preflight.check_hooks(model, lambda: model(torch.ones(1, 4)))
+    for called, count, name in ((model.first, 1, "second"), (model.second, 1, "first"), (model.pair, 2, "first")):
+        grad = []
+        with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) would do nothing: '{name}' is not called"):
+            preflight.check_hooks(model, lambda c=called, g=grad: (g.append(torch.is_grad_enabled()), c(torch.ones(1, 4))))
+        assert grad == [False]
+
+
+def test_adapters_without_a_gradient_are_counted_and_no_gradient_stays():
+    """B that is not reached, and B whose gradient is zero; a batch of four counts as one of one."""
+    x, model = torch.ones(1, 4), Toy()
+    found = attached.adapters(model)
+    batch = SimpleNamespace(count=4)
+    assert preflight.check_gradients(toy_task(model, lambda _: model(x).sum()), batch) > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    cases = [
+        (lambda _: model.first(x).sum(), 1, "second"),
+        (lambda _: model.second(x).sum(), 1, "first"),
+        (lambda _: model.first(x).sum() + 0 * model.second(x).sum(), 1, "second"),
+        (lambda _: 0 * found["first"].A.sum(), 2, "first"),
+    ]
+    for loss, count, name in cases:
+        with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) get no gradient, '{name}' among them"):
+            preflight.check_gradients(toy_task(model, loss), batch)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_gradients_of_a_task_s_own_parameters_are_dropped_too():
+    model, own = Toy(), nn.Parameter(torch.ones(()))
+    task = toy_task(model, lambda _: (model(torch.ones(1, 4)) * own).sum())
+    task.parameters = lambda: (own,)
+    preflight.check_gradients(task, SimpleNamespace(count=1))
+    assert own.grad is None
+
+
+def test_a_gradient_that_only_a_loss_scale_keeps_above_zero_is_seen():
+    """In float16, 1e-8 is zero, and 1024 times that is not."""
+    model = Toy()
+    found = attached.adapters(model)
+    loss = lambda _: sum((x.B.half() * 1e-4 * 1e-4).sum() for x in found.values())  # noqa: E731
+    preflight.check_gradients(toy_task(model, loss), SimpleNamespace(count=1))
+
+
+def test_what_autograd_keeps_is_counted_by_storage_without_parameters():
+    """x · w keeps x once though two products share it, exp keeps its output, and w is not counted."""
+    linear = nn.Linear(8, 8, bias=False)
+    kept = preflight.KeptBytes(linear)
+    x = torch.randn(4, 8)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        ((linear(x) + linear(x[:2]).sum()).exp()).sum().backward()
+    assert kept.bytes == 2 * 4 * 8 * 4
+
+
+def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
+    """The flipped batch is compared; if that is the same batch, its negative. What is known of other pictures is not used."""
+    seen = []
+    for pixels in (torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(2, 3, 4, 4)):
+        batch = DeviceBatch([], pixels, None, 1.0, known="kept")  # type: ignore[arg-type]
+
+        def logits(given: DeviceBatch) -> torch.Tensor:
+            seen.append((given.known, torch.is_grad_enabled()))
+            return given.pixel_values.sum((1, 2, 3))
+
+        preflight.check_image_matters(toy_task(Toy(), None, logits), batch)
+        with pytest.raises(PreflightError, match="other images give the same logits"):
+            preflight.check_image_matters(toy_task(Toy(), None, lambda given: given.pixel_values.abs().sum()), batch)
+    assert set(seen) == {(None, False)} and len(seen) == 6
+
+
+def test_the_memory_of_a_step_adds_up():
+    """2 GiB of float16, 1 GiB of adapters with gradient and two moments, 0.5 GiB kept: 6.5 GiB."""
+    with torch.device("meta"):
+        model = nn.Module()
+        model.frozen = nn.Parameter(torch.empty(2**30, dtype=torch.float16), requires_grad=False)
+        model.trained = nn.Parameter(torch.empty(2**28, dtype=torch.float16))
+    assert preflight.memory_estimate(model, 2**29) == (
+        "memory of a step, about 6.50 GiB: frozen weights 2.00, adapters with gradients and AdamW's state 4.00, "
+        "activations kept for the backward pass 0.50"
+    )

@@ -1,0 +1,727 @@
+"""A run that dies goes on as though it had not: N + M steps == N steps, SIGKILL anywhere, resume, M steps, bit for bit."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.robustness import chaos
+from lora_blip.data.example import Example
+from lora_blip.errors import CheckpointError, ConfigError, LockedError, TrainingError
+from lora_blip.lora import adapter_file
+from lora_blip.models import identity
+from lora_blip.models.identity import weights_digest
+from lora_blip.runtime import lock, signals
+from lora_blip.runtime.files import make_whole
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
+from lora_blip.training import checkpoint, loop, resume
+from lora_blip.training.checkpoint import ABOUT, TENSORS
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import train
+from lora_blip.training.run_folder import Run
+from tests.support.kill import Killed, killed_at, nothing
+from tests.support.runs import (
+    assert_same,
+    before_each_step,
+    config_of,
+    elsewhere,
+    lines,
+    metrics_of,
+    only_run,
+    score,
+)
+
+# ---------------------------------------------------------------- exactly
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "deaths"),
+    [
+        ("blip", "fp32", (1, 1, 2, 3, 4, 7)),
+        ("blip", "bf16", (5, 6)),
+        ("blip", "fp16", (2, 8)),
+        ("opt", "fp32", (9, 2)),
+        ("t5", "bf16", (4, 1)),
+        ("vqa", "fp32", (8, 3)),
+        ("itm", "fp32", (3, 5)),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(checkpoints, tmp_path, kind, precision, deaths):
+    """Law 6: at whatever micro-batch each life ends, in a step or between two; dropout, augmentation, drawn negatives."""
+    config = config_of(checkpoints, tmp_path, kind, precision=precision, max_skipped=40, batch_size=4 if kind == "itm" else 2)
+    whole = train(config)
+    again = elsewhere(config)
+    for death in deaths:
+        with killed_at(death):
+            train(again)
+    path = train(again)
+    assert_same(whole, path)
+    assert path.parent == only_run(again)
+    assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never gone on with
+
+
+def test_what_came_after_the_checkpoint_is_made_again(checkpoints, tmp_path):
+    """Killed 4 steps after the only checkpoint: metrics.jsonl has each line once, and the best adapter is that of its time."""
+    config = config_of(checkpoints, tmp_path, validate_every=1, best_by="loss", epochs=3)
+    whole = train(config)
+    again = replace(elsewhere(config), checkpoint_seconds=1e9)
+    with killed_at(11):
+        train(again)
+    run = only_run(again)
+    (folder,) = (run / checkpoint.FOLDER).iterdir()
+    assert folder.name.endswith("_step0") and (run / BEST_NAME).exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "steps_left", raising(Killed))
+        patch.setattr(loop, "rescue", nothing)
+        train(again)
+    assert not (run / BEST_NAME).exists()  # there was none yet
+    assert_same(whole, train(again))
+
+
+def raising(error: type[BaseException]) -> Callable[..., None]:
+    def act(*_: object) -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("death", [5, 7])
+def test_patience_is_counted_on(checkpoints, tmp_path, monkeypatch, death):
+    """Killed around the first of two stale validations, a run stops early at the step at which it would have."""
+    scores = [score(9), score(2, 0.5), score(3, 0.5), score(3, 0.5), score(1, 0.9)]
+    real = Run.log_validation
+    monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
+    config = config_of(checkpoints, tmp_path, epochs=9, validate_every=1, patience=2)
+    whole = train(config)
+    assert lines(whole)[-1]["step"] == 3
+    with killed_at(death):
+        train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_finished_run_is_not_gone_on_with(checkpoints, tmp_path):
+    """The same settings twice are two runs."""
+    config = config_of(checkpoints, tmp_path, epochs=1)
+    first, second = train(config), train(config)
+    assert first.parent != second.parent
+    assert_same(first, second)
+    with pytest.raises(CheckpointError, match="it has no checkpoint: it is finished"):
+        train(replace(config, resume=str(first.parent)))
+
+
+def test_off_begins_anew(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    train(replace(config, resume="off"))
+    assert len(list(Path(config.output_dir).glob("lora_*"))) == 2
+
+
+def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path, keep_checkpoints=3)
+    with killed_at(9):
+        train(config)
+    folders = sorted((only_run(config) / checkpoint.FOLDER).iterdir())
+    assert [folder.name.split("_")[1] for folder in folders] == ["step2", "step3", "step3"]
+    assert [checkpoint.read(folder).about["progress"]["slot"] for folder in folders] == [0, 0, 1]
+
+
+# ---------------------------------------------------------------- told to stop
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(checkpoints, tmp_path, number, code):
+    """In the middle of an accumulation: the gradients so far are kept, nothing is computed twice."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    before = signal.getsignal(number)
+    done = []
+    real = Learner.accumulate
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        done.append(1)
+        real(learner, *rest, **named)
+        if len(done) == 5:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "accumulate", accumulate)
+        with pytest.raises(SystemExit) as told:
+            train(elsewhere(config))
+        assert told.value.code == code and len(done) == 5
+        run = only_run(elsewhere(config))
+        saved = checkpoint.newest(run)[0]
+        assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 2)
+        assert any(key.startswith("gradient/0/") for key in saved.tensors())
+        assert adapter_file.read(run / ADAPTER_NAME).about["training"]["finished"] is False
+        assert_same(whole, train(elsewhere(config)))
+    assert len(done) == 14  # two epochs of seven
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoints, tmp_path, capfd):
+    """A scheduler's SIGTERM reaches every process of the job; the run still saves where it is, and goes on to the bit."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9, num_workers=2)
+    whole = train(config)
+    child = os.fork()
+    if not child:
+        os.setsid()
+        real = Learner.accumulate
+
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+            real(learner, *rest, **named)
+            if (learner.progress.step, learner.progress.slot) == (3, 1):
+                os.killpg(0, signal.SIGTERM)
+                time.sleep(0.5)  # in which a dead worker would be noticed
+
+        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        try:
+            train(elsewhere(config))
+        except SystemExit as told:
+            os._exit(int(told.code or 0))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signals.SAVED, capfd.readouterr().err
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (3, 1)
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
+    """Between two batches of a validation the run stops; the validation is made again, and its line is there once."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    real, seen = loop.validate, []
+
+    def validate(*given: object) -> dict[str, float]:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validate", validate)
+        with pytest.raises(SystemExit):
+            train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_while_saving():
+    with signals.catch_signals() as stop_request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_request.signal == signal.SIGINT
+        stop_request.saving = True
+        os.kill(os.getpid(), signal.SIGINT)
+        stop_request.saving = False
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tmp_path, monkeypatch):
+    """What was half summed up is dropped; with it repaired, the run ends as if nothing had been."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    real, count = Learner.accumulate, 0
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        nonlocal count
+        count += 1
+        real(learner, *rest, **named)
+        if count == 5:
+            raise ZeroDivisionError("by chance")
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Learner, "accumulate", accumulate)
+        train(elsewhere(config))
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 0)
+    assert_same(whole, train(elsewhere(config)))
+
+
+@pytest.mark.parametrize("moment", ["update", "log_step"])
+def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpoints, tmp_path, monkeypatch, moment):
+    """An error inside AdamW's step, or between it and its line: the checkpoint before it is what the run goes on from."""
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    owner = Learner if moment == "update" else Run
+    real = getattr(owner, moment)
+
+    def half(self: object, *given: object) -> object:
+        made = real(self, *given) if moment == "update" else None
+        if (self if moment == "update" else self.learner).progress.step == 2:  # type: ignore[attr-defined]
+            raise ZeroDivisionError
+        return made or real(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(owner, moment, half)
+        train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, monkeypatch):
+    """Then half the batch and twice the accumulation go on from there, though not to the bit."""
+    config = replace(config_of(checkpoints, tmp_path, batch_size=4, accumulation=1, epochs=2), checkpoint_seconds=1e9)
+
+    def exhaust(count: int, _: Learner) -> None:
+        if count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        before_each_step(patch, exhaust)
+        with pytest.raises(TrainingError, match=r"batch_size = 4 .*32×32.*accumulation.*checkpointing.*base_dtype"):
+            train(config)
+    run = only_run(config)
+    saved = checkpoint.newest(run)[0]
+    assert saved is not None and saved.about["progress"]["step"] == 2
+    smaller = replace(config, batch_size=2, accumulation=2, resume=str(run))
+    with pytest.raises(CheckpointError, match="batch_size was 4 and is 2; accumulation was 1 and is 2"):
+        train(smaller)
+    path = train(replace(smaller, allow_changed=True))
+    assert [entry["step"] for entry in metrics_of(path) if "loss" in entry] == list(range(1, 9)) and path.parent == run
+
+
+# ---------------------------------------------------------------- not the same run
+
+
+def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_path, capsys):
+    """By a path: an error; by "auto": a run of its own, and why is said."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(5):
+        train(config)
+    run = only_run(config)
+    here = replace(config, resume=str(run))
+    for changes, message in (
+        ({"lr": 5e-3}, "lr was 0.01 and is 0.005"),
+        ({"seed": 7}, "seed was 0 and is 7"),
+        ({"precision": "bf16"}, "precision was 'fp32' and is 'bf16'"),
+        ({"model": str(checkpoints["opt"])}, "base weights are not the same"),
+        ({"model": str(other_pixels(checkpoints["blip"], tmp_path / "base"))}, "base processors are not the same"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(replace(here, **changes))
+    source = Path(config.annotations)
+    source.write_text(source.read_text().replace("a red picture", "a red photo", 1))
+    with pytest.raises(CheckpointError, match="lines are not the same"):
+        train(here)
+    capsys.readouterr()
+    assert train(replace(config, epochs=1)).parent != run
+    assert "was interrupted, and is another run: epochs was 2 and is 1" in capsys.readouterr().out
+    train(replace(here, allow_changed=True))
+    assert "going on though" in capsys.readouterr().out
+
+
+def other_pixels(checkpoint: Path, folder: Path) -> Path:
+    """The same weights with another mean of their pixels."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "preprocessor_config.json"
+    file = file if file.exists() else folder / "processor_config.json"
+    about = json.loads(file.read_text())
+    about.get("image_processor", about)["image_mean"] = [0.1, 0.2, 0.3]
+    file.write_text(json.dumps(about))
+    return folder
+
+
+def test_data_and_base_may_move_and_workers_may_change(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path / "a")
+    whole = train(config)
+    with killed_at(6):
+        train(elsewhere(config))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("runs*"))
+    shutil.copytree(checkpoints["blip"], tmp_path / "base")
+    moved = replace(elsewhere(config), annotations=str(tmp_path / "b" / "annotations.jsonl"), model=str(tmp_path / "base"))
+    assert_same(whole, train(replace(moved, num_workers=2, log_every=1)))
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_a_path_without_a_checkpoint_is_an_error_before_anything_is_written(checkpoints, tmp_path, folder):
+    config = config_of(checkpoints, tmp_path, resume=str(tmp_path / folder))
+    with pytest.raises(CheckpointError, match="resume = "):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+# ---------------------------------------------------------------- damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def plant(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+class Bomb:
+    """Whoever unpickles it makes a file."""
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(Path(os.environ["PLANTED"])),)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove, plant])
+@pytest.mark.parametrize("name", [TENSORS, ABOUT])
+def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
+    checkpoints, tmp_path, monkeypatch, capsys, damage, name
+):
+    """And nothing in it is ever run: law 10."""
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    with killed_at(6):
+        train(elsewhere(config))
+    older, newer = sorted((only_run(elsewhere(config)) / checkpoint.FOLDER).iterdir())
+    damage(newer / name)
+    path = train(elsewhere(config))
+    assert f"{newer} is damaged" in capsys.readouterr().out and not (tmp_path / "planted").exists()
+    assert_same(whole, path)
+    assert older.parent.parent == path.parent
+
+
+def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints, tmp_path, monkeypatch):
+    """The second makes its folder while the first does: each has its own settings in it, and ends as if alone."""
+    config = config_of(checkpoints, tmp_path, epochs=1)
+    alone = train(elsewhere(replace(config, seed=2), "alone"))
+    real = Run._begin
+
+    def begin(run: Run, folder: Path) -> None:
+        real(run, folder)
+        monkeypatch.setattr(Run, "_begin", real)
+        finished.append(train(replace(config, seed=2)))
+
+    finished: list[Path] = []
+    monkeypatch.setattr("lora_blip.training.run_folder.run_name", lambda *_: "lora_same")
+    monkeypatch.setattr(Run, "_begin", begin)
+    first = train(config)
+    assert first.parent != finished[0].parent
+    for path, seed in ((first, 0), (finished[0], 2)):
+        assert json.loads((path.parent / "config.json").read_text())["seed"] == seed
+    assert_same(alone, finished[0])
+
+
+def test_a_checkpoint_is_chosen_under_the_lock(checkpoints, tmp_path, monkeypatch):
+    """Another process makes newer ones between our look and our lock: the newest is gone on with; if it finishes, we say so."""
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    with killed_at(3):
+        train(elsewhere(config))
+    stale = checkpoint.newest(only_run(elsewhere(config)))[0]
+    with killed_at(6):
+        train(elsewhere(config))
+    assert stale is not None and not stale.folder.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "find", lambda *_: (stale, []))
+        assert_same(whole, train(elsewhere(config)))
+        with pytest.raises(CheckpointError, match="has just finished"):
+            train(elsewhere(config))
+
+
+def test_a_backup_is_not_gone_on_with(checkpoints, tmp_path):
+    """A copy of an interrupted run beside it, though it is newer."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    shutil.copytree(run, run.with_name("backup"))
+    kept = {path: path.read_bytes() for path in run.with_name("backup").rglob("*") if path.is_file()}
+    assert train(config).parent == run and kept == {path: path.read_bytes() for path in kept}
+
+
+def test_an_exact_run_is_preferred_to_a_newer_one_that_changed(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path)
+    for seed in (0, 5):
+        with killed_at(4):
+            train(replace(config, seed=seed, resume="off"))
+    assert json.loads((train(replace(config, allow_changed=True)).parent / "config.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("changes", [{"best_by": "loss"}, {"targets": "text"}, {"r": 4}, {"targets": "vit.mlp"}])
+def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path, changes):
+    """Another score is judged anew; adapters on other modules or of another rank cannot be gone on with."""
+    config = config_of(checkpoints, tmp_path, best_by="exact_match")
+    with killed_at(6):
+        train(config)
+    changed = replace(config, allow_changed=True, resume=str(only_run(config)), **changes)
+    if "best_by" in changes:
+        assert train(changed).parent == only_run(config)
+    else:
+        with pytest.raises(CheckpointError, match="set TARGETS and R back, or RESUME to off"):
+            train(changed)
+
+
+def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, monkeypatch):
+    """fp16: a scale that halved and is about to grow again, in step with the run that was not killed."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: real(device, 2.0**24, enabled=enabled, growth_interval=3)
+    )
+    config = config_of(checkpoints, tmp_path, precision="fp16", max_skipped=40, epochs=6, patience=0)
+    whole = train(config)
+    scales = [entry["loss_scale"] for entry in metrics_of(whole) if "loss" in entry]
+    assert len(set(scales)) > 1
+    with killed_at(30):
+        train(elsewhere(config))
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkpoints, tmp_path, monkeypatch):
+    """The micro-batch that was not finite came before the kill, in the same step."""
+    real = Learner.accumulate
+
+    def accumulate(learner: Learner, batch: object, slot: Any, last: bool) -> None:
+        layer = learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1
+        sound, poisoned = layer.weight.data.clone(), (learner.progress.epoch, slot.number) == (0, 3)
+        if poisoned:
+            layer.weight.data.fill_(3e38)
+        real(learner, batch, slot, last)
+        layer.weight.data.copy_(sound)
+
+    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    config = config_of(checkpoints, tmp_path)
+    whole = train(config)
+    with killed_at(6):
+        train(elsewhere(config))
+    path = train(elsewhere(config))
+    assert any("skipped" in entry for entry in metrics_of(whole))
+    assert_same(whole, path)
+
+
+@pytest.mark.parametrize("when", ["signal", "error after a signal"])
+def test_what_could_not_be_saved_is_never_called_saved(checkpoints, tmp_path, monkeypatch, when):
+    """SIGTERM and then a full disk, or an error in the update: the error is told, not exit 75."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    real = Learner.accumulate
+
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        real(learner, *rest, **named)
+        if (learner.progress.step, learner.progress.slot) == (0, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            if when == "signal":
+                monkeypatch.setattr(checkpoint, "make_whole", full)
+            else:
+                monkeypatch.setattr(Learner, "update", raising(ZeroDivisionError))
+
+    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    with pytest.raises(CheckpointError if when == "signal" else ZeroDivisionError):
+        train(config)
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatch):
+    """`train.py | tee log` and Ctrl-C: nobody reads what the run says any more, and it saves all the same."""
+    config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
+    whole = train(config)
+    real = os.write
+
+    def broken(handle: int, content: bytes) -> int:
+        if handle == 2:
+            raise BrokenPipeError
+        return real(handle, content)
+
+    def interrupt(count: int, _: Learner) -> None:
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "write", broken)
+        before_each_step(patch, interrupt)
+        train(elsewhere(config))
+    saved = checkpoint.newest(only_run(elsewhere(config)))[0]
+    assert saved is not None and saved.about["progress"]["step"] == 3
+    assert_same(whole, train(elsewhere(config)))
+
+
+def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(checkpoints, tmp_path):
+    """Its first checkpoint is whole, but the folder had not got its name yet."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    run.rename(run.with_name(f".{run.name}.tmp"))
+    assert train(config).parent == only_run(config)
+
+
+def test_what_a_power_cut_may_not_lose_is_synced_in_order(checkpoints, tmp_path):
+    """The metrics, each file of the new checkpoint, its rename, the folder it is in; only then the old one goes."""
+    happened: list[str] = []
+    replace_real, rmtree = Path.replace, shutil.rmtree
+
+    def synced(handle: int) -> None:
+        happened.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name.split('_step')[0]}")
+
+    def replaced(path: Path, target: Path) -> Path:
+        happened.append(f"rename to {Path(target).name.split('_step')[0]}")
+        return replace_real(path, target)
+
+    def removed(path: Path, **named: Any) -> None:
+        happened.append("remove" if "000001" in Path(path).name else "tidy")
+        rmtree(path, **named)
+
+    config = config_of(checkpoints, tmp_path, keep_checkpoints=1)
+    with killed_at(2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(Path, "replace", replaced)
+        patch.setattr(shutil, "rmtree", removed)
+        train(config)
+    second = happened[happened.index("sync metrics.jsonl") :]
+    order = [second.index(f"sync {name}") for name in ("metrics.jsonl", TENSORS)]
+    order += [second.index("rename to 000002"), second.index(f"sync {checkpoint.FOLDER}"), second.index("remove")]
+    assert order == sorted(order) and second.index(f"sync {ABOUT}") < order[2]
+
+
+def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("a")
+        raise OSError
+
+    with pytest.raises(OSError):
+        make_whole(tmp_path / "000001_step0", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- one writer
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from typing import Any
+from lora_blip import lock
+with lock.held(Path(sys.argv[1])):
+    child = os.fork()  # a loader worker, which outlives a killed parent for a while
+    print(os.getpid() if child else "", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_refused_to_a_second_process_and_not_left_behind_by_a_crash(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    first, second = holder.stdout.readline(), holder.stdout.readline()
+    assert first.strip() or second.strip()
+    with pytest.raises(ConfigError, match=f"another run is writing into {tmp_path}"), lock.held(tmp_path):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with lock.held(tmp_path):
+        pass
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+
+
+def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
+    """ "auto" in another terminal finds the run that is still going on, and does not touch it."""
+    config = config_of(checkpoints, tmp_path)
+    with killed_at(4):
+        train(config)
+    run = only_run(config)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and (holder.stdout.readline() or True)
+    time.sleep(0.1)
+    try:
+        with pytest.raises(LockedError):
+            train(config)
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(run)], check=False)
+        holder.wait()
+    train(config)
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, tmp_path, capfd):
+    """No file may grow beyond a limit that one checkpoint fits and the next does not; with room again, the run goes on."""
+    config = config_of(checkpoints, tmp_path, targets="vit,text", r=8)
+    whole = train(config)
+    again = elsewhere(config)
+    child = os.fork()
+    if not child:
+        real = Learner.accumulate
+
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+            if learner.progress.step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            real(learner, *rest, **named)
+
+        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        try:
+            train(again)
+        except CheckpointError as error:
+            os.write(2, f"{error}\n".encode())
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    said = capfd.readouterr().err
+    assert f"no room left to write in {only_run(again)}" in said and "that are there already are whole" in said
+    folders = sorted((only_run(again) / checkpoint.FOLDER).iterdir())
+    assert len(folders) == 2 and all(checkpoint.read(folder) for folder in folders)
+    assert_same(whole, train(again))
+
+
+# ---------------------------------------------------------------- for real
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(monkeypatch, capsys):
+    """The benchmark kills a run fifty times and more, in fp32 and bf16. Here it kills one a few times."""
+    monkeypatch.setattr(sys, "argv", ["chaos", "--kills", "4", "--steps", "12"])
+    chaos.main()  # its status depends on the number of kills, which depends on the speed of the machine
+    printed = capsys.readouterr().out
+    assert printed.count("the same\n") == 4 and "NOT" not in printed and "'SIGKILL':" in printed, printed
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_the_digest_of_the_lines_sees_the_prompt_and_the_question_id(tmp_path, with_images):
+    """An id of 0 is one too. Lines without both have the digest of earlier versions."""
+    (tmp_path / "a.png").write_bytes(b"an image")
+    plain = Example(tmp_path / "a.png", "a cube", "a.png", 1)
+    lines = [plain, *(replace(plain, **own) for own in ({"prompt": "see"}, {"question_id": 0}, {"question_id": "7"}))]
+    assert len({resume.lines_digest([line], with_images) for line in lines}) == len(lines)
+    assert resume._own(plain) == []
+
+
+def test_the_digest_of_the_weights_sees_what_comes_after_a_trainable_parameter(make):
+    model = make("blip").model
+    next(model.parameters()).requires_grad_()
+    before = weights_digest(model)
+    [*model.parameters()][-1].data[0] += 1e-3
+    assert weights_digest(model) != before
+
+
+def test_the_digest_of_the_weights_sees_every_value(make):
+    """One value of a large matrix, between those that are sampled."""
+    model = make("blip").model
+    before = weights_digest(model)
+    weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    assert weight.numel() > 4 * identity.SAMPLES and weights_digest(model) == before
+    weight.view(-1)[1] += 1e-3
+    assert weights_digest(model) != before
