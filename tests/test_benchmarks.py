@@ -29,7 +29,7 @@ def plan() -> Plan:
 ABREAST = [name for name in ROWS if name not in ("compiled", "card")]  # one needs a compiler, one a GPU
 
 
-SLOW = ("memory", "step")  # rows that start processes, or train in seven ways
+SLOW = ("memory", "step", "generate", "cubes")  # rows that start processes, or train in many ways
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row in SLOW)) for row in ABREAST])

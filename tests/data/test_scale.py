@@ -344,6 +344,7 @@ def test_a_picture_that_turns_out_to_be_no_good_stops_the_run_with_its_line(sour
         loop.train(lazily(tmp_path, source, check_images="all"))
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_one_line(source, tmp_path):
     """From a worker too, whose traceback would say it in twenty."""
     (tmp_path / "photos" / "7.png").unlink()
