@@ -39,7 +39,7 @@ def run_infer(script: dict[str, Any], doc: str | None) -> None:
 def tell(go: Callable[[], None]) -> None:
     """Run, and turn the errors that carry a remedy into one message and exit status 2."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and heeded(stream) for stream in streams)  # None: the program was started without it
+    sys.stdout, sys.stderr = (stream and terminal_stream(stream) for stream in streams)  # None if the program has none
     try:
         go()
     except KeyboardInterrupt:
@@ -65,17 +65,17 @@ def tell(go: Callable[[], None]) -> None:
         sys.stdout, sys.stderr = streams
 
 
-def heeded(stream: Any) -> Any:
+def terminal_stream(stream: Any) -> Any:
     """Return a stream that survives its reader, and prints characters that its encoding lacks as escapes.
 
     `LC_ALL=C` gives an ASCII terminal, and settings, captions and file names hold other characters.
     """
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
-    return Heeded(stream)
+    return TerminalStream(stream)
 
 
-class Heeded:
+class TerminalStream:
     """A text stream to a terminal. Escape unsafe text, and ignore a reader that goes away, as in `| head`."""
 
     def __init__(self, stream: Any) -> None:
@@ -105,7 +105,7 @@ class Heeded:
 
 def print_traceback(*error: Any) -> None:
     """Print an error that we do not know as Python does, with its message escaped: it may quote a stranger's file."""
-    traceback.print_exception(*error, file=Heeded(sys.stderr))
+    traceback.print_exception(*error, file=TerminalStream(sys.stderr))
 
 
 def stop(error: Exception) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from lora_blip.data.example import Example
-from lora_blip.data.image_sources import open_picture, place_of
+from lora_blip.data.image_sources import image_key, open_example
 from lora_blip.data.preprocessing import pixels_of
 from lora_blip.errors import ImageError
 
@@ -58,7 +58,7 @@ class ImagePrefetcher:
     def announce(self, examples: Iterable[Example], image_processor: Any) -> None:
         """These are wanted now or next, and nothing else is any more."""
         made = pixels_of(image_processor)
-        wanted = {place_of(example): example for example in examples}
+        wanted = {image_key(example): example for example in examples}
         for place in [place for place in self.making if place not in wanted]:
             self.making.pop(place).cancel()
         for place, example in wanted.items():
@@ -68,7 +68,7 @@ class ImagePrefetcher:
 
     def pictures(self, examples: Iterable[Example]) -> dict[Any, Tensor | ImageError]:
         """Place → pixels (3, H, W) float32, or why there are none, of examples that were announced."""
-        return {place: self.making[place].result() for place in {place_of(example) for example in examples}}
+        return {place: self.making[place].result() for place in {image_key(example) for example in examples}}
 
     def close(self) -> None:
         """Nothing is wanted any more; what is under way is left to itself."""
@@ -83,6 +83,6 @@ class ImagePrefetcher:
 def developed(example: Example, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
     """(3, H, W) float32, or the reason why an example has no picture."""
     try:
-        return pixels(open_picture(example))
+        return pixels(open_example(example))
     except ImageError as error:
         return ImageError(str(error))  # anew: the frames in its traceback keep a batch of pictures alive

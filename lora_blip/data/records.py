@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, as_text, canonical, first_key
 from lora_blip.data.example import FILE, Example, quick
-from lora_blip.data.formats import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, as_text, canonical, first_key
 from lora_blip.runtime.untrusted import is_path
 
 SHARED = 2**17  # answers, groups and prompts of which each is checked and kept once

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import Example
-from lora_blip.data.image_sources import place_of
+from lora_blip.data.image_sources import image_key
 from lora_blip.data.prefetch import ImagePrefetcher, Lookahead
 from lora_blip.errors import ImageError
 from lora_blip.models.library import first_line
@@ -63,13 +63,13 @@ class Runner:
         self.prefetcher.announce([*some, *following], processor)
         pictures = self.prefetcher.pictures(some)  # several questions of one picture have one place
         self.prefetcher.announce(following, processor)
-        good = [(e, picture) for e in some if isinstance(picture := pictures[place_of(e)], Tensor)]
+        good = [(e, picture) for e in some if isinstance(picture := pictures[image_key(e)], Tensor)]
         here, stacked = [e for e, _ in good], [picture for _, picture in good]
         if good:
             self.check(torch.stack(stacked[: verification.ROWS]), here[: verification.ROWS], work)
         results = self._attempt(torch.stack(stacked), here, work) if good else iter(())
         for e in some:
-            picture = pictures[place_of(e)]
+            picture = pictures[image_key(e)]
             yield e, picture if isinstance(picture, ImageError) else next(results)
 
     def check(self, pictures: Tensor, examples: list[Example], work: Work) -> None:
@@ -87,7 +87,7 @@ class Runner:
         """`check`, with the pictures of a block that is about to come."""
         self.prefetcher.announce(examples, self.task.backbone.image_processor)
         pictures = self.prefetcher.pictures(examples)
-        good = [(e, picture) for e in examples if isinstance(picture := pictures[place_of(e)], Tensor)][: verification.ROWS]
+        good = [(e, picture) for e in examples if isinstance(picture := pictures[image_key(e)], Tensor)][: verification.ROWS]
         if good:
             self.task.backbone.model.eval()
             self.check(torch.stack([picture for _, picture in good]), [e for e, _ in good], work)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
-from lora_blip.data.image_sources import Images, example_of, open_picture
+from lora_blip.data.image_folders import example_of
+from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import ConfigError, ImageError
 from lora_blip.inference import finished, output
 from lora_blip.inference.batch_runner import Runner
@@ -211,14 +212,14 @@ class Saying:
 class Inputs:
     """What the settings name, read but not yet compared with a model."""
 
-    images: Images
+    images: ImageSource
     references: dict[Path, list[Example]]
     texts: list[str]
     adapter: Adapter | None
 
 
 def read_inputs(config: InferConfig) -> Inputs:
-    images = Images(config.images)
+    images = ImageSource(config.images)
     references = read_references(config.references, config.image_root, images)
     return Inputs(images, references, read_texts(config.texts), wanted_adapter(config.adapter))
 
@@ -254,7 +255,7 @@ def require_same_inputs(ranks: Ranks, config: InferConfig, task: Task, what: dic
 def picture_digest(example: Example) -> str:
     """SHA-256 of the decoded picture; of one that cannot be read, the kind of error."""
     try:
-        picture = open_picture(example)
+        picture = open_example(example)
     except ImageError as error:
         return type(error).__name__
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.image_sources import example_of
+from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Task

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from lora_blip.data import annotations
-from lora_blip.data.formats import canonical, csv_entries, tsv_entries
+from lora_blip.data.entries import canonical
+from lora_blip.data.formats import csv_entries, tsv_entries
 from lora_blip.data.prepare.command import PrepareConfig, prepare, shares_of
 from lora_blip.data.prepare.published import document, spaced
 from lora_blip.data.prepare.sources import find_sources
@@ -125,7 +126,7 @@ def test_a_csv_of_excel_in_europe_is_read(tmp_path):
         {"image": "b.png", "caption": "one"},
     ]
     number, reason = list(csv_entries(path))[2]
-    assert number == 5 and "1 column where the header has 2" in reason
+    assert number == 5 and "1 column but the header has 2" in reason
 
 
 def test_an_open_quote_does_not_swallow_the_lines_below(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image, features
 
 from lora_blip.config import InferConfig
 from lora_blip.data import annotations
-from lora_blip.data.image_sources import Images, open_picture
+from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.data.images import FORMATS, kind_of, open_image
 from lora_blip.errors import ImageError
 from lora_blip.inference.pipeline import infer
@@ -76,20 +76,20 @@ def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path, where):
     folder = write(tmp_path / "photos", files)
     (folder / "dir.jpg").mkdir()
     source = {"folder": folder, "glob": folder / "*", "shard": tmp_path / "x.tar"}[where]
-    images = Images(str(shard_of(source, files) if where == "shard" else source))
+    images = ImageSource(str(shard_of(source, files) if where == "shard" else source))
     for _ in range(2):
         found = list(images)
         assert sorted(e.image.name for e in found) == sorted(phone_folder())
         assert dict(images.others) == COUNTS and "11 file(s) (4 without a suffix, 3 hidden" in images.others_line()
     for one in found:
-        red, green, blue = open_picture(one).getpixel((8, 6))
+        red, green, blue = open_example(one).getpixel((8, 6))
         assert red > 180 and green < 60 and blue < 60, one.image  # the first frame of several
 
 
 def test_a_list_and_training_lines_read_every_kind(tmp_path):
     folder = write(tmp_path / "photos", phone_folder())
     (tmp_path / "list.txt").write_text("".join(f"photos/{name}\n" for name in phone_folder()))
-    assert [e.image.name for e in Images(tmp_path / "list.txt")] == list(phone_folder())
+    assert [e.image.name for e in ImageSource(tmp_path / "list.txt")] == list(phone_folder())
     lines = "".join(f'{{"image": "photos/{name}", "text": "red"}}\n' for name in phone_folder())
     (tmp_path / "x.jsonl").write_text(lines)
     assert len(annotations.read(tmp_path / "x.jsonl")[0]) == len(list(folder.iterdir()))
@@ -101,18 +101,18 @@ def test_what_is_no_file_is_never_opened(tmp_path):
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to(tmp_path)
     (folder / "gone").symlink_to(tmp_path / "nothing")
-    images = Images(folder)
+    images = ImageSource(folder)
     assert [e.image.name for e in images] == ["a.jpg"]
     assert dict(images.others) == {"without a suffix": 2, "links to folders": 1}
 
 
 def test_a_folder_without_an_image_says_what_is_in_it(tmp_path):
     with pytest.raises(ImageError, match=r"not images, left out: 2 file\(s\) \(1 \.txt, 1 without a suffix\)"):
-        Images(write(tmp_path / "photos", {"a.txt": b"x", "b": b"y"}))
+        ImageSource(write(tmp_path / "photos", {"a.txt": b"x", "b": b"y"}))
 
 
 def test_many_suffixes_are_counted_in_little_memory_and_printed_in_a_line(tmp_path):
-    images = Images(write(tmp_path / "photos", {"a.jpg": content("JPEG")} | {f"x.n\x1b{n}": b"x" for n in range(300)}))
+    images = ImageSource(write(tmp_path / "photos", {"a.jpg": content("JPEG")} | {f"x.n\x1b{n}": b"x" for n in range(300)}))
     list(images)
     assert images.others.total() == 300 and len(images.others) <= 101
     assert "\x1b" not in images.others_line() and len(images.others_line()) < 300
@@ -141,7 +141,7 @@ def test_a_raw_file_of_a_camera_is_refused_and_not_read_as_its_thumbnail(tmp_pat
     (tmp_path / "a.NEF").write_bytes(content("TIFF"))
     with pytest.raises(ImageError, match="raw file of a camera; export it as JPEG"):
         open_image(tmp_path / "a.NEF")
-    assert [e.image.name for e in Images(tmp_path)] == ["a.NEF"]
+    assert [e.image.name for e in ImageSource(tmp_path)] == ["a.NEF"]
     (tmp_path / "b.CR2").write_bytes(content("JPEG"))  # whatever its name says
     assert open_image(tmp_path / "b.CR2").size == (16, 12)
 

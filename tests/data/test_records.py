@@ -14,7 +14,7 @@ from PIL import Image
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import STRICT
-from lora_blip.data.image_sources import Images
+from lora_blip.data.image_sources import ImageSource
 from lora_blip.data.loader import HostBatch
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
@@ -177,7 +177,7 @@ def test_each_prompt_of_an_image_is_asked_and_scored_with_its_own_references(fol
         {"image": "a.png", "text": "a shoe, red", "prompt": "a shoe,"},
         {"image": "b.png", "text": "blue"},
     )
-    images = Images(str(folder / "*.png"))
+    images = ImageSource(str(folder / "*.png"))
     found: dict[Path, list[Example]] = {}
     for one in annotations.read(source)[0]:
         found.setdefault(one.image, []).append(one)

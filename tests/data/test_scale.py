@@ -27,13 +27,15 @@ from benchmarks.studies.lines import KINDS, STAGES, lines_of, measure
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, images
 from lora_blip.data.dataset import ImageDataset
+from lora_blip.data.entries import as_text, canonical
 from lora_blip.data.example import Example
-from lora_blip.data.formats import STRICT, _object, as_text, canonical
-from lora_blip.data.image_sources import Member, Missing
+from lora_blip.data.formats import STRICT, _object
+from lora_blip.data.image_folders import MissingImage
 from lora_blip.data.images import SIDED, names_side
 from lora_blip.data.loader import loader
 from lora_blip.data.paths import FEW, resolved
 from lora_blip.data.records import Lines
+from lora_blip.data.shards import ShardImage
 from lora_blip.errors import DataError
 from lora_blip.models.token_bounds import UNBOUNDED, TokenBounds
 from lora_blip.models.token_rows import plain_ids, special_ids
@@ -234,8 +236,8 @@ def test_an_example_is_the_dataclass_that_it_was():
 
 
 def test_images_in_shards_are_examples_too():
-    member = Member(Path("s.tar/a.png"), "", "s.tar/a.png", 0, shard="s.tar", offset=512, size=9)
-    gone = Missing(Path("x"), "", "x", 0, reason="closed")
+    member = ShardImage(Path("s.tar/a.png"), "", "s.tar/a.png", 0, shard="s.tar", offset=512, size=9)
+    gone = MissingImage(Path("x"), "", "x", 0, reason="closed")
     for one in (member, gone):
         assert pickle.loads(pickle.dumps(one)) == one and not hasattr(one, "__dict__") and isinstance(one.image, Path)
         assert dataclasses.replace(one, question="what?").question == "what?"

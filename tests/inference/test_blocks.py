@@ -22,7 +22,9 @@ from PIL import Image
 
 from lora_blip.cli import run_infer
 from lora_blip.config import InferConfig
-from lora_blip.data.image_sources import Images, Missing, expanded, open_picture
+from lora_blip.data.image_folders import MissingImage
+from lora_blip.data.image_sources import ImageSource, open_example
+from lora_blip.data.shards import expanded
 from lora_blip.errors import ConfigError, ImageError, LockedError, OutputError
 from lora_blip.inference import blocks, output
 from lora_blip.inference.finished import Done, key_of
@@ -110,11 +112,11 @@ def ended(child: int) -> int:
 
 
 def names(where: object) -> list[str]:
-    return [str(example.image) for example in Images(str(where)) if not isinstance(example, Missing)]
+    return [str(example.image) for example in ImageSource(str(where)) if not isinstance(example, MissingImage)]
 
 
 def reasons(where: object) -> list[str]:
-    return [example.reason for example in Images(str(where)) if isinstance(example, Missing)]
+    return [example.reason for example in ImageSource(str(where)) if isinstance(example, MissingImage)]
 
 
 def test_images_are_found_by_file_folder_and_glob(tmp_path):
@@ -127,7 +129,7 @@ def test_images_are_found_by_file_folder_and_glob(tmp_path):
     assert names(f"{tmp_path}/*.png") == [str(photo)]
     for nothing in ("*.webp", "x.txt", "deeper/b{0..3}.tar"):
         with pytest.raises(ImageError, match="no image found"):
-            Images(tmp_path / nothing)
+            ImageSource(tmp_path / nothing)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -157,7 +159,7 @@ def test_no_more_than_a_folder_is_kept_of_a_walk(tmp_path):
         folder = tmp_path / f"{number // 200:02}"
         folder.mkdir(exist_ok=True)
         (folder / f"{number}.png").touch()
-    images = Images(tmp_path)
+    images = ImageSource(tmp_path)
     tracemalloc.start()
     count = sum(1 for _ in images)
     peak = tracemalloc.get_traced_memory()[1]
@@ -227,8 +229,8 @@ def test_the_images_of_a_shard_are_those_that_webdataset_reads(tmp_path):
     with path.open("rb") as file:
         found = [s for s in webdataset.tariterators.tar_file_iterator(file) if s["fname"].endswith(".png")]
     assert names(path) == [f"{path}/{sample['fname']}" for sample in found] and len(found) == 5
-    for example, sample in zip(Images(path), found, strict=True):
-        assert open_picture(example).tobytes() == Image.open(io.BytesIO(sample["data"])).convert("RGB").tobytes()
+    for example, sample in zip(ImageSource(path), found, strict=True):
+        assert open_example(example).tobytes() == Image.open(io.BytesIO(sample["data"])).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -248,14 +250,14 @@ def test_a_shard_that_is_cut_off_or_damaged_is_never_silently_shorter(tmp_path, 
             assert names(path) == every[:whole] and len(reasons(path)) == 1
         else:
             with pytest.raises(ImageError, match="cannot be read"):
-                Images(path)
+                ImageSource(path)
     for place in [start + rng.randrange(512) for start in headers[1:] for _ in range(8)]:
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         assert names(path) == every or len(reasons(path)) == 1
     path.write_bytes(content + content)
-    assert names(path) == every and "more behind its end" in reasons(path)[0]
+    assert names(path) == every and "data follows its end" in reasons(path)[0]
     path.write_bytes(content[: headers[3]] + bytes(2**21))  # a download that left a hole
-    assert names(path) == every[:3] and "more behind its end" in reasons(path)[0]
+    assert names(path) == every[:3] and "data follows its end" in reasons(path)[0]
 
 
 def test_what_shards_hold_beside_images_is_never_decoded(config, tmp_path):
@@ -288,7 +290,7 @@ def test_headers_that_take_hours_or_the_memory_are_one_error_at_once(tmp_path, k
     start = time.perf_counter()
     for content in (b"1" * 200_000, b"hdrcharset=" + b"1" * 200_000, b"9" * 5000 + b" path=b\n", bytes(2**20 + 1)):
         shard.write_bytes(image + header(kind, content) + image + bytes(1024))
-        assert names(shard) == [f"{shard}/a.png"] and "that no program writes" in reasons(shard)[0]
+        assert names(shard) == [f"{shard}/a.png"] and "which no program writes" in reasons(shard)[0]
     assert time.perf_counter() - start < 3
     shard.write_bytes(header(kind, b"11 path=b1\n") + image + bytes(1024))
     assert len(names(shard)) == 1 and not reasons(shard)
@@ -322,7 +324,7 @@ def test_shards_say_what_their_folder_says(config):
         "0000.tar": 5, "0001.tar": there["0001.tar"], "0002.tar": 5, "0003.tar": 5, "0004.tar": 3
     }  # fmt: skip
     (damaged,) = [line for line in lines_of("out") if line["image"] == "shards/0001.tar"]
-    assert there["0001.tar"] < 5 and "cannot be read beyond" in damaged["error"]
+    assert there["0001.tar"] < 5 and "cannot be read after" in damaged["error"]
 
 
 # ---------------------------------------------------------------- every image has its line
@@ -435,7 +437,7 @@ def test_what_is_done_is_counted_as_a_multiset():
 
 
 def _examples(count: int) -> list:
-    from lora_blip.data.image_sources import example_of
+    from lora_blip.data.image_folders import example_of
 
     return [example_of(f"{n // 2}.png", "what?" * (n % 2)) for n in range(count)]
 

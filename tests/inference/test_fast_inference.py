@@ -214,7 +214,7 @@ def runner(size: int) -> Runner:
 
 def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], bool]]:
     """The pictures that were opened, and a wait for one of them."""
-    real, names, change = prefetch.open_picture, [], threading.Condition()
+    real, names, change = prefetch.open_example, [], threading.Condition()
 
     def noting(example: Example) -> Any:
         with change:
@@ -226,7 +226,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], 
         with change:
             return change.wait_for(lambda: name in names, timeout=20)
 
-    monkeypatch.setattr(prefetch, "open_picture", noting)
+    monkeypatch.setattr(prefetch, "open_example", noting)
     return names, wait
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import nn
 
 from lora_blip.data import annotations, formats, images
-from lora_blip.data.formats import canonical, csv_entries, jsonl_entries, tsv_entries
+from lora_blip.data.entries import canonical
+from lora_blip.data.formats import csv_entries, jsonl_entries, tsv_entries
 from lora_blip.data.images import open_image
 from lora_blip.data.prepare.folders import Folder
 from lora_blip.data.prepare.sources import find_sources
@@ -594,10 +595,10 @@ BAD_LINES: dict[str, tuple[str | bytes, str]] = {  # what is wrong → the line,
     "brackets, a hundred thousand deep": ('{"image": ' + "[" * 100_000, "nested too deeply"),
     "brackets, 500 deep": ('{"image": "a.png", "text": "t", "n": ' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
     "a NUL": ('{"image": "a.png", "text": "\0"}', "not valid JSON"),
-    "a NUL in the path": ('{"image": "a\\u0000.png", "text": "t"}', "no path that a file can have"),
-    "a path that clears the screen": ('{"image": "\\u001b[2J.png", "text": "t"}', "no path that a file can have"),
-    "a name of 300 letters": (json.dumps({"image": "x" * 300, "text": "t"}), "no path that a file can have"),
-    "a path of a megabyte": (json.dumps({"image": "x/" * 400_000, "text": "t"}), "no path that a file can have"),
+    "a NUL in the path": ('{"image": "a\\u0000.png", "text": "t"}', "not a valid path"),
+    "a path that clears the screen": ('{"image": "\\u001b[2J.png", "text": "t"}', "not a valid path"),
+    "a name of 300 letters": (json.dumps({"image": "x" * 300, "text": "t"}), "not a valid path"),
+    "a path of a megabyte": (json.dumps({"image": "x/" * 400_000, "text": "t"}), "not a valid path"),
     "a surrogate": ('{"image": "a.png", "text": "\\ud800"}', "not UTF-8"),
     "a byte that is no UTF-8": (b'{"image": "a.png", "text": "\xff"}', "not UTF-8"),
     "a megabyte of keys": (json.dumps({"image": "a.png"} | {f"{n:0200}": 1 for n in range(5000)}), "no text: .*this line has"),
@@ -814,7 +815,7 @@ def test_any_value_is_quoted_in_a_line(value):
         ("image,image,text\na,b,c", "names a column twice"),
         ('image,text\na.png,"open', "not valid CSV"),
         ("image,text\na.png," + "x" * 200_000, "field larger than field limit"),
-        ("image,text\na.png" + ',"b"' * 600_000, "columns where the header has 2|more than"),
+        ("image,text\na.png" + ',"b"' * 600_000, "columns but the header has 2|more than"),
         ("image,text\na.png,\0", None),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import T5Tokenizer
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.image_sources import example_of
+from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.inference.questions import asked
 from lora_blip.models.loading import Backbone

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_blip.cli import COMMANDS, Heeded, main, print_traceback, run_infer, run_train
+from lora_blip.cli import COMMANDS, TerminalStream, main, print_traceback, run_infer, run_train
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import Problem
 from lora_blip.data.images import open_image
@@ -108,7 +108,7 @@ def test_a_progress_bar_moves_the_cursor_and_its_text_does_not():
     assert for_terminal("\r 50%") == "\r 50%" and for_terminal("\x1b[A") == "\x1b[A"
     assert for_terminal(f"\r{SCREEN}\r\n") == "\r" + r"\x1b[2J\x1b]0;pwned\x07\r" + "\n"
     stream = io.StringIO()
-    Heeded(stream).writelines([SCREEN, "\n"])
+    TerminalStream(stream).writelines([SCREEN, "\n"])
     assert not unsafe(stream.getvalue())
 
 

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 from lora_blip.config import check, refuse_unwritable, require, setting
 from lora_blip.data.annotations import LISTED
-from lora_blip.data.formats import NOT_UTF8, Entry, Place, canonical
+from lora_blip.data.entries import NOT_UTF8, Entry, canonical
+from lora_blip.data.formats import Location
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.published import SPLITS
 from lora_blip.data.prepare.sources import Source, find_sources
@@ -61,7 +62,7 @@ class Row(NamedTuple):
     """A good line, as it will be written, and where it came from."""
 
     source: Source
-    at: Place
+    at: Location
     picture: ImageFile
     side: str | None  # where its data set puts it; "": on no side; None: it has no sides of its own
     line: bytes
@@ -72,7 +73,7 @@ class Dropped:
     """A line that is left out. Only `fault` is the line's own: published sets name images that their downloads lack."""
 
     source: Source
-    at: Place
+    at: Location
     why: Literal["fault", "missing", "unlisted"]
     reason: str
 
@@ -147,7 +148,7 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
     print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
 
 
-def examine(source: Source, at: Place, found: Entry | str, folder: Folder, into: Gathered) -> Row | Dropped:
+def examine(source: Source, at: Location, found: Entry | str, folder: Folder, into: Gathered) -> Row | Dropped:
     entry = canonical(found) if isinstance(found, dict) else found
     if isinstance(entry, str):
         return Dropped(source, at, "fault", entry)

@@ -11,18 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.formats import (
-    LONGEST,
-    TEXT_KEYS,
-    TOO_LONG,
-    Entry,
-    Found,
-    WrittenFloat,
-    as_text,
-    csv_entries,
-    numbered_lines,
-    open_text,
-)
+from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, as_text
+from lora_blip.data.formats import LONGEST, TOO_LONG, Located, csv_entries, numbered_lines, open_text
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
@@ -49,7 +39,7 @@ def document(path: Path) -> Any:
         raise DataError(f"{path}{where}: not valid JSON ({error}); is it whole? download or unpack it again") from None
 
 
-def json_entries(path: Path, entries: Any) -> Iterator[Found]:
+def json_entries(path: Path, entries: Any) -> Iterator[Located]:
     """[{"image": …, "caption": …}, …], as BLIP's and LAVIS's own files; a list of captions is an entry each."""
     for index, entry in enumerate(_as_list(path, "", entries)):
         texts = next((entry[key] for key in TEXT_KEYS if key in entry), None) if isinstance(entry, dict) else None
@@ -61,7 +51,7 @@ def json_entries(path: Path, entries: Any) -> Iterator[Found]:
             yield f"[{index}]", entry
 
 
-def coco_entries(path: Path, found: Any) -> Iterator[Found]:
+def coco_entries(path: Path, found: Any) -> Iterator[Located]:
     """captions_train2017.json: images[{id, file_name}] and annotations[{image_id, caption}]."""
     names = {}
     for index, image in enumerate(_as_list(path, "images", found)):
@@ -79,7 +69,7 @@ def coco_entries(path: Path, found: Any) -> Iterator[Found]:
             yield f"annotations[{index}]", {"image": names[entry["image_id"]], "text": entry["caption"]} | _prompt_of(entry)
 
 
-def karpathy_entries(path: Path, found: Any) -> Iterator[Found]:
+def karpathy_entries(path: Path, found: Any) -> Iterator[Located]:
     """dataset_coco.json and its like: images[{filepath, filename, split, sentences[{raw}]}]."""
     for index, image in enumerate(_as_list(path, "images", found)):
         reason = _lacks(image, filename=str, split=str, sentences=list)
@@ -97,7 +87,7 @@ def karpathy_entries(path: Path, found: Any) -> Iterator[Found]:
             yield place, _lacks(sentence, raw=TEXT) if raw is None else {"image": name, "text": spaced(raw), "split": side}
 
 
-def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Iterator[Found]:
+def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Iterator[Located]:
     """v2_OpenEnded_mscoco_train2014_questions.json: questions[{image_id, question, question_id}], all ten answers each."""
     said: dict[Any, list[str] | str] = {}  # question id → its answers, or why it has none
     for index, entry in enumerate(_as_list(answers_path, "annotations", answers)):
@@ -139,7 +129,7 @@ def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
     return [answer for answer in answers if answer and answer.strip()] or f"{place}: all answers are empty"
 
 
-def flickr8k_entries(path: Path) -> Iterator[Found]:
+def flickr8k_entries(path: Path) -> Iterator[Located]:
     """Flickr8k.token.txt, or Kaggle's captions.txt; on its sides by the lists of images, if they lie beside it."""
     sides = _flickr8k_sides(path.parent)
     with open_text(path) as file:
@@ -162,7 +152,7 @@ def spaced(caption: str) -> str:
     return BEFORE_STOP.sub(r"\1", caption)
 
 
-def _token_entries(path: Path) -> Iterator[Found]:
+def _token_entries(path: Path) -> Iterator[Located]:
     for number, line in numbered_lines(path):
         if line is None:
             yield number, TOO_LONG

@@ -9,20 +9,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data import formats
-from lora_blip.data.formats import Found
+from lora_blip.data import entries, formats
+from lora_blip.data.formats import Located
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.published import SPLITS, TOKEN, YEAR
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
 
-LINES: dict[str, Callable[[Path], Iterator[Found]]] = {
+LINES: dict[str, Callable[[Path], Iterator[Located]]] = {
     "jsonl": formats.jsonl_entries,
     "tsv": formats.tsv_entries,
     "csv": formats.csv_entries,
     "flickr8k": published.flickr8k_entries,
 }
-DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Found]]] = {
+DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "json": published.json_entries,
     "coco": published.coco_entries,
     "karpathy": published.karpathy_entries,
@@ -47,7 +47,7 @@ class Source:
 
     path: Path
     format: str
-    entries: Callable[[], Iterator[Found]]
+    entries: Callable[[], Iterator[Located]]
     split: str = ""
 
     @property
@@ -142,7 +142,7 @@ def _is_object(line: str) -> bool:
         entry = parsed(line)
     except ValueError:
         return False
-    return isinstance(entry, dict) and any(key in entry for key in formats.IMAGE_KEYS)
+    return isinstance(entry, dict) and any(key in entry for key in entries.IMAGE_KEYS)
 
 
 def _document_format(found: Any) -> str:

@@ -1,0 +1,119 @@
+"""One entry of an annotation file: a dict of any supported keys → a dict of our own keys, or the reason why it is invalid."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lora_blip.runtime.untrusted import cut, is_path, quoted
+
+IMAGE_KEYS = ("image", "image_path", "file_name")
+TEXT_KEYS = ("text", "caption")
+ANSWER_KEYS = ("answers", "answer")
+NOT_UTF8 = "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
+
+Entry = dict[str, Any]
+
+
+class WrittenFloat(float):
+    """A JSON number that is not whole, with its spelling: the answer 1.50 stays 1.50."""
+
+    __slots__ = ("spelling",)
+    spelling: str
+
+    def __new__(cls, spelling: str) -> "WrittenFloat":
+        number = super().__new__(cls, spelling)
+        if math.isinf(number):
+            raise ValueError(f"{cut(spelling)} is too large for a number")
+        number.spelling = spelling
+        return number
+
+
+def as_text(value: object) -> str | None:
+    """Return a string or a number as it is written, "yes" or "no" for a boolean, and None for any other value."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return value.spelling if isinstance(value, WrittenFloat) else str(value)
+    return value if isinstance(value, str) else None
+
+
+def canonical(entry: Entry, answered: bool = True) -> Entry | str:
+    """Return the entry with the keys {"image", "text"} or {"image", "question", "answers"}, or the reason why it is invalid.
+
+    Texts have one space between words, and numbers and booleans are texts (see `as_text`). Other keys are kept. An entry
+    with a question has `answers` (texts, or VQAv2's {"answer": …}) or one `answer`. Without `answered` it may have none.
+    """
+    rest = dict(entry)
+    image = _take(rest, IMAGE_KEYS)
+    if not isinstance(image, str) or not image.strip():
+        return f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
+    if not is_path(image):
+        return f"the image is not a valid path: {quoted(image)}"
+    try:
+        result = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest
+    except _ValueError as error:
+        return str(error)
+    return NOT_UTF8 if _has_surrogates(result) else result
+
+
+def _caption(rest: Entry) -> Entry:
+    if rest.keys().isdisjoint(TEXT_KEYS):
+        keys = f"; this line has {quoted(list(rest))[1:-1]}" if rest else ""
+        raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, or question and answers{keys}")
+    return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
+
+
+def _question(rest: Entry, answered: bool) -> Entry:
+    question, may_be_empty = _tidied("question", rest.pop("question")), not answered and rest.keys().isdisjoint(ANSWER_KEYS)
+    answers = _take(rest, ANSWER_KEYS, [])
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers and not may_be_empty:
+        raise _ValueError('no answer: expected "answers", a list of texts, or "answer", a text')
+    texts = [item.get("answer", item) if isinstance(item, dict) else item for item in answers]
+    entry: Entry = {"question": question, "answers": [_tidied("answer", text) for text in texts]}
+    number = rest.pop("question_id", None)
+    if number is None or number == "":
+        return entry
+    if isinstance(number, bool) or not isinstance(number, int | str):
+        raise _ValueError(f"the question_id is {quoted(number)}; expected a whole number or a text")
+    return entry | {"question_id": number}
+
+
+def _prompt(rest: Entry) -> Entry:
+    """Return the line's own prompt, if any. An empty text is none: a CSV has a prompt cell in every row."""
+    prompt = rest.pop("prompt", None)
+    return {"prompt": _tidied("prompt", prompt)} if prompt is not None and str(prompt).strip() else {}
+
+
+def _tidied(name: str, value: object) -> str:
+    """Return a text with one space between words. Raise _ValueError for null, an empty text or a value that is not a text."""
+    text = as_text(value)
+    if text is None:
+        reason = f"the {name} is null" if value is None else f"no {name}: it is {quoted(value)}"
+        raise _ValueError(f"{reason}; write a text")
+    if not (text := " ".join(text.split())):
+        raise _ValueError(f"{'an' if name == 'answer' else 'the'} {name} is empty")
+    return text
+
+
+def _has_surrogates(entry: Entry) -> bool:
+    """Return True if a text that becomes part of an Example contains half of a surrogate pair."""
+    used = [entry.get(key) for key in ("image", "group", "text", "question", "prompt", "question_id")]
+    answers = entry["answers"] if "question" in entry else ()  # a caption may have any value under that key
+    written = "".join(value for value in (*used, *answers) if isinstance(value, str))
+    return not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written)
+
+
+class _ValueError(ValueError):
+    """A value of an entry that cannot be used. The message names it."""
+
+
+def first_key(entry: Entry, keys: Iterable[str]) -> str | None:
+    """Return the first of the keys that the entry has, or None. Its other keys of this kind are ignored."""
+    return next((key for key in keys if key in entry), None)
+
+
+def _take(entry: Entry, keys: Iterable[str], otherwise: Any = None) -> Any:
+    """Remove the first of the keys that the entry has, and return its value."""
+    key = first_key(entry, keys)
+    return otherwise if key is None else entry.pop(key)

@@ -1,0 +1,141 @@
+"""Images in tar shards, as WebDataset writes them. Only the headers are read until an image is opened."""
+
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from lora_blip.data.example import Example
+from lora_blip.data.image_folders import count_other, missing
+from lora_blip.data.images import HEAD, LARGEST_FILE, is_picture, open_image
+from lora_blip.errors import ImageError
+from lora_blip.runtime.untrusted import cut, open_regular, printable, quoted, why
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of headers before a member's own: PAX, Solaris, long names of GNU
+LONGEST_HEADER, LONG_NUMBER = 2**20, re.compile(rb"\d{200}")  # bytes of a name or of attributes; digits in a row
+PADDING = 2**20  # bytes of zeros allowed after the end of the archive; most programs write less than 10 KB
+
+
+@dataclass(frozen=True, slots=True)
+class ShardImage(Example):
+    """An image in a shard: `size` bytes, starting at `offset`."""
+
+    shard: str = ""
+    offset: int = 0
+    size: int = 0
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """A tar header that raises an error if it is broken. tarfile itself takes it for the end and drops all later images."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the block of zeros at the end of every archive
+                raise
+            raise tarfile.ReadError("its end is missing" if not buf else str(error)) from None
+
+    def _proc_member(self, archive: Any) -> Any:
+        """Refuse a header that would fill the memory, or take hours: Python < 3.11.10 parses long numbers in O(digits²)."""
+        if self.type in EXTENSIONS:
+            start = archive.fileobj.tell()
+            sound = 0 <= self.size <= LONGEST_HEADER and not LONG_NUMBER.search(archive.fileobj.read(self.size))
+            archive.fileobj.seek(start)
+            if not sound:
+                raise tarfile.ReadError(f"it has a header of {self.size:,} bytes, which no program writes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def images_in_shard(shard: str, others: Counter[str]) -> Iterator[Example]:
+    """Yield the images of a tar file in its order, named `shard.tar/000123.jpg`, and count its other files in `others`.
+
+    If the shard is damaged, yield a MissingImage that says where, so that the images behind it are not lost silently.
+    """
+    last = ""
+    try:
+        with (
+            open_regular(shard) as file,
+            tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo, encoding="utf-8", errors="surrogateescape") as archive,
+        ):
+            size = os.fstat(file.fileno()).st_size
+            while (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+                if info.size < 0 or (info.isreg() and info.offset_data + info.size > size):
+                    raise tarfile.ReadError(f"{quoted(info.name)} is cut off")
+                if not info.isdir():
+                    name = info.name.rpartition("/")[2]
+                    if is_picture(name, partial(_first_bytes, file, info)):
+                        yield _shard_image(shard, info)
+                    else:
+                        count_other(name, others)
+                last = info.name
+            _refuse_rest(archive, file)
+    except Exception as error:  # a broken header can raise any error
+        reason = why(error) if isinstance(error, OSError) else cut(str(error))
+        yield missing(shard, f"{shard} cannot be read {f'after {quoted(last)}' if last else 'as a tar archive'} ({reason})")
+
+
+def _first_bytes(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    """Return the first bytes of a member. tarfile does not depend on the position of `file`."""
+    if not info.isreg() or info.issparse():
+        return b""
+    file.seek(info.offset_data)
+    return file.read(min(HEAD, info.size))
+
+
+def _shard_image(shard: str, info: tarfile.TarInfo) -> Example:
+    name = f"{shard}/{info.name}"
+    if not info.isreg() or info.issparse():
+        return missing(name, f"{name} is a link or a sparse file; pack the shard again with plain files")
+    return ShardImage(Path(name), "", name, 0, shard=shard, offset=info.offset_data, size=info.size)
+
+
+def _refuse_rest(archive: tarfile.TarFile, file: BinaryIO) -> None:
+    """Raise ReadError if more than padding follows the archive's end: another archive, or a download with a gap."""
+    file.seek(archive.offset)
+    rest = file.read(PADDING + 1)
+    if len(rest) > PADDING or rest.strip(b"\0"):
+        raise tarfile.ReadError("data follows its end: it is several archives in one file, or a damaged download")
+
+
+def open_shard_image(member: ShardImage) -> Image.Image:
+    """Return the decoded image. Raise ImageError as `open_image` does."""
+    if not 0 < member.size <= LARGEST_FILE:
+        reason = f"it has {member.size:,} bytes, more than {LARGEST_FILE:,}" if member.size else "it is empty"
+        raise ImageError(printable(f"{member.image} is no image: {reason}"))
+    try:
+        with open_regular(member.shard) as shard:
+            shard.seek(member.offset)
+            content = shard.read(member.size)
+    except OSError as error:
+        raise ImageError(printable(f"{member.image} cannot be read ({why(error)})")) from None
+    return open_image(member.image, BytesIO(content))
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """Expand braces: `a{0..2}.tar` → a0.tar, a1.tar, a2.tar; `{x,y}.tar` → x.tar, y.tar. Keep leading zeros."""
+    match = BRACES.search(pattern)
+    if not match:
+        yield pattern
+        return
+    numbers = NUMBERS.fullmatch(match[1])
+    width = len(numbers[1]) if numbers else 0
+    parts = (
+        (f"{number:0{width}}" for number in range(int(numbers[1]), int(numbers[2]) + 1))
+        if numbers
+        else iter(match[1].split(","))
+    )
+    for part in parts:
+        yield from expanded(f"{pattern[: match.start()]}{part}{pattern[match.end() :]}")
