@@ -548,7 +548,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
         (vqa, ["--question", "others.jsonl"], "has a line for none of the 2 images"),
         (vqa, ["--question", "captions.jsonl"], "line 1 of the questions has no question"),
         (vqa, ["--question", "what is it? " * 60], "the question has too many tokens"),
-        (vqa, ["--question", "what is [SEP] it?"], "which means something else here"),
+        (vqa, ["--question", "what is [SEP] it?"], "which the model uses as a special token"),
         (itm, [], "retrieval ranks texts; give them (TEXTS, or --texts)"),
         (blip, ["--texts", "one.txt"], "at least two are needed to rank"),
         (blip, ["--texts", "no such file.txt"], "there is no such file"),

@@ -174,7 +174,7 @@ def facts_of(
     if runner.task.prompt:
         facts["prompt"] = runner.task.prompt
     scored = f"{len({image_of(s) for s in made.subjects})} of {len({e.image for e in asked})} images"
-    questions = f", {len(made.subjects)} questions" * (runner.task.name == "vqa")
+    questions = f", {len(made.subjects)} questions" * runner.task.takes_question
     facts |= {"scored": scored + questions, "precision": runner.precision, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
     return facts | {key: str(value) for key, value in made.facts.items()}
 

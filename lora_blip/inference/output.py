@@ -151,7 +151,7 @@ def identity(
         "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
         "image_size": task.backbone.chosen_size,
     }  # fmt: skip
-    if by_references or (task.name == "vqa" and not config.question):  # in which the references are the questions
+    if by_references or (task.takes_question and not config.question):  # in which the references are the questions
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
 

@@ -131,7 +131,7 @@ def answers(
     task: Task, questions: Iterable[tuple[str | Path, str]], batch_size: int = 16, precision: str = "fp32"
 ) -> Iterator[Prediction]:
     """Answers to (image, question) pairs, in their order. Raises ConfigError for a task that does not answer."""
-    if task.name != "vqa":
+    if not task.takes_question:
         raise ConfigError(f"answers() of a task {task.name!r}; call captions(), or rankings() to rank texts")
     examples = (example_of(image, question) for image, question in questions)
     yield from (p for _, p in predictions(Runner(task, batch_size, precision), examples))
@@ -155,7 +155,7 @@ def mixed(
     """
     first: Any = next(iter(tasks.values()))
     for name, task in tasks.items():
-        if task.backbone is not first.backbone or task.name == "retrieval" or task.generation != first.generation:
+        if task.backbone is not first.backbone or not task.writes_text or task.generation != first.generation:
             raise ConfigError(f"{name!r} and {next(iter(tasks))!r} need one backbone, texts to say, and one `task.generation`")
 
     def example(request: tuple[str | Path, str, str]) -> Example:

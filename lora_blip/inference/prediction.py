@@ -64,16 +64,16 @@ def report(task: Task, references: dict[Path, list[Example]], found: dict[str, d
     found: "base" and "adapted", or one of them → what was said of each subject.
     """
     lines: dict[Any, list[Example]] = {}
-    known = (e for some in references.values() for e in some if (e.answers if task.name == "vqa" else e.text))
+    known = (e for some in references.values() for e in some if (e.answers if task.takes_question else e.text))
     for example in known:
-        lines.setdefault(task.subject(example) if task.name != "retrieval" else (example.image, ""), []).append(example)
+        lines.setdefault(task.subject(example) if task.writes_text else (example.image, ""), []).append(example)
     *_, said = found.values() or [{}]
     scored = [key for key in lines if key in said]
     if not scored:
         if references:
-            print(f"no score: the references have no {'answers' if task.name == 'vqa' else 'text'} to what was asked")
+            print(f"no score: the references have no {'answers' if task.takes_question else 'text'} to what was asked")
         return
-    label = "VQA accuracy" if task.name == "vqa" else "exact match"
+    label = "VQA accuracy" if task.takes_question else "exact match"
     print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in found))
     for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
         mine = [key for key in scored if group in ("all", lines[key][0].group)]

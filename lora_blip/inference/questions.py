@@ -65,15 +65,15 @@ def asked(
     for example in ranked:
         if reason := task.check(example):
             raise ConfigError(f"texts: text {example.line}: {reason}")
-    if (texts or task.name != "vqa") and (report := task.unknown_report(ranked)):
+    if (texts or not task.takes_question) and (report := task.unknown_report(ranked)):
         print(report)
-    if task.name == "retrieval" and not texts:
+    if not task.writes_text and not texts:
         raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
-    if task.name != "vqa" and question:
+    if not task.takes_question and question:
         raise ConfigError(f"question = {question!r}: the task is {task.name}, which asks none; set TASK (or --task) to vqa")
     if task.name == "caption":
         return captioned(task, images, references)
-    if task.name != "vqa":
+    if not task.takes_question:
         return images
     if question and not is_file(question, "question"):
         question = annotations.plain(question)

@@ -37,7 +37,7 @@ class Rows:
         """(images, …) → (rows, …): what belongs to the image of each row."""
         return of_images if self.image is None else of_images[self.image]
 
-    def weighing(self, weights: list[float]) -> "Rows":
+    def with_weights(self, weights: list[float]) -> "Rows":
         """The same rows, with the weight of each."""
         plain = all(weight == 1 for weight in weights)
         return self if plain else replace(self, weights=torch.tensor(weights, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""Captioning: an image in, a text out, with or without a prompt before it."""
+"""Captioning: generate a text for an image, with or without a prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ COCO_KEYS = {name.lower().replace("-", "_"): name for name in COCO}  # "bleu_4":
 
 
 class CaptionTask(TextTask):
-    """`prompt` ("a picture of") comes before every caption; lines are {"image": …, "text": …}.
+    """Lines are {"image": …, "text": …}. `prompt`, such as "a picture of", comes before every caption.
 
-    A line with a "prompt" of its own has that one instead.
+    The "prompt" of a line replaces it for that line.
     """
 
     name = "caption"
@@ -30,8 +30,8 @@ class CaptionTask(TextTask):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.require_room(self.prompt)
-        self.faults: dict[str, str] = {}  # prompts of lines → why they cannot be used, or ""
-        self.rooms: dict[str, int] = {}  # prompts → tokens for a caption after them
+        self.faults: dict[str, str] = {}  # prompt of a line → why it cannot be used, or ""
+        self.rooms: dict[str, int] = {}  # prompt → the number of tokens that a caption after it may have
 
     def prompt_of(self, example: Example) -> str:
         return example.prompt or self.prompt
@@ -41,44 +41,44 @@ class CaptionTask(TextTask):
 
     def check(self, example: Example) -> str:
         if not example.text:
-            return "no text: captioning needs one"
+            return 'no text: captioning needs one; add the key "text"'
         return self.check_prompt(example) or self.text_problem(example.text, self.room(self.prompt_of(example)))
 
     def room(self, prompt: str) -> int:
-        """Tokens for a caption after a prompt."""
+        """Return the number of tokens that a caption after a prompt may have."""
         if prompt not in self.rooms:
             self.rooms[prompt] = self.language.room(prompt)
         return self.rooms[prompt]
 
     def check_prompt(self, example: Example) -> str:
-        """Why a line's own prompt cannot be used, or ""."""
+        """Return why the prompt of a line cannot be used, or ""."""
         if example.prompt not in self.faults:
             self.faults[example.prompt] = self.prompt_fault(example.prompt) if example.prompt else ""
         return self.faults[example.prompt]
 
     def subject(self, example: Example) -> Path | tuple[Path, str]:
-        """An image, or one of its prompts: each prompt has a caption of its own."""
+        """Return the image, with the line's prompt if there is one: each prompt of an image has its own caption."""
         return (example.image, example.prompt) if example.prompt else example.image
 
     def likelihood(self, tokens: Tensor) -> Tensor:
-        """The mean over a text's tokens, so that long captions are not punished for their length."""
+        """Return the mean over a text's tokens, so that long captions do not have lower scores."""
         return tokens.nanmean(1)
 
-    def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:
-        """Exact match with any text of the image; the captioning metrics when one of them is wanted."""
+    def scores(self, predictions: dict[Any, Any], examples: list[Example], extra: str = "") -> dict[str, float]:
+        """Return the exact match with any text of the image, and `extra` if it is a captioning metric."""
         texts: dict[Any, list[str]] = {subject: [] for subject in predictions}
         for example in examples:
             texts[self.subject(example)].append(example.text)
-        said, right = list(predictions.values()), list(texts.values())
-        found = {"exact_match": exact_match(said, right)}
-        return found | coco_score(said, right, wanted) if wanted in COCO_KEYS else found
+        captions, references = list(predictions.values()), list(texts.values())
+        scores = {"exact_match": exact_match(captions, references)}
+        return scores | coco_score(captions, references, extra) if extra in COCO_KEYS else scores
 
 
-def coco_score(said: list[str], right: list[list[str]], wanted: str) -> dict[str, float]:
-    """One of the captioning metrics, by its key. Raises ConfigError, with the reason, where it cannot be had."""
-    name = COCO_KEYS[wanted]
-    scores = caption_scores(said, right, [name])
+def coco_score(captions: list[str], references: list[list[str]], key: str) -> dict[str, float]:
+    """Return one of the captioning metrics. Raise ConfigError, with the reason, if it cannot be computed."""
+    name = COCO_KEYS[key]
+    scores = caption_scores(captions, references, [name])
     value = scores.values[name]
     if value is None:
         raise ConfigError(f"{name} cannot be computed: {scores.reasons[name]}")
-    return {wanted: value}
+    return {key: value}

@@ -1,4 +1,4 @@
-"""How far two computations of one result are apart."""
+"""Measure the difference between two computations of one result."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lora_blip.models.library import first_line
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the fast path is from the plain one, in one quantity."""
+    """The difference between the fast path and the plain one, in one quantity."""
 
     what: str
     value: float
@@ -29,34 +29,36 @@ class Difference:
 
 
 def failure(error: Exception) -> Difference:
+    """Return the difference for an error of one computation: it is always too large."""
     return Difference(f"{type(error).__name__}: {first_line(error)}:", math.nan, 0.0)
 
 
 def stepwise(fast: list[Tensor], slow: list[Tensor], written: bool) -> float:
-    """The largest relative difference of the outputs of two runs, call by call.
+    """Return the largest relative difference of the outputs of two runs, call by call.
 
-    Where texts are `written`, a row is left out once the likeliest tokens differ: what follows reads another text.
+    written: the outputs are logits of generated texts. A row is then left out after its likeliest tokens differ, because the
+    two runs continue with different texts.
     """
     worst = 0.0
     alive = torch.empty(0, dtype=torch.bool)
     for one, other in zip(fast, slow, strict=False):
         if one.shape != other.shape:
             return worst if written and not alive.all() else math.inf
-        if len(alive) != len(one) or one.shape[1:-1] != (1,):  # another group of rows begins
+        if len(alive) != len(one) or one.shape[1:-1] != (1,):  # the first call for another group of rows
             alive = torch.ones(len(one), dtype=torch.bool, device=one.device)
         worst = max(worst, relative(one[alive], other[alive]))
         if not worst < math.inf:
             return math.inf
         if written:
-            last = [each.reshape(len(each), -1, each.shape[-1])[:, -1].argmax(-1) for each in (one, other)]
-            alive = alive & (last[0] == last[1])
+            tokens = [logits.reshape(len(logits), -1, logits.shape[-1])[:, -1].argmax(-1) for logits in (one, other)]
+            alive = alive & (tokens[0] == tokens[1])
             if not alive.any():
                 return worst
     return worst if len(fast) == len(slow) or (written and not alive.all()) else math.inf
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """‖a − b‖ / ‖b‖ of logits, whose mean over the last axis does not matter. 0 for none."""
+    """Return ‖a − b‖ / ‖b‖ of logits without their mean over the last axis, which has no effect. 0 for an empty tensor."""
     if not other.numel():
         return 0.0
     if other.ndim > 1 and other.shape[-1] > 2:
@@ -65,27 +67,29 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
+    """Return ‖a − b‖ / ‖b‖."""
     return float((a - b).norm() / b.norm().clamp_min(1e-6))
 
 
 def gradient_difference(fast: list[Tensor], slow: list[Tensor]) -> float:
-    """The largest ‖Δ‖ / ‖g‖ of a tensor; one that is small beside the largest counts beside a twentieth of that."""
-    norms = [float(each.norm()) for each in slow]
+    """Return the largest ‖Δ‖ / ‖g‖ over the tensors. ‖g‖ is at least a twentieth of the largest norm."""
+    norms = [float(gradient.norm()) for gradient in slow]
     floor = max(max(norms, default=0.0) / 20, 1e-12)
     return max((float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(fast, slow, norms, strict=True)), default=0.0)
 
 
 def texts(results: Sequence[Any]) -> list[str]:
-    return [each if isinstance(each, str) else each.text for each in results]
+    """Return the texts of predictions."""
+    return [result if isinstance(result, str) else result.text for result in results]
 
 
 def is_texts(results: Any) -> bool:
-    """Return True if a prediction is written, not ranked or measured."""
-    return all(isinstance(each, str) or (hasattr(each, "text") and not getattr(each, "ranking", True)) for each in results)
+    """Return True if all predictions are generated texts, not rankings or features."""
+    return all(isinstance(one, str) or (hasattr(one, "text") and not getattr(one, "ranking", True)) for one in results)
 
 
 def numbers(result: Any) -> list[np.ndarray]:
-    """The numbers of a prediction in an order that does not depend on them: probabilities by text, features, odds."""
+    """Return the numbers of a prediction in an order that does not depend on them: probabilities by text, features, odds."""
     if isinstance(result, Tensor):
         return [result.double().cpu().numpy().ravel()]
     if isinstance(result, np.ndarray | float | int):
@@ -93,5 +97,5 @@ def numbers(result: Any) -> list[np.ndarray]:
     if ranking := getattr(result, "ranking", None):
         return [np.array([probability for _, probability in sorted(ranking)])]
     if isinstance(result, list | tuple):
-        return [each for part in result for each in numbers(part)]
+        return [array for part in result for array in numbers(part)]
     return []

@@ -1,8 +1,8 @@
-"""What comes before the first adapter never changes: computed once for each picture, kept, and read ever after.
+"""Cache the states of each image before the first adapter: they never change during training.
 
-The ViT is cut before the first block that has an adapter. Without one in the ViT, what is kept is its output; of a
-BLIP-2 with adapters on the language model alone, what the Q-Former makes of it. Kept in fp16, with which the first
-look at a picture goes on as well, each picture by itself: the bits do not hang on what was in the cache.
+The ViT is cut before the first block that has an adapter. Without an adapter in the ViT, the cached states are its output. If
+a BLIP-2 has adapters on the language model only, they are the Q-Former's output. States are stored in fp16. A state that was
+just computed is rounded to fp16 too, and each image is computed alone, so results do not depend on what was in the cache.
 """
 
 import re
@@ -22,38 +22,41 @@ LANGUAGE = "language_model."
 
 
 class Prefix:
-    """`after`: what a task makes of the ViT's output (pictures, states, width) before its texts are read."""
+    """The part of a model before its first adapter. `project_vision` is `Task.project_vision`, the part after the ViT."""
 
     def __init__(self, model: Any, project_vision: Callable[[Tensor], Tensor], store: Store | None = None) -> None:
         self.vit, self.project_vision, self.store = model.vision_model, project_vision, store
-        self.first, self.beyond = cut(model)
+        self.first, self.beyond = first_adapted_block(model)
 
     @property
     def worthwhile(self) -> bool:
-        """Whether anything comes before the first adapter but the embedding of the patches."""
+        """Return True if a block of the ViT comes before the first adapter."""
         return self.first > 0
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is kept, in JSON."""
+        """Return what is cached, in JSON."""
         return {"enters": "language model" if self.beyond else f"ViT block {self.first}", "dtype": str(KEPT)}
 
-    def encode_images(self, pixel_values: Tensor, known: CachedStates) -> Tensor:
-        """What the task reads of each picture: of those whose states are known, and of the others, by their pixels."""
-        states: dict[int, Tensor] = dict(zip(known.indices, known.states.split(1), strict=False))
-        others = (place for place in range(len(known.indices) + len(pixel_values)) if place not in states)
-        for place, key, pixels in zip([*others], known.keys, pixel_values.split(1), strict=False):
-            states[place] = self.enter(pixels)
+    def encode_images(self, pixel_values: Tensor, cached: CachedStates) -> Tensor:
+        """Return the features of each image: some have cached states in `cached`, the others have pixel values."""
+        states: dict[int, Tensor] = dict(zip(cached.indices, cached.states.split(1), strict=False))
+        others = (place for place in range(len(cached.indices) + len(pixel_values)) if place not in states)
+        for place, key, pixels in zip([*others], cached.keys, pixel_values.split(1), strict=False):
+            states[place] = self.compute_states(pixels)
             if self.store and key and states[place].dtype == KEPT:
                 self.store.put(key, states[place][0])
-        dtype = self.vit.embeddings.patch_embedding.weight.dtype  # in which the first block gets them
-        return self.go_on(torch.cat([states[place].to(dtype) for place in sorted(states)]))
+        dtype = self.vit.embeddings.patch_embedding.weight.dtype  # the dtype that the first block expects
+        return self.continue_from(torch.cat([states[place].to(dtype) for place in sorted(states)]))
 
     @torch.no_grad()
-    def enter(self, pixel_values: Tensor) -> Tensor:
-        """(1, 3, H, W) → what enters the first block with an adapter (1, tokens, width); as it is if fp16 overflows."""
+    def compute_states(self, pixel_values: Tensor) -> Tensor:
+        """Return the input (1, tokens, width) of the first block with an adapter, in fp16 unless that overflows.
+
+        pixel_values: (1, 3, H, W).
+        """
         x = self.vit.embeddings(pixel_values)
-        for block in self.vit.encoder.layers[: self.first]:  # which `compile_blocks` leaves alone
+        for block in self.vit.encoder.layers[: self.first]:  # `compile_blocks` does not compile these
             x = block(x)
         if self.first == len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
@@ -62,8 +65,8 @@ class Prefix:
         kept = x.to(KEPT)
         return kept if torch.isfinite(kept).all() else x
 
-    def go_on(self, x: Tensor) -> Tensor:
-        """(pictures, tokens, width) → what the task reads of each picture."""
+    def continue_from(self, x: Tensor) -> Tensor:
+        """Return the features of each image from its states (images, tokens, width)."""
         if self.beyond:
             return x
         for block in self.vit.encoder.layers[self.first :]:
@@ -73,9 +76,12 @@ class Prefix:
         return self.project_vision(x)
 
 
-def cut(model: Any) -> tuple[int, bool]:
-    """The first block of the ViT with an adapter (or their number), and whether only the language model has any."""
-    sites = {lora_.site.module for name in attached.names(model) for lora_ in attached.adapters(model, name).values()}
+def first_adapted_block(model: Any) -> tuple[int, bool]:
+    """Return the first block of the ViT with an adapter, and True if only the language model has adapters.
+
+    If no block has an adapter, the first value is the number of blocks.
+    """
+    sites = {lora.site.module for name in attached.names(model) for lora in attached.adapters(model, name).values()}
     blocks = [int(match[1]) for site in sites if (match := BLOCK.match(site))]
     language = bool(sites) and all(site.startswith(LANGUAGE) for site in sites)
     return min(blocks, default=len(model.vision_model.encoder.layers)), language

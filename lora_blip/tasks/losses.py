@@ -1,4 +1,4 @@
-"""The losses, as pure functions of logits and labels: next token, image-text contrast, image-text matching."""
+"""The losses as functions of logits and labels: next token, image-text contrast (ITC), image-text matching (ITM)."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,9 @@ from lora_blip.models.token_rows import IGNORE
 
 
 def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Σ wᵣ · −log p(target) over the positions that count, in float32.
+    """Return Σ wᵣ · −log p(target) over the positions that have a label, float32.
 
-    logits (rows, tokens, vocabulary); targets (rows, tokens), IGNORE where nothing counts; weights (rows,), 1 if None.
+    logits: (rows, tokens, vocabulary). targets: (rows, tokens), IGNORE at positions without a label. weights: (rows,); None: 1.
     """
     flat = logits.flatten(0, 1).float(), targets.flatten()
     if weights is None:
@@ -20,12 +20,12 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -
 
 
 def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float) -> Tensor:
-    """Image-text contrast, one value an image and text pair of rows: (rows,), float32.
+    """Return the image-text contrast of each row, (rows,), float32.
 
-    similarity (rows, rows) holds cosines of image i and text j; positives (rows, rows) is True where text
-    j describes image i, and shares the target evenly. With s = similarity / temperature and y the
-    normalised positives, row i is ½ (−Σⱼ yᵢⱼ log softmaxⱼ sᵢⱼ − Σⱼ y'ⱼᵢ log softmaxⱼ sⱼᵢ): symmetric
-    cross-entropy (Li et al. 2022, arXiv:2201.12086, section 3.2, without the momentum queue).
+    similarity: (rows, rows), the cosine of image i and text j. positives: (rows, rows), True if text j describes image i. All
+    positives of a row have the same target probability. With s = similarity / temperature and y the positives divided by their
+    number, row i is ½ (−Σⱼ yᵢⱼ log softmaxⱼ sᵢⱼ − Σⱼ y'ⱼᵢ log softmaxⱼ sⱼᵢ): symmetric cross-entropy (Li et al. 2022,
+    arXiv:2201.12086, section 3.2, without the momentum queue).
     """
     logits = similarity.float() / temperature
 
@@ -40,11 +40,10 @@ def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float)
 def hard_negatives(
     similarity: Tensor, positives: Tensor, temperature: Tensor | float, sampled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """For each row a wrong text for its image and a wrong image for its text, (rows,) each; −1 where there is none.
+    """Return a wrong text for the image of each row and a wrong image for its text, (rows,) each; −1 if there is none.
 
-    Drawn with probability softmax(similarity / temperature) over what is not positive, so that the pairs
-    the contrast confuses come up often (Li et al. 2021, arXiv:2107.07651, section 3.2); not `sampled`:
-    the likeliest of them, the same at every call.
+    They are drawn with probability softmax(similarity / temperature) over the negatives, so pairs that the contrast confuses
+    are frequent (Li et al. 2021, arXiv:2107.07651, section 3.2). If `sampled` is false, they are the likeliest ones.
     """
 
     def draw(logits: Tensor, positives: Tensor) -> Tensor:

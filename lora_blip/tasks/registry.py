@@ -1,4 +1,4 @@
-"""What differs by task. Each task owns its inputs, its labels, its loss, its prediction and its scores."""
+"""The tasks by name."""
 
 from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
@@ -9,5 +9,5 @@ TASKS: dict[str, type[Task]] = {"caption": CaptionTask, "vqa": VqaTask, "retriev
 
 
 def natural_task(architecture: str) -> str:
-    """The task that a checkpoint was made for."""
+    """Return the task that a checkpoint was made for."""
     return next(name for name, task in TASKS.items() if architecture in task.architectures)

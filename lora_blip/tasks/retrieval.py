@@ -25,8 +25,8 @@ from lora_blip.tasks.base import DeviceBatch, Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
-RERANKED = 16  # of the texts that the contrast likes best, ITM looks at so many again
-CHUNK = 64  # pairs that ITM reads at a time
+RERANKED = 16  # texts with the highest ITC similarity, for which ITM is computed too
+CHUNK = 64  # pairs in one forward of ITM
 
 
 class Features(NamedTuple):
@@ -35,23 +35,24 @@ class Features(NamedTuple):
 
 
 class EncodedTexts(NamedTuple):
-    """TokenizedTexts that were read without an image, kept on the CPU, which outlives every fault of a device."""
+    """Texts with their ITC features, on the CPU, so that they stay valid after an error of the device."""
 
     rows: TokenizedTexts
     features: Tensor  # (texts, width)
 
 
 class RetrievalTask(Task):
-    """Lines are {"image": …, "text": …}; several lines of one image are all right for it.
+    """Lines are {"image": …, "text": …}. The texts of all lines of an image are right for it.
 
-    The temperature of the contrast is learned beside the adapters and kept in their file. Negatives come
-    from the micro-batch: a larger batch_size makes the contrast harder, accumulation only averages.
+    The temperature of the contrast is trained with the adapters and saved in their file. Negatives come from the micro-batch: a
+    larger batch_size makes the contrast harder, accumulation only averages.
     """
 
     name = "retrieval"
     architectures = ("BlipForImageTextRetrieval", "Blip2ForImageTextRetrieval")
     example_checkpoint = "Salesforce/blip-itm-base-coco"
-    one_pass_per_image = False  # two lines of an image are no negatives of each other
+    writes_text = False
+    needs_negatives = True
     score_names = ("recall_at_1", *(f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in RECALLS))
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
@@ -59,7 +60,7 @@ class RetrievalTask(Task):
         if self.prompt:
             raise ConfigError(f"prompt = {self.prompt!r}: retrieval has no prompt; leave it empty")
         self.matcher = matcher_of(backbone)
-        self.texts_of_image: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, where there are several
+        self.texts_of_image: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, if there are several
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
 
     @property
@@ -76,18 +77,18 @@ class RetrievalTask(Task):
             files = resolved(dict.fromkeys(map(FILE, examples)))  # one image, however spelled
             texts: dict[str, tuple[str, ...]] = {}
             for example in examples:
-                said = texts.get(files[example.file], ())
-                if example.text not in said:
-                    texts[files[example.file]] = (*said, example.text)
+                earlier = texts.get(files[example.file], ())
+                if example.text not in earlier:
+                    texts[files[example.file]] = (*earlier, example.text)
             self.texts_of_image = {image: texts[file] for image, file in files.items() if len(texts[file]) > 1}
 
     def check(self, example: Example) -> str:
         if example.prompt:
-            return 'the line has a prompt, and retrieval reads none; remove the key "prompt"'
-        return self.check_text(example.text) if example.text else "no text: retrieval needs one"
+            return 'the line has a prompt, which retrieval does not use; remove the key "prompt"'
+        return self.check_text(example.text) if example.text else 'no text: retrieval needs one; add the key "text"'
 
     def check_text(self, text: str) -> str:
-        """Why a text cannot be matched, or ""."""
+        """Return why a text cannot be matched, or ""."""
         return self.text_problem(text, self.matcher.max_tokens - 2)
 
     def batch(self, host_batch: HostBatch) -> DeviceBatch:
@@ -105,40 +106,40 @@ class RetrievalTask(Task):
     def repeatable_loss(self, batch: DeviceBatch) -> Tensor:
         return self.loss(batch, drawn=False)
 
-    def loss(self, batch: DeviceBatch, seen: Tensor | None = None, drawn: bool = True) -> Tensor:
-        """Rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
+    def loss(self, batch: DeviceBatch, features: Tensor | None = None, drawn: bool = True) -> Tensor:
+        """Return rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
-        0 for a micro-batch without any wrong pair, such as the last line of an epoch left alone, whose count is
-        0 too: ITM would only learn from it to say yes. `drawn`: draw the wrong ones by similarity.
+        The loss and the count of a micro-batch without any wrong pair are 0, because ITM would only learn to answer "match".
+        Such is the last micro-batch of an epoch if it has one line. drawn: draw the negatives by similarity.
         """
         matcher, texts = self.matcher, batch.rows
-        seen = batch.per_example(self.encode_batch(batch) if seen is None else seen)
-        similarity = cosines(matcher.image_features(seen), matcher.text_features(texts))  # (rows, rows)
+        states = batch.per_example(self.encode_batch(batch) if features is None else features)
+        similarity = cosines(matcher.image_features(states), matcher.text_features(texts))  # (rows, rows)
         right = positives(batch.examples, self.texts_of_image)
         if right.all():
             return 0 * similarity.sum()
         right = right.to(similarity.device)
-        likely = similarity if drawn else torch.zeros_like(similarity)  # not drawn: the first wrong ones
+        likely = similarity if drawn else torch.zeros_like(similarity)  # not drawn: the first negatives
         text, image = hard_negatives(likely, right, self.temperature, sampled=drawn and self.backbone.model.training)
         every = torch.arange(len(texts), device=text.device)
         images = torch.cat([every, every[text >= 0], image[image >= 0]])  # (pairs,), the right ones first
-        odds = matcher.matching(seen[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
+        odds = matcher.matching(states[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
         labels = (torch.arange(len(odds), device=odds.device) < len(texts)).float()
-        matching = F.binary_cross_entropy_with_logits(odds, labels)  # of two logits: the softmax's cross-entropy
+        matching = F.binary_cross_entropy_with_logits(odds, labels)  # equal to the cross-entropy of two logits
         return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching
 
     def logits(self, batch: DeviceBatch) -> Tensor:
-        """ITC's logits of all pairs, then ITM's log-odds of the right ones: (rows · rows + rows,)."""
-        seen = batch.per_example(self.encode_batch(batch))
-        similarity = cosines(self.matcher.image_features(seen), self.matcher.text_features(batch.rows))
-        return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(seen, batch.rows)])
+        """Return ITC's logits of all pairs, then ITM's log-odds of the right pairs: (rows · rows + rows,)."""
+        states = batch.per_example(self.encode_batch(batch))
+        similarity = cosines(self.matcher.image_features(states), self.matcher.text_features(batch.rows))
+        return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(states, batch.rows)])
 
     def wrong_labels(self, batch: DeviceBatch) -> str:
         return NO_NEGATIVES if positives(batch.examples, self.texts_of_image).all() else ""
 
     def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
         right = positives(batch.examples, self.texts_of_image)
-        lines = ["what the model reads | images of this batch that it belongs to"]
+        lines = ["input tokens | the images of this batch that the text describes"]
         for row in range(min(rows, len(batch.examples))):
             kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
             names = dict.fromkeys(batch.examples[i].name for i in right[:, row].nonzero().flatten().tolist())
@@ -155,15 +156,17 @@ class RetrievalTask(Task):
     def predict(
         self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
     ) -> list[Features]:
-        """Image and text in the joint space, on the CPU, for `scores`."""
+        """Return each image and text in the joint space, on the CPU, for `scores`."""
         if adapters is not None:
-            raise ConfigError("retrieval ranks with one adapter at a time: lora_blip.use_adapters(model, name)")
+            raise ConfigError(
+                "retrieval uses one adapter for the whole batch: call it inside lora_blip.use_adapters(model, name)"
+            )
         return self.predict_from_features(self.encode_images(pixel_values), examples)
 
     @torch.no_grad()
-    def predict_from_features(self, seen: Tensor, examples: list[Example]) -> list[Features]:
+    def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[Features]:
         texts = self.tokenize_checked([example.text for example in examples]).to(self.backbone.device)
-        images = self.matcher.image_features(seen).cpu()
+        images = self.matcher.image_features(features).cpu()
         return [Features(*pair) for pair in zip(images, self.matcher.text_features(texts).cpu(), strict=True)]
 
     def tokenize_checked(self, texts: list[str]) -> TokenizedTexts:
@@ -181,15 +184,15 @@ class RetrievalTask(Task):
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
-        """softmax of ITC's logits, the mass of the RERANKED likeliest given out anew by ITC and ITM together."""
-        rows, features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
-        seen, device = self.matcher.encode_images(pixel_values), self.backbone.device
-        logits = cosines(self.matcher.image_features(seen), features.to(device)) / self.temperature
+        """Return the softmax of ITC's logits, in which the RERANKED likeliest texts are ranked by ITC and ITM together."""
+        rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
+        states, device = self.matcher.encode_images(pixel_values), self.backbone.device
+        logits = cosines(self.matcher.image_features(states), text_features.to(device)) / self.temperature
         rows = rows.to(device)
-        return torch.stack([self.reranked(row, states, rows) for row, states in zip(logits, seen, strict=True)])
+        return torch.stack([self.reranked(*one, rows) for one in zip(logits, states, strict=True)])
 
     def reranked(self, logits: Tensor, states: Tensor, texts: TokenizedTexts) -> Tensor:
-        """One image's ITC logits (texts,) → probabilities, after ITM has looked at the likeliest."""
+        """Return the probabilities (texts,) of one image from its ITC logits (texts,) and ITM's log-odds of the likeliest."""
         chances = logits.softmax(0)
         best = logits.topk(min(RERANKED, len(texts))).indices
         odds = self.matcher.matching(states.expand(len(best), *states.shape), texts[best])
@@ -197,30 +200,28 @@ class RetrievalTask(Task):
 
     @torch.no_grad()
     def match(self, pixel_values: Tensor, texts: list[list[str]]) -> list[Any]:
-        """ITM's log-odds of some texts of each image: a float32 array an image."""
-        found = []
-        for states, mine in zip(self.matcher.encode_images(pixel_values), texts, strict=True):
-            rows = self.tokenize_checked(mine).to(self.backbone.device)
+        """Return ITM's log-odds of the given texts of each image: one float32 array for each image."""
+        result = []
+        for states, own in zip(self.matcher.encode_images(pixel_values), texts, strict=True):
+            rows = self.tokenize_checked(own).to(self.backbone.device)
             parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
             odds = [self.matcher.matching(states.expand(len(part), *states.shape), part) for part in parts]
-            found.append(torch.cat(odds).cpu().numpy())
-        return found
+            result.append(torch.cat(odds).cpu().numpy())
+        return result
 
-    def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:
-        """Recall at 1 by ITC among all the images and texts given, each way and their mean; at 5 or 10 if wanted."""
+    def scores(self, predictions: dict[Any, Any], examples: list[Example], extra: str = "") -> dict[str, float]:
+        """Return recall at 1 by ITC among the images and texts, both ways and their mean. `extra`: recall at 5 or 10."""
         images = list(dict.fromkeys(example.image for example in examples))
-        some = {example.image: self.subject(example) for example in examples}  # a subject of each image
         texts = list(dict.fromkeys(example.text for example in examples))
-        read = {example.text: self.subject(example) for example in examples}
-        similarity = cosines(
-            torch.stack([predictions[some[image]].image for image in images]),
-            torch.stack([predictions[read[text]].text for text in texts]),
-        )
-        found = recalls(similarity.float().cpu().numpy(), belongs(examples, images, texts))
-        ways = {key: found[key] for key in dict.fromkeys(("image_to_text_r1", "text_to_image_r1", wanted)) if key in found}
-        return {"recall_at_1": (found["image_to_text_r1"] + found["text_to_image_r1"]) / 2, **ways}
+        by_image = {example.image: predictions[self.subject(example)].image for example in examples}
+        by_text = {example.text: predictions[self.subject(example)].text for example in examples}
+        similarity = cosines(torch.stack([by_image[i] for i in images]), torch.stack([by_text[text] for text in texts]))
+        all_scores = recalls(similarity.float().cpu().numpy(), belongs(examples, images, texts))
+        keys = [key for key in dict.fromkeys(("image_to_text_r1", "text_to_image_r1", extra)) if key in all_scores]
+        mean = (all_scores["image_to_text_r1"] + all_scores["text_to_image_r1"]) / 2
+        return {"recall_at_1": mean, **{key: all_scores[key] for key in keys}}
 
-    # ---- what an adapter file says of its task
+    # ---- the task's entry in an adapter file
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -234,21 +235,21 @@ class RetrievalTask(Task):
 
 
 NO_NEGATIVES = (
-    "the first batch holds no wrong pair to learn from: its rows are all one image or one text; raise batch_size, "
-    "or give data with more than one image"
+    "the first batch has no wrong pair to learn from, because all its rows have the same image or the same text; raise "
+    "BATCH_SIZE, or give data with more than one image"
 )
 
 
 def positives(examples: list[Example], known: Mapping[str, Collection[str]] = MappingProxyType({})) -> Tensor:
-    """(rows, rows) bool: text j describes image i, as some line here says it does, or `known`, of all the data."""
-    said: dict[str, set[str]] = {}
+    """Return (rows, rows), True if text j describes image i by a line of `examples` or of all the data (`known`)."""
+    texts: dict[str, set[str]] = {}
     for example in examples:
-        said.setdefault(example.file, set(known.get(example.file, ()))).add(example.text)
-    return torch.tensor([[other.text in own for other in examples] for own in (said[one.file] for one in examples)])
+        texts.setdefault(example.file, set(known.get(example.file, ()))).add(example.text)
+    return torch.tensor([[other.text in own for other in examples] for own in (texts[one.file] for one in examples)])
 
 
 def belongs(examples: list[Example], images: list[Path], texts: list[str]) -> Any:
-    """(images, texts) booleans: which texts are an image's own."""
+    """Return (images, texts), True if the text describes the image."""
     rows, columns = ({item: number for number, item in enumerate(items)} for items in (images, texts))
     right = np.zeros((len(images), len(texts)), dtype=np.bool_)
     for example in examples:

@@ -1,4 +1,4 @@
-"""The number of tokens that a generated text may have: chosen from the data, and reported where it cuts texts."""
+"""The number of tokens that a generated text may have: chosen from the data, and reported if it cuts texts."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -19,8 +19,8 @@ MANY = 200_000  # lines whose texts take some seconds to count
 def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
     """Return the tokens that the model must generate for each text, with its end token.
 
-    A decoder generates a text after a prompt with a space before it (`spaced`). The tokens of plain words are known.
-    Those of other texts are known if the data was just checked. Only the rest is tokenized.
+    spaced: the text follows a prompt in a decoder, so it has a space before it. Only texts that are not plain words and were
+    not tokenized by the check of the data are tokenized here.
     """
     known = {text: task.bounds.count(text, spaced) for text in texts}
     if not spaced:
@@ -35,7 +35,7 @@ def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> di
 
 
 def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counter[str]]:
-    """Return the texts of the examples, apart for those that are generated with a space before them, with their counts."""
+    """Return the texts of the examples with their counts. Key True: those that are generated with a space before them."""
     decoder = isinstance(task, TextTask) and isinstance(task.language, DecoderLanguage)
     texts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for e in examples:
@@ -46,14 +46,14 @@ def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counte
 def longer_texts(task: Task, examples: Iterable[Example], limit: int) -> tuple[Counter[str], int, int]:
     """Return the texts of more than `limit` tokens with their counts, the most tokens of one, and the number of texts.
 
-    If no text is longer than `limit`, the most tokens are given as 0. Each text of a line counts.
+    If no text is longer than `limit`, the most tokens are 0. Each text of a line counts.
     """
     texts, longer, most = texts_by_space(task, examples), Counter[str](), 0
     for spaced, counts in texts.items():
         may_be = [text for text in counts if task.bounds.at_most(text) + 1 > limit]
-        found = {text: n for text, n in token_counts(task, may_be, spaced).items() if n > limit}
-        longer.update({text: counts[text] for text in found})
-        most = max(most, *found.values()) if found else most
+        too_long = {text: n for text, n in token_counts(task, may_be, spaced).items() if n > limit}
+        longer.update({text: counts[text] for text in too_long})
+        most = max(most, *too_long.values()) if too_long else most
     return longer, most, sum(counts.total() for counts in texts.values())
 
 
@@ -77,29 +77,29 @@ def most_new_tokens(task: TextTask) -> int:
     return task.most_new_tokens(task.prompt.replace("{question}", ""))
 
 
-def fit_generation(task: Task, examples: list[Example], wanted: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all") -> int:
+def fit_generation(task: Task, examples: list[Example], limit: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all") -> int:
     """Set and return the most tokens of a generated text.
 
-    `wanted` 0 gives the longest text of the examples plus a margin, as far as the model has room. Otherwise it is
-    `wanted`. If texts are longer, their number is printed, with the fix.
+    limit: 0 chooses the longest text of the examples plus a margin, at most what the model has room for. Another value is used
+    as it is. If texts are longer, their number is printed, with the fix.
     """
     if not isinstance(task, TextTask):
         task.known_lengths = {}
-        return wanted or Generation().max_new_tokens
-    chosen, room = wanted, most_new_tokens(task)
+        return limit or Generation().max_new_tokens
+    chosen, room = limit, most_new_tokens(task)
     if len(examples) >= MANY:
         print(f"counting the tokens of the texts of {len(examples):,} lines")
-    if not wanted:
+    if not limit:
         longest = longest_text(task, examples)
         chosen = max(1, min(longest + max(MARGIN, longest // 4), room))
         fix = "the model has no room for more after the prompt"
-    if (wanted or longest > chosen) and (cut := longer_texts(task, examples, chosen))[0]:
+    if (limit or longest > chosen) and (cut := longer_texts(task, examples, chosen))[0]:
         longer, most, total = cut
         print(
             f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {total:,} texts, the longest of which has "
-            f"{most} tokens with its end: their predictions can never be right. {fix}"
+            f"{most} tokens with its end token: their predictions can never be right. {fix}"
         )
-    task.known_lengths = {}  # of the check: they are not needed any more
+    task.known_lengths = {}  # not needed any more
     task.generation = replace(task.generation, max_new_tokens=chosen)
     return chosen
 
@@ -122,7 +122,7 @@ class CutCount:
     def report(self, task: Task, what: str, examples: Iterable[Example] = ()) -> str:
         """Return one line with the number of texts that were cut, and the fix; "" if there are none.
 
-        `examples` are the right answers, if they are known. A model that has room for all of them did not end its texts.
+        examples: the right answers, if they are known. If all of them fit, the model should have ended its texts.
         """
         if not self.cut or not isinstance(task, TextTask):
             return ""

@@ -1,4 +1,4 @@
-"""What captioning and question answering share: a prompt is read, a text is the answer, and only the text is learned."""
+"""The base of captioning and question answering: the model reads a prompt and generates a text. Only the text is learned."""
 
 import unicodedata
 from dataclasses import asdict, replace
@@ -22,11 +22,11 @@ from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import ONLY_UNKNOWN, DeviceBatch, Generation, Task
 from lora_blip.tasks.losses import token_loss
 
-CHUNK = 64  # rows of one image's texts that are ranked at a time
+CHUNK = 64  # texts of one image that are ranked in one forward
 
 
 class TextTask(Task):
-    """The prompt stands before every text and is never in the loss."""
+    """The prompt comes before every text. It is never in the loss."""
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
@@ -34,46 +34,44 @@ class TextTask(Task):
         self.special_ids = self.language.structural_ids
 
     def prompt_of(self, example: Example) -> str:
-        """What the model reads before it writes."""
+        """Return what the model reads before it generates a text."""
         raise NotImplementedError
 
     def texts_of(self, example: Example) -> list[tuple[str, float]]:
-        """What it may write, with the weight of each; the weights sum to 1."""
+        """Return the right texts with the weight of each. The weights sum to 1."""
         raise NotImplementedError
 
     # ---- training
 
     def trim(self, example: Example) -> Example:
-        """The prompt is read before every text: a text that begins with it would hold it twice."""
+        """Return the example without the prompt at the start of its texts, because the prompt comes before every text."""
         prompt = plain(self.prompt_of(example))
-        if not prompt or prompt == example.question:  # BLIP's own VQA reads the question apart from the answer
+        if not prompt or prompt == example.question:  # BLIP's VQA model has the question in its encoder
             return example
         text, answers = after_prompt(example.text, prompt), tuple(after_prompt(answer, prompt) for answer in example.answers)
         return example if (text, answers) == (example.text, example.answers) else replace(example, text=text, answers=answers)
 
     def batch(self, host_batch: HostBatch) -> DeviceBatch:
         device, prompts = self.backbone.device, [self.prompt_of(example) for example in host_batch.examples]
-        about = host_batch.image_index or range(len(host_batch.examples))
-        texts = [(i, text, weight) for i, e in enumerate(host_batch.examples) for text, weight in self.texts_of(e)]
-        image, said, weights = map(list, zip(*texts, strict=True))
-        rows = self.language.tokenize(prompts, said, image).weighing(weights)
-        packed = self.language.pack(rows, image, [about[i] for i in image]) if self.backbone.fast else None
-        packed = packed and packed.to(device)
-        return DeviceBatch(
-            host_batch.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **self.image_tensors(host_batch)
-        )
+        picture = host_batch.image_index or range(len(host_batch.examples))
+        weighted = [(i, text, weight) for i, e in enumerate(host_batch.examples) for text, weight in self.texts_of(e)]
+        image, texts, weights = map(list, zip(*weighted, strict=True))
+        rows = self.language.tokenize(prompts, texts, image).with_weights(weights)
+        packed = self.language.pack(rows, image, [picture[i] for i in image]).to(device) if self.backbone.fast else None
+        tensors = self.image_tensors(host_batch)
+        return DeviceBatch(host_batch.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **tensors)
 
     def logits(self, batch: DeviceBatch) -> Tensor:
-        """(rows, tokens, vocabulary)."""
+        """Return the logits (rows, tokens, vocabulary)."""
         return self.language.logits(batch.per_example(self.encode_batch(batch)), batch.rows)
 
-    def loss(self, batch: DeviceBatch, seen: Tensor | None = None) -> Tensor:
-        """Σ weight × cross-entropy over the label tokens."""
-        seen = self.encode_batch(batch) if seen is None else seen
-        if batch.packed is None or is_plain():
-            return token_loss(self.language.logits(batch.per_example(seen), batch.rows), batch.rows.targets, batch.rows.weights)
-        head, packed = self.language.head, batch.packed
-        states = self.language.label_states(seen, batch.per_example, batch.rows, packed)
+    def loss(self, batch: DeviceBatch, features: Tensor | None = None) -> Tensor:
+        """Return Σ weight × cross-entropy over the label tokens."""
+        features = self.encode_batch(batch) if features is None else features
+        rows, packed, head = batch.rows, batch.packed, self.language.head
+        if packed is None or is_plain():
+            return token_loss(self.language.logits(batch.per_example(features), rows), rows.targets, rows.weights)
+        states = self.language.label_states(features, batch.per_example, rows, packed)
         if not is_plain_head(head):
             return token_loss(head(states)[:, None], packed.targets[:, None], packed.weights)
         return head_loss(states, head, packed.targets, packed.weights)
@@ -92,77 +90,78 @@ class TextTask(Task):
         return self.language.generate(pixel_values, prompts, adapters, **asdict(self.generation))
 
     @torch.no_grad()
-    def predict_from_features(self, seen: Tensor, examples: list[Example]) -> list[str]:
-        return self.language.generate_from_features(
-            seen, [self.prompt_of(example) for example in examples], **asdict(self.generation)
-        )
+    def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[str]:
+        prompts = [self.prompt_of(example) for example in examples]
+        return self.language.generate_from_features(features, prompts, **asdict(self.generation))
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
-        """softmax over the texts of their log-likelihoods; see `likelihood` of each task."""
-        seen, found = self.language.encode_unique_images(pixel_values), []
-        for states, example in zip(seen.split(1), examples, strict=True):
+        """Return the softmax over the texts of their log-likelihoods, which each task defines in `likelihood`."""
+        features, scores = self.language.encode_unique_images(pixel_values), []
+        for states, example in zip(features.split(1), examples, strict=True):
             parts = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
-            found.append(torch.cat([self.scored(states, self.prompt_of(example), part) for part in parts]))
-        return torch.stack(found).softmax(1)
+            scores.append(torch.cat([self.text_scores(states, self.prompt_of(example), part) for part in parts]))
+        return torch.stack(scores).softmax(1)
 
-    def scored(self, seen: Tensor, prompt: str, texts: list[str]) -> Tensor:
-        """The log-likelihood of each text after a prompt, over one image seen (1, states, width): (texts,)."""
+    def text_scores(self, features: Tensor, prompt: str, texts: list[str]) -> Tensor:
+        """Return the log-likelihood (texts,) of each text after a prompt, for one image: features (1, states, width)."""
         rows = self.language.tokenize([prompt], texts, [0] * len(texts)).to(self.backbone.device)
-        return self.likelihood(token_log_likelihoods(self.language.logits_of_one_image(seen, rows), rows.targets))
+        return self.likelihood(token_log_likelihoods(self.language.logits_of_one_image(features, rows), rows.targets))
 
     def likelihood(self, tokens: Tensor) -> Tensor:
-        """Per-token log-likelihoods (rows, tokens), NaN where nothing counts → one score a text."""
+        """Return one score for each text from log-likelihoods of tokens (rows, tokens), NaN at positions without a label."""
         raise NotImplementedError
 
     # ---- checks
 
     def require_room(self, prompt: str) -> None:
-        """ConfigError if `prompt` holds a special token or only unknown ones, or leaves too few positions."""
+        """Raise ConfigError if `prompt` has a special token or only unknown ones, or leaves too few positions for a text."""
         ids = plain_ids(self.backbone.tokenizer, prompt)
-        if reason := self.special_token_problem(prompt, ids) or (
-            ONLY_UNKNOWN if prompt.strip() and self.unknown_tokens.nothing_left(ids) else ""
-        ):
+        only_unknown = prompt.strip() and self.unknown_tokens.nothing_left(ids)
+        if reason := self.special_token_problem(prompt, ids) or (ONLY_UNKNOWN if only_unknown else ""):
             raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
         self.unknown_tokens.note({prompt: ids})
         self.prompt_warning = self.unknown_tokens.report([(0, (prompt,))], "prompt")
-        room, wanted = self.most_new_tokens(prompt), self.generation.max_new_tokens
-        if room < wanted:
-            raise ConfigError(f"max_new_tokens = {wanted}: beside the prompt, the model has room for {room}")
+        room, needed = self.most_new_tokens(prompt), self.generation.max_new_tokens
+        if room < needed:
+            raise ConfigError(
+                f"max_new_tokens = {needed}: beside the prompt, the model has room for {room}; shorten the prompt, or set a "
+                "smaller MAX_NEW_TOKENS"
+            )
 
     def most_new_tokens(self, prompt: str) -> int:
         """Return how many tokens the model has room for after a prompt, with the end token."""
         return self.language.room(prompt) + 1
 
     def prompt_fault(self, prompt: str) -> str:
-        """Why a line's own prompt cannot be used, or ""."""
+        """Return why the prompt of a line cannot be used, or ""."""
         if self.language.room(prompt) < 1:
             return f"the prompt has too many tokens for this model: {quoted(prompt)}"
         return self.special_token_problem(prompt, plain_ids(self.backbone.tokenizer, prompt))
 
     def wrong_labels(self, batch: DeviceBatch) -> str:
-        """Each row's labels are its text's tokens and the end token, and nothing else."""
+        """Return a message if the labels of a row are not the tokens of its text and the end token, or ""."""
         tokenizer = self.backbone.tokenizer
         pairs = [(example, text) for example in batch.examples for text, _ in self.texts_of(example)]
         for row, (example, text) in zip(batch.rows.targets, pairs, strict=True):
             labels = row[row != IGNORE].tolist()
-            read = str(tokenizer.decode(labels[:-1]))
-            if not labels or read.split() != str(tokenizer.decode(plain_ids(tokenizer, text))).split():
-                return f"the labels of {example.name!r} read {read!r}, and its text is {text!r}"
+            decoded = str(tokenizer.decode(labels[:-1]))
+            if not labels or decoded.split() != str(tokenizer.decode(plain_ids(tokenizer, text))).split():
+                return f"the labels of {example.name!r} decode to {decoded!r}, but its text is {text!r}"
         return ""
 
     def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
-        """What the model reads and what it must say, decoded, for the first rows: . is a position that does not count."""
+        """Return the input tokens and the labels of the first rows, as words."""
         words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows
-        lines = ["what the model reads | must say next (. does not count)"]
+        lines = ["input token | label (. = not in the loss)"]
         for row, target in enumerate(texts.targets[:rows]):
-            read, prompt = texts.input_ids, ""
-            if texts.decoder_input_ids is not None:  # an encoder reads the prompt apart
-                asked, there = texts.per_row(texts.input_ids)[row], texts.per_row(texts.attention_mask)[row]
-                read, prompt = texts.decoder_input_ids, " ".join(words(asked[there == 1].tolist())) + "  →  "
-            said = [words(int(t)) if t != IGNORE else "." for t in target]
-            pairs = zip(words(read[row].tolist()), said, strict=True)
-            lines.append(printable(f"  {prompt}" + "  ".join(f"{word}|{after}" for word, after in pairs)))
+            inputs, prompt = texts.input_ids, ""
+            if texts.decoder_input_ids is not None:  # an encoder reads the prompt
+                ids, mask = texts.per_row(texts.input_ids)[row], texts.per_row(texts.attention_mask)[row]
+                inputs, prompt = texts.decoder_input_ids, " ".join(words(ids[mask == 1].tolist())) + "  →  "
+            labels = [words(int(t)) if t != IGNORE else "." for t in target]
+            pairs = zip(words(inputs[row].tolist()), labels, strict=True)
+            lines.append(printable(f"  {prompt}" + "  ".join(f"{word}|{label}" for word, label in pairs)))
         return "\n".join(lines)
 
     def metadata(self) -> dict[str, Any]:
@@ -170,7 +169,7 @@ class TextTask(Task):
 
 
 def after_prompt(text: str, prompt: str) -> str:
-    """Return what follows the prompt in a text that begins with it, in letters of any case; else the text."""
+    """Return the rest of a text that begins with the prompt, in letters of any case. Return other texts as they are."""
     start, rest = text[: len(prompt)], text[len(prompt) :]
     if start.casefold() != prompt.casefold() or (is_word(prompt[-1:]) and is_word(rest[:1])):
         return text
@@ -178,18 +177,19 @@ def after_prompt(text: str, prompt: str) -> str:
 
 
 def is_word(character: str) -> bool:
-    """Whether a character continues a word; a Chinese or Japanese one is a word of its own."""
+    """Return True if a character continues a word. A Chinese or Japanese character does not: it is a word itself."""
     return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
 
 
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target: (rows, tokens), float32, NaN where nothing counts."""
-    counts = targets != IGNORE
-    log_p = logits.float().log_softmax(-1).gather(-1, targets.masked_fill(~counts, 0)[..., None]).squeeze(-1)
-    return log_p.masked_fill(~counts, torch.nan)
+    """Return log p of each target, (rows, tokens), float32, NaN at positions without a label."""
+    has_label = targets != IGNORE
+    log_p = logits.float().log_softmax(-1).gather(-1, targets.masked_fill(~has_label, 0)[..., None]).squeeze(-1)
+    return log_p.masked_fill(~has_label, torch.nan)
 
 
 def language_of(backbone: Backbone) -> Language:
+    """Return the language side of a backbone."""
     if backbone.architecture == "BlipForQuestionAnswering":
         return BlipVqaLanguage(backbone)
     if backbone.family == "blip":

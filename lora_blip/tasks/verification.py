@@ -1,10 +1,10 @@
-"""The check of the fast path against the plain one, before its first use on a machine.
+"""Compare the fast path with the plain one before its first use on a machine.
 
-The fast modules compute what transformers computes, by other sums. A new version of a library, another device or another
-base can break that without an error. So before the first step or text with a combination that has not been checked on
-this machine, one real micro-batch is computed both ways: logits, loss and the gradients of the adapters before training;
-tokens and their logits, ranked texts and features before prediction. If the two differ by more than rounding can, the
-fast path is switched off for the run.
+The fast modules compute the same results as transformers, in another order of sums. A new version of a library, another device
+or another base can break that without an error. So each new combination is checked once on each machine, with one real
+micro-batch. Before training, both ways compute logits, loss and the gradients of the adapters. Before prediction, they compute
+tokens and their logits, ranked texts and features. If the results differ by more than rounding, the fast path is switched off
+for the run.
 """
 
 import time
@@ -40,15 +40,15 @@ from lora_blip.tasks.differences import (
 )
 from lora_blip.tasks.text_task import TextTask
 
-# The largest relative difference that is taken for rounding: many times what was measured (1e-6 in float32, 1e-3 in float16,
-# 2e-2 in bfloat16, over all kinds of models), and much less than what a wrong mask, cache or scale gives.
+# The largest relative difference that counts as rounding: many times the measured ones (1e-6 in float32, 1e-3 in float16,
+# 2e-2 in bfloat16, over all kinds of models), and much less than the effect of a wrong mask, cache or scale.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Times the bound: for gradients, which pass through the model twice, and for probabilities behind a small temperature.
+# A factor of the bound for gradients, which pass through the model twice, and for probabilities with a small temperature.
 LOOSER = 4
 ROWS = 4  # examples of a batch that are predicted both ways
-TOKENS = 16  # of each text
-TEXTS = 8  # that are ranked
-SIZE_OF_B = 0.02  # a fresh B is zero, and with it the gradient of A
+TOKENS = 16  # the most tokens of each generated text
+TEXTS = 8  # texts that are ranked
+SIZE_OF_B = 0.02  # a new B is zero, and then the gradient of A is zero too
 LOSS_SCALE = 1024.0  # keeps fp16 gradients above zero
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -65,7 +65,7 @@ def before_training(
     task: Task, batch: DeviceBatch, precision: str, autocast: Autocast, settings: dict[str, Any], ranks: Ranks = ALONE,
     predicts: bool = True,
 ) -> None:  # fmt: skip
-    """Check logits, loss and gradients of a batch, and what is predicted of it. Every rank calls this with the same batch."""
+    """Check the logits, loss, gradients and predictions of a batch. Every rank calls this with the same batch."""
     if not task.backbone.fast:
         return
     key = verification_record.key_of(
@@ -85,7 +85,10 @@ def before_training(
 
 
 def before_prediction(task: Task, base: str, precision: str, run: Callable[[], Any], what: str, say: Any = print) -> None:
-    """Check what `run` predicts of a few examples. `base`: what `base_of` gave of the base alone; `what`: kind of result."""
+    """Check the predictions that `run` makes for a few examples.
+
+    base: `base_of` the backbone without its adapter. what: the kind of prediction. say: prints a line.
+    """
     beams = task.generation.num_beams if isinstance(task, TextTask) else 1
     key = verification_record.key_of(task, base, precision, {"of": what, "beams": beams})
     autocast = autocasting(task.backbone.device, precision)
@@ -95,7 +98,7 @@ def before_prediction(task: Task, base: str, precision: str, run: Callable[[], A
 def check(
     task: Task, key: dict[str, Any], compare: Callable[[], list[Difference]], ranks: Ranks = ALONE, say: Any = print
 ) -> None:
-    """Compare once per key on this machine; if the difference is too large, switch the fast path off, on every rank."""
+    """Compare once per key on this machine. If the difference is too large, switch the fast path off on every rank."""
     if ranks.broadcast(verification_record.is_verified(key) if ranks.main else None):
         return
     say("comparing the fast path with transformers' own computation on one batch, once on this machine")
@@ -110,7 +113,7 @@ def check(
                 problem = first_line(error)
             else:
                 found = [failure(error)]
-        except Exception as error:  # on one rank alone, perhaps: the others wait for its answer
+        except Exception as error:  # the other ranks wait for the result of this one
             found = [failure(error)]
     wrong = [each for each in found if each.too_large]
     bad, unchecked = ranks.sum(len(wrong), bool(problem))
@@ -128,7 +131,7 @@ def check(
 
 
 def disable(task: Task) -> None:
-    """Compute everything as transformers and the plain LoRA hook do from now on, uncompiled."""
+    """Use transformers' own computation and the plain LoRA hook from now on, uncompiled."""
     model = task.backbone.model
     switch.fast(model, False)
     attached.fast(model, False)
@@ -141,7 +144,7 @@ def disable(task: Task) -> None:
 
 
 def both_ways(task: Task, run: Callable[[], Any]) -> tuple[Any, Any]:
-    """Return what `run` gives by the fast path and by the plain one."""
+    """Return the results of `run` by the fast path and by the plain one."""
     fast = run()
     with uncompiled(task.backbone.model), plain():
         return fast, run()
@@ -177,9 +180,9 @@ def training_differences(task: Task, batch: DeviceBatch, autocast: Autocast, bou
 
 @torch.no_grad()
 def prediction_differences(task: Task, run: Callable[[], Any], precision: str, autocast: Autocast) -> list[Difference]:
-    """Compare what `run` predicts: the logits of every token of greedy texts, texts by beams, probabilities, features."""
-    bound, found = bound_of(task, precision), []
-    heads = exits(task)
+    """Compare predictions: the logits of every token of greedy texts, texts by beam search, probabilities, features."""
+    bound, differences = bound_of(task, precision), []
+    heads = output_modules(task)
 
     def recorded() -> tuple[list[Tensor], Any]:
         outputs: list[Tensor] = []
@@ -197,35 +200,35 @@ def prediction_differences(task: Task, run: Callable[[], Any], precision: str, a
     written = is_texts(slow[1])
     if slow[0]:
         what = "logits" if isinstance(task, TextTask) else "features"
-        found.append(Difference(f"{what} of a prediction", stepwise(fast[0], slow[0], written), bound))
+        differences.append(Difference(f"{what} of a prediction", stepwise(fast[0], slow[0], written), bound))
     if not written:
         one, other = (torch.from_numpy(np.concatenate(numbers(each[1]) or [np.zeros(1)])) for each in (fast, slow))
-        found.append(Difference("predictions", distance(one, other), LOOSER * bound))
+        differences.append(Difference("predictions", distance(one, other), LOOSER * bound))
     elif beams > 1:
         with short(task, beams):
-            said = [texts(each) for each in both_ways(task, lambda: recorded()[1])]
-        different = sum(a != b for a, b in zip(*said, strict=True)) / len(said[0])
-        # a near tie may end in another text: in 16 bits, one text alone proves nothing
-        found.append(
-            Difference("other texts by beams", different, 0.5 if len(said[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0)
+            pair = [texts(results) for results in both_ways(task, lambda: recorded()[1])]
+        different = sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0])
+        # rounding may decide a near tie, so in 16 bits one different text proves nothing
+        differences.append(
+            Difference("other texts by beams", different, 0.5 if len(pair[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0)
         )
-    return found
+    return differences
 
 
-def exits(task: Task) -> list[Any]:
-    """The modules whose outputs decide a prediction."""
+def output_modules(task: Task) -> list[Any]:
+    """Return the modules whose outputs decide a prediction."""
     if isinstance(task, TextTask):
         return [task.language.head]
     names = ("vision_proj", "text_proj", "vision_projection", "text_projection")
     return [module for name in names if (module := getattr(task.backbone.model, name, None)) is not None]
 
 
-# ---------------------------------------------------------------- nothing of it stays
+# ---------------------------------------------------------------- the state is restored after the check
 
 
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """Leave the random generators as they were."""
+    """Restore the random generators after the block."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -233,7 +236,7 @@ def untouched(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def filled(adapters: list[LoRA]) -> Iterator[None]:
-    """Give every B small values that are the same everywhere, and no dropout; the bits come back behind the block."""
+    """Give every B small values, the same on every rank, and set the dropout to 0. Restore both after the block."""
     kept = [(each.B.detach().clone(), each.dropout) for each in adapters]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -251,7 +254,7 @@ def filled(adapters: list[LoRA]) -> Iterator[None]:
 
 @contextmanager
 def without_gradients(parameters: list[Any]) -> Iterator[None]:
-    """Inside the block no parameter has a gradient; those of a step that is under way come back."""
+    """Remove the gradients of the parameters inside the block. Restore them after it."""
     kept = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
@@ -264,6 +267,7 @@ def without_gradients(parameters: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(task: Task) -> Iterator[None]:
+    """Put the model into eval mode inside the block."""
     training = task.backbone.model.training
     task.backbone.model.eval()
     try:
@@ -274,7 +278,7 @@ def evaluating(task: Task) -> Iterator[None]:
 
 @contextmanager
 def short(task: Task, beams: int) -> Iterator[None]:
-    """Inside the block texts are short, and drawn by no chance."""
+    """Generate short texts inside the block, without sampling."""
     kept = task.generation
     most = min(TOKENS, kept.max_new_tokens)
     task.generation = replace(kept, do_sample=False, num_beams=beams, max_new_tokens=most)
@@ -284,12 +288,9 @@ def short(task: Task, beams: int) -> Iterator[None]:
         task.generation = kept
 
 
-# ---------------------------------------------------------------- what has been checked
-
-
 def bound_of(task: Task, precision: str) -> float:
-    """The bound of the coarsest dtype that is computed in."""
+    """Return the bound for the coarsest dtype of the computation."""
     dtypes = [DTYPES[precision], *{p.dtype for p in task.backbone.model.parameters() if p.dtype in BOUNDS}]
     if task.backbone.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
-        dtypes.append(torch.float16)  # TF32 has as many bits
+        dtypes.append(torch.float16)  # TF32 has the same number of bits
     return max(BOUNDS[dtype] for dtype in dtypes)

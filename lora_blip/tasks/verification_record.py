@@ -1,4 +1,4 @@
-"""The record of what `verification` has checked on this machine."""
+"""The record of what `verification` has checked on this machine: one small file for each combination."""
 
 import hashlib
 import json
@@ -21,21 +21,21 @@ from lora_blip.version import __version__
 
 
 def base_of(backbone: Backbone) -> str:
-    """A digest of a base: its configuration, and samples of its weights."""
-    found = [x for name in attached.names(backbone.model) for x in attached.adapters(backbone.model, name).values()]
-    samples = backbone.samples or fingerprint.samples(backbone.model, found)
+    """Return a digest of a base: its configuration, and samples of its weights."""
+    loras = [x for name in attached.names(backbone.model) for x in attached.adapters(backbone.model, name).values()]
+    samples = backbone.samples or fingerprint.samples(backbone.model, loras)
     return digest({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
 
 
 def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what is computed and how, in JSON."""
+    """Return everything that decides what is computed and how, in JSON."""
     model, device = task.backbone.model, task.backbone.device
     sites = [str(x.site) for name in attached.names(model) for x in attached.adapters(model, name).values()]
     merged = any(isinstance(module, AdapterStack) and bool(module.merged) for module in model.modules())
     processor = task.backbone.image_processor
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.processor()}"
     return {
-        "base": base, "device": f"{device.type} {where} {torch.backends.cpu.get_cpu_capability()}", "precision": precision,
+        "base": base, "device": f"{device.type} {chip} {torch.backends.cpu.get_cpu_capability()}", "precision": precision,
         "weights": sorted({str(p.dtype) for p in model.parameters()}), "task": task.name, "adapters": sites, "merged": merged,
         "image size": str(getattr(processor, "size", "")), "settings": settings,
         "torch": torch.__version__, "transformers": transformers.__version__, "lora_blip": __version__,
@@ -47,20 +47,21 @@ def digest(value: Any) -> str:
 
 
 def path_of(key: dict[str, Any]) -> Path:
-    """The file that says that a key has been checked on this machine."""
+    """Return the file that records that a key has been checked on this machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "lora_blip" / "verified" / f"{digest(key)[:32]}.json"
 
 
 def is_verified(key: dict[str, Any]) -> bool:
+    """Return True if a key has been checked on this machine."""
     try:
         return json.loads(path_of(key).read_text(encoding="utf-8"))["key"] == json.loads(json.dumps(key, default=str))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: the user has no home folder
         return False
 
 
-def remember(key: dict[str, Any], found: list[Difference]) -> None:
-    """Write down that a key has been checked; where nothing can be written, it is checked again."""
-    about = {"key": key, "differences": {each.what: each.value for each in found}}
+def remember(key: dict[str, Any], differences: list[Difference]) -> None:
+    """Record that a key has been checked. If the file cannot be written, the key is checked again in the next run."""
+    record = {"key": key, "differences": {each.what: each.value for each in differences}}
     with suppress(OSError, RuntimeError):
-        write_whole(path_of(key), json.dumps(about, indent=1, default=str).encode(), synced=False)
+        write_whole(path_of(key), json.dumps(record, indent=1, default=str).encode(), synced=False)

@@ -1,4 +1,4 @@
-"""Visual question answering: an image and a question in, an answer out."""
+"""Visual question answering: generate an answer for an image and a question."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,18 +16,19 @@ from lora_blip.runtime.untrusted import quoted
 from lora_blip.tasks.base import ONLY_UNKNOWN, Generation
 from lora_blip.tasks.text_task import TextTask
 
-TEMPLATE = "Question: {question} Answer:"  # as BLIP-2's authors prompt it (Li et al. 2023, arXiv:2301.12597, section 4.1)
+TEMPLATE = "Question: {question} Answer:"  # the prompt of BLIP-2's authors (Li et al. 2023, arXiv:2301.12597, section 4.1)
 
 
 class VqaTask(TextTask):
-    """Lines are {"image": …, "question": …, "answers": […]}; only the answer is in the loss.
+    """Lines are {"image": …, "question": …, "answers": […]}. Only the answer is in the loss.
 
-    A BlipForQuestionAnswering reads the question in its encoder; a captioning model reads it in `prompt`,
-    a template with {question} in it. Of several answers each is learned by its share of the votes
-    (Li et al. 2022, arXiv:2201.12086, as its code does).
+    The encoder of a BlipForQuestionAnswering reads the question. A captioning model reads it in `prompt`, a template that
+    contains {question}. If a line has several answers, the weight of each is its share of the votes, as in BLIP's code (Li et
+    al. 2022, arXiv:2201.12086).
     """
 
     name = "vqa"
+    takes_question = True
     architectures = ("BlipForQuestionAnswering", "BlipForConditionalGeneration", "Blip2ForConditionalGeneration")
     example_checkpoint = "Salesforce/blip-vqa-base"
     score_names = ("vqa_accuracy",)
@@ -36,11 +37,13 @@ class VqaTask(TextTask):
         super().__init__(backbone, prompt, generation)
         self.prompt = self.prompt or ("{question}" if isinstance(self.language, BlipVqaLanguage) else TEMPLATE)
         if self.prompt.count("{question}") != 1:
-            raise ConfigError(f"prompt = {self.prompt!r}: a template for questions holds {{question}} once")
+            raise ConfigError(
+                f"prompt = {self.prompt!r}: a template for questions contains {{question}} once, such as {TEMPLATE!r}"
+            )
         self.require_room(self.prompt.replace("{question}", ""))
 
     def prompt_of(self, example: Example) -> str:
-        """The line's own template, or the task's, with the question in it."""
+        """Return the line's template, or else the task's, with the question in it."""
         return (example.prompt or self.prompt).replace("{question}", example.question)
 
     def texts_of(self, example: Example) -> list[tuple[str, float]]:
@@ -64,11 +67,11 @@ class VqaTask(TextTask):
         return (example.question, self.prompt_of(example), *example.answers)
 
     def room(self, example: Example) -> int:
-        """Tokens for an answer to the example's question."""
+        """Return the number of tokens that an answer to the example's question may have."""
         return self.language.room_after(len(self.token_ids(self.prompt_of(example))))
 
     def _surely_fits(self, example: Example) -> bool:
-        """Whether the rest of `check` finds nothing, told without a token being made."""
+        """Return True if upper bounds show, without tokenizing, that the rest of `check` finds no problem."""
         bounds, prompt, room = self.bounds, self.prompt_of(example), self.language.room_after
         longest = bounds.at_most_of((prompt, *example.answers))
         if longest != UNBOUNDED and room(longest) >= longest:
@@ -76,14 +79,16 @@ class VqaTask(TextTask):
         needed = bounds.at_most_of(example.answers)
         if needed == UNBOUNDED:
             return False
-        return room(bounds.at_most(prompt)) >= needed or room(bounds.at_most(prompt, 0)) >= needed  # it has the question in it
+        return (
+            room(bounds.at_most(prompt)) >= needed or room(bounds.at_most(prompt, 0)) >= needed
+        )  # the prompt contains the question
 
     def check_question(self, example: Example) -> str:
-        """Why a question cannot be asked, or ""."""
+        """Return why a question cannot be used, or ""."""
         if fault := self.check_prompt(example):
             return fault
         if self.room(example) < 1:
-            return f"the question has too many tokens for this model: {example.question[:60]!r}"
+            return f"the question has too many tokens for this model: {example.question[:60]!r}; shorten it"
         ids = self.token_ids(example.question)
         if self.unknown_tokens.nothing_left(ids):
             return f"the question {quoted(example.question)} {ONLY_UNKNOWN}"
@@ -93,34 +98,34 @@ class VqaTask(TextTask):
         return (example.question, *example.answers)
 
     def check_prompt(self, example: Example) -> str:
-        """Why a line's own template cannot be used, or ""."""
+        """Return why the template of a line cannot be used, or ""."""
         if not example.prompt:
             return ""
         if example.prompt.count("{question}") != 1:
-            return f"the prompt {quoted(example.prompt)} is no template: write {{question}} in it once"
+            return f"the prompt {quoted(example.prompt)} does not contain {{question}} exactly once; add it"
         return self.special_token_problem(example.prompt, self.token_ids(example.prompt.replace("{question}", "")))
 
     def subject(self, example: Example) -> tuple[Path | str, ...]:
-        """A question about an image. Two with the same words differ by their question_id, or by their templates."""
+        """Return the image and the question. Equal questions differ by their question_id, or by their templates."""
         own = (str(example.question_id), example.prompt)
         return (example.image, example.question, *own) if any(own) else (example.image, example.question)
 
     def likelihood(self, tokens: Tensor) -> Tensor:
-        """The sum over an answer's tokens: log p(answer), so that ranking gives the posterior over the list."""
+        """Return the sum over an answer's tokens, log p(answer): a ranking is then the posterior over the list."""
         return tokens.nansum(1)
 
-    def scores(self, predictions: dict[Any, Any], examples: list[Example], wanted: str = "") -> dict[str, float]:  # noqa: ARG002
-        """The official VQA accuracy."""
+    def scores(self, predictions: dict[Any, Any], examples: list[Example], extra: str = "") -> dict[str, float]:  # noqa: ARG002
+        """Return the official VQA accuracy."""
         lines: dict[Any, list[Example]] = {}
         for example in examples:
             lines.setdefault(self.subject(example), []).append(example)
-        right = [every_answer(lines[subject]) for subject in predictions]
-        return {"vqa_accuracy": vqa_accuracy(list(predictions.values()), right)}
+        references = [every_answer(lines[subject]) for subject in predictions]
+        return {"vqa_accuracy": vqa_accuracy(list(predictions.values()), references)}
 
     def correctness(self, text: str, examples: list[Example]) -> float:
         return accuracy(text, every_answer(examples))
 
 
 def every_answer(lines: list[Example]) -> list[str]:
-    """The answers to one question, though they stand on lines of their own."""
+    """Return the answers to one question, which may be on several lines."""
     return [answer for line in lines for answer in line.answers]

@@ -206,7 +206,7 @@ class Learner:
     # ---------------------------------------------------------------- many ranks
 
     def _among_ranks(self, objective: nn.Module) -> DistributedDataParallel:
-        some = self.task.name == "retrieval"  # its batches without a wrong pair do not reach every adapter
+        some = self.task.needs_negatives  # its batches without a wrong pair do not reach every adapter
         wrapped = DistributedDataParallel(objective, find_unused_parameters=some)
         wrapped.register_comm_hook(self.ranks, add_up)
         gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())

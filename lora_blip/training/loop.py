@@ -32,7 +32,7 @@ from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import DeviceBatch, Task
-from lora_blip.tasks.frozen_prefix import cut
+from lora_blip.tasks.frozen_prefix import first_adapted_block
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.diagnostics import explain, explained
@@ -85,7 +85,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     alone = distributed.ALONE if config.shard else ranks  # the forwards of spread weights are collectives
     print(alone.together(lambda: proofs(config, task, first, autocast)), "\n", sep="")
     if config.compile:
-        frozen, blocks = cut(backbone.model)[0], len(backbone.model.vision_model.encoder.layers)
+        frozen, blocks = first_adapted_block(backbone.model)[0], len(backbone.model.vision_model.encoder.layers)
         compile_blocks(backbone.model, frozen)
         print(f"torch.compile for {blocks - frozen} of the ViT's {blocks} blocks, at the first step\n")
     changing = ("compile", "base_dtype", "checkpointing", "shard")
@@ -98,7 +98,7 @@ def train_among(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Path:
     saved, notes = ranks.broadcast(ranks.on_main(lambda: resume.hold(config, identity, closing)))
     if saved:
         identity = resume.as_begun(config, saved.about["identity"], identity)
-        if identity["max_new_tokens"] != task.generation.max_new_tokens and task.name != "retrieval":
+        if identity["max_new_tokens"] != task.generation.max_new_tokens and task.writes_text:
             notes.append(f"MAX_NEW_TOKENS = {identity['max_new_tokens']}, as the run began")
             fit_generation(
                 task, [*training, *validation], identity["max_new_tokens"], fix='RESUME = "off" begins with room for all'

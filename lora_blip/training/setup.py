@@ -101,9 +101,9 @@ def loader_of(
 ) -> DataLoader[HostBatch]:
     augmented = shuffle and config.augment
     pictures = ImageDataset(
-        examples, task.backbone.image_processor, augmented, config.seed, task.one_pass_per_image, config.views, caches
+        examples, task.backbone.image_processor, augmented, config.seed, not task.needs_negatives, config.views, caches
     )
     device = task.backbone.device.type
     workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
-    size = config.batch_size * (1 if shuffle or not task.one_pass_per_image else WIDER)
+    size = config.batch_size * (1 if shuffle or task.needs_negatives else WIDER)
     return loader(pictures, size, shuffle, config.seed, workers, pin=device == "cuda")

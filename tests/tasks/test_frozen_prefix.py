@@ -14,7 +14,7 @@ from lora_blip.data.disk_cache import Store
 from lora_blip.data.loader import CachedStates, HostBatch, loader
 from lora_blip.lora import injection, targets
 from lora_blip.lora.routing import disable_adapters
-from lora_blip.tasks.frozen_prefix import Prefix, cut
+from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.training.loop import train
 from lora_blip.training.preflight import check_image_matters
@@ -40,12 +40,12 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     """Everything before it gives the same bits with and without the adapters; what comes next does not."""
     task = task_for(make, kind, where)
     model = task.backbone.model
-    assert cut(model) == (first, beyond)
+    assert first_adapted_block(model) == (first, beyond)
     prefix, pixels = Prefix(model, task.project_vision), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad(), disable_adapters(model):
-        base = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
+        base = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
     with torch.no_grad():
-        mine = [prefix.enter(pixels), prefix.go_on(prefix.enter(pixels).float())]
+        mine = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
     assert torch.equal(base[0], mine[0])
     if where.startswith("vit"):
         assert not torch.equal(base[1], mine[1])
@@ -56,7 +56,7 @@ def test_going_on_from_fp16_is_within_its_rounding_of_looking(kind, where, first
     task = task_for(make, kind, where)
     prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
-        looked, kept = task.encode_images(pixels), prefix.go_on(prefix.enter(pixels).float())
+        looked, kept = task.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels).float())
     torch.testing.assert_close(kept, looked, rtol=2e-3, atol=2e-3 * float(looked.abs().max()))
 
 
@@ -113,8 +113,8 @@ def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
     task = task_for(make, "blip", "vit[1:2]")
     task.backbone.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
     prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
-    entered = prefix.enter(pixels)
-    assert entered.dtype == torch.float32 and torch.equal(prefix.go_on(entered), task.encode_images(pixels))
+    entered = prefix.compute_states(pixels)
+    assert entered.dtype == torch.float32 and torch.equal(prefix.continue_from(entered), task.encode_images(pixels))
 
 
 def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_path):

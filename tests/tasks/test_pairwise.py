@@ -32,7 +32,7 @@ from lora_blip.models.precision import autocasting
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.runtime.distributed import ALONE, Ranks, joined
 from lora_blip.tasks import retrieval
-from lora_blip.tasks.frozen_prefix import Prefix, cut
+from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.training.learner import Learner
 from tests.support import tiny
@@ -274,7 +274,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
     if case.prefix:
         task.prefix = Prefix(model, task.project_vision)
     model.train()
-    first = cut(model)[0]
+    first = first_adapted_block(model)[0]
     if case.compile:
         torch._dynamo.reset()
         for block in model.vision_model.encoder.layers[first:]:
@@ -289,7 +289,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
         for slot, host_batch in zip(slots, some, strict=True):
             if case.prefix:
                 with learner.autocast():
-                    entered = [task.prefix.enter(pixels) for pixels in host_batch.pixel_values.split(1)]
+                    entered = [task.prefix.compute_states(pixels) for pixels in host_batch.pixel_values.split(1)]
                 kept = torch.cat(entered)
                 record.kept[slot.number] = kept
                 host_batch = replace(
@@ -356,7 +356,7 @@ class Oracle:
         self.task: Any = TASKS[natural_task(dtype.architecture)](dtype)
         self.model = dtype.model
         put_on(self.model, case)
-        self.first = cut(self.model)
+        self.first = first_adapted_block(self.model)
         self.halves: dict[str, Tensor] = {}
         parts: dict[str, list[tuple[str, str, Any, Tensor, Tensor]]] = {}
         for name in attached.names(self.model):

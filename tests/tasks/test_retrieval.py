@@ -221,7 +221,7 @@ def test_scores_that_are_not_finite_still_give_negatives():
 def test_a_batch_of_one_image_is_refused_with_a_remedy(task):
     inject(task.backbone, trained=False)
     for lines in ([("0.png", "a red cube")], [("0.png", "a red cube"), ("0.png", "cubes")], [("0.png", "x"), ("1.png", "x")]):
-        with pytest.raises(PreflightError, match=r"no wrong pair.*raise batch_size"):
+        with pytest.raises(PreflightError, match=r"no wrong pair.*raise BATCH_SIZE"):
             preflight.check(task, batch_of(task, lines), nullcontext)
 
 
@@ -338,7 +338,7 @@ def test_matching_is_hugging_face_s_for_texts_of_each_image(task):
 def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
     tiny.write_photos(tmp_path, 1)
     bad = [
-        ({"text": "a [SEP] cube"}, "means something else"), ({"text": "a red cube " * 40}, "room for"),
+        ({"text": "a [SEP] cube"}, "special token"), ({"text": "a red cube " * 40}, "room for"),
         ({"text": "雪"}, "only unknown"), ({"question": "what?", "answers": ["a cube"]}, "no text: retrieval needs one"),
     ]  # fmt: skip
     lines = [{"text": "a cube"}, *(line for line, _ in bad)]

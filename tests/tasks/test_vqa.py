@@ -253,8 +253,8 @@ def test_a_long_question_is_answered_in_the_room_that_is_left(make, kind, beams)
 def bad_lines(task: VqaTask) -> list[tuple[dict, str]]:
     special = "[SEP]" if "Blip2" not in task.backbone.architecture else "<image>"
     return [
-        ({"question": "what is it?", "answers": [f"a {special} cube"]}, "means something else"),
-        ({"question": f"what {special} is it?", "answers": ["a cube"]}, "means something else"),
+        ({"question": "what is it?", "answers": [f"a {special} cube"]}, "special token"),
+        ({"question": f"what {special} is it?", "answers": ["a cube"]}, "special token"),
         ({"question": "what is it?", "answers": ["a cube", "a red cube " * 300]}, "room for"),
         ({"text": "a red cube"}, "question"),
     ]
@@ -281,8 +281,8 @@ def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
 def test_the_end_token_written_out_is_refused(make, kind):
     """OPT's </s> is its unknown token too, and would end the answer in the middle."""
     task = VqaTask(make(kind))
-    assert "means something else" in task.check(examples([("what?", ("a </s> cube",))])[0])
-    assert "means something else" in task.check(examples([("what </s>?", ("a cube",))])[0])
+    assert "special token" in task.check(examples([("what?", ("a </s> cube",))])[0])
+    assert "special token" in task.check(examples([("what </s>?", ("a cube",))])[0])
 
 
 def test_a_line_without_question_or_answers_says_what_is_missing(task):
@@ -297,7 +297,7 @@ def test_templates_that_cannot_hold_a_question_are_refused(make):
         for prompt in ("what is it?", "{question} {question}"):
             with pytest.raises(ConfigError, match=r"holds \{question\} once"):
                 VqaTask(make(kind), prompt)
-    with pytest.raises(ConfigError, match="means something else"):
+    with pytest.raises(ConfigError, match="special token"):
         VqaTask(make("blip"), "[SEP] {question}")
     assert VqaTask(make("vqa")).prompt == "{question}" and VqaTask(make("opt")).prompt == TEMPLATE
 
@@ -402,7 +402,7 @@ def test_preflight_passes_with_every_target_of_the_architecture(make, kind):
     for what in every_target(make(kind).model, kind):
         task = VqaTask(make(kind))
         inject(task.backbone, what, trained=False)
-        assert "what the model reads" in preflight.check(task, batch_of(task), nullcontext)
+        assert "input token | label" in preflight.check(task, batch_of(task), nullcontext)
 
 
 def questions(folder: Path) -> Path:

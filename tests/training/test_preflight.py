@@ -70,9 +70,9 @@ def test_labels_on_padding_or_on_the_prompt_are_refused(make, kind):
     task = CaptionTask(backbone)
     targets = batch_of(task).rows.targets
     padded = targets.masked_fill(targets == IGNORE, backbone.tokenizer.convert_tokens_to_ids("a"))
-    with pytest.raises(PreflightError, match=r"the labels of 'x\.png' read"):
+    with pytest.raises(PreflightError, match=r"the labels of 'x\.png' decode to"):
         checked(task, targets=padded)
-    with pytest.raises(PreflightError, match=r"the labels of 'x\.png' read ''"):
+    with pytest.raises(PreflightError, match=r"the labels of 'x\.png' decode to ''"):
         checked(task, targets=torch.full_like(targets, IGNORE))
 
 
