@@ -176,7 +176,7 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
         (run_train, train_flags(blip, source, **{"num-beams": 0}), "num_beams = 0"),
         (run_train, train_flags(blip, source, **{"max-new-tokens": 100}), "max_new_tokens = 100"),
         (run_train, train_flags(blip, source, **{"output-dir": source}), "it is not a folder"),
-        (run_train, train_flags(blip, source, **{"base-dtype": "bf16", "precision": "fp16"}), "same 16 bits"),
+        (run_train, train_flags(blip, source, **{"base-dtype": "bf16", "precision": "fp16"}), "set both to the same"),
         (run_infer, ["--images", "photos/**.png"], "no image found" if sys.version_info >= (3, 13) else "is no glob"),
     ]
     for run, flags, message in cases:
@@ -213,7 +213,7 @@ def test_checkpoints_that_cannot_caption_are_refused(checkpoints, here, monkeypa
     cases = {
         "has no task here": broken("blip", config(architectures=["BlipModel"])),
         "no image_token_index": broken("opt", config(image_token_index=None)),
-        "they would be random": broken("blip", drop_weights),
+        "which would be random": broken("blip", drop_weights),
         "'bert' model": broken("blip", config(model_type="bert", architectures=["BertModel"])),
         "cannot be loaded": broken("blip", lambda folder: (folder / "config.json").write_text("{")),
         "weights of": broken("blip", lambda folder: (folder / "model.safetensors").write_bytes(b"cut")),

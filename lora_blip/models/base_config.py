@@ -1,7 +1,7 @@
-"""What the files of a checkpoint say before anything is built from them: a folder or a hub repository may be a stranger's.
+"""Check the files of a checkpoint, which may be untrusted, before anything is built from them.
 
-transformers loads code, kernels and quantisers that a config.json names, and allocates what it describes. Here such a config
-is refused, and its sizes are compared with the shapes in the headers of the weights, which are read without the weights.
+transformers loads code, kernels and quantizers that a config.json names, and allocates the sizes that it describes. Such a
+config is an error here, and its sizes are compared with the shapes in the headers of the weights.
 """
 
 import math
@@ -19,7 +19,7 @@ from lora_blip.errors import ModelError
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
 
 LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
-LARGEST_NUMBER = 2**20  # the largest vocabulary of a language model has a quarter of it
+LARGEST_NUMBER = 2**20  # four times the largest vocabulary of a language model
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 LANGUAGE_MODELS = ("opt", "t5")
 ATTENTIONS = (None, "eager", "sdpa")
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
-# keys that make transformers load code, a kernel, a quantiser or other files
+# keys that make transformers load code, a kernel, a quantizer or other files
 LOADED = (
     "quantization_config", "compression_config", "kernel_config", "use_kernels", "fusion_config", "per_layer_config",
     "transformers_weights", "configuration_files", "distributed_config", "experts_implementation",
@@ -48,15 +48,15 @@ GENERATION_KEYS = (
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "_from_model_config", "transformers_version",
 )  # fmt: skip
-# every other key of a generation config, also of a later transformers: it stops by the clock, changes the search or the cache
+# all other keys, also of a later transformers: they stop by the clock, or change the search or the cache
 OTHER_GENERATION = frozenset(vars(GenerationConfig())) - {*GENERATION_KEYS}
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 ONES = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys that have no effect if they are 1
 HARMLESS: tuple[Any, ...] = (None, False, "", [], {})
-UNUSED = ("task_specific_params",)  # which transformers keeps and never reads
+UNUSED = ("task_specific_params",)  # transformers stores them and never uses them
 NUMBERED = re.compile(r"(.*\.(?:layers?|block)\.)(\d+)\.")
 ADAPTERS = re.compile(r"\.(lora|lora_A|lora_B|base_layer)\.|\.lora_[AB]$")
-SPARE = 2**24  # weights that a model may have beside those of the file, as those of another task
+SPARE = 2**24  # weights of a model that may be missing in the file, such as those of another task
 
 
 def check_config(source: str) -> None:
@@ -68,7 +68,7 @@ def check_config(source: str) -> None:
     _check_values(generation, source, "generation_config.json")
     if _located(source, "adapter_config.json"):
         raise ModelError(
-            f"{source!r} holds a PEFT adapter (adapter_config.json), which would be loaded into another base; give the "
+            f"{source!r} contains a PEFT adapter (adapter_config.json), which would be loaded into another base; give the "
             "checkpoint that it was trained on"
         )
     check_tokenizer_files(source)
@@ -90,13 +90,13 @@ def check_tokenizer_files(source: str) -> None:
 
 
 def read_json(source: str, file_name: str, needed: bool = True, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """Return the JSON object of a checkpoint's file, {} if there is none. Raise ModelError if it is no such object."""
+    """Return the JSON object of a checkpoint's file, {} if there is no file. Raise ModelError if it is not an object."""
     path = _located(source, file_name)
     if path is None:
         if needed:
             raise ModelError(
                 f"model {source!r} cannot be loaded: it has no {file_name}\n"
-                "give a folder that holds config.json, or a hub name such as Salesforce/blip-image-captioning-large"
+                "give a folder that contains config.json, or a hub name such as Salesforce/blip-image-captioning-large"
             )
         return {}
     remedy = "copy it again from where the checkpoint came from"
@@ -109,15 +109,15 @@ def read_json(source: str, file_name: str, needed: bool = True, largest: int = L
         raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {why(error)}; {remedy}") from None
     except ValueError as error:
         raise ModelError(
-            f"model {source!r} cannot be loaded: {file_name} is no JSON ({quoted(str(error))}); {remedy}"
+            f"model {source!r} cannot be loaded: {file_name} is not JSON ({quoted(str(error))}); {remedy}"
         ) from None
     if not isinstance(value, dict):
-        raise ModelError(f"model {source!r} cannot be loaded: {file_name} holds {quoted(value)}, expected an object; {remedy}")
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name} is {quoted(value)}, expected an object; {remedy}")
     return value
 
 
 def _located(source: str, file_name: str) -> Path | None:
-    """Return where a checkpoint's file is, after its download if `source` is a hub name; None if there is none."""
+    """Return the path of a checkpoint's file, after its download if `source` is a hub name; None if there is none."""
     if Path(source).is_dir():
         path = Path(source) / file_name
         return path if path.exists() else None
@@ -174,7 +174,7 @@ def _entries(config: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: str) -> None:
-    """Raise ModelError if the config describes another model than the one whose weights are in the checkpoint.
+    """Raise ModelError if the config does not describe the model whose weights are in the checkpoint.
 
     The model is built without memory, on the meta device. Does nothing if there are no safetensors.
     """
@@ -192,10 +192,10 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             skeleton = kind(config).state_dict()
-    except Exception as error:  # sizes that do not fit each other, in a library that does not check them
+    except Exception as error:  # transformers does not check that sizes fit each other
         message = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"config.json of {source!r} describes no model ({type(error).__name__}: {quoted(message)}); {AGAIN}"
+            f"config.json of {source!r} does not describe a model ({type(error).__name__}: {quoted(message)}); {AGAIN}"
         ) from None
     for name, tensor in skeleton.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
@@ -249,13 +249,13 @@ def _check_keys(shapes: Mapping[str, Any], source: str) -> None:
     found = [name for name in shapes if ADAPTERS.search(name)]
     if found:
         raise ModelError(
-            f"{source!r} was saved from a model with adapters on it ({quoted(found[0])}): its captions would be the base's. "
+            f"{source!r} was saved from a model with adapters on it ({quoted(found[0])}), which would be ignored. "
             "Call lora_blip.bake(model) before model.save_pretrained(…); or load the base, and the adapter from its own file"
         )
 
 
 def _check_layers(skeleton: Mapping[str, Any], shapes: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError if the weights have more layers of a list than the config, which would be left out."""
+    """Raise ModelError if the weights have more layers than the config: the others would be ignored."""
     described: dict[str, int] = {}
     for match in filter(None, map(NUMBERED.match, skeleton)):
         described[match[1]] = max(described.get(match[1], 0), int(match[2]) + 1)
@@ -263,6 +263,6 @@ def _check_layers(skeleton: Mapping[str, Any], shapes: Mapping[str, Any], source
         numbered = NUMBERED.match(name)
         if numbered and int(numbered[2]) >= described.get(numbered[1], 2**63):
             raise ModelError(
-                f"{source!r}: its weights hold {quoted(name)}, and by its config.json there are {described[numbered[1]]} such "
-                f"layers; {AGAIN}"
+                f"{source!r}: its weights contain {quoted(name)}, but its config.json describes {described[numbered[1]]} "
+                f"such layers; {AGAIN}"
             )

@@ -1,4 +1,4 @@
-"""BLIP's language side: a text decoder that reads the picture, and for questions an encoder before it."""
+"""BLIP's language side: a text decoder over the image, and for questions an encoder before it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +37,8 @@ class BlipLanguage(DecoderLanguage):
     def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         return pack(rows.input_ids, rows, picture)
 
-    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
-        return self.packed_states(packed, encoder_hidden_states=as_autocast(seen))  # not once a layer
+    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
+        return self.packed_states(packed, encoder_hidden_states=as_autocast(features))  # cast once, not in each layer
 
     def packed_states(self, packed: Packed, **source: Tensor) -> Tensor:
         decoder = self.model.text_decoder
@@ -48,11 +48,11 @@ class BlipLanguage(DecoderLanguage):
         ).last_hidden_state  # fmt: skip
         return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.label_positions])
 
-    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(seen))
+    def logits(self, features: Tensor, rows: Rows) -> Tensor:
+        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(features))
 
-    def logits_of_one_image(self, seen: Tensor, rows: Rows) -> Tensor:
-        with reading(self.model.text_decoder, seen, rows=len(rows.input_ids)) as source:
+    def logits_of_one_image(self, features: Tensor, rows: Rows) -> Tensor:
+        with reading(self.model.text_decoder, features, rows=len(rows.input_ids)) as source:
             return self.decoder_logits(rows, **source)
 
     def decoder_logits(self, rows: Rows, **source: Tensor) -> Tensor:
@@ -61,19 +61,19 @@ class BlipLanguage(DecoderLanguage):
             decoder, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
         ).logits  # fmt: skip
 
-    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        with reading(self.model.text_decoder, seen) as source:
-            made = self.model.text_decoder.generate(
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        with reading(self.model.text_decoder, features) as source:
+            output = self.model.text_decoder.generate(
                 input_ids=ids, attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id, **source, **settings
             )
-        return made[:, ids.shape[1] :]
+        return output[:, ids.shape[1] :]
 
 
 class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
-    """BLIP for questions: an encoder reads [CLS] question [SEP] over the image, a decoder answers [DEC] answer [SEP].
+    """BLIP for questions: an encoder reads [CLS] question [SEP] over the image, a decoder generates [DEC] answer [SEP].
 
-    transformers feeds its labels to the decoder unshifted, and lets it attend to the padding of ragged
-    questions; here the decoder's input and the targets are apart, and `repair_cross_attention` sees to the other.
+    transformers' own forward gives the labels to the decoder unshifted, and lets it attend to the padding of shorter questions.
+    Here the decoder's input and the targets are separate, and `repair_cross_attention` masks the padding.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -83,51 +83,54 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
     def prompt_ids(self, prompt: str) -> list[int]:
         return [self.tokenizer.cls_token_id, *plain_ids(self.tokenizer, prompt), self.tokenizer.sep_token_id]
 
-    def encode_questions(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The question, read over the image: (images, tokens, width)."""
+    def encode_questions(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the encoder's states of each question over its image, (images, tokens, width)."""
         encoder = self.model.text_encoder
-        return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
     def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         assert rows.decoder_input_ids is not None
-        return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question
+        return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question are in one row
 
-    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        read = self.encode_questions(each(as_autocast(seen)), rows.input_ids, rows.attention_mask)
-        return self.packed_states(packed, encoder_hidden_states=read, encoder_attention_mask=rows.attention_mask)
+    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        states = self.encode_questions(per_example(as_autocast(features)), rows.input_ids, rows.attention_mask)
+        return self.packed_states(packed, encoder_hidden_states=states, encoder_attention_mask=rows.attention_mask)
 
-    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        read, mask = self.encode_questions(seen, rows.input_ids, rows.attention_mask), rows.attention_mask
-        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(read), encoder_attention_mask=rows.per_row(mask))
+    def logits(self, features: Tensor, rows: Rows) -> Tensor:
+        states, mask = self.encode_questions(features, rows.input_ids, rows.attention_mask), rows.attention_mask
+        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(states), encoder_attention_mask=rows.per_row(mask))
 
-    def logits_of_one_image(self, seen: Tensor, rows: Rows) -> Tensor:
-        read = self.encode_questions(seen, rows.input_ids, rows.attention_mask)
-        with reading(self.model.text_decoder, read, rows.attention_mask, len(rows.targets)) as source:
+    def logits_of_one_image(self, features: Tensor, rows: Rows) -> Tensor:
+        states = self.encode_questions(features, rows.input_ids, rows.attention_mask)
+        with reading(self.model.text_decoder, states, rows.attention_mask, len(rows.targets)) as source:
             return self.decoder_logits(rows, **source)
 
     def decoder_logits(self, rows: Rows, **source: Tensor) -> Tensor:
-        # an answer's padding stands behind it, where a causal decoder never looks
+        # no mask: the padding comes after the answer, and a causal decoder never attends to it
         return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
 
-    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        with reading(self.model.text_decoder, self.encode_questions(seen, ids, mask), mask) as source:
-            made = self.model.text_decoder.generate(
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        with reading(self.model.text_decoder, self.encode_questions(features, ids, mask), mask) as source:
+            output = self.model.text_decoder.generate(
                 input_ids=torch.full((len(ids), 1), self.start_id, device=ids.device),
                 eos_token_id=self.end_id, pad_token_id=self.pad_id, **source, **settings,
             )  # fmt: skip
-        return made[:, 1:]
+        return output[:, 1:]
 
 
 def repair_cross_attention(decoder: Any) -> None:
-    """Let the cross-attention of a BLIP text decoder heed the mask of what it reads. Repeating a call changes nothing."""
+    """Make the cross-attention of a BLIP text decoder use the encoder's mask. Repeating a call changes nothing."""
     for layer in decoder.bert.encoder.layer:
         attention = layer.crossattention.self
         if pass_encoder_mask not in attention._forward_pre_hooks.values():
             attention.register_forward_pre_hook(pass_encoder_mask, with_kwargs=True)
 
 
-def pass_encoder_mask(_attention: nn.Module, args: tuple[Any, ...], given: Named) -> tuple[tuple[Any, ...], Named]:
-    """BLIP's cross-attention gets the mask of what it reads as `attention_mask`, and looks for it under another name."""
-    if given.get("encoder_attention_mask") is None:
-        given = given | {"encoder_attention_mask": given.get("attention_mask")}
-    return args, given
+def pass_encoder_mask(_attention: nn.Module, args: tuple[Any, ...], kwargs: Named) -> tuple[tuple[Any, ...], Named]:
+    """Pass the encoder's mask as `encoder_attention_mask`, the name that BLIP's cross-attention uses (a pre-hook).
+
+    transformers passes it as `attention_mask`.
+    """
+    if kwargs.get("encoder_attention_mask") is None:
+        kwargs = kwargs | {"encoder_attention_mask": kwargs.get("attention_mask")}
+    return args, kwargs

@@ -1,4 +1,4 @@
-"""BLIP-2's language side: the Q-Former's states stand as placeholders before the text of an OPT or a Flan-T5."""
+"""BLIP-2's language side: the Q-Former's states replace placeholder tokens before the text of an OPT or a Flan-T5."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from lora_blip.models.token_rows import Rows, plain_ids
 
 
 class Blip2Language(Language):
-    """What BLIP-2's two kinds of language model share: the image stands first, as placeholders."""
+    """The base of BLIP-2's two kinds of language model. A row begins with placeholders for the image."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
@@ -28,10 +28,10 @@ class Blip2Language(Language):
 
     def project_vision(self, states: Tensor) -> Tensor:
         model = self.model
-        there = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
+        mask = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
         queries = call(
             model.qformer, query_embeds=model.query_tokens.expand(len(states), -1, -1), encoder_hidden_states=states,
-            encoder_attention_mask=there,
+            encoder_attention_mask=mask,
         ).last_hidden_state  # fmt: skip
         return model.language_projection(queries.to(states.dtype))
 
@@ -42,18 +42,18 @@ class Blip2Language(Language):
     def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
         return unpacked(rows)
 
-    def embed(self, seen: Tensor, ids: Tensor) -> Tensor:
-        """What the language model reads: `ids` (rows, tokens) as embeddings, `seen` in the place of the image's."""
+    def embed(self, features: Tensor, ids: Tensor) -> Tensor:
+        """Return the embeddings of `ids` (rows, tokens), with `features` in place of the image's placeholders."""
         embeds = self.model.get_input_embeddings()(ids)
-        return embeds.masked_scatter((ids == self.image_ids[0])[..., None], seen.to(embeds.device, embeds.dtype))
+        return embeds.masked_scatter((ids == self.image_ids[0])[..., None], features.to(embeds.device, embeds.dtype))
 
-    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        made = self.model.language_model.generate(
-            inputs_embeds=self.embed(seen, ids), attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id,
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        output = self.model.language_model.generate(
+            inputs_embeds=self.embed(features, ids), attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id,
             **settings,
         )  # fmt: skip
-        echoed = made.shape[1] >= ids.shape[1] and bool((made[:1, : ids.shape[1]] == ids[:1]).all())
-        return made[:, ids.shape[1] :] if echoed else made
+        with_prompt = output.shape[1] >= ids.shape[1] and bool((output[:1, : ids.shape[1]] == ids[:1]).all())
+        return output[:, ids.shape[1] :] if with_prompt else output
 
 
 class OptLanguage(DecoderLanguage, Blip2Language):
@@ -62,54 +62,57 @@ class OptLanguage(DecoderLanguage, Blip2Language):
     def prompt_ids(self, prompt: str) -> list[int]:
         return [*self.image_ids, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
 
-    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.per_row(seen))
+    def logits(self, features: Tensor, rows: Rows) -> Tensor:
+        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.per_row(features))
         return call(
             self.model, pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=rows.input_ids,
             attention_mask=rows.attention_mask, use_cache=False,
         ).logits  # fmt: skip
 
-    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        embeds = self.embed(rows.per_row(each(seen)), rows.input_ids)
+    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        embeds = self.embed(rows.per_row(per_example(features)), rows.input_ids)
         decoder = self.model.language_model.model
         states = call(
             decoder, inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False
         ).last_hidden_state  # fmt: skip
         return states.flatten(0, 1)[packed.label_positions]
 
-    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        return super().generate_ids(seen, ids, mask, settings | {"input_ids": ids})
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        return super().generate_ids(features, ids, mask, settings | {"input_ids": ids})
 
 
 class T5Language(EncoderLanguage, Blip2Language):
-    """BLIP-2 with an encoder-decoder (Flan-T5): it reads <image>… prompt </s> and writes text </s>."""
+    """BLIP-2 with an encoder-decoder (Flan-T5): the encoder reads <image>… prompt </s>, the decoder generates text </s>."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         first = getattr(backbone.model.config.text_config, "decoder_start_token_id", None)
-        self.start_id = self.pad_id if first is None else first  # T5 starts from its padding
+        self.start_id = self.pad_id if first is None else first  # T5 starts from its padding token
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return [*self.image_ids, *plain_ids(self.tokenizer, prompt), self.end_id]
 
-    def encode_prompts(self, seen: Tensor, rows: Rows) -> Tensor:
-        """The prompt with the image before it, for each text: (rows, tokens, width)."""
-        embeds, encoder = self.embed(seen, rows.input_ids), self.model.language_model.get_encoder()
+    def encode_prompts(self, features: Tensor, rows: Rows) -> Tensor:
+        """Return the encoder's states of image and prompt for each text, (rows, tokens, width)."""
+        embeds, encoder = self.embed(features, rows.input_ids), self.model.language_model.get_encoder()
         return rows.per_row(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
 
-    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
+    def logits(self, features: Tensor, rows: Rows) -> Tensor:
         return call(
-            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.encode_prompts(seen, rows)),
+            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.encode_prompts(features, rows)),
             attention_mask=rows.per_row(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
-    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
         model = self.model.language_model
         states = call(
-            model.get_decoder(), input_ids=rows.decoder_input_ids, encoder_hidden_states=self.encode_prompts(each(seen), rows),
-            encoder_attention_mask=rows.per_row(rows.attention_mask), use_cache=False,
-        ).last_hidden_state.flatten(0, 1)[packed.label_positions]  # fmt: skip
+            model.get_decoder(),
+            input_ids=rows.decoder_input_ids,
+            encoder_hidden_states=self.encode_prompts(per_example(features), rows),
+            encoder_attention_mask=rows.per_row(rows.attention_mask),
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)[packed.label_positions]
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
-    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        return super().generate_ids(seen, ids, mask, settings | {"decoder_start_token_id": self.start_id})
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        return super().generate_ids(features, ids, mask, settings | {"decoder_start_token_id": self.start_id})

@@ -9,11 +9,11 @@ from lora_blip.lora.sites import compiled
 
 
 def compile_blocks(model: Any, first: int = 0) -> None:
-    """torch.compile for the blocks of the ViT from `first` on, with the hooks they carry now: later ones would be ignored."""
+    """Compile the blocks of the ViT from `first` on. Hooks that are added later are ignored."""
     for block in model.vision_model.encoder.layers[first:]:
         block.compile()
 
 
 def uncompiled(model: Any) -> AbstractContextManager[Any]:
-    """Inside the block a model that was compiled runs as it is written: other shapes, hooks to look at it, merged weights."""
+    """Run a compiled model uncompiled inside the block, for other shapes, added hooks or merged weights."""
     return torch.compiler.set_stance("force_eager") if compiled(model) else nullcontext()

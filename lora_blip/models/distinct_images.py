@@ -1,17 +1,17 @@
-"""Which pictures of a batch are the same one."""
+"""Find equal images in a batch."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-STEP = 997  # of a picture's values, so many are passed over between those that its mark is made of
+STEP = 997  # a mark of an image contains every 997th of its values
 
 
 def distinct(pictures: Tensor, beside: Sequence[object] | None = None) -> tuple[list[int], list[int]]:
-    """(images, 3, H, W) → the rows that no earlier one equals to the bit, and for each row which of these it is.
+    """Return the first row of each distinct image, and for each row the number of its image among these.
 
-    beside: something of each row that must be equal, too.
+    pictures: (rows, 3, H, W), compared bit by bit. beside: a value of each row that must be equal too.
     """
     marks = pictures.flatten(1)[:, ::STEP].float().cpu().numpy()
     alike: dict[object, list[int]] = {}  # rows of one mark → places in `first`

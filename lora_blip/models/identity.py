@@ -1,4 +1,4 @@
-"""Digests of a base: two equal digests mean the same weights, or the same way from images and texts to tensors."""
+"""Digests of a base: equal digests mean the same weights, or the same processing of images and texts."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from torch import nn
 from lora_blip.lora.fingerprint import settings_of
 from lora_blip.models.loading import Backbone
 
-SAMPLES = 16  # values of each weight, evenly spaced
+SAMPLES = 16  # sampled values of each weight, evenly spaced
 
 
 def processors_digest(backbone: Backbone) -> str:
-    """SHA-256 of how pictures become pixels and texts become tokens, and of the model's own settings."""
+    """Return the SHA-256 of the image processor's settings, the vocabulary and the model's config."""
     pieces = [
         settings_of(backbone.model.config),
         settings_of(backbone.image_processor),
@@ -23,14 +23,14 @@ def processors_digest(backbone: Backbone) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes, SAMPLES values, and the exclusive or of all values, of all that is frozen."""
+    """Return a SHA-256 of the frozen parameters: names, shapes, dtypes, SAMPLES values, and the XOR of all values."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
         flat = parameter.detach().flatten()
-        where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        values = flat[where.to(flat.device)].double().tolist()
+        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        values = flat[positions.to(flat.device)].double().tolist()
         whole = torch.hash_tensor(flat.cpu() if flat.device.type == "mps" else flat).tolist() if len(flat) else 0
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), values, whole]).encode())
     return digest.hexdigest()

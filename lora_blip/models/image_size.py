@@ -16,7 +16,7 @@ from lora_blip.errors import ConfigError, ModelError
 from lora_blip.runtime.untrusted import quoted
 
 LARGEST = 4096  # pixels of a side
-PROBES = ((48, 32), (32, 48), (40, 40))  # width and height of the images that a processor is tried with
+PROBES = ((48, 32), (32, 48), (40, 40))  # width and height of test images for a processor
 PIXELS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 
 
@@ -64,15 +64,15 @@ def resize_positions(model: Any, size: int) -> None:
 
 
 def fit_processor(image_processor: Any, size: int, name: str) -> str:
-    """Make an image processor resize every image to `size` × `size`; return what it did before, "" if the same.
+    """Make an image processor resize every image to `size` × `size`. Return what it did before, "" if the same.
 
-    A processor that crops still crops: both of its sizes change by the same factor. Raise ModelError for a size that is
-    not square, or for a processor that makes images of another size whatever its settings are.
+    A processor that crops still crops: both of its sizes change by the same factor. Raise ModelError if a size is not square,
+    or if the processor's output has another size in spite of its settings.
     """
     _check_sizes(image_processor, name)
     try:
         made = _sides(image_processor)
-    except Exception:  # its size may be missing, or be of a kind that it does not know
+    except Exception:  # its size may be missing or invalid
         made = set()
     if made == {(size, size)}:
         return ""
@@ -90,18 +90,18 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
                 setattr(image_processor, step, False)
     try:
         made, reason = _sides(image_processor), "it makes another size"
-    except Exception as error:  # the settings of a stranger's file, in a library that does not check them
+    except Exception as error:  # transformers does not check the settings of an untrusted file
         made, reason = set(), f"{type(error).__name__}: {quoted(str(error))}"
     if made != {(size, size)}:
         raise ModelError(
             f"{name!r}: its {type(image_processor).__name__} cannot resize an image to {size}×{size} ({reason}); copy the "
-            "preprocessor_config.json of a BLIP checkpoint beside its weights"
+            "preprocessor_config.json of a BLIP checkpoint into its folder"
         )
     return before
 
 
 def _check_sizes(image_processor: Any, name: str) -> None:
-    """Raise ModelError for a size of a processor that is not that of a square image, or is too large to be tried."""
+    """Raise ModelError if a size of a processor is not square, or is too large."""
     for setting in ("size", "crop_size", "pad_size"):
         sides: Mapping[str, Any] = dict(getattr(image_processor, setting, None) or {})
         for key, value in sides.items():
@@ -113,13 +113,13 @@ def _check_sizes(image_processor: Any, name: str) -> None:
         height, width = sides.get("height"), sides.get("width")
         if height != width:
             raise ModelError(
-                f"{name!r}: {setting} of its image processor is {height}×{width} (height×width), and the model reads square "
+                f"{name!r}: {setting} of its image processor is {height}×{width} (height×width), and the model needs square "
                 "images; set both to the same number"
             )
 
 
 def _described(image_processor: Any, made: set[tuple[int, int]]) -> str:
-    """Return what a processor does that makes images of these sizes."""
+    """Return what a processor with these output sizes does."""
     if len(made) == 1:
         return "makes {}×{}".format(*next(iter(made)))
     if not image_processor.do_resize:
@@ -129,6 +129,6 @@ def _described(image_processor: Any, made: set[tuple[int, int]]) -> str:
 
 
 def _sides(image_processor: Any) -> set[tuple[int, int]]:
-    """Return the sizes (height, width) of the images that a processor makes of images of several shapes."""
-    made = [image_processor(Image.new("RGB", probe), return_tensors="pt")["pixel_values"][0] for probe in PROBES]
-    return {(int(each.shape[-2]), int(each.shape[-1])) for each in made}
+    """Return the output sizes (height, width) of a processor for images of several shapes."""
+    outputs = [image_processor(Image.new("RGB", probe), return_tensors="pt")["pixel_values"][0] for probe in PROBES]
+    return {(int(output.shape[-2]), int(output.shape[-1])) for output in outputs}

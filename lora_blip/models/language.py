@@ -1,4 +1,4 @@
-"""What every kind of language model does: makes rows of a prompt and a text, is run over what was seen, and writes."""
+"""The language side of a model: tokenize prompts and texts, compute logits over image features, and generate texts."""
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -15,21 +15,21 @@ from lora_blip.models.library import call
 from lora_blip.models.packing import Packed
 from lora_blip.models.token_rows import IGNORE, Rows, by_length, index_of, mask_of, pad, plain_ids, shifted_targets, special_ids
 
-Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all that are on
+Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
 Named = dict[str, Any]  # arguments by name
 
 
 class CutText(str):
-    """A generated text without its end token: generation stopped at MAX_NEW_TOKENS, or where the model's positions end."""
+    """A generated text without its end token: generation stopped at MAX_NEW_TOKENS, or at the model's last position."""
 
     __slots__ = ()
 
 
 class Language:
-    """How one kind of language model reads a prompt and a text, is run, and generates.
+    """The base of the language models, one subclass for each kind.
 
-    `see` runs the vision side once an image, `logits` runs the texts over what was seen: together they
-    are the model's whole forward, and an image with five texts is looked at once.
+    `encode_images` computes features once for each image, and `logits` computes the texts over these features. Together they
+    are the model's forward, in which an image with five texts is encoded once.
     """
 
     model: Any
@@ -37,50 +37,53 @@ class Language:
     pad_id: int
     start_id: int  # the token that a decoder starts from
     end_id: int  # the token that ends every text
-    max_tokens: int  # tokens of a row, the image left out
+    max_tokens: int  # the most tokens of a row, without those of the image
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """What the model has read before the first token of its text."""
+        """Return the tokens that come before the first token of the text."""
         raise NotImplementedError
 
     def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        """A row a text. `prompts` has one for each image, `image` says which one each text is about: i, without it."""
+        """Return one row for each text.
+
+        prompts: one for each image. image: the number of the image (and prompt) of each text; None: text i has image i.
+        """
         raise NotImplementedError
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """(images, 3, H, W) → what the language side reads of each image (images, states, width)."""
+        """Return the features (images, states, width) of images (images, 3, H, W): the input of the language side."""
         return self.project_vision(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
 
-    def logits(self, seen: Tensor, rows: Rows) -> Tensor:
-        """Logits (rows, tokens, vocabulary) of rows over `seen` (images, states, width)."""
+    def logits(self, features: Tensor, rows: Rows) -> Tensor:
+        """Return the logits (rows, tokens, vocabulary) of rows over the features (images, states, width)."""
         raise NotImplementedError
 
     def project_vision(self, states: Tensor) -> Tensor:
-        """`see`, from the ViT's output (images, states, width) on."""
+        """Return the features that `encode_images` computes from the ViT's output (images, states, width)."""
         raise NotImplementedError
 
     @property
     def head(self) -> nn.Linear:
-        """What turns the states of the text into logits."""
+        """Return the layer that computes logits from the states of the text."""
         raise NotImplementedError
 
     def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:
-        """The rows as they are learned fastest; row i is about prompt `prompt[i]` and picture `picture[i]`."""
+        """Return the rows in the form that trains fastest. Row i has the prompt `prompt[i]` and the image `picture[i]`."""
         raise NotImplementedError
 
-    def label_states(self, seen: Tensor, each: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        """What `head` reads for each label, (labels, width), over what was seen of each picture.
+    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+        """Return the input of `head` for each label, (labels, width), over the features of each image.
 
-        `each` gives every prompt what belongs to its picture.
+        per_example: maps values of images (images, …) to values of prompts (prompts, …).
         """
         raise NotImplementedError
 
-    def logits_of_one_image(self, seen: Tensor, rows: Rows) -> Tensor:
-        """`logits` of rows that are all about one image, `seen` (1, states, width)."""
-        return self.logits(seen, rows)
+    def logits_of_one_image(self, features: Tensor, rows: Rows) -> Tensor:
+        """Return the logits of rows that all have the same image: features (1, states, width)."""
+        return self.logits(features, rows)
 
     def encode_unique_images(self, pixel_values: Tensor, adapters: Adapters = None) -> Tensor:
-        """(rows, 3, H, W) → what `see` makes of each row (rows, states, width); a picture that comes again is seen once."""
+        """Return the features of each row as `encode_images` does. Equal images are encoded once."""
         first, index = distinct(pixel_values, adapters)
         if len(first) == len(index) or (adapters is None and rows_are_named(self.model)):
             first = index = list(range(len(index)))
@@ -88,28 +91,28 @@ class Language:
             return self.encode_images(pixel_values[first])[index] if first != index else self.encode_images(pixel_values)
 
     def room(self, prompt: str) -> int:
-        """Tokens for a text after a prompt, beside the first and the last one."""
+        """Return the number of tokens that a text after a prompt may have, without the start and end tokens."""
         return self.room_after(len(plain_ids(self.tokenizer, prompt)))
 
     def room_after(self, tokens: int) -> int:
-        """`room`, for a prompt of so many tokens."""
+        """Return `room` for a prompt of `tokens` tokens."""
         return self.max_tokens - tokens - 2
 
     def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
-        """Which starts are continued in one batch: of one length, so that no padding stands before what follows."""
+        """Return the groups of prompts that are generated in one batch: those of one length, which need no padding."""
         return by_length(starts)
 
-    def generate_ids(self, seen: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        """The ids that follow `ids` (rows, tokens) over `seen` (rows, states, width)."""
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+        """Return the generated ids that follow `ids` (rows, tokens) over the features (rows, states, width)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def generate(
         self, pixel_values: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
     ) -> list[str]:
-        """One text a row of pictures, after its prompt; the prompt is not in it. `adapters` names each row's own.
+        """Return a generated text for each image (rows, 3, H, W) and prompt, without the prompt.
 
-        A text ends after `max_new_tokens`, or where the model's positions do.
+        adapters: the adapter of each row. A text ends after `max_new_tokens`, or at the model's last position.
         """
         return self.generate_from_features(
             self.encode_unique_images(pixel_values, adapters), prompts, adapters, max_new_tokens, **settings
@@ -117,26 +120,30 @@ class Language:
 
     @torch.no_grad()
     def generate_from_features(
-        self, seen: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
+        self, features: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
     ) -> list[str]:
-        """`generate` over what was seen of each row (rows, states, width). A text without its end is a CutText."""
-        starts, said = [self.prompt_ids(prompt) for prompt in prompts], [""] * len(prompts)
+        """Return what `generate` does, given the features of each row (rows, states, width).
+
+        A text without its end token is a CutText. Raise ConfigError if the model has no room for a text after a prompt.
+        """
+        starts, texts = [self.prompt_ids(prompt) for prompt in prompts], [""] * len(prompts)
         for group in self.generation_groups(starts):
-            some, device = [starts[index] for index in group], seen.device
-            ids, mask = pad(some, self.pad_id).to(device), mask_of(some).to(device)
+            own, device = [starts[index] for index in group], features.device
+            ids, mask = pad(own, self.pad_id).to(device), mask_of(own).to(device)
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
             if most < 1:
-                raise ConfigError(f"a prompt has too many tokens for this model: {max((prompts[i] for i in group), key=len)!r}")
-            mine = adapters and [adapters[index] for index in group]
-            with use_adapters(self.model, mine, settings.get("num_beams", 1)):
-                made = self.generate_ids(seen[group], ids, mask, settings | {"max_new_tokens": most})
-            for index, text, ids in zip(group, self.texts_of(made), made.tolist(), strict=True):
+                longest = max((prompts[i] for i in group), key=len)
+                raise ConfigError(f"a prompt has too many tokens for this model: {longest!r}; shorten it")
+            active = adapters and [adapters[index] for index in group]
+            with use_adapters(self.model, active, settings.get("num_beams", 1)):
+                output = self.generate_ids(features[group], ids, mask, settings | {"max_new_tokens": most})
+            for index, text, ids in zip(group, self.texts_of(output), output.tolist(), strict=True):
                 text = " ".join(text.split())
-                said[index] = text if self.end_id in ids else CutText(text)
-        return said
+                texts[index] = text if self.end_id in ids else CutText(text)
+        return texts
 
     def texts_of(self, ids: Tensor) -> list[str]:
-        """Decode ids (rows, tokens) without the structural and unknown tokens; tokens that a user added stay."""
+        """Decode ids (rows, tokens) without the structural and unknown tokens. Tokens that a user added are kept."""
         kept = [[id for id in row if id not in self.hidden_ids] for row in ids.tolist()]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
 
@@ -152,36 +159,36 @@ class Language:
 
 
 def rows_are_named(model: nn.Module) -> bool:
-    """Whether a `lora_blip.use_adapters` around this one names an adapter for every row, so that no row may be left out."""
+    """Return True inside a `use_adapters` with an adapter for every row: then no row may be left out."""
     return any(isinstance(module, AdapterStack) and module.routing.active.count for module in model.modules())
 
 
 class DecoderLanguage(Language):
-    """What BLIP and OPT share: one row holds a start that is silent, the text and the end, and predicts its next token."""
+    """The base of BLIP and OPT: a row is the prompt, the text and the end token. Only text and end are labels."""
 
     def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        starts, about = [self.prompt_ids(prompt) for prompt in prompts], image or range(len(texts))
-        ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end_id] for i, text in zip(about, texts, strict=True)]
-        targets = shifted_targets(ids, [len(starts[i]) for i in about])
+        starts, numbers = [self.prompt_ids(prompt) for prompt in prompts], image or range(len(texts))
+        ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end_id] for i, text in zip(numbers, texts, strict=True)]
+        targets = shifted_targets(ids, [len(starts[i]) for i in numbers])
         return Rows(pad(ids, self.pad_id), mask_of(ids), targets, image=index_of(image))
 
     def text_ids(self, prompt: str, text: str) -> list[int]:
-        """A byte-level BPE tells a word after a space from one at the start; word pieces do not."""
+        """Return the tokens of a text. After a prompt it has a space before it, which matters for a byte-level BPE."""
         return plain_ids(self.tokenizer, f" {text}" if prompt else text)
 
 
 class EncoderLanguage(Language):
-    """What BLIP's questions and T5 share: an encoder reads the prompt, a decoder writes the text from `first` to the end."""
+    """The base of BLIP for questions and T5: an encoder reads the prompt, a decoder generates the text and the end."""
 
     def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        read = [self.prompt_ids(prompt) for prompt in prompts]
-        written = [[*plain_ids(self.tokenizer, text), self.end_id] for text in texts]
-        decoder = pad([[self.start_id, *row[:-1]] for row in written], self.pad_id)
-        return Rows(pad(read, self.pad_id), mask_of(read), pad(written, IGNORE), decoder, index_of(image))
+        inputs = [self.prompt_ids(prompt) for prompt in prompts]
+        labels = [[*plain_ids(self.tokenizer, text), self.end_id] for text in texts]
+        decoder = pad([[self.start_id, *row[:-1]] for row in labels], self.pad_id)
+        return Rows(pad(inputs, self.pad_id), mask_of(inputs), pad(labels, IGNORE), decoder, index_of(image))
 
     def room_after(self, tokens: int) -> int:
-        asked = super().room_after(tokens)
-        return self.max_tokens - 2 if asked >= 0 else asked  # prompt and text have positions of their own
+        left = super().room_after(tokens)
+        return self.max_tokens - 2 if left >= 0 else left  # the text has its own positions, in the decoder
 
     def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
-        return [list(range(len(starts)))]  # an encoder masks the padding of short ones
+        return [list(range(len(starts)))]  # an encoder masks the padding of shorter prompts

@@ -10,13 +10,13 @@ from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import arguments_of, version_of
 from lora_blip.runtime.untrusted import printable
 
-UNCHECKED = {"use_cache"}  # changes no number, and a model may pass it on to its language model
+UNCHECKED = {"use_cache"}  # has no effect on results, and a model may pass it to its language model
 
 
 def call(module: Any, **named: Any) -> Any:
-    """Return module(**named). Raise ModelError if the module's `forward` has no argument of one of these names.
+    """Return module(**named). Raise ModelError if the module's `forward` does not have one of these arguments.
 
-    transformers' `**kwargs` would accept a name that it has changed, and ignore the value.
+    Without this check, the `**kwargs` of transformers accept a name that it has changed, and ignore the value.
     """
     kind = type(module)
     if missing := named.keys() - arguments_of(kind.forward) - UNCHECKED:
@@ -28,7 +28,7 @@ def call(module: Any, **named: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a message on one line that is safe to print: it may quote a stranger's file."""
+    """Return the first line of an error's message, safe to print although it may quote an untrusted file."""
     return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Backbones: load BLIP or BLIP-2 frozen, by hub name or folder, with what turns text and images into tensors."""
+"""Load BLIP or BLIP-2 frozen, by hub name or folder, with its tokenizer and image processor."""
 
 import os
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from lora_blip.models.processors import check_vocabulary, load_processors
 from lora_blip.runtime.limits import is_process_limit
 from lora_blip.runtime.untrusted import quoted
 
-# model type → its architectures; the first is taken where a config names none
+# model type → its architectures; the first is used if a config names none
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip": (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
     "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
@@ -44,26 +44,26 @@ _IMPORTED_IN = os.getpid()
 
 @dataclass
 class Backbone:
-    """A frozen model, its tokenizer and image processor, and where and how it computes."""
+    """A frozen model with its tokenizer and image processor, and its settings."""
 
-    model: Any  # a PreTrainedModel, whose parts its own types do not name
+    model: Any  # a PreTrainedModel; its type does not declare its parts
     tokenizer: Any
     image_processor: Any
     name: str
     device: torch.device
-    samples: dict[str, Any] | None = None  # fingerprints of weights that were cast or spread over ranks, taken before
-    fast: bool = True  # attention without stored scores, texts packed; false: transformers' own way, to compare with
-    own_image_size: int = 0  # pixels; that of the checkpoint, whatever was chosen
-    chose_image_size: bool = False  # an adapter that was trained at another size is then loaded all the same
+    samples: dict[str, Any] | None = None  # fingerprints of the weights, taken before they are cast or sharded
+    fast: bool = True  # use the fast kernels and packed texts; false: transformers' own computation
+    own_image_size: int = 0  # pixels; the size in the checkpoint, even if another one was chosen
+    chose_image_size: bool = False  # true: load adapters that were trained at another size
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images that the model reads, in pixels."""
+        """Return the height and width of the model's images, in pixels."""
         return self.model.config.vision_config.image_size
 
     @property
     def chosen_size(self) -> int:
-        """`image_size`, or 0 if it is the checkpoint's own: what a run's identity keeps."""
+        """Return `image_size`, or 0 if it is the checkpoint's own. A run's identity contains this value."""
         return self.image_size if self.own_image_size not in (0, self.image_size) else 0
 
     @property
@@ -72,24 +72,23 @@ class Backbone:
 
     @property
     def architecture(self) -> str:
-        return type(self.model).__name__  # "BlipForQuestionAnswering": what decides which tasks it can do
+        return type(self.model).__name__  # such as "BlipForQuestionAnswering"; it decides which tasks are possible
 
 
 def load_backbone(
     name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False, fast: bool = True, image_size: int = 0
 ) -> Backbone:
-    """Load a checkpoint frozen, in eval mode: one that captions, answers questions or matches texts with images.
+    """Load a checkpoint frozen, in eval mode, for captioning, question answering or retrieval.
 
-    name: hub name or folder. dtype: of the weights: "fp32", "fp16" or "bf16". checkpointing: recompute
-    activations in the backward pass (non-reentrant: the reentrant kind leaves adapters without gradients). fast: use the
-    fast attention, update and texts; if false, everything is computed as transformers and `layer.lora_hook` do.
-    image_size: height and width of the images in pixels, a multiple of the patch size; the positions are interpolated.
+    name: a hub name or a folder. dtype: that of the weights, "fp32", "fp16" or "bf16". checkpointing: recompute activations in
+    the backward pass (non-reentrant, because the reentrant kind leaves adapters without gradients). fast: use the fast
+    attention, update and packed texts; if false, everything is computed by transformers and `layer.lora_hook`. image_size:
+    height and width of the images in pixels, a multiple of the patch size, for which the position embeddings are interpolated;
     0: the checkpoint's own.
 
-    The model's own dropout is set to 0: a frozen backbone gains nothing from it, and training then
-    computes what inference computes. Raises ModelError for a checkpoint that is not there, is of
-    another kind, lacks weights or image placeholders, or is a T5 in fp16. Raises ConfigError for an `image_size` that is
-    not a multiple of the patch size.
+    The dropout of the model is set to 0: it does not help a frozen backbone, and without it training and inference compute the
+    same. Raise ModelError if the checkpoint does not exist, is of another kind, lacks weights or image placeholders, or is a T5
+    in fp16. Raise ConfigError if `image_size` is not a multiple of the patch size.
     """
     source = locate_model(name)
     return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast, image_size)
@@ -99,9 +98,9 @@ def open_backbone(
     name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False, fast: bool = True,
     image_size: int = 0,
 ) -> tuple[Backbone, str]:  # fmt: skip
-    """A backbone as the settings ask for it, and the precision to compute in; training and inference agree by this.
+    """Return the backbone for the settings of a run, and its precision. Training and inference both use this function.
 
-    Raises ModelError and ConfigError as `load_backbone` does, and ConfigError for two kinds of 16 bits at once.
+    Raise ModelError and ConfigError as `load_backbone` does, and ConfigError for fp16 together with bf16.
     """
     where = pick_device(device)
     precision = pick_precision(precision, where)
@@ -109,7 +108,7 @@ def open_backbone(
         print(f"this CPU emulates {precision}, which is many times slower than fp32")
     source = locate_model(name)
     config = load_config(source)
-    refuse_t5_fp16(config, name, precision)  # under AMP as well, whatever the weights' dtype
+    refuse_t5_fp16(config, name, precision)  # also if only autocast is in fp16
     dtype = pick_base_dtype(base_dtype, config, precision)
     return _load(name, source, config, where, dtype, checkpointing, fast, image_size), precision
 
@@ -135,14 +134,14 @@ def _load(
     if checkpointing:
         with Quiet(source):
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
-            model.disable_input_require_grads()  # only the reentrant kind needs them, and BLIP adds positions in place
+            model.disable_input_require_grads()  # only the reentrant kind needs them; BLIP adds positions in place
     tokenizer, image_processor = load_processors(source)
     check_vocabulary(model, tokenizer, name)
     other = fit_processor(image_processor, size, name)
     if size != own:
         print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")
     elif other:
-        print(f"images are resized to {size}×{size}, which the model {name!r} reads; its image processor {other}")
+        print(f"images are resized to {size}×{size}, the size of the model {name!r}; its image processor {other}")
     return Backbone(
         model, tokenizer, image_processor, name, where, fast=fast, own_image_size=own, chose_image_size=bool(image_size)
     )
@@ -162,28 +161,28 @@ def both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """The checkpoint's configuration; ModelError says what to do when there is none."""
+    """Return the checkpoint's configuration. Raise ModelError if there is none, or if it cannot be used."""
     try:
         with Quiet(source):
             check_config(source)
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ModelError:
         raise
-    except Exception as error:  # values of a stranger's file, each of which fails in another place of transformers
+    except Exception as error:  # an untrusted file can fail anywhere in transformers
         raise ModelError(
             f"model {source!r} cannot be loaded: {first_line(error)}\n"
-            "give a folder that holds config.json, or a hub name such as Salesforce/blip-image-captioning-large"
+            "give a folder that contains config.json, or a hub name such as Salesforce/blip-image-captioning-large"
         ) from None
 
 
 def locate_model(name: str) -> str:
-    """The folder, if there is one here or in the repository (so that assets/tiny-blip works from anywhere)."""
+    """Return the folder or the hub name. A relative folder may also be in the repository, such as assets/tiny-blip."""
     if Path(name).is_dir():
         return name
     if (REPOSITORY / name / "config.json").is_file():
         return str(REPOSITORY / name)
     if name.startswith(("/", ".", "~", "assets/")):
-        raise ModelError(f"model folder {name!r} does not exist")
+        raise ModelError(f"model folder {name!r} does not exist; give the folder of a checkpoint, or a hub name")
     return name
 
 
@@ -199,7 +198,7 @@ def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
         if config.image_token_index is None:
             raise ModelError(
                 f"{name!r} has no image_token_index in its config, so its language model would never see the image; "
-                "use a newer revision of the checkpoint, or set it to the id of the tokenizer's <image>"
+                "use a newer revision of the checkpoint, or set it to the id of <image> in the tokenizer"
             )
         refuse_t5_fp16(config, name, dtype)
 
@@ -227,18 +226,18 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
             model, report = from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
             )
-    except Exception as error:  # as for the config
+    except Exception as error:  # an untrusted file can fail anywhere in transformers
         if is_process_limit(error):
             raise
         raise ModelError(
-            f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are read: a .bin can run "
+            f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are loaded: a .bin can run "
             f"code; `{kind.__name__}.from_pretrained(…).save_pretrained(…)` in transformers writes them"
         ) from None
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise ModelError(
-            f"{source!r} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])} …); they would be "
-            "random: this is a checkpoint for another task, or a broken download"
+            f"{source!r} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])} …), which would be "
+            "random. It is a checkpoint for another task, or its download is incomplete: download it again, or give another one"
         )
     return model
 

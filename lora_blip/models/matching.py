@@ -1,7 +1,7 @@
-"""Image-text models, BLIP's and BLIP-2's: a joint space for the contrast (ITC), and a head that reads both (ITM).
+"""Image-text models of BLIP and BLIP-2: a joint space for the contrast (ITC), and a head for image and text together (ITM).
 
-transformers gives the two heads one pair at a time; here each part is called by itself, so that an image
-is looked at once and every text is read once, and padding is masked wherever it is read.
+The forward of transformers computes one head for one pair. Here each part is called separately, so each image and each text is
+encoded once. Padding is always masked.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import mask_of, pad, plain_ids
 
-BLOCK = 64  # images compared with all the texts at a time: each makes views × texts cosines
+BLOCK = 64  # images whose cosines with all texts are computed at a time: each has views × texts cosines
 
 
 @dataclass(frozen=True)
@@ -36,85 +36,92 @@ class TokenizedTexts:
 
 
 class Matcher:
-    """How one kind of image-text model sees, reads and matches."""
+    """The base of the image-text models, one subclass for each kind."""
 
     model: Any
-    max_tokens: int  # tokens of a text, [CLS] and [SEP] among them
+    max_tokens: int  # the most tokens of a text, with [CLS] and [SEP]
 
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
 
     def tokenize(self, texts: list[str]) -> TokenizedTexts:
+        """Return the token rows of texts."""
         tokenizer = self.tokenizer
         rows = [[tokenizer.cls_token_id, *plain_ids(tokenizer, text), tokenizer.sep_token_id] for text in texts]
         return TokenizedTexts(pad(rows, tokenizer.pad_token_id), mask_of(rows))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """(images, 3, H, W) → the ViT's states (images, patches, width)."""
+        """Return the ViT's states (images, patches, width) of images (images, 3, H, W)."""
         return call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state
 
-    def image_features(self, seen: Tensor) -> Tensor:
-        """Unit vectors in the joint space (images, views, width), float32; BLIP-2 has a view for each query."""
+    def image_features(self, image_states: Tensor) -> Tensor:
+        """Return unit vectors in the joint space (images, views, width), float32. BLIP-2 has one view for each query."""
         raise NotImplementedError
 
     def text_features(self, texts: TokenizedTexts) -> Tensor:
-        """Unit vectors in the joint space (texts, width), float32."""
+        """Return unit vectors in the joint space (texts, width), float32."""
         raise NotImplementedError
 
-    def matching(self, seen: Tensor, texts: TokenizedTexts) -> Tensor:
-        """Log-odds (rows,), float32, that text i belongs to image i: both read together by the ITM head."""
+    def matching(self, image_states: Tensor, texts: TokenizedTexts) -> Tensor:
+        """Return the log-odds (rows,), float32, that text i describes image i, by the ITM head."""
         raise NotImplementedError
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """(images, views, width), (texts, width) → (images, texts): a text's cosine with the view that fits it best.
+    """Return the cosine of each text with the best view of each image, (images, texts).
 
-    float32 under autocast too: 8 bits of a cosine, over a temperature of 0.07, would be off by 0.05.
+    images: (images, views, width). texts: (texts, width). The result is float32 under autocast too: in bf16 the error of a
+    cosine, divided by a temperature of 0.07, is 0.05.
     """
     with torch.autocast(images.device.type, enabled=False):
         return torch.cat([(some @ texts.T).amax(1) for some in images.split(BLOCK)])
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """(rows, 2) of no match and match → log p(match) − log p(no match), (rows,)."""
+    """Return log p(match) − log p(no match), (rows,). logits: (rows, 2) for no match and match."""
     return logits[:, 1] - logits[:, 0]
 
 
 def projected(head: Any, states: Tensor) -> Tensor:
-    """A head's output, float32: computed in the dtype of its own weights, under autocast too, where ten odds would be one."""
+    """Return a head's output, float32, computed in the dtype of its weights.
+
+    Autocast is off, because its rounding makes different odds equal.
+    """
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(head.weight.dtype)).float()
 
 
 class BlipMatcher(Matcher):
-    """BlipForImageTextRetrieval: one text encoder, with and without its cross-attention."""
+    """BlipForImageTextRetrieval: one text encoder, used with cross-attention (ITM) and without (ITC)."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self.max_tokens = backbone.model.config.text_config.max_position_embeddings
 
-    def image_features(self, seen: Tensor) -> Tensor:
-        return normalize(projected(self.model.vision_proj, seen[:, :1]), dim=-1)
+    def image_features(self, image_states: Tensor) -> Tensor:
+        return normalize(projected(self.model.vision_proj, image_states[:, :1]), dim=-1)
 
     def text_features(self, texts: TokenizedTexts) -> Tensor:
         states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
         return normalize(projected(self.model.text_proj, states[:, 0]), dim=-1)
 
-    def matching(self, seen: Tensor, texts: TokenizedTexts) -> Tensor:
-        states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=seen)
+    def matching(self, image_states: Tensor, texts: TokenizedTexts) -> Tensor:
+        states = call(
+            self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=image_states
+        )
         return log_odds(projected(self.model.itm_head, states.last_hidden_state[:, 0]))
 
 
 class Blip2Matcher(Matcher):
-    """Blip2ForImageTextRetrieval: the Q-Former reads queries, texts, or both together."""
+    """Blip2ForImageTextRetrieval: the input of the Q-Former is the queries, a text, or both together."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self.max_tokens = backbone.model.config.qformer_config.max_position_embeddings
 
-    def image_features(self, seen: Tensor) -> Tensor:
-        queries = self.model.query_tokens.expand(len(seen), -1, -1)
-        states = call(self.model.qformer, query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+    def image_features(self, image_states: Tensor) -> Tensor:
+        queries = self.model.query_tokens.expand(len(image_states), -1, -1)
+        states = call(self.model.qformer, query_embeds=queries, encoder_hidden_states=image_states).last_hidden_state
         return normalize(projected(self.model.vision_projection, states), dim=-1)
 
     def text_features(self, texts: TokenizedTexts) -> Tensor:
@@ -122,16 +129,17 @@ class Blip2Matcher(Matcher):
         states = call(self.model.qformer, query_embeds=embeds, query_length=0, attention_mask=texts.mask).last_hidden_state
         return normalize(projected(self.model.text_projection, states[:, 0]), dim=-1)
 
-    def matching(self, seen: Tensor, texts: TokenizedTexts) -> Tensor:
+    def matching(self, image_states: Tensor, texts: TokenizedTexts) -> Tensor:
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
         both = call(self.model.embeddings, input_ids=texts.ids, query_embeds=queries)
         mask = torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], dim=1)
         states = call(
             self.model.qformer, query_embeds=both, query_length=queries.shape[1], attention_mask=mask,
-            encoder_hidden_states=seen,
+            encoder_hidden_states=image_states,
         ).last_hidden_state  # fmt: skip
         return log_odds(projected(self.model.itm_head, states[:, : queries.shape[1]]).mean(1))
 
 
 def matcher_of(backbone: Backbone) -> Matcher:
+    """Return the matcher for a backbone."""
     return BlipMatcher(backbone) if backbone.family == "blip" else Blip2Matcher(backbone)

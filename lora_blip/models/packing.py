@@ -1,7 +1,7 @@
-"""The texts of one picture in one row, so that a decoder reads the picture once for all of them, and no padding between.
+"""Pack the texts of one image into one row without padding, so that a decoder computes the keys of the image once.
 
-Each text sees itself alone: the mask is block-causal and positions begin anew. Loss and gradients are those of rows
-apart, which `Language.logits` computes and the tests compare with.
+Each text attends to itself only: the mask is block-causal, and positions start at 0 for each text. Loss and gradients are equal
+to those of separate rows, which `Language.logits` computes; tests compare both.
 """
 
 from dataclasses import dataclass, replace
@@ -11,26 +11,26 @@ from torch import Tensor
 
 from lora_blip.models.token_rows import IGNORE, Rows, pad
 
-PADDING = -1  # the text that padding belongs to
+PADDING = -1  # the text number of padding
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A row a picture, and which of its positions predict a label."""
+    """One row for each image, and the positions that predict a label."""
 
-    ids: Tensor  # (pictures, tokens)
-    positions: Tensor  # (pictures, tokens) of each token in its own text
-    text: Tensor  # (pictures, tokens) which text a token belongs to, PADDING
-    label_positions: Tensor  # (labels,) among the tokens of all pictures, one after another
+    ids: Tensor  # (images, tokens)
+    positions: Tensor  # (images, tokens) the position of each token in its text
+    text: Tensor  # (images, tokens) the number of each token's text, or PADDING
+    label_positions: Tensor  # (labels,) positions in the flattened (images · tokens,)
     targets: Tensor  # (labels,)
-    weights: Tensor | None  # (labels,) what each counts; None: 1
+    weights: Tensor | None  # (labels,) the weight of each label; None: 1
 
     def to(self, device: torch.device) -> "Packed":
         moved = {key: value.to(device, non_blocking=True) for key, value in vars(self).items() if value is not None}
         return replace(self, **moved)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """(pictures, 1, tokens, tokens), to add to the scores: 0 where a token may look, the least number elsewhere."""
+        """Return the mask (images, 1, tokens, tokens) to add to the scores: 0 for keys of the same text, else the minimum."""
         same = self.text[:, :, None] == self.text[:, None, :]
         count = self.text.shape[1]
         earlier = torch.ones(count, count, dtype=torch.bool, device=same.device).tril()
@@ -39,7 +39,7 @@ class Packed:
 
 
 def pack(ids: Tensor, rows: Rows, picture: list[int]) -> Packed:
-    """`ids` (rows, tokens) are what a decoder reads of `rows`, whose row i is about picture `picture[i]`."""
+    """Pack `ids` (rows, tokens), the decoder's input for `rows`. Row i has the image `picture[i]`."""
     width = (rows.attention_mask if rows.decoder_input_ids is None else rows.targets != IGNORE).sum(1).tolist()
     own: list[list[int]] = [[] for _ in range(max(picture) + 1)]
     for row, number in enumerate(picture):
@@ -48,18 +48,18 @@ def pack(ids: Tensor, rows: Rows, picture: list[int]) -> Packed:
     packed = pad([[t for row in some for t in tokens[row][: width[row]]] for some in own], 0)
     positions = pad([[p for row in some for p in range(width[row])] for some in own], 0)
     text = pad([[row for row in some for _ in range(width[row])] for some in own], PADDING)
-    wanted = pad([[t for row in some for t in targets[row][: width[row]]] for some in own], IGNORE).flatten()
-    label_positions = (wanted != IGNORE).nonzero().flatten()
+    labels = pad([[t for row in some for t in targets[row][: width[row]]] for some in own], IGNORE).flatten()
+    label_positions = (labels != IGNORE).nonzero().flatten()
     weights = None if rows.weights is None else rows.weights[text.flatten()[label_positions]]
-    return Packed(packed, positions, text, label_positions, wanted[label_positions], weights)
+    return Packed(packed, positions, text, label_positions, labels[label_positions], weights)
 
 
 def unpacked(rows: Rows) -> Packed:
-    """The rows as they are, and where their labels stand: for models whose rows are not put together."""
-    wanted = rows.targets.flatten()
-    label_positions = (wanted != IGNORE).nonzero().flatten()
+    """Return the rows without packing, with the positions of their labels."""
+    labels = rows.targets.flatten()
+    label_positions = (labels != IGNORE).nonzero().flatten()
     row = label_positions // rows.targets.shape[1]
     none = torch.empty(0, dtype=torch.long)
     return Packed(
-        none, none, none, label_positions, wanted[label_positions], None if rows.weights is None else rows.weights[row]
+        none, none, none, label_positions, labels[label_positions], None if rows.weights is None else rows.weights[row]
     )

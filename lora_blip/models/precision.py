@@ -1,4 +1,4 @@
-"""The device and the precision to compute in."""
+"""The device and the precision of the computation."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" is cuda, then mps, then cpu. Raises ModelError when the device named is not there."""
+    """Return the device: for "auto" cuda, mps or cpu, the first that exists. Raise ModelError if the device cannot be used."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -27,7 +27,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 on a CUDA device that has it, fp16 on an older one, fp32 elsewhere."""
+    """Return the precision: for "auto" bf16 on a CUDA device that supports it, fp16 on an older one, fp32 elsewhere."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -36,30 +36,34 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def emulated(precision: str, device: torch.device) -> bool:
-    """Whether a CPU has no instructions for this precision, so that it computes right but many times slower than fp32."""
+    """Return True if a CPU has no instructions for this precision. It is then many times slower than fp32."""
     if device.type != "cpu" or precision == "fp32":
         return False
     support = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
     return not support[precision]()
 
 
-def pick_base_dtype(wanted: str, config: PretrainedConfig, precision: str) -> str:
-    """Frozen weights in 16 bits halve BLIP-2's memory; BLIP is small, and stays exact in fp32."""
-    if wanted == "auto":
+def pick_base_dtype(base_dtype: str, config: PretrainedConfig, precision: str) -> str:
+    """Return the dtype of the frozen weights.
+
+    "auto": BLIP-2 has them in the precision, so 16 bits halve its memory. BLIP is small and has them in fp32. Raise ConfigError
+    for fp16 together with bf16.
+    """
+    if base_dtype == "auto":
         return precision if config.model_type == "blip-2" else "fp32"
-    if {wanted, precision} == {"fp16", "bf16"}:
-        raise ConfigError(f"base_dtype = {wanted!r} with precision {precision!r}: set both to the same 16 bits, or one to fp32")
-    return wanted
+    if {base_dtype, precision} == {"fp16", "bf16"}:
+        raise ConfigError(f"base_dtype = {base_dtype!r} with precision {precision!r}: set both to the same, or one to fp32")
+    return base_dtype
 
 
 def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The context to compute in, made anew at each call."""
+    """Return a function that creates the context of a forward: autocast, or nothing in fp32."""
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, DTYPES[precision])
 
 
 def refuse_t5_fp16(config: PretrainedConfig, name: str, precision: str) -> None:
-    """Flan-T5 overflows fp16 to NaN, in the weights as under AMP."""
+    """Raise ModelError for Flan-T5 in fp16: it overflows to NaN, with fp16 weights and under autocast."""
     if precision == "fp16" and getattr(config, "text_config", None) is not None and config.text_config.model_type == "t5":
         raise ModelError(f"{name!r} has a T5 language model, which gives NaN in fp16; set the precision to bf16 or fp32")

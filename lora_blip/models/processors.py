@@ -9,21 +9,23 @@ from lora_blip.errors import ModelError
 from lora_blip.models.library import Quiet, first_line
 from lora_blip.runtime.untrusted import quoted
 
-SMALLEST_VOCABULARY = 100  # transformers builds an empty tokenizer where the files are missing
+SMALLEST_VOCABULARY = 100  # transformers creates an empty tokenizer if the files are missing
 WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # names of the tables that token ids select from
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
 
 def load_processors(source: str) -> tuple[Any, Any]:
-    """Tokenizer and image processor (Pillow's: the same on every machine, with no need of torchvision)."""
+    """Return the tokenizer and the image processor. Pillow's processor is the same on every machine, without torchvision."""
     try:
         with Quiet(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
-    except Exception as error:  # as for the config
+    except Exception as error:  # an untrusted file can fail anywhere in transformers
         raise ModelError(f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}") from None
     if len(tokenizer) < SMALLEST_VOCABULARY:
-        raise ModelError(f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them beside its weights")
+        raise ModelError(
+            f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them into the folder of its weights"
+        )
     return tokenizer, image_processor
 
 
@@ -35,7 +37,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """
     tables = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WORD_EMBEDDINGS]
     rows = min(table.num_embeddings for table in tables)
-    generates = not isinstance(model, Blip2ForImageTextRetrieval)  # the other has a text_config that it does not use
+    generates = not isinstance(model, Blip2ForImageTextRetrieval)  # that one has a text_config that it does not use
     image = getattr(model.config, "image_token_index", None)
     if image is not None and not (is_id(image, rows) or (is_id(image) and not generates)):
         raise ModelError(no_embedding(name, "image_token_index", image, rows))
@@ -50,9 +52,9 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         return
     for key in TOKEN_IDS:
         value = getattr(model.config.text_config, key, None)
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and not is_id(each, rows):
-                raise ModelError(no_embedding(name, f"{key} of text_config", each, rows))
+        for id_ in value if isinstance(value, list) else [value]:
+            if id_ is not None and not is_id(id_, rows):
+                raise ModelError(no_embedding(name, f"{key} of text_config", id_, rows))
 
 
 def is_id(value: Any, rows: int = sys.maxsize) -> bool:

@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer does not know: they are lost from a text, so their share is reported before the first step."""
+"""Report tokens that a tokenizer does not know. They are lost, so their share is printed before the first step."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -11,7 +11,7 @@ REMEDY = "a byte-level tokenizer represents every text, such as that of Salesfor
 
 
 class UnknownTokens:
-    """The texts in which a tokenizer found unknown tokens. A byte-level tokenizer finds none."""
+    """The texts in which a tokenizer found unknown tokens. A byte-level tokenizer has none."""
 
     def __init__(self, tokenizer: Any, special: set[Any]) -> None:
         self.tokenizer = tokenizer
@@ -39,8 +39,8 @@ class UnknownTokens:
         total = 0
         for line, texts in lines:
             total += 1
-            if some := [text for text in dict.fromkeys(texts) if text in self.counts]:
-                found.append((line, some))
+            if unknown_texts := [text for text in dict.fromkeys(texts) if text in self.counts]:
+                found.append((line, unknown_texts))
         if not found:
             return ""
         counts = [self.counts[text] for text in chain.from_iterable(some for _, some in found)]

@@ -1,8 +1,8 @@
-"""Frozen weights kept in the dtype in which autocast reads them.
+"""Cast frozen weights once to the dtype of autocast.
 
-Under autocast every linear casts its weight to 16 bits in every forward pass. What never changes may be cast once: the
-outputs are the same bits, for half the memory and none of the time. What autocast leaves in float32, as embeddings and
-norms, stays so.
+Under autocast every linear casts its weight to 16 bits in every forward. A frozen weight can be cast once instead: the outputs
+are equal to the bit, with half the memory and without the time of the casts. Modules that autocast keeps in float32, such as
+embeddings and norms, are not cast.
 """
 
 from typing import Any
@@ -18,12 +18,11 @@ from lora_blip.models.precision import DTYPES
 
 
 def cast_once(backbone: Backbone, precision: str) -> None:
-    """Cast the linears of a float32 base, a decoder's head too, which then no longer shares the memory of the embeddings.
+    """Cast the linears of a float32 base. Do nothing in fp32 or to weights in 16 bits. Repeating a call changes nothing.
 
-    The model's own heads stay, in whose dtype retrieval compares and matches under autocast, too (`matching.projected`).
-
-    Adapters stay as they are; merge them before, and ΔW is rounded together with W. The base's fingerprint is taken
-    before. Does nothing in fp32, nor to weights that are in 16 bits already. Repeating a call changes nothing.
+    The head of a decoder is cast too, so it no longer shares its memory with the embeddings. Direct children of the model are
+    not cast: retrieval computes similarities and ITM in their dtype (`matching.projected`). Unmerged adapters are not cast. If
+    they are merged before, ΔW is rounded together with W. The fingerprint of the base is taken before the cast.
     """
     if precision == "fp32":
         return
@@ -39,4 +38,5 @@ def cast_once(backbone: Backbone, precision: str) -> None:
 
 
 def frozen_copy(parameter: Any, dtype: torch.dtype) -> nn.Parameter:
+    """Return a frozen copy of a parameter in another dtype."""
     return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
