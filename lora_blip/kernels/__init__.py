@@ -1,1 +1,1 @@
-"""Fast arithmetic, each part next to the plain computation that it replaces."""
+"""Fast kernels, each next to the plain computation that it replaces."""

@@ -1,7 +1,7 @@
-"""Cross-entropy through a frozen head, a function of its own: no logits are kept, and their gradient is taken at once.
+"""Cross-entropy through a frozen head. The gradient is computed in the forward, so no logits are kept.
 
-With z = W h + b, p = softmax(z) and target t, −log pₜ has the gradient Wᵀ (p − onehot(t)) in h, which needs neither z
-nor W later on. The plain way, `losses.token_loss` of the head's output, is the oracle of the tests.
+With z = W h + b, p = softmax(z) and target t, the gradient of −log pₜ with respect to h is Wᵀ (p − onehot(t)). The backward
+pass needs neither z nor W. Tests compare with the plain computation, `losses.token_loss` of the head's output.
 """
 
 import math
@@ -17,7 +17,7 @@ LARGE = 2.0**10  # with |W| < 32 far from fp16's largest number, and values down
 
 
 def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Σ wᵢ · −log p(targetᵢ), float32. states (labels, width) that the frozen linear `head` reads, targets (labels,)."""
+    """Return Σ wᵢ · −log p(targetᵢ), float32. states: (labels, width), the input of `head`. targets: (labels,)."""
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     with torch.autocast(kind, enabled=False):
@@ -25,7 +25,7 @@ def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None
 
 
 def is_plain_head(head: Any) -> bool:
-    """Whether a head is W h + b, frozen, and nothing else: no hook on it, of an adapter or of others."""
+    """Return True if a head is a frozen linear W h + b without hooks, such as those of adapters."""
     return type(head) in PLAIN_LINEARS and alone(head)
 
 
@@ -36,9 +36,9 @@ class FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         weight = weight.to(states.dtype)
         logits = product(states, weight, None if bias is None else bias.to(states.dtype)).float()
-        wanted = logits.gather(1, targets[:, None]).squeeze(1)
+        target_logits = logits.gather(1, targets[:, None]).squeeze(1)
         total = logits.logsumexp(1)
-        each = total - wanted
+        losses = total - target_logits
         if ctx.needs_input_grad[0]:
             p = logits.sub_(total[:, None]).exp_()
             p[torch.arange(len(targets), device=targets.device), targets] -= 1
@@ -46,12 +46,12 @@ class FrozenHead(torch.autograd.Function):
                 p *= weights[:, None]
             factors = to_fp16_range(p) if states.dtype == torch.float16 else None
             ctx.save_for_backward(product(p.to(states.dtype), weight.t()), factors)
-        return (each if weights is None else each * weights).sum()
+        return (losses if weights is None else losses * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> Any:
-        """The loss scale of a GradScaler is in d_loss: it must be multiplied in before anything is rounded to fp16's range."""
+        """Multiply by d_loss, which contains the loss scale of a GradScaler, before rounding to fp16."""
         d_states, factors = ctx.saved_tensors
         scale = d_loss if factors is None else (d_loss * factors)[:, None]
         wide = torch.promote_types(d_states.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""The MLP of a ViT's block, which remembers what its activation was made of.
+"""The MLP of a ViT's block, which stores the input of its GELU as an attribute of the output.
 
-fc2 needs its input again for the gradient of its A. That is the activation of what fc1 returned, which autograd keeps
-in any case: `fused` computes it again, and a quarter of what a block remembers need not be kept.
+The gradient of A of fc2 needs the input of fc2, which is the output of the GELU. Autograd keeps the GELU's input anyway. So
+`fused` computes the GELU again instead of keeping its output, a quarter of what a block keeps.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ from lora_blip.kernels.plain import is_plain
 
 
 class VitMLP(nn.Module):
+    """The part that the MLPs of both ViTs share."""
+
     WRITTEN_FOR = ("(self, hidden_states)",)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

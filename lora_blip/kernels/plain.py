@@ -1,4 +1,4 @@
-"""The switch to the plain computation for one call, in one thread."""
+"""Switch to the plain computation inside a block, in the current thread."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ ATTENTIONS = ("attentions", "cross_attentions")
 
 @contextmanager
 def plain(on: bool = True) -> Iterator[None]:
-    """Inside the block, in this thread, every fast module runs the library's own method (again fast if not `on`)."""
+    """Make every fast module run transformers' own method inside the block, in this thread. on=False: make it fast again."""
     token = PLAIN.set(on)
     try:
         yield
@@ -23,13 +23,13 @@ def plain(on: bool = True) -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Return True inside `plain`. What torch.compile has compiled stays fast."""
+    """Return True inside `plain`. Code that torch.compile has compiled stays fast."""
     return not torch.compiler.is_compiling() and PLAIN.get()
 
 
-def wants_attentions(named: Mapping[str, Any]) -> bool:
-    """Return True if the caller of the model wants attention probabilities: by argument or by its configuration."""
-    if named.get("output_attentions"):
+def wants_attentions(kwargs: Mapping[str, Any]) -> bool:
+    """Return True if the caller of the model needs attention probabilities, by argument or by its configuration."""
+    if kwargs.get("output_attentions"):
         return True
     collected = {} if torch.compiler.is_compiling() else _active_collector.get() or {}
     return any(key in collected for key in ATTENTIONS)

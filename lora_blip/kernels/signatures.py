@@ -1,4 +1,4 @@
-"""Which signatures of a library's methods our fast modules were written for.
+"""Check that fast modules fit the signatures of the library's methods that they replace.
 
 A fast module replaces the `forward` of a library class. If a new version of the library renames an argument, `**kwargs`
 swallows the new name and the result is wrong without an error. So each fast class lists in `WRITTEN_FOR` the
@@ -15,38 +15,38 @@ from typing import Any
 from torch import nn
 
 EMPTY = inspect.Parameter.empty
-REPORTED: set[str] = set()  # what this process has printed
+REPORTED: set[str] = set()  # lines that this process has printed
 
 
 def signature_of(method: Callable[..., Any]) -> str:
     """Return the parameters of a method without annotations, such as "(self, x, mask=None, **kwargs)"."""
     signature = inspect.signature(method)
-    parameters = [each.replace(annotation=EMPTY) for each in signature.parameters.values()]
+    parameters = [parameter.replace(annotation=EMPTY) for parameter in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=EMPTY))
 
 
 def fits_library(fast: type[nn.Module], library: type[nn.Module]) -> bool:
     """Return True if `fast` was written for the `forward` of `library`. If not, print that once and return False."""
-    found = signature_of(library.forward)
-    if found in fast.WRITTEN_FOR:  # type: ignore[attr-defined]
+    installed = signature_of(library.forward)
+    if installed in fast.WRITTEN_FOR:  # type: ignore[attr-defined]
         return True
     report(
         f"{version_of(library)}: the fast version of {library.__name__} is off, because it was not written for "
-        f"forward{found}; the library's own is used"
+        f"forward{installed}; the library's own is used"
     )
     return False
 
 
-def unknown(named: Mapping[str, Any], *known: str) -> bool:
+def unknown(kwargs: Mapping[str, Any], *known: str) -> bool:
     """Return True if a call has an argument that is not None and not one of `known`."""
-    return any(value is not None and name not in known for name, value in named.items())
+    return any(value is not None and name not in known for name, value in kwargs.items())
 
 
 @cache
 def arguments_of(method: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of a method's own parameters. What `**kwargs` accepts is not among them."""
+    """Return the names of a method's parameters, without those that `**kwargs` accepts."""
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    return frozenset(name for name, each in inspect.signature(method).parameters.items() if each.kind not in kinds)
+    return frozenset(name for name, one in inspect.signature(method).parameters.items() if one.kind not in kinds)
 
 
 def version_of(kind: type) -> str:

@@ -1,4 +1,4 @@
-"""Attention and MLPs that are faster or keep less than transformers' own: switched on without touching its code."""
+"""Switch a model to attention, MLPs and linears that are faster or use less memory than transformers' own."""
 
 from torch import nn
 from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
@@ -18,17 +18,17 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Switch the attentions, MLPs and linears of a model to their fast kinds, or back to transformers' own. Twice is once.
+    """Switch the attentions, MLPs and linears of a model to their fast classes, or back. Repeating a call changes nothing.
 
-    Only the class of a module changes, so that weights, hooks, names, copies and pickles stay what they are. A kind that
-    was not written for the installed library stays as it is; this is printed once.
+    Only the class of a module changes, so weights, hooks, names, copies and pickles are not affected. A module whose fast class
+    was not written for the installed library is not changed; this is printed once.
     """
     change = KINDS if on else {quick: plain for plain, quick in KINDS.items()}
-    found: dict[type[nn.Module], list[nn.Module]] = {}
+    by_kind: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules():
         if type(module) in change:
-            found.setdefault(type(module), []).append(module)
-    for kind, modules in found.items():
+            by_kind.setdefault(type(module), []).append(module)
+    for kind, modules in by_kind.items():
         if not on or fits_library(change[kind], kind):
             for module in modules:
                 module.__class__ = change[kind]

@@ -1,8 +1,8 @@
-"""Attention of BLIP's text models: the fused kernel, and keys of an image computed once, however many rows read it.
+"""Attention of BLIP's text models: the fused kernel, and the keys of an image computed once for all its rows.
 
-transformers' `generate` repeats the states of an image for each beam, computes their keys and values for all of them,
-and moves these about after every token. Inside `reading`, a decoder computes them once an image, and its beams are
-further queries to them.
+The `generate` of transformers repeats the states of an image for each beam, computes keys and values for all of them, and
+reorders these after every token. Inside `reading`, a decoder computes them once for each image. Its beams are more queries to the
+same keys.
 """
 
 import threading
@@ -24,19 +24,22 @@ CACHE = ("past_key_values", "cache")  # names of one argument: up to transformer
 
 
 class ImageStates:
-    """What the cross-attention of one layer reads of each image, its keys and values computed at the first look."""
+    """The states of each image for the cross-attention of one layer. Keys and values are computed at the first use."""
 
     def __init__(self, states: Tensor, mask: Tensor | None) -> None:
         self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
         self.pair: tuple[Tensor, Tensor] | None = None
 
     def repeated(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Return the states and the mask of so many rows, those of an image side by side, as transformers reads them."""
+        """Return states and mask repeated for `rows` rows, those of one image next to each other, for transformers."""
         count = rows // len(self.states)
         return self.states.repeat_interleave(count, 0), None if self.mask is None else self.mask.repeat_interleave(count, 0)
 
     def attend_to_image(self, layer: "TextAttention", queries: Tensor) -> Tensor:
-        """queries (rows, tokens, width), the rows of an image side by side → what they read (rows, tokens, width)."""
+        """Return the attention (rows, tokens, width) of queries (rows, tokens, width) to their image.
+
+        The rows of an image are next to each other.
+        """
         if self.pair is None:
             k, v = (layer.by_heads(project(self.states)).contiguous() for project in (layer.key, layer.value))
             self.pair = k, v
@@ -44,20 +47,20 @@ class ImageStates:
         return attend(layer.by_heads(together), *self.pair, self.mask).transpose(1, 2).reshape(queries.shape)
 
 
-class Reading(threading.local):
-    """What each layer reads inside of `reading`, by its id: of each thread its own, since all may use one model at a time."""
+class ActiveSources(threading.local):
+    """The states for each layer inside `reading`, by the id of the layer. Each thread has its own."""
 
     def __init__(self) -> None:
         self.sources: dict[int, ImageStates] = {}
 
 
-NOW = Reading()
+ACTIVE = ActiveSources()
 
 
 class TextAttention(BlipTextSelfAttention):
-    """BlipTextSelfAttention with the same weights, each called once; its second output, the probabilities, is None.
+    """A fast BlipTextSelfAttention over the same weights. Its second output, the probabilities, is None.
 
-    A caller who asks for the probabilities, or passes an argument that is not known here, gets transformers' own method.
+    A call that needs the probabilities, or has an argument that is unknown here, runs transformers' own method.
     """
 
     WRITTEN_FOR = tuple(
@@ -74,17 +77,21 @@ class TextAttention(BlipTextSelfAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """hidden_states (rows, tokens, width) → the same shape. Masks are added to the scores (rows, 1, tokens, keys)."""
-        crosses, source = encoder_hidden_states is not None, NOW.sources.get(id(self))
+        """Return (output, None), the output with the shape of hidden_states (rows, tokens, width).
+
+        The masks are added to the scores (rows, 1, tokens, keys).
+        """
+        crosses, source = encoder_hidden_states is not None, ACTIVE.sources.get(id(self))
         if encoder_hidden_states is not None and source is None and not encoder_hidden_states.shape[1]:
             raise RuntimeError(
-                "nothing to read: a decoder is called, or computes again, outside of its `reading`, or its thread"
+                "the decoder has no image states, because it was called or recomputed outside its `reading` block or thread; "
+                "call it, and run the backward pass of a checkpointed decoder, inside the block and in the same thread"
             )
-        drops = self.training and self.dropout.p  # never in a backbone that is loaded here
+        drops = self.training and self.dropout.p  # load_backbone sets the dropout to 0
         if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, CACHE[0]):
             if crosses and source:
                 encoder_hidden_states, encoder_attention_mask = source.repeated(len(hidden_states))
-            cached = () if cache is None else (cache,)  # by place, since its name depends on the version
+            cached = () if cache is None else (cache,)  # by position, because its name depends on the version
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *cached, **kwargs
             )
@@ -99,7 +106,7 @@ class TextAttention(BlipTextSelfAttention):
         return attend(self.by_heads(queries), k, v, mask).transpose(1, 2).flatten(2), None
 
     def _keys_and_values(self, own: Tensor, encoder: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-        """(rows, heads, keys, d) each; those of earlier tokens and of the encoder from the cache, if there is one."""
+        """Return keys and values (rows, heads, keys, d), those of earlier tokens and of the encoder from the cache."""
         states, crosses, both = own if encoder is None else encoder, encoder is not None, cache
         if isinstance(both, EncoderDecoderCache):
             if crosses and both.is_updated.get(self.layer_idx):
@@ -112,24 +119,25 @@ class TextAttention(BlipTextSelfAttention):
         return (k, v) if cache is None else cache.update(k, v, self.layer_idx)
 
     def _few(self, queries: Tensor, states: Any) -> bool:
-        """Whether the queries of all heads are few beside the width of a state, and nothing hooks its projections."""
+        """Return True if `_absorbed` is faster: few queries compared with the width, and no hooks on key and value."""
         plain = all(
-            type(each) in PLAIN_LINEARS
-            and type(each.weight) in PLAIN_TENSORS
-            and not each._forward_hooks
-            and not each._forward_pre_hooks
-            for each in (self.key, self.value)
+            type(linear) in PLAIN_LINEARS
+            and type(linear.weight) in PLAIN_TENSORS
+            and not linear._forward_hooks
+            and not linear._forward_pre_hooks
+            for linear in (self.key, self.value)
         )
         return plain and 4 * queries.shape[1] * self.num_attention_heads <= states.shape[-1] <= 4 * states.shape[1]
 
     def _absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention without keys and values, q (rows, heads, tokens, d), states (rows, n, width) → (rows, tokens, heads · d).
+        """Return the attention (rows, tokens, heads · d) without computing keys and values.
 
-        q · (Wₖ x + bₖ) = (Wₖᵀ q) · x + a number that the softmax does not see; Σ pᵢ (Wᵥ xᵢ + bᵥ) = Wᵥ Σ pᵢ xᵢ + bᵥ: a few
-        queries go through the frozen weights, and not every state of the picture.
+        q: (rows, heads, tokens, d). states: (rows, n, width). q · (Wₖ x + bₖ) = (Wₖᵀ q) · x + a constant, which does not change
+        the softmax, and Σ pᵢ (Wᵥ xᵢ + bᵥ) = Wᵥ Σ pᵢ xᵢ + bᵥ. So the few queries are multiplied by the weights instead of all
+        states of the image.
         """
         heads, (rows, _, tokens, d) = self.num_attention_heads, q.shape
-        wk, wv = (each.weight.unflatten(0, (heads, d)) for each in (self.key, self.value))  # (heads, d, width)
+        wk, wv = (linear.weight.unflatten(0, (heads, d)) for linear in (self.key, self.value))  # (heads, d, width)
         far = (q * d**-0.5).transpose(0, 1).flatten(1, 2) @ wk  # (heads, rows · tokens, width)
         scores = far.unflatten(1, (rows, tokens)).transpose(0, 1).flatten(1, 2) @ states.transpose(1, 2)
         if mask is not None:
@@ -143,16 +151,17 @@ class TextAttention(BlipTextSelfAttention):
         return read if self.value.bias is None else read + self.value.bias.to(read.dtype)
 
     def by_heads(self, states: Tensor) -> Tensor:
-        """(rows, tokens, width) → a view (rows, heads, tokens, d)."""
+        """Return states (rows, tokens, width) as a view (rows, heads, tokens, d)."""
         return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
 
 
 @contextmanager
 def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int = 1) -> Iterator[dict[str, Tensor]]:
-    """Inside the block a BLIP text decoder reads `states` (images, n, width); gives the arguments to call it with.
+    """Let a BLIP text decoder attend to `states` (images, n, width) inside the block. Yield the arguments to call it with.
 
-    mask: (images, n), 1 on what is there. `rows` of each image stand side by side in the decoder's input, to which
-    `generate` adds its beams by itself. Of this thread alone; a backward pass that computes activations again must be inside.
+    mask: (images, n), 1 for states and 0 for padding. rows: the number of rows of each image, next to each other in the
+    decoder's input, without the beams of `generate`. The block is for the current thread only. A backward pass that recomputes
+    activations must run inside the block.
     """
     layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
     fast = all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers)
@@ -163,9 +172,9 @@ def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int 
     hidden = None
     if mask is not None and not mask.all():
         hidden = (1 - mask[:, None, None].to(states.dtype)) * torch.finfo(states.dtype).min
-    before = NOW.sources
-    NOW.sources = before | {id(layer): ImageStates(states, hidden) for layer in layers}
+    before = ACTIVE.sources
+    ACTIVE.sources = before | {id(layer): ImageStates(states, hidden) for layer in layers}
     try:
-        yield {"encoder_hidden_states": states[:, :0].repeat_interleave(rows, 0)}  # to say that there is something to read
+        yield {"encoder_hidden_states": states[:, :0].repeat_interleave(rows, 0)}  # empty: only marks a cross-attention
     finally:
-        NOW.sources = before
+        ACTIVE.sources = before

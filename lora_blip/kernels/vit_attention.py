@@ -1,7 +1,7 @@
-"""Attention of BLIP's ViT that keeps no scores: 577 × 577 numbers a head are most of what a step remembers.
+"""Attention of BLIP's ViT that keeps no scores: 577 × 577 numbers for each head are most of the memory of a step.
 
-transformers computes it by hand for BLIP, and stores every score three times for the backward pass. Here it is
-`attend`, and `by_heads` where many scores in 16 bits on a CPU would fill the memory again and again.
+For BLIP, transformers stores every score three times for the backward pass. Here `attend` computes it, or `by_heads` if there
+are many scores in 16 bits on a CPU, which do not fit into the processor's cache.
 """
 
 from typing import Any
@@ -19,18 +19,22 @@ LARGE = 2**22  # scores
 
 
 class VitAttention(nn.Module):
-    """What the attentions of both ViTs share, over the same weights; the probabilities, their second output, are None.
+    """The part that the attentions of both ViTs share. The second output, the probabilities, is None.
 
-    A caller who asks for the probabilities, or passes an argument that is not known here, gets transformers' own method.
+    A call that needs the probabilities, or has an argument that is unknown here, runs transformers' own method.
     """
 
     WRITTEN_FOR = ("(self, hidden_states, **kwargs)",)
-    UNREAD = ("output_attentions", "output_hidden_states", "return_dict")  # arguments of the model that no attention reads
+    UNREAD = (
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    )  # arguments of the model that the attention does not use
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        """hidden_states (images, states, width) → the same shape."""
+        """Return (output, None), the output with the shape of hidden_states (images, states, width)."""
         model: Any = self
-        drops = self.training and self.drops  # never in a backbone that is loaded here
+        drops = self.training and self.drops  # load_backbone sets the dropout to 0
         if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, *self.UNREAD):
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
@@ -39,7 +43,7 @@ class VitAttention(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether probabilities are dropped in training."""
+        """Return True if probabilities are dropped in training."""
         raise NotImplementedError
 
 
@@ -56,26 +60,26 @@ class Blip2VitAttention(VitAttention, Blip2Attention):
 
 
 def attend_at_once(qkv: Tensor, heads: int) -> Tensor:
-    """softmax(q kᵀ / √d) v of each head: (images, states, 3 · width) → (images, states, width)."""
+    """Return softmax(q kᵀ / √d) v of each head, (images, states, width), for qkv (images, states, 3 · width)."""
     return attend(*split_qkv(qkv, heads).unbind(0)).transpose(1, 2).flatten(2)
 
 
 def split_qkv(qkv: Tensor, heads: int) -> Tensor:
-    """(images, states, 3 · width) → a view (3, images, heads, states, width / heads)."""
+    """Return qkv (images, states, 3 · width) as a view (3, images, heads, states, width / heads)."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def by_heads(qkv: Tensor, heads: int) -> Tensor:
-    """The same, as many heads at a time as there are threads, so that what one step makes is in the cache for the next.
+    """Return the same as `attend_at_once`, with as many heads at a time as threads, so that scores stay in the cache.
 
-    Keeps the probabilities, once, in 16 bits. An operator of its own, which torch.compile calls and does not look into.
+    It keeps the probabilities once, in 16 bits. It is a custom operator, which torch.compile calls without tracing it.
     """
     return by_heads_forward(qkv, heads, torch.is_grad_enabled() and qkv.requires_grad)[0]
 
 
 @torch.library.custom_op("lora_blip::by_heads", mutates_args=())
 def by_heads_forward(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """(images, states, 3 · width) → the same and, to keep, the probabilities (images, heads, states, states) or nothing."""
+    """Return the attention (images, states, width), and if `keep` the probabilities (images, heads, states, states)."""
     (q, k, v), context = scaled(qkv, heads), qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     out = context.unflatten(-1, (heads, -1)).transpose(1, 2)  # (images, heads, states, d)
     kept = q.new_empty(*q.shape[:3], q.shape[2]) if keep else q.new_empty(0)
@@ -94,7 +98,7 @@ def by_heads_backward(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) 
     dq, dk, dv = split_qkv(d_qkv, heads).unbind(0)
     for part in parts(q):
         p = kept[part]
-        dv[part] = (d_out[part].transpose(1, 2) @ p).transpose(1, 2)  # so that the small factor is the one turned
+        dv[part] = (d_out[part].transpose(1, 2) @ p).transpose(1, 2)  # transposes the small factor
         ds = torch._softmax_backward_data(d_out[part] @ v[part].transpose(1, 2), p, -1, p.dtype)
         dk[part] = (q[part].transpose(1, 2) @ ds).transpose(1, 2)
         dq[part] = ds @ k[part]
@@ -114,7 +118,7 @@ def _(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:  # no
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # else the probabilities, which nobody differentiates, get zeros for a gradient
+    ctx.set_materialize_grads(False)  # otherwise autograd creates zeros as the gradient of the probabilities
     ctx.save_for_backward(inputs[0], output[1])
     ctx.heads = inputs[1]
 
@@ -127,13 +131,13 @@ by_heads_forward.register_autograd(_gradient, setup_context=_keep)
 
 
 def scaled(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q / √d, k and v, each (images, heads, states, d) and contiguous."""
+    """Return q / √d, k and v, each (images, heads, states, d) and contiguous."""
     q, k, v = split_qkv(qkv, heads).unbind(0)
     return (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
 
 
 def parts(q: Tensor) -> list[tuple[int, slice]]:
-    """(image, heads) of one part after another."""
+    """Return the parts that are computed one after another, as (image, slice of heads)."""
     images, heads = q.shape[:2]
     size = min(heads, torch.get_num_threads())
     return [(image, slice(first, first + size)) for image in range(images) for first in range(0, heads, size)]

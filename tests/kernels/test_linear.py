@@ -10,7 +10,7 @@ from torch import nn
 from lora_blip.doctor import precisions
 from lora_blip.kernels import linear as products
 from lora_blip.kernels import switch
-from lora_blip.kernels.linear import QuickLinear, Through, has_kernel, product
+from lora_blip.kernels.linear import FrozenProduct, QuickLinear, has_kernel, product
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_frozen_linear_gives_its_input_a_gradient():
     """By finite differences in float64; in float32 as autograd's, to 1e-6."""
     plain = linear()
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: Through.apply(x, plain.weight.double(), plain.bias.double()), (x,))
+    assert torch.autograd.gradcheck(lambda x: FrozenProduct.apply(x, plain.weight.double(), plain.bias.double()), (x,))
     found = []
     for on in (False, True):
         model = nn.Sequential(copy.deepcopy(plain))

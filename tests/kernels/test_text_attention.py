@@ -182,7 +182,7 @@ def test_what_is_computed_again_when_reading_is_over_is_an_error(decoder):
     switch.fast(decoder)
     with reading(decoder, torch.randn(1, 6, SEEN)) as source:
         pass
-    with pytest.raises(RuntimeError, match="nothing to read"):
+    with pytest.raises(RuntimeError, match="no image states"):
         decoder(input_ids=torch.randint(50, (1, 4)), **source)
 
 

@@ -311,7 +311,7 @@ def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):
     kept = quick.weight
     weights.cast_once(backbone, "bf16")
     assert quick.weight is kept and backbone.model.vision_model.encoder.layers[0].mlp.fc2.weight.dtype == torch.bfloat16
-    assert not alone(quick) and not quick.steady(torch.randn(2, 4))
+    assert not alone(quick) and not quick._is_plain_backward(torch.randn(2, 4))
 
 
 def test_neighbours_in_one_storage_are_merged_each_by_itself():

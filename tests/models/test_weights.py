@@ -16,7 +16,7 @@ from tests.support.models import WHOLE, batch_of, inject
 
 @pytest.mark.parametrize(("kind", "precision"), [(kind, "bf16") for kind in WHOLE] + [(k, "fp16") for k in WHOLE if k != "t5"])
 def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
-    """Through every linear and the head; gradients of the adapters too."""
+    """FrozenProduct every linear and the head; gradients of the adapters too."""
     found = []
     for cast in (False, True):
         backbone = make(kind)
