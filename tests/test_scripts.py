@@ -555,7 +555,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
         (blip, ["--question", "what is it?"], "the task is caption, which asks none; set TASK (or --task) to vqa"),
         (blip, ["--texts", "x" * 5000], "at least two are needed to rank"),
         (blip, ["--texts", "a cube|" + "cube " * 90], "texts: text 2: the text has 90 tokens"),
-        (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "holds {question} once"),
+        (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "contains {question} once"),
         (blip, ["--references", "gone.jsonl"], "do not exist"),
         (itm, ["--task", "caption"], "give a checkpoint of"),
     ]

@@ -1,8 +1,7 @@
 """Attention of BLIP's text models: the fused kernel, and the keys of an image computed once for all its rows.
 
-The `generate` of transformers repeats the states of an image for each beam, computes keys and values for all of them, and
-reorders these after every token. Inside `reading`, a decoder computes them once for each image. Its beams are more queries to the
-same keys.
+transformers' `generate` repeats the states of an image for each beam, computes keys and values for all of them, and reorders
+these after every token. Inside `reading`, a decoder computes them once for each image, and its beams share them.
 """
 
 import threading

@@ -295,7 +295,7 @@ def test_a_line_without_question_or_answers_says_what_is_missing(task):
 def test_templates_that_cannot_hold_a_question_are_refused(make):
     for kind in KINDS:
         for prompt in ("what is it?", "{question} {question}"):
-            with pytest.raises(ConfigError, match=r"holds \{question\} once"):
+            with pytest.raises(ConfigError, match=r"contains \{question\} once"):
                 VqaTask(make(kind), prompt)
     with pytest.raises(ConfigError, match="special token"):
         VqaTask(make("blip"), "[SEP] {question}")
