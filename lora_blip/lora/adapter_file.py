@@ -1,8 +1,7 @@
-"""The adapter file: one .safetensors that stands alone, and what it refuses.
+"""Save and load an adapter file: one .safetensors that contains everything about the adapter.
 
-Tensors: `<address>.lora_A` (r, in) and `<address>.lora_B` (rows, r), float32. Header: JSON under
-"lora_blip" with the ranks, the task, the base and samples of its weights, versions and the training's
-summary. Nothing that is read or written here can run code.
+Tensors: `<address>.lora_A` (r, in) and `<address>.lora_B` (rows, r), float32. Header: JSON under "lora_blip" with the ranks,
+the task, the base with samples of its weights, versions and a summary of the training. Reading a file never runs code from it.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @runtime_checkable
 class Loaded(Protocol):
-    """What a loaded backbone knows besides its model. `models.loading.Backbone` is one."""
+    """A loaded backbone: a model with the data that a file needs. `models.loading.Backbone` is one."""
 
     model: Any
     name: str
@@ -44,7 +43,7 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file holds, before it meets a model."""
+    """The content of a file."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -60,7 +59,7 @@ class Adapter:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images that it was trained on; 0 if the file does not say: the base's own."""
+        """Return the height and width of the training images; 0 if the file does not contain them: the base's own size."""
         return self.about["base"].get("image_size", 0)
 
     @property
@@ -80,33 +79,33 @@ def save(
     merge_drift: dict[str, float] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write adapter `name` of a model to `path`, whole or not at all (a temporary file, synced, then renamed).
+    """Write the adapter `name` of a model to `path` atomically (a temporary file, synced, then renamed).
 
-    Raises AdapterError when there is no such adapter, when it has learned nothing (every B is zero) or is
-    not finite, and when the file exists and `overwrite` is false.
+    Raise AdapterError if there is no such adapter, if it is untrained (every B is zero) or not finite, or if the file exists
+    and `overwrite` is false.
     """
     model, path = _model(backbone), Path(path)
     if path.exists() and not overwrite:
-        raise AdapterError(f"{path} exists already; give another name, or overwrite=True")
-    found = attached.adapters(model, name)
-    if not found:
-        raise AdapterError(f"the model carries no adapter {name!r}; it has {attached.names(model) or 'none'}")
-    for x in found.values():
-        refuse_meta(x.site.module, model.get_submodule(x.site.module))
-    tensors = {key: value for address, x in found.items() for key, value in _tensors(address, x).items()}
-    _check_values(path, tensors, [x.site for x in found.values()])
-    kept = backbone.samples if isinstance(backbone, Loaded) else None
+        raise AdapterError(f"{path} exists already; give another path, or overwrite=True")
+    loras = attached.adapters(model, name)
+    if not loras:
+        raise AdapterError(f"the model has no adapter {name!r}; it has {attached.names(model) or 'none'}")
+    for lora in loras.values():
+        refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
+    tensors = {key: value for address, lora in loras.items() for key, value in _tensors(address, lora).items()}
+    _check_values(path, tensors, [lora.site for lora in loras.values()])
+    base_samples = backbone.samples if isinstance(backbone, Loaded) else None
     about = {
         "format_version": FORMAT_VERSION,
         "sha256": _digest(tensors),
         "lora": {
-            "dropout": next(iter(found.values())).dropout,
-            "modules": {address: _entry(x.site) for address, x in found.items()},
+            "dropout": next(iter(loras.values())).dropout,
+            "modules": {address: _entry(lora.site) for address, lora in loras.items()},
         },
         "base": {
             "name": backbone.name if isinstance(backbone, Loaded) else str(getattr(model, "name_or_path", "")),
             "architecture": type(model).__name__,
-            "samples": kept or samples(model, found.values()),
+            "samples": base_samples or samples(model, loras.values()),
             **_image_size(model),
         },
         "task": task or {},
@@ -118,8 +117,8 @@ def save(
     return path
 
 
-def _tensors(address: str, x: LoRA) -> dict[str, Tensor]:
-    halves = {f"{address}.lora_A": x.A, f"{address}.lora_B": x.B}
+def _tensors(address: str, lora: LoRA) -> dict[str, Tensor]:
+    halves = {f"{address}.lora_A": lora.A, f"{address}.lora_B": lora.B}
     return {key: half.detach().float().cpu().contiguous() for key, half in halves.items()}
 
 
@@ -132,9 +131,10 @@ def _entry(site: Site) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> Adapter:
-    """Read a file and check it against itself: header, keys, ranks, values. AdapterError says what is wrong.
+    """Read a file and check its header, keys, ranks and values. Raise AdapterError, with the reason, if one is wrong.
 
-    Nothing is allocated because the file claims it: no tensor is read before the header, which is small, names it.
+    The header has a maximal size, and tensors are read after the header was checked, so a file cannot make it allocate more
+    memory than the file's own size.
     """
     path = Path(path)
     try:
@@ -149,16 +149,16 @@ def read(path: str | Path) -> Adapter:
     except HeaderError as error:
         raise AdapterError(f"{path}: {error}") from None
     except (safetensors.SafetensorError, OSError) as error:
-        told = why(error) if isinstance(error, OSError) else cut(str(error))
-        raise AdapterError(f"{path} is no whole .safetensors file ({told}); copy it again") from None
+        reason = why(error) if isinstance(error, OSError) else cut(str(error))
+        raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); copy it again") from None
     _check_values(path, tensors, sites)
     if about.get("sha256", "") not in ("", _digest(tensors)):
-        raise AdapterError(f"{path} is damaged: its weights are not those that were saved; copy it again")
+        raise AdapterError(f"{path} is damaged: its weights have changed since it was saved; copy it again")
     return Adapter(path, tensors, about)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the values, by name."""
+    """Return the SHA-256 of the values, in the order of their names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(tensors[key].numpy().tobytes())
@@ -166,80 +166,82 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _check_header_size(path: Path) -> None:
-    """The first eight bytes say how long the header is; a safetensors reader believes up to 100 MB."""
+    """Raise UnreadableError if the header is too long. Its length is in the first eight bytes; safetensors accepts 100 MB."""
     with open_regular(path) as file:
         claimed = int.from_bytes(file.read(8), "little")
     if claimed > header.LARGEST:
-        raise UnreadableError(f"its header claims {claimed:,} bytes, more than {header.LARGEST:,}")
+        raise UnreadableError(f"its header has {claimed:,} bytes, more than {header.LARGEST:,}")
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get("lora_blip")
     if text is None:
         raise AdapterError(f"{path} was not written by lora_blip: its header has no 'lora_blip' entry")
-    return header.about_of(text)
+    return header.parse_header(text)
 
 
 def _check_keys(path: Path, sites: list[Site], file: Any) -> None:
-    """The tensors that the header promises and no others, each of its shape, as the file describes them."""
+    """Raise AdapterError if the file does not have exactly the tensors, shapes and dtypes of its header."""
     expected = {f"{site.address}.lora_{half}": site for site in sites for half in "AB"}
-    there = set(file.keys())
-    missing, extra = sorted(expected.keys() - there), sorted(there - expected.keys())
+    names = set(file.keys())
+    missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
     if missing:
         raise AdapterError(
-            f"{path} is incomplete: {quoted(missing[0])} is missing ({len(missing)} of {len(expected)} tensors are); "
+            f"{path} is incomplete: {quoted(missing[0])} is missing ({len(missing)} of {len(expected)} tensors are missing); "
             "copy the file again, or train it again"
         )
     if extra:
-        raise AdapterError(f"{path}: {quoted(extra[0])} belongs to no module of its header ({len(extra)} such); train it again")
+        raise AdapterError(
+            f"{path}: {quoted(extra[0])} belongs to no module of its header ({len(extra)} such tensors); train it again"
+        )
     for key, site in expected.items():
         tensor = file.get_slice(key)
         shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")
         rows = site.rows[1] - site.rows[0] if site.rows and is_b else None
         if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
-            promised = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
+            needed = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
             raise AdapterError(
-                f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, and {promised} was promised; train it again"
+                f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, but its header says {needed}; train it again"
             )
 
 
 def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> None:
-    """Every value is finite, so is every ΔW that they can make, and some B is not zero."""
-    reach = {key: max(map(abs, torch.stack(tensor.aminmax()).tolist())) for key, tensor in tensors.items()}  # keeps NaN
-    for key, value in reach.items():
+    """Raise AdapterError if a value or a bound of |ΔW| is not finite, or if every B is zero."""
+    largest = {key: max(map(abs, torch.stack(tensor.aminmax()).tolist())) for key, tensor in tensors.items()}  # NaN if one is
+    for key, value in largest.items():
         if not math.isfinite(value):
             raise AdapterError(
-                f"{path}: {quoted(key)} holds NaN or infinity; the training diverged: lower lr, or use bf16 or fp32"
+                f"{path}: {quoted(key)} contains NaN or infinity: the training diverged. Use a lower lr, or bf16 or fp32"
             )
     for site in sites:
-        if not site.alpha * reach[f"{site.address}.lora_A"] * reach[f"{site.address}.lora_B"] < FLOAT32_MAX:  # ≥ |ΔW|
+        if not site.alpha * largest[f"{site.address}.lora_A"] * largest[f"{site.address}.lora_B"] < FLOAT32_MAX:  # ≥ |ΔW|
             raise AdapterError(f"{path}: the update of {quoted(site.address)} overflows float32; train again with a lower lr")
-    if not any(value for key, value in reach.items() if key.endswith(".lora_B")):
-        raise AdapterError(f"{path}: every lora_B is zero, so the adapter does nothing; it was saved before it was trained")
+    if not any(value for key, value in largest.items() if key.endswith(".lora_B")):
+        raise AdapterError(f"{path}: every lora_B is zero, so the adapter has no effect; train it before it is saved")
 
 
 # ---------------------------------------------------------------- load
 
 
 def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "default") -> Adapter:
-    """Put the adapter of a file, or one that `read` gave, on a frozen backbone by hooks; `lora_blip.merge` then writes it in.
+    """Put the adapter of a file, or a result of `read`, on a frozen backbone by hooks. `lora_blip.merge` writes it into W.
 
-    Raises AdapterError, before the model is touched, if the file is damaged or was trained on another base; LoRAError if
-    the base is on the meta device.
+    Raise AdapterError if the file is damaged or was trained on another base, and LoRAError if the base is on the meta device.
+    The model is not changed in these cases.
     """
     model, adapter = _model(backbone), path if isinstance(path, Adapter) else read(path)
     if attached.adapters(model, name):
-        raise AdapterError(f"the model already carries an adapter {name!r}; eject it, or load this one under another name")
+        raise AdapterError(f"the model already has an adapter {name!r}; eject it, or load this one under another name")
     _check_fit(model, adapter)
     _check_image_size(backbone, adapter)
-    for address, x in injection.inject(model, adapter.sites, adapter.about["lora"].get("dropout", 0.0), name).items():
-        x.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
-        x.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
+    for address, lora in injection.inject(model, adapter.sites, adapter.about["lora"].get("dropout", 0.0), name).items():
+        lora.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
+        lora.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
     return adapter
 
 
 def _check_fit(model: nn.Module, adapter: Adapter) -> None:
-    """Every module is there, of the right shape, with the base's own weights."""
+    """Raise AdapterError if a module is missing, has another shape, or has other weights than the base of the training."""
     modules = dict(model.named_modules())
     remedy = f"the adapter was trained on {quoted(adapter.base)}; load that base"
     for site in adapter.sites:
@@ -248,24 +250,24 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(site.module)}; {remedy}")
         start, stop = site.rows or (0, linear.out_features)
         for half, shape in (("A", (site.r, linear.in_features)), ("B", (stop - start, site.r))):
-            found = tuple(adapter.tensors[f"{site.address}.lora_{half}"].shape)
-            if found != shape or stop > linear.out_features:
-                told = f"lora_{half} of {quoted(site.address)} is {found}, and this model's takes {shape}"
-                raise AdapterError(f"{adapter.path}: {told}; {remedy}")
+            saved = tuple(adapter.tensors[f"{site.address}.lora_{half}"].shape)
+            if saved != shape or stop > linear.out_features:
+                message = f"lora_{half} of {quoted(site.address)} is {saved}, and this model needs {shape}"
+                raise AdapterError(f"{adapter.path}: {message}; {remedy}")
     for path, expected in adapter.about["base"]["samples"].items():
         if path not in modules or not is_linear(modules[path]):
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(path)}; {remedy}")
         refuse_meta(path, modules[path])
         if not same_weights(expected, sample(modules[path])):
-            raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those it was trained on; {remedy}")
+            raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those of the training; {remedy}")
     try:
         check_sites(model, adapter.sites)
-    except LoRAError as error:  # a tied head: nothing that was saved here has one
+    except LoRAError as error:  # for example a tied head, which `save` never writes
         raise AdapterError(f"{adapter.path}: {error}; {remedy}") from None
 
 
 def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:
-    """Raise AdapterError if the base reads images of another size, and nobody chose that size."""
+    """Raise AdapterError if the image size of the base is another one, and was not chosen by the user."""
     size = _image_size(_model(backbone)).get("image_size", 0)
     if not adapter.image_size or not size or size == adapter.image_size:
         return
@@ -273,7 +275,7 @@ def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:
         if not backbone.chose_image_size:
             raise AdapterError(
                 f"{adapter.path}: it was trained on images of {adapter.image_size}×{adapter.image_size}, and this backbone "
-                f"reads {size}×{size}; load it by load_backbone(…, image_size={adapter.image_size}), or by image_size={size} "
+                f"has {size}×{size}; load it by load_backbone(…, image_size={adapter.image_size}), or by image_size={size} "
                 "to use the adapter at that size"
             )
     else:
@@ -285,7 +287,7 @@ def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:
 
 
 def _image_size(model: Any) -> dict[str, int]:
-    """{"image_size": pixels}, or nothing for a model whose config names no size."""
+    """Return {"image_size": pixels}, or {} for a model whose config has no size."""
     size = getattr(getattr(getattr(model, "config", None), "vision_config", None), "image_size", None)
     return {"image_size": size} if isinstance(size, int) else {}
 

@@ -1,7 +1,7 @@
-"""The input of a linear, and the batch size of the model's call for adapters that are chosen row by row.
+"""The input of a linear, and the batch size of the model's call, for adapters that are chosen row by row.
 
-A linear cannot see it: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks on the
-outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
+A linear does not know the batch size: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks on
+the outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
 
-DEPTH = 3  # `language_model.model.decoder`: the modules that are called from outside, and not their layers
+DEPTH = 3  # such as `language_model.model.decoder`: the modules that users call, without their layers
 CALL: ContextVar[tuple[Any, "CallBatch"] | None] = ContextVar("lora_blip_call", default=None)
 
 
@@ -88,5 +88,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(each)
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)

@@ -1,4 +1,4 @@
-"""What an adapter remembers of its base: a few weights of each linear that matters, enough to tell another base."""
+"""Fingerprints of a base: a few weights of some linears, to detect that an adapter is loaded on another base."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.lora.sites import is_linear, is_quantised, tied
+from lora_blip.lora.sites import is_linear, is_quantized, tied
 
-SAMPLES = 16  # weights of each linear that are remembered, evenly spaced
+SAMPLES = 16  # sampled weights of each linear, evenly spaced
 LARGEST = torch.finfo(torch.float32).max
-WHEREABOUTS = ("_name_or_path", "transformers_version")  # of a base, which may move
+WHEREABOUTS = ("_name_or_path", "transformers_version")  # settings that may differ for the same base
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
 
 
@@ -20,46 +20,46 @@ def settings_of(part: Any) -> dict[str, Any]:
     return {name: value for name, value in part.to_dict().items() if name not in WHEREABOUTS}
 
 
-def sampled(model: nn.Module, found: Iterable[LoRA]) -> list[str]:
-    """The targeted linears, and as witnesses of the rest of the base the last untied linear of each of its parts."""
-    paths, shared = [x.site.module for x in found], tied(model)
+def sampled(model: nn.Module, adapters: Iterable[LoRA]) -> list[str]:
+    """Return the paths of the linears with adapters and, for the rest of the base, the last untied linear of each part."""
+    paths, shared = [lora.site.module for lora in adapters], tied(model)
     for part, child in model.named_children():
         inside = [f"{part}.{path}" for path, module in child.named_modules() if path and is_linear(module)]
         paths += [path for path in inside if path not in shared][-1:]
     return list(dict.fromkeys(paths))
 
 
-def samples(model: nn.Module, found: Iterable[LoRA]) -> dict[str, dict[str, Any]]:
-    """Path → fingerprint of all that is remembered of a base."""
-    return {path: sample(model.get_submodule(path)) for path in sampled(model, found)}
+def samples(model: nn.Module, adapters: Iterable[LoRA]) -> dict[str, dict[str, Any]]:
+    """Return {path: fingerprint} of the sampled linears of a base."""
+    return {path: sample(model.get_submodule(path)) for path in sampled(model, adapters)}
 
 
 def sample(linear: Any) -> dict[str, Any]:
-    """A fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; empty if it is quantised."""
-    if is_quantised(linear):
+    """Return the fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; {} if it is quantized."""
+    if is_quantized(linear):
         return {}
     updates = linear._modules.get("lora")
     merged = isinstance(updates, AdapterStack) and updates.original is not None
     weight: Tensor = updates.original if merged else linear.weight
     flat = weight.detach().flatten()
-    where = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return {"dtype": str(weight.dtype).removeprefix("torch."), "values": flat[where.to(flat.device)].float().tolist()}
+    positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return {"dtype": str(weight.dtype).removeprefix("torch."), "values": flat[positions.to(flat.device)].float().tolist()}
 
 
-def same_weights(expected: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Equal to the bit in the same dtype; within one rounding in another; unknown, so accepted, if quantised."""
-    if not expected or not found:
+def same_weights(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
+    """Return True if two fingerprints are equal, up to one rounding if the dtypes differ. Accept a quantized weight."""
+    if not expected or not actual:
         return True
-    a, b = (torch.tensor(sample["values"], dtype=torch.float32) for sample in (expected, found))
+    a, b = (torch.tensor(sample["values"], dtype=torch.float32) for sample in (expected, actual))
     if a.shape != b.shape:
         return False
-    if expected["dtype"] == found["dtype"]:
+    if expected["dtype"] == actual["dtype"]:
         return torch.equal(a, b)
     return torch.allclose(a, b, rtol=ROUNDING, atol=1e-7)
 
 
 def is_sample(entry: Any) -> bool:
-    """A fingerprint as `sample` writes it: empty for a quantised weight, else a dtype and up to SAMPLES numbers."""
+    """Return True for a fingerprint of `sample`: {} for a quantized weight, else a dtype and up to SAMPLES numbers."""
     if entry == {}:
         return True
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("values"), list):

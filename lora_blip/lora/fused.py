@@ -6,7 +6,7 @@
 Autograd alone keeps x twice under autocast, keeps the update before and after it is scaled, and adds the two terms of dx in
 an extra pass. Here a pre-hook gives the linear x without its graph, cast once, so autograd records nothing of the frozen
 product. Only x and h, which has r columns, are kept. The tests compare this with `lora_hook`. `lora_hook` runs instead if the
-result would differ: with dropout, with rows of several adapters, with quantised or merged weights, in torch.func's
+result would differ: with dropout, with rows of several adapters, with quantized or merged weights, in torch.func's
 transforms, and under torch.compile, which fuses by itself. Second derivatives need `attached.fast(model, False)`.
 """
 

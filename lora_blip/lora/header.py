@@ -1,4 +1,4 @@
-"""What the header of an adapter says, checked before anything believes it: the file may be a stranger's."""
+"""Check the header of an adapter file before it is used: the file may be untrusted."""
 
 import re
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from lora_blip.runtime.untrusted import WITH_NAN, is_path, parsed, quoted
 FORMAT_VERSION = 1
 LARGEST = 8 * 2**20  # bytes; 700 adapted modules need less than one million
 LONGEST_TEXT = 10_000  # characters of a prompt or name
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is no Unicode
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is not Unicode
 BLOCK = re.compile(r"[\w-]{0,64}")
 MISSING = object()
 
 
 class HeaderError(ValueError):
-    """Why a header cannot be used, and what to do."""
+    """A header cannot be used. The message contains the reason and the fix."""
 
 
 def is_text(value: Any) -> bool:
@@ -40,11 +40,13 @@ def number(least: float, most: float) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and least <= value <= most
 
 
-KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {  # all that is used of a header, an object before what is in it
+KNOWN: dict[
+    str, tuple[Callable[[Any], bool], str]
+] = {  # the parts of a header that are used; an object comes before its entries
     "": (is_object, "an object"),
     "format_version": (whole(1, 2**31), "a number from 1"),
     "lora": (is_object, "an object"),
-    "lora.modules": (lambda value: is_object(value) and bool(value), "an object with a module at least"),
+    "lora.modules": (lambda value: is_object(value) and bool(value), "an object with at least one module"),
     "lora.dropout": (number(0, 0.999_999), "a share from 0 to below 1"),
     "base": (is_object, "an object"),
     "base.name": (is_path, "a name or path"),
@@ -69,30 +71,32 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {  # all that is used of a
 NEEDED = ("", "format_version", "lora", "lora.modules", "base", "base.name", "base.samples", "task")
 
 
-def about_of(text: str) -> dict[str, Any]:
-    """The header as an object of which every part that is used has its type. HeaderError names the part that has not."""
+def parse_header(text: str) -> dict[str, Any]:
+    """Return the header as an object. Raise HeaderError, with the part, if a part that is used has a wrong type."""
     try:
-        about = parsed(text, WITH_NAN)  # a loss that was NaN is noted as such
+        about = parsed(text, WITH_NAN)  # a loss may be NaN
     except ValueError as error:
         raise HeaderError(f"its header cannot be understood ({error}); copy the file again, or train it again") from None
     version = about.get("format_version") if is_object(about) else None
     if type(version) is int and version > FORMAT_VERSION:
-        raise HeaderError(f"of format {quoted(version)}, and this lora_blip knows up to {FORMAT_VERSION}; upgrade lora_blip")
+        raise HeaderError(
+            f"it has format {quoted(version)}, and this lora_blip reads formats up to {FORMAT_VERSION}; upgrade lora_blip"
+        )
     for place, (fits, expected) in KNOWN.items():
         value = _at(about, place)
         if value is MISSING and place not in NEEDED:
             continue
         if not fits(value):
-            found = "missing" if value is MISSING else quoted(value)
+            actual = "missing" if value is MISSING else quoted(value)
             raise HeaderError(
-                f"its header cannot be understood ({place or 'it'} is {found}, expected {expected}); "
+                f"its header cannot be understood ({place or 'it'} is {actual}, expected {expected}); "
                 "copy the file again, or train it again"
             )
     samples, modules = about["base"]["samples"], about["lora"]["modules"]
     wrong = [path for path, sample in samples.items() if not is_sample(sample)]
     wrong += [address for address, entry in modules.items() if not _is_sampled(entry, samples)]
     if wrong:
-        raise HeaderError(f"its header cannot be understood (what it says of {quoted(wrong[0])}); train the adapter again")
+        raise HeaderError(f"its header cannot be understood (the entry for {quoted(wrong[0])}); train the adapter again")
     return about
 
 
@@ -109,25 +113,25 @@ def _at(about: Any, place: str) -> Any:
 
 
 def sites_of(about: dict[str, Any]) -> list[Site]:
-    """The places that the header has adapters for. HeaderError names an entry that is none."""
+    """Return the sites of the adapters in a header. Raise HeaderError, with the entry, if one is not valid."""
     return [_site(address, entry) for address, entry in about["lora"]["modules"].items()]
 
 
 def _site(address: str, entry: dict[str, Any]) -> Site:
     r, alpha, block, rows = map(entry.get, ("r", "alpha", "block", "rows"))
-    sound = whole(1, 2**31)(r) and number(0, 1e300)(alpha) and alpha != 0
-    sound = sound and (rows is None) is (block is None) and (rows is None or _is_block(block, rows))
-    if not sound:
+    valid = whole(1, 2**31)(r) and number(0, 1e300)(alpha) and alpha != 0
+    valid = valid and (rows is None) is (block is None) and (rows is None or _is_block(block, rows))
+    if not valid:
         raise HeaderError(f"the header's entry for {quoted(address)} cannot be understood; train the adapter again")
     site = Site(entry["module"], cast(int, r), float(cast(float, alpha)), block or "", tuple(rows) if rows else None)
     if site.address != address:
-        told = f"the header's entry for {quoted(address)} speaks of {quoted(site.address)}"
-        raise HeaderError(f"{told}; train the adapter again")
+        message = f"the header's entry for {quoted(address)} is about {quoted(site.address)}"
+        raise HeaderError(f"{message}; train the adapter again")
     return site
 
 
 def _is_block(block: Any, rows: Any) -> bool:
-    """A name, and [start, stop) of a linear's output rows."""
+    """Return True for a name and a range [start, stop) of output rows."""
     if not isinstance(block, str) or not BLOCK.fullmatch(block) or not isinstance(rows, list) or len(rows) != 2:
         return False
     return all(map(whole(0, 2**31), rows)) and rows[0] < rows[1]

@@ -1,4 +1,4 @@
-"""Whether updates can be written into the weights: `check_mergeable` looks at all linears before any weight changes."""
+"""Check that updates can be written into the weights, for all linears before any weight changes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,22 +11,22 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks
 
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_TENSORS, QuickLinear
-from lora_blip.lora.sites import is_quantised, refuse_meta
+from lora_blip.lora.sites import is_quantized, refuse_meta
 
 PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)
 
 
-def check_mergeable(model: nn.Module, wanted: Mapping[str, frozenset[str]]) -> None:
-    """Raise LoRAError, naming the module, if a linear cannot take the updates of its adapters `wanted` (path → keys)."""
+def check_mergeable(model: nn.Module, updates: Mapping[str, frozenset[str]]) -> None:
+    """Raise LoRAError, with the module, if updates cannot be written into a linear. updates: path → keys of adapters."""
     modules = dict(model.named_modules())
     memory = _memory(modules)
-    for path, keys in wanted.items():
+    for path, keys in updates.items():
         linear: Any = modules[path]
         _check_weight(path, linear)
         if other := _overlapping(f"{path}.weight", linear.weight, memory):
             raise LoRAError(
                 f"{path!r} shares the memory of its weight with {other!r}: a merge would change both. "
-                "Use the adapter unmerged, or give it a weight of its own: linear.weight = nn.Parameter(linear.weight.clone())"
+                "Use the adapter unmerged, or give it its own weight: linear.weight = nn.Parameter(linear.weight.clone())"
             )
         _check_sum(path, linear, keys)
 
@@ -46,10 +46,10 @@ def summed(linear: Any, keys: frozenset[str]) -> Tensor:
 
 def _check_weight(path: str, linear: Any) -> None:
     refuse_meta(path, linear)
-    if is_quantised(linear):
+    if is_quantized(linear):
         kinds = dict.fromkeys((type(linear).__name__, type(getattr(linear, "weight", None)).__name__))
         raise LoRAError(
-            f"{path!r} is quantised ({', '.join(kinds)}): merging would round the update away; "
+            f"{path!r} is quantized ({', '.join(kinds)}): merging would round the update away; "
             "use the adapter unmerged, or load the base in fp16, bf16 or fp32"
         )
     weight = linear.weight
@@ -62,7 +62,7 @@ def _check_weight(path: str, linear: Any) -> None:
         raise LoRAError(f"{path!r} was created in torch.inference_mode and cannot be changed; load the base outside of it")
     if _overlaps_itself(weight):
         raise LoRAError(
-            f"{path!r} has an expanded weight, whose rows share memory; give it a weight of its own: "
+            f"{path!r} has an expanded weight, whose rows share memory; give it its own weight: "
             "linear.weight = nn.Parameter(linear.weight.clone())"
         )
     _check_forward(path, linear)

@@ -1,6 +1,6 @@
-"""Refuse `save_pretrained` while adapters are unmerged: the folder would load as the base, and nothing would say so.
+"""Make `save_pretrained` an error while adapters are unmerged: loading the folder would give the base without an error.
 
-`state_dict()` stays free, so that training loops can keep adapters in their own checkpoints.
+`state_dict()` is allowed, so that training loops can keep adapters in their own checkpoints.
 """
 
 import sys
@@ -36,13 +36,14 @@ def guard(model: nn.Module) -> None:
 
 
 def unguard(model: nn.Module) -> None:
+    """Remove the guards."""
     for module in model.modules():
         if isinstance(vars(module).get(NAME), SaveGuard):
             del vars(module)[NAME]
 
 
 def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
-    """Raise LoRAError if a `save_pretrained` is among the callers: of a model around the one that has the guard."""
+    """Raise LoRAError if a caller is `save_pretrained`, of a model around the one that has the guard."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == NAME:
@@ -53,7 +54,7 @@ def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
 def refuse(unmerged: list[str], path: str = "") -> None:
     where = f" on {path!r}" if path else ""
     raise LoRAError(
-        f"save_pretrained would write the adapter {unmerged[0]!r}{where} beside the base's weights, and a model that is "
-        "loaded from there ignores it. Call lora_blip.merge(model) first, or save the adapter alone: "
+        f"save_pretrained would write the adapter {unmerged[0]!r}{where} next to the base's weights, and a model that is "
+        "loaded from the folder ignores it. Call lora_blip.merge(model) first, or save the adapter alone: "
         "lora_blip.save_adapter(path, model)"
     )

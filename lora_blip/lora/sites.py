@@ -1,4 +1,4 @@
-"""Places for adapters: which linear, which of its rows, and which linears can carry one."""
+"""Sites of adapters: which linear, which of its output rows, and which linears can have an adapter."""
 
 import math
 import re
@@ -17,15 +17,15 @@ from lora_blip.runtime.untrusted import quoted
 FLOAT32 = torch.finfo(torch.float32)
 BLOCK = re.compile(r"[\w-]{1,64}")
 MOST_DROPOUT = 0.999_999
-MOST_RANK = 2**16  # that of the setting `r`: a larger one is a slip, and fills the memory
-TIED = "tied_to"  # attribute of a head whose weight was shared, see `weights.cast_once`
+MOST_RANK = 2**16  # the limit of the setting `r`; a larger value is a mistake, and fills the memory
+TIED = "tied_to"  # attribute of a head whose weight was shared before `weights.cast_once`
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place for an adapter: a linear by its path, and which rows of its output the update reaches.
+    """The site of an adapter: the path of a linear, and the output rows that the update reaches.
 
-    `block` names those rows when they are not all of them: "q" of a fused qkv.
+    `block` is the name of these rows if they are not all rows, such as "q" of a fused qkv.
     """
 
     module: str
@@ -40,11 +40,11 @@ class Site:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A module that maps in_features to out_features: nn.Linear and its quantised kin."""
+    """Return True for a module with in_features and out_features: nn.Linear and quantized linears."""
     return isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
 
 
-def is_quantised(linear: Any) -> bool:
+def is_quantized(linear: Any) -> bool:
     """Return True if the weight is not a plain float matrix (out_features, in_features) of 16 bits or more.
 
     torchao's weight is a tensor subclass. A float8 weight needs a scale, which its linear stores elsewhere.
@@ -67,23 +67,23 @@ def refuse_meta(path: str, linear: nn.Module) -> None:
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Linear path → the other owner of its weight, for every weight that two modules share, or did before it was cast."""
+    """Return {path: another owner of its weight} for modules that share a weight, or shared it before it was cast."""
     return _tied(dict(model.named_modules()))
 
 
 def _tied(modules: dict[str, nn.Module]) -> dict[str, str]:
     owners: dict[int, list[str]] = {}
-    once = {path: vars(module)[TIED] for path, module in modules.items() if vars(module).get(TIED)}
+    earlier = {path: vars(module)[TIED] for path, module in modules.items() if vars(module).get(TIED)}
     for path, module in modules.items():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
     shared = [paths for paths in owners.values() if len(paths) > 1]
-    return once | {path: next(p for p in paths if p != path) for paths in shared for path in paths}
+    return earlier | {path: next(p for p in paths if p != path) for paths in shared for path in paths}
 
 
 def compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has been called on a model or on a part of it: hooks added later are silently ignored."""
+    """Return True if a model or a part of it was compiled by torch.compile, which ignores hooks that are added later."""
     return _compiled(model.modules())
 
 
@@ -93,31 +93,35 @@ def _compiled(modules: Iterable[nn.Module]) -> bool:
 
 def list_sites(sites: Any) -> list[Site]:
     """Return the sites as a list. Raise LoRAError if they are something else, for example names."""
-    found = list(sites) if isinstance(sites, Iterable) else [sites]
-    for site in found:
+    result = list(sites) if isinstance(sites, Iterable) else [sites]
+    for site in result:
         if not isinstance(site, Site):
-            raise LoRAError(f"{site!r} is no Site; targets.find(model, 'vit') gives the sites of a target")
-    return found
+            raise LoRAError(f"{site!r} is not a Site; lora_blip.find_targets(model, 'vit') returns the sites of a target")
+    return result
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -> None:
     """Raise LoRAError if an adapter cannot be put on one of the sites, or if there is none."""
     sites, modules = list(sites), dict(model.named_modules())
     if not sites:
-        raise LoRAError("the list of sites is empty, so there is nothing to train; targets.find(model, 'vit') gives sites")
+        raise LoRAError(
+            "the list of sites is empty, so there is nothing to train; lora_blip.find_targets(model, 'vit') returns sites"
+        )
     if _compiled(modules.values()):
-        raise LoRAError("this model went through torch.compile, which would ignore adapters without a word; inject them first")
+        raise LoRAError(
+            "this model was compiled by torch.compile, which would ignore adapters; inject them before it is compiled"
+        )
     if not isinstance(dropout, int | float) or not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
-        raise LoRAError(f"dropout = {dropout!r} is no share from 0 to below 1")
+        raise LoRAError(f"dropout = {dropout!r}: expected a number from 0 to below 1")
     shared, addresses = _tied(modules), set()
     for site in sites:
         _check_numbers(site)
         linear = modules.get(site.module)
         if linear is None or not is_linear(linear):
-            raise LoRAError(f"{site.module!r} is no linear layer of {type(model).__name__}{_alias(model, site.module)}")
+            raise LoRAError(f"{site.module!r} is not a linear layer of {type(model).__name__}{_alias(model, site.module)}")
         if site.module in shared:
             raise LoRAError(
-                f"{site.module!r} shares its weight with {shared[site.module]!r}: an update of one would be missing "
+                f"{site.module!r} shares its weight with {shared[site.module]!r}, so an update of one would be missing "
                 "in the other, or merged into both; leave it out of the targets"
             )
         if site.address in addresses or (site.block and site.address in modules):
@@ -128,30 +132,30 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
 
 
 def _check_numbers(site: Site) -> None:
-    """The numbers that a file can hold and float32 can compute with."""
+    """Raise LoRAError for an r or alpha that a file cannot contain, or that is too large for float32."""
     if type(site.r) is not int or not 1 <= site.r <= MOST_RANK:
-        raise LoRAError(f"{site.address!r}: r={quoted(site.r)} is no whole number from 1 to {MOST_RANK}")
+        raise LoRAError(f"{site.address!r}: r={quoted(site.r)}: expected a whole number from 1 to {MOST_RANK}")
     if isinstance(site.alpha, bool) or not isinstance(site.alpha, int | float) or not 0 < site.alpha < math.inf:
-        raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)} is no positive finite number")
+        raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)}: expected a positive finite number")
     if site.alpha > FLOAT32.max * site.r or site.alpha / site.r < FLOAT32.tiny:
         raise LoRAError(f"{site.address!r}: alpha / r = {quoted(site.alpha)} / {site.r} is beyond float32")
 
 
 def _check_place(site: Site, linear: Any) -> None:
     if (site.block and site.rows is None) or not BLOCK.fullmatch(site.block or "whole"):
-        raise LoRAError(f"{site.address!r}: a block is a name of letters, digits, '-' and '_', with the rows that it names")
+        raise LoRAError(f"{site.address!r}: a block needs a name of letters, digits, '-' and '_', and its rows")
     start, stop = site.rows or (0, linear.out_features)
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= linear.out_features:
-        raise LoRAError(f"{site.address!r}: rows {start}..{stop} of {linear.out_features} make no update")
+        raise LoRAError(f"{site.address!r}: rows {start}..{stop} are not a range of the {linear.out_features} output rows")
     if linear.in_features < 1 or any(map(is_lazy, linear.parameters(recurse=False))):
-        raise LoRAError(f"{site.module!r} has no shape yet; run the model once before")
-    there = getattr(linear, "lora", None)
-    if there is not None and not (isinstance(there, nn.ModuleDict) and hasattr(there, "merged")):
-        raise LoRAError(f"{site.module!r} has an attribute 'lora' of its own, in the place of the adapters; leave it out")
+        raise LoRAError(f"{site.module!r} has no shape yet; run the model once first")
+    other = getattr(linear, "lora", None)
+    if other is not None and not (isinstance(other, nn.ModuleDict) and hasattr(other, "merged")):
+        raise LoRAError(f"{site.module!r} already has another attribute 'lora'; leave this module out of the targets")
 
 
 def _alias(model: nn.Module, path: str) -> str:
-    """A module that two parents share has one name here, the first."""
+    """Return a hint with the right name if `path` is a second name of a shared module, or ""."""
     every = dict(model.named_modules(remove_duplicate=False))
     first = next((name for name, module in model.named_modules() if module is every.get(path) and name != path), "")
     return f"; name it {first!r}" if first else ""

@@ -1,10 +1,10 @@
-"""Which linears get an adapter: presets, exact names, regexes, layer ranges, and r or alpha of their own.
+"""Select the linears that get an adapter: presets, exact names, regexes, layer ranges, and r or alpha for each target.
 
 vit                     every linear of the ViT's blocks
 vit.q, vit.v            row blocks of its fused qkv
-text.cross              a part of a part: see PRESETS
+text.cross              the cross-attention of the text model; see PRESETS
 vit[8:12]               blocks 8 to 11
-qformer:r=4:alpha=8     with its own rank and alpha
+qformer:r=4:alpha=8     with another rank and alpha than the settings
 .*\\.mlp\\.fc1            a regex over the whole module path
 """
 
@@ -62,7 +62,7 @@ GRAMMAR = re.compile(r"(?P<body>.+?)(?:\[(?P<first>\d*):(?P<last>\d*)\])?(?P<own
 
 @dataclass(frozen=True)
 class Pattern:
-    """A target as the user wrote it, taken apart."""
+    """A target in its parts. `text` is what the user wrote."""
 
     text: str
     body: str
@@ -72,13 +72,13 @@ class Pattern:
 
 
 def parse(target: str, r: int, alpha: float) -> Pattern:
-    """`vit[8:12]:r=4` → its parts. A rank of its own without an alpha keeps alpha / r as it is for the others."""
+    """Return the parts of a target such as `vit[8:12]:r=4`. A target with r and without alpha keeps alpha / r."""
     match = GRAMMAR.fullmatch(target.strip())
     if match is None:
         raise TargetError(f"target {target!r} is empty")
     own = dict(piece.split("=") for piece in match["own"].split(":") if piece)
     if not own.get("r", "1").isdecimal() or int(own.get("r", 1)) < 1:
-        raise TargetError(f"target {target.strip()!r}: r is a whole number from 1 up")
+        raise TargetError(f"target {target.strip()!r}: expected for r a whole number from 1")
     rank = int(own.get("r", r))
     layers = None
     if match["first"] is not None:
@@ -87,20 +87,20 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
 
 
 def find(model: nn.Module, targets: str | list[str] | tuple[str, ...], r: int = 8, alpha: float = 16.0) -> list[Site]:
-    """The sites that `targets` name, in the model's order; a later target overrides an earlier one's r and alpha.
+    """Return the sites of `targets` in the model's order. A later target overrides r and alpha of an earlier one.
 
-    Raises TargetError when a target matches nothing (listing what there is), when two targets ask for the
-    whole of a fused linear and for a block of it, or when one names a head that is tied.
+    Raise TargetError if a target matches nothing (the message lists the linears of the model), or if one target is a fused
+    linear and another one a block of it.
     """
     chosen: dict[str, Site] = {}
     for target in targets.split(",") if isinstance(targets, str) else targets:
-        found = _sites(model, parse(target, r, alpha))
-        if not found:
+        sites = _sites(model, parse(target, r, alpha))
+        if not sites:
             raise TargetError(_nothing_matched(model, target))
-        chosen.update({site.address: site for site in found})
+        chosen.update({site.address: site for site in sites})
     doubled = {site.module for site in chosen.values() if site.block} & chosen.keys()
     if doubled:
-        raise TargetError(f"{min(doubled)!r} is targeted whole and by a block of its rows; drop one of the two targets")
+        raise TargetError(f"{min(doubled)!r} is targeted as a whole and by a block of its rows; remove one of the two targets")
     order = {path: number for number, (path, _) in enumerate(model.named_modules())}
     return sorted(chosen.values(), key=lambda site: (order[site.module], site.rows or (0, 0)))
 
@@ -112,9 +112,9 @@ def _sites(model: nn.Module, pattern: Pattern) -> list[Site]:
     try:
         compiled = re.compile(regex)
     except re.error as error:
-        raise TargetError(f"target {pattern.text!r} is neither a preset, a module nor a regex ({error})") from None
+        raise TargetError(f"target {pattern.text!r} is not a preset, a module or a regex ({error})") from None
     is_preset = pattern.body in PRESETS
-    shared = tied(model) if is_preset else {}  # a tied head that is asked for by name is refused by `inject`
+    shared = tied(model) if is_preset else {}  # `inject` raises an error for a tied head that is named exactly
     found = []
     for path, module in modules.items():
         if not is_linear(module) or path in shared or not compiled.fullmatch(path) or ".lora" in path:
@@ -133,7 +133,7 @@ def _site(path: str, linear: Any, block: tuple[str, int] | None, pattern: Patter
 
 
 def layer_number(path: str) -> int:
-    """The block that a module stands in: 7 for `vision_model.encoder.layers.7.mlp.fc1`, -1 outside any."""
+    """Return the block of a module: 7 for `vision_model.encoder.layers.7.mlp.fc1`, -1 outside of all blocks."""
     match = re.search(r"(?:layers|layer|block)\.(\d+)\.", path)
     return int(match[1]) if match else -1
 
@@ -151,14 +151,14 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
 
 
 def table(model: nn.Module, name: str = "default") -> str:
-    """By part: linears with an adapter, adapter parameters, and their share of the model's."""
-    found = adapters(model, name)
+    """Return a table by part: linears with an adapter, adapter parameters, and their share of the model."""
+    loras = adapters(model, name)
     base = sum(p.numel() for n, p in model.named_parameters() if ".lora." not in f".{n}")
     rows = []
-    for part in [*dict.fromkeys(_part(address) for address in found), "all"]:
-        mine = [lora for address, lora in found.items() if part in ("all", _part(address))]
-        size = sum(lora.A.numel() + lora.B.numel() for lora in mine)
-        rows.append((part, len({lora.site.module for lora in mine}), size))
+    for part in [*dict.fromkeys(_part(address) for address in loras), "all"]:
+        own = [lora for address, lora in loras.items() if part in ("all", _part(address))]
+        size = sum(lora.A.numel() + lora.B.numel() for lora in own)
+        rows.append((part, len({lora.site.module for lora in own}), size))
     lines = [f"{'part':<15}{'linears':>8}{'LoRA parameters':>17}{'of the model':>14}"]
     return "\n".join(lines + [f"{p:<15}{n:>8}{size:>17,}{size / base:>14.2%}" for p, n, size in rows])
 

@@ -162,7 +162,9 @@ def test_a_prompt_that_cannot_be_used_is_one_reason(make):
     task = CaptionTask(make("blip"))
     assert "too many tokens" in task.check(example("a cube", prompt="cube " * 80))
     assert "[SEP]" in task.check(example("a cube", prompt="a [SEP] b"))
-    assert "does not contain {question} exactly once" in VqaTask(make("blip")).check(example("", "what?", "a picture of", "", "x"))
+    assert "does not contain {question} exactly once" in VqaTask(make("blip")).check(
+        example("", "what?", "a picture of", "", "x")
+    )
     assert 'remove the key "prompt"' in RetrievalTask(make("itm")).check(example("a cube", prompt="a picture of"))
     own = example("", "what?", "{question} please", "", "x")
     assert VqaTask(make("blip")).check(own) == "" and VqaTask(make("blip")).prompt_of(own) == "what? please"
