@@ -74,7 +74,7 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "the dropout is not written into the file", "adapter_file",
-        [('"dropout": next(iter(found.values())).dropout', '"dropout": 0.0')],
+        [('"dropout": next(iter(loras.values())).dropout', '"dropout": 0.0')],
     ),
     (
         "the dropout of the file is ignored", "adapter_file",

@@ -1,7 +1,7 @@
 """The input of a linear, and the batch size of the model's call, for adapters that are chosen row by row.
 
-A linear does not know the batch size: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks on
-the outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
+A linear does not know the batch size: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks
+on the outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -146,7 +146,9 @@ def _check_place(site: Site, linear: Any) -> None:
         raise LoRAError(f"{site.address!r}: a block needs a name of letters, digits, '-' and '_', and its rows")
     start, stop = site.rows or (0, linear.out_features)
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= linear.out_features:
-        raise LoRAError(f"{site.address!r}: rows {start}..{stop} are not a range of the {linear.out_features} output rows")
+        raise LoRAError(
+            f"{site.address!r}: rows {start}..{stop} of {linear.out_features} output rows: expected start < stop, both inside"
+        )
     if linear.in_features < 1 or any(map(is_lazy, linear.parameters(recurse=False))):
         raise LoRAError(f"{site.module!r} has no shape yet; run the model once first")
     other = getattr(linear, "lora", None)

@@ -212,7 +212,7 @@ def test_a_quantised_base_is_trained_by_hook_and_refuses_to_merge():
         found = injection.inject(model, [Site("0", r=2)])["0"]
         found.B.data.normal_()
         torch.testing.assert_close(model(x), before + x @ found.delta_weight().T)
-        with pytest.raises(ValueError, match="'0' is quantised"):
+        with pytest.raises(ValueError, match="'0' is quantized"):
             merging.merge(model)
 
 

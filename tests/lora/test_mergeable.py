@@ -134,8 +134,8 @@ UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "a weight that overlaps itself": (overlap, "'1' has an expanded weight"),
     "a linear that scales": (kind_of_linear(Doubled), r"'1' \(Doubled\) computes something other than W x \+ b"),
     "a forward of its own": (forward_of_its_own, r"'1' \(Linear\) computes something other than W x \+ b"),
-    "float8 with a scale": (kind_of_linear(Float8, torch.float8_e4m3fn), r"'1' is quantised \(Float8, Parameter\)"),
-    "int8 behind float32": (lambda model: int8_weight(model[1]), r"'1' is quantised \(Linear, ScaledInt8\)"),
+    "float8 with a scale": (kind_of_linear(Float8, torch.float8_e4m3fn), r"'1' is quantized \(Float8, Parameter\)"),
+    "int8 behind float32": (lambda model: int8_weight(model[1]), r"'1' is quantized \(Linear, ScaledInt8\)"),
     "NaN in A": (lambda model: model[1].lora["default"].A.data.fill_(float("nan")), "'1' would be NaN"),
     "inf in B": (lambda model: model[1].lora["default"].B.data[0, 0].fill_(float("inf")), "'1' would be NaN"),
     "NaN in the base": (lambda model: model[1].weight.data[3, 3].fill_(float("nan")), "'1' would be NaN"),
@@ -332,7 +332,7 @@ def test_one_module_under_two_parents_is_merged_once():
     merging.merge(model)
     torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
     injection.eject(model)
-    with pytest.raises(LoRAError, match=r"'1\.0' is no linear layer of Sequential; name it '0\.0'"):
+    with pytest.raises(LoRAError, match=r"'1\.0' is not a linear layer of Sequential; name it '0\.0'"):
         injection.inject(model, [Site("1.0")])
 
 

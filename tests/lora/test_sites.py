@@ -39,13 +39,13 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "r negative": ([Site("0", -3)], "'0': r=-3"),
     "r a fraction": ([Site("0", 2.5)], "'0': r=2.5"),  # type: ignore[arg-type]
     "r true": ([Site("0", True)], "'0': r=True"),
-    "r that fills the memory": ([Site("0", 2**16 + 1)], "'0': r=65537 is no whole number from 1 to 65536"),
+    "r that fills the memory": ([Site("0", 2**16 + 1)], "'0': r=65537: expected a whole number from 1 to 65536"),
     "r of many digits": ([Site("0", 10**5000)], "'0': r="),
     "twice": ([Site("0"), Site("0")], "'0' is named twice"),
     "twice with another r": ([Site("0", 2), Site("0", 4)], "'0' is named twice"),
     "one block twice": ([Site("0", block="q", rows=(0, 2)), Site("0", block="q", rows=(2, 4))], "'0.q' is named twice"),
-    "a block without rows": ([Site("0", block="q")], "'0.q': a block is a name"),
-    "a block with a dot": ([Site("0", block="q.k", rows=(0, 2))], "'0.q.k': a block is a name"),
+    "a block without rows": ([Site("0", block="q")], "'0.q': a block needs a name"),
+    "a block with a dot": ([Site("0", block="q.k", rows=(0, 2))], "'0.q.k': a block needs a name"),
     "rows backwards": ([Site("0", block="q", rows=(4, 2))], "'0.q': rows 4..2 of 6"),
     "no rows": ([Site("0", block="q", rows=(2, 2))], "'0.q': rows 2..2 of 6"),
     "negative rows": ([Site("0", block="q", rows=(-2, 2))], "'0.q': rows -2..2 of 6"),
@@ -94,7 +94,7 @@ def test_what_is_no_site_is_named_with_the_fix():
     """`inject(model, "vit")` asks for `targets.find`; nothing is frozen by a call that fails."""
     for sites in ("vit", ["0"], None, 3):
         model = net()
-        with pytest.raises(LoRAError, match=r"is no Site; targets\.find\(model, 'vit'\)"):
+        with pytest.raises(LoRAError, match=r"is not a Site; lora_blip\.find_targets\(model, 'vit'\)"):
             injection.inject(model, sites)
         assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -119,7 +119,7 @@ def test_a_linear_that_has_something_called_lora_keeps_it():
     for own in (nn.Linear(2, 2), nn.ModuleDict(), SimpleNamespace()):
         model = net()
         model[0].lora = own
-        with pytest.raises(LoRAError, match="'0' has an attribute 'lora' of its own"):
+        with pytest.raises(LoRAError, match="'0' already has another attribute 'lora'"):
             injection.inject(model, [Site("0")])
         assert model[0].lora is own
 

@@ -65,7 +65,7 @@ def test_labels_that_are_not_the_answers_are_noticed(task):
     targets = batch.rows.targets
     for wrong in (targets.roll(1, 0), torch.full_like(targets, IGNORE), targets.masked_fill(targets == IGNORE, 40)):
         bad = DeviceBatch(batch.examples, batch.pixel_values, type(batch.rows)(**vars(batch.rows) | {"targets": wrong}), 1.0)
-        assert "and its text is" in task.wrong_labels(bad)
+        assert "but its text is" in task.wrong_labels(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
