@@ -106,7 +106,7 @@ def test_a_training_out_of_memory_says_what_helps_and_goes_on(checkpoints, tmp_p
             train(config)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert adapter_file.read(train(config)).about["training"]["finished"]
+    assert adapter_file.read(train(config)).metadata["training"]["finished"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU alone")

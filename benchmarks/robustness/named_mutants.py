@@ -78,7 +78,7 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "the dropout of the file is ignored", "adapter_file",
-        [('adapter.about["lora"].get("dropout", 0.0)', "0.0")],
+        [('adapter.metadata["lora"].get("dropout", 0.0)', "0.0")],
     ),
     (
         "VQA: a mark with a space before it becomes a space", "metrics",

@@ -124,7 +124,7 @@ def shown(name: str, folder: Path) -> measures.Progress:
 
 def leaks_of(config: EvaluateConfig, wanted: Adapter | None, examples: list[Example]) -> tuple[list[Leak], str]:
     """Images of the evaluation that are in the training data, and what they were compared with (or why with nothing)."""
-    settings = wanted.about.get("training", {}).get("settings", {}) if wanted else {}
+    settings = wanted.metadata.get("training", {}).get("settings", {}) if wanted else {}
     source = config.train_annotations or str(settings.get("annotations", ""))
     root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
     if source in ("", "none"):
@@ -168,7 +168,7 @@ def facts_of(
     facts = {"base": runner.task.backbone.name, "task": runner.task.name, "references": config.references}
     if wanted:
         facts["adapter"] = str(wanted.path)
-        facts["trained"] = f"{wanted.about.get('training', {}).get('steps', '?')} steps"
+        facts["trained"] = f"{wanted.metadata.get('training', {}).get('steps', '?')} steps"
     if runner.task.backbone.chosen_size:
         facts["images"] = f"{runner.task.backbone.image_size}×{runner.task.backbone.image_size} pixels, positions interpolated"
     if runner.task.prompt:

@@ -317,7 +317,7 @@ def described(task: Task, wanted: Adapter | None, count: int, precision: str) ->
     what = f"{task.name}: {count} to do"
     if wanted is None:
         return printable(f"{what}, {task.backbone.name} as it is, {precision}")
-    training = wanted.about.get("training", {})
+    training = wanted.metadata.get("training", {})
     unfinished = "" if training.get("finished", True) else ", stopped before its end"
     steps = training.get("steps", "?")
     return printable(f"{what}, {task.backbone.name} with {wanted.path} ({steps} steps{unfinished}), {precision}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_blip.kernels.linear import PLAIN_LINEARS, alone, product
+from lora_blip.kernels.linear import PLAIN_LINEARS, can_bypass, product
 
 LARGE = 2.0**10  # with |W| < 32 far from fp16's largest number, and values down to 2⁻³⁴ of a row's sum remain
 
@@ -26,7 +26,7 @@ def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None
 
 def is_plain_head(head: Any) -> bool:
     """Return True if a head is a frozen linear W h + b without hooks, such as those of adapters."""
-    return type(head) in PLAIN_LINEARS and alone(head)
+    return type(head) in PLAIN_LINEARS and can_bypass(head)
 
 
 class FrozenHead(torch.autograd.Function):

@@ -24,12 +24,12 @@ LARGE = 2**20  # multiplications from which oneDNN's kernel is faster, although 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + b without a graph. x: (…, in). weight: (out, in), which may be a transposed view. bias: (out,)."""
-    if fits(x, weight):
+    if is_faster(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
+def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Return True if oneDNN's kernel is faster for this product."""
     if x.numel() * weight.shape[0] < LARGE:  # checked first, because most products of a small model are small
         return False
@@ -64,7 +64,7 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def frozen(linear: Any) -> bool:
+def is_frozen(linear: Any) -> bool:
     """Return True if W and b are plain tensors that are not trained. Subclasses, such as torchao's, have other products."""
     weight, bias = linear.weight, linear.bias
     if type(weight) not in PLAIN_TENSORS or weight.requires_grad:
@@ -72,14 +72,14 @@ def frozen(linear: Any) -> bool:
     return bias is None or (type(bias) in PLAIN_TENSORS and not bias.requires_grad)
 
 
-def alone(linear: Any, own: int = 0) -> bool:
-    """Return True if W and b are frozen and the module has only our hooks, `own` of each kind. It can then be bypassed."""
+def can_bypass(linear: Any, own_hooks: int = 0) -> bool:
+    """Return True if W and b are frozen and all hooks of the module are ours, `own_hooks` of each kind."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, _global_forward_pre_hooks, _global_forward_hooks
     others = linear._backward_hooks or linear._backward_pre_hooks or "forward" in vars(linear)
-    return frozen(linear) and not others and tuple(map(len, hooks)) == (own, own, 0, 0)
+    return is_frozen(linear) and not others and tuple(map(len, hooks)) == (own_hooks, own_hooks, 0, 0)
 
 
-def transformed() -> bool:
+def in_transform() -> bool:
     """Return True inside torch.func or forward-mode differentiation, which need every operation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -90,16 +90,16 @@ class QuickLinear(nn.Linear):
     WRITTEN_FOR = ("(self, input)",)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not fits(input, self.weight) or is_plain() or not self._is_plain_backward(input):
+        if torch.compiler.is_compiling() or not is_faster(input, self.weight) or is_plain() or not self._plain_backward(input):
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
             return FrozenProduct.apply(input, self.weight, self.bias)
         return product(input, self.weight, self.bias)
 
-    def _is_plain_backward(self, x: Tensor) -> bool:
+    def _plain_backward(self, x: Tensor) -> bool:
         """Return True if W and b are frozen, and neither autocast nor torch.func is active."""
-        other = transformed() or torch.is_autocast_enabled(x.device.type)
-        return frozen(self) and not other
+        other = in_transform() or torch.is_autocast_enabled(x.device.type)
+        return is_frozen(self) and not other
 
 
 class FrozenProduct(torch.autograd.Function):

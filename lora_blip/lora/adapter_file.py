@@ -47,24 +47,24 @@ class Adapter:
 
     path: Path
     tensors: dict[str, Tensor]
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def sites(self) -> list[Site]:
-        return sites_of(self.about)
+        return sites_of(self.metadata)
 
     @property
     def base(self) -> str:
-        return self.about["base"]["name"]
+        return self.metadata["base"]["name"]
 
     @property
     def image_size(self) -> int:
         """Return the height and width of the training images; 0 if the file does not contain them: the base's own size."""
-        return self.about["base"].get("image_size", 0)
+        return self.metadata["base"].get("image_size", 0)
 
     @property
     def task(self) -> dict[str, Any]:
-        return self.about["task"]
+        return self.metadata["task"]
 
 
 # ---------------------------------------------------------------- save
@@ -95,7 +95,7 @@ def save(
     tensors = {key: value for address, lora in loras.items() for key, value in _tensors(address, lora).items()}
     _check_values(path, tensors, [lora.site for lora in loras.values()])
     base_samples = backbone.samples if isinstance(backbone, Loaded) else None
-    about = {
+    metadata = {
         "format_version": FORMAT_VERSION,
         "sha256": _digest(tensors),
         "lora": {
@@ -113,7 +113,7 @@ def save(
         "merge_drift": merge_drift or {},
         "versions": {"lora_blip": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_whole(path, serialise(tensors, {"lora_blip": json.dumps(about)}))
+    write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
     return path
 
 
@@ -140,8 +140,8 @@ def read(path: str | Path) -> Adapter:
     try:
         _check_header_size(path)
         with safetensors.safe_open(path, "pt") as file:
-            about = _header(path, file.metadata())
-            sites = sites_of(about)
+            metadata = _header(path, file.metadata())
+            sites = sites_of(metadata)
             _check_keys(path, sites, file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except FileNotFoundError:
@@ -152,9 +152,9 @@ def read(path: str | Path) -> Adapter:
         reason = why(error) if isinstance(error, OSError) else cut(str(error))
         raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); copy it again") from None
     _check_values(path, tensors, sites)
-    if about.get("sha256", "") not in ("", _digest(tensors)):
+    if metadata.get("sha256", "") not in ("", _digest(tensors)):
         raise AdapterError(f"{path} is damaged: its weights have changed since it was saved; copy it again")
-    return Adapter(path, tensors, about)
+    return Adapter(path, tensors, metadata)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -234,7 +234,7 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
         raise AdapterError(f"the model already has an adapter {name!r}; eject it, or load this one under another name")
     _check_fit(model, adapter)
     _check_image_size(backbone, adapter)
-    for address, lora in injection.inject(model, adapter.sites, adapter.about["lora"].get("dropout", 0.0), name).items():
+    for address, lora in injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name).items():
         lora.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
         lora.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
     return adapter
@@ -254,7 +254,7 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
             if saved != shape or stop > linear.out_features:
                 message = f"lora_{half} of {quoted(site.address)} is {saved}, and this model needs {shape}"
                 raise AdapterError(f"{adapter.path}: {message}; {remedy}")
-    for path, expected in adapter.about["base"]["samples"].items():
+    for path, expected in adapter.metadata["base"]["samples"].items():
         if path not in modules or not is_linear(modules[path]):
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(path)}; {remedy}")
         refuse_meta(path, modules[path])

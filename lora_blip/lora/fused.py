@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, alone, as_autocast, product, transformed
+from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can_bypass, in_transform, product
 from lora_blip.kernels.plain import is_plain
 
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
@@ -41,9 +41,9 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     if is_plain():
         return None
-    if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not alone(linear, own=1):
+    if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
         return None  # own: this hook and the dispatching hook
-    if any(lora.dropout and lora.training for lora in stack.values()) or transformed():
+    if any(lora.dropout and lora.training for lora in stack.values()) or in_transform():
         return None
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:

@@ -74,16 +74,16 @@ NEEDED = ("", "format_version", "lora", "lora.modules", "base", "base.name", "ba
 def parse_header(text: str) -> dict[str, Any]:
     """Return the header as an object. Raise HeaderError, with the part, if a part that is used has a wrong type."""
     try:
-        about = parsed(text, WITH_NAN)  # a loss may be NaN
+        metadata = parsed(text, WITH_NAN)  # a loss may be NaN
     except ValueError as error:
         raise HeaderError(f"its header cannot be understood ({error}); copy the file again, or train it again") from None
-    version = about.get("format_version") if is_object(about) else None
+    version = metadata.get("format_version") if is_object(metadata) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise HeaderError(
             f"it has format {quoted(version)}, and this lora_blip reads formats up to {FORMAT_VERSION}; upgrade lora_blip"
         )
     for place, (fits, expected) in KNOWN.items():
-        value = _at(about, place)
+        value = _at(metadata, place)
         if value is MISSING and place not in NEEDED:
             continue
         if not fits(value):
@@ -92,29 +92,29 @@ def parse_header(text: str) -> dict[str, Any]:
                 f"its header cannot be understood ({place or 'it'} is {actual}, expected {expected}); "
                 "copy the file again, or train it again"
             )
-    samples, modules = about["base"]["samples"], about["lora"]["modules"]
+    samples, modules = metadata["base"]["samples"], metadata["lora"]["modules"]
     wrong = [path for path, sample in samples.items() if not is_sample(sample)]
     wrong += [address for address, entry in modules.items() if not _is_sampled(entry, samples)]
     if wrong:
         raise HeaderError(f"its header cannot be understood (the entry for {quoted(wrong[0])}); train the adapter again")
-    return about
+    return metadata
 
 
 def _is_sampled(entry: Any, samples: dict[str, Any]) -> bool:
     return is_object(entry) and isinstance(entry.get("module"), str) and entry["module"] in samples
 
 
-def _at(about: Any, place: str) -> Any:
+def _at(metadata: Any, place: str) -> Any:
     for key in filter(None, place.split(".")):
-        if not isinstance(about, dict) or key not in about:
+        if not isinstance(metadata, dict) or key not in metadata:
             return MISSING
-        about = about[key]
-    return about
+        metadata = metadata[key]
+    return metadata
 
 
-def sites_of(about: dict[str, Any]) -> list[Site]:
+def sites_of(metadata: dict[str, Any]) -> list[Site]:
     """Return the sites of the adapters in a header. Raise HeaderError, with the entry, if one is not valid."""
-    return [_site(address, entry) for address, entry in about["lora"]["modules"].items()]
+    return [_site(address, entry) for address, entry in metadata["lora"]["modules"].items()]
 
 
 def _site(address: str, entry: dict[str, Any]) -> Site:

@@ -64,7 +64,7 @@ def test_the_dropout_and_the_name_of_the_base_are_in_the_file_and_come_back(make
     for x in inject(backbone, "vit").values():
         x.dropout = 0.25
     path = adapter_file.save(tmp_path / "a.safetensors", backbone)
-    assert adapter_file.read(path).about["lora"]["dropout"] == 0.25
+    assert adapter_file.read(path).metadata["lora"]["dropout"] == 0.25
     other = make("blip")
     adapter_file.load(other, path)
     assert {x.dropout for x in attached.adapters(other.model).values()} == {0.25}
@@ -91,7 +91,7 @@ def test_the_file_holds_what_is_needed_and_nothing_that_runs(make, tmp_path):
     path = adapter_file.save(tmp_path / "a.safetensors", backbone, task=task.metadata(), training={"steps": 9})
     with safetensors.safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    about = adapter_file.read(path).about
+    about = adapter_file.read(path).metadata
     assert {key.rsplit(".", 1)[1] for key in tensors} == {"lora_A", "lora_B"} and len(tensors) == 16
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert about["format_version"] == 1 and about["base"]["name"] == backbone.name and about["training"] == {"steps": 9}

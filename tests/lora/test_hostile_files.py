@@ -350,7 +350,7 @@ def test_many_tensors_end_at_the_header_s_size(tmp_path):
 def test_a_run_that_ended_in_nan_can_be_read_again(tmp_path):
     """Python writes NaN for a loss that is none; the adapter's header may hold one."""
     (tmp_path / "a").write_bytes(packed(put(float("nan"), "training", "val_loss")))
-    assert np.isnan(adapter_file.read(tmp_path / "a").about["training"]["val_loss"])
+    assert np.isnan(adapter_file.read(tmp_path / "a").metadata["training"]["val_loss"])
 
 
 scalars = (

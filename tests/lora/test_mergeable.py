@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lora_blip.errors import LoRAError
-from lora_blip.kernels.linear import QuickLinear, alone
+from lora_blip.kernels.linear import QuickLinear, can_bypass
 from lora_blip.lora import attached, dispatch, fused, injection, mergeable, merging
 from lora_blip.lora.sites import Site
 from lora_blip.models import weights
@@ -311,7 +311,7 @@ def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):
     kept = quick.weight
     weights.cast_once(backbone, "bf16")
     assert quick.weight is kept and backbone.model.vision_model.encoder.layers[0].mlp.fc2.weight.dtype == torch.bfloat16
-    assert not alone(quick) and not quick._is_plain_backward(torch.randn(2, 4))
+    assert not can_bypass(quick) and not quick._plain_backward(torch.randn(2, 4))
 
 
 def test_neighbours_in_one_storage_are_merged_each_by_itself():

@@ -72,7 +72,7 @@ def test_the_adapter_remembers_the_base_as_it_was_loaded(make, tmp_path):
     exact = adapter_file.save(tmp_path / "exact.safetensors", backbone)
     weights.cast_once(backbone, "bf16")
     saved = adapter_file.read(adapter_file.save(tmp_path / "cast.safetensors", backbone))
-    assert saved.about["base"]["samples"] == adapter_file.read(exact).about["base"]["samples"]
+    assert saved.metadata["base"]["samples"] == adapter_file.read(exact).metadata["base"]["samples"]
     adapter_file.load(make("blip"), saved)
 
 

@@ -189,7 +189,7 @@ def test_what_an_adapter_says_of_itself_is_escaped(checkpoints, here, monkeypatc
     path = adapter_of(checkpoints["blip"], here)
     for text in HOSTILE:
         for place in ("name", "prompt", "base"):
-            about = json.loads(json.dumps(adapter_file.read(path).about))
+            about = json.loads(json.dumps(adapter_file.read(path).metadata))
             if place == "base":
                 about["base"]["name"] = f"{checkpoints['blip']}{text}"
             else:

@@ -406,7 +406,7 @@ def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints
     assert all(saved.tensors[key].any() for key in saved.tensors)
     temperature = saved.task["temperature"]
     assert temperature != pytest.approx(TEMPERATURE, rel=1e-3) and 0.01 < temperature < 0.5
-    drift = saved.about["merge_drift"]
+    drift = saved.metadata["merge_drift"]
     bound = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}[precision]
     assert drift["largest_difference"] < bound * drift["largest_logit"]
 

@@ -87,8 +87,8 @@ def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, m
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
     saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
-    assert saved.task["prompt"] == "a photo of" and saved.about["training"]["finished"] is True
-    drift = saved.about["merge_drift"]
+    assert saved.task["prompt"] == "a photo of" and saved.metadata["training"]["finished"] is True
+    drift = saved.metadata["merge_drift"]
     assert 0 < drift["largest_difference"] < 1e-4 * drift["largest_logit"]
 
 
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
         train(config)
     (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
     validated = [entry for entry in metrics_of(path) if "val_loss" in entry]
-    assert adapter_file.read(path).about["training"] | {"settings": 0} == {
+    assert adapter_file.read(path).metadata["training"] | {"settings": 0} == {
         "steps": 2, "finished": False, "settings": 0,
         **{key: pytest.approx(value, abs=1e-6) for key, value in validated[-1].items() if key.startswith("val")},
     }  # fmt: skip
@@ -173,7 +173,7 @@ def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         train(config)
     (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
-    assert stopped.value.code == 130 and adapter_file.read(path).about["training"]["steps"] == 3
+    assert stopped.value.code == 130 and adapter_file.read(path).metadata["training"]["steps"] == 3
 
 
 def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
         before_each_step(patch, vanish)
         train(config)
     (path,) = Path(config.output_dir).rglob(ADAPTER_NAME)
-    assert adapter_file.read(path).about["training"]["steps"] >= 3
+    assert adapter_file.read(path).metadata["training"]["steps"] >= 3
 
 
 def test_max_steps_ends_in_the_middle_of_an_epoch(checkpoints, tmp_path):
@@ -295,10 +295,10 @@ def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_steps=8, validate_every=2, best_by=by)
     path = train(config)
     found, last = adapter_file.read(path.parent / BEST_NAME), adapter_file.read(path)
-    assert list(kept) == [0, 2, 4, 6, 8] and found.about["training"]["steps"] == best
+    assert list(kept) == [0, 2, 4, 6, 8] and found.metadata["training"]["steps"] == best
     assert all(torch.equal(found.tensors[key], value) for key, value in kept[best].items())
     assert all(torch.equal(last.tensors[key], value) for key, value in kept[8].items())
-    assert "finished" not in found.about["training"] and last.about["training"]["finished"] is True
+    assert "finished" not in found.metadata["training"] and last.metadata["training"]["finished"] is True
     assert f"after step {best}: {path.parent / BEST_NAME}" in capsys.readouterr().out
     for line in (path.parent / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -309,10 +309,10 @@ def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkp
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2)
     path = train(config)
     assert list(kept) == [0, 2, 4, 6, 8, 10]
-    summary = adapter_file.read(path).about["training"]
-    assert (summary["steps"], summary["finished"]) == (10, True) and adapter_file.read(path).about["merge_drift"]
+    summary = adapter_file.read(path).metadata["training"]
+    assert (summary["steps"], summary["finished"]) == (10, True) and adapter_file.read(path).metadata["merge_drift"]
     assert all(torch.equal(adapter_file.read(path).tensors[key], value) for key, value in kept[10].items())
-    assert adapter_file.read(path.parent / BEST_NAME).about["training"]["steps"] == 6
+    assert adapter_file.read(path.parent / BEST_NAME).metadata["training"]["steps"] == 6
     assert "no better exact_match since step 6" in capsys.readouterr().out
     assert [e["step"] for e in metrics_of(path) if "loss" in e] == list(range(1, 11))
 
@@ -321,8 +321,8 @@ def test_a_lower_loss_is_no_improvement_of_another_score(checkpoints, tmp_path, 
     """Patience counts validations without a better BEST_BY; the lower loss still chooses among equal scores."""
     watched(monkeypatch, [score(9, 0.5), *[score(9 - n / 1e6, 0.5) for n in range(1, 20)]])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
-    assert adapter_file.read(path).about["training"]["steps"] == 4
-    assert adapter_file.read(path.parent / BEST_NAME).about["training"]["steps"] == 4
+    assert adapter_file.read(path).metadata["training"]["steps"] == 4
+    assert adapter_file.read(path.parent / BEST_NAME).metadata["training"]["steps"] == 4
 
 
 @pytest.mark.parametrize(("smallest", "stale"), [(0.0, 0), (1e-3, 4), (0.15, 0), (1.0, 4)])
@@ -359,7 +359,7 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     said = capsys.readouterr().out
     for what in ("loss curve", "merge drift", "TensorBoard from here on"):
         assert said.count(f"warning: no {what} (ValueError: no such backend); nothing else is affected\n") == 1
-    assert adapter_file.read(path).about["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
+    assert adapter_file.read(path).metadata["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
     monkeypatch.setattr(board.SummaryWriter, "__init__", fail)
     monkeypatch.setattr(board.SummaryWriter, "close", fail, raising=False)
     train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
@@ -392,7 +392,7 @@ def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
 def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoints, tmp_path, monkeypatch, capsys):
     watched(monkeypatch, [score(1, 1), score(2), score(2)])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
-    assert adapter_file.read(path).about["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
+    assert adapter_file.read(path).metadata["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
     assert "best exact match, 100.0%, before training" in capsys.readouterr().out
 
 
@@ -419,7 +419,7 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
 
     said = [p.text for p in captions(task, [e.image for e in held_out])]
     assert last["val_cider"] == pytest.approx(caption_scores(said, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
-    assert adapter_file.read(path).about["training"]["settings"]["best_by"] == "cider"
+    assert adapter_file.read(path).metadata["training"]["settings"]["best_by"] == "cider"
 
 
 def test_what_validation_cannot_give_is_refused_before_anything_is_written(checkpoints, tmp_path, monkeypatch):

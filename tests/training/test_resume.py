@@ -166,7 +166,7 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
         saved = checkpoint.newest(run)[0]
         assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 2)
         assert any(key.startswith("gradient/0/") for key in saved.tensors())
-        assert adapter_file.read(run / ADAPTER_NAME).about["training"]["finished"] is False
+        assert adapter_file.read(run / ADAPTER_NAME).metadata["training"]["finished"] is False
         assert_same(whole, train(elsewhere(config)))
     assert len(done) == 14  # two epochs of seven
     assert signal.getsignal(number) is before
