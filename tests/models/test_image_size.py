@@ -222,7 +222,7 @@ def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):
 
 def test_an_adapter_on_a_backbone_of_another_size_is_refused_unless_that_was_chosen(trained):
     wanted = adapter_file.read(trained)
-    with pytest.raises(AdapterError, match=r"trained on images of 16×16.* reads 32×32.*image_size=16"):
+    with pytest.raises(AdapterError, match=r"trained on images of 16×16.* has 32×32.*image_size=16"):
         adapter_file.load(load_backbone(wanted.base, "cpu"), wanted)
     adapter_file.load(load_backbone(wanted.base, "cpu", image_size=tiny.SIDE), wanted)
     with pytest.warns(UserWarning, match="16×16"):
