@@ -242,7 +242,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, what is
     "training data that are none": (packed(put(["a"], "training", "settings", "annotations")), "annotations is"),
     "steps that are none": (packed(put("many", "training", "steps")), "training.steps is 'many'"),
     "version true": (packed(put(True, "format_version")), "format_version is True"),
-    "a version to come": (packed(put(2, "format_version")), "knows up to 1; upgrade"),
+    "a version to come": (packed(put(2, "format_version")), "reads formats up to 1; upgrade"),
     "a dropout of 1": (packed(put(1.0, "lora", "dropout")), "lora.dropout is 1.0"),
 }  # fmt: skip
 
