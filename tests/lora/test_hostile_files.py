@@ -203,7 +203,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, what is
     "rows without a block": (packed(entry(rows=[0, 3])), "cannot be understood"),
     "huge rows": (packed(entry(rows=[0, 10**30], block="")), "cannot be understood"),
     "rows below zero": (packed(entry(rows=[-3, 0], block="")), "cannot be understood"),
-    "rows that are not B's": (packed(entry(rows=[0, 2], block="")), r"is \(3, 2\) F32, and r=2 in float32 for 2 rows was"),
+    "rows that are not B's": (packed(entry(rows=[0, 2], block="")), r"its header says r=2 in float32 for 2 rows"),
     "a block with a dot": (packed(entry(rows=[0, 3], block="a.b")), "cannot be understood"),
     "an entry of another module": (packed(entry(module="x")), "the entry for"),
     "an entry under another name": (packed(entry(block="q", rows=[0, 3])), "is about 'part.linear.q'"),
