@@ -59,8 +59,8 @@ class Training:
     def step(self) -> None:
         slot = Slot(0)
         self.learner.begin([self.batch], [slot])
-        self.learner.accumulate(self.batch, slot, last=True)
-        self.learner.update(RATE)
+        self.learner.backward(self.learner.scaled_loss(self.batch, slot, last=True))
+        self.learner.step(self.learner.unscale_and_clip(), RATE)
 
 
 def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:

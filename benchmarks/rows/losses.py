@@ -85,8 +85,8 @@ def stack(task: Task) -> HostBatch:
 def _loss_of_a_step(learner: Learner, batch: Any) -> float:
     slot = Slot(0)
     learner.begin([batch], [slot])
-    learner.accumulate(batch, slot, last=True)
-    return learner.update(RATE).loss
+    learner.backward(learner.scaled_loss(batch, slot, last=True))
+    return learner.step(learner.unscale_and_clip(), RATE).loss
 
 
 def cached(where: str) -> tuple[list[float], list[float]]:

@@ -46,11 +46,11 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
     return Caches(pixels, prefix.store)
 
 
-def told(config: TrainConfig, task: Task) -> str:
+def describe_cache(config: TrainConfig, task: Task) -> str:
     """What is kept where, or what would let it be, for the user to read; "" where there is nothing to gain."""
     if not task.prefix:
         return ""
-    if not come_again(config):
+    if not views_repeat(config):
         return (
             "each look at a picture is another: AUGMENT = False or VIEWS = 4 would keep what comes before the first adapter\n\n"
         )
@@ -60,11 +60,11 @@ def told(config: TrainConfig, task: Task) -> str:
     )
 
 
-def learns_from_kept(config: TrainConfig, task: Task) -> dict[str, Any]:
+def cached_inputs(config: TrainConfig, task: Task) -> dict[str, Any]:
     """What the training's pictures are read from, if not from their pixels, for the identity of a run."""
-    return task.prefix.about if task.prefix and come_again(config) else {}
+    return task.prefix.about if task.prefix and views_repeat(config) else {}
 
 
-def come_again(config: TrainConfig) -> bool:
+def views_repeat(config: TrainConfig) -> bool:
     """Whether pictures are looked at more than once as they were before."""
     return config.views > 0 or not config.augment

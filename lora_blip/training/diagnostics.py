@@ -15,7 +15,7 @@ from lora_blip.training.learner import Autocast, Update
 from lora_blip.training.run_folder import Run
 
 
-def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
+def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
     """The same error; or one that says what helps, where the device's memory was too small or another process is gone."""
     said = str(error)
     if run and run.learner.ranks.count > 1 and is_lost(error):
@@ -36,7 +36,7 @@ def explained(error: RuntimeError, config: TrainConfig, task: Task, run: Run | N
     )
 
 
-def explain(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
+def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
     """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
     if math.isfinite(update.loss):
         return f"a gradient overflowed at loss scale {update.scale:g}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -83,7 +83,7 @@ class Learner:
         if ranks.count > 1:
             self.objective = self._among_ranks(self.objective)
         self.progress = Progress()
-        self.torn = False  # see `whole`
+        self.inconsistent = False  # see `transaction`
         self.images, self.count = 0, 1.0  # of the step under way, over all ranks; what its summed loss is divided by
         self.loss = torch.zeros((), device=task.backbone.device)  # of this rank's micro-batches so far
 
@@ -98,44 +98,54 @@ class Learner:
         self.count, self.images = count or 1.0, int(images)  # 0: nothing here to learn from
         self.loss = torch.zeros_like(self.loss)
 
-    def accumulate(self, batch: DeviceBatch, slot: Slot, last: bool) -> None:
-        """Add a micro-batch's gradients. Dropout and drawn negatives depend on its place alone, not on what came before."""
+    def scaled_loss(self, batch: DeviceBatch, slot: Slot, last: bool) -> Tensor:
+        """Return the share of a micro-batch in the loss of the step, times the loss scale of fp16.
+
+        Dropout and drawn negatives depend on the slot alone, not on the micro-batches before. `last`: processes exchange
+        gradients once, in the last micro-batch of a step.
+        """
         reseed(self.loss.device, random.Random(f"{self.seed} {self.progress.epoch} {slot.number}").getrandbits(63))
-        apart = isinstance(self.objective, DistributedDataParallel) and not last
-        with self.objective.no_sync() if apart else nullcontext():  # type: ignore[operator]  # ranks meet once a step
-            with self.autocast():
-                share = self.objective(batch) / self.count
-            share = share * 0.0 if slot.is_filler else share
-            self.scaler.scale(share).backward()
+        unsynced = isinstance(self.objective, DistributedDataParallel) and not last
+        with self.objective.no_sync() if unsynced else nullcontext(), self.autocast():  # type: ignore[operator]
+            share = self.objective(batch) / self.count
+        share = share * 0.0 if slot.is_filler else share
         self.loss += share.detach()
+        return cast(Tensor, self.scaler.scale(share))
+
+    def backward(self, scaled_loss: Tensor) -> None:
+        """Add the gradients of a micro-batch."""
+        scaled_loss.backward()
         self.progress.slot += 1
 
-    def update(self, rate: float) -> Update:
-        """Clip, and step if all is finite; then the next step's gradients begin at zero."""
+    def unscale_and_clip(self) -> Tensor:
+        """Divide the gradients by the loss scale, then clip their norm. Return the norm before clipping, a scalar."""
+        self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
+
+    def step(self, grad_norm: Tensor, rate: float) -> Update:
+        """Update the parameters at this learning rate if all is finite, and set the gradients to zero."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.scaler.unscale_(self.optimizer)  # clip true gradients, not scaled ones
-        clipped = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
-        norm, mine = torch.stack([clipped, self.loss]).tolist()  # the only wait for the device in a step
-        (loss,) = self.ranks.sum(mine)
+        norm, own = torch.stack([grad_norm, self.loss]).tolist()  # the only wait for the device in a step
+        (loss,) = self.ranks.sum(own)
         finite = math.isfinite(norm) and math.isfinite(loss)
         scale = self.scaler.get_scale()
-        if finite or self.scaler.is_enabled():  # the scaler itself skips, and then lowers its scale
+        if finite or self.scaler.is_enabled():  # the scaler itself skips the step, and then lowers its scale
             self.scaler.step(self.optimizer)
             self.scaler.update()
         update = Update(loss, norm, not finite or self.scaler.get_scale() < scale, scale)
-        self.progress.step += not update.skipped  # the schedule does not move with a skipped step
+        self.progress.step += not update.skipped  # a skipped step does not move the schedule
         self.progress.skipped = self.progress.skipped + 1 if update.skipped else 0
         self.progress.group += 1
         self.rewind()
         return update
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """All of the block or none of it: if it ends by an error, no checkpoint may be made of what it left."""
-        self.torn = True
+    def transaction(self) -> Iterator[None]:
+        """Mark the state inconsistent while the block runs, and after an error in it, so that no checkpoint is made of it."""
+        self.inconsistent = True
         yield
-        self.torn = False
+        self.inconsistent = False
 
     def rewind(self) -> None:
         """Back to before the first micro-batch of the step under way."""
@@ -144,7 +154,7 @@ class Learner:
 
     # ---------------------------------------------------------------- kept and restored
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors, on the CPU, and all numbers, of all ranks: every rank calls this at the same place."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -166,8 +176,8 @@ class Learner:
         about = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
         return {name: value.cpu().contiguous() for name, value in tensors.items()}, about
 
-    def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Take up what `state` gave. Raises CheckpointError, before anything is changed, if it is not of such a run."""
+    def load_state_dict(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Raise CheckpointError, before anything is changed, if it is not of such a run."""
         parameters = {name: take(tensors, f"parameter/{name}", p) for name, p in self.parameters.items()}
         others = [key for key in tensors if key.startswith("parameter/") and key.removeprefix("parameter/") not in parameters]
         if others:
@@ -215,7 +225,7 @@ class Learner:
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """The generators that a step on this device draws from: `torch.manual_seed` would note a call stack for each other kind."""
+    """Seed the generators that a step on this device uses. `torch.manual_seed` is slower: it seeds every kind of device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):  # it seeds the current GPU, which need not be this one

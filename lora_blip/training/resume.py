@@ -81,7 +81,7 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
     return saved, [f"going on though {change}" for change in changed]
 
 
-def hold(config: TrainConfig, now: dict[str, Any], held: ExitStack) -> tuple[Saved | None, list[str]]:
+def acquire(config: TrainConfig, now: dict[str, Any], held: ExitStack) -> tuple[Saved | None, list[str]]:
     """What `find` gives, in a folder that no other process can write into from now on, until `held` is closed.
 
     Raises LockedError if one does, and CheckpointError if one has just finished the run.
@@ -146,7 +146,7 @@ def _glimpse(image: Path) -> list[str]:
     return [str(size), *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
 
 
-def take_up(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
+def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     """Everything as it was at the checkpoint. A run that was changed goes on from the start of a step, after as many images.
 
     Raises CheckpointError if the adapters have other shapes.
@@ -154,7 +154,7 @@ def take_up(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     total = learner.progress.total
     ranks = learner.ranks
     tensors = ranks.broadcast(ranks.on_main(saved.tensors))
-    ranks.together(lambda: learner.restore(tensors, saved.about))
+    ranks.together(lambda: learner.load_state_dict(tensors, saved.about))
     then = saved.about["identity"]
     if differences(then, now):
         images = [each["batch_size"] * each["accumulation"] * each["processes"] for each in (then, now)]

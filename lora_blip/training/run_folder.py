@@ -167,8 +167,12 @@ class Run:
         if better and step:
             self._save(self.folder / BEST_NAME, step)
 
+    @property
+    def adapter_path(self) -> Path:
+        return self.folder / ADAPTER_NAME
+
     def save(self, step: int, finished: bool, merge_drift: dict[str, float] | None = None) -> Path:
-        path = self.folder / ADAPTER_NAME
+        path = self.adapter_path
         return self._save(path, step, merge_drift, finished=finished) if self.main else path
 
     def save_unfinished(self) -> None:
@@ -210,7 +214,7 @@ class Run:
     def checkpoint(self) -> None:
         """Keep all that the run is at this moment. Raises CheckpointError on a full disk, with the older ones whole."""
         if not self.main:
-            self.learner.state()  # in which the ranks meet
+            self.learner.state_dict()  # in which the ranks meet
             return
         with room_for(self.folder):
             os.fsync(self.metrics.fileno())
@@ -218,7 +222,7 @@ class Run:
 
     def _keep(self, folder: Path, metrics: int) -> None:
         """A checkpoint in a folder, of which `metrics` bytes of metrics.jsonl are part."""
-        tensors, about = self.learner.state()
+        tensors, about = self.learner.state_dict()
         self.checkpointed = time.perf_counter()
         about["identity"] = self.identity
         seconds = self.checkpointed - self.started

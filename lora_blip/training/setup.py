@@ -1,28 +1,155 @@
-"""What a run starts from: its task, its examples, its rate; and what is refused before anything is loaded."""
+"""Prepare a training run: settings, task, data, adapters, and the checks before the first step."""
 
 import os
 import random
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from shutil import which
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lora_blip.config import TrainConfig
+from lora_blip.config import TrainConfig, refuse_unwritable
 from lora_blip.data import annotations
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.loader import HostBatch, loader
+from lora_blip.data.loader import HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
-from lora_blip.models.loading import Backbone
+from lora_blip.lora import attached, injection, targets
+from lora_blip.models import sharding, weights
+from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.loading import Backbone, open_backbone
+from lora_blip.models.precision import autocasting
+from lora_blip.runtime import distributed
+from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
-from lora_blip.tasks.base import Generation, Task
+from lora_blip.runtime.extras import attempt
+from lora_blip.runtime.seeding import seed_everything
+from lora_blip.runtime.untrusted import printable_lines
+from lora_blip.tasks import verification
+from lora_blip.tasks.base import DeviceBatch, Generation, Task
+from lora_blip.tasks.frozen_prefix import first_adapted_block
 from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.text_length import fit_generation
+from lora_blip.training import caching, preflight, resume
+from lora_blip.training.diagnostics import describe_error
+from lora_blip.training.learner import Autocast
 from lora_blip.training.run_folder import summary_writer
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
 TINY = 20_000_000  # parameters
 WIDER = 4  # a batch of validation beside one of training: it keeps nothing for a backward pass
+
+
+@dataclass
+class RunInputs:
+    """What the settings name: the data, and the model with its adapters."""
+
+    config: TrainConfig  # with its automatic values
+    task: Task
+    precision: str
+    training: list[Example]
+    validation: list[Example]
+    identity: dict[str, Any]
+
+
+@dataclass
+class PreparedRun(RunInputs):
+    """A run that has passed all checks before the first step."""
+
+    autocast: Autocast
+    batches: DataLoader[HostBatch]
+    held_out: DataLoader[HostBatch] | None  # None without validation data
+    first: DeviceBatch  # the first micro-batch
+
+
+def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRun:
+    """Load everything that the settings name, inject the adapters, and check the first batch.
+
+    Raise an error with a remedy if the run cannot work. The loaders are closed with `closing`.
+    """
+    inputs = ranks.together(lambda: load_inputs(ranks, config))
+    require_same(ranks, inputs.identity)
+    config, task = inputs.config, inputs.task
+    print(f"\n{targets.table(task.backbone.model)}\n")
+    caches = optimize(ranks, inputs)
+    autocast = autocasting(task.backbone.device, inputs.precision)
+    batches = loader_of(inputs.training, task, config, shuffle=True, caches=caches)
+    held_out = loader_of(inputs.validation, task, config, shuffle=False, caches=caches) if inputs.validation else None
+    for loaded in filter(None, (batches, held_out)):
+        closing.callback(close, loaded)
+    first = ranks.together(lambda: task.batch(first_batch(batches)))
+    prepared = PreparedRun(**vars(inputs), autocast=autocast, batches=batches, held_out=held_out, first=first)
+    check(ranks, prepared)
+    return prepared
+
+
+def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
+    """Read the data and the model that the settings name, and inject the adapters.
+
+    No collective is called, so that an error on one rank can reach the others afterwards.
+    """
+    seed_everything(config.seed)
+    refuse_unwritable(config.output_dir)
+    refuse_impossible(config, ranks)
+    device = ranks.device(config.device)
+    backbone, precision = open_backbone(
+        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
+    )
+    task = task_for(config, backbone)
+    config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
+    config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
+    thumbnails = Thumbnails() if ranks.main and (config.val_fraction or config.val_annotations) else None
+    training, validation = read_examples(config, task, thumbnails)
+    if thumbnails:
+        attempt(
+            "search for validation images in the training data",
+            partial(warn_of_leaks, config, training, validation, thumbnails),
+        )
+    fitted = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
+    injection.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
+    identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
+    return RunInputs(config, task, precision, training, validation, identity)
+
+
+def optimize(ranks: Ranks, inputs: RunInputs) -> Caches:
+    """Apply the settings that save time or memory: caches, the fused update, the dtype of the base, and sharding."""
+    config, task, backbone = inputs.config, inputs.task, inputs.task.backbone
+    caches = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
+    print(printable_lines(caching.describe_cache(config, task)), end="")
+    inputs.identity["learned from"] = caching.cached_inputs(config, task)
+    attached.fast(backbone.model, config.fast)
+    if config.base_dtype == "auto":
+        weights.cast_once(backbone, inputs.precision)
+    if config.shard:
+        sharding.shard(backbone, ranks.count)
+    return caches
+
+
+def check(ranks: Ranks, prepared: PreparedRun) -> None:
+    """Run the checks before the first step and print their results. Compile the model afterwards if `compile` is set."""
+    config, task, first, autocast = prepared.config, prepared.task, prepared.first, prepared.autocast
+    model = task.backbone.model
+    model.train()
+    independent = distributed.ALONE if config.shard else ranks  # the forwards of sharded weights are collectives
+    print(independent.together(lambda: preflight_report(config, task, first, autocast)), "\n", sep="")
+    if config.compile:
+        frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
+        compile_blocks(model, frozen)
+        print(f"torch.compile for {blocks - frozen} of the ViT's {blocks} blocks, at the first step\n")
+    options = {name: getattr(config, name) for name in ("compile", "base_dtype", "checkpointing", "shard")}
+    validates = prepared.held_out is not None
+    verification.before_training(task, first, prepared.precision, autocast, options, ranks, validates)
+
+
+def preflight_report(config: TrainConfig, task: Task, first: DeviceBatch, autocast: Autocast) -> str:
+    """Return the report of the preflight checks. Raise PreflightError, or an error that says what to change."""
+    try:
+        return preflight.check(task, first, autocast)
+    except RuntimeError as error:
+        raise describe_error(error, config, task) from None
 
 
 def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:

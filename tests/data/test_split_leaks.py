@@ -18,7 +18,7 @@ from lora_blip.data import annotations, split_leaks
 from lora_blip.data.leaks import find_leaks, leak_warning
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.training import loop
+from lora_blip.training import setup
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
 from tests.support.kill import among, killed_at
@@ -121,7 +121,7 @@ def test_the_search_changes_no_result(config, monkeypatch):
     with killed_at(2):
         train(again)
     resumed = train(again)
-    monkeypatch.setattr(loop, "warn_of_leaks", lambda *_: None)
+    monkeypatch.setattr(setup, "warn_of_leaks", lambda *_: None)
     without = train(replace(config, epochs=2, output_dir=f"{config.output_dir}_without"))
     assert_same(whole, without)
     assert_same(whole, resumed)
@@ -214,13 +214,13 @@ def test_all_lines_are_trained_on_if_a_file_names_the_validation_images(checkpoi
 
 def test_of_several_processes_the_main_one_searches_and_prints(config, capfd, monkeypatch):
     """One warning; the other process keeps no thumbnails."""
-    real = loop.warn_of_leaks
+    real = setup.warn_of_leaks
 
     def warn(*given: object) -> None:
         assert os.environ["RANK"] == "0"
         real(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "warn_of_leaks", warn)
+    monkeypatch.setattr(setup, "warn_of_leaks", warn)
     assert among(2, lambda: train(config)) == [0, 0]
     printed = capfd.readouterr().out
     assert len(warnings_in(printed)) == 1 and "AssertionError" not in printed

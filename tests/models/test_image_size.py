@@ -24,7 +24,7 @@ from lora_blip.lora import adapter_file, merging
 from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import caching, resume
-from lora_blip.training.diagnostics import explained
+from lora_blip.training.diagnostics import describe_error
 from lora_blip.training.loop import train
 from lora_blip.training.setup import loader_of
 from tests.support import tiny
@@ -298,7 +298,7 @@ def test_out_of_memory_names_the_size_of_the_images(checkpoints, tmp_path):
     """For processors of every kind: CLIP's has no height."""
     name = with_processor(checkpoints["blip"], tmp_path / "base", CLIPImageProcessorPil())
     task = CaptionTask(load_backbone(name, "cpu"))
-    told = explained(RuntimeError("CUDA out of memory"), settings(tmp_path, tmp_path / "a.jsonl"), task)
+    told = describe_error(RuntimeError("CUDA out of memory"), settings(tmp_path, tmp_path / "a.jsonl"), task)
     assert "images of 32×32" in str(told)
 
 

@@ -18,7 +18,7 @@ from lora_blip.inference import output, pipeline
 from lora_blip.inference.pipeline import infer
 from lora_blip.runtime.distributed import joined
 from lora_blip.tasks import verification, verification_record
-from lora_blip.training import loop, resume
+from lora_blip.training import resume, session, setup
 from lora_blip.training.loop import train
 from lora_blip.training.run_folder import Run
 from tests.support import tiny
@@ -55,12 +55,12 @@ def raising(owner: Any, name: str, rank: int, error: Exception) -> Callable[[], 
 @pytest.mark.parametrize(
     ("owner", "name", "error", "rank"),
     [
-        (loop, "read_examples", ConfigError("no room"), 0),
-        (loop.caching, "caches_for", ConfigError("no room"), 1),
-        (loop.preflight, "check", PreflightError("no room"), 0),
-        (loop.preflight, "check", PreflightError("no room"), 1),
-        (loop, "first_batch", ConfigError("no room"), 1),
-        (resume, "hold", CheckpointError("no room"), 0),  # only the main process does this and the next
+        (setup, "read_examples", ConfigError("no room"), 0),
+        (setup.caching, "caches_for", ConfigError("no room"), 1),
+        (setup.preflight, "check", PreflightError("no room"), 0),
+        (setup.preflight, "check", PreflightError("no room"), 1),
+        (setup, "first_batch", ConfigError("no room"), 1),
+        (resume, "acquire", CheckpointError("no room"), 0),  # only the main process does this and the next
         (Run, "_open", ConfigError("no room"), 0),
     ],
 )
@@ -76,7 +76,7 @@ def test_an_error_of_one_process_before_the_first_step_stops_all_with_one_messag
 
 def test_an_unknown_error_of_another_process_keeps_its_traceback(checkpoints, tmp_path, capfd):
     """A fault of the program is reported by the process that has it, too."""
-    patch, config = raising(loop.preflight, "check", 1, ZeroDivisionError("a bug")), config_of(checkpoints, tmp_path)
+    patch, config = raising(setup.preflight, "check", 1, ZeroDivisionError("a bug")), config_of(checkpoints, tmp_path)
     codes, said = ends(2, lambda: (patch(), train(config)), capfd)
     assert codes == [2, 2]
     said = sorted(line for line in said if not line.startswith(" "))
@@ -100,7 +100,7 @@ def test_a_failing_comparison_on_one_process_switches_the_fast_path_off_on_all(c
 def test_a_process_that_dies_before_the_first_step_is_named_as_lost(checkpoints, tmp_path, capfd):
     def act() -> None:
         if on_rank(1):
-            raising(loop, "total_steps", 1, SystemExit(9))()  # type: ignore[arg-type]
+            raising(session, "total_steps", 1, SystemExit(9))()  # type: ignore[arg-type]
         train(config)
 
     config = config_of(checkpoints, tmp_path)

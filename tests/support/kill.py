@@ -10,25 +10,24 @@ from contextlib import contextmanager
 
 import pytest
 
-from lora_blip.training import loop
 from lora_blip.training.learner import Learner
-from lora_blip.training.run_folder import Run
+from lora_blip.training.session import Session
 
 
 class Killed(BaseException):
     """What stands for SIGKILL inside one process: nothing is rescued after it."""
 
 
-def nothing(_: Run) -> None:
+def nothing(_: Session) -> None:
     """A dead process rescues nothing."""
 
 
 @contextmanager
 def killed_at(micro_batch: int) -> Iterator[None]:
     """Every training in the block dies when it comes to its micro-batch of this number, counted from 1."""
-    real, count = Learner.accumulate, 0
+    real, count = Learner.backward, 0
 
-    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+    def backward(learner: Learner, *rest: object, **named: object) -> None:
         nonlocal count
         count += 1
         if count == micro_batch:
@@ -36,8 +35,8 @@ def killed_at(micro_batch: int) -> Iterator[None]:
         real(learner, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "accumulate", accumulate)
-        patch.setattr(loop, "rescue", nothing)
+        patch.setattr(Learner, "backward", backward)
+        patch.setattr(Session, "rescue", nothing)
         with pytest.raises(Killed):
             yield
 

@@ -46,8 +46,8 @@ def one_step(
     slots = [Slot(number) for number in range(len(micro_batches))]
     learner.begin(micro_batches, slots)
     for batch, slot in zip(micro_batches, slots, strict=True):
-        learner.accumulate(batch, slot, last=slot is slots[-1])
-    update = learner.update(1.0)
+        learner.backward(learner.scaled_loss(batch, slot, last=slot is slots[-1]))
+    update = learner.step(learner.unscale_and_clip(), 1.0)
     return update, [b - p.detach() for b, p in zip(before, parameters, strict=True)]
 
 

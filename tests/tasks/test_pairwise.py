@@ -302,7 +302,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
         for batch, slot, host_batch in zip(batches, slots, some, strict=True):
             record.slot, names = slot.number, names_of(case, host_batch)
             with use_adapters(model, names) if names else nullcontext():
-                learner.accumulate(batch, slot, last=slot is slots[-1])
+                learner.backward(learner.scaled_loss(batch, slot, last=slot is slots[-1]))
     learner.scaler.unscale_(learner.optimizer)
     (loss,) = ranks.sum(float(learner.loss))
     return loss, {name: p.grad.clone() for name, p in learner.parameters.items() if p.grad is not None}, record

@@ -22,7 +22,7 @@ from lora_blip.tasks import retrieval
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.retrieval import TEMPERATURE, RetrievalTask, positives
-from lora_blip.training import loop, preflight
+from lora_blip.training import preflight, setup
 from lora_blip.training.loop import train
 from tests.support import tiny
 from tests.support.models import WHOLE, every_target, inject
@@ -395,8 +395,8 @@ def photos(folder: Path) -> Path:
 def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints, make, tmp_path, kind, precision, monkeypatch):
     """Law 2, in each precision; BLIP-2's frozen weights are then of 16 bits. The saved temperature is taken up again."""
     kept = {}
-    real = loop.open_backbone
-    monkeypatch.setattr(loop, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    real = setup.open_backbone
+    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
     path = train(settings(checkpoints[kind], photos(tmp_path), targets=WHOLE[kind], precision=precision, epochs=1))
     dtype = precision if kind == "itm2" else "fp32"
     fresh = make(kind, dtype=dtype).model.state_dict()

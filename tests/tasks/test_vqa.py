@@ -24,7 +24,7 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import natural_task
 from lora_blip.tasks.retrieval import RetrievalTask
 from lora_blip.tasks.vqa import TEMPLATE, VqaTask
-from lora_blip.training import loop, preflight
+from lora_blip.training import loop, preflight, setup
 from tests.support import tiny
 from tests.support.models import WHOLE, every_target, inject
 from tests.support.questions import ASKED, batch_of, examples, hugging_face, pictures
@@ -423,8 +423,8 @@ def questions(folder: Path) -> Path:
 def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, kind, precision, monkeypatch):
     """Law 2, in each precision; the template stands in the adapter, and inference takes it up again."""
     kept = {}
-    real = loop.open_backbone
-    monkeypatch.setattr(loop, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    real = setup.open_backbone
+    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
     template = "" if kind == "vqa" else "Q: {question} A:"
     path = loop.train(
         settings(

@@ -11,8 +11,10 @@ from lora_blip.config import TrainConfig
 from lora_blip.errors import CheckpointError
 from lora_blip.runtime import signals
 from lora_blip.runtime.distributed import ALONE
-from lora_blip.training import loop
+from lora_blip.training import loop, resume, session
 from lora_blip.training.learner import Progress
+from lora_blip.training.schedule import remaining_steps, total_steps
+from lora_blip.training.session import Session
 from tests.support import tiny
 from tests.support.runs import settings
 
@@ -38,7 +40,7 @@ class Loader:
 def walk(progress: Progress, epochs: int = 2, accumulation: int = 3, ranks: Any = ALONE) -> list[list[str]]:
     """The micro-batches of each step; every step counts as made."""
     found = []
-    for slots, stacks in loop.steps_left(Loader(), epochs, accumulation, progress, ranks):
+    for slots, stacks in remaining_steps(Loader(), epochs, accumulation, progress, ranks):
         assert [f"{progress.epoch}.{slot.number}" for slot in slots] == stacks
         found.append(stacks)
         progress.step, progress.group, progress.slot = progress.step + 1, progress.group + 1, 0
@@ -83,8 +85,10 @@ def test_ranks_share_a_step():
 # ---------------------------------------------------------------- signals and checkpoints
 
 
-def run_of(due: bool = False, torn: bool = False, fails: Exception | None = None) -> SimpleNamespace:
-    """A run that notes what is asked of it."""
+def session_of(
+    due: bool = False, number: int = 0, inconsistent: bool = False, fails: Exception | None = None
+) -> SimpleNamespace:
+    """A session that notes what is asked of its run."""
     happened: list[str] = []
 
     def checkpoint() -> None:
@@ -92,21 +96,20 @@ def run_of(due: bool = False, torn: bool = False, fails: Exception | None = None
             raise fails
         happened.append("checkpoint")
 
-    learner = SimpleNamespace(ranks=ALONE, torn=torn, rewind=lambda: happened.append("rewind"))
+    learner = SimpleNamespace(ranks=ALONE, inconsistent=inconsistent, rewind=lambda: happened.append("rewind"))
+    run = SimpleNamespace(due=due, checkpoint=checkpoint, save_unfinished=lambda: happened.append("adapter"))
     return SimpleNamespace(
-        due=due, learner=learner, happened=happened, checkpoint=checkpoint,
-        save_unfinished=lambda: happened.append("adapter"),
-    )  # fmt: skip
+        run=run, learner=learner, happened=happened, stop_request=SimpleNamespace(signal=number, saving=False)
+    )
 
 
 def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
-    stop_request = SimpleNamespace(signal=0, saving=False)
-    run = run_of()
-    loop.between(run, stop_request)
-    assert run.happened == [] and not stop_request.saving
-    run = run_of(due=True)
-    loop.between(run, stop_request)
-    assert run.happened == ["checkpoint"] and not stop_request.saving  # a second Ctrl-C still stops at once
+    idle = session_of()
+    Session.checkpoint_if_due(idle)
+    assert idle.happened == [] and not idle.stop_request.saving
+    due = session_of(due=True)
+    Session.checkpoint_if_due(due)
+    assert due.happened == ["checkpoint"] and not due.stop_request.saving  # a second Ctrl-C still stops at once
 
 
 @pytest.mark.parametrize(
@@ -114,78 +117,82 @@ def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
 )
 @pytest.mark.parametrize("due", [True, False])
 def test_a_run_that_is_told_to_stop_saves_and_stops(number, code, due):
-    run, stop_request = run_of(due), SimpleNamespace(signal=number, saving=False)
+    running = session_of(due, number)
     with pytest.raises(signals.Stopped) as told:
-        loop.between(run, stop_request)
-    assert told.value.code == code and run.happened == ["checkpoint", "adapter"] and stop_request.saving
+        Session.checkpoint_if_due(running)
+    assert told.value.code == code and running.happened == ["checkpoint", "adapter"] and running.stop_request.saving
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED)])
 def test_before_there_is_a_run_a_signal_stops_and_saves_nothing(number, code):
-    loop.leave_if_told(ALONE, SimpleNamespace(signal=0))
+    session.stop_if_requested(ALONE, SimpleNamespace(signal=0))
     with pytest.raises(signals.Stopped) as told:
-        loop.leave_if_told(ALONE, SimpleNamespace(signal=number))
+        session.stop_if_requested(ALONE, SimpleNamespace(signal=number))
     assert told.value.code == code
 
 
 def test_an_error_keeps_what_was_learned():
-    run = run_of()
-    loop.rescue(run)
-    assert run.happened == ["rewind", "checkpoint", "adapter"]
-    run = run_of(torn=True)  # an update that was made in part is in no checkpoint
-    loop.rescue(run)
-    assert run.happened == ["adapter"]
+    running = session_of()
+    Session.rescue(running)
+    assert running.happened == ["rewind", "checkpoint", "adapter"]
+    running = session_of(inconsistent=True)  # an update that was made in part is in no checkpoint
+    Session.rescue(running)
+    assert running.happened == ["adapter"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), CheckpointError("room"), RuntimeError("device")])
 def test_a_rescue_that_fails_is_reported_and_the_first_error_stays(error, capsys, monkeypatch):
-    loop.rescue(run_of(fails=error))
+    Session.rescue(session_of(fails=error))
     assert f"could not be saved: {error}" in capsys.readouterr().out
 
     def broken(*_: object) -> None:
         raise BrokenPipeError
 
     monkeypatch.setattr("builtins.print", broken)
-    loop.rescue(run_of(fails=error))  # nobody reads any more
+    Session.rescue(session_of(fails=error))  # nobody reads any more
     monkeypatch.undo()
     with pytest.raises(ZeroDivisionError):
-        loop.rescue(run_of(fails=ZeroDivisionError()))
+        Session.rescue(session_of(fails=ZeroDivisionError()))
 
 
 # ---------------------------------------------------------------- validation
 
 
 def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[list[str], SimpleNamespace]:
-    """What `validate_when_due` does: its validations and lines."""
+    """What `validate_if_due` does: its validations and lines."""
     happened: list[str] = []
     held_out = given.pop("held_out", "held out")
     config = TrainConfig(patience=given.pop("patience", 0), best_by="loss")
 
     def validate(*arguments: Any) -> dict[str, float]:
         happened.append("validate")
-        assert arguments[:4] == ("task", held_out, "autocast", "loss") and arguments[5] == "pause"
+        assert arguments[:4] == ("task", held_out, "autocast", "loss") and arguments[5] is running.checkpoint_if_due
         return {"loss": 7.0}
 
-    monkeypatch.setattr(loop, "validate", validate)
-    monkeypatch.setattr(loop, "sharers", lambda *_: "ranks")
-    whole = []
+    monkeypatch.setattr(session, "validate", validate)
+    monkeypatch.setattr(session, "sharers", lambda *_: "ranks")
+    entered = []
 
-    class Whole:
+    class Transaction:
         def __enter__(self) -> None:
-            whole.append("in")
+            entered.append("in")
 
         def __exit__(self, *_: object) -> None:
-            whole.append("out")
+            entered.append("out")
 
     def log(step: int, epoch: int, scores: dict[str, float]) -> None:
         happened.append(f"{step} {epoch} {scores['loss']}")
-        assert whole == ["in"]
+        assert entered == ["in"]
 
-    learner = SimpleNamespace(progress=progress, task="task", ranks=ALONE, whole=Whole)
+    learner = SimpleNamespace(progress=progress, task="task", ranks=ALONE, transaction=Transaction)
     best = SimpleNamespace(stale=given.pop("stale", 0), improved=3)
-    run = SimpleNamespace(learner=learner, config=config, log_validation=log, best=best)
-    loop.validate_when_due(run, held_out, given.pop("every", 10), "autocast", "pause", **given)
-    return happened, run
+    running: Any = SimpleNamespace(
+        learner=learner, config=config, task="task", held_out=held_out, autocast="autocast",
+        validate_every=given.pop("every", 10), checkpoint_if_due=lambda: None,
+        run=SimpleNamespace(log_validation=log, best=best),
+    )  # fmt: skip
+    Session.validate_if_due(running, **given)
+    return happened, running
 
 
 def test_a_validation_is_due_every_so_many_steps_at_the_total_and_at_the_end(monkeypatch):
@@ -224,8 +231,8 @@ def test_the_number_of_steps_counts_tails_ranks_and_the_limit():
         (2, 3, 0, 7, 1, 6), (2, 3, 0, 6, 1, 4), (1, 1, 0, 5, 1, 5), (3, 2, 0, 7, 2, 6), (2, 3, 4, 7, 1, 4), (2, 3, 9, 7, 1, 6)
     ):  # fmt: skip
         config = TrainConfig(epochs=epochs, accumulation=accumulation, max_steps=most)
-        assert loop.total_steps(config, batches, ranks) == steps
-    assert loop.total_steps(TrainConfig(epochs=2, accumulation=1), 3) == 6
+        assert total_steps(config, batches, ranks) == steps
+    assert total_steps(TrainConfig(epochs=2, accumulation=1), 3) == 6
 
 
 def test_the_rate_at_its_corners():
@@ -245,15 +252,15 @@ def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, t
     """Three steps an epoch; a number of the user's own is taken. The identity holds what is learned from kept states."""
     seen: list[Any] = []
 
-    def look(_run: Any, _held_out: Any, every: int, *_rest: Any, **_named: Any) -> None:
-        seen.append(every)
+    def validate_if_due(running: Session, *_: Any) -> None:
+        seen.append(running.validate_every)
         raise Enough
 
-    hold = loop.resume.hold
+    acquire = resume.acquire
     monkeypatch.setattr(
-        loop.resume, "hold", lambda config, identity, *rest: seen.append(identity) or hold(config, identity, *rest)
+        resume, "acquire", lambda config, identity, *rest: seen.append(identity) or acquire(config, identity, *rest)
     )
-    monkeypatch.setattr(loop, "validate_when_due", look)
+    monkeypatch.setattr(Session, "validate_if_due", validate_if_due)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=epochs, validate_every=given)
     with pytest.raises(Enough):
         loop.train(config)

@@ -147,11 +147,11 @@ def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_
     older, newer = (write(tmp_path / "lora_a", step=step) for step in (1, 2))
     for how, folder in (("auto", newer), (older, older)):
         with ExitStack() as held:
-            saved, _ = resume.hold(TrainConfig(output_dir=str(tmp_path), resume=str(how)), IDENTITY, held)
+            saved, _ = resume.acquire(TrainConfig(output_dir=str(tmp_path), resume=str(how)), IDENTITY, held)
             assert saved is not None and saved.folder == folder
             assert locked == [tmp_path / "lora_a"]
     with ExitStack() as held:
-        assert resume.hold(TrainConfig(output_dir=str(tmp_path / "none")), IDENTITY, held) == (None, []) and not locked
+        assert resume.acquire(TrainConfig(output_dir=str(tmp_path / "none")), IDENTITY, held) == (None, []) and not locked
 
 
 def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, mon
     checkpoint.forget(tmp_path / "lora_a")
     monkeypatch.setattr(resume, "find", lambda *_: seen)
     with ExitStack() as held, pytest.raises(CheckpointError, match=r"another process has just finished .*lora_a"):
-        resume.hold(TrainConfig(output_dir=str(tmp_path)), IDENTITY, held)
+        resume.acquire(TrainConfig(output_dir=str(tmp_path)), IDENTITY, held)
 
 
 # ---------------------------------------------------------------- the folders

@@ -125,14 +125,14 @@ def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, 
     assert among(2, lambda: train(config)) == [0, 0]
 
     def stopped() -> None:
-        real = Learner.accumulate
+        real = Learner.backward
 
-        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        def backward(learner: Learner, *rest: object, **named: object) -> None:
             real(learner, *rest, **named)
             if learner.progress.step == 2 and learner.progress.slot == 2 and learner.ranks.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)  # one of them hears it, and both stop
 
-        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        Learner.backward = backward  # type: ignore[method-assign]
         train(elsewhere(config))
 
     assert among(2, stopped) == [75, 75]
@@ -216,15 +216,15 @@ DYING = """
     from lora_blip.training.loop import train
 
     rank, lives = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    real = Learner.accumulate
+    real = Learner.backward
 
-    def accumulate(learner, *rest, **named):
+    def backward(learner, *rest, **named):
         done = (learner.progress.step, learner.progress.slot)
         if (rank, lives, done) in DEATHS:
             os.kill(os.getpid(), signal.SIGKILL)
         real(learner, *rest, **named)
 
-    Learner.accumulate = accumulate
+    Learner.backward = backward
     train(TrainConfig(**CONFIG))
 """
 
@@ -236,15 +236,15 @@ def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints,
     deaths = [("1", "0", (0, 1)), ("0", "1", (2, 0)), ("1", "2", (4, 2))]
 
     def act() -> None:
-        real = Learner.accumulate
+        real = Learner.backward
 
-        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        def backward(learner: Learner, *rest: object, **named: object) -> None:
             done = (learner.progress.step, learner.progress.slot)
             if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], done) in deaths:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(learner, *rest, **named)
 
-        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        Learner.backward = backward  # type: ignore[method-assign]
         train(elsewhere(config))
 
     assert among(2, act, restarts=3) == [0, 0]

@@ -34,7 +34,7 @@ def accumulate(learner: Learner, slots: int = 1, of: int = 1) -> None:
     every = [Slot(number) for number in range(of)]
     learner.begin(batches, every)
     for batch, slot in list(zip(batches, every, strict=True))[:slots]:
-        learner.accumulate(batch, slot, last=slot is every[-1])
+        learner.backward(learner.scaled_loss(batch, slot, last=slot is every[-1]))
 
 
 def values(learner: Learner) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_though_every_gradient_is(learn
     before = values(learner)
     accumulate(learner)
     learner.loss.fill_(loss)
-    update = learner.update(1e-2)
+    update = learner.step(learner.unscale_and_clip(), 1e-2)
     assert update.skipped and math.isfinite(update.grad_norm)
     assert (learner.progress.skipped, learner.progress.step, learner.progress.group) == (1, 0, 1)
     assert all(map(torch.equal, before, values(learner)))
@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(learner
     before = values(learner)
     accumulate(learner)
     next(iter(learner.parameters.values())).grad.fill_(math.inf)
-    update = learner.update(1e-2)
+    update = learner.step(learner.unscale_and_clip(), 1e-2)
     assert update.skipped and math.isfinite(update.loss) and all(map(torch.equal, before, values(learner)))
 
 
@@ -67,7 +67,7 @@ def test_only_skipped_steps_in_a_row_are_counted(learner):
         accumulate(learner)
         if loss is not None:
             learner.loss.fill_(loss)
-        learner.update(1e-3)
+        learner.step(learner.unscale_and_clip(), 1e-3)
         counts.append(learner.progress.skipped)
     assert counts == [1, 2, 0, 1] and (learner.progress.step, learner.progress.group) == (1, 4)
 
@@ -79,14 +79,14 @@ def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
     with torch.no_grad():
         expected = float(sum(learner.task.loss(batch) for batch in batches)) / sum(batch.count for batch in batches)
     assert learner.images == 6 and learner.progress.slot == 2
-    update = learner.update(3e-4)
+    update = learner.step(learner.unscale_and_clip(), 3e-4)
     assert update.loss == pytest.approx(expected, rel=1e-5) and (update.skipped, update.scale) == (False, 1.0)
     assert [group["lr"] for group in learner.optimizer.param_groups] == [3e-4]
     assert all(parameter.grad is None for parameter in learner.parameters.values()) and learner.progress.slot == 0
     accumulate(learner)
     with torch.no_grad():
         second = float(learner.task.loss(batches[0])) / batches[0].count
-    assert learner.images == 3 and learner.update(0.0).loss == pytest.approx(second, rel=1e-5)
+    assert learner.images == 3 and learner.step(learner.unscale_and_clip(), 0.0).loss == pytest.approx(second, rel=1e-5)
 
 
 def test_idle_slots_of_a_rank_add_nothing(learner):
@@ -94,9 +94,9 @@ def test_idle_slots_of_a_rank_add_nothing(learner):
     batches = [batch_of(learner.task, seed=1), batch_of(learner.task, seed=2)]
     learner.begin(batches, [Slot(0), Slot(0, is_filler=True)])
     assert learner.count == batches[0].count and learner.images == batches[0].images
-    learner.accumulate(batches[0], Slot(0), last=False)
+    learner.backward(learner.scaled_loss(batches[0], Slot(0), last=False))
     loss, gradients = float(learner.loss), [parameter.grad.clone() for parameter in learner.parameters.values()]
-    learner.accumulate(batches[1], Slot(0, is_filler=True), last=True)
+    learner.backward(learner.scaled_loss(batches[1], Slot(0, is_filler=True), last=True))
     assert float(learner.loss) == loss
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, learner.parameters.values(), strict=True))
 
@@ -108,7 +108,7 @@ def test_gradients_are_clipped_only_if_they_are_to_be(make):
         learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
         before = values(learner)
         accumulate(learner)
-        update = learner.update(1.0)
+        update = learner.step(learner.unscale_and_clip(), 1.0)
         moved = torch.cat([(a - b).flatten() for a, b in zip(before, values(learner), strict=True)])
         assert float(moved.norm()) == pytest.approx(most or update.grad_norm, rel=1e-3) and update.grad_norm > 0.01
 
@@ -125,26 +125,26 @@ def test_weight_decay_pulls_at_the_adapters(make):
 
 def restored(make: Callable[..., Any], kept: tuple[dict, dict]) -> Learner:
     other = learner_of(make)
-    other.restore(*kept)
+    other.load_state_dict(*kept)
     return other
 
 
 def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
     """State after one of two micro-batches; the restored one ends the step with the same adapters, moments and loss."""
     accumulate(learner)
-    learner.update(1e-2)
+    learner.step(learner.unscale_and_clip(), 1e-2)
     accumulate(learner, 1, of=2)
-    kept = learner.state()
+    kept = learner.state_dict()
     other = restored(make, ({key: value.clone() for key, value in kept[0].items()}, kept[1]))
     assert (other.progress, other.count, other.images) == (learner.progress, learner.count, learner.images)
     assert other.progress.slot == 1 and float(other.loss) == float(learner.loss)
     updates = []
     for each in (learner, other):
         each.begin([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # what it counts is known already
-        each.accumulate(batch_of(each.task, seed=1), Slot(1), last=True)
-        updates.append(each.update(1e-2))
+        each.backward(each.scaled_loss(batch_of(each.task, seed=1), Slot(1), last=True))
+        updates.append(each.step(each.unscale_and_clip(), 1e-2))
     assert updates[0] == updates[1] and all(map(torch.equal, values(learner), values(other)))
-    one, two = learner.state(), other.state()
+    one, two = learner.state_dict(), other.state_dict()
     assert one[0].keys() == two[0].keys() and all(torch.equal(one[0][key], two[0][key]) for key in one[0])
     assert one[1] == two[1] and {key.split("/")[1] for key in one[0] if key.startswith("optimizer/")} == {
         "step", "exp_avg", "exp_avg_sq"
@@ -153,8 +153,8 @@ def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
 
 def test_between_two_steps_no_gradient_is_kept(make, learner):
     accumulate(learner)
-    learner.update(1e-2)
-    tensors, about = learner.state()
+    learner.step(learner.unscale_and_clip(), 1e-2)
+    tensors, about = learner.state_dict()
     assert not any(key.startswith("gradient/") for key in tensors) and about["step"] == {}
     other = restored(make, (tensors, about))
     assert all(parameter.grad is None for parameter in other.parameters.values())
@@ -163,15 +163,20 @@ def test_between_two_steps_no_gradient_is_kept(make, learner):
 
 def test_a_fresh_learner_has_done_nothing(learner):
     assert learner.progress == Progress(epoch=0, group=0, slot=0, step=0, skipped=0, validated=-1, total=0)
-    assert not learner.torn and (learner.images, learner.count, learner.traffic, float(learner.loss)) == (0, 1.0, 0, 0.0)
+    assert not learner.inconsistent and (learner.images, learner.count, learner.traffic, float(learner.loss)) == (
+        0,
+        1.0,
+        0,
+        0.0,
+    )
 
 
 def test_a_step_without_a_label_divides_by_one(learner):
     """Every micro-batch is another rank's: there is nothing to learn from, and no division by zero."""
     learner.begin([batch_of(learner.task)], [Slot(0, is_filler=True)])
     assert (learner.count, learner.images) == (1.0, 0)
-    learner.accumulate(batch_of(learner.task), Slot(0, is_filler=True), last=True)
-    update = learner.update(1e-2)
+    learner.backward(learner.scaled_loss(batch_of(learner.task), Slot(0, is_filler=True), last=True))
+    update = learner.step(learner.unscale_and_clip(), 1e-2)
     assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
 
 
@@ -179,7 +184,7 @@ def test_a_step_whose_loss_is_not_finite_is_kept_from_its_start(make, learner):
     """The micro-batch to blame is met again: neither its gradients nor the sum so far are written."""
     accumulate(learner, 1, of=2)
     learner.loss.fill_(math.nan)
-    tensors, about = learner.state()
+    tensors, about = learner.state_dict()
     assert about["progress"]["slot"] == 0 and about["step"] == {} and learner.progress.slot == 1
     assert not any(key.startswith("gradient/") for key in tensors)
     other = restored(make, (tensors, about))
@@ -187,7 +192,7 @@ def test_a_step_whose_loss_is_not_finite_is_kept_from_its_start(make, learner):
 
 
 def test_a_checkpoint_of_other_adapters_is_refused_before_anything_changes(make, learner):
-    tensors, about = learner.state()
+    tensors, about = learner.state_dict()
     some = next(key for key in tensors if key.startswith("parameter/"))
     broken = [
         ({**tensors, "parameter/vision_model.other.lora_A": torch.zeros(1)}, about, "adapters on other modules too"),
@@ -202,17 +207,17 @@ def test_a_checkpoint_of_other_adapters_is_refused_before_anything_changes(make,
         parameter.data.fill_(0.5)
     for wrong_tensors, wrong_about, message in broken:
         with pytest.raises(CheckpointError, match=message):
-            other.restore(wrong_tensors, wrong_about)
+            other.load_state_dict(wrong_tensors, wrong_about)
         assert all((parameter == 0.5).all() for parameter in other.parameters.values()) and other.progress == Progress()
 
 
 def test_a_block_that_ends_by_an_error_leaves_the_learner_torn(learner):
-    with learner.whole():
-        assert learner.torn
-    assert not learner.torn
-    with pytest.raises(ZeroDivisionError), learner.whole():
+    with learner.transaction():
+        assert learner.inconsistent
+    assert not learner.inconsistent
+    with pytest.raises(ZeroDivisionError), learner.transaction():
         raise ZeroDivisionError
-    assert learner.torn
+    assert learner.inconsistent
 
 
 def test_a_seed_decides_what_is_drawn_on_the_cpu():
@@ -237,7 +242,7 @@ def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
         torch.rand(before)
         batch = batch_of(learner.task)
         learner.begin([batch], [Slot(number)])
-        learner.accumulate(batch, Slot(number), last=True)
+        learner.backward(learner.scaled_loss(batch, Slot(number), last=True))
         return float(learner.loss)
 
     assert loss() == loss(before=7)
@@ -247,22 +252,22 @@ def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
 # ---------------------------------------------------------------- a changed run
 
 
-def take_up(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[str, Any]) -> Learner:
+def resumed(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[str, Any]) -> Learner:
     """A new learner that continues from a checkpoint of `learner`, as the run that `now` identifies."""
     then = {"batch_size": 2, "accumulation": 3, "processes": 1, "lr": 0.1}
-    tensors, about = learner.state()
+    tensors, about = learner.state_dict()
     run = folder / "lora_x"
     written = checkpoint.write(run, 1, tensors, {**about, "identity": then, "run": {"name": run.name}}, run / "none", 1)
     other = learner_of(make)
     other.progress.total = 70
-    resume.take_up(other, Saved(written, checkpoint.read(written).about), {**then, **now})
+    resume.resume_from(other, Saved(written, checkpoint.read(written).about), {**then, **now})
     return other
 
 
 def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_path):
     accumulate(learner, 1, of=2)
     learner.progress.group, learner.progress.total = 8, 50
-    other = take_up(make, learner, tmp_path, {})
+    other = resumed(make, learner, tmp_path, {})
     assert (other.progress.slot, other.progress.group, other.progress.total) == (1, 8, 50)
     assert any(parameter.grad is not None for parameter in other.parameters.values())
 
@@ -281,6 +286,6 @@ def test_a_changed_run_continues_at_the_start_of_a_step_after_as_many_images(mak
     """8 steps of 2 · 3 · 1 images are 48 images; half a step's gradients are dropped; the length is that of the new run."""
     accumulate(learner, 1, of=2)
     learner.progress.group, learner.progress.total = 8, 50
-    other = take_up(make, learner, tmp_path, now)
+    other = resumed(make, learner, tmp_path, now)
     assert (other.progress.slot, other.progress.group, other.progress.total) == (0, group, 70)
     assert all(parameter.grad is None for parameter in other.parameters.values())

@@ -23,7 +23,7 @@ from lora_blip.reports import plots
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.training import loop, setup
+from lora_blip.training import session, setup, validation
 from lora_blip.training.best import Best
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import learning_rate, train
@@ -79,8 +79,8 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
 def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, monkeypatch):
     """Law 2: after training, the base is `torch.equal` to what was loaded, under the same names."""
     kept = {}
-    real = loop.open_backbone
-    monkeypatch.setattr(loop, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    real = setup.open_backbone
+    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
     path = train(settings(checkpoints[kind], tiny.write_photos(tmp_path), targets=WHOLE[kind], prompt="a photo of"))
     fresh = make(kind).model.state_dict()
     after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
@@ -186,7 +186,7 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
     asked = []
     monkeypatch.setattr(task, "predict_from_features", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
     held_out = setup.loader_of(setup.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
-    assert loop.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
+    assert validation.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
 
 
 def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp_path):
@@ -353,7 +353,7 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no\nsuch backend")
 
-    for module, name in ((plots, "draw"), (loop, "merge_drift"), (board.SummaryWriter, "add_scalar")):
+    for module, name in ((plots, "draw"), (session, "merge_drift"), (board.SummaryWriter, "add_scalar")):
         monkeypatch.setattr(module, name, fail)
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
     said = capsys.readouterr().out
@@ -366,20 +366,20 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     assert capsys.readouterr().out.count("warning: no TensorBoard (ValueError") == 1
 
 
-@pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "the curve.png\n"), (None, loop.NO_PLOT)])
+@pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "the curve.png\n"), (None, session.NO_PLOT)])
 def test_a_run_prints_its_plot_or_why_there_is_none(checkpoints, tmp_path, monkeypatch, capsys, drawn, line):
     monkeypatch.setattr(plots, "draw", lambda _: drawn)
     train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1))
     printed = capsys.readouterr().out
-    assert printed.count(line) == 1 and (drawn is None or loop.NO_PLOT not in printed)
+    assert printed.count(line) == 1 and (drawn is None or session.NO_PLOT not in printed)
 
 
 def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
     """MPLBACKEND names a backend that is not installed; a file needs none, and the variable stays as it was."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     code = (
-        "import os, sys, pathlib; from lora_blip import curves; "
-        "print(curves.draw(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
+        "import os, sys, pathlib; from lora_blip.reports import plots; "
+        "print(plots.draw(pathlib.Path(sys.argv[1])), os.environ['MPLBACKEND'])"
     )
     backend = "module://matplotlib_inline.backend_inline"
     done = subprocess.run(
@@ -411,7 +411,7 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     source = tiny.write_photos(tmp_path)
     path = train(settings(checkpoints["blip"], source, best_by="cider", val_fraction=0.5))
     last = [entry for entry in metrics_of(path) if "val_cider" in entry][-1]
-    backbone = loop.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
+    backbone = setup.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
     adapter_file.load(backbone, path)
     task = CaptionTask(backbone, generation=setup.Generation(5))
     held_out = setup.annotations.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]

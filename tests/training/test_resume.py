@@ -27,11 +27,12 @@ from lora_blip.models.identity import weights_digest
 from lora_blip.runtime import lock, signals
 from lora_blip.runtime.files import make_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
-from lora_blip.training import checkpoint, loop, resume
+from lora_blip.training import checkpoint, resume, session
 from lora_blip.training.checkpoint import ABOUT, TENSORS
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
 from lora_blip.training.run_folder import Run
+from lora_blip.training.session import Session
 from tests.support.kill import Killed, killed_at, nothing
 from tests.support.runs import (
     assert_same,
@@ -84,8 +85,8 @@ def test_what_came_after_the_checkpoint_is_made_again(checkpoints, tmp_path):
     (folder,) = (run / checkpoint.FOLDER).iterdir()
     assert folder.name.endswith("_step0") and (run / BEST_NAME).exists()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "steps_left", raising(Killed))
-        patch.setattr(loop, "rescue", nothing)
+        patch.setattr(session, "remaining_steps", raising(Killed))
+        patch.setattr(Session, "rescue", nothing)
         train(again)
     assert not (run / BEST_NAME).exists()  # there was none yet
     assert_same(whole, train(again))
@@ -149,16 +150,16 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
     whole = train(config)
     before = signal.getsignal(number)
     done = []
-    real = Learner.accumulate
+    real = Learner.backward
 
-    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+    def backward(learner: Learner, *rest: object, **named: object) -> None:
         done.append(1)
         real(learner, *rest, **named)
         if len(done) == 5:
             os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "accumulate", accumulate)
+        patch.setattr(Learner, "backward", backward)
         with pytest.raises(SystemExit) as told:
             train(elsewhere(config))
         assert told.value.code == code and len(done) == 5
@@ -179,15 +180,15 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
     child = os.fork()
     if not child:
         os.setsid()
-        real = Learner.accumulate
+        real = Learner.backward
 
-        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        def backward(learner: Learner, *rest: object, **named: object) -> None:
             real(learner, *rest, **named)
             if (learner.progress.step, learner.progress.slot) == (3, 1):
                 os.killpg(0, signal.SIGTERM)
                 time.sleep(0.5)  # in which a dead worker would be noticed
 
-        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        Learner.backward = backward  # type: ignore[method-assign]
         try:
             train(elsewhere(config))
         except SystemExit as told:
@@ -203,7 +204,7 @@ def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
     """Between two batches of a validation the run stops; the validation is made again, and its line is there once."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
-    real, seen = loop.validate, []
+    real, seen = session.validate, []
 
     def validate(*given: object) -> dict[str, float]:
         seen.append(1)
@@ -212,7 +213,7 @@ def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
         return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "validate", validate)
+        patch.setattr(session, "validate", validate)
         with pytest.raises(SystemExit):
             train(elsewhere(config))
     assert_same(whole, train(elsewhere(config)))
@@ -236,9 +237,9 @@ def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tm
     """What was half summed up is dropped; with it repaired, the run ends as if nothing had been."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
-    real, count = Learner.accumulate, 0
+    real, count = Learner.backward, 0
 
-    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+    def backward(learner: Learner, *rest: object, **named: object) -> None:
         nonlocal count
         count += 1
         real(learner, *rest, **named)
@@ -246,24 +247,24 @@ def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tm
             raise ZeroDivisionError("by chance")
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Learner, "accumulate", accumulate)
+        patch.setattr(Learner, "backward", backward)
         train(elsewhere(config))
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
     assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 0)
     assert_same(whole, train(elsewhere(config)))
 
 
-@pytest.mark.parametrize("moment", ["update", "log_step"])
+@pytest.mark.parametrize("moment", ["step", "log_step"])
 def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpoints, tmp_path, monkeypatch, moment):
     """An error inside AdamW's step, or between it and its line: the checkpoint before it is what the run goes on from."""
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
-    owner = Learner if moment == "update" else Run
+    owner = Learner if moment == "step" else Run
     real = getattr(owner, moment)
 
     def half(self: object, *given: object) -> object:
-        made = real(self, *given) if moment == "update" else None
-        if (self if moment == "update" else self.learner).progress.step == 2:  # type: ignore[attr-defined]
+        made = real(self, *given) if moment == "step" else None
+        if (self if moment == "step" else self.learner).progress.step == 2:  # type: ignore[attr-defined]
             raise ZeroDivisionError
         return made or real(self, *given)
 
@@ -490,17 +491,18 @@ def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, m
 
 def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkpoints, tmp_path, monkeypatch):
     """The micro-batch that was not finite came before the kill, in the same step."""
-    real = Learner.accumulate
+    real = Learner.scaled_loss
 
-    def accumulate(learner: Learner, batch: object, slot: Any, last: bool) -> None:
+    def scaled_loss(learner: Learner, batch: object, slot: Any, last: bool) -> Any:
         layer = learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1
         sound, poisoned = layer.weight.data.clone(), (learner.progress.epoch, slot.number) == (0, 3)
         if poisoned:
             layer.weight.data.fill_(3e38)
-        real(learner, batch, slot, last)
+        loss = real(learner, batch, slot, last)  # type: ignore[arg-type]
         layer.weight.data.copy_(sound)
+        return loss
 
-    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    monkeypatch.setattr(Learner, "scaled_loss", scaled_loss)
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
     with killed_at(6):
@@ -514,18 +516,18 @@ def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkp
 def test_what_could_not_be_saved_is_never_called_saved(checkpoints, tmp_path, monkeypatch, when):
     """SIGTERM and then a full disk, or an error in the update: the error is told, not exit 75."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
-    real = Learner.accumulate
+    real = Learner.backward
 
-    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+    def backward(learner: Learner, *rest: object, **named: object) -> None:
         real(learner, *rest, **named)
         if (learner.progress.step, learner.progress.slot) == (0, 3):
             os.kill(os.getpid(), signal.SIGTERM)
             if when == "signal":
                 monkeypatch.setattr(checkpoint, "make_whole", full)
             else:
-                monkeypatch.setattr(Learner, "update", raising(ZeroDivisionError))
+                monkeypatch.setattr(Learner, "step", raising(ZeroDivisionError))
 
-    monkeypatch.setattr(Learner, "accumulate", accumulate)
+    monkeypatch.setattr(Learner, "backward", backward)
     with pytest.raises(CheckpointError if when == "signal" else ZeroDivisionError):
         train(config)
 
@@ -613,7 +615,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from typing import Any
-from lora_blip import lock
+from lora_blip.runtime import lock
 with lock.held(Path(sys.argv[1])):
     child = os.fork()  # a loader worker, which outlives a killed parent for a while
     print(os.getpid() if child else "", flush=True)
@@ -665,14 +667,14 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
     again = elsewhere(config)
     child = os.fork()
     if not child:
-        real = Learner.accumulate
+        real = Learner.backward
 
-        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
+        def backward(learner: Learner, *rest: object, **named: object) -> None:
             if learner.progress.step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             real(learner, *rest, **named)
 
-        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        Learner.backward = backward  # type: ignore[method-assign]
         try:
             train(again)
         except CheckpointError as error:

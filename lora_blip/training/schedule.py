@@ -1,0 +1,38 @@
+"""How many steps a run has, and which micro-batches each of them reads."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lora_blip.config import TrainConfig
+from lora_blip.data.loader import HostBatch, Slot, slots_of_steps
+from lora_blip.runtime.distributed import Ranks
+from lora_blip.training.learner import Progress
+
+
+def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
+    """Return the number of steps of a run whose epochs have `micro_batches` over all processes."""
+    steps = config.epochs * -(-micro_batches // (config.accumulation * ranks))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def remaining_steps(
+    batches: DataLoader[HostBatch], epochs: int, accumulation: int, progress: Progress, ranks: Ranks
+) -> Iterator[tuple[list[Slot], list[HostBatch]]]:
+    """Yield the slots of each remaining step for this process, with their micro-batches.
+
+    The first step starts after the micro-batches whose gradients are summed already.
+    """
+    sampler: Any = batches.batch_sampler
+    while progress.epoch < epochs and progress.step < progress.total:
+        steps = slots_of_steps(len(batches), accumulation, ranks.rank, ranks.count)[progress.group :]
+        if steps:
+            steps[0] = steps[0][progress.slot :]
+        sampler.epoch, sampler.selected = progress.epoch, [slot.number for slots in steps for slot in slots]
+        host_batches = iter(batches)
+        for slots in steps:
+            if progress.step < progress.total:
+                yield slots, list(islice(host_batches, len(slots)))
+        progress.epoch, progress.group = progress.epoch + 1, 0
