@@ -1,7 +1,7 @@
 """Which adapters are on which linears of a model, and how one is attached.
 
 The state of a model's adapters is on its linears: `linear.lora` is an `AdapterStack`, and the hooks are module-level
-functions, so a deepcopy or a pickle of the model keeps them.
+functions, so a copied or pickled model keeps them.
 """
 
 from collections.abc import Callable, Iterable, Iterator

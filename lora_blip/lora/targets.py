@@ -78,7 +78,7 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
         raise TargetError(f"target {target!r} is empty")
     own = dict(piece.split("=") for piece in match["own"].split(":") if piece)
     if not own.get("r", "1").isdecimal() or int(own.get("r", 1)) < 1:
-        raise TargetError(f"target {target.strip()!r}: expected for r a whole number from 1")
+        raise TargetError(f"target {target.strip()!r}: r is a whole number of at least 1")
     rank = int(own.get("r", r))
     layers = None
     if match["first"] is not None:

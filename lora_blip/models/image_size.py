@@ -71,12 +71,12 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
     """
     _check_sizes(image_processor, name)
     try:
-        made = _sides(image_processor)
+        sizes = _sides(image_processor)
     except Exception:  # its size may be missing or invalid
-        made = set()
-    if made == {(size, size)}:
+        sizes = set()
+    if sizes == {(size, size)}:
         return ""
-    before = _described(image_processor, made)
+    before = _described(image_processor, sizes)
     crop = image_processor.do_resize and getattr(image_processor, "do_center_crop", None) and image_processor.crop_size
     sides = (
         {key: max(size, round(value * size / crop.height)) for key, value in dict(image_processor.size).items()} if crop else {}
@@ -89,10 +89,10 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
             if getattr(image_processor, step, None):
                 setattr(image_processor, step, False)
     try:
-        made, reason = _sides(image_processor), "it makes another size"
+        sizes, reason = _sides(image_processor), "it makes another size"
     except Exception as error:  # transformers does not check the settings of an untrusted file
-        made, reason = set(), f"{type(error).__name__}: {quoted(str(error))}"
-    if made != {(size, size)}:
+        sizes, reason = set(), f"{type(error).__name__}: {quoted(str(error))}"
+    if sizes != {(size, size)}:
         raise ModelError(
             f"{name!r}: its {type(image_processor).__name__} cannot resize an image to {size}×{size} ({reason}); copy the "
             "preprocessor_config.json of a BLIP checkpoint into its folder"
@@ -118,10 +118,10 @@ def _check_sizes(image_processor: Any, name: str) -> None:
             )
 
 
-def _described(image_processor: Any, made: set[tuple[int, int]]) -> str:
+def _described(image_processor: Any, sizes: set[tuple[int, int]]) -> str:
     """Return what a processor with these output sizes does."""
-    if len(made) == 1:
-        return "makes {}×{}".format(*next(iter(made)))
+    if len(sizes) == 1:
+        return "makes {}×{}".format(*next(iter(sizes)))
     if not image_processor.do_resize:
         return "does not resize images"
     sides = ", ".join(f"{key} {value}" for key, value in dict(image_processor.size or {}).items())

@@ -40,7 +40,7 @@ class Ranks:
     """This process among `count` processes. With one process, every method returns its argument.
 
     The collectives here send a few bytes over gloo, on the CPU, so that they do not wait for a GPU. Objects are pickled
-    between processes of one program. No pickle is read from a file.
+    between processes of one program. Nothing pickled is read from a file.
     """
 
     rank: int = 0

@@ -125,7 +125,7 @@ class TextTask(Task):
         room, needed = self.most_new_tokens(prompt), self.generation.max_new_tokens
         if room < needed:
             raise ConfigError(
-                f"max_new_tokens = {needed}: beside the prompt, the model has room for {room}; shorten the prompt, or set a "
+                f"max_new_tokens = {needed}: the model has room for {room} after the prompt; shorten the prompt, or set a "
                 "smaller MAX_NEW_TOKENS"
             )
 
