@@ -66,7 +66,7 @@ def routing_of(model: nn.Module) -> AdapterRouting:
         raise LoRAError(
             "two parts of this model are each in a block of `use_adapters` or `disable_adapters`; leave these blocks first"
         )
-    routing = (busy or found)[0]
+    routing: AdapterRouting = (busy or found)[0]
     routing.fast = all(each.fast for each in found) and all(getattr(module, FAST, True) for module in model.modules())
     routing.used, routing.made = any(each.used for each in found), any(each.made for each in found)
     for each in stacks:

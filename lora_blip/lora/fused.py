@@ -62,7 +62,8 @@ def updated(linear: Any, output: Tensor) -> Tensor:
     halves = [half for lora in each for half in (lora.A, lora.B)]
     before = getattr(x, GELU_INPUT, None)
     kept = cast if before is None or before.dtype != cast.dtype or cast.nbytes < SMALL else before.detach()
-    return FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)
+    found: Tensor = FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)  # type: ignore[no-untyped-call]
+    return found
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -226,10 +226,10 @@ def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
     """The flipped batch is compared; if that is the same batch, its negative. What is known of other pictures is not used."""
     seen = []
     for pixels in (torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(2, 3, 4, 4)):
-        batch = DeviceBatch([], pixels, None, 1.0, known="kept")  # type: ignore[arg-type]
+        batch = DeviceBatch([], pixels, None, 1.0, cached_states="kept")  # type: ignore[arg-type]
 
         def logits(given: DeviceBatch) -> torch.Tensor:
-            seen.append((given.known, torch.is_grad_enabled()))
+            seen.append((given.cached_states, torch.is_grad_enabled()))
             return given.pixel_values.sum((1, 2, 3))
 
         preflight.check_image_matters(toy_task(Toy(), None, logits), batch)
