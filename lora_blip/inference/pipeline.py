@@ -166,7 +166,8 @@ def mixed(
 
     def say(task: Any, pictures: Tensor, some: list[Example]) -> list[str]:
         prompts = [cast(Any, tasks[e.group]).prompt_of(e) for e in some]
-        return task.language.generate(pictures, prompts, [e.group or None for e in some], **asdict(task.generation))
+        texts: list[str] = task.language.generate(pictures, prompts, [e.group or None for e in some], **asdict(task.generation))
+        return texts
 
     for found, text in Runner(first, batch_size, precision).run(map(example, requests), say):
         yield Prediction(found.image, text, found.question)

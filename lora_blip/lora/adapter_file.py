@@ -55,16 +55,19 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        return self.metadata["base"]["name"]
+        name: str = self.metadata["base"]["name"]
+        return name
 
     @property
     def image_size(self) -> int:
         """Return the height and width of the training images; 0 if the file does not contain them: the base's own size."""
-        return self.metadata["base"].get("image_size", 0)
+        size: int = self.metadata["base"].get("image_size", 0)
+        return size
 
     @property
     def task(self) -> dict[str, Any]:
-        return self.metadata["task"]
+        task: dict[str, Any] = self.metadata["task"]
+        return task
 
 
 # ---------------------------------------------------------------- save

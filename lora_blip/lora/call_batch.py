@@ -27,7 +27,8 @@ class CallBatch(NamedTuple):
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the tensor that a linear was called with, by position or by a keyword of any name."""
     if args:
-        return args[0]
+        x: Tensor = args[0]
+        return x
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
     if len(tensors) != 1:
         raise LoRAError(f"a linear with adapters was called with {', '.join(kwargs)}; give its input by position")

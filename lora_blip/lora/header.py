@@ -74,7 +74,7 @@ NEEDED = ("", "format_version", "lora", "lora.modules", "base", "base.name", "ba
 def parse_header(text: str) -> dict[str, Any]:
     """Return the header as an object. Raise HeaderError, with the part, if a part that is used has a wrong type."""
     try:
-        metadata = parsed(text, WITH_NAN)  # a loss may be NaN
+        metadata: dict[str, Any] = parsed(text, WITH_NAN)  # a loss may be NaN
     except ValueError as error:
         raise HeaderError(f"its header cannot be understood ({error}); copy the file again, or train it again") from None
     version = metadata.get("format_version") if is_object(metadata) else None

@@ -37,7 +37,7 @@ def summed(linear: Any, keys: frozenset[str]) -> Tensor:
     updates, weight = linear.lora, linear.weight.detach()  # detached, not .data: autograd notices that it changes
     start = weight if updates.original is None else updates.original
     wide = torch.promote_types(start.dtype, torch.float32)
-    total = start.to(weight.device, wide, copy=True)
+    total: Tensor = start.to(weight.device, wide, copy=True)
     for lora in (updates[key] for key in sorted(keys)):
         rows = total[lora.padding[0] : len(total) - lora.padding[1]]
         rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)  # autocast casts no in-place operation

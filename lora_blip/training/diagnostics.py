@@ -44,5 +44,5 @@ def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autoca
     for batch in batches:
         with uncompiled(task.backbone.model), autocast():
             notes.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
-    every = [note for some in ranks.all_gather(notes) for note in some]
+    every: list[str] = [note for some in ranks.all_gather(notes) for note in some]
     return next((note for note in every if note.startswith("the first output")), every[-1])

@@ -114,7 +114,7 @@ class Learner:
 
     def backward(self, scaled_loss: Tensor) -> None:
         """Add the gradients of a micro-batch."""
-        scaled_loss.backward()
+        scaled_loss.backward()  # type: ignore[no-untyped-call]
         self.progress.slot += 1
 
     def unscale_and_clip(self) -> Tensor:

@@ -67,7 +67,7 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
         with autocast():
             culprit = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
         raise PreflightError(f"the loss of the first batch is {loss.item()}; {culprit}")
-    (loss * LOSS_SCALE).backward()
+    (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
     dead = [x.site.address for x in found if x.B.grad is None or not x.B.grad.any()]
     for parameter in (*task.backbone.model.parameters(), *task.parameters()):
         parameter.grad = None
