@@ -150,7 +150,7 @@ class Adapters:
 
     def __init__(self, folder: Path) -> None:
         from lora_blip.errors import ConfigError
-        from lora_blip.inference import pipeline
+        from lora_blip.inference import setup
         from lora_blip.lora import adapter_file, attached, injection, targets
         from lora_blip.models import loading
         from tests.support import tiny
@@ -158,7 +158,7 @@ class Adapters:
         with redirect_stdout(io.StringIO()):
             tiny.save_blip(folder / "blip")
             self.backbone = loading.load_backbone(str(folder / "blip"), "cpu")
-        self.adapter, self.lora, self.predict = adapter_file, attached, pipeline
+        self.adapter, self.lora, self.predict = adapter_file, attached, setup
         self.allowed = (AdapterError, ConfigError)
         self.path, self.loaded = folder / "case.safetensors", 0
         task = {

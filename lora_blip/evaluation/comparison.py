@@ -18,8 +18,8 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import measures
 from lora_blip.evaluation.measures import LOWER_IS_BETTER, Measured, by_group, gains, image_of, measure
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.pipeline import described, open_task, put_on, wanted_adapter
 from lora_blip.inference.prediction import line_of, prediction_of
+from lora_blip.inference.setup import described, open_task, put_on, wanted_adapter
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.reports import report

@@ -30,7 +30,7 @@ Found = list[tuple[Example, Prediction | ImageError]]
 Block = tuple[int, list[Example], list[bool]]  # its number, its examples, and which of them are done already
 
 
-class Rounds:
+class BlockScheduler:
     """Block b goes to rank b % count. The main rank alone looks at the source, and is handed what all ranks found.
 
     A block is the same examples whenever the run is begun again: one that is half done is said whole and written in
@@ -88,7 +88,7 @@ class Rounds:
             verification.disable(self.runner.task)
 
     def _undone(self, examples: Iterable[Example]) -> Iterator[Block]:
-        iterator, number, done = iter(examples), 0, self.out.done.taker()
+        iterator, number, done = iter(examples), 0, self.out.done.matcher()
         while (some := list(islice(iterator, self.size))) and not self.stop_request.signal:
             over = [done(example) for example in some]
             if not all(over):
@@ -124,7 +124,7 @@ def _short(said: Prediction | ImageError) -> Prediction | ImageError:
     return said if isinstance(said, ImageError) else replace(said, ranking=said.ranking[:RANKS_KEPT])
 
 
-class Screen:
+class ProgressDisplay:
     """What the user sees of the main rank: the first few predictions, and how far the run is."""
 
     def __init__(self, name: str, count: int, out: Output | None) -> None:
@@ -133,7 +133,7 @@ class Screen:
         self.done = self.before
         self.started = self.told = time.monotonic()
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> "ProgressDisplay":
         quiet = None if self.out else True
         self.bar = tqdm(
             total=self.count, initial=self.done, desc=self.name, unit="image", disable=quiet, dynamic_ncols=True

@@ -23,7 +23,7 @@ class Done:
         self.keys, counts = np.unique(np.frombuffer(keys, np.uint64), return_counts=True)
         self.counts = counts.astype(np.uint32)
 
-    def taker(self) -> Callable[[Example], bool]:
+    def matcher(self) -> Callable[[Example], bool]:
         """Tells of one example after another whether it is done; a line stands for one of them, however often it comes."""
         left = self.counts.copy()
 

@@ -19,9 +19,10 @@ from lora_blip.data import annotations
 from lora_blip.data.images import open_image
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import comparison, measures
+from lora_blip.inference.api import answers
+from lora_blip.inference.api import captions as say
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.pipeline import answers, put_on
-from lora_blip.inference.pipeline import captions as say
+from lora_blip.inference.setup import put_on
 from lora_blip.lora import adapter_file
 from lora_blip.metrics import captions
 from lora_blip.metrics.bootstrap import Interval

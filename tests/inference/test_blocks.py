@@ -27,8 +27,10 @@ from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.data.shards import expanded
 from lora_blip.errors import ConfigError, ImageError, LockedError, OutputError
 from lora_blip.inference import blocks, output
+from lora_blip.inference.api import captions
 from lora_blip.inference.finished import Done, key_of
-from lora_blip.inference.pipeline import captions, infer, open_task
+from lora_blip.inference.pipeline import infer
+from lora_blip.inference.setup import open_task
 from lora_blip.lora import injection
 from lora_blip.runtime import lock, signals
 from lora_blip.tasks.caption import CaptionTask
@@ -429,7 +431,7 @@ def test_what_is_done_is_counted_as_a_multiset():
     examples = [e for e in _examples(60) for _ in range(rng.randrange(4))]
     rng.shuffle(examples)
     keys = [key_of(e) for e in examples[:50]]
-    take, left = Done(output.array("Q", keys)).taker(), Counter(keys)
+    take, left = Done(output.array("Q", keys)).matcher(), Counter(keys)
     for example in [*examples, *_examples(80)]:
         key = key_of(example)
         assert take(example) == (left[key] > 0)

@@ -14,7 +14,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipT
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import ModelError
-from lora_blip.inference.pipeline import open_task
+from lora_blip.inference.setup import open_task
 from lora_blip.kernels import signatures, switch
 from lora_blip.kernels.plain import plain
 from lora_blip.kernels.text_attention import TextAttention, reading

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from lora_blip.errors import AdapterError
-from lora_blip.inference.pipeline import task_of
+from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.runtime import runs
 from lora_blip.tasks.base import Generation

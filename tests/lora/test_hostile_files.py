@@ -31,7 +31,7 @@ from lora_blip.data.images import open_image
 from lora_blip.data.prepare.folders import Folder
 from lora_blip.data.prepare.sources import find_sources
 from lora_blip.errors import AdapterError, DataError, ImageError
-from lora_blip.inference.pipeline import described, task_of
+from lora_blip.inference.setup import described, task_of
 from lora_blip.lora import adapter_file, attached, header
 from lora_blip.lora.fingerprint import sample
 from lora_blip.runtime import runs, untrusted

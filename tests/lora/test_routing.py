@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_blip.data.example import Example
 from lora_blip.errors import LoRAError
-from lora_blip.inference import pipeline
+from lora_blip.inference import api
 from lora_blip.lora import attached, injection, merging
 from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
 from lora_blip.lora.sites import Site
@@ -105,11 +105,11 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
     photos = [tmp_path / "photos" / f"{n}.png" for n in (0, 1, 2, 3, 0)]
     rows = [("vqa", "what is it?"), ("", ""), ("third", ""), ("vqa", "what colour is the cube?"), ("third", "")]
     requests = [(photo, name, question) for photo, (name, question) in zip(photos, rows, strict=True)]
-    found = list(pipeline.mixed(tasks, iter(requests), batch_size=3))
+    found = list(api.mixed(tasks, iter(requests), batch_size=3))
     expected = []
     for photo, name, question in requests:
         with use_adapters(backbone.model, name) if name else disable_adapters(backbone.model):
-            expected += pipeline.answers(asking, [(photo, question)]) if question else pipeline.captions(tasks[name], [photo])
+            expected += api.answers(asking, [(photo, question)]) if question else api.captions(tasks[name], [photo])
     assert found == expected and len({p.text for p in found}) > 2
     for wrong, message in (
         ({**tasks, "caption": CaptionTask(backbone)}, "one `task.generation`"),
@@ -118,7 +118,7 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
         ({**tasks, "none": plain}, "no adapter 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(pipeline.mixed(wrong, [*requests, (photos[0], "none", "")]))
+            list(api.mixed(wrong, [*requests, (photos[0], "none", "")]))
 
 
 def test_gradients_reach_the_adapters_of_their_rows_alone(many):

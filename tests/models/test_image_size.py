@@ -19,7 +19,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from lora_blip.evaluation.comparison import evaluate
-from lora_blip.inference.pipeline import captions, infer, open_task, wanted_adapter
+from lora_blip.inference.api import captions
+from lora_blip.inference.pipeline import infer
+from lora_blip.inference.setup import open_task, wanted_adapter
 from lora_blip.lora import adapter_file, merging
 from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask

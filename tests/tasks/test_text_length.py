@@ -13,7 +13,8 @@ import torch
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.evaluation.comparison import evaluate
-from lora_blip.inference.pipeline import captions, infer
+from lora_blip.inference.api import captions
+from lora_blip.inference.pipeline import infer
 from lora_blip.lora import adapter_file
 from lora_blip.models.language import CutText
 from lora_blip.tasks.base import Generation

@@ -16,8 +16,9 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
 from lora_blip.data.loader import HostBatch
+from lora_blip.inference.api import captions, predictions
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.pipeline import Saying, captions, predictions
+from lora_blip.inference.predictor import Predictor
 from lora_blip.kernels import switch, vit_attention
 from lora_blip.kernels import text_attention as text_attention
 from lora_blip.lora import attached, fused, injection
@@ -233,12 +234,12 @@ def test_a_ranking_of_texts_by_a_wrong_path_is_the_plain_one(make, monkeypatch, 
     monkeypatch.setattr(text_attention.ImageStates, "attend_to_image", lambda *args: 1.1 * mixed(*args))
     task = TASKS[kind](make(kind))
     runner, images = Runner(task, 2), pictures(2)
-    work = Saying(TEXTS)
+    work = Predictor(TEXTS)
     runner.check(images, examples()[:2], work)
     assert "WARNING: they differ" in capsys.readouterr().out and not task.backbone.fast
     found = work(task, images, examples()[:2])
     slow = TASKS[kind](make(kind, fast=False))
-    assert Saying(TEXTS)(slow, images, examples()[:2]) == found
+    assert Predictor(TEXTS)(slow, images, examples()[:2]) == found
 
 
 def test_an_error_of_the_fast_path_is_no_error_of_the_run(make, monkeypatch, tmp_path, capsys):

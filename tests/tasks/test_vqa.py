@@ -15,7 +15,7 @@ from PIL import Image
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.inference import pipeline
+from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, merging
 from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.models.token_rows import IGNORE
@@ -442,7 +442,7 @@ def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, ki
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
     saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
-    task = pipeline.task_of(make(kind), saved)
+    task = task_of(make(kind), saved)
     assert isinstance(task, VqaTask) and task.prompt == (template or "{question}") and task.generation.max_new_tokens == 5
 
 

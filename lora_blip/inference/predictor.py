@@ -1,0 +1,36 @@
+"""Predict a batch of images: one text for each image, or a ranking of given texts."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lora_blip.data.example import Example
+from lora_blip.inference.prediction import Prediction, prediction_of
+from lora_blip.tasks import verification
+from lora_blip.tasks.base import Task
+
+
+class Predictor:
+    """What a batch is asked: a text each, or, where there are texts, those ranked; they are read once."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+        self.read: Any = None
+        self.device: Any = None  # where they were read
+
+    def again(self) -> "Predictor":
+        """The same request from the start, of a few texts: to compare two ways to compute it."""
+        return Predictor(self.texts[: verification.TEXTS])
+
+    def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        """pictures: (images, 3, H, W)"""
+        if not self.texts:
+            texts = task.predict(pictures, examples)
+            return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
+        if self.device != task.backbone.device:
+            self.read, self.device = task.encode_texts(self.texts), task.backbone.device
+        rankings = [self._order(row) for row in task.rank(pictures, examples, self.read).cpu().tolist()]
+        return [prediction_of(e, order[0][0], order) for e, order in zip(examples, rankings, strict=True)]
+
+    def _order(self, row: list[float]) -> list[tuple[str, float]]:
+        return sorted(zip(self.texts, row, strict=True), key=lambda pair: -pair[1])
