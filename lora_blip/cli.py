@@ -1,4 +1,4 @@
-"""Command lines: what train.py and infer.py call, and `python -m lora_blip …`."""
+"""The commands: `python -m lora_blip …`, and the entry points of train.py and infer.py."""
 
 import multiprocessing
 import os
@@ -15,33 +15,35 @@ from lora_blip.runtime.untrusted import for_terminal, printable_lines
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
-    """Settings from train.py and its flags, then the loop; what a user did wrong is one message, not a traceback."""
+    """Train with the settings of train.py and its flags. Print one message for a user's error, not a traceback."""
 
-    def go() -> None:
+    def run() -> None:
         config = parse(TrainConfig, script, doc=doc or "")
-        from lora_blip.training.loop import train  # late, so that --help and a bad setting answer at once
+        from lora_blip.training.loop import train  # late, so that --help and invalid settings answer at once
 
         train(config)
 
-    tell(go)
+    report_errors(run)
 
 
 def run_infer(script: dict[str, Any], doc: str | None) -> None:
-    def go() -> None:
+    """Run inference with the settings of infer.py and its flags, with errors as in `run_train`."""
+
+    def run() -> None:
         config = parse(InferConfig, script, doc=doc or "")
         from lora_blip.inference.pipeline import infer
 
         infer(config)
 
-    tell(go)
+    report_errors(run)
 
 
-def tell(go: Callable[[], None]) -> None:
-    """Run, and turn the errors that carry a remedy into one message and exit status 2."""
+def report_errors(run: Callable[[], None]) -> None:
+    """Call `run`. Print a LoraBlipError as one message and exit with status 2. Exit with status 130 after Ctrl-C."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and terminal_stream(stream) for stream in streams)  # None if the program has none
     try:
-        go()
+        run()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -104,11 +106,12 @@ class TerminalStream:
 
 
 def print_traceback(*error: Any) -> None:
-    """Print an error that we do not know as Python does, with its message escaped: it may quote a stranger's file."""
+    """Print an unexpected error as Python does, with its message escaped, because it may quote an untrusted file."""
     traceback.print_exception(*error, file=TerminalStream(sys.stderr))
 
 
 def stop(error: Exception) -> None:
+    """Print the error and exit with status 2."""
     message = str(error).strip()
     if "Original Traceback" in message:  # from a worker process: the last line is the message
         message = message.splitlines()[-1].partition(": ")[2]
@@ -117,9 +120,9 @@ def stop(error: Exception) -> None:
 
 
 COMMANDS = {
-    "prepare": "any common data format → train, val and test JSONL, split by image",
-    "evaluate": "base beside adapter: scores with intervals, comparison.csv and report.html",
-    "doctor": "versions, devices, extras, and whether the embedded bases work: send it with a question",
+    "prepare": "convert common data formats to train, val and test JSONL, split by image",
+    "evaluate": "compare base and adapter: scores with intervals, comparison.csv and report.html",
+    "doctor": "print versions, devices and extras, and test the embedded bases: send it with a question",
 }
 
 
@@ -130,17 +133,18 @@ class DoctorConfig:
 
 def main() -> None:
     """`python -m lora_blip prepare | evaluate | doctor`, each with --help."""
-    tell(lambda: run_command(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]))
+    report_errors(lambda: run_command(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]))
 
 
 def run_command(command: str, arguments: list[str]) -> None:
+    """Run a command with its flags. Raise ConfigError for an unknown command."""
     program = f"python -m lora_blip {command}"
     if command in ("", "-h", "--help"):
         lines = "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())
         print(f"python -m lora_blip COMMAND\n\n{lines}\nCOMMAND --help lists its settings")
     elif command not in COMMANDS:
         raise ConfigError(
-            f"{command!r} is no command; did you mean {nearest(command, list(COMMANDS))}? "
+            f"{command!r} is not a command; did you mean {nearest(command, list(COMMANDS))}? "
             f"Commands are {', '.join(COMMANDS)}; each has --help"
         )
     elif command == "prepare":

@@ -1,4 +1,4 @@
-"""The settings of train.py and infer.py: every field documented, checked once, before any work."""
+"""The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
 import argparse
 import difflib
@@ -19,12 +19,12 @@ Precision = Literal["auto", "fp16", "bf16", "fp32"]
 Settings = TypeVar("Settings")
 
 LARGEST_INT = 2**31 - 1
-LARGEST = {  # bounds of what can be meant, by setting
+LARGEST = {  # largest sensible values, by setting
     "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
     "min_improvement": 1e6,
 }  # fmt: skip
-OTHER_NAMES = {  # of settings, in other libraries
+OTHER_NAMES = {  # names of settings in other libraries
     "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
     "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
@@ -35,70 +35,71 @@ OTHER_NAMES = {  # of settings, in other libraries
 
 
 def setting(default: Any, doc: str) -> Any:
+    """Return a dataclass field with a help text, which is also the comment in train.py or infer.py."""
     return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run."""
+    """All settings of a training run."""
 
     model: str = setting("assets/tiny-blip", "hub name or folder of a BLIP or BLIP-2 checkpoint")
-    task: str = setting("auto", f"what is learned: {', '.join(TASK_NAMES)}; auto: what the checkpoint was made for")
-    annotations: str = setting("annotations.jsonl", 'a line each {"image": …, "text": …}, or with question and answers')
-    image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' own")
-    prompt: str = setting("", "text before every caption, never in the loss; vqa: a template with {question} in it")
-    image_size: int = setting(0, "side of the square images in pixels, positions are interpolated; 0: the model's own size")
+    task: str = setting("auto", f"what to learn: {', '.join(TASK_NAMES)}; auto: the natural task of the checkpoint")
+    annotations: str = setting("annotations.jsonl", 'lines of {"image": …, "text": …}, or with question and answers')
+    image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' folder")
+    prompt: str = setting("", "text before every caption, not in the loss; vqa: a template that contains {question}")
+    image_size: int = setting(0, "side of the square images in pixels, with interpolated positions; 0: the model's own size")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
-    val_annotations: str = setting("", "annotations of the images to validate on; empty: val_fraction of the others")
-    output_dir: str = setting("lora_blip_output", "each run gets a folder of its own in here")
-    targets: str = setting("vit", "where adapters go: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
+    val_annotations: str = setting("", "annotations of the validation images; empty: val_fraction of the images")
+    output_dir: str = setting("lora_blip_output", "folder in which each run creates its own folder")
+    targets: str = setting("vit", "modules to adapt: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
     r: int = setting(8, "rank of the update")
     alpha: float = setting(32.0, "the update is scaled by alpha / r")
     dropout: float = setting(0.0, "dropout on the adapters' input")
     epochs: int = setting(30, "passes over the training images")
-    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the epochs")
+    max_steps: int = setting(0, "stop after this number of optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "images in a micro-batch")
     accumulation: int = setting(1, "micro-batches in an optimizer step")
     lr: float = setting(0.0, "peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e-3 (BLIP-2)")
-    warmup_steps: int = setting(20, "optimizer steps of linear warm-up, at most a fifth of all, before the cosine decay")
-    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay, on the adapters")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never")
-    precision: Precision = setting("auto", "arithmetic under autocast: fp16, bf16 or fp32; auto: what the device does best")
-    base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: in 16 bits what is read in 16 bits")
+    warmup_steps: int = setting(20, "optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps")
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay of the adapters")
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm; 0: do not clip")
+    precision: Precision = setting("auto", "precision of autocast: fp16, bf16 or fp32; auto: the best for the device")
+    base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: 16 bits if autocast reads them in 16 bits")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
-    augment: bool = setting(True, "gentle random mirror, shift, scale and brightness; no mirror if a text says left or right")
-    views: int = setting(0, "versions of each augmented picture, which come in turn and can be kept; 0: always another")
+    augment: bool = setting(True, "small random shift, scale and brightness; mirror, unless a text says left or right")
+    views: int = setting(0, "versions of each augmented image, used in turn; 0: always a new one")
     cache_gb: float = setting(
-        10.0, "disk in output_dir/.cache for pictures and what comes before the first adapter, if it repeats; 0: none"
+        10.0, "GB of disk in output_dir/.cache for images and ViT states that repeat between epochs; 0: no cache"
     )
-    fast: bool = setting(True, "the same sums by faster ways: attention, update, texts; false: the plain ways, to compare with")
-    compile: bool = setting(False, "torch.compile the ViT's blocks: some seconds at the start, faster steps on some machines")
-    validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, or 10; the end is always validated")
-    best_by: str = setting("auto", "score that picks best.safetensors: loss, exact_match, cider …; auto: the task's own")
-    patience: int = setting(0, "stop after so many validations without a better best_by score; 0: never")
-    min_improvement: float = setting(1e-4, "smallest gain in best_by that counts as better for patience")
-    tensorboard: bool = setting(False, "write TensorBoard's event files too (pip install 'lora_blip[tensorboard]')")
-    max_new_tokens: int = setting(0, "most tokens of a generated text, kept in the adapter; 0: the longest text and a margin")
-    num_beams: int = setting(1, "beams of generation, here and by default with the adapter")
-    max_skipped: int = setting(10, "stop after so many steps in a row with a loss or gradient that is not finite")
-    shard: bool = setting(False, "spread the frozen weights over torchrun's processes (FSDP2), for one too large for each")
-    resume: str = setting("auto", "auto: go on with the newest interrupted run of these settings; a run's folder; off")
-    allow_changed: bool = setting(False, "go on with a run though settings, data or base have changed, so not exactly")
-    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints, each to go on from; 0: at every micro-batch")
-    keep_checkpoints: int = setting(2, "how many of them stay, the newest")
-    seed: int = setting(0, "decides the split, the order, the augmentation and the adapters' start")
+    fast: bool = setting(True, "use faster attention, updates and texts; false: the plain computation")
+    compile: bool = setting(False, "torch.compile the ViT's blocks: slow start, faster steps on some machines")
+    validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, at least 10. The end is validated")
+    best_by: str = setting("auto", "score that selects best.safetensors: loss, exact_match, cider …; auto: the task's own")
+    patience: int = setting(0, "stop after this many validations without a better best_by; 0: never")
+    min_improvement: float = setting(1e-4, "smallest gain in best_by that patience counts as better")
+    tensorboard: bool = setting(False, "also write TensorBoard event files (pip install 'lora_blip[tensorboard]')")
+    max_new_tokens: int = setting(0, "most tokens of a generated text, kept in the adapter; 0: longest text and a margin")
+    num_beams: int = setting(1, "beams of generation, in validation and stored in the adapter")
+    max_skipped: int = setting(10, "stop after this many steps in a row with a non-finite loss or gradient")
+    shard: bool = setting(False, "shard the frozen weights over torchrun's processes (FSDP2), for a large model")
+    resume: str = setting("auto", "auto: the newest interrupted run with these settings; a run's folder; off: a new run")
+    allow_changed: bool = setting(False, "resume although settings, data or base have changed; the result differs")
+    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0: a checkpoint after every micro-batch")
+    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
+    seed: int = setting(0, "seed of the split, the order, the augmentation and the initial adapters")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none beside a model on the CPU, else 4")
+    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
-    on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the annotations is no good")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", "if a line of the annotations is invalid")
     check_images: Literal["all", "lazy"] = setting(
-        "all", "all: each is decoded before the first step; lazy: when needed, and a broken one stops the run"
+        "all", "all: decode each before the first step; lazy: decode when needed, and stop at a broken one"
     )
 
     def __post_init__(self) -> None:
         check(self)
-        require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 up to, not including, 1")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, not including, 1")
+        require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a share from 0 to below 1")
         require(self.task in ("auto", *TASK_NAMES), "task", self.task, f"one of auto, {', '.join(TASK_NAMES)}")
         for name in (
             "r",
@@ -128,38 +129,36 @@ class TrainConfig:
             "cache_gb",
             "image_size",
         ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.num_workers >= -1, "num_workers", self.num_workers, "-1 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.num_workers >= -1, "num_workers", self.num_workers, "at least -1")
 
 
 @dataclass(frozen=True)
 class InferConfig:
-    """Everything that decides a run over images: captions, answers, or a ranking of texts."""
+    """All settings of inference: captions, answers, or a ranking of texts."""
 
-    model: str = setting("", "hub name or folder of the base; empty: the one that the adapter was trained on")
-    adapter: str = setting("latest", "an adapter's file or run folder; latest: the newest run; none: the base as it is")
-    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's own, or what the checkpoint was made for")
+    model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
+    adapter: str = setting("latest", "an adapter file or a run folder; latest: the newest run; none: the base alone")
+    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's task, or the natural task of the checkpoint")
     images: str = setting("image_test", "a file, a folder, a glob, a list (.txt, .jsonl) or shards (.tar, {0000..0031}.tar)")
-    question: str = setting("", 'vqa: asked of every image; or a file of lines {"image": …, "question": …}')
-    texts: str = setting("", "rank these texts for every image: a file, a text a line, or texts with | between them")
-    prompt: str = setting("", "text that every caption goes on from; empty: the adapter's own; none: no prompt")
-    max_new_tokens: int = setting(0, "longest text; 0: the adapter's own setting, or 40")
-    num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
-    image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's own, or the model's")
-    sample: bool = setting(False, "draw words at random instead of taking the likeliest")
-    batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
-    merge: bool = setting(True, "write the adapter into the weights first, which is faster; false: leave it on hooks")
-    fast: bool = setting(
-        True, "attention and products by faster ways, equal to transformers' own up to rounding; false: transformers' own"
-    )
-    compare: bool = setting(False, "ask the base as well, and show both side by side")
-    references: str = setting("", "an annotations file with the right texts: adds the task's score to what is printed")
-    image_root: str = setting("", "folder that the references' image paths are relative to; empty: their own")
-    output_dir: str = setting("", "where predictions.jsonl goes; empty: a new folder in lora_blip_output")
-    resume: bool = setting(True, "go on where a run into the same output_dir was stopped; false: refuse its folder")
-    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: what the device does best")
+    question: str = setting("", 'vqa: a question about every image; or a file with lines {"image": …, "question": …}')
+    texts: str = setting("", "rank these texts for every image: a file with a text per line, or texts separated by |")
+    prompt: str = setting("", "start of every caption; empty: the adapter's prompt; none: no prompt")
+    max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40")
+    num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
+    image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's setting, or the model's size")
+    sample: bool = setting(False, "sample tokens at random instead of taking the likeliest")
+    batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
+    merge: bool = setting(True, "merge the adapter into the weights, which is faster; false: keep its hooks")
+    fast: bool = setting(True, "faster attention and products, equal to transformers' up to rounding; false: transformers' own")
+    compare: bool = setting(False, "run the base as well, and print both side by side")
+    references: str = setting("", "annotations with the right texts; the task's score is then printed")
+    image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder")
+    output_dir: str = setting("", "folder of predictions.jsonl; empty: a new folder in lora_blip_output")
+    resume: bool = setting(True, "continue an interrupted run in the same output_dir; false: refuse its folder")
+    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: the best for the device")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    seed: int = setting(0, "for sampling")
+    seed: int = setting(0, "seed of sampling")
 
     def __post_init__(self) -> None:
         check(self)
@@ -168,27 +167,27 @@ class InferConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Everything that decides an evaluation: base beside adapter, on images with known texts."""
+    """All settings of an evaluation, which compares base and adapter on images with known texts."""
 
-    references: str = setting("", "annotations file with the right texts, as for training")
-    image_root: str = setting("", "folder that image paths are relative to; empty: the references' own")
-    adapter: str = setting("latest", "an adapter's file or run folder; latest: the newest run; none: the base alone")
-    model: str = setting("", "hub name or folder of the base; empty: the one that the adapter was trained on")
-    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's own, or what the checkpoint was made for")
+    references: str = setting("", "annotations with the right texts, in the format of training")
+    image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder")
+    adapter: str = setting("latest", "an adapter file or a run folder; latest: the newest run; none: the base alone")
+    model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
+    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's task, or the natural task of the checkpoint")
     prompt: str = setting("", "as for infer.py")
-    max_new_tokens: int = setting(0, "longest text; 0: the adapter's own setting, or 40")
-    num_beams: int = setting(0, "beams; 0: the adapter's own setting, or 1")
-    image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's own, or the model's")
-    batch_size: int = setting(16, "images at a time; halved when the device's memory runs out")
-    base: bool = setting(True, "score the base beside the adapter")
+    max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40")
+    num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
+    image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's setting, or the model's size")
+    batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
+    base: bool = setting(True, "also score the base")
     fast: bool = setting(True, "as for infer.py")
-    train_annotations: str = setting("", "where to look for leaks; empty: what the adapter was trained on, if it is here; none")
-    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as the adapter was trained")
-    output_dir: str = setting("", "where the report goes; empty: a new folder in lora_blip_output")
-    on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line of the references is no good")
-    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: what the device does best")
+    train_annotations: str = setting("", "annotations to search for leaks; empty: those of the training; none: no search")
+    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as in the training")
+    output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", "if a line of the references is invalid")
+    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: the best for the device")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    seed: int = setting(0, "of the bootstrap")
+    seed: int = setting(0, "seed of the bootstrap")
 
     def __post_init__(self) -> None:
         check(self)
@@ -201,13 +200,13 @@ def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
     require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
     require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
     for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
-        require(getattr(config, name) >= 0, name, getattr(config, name), "0 or more")
+        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     if config.adapter in ("", "none") and not config.model:
-        raise ConfigError("model is empty and there is no adapter to name it; set MODEL (or --model)")
+        raise ConfigError("model is empty, and without an adapter there is no default; set MODEL (--model)")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigErrors: one line, without the usage of all settings."""
+    """An ArgumentParser that raises ConfigError: one line, without the usage of all settings."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -265,7 +264,7 @@ def _refuse_flag(flag: str, known: list[str]) -> NoReturn:
     """Raise ConfigError that suggests the nearest flag."""
     name = flag.partition("=")[0]
     if not name.startswith("-"):
-        raise ConfigError(f"{flag!r} is not a flag, and belongs to none; a value follows its flag: --batch-size 8")
+        raise ConfigError(f"{flag!r} is not a flag and not the value of one; write a value after its flag: --batch-size 8")
     near = nearest(name.lstrip("-").replace("-", "_").lower(), [*known, "help"])
     raise ConfigError(f"{name} is not a flag; did you mean --{near.replace('_', '-')}? --help lists all flags")
 
@@ -279,20 +278,20 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def refuse_unwritable(folder: str) -> None:
-    """Raise ConfigError if a folder cannot be made or written. Nothing is left behind."""
+    """Raise ConfigError if a folder cannot be created or written. Leave no file behind."""
     path = Path(folder).absolute()
     there, reason = path, ""
     try:
         there, about = next(filter(None, map(_found, (path, *path.parents))))
         if stat.S_ISLNK(about.st_mode):
-            about = there.stat()  # FileNotFoundError or ELOOP: the link leads nowhere
+            about = there.stat()  # raises FileNotFoundError or ELOOP for a broken link
         if not stat.S_ISDIR(about.st_mode):
             reason = "it is not a folder"
         else:
-            with tempfile.TemporaryFile(dir=there):  # permissions alone do not know of read-only and special file systems
+            with tempfile.TemporaryFile(dir=there):  # a test, because permissions do not show read-only file systems
                 pass
     except FileNotFoundError:
-        reason = "it is a link to a missing folder" if there.is_symlink() else "no file can be made in it"
+        reason = "it is a link to a missing folder" if there.is_symlink() else "no file can be created in it"
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
@@ -301,7 +300,7 @@ def refuse_unwritable(folder: str) -> None:
 
 
 def _found(path: Path) -> tuple[Path, os.stat_result] | None:
-    """Return a path with what it is, not following a link; None if it does not exist."""
+    """Return a path with its status, without following a link, or None if it does not exist."""
     try:
         return path, path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -317,7 +316,7 @@ def _bool(text: str) -> bool:
 
 
 def check(config: Any) -> None:
-    """Raise ConfigError if a field has a wrong type, is not finite, or is larger than can be meant."""
+    """Raise ConfigError if a field has a wrong type, is not finite, or is too large."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):

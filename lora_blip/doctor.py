@@ -1,4 +1,4 @@
-"""`python -m lora_blip doctor`: what to send with a question."""
+"""`python -m lora_blip doctor`: print versions and devices, and test the embedded bases. Send the output with a question."""
 
 import importlib.metadata
 import platform
@@ -30,7 +30,7 @@ BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "asset
 
 
 def examine() -> bool:
-    """Print all that is known of this machine; False when something that is needed does not work."""
+    """Print versions, devices and the results of the tests. Return False if a needed part does not work."""
     print(f"lora_blip {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("core        ", ", ".join(f"{name} {version(name)}" for name in CORE))
     for extra, names in EXTRAS.items():
@@ -40,7 +40,7 @@ def examine() -> bool:
         print(f"{device!s:<13}{device_name(device)}: {', '.join(precisions(device))}")
     sound = version("torch") != "missing"
     for name in BASES:
-        sound = said(name, hook_fires) and sound
+        sound = run_test(name, hook_fires) and sound
     return sound
 
 
@@ -74,7 +74,7 @@ def device_name(device: torch.device) -> str:
 
 
 def works(device: torch.device, precision: str) -> bool:
-    """Whether a matrix product under this precision's autocast runs, forward and backward."""
+    """Return True if a matrix product runs forward and backward under this precision's autocast."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             x, weight = (torch.ones(rows, 8, device=device, dtype=torch.float32) for rows in (2, 8))
@@ -90,17 +90,17 @@ def precisions(device: torch.device) -> list[str]:
     return [name + " (emulated, slow)" * emulated(name, device) for name in DTYPES if works(device, name)]
 
 
-def said(name: str, check: Callable[[str], str]) -> bool:
+def run_test(name: str, check: Callable[[str], str]) -> bool:
     try:
         print(f"{name}: {check(name)}")
         return True
-    except Exception as error:  # the doctor reports whatever is wrong, and goes on
+    except Exception as error:  # report any error and continue
         print(printable_lines(f"{name}: BROKEN: {type(error).__name__}: {error}"))
         return False
 
 
 def hook_fires(name: str) -> str:
-    """Load an embedded base, put adapters on its ViT, and see that a changed B changes the logits."""
+    """Load an embedded base, inject adapters into its ViT, and check that a changed B changes the logits."""
     backbone = load_backbone(str(REPOSITORY / name), "cpu")
     task = TASKS[natural_task(backbone.architecture)](backbone)
     side = backbone.model.config.vision_config.image_size
@@ -115,5 +115,5 @@ def hook_fires(name: str) -> str:
             update.B.fill_(0.01)
         after = task.logits(batch)
     if not torch.equal(before, fresh) or torch.equal(before, after):
-        raise RuntimeError("the hooks on its ViT do not do what they should")
+        raise RuntimeError("the LoRA hooks on its ViT have no effect, or an effect without an update")
     return f"loads, and the hooks of its {len(placed)} ViT linears fire"

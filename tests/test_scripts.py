@@ -231,7 +231,7 @@ def test_ctrl_c_is_no_traceback(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stopped:
-        cli.tell(interrupted)
+        cli.report_errors(interrupted)
     assert stopped.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
 
 
@@ -315,7 +315,7 @@ def test_a_setting_with_an_absurd_value_is_an_error_before_any_work(wrong):
 @pytest.mark.parametrize("kind", ["dangling", "loop", "file", "below a file", "device", "special", "long"])
 def test_an_output_folder_that_cannot_be_made_is_one_error(checkpoints, here, monkeypatch, capsys, kind):
     """train.py, infer.py, prepare and evaluate all refuse it at once, and leave nothing behind."""
-    from lora_blip.cli import run_command, tell
+    from lora_blip.cli import report_errors, run_command
 
     source = tiny.write_photos(here, 2)
     (here / "dangling").symlink_to(here / "nowhere")
@@ -326,7 +326,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_error(checkpoints, here, mo
     base = ["--model", str(checkpoints["blip"]), "--adapter", "none", "--output-dir", folder]
 
     def command(name: str, flags: list[str]):
-        return lambda *_: tell(lambda: run_command(name, flags))
+        return lambda *_: report_errors(lambda: run_command(name, flags))
 
     runs = [
         (run_train, train_flags(checkpoints["blip"], source, **{"output-dir": folder})),
@@ -353,9 +353,10 @@ def test_a_default_output_folder_that_is_a_dangling_link_is_one_error(checkpoint
 def test_an_ascii_terminal_prints_escapes(environment):
     """Every command prints its help, a caption and an error, whatever the terminal's encoding."""
     code = (
-        "import sys; from lora_blip.cli import main, run_train, run_infer, tell; from lora_blip.config import ConfigError\n"
+        "import sys; from lora_blip.cli import main, run_train, run_infer, report_errors\n"
+        "from lora_blip.config import ConfigError\n"
         "def fail(): print('\\u4e2d\\u6587'); raise ConfigError('\\xe7\\xe0')\n"
-        "for act in (lambda: run_train({}, ''), lambda: run_infer({}, ''), lambda: tell(fail), main):\n"
+        "for act in (lambda: run_train({}, ''), lambda: run_infer({}, ''), lambda: report_errors(fail), main):\n"
         "    try: act()\n"
         "    except SystemExit as end: print(end.code)\n"
         "    sys.argv[1:] = ['prepare', '--help']\n"
@@ -371,7 +372,7 @@ def test_an_ascii_terminal_prints_escapes(environment):
 
 def test_a_limit_of_processes_is_named(monkeypatch, capsys):
     """`ulimit -u`: the advice is about threads and processes, whatever was being done."""
-    from lora_blip.cli import tell
+    from lora_blip.cli import report_errors
     from lora_blip.models import loading
 
     def refuse(*_: object, **__: object) -> None:
@@ -384,13 +385,13 @@ def test_a_limit_of_processes_is_named(monkeypatch, capsys):
     ):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.chdir(ROOT)
-            tell(lambda act=act: next(act()))
+            report_errors(lambda act=act: next(act()))
         assert "allows no more threads or processes (ulimit -u)" in capsys.readouterr().err
 
 
 def test_a_limit_of_processes_is_found_whatever_the_error_says(monkeypatch, capsys):
     """OpenMP ends the program at the limit, and another thread then fails with some message of its own."""
-    from lora_blip.cli import tell
+    from lora_blip.cli import report_errors
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -399,10 +400,10 @@ def test_a_limit_of_processes_is_found_whatever_the_error_says(monkeypatch, caps
         raise TypeError("unknown parameter type")
 
     with pytest.raises(TypeError, match="unknown parameter type"):
-        tell(fail)
+        report_errors(fail)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(SystemExit):
-        tell(fail)
+        report_errors(fail)
     assert "allows no more threads or processes (ulimit -u)" in capsys.readouterr().err
 
 
@@ -416,10 +417,10 @@ class Ending(Dataset[int]):
 
 def test_a_loading_process_that_is_killed_is_one_error_with_the_setting(capsys):
     """Out of memory, /dev/shm or processes: PyTorch's error names none of them, and no setting."""
-    from lora_blip.cli import tell
+    from lora_blip.cli import report_errors
 
     with pytest.raises(SystemExit) as stopped:
-        tell(lambda: print(*DataLoader(Ending(), num_workers=1)))
+        report_errors(lambda: print(*DataLoader(Ending(), num_workers=1)))
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("error: a process that loads images was ended")
     assert "--num-workers 0" in said and said.count("\n") == 1

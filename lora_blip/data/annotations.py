@@ -1,6 +1,5 @@
-"""`annotations.jsonl` (or .tsv) → checked examples. A line each: {"image": "red_1.jpg", "text": "a red cube"}.
-
-For questions: {"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}.
+"""Read and check an annotation file, JSONL or TSV. A line is {"image": "red_1.jpg", "text": "a red cube"}, or for questions
+{"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}.
 """
 
 import gc
@@ -26,12 +25,14 @@ from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
-MANY = 100_000  # lines, which the garbage collector is not to go through for the rest of the run
-CHUNK = 1024  # lines whose texts a task may look at together before each is checked
+MANY = 100_000  # lines from which on the garbage collector skips the examples for the rest of the run
+CHUNK = 1024  # lines whose texts a task may tokenize together before each line is checked
 
 
-@dataclass(frozen=True, slots=True)  # a wrong file has a million
+@dataclass(frozen=True, slots=True)  # an invalid file can have a million
 class Problem:
+    """A line that cannot be used, and why."""
+
     source: Path
     line: int
     reason: str
@@ -51,20 +52,25 @@ def read(
     report: Callable[[str], object] = print,
     decoded: Callable[[str, Image.Image], object] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
-    """Every good line as an Example, and every bad one as a Problem with file and line.
+    """Return each valid line as an Example, and each invalid one as a Problem.
 
-    Image paths are relative to `image_root`, or to the file's own folder. Every line is checked: JSON,
-    keys, that the image is there and decodes, that texts are not empty, and `check`, which gives the
-    reason why a task cannot use the line, or "". `decode` false leaves the images unopened. `expect` is given
-    the lines a thousand at a time before they are checked. `trim` removes a task's prompt from the start of a line's
-    texts. `report` is called with a line about each thing that was ignored or changed. `decoded` is called, in threads, with
-    each image file and its picture. Raises DataError listing the problems if there are any and `on_bad_data` is "stop",
-    and in any case if no line is good.
+    A line is valid if its JSON and keys are, its texts are not empty, its image exists and can be decoded, and `check`
+    accepts it.
+
+    image_root: the folder that image paths are relative to; by default the file's own folder.
+    check: returns the reason why a task cannot use an example, or "".
+    decode: decode each image; otherwise do not open it.
+    expect: called with up to CHUNK examples before they are checked.
+    trim: removes a task's prompt from the start of an example's texts.
+    report: called with a message about everything that is ignored or changed.
+    decoded: called in threads with each image file and its image.
+
+    Raise DataError that lists the problems, if there are any and `on_bad_data` is "stop". Raise it also if no line is valid.
     """
     source = Path(source)
     lines = Lines(source, Path(image_root) if image_root else source.parent)
     entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
-    expected = 'expected a .jsonl file, a line each {"image": …, "text": …}'
+    expected = 'expected a .jsonl file with a line {"image": …, "text": …} per example'
     with many_objects():
         try:
             parsed = [lines.example(entry, number) for number, entry in entries]
@@ -79,10 +85,10 @@ def read(
         broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
         good, problems = _checked(source, parsed, broken, check, expect)
     if lines.prompts and (own := sum(bool(example.prompt) for example in good)):
-        message = f"{source}: {own:,} of {len(good):,} line(s) have a prompt of their own, which replaces PROMPT for them"
+        message = f"{source}: {own:,} of {len(good):,} line(s) have their own prompt, which is used instead of PROMPT"
         report(printable(message))
     if len(good) >= MANY:
-        gc.freeze()  # for good: they hold no cycles, and loader workers share their memory for as long as nobody writes to it
+        gc.freeze()  # examples have no cycles, and forked workers share unwritten memory
     if problems and on_bad_data == "stop":
         raise DataError(f'{listing(problems)}\nfix the lines, or set ON_BAD_DATA = "skip" to leave them out')
     if not good:
@@ -96,30 +102,30 @@ def trimmed(
     trim: Callable[[Example], Example],
     report: Callable[[str], object] = print,
 ) -> list[Example | tuple[int, str]]:
-    """Remove a repeated prompt from each line, and report how many had one. A line that is nothing else becomes a reason."""
-    found, count, first = list(lines), 0, ""
-    for place, line in enumerate(lines):
-        if isinstance(line, Example) and (made := trim(line)) is not line:
-            count, first = count + 1, first or f"line {line.line}: {quoted(line.words)} is now {quoted(made.words)}"
-            empty = not made.text if line.text else not all(made.answers)
-            found[place] = (line.line, "the text is nothing but the prompt; write what follows the prompt") if empty else made
+    """Remove the prompt from the start of each line, and report how many changed. Refuse a line of only the prompt."""
+    result, count, first = list(lines), 0, ""
+    for index, line in enumerate(lines):
+        if isinstance(line, Example) and (changed := trim(line)) is not line:
+            count, first = count + 1, first or f"line {line.line}: {quoted(line.words)} is now {quoted(changed.words)}"
+            empty = not changed.text if line.text else not all(changed.answers)
+            result[index] = (line.line, "the text is only the prompt; write what follows the prompt") if empty else changed
     if count:
         message = (
             f"{source}: removed the prompt from the start of {count:,} line(s), because it comes before each text; {first}"
         )
         report(printable(message))
-    return found
+    return result
 
 
 def _ignored(keys: dict[str, tuple[int, int]]) -> str:
-    """The keys that are ignored, with the number of lines of each and the first line."""
+    """Return the ignored keys, with the number of lines and the first line of each."""
     some = [f"{quoted(key)} ({count:,} line(s), first line {first})" for key, (count, first) in keys.items()]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
 
 
 @contextmanager
 def many_objects() -> Iterator[None]:
-    """Without the garbage collector, which would look through all of a million lines again and again."""
+    """Disable the garbage collector inside the block. It would scan all of a million lines again and again."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -154,42 +160,42 @@ def _checked(
 
 
 def listing(problems: list[Problem]) -> str:
-    """The first problems, a line each, and how many more there are."""
+    """Return the first problems, one per line, and the number of further ones."""
     lines = [str(problem) for problem in problems[:LISTED]]
     return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
 
 
 def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and validation parts; all lines of an image are on the same side, chosen at random from `seed`.
+    """Return the training and validation parts. All lines of an image are in the same part, drawn at random from `seed`.
 
-    At least one image is held out if `fraction` > 0. Raises DataError if nothing is left to train on.
+    At least one image is held out if `fraction` > 0. Raise DataError if none is left to train on.
     """
     with many_objects():
-        files = resolved(dict.fromkeys(map(FILE, examples)))  # however a line spells its path
-        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # quick where the lines were in order
+        files = resolved(dict.fromkeys(map(FILE, examples)))  # lines may spell a path differently
+        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are sorted
         random.Random(seed).shuffle(images)
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):
-            told = f"val_fraction {fraction} of {len(images)} image(s) leaves none to train on"
-            raise DataError(f"{told}; lower it, or set it to 0")
+            message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none to train on"
+            raise DataError(f"{message}; lower it, or set it to 0 (--val-fraction)")
         held_out = set(images[:count])
-        aside = [files[file] in held_out for file in map(FILE, examples)]
-        return list(compress(examples, (not out for out in aside))), list(compress(examples, aside))
+        is_held_out = [files[file] in held_out for file in map(FILE, examples)]
+        return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))
 
 
 def unreadable(example: Example, error: ImageError) -> DataError:
-    """What to raise for a line whose picture turns out to be no good after all lines were taken for good."""
-    place = f"{example.source}:{example.line}: " if example.source else ""
-    return DataError(f'{place}{error}; fix the line, or set CHECK_IMAGES = "all" to be told of all such lines before training')
+    """Return the error for a line whose image cannot be decoded during training."""
+    location = f"{example.source}:{example.line}: " if example.source else ""
+    return DataError(f'{location}{error}; fix the line, or set CHECK_IMAGES = "all" to get all such lines before training')
 
 
 def plain(text: str) -> str:
-    """One space between words."""
+    """Return a text with one space between words."""
     return " ".join(text.split())
 
 
 def _undecodable(images: set[str], decoded: Callable[[str, Image.Image], object] | None = None) -> dict[str, str]:
-    """Image → why it cannot be read; each file is decoded once, in threads (Pillow lets go of the GIL)."""
+    """Return image → why it cannot be read. Each file is decoded once, in threads: Pillow releases the GIL."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(partial(_decode_failure, decoded=decoded), sorted(images))
         reasons = tqdm(reasons, total=len(images), desc="checking", unit="image", disable=None, delay=2, leave=False)
@@ -198,9 +204,9 @@ def _undecodable(images: set[str], decoded: Callable[[str, Image.Image], object]
 
 def _decode_failure(image: str, decoded: Callable[[str, Image.Image], object] | None) -> str:
     try:
-        picture = open_image(image)
+        decoded_image = open_image(image)
     except ImageError as error:
         return str(error)
     if decoded:
-        decoded(image, picture)
+        decoded(image, decoded_image)
     return ""

@@ -1,4 +1,4 @@
-"""Tensors on a disk that cost more to compute than to read: decoded pictures, what a frozen ViT makes of them."""
+"""A cache on disk for tensors that are slower to compute than to read: decoded images and states of the frozen ViT."""
 
 import hashlib
 import json
@@ -28,39 +28,40 @@ from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, p
 
 try:
     import fcntl
-except ImportError:  # Windows, where a folder with an open file in it cannot be renamed, which is as good
+except ImportError:  # Windows: a folder with an open file cannot be renamed, which has the same effect as a lock
     fcntl = None  # type: ignore[assignment]
 
 KIND = re.compile(r"[0-9a-f]{16}")  # the name of a kind's folder
-DOOMED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the same, once it is being taken away
+DOOMED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # such a folder while it is removed
 KEY = re.compile(r"[0-9a-f]{2}[0-9a-z_-]{0,120}")
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-LARGEST = 2**28  # bytes of a value; the pictures and states of a ViT have one million
+LARGEST = 2**28  # bytes of a value; images and states have about one million
 LONGEST_HEADER = 4096
 PAGE = 4096
-ABANDONED = 3600  # seconds after which a file that was never finished is nobody's
-RECOUNTS = 50  # times that a folder is counted while it fills: others write into it too
-DIGESTS = 2**20  # images whose digest is remembered, at some 300 bytes each
+ABANDONED = 3600  # seconds after which an unfinished temporary file is removed
+RECOUNTS = 50  # how often the folder is counted while it fills, because other processes write too
+DIGESTS = 2**20  # digests kept in memory, at about 300 bytes each
 
 
 class Store:
-    """Values by key, in a folder of their own for each `kind`: all that a value depends on beside the image, in JSON.
+    """A map from keys to tensors, in one folder for each `kind`: a JSON of all that a value depends on besides the image.
 
-    `limit` bounds the bytes of all kinds together. Where it is reached, kinds that no process has open make room, the
-    longest unused first; then nothing more is taken, since to throw away what the next epoch reads would help nobody.
-    Any number of processes may read and write at once, and die at it. Nothing is made before there is something to keep.
+    `limit` bounds the bytes of all kinds together. When it is reached, kinds that no process has open are removed, the
+    longest unused first. After that nothing more is stored: every stored value is read again in the next epoch, so removing
+    one would gain nothing. Any number of processes may read and write at the same time, and may be killed. The folder is
+    created when the first value is stored.
     """
 
     def __init__(self, folder: Path, kind: dict[str, Any], limit: int) -> None:
         self.root, self.kind, self.limit = Path(folder), kind, limit
         self.values = self.root / hashlib.sha256(self._about.encode()).hexdigest()[:16]
-        self.full = ""  # why nothing more is taken
-        self.used = -1  # bytes of all kinds; -1: not counted yet, which a store that is only read from never needs
-        self.uncounted = 0  # bytes of them that were written since
+        self.full = ""  # why nothing more is stored; "" if there is room
+        self.used = -1  # bytes of all kinds; -1: not counted yet (reading does not need it)
+        self.uncounted = 0  # bytes that were written since the count
         self.held: BinaryIO | None = None
 
     def get(self, key: str) -> Tensor | None:
-        """A value as it was put; None if there is none. One that is damaged is taken away."""
+        """Return the stored value, or None. Delete a damaged value."""
         path = self._path(key)
         try:
             with open_regular(path, LARGEST + LONGEST_HEADER) as file:
@@ -80,7 +81,7 @@ class Store:
         return value
 
     def put(self, key: str, value: Tensor) -> bool:
-        """Keep a value, if there is room; whether it is kept now. Never an error: what is not kept is computed again."""
+        """Store a value if there is room, and return True if it is stored. Raise no error: the value can be computed again."""
         if self.full or key in self:
             return key in self
         self.held = self.held or self._hold()
@@ -111,11 +112,11 @@ class Store:
 
     def _path(self, key: str) -> Path:
         if not KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no key: two hex digits, then at most 120 of 0-9 a-z _ -")
+            raise ValueError(f"{key!r} is not a valid key: expected two hex digits, then at most 120 of 0-9 a-z _ -")
         return self.values / key[:2] / f"{key}.safetensors"
 
     def _hold(self) -> BinaryIO | None:
-        """kind.json, open and locked for as long as this object lives: who makes room sees that the kind is in use."""
+        """Open and lock kind.json while this object exists. The lock tells other processes that the kind is in use."""
         path = self.values / "kind.json"
         try:
             while True:
@@ -124,8 +125,8 @@ class Store:
                 _lock(file, alone=False)
                 if path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break
-                file.close()  # another process made room in between
-            file.write(self._about.encode())  # over what is there, which is the same, or was cut off by a power cut
+                file.close()  # another process removed it in between
+            file.write(self._about.encode())  # the same as the old content, unless a power failure truncated that
             file.truncate()
             file.flush()
             os.utime(path)
@@ -137,82 +138,82 @@ class Store:
     # ---- room
 
     def _has_room(self, size: int) -> bool:
-        """Whether `size` bytes more stay within the limit, after other kinds have made room."""
+        """Return True if `size` more bytes are within the limit. Remove other kinds if necessary."""
         if self.used < 0 or self.used + size > self.limit or self.uncounted > self.limit / RECOUNTS:
             self._count()
             for kind in self._kinds():
                 if self.used + size > self.limit and kind != self.values:
                     _clear(kind)
-                    self._count()  # others clear as well
+                    self._count()  # other processes remove kinds too
         return self.used + size <= self.limit
 
     def _count(self) -> None:
-        for path in self.root.glob(".*.tmp"):  # a kind that a process which died was about to take away
+        for path in self.root.glob(".*.tmp"):  # a kind whose removal was interrupted
             if DOOMED.fullmatch(path.name) and _when(path) < time() - ABANDONED:
                 remove(path)
         self.used, self.uncounted = sum(map(bytes_in, self._kinds())), 0
 
     def _kinds(self) -> list[Path]:
-        """The folders of all kinds, the longest unused first. What else lies in the root is not ours."""
+        """Return the folders of all kinds, the longest unused first. Ignore other files in the root."""
         found = [path for path in self.root.iterdir() if KIND.fullmatch(path.name) and (path / "kind.json").is_file()]
         return sorted(found, key=lambda path: _when(path / "kind.json"))
 
     def _stop(self, reason: str) -> bool:
-        """Take nothing more, and say so once."""
+        """Store nothing more, and print the reason once."""
         self.full = reason
-        message = f"warning: nothing more is kept in {self.root}: {reason}; what is not there is computed each time"
+        message = f"warning: nothing more is cached in {self.root}: {reason}; other values are computed each time"
         tqdm.write(printable(message))
         return False
 
 
 def content_of(key: str, value: Tensor) -> bytes:
-    """The file of a value: safetensors, with its key and a checksum in the header. ValueError for what cannot be kept."""
+    """Return a value as a safetensors file with its key and checksum. Raise ValueError for an unsupported dtype or size."""
     value = value.detach().cpu().contiguous()
     if value.dtype not in DTYPES.values() or not 0 < value.nbytes <= LARGEST:
-        raise ValueError(f"a {value.dtype} of {value.nbytes:,} bytes cannot be kept")
-    told = {"key": key, "sum": checksum(value.reshape(-1).view(torch.uint8).numpy())}
-    return save({"value": value}, told)
+        raise ValueError(f"a {value.dtype} of {value.nbytes:,} bytes cannot be cached")
+    metadata = {"key": key, "sum": checksum(value.reshape(-1).view(torch.uint8).numpy())}
+    return save({"value": value}, metadata)
 
 
 def value_of(content: NDArray[np.uint8], key: str) -> Tensor | None:
-    """The value in a file's content, over the same memory; None unless it is whole, and of this key."""
+    """Return the value in a file's content without a copy, or None if the file is damaged or has another key."""
     try:
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         if start > 8 + LONGEST_HEADER or start % 8:
             return None
         header = parsed(content[8:start].tobytes().decode())
-        told, entry, data = header["__metadata__"], header["value"], content[start:]
+        metadata, entry, data = header["__metadata__"], header["value"], content[start:]
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         size = math.prod(shape) * dtype.itemsize if all(type(side) is int and side > 0 for side in shape) else -1
-        if told == {"key": key, "sum": checksum(data)} and entry["data_offsets"] == [0, size] and size == len(data):
+        if metadata == {"key": key, "sum": checksum(data)} and entry["data_offsets"] == [0, size] and size == len(data):
             return torch.frombuffer(content, dtype=dtype, offset=start).view(shape)
-    except (ValueError, KeyError, TypeError, RuntimeError):  # whatever a stranger's header makes of it
+    except (ValueError, KeyError, TypeError, RuntimeError):  # an invalid header
         return None
     return None
 
 
 def checksum(data: NDArray[np.uint8]) -> str:
-    """CRC-32 of the sums of its pages and of its tail: sees a bit, a page of zeros or two exchanged, at 20 GB/s."""
+    """Return the CRC-32 of the sums of the pages and of the tail. It detects changed bits and swapped pages, at 20 GB/s."""
     whole = len(data) // PAGE * PAGE
     pages = np.frombuffer(data, dtype=np.uint64, count=whole // 8).reshape(-1, PAGE // 8)
     return f"{crc32(data[whole:].tobytes(), crc32(pages.sum(1).tobytes())):08x}"
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of the files in a kind's folder; those that were never finished are taken away when they are old."""
+    """Return the bytes of the files in a kind's folder. Delete old temporary files."""
     total = 0
     for entry in _files(str(folder)):
         with suppress(OSError):
-            about = entry.stat(follow_symlinks=False)
-            if entry.name.endswith(".tmp") and about.st_mtime < time() - ABANDONED:
+            status = entry.stat(follow_symlinks=False)
+            if entry.name.endswith(".tmp") and status.st_mtime < time() - ABANDONED:
                 Path(entry.path).unlink()
             else:
-                total += about.st_size
+                total += status.st_size
     return total
 
 
 def _files(folder: str) -> Iterator[os.DirEntry[str]]:
-    with suppress(OSError), os.scandir(folder) as entries:  # gone in between: another process made room
+    with suppress(OSError), os.scandir(folder) as entries:  # another process may have removed it
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(entry.path)
@@ -221,18 +222,18 @@ def _files(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _clear(kind: Path) -> None:
-    """Take a kind away unless a process has it open. None opens it meanwhile: it is renamed under the lock."""
-    with suppress(OSError):  # gone already
+    """Remove a kind unless a process has it open. It is renamed under the lock, so that no process can open it meanwhile."""
+    with suppress(OSError):  # already removed
         with (kind / "kind.json").open("rb") as file:
             unused = _lock(file, alone=True)
             if unused and fcntl is not None:
                 remove(kind)
-        if fcntl is None:  # Windows renames no folder that has an open file in it
+        if fcntl is None:  # Windows does not rename a folder that contains an open file
             remove(kind)
 
 
 def _lock(file: BinaryIO, alone: bool) -> bool:
-    """flock's lock, which forked workers share; a file system without locks stops nobody."""
+    """Take flock's lock, which forked workers share. Return True on a file system without locks."""
     if fcntl is not None:
         try:
             fcntl.flock(file, (fcntl.LOCK_EX | fcntl.LOCK_NB) if alone else fcntl.LOCK_SH)
@@ -252,13 +253,13 @@ def _when(path: Path) -> float:
 
 
 def image_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, 32 hex digits. While its size and time stay as they are, it is read once a process.
+    """Return the SHA-256 of a file, 32 hex digits. Read the file once per process, unless its size or time changes.
 
-    Raises ImageError when it cannot be read.
+    Raise ImageError if it cannot be read.
     """
     try:
-        about = path.stat()
-        return _digest(path, about.st_size, about.st_mtime_ns)
+        status = path.stat()
+        return _digest(path, status.st_size, status.st_mtime_ns)
     except FileNotFoundError:
         raise ImageError(printable(f"{path} does not exist")) from None
     except UnreadableError as error:

@@ -1,4 +1,4 @@
-"""What a line of annotations says."""
+"""`Example`: one line of an annotation file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class AsText:
-    """A slot that keeps a path as its text, a quarter as large, and gives it as a Path each time."""
+    """A slot that stores a path as a string, which needs a quarter of the memory, and returns a Path."""
 
     def __init__(self, slot: Any) -> None:
         self.slot = slot
@@ -21,31 +21,31 @@ class AsText:
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class Example:
-    """One line: an image and a text that describes it, or a question and its answers, one for each who was asked.
+    """One line: an image with a text that describes it, or an image with a question and its answers, one per annotator.
 
-    `group` is free for the user ("unseen pairs"). `prompt` replaces the task's own prompt for this line. Two questions
-    of one image with the same words differ by their `question_id`.
+    `group` is a label of the user ("unseen pairs"), for scores by group. `prompt` replaces the task's prompt for this line.
+    `question_id` distinguishes two questions with the same words about one image.
     """
 
     image: Path
     text: str  # empty for a question
-    name: str  # the image as the line wrote it
+    name: str  # the image path as written in the line
     line: int
     group: str = ""
     question: str = ""
     answers: tuple[str, ...] = ()
-    source: str = field(default="", compare=False, repr=False)  # the annotations, for messages
+    source: str = field(default="", compare=False, repr=False)  # the annotation file, for messages
     prompt: str = ""
     question_id: int | str = ""
 
     @property
     def file(self) -> str:
-        """`image` as text: equal where that is, and cheap to look up."""
+        """The image path as a string: a cheap key."""
         return FILE(self)
 
     @property
     def words(self) -> str:
-        """All that the line says of its picture."""
+        """All texts of the line, joined."""
         return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))
 
 
@@ -54,23 +54,23 @@ put_file, put_text, put_name, put_line, put_group, put_question, put_answers, pu
 )
 SLOT = vars(Example)["image"]
 FILE: Callable[[Example], str] = SLOT.__get__
-Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # after the class is made: its slots would conflict with it
+Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # after the class exists: a class attribute would conflict with its slot
 
 
 def quick(
     file: str, text: str, name: str, line: int, group: str, question: str, answers: tuple[str, ...], source: str,
     prompt: str, question_id: int | str,
 ) -> Example:  # fmt: skip
-    """Example(Path(file), text, …), in half the time: a million are made at a start."""
-    made = object.__new__(Example)
-    put_file(made, file)
-    put_text(made, text)
-    put_name(made, name)
-    put_line(made, line)
-    put_group(made, group)
-    put_question(made, question)
-    put_answers(made, answers)
-    put_source(made, source)
-    put_prompt(made, prompt)
-    put_question_id(made, question_id)
-    return made
+    """Return Example(Path(file), text, …) in half the time. A large data set has millions."""
+    example = object.__new__(Example)
+    put_file(example, file)
+    put_text(example, text)
+    put_name(example, name)
+    put_line(example, line)
+    put_group(example, group)
+    put_question(example, question)
+    put_answers(example, answers)
+    put_source(example, source)
+    put_prompt(example, prompt)
+    put_question_id(example, question_id)
+    return example

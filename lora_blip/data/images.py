@@ -1,4 +1,4 @@
-"""Image files → upright RGB pictures, and gentle augmentation."""
+"""Decode image files into upright RGB images, and augment them."""
 
 import logging
 import random
@@ -17,20 +17,44 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")  # of Pillow's fifty; others run programs
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+)  # of Pillow's fifty formats; some others run programs
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
     ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
 }  # fmt: skip
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
-RAW = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}  # of cameras
+RAW = {
+    ".3fr",
+    ".arw",
+    ".cr2",
+    ".cr3",
+    ".dng",
+    ".nef",
+    ".nrw",
+    ".orf",
+    ".pef",
+    ".raf",
+    ".raw",
+    ".rw2",
+    ".srw",
+}  # raw files of cameras
 OTHERS = {".emf", ".eps", ".ico", ".jxl", ".pcx", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".wmf"}
-PICTURES = SUFFIXES | HEIC | RAW | OTHERS  # files that a user takes for images: one that is not read is reported
+PICTURES = SUFFIXES | HEIC | RAW | OTHERS  # files that a user takes for images; one that cannot be read is reported
 NO_PICTURES = {
     ".7z", ".bin", ".caption", ".cls", ".csv", ".db", ".gz", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".mov", ".mp4",
     ".npy", ".npz", ".parquet", ".pdf", ".pt", ".py", ".safetensors", ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
 }  # fmt: skip
-HEAD = 64  # bytes from which the kind of a file is known
+HEAD = 64  # first bytes of a file, which identify its format
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF",
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
@@ -42,8 +66,8 @@ BRANDS = {
 }  # of ISO base media files
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
 LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; a telephone's picture has up to 108 million
-LARGEST_FILE = 2**28  # bytes: what is no picture in a GIF is passed over one by one, at 70 ns
-MOST_SCANS = 100  # of a progressive JPEG, each of which costs a pass over all pixels; encoders write about ten
+LARGEST_FILE = 2**28  # bytes; Pillow skips junk in a GIF byte by byte, at 70 ns each
+MOST_SCANS = 100  # of a progressive JPEG; each is a pass over all pixels, and encoders write about ten
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,20 +78,20 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # a mirrored picture would make such a caption false
-SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # shares of the side, of the scale, of the grey level
+SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # mirroring the image would make such a caption false
+SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # fractions of the side, the scale and the grey level
 LEVELS = np.arange(256)
 
-# what is wrong with a picture either makes it unreadable, and is an ImageError, or is not worth a line of the terminal
+# a fault of an image either is an ImageError or does not matter, so Pillow's own warnings are not printed
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """The picture in RGB, turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
+    """Return an image in RGB, rotated by its EXIF tag, with transparency on white and 16 bits scaled to 8.
 
-    Of several frames it is the first. `content`: the image, where `path` only names it. Raises ImageError when the file
-    is missing, is no image of FORMATS, is damaged, or is too large to be one. A HEIC image needs pillow-heif.
+    Of several frames, return the first. With `content`, read from there: `path` is then only a name for messages.
+    Raise ImageError if the file is missing, damaged, too large, or not in one of FORMATS. A HEIC image needs pillow-heif.
     """
     kind = ""
     try:
@@ -85,17 +109,17 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
         raise ImageError(printable(f"{path} is {_unknown(path, kind)}")) from None
     except UnreadableError as error:
         raise ImageError(printable(f"{path} is no image: {error}")) from None
-    except Image.DecompressionBombError:  # Pillow's own end lies beyond LARGEST
+    except Image.DecompressionBombError:  # Pillow's own limit is above LARGEST
         raise ImageError(printable(f"{path} is no image: it has more than {LARGEST:,} pixels; make it smaller")) from None
     except OSError as error:
         raise ImageError(printable(f"{path} cannot be decoded ({cut(why(error))})")) from None
-    except Exception as error:  # decoders raise whatever they stumble over: struct.error, KeyError, MemoryError …
-        told = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
-        raise ImageError(printable(f"{path} cannot be decoded ({told})")) from None
+    except Exception as error:  # decoders raise any error on damaged files: struct.error, KeyError, MemoryError …
+        reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
+        raise ImageError(printable(f"{path} cannot be decoded ({reason})")) from None
 
 
 def kind_of(head: bytes) -> str:
-    """Return the kind of image whose file begins with `head`, HEAD bytes or all there are: of FORMATS, HEIF or "" for none."""
+    """Return the format of a file from its first HEAD bytes: one of FORMATS, "HEIF", or "" if it is not an image."""
     for signature, kind in SIGNATURES.items():
         if head.startswith(signature):
             return kind
@@ -111,9 +135,9 @@ def kind_of(head: bytes) -> str:
 
 
 def is_picture(name: str, head: Callable[[], bytes]) -> bool:
-    """Whether a file is an image, or one that a user takes for an image: by its suffix, or else by its first bytes.
+    """Return True if a file is an image, or a user takes it for one. Its suffix decides, or else its first bytes.
 
-    Hidden files are none. `head` is called only if the suffix does not decide.
+    A hidden file is not an image. `head` returns the first bytes, and is called only if the suffix does not decide.
     """
     dot = name.rfind(".")
     suffix = name[dot:].lower() if dot > 0 else ""
@@ -126,64 +150,64 @@ def is_picture(name: str, head: Callable[[], bytes]) -> bool:
 
 @lru_cache
 def _formats(kind: str) -> tuple[str, ...]:
-    """The formats that Pillow may try. HEIF is among them if the content is one and pillow-heif is installed."""
+    """Return the formats that Pillow may try: FORMATS, and HEIF if the content is HEIF and pillow-heif is installed."""
     Image.init()
-    there = tuple(name for name in FORMATS if name in Image.OPEN)
-    return (*there, "HEIF") if kind == "HEIF" and _heif_reader() else there
+    formats = tuple(name for name in FORMATS if name in Image.OPEN)
+    return (*formats, "HEIF") if kind == "HEIF" and _heif_reader() else formats
 
 
 def _heif_reader() -> bool:
-    """Register pillow-heif; False if it is not installed."""
+    """Register pillow-heif. Return False if it is not installed."""
     try:
         pillow_heif: Any = import_module("pillow_heif")
-    except (ImportError, OSError):  # OSError: a library of its own is missing
+    except (ImportError, OSError):  # OSError: its C library is missing
         return False
     pillow_heif.register_heif_opener()
     return True
 
 
 def _refuse_raw(path: str | Path, kind: str) -> None:
-    """Pillow would read the thumbnail of such a file without saying so."""
+    """Refuse a raw file of a camera: Pillow would read its thumbnail without a warning."""
     if kind == "TIFF" and Path(path).suffix.lower() in RAW:
         raise UnreadableError("it is a raw file of a camera; export it as JPEG or PNG")
 
 
 def _unknown(path: str | Path, kind: str) -> str:
-    """What a file is that Pillow does not know, and what to do."""
+    """Return what a file is that Pillow cannot identify, and what to do."""
     suffix = Path(path).suffix.lower()
     if kind == "HEIF" or (suffix in HEIC and not _heif_reader()):
         return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"
     if kind in FORMATS and kind not in _formats(kind):
         return f"a {kind} image, which Pillow {PIL.__version__} cannot read: pip install --upgrade pillow"
-    return f"no image of a kind that is read here ({', '.join(FORMATS)}); save it as JPEG or PNG"
+    return f"not an image in a supported format ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 
 def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:
-    """A small file may claim a picture that fills the memory, or hours of passes over it."""
+    """Refuse an image with too many pixels or scans: a small file can fill the memory, or take hours to decode."""
     pixels = image.width * image.height
     if not 0 < pixels <= LARGEST:
-        told = f"it has {image.width} × {image.height} pixels"
-        raise UnreadableError(f"{told}, more than {LARGEST:,}; make it smaller" if pixels else told)
+        reason = f"it has {image.width} × {image.height} pixels"
+        raise UnreadableError(f"{reason}, more than {LARGEST:,}; make it smaller" if pixels else reason)
     if "progressive" in image.info:
-        place = file.tell()
+        position = file.tell()
         file.seek(0)
-        scans = file.read().count(b"\xff\xda")  # a marker, which pixels never look like: their 0xff is followed by 0
-        file.seek(place)
+        scans = file.read().count(b"\xff\xda")  # the marker of a scan; in pixel data, 0xff is followed by 0
+        file.seek(position)
         if scans > MOST_SCANS:
             raise UnreadableError(f"a progressive JPEG of {scans:,} scans, more than {MOST_SCANS}; save it again")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as the camera was held. Tags that cannot be read turn nothing: so do viewers show such a picture."""
+    """Return the image rotated by its EXIF tag. Ignore an unreadable tag, as image viewers do."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # of whatever kind a broken tag makes it
+    except Exception:  # a broken tag can raise any error
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow → RGB."""
+    """Convert an image of any mode to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), copy=False)
         values *= 255.0 / (65535.0 if values.max(initial=0) > 255 else 255.0)
@@ -195,20 +219,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def names_side(text: str) -> bool:
-    """Whether a text says left or right."""
+    """Return True if a text contains "left" or "right"."""
     if text.isascii() and "left" not in (lower := text.lower()) and "right" not in lower:
-        return False  # a tenth of the time of the search
+        return False  # ten times as fast as the search
     return SIDED.search(text) is not None
 
 
 def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) -> Image.Image:
-    """Shift, scale and brightness a little; mirror half of the time, never when the text says left or right.
+    """Return the image with a small random shift, scale and brightness. Mirror it half of the time.
 
-    side: pixels of the model's input, to which the picture is shrunk afterwards.
+    text: the texts of the image, which is not mirrored if they say left or right.
+    side: pixels of the model's input, to which the image is resized afterwards.
     """
     if rng.random() < 0.5 and not names_side(text):
         image = ImageOps.mirror(image)
-    if min(image.size) > 2 * side:  # a camera's picture: what the model will not see need not be moved about
+    if min(image.size) > 2 * side:  # shrink a large image first: the model does not read the details
         scale = 2 * side / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
     width, height = image.size

@@ -1,4 +1,7 @@
-"""Evaluation images that training has seen: the same bytes, or nearly the same picture. Scores on them say nothing."""
+"""Find evaluation images that are in the training data: the same bytes, or nearly the same picture.
+
+Scores on such images measure memory.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,35 +20,37 @@ from lora_blip.runtime.untrusted import printable
 
 SAME_BYTES, NEARLY = "same bytes", "nearly the same picture"
 SIDE = 12  # pixels of a thumbnail's side
-FAR = 0.015  # 1 − correlation up to which thumbnails show the same picture
-GRAIN = 0.6  # grey levels by which compression moves a thumbnail; it decides on pictures that are nearly flat
-CONTRAST = 0.75  # the smaller standard deviation over the larger, at least
-LIGHT = 26.0  # grey levels between the mean colours, at most
+FAR = 0.015  # largest 1 − correlation of thumbnails of the same picture
+GRAIN = 0.6  # grey levels by which compression changes a thumbnail; decisive for nearly flat pictures
+CONTRAST = 0.75  # smallest ratio of the two standard deviations
+LIGHT = 26.0  # largest difference of the mean colours, in grey levels
 BLOCK = 1024  # evaluation images compared at a time
-LISTED = 3  # leaks that a warning names
-THREADS = 8  # Pillow decodes outside of Python's lock
+LISTED = 3  # leaks that are listed in a warning
+THREADS = 8  # Pillow releases the GIL
 
 Floats = NDArray[np.float32]
 
 
 class Leak(NamedTuple):
+    """An evaluation image that is in the training data."""
+
     evaluation: Path
-    training: Path  # the first with the same bytes, or the most alike
+    training: Path  # the first with the same bytes, or else the most similar one
     kind: str  # SAME_BYTES or NEARLY
 
     def __str__(self) -> str:
         return f"{self.evaluation}: {self.kind} as {self.training}"
 
 
-class Sight(NamedTuple):
-    """What is remembered of an image file: its digest, and its thumbnail (SIDE, SIDE, 3), NaN where it cannot be decoded."""
+class Fingerprint(NamedTuple):
+    """The digest of an image file, and its thumbnail (SIDE, SIDE, 3), which is NaN if the image cannot be decoded."""
 
     digest: bytes
     thumbnail: Floats
 
 
 class ComparedThumbnails(NamedTuple):
-    """n thumbnails ready to be compared: their patterns have mean 0 in every channel and length 1 (0 where flat)."""
+    """n thumbnails. Each pattern has mean 0 in every channel and length 1, or length 0 if the picture is flat."""
 
     pattern: Floats  # (n, 3 · SIDE²)
     contrast: Floats  # (n,) standard deviation in grey levels
@@ -53,23 +58,25 @@ class ComparedThumbnails(NamedTuple):
 
 
 def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path]) -> list[Leak]:
-    """The evaluation images that are among the training images, at most one Leak each, in the order of `evaluation`.
+    """Return at most one Leak for each evaluation image, in the order of `evaluation`.
 
-    Two pictures are nearly the same if their thumbnails correlate to 1 − FAR and are alike in contrast and light: through
-    JPEG of quality 70, half the size and 10 % of brightness, not through mirroring, cropping or turning. Neighbouring
-    frames of a film count; so do pictures that differ by nothing larger than about a twelfth of their side.
-    An image that cannot be decoded is compared by its bytes alone. Raises ImageError for a file that cannot be read.
+    Two pictures are nearly the same if the correlation of their thumbnails is at least 1 − FAR and their contrast and mean
+    colours are similar. This detects copies with JPEG quality 70, half the size or 10 % more brightness, neighbouring frames
+    of a video, and pictures that differ only in details smaller than a twelfth of the side. It does not detect mirrored,
+    cropped or rotated copies. An image that cannot be decoded is compared only by its bytes.
+
+    Raise ImageError for a file that cannot be read.
     """
-    asked, known = _unique(evaluation), _unique(training)
-    if not asked or not known:
+    new, known = _unique(evaluation), _unique(training)
+    if not new or not known:
         return []
-    seen, shown = list(_sights(asked)), list(_sights(known))
-    first = {sight.digest: path for path, sight in reversed(list(zip(known, shown, strict=True)))}
-    twins = nearest(thumbnails([sight.thumbnail for sight in seen]), thumbnails([sight.thumbnail for sight in shown]))
+    new_prints, known_prints = list(_fingerprints(new)), list(_fingerprints(known))
+    first = {one.digest: path for path, one in reversed(list(zip(known, known_prints, strict=True)))}
+    twins = nearest(thumbnails([one.thumbnail for one in new_prints]), thumbnails([one.thumbnail for one in known_prints]))
     leaks = []
-    for path, sight, twin in zip(asked, seen, twins, strict=True):
-        if sight.digest in first:
-            leaks.append(Leak(path, first[sight.digest], SAME_BYTES))
+    for path, one, twin in zip(new, new_prints, twins, strict=True):
+        if one.digest in first:
+            leaks.append(Leak(path, first[one.digest], SAME_BYTES))
         elif twin >= 0:
             leaks.append(Leak(path, known[twin], NEARLY))
     return leaks
@@ -83,37 +90,37 @@ def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
     return f"{found}, so the scores are too high: {some}"
 
 
-def nearest(asked: ComparedThumbnails, known: ComparedThumbnails) -> NDArray[np.int64]:
-    """(asked,) place of the most alike known thumbnail that is nearly the same, −1 where there is none.
+def nearest(new: ComparedThumbnails, known: ComparedThumbnails) -> NDArray[np.int64]:
+    """Return, for each new thumbnail, the index of the most similar known one, or −1 if none is nearly the same.
 
-    Of two patterns p, q of contrast s, t the distance is 1 − p·q ≤ FAR + GRAIN² / (s t). Memory: BLOCK × known.
+    Of two patterns p, q of contrast s, t the condition is 1 − p·q ≤ FAR + GRAIN² / (s t). Memory: BLOCK × training images.
     """
     found = []
-    for start in range(0, len(asked.pattern), BLOCK):
-        block = ComparedThumbnails(*(part[start : start + BLOCK] for part in asked))
-        likeness = block.pattern @ known.pattern.T  # (block, known)
+    for start in range(0, len(new.pattern), BLOCK):
+        block = ComparedThumbnails(*(part[start : start + BLOCK] for part in new))
+        similarity = block.pattern @ known.pattern.T  # (block, known)
         grain = np.outer(GRAIN / np.maximum(block.contrast, 1e-6), GRAIN / np.maximum(known.contrast, 1e-6))
-        likeness += np.minimum(grain, 1)  # flat pictures have no pattern: likeness 0, grain 1
-        likeness[likeness < 1 - FAR] = -1
-        rows, columns = np.nonzero(likeness >= 0)
+        similarity += np.minimum(grain, 1)  # flat pictures have no pattern: similarity 0, grain 1
+        similarity[similarity < 1 - FAR] = -1
+        rows, columns = np.nonzero(similarity >= 0)
         keep = _alike(block, rows, known, columns)
-        likeness[rows[~keep], columns[~keep]] = -1
-        best = likeness.argmax(1)
-        found.append(np.where(likeness[np.arange(len(best)), best] >= 0, best, -1))
+        similarity[rows[~keep], columns[~keep]] = -1
+        best = similarity.argmax(1)
+        found.append(np.where(similarity[np.arange(len(best)), best] >= 0, best, -1))
     return np.concatenate(found)
 
 
 def _alike(
     one: ComparedThumbnails, rows: NDArray[np.int64], other: ComparedThumbnails, columns: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Of pairs whose patterns agree: whether contrast and light do too, so that a shadow of a picture is another picture."""
+    """Return, for each pair of similar patterns, True if contrast and mean colours are similar too."""
     first, second = one.contrast[rows] + GRAIN, other.contrast[columns] + GRAIN
     same_contrast = np.minimum(first, second) >= CONTRAST * np.maximum(first, second)
     return same_contrast & (np.abs(one.light[rows] - other.light[columns]) <= LIGHT).all(1)
 
 
 def thumbnails(pictures: Sequence[Floats]) -> ComparedThumbnails:
-    """Pictures (SIDE, SIDE, 3) → their patterns, contrasts and colours. What is NaN matches nothing."""
+    """Return the patterns, contrasts and mean colours of thumbnails (SIDE, SIDE, 3). A thumbnail of NaN matches none."""
     stack = np.stack(pictures)
     light = stack.mean((1, 2))
     pattern = (stack - light[:, None, None]).reshape(len(stack), -1)
@@ -123,12 +130,12 @@ def thumbnails(pictures: Sequence[Floats]) -> ComparedThumbnails:
 
 
 def thumbnail(image: Image.Image) -> Floats:
-    """(SIDE, SIDE, 3) mean colours of the cells of a picture, in grey levels."""
+    """Return the mean colours of the cells of a picture, (SIDE, SIDE, 3) in grey levels."""
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
 
 
 def digest_of(path: Path) -> bytes:
-    """Return the SHA-256 of a file. Raises ImageError if it cannot be read."""
+    """Return the SHA-256 of a file. Raise ImageError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
@@ -136,21 +143,21 @@ def digest_of(path: Path) -> bytes:
         raise ImageError(printable(f"{path} cannot be read ({error.strerror or error})")) from None
 
 
-def look(path: Path) -> Sight:
-    """Raises ImageError when the file cannot be read at all."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Return the digest and thumbnail of a file. Raise ImageError if it cannot be read."""
     digest = digest_of(path)
     try:
-        return Sight(digest, thumbnail(open_image(path)))
+        return Fingerprint(digest, thumbnail(open_image(path)))
     except ImageError:
-        return Sight(digest, np.full((SIDE, SIDE, 3), np.nan, dtype=np.float32))
+        return Fingerprint(digest, np.full((SIDE, SIDE, 3), np.nan, dtype=np.float32))
 
 
-def _sights(paths: list[Path]) -> Iterator[Sight]:
-    """Looked at by THREADS at once, a few hundred waiting at most."""
+def _fingerprints(paths: list[Path]) -> Iterator[Fingerprint]:
+    """Yield the fingerprints, computed by THREADS threads, with at most a few hundred in memory."""
     iterator = iter(paths)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(iterator, 32 * THREADS)):
-            yield from pool.map(look, batch)
+            yield from pool.map(fingerprint, batch)
 
 
 def _unique(paths: Iterable[str | Path]) -> list[Path]:

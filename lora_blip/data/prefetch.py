@@ -1,4 +1,4 @@
-"""What comes next is drawn, and its pictures are decoded, while the model is at work; never more than is told."""
+"""Read the next examples and decode their images in threads while the model computes."""
 
 import os
 from collections import deque
@@ -14,12 +14,12 @@ from lora_blip.data.image_sources import image_key, open_example
 from lora_blip.data.preprocessing import pixels_of
 from lora_blip.errors import ImageError
 
-MOST_THREADS = 4  # each may hold a picture of 400 MB while it is made small
+MOST_THREADS = 4  # each may hold an image of 400 MB before it is resized
 T = TypeVar("T")
 
 
 class Lookahead(Generic[T]):
-    """An iterable that can be looked at before it is taken from. What drawing raises is raised when its turn has come."""
+    """An iterator whose next items can be read in advance. `take` raises an error of the iterable when it reaches it."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self.items = iter(items)
@@ -27,7 +27,7 @@ class Lookahead(Generic[T]):
         self.error: Exception | None = None
 
     def peek(self, count: int) -> list[T]:
-        """The next `count`, or fewer where there are no more."""
+        """Return the next `count` items, or fewer at the end, without removing them."""
         try:
             while self.error is None and len(self.drawn) < count:
                 self.drawn.append(next(self.items))
@@ -38,51 +38,51 @@ class Lookahead(Generic[T]):
         return list(islice(self.drawn, count))
 
     def take(self, count: int) -> list[T]:
-        """The same, taken: the next look begins behind them."""
-        found = self.peek(count)
-        if self.error is not None and not found:
+        """Return the next `count` items, or fewer at the end, and remove them."""
+        items = self.peek(count)
+        if self.error is not None and not items:
             error, self.error = self.error, None
             raise error
-        for _ in found:
+        for _ in items:
             self.drawn.popleft()
-        return found
+        return items
 
 
 class ImagePrefetcher:
-    """Pictures that are decoded in threads before they are asked for. Only those are kept that were announced last."""
+    """Decodes images in threads before they are needed. It keeps only those of the last `announce`."""
 
     def __init__(self) -> None:
         self.pool: ThreadPoolExecutor | None = None
-        self.making: dict[Any, Future[Tensor | ImageError]] = {}  # place → its pixels
+        self.decoding: dict[Any, Future[Tensor | ImageError]] = {}  # by `image_key`
 
     def announce(self, examples: Iterable[Example], image_processor: Any) -> None:
-        """These are wanted now or next, and nothing else is any more."""
-        made = pixels_of(image_processor)
-        wanted = {image_key(example): example for example in examples}
-        for place in [place for place in self.making if place not in wanted]:
-            self.making.pop(place).cancel()
-        for place, example in wanted.items():
-            if place not in self.making:
+        """Start to decode the images of these examples, and drop all others."""
+        pixels = pixels_of(image_processor)
+        needed = {image_key(example): example for example in examples}
+        for key in [key for key in self.decoding if key not in needed]:
+            self.decoding.pop(key).cancel()
+        for key, example in needed.items():
+            if key not in self.decoding:
                 self.pool = self.pool or ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "pictures")
-                self.making[place] = self.pool.submit(developed, example, made)
+                self.decoding[key] = self.pool.submit(decode, example, pixels)
 
     def pictures(self, examples: Iterable[Example]) -> dict[Any, Tensor | ImageError]:
-        """Place → pixels (3, H, W) float32, or why there are none, of examples that were announced."""
-        return {place: self.making[place].result() for place in {image_key(example) for example in examples}}
+        """Return `image_key` → pixel values (3, H, W) float32, or the error, for examples that were announced."""
+        return {key: self.decoding[key].result() for key in {image_key(example) for example in examples}}
 
     def close(self) -> None:
-        """Nothing is wanted any more; what is under way is left to itself."""
-        for future in self.making.values():
+        """Cancel everything. Do not wait for the threads."""
+        for future in self.decoding.values():
             future.cancel()
-        self.making.clear()
+        self.decoding.clear()
         if self.pool is not None:
             self.pool.shutdown(wait=False)
             self.pool = None
 
 
-def developed(example: Example, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
-    """(3, H, W) float32, or the reason why an example has no picture."""
+def decode(example: Example, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
+    """Return the pixel values of an example's image, (3, H, W) float32, or the error."""
     try:
         return pixels(open_example(example))
     except ImageError as error:
-        return ImageError(str(error))  # anew: the frames in its traceback keep a batch of pictures alive
+        return ImageError(str(error))  # a new error: the traceback of the old one would keep a batch of images in memory

@@ -1,4 +1,4 @@
-"""Pictures → what a ViT reads, bit for bit as the checkpoint's own image processor makes it, in a fraction of its time."""
+"""Compute the pixel values that a ViT reads: bit for bit as the checkpoint's own image processor, in less time."""
 
 from functools import lru_cache
 from typing import Any
@@ -15,11 +15,11 @@ OTHER_STEPS = ("do_center_crop", "do_pad")
 
 
 class Pixels:
-    """(level / 255 − mean) / std of each channel of the resized picture, in float32.
+    """Computes (level / 255 − mean) / std for each channel of the resized image, in float32.
 
-    `exact` tells whether that is what the processor computes, to the last bit: for all 256 levels and for probes that were
-    resized. Where it is not (another scale, a crop, the shortest edge), every call is the processor's own, and there are
-    no bytes to keep. Settings are taken as they are now.
+    `exact` is True if the processor computes the same to the last bit. It is tested with all 256 levels and with resized
+    images. If it is False (another scale, a crop, the shortest edge), every call uses the processor itself, and there are no
+    bytes to cache. The processor's settings are read once, in the constructor.
     """
 
     def __init__(self, image_processor: Any) -> None:
@@ -33,35 +33,35 @@ class Pixels:
             self.exact = self._agrees()
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A picture → (3, H, W) float32."""
+        """Return the pixel values of an image, (3, H, W) float32."""
         if self.exact and image.mode == "RGB" and "transparency" not in image.info:
             return self.of_bytes(self.resized(image))
-        return self._theirs(image)
+        return self._by_processor(image)
 
     def resized(self, image: Image.Image) -> Tensor:
-        """An RGB picture → its bytes at the model's size, (H, W, 3) uint8. ValueError unless `exact`."""
+        """Return the bytes of an RGB image at the model's size, (H, W, 3) uint8. Raise ValueError unless `exact`."""
         if not self.exact:
-            raise ValueError("this image processor does more than to scale a resized picture's bytes; do not keep them")
+            raise ValueError("this image processor does more than scale the bytes of a resized image; do not cache them")
         return torch.from_numpy(np.array(image.resize(self.size, self.resample)))
 
     def of_bytes(self, levels: Tensor) -> Tensor:
-        """(H, W, 3) uint8 → (3, H, W) float32."""
+        """Return the pixel values of bytes: (H, W, 3) uint8 → (3, H, W) float32."""
         planes = np.empty((3, *levels.shape[:2]), dtype=np.uint8)
         for plane, channel in zip(planes, levels.permute(2, 0, 1).numpy(), strict=True):
-            plane[:] = channel  # numpy takes a channel out in a third of the time of a strided float operation
+            plane[:] = channel  # numpy copies a channel in a third of the time of a strided float operation
         return torch.from_numpy(planes).to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def _agrees(self) -> bool:
-        """Whether the arithmetic is the processor's, and the resizing too: up, down and out of shape."""
+        """Return True if the arithmetic and the resizing equal the processor's: up, down and with another aspect ratio."""
         levels = self.of_bytes(torch.from_numpy(np.array(EVERY_LEVEL)))
-        if not torch.equal(levels, self._theirs(EVERY_LEVEL, do_resize=False)):
+        if not torch.equal(levels, self._by_processor(EVERY_LEVEL, do_resize=False)):
             return False
         width, height = self.size
         noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
         probes = (noise, noise.resize((width + 37, 2 * height + 5)))
-        return all(torch.equal(self.of_bytes(self.resized(probe)), self._theirs(probe)) for probe in probes)
+        return all(torch.equal(self.of_bytes(self.resized(probe)), self._by_processor(probe)) for probe in probes)
 
-    def _theirs(self, image: Image.Image, **changed: Any) -> Tensor:
+    def _by_processor(self, image: Image.Image, **changed: Any) -> Tensor:
         return self.image_processor(image, return_tensors="pt", **changed)["pixel_values"][0]
 
 
@@ -72,7 +72,7 @@ def side_of(image_processor: Any) -> int:
 
 
 def pixels_of(image_processor: Any) -> Pixels:
-    """One for each processor and its settings: to verify it takes as long as some pictures."""
+    """Return the Pixels of a processor and its settings. They are cached, because their test takes as long as some images."""
     return _pixels_of(image_processor, str(vars(image_processor)))
 
 
@@ -82,11 +82,11 @@ def _pixels_of(image_processor: Any, _settings: str) -> Pixels:
 
 
 def _is_plain(image_processor: Any) -> bool:
-    """Whether it is BLIP's own, with settings that leave a resized picture's bytes to be scaled and nothing else."""
+    """Return True if it is BLIP's own processor, and its settings only resize an image and scale its bytes."""
     if type(image_processor) is not BlipImageProcessorPil:
         return False
     size: Any = image_processor.size
-    if not (size.height and size.width) or size.shortest_edge or size.max_height:  # what `resize` looks at first
+    if not (size.height and size.width) or size.shortest_edge or size.max_height:  # these take precedence in `resize`
         return False
     steps = [bool(getattr(image_processor, name, None)) for name in (*STEPS, *OTHER_STEPS)]
     channels = [image_processor.image_mean, image_processor.image_std]

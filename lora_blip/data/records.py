@@ -1,4 +1,4 @@
-"""Entries of a file → Examples, a million in seconds."""
+"""Make Examples of the entries of a file, a million in seconds."""
 
 import os
 from pathlib import Path
@@ -8,25 +8,25 @@ from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, as
 from lora_blip.data.example import FILE, Example, quick
 from lora_blip.runtime.untrusted import is_path
 
-SHARED = 2**17  # answers, groups and prompts of which each is checked and kept once
-MOST_KEYS = 1000  # unknown ones that are counted: a wrong file may have a new one on each line
+SHARED = 2**17  # answers, groups and prompts that are each checked and stored only once
+MOST_KEYS = 1000  # unknown keys that are counted: an invalid file may have a new one in each line
 CAPTION = frozenset(("image", "text", "group", "prompt"))
 QUESTION = frozenset(("image", "question", "answers", "group", "prompt", "question_id"))
 
 
 class Lines:
-    """Entries of a source → Examples. What many lines share, an image or an answer, is checked and kept once."""
+    """Makes Examples of the entries of a source. A path or answer that many lines share is checked and stored once."""
 
     def __init__(self, source: Path, root: Path) -> None:
         self.source, self.root = str(source), root
-        self.before = "" if str(root) == "." else str(root / "_")[:-1]  # what is before a plain name in its path
-        self.firsts: dict[str, Example] = {}  # image as written → its first line
-        self.shared: dict[str, str] = {}  # answers, groups and prompts, tidy ones
-        self.prompts = 0  # lines with a prompt of their own
-        self.ignored: dict[str, tuple[int, int]] = {}  # a key that is not used → its number of lines, and the first one
+        self.before = "" if str(root) == "." else str(root / "_")[:-1]  # prefix of the path of a plain name
+        self.firsts: dict[str, Example] = {}  # image path as written → its first line
+        self.shared: dict[str, str] = {}  # answers, groups and prompts that are tidy (see `is_tidy`)
+        self.prompts = 0  # number of lines with their own prompt
+        self.ignored: dict[str, tuple[int, int]] = {}  # unused key → number of lines, first line
 
     def example(self, found: Entry | str, number: int) -> Example | tuple[int, str]:
-        """An Example, or the line's number with what is wrong with it."""
+        """Return an Example, or the line's number with the reason why it is invalid."""
         if isinstance(found, str):
             return number, found
         made = self._quick(found, number)
@@ -38,25 +38,25 @@ class Lines:
         if isinstance(entry, str):
             return number, entry
         self._count_ignored(found, number)
-        asked = "question" in entry  # of a caption, keys of these names may hold anything
-        answers = [self.shared.get(answer, answer) for answer in (entry["answers"] if asked else ())]
+        is_question = "question" in entry  # in a caption, keys of these names may have any value
+        answers = [self.shared.get(answer, answer) for answer in (entry["answers"] if is_question else ())]
         return self._made(
-            entry["image"], entry.get("text", "") if not asked else "", number, as_text(entry.get("group")) or "",
-            entry["question"] if asked else "", tuple(answers), entry.get("prompt", ""),
-            entry.get("question_id", "") if asked else "",
+            entry["image"], entry.get("text", "") if not is_question else "", number, as_text(entry.get("group")) or "",
+            entry["question"] if is_question else "", tuple(answers), entry.get("prompt", ""),
+            entry.get("question_id", "") if is_question else "",
         )  # fmt: skip
 
     def _count_ignored(self, found: Entry, number: int) -> None:
-        """Count the keys of a line that change nothing."""
-        asked = "question" in found
-        used = {first_key(found, IMAGE_KEYS), first_key(found, ANSWER_KEYS if asked else TEXT_KEYS), "group", "prompt"}
-        for key in found.keys() - used - ({"question", "question_id"} if asked else set()):
+        """Count the keys of a line that are ignored."""
+        is_question = "question" in found
+        used = {first_key(found, IMAGE_KEYS), first_key(found, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
+        for key in found.keys() - used - ({"question", "question_id"} if is_question else set()):
             if key in self.ignored or len(self.ignored) < MOST_KEYS:
                 count, first = self.ignored.get(key, (0, number))
                 self.ignored[key] = count + 1, first
 
     def _quick(self, found: Entry, number: int) -> Example | None:
-        """What `canonical` would lead to, for a line of tidy strings under the usual keys; None for any other."""
+        """Return the Example that `canonical` leads to, if all values are tidy strings under our own keys; else None."""
         image, group, prompt = found.get("image"), found.get("group", ""), found.get("prompt", "")
         group = self._share(group) if group != "" else group
         prompt = self._share(prompt) if prompt != "" else prompt
@@ -74,7 +74,7 @@ class Lines:
             return None
         try:
             kept = tuple(map(self.shared.get, answers))
-        except TypeError:  # a list or an object: no text
+        except TypeError:  # a list or an object, not a text
             return None
         if None in kept:
             kept = tuple(map(self._share, answers))
@@ -83,7 +83,7 @@ class Lines:
         return self._made(image, "", number, group, question, kept, prompt, question_id)  # type: ignore[arg-type]
 
     def _share(self, text: Any) -> str | None:
-        """The same text as it was first met; None unless it is tidy."""
+        """Return the first equal text, so that its memory is shared, or None if the text is not tidy."""
         if type(text) is not str:
             return None
         found = self.shared.get(text)
@@ -107,11 +107,11 @@ class Lines:
         return made
 
     def _file(self, image: str) -> str:
-        """str(root / image), without the Path where nothing in the name is tidied up by it."""
+        """Return str(root / image), without a slow Path if it would not change the name."""
         tidied = "//" in image or "/." in image or image[0] in "/." or image[-1] == "/" or os.sep != "/"
         return str(self.root / image) if tidied else self.before + image
 
 
 def is_tidy(text: str) -> bool:
-    """Whether it is as `plain` leaves it, is not empty and holds no half of a surrogate pair or other unprintable thing."""
+    """Return True if `plain` would not change the text, it is not empty and all its characters are printable."""
     return text.isprintable() and "  " not in text and text.strip() == text != ""

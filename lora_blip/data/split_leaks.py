@@ -60,25 +60,25 @@ def report_split_leaks(
     Thumbnails that are missing in `kept` are made now, in bounded time. If not all images can be compared, the number
     of those that were is reported. Nothing else is reported of a clean split. No global random generator is used.
     """
-    asked, known = list(dict.fromkeys(validation)), list(dict.fromkeys(training))
-    total = len(asked), len(known)
+    new, known = list(dict.fromkeys(validation)), list(dict.fromkeys(training))
+    total = len(new), len(known)
     if not all(total):
         return
     which, of = "", kept.of
-    if not all(file in of for file in (*asked, *known)):
+    if not all(file in of for file in (*new, *known)):
         report(f"comparing validation images with training images, for at most {SECONDS:.0f} s")
-        groups: list[tuple[Sequence[str], Sequence[str]]] = [(asked, known)]
+        groups: list[tuple[Sequence[str], Sequence[str]]] = [(new, known)]
         of = dict(of)
         if sum(total) > DECODED:
-            groups, which = list(neighbours(asked, known)), " (those with the nearest names)"
+            groups, which = list(neighbours(new, known)), " (those with the nearest names)"
         done = groups[: decode(groups, of)]
-        asked, known = ([f for f in dict.fromkeys(chain(*side)) if f in of] for side in zip(*done, strict=True))
-    sample = sample_of(asked, PAIRS // max(1, len(known)))
+        new, known = ([f for f in dict.fromkeys(chain(*side)) if f in of] for side in zip(*done, strict=True))
+    sample = sample_of(new, PAIRS // max(1, len(known)))
     partial = (len(sample), len(known)) != total
     if partial:
         compared = f"{len(sample):,} of {total[0]:,} validation images with {len(known):,} of {total[1]:,} training images"
         report(f"comparing {compared}{which}")
-    if leaks := compare(asked, sample, known, of):
+    if leaks := compare(new, sample, known, of):
         count = "at least " * partial + leak_warning(leaks, total[0], "validation")
         report(printable(f"WARNING: {count}. {fix}"))
 
@@ -89,31 +89,31 @@ def sample_of(files: Sequence[str], most: int) -> Sequence[str]:
     return files if len(files) <= most else random.Random(0).sample(files, most)
 
 
-def compare(asked: Sequence[str], sample: Sequence[str], known: Sequence[str], of: dict[str, bytes]) -> list[Leak]:
+def compare(new: Sequence[str], sample: Sequence[str], known: Sequence[str], of: dict[str, bytes]) -> list[Leak]:
     """Return the leaks, at most one per validation image, from the thumbnails in `of`.
 
-    All of `asked` are compared for equal thumbnails, which copies have. `sample` is compared for similar ones too.
+    All of `new` are compared for equal thumbnails, which copies have. `sample` is compared for similar ones too.
     """
     first = {of[file]: file for file in reversed(known)}
-    leaks = {file: leak_of(file, first[of[file]]) for file in asked if of[file] in first}
+    leaks = {file: leak_of(file, first[of[file]]) for file in new if of[file] in first}
     left = [file for file in sample if file not in leaks]
     for start in range(0, len(known), BLOCK):
         if not left:
             break
         block = known[start : start + BLOCK]
-        places = nearest(thumbnails(floats(left, of)), thumbnails(floats(block, of)))
-        leaks |= {file: Leak(Path(file), Path(block[at]), NEARLY) for file, at in zip(left, places, strict=True) if at >= 0}
+        indices = nearest(thumbnails(floats(left, of)), thumbnails(floats(block, of)))
+        leaks |= {file: Leak(Path(file), Path(block[at]), NEARLY) for file, at in zip(left, indices, strict=True) if at >= 0}
         left = [file for file in left if file not in leaks]
-    return [leaks[file] for file in asked if file in leaks]
+    return [leaks[file] for file in new if file in leaks]
 
 
-def leak_of(asked: str, known: str) -> Leak:
+def leak_of(new: str, known: str) -> Leak:
     """Return the leak of two images with equal thumbnails."""
     try:
-        same = digest_of(Path(asked)) == digest_of(Path(known))
-    except ImageError:  # one is gone since it was decoded
+        same = digest_of(Path(new)) == digest_of(Path(known))
+    except ImageError:  # one was deleted after it was decoded
         same = False
-    return Leak(Path(asked), Path(known), SAME_BYTES if same else NEARLY)
+    return Leak(Path(new), Path(known), SAME_BYTES if same else NEARLY)
 
 
 def packed(picture: Image.Image) -> bytes:
@@ -127,34 +127,34 @@ def floats(files: Sequence[str], of: dict[str, bytes]) -> list[np.ndarray]:
     return list(levels.reshape(-1, SIDE, SIDE, 3).astype(np.float32))
 
 
-def neighbours(asked: Sequence[str], known: Sequence[str]) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+def neighbours(new: Sequence[str], known: Sequence[str]) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
     """Yield groups of a sample of validation images with the training images whose names are next to theirs.
 
     Frames of a video follow each other in the order of their names.
     """
     order = sorted(known, key=in_walking_order)
     keys = np.array([in_walking_order(file) for file in order], dtype=object)
-    sample = sample_of(asked, SAMPLE)
+    sample = sample_of(new, SAMPLE)
     for start in range(0, len(sample), GROUP):
         some = sample[start : start + GROUP]
-        places = np.searchsorted(keys, np.array([in_walking_order(file) for file in some], dtype=object))
-        yield some, [file for at in places for file in order[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]]
+        indices = np.searchsorted(keys, np.array([in_walking_order(file) for file in some], dtype=object))
+        yield some, [file for at in indices for file in order[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]]
 
 
-def decode(groups: Sequence[tuple[Sequence[str], Sequence[str]]], made: dict[str, bytes]) -> int:
-    """Add the thumbnails of groups of images to `made` until the time is over. Return the number of groups that are done."""
+def decode(groups: Sequence[tuple[Sequence[str], Sequence[str]]], of: dict[str, bytes]) -> int:
+    """Add the thumbnails of groups of images to `of` until the time is over. Return the number of groups that are done."""
     end = time.monotonic() + SECONDS
 
-    def look(file: str) -> None:
-        if file not in made and time.monotonic() < end:
+    def add_thumbnail(file: str) -> None:
+        if file not in of and time.monotonic() < end:
             try:
-                made[file] = packed(open_image(file))
+                of[file] = packed(open_image(file))
             except ImageError:
-                return  # the first step that needs it names it
+                return  # the training step that needs it reports it
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for number, (asked, known) in enumerate(groups, 1):
-            list(pool.map(look, dict.fromkeys((*asked, *known))))
+        for number, (new, known) in enumerate(groups, 1):
+            list(pool.map(add_thumbnail, dict.fromkeys((*new, *known))))
             if time.monotonic() >= end:
                 return number
     return len(groups)

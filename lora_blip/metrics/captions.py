@@ -1,6 +1,6 @@
-"""Caption scores of the COCO evaluation (Chen et al. 2015), through `pycocoevalcap`, and what may be said of them.
+"""Caption scores of the COCO evaluation (Chen et al. 2015), through `pycocoevalcap`.
 
-`pip install 'lora_blip[metrics]'` brings the scorers; METEOR and SPICE need Java too. Nothing is downloaded.
+`pip install 'lora_blip[metrics]'` installs the scorers. METEOR and SPICE also need Java. Nothing is downloaded.
 """
 
 from collections.abc import Collection
@@ -21,25 +21,25 @@ from lora_blip.metrics.tokens import plain
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 COCO = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 NAMES = ("exact match", *COCO)
-MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # of their scores by image
+MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # the means of their scores by image
 MISSING = "pycocoevalcap is not installed; `pip install 'lora_blip[metrics]'`"
 PTB, PLAIN = "PTBTokenizer (Stanford CoreNLP 3.4.1)", "lora_blip's own, without Java"
 NOTHING_RARE = (
-    "0 by its definition: every n-gram of the references stands in those of every image, so that none weighs anything "
-    "(log(images / images with it) = 0); CIDEr needs several images with different references"
+    "0 by definition: the references of every image contain every n-gram, so that all weights are 0 "
+    "(log(images / images with the n-gram)); CIDEr needs several images with different references"
 )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one list of predictions. All are shares from 0 to 1, but CIDEr, which goes to 10.
+    """The scores of a list of predictions: numbers from 0 to 1, and for CIDEr from 0 to 10.
 
-    values: every name of NAMES → the score of the whole set, None where it could not be had.
-    per_image: name → a score by image, in the order of the predictions, of the names that have a value. CIDEr, ROUGE-L,
-    SPICE and exact match are the means of theirs; BLEU and METEOR are not.
-    reasons: name → why there is no value, or why a value says nothing.
-    tokenizer: which words were compared, "" when none were.
-    bleu_counts: (images, 10) what BLEU is a function of the sum of: see `bleu`.
+    values: each name of NAMES → the score of the whole set, or None if it could not be computed.
+    per_image: name → the score of each image, in the order of the predictions. CIDEr, ROUGE-L, SPICE and exact match are the
+    means of these; BLEU and METEOR are not.
+    reasons: name → why there is no value, or why the value has no meaning.
+    tokenizer: the tokenizer of the scores, "" if none was used.
+    bleu_counts: (images, 10); BLEU is a function of their sum, see `bleu`.
     """
 
     values: dict[str, float | None]
@@ -50,16 +50,19 @@ class Scores:
 
 
 def caption_scores(predictions: list[str], references: list[list[str]], names: Collection[str] = NAMES) -> Scores:
-    """Exact match, BLEU-1 to 4 (Papineni et al. 2002), METEOR, ROUGE-L, CIDEr (Vedantam et al. 2015) and SPICE.
+    """Return exact match, BLEU-1 to 4 (Papineni et al. 2002), METEOR, ROUGE-L, CIDEr (Vedantam et al. 2015) and SPICE.
 
-    references: for every prediction, all the captions of its image. With Java the words are PTBTokenizer's, and every score
-    equals pycocoevalcap's. Without Java they are `tokens.plain`'s, METEOR and SPICE are None, and the others are equal on
-    captions with everyday quotes, contractions, numbers and hyphens; with one of `tokens.plain`'s exceptions in a tenth of
-    the texts they stay within 0.01 (CIDEr, of 10: within 0.1).
-    CIDEr weighs words by how few images have them: of one image, or of images whose references are all alike, it is 0, and
-    depends on which images are scored together; so do its scores by image.
-    names: METEOR and SPICE, which take long, come only if they are among these.
-    Raises ValueError for lists of different lengths, for no predictions, and for an image without references.
+    references: for each prediction, all captions of its image.
+    names: METEOR and SPICE are slow, and are computed only if they are in `names`.
+
+    With Java, PTBTokenizer finds the words, and every score equals pycocoevalcap's. Without Java, `tokens.plain` does; then
+    METEOR and SPICE are None, and the others are equal on captions with everyday quotes, contractions, numbers and hyphens.
+    If a tenth of the texts contain an exception of `tokens.plain`, they differ by at most 0.01 (CIDEr by 0.1).
+
+    CIDEr weights an n-gram by the logarithm of images / images with it. So it depends on all images that are scored together,
+    and is 0 for a single image or for equal references.
+
+    Raise ValueError for lists of different lengths, no predictions, or an image without references.
     """
     check(predictions, references)
     matches = [exact_match([said], [right]) for said, right in zip(predictions, references, strict=True)]
@@ -96,19 +99,19 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
 
 def check(predictions: list[str], references: list[list[str]]) -> None:
     if not predictions:
-        raise ValueError("scores of no predictions")
+        raise ValueError("no predictions to score")
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} lists of references")
     bare = [place for place, right in enumerate(references) if isinstance(right, str)]
     if bare:
-        raise ValueError(f"the references of prediction {bare[0]} are one text; a list of texts is needed")
+        raise ValueError(f"the references of prediction {bare[0]} are one text; expected a list of texts")
     empty = [place for place, right in enumerate(references) if not right]
     if empty:
-        raise ValueError(f"prediction {empty[0]} has no references ({len(empty)} such)")
+        raise ValueError(f"prediction {empty[0]} has no references ({len(empty)} in all)")
 
 
 def package_folder() -> Path | None:
-    """The folder of pycocoevalcap, where it is installed."""
+    """Return the folder of pycocoevalcap, or None if it is not installed."""
     try:
         scorer = import_module("pycocoevalcap.bleu.bleu_scorer")
     except ImportError:
@@ -119,7 +122,7 @@ def package_folder() -> Path | None:
 def tokenised(
     predictions: list[str], references: list[list[str]], package: Path
 ) -> tuple[list[str], list[list[str]], str, str]:
-    """Predictions and references as words joined by spaces, the tokenizer's name, and why it was not Java's ("" if it was)."""
+    """Return tokenized predictions and references, the tokenizer, and why it is not Java's ("" if it is)."""
     texts = [*predictions, *(text for right in references for text in right)]
     try:
         words, name, why = java.tokenise(texts, package), PTB, ""
@@ -130,7 +133,7 @@ def tokenised(
 
 
 def bleu_counts(said: list[str], right: list[list[str]]) -> NDArray[np.float64]:
-    """(images, 10): n-grams that match and n-grams said, n = 1..4; words said; words of the reference nearest in length."""
+    """Return (images, 10): matching and predicted n-grams (n = 1..4), predicted words, words of the nearest reference."""
     scorer = import_module("pycocoevalcap.bleu.bleu_scorer").BleuScorer(n=4)
     for prediction, references in zip(said, right, strict=True):
         scorer += (prediction, references)
@@ -142,9 +145,9 @@ def bleu_counts(said: list[str], right: list[list[str]]) -> NDArray[np.float64]:
 
 
 def bleu(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:
-    """BLEU of n = 1..order from summed counts (…, 10): brevity · (Π matches / said)^(1/order) (Papineni et al. 2002, 2.3).
+    """Return BLEU of n = 1..order from summed counts (…, 10): brevity · (Π matches / predicted)^(1/order).
 
-    The tiny constants are pycocoevalcap's: they make 0 / 0 a 0.
+    See Papineni et al. 2002, section 2.3. The tiny constants are pycocoevalcap's: they make 0 / 0 = 0.
     """
     matches, said, length, nearest = counts[..., :order], counts[..., 4 : 4 + order], counts[..., 8], counts[..., 9]
     precision = np.prod((matches + 1e-15) / (said + 1e-9), axis=-1) ** (1 / order)
@@ -153,29 +156,32 @@ def bleu(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:
 
 
 def rouge_l(said: list[str], right: list[list[str]]) -> tuple[float, list[float]]:
-    """Mean and by image: F with β = 1.2 of the longest common subsequence (Lin 2004), best P and best R over references."""
+    """Return the mean and the scores by image (Lin 2004).
+
+    Each is F, β = 1.2, of the longest common subsequence, from the best precision and best recall over the references.
+    """
     scorer = import_module("pycocoevalcap.rouge.rouge").Rouge()
     scores = [float(scorer.calc_score([prediction], references)) for prediction, references in zip(said, right, strict=True)]
     return sum(scores) / len(scores), scores
 
 
 def cider(said: list[str], right: list[list[str]]) -> tuple[float, list[float], bool]:
-    """CIDEr-D as pycocoevalcap's: mean, by image, and whether no n-gram weighs anything."""
+    """Return CIDEr-D as pycocoevalcap computes it: mean, by image, and True if all weights are 0."""
     scorer = import_module("pycocoevalcap.cider.cider_scorer").CiderScorer(n=4, sigma=6.0)
     for prediction, references in zip(said, right, strict=True):
         scorer += (prediction, references)
-    if not any(any(grams) for grams in scorer.crefs):  # references of marks alone: the scorer fails on these
+    if not any(any(grams) for grams in scorer.crefs):  # references of only punctuation, on which the scorer fails
         return 0.0, [0.0] * len(said), True
     mean, scores = scorer.compute_score()
-    known = [images for images in scorer.document_frequency.values() if images]  # looking a gram up added it with 0
+    known = [images for images in scorer.document_frequency.values() if images]  # a look-up adds an n-gram with 0
     return float(mean), [float(score) for score in scores], min(known) == len(said)
 
 
 def intervals(scores: Scores, seed: int = 0) -> dict[str, Interval]:
-    """95 % bootstrap intervals over images of every score that has a value, but METEOR.
+    """Return 95 % bootstrap intervals over images, for every score that has a value except METEOR.
 
-    BLEU is taken again from the summed counts of each resample; the others are means of their scores by image. CIDEr's
-    weights of words stay those of the whole set. METEOR of a set is no mean, and its counts stay inside Java.
+    BLEU is computed from the summed counts of each resample. The others are means of their scores by image, and CIDEr keeps
+    the weights of the whole set. METEOR of a set is not a mean, and Java does not return its counts.
     """
     found = {name: bootstrap.of_mean(scores.per_image[name], seed=seed) for name in MEANS if name in scores.per_image}
     if len(scores.bleu_counts):
@@ -185,9 +191,9 @@ def intervals(scores: Scores, seed: int = 0) -> dict[str, Interval]:
 
 
 def gains(adapted: Scores, base: Scores, seed: int = 0) -> dict[str, Interval]:
-    """95 % bootstrap intervals of adapted − base, paired: both on the same resampled images. Names as in `intervals`.
+    """Return 95 % bootstrap intervals of adapted − base, paired: over the same resampled images. Names as in `intervals`.
 
-    Raises ValueError when the two are of different numbers of images.
+    Raise ValueError if the two have different numbers of images.
     """
     found = {}
     for name in MEANS:

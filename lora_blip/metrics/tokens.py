@@ -1,13 +1,13 @@
-"""Captions → words, as the Penn Treebank writes them, lower-cased and without punctuation marks.
+"""Tokenize captions as the Penn Treebank does, in lower case and without punctuation.
 
 The scores of the COCO evaluation are defined on the words that Stanford's PTBTokenizer finds (Java, in `java.py`). `plain`
-finds nearly the same ones without Java, by the rules below, each read off what PTBTokenizer 3.4.1 does with captions.
+finds nearly the same words without Java. Its rules were derived from the output of PTBTokenizer 3.4.1 for captions.
 """
 
 import re
 
-# What coco-caption leaves out after tokenising (Chen et al. 2015, section 3). The names of brackets are in capitals there,
-# the words are in lower case by then: brackets stay in, as -lrb- and -rrb-, in every published score.
+# Tokens that coco-caption removes (Chen et al. 2015, section 3). Its names of brackets are in capitals, but the words are in
+# lower case then. So brackets are not removed, and every published score contains them as -lrb- and -rrb-.
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 
 SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -45,16 +45,16 @@ WORD = re.compile(
 
 
 def kept(words: list[str]) -> str:
-    """The words that are no punctuation marks, joined by spaces."""
+    """Return the words that are not punctuation, joined by spaces."""
     return " ".join(word for word in words if word not in PUNCTUATION)
 
 
 def plain(caption: str) -> str:
-    """A caption as PTBTokenizer and coco-caption's list of marks would leave it, nearly: words joined by spaces.
+    """Return nearly the same words as PTBTokenizer with coco-caption's punctuation list, joined by spaces.
 
-    "It's a man's (red) T-shirt." → "it 's a man 's -lrb- red -rrb- t-shirt". The same words as PTBTokenizer's in
-    97 % of 1,900 sentences of technical prose; what differs are bits of code and mark-up, abbreviations that are not in
-    DOTTED, smileys, and rare forms such as AT&T, US$5, 1½ or 6'10.
+    "It's a man's (red) T-shirt." → "it 's a man 's -lrb- red -rrb- t-shirt". The words equal PTBTokenizer's in
+    97 % of 1,900 sentences of technical prose. Exceptions: code, mark-up, abbreviations that are not in DOTTED, smileys, and
+    rare forms such as AT&T, US$5, 1½ or 6'10.
     """
     words: list[str] = []
     for word in WORD.findall(" ".join(caption.lower().translate(QUOTES).split())):

@@ -1,12 +1,12 @@
-"""VQA accuracy (Antol et al. 2015, section 3): an answer is right to the third of the people who gave it, at most wholly.
+"""VQA accuracy (Antol et al. 2015, section 3): min(people who gave the answer / 3, 1).
 
-Facts and order of the rules are those of the official evaluation, github.com/GT-Vision-Lab/VQA, vqaEval.py.
+The rules and their order are those of the official evaluation, github.com/GT-Vision-Lab/VQA, vqaEval.py.
 """
 
 import re
 from collections import Counter
 
-FEWEST = 4  # answers; with fewer, leaving one out leaves less than the three that a full score takes
+FEWEST = 4  # answers; with fewer, less than three remain after one is left out, so that no answer could score 1
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -25,7 +25,7 @@ SHORTENED = """
 
 
 def without_one_mark(word: str) -> set[str]:
-    """The spellings of a word with one of its apostrophes forgotten: couldn't've → couldnt've, couldn'tve."""
+    """Return the spellings of a word without one of its apostrophes: couldn't've → couldnt've, couldn'tve."""
     return {word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"}
 
 
@@ -33,9 +33,10 @@ CONTRACTIONS = {spelt: word for word in SHORTENED for spelt in without_one_mark(
 
 
 def normal(answer: str) -> str:
-    """An answer as the official evaluation compares it: marks, then case, number words, articles and contractions.
+    """Normalise an answer as the official evaluation does: punctuation, case, number words, articles, contractions.
 
-    A mark beside a space anywhere, or any mark where a comma stands in a number, is left out; else it becomes a space.
+    A mark is removed if it is next to a space anywhere in the answer, or if a number contains a comma. Otherwise it becomes a
+    space.
     "The U.S. flag, isnt it?" → "us flag isn't it"; "1,000" → "1000"; "two-story" → "two story".
     """
     flat = text = strip(answer)
@@ -43,7 +44,7 @@ def normal(answer: str) -> str:
     for mark in MARKS:
         beside_space = f"{mark} " in flat or f" {mark}" in flat
         text = text.replace(mark, "" if beside_space or in_number else " ")
-    text = FULL_STOP.sub("", text, count=32)  # the official code gives re.UNICODE, which is 32, in the place of the count
+    text = FULL_STOP.sub("", text, count=32)  # the official code passes re.UNICODE (32) as the count
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -53,35 +54,34 @@ def strip(answer: str) -> str:
 
 
 def accuracy(prediction: str, answers: list[str]) -> float:
-    """Accuracy of one prediction, 0 to 1: min(n / 3, 1) of the n equal answers, averaged over leaving each answer out.
+    """Return the accuracy of one prediction, 0 to 1: min(equal answers / 3, 1), averaged over leaving each answer out.
 
-    answers: those that people gave to the question, ten in VQA. As in the official code, both sides are normalised only if
-    the answers differ among themselves; if all are equal, they are compared as written ("two" is then not "2"), except that
-    case is ignored. This is our one exception for ten answers: the official code gives `red` 0 if all ten are `Red`. It
-    concerns only answers that are all equal and have capitals, and BLIP's tokenizer writes lower case only.
-    With fewer than four answers a full score would be out of reach: then 1 if the prediction equals any of them, both
-    normalised, else 0. Raises ValueError for no answers.
+    answers: those that people gave to the question, ten in VQA. As in the official code, prediction and answers are
+    normalised only if the answers differ. If all are equal, they are compared as written ("two" is then not "2"), but without
+    case. That is our only exception for ten answers: the official code gives `red` 0 if all ten are `Red`, and BLIP's
+    tokenizer writes only lower case. With fewer than four answers, return 1 if the prediction equals any of them, both
+    normalised, else 0. Raise ValueError for no answers.
     """
     if not answers:
-        raise ValueError("VQA accuracy against no answers")
+        raise ValueError("VQA accuracy needs at least one answer")
     if len(answers) < FEWEST:
         return float(normal(prediction) in {normal(answer) for answer in answers})
-    said, given = strip(prediction), [strip(answer) for answer in answers]
+    predicted, given = strip(prediction), [strip(answer) for answer in answers]
     if len(set(given)) > 1:
-        said, given = normal(said), [normal(answer) for answer in given]
-    equal = Counter(answer.lower() for answer in given)[said.lower()]
-    # an answer left out is one of the equal ones `equal` times, and one of the others in the rest
+        predicted, given = normal(predicted), [normal(answer) for answer in given]
+    equal = Counter(answer.lower() for answer in given)[predicted.lower()]
+    # the answer that is left out is an equal one in `equal` of the cases, and another one in the rest
     return (equal * min(1, (equal - 1) / 3) + (len(given) - equal) * min(1, equal / 3)) / len(given)
 
 
 def vqa_accuracies(predictions: list[str], answers: list[list[str]]) -> list[float]:
-    """Accuracy by question. ValueError when the lengths differ, or a question has no answers."""
+    """Return the accuracy of each question. Raise ValueError if the lengths differ or a question has no answers."""
     return [accuracy(said, given) for said, given in zip(predictions, answers, strict=True)]
 
 
 def vqa_accuracy(predictions: list[str], answers: list[list[str]]) -> float:
-    """Mean accuracy over questions, 0 to 1. ValueError as in `vqa_accuracies`, and for no questions."""
+    """Return the mean accuracy, 0 to 1. Raise ValueError as `vqa_accuracies` does, and for no questions."""
     if not predictions:
-        raise ValueError("VQA accuracy of no predictions")
+        raise ValueError("VQA accuracy needs at least one prediction")
     found = vqa_accuracies(predictions, answers)
     return sum(found) / len(found)

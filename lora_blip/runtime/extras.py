@@ -1,4 +1,4 @@
-"""What is nice to have beside the adapter: plots, trackers and reports. They print a line if they fail, and stop no run."""
+"""Optional outputs: plots, trackers and reports. If one fails, it prints a line and the run continues."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Write files and folders atomically: completely or not at all."""
 
 import csv
 import errno
@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.untrusted import UNPRINTABLE
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, under the limit of a file's size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk or in the quota, or the limit of the file size
 
 # The places where a spreadsheet may see the start of a cell: of the text, of a line in it, and after a separator that some
 # countries use. Spaces and invisible characters may come before the sign.
@@ -24,9 +24,10 @@ SIGNS = "=+-\u2212@"  # also as ＝, ﹢ or ⁻, which some programs read as the
 
 
 def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
-    """All of the file or none of it, whenever the machine stops: a temporary file, synced, then renamed.
+    """Write a file atomically: write a temporary file, sync it and rename it.
 
-    Not `synced`, that holds for processes that are killed, and not for a power cut: for what carries a checksum.
+    Without `synced` this holds if the process is killed, but not after a power failure. Use that only for content with a
+    checksum.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
@@ -67,9 +68,9 @@ def _is_sign(character: str) -> bool:
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """All of a folder or none of it: `fill` writes into a temporary one, which is synced, then renamed.
+    """Create a folder atomically: `fill` writes into a temporary one, which is synced and renamed.
 
-    Raises OSError (EEXIST or ENOTEMPTY) if there is a folder of that name already, which is left as it is.
+    Raise OSError (EEXIST or ENOTEMPTY) if the folder exists; it is not changed.
     """
     temporary = _unfinished(folder)
     try:
@@ -86,25 +87,25 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Take a folder away so that half of it is never met under its own name."""
+    """Remove a folder. Rename it first, so that no process sees half of it under its own name."""
     if folder.exists():
         doomed = folder if folder.name.startswith(".") else folder.replace(_unfinished(folder))
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Take away what was left unfinished in a folder by processes that are dead: nobody else may be at work in it."""
+    """Remove temporary files that killed processes left in a folder. No other process may be writing in it."""
     for path in folder.glob(".*.tmp") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _unfinished(path: Path) -> Path:
-    """A name beside the path that nobody else has."""
+    """Return a unique temporary name in the same folder."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def put_beside(source: Path, target: Path) -> None:
-    """The same file under a second name: by a hard link where there are such, else as a copy."""
+    """Give a file a second name: a hard link, or a copy if the file system has none."""
     try:
         os.link(source, target)
     except OSError:
@@ -112,7 +113,7 @@ def put_beside(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is; Windows has no such call."""
+    """Sync a folder, which puts a rename on the disk. Windows has no such call."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that the system takes back when its process dies, however it dies."""
+"""A lock that allows one writer per folder. The system releases it when the process ends for any reason."""
 
 import errno
 import sys
@@ -14,16 +14,18 @@ NAME = ".lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside the block no other process can hold the same folder. Raises LockedError if one does."""
+    """Hold the lock of a folder inside the block. Raise LockedError if another process holds it."""
     path = folder / NAME
     with path.open("a+b") as file:
         if not _lock(file):
-            raise LockedError(f"another run is writing into {folder}; wait for its end, or give another output_dir")
+            raise LockedError(
+                f"another run is writing into {folder}; wait until it ends, or give another output_dir (--output-dir)"
+            )
         yield
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """A POSIX record lock, not flock's: loader workers would inherit that one, and outlive a killed parent with it."""
+    """Take a POSIX record lock. Loader workers do not inherit it, unlike flock's: they can outlive a killed parent."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -36,5 +38,5 @@ def _lock(file: IO[bytes]) -> bool:
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks stops nobody
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks: continue without one
     return True

@@ -1,4 +1,4 @@
-"""What a stranger's file may not do: hang when it is opened, mean two things, or fill the screen when it is quoted."""
+"""Handle untrusted files and texts: open files without blocking, parse JSON strictly, and print texts safely."""
 
 import json
 import os
@@ -8,9 +8,12 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-DEEPEST = 100  # brackets within brackets of a JSON; Python's own end, about a thousand, moves with whoever calls
+DEEPEST = 100  # nested brackets of a JSON; Python's own limit, about a thousand, depends on the depth of the call
 LONGEST_QUOTE = 160  # characters of a value in a message
-LONGEST_PATH, LONGEST_NAME = 3000, 255  # bytes of a path, of one name in it: systems take 4,096, with the folder it is in
+LONGEST_PATH, LONGEST_NAME = (
+    3000,
+    255,
+)  # bytes of a path and of one name in it; systems allow 4,096, including the working folder
 # C0 and C1 controls (ANSI escapes start with one), bidirectional controls, line separators, invisible tags, half surrogates
 UNPRINTABLE = (
     r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
@@ -25,27 +28,29 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-AT_ONCE = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))  # where they are known
+AT_ONCE = sum(
+    getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+)  # those that this system has
 QUOTE = reprlib.Repr()
 QUOTE.maxstring = QUOTE.maxother = QUOTE.maxlong = LONGEST_QUOTE
 QUOTE.maxlevel = 3
 
 
 class UnreadableError(OSError):
-    """A path at which there is something, but no file that can be read; the message says what instead."""
+    """The path exists but is not a readable file. The message says what it is."""
 
 
 def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
-    """A file with something in it, of at most `largest` bytes, opened to be read.
+    """Open a regular file that is not empty and has at most `largest` bytes, for reading. Raise OSError for any other.
 
-    Raises OSError: a pipe would wait for a writer, a device has no end, and files of /proc say that they are empty.
-    It is looked at before it is opened, since opening some devices does something, and again after.
+    A pipe would wait for a writer, a device has no end, and files of /proc claim to be empty. The type is checked before
+    the file is opened, because opening a device may have effects, and again afterwards.
     """
     try:
         _refuse_irregular(os.stat(path), largest)  # noqa: PTH116  # a str or Path of any characters
         file = os.fdopen(os.open(path, os.O_RDONLY | AT_ONCE), "rb")
     except ValueError:
-        raise UnreadableError("its name holds a NUL") from None
+        raise UnreadableError("its name contains a NUL character") from None
     try:
         _refuse_irregular(os.fstat(file.fileno()), largest)
     except UnreadableError:
@@ -54,25 +59,25 @@ def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
     return file
 
 
-def _refuse_irregular(about: os.stat_result, largest: int | None) -> None:
-    if not stat.S_ISREG(about.st_mode):
-        raise UnreadableError(f"it is {KINDS.get(stat.S_IFMT(about.st_mode), 'no file')}")
-    if not about.st_size:
+def _refuse_irregular(status: os.stat_result, largest: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableError(f"it is {KINDS.get(stat.S_IFMT(status.st_mode), 'not a file')}")
+    if not status.st_size:
         raise UnreadableError("it is empty")
-    if largest is not None and about.st_size > largest:
-        raise UnreadableError(f"it has {about.st_size:,} bytes, more than {largest:,}")
+    if largest is not None and status.st_size > largest:
+        raise UnreadableError(f"it has {status.st_size:,} bytes, more than {largest:,}")
 
 
 def why(error: OSError) -> str:
-    """Why a file cannot be read, without its path, which the caller knows."""
+    """Return the reason of an OSError without the path, which the caller adds."""
     return error.strerror or str(error)
 
 
 def is_path(path: object) -> bool:
-    """A text that a file system can be asked about, and a terminal told."""
+    """Return True if a value is a text that can be a path, and has no control characters."""
     if not isinstance(path, str) or len(path) > LONGEST_PATH:
         return False
-    if not path.isprintable() and CONTROL.search(path):  # the first is quick, and refuses more
+    if not path.isprintable() and CONTROL.search(path):  # the first test is fast but too strict
         return False
     if len(path) <= LONGEST_NAME // 4:
         return True
@@ -84,9 +89,9 @@ def is_path(path: object) -> bool:
 
 
 def parsed(text: str, decoder: json.JSONDecoder | None = None) -> Any:
-    """The value of a JSON that says one thing: nested at most DEEPEST, no key twice, no NaN or Infinity.
+    """Return the value of a JSON text. Raise ValueError for a repeated key, NaN, Infinity, or nesting deeper than DEEPEST.
 
-    Another decoder may take other objects and constants. ValueError says what is wrong.
+    Another `decoder` may accept repeated keys and constants.
     """
     try:
         value = (decoder or STRICT).decode(text)
@@ -98,7 +103,7 @@ def parsed(text: str, decoder: json.JSONDecoder | None = None) -> Any:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON's object. ValueError for a key that is there twice: nobody knows which one is meant."""
+    """Return the object of these pairs. Raise ValueError for a repeated key, which is ambiguous."""
     entry = dict(pairs)
     if len(entry) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -107,7 +112,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_constant(name: str) -> Any:
-    """For NaN and Infinity, which Python writes and reads and no other program takes."""
+    """Raise ValueError for NaN or Infinity, which Python reads and writes but JSON does not have."""
     raise ValueError(f"{name} is no JSON; write null")
 
 
@@ -116,12 +121,12 @@ WITH_NAN = json.JSONDecoder(object_pairs_hook=once)
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects lie deeper in one another, found without recursion."""
-    there: list[Any] = [[value]]
-    while there and levels >= 0:
-        inside = (x.values() if isinstance(x, dict) else x for x in there)
-        there, levels = [x for values in inside for x in values if isinstance(x, dict | list)], levels - 1
-    return bool(there)
+    """Return True if lists and objects are nested deeper than `levels`. Do not use recursion."""
+    containers: list[Any] = [[value]]
+    while containers and levels >= 0:
+        inside = (x.values() if isinstance(x, dict) else x for x in containers)
+        containers, levels = [x for values in inside for x in values if isinstance(x, dict | list)], levels - 1
+    return bool(containers)
 
 
 def printable(text: object) -> str:
@@ -147,20 +152,20 @@ def for_terminal(text: str) -> str:
 
 
 def _escaped(unsafe: re.Pattern[str], text: str) -> str:
-    if text.isprintable():  # quick, and true of most texts
+    if text.isprintable():  # fast, and true for most texts
         return text
     return unsafe.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def quoted(value: object) -> str:
-    """A value as Python writes it, in at most a line: control characters escaped, a long one with its middle left out."""
+    """Return the repr of a value in one line, shortened, with control characters escaped."""
     try:
         text = QUOTE.repr(value)
-    except ValueError:  # of an int with more digits than Python writes
+    except ValueError:  # an int with more digits than Python converts
         text = f"{type(value).__name__} of many digits"
     return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]} …"
 
 
 def cut(text: str) -> str:
-    """Another program's message, as `quoted` but without the quotes."""
+    """Return another program's message as `quoted` does, but without the quotes."""
     return quoted(text)[1:-1]

@@ -68,7 +68,7 @@ def test_kinds_do_not_meet_and_say_what_they_are(kept, tmp_path):
 @pytest.mark.parametrize("key", ["", "a", "../../etc/passwd", "AB00", "ab/cd", "ab.", "ab" + "0" * 200, "zz00"])
 def test_a_key_is_no_path(kept, key):
     for act in (kept.get, kept.__contains__, lambda key: kept.put(key, value_of(1))):
-        with pytest.raises(ValueError, match="is no key"):
+        with pytest.raises(ValueError, match="is not a valid key"):
             act(key)
 
 
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told_once_and_is_no_error(kept, monkeypatch, capsys, num
 
     monkeypatch.setattr(disk_cache, "write_whole", fails)
     assert [kept.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3
-    assert capsys.readouterr().out.count("nothing more is kept") == 1
+    assert capsys.readouterr().out.count("nothing more is cached") == 1
     assert torch.equal(kept.get(KEY), value_of(1))
 
 
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_made_is_told_once_and_is_no_error(tmp_path, cap
     (tmp_path / "file").write_text("")
     nowhere = Store(tmp_path / "file" / "cache", {}, PLENTY)
     assert [nowhere.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3 and nowhere.get(key_of(1)) is None
-    assert capsys.readouterr().out.count("nothing more is kept") == 1
+    assert capsys.readouterr().out.count("nothing more is cached") == 1
 
 
 def test_nothing_is_made_before_there_is_something_to_keep(tmp_path):
@@ -310,7 +310,7 @@ def test_nothing_is_made_before_there_is_something_to_keep(tmp_path):
 def test_what_cannot_be_kept_is_said(kept, monkeypatch):
     monkeypatch.setattr(disk_cache, "LARGEST", 1000)
     for value in (torch.empty(0), torch.zeros(3, dtype=torch.complex64), torch.zeros(1001, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="cannot be kept"):
+        with pytest.raises(ValueError, match="cannot be cached"):
             kept.put(key_of(1), value)
 
 

@@ -76,7 +76,7 @@ def test_unusual_settings_are_left_to_the_processor(name):
     processor = BlipImageProcessorPil(**{"size": {"height": 32, "width": 32}} | UNUSUAL[name])
     pixels, image = Pixels(processor), noise(50, 41)
     assert not pixels.exact and torch.equal(pixels(image), theirs(processor, image))
-    with pytest.raises(ValueError, match="do not keep them"):
+    with pytest.raises(ValueError, match="do not cache them"):
         pixels.resized(image)
 
 

@@ -114,14 +114,14 @@ def test_a_line_s_own_prompt_at_the_start_of_its_text_is_removed(folder, make):
 
 def test_a_text_that_is_nothing_but_the_prompt_is_a_bad_line(folder, make):
     task = CaptionTask(make("blip"), "a picture of")
-    with pytest.raises(DataError, match=r"x\.jsonl:1: the text is nothing but the prompt"):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the text is only the prompt"):
         annotations.read(captions(folder, "A picture of", "a cube"), check=task.check, trim=task.trim)
 
 
 def test_an_answer_that_is_nothing_but_the_template_is_a_bad_line(folder, make):
     task = VqaTask(make("blip"))
     source = lines(folder / "x.jsonl", {"image": "a.png", "question": "q?", "answers": ["red", "Question: q? Answer:"]})
-    with pytest.raises(DataError, match=r"x\.jsonl:1: the text is nothing but the prompt"):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the text is only the prompt"):
         annotations.read(source, check=task.check, trim=task.trim)
 
 
@@ -278,7 +278,7 @@ def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
         {"image": "b.png", "question": "q", "answers": ["a"], "answer": "b", "prompt": " {question} "},
     )
     examples, _ = annotations.read(source, report=said.append)
-    assert len(examples) == 5 and len(said) == 2 and "2 of 5 line(s) have a prompt of their own" in said[1]
+    assert len(examples) == 5 and len(said) == 2 and "2 of 5 line(s) have their own prompt" in said[1]
     expected = {
         "split": (2, 2),
         "rat\\x1bing": (1, 2),

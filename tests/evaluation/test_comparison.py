@@ -356,7 +356,7 @@ def test_the_command_line_says_what_there_is(command):
         assert done.stderr.startswith("error: references is empty")
     else:
         assert all(name in said for name in ("prepare", "evaluate", "doctor"))
-        assert done.stderr.startswith("error: 'evalute' is no command") == (command == ["evalute"])
+        assert done.stderr.startswith("error: 'evalute' is not a command") == (command == ["evalute"])
 
 
 def test_flags_of_evaluate():

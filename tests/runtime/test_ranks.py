@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_blip.cli import tell
+from lora_blip.cli import report_errors
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.errors import CheckpointError, ConfigError, PeerError, PreflightError
 from lora_blip.evaluation.comparison import evaluate
@@ -30,7 +30,7 @@ from tests.support.runs import config_of
 def ends(ranks: int, act: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> tuple[list[int], list[str]]:
     """The exit codes of processes that `act` as the command line does, and their error messages."""
     start = time.monotonic()
-    codes = among(ranks, lambda: tell(act))
+    codes = among(ranks, lambda: report_errors(act))
     assert time.monotonic() - start < 60, "they waited for each other"
     return codes, [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
 
@@ -209,7 +209,7 @@ def test_an_error_of_one_process_before_the_first_caption_stops_all_with_one_mes
 def test_evaluate_is_refused_under_torchrun_with_one_message(tmp_path, capfd):
     codes, said = ends(2, lambda: evaluate(EvaluateConfig(references=str(tmp_path / "x.jsonl"))), capfd)
     assert codes == [2, 2] and said == [
-        "error: evaluate is one process; start it without torchrun: python -m lora_blip evaluate …"
+        "error: evaluate runs in one process; start it without torchrun: python -m lora_blip evaluate …"
     ]
 
 
