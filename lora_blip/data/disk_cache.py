@@ -116,7 +116,7 @@ class Store:
         return self.values / key[:2] / f"{key}.safetensors"
 
     def _hold(self) -> BinaryIO | None:
-        """Open and lock kind.json while this object exists. The lock tells other processes that the kind is in use."""
+        """Open and lock kind.json while this object exists. Other processes do not remove a locked kind."""
         path = self.values / "kind.json"
         try:
             while True:

@@ -61,9 +61,9 @@ def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path])
     """Return at most one Leak for each evaluation image, in the order of `evaluation`.
 
     Two pictures are nearly the same if the correlation of their thumbnails is at least 1 − FAR and their contrast and mean
-    colours are similar. This detects copies with JPEG quality 70, half the size or 10 % more brightness, neighbouring frames
-    of a video, and pictures that differ only in details smaller than a twelfth of the side. It does not detect mirrored,
-    cropped or rotated copies. An image that cannot be decoded is compared only by its bytes.
+    colours are similar. This detects copies with JPEG quality 70, half the size or 10 % more brightness. It also reports
+    neighbouring frames of a video, and pictures that differ only in details smaller than a twelfth of the side. It does not
+    detect mirrored, cropped or rotated copies. An image that cannot be decoded is compared only by its bytes.
 
     Raise ImageError for a file that cannot be read.
     """

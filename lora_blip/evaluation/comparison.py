@@ -1,4 +1,4 @@
-"""`python -m lora_blip evaluate`: base beside adapter on images with known texts → figures, a table and report.html."""
+"""`python -m lora_blip evaluate`: compare base and adapter on images with known texts."""
 
 import json
 import math
@@ -33,14 +33,14 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.text_length import CutCount
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
-FEW = 10  # images, below which a bootstrap claims too much
+FEW = 10  # images; with fewer, bootstrap intervals are too narrow
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Score an adapter beside its base; returns the folder of metrics.json, comparison.csv and report.html.
+    """Score an adapter and its base. Return the folder of metrics.json, comparison.csv and report.html.
 
-    What is said is in base.jsonl and adapted.jsonl there as soon as it is said. Raises ConfigError, ModelError,
-    AdapterError, ImageError or DataError before anything is predicted.
+    Each prediction is written to base.jsonl or adapted.jsonl at once. Raise ConfigError, ModelError, AdapterError,
+    ImageError or DataError before the first prediction.
     """
     distributed.refuse_several("evaluate")
     seed_everything(config.seed)
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     if report_of_tokens := task.unknown_report(examples):
         print(report_of_tokens)
     leaks, why = leaks_of(config, wanted, examples)
-    folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # from here on it is taken
+    folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # reserves the name
     print(described(task, wanted, len(dict.fromkeys(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, device="cpu")[0])
@@ -76,11 +76,11 @@ def evaluate(config: EvaluateConfig) -> Path:
         if made and (line := CutCount().add(made.texts).report(runner.task, f"texts of {name}", examples)):
             warnings.append(line)
     if images < FEW:
-        warnings.append(f"only {images} image{'s' * (images > 1)}: the intervals know no others, and are too narrow")
+        warnings.append(f"only {images} image{'s' * (images > 1)}: with fewer than {FEW}, the intervals are too narrow")
     facts = facts_of(config, wanted, runner, last, examples) | {"leaks": why}
 
     write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode("utf-8", "backslashreplace"))
-    write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig", "replace"))  # Excel needs the mark
+    write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig", "replace"))  # Excel needs the byte order mark
     title = f"{runner.task.name} on {config.references}"
     page, cards, curves, said_by = (
         folder / FILES[2],
@@ -95,6 +95,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def output_folder(output_dir: str) -> Path:
+    """Return the output folder. Raise ConfigError if it cannot be written or contains an evaluation."""
     if not output_dir:
         refuse_unwritable(str(RUNS))
         return unused_path(RUNS / f"evaluation_{datetime.now():%Y%m%d_%H%M%S}")
@@ -106,7 +107,7 @@ def output_folder(output_dir: str) -> Path:
 
 
 def shown(name: str, folder: Path) -> measures.Progress:
-    """A progress bar that keeps every text in <name>.jsonl as it comes: hours of work outlive what comes after them."""
+    """Return a progress bar that writes each text to <name>.jsonl at once, so that a later error does not lose it."""
 
     def watch(found: Iterable[Any], count: int) -> Iterable[Any]:
         for example, said in tqdm(found, total=count, desc=name, unit="", disable=None, dynamic_ncols=True):
@@ -123,34 +124,34 @@ def shown(name: str, folder: Path) -> measures.Progress:
 
 
 def leaks_of(config: EvaluateConfig, wanted: Adapter | None, examples: list[Example]) -> tuple[list[Leak], str]:
-    """Images of the evaluation that are in the training data, and what they were compared with (or why with nothing)."""
+    """Return the evaluation images that are in the training data, and what they were compared with (or why not)."""
     settings = wanted.metadata.get("training", {}).get("settings", {}) if wanted else {}
     source = config.train_annotations or str(settings.get("annotations", ""))
     root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
     if source in ("", "none"):
-        return [], "not looked for: no training data is known"
+        return [], "not searched: the training data is unknown"
     if not Path(source).is_file():
         if config.train_annotations:
             raise DataError(f"train_annotations {source!r} do not exist; give the file, or none")
-        return [], f"not looked for: the training data, {source}, is not here (--train-annotations)"
+        return [], f"not searched: the training data, {source}, does not exist here (--train-annotations)"
     try:
         trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
     except DataError as error:
         if config.train_annotations:
             raise
-        return [], f"not looked for: {str(error).splitlines()[0]}"
-    there = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
-    if not there:
-        return [], f"not looked for: no image of {source} is here (--train-image-root)"
-    found = find_leaks(dict.fromkeys(e.image for e in examples), there)
-    return found, f"{len(found)} found among the {len(there)} images of {source}"
+        return [], f"not searched: {str(error).splitlines()[0]}"
+    images = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
+    if not images:
+        return [], f"not searched: no image of {source} exists here (--train-image-root)"
+    found = find_leaks(dict.fromkeys(e.image for e in examples), images)
+    return found, f"{len(found)} found among the {len(images)} images of {source}"
 
 
-# ---------------------------------------------------------------- what is shown and written
+# ---------------------------------------------------------------- the outputs
 
 
 def rows_of(base: Measured | None, adapted: Measured | None, task: Any, seed: int) -> list[ReportRow]:
-    """The table's rows: every score, then the main one within each group."""
+    """Return the rows of the table: every score, then the main score of each group."""
     both = [made for made in (base, adapted) if made]
     paired = gains(base, adapted, task, seed) if base and adapted else {}
     first, second = (({**made.scores, **by_group(made, task, seed)} if made else {}) for made in (base, adapted))
@@ -198,7 +199,7 @@ def numbers(interval: Interval | None) -> dict[str, float | None] | None:
 
 
 def csv_of(base: Measured | None, adapted: Measured | None) -> str:
-    """A line a subject: image, question, references, base and adapted texts, and the score of each."""
+    """Return a CSV with a row per subject: image, question, references, base and adapted texts, and their scores."""
     made = adapted or base
     assert made is not None
     before = dict(zip(base.subjects, zip(base.texts, base.points, strict=True), strict=True)) if base else {}
@@ -215,7 +216,7 @@ def csv_of(base: Measured | None, adapted: Measured | None) -> str:
 
 
 def references_of(lines: list[Example]) -> list[str]:
-    """The right texts of a subject, each once."""
+    """Return the reference texts of a subject, without duplicates."""
     return list(dict.fromkeys(text for line in lines for text in (line.answers or (line.text,))))
 
 
@@ -246,7 +247,7 @@ def cards_of(base: Measured | None, adapted: Measured | None, leaks: list[Leak])
 
 
 def curves_of(wanted: Adapter | None) -> list[dict[str, Any]]:
-    """The metrics.jsonl beside the adapter, when it is still there."""
+    """Return the lines of metrics.jsonl in the adapter's folder, or [] if there is none."""
     path = wanted.path.parent / METRICS_NAME if wanted else None
     if path is None or not path.is_file():
         return []
@@ -261,7 +262,7 @@ def curves_of(wanted: Adapter | None) -> list[dict[str, Any]]:
 
 
 def table(rows: list[ReportRow], warnings: Iterable[str]) -> str:
-    """Warnings, then a line a score: base, adapted, and the gain with its interval."""
+    """Return the warnings, then a line per score: base, adapted, and the gain with its interval."""
     lines = [printable(f"WARNING: {warning}") for warning in warnings]
     names = [printable(row.name) for row in rows]
     width = max(map(len, names)) + 2
@@ -276,11 +277,11 @@ def table(rows: list[ReportRow], warnings: Iterable[str]) -> str:
 
 
 def interval_text(interval: Interval | None, share: bool) -> str:
-    """ "97.1 % [94.0, 99.0]" """
+    """Return an interval as text, such as "97.1 % [94.0, 99.0]"."""
     if interval is None:
         return "–"
     scale, digits, unit = (100, 1, " %") if share else (1, 3, "")
-    value, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in interval)  # + 0.0: there is no −0.0 %
+    value, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in interval)  # + 0.0 avoids −0.0
     return f"{value}{unit}" if math.isnan(interval.low) else f"{value}{unit} [{low}, {high}]"
 
 

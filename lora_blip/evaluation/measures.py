@@ -1,4 +1,4 @@
-"""What is measured of a task's predictions: scores with intervals, per subject where they have a value each."""
+"""Predict and score each task: scores with intervals, and the scores of each subject."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,36 +28,37 @@ ONE_WAY = {"image_to_text": "image→text", "text_to_image": "text→image"}
 
 @dataclass(frozen=True)
 class Column:
-    """A value of each of some subjects, and the image that each is about: it is images that a bootstrap draws."""
+    """Values of some subjects, with the image of each. The bootstrap draws images."""
 
     values: list[float]
     images: list[Path]
 
     def interval(self, seed: int) -> Interval:
-        """Of the mean, over resampled images: questions of one image come and go together."""
-        place = {image: row for row, image in enumerate(dict.fromkeys(self.images))}
-        if len(place) == len(self.values):
+        """Return the interval of the mean over resampled images. Questions about one image are drawn together."""
+        row_of = {image: row for row, image in enumerate(dict.fromkeys(self.images))}
+        if len(row_of) == len(self.values):
             return bootstrap.of_mean(self.values, seed=seed)
-        table = np.zeros((len(place), 2))  # sum and number of each image's values
-        np.add.at(table, [place[image] for image in self.images], np.stack([self.values, np.ones(len(self.values))], axis=1))
+        table = np.zeros((len(row_of), 2))  # sum and number of each image's values
+        np.add.at(table, [row_of[image] for image in self.images], np.stack([self.values, np.ones(len(self.values))], axis=1))
         return bootstrap.of_sums(table, lambda sums: sums[..., 0] / sums[..., 1], seed=seed)
 
     def minus(self, other: "Column") -> "Column":
+        """Return the difference for each subject."""
         return Column([a - b for a, b in zip(self.values, other.values, strict=True)], self.images)
 
 
 @dataclass
 class Measured:
-    """One model's predictions of all subjects, scored. Lists are in the order of `subjects`."""
+    """The predictions and scores of one model. Lists are in the order of `subjects`."""
 
     subjects: list[Any]
     lines: list[list[Example]]  # the lines of each subject
-    texts: list[str]  # what was said
-    points: list[float]  # each one's own score, that the worst are found by
+    texts: list[str]  # the predictions
+    points: list[float]  # the score of each, which sorts the report
     right: list[bool]
-    main: str  # name of the score that `points` are of
+    main: str  # name of the score in `points`
     scores: dict[str, Interval | None] = field(default_factory=dict)
-    each: dict[str, Column] = field(default_factory=dict)  # scores that are means, for paired differences
+    each: dict[str, Column] = field(default_factory=dict)  # the scores that are means of values, for paired differences
     notes: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -65,16 +66,16 @@ class Measured:
 
 
 LOWER_IS_BETTER = ("mean rank", "median rank")
-MOST_GROUPS = 20  # more are no groups to compare, but a name for every image
+MOST_GROUPS = 20  # with more, the groups are probably names of images
 
 
 def measure(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
-    """Predict every subject of `examples` and score it. Images that cannot be read are reported and left out."""
+    """Predict and score every subject of `examples`. Report images that cannot be read, and leave them out."""
     return MEASURES[runner.task.name](runner, examples, seed, progress)
 
 
 def predicted(runner: Runner, examples: list[Example], progress: Progress) -> tuple[list[Any], list[list[Example]], list[str]]:
-    """Subjects, the lines of each and what is said of it."""
+    """Return the subjects, the lines of each, and the predicted texts."""
     lines: dict[Any, list[Example]] = {}
     for example in examples:
         lines.setdefault(runner.task.subject(example), []).append(example)
@@ -86,13 +87,13 @@ def predicted(runner: Runner, examples: list[Example], progress: Progress) -> tu
 
 
 def require_some(found: Any, examples: list[Example]) -> None:
-    """DataError when every image was left out."""
+    """Raise DataError if no image could be read."""
     if not found:
-        raise DataError(f"none of the {len({e.image for e in examples})} images can be read any more; see what was left out")
+        raise DataError(f"none of the {len({e.image for e in examples})} images can be read; see the messages above")
 
 
 def measure_captions(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
-    """The caption scores of COCO, exact match, and how varied the captions are."""
+    """Return the caption scores of COCO, exact match, and the diversity of the captions."""
     subjects, lines, texts = predicted(runner, examples, progress)
     references = [[example.text for example in some] for some in lines]
     scores = caption_scores(texts, references)
@@ -111,7 +112,7 @@ def measure_captions(runner: Runner, examples: list[Example], seed: int, progres
 
 
 def measure_answers(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
-    """The official VQA accuracy, and exact match with the answer that most gave."""
+    """Return the official VQA accuracy, and the diversity of the answers."""
     subjects, lines, texts = predicted(runner, examples, progress)
     answers = [every_answer(some) for some in lines]
     points = vqa_accuracies(texts, answers)
@@ -134,7 +135,7 @@ def varied(made: Measured, references: list[list[str]]) -> Measured:
 
 
 def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> Measured:
-    """Recalls and ranks both ways, by contrast (ITC) alone and with the likeliest read again together (ITM)."""
+    """Return recalls and ranks both ways, with ITC only and with the likeliest candidates reranked by ITM."""
     first = {example.image: example for example in reversed(examples)}
     features = image_features(runner, [first[image] for image in dict.fromkeys(e.image for e in examples)], progress)
     require_some(features, examples)
@@ -152,7 +153,7 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
         lines[example.image].append(example)
     points, found_first = (1 / ranks[0]).tolist(), (ranks[0] == 1).tolist()
     made = Measured(images, list(lines.values()), [texts[i] for i in best], points, found_first, "1 / rank")
-    owners = images, [images[row] for row in right.argmax(0)]  # of each rank, the image that it is about
+    owners = images, [images[row] for row in right.argmax(0)]  # the image of each rank
     itc = dict(zip(ONE_WAY, retrieval.ranks(logits, right), strict=True))
     for way, found, about in zip(ONE_WAY, ranks, owners, strict=True):
         columns: dict[str, Any] = {f"R@{most} {ONE_WAY[way]}": found <= most for most in retrieval.RECALLS}
@@ -164,7 +165,7 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
             made.notes[f"R@{most} {ONE_WAY[way]}"] = f"{(itc[way] <= most).mean():.1%} by ITC alone"
         made.scores[f"median rank {ONE_WAY[way]}"] = bootstrap.of_statistic(partial(median_at, found), len(found), seed=seed)
     again = min(RERANKED, len(texts))
-    made.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reads the {again} likeliest again"}
+    made.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reranks the {again} likeliest"}
     return made
 
 
@@ -173,19 +174,19 @@ def median_at(values: Any, places: Any) -> float:
 
 
 def image_features(runner: Runner, examples: list[Example], progress: Progress) -> dict[Path, torch.Tensor]:
-    """Each image that can be read, with its place in the joint space (views, width), on the CPU."""
+    """Return each readable image with its features in the joint space (views, width), on the CPU."""
     found = runner.run(examples, lambda task, pictures, some: [f.image.cpu() for f in task.predict(pictures, some)])
     return {example.image: features for example, features in progress(found, len(examples))}
 
 
 def blocked(seen: torch.Tensor, read: torch.Tensor) -> Any:
-    """Cosines (images, texts), a block of images at a time."""
+    """Return the cosines (images, texts), computed in blocks of images."""
     return torch.cat([cosines(part, read) for part in seen.split(256)]).numpy().astype(np.float64)
 
 
 def reranked(runner: Runner, examples: list[Example], texts: list[str], logits: Any, progress: Progress) -> tuple[Any, Any]:
-    """(images, texts) twice: the likeliest texts of each image, and images of each text, in the order ITC and ITM give them."""
-    by_image, by_text = logits - FAR, logits - FAR  # behind those that are read again, in ITC's own order
+    """Return scores (images, texts) twice: with the texts of each image reranked, and with the images of each text reranked."""
+    by_image, by_text = logits - FAR, logits - FAR  # below the reranked candidates, in the order of ITC
     most = min(RERANKED, len(texts)), min(RERANKED, len(examples))
     rows, columns = np.zeros_like(logits, dtype=bool), np.zeros_like(logits, dtype=bool)
     np.put_along_axis(rows, np.argpartition(-logits, most[0] - 1, axis=1)[:, : most[0]], True, axis=1)
@@ -213,7 +214,7 @@ MEASURES: dict[str, Callable[[Runner, list[Example], int, Progress], Measured]] 
 
 
 def gains(base: Measured, adapted: Measured, task: Task, seed: int) -> dict[str, Interval]:
-    """Intervals of adapted − base over the same subjects, of every score that has them. {} when some were left out of one."""
+    """Return intervals of adapted − base over the same subjects, by score. Return {} if the subjects differ."""
     if base.subjects != adapted.subjects:
         return {}
     found = {}
@@ -224,12 +225,12 @@ def gains(base: Measured, adapted: Measured, task: Task, seed: int) -> dict[str,
 
 
 def by_group(made: Measured, task: Task, seed: int) -> dict[str, Interval]:
-    """How right the texts are within each group that the references name, when they name several."""
+    """Return the main score within each group of the references, if there are several groups."""
     return {name: column.interval(seed) for name, column in grouped(made, task).items()}
 
 
 def grouped(made: Measured, task: Task) -> dict[str, Column]:
-    """A row for each group: the main share of each of its subjects."""
+    """Return the values of the main score by group."""
     groups = list(dict.fromkeys(some[0].group for some in made.lines))
     if not 1 < len(groups) <= MOST_GROUPS:
         return {}
@@ -243,5 +244,5 @@ def grouped(made: Measured, task: Task) -> dict[str, Column]:
 
 
 def image_of(subject: Any) -> Path:
-    """A subject is an image, or a tuple that begins with one."""
+    """Return the image of a subject, which is an image or a tuple that starts with one."""
     return subject[0] if isinstance(subject, tuple) else subject

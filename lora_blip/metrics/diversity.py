@@ -1,4 +1,4 @@
-"""How varied predictions are: an adapter that says one caption of every picture can still score well."""
+"""The diversity of predictions: an adapter that generates one caption for every image can still have high scores."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,33 +6,30 @@ from dataclasses import dataclass
 from lora_blip.metrics.exact import normal
 from lora_blip.metrics.tokens import plain
 
-COLLAPSED = 0.5  # share of one caption among the predictions, from which on it is said aloud
-FEWEST = 8  # predictions below which one caption may well be most of them
+COLLAPSED = 0.5  # share of one caption above which a warning is given
+FEWEST = 8  # with fewer predictions, one caption may be most of them by chance
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """type_token_ratio: different words / all words. distinct: different captions. share: distinct / predictions.
+    """How varied a list of predictions is."""
 
-    most_common: the caption said most often, `times` times. warning: a sentence, or "" when all is well.
-    """
-
-    type_token_ratio: float
-    distinct: int
-    share: float
-    most_common: str
-    times: int
-    warning: str
+    type_token_ratio: float  # different words / all words
+    distinct: int  # different captions
+    share: float  # distinct / predictions
+    most_common: str  # the most frequent caption
+    times: int  # how often it is predicted
+    warning: str  # a sentence about mode collapse, or ""
 
 
 def diversity(predictions: list[str], references: list[list[str]] | None = None) -> Diversity:
-    """Captions are compared as exact match does (case and closing full stop do not count), words as `tokens.plain` finds them.
+    """Return the diversity. Captions are compared as in exact match; words are those of `tokens.plain`.
 
-    The warning is about mode collapse: at least FEWEST predictions, more than COLLAPSED of them one caption, and references
-    that hold no caption nearly as often (or no references). ValueError for no predictions, or when the lengths differ.
+    Warn of mode collapse if one caption is more than COLLAPSED of at least FEWEST predictions, and no reference is that
+    frequent (or there are no references). Raise ValueError for no predictions, or if the lengths differ.
     """
     if not predictions:
-        raise ValueError("diversity of no predictions")
+        raise ValueError("diversity needs at least one prediction")
     if references is not None and len(references) != len(predictions):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} lists of references")
     words = [word for said in predictions for word in plain(said).split()]
@@ -45,14 +42,14 @@ def diversity(predictions: list[str], references: list[list[str]] | None = None)
 
 
 def collapse(said: str, times: int, predictions: int, references: list[list[str]] | None) -> str:
-    """The sentence that names a mode collapse, or ""."""
+    """Return a warning of mode collapse, or ""."""
     if predictions < FEWEST or times <= COLLAPSED * predictions:
         return ""
-    meant = f"{times} of {predictions} predictions ({times / predictions:.0%}) are {said!r}"
+    finding = f"{times} of {predictions} predictions ({times / predictions:.0%}) are {said!r}"
     if references is None:
-        return f"{meant}: the model may have collapsed onto one caption"
-    held = Counter(form for right in references for form in {normal(text) for text in right})
-    images = max(held.values(), default=0)
+        return f"{finding}: the model may have collapsed onto one caption"
+    counts = Counter(form for right in references for form in {normal(text) for text in right})
+    images = max(counts.values(), default=0)
     if images > COLLAPSED * predictions:
-        return ""  # the references are that uniform themselves
-    return f"{meant}, while no reference stands at more than {images} images: the model has collapsed onto one caption"
+        return ""  # the references are as uniform
+    return f"{finding}, but no reference belongs to more than {images} images: the model has collapsed onto one caption"

@@ -1,8 +1,8 @@
-"""The Java parts of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each bounded in time.
+"""The Java programs of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each with a time limit.
 
-The jars are those inside `pycocoevalcap`; its own wrappers are not used, since they write into site-packages, wait without
-end on a process that died, and SPICE's downloads a model at its first call. Here nothing is downloaded, every process ends,
-and whatever goes wrong is a JavaError with one line of reason.
+The jars are those of `pycocoevalcap`. Its Python wrappers are not used: they write into site-packages, wait forever for a
+process that died, and download a model for SPICE. Here nothing is downloaded, every process ends, and every failure is a
+JavaError with a reason of one line.
 """
 
 import json
@@ -18,23 +18,23 @@ from pathlib import Path
 from lora_blip.errors import JavaError
 from lora_blip.metrics.tokens import kept
 
-START, EACH = 180.0, 0.1  # seconds: allowed to a process at all, and more for every caption or image that it is given
+START, EACH = 180.0, 0.1  # time limit in seconds: of a process, and more for each caption or image
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")  # not in pycocoevalcap's package
 
-# The programs write numbers and change case as the system's language does: METEOR fails on the decimal comma that it writes.
+# The programs write numbers in the system's language. METEOR fails to read its own numbers with a decimal comma.
 FIXED = {"language": "en", "country": "US", "region": "US", "script": "", "variant": "", "extensions": ""}
 LOCALE = [f"-Duser.{key}{use}={value}" for key, value in FIXED.items() for use in ("", ".format", ".display")]
 OPTIONS = [*LOCALE, "-Dfile.encoding=UTF-8"]
-NOTICE = "Picked up "  # what Java writes on stderr about options in the environment
+NOTICE = "Picked up "  # start of Java's message on stderr about options in the environment
 
 Found = tuple[float, list[float]]  # the score of the set, and by image
 
 
 def java() -> str:
-    """The path of the `java` command. JavaError when there is none."""
+    """Return the path of the `java` command. Raise JavaError if there is none."""
     found = shutil.which("java")
     if found is None:
-        raise JavaError("there is no `java` command here; install a Java runtime (8 or newer)")
+        raise JavaError("no `java` command was found; install a Java runtime (8 or newer)")
     return found
 
 
@@ -47,9 +47,9 @@ def environment() -> dict[str, str]:
 
 
 def tokenise(captions: list[str], package: Path) -> list[str]:
-    """PTBTokenizer (Stanford CoreNLP 3.4.1), lower case, without punctuation marks: words joined by spaces, by caption.
+    """Tokenize captions with PTBTokenizer (Stanford CoreNLP 3.4.1): lower case, no punctuation, words joined by spaces.
 
-    package: the folder of pycocoevalcap. Raises JavaError.
+    package: the folder of pycocoevalcap. Raise JavaError on failure.
     """
     jar = package / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     options = ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
@@ -64,18 +64,18 @@ def tokenise(captions: list[str], package: Path) -> list[str]:
 
 
 def one_line(caption: str) -> str:
-    """Any white space → one space, what UTF-8 cannot hold → "?": a caption is a line of its own."""
+    """Return a caption as one line: one space for white space, and "?" for what UTF-8 cannot encode."""
     return " ".join(caption.encode("utf-8", "replace").decode().split())
 
 
 def meteor(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
-    """METEOR 1.5 for English with normalisation, of the whole set and by image (Denkowski and Lavie 2014).
+    """Return METEOR 1.5 for English, with normalisation, of the set and by image (Denkowski and Lavie 2014).
 
-    The score of the set is taken from the summed counts of all images: it is not the mean of theirs. Raises JavaError.
+    The score of the set is computed from the summed counts. It is not the mean over images. Raise JavaError on failure.
     """
     jar = package / "meteor" / "meteor-1.5.jar"
     command = [java(), *OPTIONS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-    with _talking(command, _limit(len(predictions))) as ask:
+    with _conversation(command, _limit(len(predictions))) as ask:
         counts = []
         for said, right in zip(predictions, references, strict=True):
             fields = [" ".join(one_line(text).replace("|||", " ").split()) for text in [*right, said]]
@@ -85,13 +85,13 @@ def meteor(predictions: list[str], references: list[list[str]], package: Path) -
 
 
 def spice(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
-    """SPICE (Anderson et al. 2016): mean over images of the F score of scene-graph tuples, and by image. Raises JavaError."""
+    """Return SPICE (Anderson et al. 2016), the F score of scene-graph tuples: mean and by image. Raise JavaError on failure."""
     folder = package / "spice"
     missing = [name for name in SPICE_MODELS if not (folder / "lib" / name).is_file()]
     if missing:
         raise JavaError(
             f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}; with internet, "
-            "`python -m pycocoevalcap.spice.get_stanford_models` fetches them (nothing is downloaded without being asked)"
+            "`python -m pycocoevalcap.spice.get_stanford_models` downloads them"
         )
     rows = zip(predictions, references, strict=True)
     items = [{"image_id": place, "test": said, "refs": right} for place, (said, right) in enumerate(rows)]
@@ -104,7 +104,7 @@ def spice(predictions: list[str], references: list[list[str]], package: Path) ->
             scores = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(result.read_text(encoding="utf-8"))}
             by_image = [float("nan" if scores[place] is None else scores[place]) for place in range(len(items))]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JavaError(f"SPICE wrote no scores that can be read ({type(error).__name__}: {error})") from None
+            raise JavaError(f"SPICE wrote unreadable scores ({type(error).__name__}: {error})") from None
     return sum(by_image) / len(by_image), by_image
 
 
@@ -113,7 +113,7 @@ def _limit(items: int) -> float:
 
 
 def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
-    """What a Java program writes that is given `given`; JavaError when it fails or runs longer than `limit` seconds."""
+    """Return the output of a Java program. Raise JavaError if it fails or runs longer than `limit` seconds."""
     try:
         done = subprocess.run(
             [java(), *OPTIONS, *arguments], input=given.encode(), capture_output=True, timeout=limit, check=False,
@@ -129,10 +129,13 @@ def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
 
 
 @contextmanager
-def _talking(command: list[str], limit: float) -> Iterator[Callable[[str, int], list[str]]]:
-    """A process to ask a line and get so many lines back; it is gone when the block ends, however it ends. JavaError."""
+def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, int], list[str]]]:
+    """Start a process, and yield a function that sends a line and returns `answers` lines. End the process after the block.
+
+    Raise JavaError if the process fails or runs longer than `limit` seconds.
+    """
     late = threading.Event()
-    with tempfile.TemporaryFile() as errors:  # a pipe for stderr would fill up, since nobody reads it
+    with tempfile.TemporaryFile() as errors:  # not a pipe, which would fill up because nothing reads it
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment()
@@ -149,14 +152,14 @@ def _talking(command: list[str], limit: float) -> Iterator[Callable[[str, int], 
 
         def stop() -> None:
             late.set()
-            process.kill()  # the reader then meets the end of the file
+            process.kill()  # the reader then gets the end of the file
 
         timer = threading.Timer(limit, stop)
         timer.daemon = True
         timer.start()
         try:
             yield ask
-        except (OSError, ValueError) as error:  # a broken pipe, or an answer that is no number
+        except (OSError, ValueError) as error:  # a broken pipe, or an answer that is not a number
             process.kill()
             process.wait()
             errors.seek(0)
@@ -167,7 +170,7 @@ def _talking(command: list[str], limit: float) -> Iterator[Callable[[str, int], 
             process.kill()
             process.wait()
             back.close()
-            with suppress(OSError):  # what was not sent yet cannot be sent any more
+            with suppress(OSError):  # unsent data cannot be sent
                 to.close()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl with matplotlib (extra: plots)."""
+"""Plots of a run's metrics.jsonl with matplotlib (extra: plots)."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def draw(folder: Path) -> Path | None:
-    """loss.png: training and validation loss, the validation's scores beneath; None where matplotlib is not installed."""
-    backend = os.environ.pop("MPLBACKEND", None)  # notebooks set one that may not be installed; a file needs none
+    """Draw loss.png: training and validation loss, and the validation scores below. Return None without matplotlib."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets a backend that may not be installed; a file needs none
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -35,12 +35,12 @@ def draw(folder: Path) -> Path | None:
 
 
 def shares(entries: list[dict[str, Any]]) -> list[str]:
-    """The scores of the validations that lie between 0 and 1, as they were first written."""
+    """Return the names of the validation scores that are always between 0 and 1."""
     names = dict.fromkeys(key for entry in entries for key in entry if key.startswith("val_") and key != "val_loss")
     return [key for key in names if all(0 <= value <= 1 for value in points(entries, key)[1])]
 
 
 def points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values; what was no number is left out."""
+    """Return steps and values, without missing values."""
     found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]

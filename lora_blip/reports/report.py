@@ -1,6 +1,6 @@
-"""report.html: one page, whole in itself, of what an adapter learned: scores, curves, and the pictures, worst first.
+"""Write report.html, one page without external files: scores, training curves, and images with the worst first.
 
-Here the data is made ready and the words are escaped; how it looks is in the template beside this file.
+This file prepares the data and escapes the texts. The template in the same folder has the layout and the script.
 """
 
 import base64
@@ -30,38 +30,38 @@ from lora_blip.version import __version__
 FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
 SIDE, QUALITY = 256, 72  # of a thumbnail: pixels of its longer side, JPEG's 1 to 95
-MOST_POINTS = 2000  # of training steps in the curves; longer runs are thinned evenly
+MOST_POINTS = 2000  # training steps in the curves; of a longer run, every n-th step
 NONE = '<span class="quiet">–</span>'  # a score that is missing
-MARKER = re.compile(r"<!-- (\w+) -->")  # a place of the template that is filled
+MARKER = re.compile(r"<!-- (\w+) -->")  # a placeholder of the template
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One line of the score table."""
+    """One row of the score table."""
 
     name: str  # "CIDEr", "exact match", "R@1 image→text" …
     base: Interval | None
     adapted: Interval | None
     note: str = ""  # why it is missing, or how it was measured
     lower_is_better: bool = False  # a loss, a median rank
-    share: bool | None = None  # written in per cent; None: unless it is CIDEr or exceeds 1
-    gain: Interval | None = None  # of adapted − base over the same images; None: told from the two alone
+    share: bool | None = None  # show in per cent; None: yes, unless it is CIDEr or greater than 1
+    gain: Interval | None = None  # adapted − base over the same images; None: only the difference is known
 
 
 @dataclass(frozen=True)
 class Card:
-    """One picture, or one question of a picture, of the gallery."""
+    """One image, or one question about an image, in the gallery."""
 
     image: Path
     references: list[str]
     adapted: str
-    base: str = ""  # "" when the base was not run
+    base: str = ""  # "" if the base was not run
     question: str = ""  # of visual question answering
-    score: float | None = None  # of the adapted text, 0 to 1 or CIDEr: the gallery's order
+    score: float | None = None  # of the adapted text, 0 to 1 or CIDEr; sorts the gallery
     base_score: float | None = None
     group: str = ""
     leaked: str = ""  # why this image is suspected to be in the training data
-    right: bool | None = None  # None: right when it equals one of its references to the letter (metrics.exact)
+    right: bool | None = None  # None: it is right if it equals a reference (metrics.exact)
 
 
 def write(
@@ -75,15 +75,16 @@ def write(
     most_pictures: int = 500,
     said_by: str = "adapted",
 ) -> Path:
-    """The page at `path`, which opens from disk with no network; an older one is replaced, whole or not at all.
+    """Write the page to `path` and return the path. The page needs no network. Replace an older page atomically.
 
-    metrics: the lines of metrics.jsonl. facts: what was measured (base, adapter, images …). most_pictures: so many
-    pictures are embedded, of the worst cards; the others keep their texts. said_by: whose the cards' texts are, "base"
-    where there is no adapter.
+    metrics: the lines of metrics.jsonl.
+    facts: what was measured (base, adapter, images …).
+    most_pictures: the number of embedded images, from the worst cards. Other cards have only texts.
+    said_by: "adapted" or "base": the model that generated the cards' main texts.
     """
     cards = sorted(cards, key=worst_first)
     chosen = list(dict.fromkeys(card.image for card in cards))[: max(0, most_pictures)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the GIL
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
         pictures = dict(zip(chosen, pool.map(thumbnail, chosen), strict=True))
     index = {image: number for number, image in enumerate(chosen)}
     data = {
@@ -103,7 +104,7 @@ def write(
         "version": escaped(__version__),
         "data": json_html(data),
     }
-    filled = MARKER.sub(lambda marker: parts[marker[1]], page)  # in one pass: what was filled in is not filled again
+    filled = MARKER.sub(lambda marker: parts[marker[1]], page)  # in one pass, so that a marker in a text is not replaced
     write_whole(path, filled.encode("utf-8", "replace"))  # half a surrogate pair, as in odd file names, becomes "?"
     return path
 
@@ -112,13 +113,13 @@ def write(
 
 
 def worst_first(card: Card) -> tuple[bool, float, float]:
-    """The lowest score first, of equal ones what lost most to the base; what has no score comes last."""
+    """Return a sort key: the lowest score first, among equal ones the highest base score first, without a score last."""
     score, base = finite([card.score, card.base_score])
     return score is None, score or 0.0, -(base or 0.0)
 
 
 def entry(card: Card, index: Mapping[Path, int]) -> dict[str, Any]:
-    """What the page needs of a card; what is empty is left out, to stay small."""
+    """Return the fields of a card that the page needs, without empty ones."""
     right = card.right
     if right is None and card.references:
         right = normal(card.adapted) in {normal(text) for text in card.references}
@@ -140,7 +141,7 @@ def entry(card: Card, index: Mapping[Path, int]) -> dict[str, Any]:
 
 
 def thumbnail(path: Path) -> dict[str, Any]:
-    """{"jpeg": base64, "size": [width, height]}, or {"problem": why there is no picture}."""
+    """Return {"jpeg": base64, "size": [width, height]}, or {"problem": reason} if the image cannot be read."""
     try:
         picture = open_image(path)
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3)
@@ -148,13 +149,13 @@ def thumbnail(path: Path) -> dict[str, Any]:
         picture.save(buffer, "JPEG", quality=QUALITY, optimize=True)
     except ImageError as error:
         return {"problem": str(error)}
-    except Exception as error:  # whatever a decoder makes of a damaged file: one picture must not cost the page
+    except Exception as error:  # a decoder can raise any error; the page is written without this image
         return {"problem": f"{path} cannot be decoded ({type(error).__name__}: {error})"}
     return {"jpeg": base64.b64encode(buffer.getvalue()).decode("ascii"), "size": picture.size}
 
 
 def thinned(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every n-th training step and the last, enough to draw the curves; each validation and each skipped step."""
+    """Return every n-th training step and the last, and all validations and skipped steps."""
     steps = [number for number, line in enumerate(metrics) if "loss" in line]
     every = max(1, math.ceil(len(steps) / MOST_POINTS))
     dropped = set(steps) - set(steps[::every]) - set(steps[-1:])
@@ -162,7 +163,7 @@ def thinned(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with texts escaped, and NaN and infinity as None: JSON has neither, and the curves have a gap there."""
+    """Return `value` with texts escaped, and NaN and infinity as None, which JSON can represent."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -173,13 +174,13 @@ def finite(value: Any) -> Any:
 
 
 def json_html(data: Any) -> str:
-    """JSON that no text in it can end early: `</script>` and `<!--` need their `<`."""
+    """Return JSON for a script element. `<` is escaped, so that no text can contain `</script>` or `<!--`."""
     text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def policy(page: str) -> str:
-    """The browser itself is told to fetch nothing, and to run no script but the template's own (by its hash)."""
+    """Return a content security policy: load nothing, and run only the template's own script, by its hash."""
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -188,16 +189,16 @@ def policy(page: str) -> str:
     )
 
 
-# ---------------------------------------------------------------- what can be read without a script
+# ---------------------------------------------------------------- HTML without a script
 
 
 def escaped(text: str) -> str:
-    """HTML of a text as it is, safe to show."""
+    """Return a text as HTML, escaped."""
     return html.escape(printable(text))
 
 
 def breakable(text: str) -> str:
-    """Escaped; a long path or name may break after its slashes and underscores."""
+    """Return a text as HTML with possible line breaks after slashes and underscores."""
     return re.sub(r"([/\\\\_])", r"\1<wbr>", escaped(text))
 
 
@@ -234,7 +235,7 @@ def scores_html(rows: Sequence[ReportRow]) -> str:
 
 
 def row_html(row: ReportRow, compared: bool) -> str:
-    base, adapted = (known if known and math.isfinite(known.value) else None for known in (row.base, row.adapted))
+    base, adapted = (one if one and math.isfinite(one.value) else None for one in (row.base, row.adapted))
     most = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
     share = row.share if row.share is not None else most <= 1 and "cider" not in row.name.lower()
     note = f'<small dir="auto">{escaped(row.note)}</small>' if row.note else ""
@@ -253,13 +254,13 @@ def interval_html(interval: Interval | None, share: bool) -> str:
     if interval is None:
         return NONE
     value, low, high = (figure(x, share) for x in interval)
-    if math.isnan(interval.low):  # METEOR of a set is no mean, so it has none
+    if math.isnan(interval.low):  # METEOR of a set is not a mean and has no interval
         return f'<b>{value}{" %" * share}</b> <small class="range">no interval</small>'
     return f'<b>{value}{" %" * share}</b> <small class="range">{low} to {high}</small>'
 
 
 def gain_html(base: Interval, adapted: Interval, row: ReportRow, share: bool) -> str:
-    """adapted − base, with the word better or worse, and whether the intervals leave room for doubt."""
+    """Return adapted − base with the word better or worse, and a note if it is not significant."""
     gain = adapted.value - base.value
     written = figure(abs(gain), share)
     if not float(written):
@@ -273,7 +274,7 @@ def gain_html(base: Interval, adapted: Interval, row: ReportRow, share: bool) ->
 
 
 def plot_html(base: Interval | None, adapted: Interval | None, most: float) -> str:
-    """Base above adapted on one axis from 0 to `most`, each a dot on its interval."""
+    """Return an SVG: base above adapted, each a dot on its interval, on an axis from 0 to `most`."""
 
     def at(value: float) -> float:
         return round(4 + 152 * min(1.0, max(0.0, value / (most or 1.0))), 1)
@@ -293,7 +294,7 @@ def bound(end: float, interval: Interval) -> float:
 
 
 def figure(value: float, share: bool) -> str:
-    """0.9712 → "97.1" of a share; otherwise the digits that matter."""
+    """Return a number as text: a share in per cent, 0.9712 → "97.1"; others with 3 digits, or 1 from 10 on."""
     if share:
         return f"{100 * value:.1f}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -435,7 +435,7 @@ def test_paths_are_relative_below_the_output_and_absolute_elsewhere_and_always_r
 @pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "test.jsonl", "dropped.jsonl"])
 def test_nothing_there_is_written_over_and_nothing_is_read_first(run, tmp_path, name):
     write(tmp_path / "out" / name, "mine")
-    with pytest.raises(ConfigError, match=f"{name} is there already.*--output-dir"):
+    with pytest.raises(ConfigError, match=f"{name} already exists.*--output-dir"):
         run(tmp_path / "no such source.tsv")
     assert (tmp_path / "out" / name).read_text() == "mine\n" and [p.name for p in (tmp_path / "out").iterdir()] == [name]
 
@@ -451,10 +451,10 @@ def test_a_refusal_leaves_no_file_and_no_folder(run, tmp_path):
     ("settings", "message"),
     [
         ({"source": ""}, "source is empty; give what to read"),
-        ({"splits": "0.9,0.2"}, "add up to 1"),
-        ({"splits": "all"}, "add up to 1"),
-        ({"splits": "1.5,-0.5"}, "add up to 1"),
-        ({"splits": "nan,1"}, "add up to 1"),
+        ({"splits": "0.9,0.2"}, "the sum 1"),
+        ({"splits": "all"}, "the sum 1"),
+        ({"splits": "1.5,-0.5"}, "the sum 1"),
+        ({"splits": "nan,1"}, "the sum 1"),
         ({"images": "/no/such/folder"}, "images = '/no/such/folder'"),
         ({"seed": -1}, "seed"),
         ({"format": "xml"}, "one of auto"),
@@ -577,7 +577,7 @@ def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
     for name, content, message in (
         ("captions_train2017.json", whole[:-20].encode(), r"captions_train2017\.json:1: not valid JSON .*download"),
         ("instances.json", b'{"categories": []}', r"no format that is known \(its keys are categories\); set format"),
-        ("notes.txt", b"hello there", "no format that is known, it begins with 'hello there'; set format"),
+        ("notes.txt", b"hello there", "the format is unknown: it begins with 'hello there'; set format"),
         ("wide.tsv", "a.png\ttext".encode("utf-16"), "UTF-16; save it as UTF-8"),
         ("x.csv", b"picture,words\na.png,t", r"x\.csv:1: the first line must name the columns"),
         ("list.json", b'{"images": 3}', 'expected a list "images"'),
@@ -591,7 +591,7 @@ def test_a_forced_format_is_obeyed(run, tmp_path):
     photo(tmp_path / "a.png")
     odd = write(tmp_path / "x.lst", "a.png#1\tone")
     assert find_sources(str(odd))[0].format == "flickr8k"
-    with pytest.raises(DataError, match=r"'a\.png#1' is not there"):
+    with pytest.raises(DataError, match=r"'a\.png#1' does not exist there"):
         run(odd, format="tsv")
     with pytest.raises(DataError, match="not valid JSON"):
         run(odd, format="coco")
@@ -606,7 +606,7 @@ def test_a_folder_of_images_elsewhere_is_one_error_and_not_one_a_line(run, tmp_p
 
 def test_a_folder_with_two_data_sets_or_none_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no file of a known name"):
+    with pytest.raises(DataError, match="no file with a known name"):
         run(tmp_path / "empty")
     for name in ("train2014", "train2017"):
         coco(tmp_path / "two", name, {"a.jpg": ["a"]})

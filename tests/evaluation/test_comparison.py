@@ -100,7 +100,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     assert found["scores"]["METEOR"] == {"base": None, "adapted": None, "gain": None, "note": found["scores"]["METEOR"]["note"]}
     assert "java" in found["scores"]["METEOR"]["note"] and found["scores"]["CIDEr"]["note"] == ""
     assert found["facts"]["scored"] == "6 of 6 images" and found["settings"]["references"] == str(refs)
-    assert found["facts"]["leaks"] == "not looked for: no training data is known" and found["leaks"] == []
+    assert found["facts"]["leaks"] == "not searched: the training data is unknown" and found["leaks"] == []
     assert "exact match" in page and "a red cube on cube 3" in page
     printed = capsys.readouterr().out
     assert "caption: 6 to do" in printed and "-0.0" not in printed
@@ -174,9 +174,9 @@ def test_leaks_are_found_and_said_before_the_scores(checkpoints, here, capsys):
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        (None, "not looked for: the training data, train.jsonl, is not here"),
-        ([], "not looked for: train.jsonl: no usable line"),
-        ([{"image": "gone.png", "text": "a"}], "not looked for: no image of train.jsonl is here"),
+        (None, "not searched: the training data, train.jsonl, does not exist here"),
+        ([], "not searched: train.jsonl: no usable line"),
+        ([{"image": "gone.png", "text": "a"}], "not searched: no image of train.jsonl exists here"),
     ],
 )
 def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, here, lines, why):

@@ -326,7 +326,7 @@ def test_spice_without_its_models_is_a_reason_and_with_them_its_f_score(tmp_path
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     for name in java.SPICE_MODELS:
         (tmp_path / "spice" / "lib" / name).touch()
-    with pytest.raises(JavaError, match="no scores that can be read"):
+    with pytest.raises(JavaError, match="unreadable scores"):
         java.spice(["a"], [["a"]], tmp_path)
     assert (tmp_path / "log").exists()
     items = '[{"image_id":1,"scores":{"All":{"f":0.5}}},{"image_id":0,"scores":{"All":{"f":0.25}}}]'

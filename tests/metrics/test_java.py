@@ -78,7 +78,7 @@ def test_spice_gets_every_image_with_its_references_and_time_for_each(ran, tmp_p
     assert math.isnan(mean) and by_image[0] == 0.75 and math.isnan(by_image[1])
     for scores in ([(0, 0.75)], [(0, "x"), (1, 1)]):
         ran.answers.append(spice_answers(scores))
-        with pytest.raises(JavaError, match=r"no scores that can be read \((Key|Value)Error"):
+        with pytest.raises(JavaError, match=r"unreadable scores \((Key|Value)Error"):
             java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_meteor_is_asked_in_its_protocol_and_bounded_in_time(monkeypatch):
         started.append((command, limit))
         yield ask
 
-    monkeypatch.setattr(java, "_talking", talking)
+    monkeypatch.setattr(java, "_conversation", talking)
     monkeypatch.setattr(java, "java", lambda: "/bin/java")
     assert java.meteor(["a  b", "c"], [["d|||e", "f"], ["g"]], PACKAGE) == (0.75, [0.25, 0.5])
     assert asked == [("SCORE ||| d e ||| f ||| a b", 1), ("SCORE ||| g ||| c", 1), ("EVAL ||| 1 0 ||| 2 0", 3)]
@@ -134,13 +134,13 @@ def test_a_program_s_output_is_text_and_its_last_line_of_error_is_the_reason(tmp
 
 def test_a_process_to_talk_with_is_gone_after_the_block(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, 'while read -r line; do echo "$line!"; echo " two "; done')
-    with java._talking([java.java()], 5.0) as ask:
+    with java._conversation([java.java()], 5.0) as ask:
         assert ask("é", 2) == ["é!", "two"] and ask("b", 1) == ["b!"]
     for script, reason in (("echo why >&2; exit 1", "METEOR failed .*why"), ("exec sleep 20", "METEOR was stopped after 1 s")):
         fake(tmp_path, monkeypatch, script)
-        with pytest.raises(JavaError, match=reason), java._talking([java.java()], 0.6) as ask:
+        with pytest.raises(JavaError, match=reason), java._conversation([java.java()], 0.6) as ask:
             float(ask("x" * 100_000, 1)[0])
-    with pytest.raises(JavaError, match="Java did not start"), java._talking([str(tmp_path / "none")], 5.0):
+    with pytest.raises(JavaError, match="Java did not start"), java._conversation([str(tmp_path / "none")], 5.0):
         pass
 
 

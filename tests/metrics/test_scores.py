@@ -99,7 +99,7 @@ def test_references_that_hold_one_caption_as_often_excuse_it():
         assert bool(diversity(said, references).warning) == warned
     many = [["a ball", "A ball."]] * 3 + [[f"thing {n}"] for n in range(5)]
     assert diversity(said, many).warning.endswith(
-        "while no reference stands at more than 3 images: the model has collapsed onto one caption"
+        "but no reference belongs to more than 3 images: the model has collapsed onto one caption"
     )
     assert "more than 0 images" in diversity(said, [[]] * 8).warning
     with pytest.raises(ValueError, match="8 predictions for 7"):
@@ -174,8 +174,8 @@ def test_blocks_bound_the_memory_and_add_up(monkeypatch):
         (lambda: bootstrap.of_mean([1.0], level=0.0), r"level = 0\.0"),
         (lambda: bootstrap.of_mean([1.0], level=1.0), r"level = 1\.0"),
         (lambda: bootstrap.of_mean([1.0], resamples=0), "resamples = 0"),
-        (lambda: bootstrap.of_difference([1.0], [1.0, 2.0]), "pairs are needed"),
-        (lambda: bootstrap.of_statistic(lambda _: 0.0, 0), "a bootstrap over no images"),
+        (lambda: bootstrap.of_difference([1.0], [1.0, 2.0]), "one pair per image"),
+        (lambda: bootstrap.of_statistic(lambda _: 0.0, 0), "at least one image"),
     ],
 )
 def test_what_has_no_interval_is_refused(act, message):
@@ -192,10 +192,10 @@ def test_what_has_no_interval_is_refused(act, message):
     [
         (np.zeros(3), [0], r"scores of shape \(3,\)"),
         (np.zeros((0, 2)), [0, 0], r"scores of shape \(0, 2\)"),
-        (np.zeros((2, 2)), [0, 2], r"must hold 2 rows of 0\.\.1, or \(2, 2\) booleans"),
-        (np.zeros((2, 2)), [0, -1], r"must hold 2 rows of 0\.\.1"),
-        (np.zeros((2, 2)), [0], "must hold 2 rows"),
-        (np.zeros((2, 2)), [0.0, 1.0], "must hold 2 rows"),
+        (np.zeros((2, 2)), [0, 2], r"must contain 2 rows of 0\.\.1, or \(2, 2\) booleans"),
+        (np.zeros((2, 2)), [0, -1], r"must contain 2 rows of 0\.\.1"),
+        (np.zeros((2, 2)), [0], "must contain 2 rows"),
+        (np.zeros((2, 2)), [0.0, 1.0], "must contain 2 rows"),
         (np.zeros((1, 2)), [[True, False]], "text 1 belongs to no image"),
         (np.zeros((1, 2)), [[True], [True]], r"a relation of shape \(2, 1\) for scores of shape \(1, 2\)"),
         ([[0.0, np.nan]], [0, 0], "a score is NaN"),

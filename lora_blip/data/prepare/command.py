@@ -1,4 +1,4 @@
-"""`python -m lora_blip prepare`: data as users have it → train.jsonl, val.jsonl and test.jsonl, split by image."""
+"""`python -m lora_blip prepare`: convert data to train.jsonl, val.jsonl and test.jsonl, split by image."""
 
 import contextlib
 import gc
@@ -26,51 +26,51 @@ SIDES = ("train", "val", "test")
 DROPPED = "dropped.jsonl"
 encode = json.JSONEncoder(ensure_ascii=False).encode
 WHY = {
-    "missing": "whose image is missing: published sets name images that their downloads lack",
-    "unlisted": "whose image is on no side of its data set (own_splits = false would use it)",
-    "fault": "bad lines or entries:",
+    "missing": "whose image is missing: the downloads of published data sets lack some images",
+    "unlisted": "whose image is in no split of its data set (own_splits = false uses it)",
+    "fault": "invalid lines or entries:",
 }
-NO_SIDE = "no split of train, val or test, which other lines have; add it, or set own_splits = false"
+NO_SIDE = "it has no split (train, val or test), but other lines have; add it, or set own_splits = false"
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Everything that decides what is prepared."""
+    """All settings of `prepare`."""
 
-    source: str = setting("", "what to read: a file, several with commas between, or a data set's folder")
-    images: str = setting("", "folder where the images are; empty: the source's own, or the one above a data set's texts")
-    output_dir: str = setting("prepared", "gets train.jsonl, val.jsonl and test.jsonl; nothing in it is written over")
+    source: str = setting("", "what to read: a file, several files separated by commas, or the folder of a data set")
+    images: str = setting("", "folder of the images; empty: the source's folder, or the folder above a data set's texts")
+    output_dir: str = setting("prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten")
     format: Literal["auto", "jsonl", "json", "tsv", "csv", "coco", "vqa", "karpathy", "flickr8k"] = setting(
-        "auto", "how to read the source; auto: as its content says"
+        "auto", "format of the source; auto: detect it from the content"
     )
-    splits: str = setting("0.9,0.05,0.05", "shares of the images for train, val and test; 1: train alone")
-    own_splits: bool = setting(True, "split as the data set itself does, where it does; false: by shares, from the seed")
-    seed: int = setting(0, "decides which images go where")
-    on_bad_data: Literal["stop", "skip"] = setting("stop", "when a line or entry is no good")
+    splits: str = setting("0.9,0.05,0.05", "fractions of the images for train, val and test; 1: only train")
+    own_splits: bool = setting(True, "use the splits of the data set, if it has any; false: draw random splits")
+    seed: int = setting(0, "seed of the random splits")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", "if a line or entry is invalid")
 
     def __post_init__(self) -> None:
         check(self)
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
         shares_of(self.splits)
         if not self.source.strip():
-            raise ConfigError("source is empty; give what to read: --source captions.tsv, or a data set's folder")
+            raise ConfigError("source is empty; give a file or the folder of a data set: --source captions.tsv")
         if self.images and not Path(self.images).is_dir():
-            raise ConfigError(f"images = {self.images!r}: expected the folder where the images are")
+            raise ConfigError(f"images = {self.images!r}: expected the folder of the images")
 
 
 class Row(NamedTuple):
-    """A good line, as it will be written, and where it came from."""
+    """A valid line as it will be written, and where it comes from."""
 
     source: Source
     at: Location
     picture: ImageFile
-    side: str | None  # where its data set puts it; "": on no side; None: it has no sides of its own
+    side: str | None  # its split in the data set; "": in none; None: the data set has no splits
     line: bytes
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A line that is left out. Only `fault` is the line's own: published sets name images that their downloads lack."""
+    """A line that is left out. Only a `fault` is an error: the downloads of published data sets lack some images."""
 
     source: Source
     at: Location
@@ -83,16 +83,18 @@ class Dropped:
 
 @dataclass
 class Gathered:
-    base: str  # the output folder with a slash: paths of images below are written without it
+    """The lines of all sources."""
+
+    base: str  # the output folder with a slash; image paths below it are written relative to it
     rows: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    names: dict[object, str] = field(default_factory=dict)  # image → the least of the names that its lines give it
+    names: dict[object, str] = field(default_factory=dict)  # image → the first of its names in the lines, in alphabetical order
     kind: str = ""  # captions or questions
 
 
 @contextlib.contextmanager
 def no_collecting() -> Iterator[None]:
-    """Millions of live objects are no garbage; searching them again and again takes a third of the time."""
+    """Disable the garbage collector inside the block: scanning millions of live objects takes a third of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -104,7 +106,7 @@ def no_collecting() -> Iterator[None]:
 
 @no_collecting()
 def prepare(config: PrepareConfig) -> dict[str, Path]:
-    """Read, check, split and write; nothing is written unless all is well. What was written: side → file."""
+    """Read, check, split and write the data, and return split → file. Write nothing if there is an error."""
     output = Path(config.output_dir)
     refuse_existing(output)
     gathered = Gathered(f"{output.absolute()}{os.sep}")
@@ -121,16 +123,16 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
 
 
 def refuse_existing(output: Path) -> None:
-    """ConfigError if a file would be written over, or if none could be written."""
+    """Raise ConfigError if a file would be overwritten, or the folder cannot be written."""
     refuse_unwritable(str(output))
-    if there := [name for name in (*(f"{side}.jsonl" for side in SIDES), DROPPED) if os.path.lexists(output / name)]:
+    if existing := [name for name in (*(f"{side}.jsonl" for side in SIDES), DROPPED) if os.path.lexists(output / name)]:
         raise ConfigError(
-            f"{output / there[0]} is there already and is not written over; choose another output_dir (--output-dir)"
+            f"{output / existing[0]} already exists and is not overwritten; choose another output_dir (--output-dir)"
         )
 
 
 def gather(source: Source, folder: Folder, into: Gathered) -> None:
-    """Every entry of a source becomes a row of `into`, or is dropped with its reason."""
+    """Add each entry of a source to the rows of `into`, or to the dropped lines with its reason."""
     before, dropped = len(into.rows), len(into.dropped)
     for at, found in source.entries():
         made = examine(source, at, found, folder, into)
@@ -141,21 +143,22 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
     if folder.known and not any(folder.known.values()):
         example = next(iter(folder.known))
         raise DataError(
-            f"{source.path}: none of its images ({len(folder.known):,}) is in {folder.root}; {example!r} is not there; "
-            "set images (--images) to the folder where they are"
+            f"{source.path}: none of its images ({len(folder.known):,}) is in {folder.root}; {example!r} does not exist there; "
+            "set images (--images) to the folder of the images"
         )
     entries = len(into.rows) - before + len(into.dropped) - dropped
     print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
 
 
 def examine(source: Source, at: Location, found: Entry | str, folder: Folder, into: Gathered) -> Row | Dropped:
+    """Return the row of an entry, or the reason why it is dropped."""
     entry = canonical(found) if isinstance(found, dict) else found
     if isinstance(entry, str):
         return Dropped(source, at, "fault", entry)
     kind = "questions" if "question" in entry else "captions"
     into.kind = into.kind or kind
     if kind != into.kind:
-        return Dropped(source, at, "fault", f"one of {kind} among {into.kind}; prepare them apart")
+        return Dropped(source, at, "fault", f"one of {kind} among {into.kind}; prepare them separately")
     picture = folder.find(entry["image"])
     if not picture:
         missing = f"{folder.root / entry['image']} does not exist"
@@ -171,7 +174,7 @@ def examine(source: Source, at: Location, found: Entry | str, folder: Folder, in
 
 
 def own_sides(gathered: Gathered) -> dict[object, str]:
-    """Image → the side where its data set has it; lines without one are dropped. Empty if none is for training."""
+    """Return image → its split in the data set, and drop lines without one. Return {} if no image is for training."""
     if not any(_side(row) == "train" for row in gathered.rows):
         return {}
     sides: dict[object, str] = {}
@@ -182,7 +185,7 @@ def own_sides(gathered: Gathered) -> dict[object, str]:
             kept.append(row)
         elif row.side == "":
             gathered.dropped.append(
-                Dropped(row.source, row.at, "unlisted", f"{row.picture.path} is on no side of its data set")
+                Dropped(row.source, row.at, "unlisted", f"{row.picture.path} is in no split of its data set")
             )
         else:
             reason = f"its image is in {side} here and in {sides[row.picture.identity]} before" if side else NO_SIDE
@@ -192,7 +195,7 @@ def own_sides(gathered: Gathered) -> dict[object, str]:
 
 
 def drawn_sides(gathered: Gathered, splits: str, seed: int) -> dict[object, str]:
-    """Image → side, drawn from the seed alone: neither the order of the lines nor how they spell a path matters."""
+    """Return image → a random split. It depends only on the seed, not on the order of lines or the spelling of paths."""
     pictures = {row.picture.identity: row.picture.path for row in gathered.rows}
     images = sorted(pictures, key=lambda image: (gathered.names[image], pictures[image]))
     random.Random(seed).shuffle(images)
@@ -200,27 +203,32 @@ def drawn_sides(gathered: Gathered, splits: str, seed: int) -> dict[object, str]
     largest = max(range(len(sizes)), key=lambda n: sizes[n])
     sizes[largest] += len(images) - sum(sizes)
     if sizes[largest] < 1:
-        raise DataError(f"{len(images)} image(s) are too few for splits = {splits!r}; give fewer shares, such as 1 or 0.8,0.2")
+        raise DataError(
+            f"{len(images)} image(s) are too few for splits = {splits!r}; give fewer fractions, such as 1 or 0.8,0.2"
+        )
     return dict(zip(images, (side for side, size in zip(SIDES, sizes, strict=True) for _ in range(size)), strict=True))
 
 
 def shares_of(splits: str) -> list[float]:
-    """The shares of train, val and test; ConfigError if they are none."""
+    """Return the fractions of train, val and test. Raise ConfigError if they are invalid."""
     try:
         shares = [float(part) for part in splits.split(",")]
     except ValueError:
         shares = []
     whole = len(shares) <= len(SIDES) and all(share >= 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)
-    require(whole, "splits", splits, "shares for train, val and test that add up to 1, such as 0.9,0.05,0.05")
+    require(whole, "splits", splits, "fractions for train, val and test with the sum 1, such as 0.9,0.05,0.05")
     return shares + [0.0] * (len(SIDES) - len(shares))
 
 
 def refuse_faults(gathered: Gathered, on_bad_data: str) -> None:
+    """Raise DataError if there are invalid lines and `on_bad_data` is "stop", or if no line is left."""
     faults = [dropped for dropped in gathered.dropped if dropped.why == "fault"]
     listed = "\n".join(listing(faults))
     if faults and on_bad_data == "stop":
-        elsewhere = ", or set images (--images) to where they are" * any("does not exist" in fault.reason for fault in faults)
-        skip = 'or leave them out by on_bad_data = "skip" (--on-bad-data skip)'
+        elsewhere = ", or set images (--images) to the folder of the images" * any(
+            "does not exist" in fault.reason for fault in faults
+        )
+        skip = 'or leave them out with on_bad_data = "skip" (--on-bad-data skip)'
         raise DataError(f"{listed}\nnothing was written; fix these{elsewhere}, {skip}")
     if not gathered.rows:
         raise DataError(f"no usable line in the source; nothing was written\n{listed}".strip())
@@ -232,11 +240,11 @@ def listing(dropped: list[Dropped]) -> list[str]:
 
 
 def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> dict[str, Path]:
-    """A file for each side that has lines, and one for what was dropped, each whole or not at all."""
-    told = [{"file": str(one.source.path), "at": one.at, "why": one.why, "reason": one.reason} for one in dropped]
-    files = {DROPPED: b"".join(json.dumps(one).encode() + b"\n" for one in told)}
+    """Write a file for each split that has lines, and one for the dropped lines."""
+    reasons = [{"file": str(one.source.path), "at": one.at, "why": one.why, "reason": one.reason} for one in dropped]
+    files = {DROPPED: b"".join(json.dumps(one).encode() + b"\n" for one in reasons)}
     files |= {f"{side}.jsonl": b"".join(row.line + b"\n" for row in rows[side]) for side in SIDES}
-    refuse_existing(output)  # again, in case that another run was faster
+    refuse_existing(output)  # again: another run may have written it meanwhile
     for name, content in files.items():
         if content:
             write_whole(output / name, content)
@@ -244,7 +252,7 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
 
 
 def report(files: dict[str, Path], rows: dict[str, list[Row]], gathered: Gathered) -> None:
-    """How many lines and images came in, went where, and were left out why."""
+    """Print the numbers of lines and images of each split, and of dropped lines with their reasons."""
     for side in (side for side in SIDES if rows[side]):
         images = len({row.picture.identity for row in rows[side]})
         print(printable(f"{side:7} {len(rows[side]):9,} {gathered.kind} of {images:,} images → {files[side]}"))

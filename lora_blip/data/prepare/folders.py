@@ -1,4 +1,4 @@
-"""Where the image is that a line names, and whether two names are one image."""
+"""Find the image file of a name, and detect two names of the same file."""
 
 import os
 import re
@@ -9,17 +9,19 @@ from typing import NamedTuple
 
 from lora_blip.data.prepare.published import whole_name
 
-DEPTH = 2  # folders that are searched by name below the root: Flickr8k_Dataset/Flicker8k_Dataset
+DEPTH = 2  # depth of the search below the root: Flickr8k_Dataset/Flicker8k_Dataset
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the same photographs, renamed in 2017
 
 
 class ImageFile(NamedTuple):
+    """An image file that exists."""
+
     path: Path
-    identity: object  # equal for two paths to one file: by a link, by "./", in other letters where case does not count
+    identity: object  # equal for two paths of one file: by a link, by "./", or in another case if the file system ignores it
 
 
 class Folder:
-    """The images of a source. `by_name`: their names are unique, so that they may lie in folders below as well."""
+    """The images of a source. by_name: names are unique, so that images in subfolders are found by their name."""
 
     def __init__(self, root: Path, by_name: bool) -> None:
         self.root = root.absolute()
@@ -27,13 +29,13 @@ class Folder:
         self.known: dict[str, ImageFile | None] = {}
 
     def find(self, name: str) -> ImageFile | None:
-        """The image, or None if there is no such file."""
+        """Return the image file, or None if it does not exist."""
         if name not in self.known:
             self.known[name] = next(filter(None, map(_picture, self._spellings(name))), None)
         return self.known[name]
 
     def _spellings(self, name: str) -> Iterator[Path]:
-        if name in self.below:  # already seen: the root comes first in it
+        if name in self.below:  # known to exist; the root has priority
             yield self.below[name]
         yield self.root / name
         if "\\" in name:  # written under Windows
@@ -50,12 +52,12 @@ def _picture(path: Path) -> ImageFile | None:
         return None
     if not stat.S_ISREG(about.st_mode):
         return None
-    path = path.resolve() if ".." in path.parts else path  # after a link, ".." is not what the text says
+    path = path.resolve() if ".." in path.parts else path  # after a link, ".." is the parent of its target
     return ImageFile(path, (about.st_dev, about.st_ino) if about.st_ino else path.resolve())
 
 
 def _names(root: Path) -> dict[str, Path]:
-    """File name → path, nearest to the root first."""
+    """Return file name → path. Of equal names, take the one nearest to the root."""
     found: dict[str, Path] = {}
     for folder, below, files in os.walk(root):
         below[:] = sorted(below) if len(Path(folder).relative_to(root).parts) < DEPTH else []

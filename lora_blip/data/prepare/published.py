@@ -1,7 +1,7 @@
-"""Published data sets as they are downloaded → entries: COCO captions, VQAv2, Karpathy's splits, Flickr8k, JSON lists.
+"""Read published data sets as downloaded: COCO captions, VQAv2, Karpathy's splits, Flickr8k, JSON lists.
 
-A reader gives every entry with its place. `split` in an entry is the side on which the data set itself puts the image,
-"" if it is one of those that the data set leaves out.
+A reader yields each entry with its location. `split` in an entry is the split of the image in the data set, or "" if the data
+set does not use the image.
 """
 
 import json
@@ -16,7 +16,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, Located, csv_entries, numb
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
-SPLITS = {"train": "train", "training": "train", "restval": "train"}  # what a data set calls a split → what it is here
+SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
@@ -28,7 +28,7 @@ BEFORE_STOP = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
 
 
 def document(path: Path) -> Any:
-    """The parsed JSON, with VQAv2's answers and Karpathy's sentences as plain strings: a tenth of the memory."""
+    """Return the parsed JSON. VQAv2's answers and Karpathy's sentences are plain strings, with a tenth of the memory."""
     try:
         with open_text(path) as file:
             return parsed(file.read(), _COMPACT)
@@ -36,11 +36,13 @@ def document(path: Path) -> Any:
         raise DataError(f"{path} cannot be read ({why(error)})") from None
     except ValueError as error:
         where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{where}: not valid JSON ({error}); is it whole? download or unpack it again") from None
+        raise DataError(
+            f"{path}{where}: not valid JSON ({error}); the file may be incomplete: download or unpack it again"
+        ) from None
 
 
 def json_entries(path: Path, entries: Any) -> Iterator[Located]:
-    """[{"image": …, "caption": …}, …], as BLIP's and LAVIS's own files; a list of captions is an entry each."""
+    """[{"image": …, "caption": …}, …], as in BLIP's and LAVIS's files. A list of captions gives an entry for each."""
     for index, entry in enumerate(_as_list(path, "", entries)):
         texts = next((entry[key] for key in TEXT_KEYS if key in entry), None) if isinstance(entry, dict) else None
         if not isinstance(entry, dict):
@@ -70,7 +72,7 @@ def coco_entries(path: Path, found: Any) -> Iterator[Located]:
 
 
 def karpathy_entries(path: Path, found: Any) -> Iterator[Located]:
-    """dataset_coco.json and its like: images[{filepath, filename, split, sentences[{raw}]}]."""
+    """dataset_coco.json and similar: images[{filepath, filename, split, sentences[{raw}]}]."""
     for index, image in enumerate(_as_list(path, "images", found)):
         reason = _lacks(image, filename=str, split=str, sentences=list)
         reason = reason or _lacks({"filepath": None} | image, filepath=str | None)
@@ -83,35 +85,42 @@ def karpathy_entries(path: Path, found: Any) -> Iterator[Located]:
         name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
         for number, sentence in enumerate(image["sentences"]):
             place = f"images[{index}].sentences[{number}]"
-            raw = _said(sentence, "raw")
+            raw = _text_of(sentence, "raw")
             yield place, _lacks(sentence, raw=TEXT) if raw is None else {"image": name, "text": spaced(raw), "split": side}
 
 
 def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Iterator[Located]:
-    """v2_OpenEnded_mscoco_train2014_questions.json: questions[{image_id, question, question_id}], all ten answers each."""
-    said: dict[Any, list[str] | str] = {}  # question id → its answers, or why it has none
+    """v2_OpenEnded_mscoco_train2014_questions.json: questions[{image_id, question, question_id}], with ten answers each."""
+    answers_of: dict[Any, list[str] | str] = {}  # question id → its answers, or why it has none
     for index, entry in enumerate(_as_list(answers_path, "annotations", answers)):
         if reason := _lacks(entry, question_id=int | str):
             yield f"annotations[{index}] of {answers_path.name}", reason
         else:
-            said[entry["question_id"]] = _vqa_answers(f"{answers_path.name}: annotations[{index}]", entry)
+            answers_of[entry["question_id"]] = _vqa_answers(f"{answers_path.name}: annotations[{index}]", entry)
     subset = subset_of(path, found)
     for index, entry in enumerate(_as_list(path, "questions", found)):
         if reason := _lacks(entry, image_id=int, question=TEXT, question_id=int | str):
             yield f"questions[{index}]", reason
             continue
-        told = said.get(entry["question_id"])
-        told = told or f"{answers_path.name} has no answers to question_id {quoted(entry['question_id'])}"
-        if isinstance(told, str):
-            yield f"questions[{index}]", told
+        answers_or_reason = answers_of.get(entry["question_id"])
+        answers_or_reason = (
+            answers_or_reason or f"{answers_path.name} has no answers to question_id {quoted(entry['question_id'])}"
+        )
+        if isinstance(answers_or_reason, str):
+            yield f"questions[{index}]", answers_or_reason
         else:
             name = f"COCO_{subset}_{entry['image_id']:012d}.jpg"
-            asked = {"image": name, "question": entry["question"], "answers": told, "question_id": entry["question_id"]}
-            yield f"questions[{index}]", asked | _prompt_of(entry)
+            question = {
+                "image": name,
+                "question": entry["question"],
+                "answers": answers_or_reason,
+                "question_id": entry["question_id"],
+            }
+            yield f"questions[{index}]", question | _prompt_of(entry)
 
 
 def subset_of(path: Path, found: Any) -> str:
-    """train2014 or such, by which VQAv2's images are named."""
+    """Return the subset, such as "train2014", which is part of the names of VQAv2's images."""
     subset = found.get("data_subtype") or ((year := YEAR.search(path.name)) and year[0])
     if not isinstance(subset, str):
         raise DataError(f'{path} has no "data_subtype" such as "train2014", which its images are named after; add it')
@@ -119,10 +128,10 @@ def subset_of(path: Path, found: Any) -> str:
 
 
 def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
-    """The answers in words, less those left empty; or the reason why there are none."""
+    """Return the answers that are not empty, or the reason why there are none."""
     if reason := _lacks(entry, answers=list):
         return f"{place}: {reason}"
-    answers = [_said(answer, "answer") for answer in entry["answers"]]
+    answers = [_text_of(answer, "answer") for answer in entry["answers"]]
     if None in answers:
         number = answers.index(None)
         return f"{place}.answers[{number}]: {_lacks(entry['answers'][number], answer=TEXT)}"
@@ -130,7 +139,7 @@ def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
 
 
 def flickr8k_entries(path: Path) -> Iterator[Located]:
-    """Flickr8k.token.txt, or Kaggle's captions.txt; on its sides by the lists of images, if they lie beside it."""
+    """Flickr8k.token.txt, or Kaggle's captions.txt. Splits come from the lists of images, if they are in the same folder."""
     sides = _flickr8k_sides(path.parent)
     with open_text(path) as file:
         kaggle = file.readline(LONGEST).strip().lower() == "image,caption"
@@ -143,12 +152,12 @@ def flickr8k_entries(path: Path) -> Iterator[Located]:
 
 
 def whole_name(image: str) -> str:
-    """Flickr8k's text calls one image 2258277193_586949ec62.jpg.1; its lists leave the .1 out."""
+    """Return an image name without a suffix after .jpg: Flickr8k's text has 2258277193_586949ec62.jpg.1, its lists do not."""
     return re.sub(r"(\.jpe?g)\.\d+$", r"\1", image)
 
 
 def spaced(caption: str) -> str:
-    """Without the space that tokenised captions have before a full stop or comma."""
+    """Return a caption without the space that tokenized captions have before punctuation."""
     return BEFORE_STOP.sub(r"\1", caption)
 
 
@@ -163,19 +172,19 @@ def _token_entries(path: Path) -> Iterator[Located]:
 
 
 def _flickr8k_sides(folder: Path) -> dict[str, str]:
-    """Image → train, val or test; empty without the training list, which a split cannot do without."""
+    """Return image → train, val or test, or {} if the training list is missing."""
     lists = {side: folder / name for side, name in FLICKR8K_LISTS.items()}
     if not lists["train"].is_file():
         return {}
-    there = {side: numbered_lines(path) for side, path in lists.items() if path.is_file()}
+    lists_found = {side: numbered_lines(path) for side, path in lists.items() if path.is_file()}
     try:
-        return {line.strip(): side for side, lines in there.items() for _, line in lines if line}
+        return {line.strip(): side for side, lines in lists_found.items() for _, line in lines if line}
     except OSError as error:
         raise DataError(f"{folder}: one of {', '.join(FLICKR8K_LISTS.values())} cannot be read ({why(error)})") from None
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
-    """Called on every object of a JSON, innermost first: millions are not worth keeping as dicts."""
+    """Return an object of a JSON, as a string if it has only one text. Millions of dicts would fill the memory."""
     entry = once(pairs)
     if "answer" in entry and entry.keys() <= VQA_ANSWER and (answer := as_text(entry["answer"])) is not None:
         return sys.intern(answer)
@@ -187,8 +196,8 @@ def _compact(pairs: list[tuple[str, Any]]) -> Any:
 _COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_float=WrittenFloat, parse_constant=no_constant)
 
 
-def _said(entry: Any, key: str) -> str | None:
-    """The text of an answer or sentence, compact or with keys of its own beside; None if it has none."""
+def _text_of(entry: Any, key: str) -> str | None:
+    """Return the text of an answer or sentence, which is a string or an object, or None."""
     return as_text(entry.get(key) if isinstance(entry, dict) else entry)
 
 
@@ -205,7 +214,7 @@ def _as_list(path: Path, key: str, found: Any) -> list[Any]:
 
 
 def _lacks(entry: Any, **kinds: Any) -> str:
-    """What an entry of a JSON lacks of the keys that it must have, each with its type; "" if nothing."""
+    """Return which required key of an entry is missing or has a wrong type, or ""."""
     if not isinstance(entry, dict):
         return f"expected an object {{…}}, got {_short(entry)}"
     for key, kind in kinds.items():

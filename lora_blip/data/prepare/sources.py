@@ -1,4 +1,4 @@
-"""What a user points at → the files to read, each with its format."""
+"""Find the files to read, and detect the format of each."""
 
 import codecs
 import re
@@ -28,9 +28,9 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "karpathy": published.karpathy_entries,
 }
 FORMATS = (*LINES, *DOCUMENTS, "vqa")
-OWN = ("jsonl", "tsv", "csv")  # written by the user, who can fix a line; the others were downloaded
+OWN = ("jsonl", "tsv", "csv")  # written by the user, who can fix a line; the others are downloaded
 
-IN_A_FOLDER = {  # format → names under which its files lie in a folder; the first that is there counts
+IN_A_FOLDER = {  # format → names of its files in a folder; the first that exists is used
     "flickr8k": ("Flickr8k.token.txt", "captions.txt"),
     "karpathy": ("dataset_*.json",),
     "coco": ("captions_*.json",),
@@ -43,7 +43,7 @@ IN_A_FOLDER = {  # format → names under which its files lie in a folder; the f
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read: `entries` gives its places and entries; `split` is the side that its own name tells, or ""."""
+    """A file to read. `entries` yields locations and entries. `split` is the split that the file name contains, or ""."""
 
     path: Path
     format: str
@@ -56,22 +56,24 @@ class Source:
 
     @property
     def root(self) -> Path:
-        """Where its images are if nobody says: beside it, or beside the folder of a data set's texts."""
+        """The default folder of its images: the folder of the file, or the parent of a data set's folder of texts."""
         texts = re.fullmatch(r"annotations|flicke?r8k_text", self.path.absolute().parent.name, re.IGNORECASE)
         return self.path.parent.absolute().parent if self.downloaded and texts else self.path.parent
 
 
 def find_sources(where: str, form: str = "auto") -> list[Source]:
-    """The sources of a file, of several with commas between, or of a folder. DataError says why there are none."""
+    """Return the sources of a file, of several files separated by commas, or of a folder. Raise DataError if there are none."""
     paths = [Path(where)] if _exists(Path(where)) else [Path(part.strip()) for part in where.split(",") if part.strip()]
     if missing := [path for path in paths if not _exists(path)]:
-        raise DataError(f"source {str(missing[0])!r} does not exist; give a file, several with commas between, or a folder")
+        raise DataError(
+            f"source {str(missing[0])!r} does not exist; give a file, several files separated by commas, or a folder"
+        )
     files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths)
     loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
     answers = {path: found for path, (kind, found) in loaded.items() if kind == "vqa" and "questions" not in found}
     sources = [_source(path, kind, found, answers) for path, (kind, found) in loaded.items() if path not in answers]
     if not sources:
-        raise DataError(f"{where}: VQAv2's answers without its questions; give both files with a comma between")
+        raise DataError(f"{where}: VQAv2's answers without its questions; give both files, separated by a comma")
     return sources
 
 
@@ -85,12 +87,12 @@ def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any]) -> Sour
     subset = published.subset_of(path, found)
     fitting = [other for other in answers if published.subset_of(other, answers[other]) == subset]
     if not fitting:
-        raise DataError(f"{path}: VQAv2's questions without their answers; give both files with a comma between")
+        raise DataError(f"{path}: VQAv2's questions without their answers; give both files, separated by a comma")
     return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side or "")
 
 
 def _load(path: Path, form: str) -> tuple[str, Any]:
-    """A file's format, asked for or told by its content, and its JSON if it is one document."""
+    """Return the format of a file, detected if `form` is "auto", and its JSON if it is one document."""
     try:
         with open_regular(path) as file:
             head = file.read(8192)
@@ -106,20 +108,20 @@ def _load(path: Path, form: str) -> tuple[str, Any]:
     found = published.document(path)
     kind = _document_format(found) if form == "document" else form
     if not kind or (kind == "vqa" and not isinstance(found, dict)):
-        keys = f"its keys are {cut(', '.join(list(found)[:8]))}" if isinstance(found, dict) else "it is no object or list"
-        raise DataError(f"{path}: a JSON of no format that is known ({keys}); {_known()}")
+        keys = f"its keys are {cut(', '.join(list(found)[:8]))}" if isinstance(found, dict) else "it is not an object or list"
+        raise DataError(f"{path}: a JSON file of an unknown format ({keys}); {_known()}")
     return kind, found
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name longer than names can be, such as several with commas between
+    except OSError:  # too long for a file name, such as several files separated by commas
         return False
 
 
 def _line_format(path: Path, first: str) -> str:
-    """The format of a file by its suffix and first line; "document" for one JSON."""
+    """Return the format of a file from its suffix and first line: "document" for one JSON."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".csv"):
         return "csv" if suffix == ".csv" else "jsonl"
@@ -133,11 +135,11 @@ def _line_format(path: Path, first: str) -> str:
         return "flickr8k" if (path.name, first.lower()) == ("captions.txt", "image,caption") else "csv"
     if "\t" in first:
         return "tsv"
-    raise DataError(f"{path}: of no format that is known, it begins with {first[:60]!r}; {_known()}")
+    raise DataError(f"{path}: the format is unknown: it begins with {first[:60]!r}; {_known()}")
 
 
 def _is_object(line: str) -> bool:
-    """A whole JSON object on the first line that is an example: more follow, a line each."""
+    """Return True if the first line is a complete JSON object with an image, as in JSONL."""
     try:
         entry = parsed(line)
     except ValueError:
@@ -155,7 +157,7 @@ def _document_format(found: Any) -> str:
 
 
 def _files_of(folder: Path, form: str) -> list[Path]:
-    """The files of one data set in a folder."""
+    """Return the files of the data set in a folder. Raise DataError if there is none, or several."""
     found: dict[str, list[Path]] = {}
     for kind, patterns in IN_A_FOLDER.items():
         hits = next((hits for pattern in patterns if (hits := sorted(folder.glob(pattern)))), [])
@@ -163,16 +165,16 @@ def _files_of(folder: Path, form: str) -> list[Path]:
             found[kind] = hits
     names = [path.relative_to(folder).as_posix() for hits in found.values() for path in hits]
     if not names:
-        raise DataError(f"{folder}: no file of a known name in this folder; give the file itself as source")
+        raise DataError(f"{folder}: no file with a known name in this folder; give the file itself as source")
     if len(found) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
         raise DataError(
-            f"{folder} holds several data sets ({', '.join(names)}); give one as source, its files with commas between"
+            f"{folder} contains several data sets ({', '.join(names)}); give the files of one as source, separated by commas"
         )
     return next(iter(found.values()))
 
 
 def _with_partner(path: Path) -> list[Path]:
-    """VQAv2's answers lie beside its questions, and the other way round."""
+    """Return the file with its partner, if it is one of VQAv2's questions or answers and both are in the folder."""
     if path.name.endswith("_questions.json"):
         other = path.with_name(re.sub("OpenEnded_|MultipleChoice_", "", path.name).replace("_questions", "_annotations"))
     elif path.name.endswith("_annotations.json"):
