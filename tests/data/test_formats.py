@@ -450,7 +450,7 @@ def test_a_refusal_leaves_no_file_and_no_folder(run, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": ""}, "source is empty; give what to read"),
+        ({"source": ""}, "source is empty; give a file"),
         ({"splits": "0.9,0.2"}, "the sum 1"),
         ({"splits": "all"}, "the sum 1"),
         ({"splits": "1.5,-0.5"}, "the sum 1"),
@@ -576,7 +576,7 @@ def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
     whole = coco(tmp_path, "train2017", {"a.jpg": ["a"]}).read_text()
     for name, content, message in (
         ("captions_train2017.json", whole[:-20].encode(), r"captions_train2017\.json:1: not valid JSON .*download"),
-        ("instances.json", b'{"categories": []}', r"no format that is known \(its keys are categories\); set format"),
+        ("instances.json", b'{"categories": []}', r"an unknown format \(its keys are categories\); set format"),
         ("notes.txt", b"hello there", "the format is unknown: it begins with 'hello there'; set format"),
         ("wide.tsv", "a.png\ttext".encode("utf-16"), "UTF-16; save it as UTF-8"),
         ("x.csv", b"picture,words\na.png,t", r"x\.csv:1: the first line must name the columns"),

@@ -777,7 +777,7 @@ BAD_SOURCES: dict[str, tuple[str, str, str]] = {  # what is wrong → the file's
     "an id of a megabyte": (
         "captions_x.json", json.dumps(COCO | {"annotations": [{"image_id": "x" * 10**6, "caption": ""}]}), "not among",
     ),
-    "a list of no captions": ("Flickr8k.token.txt", "hello", "no format that is known"),
+    "a list of no captions": ("Flickr8k.token.txt", "hello", "the format is unknown"),
 }  # fmt: skip
 
 
