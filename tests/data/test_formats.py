@@ -415,7 +415,7 @@ def test_a_split_column_is_kept_and_one_image_on_two_sides_is_refused(run, tmp_p
     with pytest.raises(DataError) as said:
         run(source)
     assert "x.csv:4: its image is in test here and in train before" in str(said.value)
-    assert "x.csv:5: no split" in str(said.value) and "x.csv:6: no split" in str(said.value)
+    assert "x.csv:5: it has no split" in str(said.value) and "x.csv:6: it has no split" in str(said.value)
     made = run(source, on_bad_data="skip")
     assert {side: [line["text"] for line in lines] for side, lines in made.items()} == {"train": ["1"], "val": ["2"]}
     assert len(run(source, own_splits=False, output_dir=str(tmp_path / "all"))["train"]) == 5
