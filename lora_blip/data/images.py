@@ -179,7 +179,7 @@ def _unknown(path: str | Path, kind: str) -> str:
         return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"
     if kind in FORMATS and kind not in _formats(kind):
         return f"a {kind} image, which Pillow {PIL.__version__} cannot read: pip install --upgrade pillow"
-    return f"not an image in a supported format ({', '.join(FORMATS)}); save it as JPEG or PNG"
+    return f"no image in a supported format ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 
 def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:

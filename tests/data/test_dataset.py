@@ -62,7 +62,7 @@ def bad_lines(photo: Path) -> dict[str, str]:
         "not UTF-8": '{"image": "a.png", "text": "half \\ud83d"}',
         "the text is empty": '{"image": "a.png", "text": "  "}',
         "gone.png does not exist": '{"image": "gone.png", "text": "t"}',
-        "text.jpg is not an image": '{"image": "text.jpg", "text": "t"}',
+        "text.jpg is no image": '{"image": "text.jpg", "text": "t"}',
         "cut.jpg cannot be decoded": '{"image": "cut.jpg", "text": "t"}',
         "empty.png is no image": '{"image": "empty.png", "text": "t"}',
     }

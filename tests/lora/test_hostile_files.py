@@ -461,7 +461,7 @@ BAD_PICTURES: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, wh
     "a bomb before Pillow's end": (png(13_000, 13_000), "13000 × 13000 pixels, more than 134,217,728; make it smaller"),
     "no width": (png(0, 10), "is no image|cannot be decoded"),
     "no data": (png(10, 10), "cannot be decoded"),
-    "a text": (b"hello, I am no picture", "is not an image in a supported format"),
+    "a text": (b"hello, I am no picture", "is no image in a supported format"),
     "cut": (encoded(NOISE, "jpeg")[:500], "cannot be decoded"),
     "one byte": (b"\xff", "is no image"),
     "a comment that unpacks to 200 MB": (
@@ -469,9 +469,9 @@ BAD_PICTURES: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, wh
         "cannot be decoded",
     ),
     "a progressive JPEG of 1,000 scans": (PROGRESSIVE[:-2] + SCAN * 1000 + b"\xff\xd9", "1,0.. scans, more than 100"),
-    "another program's: EPS": (encoded(RED, "eps"), "is no image of a kind"),
-    "a PDF": (encoded(RED, "pdf"), "is no image of a kind"),
-    "an icon": (encoded(RED, "ico"), "is no image of a kind"),
+    "another program's: EPS": (encoded(RED, "eps"), "is no image in a supported format"),
+    "a PDF": (encoded(RED, "pdf"), "is no image in a supported format"),
+    "an icon": (encoded(RED, "ico"), "is no image in a supported format"),
     "a TIFF that is all tags": (b"II*\0\x08\0\0\0\xff\xff" + random.Random(1).randbytes(5000), "is no image|cannot be decoded"),
     "a TIFF whose directory is itself": (b"II*\0\x08\0\0\0\0\0\x08\0\0\0" + bytes(40), "is no image|cannot be decoded"),
 }
