@@ -26,6 +26,7 @@ from lora_blip.training import checkpoint
 from lora_blip.training.best import Best, shown
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Update
+from lora_blip.training.tensorboard import summary_writer
 
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # of a line of metrics.jsonl: not for TensorBoard
 
@@ -290,16 +291,3 @@ def room_for(folder: Path) -> Iterator[None]:
 def digits(value: float) -> float:
     """As many as float32 has."""
     return float(f"{value:.8g}")
-
-
-def summary_writer() -> Any:
-    """The class of TensorBoard's writers (extra: tensorboard). Raises ConfigError when it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "tensorboard = True, and TensorBoard is not installed: pip install 'lora_blip[tensorboard]', or set it to False"
-        ) from None
-    except Exception as error:  # a package that does not fit it
-        raise ConfigError(f"tensorboard = True, and TensorBoard cannot be imported: {error}; set it to False") from None
-    return SummaryWriter

@@ -36,7 +36,7 @@ from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.diagnostics import describe_error
 from lora_blip.training.learner import Autocast
-from lora_blip.training.run_folder import summary_writer
+from lora_blip.training.tensorboard import summary_writer
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
 TINY = 20_000_000  # parameters
