@@ -1,4 +1,4 @@
-"""Runs a task over images in batches, and goes on when the device gives out: half the batch, then the CPU."""
+"""Run a task over images in batches. If the device fails, use half the batch, then the CPU."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,7 +22,7 @@ FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error"
 
 
 class Runner:
-    """`reopen` makes the same task anew on the CPU, for a device so broken that its weights cannot be read back."""
+    """`reopen` opens the task again on the CPU, if the weights cannot be read back from a broken device."""
 
     def __init__(
         self, task: Task, batch_size: int = 16, precision: str = "fp32", reopen: Callable[[], Task] | None = None
@@ -46,8 +46,8 @@ class Runner:
     def each(self, examples: Iterable[Example], work: Work, coming: Iterable[Example] = ()) -> Iterator[tuple[Example, Any]]:
         """Each example with its result, or with the ImageError that says why it has none, in order.
 
-        One batch is drawn ahead, and its pictures are decoded while the model is at work; `coming`: what the next call
-        will ask for. Whoever tells it closes the prefetcher in the end.
+        One batch is drawn ahead, and its pictures are decoded while the model computes; `coming`: what the next call
+        will ask for. The caller that passes it must close the prefetcher.
         """
         self.task.backbone.model.eval()
         source, coming = Lookahead(examples), list(coming)

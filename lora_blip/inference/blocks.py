@@ -120,7 +120,7 @@ class BlockScheduler:
 
 
 def _short(said: Prediction | ImageError) -> Prediction | ImageError:
-    """As much of a ranking as is written: ranks hand over no more."""
+    """Truncate the ranking before it is sent between processes."""
     return said if isinstance(said, ImageError) else replace(said, ranking=said.ranking[:RANKS_KEPT])
 
 

@@ -24,7 +24,7 @@ class Done:
         self.counts = counts.astype(np.uint32)
 
     def matcher(self) -> Callable[[Example], bool]:
-        """Tells of one example after another whether it is done; a line stands for one of them, however often it comes."""
+        """Return a function that says for one example after another if it is done. Each line counts for one example."""
         left = self.counts.copy()
 
         def take(example: Example) -> bool:

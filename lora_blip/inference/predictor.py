@@ -11,7 +11,7 @@ from lora_blip.tasks.base import Task
 
 
 class Predictor:
-    """What a batch is asked: a text each, or, where there are texts, those ranked; they are read once."""
+    """Predict one text for each image, or rank the given texts. The texts are encoded once."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts

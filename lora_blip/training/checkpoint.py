@@ -1,11 +1,11 @@
-"""Checkpoints: folders that hold all that a run needs to go on as though it had never stopped.
+"""Checkpoints: folders with everything that a run needs to resume to the bit.
 
-    <run>/checkpoints/000007_step120/state.safetensors    adapters, AdamW's moments, gradients of a step under way
-                                     state.json           how far, the loss scaler, the best so far, what the run is
+    <run>/checkpoints/000007_step120/state.safetensors    adapters, AdamW's moments, gradients of an unfinished step
+                                     state.json           progress, loss scaler, best validation, identity of the run
                                      best.safetensors     the best adapter so far
 
 Each is written beside the others, synced, and renamed when it is whole; only then is the oldest taken away. No RNG state
-is kept: every draw of a run is made from the seed and its place in the data (see `Learner.accumulate`). Nothing that is
+is kept: every draw of a run is made from the seed and its place in the data (see `Learner.scaled_loss`). Nothing that is
 read or written here can run code.
 """
 

@@ -33,7 +33,7 @@ class Update:
 
 @dataclass
 class Progress:
-    """Where a run stands, to the micro-batch."""
+    """The progress of a run, to the micro-batch."""
 
     epoch: int = 0
     group: int = 0  # steps of this epoch that were tried
@@ -59,7 +59,7 @@ class Objective(nn.Module):
 class Learner:
     """Sums up gradients over the micro-batches of a step, then updates: exactly what one batch of all their rows would do.
 
-    Each label token (of retrieval: each row) weighs the same, whichever micro-batch of whichever rank it stands in.
+    Each label token (of retrieval: each row) weighs the same, in every micro-batch of every rank.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Learner:
         self.inconsistent = False
 
     def rewind(self) -> None:
-        """Back to before the first micro-batch of the step under way."""
+        """Return to the start of the unfinished step."""
         self.progress.slot = 0
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -1,4 +1,4 @@
-"""Which interrupted run to go on with, and whether it would still be the same run."""
+"""Find the interrupted run to resume, and check that it is the same run."""
 
 import hashlib
 import json
