@@ -173,7 +173,7 @@ def _refuse_raw(path: str | Path, kind: str) -> None:
 
 
 def _unknown(path: str | Path, kind: str) -> str:
-    """Return what a file is that Pillow cannot identify, and what to do."""
+    """Return the kind of a file that Pillow cannot identify, and the remedy."""
     suffix = Path(path).suffix.lower()
     if kind == "HEIF" or (suffix in HEIC and not _heif_reader()):
         return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"

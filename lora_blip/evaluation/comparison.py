@@ -82,13 +82,14 @@ def evaluate(config: EvaluateConfig) -> Path:
     write_whole(folder / FILES[0], json_of(rows, facts, warnings, leaks, config).encode("utf-8", "backslashreplace"))
     write_whole(folder / FILES[1], csv_of(base, adapted).encode("utf-8-sig", "replace"))  # Excel needs the byte order mark
     title = f"{runner.task.name} on {config.references}"
-    page, cards, curves, said_by = (
-        folder / FILES[2],
-        cards_of(base, adapted, leaks),
-        curves_of(wanted),
-        "adapted" if adapted else "base",
-    )
-    attempt("report", lambda: report.write(page, title, rows, cards, curves, facts, warnings, said_by=said_by))
+    page, cards, curves = folder / FILES[2], cards_of(base, adapted, leaks), curves_of(wanted)
+    said_by = "adapted" if adapted else "base"
+    attempt(
+        "report",
+        lambda: report.write(
+            page, title, rows, cards, curves, facts, warnings, said_by=said_by, score_name=last.main
+        ),
+    )  # fmt: skip
     written = ", ".join(str(folder / name) for name in FILES if (folder / name).exists())
     print(f"\n{table(rows, warnings)}\n\nwrote {printable(written)}")
     return folder

@@ -39,7 +39,7 @@ def answers(
 def rankings(
     task: Task, images: Iterable[str | Path], texts: list[str], question: str = "", precision: str = "fp32"
 ) -> Iterator[Prediction]:
-    """For each image all the texts by how well they fit, with probabilities that sum to 1."""
+    """Yield for each image all texts, ordered by how well they fit, with probabilities that sum to 1."""
     examples = (example_of(image, question) for image in images)
     yield from (p for _, p in predictions(Runner(task, precision=precision), examples, texts))
 
@@ -47,10 +47,10 @@ def rankings(
 def mixed(
     tasks: Mapping[str, Task], requests: Iterable[tuple[str | Path, str, str]], batch_size: int = 16, precision: str = "fp32"
 ) -> Iterator[Prediction]:
-    """Answers to requests (image, adapter, question or ""), in their order, rows of different adapters in one batch.
+    """Yield the predictions for requests (image, adapter, question or ""), in order. A batch may have rows of several adapters.
 
-    tasks: the adapters that are on one backbone → the caption or vqa task of each; "" is the base. What is said is
-    what each would say apart. Raises ConfigError when the tasks cannot share a batch, or a request names none of them.
+    tasks: {adapter: its caption or vqa task}, on one backbone; "" is the base. Each text equals the one that its adapter gives
+    alone. Raise ConfigError if the tasks cannot share a batch, or if a request names another adapter.
     """
     first: Any = next(iter(tasks.values()))
     for name, task in tasks.items():

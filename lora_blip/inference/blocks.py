@@ -1,4 +1,4 @@
-"""Any number of images in blocks, which are dealt out to the processes and come back in order; nothing of them is kept."""
+"""Predict any number of images in blocks. Each process gets blocks, and the results come back in order."""
 
 import signal
 import time
@@ -23,28 +23,28 @@ from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification
 
-SHOWN = 20  # predictions that are printed, and images left out; the rest is in the files
-SILENCE = 60.0  # seconds between lines of progress where no bar can be drawn
+SHOWN = 20  # predictions and unreadable images that are printed; the files have all
+SILENCE = 60.0  # seconds between lines of progress if no bar can be drawn
 
 Found = list[tuple[Example, Prediction | ImageError]]
-Block = tuple[int, list[Example], list[bool]]  # its number, its examples, and which of them are done already
+Block = tuple[int, list[Example], list[bool]]  # its number, its examples, and which of them are already done
 
 
 class BlockScheduler:
-    """Block b goes to rank b % count. The main rank alone looks at the source, and is handed what all ranks found.
+    """Give block b to rank b % count. Only the main rank reads the source, and it collects the predictions of all ranks.
 
-    A block is the same examples whenever the run is begun again: one that is half done is said whole and written in
-    half. So a text does not depend on where a run was killed, drawn ones included: each block has a seed of its own.
+    A block has the same examples after a resume: if a part of it is done, the whole block is predicted again and only the
+    missing part is written. Each block has a separate seed. So no text depends on where a run was killed, sampled texts too.
     """
 
     def __init__(self, ranks: Ranks, runner: Runner, seed: int, stop_request: StopRequest, out: Output) -> None:
         self.ranks, self.runner, self.seed, self.stop_request, self.out = ranks, runner, seed, stop_request, out
-        self.size = runner.size  # which the runner halves when memory runs out
+        self.size = runner.size  # the runner halves it if the memory runs out
 
     def run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
-        """`take` is called on the main rank with what was found of what is not in `out` yet, round by round.
+        """Predict all examples. On the main rank, call `take` after each round with the predictions that `out` does not have.
 
-        Raises stop.Stopped after the round in which a signal came, and OutputError when another process is lost.
+        Raise Stopped after the round in which a signal arrived, and OutputError if another process is lost.
         """
         try:
             self._run(examples, work, take)
@@ -52,7 +52,7 @@ class BlockScheduler:
             if self.ranks.count == 1 or not is_lost(error):
                 raise
             raise OutputError(
-                "another process was lost; what is written is safe: start again with the same settings and output_dir to go on"
+                "another process was lost; the written lines are safe: start again with the same settings and output_dir"
             ) from None
         finally:
             self.runner.prefetcher.close()
@@ -60,7 +60,7 @@ class BlockScheduler:
     def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Found], None]) -> None:
         blocks, count = Lookahead(self._undone(examples)), self.ranks.count
         while turn := self.ranks.broadcast(self._alone(lambda: (blocks.take(count), blocks.peek(count)))):
-            dealt, following = turn  # a round is dealt out a round before, for its pictures to be decoded meanwhile
+            dealt, following = turn  # the next round is known early, so its images are decoded meanwhile
             if not dealt:
                 break
             self._check(dealt[0], work)
@@ -74,12 +74,12 @@ class BlockScheduler:
             ]
             self._alone(lambda: take(found))
             self._stop_if_told([number for _, number in everyone])
-        if turn is None:  # the main rank failed, and says why
+        if turn is None:  # the main rank failed, and reports the error
             raise SystemExit(2)
         self._stop_if_told(self.ranks.all_gather(self.stop_request.signal))
 
     def _check(self, block: Block, work: Work) -> None:
-        """Several processes take the same decision about the fast path: the main one's. One alone takes it in `each`."""
+        """Let all processes use the main rank's decision about the fast path. A single process decides in `each`."""
         if self.ranks.count == 1 or self.runner.checked:
             return
         self._alone(lambda: self.runner.check_first(block[1], work))
@@ -104,7 +104,7 @@ class BlockScheduler:
         return [_short(said) for _, said in self.runner.each(examples, work, following[1])]
 
     def _alone(self, act: Callable[[], Any]) -> Any:
-        """What the main rank does while the others wait for their next blocks; an error there is their end, too."""
+        """Call `act` on the main rank only. If it raises, the other ranks stop too."""
         if not self.ranks.main:
             return None
         try:
@@ -125,7 +125,7 @@ def _short(said: Prediction | ImageError) -> Prediction | ImageError:
 
 
 class ProgressDisplay:
-    """What the user sees of the main rank: the first few predictions, and how far the run is."""
+    """Print the first predictions and the progress, on the main rank."""
 
     def __init__(self, name: str, count: int, out: Output | None) -> None:
         self.name, self.count, self.out = name, count, out
@@ -153,11 +153,11 @@ class ProgressDisplay:
 
     @property
     def speed(self) -> float:
-        """Images a second, over the time that this process has been at it."""
+        """Return the images per second of this process."""
         return (self.done - self.before) / max(time.monotonic() - self.started, 1e-9)
 
     def pace(self) -> str:
-        """A line: what was done, in how long and how fast; "" where nothing was left to do."""
+        """Return a line with the number of images, the time and the speed; "" if nothing was left to do."""
         done, seconds = self.done - self.before, time.monotonic() - self.started
         return f"{done:,} images in {seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
 

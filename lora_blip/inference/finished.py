@@ -1,4 +1,4 @@
-"""Which images have their line already: what is read back from a run's files, so that no image is done twice."""
+"""Find the images that already have a line in the files of a run, so that no image is predicted twice."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ CHUNK = 2**16
 
 
 class Done:
-    """How often each image and question has its line: a hash and a number, 12 bytes, for each."""
+    """Count the lines of each image and question. Each needs 12 bytes: a hash and a count."""
 
     def __init__(self, keys: "array[int]") -> None:
         self.keys, counts = np.unique(np.frombuffer(keys, np.uint64), return_counts=True)
         self.counts = counts.astype(np.uint32)
 
     def matcher(self) -> Callable[[Example], bool]:
-        """Return a function that says for one example after another if it is done. Each line counts for one example."""
+        """Return a function that returns True if an example is done. Call it once per example: each line counts for one."""
         left = self.counts.copy()
 
         def take(example: Example) -> bool:
@@ -47,14 +47,14 @@ def _key_of_line(line: dict[str, Any]) -> int:
 
 
 def _key(image: str, question: str, question_id: int | str, prompt: str) -> int:
-    """64 bits: among ten million images two are taken for one once in 400,000 runs."""
+    """Return a hash of 64 bits. With ten million images, two of them collide once in 400,000 runs."""
     own = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
     digest = hashlib.blake2b(f"{image}\0{question}{own}".encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
 def _cut_torn(path: Path) -> None:
-    """Cut off what stands behind the last line end: half a line of a process that died writing."""
+    """Remove the part after the last line end: an incomplete line of a process that was killed."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
@@ -69,7 +69,7 @@ def _cut_torn(path: Path) -> None:
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are there already. OutputError names one that is not ours."""
+    """Yield the lines of a file. Raise OutputError, with the line, for one that we did not write."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -77,21 +77,19 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(entry["image"], str):
                     raise TypeError
             except (ValueError, TypeError, KeyError):
-                raise OutputError(
-                    f"{path}:{number} is no line that was written here; mend it, or give another output_dir"
-                ) from None
+                raise OutputError(f"{path}:{number} is not a prediction line; fix it, or give another output_dir") from None
             yield entry
 
 
 def asked_in(line: dict[str, Any]) -> Example:
-    """What a line that was written here is about."""
+    """Return the example of a line."""
     image, number = line["image"], line.get("question_id", "")
     prompt, number = str(line.get("prompt", "")), number if isinstance(number, int) else str(number)
     return Example(Path(image), "", image, 0, question=str(line.get("question", "")), prompt=prompt, question_id=number)
 
 
 def take_up(path: Path, keys: "array[int]") -> int:
-    """Cut off half a line, and add the key of each that is whole; how many there are."""
+    """Remove an incomplete last line, add the key of each line to `keys`, and return the number of lines."""
     before = len(keys)
     if path.exists():
         _cut_torn(path)
@@ -100,7 +98,7 @@ def take_up(path: Path, keys: "array[int]") -> int:
 
 
 def texts_of(path: Path, subject: Callable[[Example], Any], wanted: Container[Path], name: str) -> dict[str, dict[Any, str]]:
-    """Of the images that are wanted: "base" (where it was compared) and `name` → subject → what was said."""
+    """Return {`name`, and "base" if it was compared: {subject: text}} for the images in `wanted`."""
     found: dict[str, dict[Any, str]] = {}
     for line in lines_of(path):
         if Path(line["image"]) in wanted:

@@ -1,7 +1,6 @@
-"""The folder of a run over images: a line in predictions.jsonl or errors.jsonl for each, added as it comes; gone on with
-after any end.
+"""The output folder of inference: each image adds a line to predictions.jsonl or errors.jsonl, and a run can be resumed.
 
-run.json says what the run is, so that it is not gone on with as another, and whether it has finished.
+run.json contains the settings of the run, so that a run with other settings does not resume it, and whether it has finished.
 """
 
 import errno
@@ -36,7 +35,7 @@ SYNC = 5.0  # seconds of work that a machine without power may lose; a process t
 
 
 class Output:
-    """Both files, open to be added to. Made by `opened`."""
+    """The two files, open for appending. `opened` creates it."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about
@@ -52,16 +51,16 @@ class Output:
 
     @property
     def lines(self) -> int:
-        """Images and questions that are done."""
+        """Return the number of images and questions that are done."""
         return self.said + self.failed
 
     def greeting(self) -> str:
         if self.before:
-            return f"going on after {self.before:,} images"
-        return f"if this run is stopped, --output-dir {self.folder} with the same settings goes on with it"
+            return f"resuming after {self.before:,} images"
+        return f"if this run is stopped, --output-dir {self.folder} with the same settings resumes it"
 
     def paused(self) -> str:
-        return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings goes on with it"
+        return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings resumes it"
 
     def farewell(self) -> str:
         now = self.lines - self.before
@@ -70,7 +69,7 @@ class Output:
         return f"{made} {self.path}{left_out}"
 
     def write(self, found: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
-        """A line for each, in their order, whole on the disk unless the machine itself fails."""
+        """Write a line for each example, in order. Only a failure of the machine can lose or tear a line."""
         predictions = [line_of(p, base.get(key_of(e))) for e, p in found if not isinstance(p, ImageError)]
         errors = [_error_line(e, p) for e, p in found if isinstance(p, ImageError)]
         self._add(FILE_NAME, predictions)
@@ -80,7 +79,7 @@ class Output:
             self.sync()
 
     def _add(self, name: str, lines: list[dict[str, Any]]) -> None:
-        """In one call to the system. Names that are no Unicode become JSON's escapes."""
+        """Append lines to a file in one system call. Characters that are not valid Unicode become JSON escapes."""
         if name not in self.files:
             if not lines and name == ERRORS_NAME:
                 return
@@ -96,8 +95,8 @@ class Output:
         self.synced = time.monotonic()
 
     def finish(self) -> None:
-        """All is done: the folder is not gone on with any more."""
-        self._add(FILE_NAME, [])  # which is there though no image could be read
+        """Mark the run as finished, so that it is not resumed."""
+        self._add(FILE_NAME, [])  # the file exists even if no image could be read
         self.sync()
         _write_about(self.folder, self.about, finished=True)
 
@@ -114,10 +113,10 @@ def _error_line(example: Example, error: ImageError) -> dict[str, Any]:
 
 
 def folder_of(config: InferConfig, processes: int = 1) -> Path:
-    """The folder to write into, not yet made. OutputError if it holds what must not be added to; nothing is written over."""
+    """Return the output folder, which may not exist yet. Raise OutputError if it has files of another run."""
     if not config.output_dir:
         if processes > 1:
-            raise OutputError("give an output_dir (--output-dir): a process that is started anew must find the same folder")
+            raise OutputError("give an output_dir (--output-dir): a process that is started again must find the same folder")
         refuse_unwritable(str(RUNS))
         return unused_path(RUNS / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(config.output_dir)
@@ -127,11 +126,11 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
 
 
 def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """What an unfinished run in the folder is, None where there is none. OutputError for any other's predictions."""
+    """Return run.json of an unfinished run in the folder, or None. Raise OutputError if another run's predictions are there."""
     about = _read_about(folder)
     there = [name for name in (FILE_NAME, ABOUT_NAME, ERRORS_NAME) if (folder / name).exists()]
     if there and (about is None or not about["run"] or not resume):
-        left = ", of a run that was stopped; set resume to go on with it" if about and not about.get("finished") else ""
+        left = ", of a run that was stopped; set resume = True to continue it" if about and not about.get("finished") else ""
         raise OutputError(
             f"{folder / there[0]} exists already{left}; give another output_dir, or leave it empty for a new folder"
         )
@@ -141,9 +140,9 @@ def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
 def identity(
     config: InferConfig, task: Task, wanted: Adapter | None, precision: str, by_references: bool = False
 ) -> dict[str, Any]:
-    """All that decides what is said of an image, in JSON; files by what is in them.
+    """Return the settings that decide the predictions, as JSON. A file is represented by a digest of its content.
 
-    `by_references`: lines of the references have prompts of their own.
+    by_references: True if lines of the references have prompts.
     """
     settings = {
         "model": task.backbone.name, "adapter": _digest(wanted.path) if wanted else "none", "task": task.name,
@@ -151,7 +150,7 @@ def identity(
         "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
         "image_size": task.backbone.chosen_size,
     }  # fmt: skip
-    if by_references or (task.takes_question and not config.question):  # in which the references are the questions
+    if by_references or (task.takes_question and not config.question):  # the questions are in the references
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
 
@@ -167,14 +166,17 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def opened(folder: Path, what: dict[str, Any], resume: bool) -> Iterator[Output]:
-    """The folder of the run `what`, this process's own inside the block. OutputError if it is another's or there is no room."""
+    """Open the folder of the run `what` and lock it inside the block.
+
+    Raise OutputError if it belongs to another run, or if the disk is full.
+    """
     with room_for(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             then = _refuse_taken(folder, resume)
             if then is not None and (changed := changes(then["run"], what)):
                 raise OutputError(
-                    f"{folder} was begun with other settings, and is not gone on with: {'; '.join(changed)}. "
+                    f"{folder} was started with other settings, so this run cannot continue it: {'; '.join(changed)}. "
                     "Set them back, or give another output_dir"
                 )
             if then is None:
@@ -192,7 +194,7 @@ def _write_about(folder: Path, what: dict[str, Any], finished: bool) -> None:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """What run.json says, None where there is no such file; one that is not ours counts as finished."""
+    """Return the content of run.json, or None if there is no such file. A file that we did not write counts as finished."""
     try:
         about = parsed((folder / ABOUT_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -205,13 +207,13 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def room_for(folder: Path) -> Iterator[None]:
-    """A disk that is full, or a quota that is reached, becomes an error that says what is safe and what to do."""
+    """Turn the error of a full disk or quota into an OutputError that says what is safe and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise OutputError(
-            f"no room left to write in {folder} ({error.strerror}); what is in it is safe. Free some space, then start "
-            f"again with the same settings and --output-dir {folder}, and it goes on from there"
+            f"no room left to write in {folder} ({error.strerror}); the lines in it are safe. Free some space, then start "
+            f"again with the same settings and --output-dir {folder} to resume"
         ) from None

@@ -1,4 +1,4 @@
-"""Inference in batches: images → captions, answers or ranked texts, printed, written, and scored where references are given."""
+"""Inference in batches: images → captions, answers or ranked texts. They are printed, written and, with references, scored."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,12 +24,12 @@ from lora_blip.tasks.text_length import CutCount
 
 
 def infer(config: InferConfig) -> Path:
-    """Caption, answer or rank as `config` says; returns the path of predictions.jsonl, a line an image and question.
+    """Caption, answer or rank as `config` says, and return the path of predictions.jsonl: one line per image and question.
 
-    Images that cannot be read have their line in errors.jsonl. However a run ended, the same settings and output_dir go
-    on with it. Nothing is kept of an image but, where `compare` asks for it, what the base said. Raises ConfigError,
-    ModelError, AdapterError, ImageError or DataError before any image is looked at; ConfigError on a full disk; and
-    stop.Stopped after Ctrl-C or a scheduler's signal, when the batch under way is written.
+    Images that cannot be read have a line in errors.jsonl. The same settings and output_dir resume a run that was stopped.
+    Memory does not grow with the number of images; with `compare`, only the texts of the base are kept. Raise ConfigError,
+    ModelError, AdapterError, ImageError or DataError before the first image, ConfigError if the disk is full, and
+    signals.Stopped after Ctrl-C or a scheduler's signal, when the current batch is written.
     """
     with distributed.joined() as ranks, ExitStack() as closing:
         return infer_among(ranks, config, closing)
@@ -83,7 +83,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
 
 
 def keep(base: dict[int, str], screen: ProgressDisplay, cut: CutCount, found: Found) -> None:
-    """What the base says, to stand beside what it says with the adapter."""
+    """Keep the texts of the base, to print them beside those of the adapter."""
     cut.add([said.text for _, said in found if isinstance(said, Prediction)])
     base |= {finished.key_of(example): said.text for example, said in found if isinstance(said, Prediction)}
     screen.move(found)

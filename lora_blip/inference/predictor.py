@@ -16,14 +16,14 @@ class Predictor:
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
         self.read: Any = None
-        self.device: Any = None  # where they were read
+        self.device: Any = None  # the device of the encoded texts
 
     def again(self) -> "Predictor":
-        """The same request from the start, of a few texts: to compare two ways to compute it."""
+        """Return a new predictor with a few of the texts, to compare two ways to compute the result."""
         return Predictor(self.texts[: verification.TEXTS])
 
     def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
-        """pictures: (images, 3, H, W)"""
+        """Return one prediction per image. pictures has the shape (images, 3, H, W)."""
         if not self.texts:
             texts = task.predict(pictures, examples)
             return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]

@@ -89,7 +89,7 @@ class FrozenLinear(torch.autograd.Function):
         ctx.save_for_backward(before, weight, *kept)
         ctx.reach, ctx.gelu = reach, before is not cast
         ctx.like, ctx.halves = (x.shape, x.dtype), [half.dtype for half in halves]
-        return output.data  # the same numbers, and no view of them, which nobody might change in place
+        return output.data  # the same values, not a view: a view could not be changed in place
 
     @staticmethod
     @once_differentiable

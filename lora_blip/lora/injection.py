@@ -24,8 +24,9 @@ from lora_blip.lora.sites import Site, check_sites, list_sites
 def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: str = "default") -> dict[str, LoRA]:
     """Put a new adapter called `name` on every site, freeze every other parameter, and return {address: LoRA}.
 
-    A repeated call changes only the dropout. Raise LoRAError, before anything is changed, if there is no site, if a site is
-    not a linear of this model, is a tied head, or has a wrong range or rank, or if `name` is on other modules already.
+    A repeated call changes only the dropout. Raise LoRAError, before anything is changed, if there is no site, or if `name` is
+    on other modules already. Raise it too if a site is not a linear of this model, is a tied head, or has a wrong range or
+    rank.
     """
     sites = list_sites(sites)
     wanted = {site.address: site for site in sites}

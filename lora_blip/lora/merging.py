@@ -17,9 +17,9 @@ def merge(model: nn.Module, *names: str) -> None:
     """Write W + Σ ΔW into the weights, over the named adapters (all, if no name is given). A second merge changes nothing.
 
     The sum is computed in float32. The original W is kept for `restore`, and every merge starts from it. If a merge fails,
-    for example out of memory, every weight is put back. Raise LoRAError, before any weight is written, for an unknown name,
-    for a weight that cannot take the update (see `mergeable`), for a sum that is not finite, and while a thread or task is
-    inside `use_adapters` or `disable_adapters`.
+    for example out of memory, every weight is put back. Raise LoRAError, before any weight is written, for an unknown name, for
+    a weight that cannot take the update (see `mergeable`), and for a sum that is not finite. Raise it too while a thread or
+    task is inside `use_adapters` or `disable_adapters`.
     """
     check_names(model, names)
     with writing(model) as hooked:

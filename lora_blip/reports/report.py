@@ -74,6 +74,7 @@ def write(
     warnings: Sequence[str] = (),
     most_pictures: int = 500,
     said_by: str = "adapted",
+    score_name: str = "score",
 ) -> Path:
     """Write the page to `path` and return the path. The page needs no network. Replace an older page atomically.
 
@@ -81,6 +82,7 @@ def write(
     facts: what was measured (base, adapter, images …).
     most_pictures: the number of embedded images, from the worst cards. Other cards have only texts.
     said_by: "adapted" or "base": the model that generated the cards' main texts.
+    score_name: the name of the score of each card, such as "CIDEr".
     """
     cards = sorted(cards, key=worst_first)
     chosen = list(dict.fromkeys(card.image for card in cards))[: max(0, most_pictures)]
@@ -91,6 +93,7 @@ def write(
         "cards": [entry(card, index) for card in cards],
         "pictures": list(pictures.values()),
         "by": said_by,
+        "score_name": score_name,
         **thinned(metrics),
     }
     page = TEMPLATE.read_text(encoding="utf-8")

@@ -19,9 +19,9 @@ FOLDER = ".cache"  # in the output folder, for all its runs
 
 
 def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> Caches:
-    """The caches that the settings allow. Where states of pictures are kept, `task.prefix` goes on from them.
+    """Return the caches that the settings allow. If states of images are kept, set `task.prefix`, which continues from them.
 
-    Called when the adapters are on the model. `identity`: of the run, with digests of the base as it was loaded.
+    Call this after the adapters are on the model. `identity` is that of the run, with digests of the base as it was loaded.
     """
     if not config.cache_gb:
         return NO_CACHES
@@ -34,7 +34,7 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
     }
     pixels = Store(folder, {"of": "pictures", **read}, limit)
     prefix = Prefix(backbone.model, task.project_vision)
-    if not prefix.worthwhile or config.shard:  # spread weights want the same forwards of all ranks
+    if not prefix.worthwhile or config.shard:  # with sharded weights, all ranks must run the same forwards
         return Caches(pixels)
     computed: dict[str, Any] = {
         "base": identity["base weights"], "settings": identity["base processors"], "precision": precision,

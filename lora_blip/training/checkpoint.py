@@ -97,9 +97,9 @@ def read(folder: Path) -> Saved:
 
 
 def locate(path: Path) -> Saved:
-    """What RESUME names: a run's folder, for its newest, or one of its checkpoints, to go back to it while it is there.
+    """Return the checkpoint that RESUME names: the newest of a run's folder, or one of its checkpoints.
 
-    Raises CheckpointError if there is none to go on from.
+    Raise CheckpointError if there is none.
     """
     one = path.parent.name == FOLDER and NAME.fullmatch(path.name)
     if one and path.is_dir():

@@ -1,4 +1,4 @@
-"""What goes wrong in a training, in words that help: memory, lost processes, numbers that are not finite."""
+"""Explain errors of a training: memory, lost processes, numbers that are not finite."""
 
 import math
 from functools import partial
@@ -16,11 +16,11 @@ from lora_blip.training.run_folder import Run
 
 
 def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
-    """The same error; or one that says what helps, where the device's memory was too small or another process is gone."""
+    """Return the error, or a TrainingError with a remedy if the device has no memory left or another process was lost."""
     said = str(error)
     if run and run.learner.ranks.count > 1 and is_lost(error):
         return TrainingError(
-            f"another process was lost; all that torchrun --max-restarts starts again go on from the last checkpoint in "
+            f"another process was lost; with torchrun --max-restarts, all processes resume from the last checkpoint in "
             f"{run.folder}"
         )
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
@@ -28,7 +28,7 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
     side = task.backbone.image_size
     saved = checkpoint.newest(run.folder)[0] if run else None
     step = saved.about["progress"]["step"] if saved else 0
-    go_on = f"\nSaved after step {step}; to go on from there: --resume {saved.run} --allow-changed" if saved else ""
+    go_on = f"\nSaved after step {step}; to resume: --resume {saved.run} --allow-changed" if saved else ""
     return TrainingError(
         f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "
         "Lower batch_size and raise accumulation by as much, for the same updates; or set checkpointing = True; "
@@ -37,7 +37,7 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
 
 
 def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
-    """Why a step was skipped: the first module that was not finite, or gradients alone that overflowed."""
+    """Return why a step was skipped: the first module whose output was not finite, or an overflow of a gradient."""
     if math.isfinite(update.loss):
         return f"a gradient overflowed at loss scale {update.scale:g}"
     notes = []

@@ -84,18 +84,18 @@ class Learner:
             self.objective = self._among_ranks(self.objective)
         self.progress = Progress()
         self.inconsistent = False  # see `transaction`
-        self.images, self.count = 0, 1.0  # of the step under way, over all ranks; what its summed loss is divided by
+        self.images, self.count = 0, 1.0  # of the current step, over all ranks: images, and the divisor of the summed loss
         self.loss = torch.zeros((), device=task.backbone.device)  # of this rank's micro-batches so far
 
     # ---------------------------------------------------------------- a step
 
     def begin(self, micro_batches: list[DeviceBatch], slots: list[Slot]) -> None:
-        """Learn what all of a step will count, before its first gradient; where it goes on, that is known already."""
+        """Count the label tokens and images of a step, before its first gradient. A resumed step has the counts already."""
         if self.progress.slot:
             return
         mine = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
         count, images = self.ranks.sum(sum(b.count for b in mine), sum(b.images for b in mine))
-        self.count, self.images = count or 1.0, int(images)  # 0: nothing here to learn from
+        self.count, self.images = count or 1.0, int(images)  # 0: no label in this step
         self.loss = torch.zeros_like(self.loss)
 
     def scaled_loss(self, batch: DeviceBatch, slot: Slot, last: bool) -> Tensor:

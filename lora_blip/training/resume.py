@@ -20,7 +20,7 @@ from lora_blip.training import checkpoint
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner
 
-# settings that change no update; what model and annotations name is told by its content, wherever it lies
+# settings that change no update; the model and the annotations are compared by their content, not by their path
 FREE = (
     "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
     "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
@@ -33,7 +33,7 @@ WRITE = json.JSONEncoder().encode
 def identity(
     config: TrainConfig, precision: str, backbone: Backbone, training: list[Example], validation: list[Example], ranks: int
 ) -> dict[str, Any]:
-    """All that decides a run's updates, in JSON: settings, digests of data and base, where and with what it computes."""
+    """Return all that decides the updates of a run, as JSON: settings, digests of data and base, device and versions."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     return settings | {
         "image_size": backbone.chosen_size, "device": backbone.device.type, "precision": precision, "processes": ranks,
@@ -61,10 +61,10 @@ def as_begun(config: TrainConfig, then: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
-    """The checkpoint to go on from, if there is one, and what the user should know of it.
+    """Return the checkpoint to resume from, or None, and notes for the user.
 
-    "auto" is the newest interrupted run in output_dir, if it is the same run; a path is taken at its word. Raises
-    CheckpointError when that has none, or is of a run that would not go on as it began and allow_changed is false.
+    With resume = "auto", this is the newest interrupted run in output_dir that is the same run. Raise CheckpointError if a
+    path has no checkpoint, or if the run has changed since its start and allow_changed is false.
     """
     if config.resume == "off":
         return None, []
@@ -75,38 +75,38 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
     changed = differences(then, as_begun(config, then, now))
     if changed and not config.allow_changed:
         raise CheckpointError(
-            f"resume = {config.resume!r}: it would not go on as it began: {'; '.join(changed)}. Set it back, or set "
-            "allow_changed to go on all the same"
+            f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Set it back, or set "
+            "allow_changed = True to continue anyway"
         )
-    return saved, [f"going on though {change}" for change in changed]
+    return saved, [f"continuing although {change}" for change in changed]
 
 
 def acquire(config: TrainConfig, now: dict[str, Any], held: ExitStack) -> tuple[Saved | None, list[str]]:
-    """What `find` gives, in a folder that no other process can write into from now on, until `held` is closed.
+    """Return what `find` returns, and lock the run's folder until `held` is closed.
 
-    Raises LockedError if one does, and CheckpointError if one has just finished the run.
+    Raise LockedError if another process writes into the folder, and CheckpointError if one has just finished the run.
     """
     saved, notes = find(config, now)
     if saved is None:
         return saved, notes
     held.enter_context(lock.held(saved.run))
     named = Path(config.resume) == saved.folder
-    again = checkpoint.read(saved.folder) if named else checkpoint.newest(saved.run)[0]  # what was read without the lock is old
+    again = checkpoint.read(saved.folder) if named else checkpoint.newest(saved.run)[0]  # read again, now with the lock
     if again is None:
         raise CheckpointError(f"another process has just finished {saved.run}; start again for a new run")
     return again, notes
 
 
 def _newest_of(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
-    """The newest that is the same run; else, if that is allowed, the newest of all."""
+    """Return the newest checkpoint of the same run; if there is none and allow_changed is true, the newest of all."""
     output_dir, allow_changed = Path(config.output_dir), config.allow_changed
     notes: list[str] = []
     others: list[tuple[Saved, list[str]]] = []
-    there = output_dir.glob(f"[!.]*/{checkpoint.FOLDER}")  # what begins with a dot was never finished being made
+    there = output_dir.glob(f"[!.]*/{checkpoint.FOLDER}")  # a name with a dot is a folder whose creation was interrupted
     for folder in sorted(there, key=lambda p: p.stat().st_mtime, reverse=True):
         saved, wrong = checkpoint.newest(folder.parent)
         notes += wrong
-        if saved is None or saved.about["run"]["name"] != folder.parent.name:  # a copy, somebody's backup
+        if saved is None or saved.about["run"]["name"] != folder.parent.name:  # a copy, such as a backup
             continue
         then = saved.about.get("identity", {})
         changed = differences(then, as_begun(config, then, now))
@@ -115,12 +115,12 @@ def _newest_of(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, 
         others.append((saved, changed))
     if others and allow_changed:
         saved, changed = others[0]
-        return saved, [*notes, *(f"going on though {change}" for change in changed)]
-    return None, [*notes, *(f"{s.run} was interrupted, and is another run: {'; '.join(changed)}" for s, changed in others)]
+        return saved, [*notes, *(f"continuing although {change}" for change in changed)]
+    return None, [*notes, *(f"{s.run} was interrupted, but it is another run: {'; '.join(changed)}" for s, changed in others)]
 
 
 def lines_digest(examples: list[Example], with_images: bool) -> str:
-    """SHA-256 of what the lines say, in their order, and of each image's size, first, middle and last bytes if wanted."""
+    """Return the SHA-256 of the lines in order, and, if `with_images`, of each image's size, first, middle and last bytes."""
     digest = hashlib.sha256()
     known: dict[str, list[str]] = {}
     for start in range(0, len(examples), CHUNK):
@@ -134,7 +134,7 @@ def lines_digest(examples: list[Example], with_images: bool) -> str:
 
 
 def _own(example: Example) -> list[dict[str, Any]]:
-    """What only some lines have. Nothing is added for the others, so that their digest stays what it was."""
+    """Return the fields that only some lines have. The digest of other lines is that of earlier versions."""
     own = {"prompt": example.prompt, "question_id": example.question_id}
     return [own] if example.prompt or example.question_id != "" else []
 
@@ -147,9 +147,9 @@ def _glimpse(image: Path) -> list[str]:
 
 
 def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
-    """Everything as it was at the checkpoint. A run that was changed goes on from the start of a step, after as many images.
+    """Restore the state of the checkpoint. A changed run continues at the start of a step, after the same number of images.
 
-    Raises CheckpointError if the adapters have other shapes.
+    Raise CheckpointError if the adapters have other shapes.
     """
     total = learner.progress.total
     ranks = learner.ranks

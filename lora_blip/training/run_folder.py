@@ -1,4 +1,4 @@
-"""What a training run leaves behind: its folder with settings, metrics and adapter, and its progress on the terminal."""
+"""The folder of a training run, with settings, metrics, adapter and checkpoints, and its progress on the terminal."""
 
 import errno
 import json
@@ -37,11 +37,11 @@ def run_name(config: TrainConfig, now: datetime) -> str:
 
 
 class Run:
-    """The folder of one run and the progress bar: config.json, metrics.jsonl, adapter.safetensors (the last),
-    best.safetensors (the best by `config.best_by`), loss.png, and while it goes on checkpoints/.
+    """The folder of one run, and the progress bar.
 
-    `saved`: the checkpoint of an interrupted run, whose folder is gone on with. Of several ranks only the main one
-    writes; the others keep count. Raises LockedError if another process writes into the folder.
+    The folder contains config.json, metrics.jsonl, adapter.safetensors (the last), best.safetensors (the best by
+    `config.best_by`), loss.png, and during the run checkpoints/. `saved` is the checkpoint of an interrupted run, which
+    continues in its folder. Only the main rank writes. Raise LockedError if another process writes into the folder.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Run:
         self.folder = learner.ranks.broadcast(self.folder)
 
     def _remember(self, about: dict[str, Any]) -> None:
-        """On every rank, since all decide together when to stop."""
+        """Restore the best score, on every rank, because all ranks decide when to stop."""
         self.last, best = about["last"], about["best"]
-        if best["by"] == self.best.by:  # else the scores of before are of another kind
+        if best["by"] == self.best.by:  # otherwise the earlier scores cannot be compared
             rank = (best["rank"][0], best["rank"][1])
             improved, reached = best.get("improved", best["step"]), best.get("reached", rank[0])  # older checkpoints lack these
             self.best = Best(best["by"], best["step"], best["stale"], rank, self.config.min_improvement, improved, reached)
@@ -93,7 +93,7 @@ class Run:
             self.closing.callback(attempt, "whole TensorBoard file", lambda: self.board and self.board.close())
 
     def _make(self) -> None:
-        """The folder with its first checkpoint in it: one that is there can be gone on with."""
+        """Create the folder with its first checkpoint in it, so that an existing folder can always be resumed."""
         while True:
             try:
                 make_whole(self.folder, self._begin)
@@ -105,7 +105,7 @@ class Run:
                     raise ConfigError(
                         f"output_dir = {self.config.output_dir!r}: {error.strerror or error}; give a folder that can be written"
                     ) from None
-                self.folder = unused_path(self.folder)  # another run began in the same second
+                self.folder = unused_path(self.folder)  # another run started in the same second
 
     def _begin(self, folder: Path) -> None:
         (folder / "config.json").write_bytes(self._settings())
@@ -116,7 +116,7 @@ class Run:
         return (json.dumps(asdict(self.config), indent=1) + "\n").encode()
 
     def _take_up(self, saved: Saved, metrics: Path) -> None:
-        """Everything as it was at the checkpoint; what came after it is made again."""
+        """Restore the files of the checkpoint. What was written after it is removed, and is written again."""
         about = saved.about["run"]
         sweep(self.folder)
         metrics.touch()
@@ -128,7 +128,7 @@ class Run:
         if kept.exists():
             write_whole(self.folder / BEST_NAME, kept.read_bytes())
         else:
-            (self.folder / BEST_NAME).unlink(missing_ok=True)  # it came after the checkpoint, and comes again
+            (self.folder / BEST_NAME).unlink(missing_ok=True)  # it was written after the checkpoint, and will be written again
 
     def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
         self.images += images
@@ -156,7 +156,7 @@ class Run:
             self.bar.write(printable(f"after step {step}, one was skipped: {note}"))
 
     def log_validation(self, step: int, epoch: int, scores: dict[str, float]) -> None:
-        """Log it, and keep the adapter if it is the best so far (none is kept before the first step)."""
+        """Log the scores, and save the adapter if it is the best (not before the first step)."""
         better = self.best.better(step, scores)
         self.last = {f"val_{key}": value for key, value in scores.items()}
         self.logged, self.images = time.perf_counter(), 0
@@ -177,19 +177,21 @@ class Run:
         return self._save(path, step, merge_drift, finished=finished) if self.main else path
 
     def save_unfinished(self) -> None:
-        """The adapter as it is, to try out; the run goes on from its checkpoint."""
+        """Save the current adapter, so that the user can try it, and print how to resume the run."""
         step, total = self.learner.progress.step, self.learner.progress.total
         saved = ""
         if step:
             try:
                 saved = f" its adapter so far is {self.save(step, finished=False)};"
-            except AdapterError as error:  # one that says nothing, or NaN
+            except AdapterError as error:  # B is zero, or a value is NaN
                 saved = f" its adapter is not saved: {error};"
         with suppress(OSError):  # a terminal that is gone
-            print("\n" + printable(f"stopped after {step} of {total} steps;{saved} the same settings again go on with it"))
+            print(
+                "\n" + printable(f"stopped after {step} of {total} steps;{saved} start again with the same settings to resume")
+            )
 
     def line(self, training: int, validation: int, precision: str) -> str:
-        """One line of what is going to be done."""
+        """Return one line with the folder, the number of steps and the data."""
         learner, progress = self.learner, self.learner.progress
         doing = f"after step {progress.step}, the rest of " if progress.step or progress.slot else ""
         lines = f"{training} lines to train on, {validation} held out"
@@ -209,20 +211,20 @@ class Run:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a checkpoint, by the main rank's clock."""
+        """Return True if it is time for a checkpoint, by the clock of the main rank."""
         return self.main and time.perf_counter() - self.checkpointed >= self.config.checkpoint_seconds
 
     def checkpoint(self) -> None:
-        """Keep all that the run is at this moment. Raises CheckpointError on a full disk, with the older ones whole."""
+        """Write a checkpoint. Raise CheckpointError if the disk is full; the older checkpoints are then intact."""
         if not self.main:
-            self.learner.state_dict()  # in which the ranks meet
+            self.learner.state_dict()  # it gathers tensors from all ranks
             return
         with room_for(self.folder):
             os.fsync(self.metrics.fileno())
             self._keep(self.folder, os.fstat(self.metrics.fileno()).st_size)
 
     def _keep(self, folder: Path, metrics: int) -> None:
-        """A checkpoint in a folder, of which `metrics` bytes of metrics.jsonl are part."""
+        """Write a checkpoint into a folder. It includes the first `metrics` bytes of metrics.jsonl."""
         tensors, about = self.learner.state_dict()
         self.checkpointed = time.perf_counter()
         about["identity"] = self.identity
@@ -238,14 +240,14 @@ class Run:
         checkpoint.write(folder, step, tensors, about, folder / BEST_NAME, self.config.keep_checkpoints)
 
     def done(self) -> None:
-        """The run is finished, and is never gone on with."""
+        """Remove the checkpoints of a finished run."""
         if self.main:
             with (self.folder / METRICS_NAME).open("rb") as metrics:
                 os.fsync(metrics.fileno())
             checkpoint.forget(self.folder)
 
     def best_line(self) -> str:
-        """Which step was the best, and where its adapter is; "" when nothing was validated."""
+        """Return a line with the best step and the path of its adapter; "" if nothing was validated."""
         value = abs(self.best.rank[0])
         if not math.isfinite(value):
             return ""
@@ -258,13 +260,13 @@ class Run:
         self.closing.close()
 
     def _track(self, entry: dict[str, Any]) -> bool:
-        """Hand the numbers of a line to TensorBoard."""
+        """Write the numbers of a line to TensorBoard."""
         for key in (key for key, value in entry.items() if key not in NO_SCALARS and value is not None):
             self.board.add_scalar(key, entry[key], entry["step"])
         return True
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """A line of metrics.jsonl; JSON has no NaN and no infinity, so these are null."""
+        """Append a line to metrics.jsonl. JSON has no NaN and no infinity, so these are null."""
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board and attempt("TensorBoard from here on", lambda: self._track(entry)) is None:
             self.board = None
@@ -276,18 +278,18 @@ class Run:
 
 @contextmanager
 def room_for(folder: Path) -> Iterator[None]:
-    """A disk that is full, or a quota that is reached, becomes an error that says what is safe and what to do."""
+    """Turn the error of a full disk or quota into a CheckpointError that says what is safe and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise CheckpointError(
-            f"no room left to write in {folder} ({error.strerror}). Checkpoints that are there already are whole: free some "
-            "space, then start again with the same settings, to go on from the newest"
+            f"no room left to write in {folder} ({error.strerror}). The existing checkpoints are intact: free some space, "
+            "then start again with the same settings to resume from the newest"
         ) from None
 
 
 def digits(value: float) -> float:
-    """As many as float32 has."""
+    """Round to 8 significant digits, as many as float32 has."""
     return float(f"{value:.8g}")

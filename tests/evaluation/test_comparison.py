@@ -77,6 +77,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     """Texts are what each model says, scores what the metrics say of them, gains the differences, with their intervals."""
     refs, path = references(here), adapter_of(checkpoints["blip"], here)
     found, rows, page = evaluated(refs, adapter=str(path), output_dir="out")
+    assert '"score_name":"CIDEr"' in page.replace(" ", "")  # each card names its score
     backbone = load_backbone(str(checkpoints["blip"]), "cpu")
     task = TASKS["caption"](backbone, "", Generation(6))
     images = [here / "eval" / f"{n}.png" for n in range(6)]

@@ -349,7 +349,7 @@ def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, ca
     infer(config)
     said = capsys.readouterr().out
     assert said.count("Image:") + said.count("left out:") == blocks.SHOWN < COUNT
-    assert "the rest goes to out/predictions.jsonl" in said and "--output-dir out with the same settings goes on" in said
+    assert "the rest goes to out/predictions.jsonl" in said and "--output-dir out with the same settings resumes it" in said
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -480,7 +480,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(config, checkpoints):
         ({"model": str(checkpoints["opt"])}, "model was"),
         ({"texts": "a cube|two cubes"}, "texts was '' and is"),
         ({"sample": True}, "do_sample was False and is True"),
-        ({"resume": False}, "set resume to go on with it"),
+        ({"resume": False}, "set resume = True to continue it"),
     ):
         with pytest.raises(OutputError) as caught:
             infer(replace(config, **change))
@@ -566,7 +566,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(confi
 
     assert ended(forked(run)) == 2
     said = Path("said").read_text()
-    assert said.startswith("error: no room left to write in out (") and "goes on from there" in said and said.count("\n") == 1
+    assert said.startswith("error: no room left to write in out (") and "to resume" in said and said.count("\n") == 1
     assert 0 < len(bytes_of("out")[output.FILE_NAME]) <= 1000
     infer(config)
     assert bytes_of("out") == content
@@ -657,4 +657,4 @@ def test_a_rank_that_is_killed_is_not_missed(config, capfd):
 
     assert among(2, act, restarts=2) == [0, 0]
     printed = capfd.readouterr().out
-    assert printed.count("going on after") == 2 and "nothing left to do" not in printed and bytes_of("out") == content
+    assert printed.count("resuming after") == 2 and "nothing left to do" not in printed and bytes_of("out") == content

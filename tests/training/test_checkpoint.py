@@ -60,12 +60,12 @@ def test_the_newest_run_with_the_same_settings_is_continued_and_the_others_are_n
     shutil.rmtree(tmp_path / "lora_older")
     write(tmp_path / "lora_changed_long_ago", age=90, lr=0.7)
     saved, notes = find(tmp_path)
-    assert saved is None and [note.split(" was interrupted, and is another run: ")[1] for note in notes] == [
+    assert saved is None and [note.split(" was interrupted, but it is another run: ")[1] for note in notes] == [
         "lr was 0.5 and is 0.1",
         "lr was 0.7 and is 0.1",
     ]
     saved, notes = find(tmp_path, allow_changed=True)
-    assert saved is not None and saved.run.name == "lora_changed" and notes == ["going on though lr was 0.5 and is 0.1"]
+    assert saved is not None and saved.run.name == "lora_changed" and notes == ["continuing although lr was 0.5 and is 0.1"]
 
 
 def test_a_copy_of_a_runs_folder_is_not_continued_though_it_is_newer(tmp_path):
@@ -107,7 +107,7 @@ def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
         with pytest.raises(CheckpointError, match=r"lr was 0\.5 and is 0\.1.*allow_changed"):
             find(tmp_path, path)
         saved, notes = find(tmp_path, path, allow_changed=True)
-        assert saved is not None and saved.folder == folder and notes == ["going on though lr was 0.5 and is 0.1"]
+        assert saved is not None and saved.folder == folder and notes == ["continuing although lr was 0.5 and is 0.1"]
     saved, notes = resume.find(TrainConfig(resume=str(older)), {**IDENTITY, "lr": 0.5})
     assert saved is not None and saved.folder == older and notes == []
 

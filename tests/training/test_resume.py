@@ -321,9 +321,9 @@ def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_pa
         train(here)
     capsys.readouterr()
     assert train(replace(config, epochs=1)).parent != run
-    assert "was interrupted, and is another run: epochs was 2 and is 1" in capsys.readouterr().out
+    assert "was interrupted, but it is another run: epochs was 2 and is 1" in capsys.readouterr().out
     train(replace(here, allow_changed=True))
-    assert "going on though" in capsys.readouterr().out
+    assert "continuing although" in capsys.readouterr().out
 
 
 def other_pixels(checkpoint: Path, folder: Path) -> Path:
@@ -683,7 +683,7 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     said = capfd.readouterr().err
-    assert f"no room left to write in {only_run(again)}" in said and "that are there already are whole" in said
+    assert f"no room left to write in {only_run(again)}" in said and "existing checkpoints are intact" in said
     folders = sorted((only_run(again) / checkpoint.FOLDER).iterdir())
     assert len(folders) == 2 and all(checkpoint.read(folder) for folder in folders)
     assert_same(whole, train(again))
