@@ -9,7 +9,7 @@ class LoraBlipError(Exception):
 
 
 class ConfigError(LoraBlipError, ValueError):
-    """A setting has a value that it cannot have. The message names the setting."""
+    """A setting has an invalid value. The message names the setting."""
 
 
 class LockedError(ConfigError):
@@ -41,7 +41,7 @@ class TargetError(LoraBlipError, ValueError):
 
 
 class LoRAError(LoraBlipError, ValueError):
-    """A request would leave the model in a state that was not meant. Nothing was changed."""
+    """A request would leave the model in an inconsistent state. Nothing was changed."""
 
 
 class AdapterError(LoraBlipError, ValueError):
@@ -53,7 +53,7 @@ class CheckpointError(LoraBlipError, ValueError):
 
 
 class PreflightError(LoraBlipError, ValueError):
-    """Training would be useless. The message says why."""
+    """A check before the first step failed: the run could not learn correctly. The message says why."""
 
 
 class TrainingError(LoraBlipError, RuntimeError):

@@ -33,7 +33,7 @@ def names(model: nn.Module) -> list[str]:
 
 
 def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
-    """Return the addresses whose linear is not called while `forward` runs: an adapter on it would do nothing."""
+    """Run `forward`, and return the addresses of adapters whose linear was not called, so that they do nothing."""
     called: set[int] = set()
 
     def note(linear: nn.Module, _args: object, _output: object) -> None:
@@ -50,15 +50,15 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Use `fused` if it gives the same update (the default). This holds for copies and for adapters that are added later."""
+    """Allow `fused` if its result is the same (default: allowed). This applies to copies and to later adapters too."""
     for module in model.modules():
-        vars(module).pop(FAST, None)  # of a part
+        vars(module).pop(FAST, None)  # remove the settings of submodules
     setattr(model, FAST, on)
     routing_of(model).fast = on
 
 
 def routing_of(model: nn.Module) -> AdapterRouting:
-    """Return the routing that all linears of a model share from now on, even if parts of the model had their own."""
+    """Make all linears of a model share one routing, also if parts had their own, and return it."""
     stacks = [linear.lora for linear in adapted_linears(model).values()]
     found = list(dict.fromkeys(each.routing for each in stacks)) or [AdapterRouting()]
     busy = [each for each in found if each.blocks]
@@ -103,7 +103,9 @@ def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
         linear.lora = AdapterStack()
         linear.lora.routing, linear.lora.pending = AdapterRouting(), PendingInput()
         linear.register_forward_pre_hook(fused_pre_hook, with_kwargs=True)
-        linear.register_forward_hook(dispatching_hook, with_kwargs=True, prepend=True)  # other hooks see W + ΔW, as if merged
+        linear.register_forward_hook(
+            dispatching_hook, with_kwargs=True, prepend=True
+        )  # before other hooks: they see the output with the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)

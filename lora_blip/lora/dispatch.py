@@ -1,4 +1,4 @@
-"""The hook that `inject` registers: it equals `layer.lora_hook`, and handles rows with different adapters."""
+"""The hook that `inject` registers: like `layer.lora_hook`, but each adapter can act on some rows of the batch only."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lora_blip.lora.routing_state import ALL
 def dispatching_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """Return y + Σ (alpha / r) · B A x, where each adapter adds its update to the rows on which it acts."""
     stack: AdapterStack = linear.lora
-    if stack.pending.x is not None:  # `fused_pre_hook` has taken the input: the same update, with less memory
+    if stack.pending.x is not None:  # `fused_pre_hook` stored the input, so `fused` adds the same update
         return updated(linear, output)
     if stack.routing.everyone:
         return lora_hook(linear, args, kwargs, output)

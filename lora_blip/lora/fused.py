@@ -1,13 +1,13 @@
 """The update of `layer.lora_hook`, with less memory: one autograd function for a frozen linear and its adapters.
 
-    forward     h = s · x Aᵀ             y = x Wᵀ + b + h Bᵀ, into the output itself
+    forward     h = s · x Aᵀ             y = x Wᵀ + b + h Bᵀ, written into the output
     backward    g = s · dy B             dx = dy W + g A          dA = gᵀ x          dB = dyᵀ h
 
-Autograd alone keeps x twice under autocast, keeps the update before and after it is scaled, and adds the two terms of dx in
-an extra pass. Here a pre-hook gives the linear x without its graph, cast once, so autograd records nothing of the frozen
-product. Only x and h, which has r columns, are kept. The tests compare this with `lora_hook`. `lora_hook` runs instead if the
-result would differ: with dropout, with rows of several adapters, with quantized or merged weights, in torch.func's
-transforms, and under torch.compile, which fuses by itself. Second derivatives need `attached.fast(model, False)`.
+Autograd alone keeps x twice under autocast, keeps the unscaled and the scaled update, and adds the two terms of dx in
+an extra pass over memory. Here a pre-hook gives the linear x without its graph, cast once, so autograd does not record the
+frozen product. Only x and h, which has r columns, are kept. Tests compare this with `lora_hook`. `lora_hook` runs instead if
+the result would differ: with dropout, with rows of several adapters, with quantized or merged weights, in torch.func's
+transforms, and under torch.compile, which fuses kernels itself. For second derivatives, call `attached.fast(model, False)`.
 """
 
 import threading
@@ -24,9 +24,9 @@ SMALL = 2**20  # bytes of an activation that is kept rather than computed again
 
 
 class PendingInput(threading.local):
-    """The input of a linear between its pre-hook and its hook, one for each thread. A copy of the module starts without."""
+    """The input of a linear between its pre-hook and its hook, one for each thread. A copied module starts without one."""
 
-    x: Tensor | None = None  # with its graph
+    x: Tensor | None = None  # with its autograd graph
     cast: Tensor | None = None  # the same without a graph, in the dtype of autocast: the input of the linear
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -36,13 +36,13 @@ class PendingInput(threading.local):
 def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]] | None:
     """Give the linear x without its graph if `updated` computes the gradients (a forward pre-hook with keywords)."""
     stack = linear.lora
-    stack.pending.x = None  # of a forward that ended with an error
+    stack.pending.x = None  # a forward that ended with an error may have left it
     if not (torch.is_grad_enabled() and stack.routing.fast and stack.routing.everyone) or torch.compiler.is_compiling():
         return None
     if is_plain():
         return None
     if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
-        return None  # own: this hook and the dispatching hook
+        return None  # one pre-hook and one hook are ours
     if any(lora.dropout and lora.training for lora in stack.values()) or in_transform():
         return None
     x = args[0]
@@ -67,7 +67,7 @@ def updated(linear: Any, output: Tensor) -> Tensor:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """Gradients of a linear whose W is frozen, and of its adapters (s, first row, last row) with halves A, B, A, B …"""
+    """Gradients of a linear whose W is frozen, and of its adapters (s, start, stop) with tensors A, B, A, B …"""
 
     @staticmethod
     def forward(
@@ -94,7 +94,9 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        with torch.autocast(dy.device.type, enabled=False):  # which the caller may have on here, and had not in the forward
+        with torch.autocast(
+            dy.device.type, enabled=False
+        ):  # autocast may be on in the backward pass; the stored dtypes are used
             return FrozenLinear.gradients(ctx, dy)
 
     @staticmethod
@@ -107,7 +109,7 @@ class FrozenLinear(torch.autograd.Function):
         gradients: list[Tensor] = []
         for (scale, start, stop), a, b, h in zip(ctx.reach, kept[::3], kept[1::3], kept[2::3], strict=True):
             part = dy[:, start:stop]
-            # gᵀ and dBᵀ, so that a long matrix is read in the order in which it lies: up to 9 times as fast
+            # gᵀ and dBᵀ, so that a long matrix is read in memory order: up to 9 times as fast
             gt = product(b.t(), part)
             gt *= scale
             if dx is not None:

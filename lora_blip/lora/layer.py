@@ -5,15 +5,15 @@ A frozen linear computes y = W x + b. LoRA (Hu et al. 2021, arXiv:2106.09685) ad
     y ← y + (alpha / r) · B A x        A: (r, in_features), Kaiming-uniform      B: (out_features, r), zeros
 
 No module is replaced, and the model's code does not change. The adapters of a linear are its child `linear.lora`, and a
-forward hook adds their updates to what the linear returns. This is all that injecting an adapter does:
+forward hook adds their updates to what the linear returns. In its simplest form, injecting an adapter is:
 
     linear.lora = AdapterStack()
     linear.lora["default"] = LoRA(site, linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
 What runs by default: `inject` registers `dispatch.dispatching_hook` instead. It calls `lora_hook` if every adapter acts on
-every row. If rows of a batch have different adapters, it adds each update to its own rows. In training, `fused` computes the
-same update with less memory. Tests compare both with `lora_hook`.
+every row. If rows of a batch have different adapters, each update is added to the rows of its adapter. In training, `fused`
+computes the same update with less memory. Tests compare both with `lora_hook`.
 
 Read next: `injection` (put adapters on a model), `targets` (which linears), `merging` (write the update into W),
 `routing` (which adapter acts on which row), `fused` (the same update, faster), `adapter_file` (save and load).
@@ -68,7 +68,7 @@ class LoRA(nn.Module):
 
 
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return y + Σ (alpha / r) · B A x over the adapters of a linear that are not merged (a hook with keywords)."""
+    """Return y + Σ (alpha / r) · B A x over the adapters of a linear that are not merged (registered with_kwargs=True)."""
     x = input_of(args, kwargs)
     for key, adapter in linear.lora.items():
         if key not in linear.lora.merged:

@@ -14,12 +14,12 @@ from lora_blip.lora.mergeable import check_mergeable, summed
 
 
 def merge(model: nn.Module, *names: str) -> None:
-    """Write W + Σ ΔW into the weights, over the named adapters (all, if no name is given). A second merge changes nothing.
+    """Replace W by W + Σ ΔW of the named adapters (of all, if no name is given). A second merge changes nothing.
 
-    The sum is computed in float32. The original W is kept for `restore`, and every merge starts from it. If a merge fails,
-    for example out of memory, every weight is put back. Raise LoRAError, before any weight is written, for an unknown name, for
-    a weight that cannot take the update (see `mergeable`), and for a sum that is not finite. Raise it too while a thread or
-    task is inside `use_adapters` or `disable_adapters`.
+    The sum is computed in float32. The original W is kept for `restore`, and every merge starts from it, not from a merged
+    weight. If a merge fails, for example out of memory, every weight is put back. Raise LoRAError, before any weight is
+    written, for an unknown name, for a weight that cannot take the update (see `mergeable`), and for a sum that is not finite.
+    Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`.
     """
     check_names(model, names)
     with writing(model) as hooked:
@@ -53,7 +53,7 @@ def bake(model: nn.Module) -> None:
 
 @contextmanager
 def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Lock `use_adapters` and `disable_adapters` while weights are written. Raise LoRAError if a block is active."""
+    """Prevent entry into `use_adapters` and `disable_adapters` while weights are written. Raise LoRAError inside a block."""
     routing = routing_of(model)
     with routing.lock:
         if routing.blocks:
@@ -65,7 +65,7 @@ def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: torch.device | None = None) -> None:
-    """Merge the adapters `keys`, {path: keys of its stack}. If one fails, put every weight back."""
+    """Merge adapters. `keys`: {path of a linear: keys in its stack}. If one merge fails, put every weight back."""
     before = {path: hooked[path].lora.merged for path in keys}
     try:
         for path, some in keys.items():
@@ -78,7 +78,7 @@ def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: t
 
 @torch.no_grad()
 def fold(linear: Any, keys: frozenset[str], keep_on: torch.device | None = None) -> None:
-    """Write original + Σ ΔW of `keys` into the weight. Keep the original on a device, by default that of the weight."""
+    """Write original + Σ ΔW of `keys` into the weight. Keep the original on `keep_on`, by default the weight's device."""
     stack: AdapterStack = linear.lora
     if stack.original is None:
         stack.original = linear.weight.detach().to(device=keep_on, copy=True)

@@ -1,6 +1,6 @@
 """Choose which adapter acts: one alone, one for each row of a batch, or none.
 
-`use_adapters` and `disable_adapters` hold in the current thread or asyncio task. `checkpoint_context` repeats the choice
+`use_adapters` and `disable_adapters` apply to the current thread or asyncio task only. `checkpoint_context` repeats the choice
 while a layer is computed again in the backward pass.
 """
 
@@ -22,16 +22,16 @@ from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputi
 def use_adapters(model: nn.Module, names: str | Sequence[str | None] | None, beams: int = 1) -> Iterator[None]:
     """Use one adapter alone inside the block, or one for each row of a batch: `["caption", "vqa", None]`.
 
-    None in a list is the base without an adapter. None instead of a list changes nothing. No weight is copied. Each row of a
-    mixed batch has the result that it has alone. Of nested blocks, the inner one counts. The block holds in the thread or
-    asyncio task that enters it, and in tasks that are started inside, so several of them can share a model. `beams` is the
-    number of beams of a search, which repeats every row. A generator must leave the block before `yield`, as with
-    torch.no_grad: otherwise it holds for the caller too. Raise LoRAError for an unknown name, for an empty list, if adapters
-    are merged, and in the forward if the batch has another number of rows.
+    None in a list is the base without an adapter. If `names` is None, the active adapters stay as they are. No weight is
+    copied. Each row of a mixed batch has the same result as in a separate batch. If blocks are nested, the innermost one
+    applies. A block applies to the thread or asyncio task that enters it, and to tasks that are started inside, so several
+    threads or tasks can share a model. `beams`: a beam search repeats every row this many times. Do not `yield` from a
+    generator inside the block: it would apply to the caller too, as with torch.no_grad. Raise LoRAError for an unknown name,
+    an empty list or merged adapters. The forward raises it if the batch has another number of rows.
 
-    Two mistakes cannot be detected. With `beams`, a plain forward of len(names) · beams texts is treated as a search (images
-    are checked, because a search does not repeat them). A model with time in the first dimension gives the adapters to wrong
-    rows if there are as many steps as rows, or if it flattens both. BLIP and BLIP-2 have the rows first.
+    Two mistakes cannot be detected. With `beams` > 1, a plain batch of len(names) · beams texts is mistaken for a beam search
+    (images are checked, because a search does not repeat them). If the first dimension is time, adapters may act on wrong
+    rows: if there are as many steps as rows, or if the model flattens both. In BLIP and BLIP-2 the rows come first.
     """
     if names is None:
         yield
@@ -69,9 +69,9 @@ def disable_adapters(model: nn.Module, *names: str) -> Iterator[None]:
 
 @contextmanager
 def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], ActiveAdapters]) -> Iterator[None]:
-    """Enter a block. `active` returns its adapters, given those that are disabled already."""
+    """Enter a block. `active(off)` returns its adapters; `off` has the names that are disabled already."""
     routing = routing_of(model)
-    with routing.lock:  # no merge in between
+    with routing.lock:  # no merge can start between the check and the entry
         if any(linear.lora.merged for linear in adapted_linears(model).values()):
             raise LoRAError(f"adapters are merged into the weights, so none can be {verb}; call restore(model) first")
         block = enter(routing, active(routing.active.off))
@@ -82,7 +82,7 @@ def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], Activ
 
 
 def checkpoint_context(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a checkpointed forward and of its recomputation, which uses the same adapters.
+    """Return two contexts for activation checkpointing: of the forward, and of the recomputation with the same adapters.
 
     Use it as `torch.utils.checkpoint(…, context_fn=partial(checkpoint_context, model))`. The backward pass may run after the
     block of `use_adapters` has ended, inside another block, or in another thread.

@@ -18,14 +18,16 @@ def train(config: TrainConfig) -> Path:
         learner, progress = session.learner, session.learner.progress
         session.validate_if_due(session.initial_scores)
         session.checkpoint_if_due()
-        for slots, batches in session.remaining_steps():  # after a crash, from the exact micro-batch
+        for slots, batches in session.remaining_steps():  # a resumed run continues at its first unfinished micro-batch
             learner.begin(batches, slots)  # count the label tokens of the step, over all processes
             for batch, slot in zip(batches, slots, strict=True):
-                learner.backward(learner.scaled_loss(batch, slot, last=slot is slots[-1]))  # k micro-batches are one batch
+                learner.backward(
+                    learner.scaled_loss(batch, slot, last=slot is slots[-1])
+                )  # scaled: k micro-batches are one batch
                 if slot is not slots[-1]:
                     session.checkpoint_if_due()
-            with learner.transaction():  # no checkpoint contains a part of an update
-                grad_norm = learner.unscale_and_clip()  # clip true gradients, not scaled ones
+            with learner.transaction():  # no checkpoint is written in the middle of an update
+                grad_norm = learner.unscale_and_clip()  # divide by the loss scale, then clip
                 rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)
                 update = learner.step(grad_norm, rate)  # skipped if the loss or a gradient is not finite
                 session.log(update, rate, batches)
@@ -37,7 +39,9 @@ def train(config: TrainConfig) -> Path:
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Return the rate of the update after `step` others: linear up to `peak` in `warmup` updates, then half a cosine to 0.
+    """Return the learning rate of update number `step`, counted from 0.
+
+    It rises linearly to `peak` during `warmup` updates, then falls to 0 along half a cosine.
 
     Source: Loshchilov & Hutter 2017 (arXiv:1608.03983), eq. 5, without restarts.
     """

@@ -87,7 +87,7 @@ def resumed(prepared: PreparedRun, learner: Learner, closing: ExitStack) -> tupl
         identity = resume.as_begun(config, saved.about["identity"], identity)
         limit = identity["max_new_tokens"]
         if limit != task.generation.max_new_tokens and task.writes_text:
-            notes.append(f"MAX_NEW_TOKENS = {limit}, as when the run began")
+            notes.append(f"MAX_NEW_TOKENS stays {limit}, the value at the start of this run")
             examples = [*prepared.training, *prepared.validation]
             fit_generation(task, examples, limit, fix='RESUME = "off" begins with room for all')
         resume.resume_from(learner, saved, identity)
