@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig, nearest, parse
+from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
+from lora_blip.flags import nearest, parse
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
 from lora_blip.runtime.untrusted import for_terminal, printable_lines
 

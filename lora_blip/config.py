@@ -1,36 +1,19 @@
 """The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
-import argparse
-import difflib
 import math
-import os
-import stat
-import tempfile
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from lora_blip.errors import ConfigError
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
-Settings = TypeVar("Settings")
-
 LARGEST_INT = 2**31 - 1
 LARGEST = {  # largest sensible values, by setting
     "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
     "min_improvement": 1e6,
-}  # fmt: skip
-OTHER_NAMES = {  # names of settings in other libraries
-    "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
-    "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
-    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
-    "grad_accum": "accumulation", "gradient_accumulation_steps": "accumulation", "gradient_checkpointing": "checkpointing",
-    "target_modules": "targets", "model_name": "model", "base_model": "model", "max_length": "max_new_tokens",
-    "beams": "num_beams", "dtype": "precision", "workers": "num_workers", "output": "output_dir",
 }  # fmt: skip
 
 
@@ -203,116 +186,6 @@ def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
         require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     if config.adapter in ("", "none") and not config.model:
         raise ConfigError("model is empty, and without an adapter there is no default; set MODEL (--model)")
-
-
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError: one line, without the usage of all settings."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def parse(
-    kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
-) -> Settings:
-    """Return the settings from the upper-case names of a script, overridden by flags of the same names.
-
-    Raises ConfigError for a name or a flag that is not a setting.
-    """
-    parser = _Parser(prog=program, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    known: Any = fields(kind)  # type: ignore[arg-type]  # a dataclass
-    names = [entry.name for entry in known]
-    _refuse_unknown_names(script, names)
-    script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
-    for entry in known:
-        flag = f"--{entry.name.replace('_', '-')}"
-        text = f"{entry.metadata['doc']} (now: {script[entry.name]!r})".replace("%", "%%")
-        if entry.type is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
-            parser.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
-        elif get_origin(entry.type) is Literal:
-            parser.add_argument(flag, choices=get_args(entry.type), help=text)
-        else:
-            parser.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        _refuse_flag(unknown[0], names)
-    return kind(**script | vars(given))
-
-
-def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
-    """Raise ConfigError for RANK = 4, r = 4 or rank = 4 beside the setting R: it would have no effect.
-
-    Names that start with _ are the user's, and so are modules, classes and functions (`import PIL`).
-    """
-    folded = [name.replace("_", "") for name in known]
-    for name, value in script.items():
-        if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
-            continue
-        plain = name.lower()
-        meant = known[folded.index(plain.replace("_", ""))] if plain.replace("_", "") in folded else OTHER_NAMES.get(plain)
-        if name.isupper() and name.lower() not in known:
-            raise ConfigError(
-                f"{name} is not a setting; did you mean {nearest(name.lower(), known).upper()}? "
-                f"Names of your own start with _: _{name}"
-            )
-        if not name.isupper() and meant in known:
-            raise ConfigError(f"{name} is not a setting; write {meant.upper()}. Names of your own start with _: _{name}")
-
-
-def _refuse_flag(flag: str, known: list[str]) -> NoReturn:
-    """Raise ConfigError that suggests the nearest flag."""
-    name = flag.partition("=")[0]
-    if not name.startswith("-"):
-        raise ConfigError(f"{flag!r} is not a flag and not the value of one; write a value after its flag: --batch-size 8")
-    near = nearest(name.lstrip("-").replace("-", "_").lower(), [*known, "help"])
-    raise ConfigError(f"{name} is not a flag; did you mean --{near.replace('_', '-')}? --help lists all flags")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Return the setting that a wrong name most likely means."""
-    if OTHER_NAMES.get(name) in known:
-        return OTHER_NAMES[name]
-    longer = [one for one in known if len(name) > 2 and one.startswith(name)]  # an abbreviation
-    return longer[0] if longer else difflib.get_close_matches(name, known, 1, 0.0)[0]
-
-
-def refuse_unwritable(folder: str) -> None:
-    """Raise ConfigError if a folder cannot be created or written. Leave no file behind."""
-    path = Path(folder).absolute()
-    there, reason = path, ""
-    try:
-        there, about = next(filter(None, map(_found, (path, *path.parents))))
-        if stat.S_ISLNK(about.st_mode):
-            about = there.stat()  # raises FileNotFoundError or ELOOP for a broken link
-        if not stat.S_ISDIR(about.st_mode):
-            reason = "it is not a folder"
-        else:
-            with tempfile.TemporaryFile(dir=there):  # a test, because permissions do not show read-only file systems
-                pass
-    except FileNotFoundError:
-        reason = "it is a link to a missing folder" if there.is_symlink() else "no file can be created in it"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason:
-        name = "" if there == path else f"{there}: "
-        raise ConfigError(f"output_dir = {folder!r}: {name}{reason}; give a folder that can be written (--output-dir)")
-
-
-def _found(path: Path) -> tuple[Path, os.stat_result] | None:
-    """Return a path with its status, without following a link, or None if it does not exist."""
-    try:
-        return path, path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _bool(text: str) -> bool:
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def check(config: Any) -> None:

@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from lora_blip.cli import run_infer, run_train
-from lora_blip.config import InferConfig, TrainConfig, parse
+from lora_blip.config import InferConfig, TrainConfig
 from lora_blip.errors import ConfigError
+from lora_blip.flags import parse
 from tests.support import tiny
 from tests.support.runs import train_flags
 

@@ -22,10 +22,11 @@ import train
 from benchmarks.contestants import ours, peers, trainer
 from benchmarks.suite.pairs import OURS, TRAINER, Cell, Turn, compare, freed
 from benchmarks.suite.plan import Plan
-from lora_blip.config import TrainConfig, parse
+from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.images import augment
+from lora_blip.flags import parse
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models.loading import REPOSITORY, Backbone, load_backbone
 from lora_blip.models.precision import pick_precision

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm  # comes with transformers
 
-from lora_blip.config import EvaluateConfig, refuse_unwritable
+from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.leaks import Leak, find_leaks, leak_warning
@@ -23,10 +23,11 @@ from lora_blip.inference.setup import described, open_task, put_on, wanted_adapt
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.reports import report
-from lora_blip.reports.report import Card, ReportRow
+from lora_blip.reports.report import Card
+from lora_blip.reports.score_table import ReportRow
 from lora_blip.runtime import distributed
 from lora_blip.runtime.extras import attempt
-from lora_blip.runtime.files import csv_text, unused_path, write_whole
+from lora_blip.runtime.files import csv_text, refuse_unwritable, unused_path, write_whole
 from lora_blip.runtime.runs import METRICS_NAME, RUNS
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable

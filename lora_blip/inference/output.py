@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from lora_blip.config import InferConfig, refuse_unwritable
+from lora_blip.config import InferConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import ImageError, OutputError
 from lora_blip.inference.finished import Done, key_of, take_up
@@ -25,7 +25,7 @@ from lora_blip.inference.questions import is_file
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
-from lora_blip.runtime.files import FULL, unused_path, write_whole
+from lora_blip.runtime.files import FULL, refuse_unwritable, unused_path, write_whole
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.base import Task

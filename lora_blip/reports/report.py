@@ -5,7 +5,6 @@ This file prepares the data and escapes the texts. The template in the same fold
 
 import base64
 import hashlib
-import html
 import io
 import json
 import math
@@ -21,8 +20,8 @@ from PIL import Image
 
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
-from lora_blip.metrics.bootstrap import Interval
 from lora_blip.metrics.exact import normal
+from lora_blip.reports.score_table import ReportRow, escaped, scores_html
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.untrusted import printable
 from lora_blip.version import __version__
@@ -31,21 +30,7 @@ FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
 SIDE, QUALITY = 256, 72  # of a thumbnail: pixels of its longer side, JPEG's 1 to 95
 MOST_POINTS = 2000  # training steps in the curves; of a longer run, every n-th step
-NONE = '<span class="quiet">–</span>'  # a score that is missing
 MARKER = re.compile(r"<!-- (\w+) -->")  # a placeholder of the template
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """One row of the score table."""
-
-    name: str  # "CIDEr", "exact match", "R@1 image→text" …
-    base: Interval | None
-    adapted: Interval | None
-    note: str = ""  # why it is missing, or how it was measured
-    lower_is_better: bool = False  # a loss, a median rank
-    share: bool | None = None  # show in per cent; None: yes, unless it is CIDEr or greater than 1
-    gain: Interval | None = None  # adapted − base over the same images; None: only the difference is known
 
 
 @dataclass(frozen=True)
@@ -195,11 +180,6 @@ def policy(page: str) -> str:
 # ---------------------------------------------------------------- HTML without a script
 
 
-def escaped(text: str) -> str:
-    """Return a text as HTML, escaped."""
-    return html.escape(printable(text))
-
-
 def breakable(text: str) -> str:
     """Return a text as HTML with possible line breaks after slashes and underscores."""
     return re.sub(r"([/\\\\_])", r"\1<wbr>", escaped(text))
@@ -220,84 +200,3 @@ def facts_html(facts: Mapping[str, str]) -> str:
         f'<div><dt>{escaped(name)}</dt><dd dir="auto">{breakable(str(fact))}</dd></div>' for name, fact in facts.items()
     )
     return f'<section class="facts" aria-labelledby="f"><h2 id="f">What was measured</h2><dl>{items}</dl></section>'
-
-
-def scores_html(rows: Sequence[ReportRow]) -> str:
-    if not rows:
-        return ""
-    compared = any(row.base for row in rows)
-    names = ("score", "base", "adapted", "gain") if compared else ("score", "adapted")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return (
-        '<section class="scores" aria-labelledby="s"><h2 id="s">Scores</h2>'
-        f'<table><thead><tr>{head}<td class="plot"></td></tr></thead><tbody>'
-        f"{''.join(row_html(row, compared) for row in rows)}</tbody></table>"
-        '<p class="quiet"><span class="key base"></span> base <span class="key adapted"></span> adapted, '
-        "with 95 % intervals on an axis from 0 (to 100 %, or to the largest value).</p></section>"
-    )
-
-
-def row_html(row: ReportRow, compared: bool) -> str:
-    base, adapted = (one if one and math.isfinite(one.value) else None for one in (row.base, row.adapted))
-    most = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
-    share = row.share if row.share is not None else most <= 1 and "cider" not in row.name.lower()
-    note = f'<small dir="auto">{escaped(row.note)}</small>' if row.note else ""
-    gain = gain_html(base, adapted, row, share) if base and adapted else NONE
-    cells = {"base": interval_html(base, share), "adapted": interval_html(adapted, share), "gain": gain}
-    if not compared:
-        cells = {"adapted": cells["adapted"]}
-    return (
-        f'<tr><th scope="row">{escaped(row.name)}{note}</th>'
-        + "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells.items())
-        + f'<td class="plot">{plot_html(base, adapted, 1.0 if share else most)}</td></tr>'
-    )
-
-
-def interval_html(interval: Interval | None, share: bool) -> str:
-    if interval is None:
-        return NONE
-    value, low, high = (figure(x, share) for x in interval)
-    if math.isnan(interval.low):  # METEOR of a set is not a mean and has no interval
-        return f'<b>{value}{" %" * share}</b> <small class="range">no interval</small>'
-    return f'<b>{value}{" %" * share}</b> <small class="range">{low} to {high}</small>'
-
-
-def gain_html(base: Interval, adapted: Interval, row: ReportRow, share: bool) -> str:
-    """Return adapted − base with the word better or worse, and a note if it is not significant."""
-    gain = adapted.value - base.value
-    written = figure(abs(gain), share)
-    if not float(written):
-        return '<b class="same">± 0</b>'
-    verdict = "better" if (gain > 0) != row.lower_is_better else "worse"
-    if row.gain is not None:
-        doubt = ", could be chance" * (row.gain.low <= 0 <= row.gain.high)
-    else:
-        doubt = ", intervals overlap" * (adapted.low <= base.high and base.low <= adapted.high)
-    return f'<b class="{verdict}">{"+−"[gain < 0]}{written}</b> <small>{"points " * share}{verdict}{doubt}</small>'
-
-
-def plot_html(base: Interval | None, adapted: Interval | None, most: float) -> str:
-    """Return an SVG: base above adapted, each a dot on its interval, on an axis from 0 to `most`."""
-
-    def at(value: float) -> float:
-        return round(4 + 152 * min(1.0, max(0.0, value / (most or 1.0))), 1)
-
-    marks = "".join(
-        f'<g class="{name}"><path d="M{at(bound(x.low, x))} {y}H{at(bound(x.high, x))}"/>'
-        f'<circle cx="{at(x.value)}" cy="{y}" r="3.5"/></g>'
-        for name, x, y in (("base", base, 9), ("adapted", adapted, 21))
-        if x
-    )
-    axis = '<path class="axis" d="M4 2V28M156 2V28"/>'
-    return f'<svg viewBox="0 0 160 30" aria-hidden="true">{axis}{marks}</svg>' if marks else ""
-
-
-def bound(end: float, interval: Interval) -> float:
-    return interval.value if math.isnan(end) else end
-
-
-def figure(value: float, share: bool) -> str:
-    """Return a number as text: a share in per cent, 0.9712 → "97.1"; others with 3 digits, or 1 from 10 on."""
-    if share:
-        return f"{100 * value:.1f}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

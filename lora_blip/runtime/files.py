@@ -7,6 +7,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -129,3 +131,33 @@ def unused_path(path: Path) -> Path:
         if not os.path.lexists(name):
             return name
     raise ConfigError(f"{path} and 998 numbered names beside it exist; give another output_dir")
+
+
+def refuse_unwritable(folder: str) -> None:
+    """Raise ConfigError if a folder cannot be created or written. Leave no file behind."""
+    path = Path(folder).absolute()
+    there, reason = path, ""
+    try:
+        there, about = next(filter(None, map(_found, (path, *path.parents))))
+        if stat.S_ISLNK(about.st_mode):
+            about = there.stat()  # raises FileNotFoundError or ELOOP for a broken link
+        if not stat.S_ISDIR(about.st_mode):
+            reason = "it is not a folder"
+        else:
+            with tempfile.TemporaryFile(dir=there):  # a test, because permissions do not show read-only file systems
+                pass
+    except FileNotFoundError:
+        reason = "it is a link to a missing folder" if there.is_symlink() else "no file can be created in it"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        name = "" if there == path else f"{there}: "
+        raise ConfigError(f"output_dir = {folder!r}: {name}{reason}; give a folder that can be written (--output-dir)")
+
+
+def _found(path: Path) -> tuple[Path, os.stat_result] | None:
+    """Return a path with its status, without following a link, or None if it does not exist."""
+    try:
+        return path, path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None

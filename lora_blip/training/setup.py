@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lora_blip.config import TrainConfig, refuse_unwritable
+from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
@@ -26,6 +26,7 @@ from lora_blip.runtime import distributed
 from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
+from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable_lines
 from lora_blip.tasks import verification

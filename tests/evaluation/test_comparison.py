@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_blip.config import EvaluateConfig, parse
+from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.images import open_image
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import comparison, measures
+from lora_blip.flags import parse
 from lora_blip.inference.api import answers
 from lora_blip.inference.api import captions as say
 from lora_blip.inference.batch_runner import Runner

@@ -137,7 +137,8 @@ def test_a_part_that_is_lost_of_a_question_prompt_or_text_is_reported(tasks, mak
 
 
 def test_training_reports_the_share_before_the_first_step(checkpoints, tmp_path, monkeypatch, capsys):
-    from lora_blip.config import TrainConfig, parse
+    from lora_blip.config import TrainConfig
+    from lora_blip.flags import parse
     from lora_blip.training.loop import train
 
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.reports import report
-from lora_blip.reports.report import Card, ReportRow
+from lora_blip.reports.report import Card
+from lora_blip.reports.score_table import ReportRow, scores_html
 from lora_blip.runtime.untrusted import printable
 
 NASTY = [
@@ -166,12 +167,12 @@ def test_curves_survive_nan_and_long_runs(tmp_path: Path) -> None:
 
 def test_score_table_says_what_is_better() -> None:
     """adapted − base in points or plain figures; a falling loss is better; overlapping intervals are said; – has its note."""
-    table = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)) for row in report.scores_html(ROWS).split("<tr>")[2:]]
+    table = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)) for row in scores_html(ROWS).split("<tr>")[2:]]
     assert "25.0 % 20.0 to 30.0 75.0 % 70.0 to 80.0 +50.0 points better" in table[0]
     assert "0.900 0.800 to 1.000 0.500 0.400 to 0.850 −0.400 worse, intervals overlap" in table[1]
     assert "−2.000 better" in table[2] and "overlap" not in table[2]
     assert "needs Java &lt;i&gt; – – –" in table[3]
-    alone = report.scores_html(
+    alone = scores_html(
         [ReportRow("exact match", None, Interval(0.5, 0.4, 0.6)), ReportRow("x", None, Interval(float("nan"), 0, 1))]
     )
     assert "base</th>" not in alone and "gain" not in alone and "nan" not in alone
