@@ -524,7 +524,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(config):
     killed(config, {})
     with Path("out/predictions.jsonl").open("ab") as file:
         file.write(b"mine\n")
-    with pytest.raises(OutputError, match=r"predictions.jsonl:21 is no line"):
+    with pytest.raises(OutputError, match=r"predictions.jsonl:21 is not a prediction line"):
         infer(config)
     assert bytes_of("out")[output.FILE_NAME] == content[output.FILE_NAME] + b"mine\n"
 
