@@ -116,7 +116,7 @@ def stop(error: Exception) -> None:
     message = str(error).strip()
     if "Original Traceback" in message:  # from a worker process: the last line is the message
         message = message.splitlines()[-1].partition(": ")[2]
-    print(f"error: {printable_lines(message)}", file=sys.stderr)
+    print(f"error: {printable_lines(message)}\n", end="", file=sys.stderr)  # one write, so that lines of processes do not mix
     raise SystemExit(2)
 
 

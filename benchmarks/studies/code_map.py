@@ -12,7 +12,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lora_blip"
 PAGE = ROOT / "docs" / "code_map.md"
-FILES = ("config", "errors", "version", "cli", "doctor")  # files of the root that stand for themselves
 
 
 def imports() -> dict[str, set[str]]:
@@ -50,8 +49,8 @@ def reduced(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def picture(arrows: dict[str, set[str]]) -> str:
     """Return the graph in Mermaid, which GitHub draws. Training and inference have one level."""
-    lines = ["flowchart TD"]
-    for name, some in sorted(reduced(arrows).items(), key=lambda item: (-levels(arrows)[item[0]], item[0])):
+    lines, level = ["flowchart TD"], levels(arrows)
+    for name, some in sorted(reduced(arrows).items(), key=lambda item: (-level[item[0]], item[0])):
         lines += [f"    {name} --> {each}" for each in sorted(some)] or [f"    {name}"]
     return "\n".join(lines)
 

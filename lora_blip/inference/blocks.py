@@ -17,7 +17,7 @@ from lora_blip.inference.batch_runner import Runner, Work
 from lora_blip.inference.finished import key_of
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import RANKS_KEPT, Prediction, printed
-from lora_blip.runtime import signals as stop
+from lora_blip.runtime import signals
 from lora_blip.runtime.distributed import Ranks, is_lost
 from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
@@ -113,10 +113,10 @@ class BlockScheduler:
             self.ranks.broadcast(None)
             raise
 
-    def _stop_if_told(self, signals: list[int]) -> None:
-        if any(signals):
+    def _stop_if_told(self, received: list[int]) -> None:
+        if any(received):
             print(printable(self.out.paused()) if self.out else "", flush=True)
-            raise stop.Stopped(stop.INTERRUPTED if signal.SIGINT in signals else stop.SAVED)
+            raise signals.Stopped(signals.INTERRUPTED if signal.SIGINT in received else signals.SAVED)
 
 
 def _short(said: Prediction | ImageError) -> Prediction | ImageError:

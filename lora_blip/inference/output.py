@@ -25,7 +25,7 @@ from lora_blip.inference.questions import is_file
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
-from lora_blip.runtime.files import FULL, refuse_unwritable, unused_path, write_whole
+from lora_blip.runtime.files import refuse_unwritable, room_for, unused_path, write_whole
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.base import Task
@@ -170,7 +170,11 @@ def opened(folder: Path, what: dict[str, Any], resume: bool) -> Iterator[Output]
 
     Raise OutputError if it belongs to another run, or if the disk is full.
     """
-    with room_for(folder):
+    advice = (
+        "; the lines in it are safe. Free some space, then start again with the same settings and "
+        f"--output-dir {folder} to resume"
+    )
+    with room_for(folder, OutputError, advice):
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
             then = _refuse_taken(folder, resume)
@@ -203,17 +207,3 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
         about = None
     ours = isinstance(about, dict) and isinstance(about.get("run"), dict)
     return about if ours else {"finished": True, "run": {}}
-
-
-@contextmanager
-def room_for(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk or quota into an OutputError that says what is safe and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OutputError(
-            f"no room left to write in {folder} ({error.strerror}); the lines in it are safe. Free some space, then start "
-            f"again with the same settings and --output-dir {folder} to resume"
-        ) from None

@@ -12,8 +12,7 @@ from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import ConfigError, ImageError
 from lora_blip.inference import output
 from lora_blip.inference.questions import Prompted, asked, read_references, read_texts, trim_references
-from lora_blip.lora import adapter_file as adapter
-from lora_blip.lora import attached, merging
+from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.models import weights
 from lora_blip.models.identity import processors_digest, weights_digest
@@ -82,7 +81,7 @@ def picture_digest(example: Example) -> str:
 
 
 def wanted_adapter(name: str) -> Adapter | None:
-    return None if name in ("", "none") else adapter.read(runs.locate(name))
+    return None if name in ("", "none") else adapter_file.read(runs.locate(name))
 
 
 def open_task(
@@ -101,7 +100,7 @@ def open_task(
 
 def put_on(task: Task, wanted: Adapter, merge: bool, precision: str = "fp32") -> None:
     """The adapter onto the task's backbone, with what it learned beside the weights, which are then cast once."""
-    adapter.load(task.backbone, wanted)
+    adapter_file.load(task.backbone, wanted)
     if merge:
         merging.bake(task.backbone.model)
     weights.cast_once(task.backbone, precision)

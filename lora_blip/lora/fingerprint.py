@@ -1,5 +1,7 @@
 """Fingerprints of a base: a few weights of some linears, to detect that an adapter is loaded on another base."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +15,11 @@ SAMPLES = 16  # sampled weights of each linear, evenly spaced
 LARGEST = torch.finfo(torch.float32).max
 WHEREABOUTS = ("_name_or_path", "transformers_version")  # settings that may differ for the same base
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON. Other objects are represented by their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def settings_of(part: Any) -> dict[str, Any]:

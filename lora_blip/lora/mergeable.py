@@ -11,6 +11,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks
 
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_TENSORS, QuickLinear
+from lora_blip.lora.attached import OURS
 from lora_blip.lora.sites import is_quantized, refuse_meta
 
 PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)
@@ -98,7 +99,7 @@ def _check_forward(path: str, linear: Any) -> None:
 def _check_hooks(path: str, linear: Any) -> None:
     """Raise LoRAError if a foreign hook that runs before ours changes the output: merged, it would change the update too."""
     own = list(linear._forward_hooks.items())
-    ours = next((place for place, (_, hook) in enumerate(own) if getattr(hook, "__module__", "").startswith("lora_blip.")), 0)
+    ours = next((place for place, (_, hook) in enumerate(own) if hook in OURS), 0)
     earlier = [*_global_forward_hooks.items(), *own[:ours]]
     if not earlier:
         return

@@ -6,7 +6,7 @@ import json
 import torch
 from torch import nn
 
-from lora_blip.lora.fingerprint import settings_of
+from lora_blip.lora.fingerprint import digest_of, settings_of
 from lora_blip.models.loading import Backbone
 
 SAMPLES = 16  # sampled values of each weight, evenly spaced
@@ -19,7 +19,7 @@ def processors_digest(backbone: Backbone) -> str:
         settings_of(backbone.image_processor),
         backbone.tokenizer.get_vocab(),
     ]
-    return hashlib.sha256(json.dumps(pieces, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(pieces)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -10,7 +10,8 @@ import shutil
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_blip.errors import ConfigError
@@ -161,3 +162,14 @@ def _found(path: Path) -> tuple[Path, os.stat_result] | None:
         return path, path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+@contextmanager
+def room_for(folder: Path, error_class: type[Exception], advice: str) -> Iterator[None]:
+    """Turn the error of a full disk or quota into an `error_class` whose message ends with what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise error_class(f"no room left to write in {folder} ({error.strerror}){advice}") from None

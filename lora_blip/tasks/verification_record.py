@@ -1,6 +1,5 @@
 """The record of what `verification` has checked on this machine: one small file for each combination."""
 
-import hashlib
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ def base_of(backbone: Backbone) -> str:
     """Return a digest of a base: its configuration, and samples of its weights."""
     loras = [x for name in attached.names(backbone.model) for x in attached.adapters(backbone.model, name).values()]
     samples = backbone.samples or fingerprint.samples(backbone.model, loras)
-    return digest({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
+    return fingerprint.digest_of({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
 
 
 def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -42,14 +41,10 @@ def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> d
     }  # fmt: skip
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def path_of(key: dict[str, Any]) -> Path:
     """Return the file that records that a key has been checked on this machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lora_blip" / "verified" / f"{digest(key)[:32]}.json"
+    return cache / "lora_blip" / "verified" / f"{fingerprint.digest_of(key)[:32]}.json"
 
 
 def is_verified(key: dict[str, Any]) -> bool:

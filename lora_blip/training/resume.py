@@ -15,7 +15,7 @@ from lora_blip.errors import CheckpointError
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime import lock
-from lora_blip.runtime.agreement import ADDED, changes
+from lora_blip.runtime.agreement import changes
 from lora_blip.training import checkpoint
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner
@@ -47,7 +47,7 @@ def identity(
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what has changed since a training run, in words. A setting that its version did not have had its default."""
     if "training lines" in then:
-        then = {entry.name: entry.default for entry in fields(TrainConfig)} | ADDED | then
+        then = {entry.name: entry.default for entry in fields(TrainConfig)} | then
     return changes(then, now)
 
 

@@ -5,8 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from lora_blip.errors import AdapterError, CheckpointError, ConfigError
 from lora_blip.lora import adapter_file
 from lora_blip.runtime import lock
 from lora_blip.runtime.extras import attempt
-from lora_blip.runtime.files import FULL, make_whole, sweep, unused_path, write_whole
+from lora_blip.runtime.files import FULL, make_whole, room_for, sweep, unused_path, write_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME
 from lora_blip.runtime.untrusted import printable
 from lora_blip.training import checkpoint
@@ -28,6 +27,9 @@ from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.tensorboard import summary_writer
 
+INTACT = (  # after the error of a full disk
+    ". The existing checkpoints are intact: free some space, then start again with the same settings to resume from the newest"
+)
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # of a line of metrics.jsonl: not for TensorBoard
 
 
@@ -75,7 +77,7 @@ class Run:
             self.best = Best(best["by"], best["step"], best["stale"], rank, self.config.min_improvement, improved, reached)
 
     def _open(self, saved: Saved | None, held: ExitStack) -> None:
-        with room_for(self.folder):
+        with room_for(self.folder, CheckpointError, INTACT):
             self._fill(saved, held)
 
     def _fill(self, saved: Saved | None, held: ExitStack) -> None:
@@ -202,7 +204,7 @@ class Run:
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **about: Any) -> Path:
         summary = {"steps": step, **about, **self.last, "settings": asdict(self.config)}
         task = self.learner.task
-        with room_for(self.folder):
+        with room_for(self.folder, CheckpointError, INTACT):
             return adapter_file.save(
                 path, task.backbone, task=task.metadata(), training=summary, merge_drift=merge_drift, overwrite=True
             )
@@ -219,7 +221,7 @@ class Run:
         if not self.main:
             self.learner.state_dict()  # it gathers tensors from all ranks
             return
-        with room_for(self.folder):
+        with room_for(self.folder, CheckpointError, INTACT):
             os.fsync(self.metrics.fileno())
             self._keep(self.folder, os.fstat(self.metrics.fileno()).st_size)
 
@@ -270,24 +272,10 @@ class Run:
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board and attempt("TensorBoard from here on", lambda: self._track(entry)) is None:
             self.board = None
-        with room_for(self.folder):
+        with room_for(self.folder, CheckpointError, INTACT):
             line = (json.dumps(entry) + "\n").encode()
             if self.metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextmanager
-def room_for(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk or quota into a CheckpointError that says what is safe and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise CheckpointError(
-            f"no room left to write in {folder} ({error.strerror}). The existing checkpoints are intact: free some space, "
-            "then start again with the same settings to resume from the newest"
-        ) from None
 
 
 def digits(value: float) -> float:

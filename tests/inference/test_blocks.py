@@ -13,7 +13,6 @@ import tarfile
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from lora_blip.lora import injection
 from lora_blip.runtime import lock, signals
 from lora_blip.tasks.caption import CaptionTask
 from tests.support import tiny
-from tests.support.kill import among
+from tests.support.kill import among, forked
 
 FILES = (output.FILE_NAME, output.ERRORS_NAME)
 COUNT, BROKEN = 23, (3, 8, 22)  # of the photos
@@ -89,21 +88,6 @@ def slowly(seconds: float) -> None:
         return real(*arguments, **named)
 
     CaptionTask.predict = predict  # type: ignore[method-assign]
-
-
-def forked(act: Callable[[], object]) -> int:
-    """`act` in a process of its own, already running: its pid."""
-    child = os.fork()
-    if not child:
-        try:
-            act()
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(int(end.code or 0))
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
-    return child
 
 
 def ended(child: int) -> int:

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -62,15 +63,21 @@ def _among(count: int, act: Callable[[], object]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            _end(act)
-        children.append(child)
-    return _ends(children)
+
+    def act_as(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        act()
+
+    return _ends([forked(partial(act_as, rank)) for rank in range(count)])
+
+
+def forked(act: Callable[[], object]) -> int:
+    """Start `act` in a forked process and return its pid."""
+    child = os.fork()
+    if not child:
+        _end(act)
+    return child
 
 
 def _ends(children: list[int]) -> list[int]:
@@ -88,15 +95,16 @@ def _ends(children: list[int]) -> list[int]:
 
 
 def _end(act: Callable[[], object]) -> None:
-    """Leave a forked process without pytest's own end; one that is stuck says where before it is killed."""
-    status = 1
+    """Leave a forked process without pytest's own end; one that is stuck says where before it is killed.
+
+    It exits before the error is freed: gloo sometimes waits forever for a lost process when the frames of an error are freed.
+    """
     faulthandler.dump_traceback_later(LONGEST - 5, file=2)
     try:
         act()
-        status = 0
+        os._exit(0)
     except SystemExit as end:
-        status = int(end.code or 0)
+        os._exit(int(end.code or 0))
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
-    finally:
-        os._exit(status)
+        os._exit(1)

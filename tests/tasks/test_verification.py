@@ -21,7 +21,7 @@ from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.predictor import Predictor
 from lora_blip.kernels import switch, vit_attention
 from lora_blip.kernels import text_attention as text_attention
-from lora_blip.lora import attached, fused, injection
+from lora_blip.lora import attached, fingerprint, fused, injection
 from lora_blip.models.packing import Packed
 from lora_blip.models.precision import autocasting
 from lora_blip.tasks import verification, verification_record
@@ -256,7 +256,7 @@ def test_what_changes_the_computation_is_checked_apart(make):
     task, _ = learned("blip", make)
 
     def key(precision: str = "fp32", **settings: Any) -> str:
-        return verification_record.digest(
+        return fingerprint.digest_of(
             verification_record.key_of(task, verification_record.base_of(task.backbone), precision, settings)
         )
 
