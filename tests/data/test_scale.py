@@ -9,7 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -418,25 +418,49 @@ def test_workers_hand_over_what_one_process_would(source, make):
 # ---------------------------------------------------------------- how long, how much
 
 
-@pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
-def test_a_hundred_thousand_lines_cost_a_few_times_their_json(kind, tmp_path, make):
-    """At most 12 times what `json.loads` takes for them in the same process, and 800 bytes a line at the peak of all."""
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(lines_of(kind, 100_000)))
+def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], list[Example]]:
+    """All that a run does with its lines before the first step: read, check, count tokens, split, and digest."""
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
     task.bounds.at_most("a", 0)
-    gc.collect()
-    start = time.process_time()
-    for line in path.read_text().splitlines():
-        json.loads(line)
-    alone = time.process_time() - start
-    before, start = resident(), time.process_time()
+    path.write_text("".join(lines_of(kind, count)))
     examples, _ = annotations.read(path, check=task.check, decode=False, expect=task.pretokenize)
     training, validation = annotations.split_by_image(examples, 0.1, 0)
     resume.lines_digest(training, False)
-    took = time.process_time() - start
-    assert len(training) + len(validation) == 100_000 and took < 12 * alone + 0.2, (took, alone)
-    assert resident() - before < 100_000 * 800
+    return training, validation
+
+
+CALLS = {"captions, 5 an image": 50, "questions, 1 an image": 375}  # 33 and 248 today
+
+
+def calls_of(act: Callable[[], object]) -> int:
+    """The number of calls of Python and C functions. Unlike seconds, it does not depend on the load of the machine."""
+    calls = 0
+
+    def count(_frame, event: str, _argument) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
+def test_the_work_for_a_line_is_constant(kind, tmp_path, make):
+    """Twice the lines take twice the calls, and at most CALLS for each line. `benchmarks.studies.lines` measures seconds."""
+    few, many = (calls_of(lambda n=n: prepared(kind, n, tmp_path / "x.jsonl", make)) for n in (5_000, 10_000))
+    assert (many - few) / 5_000 < CALLS[kind] and many < 2.05 * few
+
+
+@pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
+def test_a_hundred_thousand_lines_take_at_most_800_bytes_each(kind, tmp_path, make):
+    gc.collect()
+    before = resident()
+    training, validation = prepared(kind, 100_000, tmp_path / "x.jsonl", make)
+    assert len(training) + len(validation) == 100_000 and resident() - before < 100_000 * 800
     gc.unfreeze()
 
 

@@ -43,7 +43,7 @@ def refused(folder: Path) -> str:
     with pytest.raises(ModelError) as caught:
         load_backbone(str(folder), "cpu")
     message = str(caught.value)
-    assert time.perf_counter() - start < 20 and len(message) < 1000
+    assert time.perf_counter() - start < 60 and len(message) < 1000
     assert not any(ord(c) < 32 and c != "\n" for c in message) and message.count("\n") <= 1
     return message
 

@@ -109,7 +109,7 @@ def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkp
     changed = {"lines": {"annotations": str(other)}, "lr": {"lr": 0.5}, "missing": {"annotations": "gone.jsonl"}}[change]
     start = time.monotonic()
     codes = among(2, lambda: train(replace(config, **(changed if os.environ["RANK"] == "1" else {}))))
-    assert codes == [1, 1] and time.monotonic() - start < 30
+    assert codes == [1, 1] and time.monotonic() - start < 60
     said = capfd.readouterr().err
     expected = {
         "lines": "process 1 would train something else than process 0: training lines are not the same",
