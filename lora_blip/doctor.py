@@ -13,7 +13,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.loader import HostBatch
 from lora_blip.lora import injection, targets
 from lora_blip.metrics.java import NOTICE
-from lora_blip.models.loading import REPOSITORY, load_backbone
+from lora_blip.models.loading import load_backbone
 from lora_blip.models.precision import DTYPES, emulated
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks.registry import TASKS, natural_task
@@ -101,7 +101,7 @@ def run_test(name: str, check: Callable[[str], str]) -> bool:
 
 def hook_fires(name: str) -> str:
     """Load an embedded base, inject adapters into its ViT, and check that a changed B changes the logits."""
-    backbone = load_backbone(str(REPOSITORY / name), "cpu")
+    backbone = load_backbone(name, "cpu")
     task = TASKS[natural_task(backbone.architecture)](backbone)
     side = backbone.model.config.vision_config.image_size
     pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))

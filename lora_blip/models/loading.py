@@ -38,7 +38,8 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip": (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
     "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
 }
-REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parent
 _IMPORTED_IN = os.getpid()
 
 
@@ -176,11 +177,15 @@ def load_config(source: str) -> PretrainedConfig:
 
 
 def locate_model(name: str) -> str:
-    """Return the folder or the hub name. A relative folder may also be in the repository, such as assets/tiny-blip."""
+    """Return the folder or the hub name. A relative folder may also be in the installed package or in the repository.
+
+    So "assets/tiny-blip" is an embedded base in every working folder, unless the folder has its own assets/tiny-blip.
+    """
     if Path(name).is_dir():
         return name
-    if (REPOSITORY / name / "config.json").is_file():
-        return str(REPOSITORY / name)
+    for root in (PACKAGE, REPOSITORY):
+        if (root / name / "config.json").is_file():
+            return str(root / name)
     if name.startswith(("/", ".", "~", "assets/")):
         raise ModelError(f"model folder {name!r} does not exist; give the folder of a checkpoint, or a hub name")
     return name
