@@ -1,27 +1,36 @@
 """Caption images, ask about them or rank texts for them: edit the settings, then `python infer.py`. Each is also a flag."""
 
+# Model and task
 MODEL = ""  # hub name or folder of the base; empty: the base that the adapter was trained on
 ADAPTER = "latest"  # an adapter file or a run folder; "latest": the newest run; "none": the base alone
-TASK = "auto"  # "caption", "vqa" or "retrieval"; auto: the adapter's task, or the natural task of the checkpoint
+TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the adapter's task, or that of the checkpoint
+
+# Input
 IMAGES = "image_test"  # a file, a folder, a glob, a list (.txt, .jsonl) or shards ("shards/{0000..0031}.tar")
 QUESTION = ""  # vqa: a question about every image; or a file with lines {"image": …, "question": …}
 TEXTS = ""  # rank these texts for every image: a file with a text per line, or texts separated by |
 PROMPT = ""  # start of every caption; empty: the adapter's prompt; "none": no prompt
+IMAGE_SIZE = 0  # side of the square images in pixels; 0: the adapter's setting, or the model's size
+
+# Output
+OUTPUT_DIR = ""  # folder of predictions.jsonl; empty: a new folder in lora_blip_output
+RESUME = True  # continue an interrupted run in the same OUTPUT_DIR; False: refuse its folder
+REFERENCES = ""  # annotations with the right texts; the task's score is then printed
+IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their folder
+COMPARE = False  # run the base as well, and print both side by side
+
+# Generation
 MAX_NEW_TOKENS = 0  # most tokens of a text; 0: the adapter's setting, or 40
 NUM_BEAMS = 0  # beams; 0: the adapter's setting, or 1
-IMAGE_SIZE = 0  # side of the square images in pixels; 0: the adapter's setting, or the model's size
 SAMPLE = False  # sample tokens at random instead of taking the likeliest
+SEED = 0  # seed of sampling
+
+# Speed and memory
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
+PRECISION = "auto"  # "fp16", "bf16" or "fp32"; "auto": the best for the device
 BATCH_SIZE = 16  # images per batch; halved if the device runs out of memory
 MERGE = True  # merge the adapter into the weights, which is faster; False: keep its hooks
 FAST = True  # faster attention and products, equal to transformers' up to rounding; False: transformers' own
-COMPARE = False  # run the base as well, and print both side by side
-REFERENCES = ""  # annotations with the right texts; the task's score is then printed
-IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their folder
-OUTPUT_DIR = ""  # folder of predictions.jsonl; empty: a new folder in lora_blip_output
-RESUME = True  # continue an interrupted run in the same OUTPUT_DIR; False: refuse its folder
-PRECISION = "auto"  # "fp16", "bf16" or "fp32"; auto: the best for the device
-DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
-SEED = 0  # seed of sampling
 
 if __name__ == "__main__":
     from lora_blip.cli import run_infer

@@ -1,56 +1,72 @@
 """Train a LoRA adapter: edit the settings, then `python train.py`. Each is also a flag: --batch-size 8."""
 
+# Base and task
 MODEL = "assets/tiny-blip"  # hub name or folder: "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"
-TASK = "auto"  # "caption", "vqa" or "retrieval"; auto: the natural task of the checkpoint
+TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the natural task of the checkpoint
+
+# Data
 ANNOTATIONS = "annotations.jsonl"  # lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
 IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' folder
-PROMPT = ""  # text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"
-IMAGE_SIZE = 0  # side of the square images in pixels, with interpolated positions; 0: the model's own size
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
-VAL_ANNOTATIONS = ""  # annotations of the validation images; empty: VAL_FRACTION of the images
-OUTPUT_DIR = "lora_blip_output"  # folder in which each run creates its own folder
+PROMPT = ""  # text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"
 
+# Adapter
 TARGETS = "vit"  # modules to adapt: "vit", "vit,qformer", "text", "lm", "vit.q,vit.v", "vit[8:12]", "text:r=4", a regex
 R = 8  # rank of the update
 ALPHA = 32.0  # the update is scaled by alpha / r
 DROPOUT = 0.0  # dropout on the adapters' input
 
+# Training
 EPOCHS = 30  # passes over the training images
 MAX_STEPS = 0  # stop after this number of optimizer steps; 0: after the epochs
 BATCH_SIZE = 8  # images in a micro-batch
 ACCUMULATION = 1  # micro-batches in an optimizer step
 LR = 0.0  # peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e-3 (BLIP-2)
+
+# Run
+OUTPUT_DIR = "lora_blip_output"  # folder in which each run creates its own folder
+RESUME = "auto"  # "auto": the newest interrupted run with these settings; a run's folder; "off": a new run
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
+PRECISION = "auto"  # "fp16", "bf16" or "fp32"; "auto": the best for the device
+SEED = 0  # seed of the split, the order, the augmentation and the initial adapters
+
+# More: images
+IMAGE_SIZE = 0  # side of the square images in pixels, with interpolated positions; 0: the model's own size
+AUGMENT = True  # small random shift, scale and brightness; mirror, unless a text says left or right
+VIEWS = 0  # augmented versions of each image, used in turn and cached; 0: always a new one
+VAL_ANNOTATIONS = ""  # annotations of the validation images; empty: VAL_FRACTION of the images
+ON_BAD_DATA = "stop"  # if a line of the annotations is invalid: "stop" or "skip" the line
+CHECK_IMAGES = "all"  # "all": decode each before the first step; "lazy": decode when needed, and stop at a broken one
+NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else 4
+
+# More: optimizer
 WARMUP_STEPS = 20  # optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps
 WEIGHT_DECAY = 0.01  # AdamW's decoupled weight decay of the adapters
 MAX_GRAD_NORM = 1.0  # clip gradients to this norm; 0: do not clip
-PRECISION = "auto"  # "fp16", "bf16" or "fp32"; auto: the best for the device
-BASE_DTYPE = "auto"  # dtype of the frozen weights; auto: 16 bits if autocast reads them in 16 bits
-CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
-AUGMENT = True  # small random shift, scale and brightness; mirror, unless a text says left or right
-VIEWS = 0  # augmented versions of each image, used in turn and cached; 0: always a new one
-CACHE_GB = 10.0  # GB of disk for a cache of images and ViT states that repeat; 0: no cache
-FAST = True  # use faster attention, updates and packed texts; False: the plain computation, for comparison
-COMPILE = False  # torch.compile the ViT's blocks: a slower start, and faster steps on some machines
+MAX_SKIPPED = 10  # stop after this many steps in a row with a loss or gradient that is not finite
 
+# More: validation and generation
 VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, at least 10; the last step is always validated
-BEST_BY = "auto"  # score that selects best.safetensors: "loss", "exact_match", "cider", "vqa_accuracy" …; auto: the task's
+BEST_BY = "auto"  # score that selects best.safetensors: "loss", "exact_match", "cider" …; "auto": the task's
 PATIENCE = 0  # stop after this many validations without a better BEST_BY; 0: never
-MIN_IMPROVEMENT = 1e-4  # smallest gain in BEST_BY that PATIENCE counts as better
-TENSORBOARD = False  # also write TensorBoard event files: pip install 'lora_blip[tensorboard]'
+MIN_IMPROVEMENT = 0.0001  # smallest gain in BEST_BY that PATIENCE counts as better
 MAX_NEW_TOKENS = 0  # most tokens of a generated text, stored in the adapter; 0: the longest text plus a margin
 NUM_BEAMS = 1  # beams of generation, in validation and stored in the adapter
-MAX_SKIPPED = 10  # stop after this many steps in a row with a loss or gradient that is not finite
+
+# More: speed and memory
+FAST = True  # use faster attention, updates and packed texts; False: the plain computation, for comparison
+COMPILE = False  # torch.compile the ViT's blocks: a slower start, and faster steps on some machines
+CACHE_GB = 10.0  # GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache
+BASE_DTYPE = "auto"  # dtype of the frozen weights; "auto": 16 bits if autocast reads them in 16 bits
+CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
 SHARD = False  # shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU
-RESUME = "auto"  # auto: the newest interrupted run with these settings; a run's folder; "off": a new run
-ALLOW_CHANGED = False  # resume although settings, data or base have changed; the result differs
+
+# More: checkpoints and logs
 CHECKPOINT_SECONDS = 60.0  # seconds between checkpoints; 0: a checkpoint after every micro-batch
 KEEP_CHECKPOINTS = 2  # number of newest checkpoints to keep
-SEED = 0  # seed of the split, the order, the augmentation and the initial adapters
-DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
-NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else 4
+ALLOW_CHANGED = False  # resume although settings, data or base have changed; the result differs
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
-ON_BAD_DATA = "stop"  # if a line of the annotations is invalid: "stop" or "skip"
-CHECK_IMAGES = "all"  # "all": decode each before the first step; "lazy": decode when needed, and stop at a broken one
+TENSORBOARD = False  # also write TensorBoard event files: pip install 'lora_blip[tensorboard]'
 
 if __name__ == "__main__":
     from lora_blip.cli import run_train

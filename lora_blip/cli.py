@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
@@ -13,6 +15,8 @@ from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
 from lora_blip.runtime.untrusted import for_terminal, printable_lines
+
+DEPENDENCIES = ("torch", "transformers", "PIL", "numpy", "safetensors", "tqdm")  # modules of pyproject.toml's dependencies
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
@@ -55,6 +59,8 @@ def report_errors(run: Callable[[], None]) -> None:
             raise SystemExit(2) from None
         if isinstance(error, LoraBlipError):
             stop(error)
+        if isinstance(error, ModuleNotFoundError) and error.name in DEPENDENCIES:
+            stop(RuntimeError(missing_dependency(str(error.name))))
         if is_lost_worker(error) or is_process_limit(error):
             for child in multiprocessing.active_children():
                 child.kill()  # loader workers ignore SIGTERM, and Python waits for them when it ends
@@ -104,6 +110,17 @@ class TerminalStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def missing_dependency(module: str) -> str:
+    """Return the message for a library that is not installed: the command that installs all of them into this Python."""
+    repository = Path(__file__).resolve().parents[1]
+    is_checkout = (repository / "pyproject.toml").is_file()
+    project = f"-e {shlex.quote(str(repository))}" if is_checkout else "lora_blip"
+    made = repository / ".venv" / "bin" / "python"
+    has_made = is_checkout and made.exists() and made != Path(sys.executable)
+    other = f", or use the Python that `make` has set up: {shlex.quote(str(made))}" if has_made else ""
+    return f"{module} is not installed; install it: {shlex.quote(sys.executable)} -m pip install {project}{other}"
 
 
 def print_traceback(*error: Any) -> None:

@@ -1,7 +1,7 @@
 """The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from lora_blip.errors import ConfigError
@@ -15,103 +15,132 @@ LARGEST = {  # largest sensible values, by setting
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
     "min_improvement": 1e6,
 }  # fmt: skip
+ABOVE_ZERO = (  # settings of training
+    "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",
+)  # fmt: skip
+AT_LEAST_ZERO = (
+    "lr", "checkpoint_seconds", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "validate_every",
+    "patience", "max_new_tokens", "min_improvement", "views", "cache_gb", "image_size",
+)  # fmt: skip
 
 
-def setting(default: Any, doc: str) -> Any:
-    """Return a dataclass field with a help text, which is also the comment in train.py or infer.py."""
-    return field(default=default, metadata={"doc": doc})
+def setting(default: Any, doc: str, group: str = "", path: Literal["", "always", "if it exists"] = "") -> Any:
+    """Return a dataclass field for a setting.
+
+    doc: the only source of the setting's help text. `--help` prints it, and it is the comment in train.py or infer.py:
+        `python -m benchmarks.studies.script_settings` writes those lines. Names of settings are in capitals.
+    group: the heading above the setting, if it is the first of a group.
+    path: whether a value of a script is a path that is relative to the script's folder.
+    """
+    return field(default=default, metadata={"doc": doc, "group": group, "path": path})
+
+
+def settings_of(kind: Any) -> list[Field[Any]]:
+    """Return the fields of a config class that are settings, in their order."""
+    return [entry for entry in fields(kind) if "doc" in entry.metadata]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run."""
+    """All settings of a training run. The first five groups are those that most runs change."""
 
-    model: str = setting("assets/tiny-blip", "hub name or folder of a BLIP or BLIP-2 checkpoint")
-    task: str = setting("auto", f"what to learn: {', '.join(TASK_NAMES)}; auto: the natural task of the checkpoint")
-    annotations: str = setting("annotations.jsonl", 'lines of {"image": …, "text": …}, or with question and answers')
-    image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' folder")
-    prompt: str = setting("", "text before every caption, not in the loss; vqa: a template that contains {question}")
-    image_size: int = setting(0, "side of the square images in pixels, with interpolated positions; 0: the model's own size")
+    model: str = setting(
+        "assets/tiny-blip", 'hub name or folder: "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"',
+        group="Base and task", path="if it exists",
+    )  # fmt: skip
+    task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the natural task of the checkpoint')
+
+    annotations: str = setting(
+        "annotations.jsonl", 'lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"',
+        group="Data", path="always",
+    )  # fmt: skip
+    image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' folder", path="always")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
-    val_annotations: str = setting("", "annotations of the validation images; empty: val_fraction of the images")
-    output_dir: str = setting("lora_blip_output", "folder in which each run creates its own folder")
-    targets: str = setting("vit", "modules to adapt: vit, qformer, text, lm, vit.q, vit[8:12], text:r=4, a name or a regex")
+    prompt: str = setting("", 'text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"')
+
+    targets: str = setting(
+        "vit", 'modules to adapt: "vit", "vit,qformer", "text", "lm", "vit.q,vit.v", "vit[8:12]", "text:r=4", a regex',
+        group="Adapter",
+    )  # fmt: skip
     r: int = setting(8, "rank of the update")
     alpha: float = setting(32.0, "the update is scaled by alpha / r")
     dropout: float = setting(0.0, "dropout on the adapters' input")
-    epochs: int = setting(30, "passes over the training images")
+
+    epochs: int = setting(30, "passes over the training images", group="Training")
     max_steps: int = setting(0, "stop after this number of optimizer steps; 0: after the epochs")
     batch_size: int = setting(8, "images in a micro-batch")
     accumulation: int = setting(1, "micro-batches in an optimizer step")
     lr: float = setting(0.0, "peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e-3 (BLIP-2)")
-    warmup_steps: int = setting(20, "optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps")
+
+    output_dir: str = setting("lora_blip_output", "folder in which each run creates its own folder", group="Run", path="always")
+    resume: str = setting(
+        "auto", '"auto": the newest interrupted run with these settings; a run\'s folder; "off": a new run', path="if it exists"
+    )
+    device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
+    precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
+    seed: int = setting(0, "seed of the split, the order, the augmentation and the initial adapters")
+
+    image_size: int = setting(
+        0, "side of the square images in pixels, with interpolated positions; 0: the model's own size", group="More: images"
+    )
+    augment: bool = setting(True, "small random shift, scale and brightness; mirror, unless a text says left or right")
+    views: int = setting(0, "augmented versions of each image, used in turn and cached; 0: always a new one")
+    val_annotations: str = setting("", "annotations of the validation images; empty: VAL_FRACTION of the images", path="always")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the annotations is invalid: "stop" or "skip" the line')
+    check_images: Literal["all", "lazy"] = setting(
+        "all", '"all": decode each before the first step; "lazy": decode when needed, and stop at a broken one'
+    )
+    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
+
+    warmup_steps: int = setting(
+        20, "optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps", group="More: optimizer"
+    )
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay of the adapters")
     max_grad_norm: float = setting(1.0, "clip gradients to this norm; 0: do not clip")
-    precision: Precision = setting("auto", "precision of autocast: fp16, bf16 or fp32; auto: the best for the device")
-    base_dtype: Precision = setting("auto", "dtype of the frozen weights; auto: 16 bits if autocast reads them in 16 bits")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
-    augment: bool = setting(True, "small random shift, scale and brightness; mirror, unless a text says left or right")
-    views: int = setting(0, "versions of each augmented image, used in turn; 0: always a new one")
-    cache_gb: float = setting(
-        10.0, "GB of disk in output_dir/.cache for images and ViT states that repeat between epochs; 0: no cache"
+    max_skipped: int = setting(10, "stop after this many steps in a row with a loss or gradient that is not finite")
+
+    validate_every: int = setting(
+        0, "steps between validations; 0: a tenth of the run, at least 10; the last step is always validated",
+        group="More: validation and generation",
+    )  # fmt: skip
+    best_by: str = setting("auto", 'score that selects best.safetensors: "loss", "exact_match", "cider" …; "auto": the task\'s')
+    patience: int = setting(0, "stop after this many validations without a better BEST_BY; 0: never")
+    min_improvement: float = setting(1e-4, "smallest gain in BEST_BY that PATIENCE counts as better")
+    max_new_tokens: int = setting(
+        0, "most tokens of a generated text, stored in the adapter; 0: the longest text plus a margin"
     )
-    fast: bool = setting(True, "use faster attention, updates and texts; false: the plain computation")
-    compile: bool = setting(False, "torch.compile the ViT's blocks: slow start, faster steps on some machines")
-    validate_every: int = setting(0, "steps between validations; 0: a tenth of the run, at least 10. The end is validated")
-    best_by: str = setting("auto", "score that selects best.safetensors: loss, exact_match, cider …; auto: the task's own")
-    patience: int = setting(0, "stop after this many validations without a better best_by; 0: never")
-    min_improvement: float = setting(1e-4, "smallest gain in best_by that patience counts as better")
-    tensorboard: bool = setting(False, "also write TensorBoard event files (pip install 'lora_blip[tensorboard]')")
-    max_new_tokens: int = setting(0, "most tokens of a generated text, kept in the adapter; 0: longest text and a margin")
     num_beams: int = setting(1, "beams of generation, in validation and stored in the adapter")
-    max_skipped: int = setting(10, "stop after this many steps in a row with a non-finite loss or gradient")
-    shard: bool = setting(False, "shard the frozen weights over torchrun's processes (FSDP2), for a large model")
-    resume: str = setting("auto", "auto: the newest interrupted run with these settings; a run's folder; off: a new run")
-    allow_changed: bool = setting(False, "resume although settings, data or base have changed; the result differs")
-    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0: a checkpoint after every micro-batch")
-    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
-    seed: int = setting(0, "seed of the split, the order, the augmentation and the initial adapters")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
-    log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
-    on_bad_data: Literal["stop", "skip"] = setting("stop", "if a line of the annotations is invalid")
-    check_images: Literal["all", "lazy"] = setting(
-        "all", "all: decode each before the first step; lazy: decode when needed, and stop at a broken one"
+
+    fast: bool = setting(
+        True, "use faster attention, updates and packed texts; False: the plain computation, for comparison",
+        group="More: speed and memory",
+    )  # fmt: skip
+    compile: bool = setting(False, "torch.compile the ViT's blocks: a slower start, and faster steps on some machines")
+    cache_gb: float = setting(
+        10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )
+    base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if autocast reads them in 16 bits')
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    shard: bool = setting(
+        False, "shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU"
+    )
+
+    checkpoint_seconds: float = setting(
+        60.0, "seconds between checkpoints; 0: a checkpoint after every micro-batch", group="More: checkpoints and logs"
+    )
+    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
+    allow_changed: bool = setting(False, "resume although settings, data or base have changed; the result differs")
+    log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
+    tensorboard: bool = setting(False, "also write TensorBoard event files: pip install 'lora_blip[tensorboard]'")
 
     def __post_init__(self) -> None:
         check(self)
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a share from 0 to below 1")
         require(self.task in ("auto", *TASK_NAMES), "task", self.task, f"one of auto, {', '.join(TASK_NAMES)}")
-        for name in (
-            "r",
-            "alpha",
-            "epochs",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "max_skipped",
-            "num_beams",
-            "keep_checkpoints",
-        ):
+        for name in ABOVE_ZERO:
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in (
-            "lr",
-            "checkpoint_seconds",
-            "max_steps",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "seed",
-            "validate_every",
-            "patience",
-            "max_new_tokens",
-            "min_improvement",
-            "views",
-            "cache_gb",
-            "image_size",
-        ):
+        for name in AT_LEAST_ZERO:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.num_workers >= -1, "num_workers", self.num_workers, "at least -1")
 
@@ -120,28 +149,48 @@ class TrainConfig:
 class InferConfig:
     """All settings of inference: captions, answers, or a ranking of texts."""
 
-    model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
-    adapter: str = setting("latest", "an adapter file or a run folder; latest: the newest run; none: the base alone")
-    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's task, or the natural task of the checkpoint")
-    images: str = setting("image_test", "a file, a folder, a glob, a list (.txt, .jsonl) or shards (.tar, {0000..0031}.tar)")
-    question: str = setting("", 'vqa: a question about every image; or a file with lines {"image": …, "question": …}')
-    texts: str = setting("", "rank these texts for every image: a file with a text per line, or texts separated by |")
-    prompt: str = setting("", "start of every caption; empty: the adapter's prompt; none: no prompt")
-    max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40")
-    num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
+    model: str = setting(
+        "", "hub name or folder of the base; empty: the base that the adapter was trained on",
+        group="Model and task", path="if it exists",
+    )  # fmt: skip
+    adapter: str = setting(
+        "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone', path="if it exists"
+    )
+    task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')
+
+    images: str = setting(
+        "image_test", 'a file, a folder, a glob, a list (.txt, .jsonl) or shards ("shards/{0000..0031}.tar")',
+        group="Input", path="always",
+    )  # fmt: skip
+    question: str = setting(
+        "", 'vqa: a question about every image; or a file with lines {"image": …, "question": …}', path="if it exists"
+    )
+    texts: str = setting(
+        "", "rank these texts for every image: a file with a text per line, or texts separated by |", path="if it exists"
+    )
+    prompt: str = setting("", 'start of every caption; empty: the adapter\'s prompt; "none": no prompt')
     image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's setting, or the model's size")
-    sample: bool = setting(False, "sample tokens at random instead of taking the likeliest")
-    batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
-    merge: bool = setting(True, "merge the adapter into the weights, which is faster; false: keep its hooks")
-    fast: bool = setting(True, "faster attention and products, equal to transformers' up to rounding; false: transformers' own")
+
+    output_dir: str = setting(
+        "", "folder of predictions.jsonl; empty: a new folder in lora_blip_output", group="Output", path="always"
+    )
+    resume: bool = setting(True, "continue an interrupted run in the same OUTPUT_DIR; False: refuse its folder")
+    references: str = setting("", "annotations with the right texts; the task's score is then printed", path="always")
+    image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder", path="always")
     compare: bool = setting(False, "run the base as well, and print both side by side")
-    references: str = setting("", "annotations with the right texts; the task's score is then printed")
-    image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder")
-    output_dir: str = setting("", "folder of predictions.jsonl; empty: a new folder in lora_blip_output")
-    resume: bool = setting(True, "continue an interrupted run in the same output_dir; false: refuse its folder")
-    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: the best for the device")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40", group="Generation")
+    num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
+    sample: bool = setting(False, "sample tokens at random instead of taking the likeliest")
     seed: int = setting(0, "seed of sampling")
+
+    device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
+    precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
+    batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
+    merge: bool = setting(True, "merge the adapter into the weights, which is faster; False: keep its hooks")
+    fast: bool = setting(True, "faster attention and products, equal to transformers' up to rounding; False: transformers' own")
+
+    runs: str = "lora_blip_output"  # not a setting: the folder of "latest" and of a new output folder, beside infer.py
 
     def __post_init__(self) -> None:
         check(self)
@@ -152,25 +201,30 @@ class InferConfig:
 class EvaluateConfig:
     """All settings of an evaluation, which compares base and adapter on images with known texts."""
 
-    references: str = setting("", "annotations with the right texts, in the format of training")
+    references: str = setting("", "annotations with the right texts, in the format of training", group="Data")
     image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder")
-    adapter: str = setting("latest", "an adapter file or a run folder; latest: the newest run; none: the base alone")
+    train_annotations: str = setting("", 'annotations to search for leaks; empty: those of the training; "none": no search')
+    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as in the training")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the references is invalid: "stop" or "skip" the line')
+    output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output")
+
+    adapter: str = setting(
+        "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone', group="Model and task"
+    )
+    base: bool = setting(True, "also score the base")
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
-    task: str = setting("auto", f"{', '.join(TASK_NAMES)}; auto: the adapter's task, or the natural task of the checkpoint")
-    prompt: str = setting("", "as for infer.py")
+    task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')
+
+    prompt: str = setting("", 'start of every caption; empty: the adapter\'s prompt; "none": no prompt', group="Generation")
     max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40")
     num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
     image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's setting, or the model's size")
-    batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
-    base: bool = setting(True, "also score the base")
-    fast: bool = setting(True, "as for infer.py")
-    train_annotations: str = setting("", "annotations to search for leaks; empty: those of the training; none: no search")
-    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as in the training")
-    output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output")
-    on_bad_data: Literal["stop", "skip"] = setting("stop", "if a line of the references is invalid")
-    precision: Precision = setting("auto", "fp16, bf16 or fp32; auto: the best for the device")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = setting(0, "seed of the bootstrap")
+
+    device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
+    precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
+    batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
+    fast: bool = setting(True, "faster attention and products, equal to transformers' up to rounding; False: transformers' own")
 
     def __post_init__(self) -> None:
         check(self)

@@ -2,13 +2,17 @@
 
 import argparse
 import difflib
-from dataclasses import fields
+import re
+from dataclasses import Field, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from lora_blip.config import settings_of
 from lora_blip.errors import ConfigError
 
 Settings = TypeVar("Settings")
+CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # a setting in a help text
 
 OTHER_NAMES = {  # names of settings in other libraries
     "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
@@ -32,27 +36,70 @@ def parse(
 ) -> Settings:
     """Return the settings from the upper-case names of a script, overridden by flags of the same names.
 
-    Raises ConfigError for a name or a flag that is not a setting.
+    A relative path in a script that has a `__file__` is relative to the script's folder. A path in a flag is relative to the
+    current folder. Raise ConfigError for a name or a flag that is not a setting.
     """
-    parser = _Parser(prog=program, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    known: Any = fields(kind)  # type: ignore[arg-type]  # a dataclass
+    known = settings_of(kind)
     names = [entry.name for entry in known]
     _refuse_unknown_names(script, names)
-    script = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
-    for entry in known:
-        flag = f"--{entry.name.replace('_', '-')}"
-        text = f"{entry.metadata['doc']} (now: {script[entry.name]!r})".replace("%", "%%")
-        if entry.type is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
-            parser.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
-        elif get_origin(entry.type) is Literal:
-            parser.add_argument(flag, choices=get_args(entry.type), help=text)
-        else:
-            parser.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
-    given, unknown = parser.parse_known_args(arguments)
+    values = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
+    given, unknown = _parser(known, values, doc, program).parse_known_args(arguments)
     if unknown:
         _refuse_flag(unknown[0], names)
-    return kind(**script | vars(given))
+    return kind(**_in_folder_of(script, kind, values) | vars(given))
+
+
+def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: str | None) -> argparse.ArgumentParser:
+    """Return a parser with a flag per setting, in the groups of the settings."""
+    usage = "%(prog)s [--SETTING VALUE] …"  # argparse's own lists every flag in twenty lines
+    parser = _Parser(prog=program, usage=usage, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    group: Any = parser
+    for entry in known:
+        if entry.metadata["group"]:
+            group = parser.add_argument_group(entry.metadata["group"])
+        flag = _flag(entry.name)
+        now = f" (now: {values[entry.name]})" if values[entry.name] != "" else ""
+        text = f"{_with_flags(entry.metadata['doc'], known)}{now}".replace("%", "%%")
+        if entry.type is bool:
+            group.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
+            group.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
+        elif get_origin(entry.type) is Literal:
+            group.add_argument(flag, choices=get_args(entry.type), help=text)
+        else:
+            group.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
+    return parser
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _with_flags(doc: str, known: list[Field[Any]]) -> str:
+    """Return a help text with the flag of each setting that it names: --best-by instead of BEST_BY."""
+    flags = {entry.name.upper(): _flag(entry.name) for entry in known}
+    return CAPITALS.sub(lambda match: flags.get(match[0], match[0]), doc)
+
+
+def _in_folder_of(script: dict[str, Any], kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with relative paths joined to the script's folder, unless that is the current folder."""
+    folder = Path(script["__file__"]).absolute().parent if script.get("__file__") else Path.cwd()
+    if folder.resolve() == Path.cwd().resolve():
+        return values
+    for entry in fields(kind):
+        value = values.get(entry.name, entry.default)
+        if entry.name == "model" and str(value).startswith("assets/"):
+            continue  # a base of this project: it is found from every folder, and adapters record this name
+        use = entry.metadata.get("path", "always")  # the field `runs` is a path, but not a setting
+        if isinstance(value, str) and value and (use == "always" or (use and _exists(folder / value))):
+            values[entry.name] = str(folder / value)
+    return values
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a long text, or a text with a NUL character
+        return False
 
 
 def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:

@@ -4,11 +4,9 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 import threading
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,35 +21,12 @@ from tests.support import tiny
 from tests.support.runs import train_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"train.py": TrainConfig, "infer.py": InferConfig}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def capitals(script: str) -> dict[str, object]:
-    return {key: value for key, value in runpy.run_path(str(ROOT / script)).items() if key.isupper()}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_setting_stands_at_the_top_with_a_comment(script):
-    """The script's capitals are the dataclass's fields, in its order, with its defaults; each line says what it is."""
-    expected = {field.name.upper(): field.default for field in fields(SCRIPTS[script])}
-    found = capitals(script)
-    assert found == expected and list(found) == list(expected)
-    lines = [line for line in (ROOT / script).read_text().splitlines() if re.match("[A-Z_]+ = ", line)]
-    assert len(lines) == len(expected) and all(re.search(r"  # .{6,}", line) for line in lines)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_documents_every_setting_at_once(script):
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for field in fields(SCRIPTS[script]):
-        assert f"--{field.name.replace('_', '-')} " in done.stdout
-        assert field.metadata["doc"].split()[0] in done.stdout
 
 
 def test_flags_override_the_script_and_the_script_the_defaults():

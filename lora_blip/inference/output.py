@@ -26,7 +26,6 @@ from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.files import refuse_unwritable, room_for, unused_path, write_whole
-from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.base import Task
 
@@ -117,8 +116,8 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
     if not config.output_dir:
         if processes > 1:
             raise OutputError("give an output_dir (--output-dir): a process that is started again must find the same folder")
-        refuse_unwritable(str(RUNS))
-        return unused_path(RUNS / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
+        refuse_unwritable(config.runs)
+        return unused_path(Path(config.runs) / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(config.output_dir)
     folder = Path(config.output_dir)
     _refuse_taken(folder, config.resume)

@@ -40,7 +40,7 @@ class Inputs:
 def read_inputs(config: InferConfig) -> Inputs:
     images = ImageSource(config.images)
     references = read_references(config.references, config.image_root, images)
-    return Inputs(images, references, read_texts(config.texts), wanted_adapter(config.adapter))
+    return Inputs(images, references, read_texts(config.texts), wanted_adapter(config.adapter, config.runs))
 
 
 def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[Task, str, Any, dict[str, Any]]:
@@ -80,8 +80,9 @@ def picture_digest(example: Example) -> str:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
-def wanted_adapter(name: str) -> Adapter | None:
-    return None if name in ("", "none") else adapter_file.read(runs.locate(name))
+def wanted_adapter(name: str, folder: str | Path = runs.RUNS) -> Adapter | None:
+    """Read the adapter that a setting names, or return None if it is "none". `folder` contains the runs for "latest"."""
+    return None if name in ("", "none") else adapter_file.read(runs.locate(name, folder))
 
 
 def open_task(

@@ -8,12 +8,12 @@ RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
 ADAPTER_NAME, BEST_NAME, METRICS_NAME = "adapter.safetensors", "best.safetensors", "metrics.jsonl"
 
 
-def locate(adapter: str | Path) -> Path:
-    """Return the path of an adapter: of a file, of the newest one in a folder, or of the newest run if it is "latest".
+def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
+    """Return the path of an adapter: of a file, of the newest one in a folder, or of the newest of `runs` if it is "latest".
 
     Raise AdapterError if there is none.
     """
-    path = RUNS if adapter == "latest" else Path(adapter)
+    path = Path(runs if adapter == "latest" else adapter)
     try:
         found = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
     except OSError:  # a name longer than names can be
