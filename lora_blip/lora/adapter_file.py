@@ -10,7 +10,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import safetensors
 import torch
@@ -20,25 +20,17 @@ from torch import Tensor, nn
 
 from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection
+from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample, samples
 from lora_blip.lora.header import FORMAT_VERSION, HeaderError, sites_of
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.runtime.files import write_whole
+from lora_blip.runtime.runs import locate
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quoted, why
 from lora_blip.version import __version__
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-@runtime_checkable
-class Loaded(Protocol):
-    """A loaded backbone: a model with the data that a file needs. `models.loading.Backbone` is one."""
-
-    model: Any
-    name: str
-    samples: dict[str, dict[str, Any]] | None
-    chose_image_size: bool
 
 
 @dataclass(frozen=True)
@@ -82,12 +74,17 @@ def save(
     merge_drift: dict[str, float] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapter `name` of a model to `path` atomically (a temporary file, synced, then renamed).
+    """Write the adapter `name` of a model to `path` atomically (a temporary file, synced, then renamed), and return the path.
 
     Raise AdapterError if there is no such adapter, if it is untrained (every B is zero) or not finite, or if the file exists
-    and `overwrite` is false.
+    and `overwrite` is false. In peft: `save_pretrained`.
+
+    >>> adapter = lora_blip.load_adapter(backbone, "latest")
+    >>> path = lora_blip.save_adapter("copy.safetensors", backbone)
     """
-    model, path = _model(backbone), Path(path)
+    if not isinstance(path, str | Path):
+        raise AdapterError("the path comes first: lora_blip.save_adapter('adapter.safetensors', model)")
+    model, path = model_of(backbone), Path(path)
     if path.exists() and not overwrite:
         raise AdapterError(f"{path} exists already; give another path, or overwrite=True")
     loras = attached.adapters(model, name)
@@ -227,12 +224,17 @@ def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> 
 
 
 def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "default") -> Adapter:
-    """Put the adapter of a file, or a result of `read`, on a frozen backbone by hooks. `lora_blip.merge` writes it into W.
+    """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
-    Raise AdapterError if the file is damaged or was trained on another base, and LoRAError if the base is on the meta device.
-    The model is not changed in these cases.
+    path: a file, a run folder, "latest", or a result of `read`. Raise AdapterError if the file is missing or damaged, or if it
+    was trained on another base, and LoRAError if the base is on the meta device. The model is not changed in these cases. In
+    peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
+
+    >>> adapter = lora_blip.load_adapter(backbone, "latest")
+    >>> adapter.task["name"], adapter.base
+    ('caption', 'assets/tiny-blip')
     """
-    model, adapter = _model(backbone), path if isinstance(path, Adapter) else read(path)
+    model, adapter = model_of(backbone), path if isinstance(path, Adapter) else read(locate(path))
     if attached.adapters(model, name):
         raise AdapterError(f"the model already has an adapter {name!r}; eject it, or load this one under another name")
     _check_fit(model, adapter)
@@ -271,7 +273,7 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> None:
 
 def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:
     """Raise AdapterError if the image size of the base is another one, and was not chosen by the user."""
-    size = _image_size(_model(backbone)).get("image_size", 0)
+    size = _image_size(model_of(backbone)).get("image_size", 0)
     if not adapter.image_size or not size or size == adapter.image_size:
         return
     if isinstance(backbone, Loaded):
@@ -293,7 +295,3 @@ def _image_size(model: Any) -> dict[str, int]:
     """Return {"image_size": pixels}, or {} for a model whose config has no size."""
     size = getattr(getattr(getattr(model, "config", None), "vision_config", None), "image_size", None)
     return {"image_size": size} if isinstance(size, int) else {}
-
-
-def _model(backbone: Loaded | nn.Module) -> Any:
-    return backbone.model if isinstance(backbone, Loaded) else backbone

@@ -5,7 +5,7 @@ functions, so a copied or pickled model keeps them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +20,27 @@ from lora_blip.lora.save_guard import unguard
 from lora_blip.lora.sites import Site
 
 FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
+
+
+@runtime_checkable
+class Loaded(Protocol):
+    """A loaded backbone: a model with the data that an adapter file needs. `models.loading.Backbone` is one."""
+
+    model: Any
+    name: str
+    samples: dict[str, dict[str, Any]] | None
+    chose_image_size: bool
+
+
+def model_of(model: nn.Module | Loaded) -> nn.Module:
+    """Return the model of a backbone, or the model itself. Raise LoRAError for anything else."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Loaded):
+        inner: nn.Module = model.model
+        return inner
+    hint = f"; lora_blip.load_backbone({model!r}) loads one" if isinstance(model, str) else ""
+    raise LoRAError(f"the first argument is a {type(model).__name__}; give a backbone, or a model of transformers{hint}")
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:

@@ -1,34 +1,56 @@
 """Put adapters on a model, and take them off."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.attached import (
+    Loaded,
     adapted_linears,
     adapters,
     attach,
     check_names,
     clear_if_bare,
     detach,
+    model_of,
     routing_of,
 )
 from lora_blip.lora.layer import AdapterStack, LoRA, name_of
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.merging import fold_all, write_back
 from lora_blip.lora.save_guard import guard
-from lora_blip.lora.sites import Site, check_sites, list_sites
+from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites
+from lora_blip.lora.targets import find
 
 
-def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: str = "default") -> dict[str, LoRA]:
-    """Put a new adapter called `name` on every site, freeze every other parameter, and return {address: LoRA}.
+def inject(
+    model: nn.Module | Loaded,
+    targets: str | Iterable[str | Site],
+    dropout: float = 0.0,
+    name: str = "default",
+    *,
+    r: int = R,
+    alpha: float = ALPHA,
+) -> dict[str, LoRA]:
+    """Put a new adapter called `name` on the targets, freeze every other parameter, and return {address: LoRA}.
 
-    A repeated call changes only the dropout. Raise LoRAError, before anything is changed, if there is no site, or if `name` is
-    on other modules already. Raise it too if a site is not a linear of this model, is a tied head, or has a wrong range or
-    rank.
+    model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r and alpha. Each LoRA has
+    the parameters A (r, in_features) and B (out_features, r). Train those that `requires_grad`. B is zero, so no output changes
+    yet. A repeated call changes only the dropout. In peft: `get_peft_model`, or `inject_adapter_in_model`.
+
+    Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if
+    `name` is on other modules already. Raise it too if a site is not a linear of this model, is a tied head, or has a wrong
+    range or rank.
+
+    >>> adapters = lora_blip.inject(backbone, "vit", r=4)
+    >>> optimizer = torch.optim.AdamW([p for p in backbone.model.parameters() if p.requires_grad], lr=1e-4)
     """
-    sites = list_sites(sites)
+    model = model_of(model)
+    items: Any = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
+    by_name = bool(items) and all(isinstance(item, str) for item in items)
+    sites = find(model, targets if isinstance(targets, str) else items, r, alpha) if by_name else list_sites(items)
     wanted = {site.address: site for site in sites}
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != wanted:
@@ -49,11 +71,16 @@ def inject(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0, name: 
     return adapters(model, name)
 
 
-def eject(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter off, or all. The weights, the outputs and the state_dict are then those of the base.
+def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
+    """Take one adapter off, or all. Without adapters, the weights, the outputs and the state_dict are those of the base.
 
-    Raise LoRAError, before anything is changed, if a thread or task is in a block of `use_adapters` that names the adapter.
+    Raise LoRAError for an unknown name. Raise it too, before anything is changed, if a thread or task is in a block of
+    `use_adapters` that names the adapter. In peft: `unload`; with a name, `delete_adapter`.
+
+    >>> adapter = lora_blip.load_adapter(backbone, "latest")
+    >>> lora_blip.eject(backbone)
     """
+    model = model_of(model)
     check_names(model, [name] if name else [])
     hooked = adapted_linears(model)
     leaving = {path: {key for key in linear.lora if name in (None, name_of(key))} for path, linear in hooked.items()}

@@ -36,15 +36,16 @@ class LoRA(nn.Module):
     """ΔW = (alpha / r) · B A for one linear, or for a range of its output rows.
 
     A is (r, in_features) and B is (rows, r). Both are float32, whatever the dtype of W. B starts at zero, so a new adapter
-    changes no output.
+    changes no output. In peft: `LoraLayer`.
+
+    >>> lora = lora_blip.inject(backbone, "vit")["vision_model.encoder.layers.0.self_attn.qkv"]
+    >>> assert lora.A.shape == (8, 128) and lora.delta_weight().shape == (384, 128)
     """
 
     def __init__(self, site: Site, in_features: int, out_features: int, dropout: float = 0.0, device: Any = None) -> None:
         super().__init__()
         start, stop = site.rows or (0, out_features)
-        self.site = site
-        self.scale = site.alpha / site.r
-        self.dropout = dropout
+        self.site, self.scale, self.dropout = site, site.alpha / site.r, dropout
         self.padding = (start, out_features - stop)  # output rows before and after those that the update reaches
         self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))

@@ -8,19 +8,23 @@ import torch
 from torch import nn
 
 from lora_blip.errors import LoRAError
-from lora_blip.lora.attached import adapted_linears, check_names, clear_if_bare, detach, routing_of
+from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, routing_of
 from lora_blip.lora.layer import AdapterStack, name_of
 from lora_blip.lora.mergeable import check_mergeable, summed
 
 
-def merge(model: nn.Module, *names: str) -> None:
+def merge(model: nn.Module | Loaded, *names: str) -> None:
     """Replace W by W + Σ ΔW of the named adapters (of all, if no name is given). A second merge changes nothing.
 
     The sum is computed in float32. The original W is kept for `restore`, and every merge starts from it, not from a merged
     weight. If a merge fails, for example out of memory, every weight is put back. Raise LoRAError, before any weight is
     written, for an unknown name, for a weight that cannot take the update (see `mergeable`), and for a sum that is not finite.
-    Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`.
+    Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
+
+    >>> adapter = lora_blip.load_adapter(backbone, "latest")
+    >>> lora_blip.merge(backbone)
     """
+    model = model_of(model)
     check_names(model, names)
     with writing(model) as hooked:
         keys = {p: m.lora.merged | {k for k in m.lora if not names or name_of(k) in names} for p, m in hooked.items()}
@@ -29,19 +33,30 @@ def merge(model: nn.Module, *names: str) -> None:
         fold_all(hooked, keys)
 
 
-def restore(model: nn.Module) -> None:
-    """Undo `merge`. The weights are `torch.equal` to the originals, and the hooks add the updates again."""
+def restore(model: nn.Module | Loaded) -> None:
+    """Undo `merge`. The weights are `torch.equal` to the originals, and the hooks add the updates again.
+
+    Without merged adapters, nothing changes. In peft: `unmerge_adapter`, which subtracts the update and so rounds.
+
+    >>> lora_blip.merge(backbone)
+    >>> lora_blip.restore(backbone)
+    """
+    model = model_of(model)
     with routing_of(model).lock:
         for linear in adapted_linears(model).values():
             write_back(linear)
 
 
-def bake(model: nn.Module) -> None:
-    """Merge all adapters and remove them, with their hooks and the original weights.
+def bake(model: nn.Module | Loaded) -> None:
+    """Merge all adapters and remove them, with their hooks and the original weights. The model is then a plain one.
 
     The originals are kept in the CPU's memory until the last weight is written. If this fails, every weight is put back.
-    Raise LoRAError as `merge` does.
+    Raise LoRAError as `merge` does. In peft: `merge_and_unload`.
+
+    >>> adapter = lora_blip.load_adapter(backbone, "latest")
+    >>> lora_blip.bake(backbone)
     """
+    model = model_of(model)
     with writing(model) as hooked:
         keys = {path: frozenset(linear.lora) for path, linear in hooked.items()}
         check_mergeable(model, keys)

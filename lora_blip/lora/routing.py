@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from lora_blip.errors import LoRAError
-from lora_blip.lora.attached import adapted_linears, check_names, every_adapter, has_adapters, routing_of
+from lora_blip.lora.attached import Loaded, adapted_linears, check_names, every_adapter, has_adapters, model_of, routing_of
 from lora_blip.lora.call_batch import call_batch, watch
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputing
 
 
 @contextmanager
-def use_adapters(model: nn.Module, names: str | Sequence[str | None] | None, beams: int = 1) -> Iterator[None]:
+def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | None, beams: int = 1) -> Iterator[None]:
     """Use one adapter alone inside the block, or one for each row of a batch: `["caption", "vqa", None]`.
 
     None in a list is the base without an adapter. If `names` is None, the active adapters stay as they are. No weight is
@@ -32,7 +32,14 @@ def use_adapters(model: nn.Module, names: str | Sequence[str | None] | None, bea
     Two mistakes cannot be detected. With `beams` > 1, a plain batch of len(names) · beams texts is mistaken for a beam search
     (images are checked, because a search does not repeat them). If the first dimension is time, adapters may act on wrong
     rows: if there are as many steps as rows, or if the model flattens both. In BLIP and BLIP-2 the rows come first.
+
+    In peft: `set_adapter`, which applies to all threads; for rows, the argument `adapter_names` of the forward.
+
+    >>> adapter = lora_blip.load_adapter(backbone, "latest", name="cubes")
+    >>> with lora_blip.use_adapters(backbone, ["cubes", None]):
+    ...     states = backbone.model.vision_model(torch.zeros(2, 3, 96, 96)).last_hidden_state
     """
+    model = model_of(model)
     if names is None:
         yield
         return
@@ -55,11 +62,15 @@ def use_adapters(model: nn.Module, names: str | Sequence[str | None] | None, bea
 
 
 @contextmanager
-def disable_adapters(model: nn.Module, *names: str) -> Iterator[None]:
+def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     """Disable the named adapters inside the block (all, if no name is given), in this thread or task.
 
-    Raise LoRAError for an unknown name, and if adapters are merged.
+    Raise LoRAError for an unknown name, and if adapters are merged. In peft: `disable_adapter`.
+
+    >>> with lora_blip.disable_adapters(backbone):
+    ...     states = backbone.model.vision_model(torch.zeros(1, 3, 96, 96)).last_hidden_state
     """
+    model = model_of(model)
     check_names(model, names)
     more = frozenset(names or (name for name, _ in every_adapter(model)))
     routing = routing_of(model)

@@ -18,6 +18,7 @@ FLOAT32 = torch.finfo(torch.float32)
 BLOCK = re.compile(r"[\w-]{1,64}")
 MOST_DROPOUT = 0.999_999
 MOST_RANK = 2**16  # the limit of the setting `r`; a larger value is a mistake, and fills the memory
+R, ALPHA = 8, 32.0  # the defaults of the settings `r` and `alpha` too
 TIED = "tied_to"  # attribute of a head whose weight was shared before `weights.cast_once`
 
 
@@ -29,8 +30,8 @@ class Site:
     """
 
     module: str
-    r: int = 8
-    alpha: float = 16.0
+    r: int = R
+    alpha: float = ALPHA
     block: str = ""
     rows: tuple[int, int] | None = None  # [start, stop) of out_features; None is all of them
 
@@ -92,11 +93,14 @@ def _compiled(modules: Iterable[nn.Module]) -> bool:
 
 
 def list_sites(sites: Any) -> list[Site]:
-    """Return the sites as a list. Raise LoRAError if they are something else, for example names."""
+    """Return the sites as a list. Raise LoRAError if they are something else, for example modules."""
     result = list(sites) if isinstance(sites, Iterable) else [sites]
     for site in result:
         if not isinstance(site, Site):
-            raise LoRAError(f"{site!r} is not a Site; lora_blip.find_targets(model, 'vit') returns the sites of a target")
+            raise LoRAError(
+                f"{site!r} is not a target; give presets or module names, such as lora_blip.inject(model, 'vit'), or the sites "
+                "that lora_blip.find_targets(model, 'vit') returns"
+            )
     return result
 
 

@@ -9,14 +9,15 @@ qformer:r=4:alpha=8     with another rank and alpha than the settings
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lora_blip.errors import TargetError
-from lora_blip.lora.attached import adapters
-from lora_blip.lora.sites import Site, is_linear, tied
+from lora_blip.lora.attached import Loaded, adapters, model_of
+from lora_blip.lora.sites import ALPHA, R, Site, is_linear, tied
 
 VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
@@ -86,12 +87,18 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
     return Pattern(target.strip(), match["body"], layers, rank, float(own.get("alpha", alpha * rank / r)))
 
 
-def find(model: nn.Module, targets: str | list[str] | tuple[str, ...], r: int = 8, alpha: float = 16.0) -> list[Site]:
-    """Return the sites of `targets` in the model's order. A later target overrides r and alpha of an earlier one.
+def find(model: nn.Module | Loaded, targets: str | Sequence[str], r: int = R, alpha: float = ALPHA) -> list[Site]:
+    """Return the sites of `targets` in the model's order: which linears get an adapter, with r and alpha of each.
 
-    Raise TargetError if a target matches nothing (the message lists the linears of the model), or if one target is a fused
-    linear and another one a block of it.
+    targets: presets, module names or regexes, as a list or separated by commas. A later target overrides r and alpha of an
+    earlier one. Raise TargetError if a target matches nothing (the message lists the linears of the model), or if one target is
+    a fused linear and another one a block of it. In peft: `target_modules`, `rank_pattern` and `alpha_pattern`.
+
+    >>> sites = lora_blip.find_targets(backbone, "vit,text:r=4")
+    >>> sites[0].module, sites[0].r, sites[0].alpha
+    ('vision_model.encoder.layers.0.self_attn.qkv', 8, 32.0)
     """
+    model = model_of(model)
     chosen: dict[str, Site] = {}
     for target in targets.split(",") if isinstance(targets, str) else targets:
         sites = _sites(model, parse(target, r, alpha))

@@ -89,7 +89,11 @@ def load_backbone(
 
     The dropout of the model is set to 0: it does not help a frozen backbone, and without it training and inference compute the
     same. Raise ModelError if the checkpoint does not exist, is of another kind, lacks weights or image placeholders, or is a T5
-    in fp16. Raise ConfigError if `image_size` is not a multiple of the patch size.
+    in fp16. Raise ConfigError if `image_size` is not a multiple of the patch size. In peft: `from_pretrained` of transformers.
+
+    >>> backbone = lora_blip.load_backbone("assets/tiny-blip")
+    >>> backbone.family, backbone.image_size, backbone.device.type
+    ('blip', 96, 'cpu')
     """
     source = locate_model(name)
     return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast, image_size)

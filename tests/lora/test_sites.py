@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_blip.config import LARGEST
-from lora_blip.errors import LoRAError
-from lora_blip.lora import attached, injection
+from lora_blip.errors import LoRAError, TargetError
+from lora_blip.lora import attached, injection, targets
 from lora_blip.lora.routing import use_adapters
 from lora_blip.lora.sites import MOST_RANK, Site
 from tests.support.networks import line, plus
@@ -90,13 +90,25 @@ def test_a_model_on_the_meta_device_takes_no_adapter():
     assert not attached.names(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_what_is_no_site_is_named_with_the_fix():
-    """`inject(model, "vit")` asks for `targets.find`; nothing is frozen by a call that fails."""
-    for sites in ("vit", ["0"], None, 3):
+def test_what_is_no_target_is_named_with_the_fix():
+    """Nothing is frozen by a call that fails."""
+    for wrong in (None, 3, [nn.Linear(2, 2)], [Site("0"), "0"]):
         model = net()
-        with pytest.raises(LoRAError, match=r"is not a Site; lora_blip\.find_targets\(model, 'vit'\)"):
-            injection.inject(model, sites)
+        with pytest.raises(LoRAError, match=r"is not a target; .* lora_blip\.inject\(model, 'vit'\)"):
+            injection.inject(model, wrong)
         assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(TargetError, match="target 'vit' matches no linear of Sequential"):
+        injection.inject(net(), "vit")
+
+
+def test_names_are_targets_as_their_sites_are():
+    """`inject(model, "0,1")` and lists of names are `inject(model, find(model, "0,1"))`, with r and alpha."""
+    expected = {address: lora.site for address, lora in injection.inject(net(), targets.find(net(), "0,1", 2, 3.0)).items()}
+    assert list(expected) == ["0", "1"]
+    for names in ("0,1", ["0", "1"], ("0", "1"), iter(["0", "1"])):
+        found = injection.inject(net(), names, r=2, alpha=3.0)
+        assert {address: lora.site for address, lora in found.items()} == expected
+    assert injection.inject(net(), "1")["1"].site == Site("1")  # one default of r and alpha
 
 
 def test_the_ends_of_what_is_allowed_are_allowed():
