@@ -1,4 +1,4 @@
-"""The commands: `python -m lora_blip …`, and the entry points of train.py and infer.py."""
+"""The commands: `lora-blip …`, and the entry points of train.py and infer.py."""
 
 import multiprocessing
 import os
@@ -8,39 +8,26 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
 from lora_blip.runtime.untrusted import for_terminal, printable_lines
+from lora_blip.version import __version__
 
 DEPENDENCIES = ("torch", "transformers", "PIL", "numpy", "safetensors", "tqdm")  # modules of pyproject.toml's dependencies
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
     """Train with the settings of train.py and its flags. Print one message for a user's error, not a traceback."""
-
-    def run() -> None:
-        config = parse(TrainConfig, script, doc=doc or "")
-        from lora_blip.training.loop import train  # late, so that --help and invalid settings answer at once
-
-        train(config)
-
-    report_errors(run)
+    report_errors(lambda: start(COMMANDS["train"], script, doc=doc or ""))
 
 
 def run_infer(script: dict[str, Any], doc: str | None) -> None:
     """Run inference with the settings of infer.py and its flags, with errors as in `run_train`."""
-
-    def run() -> None:
-        config = parse(InferConfig, script, doc=doc or "")
-        from lora_blip.inference.pipeline import infer
-
-        infer(config)
-
-    report_errors(run)
+    report_errors(lambda: start(COMMANDS["infer"], script, doc=doc or ""))
 
 
 def report_errors(run: Callable[[], None]) -> None:
@@ -137,45 +124,122 @@ def stop(error: Exception) -> None:
     raise SystemExit(2)
 
 
-COMMANDS = {
-    "prepare": "convert common data formats to train, val and test JSONL, split by image",
-    "evaluate": "compare base and adapter: scores with intervals, comparison.csv and report.html",
-    "doctor": "print versions, devices and extras, and test the embedded bases: send it with a question",
-}
-
-
 @dataclass(frozen=True)
 class DoctorConfig:
     """`doctor` has no settings."""
 
 
+def prepare_settings() -> type:
+    from lora_blip.data.prepare.command import PrepareConfig
+
+    return PrepareConfig
+
+
+def prepare(config: Any) -> None:
+    from lora_blip.data.prepare.command import prepare
+
+    prepare(config)
+
+
+def train(config: TrainConfig) -> None:
+    from lora_blip.training.loop import train
+
+    train(config)
+
+
+def infer(config: InferConfig) -> None:
+    from lora_blip.inference.pipeline import infer
+
+    infer(config)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    from lora_blip.evaluation.comparison import evaluate
+
+    evaluate(config)
+
+
+def doctor(_: DoctorConfig) -> bool:
+    from lora_blip.doctor import examine
+
+    return examine()
+
+
+LOADING = "Loading torch and transformers (about 5 s, the first time longer) …"
+
+
+class Command(NamedTuple):
+    """A command. Its functions import what they need, so that --help and invalid settings answer at once."""
+
+    summary: str
+    settings: Callable[[], type]  # returns a dataclass
+    run: Callable[[Any], bool | None]  # takes the settings, and returns False for exit status 1
+    notice: str = LOADING  # printed before the imports and the work
+
+
+COMMANDS = {
+    "train": Command("train an adapter on images with texts", lambda: TrainConfig, train),
+    "infer": Command(
+        "caption images, answer questions or rank texts, for a folder or millions of images", lambda: InferConfig, infer
+    ),
+    "evaluate": Command("compare base and adapter: scores with intervals, and report.html", lambda: EvaluateConfig, evaluate),
+    "prepare": Command(
+        "convert common data formats to train, val and test JSONL, split by image",
+        prepare_settings,
+        prepare,
+        "Reading the source …",
+    ),
+    "doctor": Command("print versions and devices, and test the embedded bases", lambda: DoctorConfig, doctor),
+}
+
+
 def main() -> None:
-    """`python -m lora_blip prepare | evaluate | doctor`, each with --help."""
+    """Run `lora-blip COMMAND …`, which is also `python -m lora_blip COMMAND …`."""
     report_errors(lambda: run_command(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]))
 
 
-def run_command(command: str, arguments: list[str]) -> None:
-    """Run a command with its flags. Raise ConfigError for an unknown command."""
-    program = f"python -m lora_blip {command}"
-    if command in ("", "-h", "--help"):
-        lines = "".join(f"  {name:<10} {what}\n" for name, what in COMMANDS.items())
-        print(f"python -m lora_blip COMMAND\n\n{lines}\nCOMMAND --help lists its settings")
-    elif command not in COMMANDS:
-        raise ConfigError(
-            f"{command!r} is not a command; did you mean {nearest(command, list(COMMANDS))}? "
-            f"Commands are {', '.join(COMMANDS)}; each has --help"
-        )
-    elif command == "prepare":
-        from lora_blip.data.prepare.command import PrepareConfig, prepare
-
-        prepare(parse(PrepareConfig, {}, arguments, COMMANDS[command], program))
-    elif command == "evaluate":
-        config = parse(EvaluateConfig, {}, arguments, COMMANDS[command], program)
-        from lora_blip.evaluation.comparison import evaluate
-
-        evaluate(config)
+def run_command(name: str, arguments: list[str]) -> None:
+    """Run a command with its flags. Raise ConfigError for an unknown command, and SystemExit(1) if the command failed."""
+    if name in ("", "-h", "--help", "help"):
+        print(overview())
+    elif name in ("-V", "--version"):
+        print(f"lora_blip {__version__}")
+    elif name in COMMANDS:
+        start(COMMANDS[name], {}, arguments, COMMANDS[name].summary, f"lora-blip {name}")
     else:
-        parse(DoctorConfig, {}, arguments, COMMANDS[command], program)
-        from lora_blip.doctor import examine
+        refuse_command(name)
 
-        raise SystemExit(0 if examine() else 1)
+
+def start(
+    command: Command, script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
+) -> None:
+    """Read the settings, print what starts, and run a command. The arguments are those of `flags.parse`."""
+    config: Any = parse(command.settings(), script, arguments, doc, program)
+    announce(command.notice)
+    if command.run(config) is False:
+        raise SystemExit(1)
+
+
+def announce(notice: str) -> None:
+    """Print on stderr what starts now: in one process of torchrun, and only if there is something to load."""
+    if os.environ.get("RANK", "0") == "0" and not (notice == LOADING and "torch" in sys.modules):
+        print(notice, file=sys.stderr, flush=True)
+
+
+def overview() -> str:
+    """Return the help of `lora-blip`: all commands, with one line each."""
+    lines = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: lora-blip COMMAND …\n\nLoRA fine-tuning for BLIP and BLIP-2.\n\n"
+        f"{lines}\n\nlora-blip COMMAND --help lists its settings. lora-blip --version prints the version."
+    )
+
+
+def refuse_command(name: str) -> NoReturn:
+    """Raise ConfigError that suggests the nearest command."""
+    if name.startswith("-"):
+        raise ConfigError(f"{name} comes before a command; write the command first: lora-blip infer {name} …")
+    raise ConfigError(
+        f"{name!r} is not a command; did you mean {nearest(name, list(COMMANDS))}? "
+        f"Commands are {', '.join(COMMANDS)}; each has --help"
+    )

@@ -406,10 +406,8 @@ def test_the_doctor_reports(capsys, monkeypatch):
     from lora_blip.cli import main
 
     monkeypatch.setattr(sys, "argv", ["lora_blip", "doctor"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
+    main()  # SystemExit if a base does not work
     said = capsys.readouterr().out
-    assert stopped.value.code == 0
     for expected in (
         "Python",
         "torch 2",

@@ -353,7 +353,7 @@ def test_the_command_line_says_what_there_is(command):
     said = done.stdout + done.stderr
     assert "Traceback" not in said and done.returncode == (2 if command in (["evalute"], ["evaluate"]) else 0)
     if len(command) == 2:
-        assert (f"python -m lora_blip {command[0]}" in done.stdout and "--on-bad-data" in said) or command[0] == "prepare"
+        assert (f"lora-blip {command[0]}" in done.stdout and "--on-bad-data" in said) or command[0] == "prepare"
     elif command == ["evaluate"]:
         assert done.stderr.startswith("error: references is empty")
     else:

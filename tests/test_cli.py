@@ -1,0 +1,164 @@
+"""The program `lora-blip`, which is also `python -m lora_blip`: its help, its mistakes, and what it imports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_blip import cli
+from lora_blip.cli import COMMANDS, main
+from lora_blip.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+POSIX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "readline", "crypt", "_posixsubprocess")
+NOT_ON_WINDOWS = {  # attributes that these modules lack on Windows
+    "os": ("fork", "forkpty", "getuid", "geteuid", "getpgid", "setsid", "killpg", "sched_getaffinity", "register_at_fork",
+           "statvfs", "mkfifo", "uname", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "posix_fallocate", "pread", "fchmod"),
+    "signal": ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGQUIT", "SIGCHLD", "pthread_sigmask", "setitimer"),
+}  # fmt: skip
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: str) -> str:
+    """Run the program in this process and return what it prints on stdout."""
+    monkeypatch.setattr(sys, "argv", ["lora-blip", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: str) -> str:
+    """Return the one line on stderr of a call that exits with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        printed(monkeypatch, capsys, *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def process(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new process that imports the package from this repository."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_the_help_lists_every_command_with_one_line(monkeypatch, capsys, arguments):
+    lines = printed(monkeypatch, capsys, *arguments).splitlines()
+    assert lines[0] == "usage: lora-blip COMMAND …"
+    for name, command in COMMANDS.items():
+        assert f"  {name:<10} {command.summary}" in lines
+    assert all(len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version_is_printed(monkeypatch, capsys, flag):
+    assert printed(monkeypatch, capsys, flag) == f"lora_blip {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command(monkeypatch, capsys, name):
+    """--help documents each setting, and the command runs its function with the settings."""
+    command = COMMANDS[name]
+    with pytest.raises(SystemExit) as stopped:
+        printed(monkeypatch, capsys, name, "--help")
+    helped = capsys.readouterr().out
+    assert (
+        stopped.value.code == 0
+        and helped.startswith(f"usage: lora-blip {name}")
+        and command.summary in " ".join(helped.split())
+    )
+
+
+def test_help_and_wrong_settings_import_no_large_library():
+    """The overview, the help of each command and a wrong flag need neither torch, transformers, numpy nor PIL."""
+    code = (
+        "import sys; from lora_blip.cli import COMMANDS, main\n"
+        "def run(*arguments):\n"
+        "    sys.argv[1:] = arguments\n"
+        "    try: main()\n"
+        "    except SystemExit: pass\n"
+        "run('--help'); run(); run('--version'); run('trian')\n"
+        "for name in set(COMMANDS) - {'prepare'}: run(name, '--help'); run(name, '--no-such-flag')\n"
+        "large = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "raise SystemExit(f'imports {large}' if large else 0)"
+    )
+    done = process(code)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_python_m_is_the_same_program(tmp_path):
+    """`python -m lora_blip` prints what `main` prints."""
+    code = "import runpy; runpy.run_module('lora_blip', run_name='__main__')"
+    assert process(code, cwd=tmp_path).stdout == f"{cli.overview()}\n"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("trian", "train"), ("eval", "evaluate"), ("inference", "infer"), ("docter", "doctor")]
+)
+def test_a_mistyped_command_names_the_nearest(monkeypatch, capsys, wrong, nearest):
+    assert f"{wrong!r} is not a command; did you mean {nearest}?" in refused(monkeypatch, capsys, wrong)
+
+
+def test_a_flag_before_the_command_is_explained(monkeypatch, capsys):
+    assert "write the command first" in refused(monkeypatch, capsys, "--adapter", "x")
+
+
+def test_a_command_that_returns_false_exits_with_status_1(monkeypatch, capsys):
+    monkeypatch.setattr("lora_blip.doctor.examine", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        printed(monkeypatch, capsys, "doctor")
+    assert stopped.value.code == 1
+
+
+# ---------------------------------------------------------------- the first line
+
+
+def test_the_first_line_comes_before_the_imports(monkeypatch, capsys):
+    """Only if torch is still to be imported, only after the settings are valid, and only in the first process of torchrun."""
+    monkeypatch.setattr("lora_blip.doctor.examine", lambda: True)
+    without_torch = {name: module for name, module in sys.modules.items() if name != "torch"}
+    for modules, rank, notice in [
+        (without_torch, "0", f"{cli.LOADING}\n"),
+        (without_torch, "1", ""),
+        (without_torch | {"torch": sys}, "0", ""),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "modules", modules)
+            patch.setenv("RANK", rank)
+            patch.setattr(sys, "argv", ["lora-blip", "doctor"])
+            main()
+        assert capsys.readouterr() == ("", notice)
+
+
+# ---------------------------------------------------------------- Windows
+
+
+@pytest.mark.slow
+def test_no_module_needs_what_only_posix_has():
+    """Every module of the package is imported without fcntl, resource, os.fork and others, and a help is printed.
+
+    torch and transformers are imported first: they choose their own way on Windows.
+    """
+    code = (
+        "import importlib, pkgutil, sys, matplotlib.figure, torch, torch.utils.data, torch.distributed, transformers\n"
+        "from transformers import Blip2ForConditionalGeneration, BlipForConditionalGeneration\n"
+        f"for name in {POSIX_ONLY}: sys.modules[name] = None\n"
+        f"for module, names in {NOT_ON_WINDOWS}.items():\n"
+        "    for name in names: importlib.import_module(module).__dict__.pop(name, None)\n"
+        "import lora_blip\n"
+        "for module in pkgutil.walk_packages(lora_blip.__path__, 'lora_blip.'):\n"
+        "    if module.name != 'lora_blip.__main__': importlib.import_module(module.name)\n"
+        "from lora_blip.cli import main\n"
+        "sys.argv[1:] = ['--help']\n"
+        "main()"
+    )
+    done = process(code)
+    assert done.returncode == 0 and "usage: lora-blip" in done.stdout, done.stderr[-800:]
