@@ -174,7 +174,7 @@ class Command(NamedTuple):
     summary: str
     settings: Callable[[], type]  # returns a dataclass
     run: Callable[[Any], bool | None]  # takes the settings, and returns False for exit status 1
-    notice: str = LOADING  # printed before the imports and the work
+    slow_to_import: bool = True  # imports torch and transformers
 
 
 COMMANDS = {
@@ -187,7 +187,7 @@ COMMANDS = {
         "convert common data formats to train, val and test JSONL, split by image",
         prepare_settings,
         prepare,
-        "Reading the source …",
+        slow_to_import=False,
     ),
     "doctor": Command("print versions and devices, and test the embedded bases", lambda: DoctorConfig, doctor),
 }
@@ -215,15 +215,10 @@ def start(
 ) -> None:
     """Read the settings, print what starts, and run a command. The arguments are those of `flags.parse`."""
     config: Any = parse(command.settings(), script, arguments, doc, program)
-    announce(command.notice)
+    if command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # once under torchrun
+        print(LOADING, file=sys.stderr, flush=True)
     if command.run(config) is False:
         raise SystemExit(1)
-
-
-def announce(notice: str) -> None:
-    """Print on stderr what starts now: in one process of torchrun, and only if there is something to load."""
-    if os.environ.get("RANK", "0") == "0" and not (notice == LOADING and "torch" in sys.modules):
-        print(notice, file=sys.stderr, flush=True)
 
 
 def overview() -> str:

@@ -94,6 +94,7 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
     """Read, check, split and write the data, and return split → file. Write nothing if there is an error."""
     output = Path(config.output_dir)
     refuse_existing(output)
+    print(printable(f"reading {config.source} …"), flush=True)
     gathered = Gathered(f"{output.absolute()}{os.sep}")
     for source in find_sources(config.source, config.format):
         folder = Folder(Path(config.images) if config.images else source.root, by_name=source.downloaded)
