@@ -48,7 +48,7 @@ SERVER = ROOT / "benchmarks" / "robustness" / "mutant_server.py"
 RESULTS = ROOT / "benchmarks" / "results"
 EQUIVALENT = ROOT / "benchmarks" / "robustness" / "equivalent_mutants.json"
 PARTS = {  # part → its files
-    "lora": [f"lora_blip/lora/{name}.py" for name in "layer dispatch attached injection merging mergeable".split()],
+    "lora": [f"lora_blip/lora/{name}.py" for name in "layer attached injection merging mergeable".split()],
     "fused": ["lora_blip/lora/fused.py", "lora_blip/kernels/linear.py"],
     "routing": ["lora_blip/lora/routing.py", "lora_blip/lora/routing_state.py"],
     "adapter_file": ["lora_blip/lora/adapter_file.py"],
@@ -59,7 +59,7 @@ PARTS = {  # part → its files
     ],
 }
 SLOW_FILES = tuple(  # test files that take long and are about other code; leaving tests out can only lower the score
-    "vit_attention text_attention base_config benchmarks blocks compile dataset fast_inference formats gpu leaks records "
+    "vit text_attention base_config benchmarks blocks compile dataset fast_inference formats gpu leaks records "
     "mutants image_sources preprocessing ranking report batch_runner scale scripts shipped signatures disk_cache terminal "
     "unknown_tokens".split()
 )

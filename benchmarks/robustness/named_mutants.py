@@ -11,14 +11,11 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ΔW multiplied in half precision", "lora",
-        [("self.B.float() @ self.A.float() * self.scale", "(self.B.half() @ self.A.half()).float() * self.scale")],
+        [("self.B.to(dtype) @ self.A.to(dtype) * self.scale", "(self.B.half() @ self.A.half()).to(dtype) * self.scale")],
     ),
     (
-        "ΔW summed by an operation that autocast casts", "lora",
-        [(
-            "rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)",
-            "rows.add_(lora.B.to(total.dtype) @ lora.A.to(total.dtype), alpha=lora.scale)",
-        )],
+        "ΔW multiplied in the dtype of autocast", "lora",
+        [("torch.autocast(self.A.device.type, enabled=False)", "torch.autocast(self.A.device.type, torch.bfloat16)")],
     ),
     (
         "a fresh adapter does not take the linear's mode", "lora",

@@ -1,4 +1,4 @@
-"""Switch to the plain computation inside a block, in the current thread."""
+"""When a fast module runs the library's own method: inside `plain`, and for calls that the fast one does not support."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +27,13 @@ def is_plain() -> bool:
     return not torch.compiler.is_compiling() and PLAIN.get()
 
 
-def wants_attentions(kwargs: Mapping[str, Any]) -> bool:
-    """Return True if the caller of the model needs attention probabilities, by argument or by its configuration."""
-    if kwargs.get("output_attentions"):
+def needs_library(kwargs: Mapping[str, Any], *known: str) -> bool:
+    """Return True if a fast attention must run the library's own method for a call with these arguments.
+
+    This is so inside `plain`, for an argument that is not None and not one of `known`, and if the caller of the model needs
+    attention probabilities, by argument or by its configuration.
+    """
+    if is_plain() or any(value is not None and name not in known for name, value in kwargs.items()):
         return True
     collected = {} if torch.compiler.is_compiling() else _active_collector.get() or {}
-    return any(key in collected for key in ATTENTIONS)
+    return bool(kwargs.get("output_attentions")) or any(key in collected for key in ATTENTIONS)

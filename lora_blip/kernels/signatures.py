@@ -8,8 +8,7 @@ the fast class does not know runs the library's own method.
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -35,18 +34,6 @@ def fits_library(fast: type[nn.Module], library: type[nn.Module]) -> bool:
         f"forward{installed}; the library's own is used"
     )
     return False
-
-
-def unknown(kwargs: Mapping[str, Any], *known: str) -> bool:
-    """Return True if a call has an argument that is not None and not one of `known`."""
-    return any(value is not None and name not in known for name, value in kwargs.items())
-
-
-@cache
-def arguments_of(method: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of a method's parameters, without those that `**kwargs` accepts."""
-    kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    return frozenset(name for name, one in inspect.signature(method).parameters.items() if one.kind not in kinds)
 
 
 def version_of(kind: type) -> str:

@@ -6,10 +6,9 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
 
 from lora_blip.kernels.linear import QuickLinear
-from lora_blip.kernels.mlp import Blip2VitMLP, BlipVitMLP
 from lora_blip.kernels.signatures import fits_library
 from lora_blip.kernels.text_attention import TextAttention
-from lora_blip.kernels.vit_attention import Blip2VitAttention, BlipVitAttention
+from lora_blip.kernels.vit import Blip2VitAttention, Blip2VitMLP, BlipVitAttention, BlipVitMLP
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
     BlipAttention: BlipVitAttention, Blip2Attention: Blip2VitAttention, BlipTextSelfAttention: TextAttention,

@@ -15,9 +15,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 from lora_blip.kernels.linear import PLAIN_LINEARS, PLAIN_TENSORS
-from lora_blip.kernels.plain import is_plain, wants_attentions
+from lora_blip.kernels.plain import is_plain, needs_library
 from lora_blip.kernels.sdpa import attend
-from lora_blip.kernels.signatures import unknown
 
 CACHE = ("past_key_values", "cache")  # names of one argument: up to transformers 5.23, and from 5.24 on
 
@@ -87,7 +86,7 @@ class TextAttention(BlipTextSelfAttention):
                 "call it, and run the backward pass of a checkpointed decoder, inside the block and in the same thread"
             )
         drops = self.training and self.dropout.p  # load_backbone sets the dropout to 0
-        if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, CACHE[0]):
+        if drops or needs_library(kwargs, CACHE[0]):
             if crosses and source:
                 encoder_hidden_states, encoder_attention_mask = source.repeated(len(hidden_states))
             cached = () if cache is None else (cache,)  # by position, because its name depends on the version

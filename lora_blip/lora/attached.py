@@ -12,8 +12,7 @@ from torch import nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import forget_batch, note_batch
-from lora_blip.lora.dispatch import dispatching_hook
-from lora_blip.lora.fused import PendingInput, fused_pre_hook
+from lora_blip.lora.fused import PendingInput, fused_hook, fused_pre_hook
 from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook, name_of
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
@@ -76,6 +75,18 @@ def fast(model: nn.Module, on: bool = True) -> None:
         vars(module).pop(FAST, None)  # remove the settings of submodules
     setattr(model, FAST, on)
     routing_of(model).fast = on
+    add_fused_hooks(model)
+
+
+def add_fused_hooks(model: nn.Module) -> None:
+    """Replace `lora_hook` by the hooks of `fused` where this is allowed."""
+    for linear in adapted_linears(model).values():
+        hooks = linear._forward_hooks
+        plain = [number for number, hook in hooks.items() if hook is lora_hook]
+        if plain and linear.lora.routing.fast:
+            linear.lora.pending = PendingInput()
+            linear.register_forward_pre_hook(fused_pre_hook, with_kwargs=True)
+            hooks.update(dict.fromkeys(plain, fused_hook))  # at the same place among the hooks
 
 
 def routing_of(model: nn.Module) -> AdapterRouting:
@@ -119,14 +130,11 @@ def check_names(model: nn.Module, wanted: Iterable[str]) -> None:
 
 
 def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
-    """Put an adapter on a linear, and the hooks if it is the first one."""
+    """Put an adapter on a linear, and `lora_hook` if it is the first one."""
     if not has_adapters(linear):
         linear.lora = AdapterStack()
-        linear.lora.routing, linear.lora.pending = AdapterRouting(), PendingInput()
-        linear.register_forward_pre_hook(fused_pre_hook, with_kwargs=True)
-        linear.register_forward_hook(
-            dispatching_hook, with_kwargs=True, prepend=True
-        )  # before other hooks: they see the output with the update
+        linear.lora.routing = AdapterRouting()
+        linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # later hooks see the output with the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
@@ -158,4 +166,4 @@ def remove_hooks(module: nn.Module) -> None:
                 table.pop(number, None)
 
 
-OURS = (fused_pre_hook, dispatching_hook, lora_hook, note_batch, forget_batch)
+OURS = (fused_pre_hook, fused_hook, lora_hook, note_batch, forget_batch)

@@ -1,4 +1,4 @@
-"""The input of a linear, and the batch size of the model's call, for adapters that are chosen row by row.
+"""The batch size of the model's call, for adapters that are chosen row by row.
 
 A linear does not know the batch size: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks
 on the outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_blip.errors import LoRAError
-
 DEPTH = 3  # such as `language_model.model.decoder`: the modules that users call, without their layers
 CALL: ContextVar[tuple[Any, "CallBatch"] | None] = ContextVar("lora_blip_call", default=None)
 
@@ -22,17 +20,6 @@ class CallBatch(NamedTuple):
 
     size: int
     images: bool = False
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the tensor that a linear was called with, by position or by a keyword of any name."""
-    if args:
-        x: Tensor = args[0]
-        return x
-    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
-    if len(tensors) != 1:
-        raise LoRAError(f"a linear with adapters was called with {', '.join(kwargs)}; give its input by position")
-    return tensors[0]
 
 
 def call_batch() -> CallBatch | None:

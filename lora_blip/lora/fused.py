@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can_bypass, in_transform, product
 from lora_blip.kernels.plain import is_plain
+from lora_blip.lora.layer import LoRA, lora_hook
 
 SMALL = 2**20  # bytes of an activation that is kept rather than computed again
 
@@ -35,21 +36,28 @@ class PendingInput(threading.local):
 
 def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]] | None:
     """Give the linear x without its graph if `updated` computes the gradients (a forward pre-hook with keywords)."""
-    stack = linear.lora
+    stack, routing = linear.lora, linear.lora.routing
     stack.pending.x = None  # a forward that ended with an error may have left it
-    if not (torch.is_grad_enabled() and stack.routing.fast and stack.routing.everyone) or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and routing.fast) or torch.compiler.is_compiling() or is_plain():
         return None
-    if is_plain():
+    if routing.used and not routing.everyone:
         return None
     if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
         return None  # one pre-hook and one hook are ours
-    if any(lora.dropout and lora.training for lora in stack.values()) or in_transform():
+    if any(type(lora) is not LoRA or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
         return None
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
         return None  # 16-bit weights without autocast: A and B stay float32
     stack.pending.x, stack.pending.cast = x, as_autocast(x.detach())
     return (stack.pending.cast,), kwargs
+
+
+def fused_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Add the updates as `lora_hook` does, but with `updated` if the pre-hook stored the input (a hook with keywords)."""
+    if linear.lora.pending.x is None:
+        return lora_hook(linear, args, kwargs, output)
+    return updated(linear, output)
 
 
 def updated(linear: Any, output: Tensor) -> Tensor:

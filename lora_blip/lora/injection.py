@@ -10,6 +10,7 @@ from lora_blip.lora.attached import (
     Loaded,
     adapted_linears,
     adapters,
+    add_fused_hooks,
     attach,
     check_names,
     clear_if_bare,
@@ -63,6 +64,7 @@ def inject(
         for site in sites:
             attach(model.get_submodule(site.module), site, dropout, name)
         routing_of(model)
+        add_fused_hooks(model)
         guard(model)
     own = {id(parameter) for linear in adapted_linears(model).values() for parameter in linear.lora.parameters()}
     for parameter in model.parameters():

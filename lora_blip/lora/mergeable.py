@@ -1,7 +1,6 @@
 """Check that updates can be written into the weights, for all linears before any weight changes."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from lora_blip.lora.sites import is_quantized, refuse_meta
 PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)
 
 
-def check_mergeable(model: nn.Module, updates: Mapping[str, frozenset[str]]) -> None:
-    """Raise LoRAError, with the module, if updates cannot be written into a linear. updates: path → keys of adapters."""
+def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise LoRAError, with the module, if an update cannot be written into the weight of one of these linears."""
     modules = dict(model.named_modules())
     memory = _memory(modules)
-    for path, keys in updates.items():
+    for path in paths:
         linear: Any = modules[path]
         _check_weight(path, linear)
         if other := _overlapping(f"{path}.weight", linear.weight, memory):
@@ -29,20 +28,6 @@ def check_mergeable(model: nn.Module, updates: Mapping[str, frozenset[str]]) -> 
                 f"{path!r} shares the memory of its weight with {other!r}: a merge would change both. "
                 "Use the adapter unmerged, or give it its own weight: linear.weight = nn.Parameter(linear.weight.clone())"
             )
-        _check_sum(path, linear, keys)
-
-
-@torch.no_grad()
-def summed(linear: Any, keys: frozenset[str]) -> Tensor:
-    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W."""
-    updates, weight = linear.lora, linear.weight.detach()  # detached, not .data: autograd notices that it changes
-    start = weight if updates.original is None else updates.original
-    wide = torch.promote_types(start.dtype, torch.float32)
-    total: Tensor = start.to(weight.device, wide, copy=True)
-    for lora in (updates[key] for key in sorted(keys)):
-        rows = total[lora.padding[0] : len(total) - lora.padding[1]]
-        rows.addmm_(lora.B.to(total.dtype), lora.A.to(total.dtype), alpha=lora.scale)  # autocast casts no in-place operation
-    return total
 
 
 def _check_weight(path: str, linear: Any) -> None:
@@ -121,23 +106,6 @@ def _probe(linear: Any) -> Tensor:
     """Return two inputs, shape (2, in_features)."""
     x = torch.linspace(-1, 1, 2 * linear.in_features, device=linear.weight.device)
     return x.view(2, -1).to(linear.weight.dtype)
-
-
-@torch.no_grad()
-def _check_sum(path: str, linear: Any, keys: frozenset[str]) -> None:
-    """Raise LoRAError if W + Σ ΔW is not finite in the weight's dtype. A bound on its values, which is cheap, comes first."""
-    updates, weight = linear.lora, linear.weight
-    start = weight if updates.original is None else updates.original
-    largest, bound = torch.finfo(weight.dtype).max, _largest(start)
-    for lora in (updates[key] for key in keys):
-        bound += lora.scale * lora.site.r * _largest(lora.A) * _largest(lora.B)
-    if bound < largest and math.isfinite(bound):
-        return
-    if not torch.isfinite(summed(linear, keys).to(weight.dtype)).all():
-        raise LoRAError(
-            f"{path!r} would be NaN or beyond the largest {str(weight.dtype).removeprefix('torch.')}, {largest:g}, when "
-            "merged; nothing was changed. Use the adapter unmerged, load the base in bf16 or fp32, or train with a lower lr"
-        )
 
 
 def _largest(values: Tensor) -> float:

@@ -5,21 +5,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, routing_of
 from lora_blip.lora.layer import AdapterStack, name_of
-from lora_blip.lora.mergeable import check_mergeable, summed
+from lora_blip.lora.mergeable import check_mergeable
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
     """Replace W by W + Σ ΔW of the named adapters (of all, if no name is given). A second merge changes nothing.
 
-    The sum is computed in float32. The original W is kept for `restore`, and every merge starts from it, not from a merged
-    weight. If a merge fails, for example out of memory, every weight is put back. Raise LoRAError, before any weight is
-    written, for an unknown name, for a weight that cannot take the update (see `mergeable`), and for a sum that is not finite.
-    Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
+    ΔW is what `LoRA.delta_weight` returns, and the sum is computed in float32. The original W is kept for `restore`, and every
+    merge starts from it, not from a merged weight. If a merge fails, for example out of memory, every weight is put back.
+    Raise LoRAError for an unknown name, for a weight that cannot take the update (see `mergeable`), and for a sum that is not
+    finite. Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
@@ -84,21 +84,43 @@ def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: t
     before = {path: hooked[path].lora.merged for path in keys}
     try:
         for path, some in keys.items():
-            fold(hooked[path], some, keep_on)
+            fold(path, hooked[path], some, keep_on)
     except BaseException:
         for path, some in before.items():
-            fold(hooked[path], some) if some else write_back(hooked[path])
+            fold(path, hooked[path], some) if some else write_back(hooked[path])
         raise
 
 
 @torch.no_grad()
-def fold(linear: Any, keys: frozenset[str], keep_on: torch.device | None = None) -> None:
-    """Write original + Σ ΔW of `keys` into the weight. Keep the original on `keep_on`, by default the weight's device."""
+def fold(path: str, linear: Any, keys: frozenset[str], keep_on: torch.device | None = None) -> None:
+    """Write original + Σ ΔW of `keys` into the weight. Keep the original on `keep_on`, by default the weight's device.
+
+    Raise LoRAError if the sum is not finite in the weight's dtype.
+    """
     stack: AdapterStack = linear.lora
+    merged = summed(linear, keys).to(linear.weight.dtype)
+    if not torch.isfinite(merged).all():
+        name, largest = str(merged.dtype).removeprefix("torch."), torch.finfo(merged.dtype).max
+        raise LoRAError(
+            f"{path!r} would be NaN or beyond the largest {name}, {largest:g}, when merged; nothing was changed. Use the "
+            "adapter unmerged, load the base in bf16 or fp32, or train with a lower lr"
+        )
     if stack.original is None:
         stack.original = linear.weight.detach().to(device=keep_on, copy=True)
-    linear.weight.copy_(summed(linear, keys))
+    linear.weight.copy_(merged)
     stack.merged = frozenset(keys)
+
+
+@torch.no_grad()
+def summed(linear: Any, keys: frozenset[str]) -> Tensor:
+    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W."""
+    stack = linear.lora
+    start = linear.weight if stack.original is None else stack.original
+    wide = torch.promote_types(start.dtype, torch.float32)
+    total: Tensor = start.to(linear.weight.device, wide, copy=True)
+    for key in sorted(keys):
+        total += stack[key].delta_weight()
+    return total
 
 
 @torch.no_grad()

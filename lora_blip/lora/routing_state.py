@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import CallBatch, call_batch
+from lora_blip.lora.layer import AdapterStack, name_of
 
 
 class Everywhere(Enum):
@@ -51,7 +52,7 @@ class AdapterRouting:
 
     def __init__(self, fast: bool = True) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
-        self.used = False  # True once a block was entered
+        self.used = False  # True once a block was entered: from then on, `lora_hook` calls `add_updates`
         self.made = False  # True once gradients were recorded in a block
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
@@ -78,6 +79,23 @@ class AdapterRouting:
         block = self.block
         self._check(block)
         return block is None or block.active is ALL_ACTIVE
+
+    def add_updates(self, stack: AdapterStack, x: Tensor, output: Tensor) -> Tensor:
+        """Return y + Σ (alpha / r) · B A x, in which each adapter adds its update to the rows on which it acts.
+
+        x: the input of a linear (rows, …). output: its output y. This is the loop of `lora_hook`, with rows.
+        """
+        if stack.merged and not self.everyone:
+            raise LoRAError(
+                "adapters were merged after they had been chosen or disabled here; call lora_blip.restore(model) first"
+            )
+        for key, adapter in stack.items():
+            rows = None if key in stack.merged else self.rows(name_of(key), x)
+            if rows is ALL:
+                output = output + adapter(x).to(output.dtype)
+            elif rows is not None:
+                output = output.index_add(0, rows, adapter(x[rows]).to(output.dtype))
+        return output
 
     def rows(self, name: str, x: Tensor) -> Any:
         """Return the rows of x (rows, …) on which an adapter acts: ALL, a tensor of row numbers, or None for no row."""

@@ -1,13 +1,16 @@
 """Call transformers: modules by argument name, and loading without its messages."""
 
+import inspect
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from lora_blip.errors import ModelError
-from lora_blip.kernels.signatures import arguments_of, version_of
+from lora_blip.kernels.signatures import version_of
 from lora_blip.runtime.untrusted import printable
 
 UNCHECKED = {"use_cache"}  # has no effect on results, and a model may pass it to its language model
@@ -25,6 +28,13 @@ def call(module: Any, **named: Any) -> Any:
             "tested with: pip install 'transformers>=5.20,<5.25'"
         )
     return module(**named)
+
+
+@cache
+def arguments_of(method: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a method's parameters, without those that `*args` and `**kwargs` accept."""
+    kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    return frozenset(name for name, one in inspect.signature(method).parameters.items() if one.kind not in kinds)
 
 
 def first_line(error: Exception) -> str:

@@ -11,9 +11,9 @@ from torch import nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora import attached, injection, merging, targets
-from lora_blip.lora.dispatch import dispatching_hook
-from lora_blip.lora.layer import LoRA, lora_hook
-from lora_blip.lora.routing import disable_adapters
+from lora_blip.lora.fused import fused_hook, fused_pre_hook
+from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
+from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.lora.sites import Site, tied
 from tests.support.models import inject, logits_of
 
@@ -99,7 +99,7 @@ def test_eject_leaves_the_base_as_it_was(backbone):
     injection.eject(backbone.model)
     injection.eject(backbone.model)
     assert list(backbone.model.state_dict()) == keys and torch.equal(logits_of(backbone), before)
-    assert not any(hook is dispatching_hook for m in backbone.model.modules() for hook in m._forward_hooks.values())
+    assert not any(hook in attached.OURS for m in backbone.model.modules() for hook in m._forward_hooks.values())
 
 
 def test_bake_keeps_the_merged_weights_and_nothing_else(make):
@@ -123,8 +123,8 @@ def test_injecting_twice_is_injecting_once(make):
 
 
 def plus(weight: torch.Tensor, x: LoRA) -> torch.Tensor:
-    """W + ΔW, rounded once, as a merge has it."""
-    return torch.addmm(weight, x.B, x.A, alpha=x.scale)
+    """W + ΔW, as a merge has it."""
+    return weight + x.delta_weight()
 
 
 def test_two_adapters_add_and_part_again():
@@ -309,23 +309,35 @@ def test_merging_again_takes_up_what_was_learned_since():
     assert torch.equal(model[0].weight, before.double())
 
 
-@pytest.mark.parametrize("merged", [(), ("b",)])
-def test_the_dispatching_hook_is_the_plain_hook_if_every_adapter_acts_on_every_row(merged):
-    """Outputs and gradients have equal bits, with two adapters, a block of rows and a merged one."""
+def two_adapters(fast: bool) -> nn.Sequential:
+    """Two linears with two adapters, one of them on a block of rows."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+    attached.fast(model, fast)
     injection.inject(model, [Site("0", 2, 3.0), Site("2", 2, 3.0, "q", (1, 3))], name="a")
     injection.inject(model, [Site("0", 3, 5.0)], name="b")
     for name in ("a", "b"):
         for lora in attached.adapters(model, name).values():
             nn.init.normal_(lora.B)
+    return model
+
+
+@pytest.mark.parametrize("merged", [(), ("b",)])
+@pytest.mark.parametrize("way", ["FAST = False", "without fused", "after a block"])
+def test_every_hook_is_the_plain_hook_if_every_adapter_acts_on_every_row(way, merged):
+    """Outputs and gradients have equal bits: with FAST = False, without `fused`, and once `use_adapters` was used."""
+    model = two_adapters(fast=way == "without fused")
+    attached.fast(model, False)
+    if way == "after a block":
+        with use_adapters(model, ["a"] * 5):
+            model(torch.randn(5, 6))
     if merged:
         merging.merge(model, *merged)
-    attached.fast(model, False)
     plain = copy.deepcopy(model)
     for linear in attached.adapted_linears(plain).values():
         attached.remove_hooks(linear)
         linear.register_forward_hook(lora_hook, with_kwargs=True)
+        linear.lora.routing = None
     x = torch.randn(5, 6)
     outputs = [each(x) for each in (model, plain)]
     assert torch.equal(*outputs)
@@ -334,6 +346,60 @@ def test_the_dispatching_hook_is_the_plain_hook_if_every_adapter_acts_on_every_r
     assert all(map(torch.equal, *gradients)) and all(g.any() for g in gradients[0])
     hidden = nn.functional.gelu(written_out(plain[0], x))
     torch.testing.assert_close(written_out(plain[2], hidden), outputs[1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_three_lines_of_layer_py_are_what_inject_does_without_fast():
+    """`inject` registers `lora_hook` and nothing else. `attached.fast` adds the hooks of `fused`, at the same place."""
+    linear, model = nn.Linear(6, 8), two_adapters(fast=False)
+    linear.load_state_dict({name: value for name, value in model[0].state_dict().items() if name in ("weight", "bias")})
+    linear.lora = AdapterStack()
+    for name in ("a", "b"):
+        linear.lora[name] = copy.deepcopy(model[0].lora[name])
+    linear.register_forward_hook(lora_hook, with_kwargs=True)
+    x = torch.randn(5, 6)
+    assert torch.equal(linear(x), model[0](x)) and torch.equal(linear(input=x), linear(x))
+    assert [*model[0]._forward_hooks.values()] == [lora_hook] and not model[0]._forward_pre_hooks
+    foreign = model[0].register_forward_hook(lambda _module, _args, output: output + 1)
+    before = model[0](x)
+    attached.fast(model)
+    attached.fast(model)
+    hooks = [*model[0]._forward_pre_hooks.values(), *model[0]._forward_hooks.values()]
+    assert hooks[:2] == [fused_pre_hook, fused_hook] and len(hooks) == 3
+    torch.testing.assert_close(model[0](x), before)
+    foreign.remove()
+    injection.eject(model)
+    assert not any(hook in attached.OURS for hook in model[0]._forward_hooks.values()) and not model[0]._forward_pre_hooks
+
+
+class Doubled(LoRA):
+    """A variant of LoRA: twice the update."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+    def delta_weight(self) -> torch.Tensor:
+        return 2 * super().delta_weight()
+
+
+@pytest.mark.parametrize("write", [merging.merge, merging.bake])
+def test_a_variant_is_hooked_trained_merged_and_baked_by_its_own_update(write):
+    """ΔW has one source, `delta_weight`, and the hook adds what `forward` returns, also where `fused` is on."""
+    model, x = two_adapters(fast=True), torch.randn(5, 6)
+    plain = copy.deepcopy(model)
+    for linear in attached.adapted_linears(model).values():
+        for lora in linear.lora.values():
+            lora.__class__ = Doubled
+    for lora in (lora for _, lora in attached.every_adapter(plain)):
+        lora.B.data *= 2
+    hooked = model(x)
+    torch.testing.assert_close(hooked, plain(x))
+    hooked.sum().backward()
+    plain(x).sum().backward()
+    for (_, one), (_, two) in zip(attached.every_adapter(model), attached.every_adapter(plain), strict=True):
+        torch.testing.assert_close(one.A.grad, two.A.grad)
+        torch.testing.assert_close(one.B.grad, 2 * two.B.grad)
+    write(model)
+    torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
 
 
 def unmerged_halves(model: nn.Module) -> Iterator[nn.Parameter]:

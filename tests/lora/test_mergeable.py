@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import QuickLinear, can_bypass
-from lora_blip.lora import attached, dispatch, fused, injection, mergeable, merging
+from lora_blip.lora import attached, fused, injection, merging
 from lora_blip.lora.sites import Site
 from lora_blip.models import weights
 
@@ -165,7 +165,8 @@ def test_a_weight_that_cannot_take_the_update_is_named_and_nothing_is_changed(wh
 def test_a_weight_of_another_kind_takes_the_plain_way_forward_and_backward(monkeypatch):
     """Outputs and gradients are those of the dequantised base with the same adapter."""
     taken: list[Any] = []
-    monkeypatch.setattr(dispatch, "updated", lambda linear, output: taken.append(linear) or fused.updated(linear, output))
+    updated = fused.updated
+    monkeypatch.setattr(fused, "updated", lambda linear, output: taken.append(linear) or updated(linear, output))
     model = adapt(net())
     twin = copy.deepcopy(model)
     for linear in model:
@@ -212,10 +213,10 @@ def test_a_merge_or_bake_that_fails_halfway_puts_every_weight_back(monkeypatch, 
     x, before = torch.randn(3, 4), [linear.weight.clone() for linear in model]
     hooked, fold = model(x), merging.fold
 
-    def fail(linear: Any, keys: frozenset[str], *more: Any) -> None:
+    def fail(path: str, linear: Any, keys: frozenset[str], *more: Any) -> None:
         if linear is model[2] and "b" in keys:
             raise MemoryError
-        fold(linear, keys, *more)
+        fold(path, linear, keys, *more)
 
     monkeypatch.setattr(merging, "fold", fail)
     with pytest.raises(MemoryError):
@@ -232,12 +233,13 @@ def test_an_eject_that_fails_halfway_puts_every_weight_back(monkeypatch):
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
     merging.merge(model)
     before, sums = [linear.weight.clone() for linear in model], []
+    summed = merging.summed
 
     def fail(linear: Any, keys: frozenset[str]) -> torch.Tensor:
         sums.append(keys)
         if len(sums) == 2:
             raise MemoryError
-        return mergeable.summed(linear, keys)
+        return summed(linear, keys)
 
     monkeypatch.setattr(merging, "summed", fail)
     with pytest.raises(MemoryError):

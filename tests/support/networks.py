@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip.lora import attached, dispatch, injection
-from lora_blip.lora.fused import updated
+from lora_blip.lora import attached, fused, injection
 from lora_blip.lora.sites import Site
 
 
@@ -53,5 +52,6 @@ def gradients(model: nn.Module, x: torch.Tensor, fast: bool, context=nullcontext
 def used(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The linears that take the fast way, as they do."""
     taken: list[nn.Module] = []
-    monkeypatch.setattr(dispatch, "updated", lambda linear, output: taken.append(linear) or updated(linear, output))
+    updated = fused.updated
+    monkeypatch.setattr(fused, "updated", lambda linear, output: taken.append(linear) or updated(linear, output))
     return taken

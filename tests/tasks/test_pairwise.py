@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lora_blip.data.example import Example
 from lora_blip.data.loader import CachedStates, HostBatch, Slot
 from lora_blip.kernels import linear as products
-from lora_blip.kernels import vit_attention
+from lora_blip.kernels import vit
 from lora_blip.lora import attached, fused, injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.routing import use_adapters
@@ -495,7 +495,7 @@ def test_a_step_is_that_of_a_model_written_out_in_float64(checkpoints, tmp_path,
     if case.large:
         monkeypatch.setattr(products, "LARGE", 1)
         monkeypatch.setattr(fused, "SMALL", 0)
-        monkeypatch.setattr(vit_attention, "LARGE", 1)
+        monkeypatch.setattr(vit, "LARGE", 1)
     base = checkpoints[case.kind]
     loss, gradients, record = learn(case, base) if case.ranks == 1 else learn_among_ranks(case, base, tmp_path)
     oracle_loss, oracle = Oracle(case, base, record).step()

@@ -19,7 +19,7 @@ from lora_blip.data.loader import HostBatch
 from lora_blip.inference.api import captions, predictions
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.predictor import Predictor
-from lora_blip.kernels import switch, vit_attention
+from lora_blip.kernels import switch, vit
 from lora_blip.kernels import text_attention as text_attention
 from lora_blip.lora import attached, fingerprint, fused, injection
 from lora_blip.models.packing import Packed
@@ -128,8 +128,8 @@ def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores of the ViT are a tenth too large."""
-    real = vit_attention.attend
-    monkeypatch.setattr(vit_attention, "attend", lambda q, k, v: real(1.1 * q, k, v))
+    real = vit.attend
+    monkeypatch.setattr(vit, "attend", lambda q, k, v: real(1.1 * q, k, v))
 
 
 def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

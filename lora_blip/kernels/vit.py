@@ -1,19 +1,24 @@
-"""Attention of BLIP's ViT that keeps no scores: 577 × 577 numbers for each head are most of the memory of a step.
+"""The attention and the MLP of a ViT's block, with less memory in training.
 
-For BLIP, transformers stores every score three times for the backward pass. Here `attend` computes it, or `by_heads` if there
-are many scores in 16 bits on a CPU, which do not fit into the processor's cache.
+Attention: 577 × 577 scores for each head are most of the memory of a step, and transformers' BLIP stores every score three
+times for the backward pass. `attend` stores none. `by_heads` computes large attentions in 16 bits on a CPU: it stores the
+probabilities once, and computes few heads at a time, so that their scores stay in the processor's cache.
+
+MLP: the gradient of A of fc2 needs the input of fc2, which is the output of the GELU. Autograd keeps the GELU's input anyway.
+So `fused` computes the GELU again instead of keeping its output, a quarter of what a block keeps.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.blip.modeling_blip import BlipAttention
-from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
+from transformers.activations import GELUActivation
+from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
 
-from lora_blip.kernels.plain import is_plain, wants_attentions
+from lora_blip.kernels.linear import GELU_INPUT
+from lora_blip.kernels.plain import is_plain, needs_library
 from lora_blip.kernels.sdpa import attend, by_hand
-from lora_blip.kernels.signatures import unknown
 
 LARGE = 2**22  # scores
 
@@ -25,17 +30,13 @@ class VitAttention(nn.Module):
     """
 
     WRITTEN_FOR = ("(self, hidden_states, **kwargs)",)
-    UNREAD = (
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-    )  # arguments of the model that the attention does not use
+    UNUSED = ("output_attentions", "output_hidden_states", "return_dict")  # arguments of the model, without effect here
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Return (output, None), the output with the shape of hidden_states (images, states, width)."""
         model: Any = self
         drops = self.training and self.drops  # load_backbone sets the dropout to 0
-        if is_plain() or drops or wants_attentions(kwargs) or unknown(kwargs, *self.UNREAD):
+        if drops or needs_library(kwargs, *self.UNUSED):
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
         large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and by_hand(qkv)
@@ -57,6 +58,33 @@ class Blip2VitAttention(VitAttention, Blip2Attention):
     @property
     def drops(self) -> bool:
         return self.attention_dropout > 0
+
+
+class VitMLP(nn.Module):
+    """The part that the MLPs of both ViTs share. It stores the input of the GELU as an attribute of the GELU's output."""
+
+    WRITTEN_FOR = ("(self, hidden_states)",)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the output of the MLP, with the shape of hidden_states (images, states, width)."""
+        if is_plain():
+            return super().forward(hidden_states)
+        model: Any = self
+        gelu = model.activation_fn
+        before = model.fc1(hidden_states)
+        after = gelu(before)
+        hooked = gelu._forward_hooks or gelu._forward_pre_hooks
+        if type(gelu) is GELUActivation and gelu.act is nn.functional.gelu and not hooked:
+            setattr(after, GELU_INPUT, before)
+        return model.fc2(after)
+
+
+class BlipVitMLP(VitMLP, BlipMLP):
+    pass
+
+
+class Blip2VitMLP(VitMLP, Blip2MLP):
+    pass
 
 
 def attend_at_once(qkv: Tensor, heads: int) -> Tensor:

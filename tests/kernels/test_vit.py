@@ -9,7 +9,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
 from lora_blip.kernels import switch
-from lora_blip.kernels.vit_attention import attend_at_once, by_heads, split_qkv
+from lora_blip.kernels.vit import attend_at_once, by_heads, split_qkv
 from lora_blip.lora import attached, injection
 from lora_blip.lora import fused as fused_update
 from lora_blip.models.loading import load_backbone
