@@ -66,7 +66,7 @@ CHECKPOINT_SECONDS = 60.0  # seconds between checkpoints; 0: a checkpoint after 
 KEEP_CHECKPOINTS = 2  # number of newest checkpoints to keep
 ALLOW_CHANGED = False  # resume although settings, data or base have changed; the result differs
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
-TENSORBOARD = False  # also write TensorBoard event files: pip install 'lora_blip[tensorboard]'
+TENSORBOARD = False  # also write TensorBoard event files: pip install "lora_blip[tensorboard]"
 
 if __name__ == "__main__":
     from lora_blip.cli import run_train

@@ -131,7 +131,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
     allow_changed: bool = setting(False, "resume although settings, data or base have changed; the result differs")
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
-    tensorboard: bool = setting(False, "also write TensorBoard event files: pip install 'lora_blip[tensorboard]'")
+    tensorboard: bool = setting(False, 'also write TensorBoard event files: pip install "lora_blip[tensorboard]"')
 
     def __post_init__(self) -> None:
         check(self)

@@ -34,7 +34,8 @@ def examine() -> bool:
     print(f"lora_blip {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("core        ", ", ".join(f"{name} {version(name)}" for name in CORE))
     for extra, names in EXTRAS.items():
-        print(f"{extra:<13}" + ", ".join(f"{name} {version(name)}" for name in names))
+        versions = ", ".join(f"{name} {version(name)}" for name in names)
+        print(f"{extra:<13}{versions}" + f': pip install "lora_blip[{extra}]"' * ("missing" in versions))
     print(f"java         {java()}")
     for device in devices():
         print(f"{device!s:<13}{device_name(device)}: {', '.join(precisions(device))}")

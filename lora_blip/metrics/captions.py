@@ -1,6 +1,6 @@
 """Caption scores of the COCO evaluation (Chen et al. 2015), through `pycocoevalcap`.
 
-`pip install 'lora_blip[metrics]'` installs the scorers. METEOR and SPICE also need Java. Nothing is downloaded.
+`pip install "lora_blip[metrics]"` installs the scorers. METEOR and SPICE also need Java. Nothing is downloaded.
 """
 
 from collections.abc import Collection
@@ -22,7 +22,7 @@ BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 COCO = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 NAMES = ("exact match", *COCO)
 MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # the means of their scores by image
-MISSING = "pycocoevalcap is not installed; `pip install 'lora_blip[metrics]'`"
+MISSING = 'pycocoevalcap is not installed: pip install "lora_blip[metrics]"'
 PTB, PLAIN = "PTBTokenizer (Stanford CoreNLP 3.4.1)", "lora_blip's own, without Java"
 NOTHING_RARE = (
     "0 by definition: the references of every image contain every n-gram, so that all weights are 0 "

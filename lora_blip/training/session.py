@@ -29,7 +29,7 @@ from lora_blip.training.schedule import remaining_steps, total_steps
 from lora_blip.training.setup import PreparedRun, prepare
 from lora_blip.training.validation import merge_drift, sharers, validate
 
-NO_PLOT = "pip install 'lora_blip[plots]' draws the loss curve"
+NO_PLOT = 'no loss curve, because matplotlib is not installed: pip install "lora_blip[plots]"'
 
 
 @contextmanager

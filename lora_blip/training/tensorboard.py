@@ -11,7 +11,7 @@ def summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "tensorboard = True, and TensorBoard is not installed: pip install 'lora_blip[tensorboard]', or set it to False"
+            'tensorboard = True, and TensorBoard is not installed: pip install "lora_blip[tensorboard]", or set it to False'
         ) from None
     except Exception as error:  # an incompatible package
         raise ConfigError(f"tensorboard = True, and TensorBoard cannot be imported: {error}; set it to False") from None

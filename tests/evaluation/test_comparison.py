@@ -131,8 +131,8 @@ def test_without_the_scorers_exact_match_comes_with_the_reasons(checkpoints, her
     monkeypatch.setattr(captions, "import_module", lambda name: real("nowhere_" + name))
     found, rows, _ = evaluated(references(here, 3), adapter=str(adapter_of(checkpoints["blip"], here)))
     assert found["scores"]["exact match"]["adapted"]["value"] == 0
-    assert all("pip install 'lora_blip[metrics]'" in found["scores"][name]["note"] for name in captions.COCO)
-    assert "exact match" in rows[0] and "pip install 'lora_blip[metrics]'" in capsys.readouterr().out
+    assert all('pip install "lora_blip[metrics]"' in found["scores"][name]["note"] for name in captions.COCO)
+    assert "exact match" in rows[0] and 'pip install "lora_blip[metrics]"' in capsys.readouterr().out
 
 
 def test_the_base_alone_and_the_adapter_alone(checkpoints, here):
