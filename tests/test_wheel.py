@@ -1,14 +1,23 @@
 """The wheel and the source archive: what they contain, and that an installed package works in an empty folder."""
 
 import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from lora_blip import doctor
 from lora_blip.models import loading
+from lora_blip.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,3 +65,84 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
     lines = capsys.readouterr().out.splitlines()
     for extra in ("plots", "metrics", "tensorboard"):
         assert sum(line.endswith(f'missing: pip install "lora_blip[{extra}]"') for line in lines) == 1
+
+
+# ---------------------------------------------------------------- build and install
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Build the source archive from a copy of the repository, and the wheel from that archive. Return both."""
+    folder = tmp_path_factory.mktemp("archives")
+    left_out = shutil.ignore_patterns(".*", "image_test", "image_train", "lora_blip_output", "shared", "build", "*.egg-info")
+    shutil.copytree(ROOT, folder / "copy", ignore=left_out)
+    (folder / "copy" / "lora_blip" / "__pycache__").mkdir(exist_ok=True)
+    (folder / "copy" / "lora_blip" / "__pycache__" / "cli.pyc").touch()
+    build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", build, "build_sdist", folder], cwd=folder / "copy", check=True, capture_output=True)
+    (source,) = folder.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(folder / "source", filter="data")
+    (unpacked,) = (folder / "source").iterdir()
+    subprocess.run([sys.executable, "-c", build, "build_wheel", folder], cwd=unpacked, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return source, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel in a new environment, which borrows the libraries of this one, and return its folder of programs."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(archives[1])], check=True)
+    (packages,) = folder.glob("[Ll]ib/**/site-packages")
+    (packages / "libraries.pth").write_text(sysconfig.get_paths()["purelib"])  # its own .pth files are not read: no lora_blip
+    return programs
+
+
+def output(programs: Path, folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run a program of the new environment in a folder outside the repository."""
+    unset = ("PYTHONPATH", "VIRTUAL_ENV")
+    environment = {key: value for key, value in os.environ.items() if key not in unset} | {"COLUMNS": "100"}
+    program, *arguments = map(str, command)
+    return subprocess.run(
+        [str(programs / program), *arguments], cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_the_archives_contain_what_users_need_and_nothing_else(archives):
+    """The bases, py.typed, the page and the license are in both; tests, toyworld, benchmarks and caches are in none."""
+    with tarfile.open(archives[0]) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(archives[1]) as archive:
+        wheel = set(archive.namelist())
+        metadata = archive.read(next(name for name in wheel if name.endswith("METADATA"))).decode()
+    bases = {f"{path.parent.name}/{path.name}" for path in (ROOT / "assets").glob("tiny-*/*")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_blip").rglob("*.py")}
+    assert len(bases) > 20 and {f"lora_blip/assets/{name}" for name in bases} <= wheel
+    assert {f"assets/{name}" for name in bases} | {"LICENSE", "README.md", "pyproject.toml", "train.py", "infer.py"} <= source
+    assert modules | {"lora_blip/py.typed", "lora_blip/reports/report.html"} <= wheel & source
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+    folders = {"lora_blip", *(name.partition("/")[0] for name in wheel if ".dist-info/" in name)}
+    assert {name.partition("/")[0] for name in wheel} == folders and len(folders) == 2
+    assert not [name for name in wheel | source if "pycache" in name or name.endswith((".pyc", ".png"))]
+    assert not [name for name in source if name.startswith(("tests", "toyworld", "benchmarks"))]
+    assert "Provides-Extra: plots" in metadata and "LoRA fine-tuning" in metadata
+
+
+@pytest.mark.slow
+def test_the_program_is_installed(installed, tmp_path):
+    """`lora-blip` and `python -m lora_blip` are the installed package, and its doctor finds every base in it."""
+    code = "import lora_blip; print(lora_blip.__file__)"
+    assert output(installed, tmp_path, "python", "-c", code).stdout.startswith(str(installed.parent))
+    helped = output(installed, tmp_path, "lora-blip", "--help")
+    assert helped.returncode == 0 and helped.stdout == output(installed, tmp_path, "python", "-m", "lora_blip").stdout
+    assert "  doctor " in helped.stdout and helped.stderr == ""
+    assert output(installed, tmp_path, "lora-blip", "--version").stdout == f"lora_blip {__version__}\n"
+    examined = output(installed, tmp_path, "lora-blip", "doctor")
+    assert examined.returncode == 0 and examined.stderr.startswith("Loading torch"), examined.stderr
+    assert all(f"{name}: loads, and the hooks" in examined.stdout for name in doctor.BASES)
+    assert not list(tmp_path.iterdir())
