@@ -107,7 +107,7 @@ def test_an_unreadable_image_is_reported_and_the_rest_is_captioned(checkpoints, 
     monkeypatch.setattr(sys, "argv", ["infer.py", *base])
     run_infer({}, "")
     assert len((here / "out" / "predictions.jsonl").read_text().splitlines()) == 2
-    assert "left out: photos/1.png is no image" in capsys.readouterr().out
+    assert "left out: photos/1.png is not a usable image" in capsys.readouterr().out
     fresh_only = [*base, "--resume", "false"]
     assert "exists already" in told(capsys, run_infer, fresh_only, monkeypatch)  # predictions are never written over
 

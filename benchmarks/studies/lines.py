@@ -68,7 +68,7 @@ def measure(kind: str, source: str) -> dict[str, float]:
         found[stage] = time.process_time() - start
 
     with timed("read and check"):
-        examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.pretokenize)
+        examples, _ = annotations.read(source, check=task.check, decode=False, pretokenize=task.pretokenize)
     with timed("know"):  # which retrieval alone does
         RetrievalTask.prepare_data(SimpleNamespace(), examples)  # type: ignore[arg-type]
     with timed("split"):

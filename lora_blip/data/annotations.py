@@ -1,5 +1,7 @@
-"""Read and check an annotation file, JSONL or TSV. A line is {"image": "red_1.jpg", "text": "a red cube"}, or for questions
-{"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}.
+"""Read and check an annotation file, in JSONL or TSV. A JSONL line has one of these forms:
+
+{"image": "red_1.jpg", "text": "a red cube"}
+{"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}
 """
 
 import gc
@@ -25,8 +27,8 @@ from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
-MANY = 100_000  # lines from which on the garbage collector skips the examples for the rest of the run
-CHUNK = 1024  # lines whose texts a task may tokenize together before each line is checked
+MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
+CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
 
 
 @dataclass(frozen=True, slots=True)  # an invalid file can have a million
@@ -47,30 +49,30 @@ def read(
     on_bad_data: str = "stop",
     check: Callable[[Example], str] | None = None,
     decode: bool = True,
-    expect: Callable[[list[Example]], None] | None = None,
+    pretokenize: Callable[[list[Example]], None] | None = None,
     trim: Callable[[Example], Example] | None = None,
     report: Callable[[str], object] = print,
     decoded: Callable[[str, Image.Image], object] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
-    """Return each valid line as an Example, and each invalid one as a Problem.
+    """Return the valid lines as Examples, and the invalid lines as Problems.
 
-    A line is valid if its JSON and keys are, its texts are not empty, its image exists and can be decoded, and `check`
-    accepts it.
+    A line is valid if it can be parsed, has the keys of a caption or a question, has no empty text, and passes `check`. With
+    `decode`, its image must also exist and be readable.
 
-    image_root: the folder that image paths are relative to; by default the file's own folder.
-    check: returns the reason why a task cannot use an example, or "".
-    decode: decode each image; otherwise do not open it.
-    expect: called with up to CHUNK examples before they are checked.
-    trim: removes a task's prompt from the start of an example's texts.
-    report: called with a message about everything that is ignored or changed.
-    decoded: called in threads with each image file and its image.
+    image_root: the folder that image paths are relative to. Empty: the folder of the file.
+    check: a task's check. It returns why the task cannot use an example, or "" if it can.
+    decode: decode each image, to find those that are missing or damaged. If False, no image is opened.
+    pretokenize: called with up to CHUNK examples before they are checked.
+    trim: returns an example without the task's prompt at the start of its texts.
+    report: called with each message about ignored keys, removed prompts, and lines with their own prompt.
+    decoded: called with each image file and its decoded image, from several threads.
 
-    Raise DataError that lists the problems, if there are any and `on_bad_data` is "stop". Raise it also if no line is valid.
+    Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
     source = Path(source)
     lines = Lines(source, Path(image_root) if image_root else source.parent)
     entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
-    expected = 'expected a .jsonl file with a line {"image": …, "text": …} per example'
+    expected = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
     with many_objects():
         try:
             parsed = [lines.example(entry, number) for number, entry in entries]
@@ -83,16 +85,17 @@ def read(
         if trim:
             parsed = trimmed(source, parsed, trim, report)
         broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
-        good, problems = _checked(source, parsed, broken, check, expect)
-    if lines.prompts and (own := sum(bool(example.prompt) for example in good)):
-        message = f"{source}: {own:,} of {len(good):,} line(s) have their own prompt, which is used instead of PROMPT"
+        good, problems = _checked(source, parsed, broken, check, pretokenize)
+    if lines.prompts and (count := sum(bool(example.prompt) for example in good)):
+        message = f"{source}: {count:,} of {len(good):,} line(s) have their own prompt, which is used instead of PROMPT"
         report(printable(message))
     if len(good) >= MANY:
-        gc.freeze()  # examples have no cycles, and forked workers share unwritten memory
+        gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
     if problems and on_bad_data == "stop":
-        raise DataError(f'{listing(problems)}\nfix the lines, or set ON_BAD_DATA = "skip" to leave them out')
+        advice = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
+        raise DataError(f"{listing(problems)}\n{advice}")
     if not good:
-        raise DataError(f"{source}: no usable line\n{listing(problems)}".strip())
+        raise DataError(f"{source}: no usable line\n{listing(problems) or expected}")
     return good, problems
 
 
@@ -102,30 +105,33 @@ def trimmed(
     trim: Callable[[Example], Example],
     report: Callable[[str], object] = print,
 ) -> list[Example | tuple[int, str]]:
-    """Remove the prompt from the start of each line, and report how many changed. Refuse a line of only the prompt."""
+    """Return the lines without the prompt at the start of their texts, and report how many have changed.
+
+    A text that is only the prompt makes its line invalid.
+    """
     result, count, first = list(lines), 0, ""
     for index, line in enumerate(lines):
         if isinstance(line, Example) and (changed := trim(line)) is not line:
             count, first = count + 1, first or f"line {line.line}: {quoted(line.words)} is now {quoted(changed.words)}"
             empty = not changed.text if line.text else not all(changed.answers)
-            result[index] = (line.line, "the text is only the prompt; write what follows the prompt") if empty else changed
+            result[index] = (line.line, "the text is only the prompt; add the words after it") if empty else changed
     if count:
         message = (
-            f"{source}: removed the prompt from the start of {count:,} line(s), because it comes before each text; {first}"
+            f"{source}: removed the prompt from the start of {count:,} line(s), because it is put before each text; {first}"
         )
         report(printable(message))
     return result
 
 
 def _ignored(keys: dict[str, tuple[int, int]]) -> str:
-    """Return the ignored keys, with the number of lines and the first line of each."""
+    """Return the ignored keys as a text, each with its number of lines and its first line."""
     some = [f"{quoted(key)} ({count:,} line(s), first line {first})" for key, (count, first) in keys.items()]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
 
 
 @contextmanager
 def many_objects() -> Iterator[None]:
-    """Disable the garbage collector inside the block. It would scan all of a million lines again and again."""
+    """Disable the garbage collector inside the block. If millions of objects exist, each collection scans all of them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -140,14 +146,15 @@ def _checked(
     parsed: list[Example | tuple[int, str]],
     broken: dict[str, str],
     check: Callable[[Example], str] | None,
-    expect: Callable[[list[Example]], None] | None,
+    pretokenize: Callable[[list[Example]], None] | None,
 ) -> tuple[list[Example], list[Problem]]:
+    """Return the valid lines and the problems. `broken` has the reason why an image cannot be read, by image file."""
     good: list[Example] = []
     problems: list[Problem] = []
     for start in range(0, len(parsed), CHUNK):
         part = parsed[start : start + CHUNK]
-        if expect:
-            expect([entry for entry in part if isinstance(entry, Example)])
+        if pretokenize:
+            pretokenize([entry for entry in part if isinstance(entry, Example)])
         for entry in part:
             if isinstance(entry, Example):
                 reason = (broken and broken.get(entry.file)) or (check(entry) if check else "")
@@ -166,18 +173,19 @@ def listing(problems: list[Problem]) -> str:
 
 
 def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return the training and validation parts. All lines of an image are in the same part, drawn at random from `seed`.
+    """Return the training examples and the validation examples.
 
-    At least one image is held out if `fraction` > 0. Raise DataError if none is left to train on.
+    The validation images are drawn at random from `seed`: the share `fraction` of all images, and at least one if `fraction`
+    is above 0. All lines of an image are in the same part. Raise DataError if no image is left for training.
     """
     with many_objects():
         files = resolved(dict.fromkeys(map(FILE, examples)))  # lines may spell a path differently
-        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are sorted
+        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # quick if the lines are sorted already
         random.Random(seed).shuffle(images)
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):
-            message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none to train on"
-            raise DataError(f"{message}; lower it, or set it to 0 (--val-fraction)")
+            message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none for training"
+            raise DataError(f"{message}; set VAL_FRACTION to a smaller number, or to 0 (--val-fraction 0)")
         held_out = set(images[:count])
         is_held_out = [files[file] in held_out for file in map(FILE, examples)]
         return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))
@@ -195,7 +203,10 @@ def plain(text: str) -> str:
 
 
 def _undecodable(images: set[str], decoded: Callable[[str, Image.Image], object] | None = None) -> dict[str, str]:
-    """Return image → why it cannot be read. Each file is decoded once, in threads: Pillow releases the GIL."""
+    """Return the reason why an image cannot be read, by image file, for those that cannot.
+
+    Each file is decoded once. Threads are fast here, because Pillow releases the GIL.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(partial(_decode_failure, decoded=decoded), sorted(images))
         reasons = tqdm(reasons, total=len(images), desc="checking", unit="image", disable=None, delay=2, leave=False)

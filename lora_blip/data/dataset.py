@@ -1,4 +1,4 @@
-"""A data set of images, each with its lines: decode, augment and preprocess an image, or read it from a cache."""
+"""The data set of a training run: images with their lines. An image is decoded and augmented, or read from a cache."""
 
 import random
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from lora_blip.data.images import augment, names_side, open_image
 from lora_blip.data.preprocessing import pixels_of, side_of
 from lora_blip.errors import ImageError
 
-Key = tuple[int, int]  # (epoch, number of a group of lines)
-MAX_LINES = 8  # lines of one image in one item; further lines are in further items
+Key = tuple[int, int]  # (epoch, index of an item)
+MAX_LINES = 8  # most lines in one item; an image with more lines has several items
 
 
 class Caches(NamedTuple):
@@ -38,17 +38,17 @@ class ImageItem(NamedTuple):
     examples: list[Example]
     pixel_values: Tensor | None  # (3, H, W) float32
     states: Tensor | None = None  # (tokens, width), from the cache
-    key: str = ""  # the cache key under which the image's states will be stored; "": they are not stored
+    key: str = ""  # the cache key for the image's states; "": they are not cached
 
 
 class ImageDataset(Dataset[ImageItem]):
-    """Map (epoch, number) to an image and its lines.
+    """Map the key (epoch, index) to an ImageItem.
 
-    together: put up to MAX_LINES lines of an image into one item. Otherwise each line is one item.
-    views: the number of augmented versions of an image, which alternate between epochs. 0: a new version in each epoch.
+    together: if True, an item has up to MAX_LINES lines of an image. If False, each line is one item.
+    views: the number of augmented versions of an image. Epoch e uses version e modulo `views`. 0: a new version in each epoch.
 
-    Each item seeds its own random generator for the augmentation. So an item does not depend on the number of workers, or on
-    the step at which a run is resumed.
+    The augmentation of an item is seeded by the run's seed and the item's key. So an item does not depend on the number of
+    workers, or on the step at which a run is resumed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ImageDataset(Dataset[ImageItem]):
         self.pixels = pixels_of(image_processor)
         self.side = side_of(image_processor)
         self.lines, self.starts = grouped(examples, MAX_LINES if together else 1)
-        self.sided: dict[str, str] = {}  # image file → a text that says "left" or "right", which a mirror would make false
+        self.sided: dict[str, str] = {}  # image file → a text with "left" or "right": do not mirror this image
         for words, file in ((e.words, e.file) for e in examples if augmented):
             if names_side(words):
                 self.sided[file] = words
@@ -71,12 +71,12 @@ class ImageDataset(Dataset[ImageItem]):
         return self.item(key)
 
     def item(self, key: Key, use_cached: bool = True) -> ImageItem:
-        """Return the item of a key. Without `use_cached` it has pixel values, even if the cache contains its states.
+        """Return the item of a key. If `use_cached` is False, it has pixel values even if the cache contains its states.
 
         Raise DataError, with file and line, if the image cannot be read.
         """
-        epoch, number = key
-        lines = self.lines[self.starts[number] : self.starts[number + 1]].tolist()
+        epoch, index = key
+        lines = self.lines[self.starts[index] : self.starts[index + 1]].tolist()
         examples = [self.examples[line] for line in lines]
         try:
             return self._item(examples, epoch, lines[0], use_cached)
@@ -90,7 +90,7 @@ class ImageDataset(Dataset[ImageItem]):
             return self._load(examples, digest, partial(open_image, image), use_cached)
         if not self.views:
             return self._load(examples, "", partial(self._augmented, image, f"{epoch} {line}"), use_cached)
-        view, digest = epoch % self.views, image_digest(image)  # so all lines of an image share its versions
+        view, digest = epoch % self.views, image_digest(image)  # a view is of the image, so all its lines share it
         key = f"{digest}-{self.seed}-{view}{'-sided' * (str(image) in self.sided)}"
         return self._load(examples, key, partial(self._augmented, image, f"{view} {digest}"), use_cached)
 
@@ -98,7 +98,10 @@ class ImageDataset(Dataset[ImageItem]):
         return augment(open_image(image), self.sided.get(str(image), ""), random.Random(f"{self.seed} {draw}"), self.side)
 
     def _load(self, examples: list[Example], key: str, make: Callable[[], Image.Image], use_cached: bool) -> ImageItem:
-        """Read the item from the caches, or call `make` and store its pixels. A key of "" means no caching."""
+        """Return the item from a cache. If it is in none, call `make` for the image, and cache its pixels.
+
+        A key of "" means that the image is not cached.
+        """
         state_cache = self.caches.states if key else None
         if state_cache and use_cached and (states := state_cache.get(key)) is not None:
             return ImageItem(examples, None, states)
@@ -114,7 +117,7 @@ class ImageDataset(Dataset[ImageItem]):
 def grouped(examples: list[Example], most: int) -> tuple[Any, Any]:
     """Group the lines by image, with at most `most` lines in a group. Images are in the order of their first lines.
 
-    Return the line numbers (lines,), and the start of each group among them (groups + 1,).
+    Return `lines`, the line numbers sorted by group, and `starts` (groups + 1,): group i is lines[starts[i] : starts[i + 1]].
     """
     count = len(examples)
     if most == 1:
@@ -123,5 +126,5 @@ def grouped(examples: list[Example], most: int) -> tuple[Any, Any]:
     image_of_line = np.fromiter((images.setdefault(e.file, len(images)) for e in examples), dtype=np.int64, count=count)
     lines = np.argsort(image_of_line, kind="stable")
     first = np.searchsorted(image_of_line[lines], np.arange(len(images)))  # (images,)
-    rank = np.arange(count) - first[image_of_line[lines]]  # of each line among the lines of its image
+    rank = np.arange(count) - first[image_of_line[lines]]  # (lines,) position among the lines of the image
     return lines, np.append(np.flatnonzero(rank % most == 0), count)

@@ -263,7 +263,7 @@ def image_digest(path: Path) -> str:
     except FileNotFoundError:
         raise ImageError(printable(f"{path} does not exist")) from None
     except UnreadableError as error:
-        raise ImageError(printable(f"{path} is no image: {error}")) from None
+        raise ImageError(printable(f"{path} is not a usable image: {error}")) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise ImageError(printable(f"{path} cannot be read ({why(error) if isinstance(error, OSError) else error})")) from None
 

@@ -1,4 +1,4 @@
-"""One entry of an annotation file: a dict of any supported keys → a dict of our own keys, or the reason why it is invalid."""
+"""Check one entry of an annotation file, and replace the names that its keys may have by our own."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ Entry = dict[str, Any]
 
 
 class WrittenFloat(float):
-    """A JSON number that is not whole, with its spelling: the answer 1.50 stays 1.50."""
+    """A JSON number with a point or an exponent, and its spelling in the file, so that the answer 1.50 stays 1.50."""
 
     __slots__ = ("spelling",)
     spelling: str
@@ -29,7 +29,7 @@ class WrittenFloat(float):
 
 
 def as_text(value: object) -> str | None:
-    """Return a string or a number as it is written, "yes" or "no" for a boolean, and None for any other value."""
+    """Return a string unchanged, a number as it is written, "yes" or "no" for a boolean, and None for any other value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
@@ -40,8 +40,9 @@ def as_text(value: object) -> str | None:
 def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     """Return the entry with the keys {"image", "text"} or {"image", "question", "answers"}, or the reason why it is invalid.
 
-    Texts have one space between words, and numbers and booleans are texts (see `as_text`). Other keys are kept. An entry
-    with a question has `answers` (texts, or VQAv2's {"answer": …}) or one `answer`. Without `answered` it may have none.
+    In the result, texts have one space between words, and numbers and booleans are texts (see `as_text`). Other keys are kept.
+    A question has `answers` (a list of texts, or of VQAv2's {"answer": …}) or one `answer`. If `answered` is False, it may
+    have none.
     """
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)
@@ -58,7 +59,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 
 def _caption(rest: Entry) -> Entry:
     if rest.keys().isdisjoint(TEXT_KEYS):
-        keys = f"; this line has {quoted(list(rest))[1:-1]}" if rest else ""
+        keys = f"; this line has the keys {quoted(list(rest))[1:-1]}" if rest else ""
         raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, or question and answers{keys}")
     return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
 
@@ -68,7 +69,7 @@ def _question(rest: Entry, answered: bool) -> Entry:
     answers = _take(rest, ANSWER_KEYS, [])
     answers = answers if isinstance(answers, list) else [answers]
     if not answers and not may_be_empty:
-        raise _ValueError('no answer: expected "answers", a list of texts, or "answer", a text')
+        raise _ValueError('no answer: add "answers", a list of texts, or "answer", a text')
     texts = [item.get("answer", item) if isinstance(item, dict) else item for item in answers]
     entry: Entry = {"question": question, "answers": [_tidied("answer", text) for text in texts]}
     number = rest.pop("question_id", None)
@@ -80,7 +81,7 @@ def _question(rest: Entry, answered: bool) -> Entry:
 
 
 def _prompt(rest: Entry) -> Entry:
-    """Return the line's own prompt, if any. An empty text is none: a CSV has a prompt cell in every row."""
+    """Return {"prompt": …}, or {} if the prompt is missing or empty, as in a row of a CSV that has a column of prompts."""
     prompt = rest.pop("prompt", None)
     return {"prompt": _tidied("prompt", prompt)} if prompt is not None and str(prompt).strip() else {}
 
@@ -89,8 +90,7 @@ def _tidied(name: str, value: object) -> str:
     """Return a text with one space between words. Raise _ValueError for null, an empty text or a value that is not a text."""
     text = as_text(value)
     if text is None:
-        reason = f"the {name} is null" if value is None else f"no {name}: it is {quoted(value)}"
-        raise _ValueError(f"{reason}; write a text")
+        raise _ValueError(f"the {name} is {'null' if value is None else quoted(value)}, expected a text")
     if not (text := " ".join(text.split())):
         raise _ValueError(f"{'an' if name == 'answer' else 'the'} {name} is empty")
     return text
@@ -99,7 +99,7 @@ def _tidied(name: str, value: object) -> str:
 def _has_surrogates(entry: Entry) -> bool:
     """Return True if a text that becomes part of an Example contains half of a surrogate pair."""
     used = [entry.get(key) for key in ("image", "group", "text", "question", "prompt", "question_id")]
-    answers = entry["answers"] if "question" in entry else ()  # a caption may have any value under that key
+    answers = entry["answers"] if "question" in entry else ()  # in a caption, this key is ignored and may have any value
     written = "".join(value for value in (*used, *answers) if isinstance(value, str))
     return not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written)
 
@@ -109,11 +109,11 @@ class _ValueError(ValueError):
 
 
 def first_key(entry: Entry, keys: Iterable[str]) -> str | None:
-    """Return the first of the keys that the entry has, or None. Its other keys of this kind are ignored."""
+    """Return the first of `keys` that the entry has, or None. If it has several, the others are ignored."""
     return next((key for key in keys if key in entry), None)
 
 
 def _take(entry: Entry, keys: Iterable[str], otherwise: Any = None) -> Any:
-    """Remove the first of the keys that the entry has, and return its value."""
+    """Remove the first of `keys` that the entry has, and return its value. Return `otherwise` if it has none."""
     key = first_key(entry, keys)
     return otherwise if key is None else entry.pop(key)

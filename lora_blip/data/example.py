@@ -7,7 +7,7 @@ from typing import Any
 
 
 class AsText:
-    """A slot that stores a path as a string, which needs a quarter of the memory, and returns a Path."""
+    """A slot for a path. It stores a string, which needs a quarter of a Path's memory. Reading it returns a Path."""
 
     def __init__(self, slot: Any) -> None:
         self.slot = slot
@@ -21,10 +21,10 @@ class AsText:
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class Example:
-    """One line: an image with a text that describes it, or an image with a question and its answers, one per annotator.
+    """One line: an image with a caption, or an image with a question and its answers, one answer per annotator.
 
-    `group` is a label of the user ("unseen pairs"), for scores by group. `prompt` replaces the task's prompt for this line.
-    `question_id` distinguishes two questions with the same words about one image.
+    `group` is a label that the user chose, such as "unseen pairs"; scores are also reported by group. `prompt` replaces the
+    task's prompt for this line. `question_id` distinguishes two questions with the same words about one image.
     """
 
     image: Path
@@ -40,7 +40,7 @@ class Example:
 
     @property
     def file(self) -> str:
-        """The image path as a string: a cheap key."""
+        """The image path as a string, which is a faster dictionary key than a Path."""
         return FILE(self)
 
     @property
@@ -49,19 +49,20 @@ class Example:
         return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))
 
 
+# the setters of the slots; they work although the class is frozen
 put_file, put_text, put_name, put_line, put_group, put_question, put_answers, put_source, put_prompt, put_question_id = (
     vars(Example)[each.name].__set__ for each in fields(Example)
 )
 SLOT = vars(Example)["image"]
 FILE: Callable[[Example], str] = SLOT.__get__
-Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # after the class exists: a class attribute would conflict with its slot
+Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # set here, because in the class it would conflict with the slot
 
 
 def quick(
     file: str, text: str, name: str, line: int, group: str, question: str, answers: tuple[str, ...], source: str,
     prompt: str, question_id: int | str,
 ) -> Example:  # fmt: skip
-    """Return Example(Path(file), text, …) in half the time. A large data set has millions."""
+    """Return Example(Path(file), text, …) in half the time, because a large data set has millions of lines."""
     example = object.__new__(Example)
     put_file(example, file)
     put_text(example, text)

@@ -14,10 +14,10 @@ from lora_blip.runtime.untrusted import DEEPEST, UnreadableError, no_constant, o
 
 ANSWER_SEPARATOR = "|"  # between the answers of one cell of a TSV or CSV
 LONGEST = 2**20  # characters of a line; a caption has a hundred, a question with ten answers a thousand
-TOO_LONG = f"a line of more than {LONGEST:,} characters; has the file lost its line ends?"
+TOO_LONG = f"a line of more than {LONGEST:,} characters; put each example on its own line"
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 
-QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=no_constant)  # five times as fast; accepts repeated keys
+QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=no_constant)  # five times as fast; ignores repeated keys
 STRICT = json.JSONDecoder(object_pairs_hook=once, parse_float=WrittenFloat, parse_constant=no_constant)
 
 Location = int | str  # the number of a line, or the place of an entry in a JSON document: "annotations[17]"
@@ -70,7 +70,10 @@ def jsonl_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
 
 
 def _object(line: str) -> Any:
-    """Return `parsed(line, STRICT)`, but faster. An object of strings with as many keys as colons has no repeated key."""
+    """Return `parsed(line, STRICT)`, in less time for most lines.
+
+    QUICK is enough for an object with as many keys as the line has colons: no key of it was repeated.
+    """
     try:
         entry, end = QUICK.raw_decode(line)
     except (ValueError, RecursionError):
@@ -82,8 +85,8 @@ def _object(line: str) -> Any:
 def tsv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
     """Read lines of image⇥caption, or image⇥question⇥answer with `|` between several answers.
 
-    Lines that start with # are comments (write ./#1.png for an image of such a name). There is no quoting. The first line
-    may name the columns, such as image⇥prompt⇥caption.
+    ⇥ is a tab. A line that starts with # is a comment; for an image with such a name, write ./#1.png. Quotes have no special
+    meaning. The first line may name the columns, such as image⇥prompt⇥caption.
     """
     names: list[str] | None = None  # None before the first line; empty if that line does not name the columns
     for number, line in numbered_lines(path):
@@ -108,10 +111,11 @@ def tsv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
         elif len(cells) == 2:
             yield number, {"image": cells[0], "text": cells[1]}
         elif len(cells) == 3:
-            yield number, {"image": cells[0], "question": cells[1], "answers": several(cells[2])}
+            yield number, {"image": cells[0], "question": cells[1], "answers": split_answers(cells[2])}
         else:
             columns = f"{len(cells)} column{'s' * (len(cells) > 1)}"
-            yield number, f"{columns} between tabs: expected image⇥caption or image⇥question⇥answer, got {line.strip()[:60]!r}"
+            expected = "expected image⇥caption or image⇥question⇥answer, where ⇥ is a tab"
+            yield number, f"{columns} between tabs: {expected}; got {line.strip()[:60]!r}"
 
 
 def csv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
@@ -144,7 +148,7 @@ def csv_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
 def _of_columns(names: list[str], cells: list[str]) -> Entry:
     """Return the entry of a row. A question_id of digits becomes a number, as in JSON."""
     entry: Entry = {name: cell.strip() for name, cell in zip(names, cells, strict=True) if name}
-    entry |= {key: several(entry[key]) for key in ANSWER_KEYS if key in entry}
+    entry |= {key: split_answers(entry[key]) for key in ANSWER_KEYS if key in entry}
     number = entry.get("question_id", "")
     return entry | {"question_id": int(number)} if WHOLE.fullmatch(number) else entry
 
@@ -155,8 +159,8 @@ def _repeated(names: list[str]) -> str:
     return f"the first line names a column twice: {quoted(twice)}; keep one" if twice else ""
 
 
-def several(cell: str) -> list[str]:
-    """Return the answers in a cell."""
+def split_answers(cell: str) -> list[str]:
+    """Return the answers in a cell, which are separated by ANSWER_SEPARATOR."""
     return [answer.strip() for answer in cell.split(ANSWER_SEPARATOR)]
 
 
@@ -175,9 +179,8 @@ def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]
             overlong.extend([len(line)] * (len(line) > LONGEST))
             yield line
 
-    reader = csv.reader(
-        checked_lines(), delimiter=delimiter, strict=True
-    )  # otherwise a quote that is not closed swallows the rest of the file
+    # strict: otherwise the text of a quote that is not closed would be the rest of the file
+    reader = csv.reader(checked_lines(), delimiter=delimiter, strict=True)
     while True:
         overlong.clear()
         number = reader.line_num + 1
@@ -186,7 +189,7 @@ def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, f"not valid CSV ({error}): put a text with quotes or commas in quotes, and double its own quotes"
+            yield number, f"not valid CSV ({error}): put a text with quotes or commas in quotes, and write its own quotes twice"
             continue
         if overlong:
             yield number, TOO_LONG

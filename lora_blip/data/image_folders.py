@@ -13,12 +13,12 @@ from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import open_regular, printable, why
 
 SHARD = ".tar"
-MAX_KINDS = 100  # suffixes that are counted separately
+MAX_KINDS = 100  # most suffixes that are counted separately
 
 
 @dataclass(frozen=True, slots=True)
 class MissingImage(Example):
-    """A place where nothing can be read, such as a closed folder or a shard that is cut off. `reason` is for the user."""
+    """Stands for what cannot be read, such as a folder without permission or a truncated shard. `reason` is for the user."""
 
     reason: str = ""
 
@@ -29,12 +29,12 @@ def example_of(image: str | Path, question: str = "") -> Example:
 
 
 def missing(name: str | Path, reason: str) -> MissingImage:
-    """Return an entry that says why `name` cannot be read."""
+    """Return a MissingImage for `name`."""
     return MissingImage(Path(name), "", str(name), 0, reason=reason)
 
 
 def walk(folder: str, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a folder and its subfolders, sorted by name. Do not follow links to folders: they may form a loop."""
+    """Yield the images of a folder and its subfolders, sorted by name. Skip links to folders: they may form a loop."""
     stack = [_entries(folder, others)]
     while stack:
         entry = next(stack[-1], None)

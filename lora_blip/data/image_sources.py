@@ -30,11 +30,11 @@ from lora_blip.data.shards import BRACES, ShardImage, expanded, images_in_shard,
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable, quoted
 
-MAX_LISTED = 8  # suffixes of other files that are printed
+MAX_LISTED = 8  # most suffixes in the message about other files
 
 
 class ImageSource:
-    """An iterable of the images that a setting names, each as an example without a text. It keeps none in memory.
+    """The images that a setting names. Iterating yields each as an example without a text, and keeps none in memory.
 
     The setting is one of:
     - a folder, with its subfolders, or a folder of shards
@@ -98,7 +98,7 @@ def image_key(example: Example) -> Any:
 
 
 def in_file(path: str | Path, others: Counter[str]) -> Iterator[Example]:
-    """Yield the image that a file is, or the images of a shard."""
+    """Yield the image of a file, or the images of a shard."""
     return images_in_shard(str(path), others) if str(path).endswith(SHARD) else iter((example_of(path),))
 
 
@@ -116,7 +116,7 @@ def in_folder(folder: Path, others: Counter[str]) -> Iterator[Example]:
     try:
         images, shards, folders, rest = list_folder(str(folder))
     except OSError:
-        return walk(str(folder), others)  # which reports the reason
+        return walk(str(folder), others)  # `walk` reports the reason
     if shards and not images and not folders:
         others.update(rest)
         return chain.from_iterable(images_in_shard(str(folder / name), others) for name in shards)

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
+# of the fifty formats of Pillow; some of the others run programs
 FORMATS = (
     "JPEG",
     "MPO",
@@ -27,13 +28,13 @@ FORMATS = (
     "TIFF",
     "AVIF",
     "JPEG2000",
-)  # of Pillow's fifty formats; some others run programs
+)
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
     ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
 }  # fmt: skip
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
-RAW = {
+RAW = {  # raw files of cameras
     ".3fr",
     ".arw",
     ".cr2",
@@ -47,14 +48,14 @@ RAW = {
     ".raw",
     ".rw2",
     ".srw",
-}  # raw files of cameras
+}
 OTHERS = {".emf", ".eps", ".ico", ".jxl", ".pcx", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".wmf"}
-PICTURES = SUFFIXES | HEIC | RAW | OTHERS  # files that a user takes for images; one that cannot be read is reported
-NO_PICTURES = {
+PICTURES = SUFFIXES | HEIC | RAW | OTHERS  # files that a user expects to be read; each that cannot be read is reported
+NO_PICTURES = {  # common files next to images; they are not opened
     ".7z", ".bin", ".caption", ".cls", ".csv", ".db", ".gz", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".mov", ".mp4",
     ".npy", ".npz", ".parquet", ".pdf", ".pt", ".py", ".safetensors", ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
 }  # fmt: skip
-HEAD = 64  # first bytes of a file, which identify its format
+HEAD = 64  # number of bytes at the start of a file that identify its format
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF",
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
@@ -63,11 +64,11 @@ SIGNATURES = {
 BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"), "HEIF"),
-}  # of ISO base media files
+}  # brands in the header of an ISO base media file
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
-LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; a telephone's picture has up to 108 million
-LARGEST_FILE = 2**28  # bytes; Pillow skips junk in a GIF byte by byte, at 70 ns each
-MOST_SCANS = 100  # of a progressive JPEG; each is a pass over all pixels, and encoders write about ten
+LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; phones take photos of up to 108 million
+LARGEST_FILE = 2**28  # bytes; a limit, because Pillow needs 70 ns for each byte of junk in a GIF
+MOST_SCANS = 100  # scans of a progressive JPEG: each is a pass over all pixels. Encoders write about ten
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,19 +79,19 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # mirroring the image would make such a caption false
+SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # such a text is wrong for the mirrored image
 SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # fractions of the side, the scale and the grey level
 LEVELS = np.arange(256)
 
-# a fault of an image either is an ImageError or does not matter, so Pillow's own warnings are not printed
+# hide Pillow's warnings: we raise ImageError for each fault that matters
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """Return an image in RGB, rotated by its EXIF tag, with transparency on white and 16 bits scaled to 8.
+    """Return an image in RGB with 8 bits. Rotate it by its EXIF tag, and put transparent pixels on white.
 
-    Of several frames, return the first. With `content`, read from there: `path` is then only a name for messages.
+    Return the first frame of an animation. `content`: an open file to read; `path` is then only its name in messages.
     Raise ImageError if the file is missing, damaged, too large, or not in one of FORMATS. A HEIC image needs pillow-heif.
     """
     kind = ""
@@ -108,9 +109,11 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     except UnidentifiedImageError:
         raise ImageError(printable(f"{path} is {_unknown(path, kind)}")) from None
     except UnreadableError as error:
-        raise ImageError(printable(f"{path} is no image: {error}")) from None
+        raise ImageError(printable(f"{path} is not a usable image: {error}")) from None
     except Image.DecompressionBombError:  # Pillow's own limit is above LARGEST
-        raise ImageError(printable(f"{path} is no image: it has more than {LARGEST:,} pixels; make it smaller")) from None
+        raise ImageError(
+            printable(f"{path} is not a usable image: it has more than {LARGEST:,} pixels; make it smaller")
+        ) from None
     except OSError as error:
         raise ImageError(printable(f"{path} cannot be decoded ({cut(why(error))})")) from None
     except Exception as error:  # decoders raise any error on damaged files: struct.error, KeyError, MemoryError …
@@ -135,9 +138,10 @@ def kind_of(head: bytes) -> str:
 
 
 def is_picture(name: str, head: Callable[[], bytes]) -> bool:
-    """Return True if a file is an image, or a user takes it for one. Its suffix decides, or else its first bytes.
+    """Return True if a file is an image, or has the suffix of one that we cannot read, such as a camera's raw file.
 
-    A hidden file is not an image. `head` returns the first bytes, and is called only if the suffix does not decide.
+    If the suffix is in neither list, the first bytes decide. `head` returns them, and is called only then. A hidden file is
+    not an image.
     """
     dot = name.rfind(".")
     suffix = name[dot:].lower() if dot > 0 else ""
@@ -145,7 +149,7 @@ def is_picture(name: str, head: Callable[[], bytes]) -> bool:
         return False
     if suffix in PICTURES:
         return True
-    return kind_of(head()) not in (("", "TIFF") if suffix else ("",))  # TIFF's signature begins many other formats
+    return kind_of(head()) not in (("", "TIFF") if suffix else ("",))  # many other formats have TIFF's signature
 
 
 @lru_cache
@@ -173,13 +177,13 @@ def _refuse_raw(path: str | Path, kind: str) -> None:
 
 
 def _unknown(path: str | Path, kind: str) -> str:
-    """Return the kind of a file that Pillow cannot identify, and the remedy."""
+    """Return what a file is that Pillow cannot identify, and the fix, as the end of a sentence."""
     suffix = Path(path).suffix.lower()
     if kind == "HEIF" or (suffix in HEIC and not _heif_reader()):
         return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"
     if kind in FORMATS and kind not in _formats(kind):
         return f"a {kind} image, which Pillow {PIL.__version__} cannot read: pip install --upgrade pillow"
-    return f"no image in a supported format ({', '.join(FORMATS)}); save it as JPEG or PNG"
+    return f"not a usable image: it has no supported format ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 
 def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:
@@ -194,7 +198,8 @@ def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:
         scans = file.read().count(b"\xff\xda")  # the marker of a scan; in pixel data, 0xff is followed by 0
         file.seek(position)
         if scans > MOST_SCANS:
-            raise UnreadableError(f"a progressive JPEG of {scans:,} scans, more than {MOST_SCANS}; save it again")
+            reason = f"it is a progressive JPEG with {scans:,} scans, more than {MOST_SCANS}"
+            raise UnreadableError(f"{reason}; save it as a baseline JPEG")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -226,10 +231,10 @@ def names_side(text: str) -> bool:
 
 
 def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) -> Image.Image:
-    """Return the image with a small random shift, scale and brightness. Mirror it half of the time.
+    """Return the image with a small random shift, scale and brightness, mirrored with probability 1/2.
 
-    text: the texts of the image, which is not mirrored if they say left or right.
-    side: pixels of the model's input, to which the image is resized afterwards.
+    text: the texts of the image. If they contain "left" or "right", the image is not mirrored.
+    side: height and width of the model's input in pixels. The caller resizes the image to it.
     """
     if rng.random() < 0.5 and not names_side(text):
         image = ImageOps.mirror(image)

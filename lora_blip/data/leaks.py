@@ -1,6 +1,6 @@
-"""Find evaluation images that are in the training data: the same bytes, or nearly the same picture.
+"""Find evaluation images that are also in the training data: the same bytes, or nearly the same picture.
 
-Scores on such images measure memory.
+The score of such an image shows what the model remembers, not what it has learned.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable
 
 SAME_BYTES, NEARLY = "same bytes", "nearly the same picture"
-SIDE = 12  # pixels of a thumbnail's side
-FAR = 0.015  # largest 1 − correlation of thumbnails of the same picture
-GRAIN = 0.6  # grey levels by which compression changes a thumbnail; decisive for nearly flat pictures
-CONTRAST = 0.75  # smallest ratio of the two standard deviations
-LIGHT = 26.0  # largest difference of the mean colours, in grey levels
-BLOCK = 1024  # evaluation images compared at a time
-LISTED = 3  # leaks that are listed in a warning
+SIDE = 12  # height and width of a thumbnail in pixels
+FAR = 0.015  # largest distance (1 − correlation) of two thumbnails of nearly the same picture
+GRAIN = 0.6  # grey levels by which compression changes a thumbnail; it matters if a picture is nearly flat
+CONTRAST = 0.75  # smallest ratio of the standard deviations of nearly the same pictures
+LIGHT = 26.0  # largest difference of their mean colours, in grey levels
+BLOCK = 1024  # evaluation images that are compared at a time
+LISTED = 3  # most leaks that a warning lists
 THREADS = 8  # Pillow releases the GIL
 
 Floats = NDArray[np.float32]
@@ -35,7 +35,7 @@ class Leak(NamedTuple):
     """An evaluation image that is in the training data."""
 
     evaluation: Path
-    training: Path  # the first with the same bytes, or else the most similar one
+    training: Path  # the first image with the same bytes, otherwise the most similar one
     kind: str  # SAME_BYTES or NEARLY
 
     def __str__(self) -> str:
@@ -43,14 +43,14 @@ class Leak(NamedTuple):
 
 
 class Fingerprint(NamedTuple):
-    """The digest of an image file, and its thumbnail (SIDE, SIDE, 3), which is NaN if the image cannot be decoded."""
+    """The digest of an image file and its thumbnail (SIDE, SIDE, 3). The thumbnail is NaN if the image cannot be decoded."""
 
     digest: bytes
     thumbnail: Floats
 
 
 class ComparedThumbnails(NamedTuple):
-    """n thumbnails. Each pattern has mean 0 in every channel and length 1, or length 0 if the picture is flat."""
+    """n thumbnails, ready to be compared. A pattern has mean 0 in each channel and norm 1, or norm 0 if the picture is flat."""
 
     pattern: Floats  # (n, 3 · SIDE²)
     contrast: Floats  # (n,) standard deviation in grey levels
@@ -67,7 +67,7 @@ def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path])
 
     Raise ImageError for a file that cannot be read.
     """
-    new, known = _unique(evaluation), _unique(training)
+    new, known = _unique(evaluation), _unique(training)  # known: in the training data
     if not new or not known:
         return []
     new_prints, known_prints = list(_fingerprints(new)), list(_fingerprints(known))
@@ -83,7 +83,10 @@ def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path])
 
 
 def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
-    """Return one line: how many of the `what` images ("validation") are in the training data, how, and the first."""
+    """Return a warning of one line: how many of the images are in the training data, of which kind, and the first of them.
+
+    images: their number. what: their split, such as "validation".
+    """
     some = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
     kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks):,} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
     found = f"{len(leaks):,} of {images:,} {what} images are in the training data ({kinds})"
@@ -91,16 +94,17 @@ def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
 
 
 def nearest(new: ComparedThumbnails, known: ComparedThumbnails) -> NDArray[np.int64]:
-    """Return, for each new thumbnail, the index of the most similar known one, or −1 if none is nearly the same.
+    """Return, for each new thumbnail, the index of the most similar known one, or −1 if none is nearly the same picture.
 
-    Of two patterns p, q of contrast s, t the condition is 1 − p·q ≤ FAR + GRAIN² / (s t). Memory: BLOCK × training images.
+    Two patterns p and q with contrasts s and t match if 1 − p·q ≤ FAR + GRAIN² / (s t). The memory is that of a matrix
+    (BLOCK, known).
     """
     found = []
     for start in range(0, len(new.pattern), BLOCK):
         block = ComparedThumbnails(*(part[start : start + BLOCK] for part in new))
         similarity = block.pattern @ known.pattern.T  # (block, known)
         grain = np.outer(GRAIN / np.maximum(block.contrast, 1e-6), GRAIN / np.maximum(known.contrast, 1e-6))
-        similarity += np.minimum(grain, 1)  # flat pictures have no pattern: similarity 0, grain 1
+        similarity += np.minimum(grain, 1)  # of a flat picture the pattern is 0, and this term is 1
         similarity[similarity < 1 - FAR] = -1
         rows, columns = np.nonzero(similarity >= 0)
         keep = _alike(block, rows, known, columns)
@@ -113,7 +117,7 @@ def nearest(new: ComparedThumbnails, known: ComparedThumbnails) -> NDArray[np.in
 def _alike(
     one: ComparedThumbnails, rows: NDArray[np.int64], other: ComparedThumbnails, columns: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Return, for each pair of similar patterns, True if contrast and mean colours are similar too."""
+    """Return a boolean for each pair of similar patterns: whether contrast and mean colours are similar too."""
     first, second = one.contrast[rows] + GRAIN, other.contrast[columns] + GRAIN
     same_contrast = np.minimum(first, second) >= CONTRAST * np.maximum(first, second)
     return same_contrast & (np.abs(one.light[rows] - other.light[columns]) <= LIGHT).all(1)
@@ -130,7 +134,7 @@ def thumbnails(pictures: Sequence[Floats]) -> ComparedThumbnails:
 
 
 def thumbnail(image: Image.Image) -> Floats:
-    """Return the mean colours of the cells of a picture, (SIDE, SIDE, 3) in grey levels."""
+    """Return an image as SIDE × SIDE cells, each with its mean colour: (SIDE, SIDE, 3) in grey levels."""
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
 
 
@@ -153,7 +157,7 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def _fingerprints(paths: list[Path]) -> Iterator[Fingerprint]:
-    """Yield the fingerprints, computed by THREADS threads, with at most a few hundred in memory."""
+    """Yield the fingerprints of the files. THREADS threads compute them, at most a few hundred in advance."""
     iterator = iter(paths)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(iterator, 32 * THREADS)):

@@ -1,4 +1,4 @@
-"""Batches of tensors, in an order that depends only on the seed and the epoch."""
+"""Make batches of tensors. Their order depends only on the seed and the epoch."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ from lora_blip.runtime.signals import ignore_in_worker
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """The batches of an epoch, each as a list of keys of `ImageDataset`. The last batch may be short.
+    """Yield the batches of an epoch, each as a list of keys of `ImageDataset`. The last batch may be smaller.
 
-    Set `epoch` before each epoch. `selected` holds the numbers of the batches to read, in this order; None means all. A run
-    that resumes within an epoch reads a part of it, and so does each of several processes.
+    Set `epoch` before each epoch. Set `selected` to the numbers of the batches to read, in order, or to None for all of them.
+    A run that is resumed within an epoch reads only the rest of it. Each of several processes reads only its own batches.
     """
 
     def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
@@ -40,18 +40,18 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 class Slot(NamedTuple):
-    """The place of one micro-batch in a step of one rank."""
+    """One micro-batch of an optimizer step, on one rank."""
 
     number: int  # of the micro-batch in the epoch
-    is_filler: bool = False  # a copy that a rank computes so that all ranks make the same calls; its gradient counts 0
+    is_filler: bool = False  # a repeated micro-batch with weight 0: all ranks must make the same collective calls
 
 
 def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 1) -> list[list[Slot]]:
     """Return the micro-batches of each step of an epoch, for one rank.
 
-    A step has `accumulation` micro-batches for every rank, assigned to the ranks in turn. So the updates depend only on
-    ranks × accumulation. The last step of an epoch may be shorter. A rank with no micro-batch left computes the first
-    one of the step again, as a filler.
+    A step has `accumulation` micro-batches per rank, assigned to the ranks in turn. So the updates depend only on the product
+    ranks × accumulation. The last step of an epoch may have fewer. If it has none for a rank, the rank computes the first
+    micro-batch of the step again, as a filler.
     """
     size = accumulation * ranks
     steps = []
@@ -63,11 +63,11 @@ def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 
 
 
 class CachedStates(NamedTuple):
-    """The images of a batch whose states were read from the cache, so that the frozen part of the ViT is not computed."""
+    """States that were read from the cache for some images of a batch. The frozen part of the ViT is not computed for these."""
 
-    states: Tensor  # (cached images, tokens, width), the input of the first ViT block that may be adapted
-    indices: list[int]  # which images of the batch these are; the batch's pixel_values hold the others, in order
-    keys: list[str]  # cache keys of the others, under which their states will be stored
+    states: Tensor  # (cached images, tokens, width), the input of the first ViT block that may have adapters
+    indices: list[int]  # (cached images,) their positions in the batch; pixel_values contains the other images, in order
+    keys: list[str]  # (other images,) the cache keys for the states of the other images
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class HostBatch:
 
 
 def collate(items: list[ImageItem]) -> HostBatch:
-    """Return one batch of the items."""
+    """Return the items as one batch."""
     examples = [example for item in items for example in item.examples]
     image_index = [number for number, item in enumerate(items) for _ in item.examples]
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
@@ -107,19 +107,19 @@ def loader(dataset: ImageDataset, batch_size: int, shuffle: bool, seed: int, wor
         dataset,  # type: ignore[arg-type]  # collate_fn makes a HostBatch of its items
         batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
         persistent_workers=workers > 0, worker_init_fn=ignore_in_worker,
-        generator=torch.Generator().manual_seed(seed),  # separate, so that the number of workers changes no other random draw
+        generator=torch.Generator().manual_seed(seed),  # a separate one: workers must not change other random draws
     )  # fmt: skip
 
 
 def first_batch(batches: DataLoader[HostBatch]) -> HostBatch:
-    """Return the first batch of the loader's epoch. It is read in this process: no worker is started for it."""
+    """Return the first batch of the loader's epoch. Read it in this process, without starting workers."""
     keys: list[Key] = next(iter(batches.batch_sampler))  # type: ignore[arg-type]
     dataset: Any = batches.dataset
     return collate([dataset.item(key, use_cached=False) for key in keys])
 
 
 def close(batches: DataLoader[HostBatch]) -> None:
-    """End the worker processes now. When the garbage collector ends them, it waits 5 s for each."""
+    """End the worker processes now. Without this call, the garbage collector ends them and waits 5 s for each."""
     iterator: Any = getattr(batches, "_iterator", None)
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()

@@ -1,44 +1,44 @@
-"""Resolve the paths of millions of files."""
+"""Resolve and sort the paths of millions of files."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-FEW = 100  # files in a folder below which the folder is not listed
+FEW = 100  # a folder is listed only for at least this number of files
 
 
 def resolved(files: Iterable[str]) -> dict[str, str]:
-    """Return file → the same as Path.resolve(), for millions of files: resolve and list each folder once."""
+    """Return {file: str(Path(file).resolve())}. For speed, each folder is resolved and listed only once."""
     found: dict[str, str] = {}
     by_folder: dict[str, list[str]] = {}
     for file in files:
         end = file.rfind(os.sep)
-        if end < 0 or file[-1] in "./":  # ".." and other parts that may not be names
+        if end < 0 or file[-1] in "./":  # the last part is not a name, such as ".."
             found[file] = str(Path(file).resolve())
         else:
             by_folder.setdefault(file[:end], []).append(file)
     for folder, inside in by_folder.items():
-        before = len(folder) + 1
-        real, links = os.path.join(os.path.realpath(folder + os.sep), ""), _links(folder + os.sep, inside, before)  # noqa: PTH118
+        start = len(folder) + 1  # of the name in a path
+        real, links = os.path.join(os.path.realpath(folder + os.sep), ""), _links(folder + os.sep, inside, start)  # noqa: PTH118
         if real == folder + os.sep and not links:
             found.update(zip(inside, inside, strict=True))  # the same string objects: copies would fill the memory
             continue
         for file in inside:
-            found[file] = str(Path(file).resolve()) if file[before:] in links else real + file[before:]
+            found[file] = str(Path(file).resolve()) if file[start:] in links else real + file[start:]
     return found
 
 
-def _links(folder: str, files: list[str], before: int) -> set[str]:
-    """Return the names in a folder that may be links. A name starts at character `before` of its path."""
+def _links(folder: str, files: list[str], start: int) -> set[str]:
+    """Return the names in a folder that may be links. In a path, the name begins at character `start`."""
     if len(files) < FEW:
-        return {file[before:] for file in files}
+        return {file[start:] for file in files}
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_symlink()}
     except (FileNotFoundError, NotADirectoryError):
         return set()
     except OSError:  # the folder can be entered but not listed
-        return {file[before:] for file in files}
+        return {file[start:] for file in files}
 
 
 def in_walking_order(file: str) -> str:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Lookahead(Generic[T]):
-    """An iterator whose next items can be read in advance. `take` raises an error of the iterable when it reaches it."""
+    """An iterator that can read its next items in advance. An error of the iterable is raised by the `take` that reaches it."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self.items = iter(items)
@@ -49,7 +49,7 @@ class Lookahead(Generic[T]):
 
 
 class ImagePrefetcher:
-    """Decodes images in threads before they are needed. It keeps only those of the last `announce`."""
+    """Decodes images in threads before they are needed. It keeps only the images of the last call of `announce`."""
 
     def __init__(self) -> None:
         self.pool: ThreadPoolExecutor | None = None

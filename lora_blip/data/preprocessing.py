@@ -1,4 +1,4 @@
-"""Compute the pixel values that a ViT reads: bit for bit as the checkpoint's own image processor, in less time."""
+"""Compute the input of a ViT from an image: bit for bit as the checkpoint's image processor, but faster."""
 
 from functools import lru_cache
 from typing import Any
@@ -15,11 +15,11 @@ OTHER_STEPS = ("do_center_crop", "do_pad")
 
 
 class Pixels:
-    """Computes (level / 255 − mean) / std for each channel of the resized image, in float32.
+    """Resizes an image and computes (level / 255 − mean) / std for each channel, in float32.
 
-    `exact` is True if the processor computes the same to the last bit. It is tested with all 256 levels and with resized
-    images. If it is False (another scale, a crop, the shortest edge), every call uses the processor itself, and there are no
-    bytes to cache. The processor's settings are read once, in the constructor.
+    `exact` is True if the result equals the processor's bit for bit. The constructor tests this with all 256 levels and with
+    resized images. `exact` is False for a processor that crops, for example. Then every call uses the processor, and resized
+    bytes cannot be cached. The constructor reads the processor's settings; later changes have no effect.
     """
 
     def __init__(self, image_processor: Any) -> None:
@@ -41,18 +41,18 @@ class Pixels:
     def resized(self, image: Image.Image) -> Tensor:
         """Return the bytes of an RGB image at the model's size, (H, W, 3) uint8. Raise ValueError unless `exact`."""
         if not self.exact:
-            raise ValueError("this image processor does more than scale the bytes of a resized image; do not cache them")
+            raise ValueError("this image processor does more than resize an image and scale its bytes; do not cache them")
         return torch.from_numpy(np.array(image.resize(self.size, self.resample)))
 
     def of_bytes(self, levels: Tensor) -> Tensor:
         """Return the pixel values of bytes: (H, W, 3) uint8 → (3, H, W) float32."""
         planes = np.empty((3, *levels.shape[:2]), dtype=np.uint8)
         for plane, channel in zip(planes, levels.permute(2, 0, 1).numpy(), strict=True):
-            plane[:] = channel  # numpy copies a channel in a third of the time of a strided float operation
+            plane[:] = channel  # copying first takes a third of the time of float operations on strided memory
         return torch.from_numpy(planes).to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def _agrees(self) -> bool:
-        """Return True if the arithmetic and the resizing equal the processor's: up, down and with another aspect ratio."""
+        """Return True if our pixel values equal the processor's for all levels, and for images that are enlarged or reduced."""
         levels = self.of_bytes(torch.from_numpy(np.array(EVERY_LEVEL)))
         if not torch.equal(levels, self._by_processor(EVERY_LEVEL, do_resize=False)):
             return False
@@ -72,7 +72,7 @@ def side_of(image_processor: Any) -> int:
 
 
 def pixels_of(image_processor: Any) -> Pixels:
-    """Return the Pixels of a processor and its settings. They are cached, because their test takes as long as some images."""
+    """Return the Pixels of a processor. They are cached for its settings, because testing them takes as long as some images."""
     return _pixels_of(image_processor, str(vars(image_processor)))
 
 

@@ -1,4 +1,4 @@
-"""Images in tar shards, as WebDataset writes them. Only the headers are read until an image is opened."""
+"""Read images in tar shards, as WebDataset writes them. Listing a shard reads only its headers."""
 
 import os
 import re
@@ -21,9 +21,9 @@ from lora_blip.runtime.untrusted import cut, open_regular, printable, quoted, wh
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
-EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of headers before a member's own: PAX, Solaris, long names of GNU
-LONGEST_HEADER, LONG_NUMBER = 2**20, re.compile(rb"\d{200}")  # bytes of a name or of attributes; digits in a row
-PADDING = 2**20  # bytes of zeros allowed after the end of the archive; most programs write less than 10 KB
+EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of extra headers before that of a member: PAX, Solaris, GNU's long names
+LONGEST_HEADER, LONG_NUMBER = 2**20, re.compile(rb"\d{200}")  # most bytes of an extra header; a number with too many digits
+PADDING = 2**20  # most bytes of zeros after the end of an archive; most programs write less than 10 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ShardImage(Example):
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A tar header that raises an error if it is broken. tarfile itself takes it for the end and drops all later images."""
+    """A tar header that raises an error if it is broken. tarfile would treat it as the end, and drop all later images."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
@@ -54,14 +54,14 @@ class StrictTarInfo(tarfile.TarInfo):
             sound = 0 <= self.size <= LONGEST_HEADER and not LONG_NUMBER.search(archive.fileobj.read(self.size))
             archive.fileobj.seek(start)
             if not sound:
-                raise tarfile.ReadError(f"it has a header of {self.size:,} bytes, which no program writes")
+                raise tarfile.ReadError(f"a header in it has {self.size:,} bytes, which no program writes")
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def images_in_shard(shard: str, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a tar file in its order, named `shard.tar/000123.jpg`, and count its other files in `others`.
+    """Yield the images of a tar file in its order, named `shard.tar/000123.jpg`. Count its other files in `others`.
 
-    If the shard is damaged, yield a MissingImage that says where, so that the images behind it are not lost silently.
+    If the shard is damaged, yield a MissingImage that names the last good member. So later images are not lost silently.
     """
     last = ""
     try:
@@ -107,14 +107,14 @@ def _refuse_rest(archive: tarfile.TarFile, file: BinaryIO) -> None:
     file.seek(archive.offset)
     rest = file.read(PADDING + 1)
     if len(rest) > PADDING or rest.strip(b"\0"):
-        raise tarfile.ReadError("data follows its end: it is several archives in one file, or a damaged download")
+        raise tarfile.ReadError("data follows its end: download it again, or give joined archives as separate files")
 
 
 def open_shard_image(member: ShardImage) -> Image.Image:
     """Return the decoded image. Raise ImageError as `open_image` does."""
     if not 0 < member.size <= LARGEST_FILE:
         reason = f"it has {member.size:,} bytes, more than {LARGEST_FILE:,}" if member.size else "it is empty"
-        raise ImageError(printable(f"{member.image} is no image: {reason}"))
+        raise ImageError(printable(f"{member.image} is not a usable image: {reason}"))
     try:
         with open_regular(member.shard) as shard:
             shard.seek(member.offset)

@@ -1,6 +1,6 @@
-"""Validation images that are in the training data: found before the first step, in a few seconds, and reported.
+"""Report validation images that are also in the training data, before the first step and within a few seconds.
 
-A random split of video frames puts neighbours on both sides. The validation scores then measure memory.
+This happens, for example, if the images are frames of a video: a random split puts neighbouring frames into both parts.
 """
 
 import random
@@ -30,78 +30,78 @@ from lora_blip.data.paths import in_walking_order
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable
 
-KEPT = 300_000  # thumbnails of 432 bytes that are kept in memory
-PAIRS = 5 * 10**7  # that are compared: about 2 s on one core
-BLOCK = 8192  # training images compared at a time
-DECODED = 2048  # images that are decoded for the comparison, at most
-SAMPLE = 256  # validation images that are compared if not all images may be decoded
-NEIGHBOURS = 4  # training images before and after each of them, in the order of their names
-SECONDS = 5.0  # that decoding may take
-GROUP = 16  # validation images decoded together
+KEPT = 300_000  # most thumbnails in memory, of 432 bytes each
+PAIRS = 5 * 10**7  # most pairs of images that are compared; this takes about 2 s on one core
+BLOCK = 8192  # training images that are compared at a time
+DECODED = 2048  # with more images than this, only a sample is decoded
+SAMPLE = 256  # validation images in the sample
+NEIGHBOURS = 4  # training images before and after each image of the sample, in the order of their names
+SECONDS = 5.0  # longest time for decoding
+GROUP = 16  # validation images of the sample that are decoded together
 
 
 class Thumbnails:
-    """The thumbnails of images that were decoded for another reason, as bytes, by file."""
+    """The thumbnails of images that the check of the annotations has decoded, by image file, as bytes."""
 
     def __init__(self) -> None:
-        self.of: dict[str, bytes] = {}
+        self.by_file: dict[str, bytes] = {}
 
     def add(self, file: str, picture: Image.Image) -> None:
         """Keep the thumbnail of a picture. Threads may call this at the same time."""
-        if len(self.of) < KEPT:
-            self.of[file] = packed(picture)
+        if len(self.by_file) < KEPT:
+            self.by_file[file] = packed(picture)
 
 
 def report_split_leaks(
     validation: Iterable[str], training: Iterable[str], kept: Thumbnails, fix: str, report: Callable[[str], object] = print
 ) -> None:
-    """Report validation images with the same bytes as a training image, or nearly the same picture, and the fix.
+    """Report how many validation images have the bytes, or nearly the picture, of a training image. Report `fix` too.
 
-    Thumbnails that are missing in `kept` are made now, in bounded time. If not all images can be compared, the number
-    of those that were is reported. Nothing else is reported of a clean split. No global random generator is used.
+    Thumbnails that `kept` lacks are computed for at most SECONDS. If not all images can be compared, report how many are
+    compared. If all are compared and none matches, report nothing. Global random generators are not used.
     """
     new, known = list(dict.fromkeys(validation)), list(dict.fromkeys(training))
     total = len(new), len(known)
     if not all(total):
         return
-    which, of = "", kept.of
-    if not all(file in of for file in (*new, *known)):
+    which, packed_by_file = "", kept.by_file
+    if not all(file in packed_by_file for file in (*new, *known)):
         report(f"comparing validation images with training images, for at most {SECONDS:.0f} s")
         groups: list[tuple[Sequence[str], Sequence[str]]] = [(new, known)]
-        of = dict(of)
+        packed_by_file = dict(packed_by_file)
         if sum(total) > DECODED:
             groups, which = list(neighbours(new, known)), " (those with the nearest names)"
-        done = groups[: decode(groups, of)]
-        new, known = ([f for f in dict.fromkeys(chain(*side)) if f in of] for side in zip(*done, strict=True))
+        done = groups[: decode(groups, packed_by_file)]
+        new, known = ([f for f in dict.fromkeys(chain(*side)) if f in packed_by_file] for side in zip(*done, strict=True))
     sample = sample_of(new, PAIRS // max(1, len(known)))
-    partial = (len(sample), len(known)) != total
-    if partial:
+    is_partial = (len(sample), len(known)) != total
+    if is_partial:
         compared = f"{len(sample):,} of {total[0]:,} validation images with {len(known):,} of {total[1]:,} training images"
         report(f"comparing {compared}{which}")
-    if leaks := compare(new, sample, known, of):
-        count = "at least " * partial + leak_warning(leaks, total[0], "validation")
+    if leaks := compare(new, sample, known, packed_by_file):
+        count = "at least " * is_partial + leak_warning(leaks, total[0], "validation")
         report(printable(f"WARNING: {count}. {fix}"))
 
 
 def sample_of(files: Sequence[str], most: int) -> Sequence[str]:
-    """Return at most `most` of the files, and at least one, drawn from a separate random generator."""
+    """Return a random sample of at most `most` files, and of at least one. Use a separate random generator."""
     most = max(1, most)
     return files if len(files) <= most else random.Random(0).sample(files, most)
 
 
-def compare(new: Sequence[str], sample: Sequence[str], known: Sequence[str], of: dict[str, bytes]) -> list[Leak]:
-    """Return the leaks, at most one per validation image, from the thumbnails in `of`.
+def compare(new: Sequence[str], sample: Sequence[str], known: Sequence[str], packed_by_file: dict[str, bytes]) -> list[Leak]:
+    """Return the leaks, at most one for each validation image in `new`.
 
-    All of `new` are compared for equal thumbnails, which copies have. `sample` is compared for similar ones too.
+    All of `new` are searched for equal thumbnails, which is quick. Only `sample` is searched for similar thumbnails.
     """
-    first = {of[file]: file for file in reversed(known)}
-    leaks = {file: leak_of(file, first[of[file]]) for file in new if of[file] in first}
+    first = {packed_by_file[file]: file for file in reversed(known)}
+    leaks = {file: leak_of(file, first[packed_by_file[file]]) for file in new if packed_by_file[file] in first}
     left = [file for file in sample if file not in leaks]
     for start in range(0, len(known), BLOCK):
         if not left:
             break
         block = known[start : start + BLOCK]
-        indices = nearest(thumbnails(floats(left, of)), thumbnails(floats(block, of)))
+        indices = nearest(thumbnails(floats(left, packed_by_file)), thumbnails(floats(block, packed_by_file)))
         leaks |= {file: Leak(Path(file), Path(block[at]), NEARLY) for file, at in zip(left, indices, strict=True) if at >= 0}
         left = [file for file in left if file not in leaks]
     return [leaks[file] for file in new if file in leaks]
@@ -111,26 +111,26 @@ def leak_of(new: str, known: str) -> Leak:
     """Return the leak of two images with equal thumbnails."""
     try:
         same = digest_of(Path(new)) == digest_of(Path(known))
-    except ImageError:  # one was deleted after it was decoded
+    except ImageError:  # a file was deleted after it was decoded
         same = False
     return Leak(Path(new), Path(known), SAME_BYTES if same else NEARLY)
 
 
 def packed(picture: Image.Image) -> bytes:
-    """Return the thumbnail of a picture as bytes; `floats` is the inverse."""
+    """Return the thumbnail of an image as bytes. `floats` is the inverse."""
     return thumbnail(picture).astype(np.uint8).tobytes()
 
 
-def floats(files: Sequence[str], of: dict[str, bytes]) -> list[np.ndarray]:
-    """Return thumbnails as (SIDE, SIDE, 3) float32 in grey levels."""
-    levels = np.frombuffer(b"".join(of[file] for file in files), np.uint8)
+def floats(files: Sequence[str], packed_by_file: dict[str, bytes]) -> list[np.ndarray]:
+    """Return the thumbnail of each file, (SIDE, SIDE, 3) float32 in grey levels."""
+    levels = np.frombuffer(b"".join(packed_by_file[file] for file in files), np.uint8)
     return list(levels.reshape(-1, SIDE, SIDE, 3).astype(np.float32))
 
 
 def neighbours(new: Sequence[str], known: Sequence[str]) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
-    """Yield groups of a sample of validation images with the training images whose names are next to theirs.
+    """Yield groups of validation images from a random sample, each with the training images that have the nearest names.
 
-    Frames of a video follow each other in the order of their names.
+    In the order of their names, frames of a video follow each other.
     """
     order = sorted(known, key=in_walking_order)
     keys = np.array([in_walking_order(file) for file in order], dtype=object)
@@ -141,16 +141,16 @@ def neighbours(new: Sequence[str], known: Sequence[str]) -> Iterator[tuple[Seque
         yield some, [file for at in indices for file in order[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]]
 
 
-def decode(groups: Sequence[tuple[Sequence[str], Sequence[str]]], of: dict[str, bytes]) -> int:
-    """Add the thumbnails of groups of images to `of` until the time is over. Return the number of groups that are done."""
+def decode(groups: Sequence[tuple[Sequence[str], Sequence[str]]], packed_by_file: dict[str, bytes]) -> int:
+    """Add the thumbnails of groups of images to `packed_by_file`, for SECONDS. Return the number of groups that are done."""
     end = time.monotonic() + SECONDS
 
     def add_thumbnail(file: str) -> None:
-        if file not in of and time.monotonic() < end:
+        if file not in packed_by_file and time.monotonic() < end:
             try:
-                of[file] = packed(open_image(file))
+                packed_by_file[file] = packed(open_image(file))
             except ImageError:
-                return  # the training step that needs it reports it
+                return  # the training step that reads this image reports the error
 
     with ThreadPoolExecutor(THREADS) as pool:
         for number, (new, known) in enumerate(groups, 1):

@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, wanted)
     examples, problems = annotations.read(
-        config.references, config.image_root, config.on_bad_data, task.check, expect=task.pretokenize, trim=task.trim
+        config.references, config.image_root, config.on_bad_data, task.check, pretokenize=task.pretokenize, trim=task.trim
     )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

@@ -62,9 +62,9 @@ def bad_lines(photo: Path) -> dict[str, str]:
         "not UTF-8": '{"image": "a.png", "text": "half \\ud83d"}',
         "the text is empty": '{"image": "a.png", "text": "  "}',
         "gone.png does not exist": '{"image": "gone.png", "text": "t"}',
-        "text.jpg is no image": '{"image": "text.jpg", "text": "t"}',
+        "text.jpg is not a usable image": '{"image": "text.jpg", "text": "t"}',
         "cut.jpg cannot be decoded": '{"image": "cut.jpg", "text": "t"}',
-        "empty.png is no image": '{"image": "empty.png", "text": "t"}',
+        "empty.png is not a usable image": '{"image": "empty.png", "text": "t"}',
     }
 
 
@@ -127,7 +127,7 @@ def test_the_split_is_by_image_seeded_and_random(tmp_path):
     spelled = [dataclasses.replace(e, image=e.image.parent / ".." / "photos" / e.image.name) for e in examples[12:]]
     train, held_out = annotations.split_by_image(examples[:12] + spelled, 0.25, seed=1)
     assert len(held_out) == 6 and not {e.image.resolve() for e in train} & {e.image.resolve() for e in held_out}
-    with pytest.raises(DataError, match="leaves none"):
+    with pytest.raises(DataError, match="leaves none for training"):
         annotations.split_by_image(examples[:1], 0.5, seed=1)
 
 

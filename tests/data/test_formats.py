@@ -480,7 +480,7 @@ def test_bad_lines_are_named_by_file_and_line_and_left_out_when_asked(run, tmp_p
         "the text is empty": "a.png\t ",
         "gone.png does not exist": "gone.png\ttext",
         "not UTF-8": "a.png\tcaf\udce9",
-        "one of questions among captions": "a.png\tq\ta",
+        "it belongs to questions, and the first line to captions": "a.png\tq\ta",
     }
     source = tmp_path / "x.tsv"
     source.write_text("\n".join(["a.png\tgood", *bad.values(), *["worse"] * 30]), encoding="utf-8", errors="surrogateescape")

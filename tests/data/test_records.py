@@ -245,7 +245,8 @@ def test_published_sets_may_have_numbers_and_booleans_for_texts(folder, written,
 
 @pytest.mark.parametrize("key", ["text", "question", "answer"])
 @pytest.mark.parametrize(
-    ("written", "reason"), [("null", "the {} is null"), ("[[1]]", "no {}: it is"), ('{"a": 1}', "no {}: it is")]
+    ("written", "reason"),
+    [("null", "the {} is null"), ("[[1]]", "], expected a text"), ('{"a": 1}', "}}, expected a text")],
 )
 def test_null_and_what_is_no_text_are_named(folder, key, written, reason):
     entry = {"image": '"a.png"'} | (

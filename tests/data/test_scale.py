@@ -376,7 +376,7 @@ def test_nothing_is_opened_before_it_is_needed(source, monkeypatch, make):
         path.unlink()
     monkeypatch.setattr(images, "open_image", lambda *_: pytest.fail("opened"))
     task = TASKS["caption"](make("blip"))
-    examples, _ = annotations.read(source, check=task.check, decode=False, expect=task.pretokenize)
+    examples, _ = annotations.read(source, check=task.check, decode=False, pretokenize=task.pretokenize)
     training, validation = annotations.split_by_image(examples, 0.25, 0)
     assert len(training) == 9 and resume.lines_digest(training, False) != resume.lines_digest(validation, False)
     with pytest.raises(OSError, match=r"\.png"):
@@ -423,7 +423,7 @@ def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], li
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
     task.bounds.at_most("a", 0)
     path.write_text("".join(lines_of(kind, count)))
-    examples, _ = annotations.read(path, check=task.check, decode=False, expect=task.pretokenize)
+    examples, _ = annotations.read(path, check=task.check, decode=False, pretokenize=task.pretokenize)
     training, validation = annotations.split_by_image(examples, 0.1, 0)
     resume.lines_digest(training, False)
     return training, validation

@@ -111,7 +111,7 @@ def test_a_clean_split_is_not_reported_and_no_generator_moves(tmp_path, capsys):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     report_split_leaks([e.file for e in validation], [e.file for e in training], kept, "")
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert not capsys.readouterr().out and len(kept.of) == 6
+    assert not capsys.readouterr().out and len(kept.by_file) == 6
 
 
 def test_the_search_changes_no_result(config, monkeypatch):

@@ -160,7 +160,7 @@ def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, caps
     assert ran(runner, [e for e in photos for _ in range(2)]) == [pair for pair in expected for _ in range(2)]
     assert ran(runner, photos) == expected  # the base, then the adapted: the same two are not told again
     told = warnings(capsys)
-    assert len(told) == 2 and "3.png is no image" in told[0] and "7.png does not exist" in told[1]
+    assert len(told) == 2 and "3.png is not a usable image" in told[0] and "7.png does not exist" in told[1]
     assert ran(runner, photos[3:4]) == []
 
 
@@ -172,7 +172,7 @@ def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_plac
     assert [example for example, _ in found] == [e for e in photos for _ in range(2)]
     errors = [said for _, said in found if isinstance(said, ImageError)]
     assert [said for _, said in found if isinstance(said, str)] == [f"meta {n}" for n in range(11) if n != 3 for _ in range(2)]
-    assert len(errors) == 2 and all("3.png is no image" in str(error) for error in errors)
+    assert len(errors) == 2 and all("3.png is not a usable image" in str(error) for error in errors)
     assert all(error.__traceback__ is None and error.__context__ is None for error in errors)
 
 

@@ -260,7 +260,7 @@ def test_what_shards_hold_beside_images_is_never_decoded(config, tmp_path):
     assert [line["image"] for line in lines_of("out")] == ["shards/0.tar/0.png", "shards/0.tar/1.png", "shards/0.tar/2.png"]
     assert not (tmp_path / "mark").exists()
     said = [line["error"] for line in lines_of("out") if "error" in line]
-    assert said[0] == "shards/0.tar/1.png is no image: it is empty" and "is a link" in said[1]
+    assert said[0] == "shards/0.tar/1.png is not a usable image: it is empty" and "is a link" in said[1]
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
@@ -325,7 +325,7 @@ def test_every_image_has_one_line_and_says_what_the_api_says(config, capsys):
     left_out = [json.loads(line) for line in content[output.ERRORS_NAME].splitlines()]
     assert [(line["image"], line["text"]) for line in said] == expected
     assert Counter(line["image"] for line in said + left_out) == Counter(paths) and len(left_out) == len(BROKEN)
-    assert all("is no image" in line["error"] for line in left_out)
+    assert all("is not a usable image" in line["error"] for line in left_out)
     assert "3 could not be read, see whole/errors.jsonl" in capsys.readouterr().out
 
 

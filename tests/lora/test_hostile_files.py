@@ -459,21 +459,27 @@ SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
 BAD_PICTURES: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, what is said
     "a bomb past Pillow's end": (png(60_000, 60_000), "more than 134,217,728.* make it smaller"),
     "a bomb before Pillow's end": (png(13_000, 13_000), "13000 × 13000 pixels, more than 134,217,728; make it smaller"),
-    "no width": (png(0, 10), "is no image|cannot be decoded"),
+    "no width": (png(0, 10), "is not a usable image|cannot be decoded"),
     "no data": (png(10, 10), "cannot be decoded"),
-    "a text": (b"hello, I am no picture", "is no image in a supported format"),
+    "a text": (b"hello, I am no picture", "is not a usable image: it has no supported format"),
     "cut": (encoded(NOISE, "jpeg")[:500], "cannot be decoded"),
-    "one byte": (b"\xff", "is no image"),
+    "one byte": (b"\xff", "is not a usable image"),
     "a comment that unpacks to 200 MB": (
         png(2, 2, (b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000)))),
         "cannot be decoded",
     ),
     "a progressive JPEG of 1,000 scans": (PROGRESSIVE[:-2] + SCAN * 1000 + b"\xff\xd9", "1,0.. scans, more than 100"),
-    "another program's: EPS": (encoded(RED, "eps"), "is no image in a supported format"),
-    "a PDF": (encoded(RED, "pdf"), "is no image in a supported format"),
-    "an icon": (encoded(RED, "ico"), "is no image in a supported format"),
-    "a TIFF that is all tags": (b"II*\0\x08\0\0\0\xff\xff" + random.Random(1).randbytes(5000), "is no image|cannot be decoded"),
-    "a TIFF whose directory is itself": (b"II*\0\x08\0\0\0\0\0\x08\0\0\0" + bytes(40), "is no image|cannot be decoded"),
+    "another program's: EPS": (encoded(RED, "eps"), "is not a usable image: it has no supported format"),
+    "a PDF": (encoded(RED, "pdf"), "is not a usable image: it has no supported format"),
+    "an icon": (encoded(RED, "ico"), "is not a usable image: it has no supported format"),
+    "a TIFF that is all tags": (
+        b"II*\0\x08\0\0\0\xff\xff" + random.Random(1).randbytes(5000),
+        "is not a usable image|cannot be decoded",
+    ),
+    "a TIFF whose directory is itself": (
+        b"II*\0\x08\0\0\0\0\0\x08\0\0\0" + bytes(40),
+        "is not a usable image|cannot be decoded",
+    ),
 }
 
 
@@ -505,7 +511,7 @@ def test_no_picture_starts_a_program(tmp_path, monkeypatch):
 def test_what_is_no_file_is_no_picture_and_nothing_hangs(tmp_path):
     """A pipe, a folder, a device, /proc, a loop of links, names that cannot be: ImageError."""
     for path in no_file(tmp_path).values():
-        with pytest.raises(ImageError, match=r"is no image|does not exist|cannot be decoded"):
+        with pytest.raises(ImageError, match=r"is not a usable image|does not exist|cannot be decoded"):
             open_image(path)
 
 
@@ -605,10 +611,10 @@ BAD_LINES: dict[str, tuple[str | bytes, str]] = {  # what is wrong → the line,
     "a byte that is no UTF-8": (b'{"image": "a.png", "text": "\xff"}', "not UTF-8"),
     "a megabyte of keys": (json.dumps({"image": "a.png"} | {f"{n:0200}": 1 for n in range(5000)}), "no text: .*this line has"),
     "two megabytes": (json.dumps({"image": "a.png", "text": "x" * 2_000_000}), "a line of more than 1,048,576 characters"),
-    "a pipe": ('{"image": "pipe", "text": "t"}', "pipe is no image: it is a pipe"),
-    "a folder": ('{"image": ".", "text": "t"}', "is no image: it is a folder"),
-    "a device": ('{"image": "/dev/zero", "text": "t"}', "/dev/zero is no image: it is a device"),
-    "memory": ('{"image": "/proc/self/mem", "text": "t"}', "/proc/self/mem is no image: it is empty"),
+    "a pipe": ('{"image": "pipe", "text": "t"}', "pipe is not a usable image: it is a pipe"),
+    "a folder": ('{"image": ".", "text": "t"}', "is not a usable image: it is a folder"),
+    "a device": ('{"image": "/dev/zero", "text": "t"}', "/dev/zero is not a usable image: it is a device"),
+    "memory": ('{"image": "/proc/self/mem", "text": "t"}', "/proc/self/mem is not a usable image: it is empty"),
     "a loop": ('{"image": "loop", "text": "t"}', "loop cannot be decoded"),
     "out of the folder, to nothing": ('{"image": "../../../gone.png", "text": "t"}', "does not exist"),
 }
@@ -770,7 +776,7 @@ BAD_SOURCES: dict[str, tuple[str, str, str]] = {  # what is wrong → the file's
     "a line that is all brackets": ("x.json", '{"image": ' + "[" * 5000, "not valid JSON"),
     "a document that is all brackets": ("x.json", "[" * 100_000, "nested too deeply"),
     "a document 500 deep": ("x.json", "[" * 500 + "]" * 500, "nested too deeply"),
-    "a caption 90 deep": ("x.json", '[{"image": "a.png", "caption": ' + "[" * 90 + "]" * 90 + "}]", "no text"),
+    "a caption 90 deep": ("x.json", '[{"image": "a.png", "caption": ' + "[" * 90 + "]" * 90 + "}]", "expected a text"),
     "images twice": ("captions_x.json", '{"images": [], "images": [], "annotations": []}', "the key 'images' is there twice"),
     "NaN": ("captions_x.json", '{"images": [], "annotations": [NaN]}', "NaN is no JSON"),
     "an id of 5,000 digits": ("captions_x.json", '{"images": [{"id": ' + "9" * 5000 + "}]}", "not valid JSON"),

@@ -65,7 +65,7 @@ def test_a_text_of_which_nothing_is_left_is_refused_with_its_line(tasks, tmp_pat
     source = tmp_path / "lines.jsonl"
     source.write_text("\n".join(json.dumps({"image": "a.png", **each}) for each in (good, entry)))
     with pytest.raises(DataError, match=r"lines\.jsonl:2: the text .* has only tokens that .*Salesforce/blip2-opt-2\.7b"):
-        annotations.read(source, check=task.check, expect=task.pretokenize)
+        annotations.read(source, check=task.check, pretokenize=task.pretokenize)
 
 
 def test_a_byte_level_tokenizer_takes_every_text(tasks):

@@ -24,10 +24,10 @@ DROPPED = "dropped.jsonl"
 encode = json.JSONEncoder(ensure_ascii=False).encode
 WHY = {
     "missing": "whose image is missing: the downloads of published data sets lack some images",
-    "unlisted": "whose image is in no split of its data set (own_splits = false uses it)",
+    "unlisted": "whose image is in no split of its data set (--own-splits false uses it)",
     "fault": "invalid lines or entries:",
 }
-NO_SIDE = "it has no split (train, val or test), but other lines have; add it, or set own_splits = false"
+NO_SIDE = "it has no split (train, val or test), but other lines have; add it, or draw all splits (--own-splits false)"
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,18 @@ class PrepareConfig:
 
 
 class Row(NamedTuple):
-    """A valid line as it will be written, and where it comes from."""
+    """A valid line as it will be written, and its origin."""
 
     source: Source
     at: Location
     picture: ImageFile
-    side: str | None  # its split in the data set; "": in none; None: the data set has no splits
+    side: str | None  # its split in the data set; "": no split contains it; None: the data set has no splits
     line: bytes
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A line that is left out. Only a `fault` is an error: the downloads of published data sets lack some images."""
+    """A line that is left out. A "fault" is an error of the data. The other two are normal for published data sets."""
 
     source: Source
     at: Location
@@ -85,11 +85,11 @@ class Gathered:
     base: str  # the output folder with a slash; image paths below it are written relative to it
     rows: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    names: dict[object, str] = field(default_factory=dict)  # image → the first of its names in the lines, in alphabetical order
-    kind: str = ""  # captions or questions
+    names: dict[object, str] = field(default_factory=dict)  # image → its alphabetically first name in the lines
+    kind: str = ""  # "captions" or "questions"; both at once is an error
 
 
-@many_objects()  # scanning millions of live objects takes a third of the time
+@many_objects()  # garbage collection would take a third of the time
 def prepare(config: PrepareConfig) -> dict[str, Path]:
     """Read, check, split and write the data, and return split → file. Write nothing if there is an error."""
     output = Path(config.output_dir)
@@ -121,11 +121,11 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
     """Add each entry of a source to the rows of `into`, or to the dropped lines with its reason."""
     before, dropped = len(into.rows), len(into.dropped)
     for at, found in source.entries():
-        made = examine(source, at, found, folder, into)
-        if isinstance(made, Row):
-            into.rows.append(made)
+        result = examine(source, at, found, folder, into)
+        if isinstance(result, Row):
+            into.rows.append(result)
         else:
-            into.dropped.append(made)
+            into.dropped.append(result)
     if folder.known and not any(folder.known.values()):
         example = next(iter(folder.known))
         raise DataError(
@@ -144,7 +144,7 @@ def examine(source: Source, at: Location, found: Entry | str, folder: Folder, in
     kind = "questions" if "question" in entry else "captions"
     into.kind = into.kind or kind
     if kind != into.kind:
-        return Dropped(source, at, "fault", f"one of {kind} among {into.kind}; prepare them separately")
+        return Dropped(source, at, "fault", f"it belongs to {kind}, and the first line to {into.kind}; prepare them separately")
     picture = folder.find(entry["image"])
     if not picture:
         missing = f"{folder.root / entry['image']} does not exist"
@@ -160,7 +160,7 @@ def examine(source: Source, at: Location, found: Entry | str, folder: Folder, in
 
 
 def own_sides(gathered: Gathered) -> dict[object, str]:
-    """Return image → its split in the data set, and drop lines without one. Return {} if no image is for training."""
+    """Return the split of each image in its data set, and drop lines without a split. Return {} if no image is in train."""
     if not any(_side(row) == "train" for row in gathered.rows):
         return {}
     sides: dict[object, str] = {}
@@ -181,7 +181,7 @@ def own_sides(gathered: Gathered) -> dict[object, str]:
 
 
 def drawn_sides(gathered: Gathered, splits: str, seed: int) -> dict[object, str]:
-    """Return image → a random split. It depends only on the seed, not on the order of lines or the spelling of paths."""
+    """Return a random split for each image. It depends on the seed, not on the order of lines or the spelling of paths."""
     pictures = {row.picture.identity: row.picture.path for row in gathered.rows}
     images = sorted(pictures, key=lambda image: (gathered.names[image], pictures[image]))
     random.Random(seed).shuffle(images)
@@ -215,7 +215,7 @@ def refuse_faults(gathered: Gathered, on_bad_data: str) -> None:
             "does not exist" in fault.reason for fault in faults
         )
         skip = 'or leave them out with on_bad_data = "skip" (--on-bad-data skip)'
-        raise DataError(f"{listed}\nnothing was written; fix these{elsewhere}, {skip}")
+        raise DataError(f"{listed}\nnothing was written; fix these lines{elsewhere}, {skip}")
     if not gathered.rows:
         raise DataError(f"no usable line in the source; nothing was written\n{listed}".strip())
 
@@ -230,7 +230,7 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
     reasons = [{"file": str(one.source.path), "at": one.at, "why": one.why, "reason": one.reason} for one in dropped]
     files = {DROPPED: b"".join(json.dumps(one).encode() + b"\n" for one in reasons)}
     files |= {f"{side}.jsonl": b"".join(row.line + b"\n" for row in rows[side]) for side in SIDES}
-    refuse_existing(output)  # again: another run may have written it meanwhile
+    refuse_existing(output)  # again: another run may have written files since the first check
     for name, content in files.items():
         if content:
             write_whole(output / name, content)

@@ -1,4 +1,4 @@
-"""Find the image file of a name, and detect two names of the same file."""
+"""Find the image file that a name means, and detect that two names mean the same file."""
 
 import os
 import re
@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 from lora_blip.data.prepare.published import whole_name
 
-DEPTH = 2  # depth of the search below the root: Flickr8k_Dataset/Flicker8k_Dataset
-COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the same photographs, renamed in 2017
+DEPTH = 2  # levels of subfolders that are searched, as for Flickr8k_Dataset/Flicker8k_Dataset
+COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the release of 2017 has the same photos without it
 
 
 class ImageFile(NamedTuple):
     """An image file that exists."""
 
     path: Path
-    identity: object  # equal for two paths of one file: by a link, by "./", or in another case if the file system ignores it
+    identity: object  # equal for two paths of the same file: a link, ./a.jpg, or A.JPG if the file system ignores case
 
 
 class Folder:
-    """The images of a source. by_name: names are unique, so that images in subfolders are found by their name."""
+    """The images of a source. by_name: names are unique, so an image in a subfolder is found by its name alone."""
 
     def __init__(self, root: Path, by_name: bool) -> None:
         self.root = root.absolute()
@@ -35,10 +35,10 @@ class Folder:
         return self.known[name]
 
     def _spellings(self, name: str) -> Iterator[Path]:
-        if name in self.below:  # known to exist; the root has priority
+        if name in self.below:  # `_names` found it, and prefers files in the root
             yield self.below[name]
         yield self.root / name
-        if "\\" in name:  # written under Windows
+        if "\\" in name:  # written on Windows
             name = name.replace("\\", "/")
             yield self.root / name
         last = name.rpartition("/")[2]
@@ -57,7 +57,7 @@ def _picture(path: Path) -> ImageFile | None:
 
 
 def _names(root: Path) -> dict[str, Path]:
-    """Return file name → path. Of equal names, take the one nearest to the root."""
+    """Return {file name: path}. If a name occurs several times, use the file that is nearest to the root."""
     found: dict[str, Path] = {}
     for folder, below, files in os.walk(root):
         below[:] = sorted(below) if len(Path(folder).relative_to(root).parts) < DEPTH else []

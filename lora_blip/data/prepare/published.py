@@ -1,7 +1,7 @@
 """Read published data sets as downloaded: COCO captions, VQAv2, Karpathy's splits, Flickr8k, JSON lists.
 
-A reader yields each entry with its location. `split` in an entry is the split of the image in the data set, or "" if the data
-set does not use the image.
+Each reader yields pairs of a location and an entry, or the reason why the entry is invalid. An entry may have the key `split`,
+the image's split in the data set, or "" if it is in none.
 """
 
 import json
@@ -28,7 +28,7 @@ BEFORE_STOP = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
 
 
 def document(path: Path) -> Any:
-    """Return the parsed JSON. VQAv2's answers and Karpathy's sentences are plain strings, with a tenth of the memory."""
+    """Return the parsed JSON. VQAv2's answers and Karpathy's sentences become strings, which need a tenth of the memory."""
     try:
         with open_text(path) as file:
             return parsed(file.read(), _COMPACT)
@@ -42,7 +42,7 @@ def document(path: Path) -> Any:
 
 
 def json_entries(path: Path, entries: Any) -> Iterator[Located]:
-    """[{"image": …, "caption": …}, …], as in BLIP's and LAVIS's files. A list of captions gives an entry for each."""
+    """Read [{"image": …, "caption": …}, …], as in BLIP's and LAVIS's files. A list of captions becomes an entry per caption."""
     for index, entry in enumerate(_as_list(path, "", entries)):
         texts = next((entry[key] for key in TEXT_KEYS if key in entry), None) if isinstance(entry, dict) else None
         if not isinstance(entry, dict):
@@ -54,7 +54,7 @@ def json_entries(path: Path, entries: Any) -> Iterator[Located]:
 
 
 def coco_entries(path: Path, found: Any) -> Iterator[Located]:
-    """captions_train2017.json: images[{id, file_name}] and annotations[{image_id, caption}]."""
+    """Read captions_train2017.json: images[{id, file_name}] and annotations[{image_id, caption}]."""
     names = {}
     for index, image in enumerate(_as_list(path, "images", found)):
         if reason := _lacks(image, id=int | str, file_name=str):
@@ -72,7 +72,7 @@ def coco_entries(path: Path, found: Any) -> Iterator[Located]:
 
 
 def karpathy_entries(path: Path, found: Any) -> Iterator[Located]:
-    """dataset_coco.json and similar: images[{filepath, filename, split, sentences[{raw}]}]."""
+    """Read dataset_coco.json and similar files: images[{filepath, filename, split, sentences[{raw}]}]."""
     for index, image in enumerate(_as_list(path, "images", found)):
         reason = _lacks(image, filename=str, split=str, sentences=list)
         reason = reason or _lacks({"filepath": None} | image, filepath=str | None)
@@ -90,7 +90,10 @@ def karpathy_entries(path: Path, found: Any) -> Iterator[Located]:
 
 
 def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Iterator[Located]:
-    """v2_OpenEnded_mscoco_train2014_questions.json: questions[{image_id, question, question_id}], with ten answers each."""
+    """Read v2_OpenEnded_mscoco_train2014_questions.json, and the ten answers to each question from `answers`.
+
+    questions[{image_id, question, question_id}] and annotations[{question_id, answers[{answer}]}].
+    """
     answers_of: dict[Any, list[str] | str] = {}  # question id → its answers, or why it has none
     for index, entry in enumerate(_as_list(answers_path, "annotations", answers)):
         if reason := _lacks(entry, question_id=int | str):
@@ -123,7 +126,9 @@ def subset_of(path: Path, found: Any) -> str:
     """Return the subset, such as "train2014", which is part of the names of VQAv2's images."""
     subset = found.get("data_subtype") or ((year := YEAR.search(path.name)) and year[0])
     if not isinstance(subset, str):
-        raise DataError(f'{path} has no "data_subtype" such as "train2014", which its images are named after; add it')
+        raise DataError(
+            f'{path} has no "data_subtype", a part of its image names; add "data_subtype": "train2014", for example'
+        )
     return subset
 
 
@@ -139,7 +144,7 @@ def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
 
 
 def flickr8k_entries(path: Path) -> Iterator[Located]:
-    """Flickr8k.token.txt, or Kaggle's captions.txt. Splits come from the lists of images, if they are in the same folder."""
+    """Read Flickr8k.token.txt, or Kaggle's captions.txt. If the lists of images are in its folder, entries have a split."""
     sides = _flickr8k_sides(path.parent)
     with open_text(path) as file:
         kaggle = file.readline(LONGEST).strip().lower() == "image,caption"
@@ -152,7 +157,7 @@ def flickr8k_entries(path: Path) -> Iterator[Located]:
 
 
 def whole_name(image: str) -> str:
-    """Return an image name without a suffix after .jpg: Flickr8k's text has 2258277193_586949ec62.jpg.1, its lists do not."""
+    """Return an image name without a suffix after .jpg: Flickr8k's text file contains 2258277193_586949ec62.jpg.1."""
     return re.sub(r"(\.jpe?g)\.\d+$", r"\1", image)
 
 
@@ -184,7 +189,7 @@ def _flickr8k_sides(folder: Path) -> dict[str, str]:
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
-    """Return an object of a JSON, as a string if it has only one text. Millions of dicts would fill the memory."""
+    """Return an object of a JSON, or its only text as a string. Millions of dicts would fill the memory."""
     entry = once(pairs)
     if "answer" in entry and entry.keys() <= VQA_ANSWER and (answer := as_text(entry["answer"])) is not None:
         return sys.intern(answer)
@@ -214,7 +219,7 @@ def _as_list(path: Path, key: str, found: Any) -> list[Any]:
 
 
 def _lacks(entry: Any, **kinds: Any) -> str:
-    """Return which required key of an entry is missing or has a wrong type, or ""."""
+    """Return a message about the first key that is missing or has a wrong type, or "" if all `kinds` are right."""
     if not isinstance(entry, dict):
         return f"expected an object {{…}}, got {_short(entry)}"
     for key, kind in kinds.items():
