@@ -31,7 +31,7 @@ from lora_blip.models.precision import autocasting
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.learner import Learner
-from lora_blip.training.loop import train
+from lora_blip.training.loop import accumulate_gradients, train, update_parameters
 
 
 class Training:
@@ -58,9 +58,9 @@ class Training:
 
     def step(self) -> None:
         slot = Slot(0)
-        self.learner.begin([self.batch], [slot])
-        self.learner.backward(self.learner.scaled_loss(self.batch, slot, last=True))
-        self.learner.step(self.learner.unscale_and_clip(), RATE)
+        self.learner.begin_step([self.batch], [slot])
+        accumulate_gradients(self.learner, self.batch, slot, is_last=True)
+        update_parameters(self.learner, RATE)
 
 
 def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:

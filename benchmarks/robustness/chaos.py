@@ -180,8 +180,8 @@ def main() -> int:
             run = next(iter(killed.glob("lora_*")), None)
             saved = checkpoint.newest(run)[0] if run else None
             if saved:
-                step = saved.about["progress"]["step"]
-                where["in a step" if saved.about["progress"]["slot"] else "between steps"] += 1
+                step = saved.state["progress"]["step"]
+                where["in a step" if saved.state["progress"]["slot"] else "between steps"] += 1
                 print(f"{sum(ends.values()):4}  {kind:<6} {point:<20} {end:<8} {saved.folder.name}", flush=True)
             finished = run is not None and not (run / checkpoint.FOLDER).exists()  # though it was killed right after
             if end not in ("exit 0", "SIGKILL", f"exit {signals.SAVED}", "SIGTERM", "SIGUSR1"):

@@ -39,15 +39,15 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "the count of skipped steps is never reset", "learner",
-        [("self.progress.skipped + 1 if update.skipped else 0", "self.progress.skipped + update.skipped")],
+        [("self.skipped + 1 if skipped else 0", "self.skipped + skipped")],
     ),
     (
-        "a loss that is not finite counts as finite", "learner",
-        [("finite = math.isfinite(norm) and math.isfinite(loss)", "finite = math.isfinite(norm)")],
+        "a loss that is not finite counts as finite", "loop",
+        [("is_finite = math.isfinite(norm) and math.isfinite(loss)", "is_finite = math.isfinite(norm)")],
     ),
     (
         "a checkpoint keeps gradients of a loss that is not finite", "learner",
-        [("if all(math.isfinite(loss) for _, loss in everyone):", "if True:")],
+        [("if all(math.isfinite(loss) for _, loss in of_ranks):", "if True:")],
     ),
     (
         "the oldest interrupted run comes first", "resume",
@@ -55,11 +55,11 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "a copy of a run's folder is resumed", "resume",
-        [(' or saved.about["run"]["name"] != folder.parent.name', "")],
+        [(' or saved.state["run"]["name"] != folder.parent.name', "")],
     ),
     (
         "the middle of an image is not in its digest", "resume",
-        [("for place in (0, size // 2, max(0, size - GLIMPSE))", "for place in (0, max(0, size - GLIMPSE))")],
+        [("for place in (0, size // 2, max(0, size - SAMPLE))", "for place in (0, max(0, size - SAMPLE))")],
     ),
     (
         "a changed run does not go back to the start of its step", "resume",

@@ -28,6 +28,7 @@ from lora_blip.models.precision import autocasting
 from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.learner import Learner
+from lora_blip.training.loop import accumulate_gradients, update_parameters
 
 MODEL, DATA, STEPS, TEXTS = "assets/tiny-blip", "annotations.jsonl", 20, 5
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
@@ -84,9 +85,9 @@ def stack(task: Task) -> HostBatch:
 
 def _loss_of_a_step(learner: Learner, batch: Any) -> float:
     slot = Slot(0)
-    learner.begin([batch], [slot])
-    learner.backward(learner.scaled_loss(batch, slot, last=True))
-    return learner.step(learner.unscale_and_clip(), RATE).loss
+    learner.begin_step([batch], [slot])
+    accumulate_gradients(learner, batch, slot, is_last=True)
+    return update_parameters(learner, RATE).loss
 
 
 def cached(where: str) -> tuple[list[float], list[float]]:

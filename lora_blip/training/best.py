@@ -1,4 +1,4 @@
-"""Which validation of a run was the best, and how many validations brought no improvement since."""
+"""Record the best validation of a run, and count the validations since the last improvement."""
 
 import math
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 class Best:
     """The best validation so far by one score.
 
-    Of equal scores, the one with the lower loss is the best. Patience is stricter: it counts validations without a score
-    that is better by more than `min_improvement`, whatever the loss does.
+    If two scores are equal, the one with the lower loss is better. Patience ignores the loss: only a score that exceeds that
+    of the last improvement by more than `min_improvement` counts as an improvement.
     """
 
-    by: str  # "loss", or a score of which more is better
-    step: int = 0
+    by: str  # "loss", or the name of a score, of which higher is better
+    step: int = 0  # of the best validation
     stale: int = 0  # validations since the last improvement
-    rank: tuple[float, float] = (-math.inf, -math.inf)
+    rank: tuple[float, float] = (-math.inf, -math.inf)  # (score, −loss) of the best; with by = "loss", the score is −loss
     min_improvement: float = 0.0
     improved: int = 0  # the step of the last improvement
     reached: float = -math.inf  # the score of the last improvement
 
-    def better(self, step: int, scores: dict[str, float]) -> bool:
+    def record(self, step: int, scores: dict[str, float]) -> bool:
         """Record a validation and return True if it is the best so far. NaN is never better."""
         value = -scores["loss"] if self.by == "loss" else scores[self.by]
         if value > self.reached + self.min_improvement:
@@ -34,6 +34,6 @@ class Best:
         return False
 
 
-def shown(key: str, value: float) -> str:
-    """A loss in digits, a share in per cent."""
+def score_text(key: str, value: float) -> str:
+    """Return a score as text: a loss with four digits, a fraction in percent."""
     return f"{value:.4f}" if key == "loss" or not 0 <= value <= 1 else f"{value:.1%}"

@@ -1,12 +1,12 @@
-"""Checkpoints: folders with everything that a run needs to resume to the bit.
+"""Checkpoints: folders with everything that a run needs to resume bit for bit.
 
     <run>/checkpoints/000007_step120/state.safetensors    adapters, AdamW's moments, gradients of an unfinished step
                                      state.json           progress, loss scaler, best validation, identity of the run
                                      best.safetensors     the best adapter so far
 
-Each is written beside the others, synced, and renamed when it is whole; only then is the oldest taken away. No RNG state
-is kept: every draw of a run is made from the seed and its place in the data (see `Learner.scaled_loss`). Nothing that is
-read or written here can run code.
+A checkpoint is written to a temporary folder, synced and renamed. Only then is the oldest one removed. A checkpoint has no
+RNG state, because each random draw is seeded by its position in the data (see `Learner.forward_context`). The files are
+JSON and safetensors, so reading a checkpoint runs no code.
 """
 
 import hashlib
@@ -17,127 +17,138 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from safetensors.torch import save as serialise
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lora_blip.errors import CheckpointError
 from lora_blip.runtime.files import make_whole, put_beside, remove, sweep
 
-FOLDER, TENSORS, ABOUT, BEST = "checkpoints", "state.safetensors", "state.json", "best.safetensors"
+FOLDER, TENSORS, STATE, BEST = "checkpoints", "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
-REMEDY = "set TARGETS and R back, or RESUME to off"
+REMEDY = 'set TARGETS and R to the values of that run, or start a new run with RESUME = "off" (--resume off)'
 NAME = re.compile(r"(\d{6,})_step\d+")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A whole checkpoint: `about` is its state.json."""
+    """A complete checkpoint."""
 
     folder: Path
-    about: dict[str, Any]
+    state: dict[str, Any]  # the content of state.json
 
     @property
     def run(self) -> Path:
+        """The folder of the run."""
         return self.folder.parent.parent
 
     def tensors(self) -> dict[str, Tensor]:
+        """Read state.safetensors."""
         return load_file(self.folder / TENSORS)
 
 
-def write(run: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any], best: Path, keep: int) -> Path:
-    """A new checkpoint of a run, then at most `keep` of them. Raises OSError, with all older ones as they were.
+def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: Path, keep: int) -> Path:
+    """Write a new checkpoint of a run, remove all but the newest `keep`, and return its folder.
 
-    best: the adapter file to keep with it, if there is one.
+    `best` is the file of the best adapter. It is added to the checkpoint if it exists. Raise OSError if the checkpoint cannot
+    be written. The older checkpoints are then unchanged.
     """
-    there = _folders(run)
+    older = _folders(run)
     sweep(run / FOLDER)
-    serial = int(there[-1].name.split("_")[0]) + 1 if there else 1
-    folder = run / FOLDER / f"{serial:06d}_step{step}"
+    number = int(older[-1].name.split("_")[0]) + 1 if older else 1
+    folder = run / FOLDER / f"{number:06d}_step{step}"
 
     def fill(new: Path) -> None:
-        (new / TENSORS).write_bytes(serialise(tensors))
+        (new / TENSORS).write_bytes(serialize(tensors))
         if best.exists():
             put_beside(best, new / BEST)
-        sums = {path.name: _sum(path) for path in sorted(new.iterdir())}
-        whole = {"format_version": FORMAT_VERSION, "sha256": sums} | about
-        (new / ABOUT).write_text(json.dumps(whole | {"sha256 of the rest": _digest(whole)}, indent=1) + "\n")
+        digests = {path.name: _file_digest(path) for path in sorted(new.iterdir())}
+        content = {"format_version": FORMAT_VERSION, "sha256": digests} | state
+        (new / STATE).write_text(json.dumps(content | {"sha256 of the rest": _digest(content)}, indent=1) + "\n")
 
     make_whole(folder, fill)
-    for old in [*there, folder][:-keep]:
+    for old in [*older, folder][:-keep]:
         remove(old)
     return folder
 
 
 def newest(run: Path) -> tuple[Saved | None, list[str]]:
-    """The newest whole checkpoint of a run, and what is wrong with those after it."""
-    wrong: list[str] = []
+    """Return the newest complete checkpoint of a run or None, and a message for each newer one that is damaged."""
+    problems: list[str] = []
     for folder in reversed(_folders(run)):
         try:
-            return read(folder), wrong
+            return read(folder), problems
         except CheckpointError as error:
-            wrong.append(str(error))
-    return None, wrong
+            problems.append(str(error))
+    return None, problems
 
 
 def read(folder: Path) -> Saved:
-    """Check one against itself. Raises CheckpointError if a byte of it is not what was written."""
+    """Read a checkpoint and check its digests. Raise CheckpointError if a byte has changed since it was written."""
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        changed = [ABOUT] if about.pop("sha256 of the rest") != _digest(about) else []
-        version, sums = about["format_version"], dict(about["sha256"])
-        changed += [name for name, known in sums.items() if _sum(folder / Path(name).name) != known]
-        there = TENSORS in sums
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        changed = [STATE] if state.pop("sha256 of the rest") != _digest(state) else []
+        version, digests = state["format_version"], dict(state["sha256"])
+        changed += [name for name, digest in digests.items() if _file_digest(folder / Path(name).name) != digest]
+        has_tensors = TENSORS in digests
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
-    if changed or not there:
+    if changed or not has_tensors:
         raise CheckpointError(f"{folder} is damaged: {', '.join(changed) or TENSORS} is not what was written")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format {version}, and this lora_blip knows {FORMAT_VERSION}; use the other one")
-    return Saved(folder, about)
+        raise CheckpointError(
+            f"{folder} has format {version}, and this version of lora_blip reads format {FORMAT_VERSION}; resume with the "
+            "version that wrote it"
+        )
+    return Saved(folder, state)
 
 
 def locate(path: Path) -> Saved:
-    """Return the checkpoint that RESUME names: the newest of a run's folder, or one of its checkpoints.
+    """Return the checkpoint that RESUME names. For the folder of a run, this is its newest checkpoint.
 
-    Raise CheckpointError if there is none.
+    If the named checkpoint was removed, return the newest one of its run. Raise CheckpointError if there is none.
     """
-    one = path.parent.name == FOLDER and NAME.fullmatch(path.name)
-    if one and path.is_dir():
-        return read(path)
-    run = path.parent.parent if one else path
+    is_checkpoint = path.parent.name == FOLDER and NAME.fullmatch(path.name)
+    run = path.parent.parent if is_checkpoint else path
+    if is_checkpoint and path.is_dir():
+        try:
+            return read(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. --resume {run} resumes from its newest undamaged checkpoint") from None
     if not run.is_dir():
-        raise CheckpointError(f"resume = {str(path)!r}: there is no such folder; give a run's")
-    found, wrong = newest(run)
-    if found is None:
-        why = "\n".join(wrong) or "it has no checkpoint: it is finished, or is no run's folder"
-        raise CheckpointError(f"resume = {str(path)!r}: {why}")
-    return found
+        raise CheckpointError(f"resume = {str(path)!r}: the folder does not exist; give the folder of a run (--resume FOLDER)")
+    saved, problems = newest(run)
+    if saved is None:
+        reason = "\n".join(problems) or "it has no checkpoint: the run is finished, or this is not the folder of a run"
+        raise CheckpointError(f"resume = {str(path)!r}: {reason}")
+    return saved
 
 
-def forget(run: Path) -> None:
-    """Take a finished run's checkpoints away."""
+def delete_all(run: Path) -> None:
+    """Remove the checkpoints of a finished run."""
     remove(run / FOLDER)
 
 
-def take(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """One tensor of a checkpoint. Raises CheckpointError if it is not there or of another shape."""
-    found = tensors.get(name)
-    if found is None or found.shape != like.shape:
-        shape = "not there" if found is None else f"of shape {tuple(found.shape)}"
-        raise CheckpointError(f"{name!r} is {shape} in the checkpoint, and {tuple(like.shape)} here; {REMEDY}")
-    return found
+def checked_tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """Return one tensor of a checkpoint. Raise CheckpointError if it is missing or has another shape than `like`."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"{name!r} is missing in the checkpoint; {REMEDY}")
+    if tensor.shape != like.shape:
+        shapes = f"{tuple(tensor.shape)} in the checkpoint and {tuple(like.shape)} in this run"
+        raise CheckpointError(f"{name!r} has the shape {shapes}; {REMEDY}")
+    return tensor
 
 
 def _folders(run: Path) -> list[Path]:
-    """Finished ones, the oldest first; half-written ones have names of their own."""
-    there = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
-    return sorted((p for p in there if NAME.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[0]))
+    """Return the complete checkpoints, the oldest first. Unfinished ones have temporary names."""
+    folders = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
+    return sorted((p for p in folders if NAME.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[0]))
 
 
-def _digest(about: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _sum(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,7 +27,7 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
         return error
     side = task.backbone.image_size
     saved = checkpoint.newest(run.folder)[0] if run else None
-    step = saved.about["progress"]["step"] if saved else 0
+    step = saved.state["progress"]["step"] if saved else 0
     go_on = f"\nSaved after step {step}; to resume: --resume {saved.run} --allow-changed" if saved else ""
     return TrainingError(
         f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "

@@ -1,4 +1,7 @@
-"""What a step changes: the adapters, AdamW, the loss scaler, and how far the run is. All of it can be kept and restored."""
+"""The state that a training step changes: adapters, AdamW, loss scaler and progress. A checkpoint contains all of it.
+
+The step itself is in `loop.py`.
+"""
 
 import math
 import random
@@ -6,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import reduce
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,34 +21,46 @@ from lora_blip.errors import CheckpointError
 from lora_blip.lora import attached
 from lora_blip.runtime.distributed import ALONE, Ranks, keep_alive
 from lora_blip.tasks.base import DeviceBatch, Task
-from lora_blip.training.checkpoint import REMEDY, take
+from lora_blip.training.checkpoint import REMEDY, checked_tensor
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Update:
-    loss: float  # mean over the label tokens of the whole step
+    """The result of one step."""
+
+    loss: float  # mean over the label tokens of the step
     grad_norm: float  # before clipping
-    skipped: bool  # nothing was changed, because a gradient was not finite
-    scale: float  # of the GradScaler; 1 without it
+    skipped: bool  # no parameter was changed, because the loss or a gradient was not finite
+    scale: float  # the loss scale of fp16; otherwise 1
 
 
 @dataclass
 class Progress:
-    """The progress of a run, to the micro-batch."""
+    """The position of a run in its data, exact to the micro-batch."""
 
     epoch: int = 0
-    group: int = 0  # steps of this epoch that were tried
-    slot: int = 0  # micro-batches of the next step whose gradients are summed up already
-    step: int = 0  # updates that were made
-    skipped: int = 0  # steps in a row that were not
-    validated: int = -1  # the step that was last validated
-    total: int = 0  # updates to make
+    group: int = 0  # finished steps of this epoch, including skipped ones
+    slot: int = 0  # micro-batches of the unfinished step whose gradients are accumulated already
+    step: int = 0  # updates so far, without skipped steps
+    skipped: int = 0  # skipped steps since the last update
+    validated: int = -1  # the step of the last validation; -1: none
+    total: int = 0  # updates that the run will make
+
+    def count_step(self, skipped: bool) -> None:
+        """Count a finished step. A skipped step does not advance the learning rate schedule."""
+        self.step += not skipped
+        self.skipped = self.skipped + 1 if skipped else 0
+        self.group += 1
+        self.slot = 0
 
 
 class Objective(nn.Module):
-    """What DistributedDataParallel wraps: its parameters are what is trained, so that nothing else is ever synchronised."""
+    """The loss of a task as a module, for DistributedDataParallel, which synchronizes the parameters of its module.
+
+    This module has only the trained parameters. The frozen backbone is not synchronized.
+    """
 
     def __init__(self, task: Task, trained: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -53,13 +68,15 @@ class Objective(nn.Module):
         self.trained = nn.ParameterList(trained)
 
     def forward(self, batch: DeviceBatch) -> Tensor:
+        """Return the sum of the losses of the batch's label tokens (for retrieval: of its rows)."""
         return self.task.loss(batch)
 
 
 class Learner:
-    """Sums up gradients over the micro-batches of a step, then updates: exactly what one batch of all their rows would do.
+    """The parameters, optimizer, loss scaler and progress of a run.
 
-    Each label token (of retrieval: each row) weighs the same, in every micro-batch of every rank.
+    A step of several micro-batches equals a step with one batch of all their rows. Each label token (for retrieval: each
+    row) has the same weight, in every micro-batch of every process.
     """
 
     def __init__(
@@ -67,187 +84,168 @@ class Learner:
         autocast: Autocast = nullcontext, seed: int = 0, ranks: Ranks = ALONE, optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
         self.task, self.max_grad_norm, self.autocast, self.seed, self.ranks = task, max_grad_norm, autocast, seed, ranks
-        halves = {f"{a}.lora_{h}": getattr(x, h) for a, x in attached.adapters(task.backbone.model).items() for h in "AB"}
-        beside = {f"task.{number}": parameter for number, parameter in enumerate(task.parameters())}
-        self.parameters: dict[str, nn.Parameter] = halves | beside
+        adapters = attached.adapters(task.backbone.model)
+        of_adapters = {f"{name}.lora_{half}": getattr(lora, half) for name, lora in adapters.items() for half in "AB"}
+        of_task = {f"task.{number}": parameter for number, parameter in enumerate(task.parameters())}
+        self.parameters: dict[str, nn.Parameter] = of_adapters | of_task
         groups = [
-            {"params": [*halves.values()], "weight_decay": weight_decay},
-            {"params": [*beside.values()], "weight_decay": 0.0},
+            {"params": [*of_adapters.values()], "weight_decay": weight_decay},
+            {"params": [*of_task.values()], "weight_decay": 0.0},
         ]
-        kernel = task.backbone.device.type in ("cpu", "cuda")
+        fused = task.backbone.device.type in ("cpu", "cuda")  # one kernel updates all the small tensors
         groups = [group for group in groups if group["params"]]
-        self.optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, fused=kernel)  # one kernel for all the small tensors
+        self.optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, fused=fused)
         self.scaler = torch.amp.GradScaler(task.backbone.device.type, enabled=precision == "fp16")
         self.objective: nn.Module = Objective(task, self.parameters.values())
-        self.traffic = 0  # bytes of gradients that a rank hands to the others in a step
+        self.traffic = 0  # bytes of gradients that a process sends in a step
         if ranks.count > 1:
-            self.objective = self._among_ranks(self.objective)
+            self.objective = self._distributed(self.objective)
         self.progress = Progress()
         self.inconsistent = False  # see `transaction`
-        self.images, self.count = 0, 1.0  # of the current step, over all ranks: images, and the divisor of the summed loss
-        self.loss = torch.zeros((), device=task.backbone.device)  # of this rank's micro-batches so far
+        self.label_count = 1.0  # label tokens (for retrieval: rows) of the current step, over all processes
+        self.images = 0  # of the current step, over all processes
+        self.loss = torch.zeros((), device=task.backbone.device)  # of this process in the current step, so far
 
     # ---------------------------------------------------------------- a step
 
-    def begin(self, micro_batches: list[DeviceBatch], slots: list[Slot]) -> None:
-        """Count the label tokens and images of a step, before its first gradient. A resumed step has the counts already."""
+    def begin_step(self, micro_batches: list[DeviceBatch], slots: list[Slot]) -> None:
+        """Count the label tokens and images of a step. A step that is resumed has its counts from the checkpoint."""
         if self.progress.slot:
             return
-        mine = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
-        count, images = self.ranks.sum(sum(b.count for b in mine), sum(b.images for b in mine))
-        self.count, self.images = count or 1.0, int(images)  # 0: no label in this step
+        own = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
+        label_count, images = self.ranks.sum(sum(b.count for b in own), sum(b.images for b in own))
+        self.label_count, self.images = label_count or 1.0, int(images)  # without a label: divide by 1
         self.loss = torch.zeros_like(self.loss)
 
-    def scaled_loss(self, batch: DeviceBatch, slot: Slot, last: bool) -> Tensor:
-        """Return the share of a micro-batch in the loss of the step, times the loss scale of fp16.
+    @contextmanager
+    def forward_context(self, slot: Slot, is_last: bool) -> Iterator[None]:
+        """Seed the random numbers of a micro-batch, and run the block with autocast.
 
-        Dropout and drawn negatives depend on the slot alone, not on the micro-batches before. `last`: processes exchange
-        gradients once, in the last micro-batch of a step.
+        Dropout and the sampled negatives depend only on the seed, the epoch and the slot, not on earlier micro-batches.
+        Processes exchange their gradients once in a step, in the backward pass of the last micro-batch.
         """
         reseed(self.loss.device, random.Random(f"{self.seed} {self.progress.epoch} {slot.number}").getrandbits(63))
-        unsynced = isinstance(self.objective, DistributedDataParallel) and not last
-        with self.objective.no_sync() if unsynced else nullcontext(), self.autocast():  # type: ignore[operator]
-            share = self.objective(batch) / self.count
-        share = share * 0.0 if slot.is_filler else share
-        self.loss += share.detach()
-        return cast(Tensor, self.scaler.scale(share))
-
-    def backward(self, scaled_loss: Tensor) -> None:
-        """Add the gradients of a micro-batch."""
-        scaled_loss.backward()  # type: ignore[no-untyped-call]
-        self.progress.slot += 1
-
-    def unscale_and_clip(self) -> Tensor:
-        """Divide the gradients by the loss scale, then clip their norm. Return the norm before clipping, a scalar."""
-        self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
-
-    def step(self, grad_norm: Tensor, rate: float) -> Update:
-        """Update the parameters at this learning rate if all is finite, and set the gradients to zero."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm, own = torch.stack([grad_norm, self.loss]).tolist()  # the only wait for the device in a step
-        (loss,) = self.ranks.sum(own)
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        scale = self.scaler.get_scale()
-        if finite or self.scaler.is_enabled():  # the scaler itself skips the step, and then lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        update = Update(loss, norm, not finite or self.scaler.get_scale() < scale, scale)
-        self.progress.step += not update.skipped  # a skipped step does not move the schedule
-        self.progress.skipped = self.progress.skipped + 1 if update.skipped else 0
-        self.progress.group += 1
-        self.rewind()
-        return update
+        exchange_later = isinstance(self.objective, DistributedDataParallel) and not is_last
+        with self.objective.no_sync() if exchange_later else nullcontext(), self.autocast():  # type: ignore[operator]
+            yield
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Mark the state inconsistent while the block runs, and after an error in it, so that no checkpoint is made of it."""
+        """Mark the state inconsistent while the block runs, and after an error in it, so that no checkpoint is written."""
         self.inconsistent = True
         yield
         self.inconsistent = False
 
     def rewind(self) -> None:
-        """Return to the start of the unfinished step."""
+        """Return to the start of the unfinished step: discard its gradients."""
         self.progress.slot = 0
         self.optimizer.zero_grad(set_to_none=True)
 
-    # ---------------------------------------------------------------- kept and restored
+    # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All tensors, on the CPU, and all numbers, of all ranks: every rank calls this at the same place."""
+        """Return all tensors, on the CPU, and all other values, as JSON. Every process must call this at the same step.
+
+        If the loss of an unfinished step is not finite, the state is that of the start of the step. The resumed run then
+        repeats the micro-batch that caused it, and can report it.
+        """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach()
-            kept = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in kept.items()}
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.items()}
         step: dict[str, Any] = {}
         progress = asdict(self.progress)
-        if self.progress.slot:  # the ranks' sums differ until the last micro-batch of the step
-            mine = {name: p.grad.cpu() for name, p in self.parameters.items() if p.grad is not None}
-            everyone = self.ranks.all_gather((mine, float(self.loss)))
-            if all(math.isfinite(loss) for _, loss in everyone):
-                for rank, (gradients, loss) in enumerate(everyone):
+        if self.progress.slot:  # each process has its own gradients until the last micro-batch
+            own = {name: p.grad.cpu() for name, p in self.parameters.items() if p.grad is not None}
+            of_ranks = self.ranks.all_gather((own, float(self.loss)))
+            if all(math.isfinite(loss) for _, loss in of_ranks):
+                for rank, (gradients, loss) in enumerate(of_ranks):
                     tensors |= {f"gradient/{rank}/{name}": value for name, value in gradients.items()}
                     step[f"loss.{rank}"] = loss
-                step |= {"count": self.count, "images": self.images}
+                step |= {"count": self.label_count, "images": self.images}
             else:
-                progress["slot"] = 0  # from its start again, so that the micro-batch to blame is met again
-        about = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
-        return {name: value.cpu().contiguous() for name, value in tensors.items()}, about
+                progress["slot"] = 0
+        values = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, values
 
-    def load_state_dict(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. Raise CheckpointError, before anything is changed, if it is not of such a run."""
-        parameters = {name: take(tensors, f"parameter/{name}", p) for name, p in self.parameters.items()}
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Raise CheckpointError, before anything changes, if it does not fit this run."""
+        parameters = {name: checked_tensor(tensors, f"parameter/{name}", p) for name, p in self.parameters.items()}
         others = [key for key in tensors if key.startswith("parameter/") and key.removeprefix("parameter/") not in parameters]
         if others:
-            raise CheckpointError(f"the checkpoint has adapters on other modules too, {others[0]!r} among them; {REMEDY}")
+            raise CheckpointError(f"the checkpoint also has adapters on other modules, such as {others[0]!r}; {REMEDY}")
         try:
-            progress = Progress(**about["progress"])
-            step, scaler = dict(about["step"]), dict(about["scaler"])
-            loss, count = float(step.get(f"loss.{self.ranks.rank}", 0)), float(step.get("count", 1))
+            progress = Progress(**values["progress"])
+            step, scaler = dict(values["step"]), dict(values["scaler"])
+            loss, label_count = float(step.get(f"loss.{self.ranks.rank}", 0)), float(step.get("count", 1))
             images = int(step.get("images", 0))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint's state.json is not understood ({type(error).__name__}: {error})") from None
+            raise CheckpointError(
+                f"the checkpoint's state.json has an invalid entry ({type(error).__name__}: {error}); resume another checkpoint"
+            ) from None
         gradients = {name: tensors.get(f"gradient/{self.ranks.rank}/{name}") for name in self.parameters}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 gradient = gradients[name] if progress.slot else None
                 parameter.copy_(parameters[name])
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        self.optimizer.load_state_dict(self._moments(tensors))
+        self.optimizer.load_state_dict(self._optimizer_state(tensors))
         if scaler:
             self.scaler.load_state_dict(scaler)
-        self.progress, self.count, self.images = progress, count, images
+        self.progress, self.label_count, self.images = progress, label_count, images
         self.loss = torch.tensor(loss, dtype=torch.float32, device=self.task.backbone.device)
 
-    def _moments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The optimizer's state_dict with what a checkpoint holds of it."""
+    def _optimizer_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the state_dict of the optimizer with the tensors of a checkpoint."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        order = {names[id(p)]: number for number, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
+        in_order = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        index_of = {names[id(parameter)]: index for index, parameter in enumerate(in_order)}
         state: dict[int, dict[str, Tensor]] = {}
         for path, value in tensors.items():
             kind, _, rest = path.partition("/")
             if kind == "optimizer":
                 key, _, name = rest.partition("/")
-                state.setdefault(order[name], {})[key] = value
+                state.setdefault(index_of[name], {})[key] = value
         return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
-    # ---------------------------------------------------------------- many ranks
+    # ---------------------------------------------------------------- several processes
 
-    def _among_ranks(self, objective: nn.Module) -> DistributedDataParallel:
-        some = self.task.needs_negatives  # its batches without a wrong pair do not reach every adapter
-        wrapped = DistributedDataParallel(objective, find_unused_parameters=some)
-        wrapped.register_comm_hook(self.ranks, add_up)
-        gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        self.traffic = 2 * gradients * (self.ranks.count - 1) // self.ranks.count
+    def _distributed(self, objective: nn.Module) -> DistributedDataParallel:
+        """Return the objective in DistributedDataParallel, with our sum of the gradients."""
+        unused = self.task.needs_negatives  # a batch without negatives does not use every adapter
+        wrapped = DistributedDataParallel(objective, find_unused_parameters=unused)
+        wrapped.register_comm_hook(self.ranks, sum_gradients)
+        gradient_bytes = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        self.traffic = 2 * gradient_bytes * (self.ranks.count - 1) // self.ranks.count
         return wrapped
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Seed the generators that a step on this device uses. `torch.manual_seed` is slower: it seeds every kind of device."""
+    """Seed the random generators of the CPU and of this device. This is faster than `torch.manual_seed`, which seeds all."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        with torch.cuda.device(device):  # it seeds the current GPU, which need not be this one
+        with torch.cuda.device(device):  # `torch.cuda.manual_seed` seeds the current GPU
             torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
 
 
-def add_up(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    """Σ over the ranks of their gradients, always in the order of the ranks: the bits do not hang on the network's shape.
+def sum_gradients(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """Replace the gradients of a bucket by their sum over the ranks. A communication hook of DistributedDataParallel.
 
-    Each rank sums up its share and hands it to all, 2 (ranks − 1) / ranks times the gradients' bytes, as a ring does.
-    None is averaged: each gradient is divided already by what all ranks count.
+    The ranks are always added in the same order, so the bits of the sum do not depend on the network. Each rank adds one
+    chunk and sends it to the others, so it sends 2 (ranks − 1) / ranks times the size of the gradients, as in a ring.
+    The sum is not divided by the number of ranks: the loss is divided by the label tokens of all ranks already.
     """
-    own = bucket.buffer()
-    shares = F.pad(own, (0, -len(own) % ranks.count))
-    mine = torch.empty_like(shares)
-    keep_alive(shares, mine)
-    distributed.all_to_all_single(mine, shares)  # every rank's summands of my share
-    total, *parts = keep_alive(reduce(torch.add, mine.chunk(ranks.count)), *shares.chunk(ranks.count))
+    gradients = bucket.buffer()
+    chunks = F.pad(gradients, (0, -len(gradients) % ranks.count))
+    own_chunk = torch.empty_like(chunks)  # this rank's chunk, of every rank: (ranks · chunk,)
+    keep_alive(chunks, own_chunk)
+    distributed.all_to_all_single(own_chunk, chunks)
+    total, *parts = keep_alive(reduce(torch.add, own_chunk.chunk(ranks.count)), *chunks.chunk(ranks.count))
     distributed.all_gather(parts, total)
-    own.copy_(shares[: len(own)])
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(own)
-    return done
+    gradients.copy_(chunks[: len(gradients)])
+    result: torch.futures.Future[Tensor] = torch.futures.Future()
+    result.set_result(gradients)
+    return result

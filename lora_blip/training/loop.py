@@ -1,41 +1,78 @@
-"""The training loop. `train` is the algorithm; `session` prepares it, and `learner` computes one step."""
+"""The training loop, on one page: `train`, and the two parts of a step, `accumulate_gradients` and `update_parameters`.
+
+`session` prepares a run and does what happens between two steps. `learner` holds the state that a step changes.
+"""
 
 import math
 from pathlib import Path
 
+import torch
+from torch.nn.utils import clip_grad_norm_
+
 from lora_blip.config import TrainConfig
+from lora_blip.data.loader import Slot
+from lora_blip.tasks.base import DeviceBatch
+from lora_blip.training.learner import Learner, Update
 from lora_blip.training.session import open_session
 
 
 def train(config: TrainConfig) -> Path:
-    """Train an adapter as `config` says and return the path of its file.
+    """Train an adapter with the settings of `config` and return the path of its file.
 
-    Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step, each with a remedy.
-    Raise TrainingError if steps are no longer finite or the device runs out of memory. After Ctrl-C, a scheduler's signal or
-    an error, everything that was learned is saved, and the same settings resume the run.
+    Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step. Raise TrainingError
+    if steps are no longer finite or if the device runs out of memory. Each message contains a fix.
+    After an error, Ctrl-C or a scheduler's signal, the progress is saved. The same settings then resume the run.
     """
-    with open_session(config) as session:  # data, model, adapters, optimizer and folder
+    with open_session(config) as session:  # data, backbone, adapters, optimizer, run folder
         learner, progress = session.learner, session.learner.progress
         session.validate_if_due(session.initial_scores)
         session.checkpoint_if_due()
         for slots, batches in session.remaining_steps():  # a resumed run continues at its first unfinished micro-batch
-            learner.begin(batches, slots)  # count the label tokens of the step, over all processes
+            learner.begin_step(batches, slots)  # count the label tokens of the whole step
             for batch, slot in zip(batches, slots, strict=True):
-                learner.backward(
-                    learner.scaled_loss(batch, slot, last=slot is slots[-1])
-                )  # scaled: k micro-batches are one batch
-                if slot is not slots[-1]:
+                is_last = slot is slots[-1]
+                accumulate_gradients(learner, batch, slot, is_last)
+                if not is_last:
                     session.checkpoint_if_due()
             with learner.transaction():  # no checkpoint is written in the middle of an update
-                grad_norm = learner.unscale_and_clip()  # divide by the loss scale, then clip
                 rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)
-                update = learner.step(grad_norm, rate)  # skipped if the loss or a gradient is not finite
+                update = update_parameters(learner, rate)
                 session.log(update, rate, batches)
-            session.check_skipped()
+            session.stop_after_skipped_steps()
             session.checkpoint_if_due()
             session.validate_if_due()
         session.validate_if_due(at_the_end=True)
         return session.save_adapter()
+
+
+def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_last: bool) -> None:
+    """Run a micro-batch forward and backward, and add its gradients to those of the step."""
+    with learner.forward_context(slot, is_last):  # seeded dropout, autocast
+        loss = learner.objective(batch) / learner.label_count  # mean over the whole step: k micro-batches equal one batch
+    loss = loss * 0.0 if slot.is_filler else loss
+    learner.loss += loss.detach()
+    learner.scaler.scale(loss).backward()  # fp16: times the loss scale, so that small gradients do not become zero
+    learner.progress.slot += 1
+
+
+def update_parameters(learner: Learner, rate: float) -> Update:
+    """Clip the gradients and update the adapters. Skip the update if the loss or a gradient is not finite."""
+    optimizer, scaler = learner.optimizer, learner.scaler
+    scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
+    grad_norm = clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    norm, own_loss = torch.stack([grad_norm, learner.loss]).tolist()  # the only time that the CPU waits for the device
+    (loss,) = learner.ranks.sum(own_loss)  # over all processes
+    scale = scaler.get_scale()
+    is_finite = math.isfinite(norm) and math.isfinite(loss)
+    if is_finite or scaler.is_enabled():  # with fp16, the scaler skips the update itself and lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    update = Update(loss, norm, skipped=not is_finite or scaler.get_scale() < scale, scale=scale)
+    learner.progress.count_step(update.skipped)
+    return update
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

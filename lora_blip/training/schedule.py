@@ -1,4 +1,4 @@
-"""How many steps a run has, and which micro-batches each of them reads."""
+"""Compute the number of steps of a run, and read the micro-batches of each step."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -21,9 +21,9 @@ def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
 def remaining_steps(
     batches: DataLoader[HostBatch], epochs: int, accumulation: int, progress: Progress, ranks: Ranks
 ) -> Iterator[tuple[list[Slot], list[HostBatch]]]:
-    """Yield the slots of each remaining step for this process, with their micro-batches.
+    """Yield the micro-batches of each remaining step for this process, with the slot of each. Advance `progress.epoch`.
 
-    The first step starts after the micro-batches whose gradients are summed already.
+    The first step starts after the micro-batches whose gradients are accumulated already. The caller counts the steps.
     """
     sampler: Any = batches.batch_sampler
     while progress.epoch < epochs and progress.step < progress.total:

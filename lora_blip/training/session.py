@@ -1,4 +1,4 @@
-"""A training run from its start to its end: what `train` needs for a step, and what happens between two steps."""
+"""A training run from its start to its end. `train` calls the methods of `Session` before, between and after its steps."""
 
 import signal
 from collections.abc import Iterator
@@ -27,48 +27,49 @@ from lora_blip.training.learner import Autocast, Learner, Update
 from lora_blip.training.run_folder import Run
 from lora_blip.training.schedule import remaining_steps, total_steps
 from lora_blip.training.setup import PreparedRun, prepare
-from lora_blip.training.validation import merge_drift, sharers, validate
+from lora_blip.training.validation import merge_drift, validate, validating_ranks
 
 NO_PLOT = 'no loss curve, because matplotlib is not installed: pip install "lora_blip[plots]"'
 
 
 @contextmanager
 def open_session(config: TrainConfig) -> Iterator["Session"]:
-    """Prepare a run and yield its session. At the end, report it; after an error or a signal, save what was learned.
+    """Prepare a run and yield its session. After the block, print the result and remove the checkpoints.
 
-    Every refusal comes before the first step.
+    Invalid settings and data raise an error here, before the first step. After an error or a signal in the block, save the
+    progress.
     """
     with distributed.joined() as ranks, ExitStack() as closing:
         try:
             session = start(ranks, config, closing)
-            with session.saved_after_errors():
+            with session.saved_on_errors():
                 yield session
             session.finish()
         except RuntimeError as error:
             if ranks.count == 1 or isinstance(error, TrainingError) or not distributed.is_lost(error):
                 raise
-            raise TrainingError("another process was lost before the first step; its own message says why") from None
+            raise TrainingError("another process ended before the first step; see its own error message") from None
 
 
 def start(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Session":
-    """Return the session of a new or a resumed run. Everything that must be closed at its end is added to `closing`."""
+    """Return the session of a new or a resumed run. `closing` closes its files and loaders."""
     prepared = prepare(ranks, config, closing)
     config, task, autocast = prepared.config, prepared.task, prepared.autocast
     learner = Learner(
         task, config.lr, config.weight_decay, config.max_grad_norm, prepared.precision, autocast, config.seed, ranks
     )
     learner.progress.total = total_steps(config, len(prepared.batches), ranks.count)
-    saved, identity, notes = resumed(prepared, learner, closing)
+    saved, identity, notes = load_checkpoint(prepared, learner, closing)
     config = replace(config, max_new_tokens=identity["max_new_tokens"])
     total = learner.progress.total
     stop_request = closing.enter_context(signals.catch_signals())
     scores: dict[str, float] = {}
-    if prepared.held_out and learner.progress.validated < 0:  # a score that cannot be computed fails before anything is written
-        pause = partial(stop_if_requested, ranks, stop_request)
-        scores = validate(task, prepared.held_out, autocast, config.best_by, sharers(config, ranks), pause)
+    if prepared.held_out and learner.progress.validated < 0:  # before the folder is created, because a score may fail
+        before_batch = partial(stop_if_requested, ranks, stop_request)
+        scores = validate(task, prepared.held_out, autocast, config.best_by, validating_ranks(config, ranks), before_batch)
     run = Run(config, learner, identity, closing, saved)
     training, validation = len(prepared.training), len(prepared.validation)
-    print(*map(printable, notes), run.line(training, validation, prepared.precision), sep="\n")
+    print(*map(printable, notes), run.summary_line(training, validation, prepared.precision), sep="\n")
     return Session(
         config, task, learner, run, autocast, prepared.batches, prepared.held_out, prepared.first, stop_request,
         warmup=min(config.warmup_steps, total // 5), validate_every=config.validate_every or max(10, total // 10),
@@ -76,29 +77,26 @@ def start(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Session":
     )  # fmt: skip
 
 
-def resumed(prepared: PreparedRun, learner: Learner, closing: ExitStack) -> tuple[Any, dict[str, Any], list[str]]:
-    """Load the checkpoint that RESUME selects into the learner, if there is one.
-
-    Return the checkpoint or None, the identity of the run, and notes for the user.
-    """
+def load_checkpoint(prepared: PreparedRun, learner: Learner, closing: ExitStack) -> tuple[Any, dict[str, Any], list[str]]:
+    """Load the checkpoint that RESUME selects into the learner. Return it or None, the identity of the run, and notes."""
     config, task, ranks, identity = prepared.config, prepared.task, learner.ranks, prepared.identity
     saved, notes = ranks.broadcast(ranks.on_main(lambda: resume.acquire(config, identity, closing)))
     if saved:
-        identity = resume.as_begun(config, saved.about["identity"], identity)
+        identity = resume.with_automatic_length(config, saved.state["identity"], identity)
         limit = identity["max_new_tokens"]
         if limit != task.generation.max_new_tokens and task.writes_text:
-            notes.append(f"MAX_NEW_TOKENS stays {limit}, the value at the start of this run")
+            notes.append(f"MAX_NEW_TOKENS remains {limit}, its value at the start of this run")
             examples = [*prepared.training, *prepared.validation]
-            fit_generation(task, examples, limit, fix='RESUME = "off" begins with room for all')
+            fit_generation(task, examples, limit, fix='RESUME = "off" starts a new run with room for all')
         resume.resume_from(learner, saved, identity)
     return saved, identity, notes
 
 
 @dataclass
 class Session:
-    """A run that has started."""
+    """A run that has started, new or resumed."""
 
-    config: TrainConfig  # with its automatic values
+    config: TrainConfig  # automatic values are replaced by those of the run
     task: Task
     learner: Learner
     run: Run
@@ -109,18 +107,18 @@ class Session:
     stop_request: StopRequest
     warmup: int  # updates
     validate_every: int  # updates
-    initial_scores: dict[str, float]  # of the validation before the first step; empty if there was none
+    initial_scores: dict[str, float]  # of the validation before the first step; empty without one
 
     # ---------------------------------------------------------------- a step
 
     def remaining_steps(self) -> Iterator[tuple[list[Slot], list[DeviceBatch]]]:
-        """Yield the slots of each remaining step, with their micro-batches."""
+        """Yield the micro-batches of each remaining step, with the slot of each."""
         epochs, accumulation, learner = self.config.epochs, self.config.accumulation, self.learner
         for slots, host_batches in remaining_steps(self.batches, epochs, accumulation, learner.progress, learner.ranks):
             yield slots, [self.task.batch(host_batch) for host_batch in host_batches]
 
     def log(self, update: Update, rate: float, batches: list[DeviceBatch]) -> None:
-        """Write the line of an update, or the reason why it was skipped."""
+        """Write the metrics of an update, or the reason why it was skipped."""
         learner, progress = self.learner, self.learner.progress
         if update.skipped:
             reason = describe_skip(update, self.task, batches, self.autocast, learner.ranks)
@@ -128,19 +126,20 @@ class Session:
         else:
             self.run.log_step(progress.step, progress.epoch, update, rate, learner.images)
 
-    def check_skipped(self) -> None:
-        """Raise TrainingError if `max_skipped` steps in a row were not finite."""
+    def stop_after_skipped_steps(self) -> None:
+        """Raise TrainingError if `max_skipped` steps in a row were skipped because they were not finite."""
         skipped = self.learner.progress.skipped
         if skipped >= self.config.max_skipped:
             raise TrainingError(
-                f"{skipped} steps in a row were not finite; lower lr, or use bf16 or fp32. {self.run.last_note}"
+                f"{skipped} steps in a row were skipped because they were not finite. The last one: {self.run.last_skip}. "
+                'Lower LR, or set PRECISION = "bf16" or "fp32"'
             )
 
     # ---------------------------------------------------------------- between two steps
 
     def checkpoint_if_due(self) -> None:
-        """Write a checkpoint if it is time, or if a signal asks the run to stop. In that case raise signals.Stopped."""
-        due, *requests = self.learner.ranks.sum(self.run.due, *stop_requests(self.stop_request))
+        """Write a checkpoint if `checkpoint_seconds` have passed. After a signal, write one and raise signals.Stopped."""
+        due, *requests = self.learner.ranks.sum(self.run.checkpoint_is_due, *stop_requests(self.stop_request))
         if not (due or any(requests)):
             return
         self.stop_request.saving = any(requests)
@@ -150,44 +149,43 @@ class Session:
             raise signals.Stopped(signals.INTERRUPTED if requests[0] else signals.SAVED)
 
     def validate_if_due(self, scores: dict[str, float] | None = None, at_the_end: bool = False) -> None:
-        """Validate if it is time and this step is not validated yet. Without improvement for `patience` times, end the run.
+        """Validate every `validate_every` steps and at the end, each step once. End the run if `patience` is exhausted.
 
-        `scores`: the result of this validation, if it is known already.
+        `scores` are the scores of this step if they are already known.
         """
         learner, progress, config, run = self.learner, self.learner.progress, self.config, self.run
         due = at_the_end or progress.step == progress.total or progress.step % self.validate_every == 0
         if self.held_out is None or progress.validated == progress.step or not due:
             return
-        scores = scores or validate(
-            self.task, self.held_out, self.autocast, config.best_by, sharers(config, learner.ranks), self.checkpoint_if_due
-        )
+        ranks = validating_ranks(config, learner.ranks)
+        scores = scores or validate(self.task, self.held_out, self.autocast, config.best_by, ranks, self.checkpoint_if_due)
         with learner.transaction():
             run.log_validation(progress.step, progress.epoch, scores)
             progress.validated = progress.step
             if progress.step < progress.total and 0 < config.patience <= run.best.stale:
                 progress.total = progress.step
-                print(f"stopped early: no better {config.best_by} since step {run.best.improved}")
+                print(f"stopped early: {config.best_by} has not improved since step {run.best.improved} (patience)")
 
     # ---------------------------------------------------------------- the end
 
     def save_adapter(self) -> Path:
-        """Write the adapter with its merge drift, and return its path when all processes have come here."""
-        measured = self.learner.ranks.main and not self.config.shard
-        drift = attempt("merge drift", lambda: merge_drift(self.task, self.first, self.autocast)) if measured else {}
+        """Write the adapter and its merge drift. Wait for all processes, then return the path of the file."""
+        measures_drift = self.learner.ranks.main and not self.config.shard
+        drift = attempt("merge drift", lambda: merge_drift(self.task, self.first, self.autocast)) if measures_drift else {}
         path = self.run.save(self.learner.progress.step, finished=True, merge_drift=drift or {})
-        self.learner.ranks.wait()  # if a process is lost before this, the run resumes from its last checkpoint
+        self.learner.ranks.wait()  # the checkpoints are removed only after this
         return path
 
     @contextmanager
-    def saved_after_errors(self) -> Iterator[None]:
-        """After an error or a second Ctrl-C in the block, save what was learned. Replace the error by one with a remedy."""
+    def saved_on_errors(self) -> Iterator[None]:
+        """After an error or a second Ctrl-C in the block, save the progress, and raise an error whose message has a fix."""
         try:
             yield
         except signals.Stopped:
             raise
         except BaseException as error:
             self.stop_request.saving = True
-            if not isinstance(error, CheckpointError):  # the disk is full
+            if not isinstance(error, CheckpointError):  # with a full disk, nothing can be saved
                 self.rescue()
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit(signals.INTERRUPTED) from None
@@ -198,32 +196,32 @@ class Session:
             self.run.close()
 
     def rescue(self) -> None:
-        """Save what was learned before an error. If that fails too, the earlier checkpoints remain."""
+        """Save the progress after an error. If that fails, print why. The earlier checkpoints remain."""
         try:
             if not self.learner.inconsistent:
                 self.learner.rewind()
                 self.run.checkpoint()
             self.run.save_unfinished()
         except (OSError, CheckpointError, RuntimeError) as error:
-            with suppress(OSError):
-                print(printable(f"what was learned since the last checkpoint could not be saved: {error}"))
+            with suppress(OSError):  # the terminal may be closed
+                print(printable(f"the progress since the last checkpoint could not be saved: {error}"))
 
     def finish(self) -> None:
-        """Print where the adapter is, draw the loss curve, and remove the checkpoints."""
+        """Print the path of the adapter, draw the loss curve, and remove the checkpoints."""
         run = self.run
         print(f"saved {printable(run.adapter_path)}", *filter(None, [run.best_line()]), sep="\n")
         if self.learner.ranks.main and (plot := attempt("loss curve", lambda: plots.draw(run.folder) or NO_PLOT)):
             print(printable(plot))
-        run.done()  # last: a run that is killed before this can be resumed
+        run.delete_checkpoints()  # at the very end: a run that is killed before this can be resumed
 
 
 def stop_if_requested(ranks: Ranks, stop_request: StopRequest) -> None:
-    """Raise signals.Stopped if a signal asks any process to stop. Called before there is a run, so nothing is saved."""
+    """Raise signals.Stopped if any process has received a signal. Save nothing: the run has no folder yet."""
     requests = ranks.sum(*stop_requests(stop_request))
     if any(requests):
         raise signals.Stopped(signals.INTERRUPTED if requests[0] else signals.SAVED)
 
 
 def stop_requests(stop_request: StopRequest) -> tuple[bool, bool]:
-    """Return whether the user, and whether a scheduler, asks this process to stop."""
+    """Return two flags: this process has received Ctrl-C, and it has received a scheduler's signal."""
     return stop_request.signal == signal.SIGINT, stop_request.signal not in (0, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How good a model is on the lines that were held out, and how far merging moves its logits."""
+"""Validate a model on the held-out lines, and measure by how much merging changes its logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,11 @@ from lora_blip.tasks.text_length import CutCount
 from lora_blip.training.learner import Autocast
 
 
-def sharers(config: TrainConfig, ranks: Ranks) -> Ranks:
-    """Who shares a validation: all ranks; with spread weights, which want the same forwards of all, each makes it whole."""
+def validating_ranks(config: TrainConfig, ranks: Ranks) -> Ranks:
+    """Return the processes that share the batches of a validation.
+
+    With sharded weights, all processes must run the same forwards, so each of them validates all batches.
+    """
     return ALONE if config.shard else ranks
 
 
@@ -27,55 +30,59 @@ def validate(
     task: Task,
     batches: DataLoader[HostBatch],
     autocast: Autocast,
-    wanted: str = "",
+    best_by: str = "",
     ranks: Ranks = ALONE,
-    pause: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Loss per label token over the held-out lines, and the task's scores over what it predicts of them.
+    """Return the loss per label token of the held-out lines, and the scores of the task's predictions for them.
 
-    Each rank looks at its share of the batches; all get the same figures. `pause` is called before each batch. The number
-    of texts that were cut is printed.
+    Each process computes a share of the batches, and all return the same scores. `best_by` is a score that must be among
+    them. `before_batch` is called before each batch. Print a warning if predictions were cut at MAX_NEW_TOKENS.
     """
     model, total, count = task.backbone.model, 0.0, 0.0
-    said: dict[Any, Any] = {}
+    predictions: dict[Any, Any] = {}  # subject → prediction
     model.eval()
     sampler: Any = batches.batch_sampler
     sampler.selected = range(ranks.rank, len(batches), ranks.count)
     host_batches = iter(batches)
     for _ in range(-(-len(batches) // ranks.count)):
-        pause()
+        before_batch()
         host_batch = next(host_batches, None)
-        if host_batch is None:  # the other ranks have one more
+        if host_batch is None:  # other processes have one batch more
             continue
         batch = task.batch(host_batch)
         with uncompiled(model), autocast():
-            seen = task.encode_batch(batch)
-            total += float(task.loss(batch, seen))
-            new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in said}
+            features = task.encode_batch(batch)
+            total += float(task.loss(batch, features))
+            new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in predictions}
             if new:
                 rows = list(new.values())
                 examples = [batch.examples[row] for row in rows]
-                said |= zip(new, task.predict_from_features(batch.per_example(seen)[rows], examples), strict=True)
+                texts = task.predict_from_features(batch.per_example(features)[rows], examples)
+                predictions |= zip(new, texts, strict=True)
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)
-    everything = {key: value for some in reversed(ranks.all_gather(said)) for key, value in some.items()}
-    every = batches.dataset.examples  # type: ignore[attr-defined]
-    scores = task.scores(everything, every, "" if wanted == "loss" else wanted) if ranks.main else {}
-    if ranks.main and (line := CutCount().add(everything.values()).report(task, "validation texts", every)):
+    predictions = {key: value for part in reversed(ranks.all_gather(predictions)) for key, value in part.items()}
+    examples = batches.dataset.examples  # type: ignore[attr-defined]
+    scores = task.scores(predictions, examples, "" if best_by == "loss" else best_by) if ranks.main else {}
+    if ranks.main and (line := CutCount().add(predictions.values()).report(task, "validation texts", examples)):
         tqdm.write(f"warning: {line}")
     return {"loss": total / (count or 1.0), **ranks.broadcast(scores)}
 
 
 @torch.no_grad()
 def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str, float]:
-    """How far merged logits are from hooked ones on one batch, as it was trained: largest, and largest logit."""
+    """Return the largest difference between the logits of merged weights and of hooks, and the largest logit, on one batch.
+
+    Both are computed with the precision of the training.
+    """
     model = task.backbone.model.eval()
     with uncompiled(model), autocast():
         hooked = task.logits(batch).float()
         merging.merge(model)
         try:
             merged = task.logits(batch).float()
-        finally:  # out of memory: the adapter stays on its hooks
+        finally:  # also after an error, such as too little memory
             merging.restore(model)
     return {"largest_difference": float((merged - hooked).abs().max()), "largest_logit": float(hooked.abs().max())}

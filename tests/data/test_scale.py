@@ -392,7 +392,7 @@ def test_a_digest_tells_lines_apart(source):
     assert resume.lines_digest(examples[::-1], False) != whole != resume.lines_digest(examples[1:], False)
     plain = hashlib.sha256()
     for e in examples:
-        plain.update(json.dumps([e.name, e.text, e.question, e.answers, *resume._glimpse(e.image)]).encode())
+        plain.update(json.dumps([e.name, e.text, e.question, e.answers, *resume._samples_of(e.image)]).encode())
     assert resume.lines_digest(examples, True) == plain.hexdigest()  # as checkpoints that are there have it
 
 

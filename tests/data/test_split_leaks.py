@@ -55,13 +55,13 @@ def config(checkpoints: dict[str, Path], tmp_path: Path) -> TrainConfig:
 def before_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What was printed when the first step began."""
     printed: list[str] = []
-    real = Learner.begin
+    real = Learner.begin_step
 
-    def begin(learner: Learner, *rest: object) -> None:
+    def begin_step(learner: Learner, *rest: object) -> None:
         printed.append(capsys.readouterr().out)
         real(learner, *rest)
 
-    monkeypatch.setattr(Learner, "begin", begin)
+    monkeypatch.setattr(Learner, "begin_step", begin_step)
     return printed
 
 
@@ -203,7 +203,7 @@ def test_all_lines_are_trained_on_if_a_file_names_the_validation_images(checkpoi
     config = settings(checkpoints["blip"], source, epochs=1, val_annotations=str(val), best_by="loss", val_fraction=0.0)
     with killed_at(2):
         train(config)
-    assert "5 lines to train on, 2 held out" in capsys.readouterr().out
+    assert "5 training lines, 2 validation lines" in capsys.readouterr().out
     val.rename(tmp_path / "moved.jsonl")
     path = train(replace(config, val_annotations=str(tmp_path / "moved.jsonl")))
     assert path.parent == only_run(config)

@@ -17,6 +17,7 @@ from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
 from lora_blip.tasks.base import DeviceBatch, Generation, Task
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.training.learner import Learner, Update
+from lora_blip.training.loop import accumulate_gradients, update_parameters
 from tests.support import tiny
 from tests.support.models import WHOLE
 
@@ -44,24 +45,24 @@ def one_step(
         learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     before = [p.detach().clone() for p in parameters]
     slots = [Slot(number) for number in range(len(micro_batches))]
-    learner.begin(micro_batches, slots)
+    learner.begin_step(micro_batches, slots)
     for batch, slot in zip(micro_batches, slots, strict=True):
-        learner.backward(learner.scaled_loss(batch, slot, last=slot is slots[-1]))
-    update = learner.step(learner.unscale_and_clip(), 1.0)
+        accumulate_gradients(learner, batch, slot, is_last=slot is slots[-1])
+    update = update_parameters(learner, 1.0)
     return update, [b - p.detach() for b, p in zip(before, parameters, strict=True)]
 
 
 def before_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Learner], object]) -> None:
     """Have `act(number of the step, learner)` called before every step of every training."""
-    real, count = Learner.begin, 0
+    real, count = Learner.begin_step, 0
 
-    def begin(learner: Learner, *rest: Any) -> None:
+    def begin_step(learner: Learner, *rest: Any) -> None:
         nonlocal count
         count += 1
         act(count, learner)
         real(learner, *rest)
 
-    monkeypatch.setattr(Learner, "begin", begin)
+    monkeypatch.setattr(Learner, "begin_step", begin_step)
 
 
 def score(loss: float, exact_match: float = 0.0) -> dict[str, float]:

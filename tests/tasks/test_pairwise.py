@@ -35,6 +35,7 @@ from lora_blip.tasks import retrieval
 from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.training.learner import Learner
+from lora_blip.training.loop import accumulate_gradients
 from tests.support import tiny
 from tests.support.kill import among
 
@@ -298,11 +299,11 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
                     cached_states=CachedStates(kept[:1], [0], [""] * (len(kept) - 1)),
                 )
             batches.append(task.batch(host_batch))
-        learner.begin(batches, slots)
+        learner.begin_step(batches, slots)
         for batch, slot, host_batch in zip(batches, slots, some, strict=True):
             record.slot, names = slot.number, names_of(case, host_batch)
             with use_adapters(model, names) if names else nullcontext():
-                learner.backward(learner.scaled_loss(batch, slot, last=slot is slots[-1]))
+                accumulate_gradients(learner, batch, slot, is_last=slot is slots[-1])
     learner.scaler.unscale_(learner.optimizer)
     (loss,) = ranks.sum(float(learner.loss))
     return loss, {name: p.grad.clone() for name, p in learner.parameters.items() if p.grad is not None}, record

@@ -97,7 +97,7 @@ def session_of(
         happened.append("checkpoint")
 
     learner = SimpleNamespace(ranks=ALONE, inconsistent=inconsistent, rewind=lambda: happened.append("rewind"))
-    run = SimpleNamespace(due=due, checkpoint=checkpoint, save_unfinished=lambda: happened.append("adapter"))
+    run = SimpleNamespace(checkpoint_is_due=due, checkpoint=checkpoint, save_unfinished=lambda: happened.append("adapter"))
     return SimpleNamespace(
         run=run, learner=learner, happened=happened, stop_request=SimpleNamespace(signal=number, saving=False)
     )
@@ -170,7 +170,7 @@ def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any)
         return {"loss": 7.0}
 
     monkeypatch.setattr(session, "validate", validate)
-    monkeypatch.setattr(session, "sharers", lambda *_: "ranks")
+    monkeypatch.setattr(session, "validating_ranks", lambda *_: "ranks")
     entered = []
 
     class Transaction:
@@ -217,7 +217,7 @@ def test_patience_ends_a_run_before_its_total(monkeypatch, capsys):
         validated(progress, monkeypatch, patience=patience, stale=stale)
         assert progress.total == total
         said = capsys.readouterr().out
-        assert said == ("stopped early: no better loss since step 3\n" if total == 10 else "")
+        assert said == ("stopped early: loss has not improved since step 3 (patience)\n" if total == 10 else "")
     progress = Progress(step=37, total=37)
     validated(progress, monkeypatch, patience=1, stale=1)
     assert progress.total == 37 and capsys.readouterr().out == ""  # it has ended anyway

@@ -19,7 +19,7 @@ from lora_blip.errors import CheckpointError
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.runtime import lock
 from lora_blip.training import checkpoint, resume
-from lora_blip.training.checkpoint import ABOUT, BEST, FOLDER, TENSORS
+from lora_blip.training.checkpoint import BEST, FOLDER, STATE, TENSORS
 
 IDENTITY = {"lr": 0.1, "batch_size": 2, "training lines": "abc"}
 TENSOR = {"parameter/a": torch.arange(6.0).reshape(2, 3)}
@@ -104,7 +104,7 @@ def test_a_run_without_a_whole_checkpoint_is_reported_and_not_continued(tmp_path
 def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
     older, newer = (write(tmp_path / "lora_a", step=step, lr=0.5) for step in (1, 2))
     for path, folder in ((tmp_path / "lora_a", newer), (newer, newer), (older, older)):
-        with pytest.raises(CheckpointError, match=r"lr was 0\.5 and is 0\.1.*allow_changed"):
+        with pytest.raises(CheckpointError, match=r"lr was 0\.5 and is 0\.1.*--allow-changed"):
             find(tmp_path, path)
         saved, notes = find(tmp_path, path, allow_changed=True)
         assert saved is not None and saved.folder == folder and notes == ["continuing although lr was 0.5 and is 0.1"]
@@ -117,15 +117,15 @@ def test_a_path_to_a_checkpoint_that_is_gone_gives_the_newest_of_its_run(tmp_pat
     assert not older.exists() and checkpoint.locate(older).folder == newer
     (tmp_path / "lora_b").mkdir()
     for wrong, message in (
-        (tmp_path / "lora_b", "it has no checkpoint: it is finished"),
-        (tmp_path / "lora_a" / FOLDER, "it has no checkpoint: it is finished"),
-        (tmp_path / "nowhere", "there is no such folder"),
-        (tmp_path / "nowhere" / FOLDER / "000001_step1", "there is no such folder"),
-        (tmp_path, "it has no checkpoint: it is finished"),
+        (tmp_path / "lora_b", "it has no checkpoint: the run is finished"),
+        (tmp_path / "lora_a" / FOLDER, "it has no checkpoint: the run is finished"),
+        (tmp_path / "nowhere", "the folder does not exist"),
+        (tmp_path / "nowhere" / FOLDER / "000001_step1", "the folder does not exist"),
+        (tmp_path, "it has no checkpoint: the run is finished"),
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpoint.locate(wrong)
-    for name in (TENSORS, ABOUT):
+    for name in (TENSORS, STATE):
         (newer / name).unlink()
     with pytest.raises(CheckpointError, match="is damaged"):
         checkpoint.locate(newer)
@@ -157,7 +157,7 @@ def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_
 def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, monkeypatch):
     write(tmp_path / "lora_a")
     seen = find(tmp_path)
-    checkpoint.forget(tmp_path / "lora_a")
+    checkpoint.delete_all(tmp_path / "lora_a")
     monkeypatch.setattr(resume, "find", lambda *_: seen)
     with ExitStack() as held, pytest.raises(CheckpointError, match=r"another process has just finished .*lora_a"):
         resume.acquire(TrainConfig(output_dir=str(tmp_path)), IDENTITY, held)
@@ -174,11 +174,11 @@ def test_a_checkpoint_is_what_was_written(tmp_path):
     assert [folder.name for folder in folders] == ["000001_step0", "000002_step7", "000003_step7", "000004_step12"]
     assert sorted(path.name for path in folders[0].parent.iterdir()) == [folder.name for folder in folders[1:]]
     saved = checkpoint.read(folders[1])
-    assert saved.run == tmp_path / "lora_a" and saved.about["progress"] == {"step": 7} and saved.about["identity"] == IDENTITY
+    assert saved.run == tmp_path / "lora_a" and saved.state["progress"] == {"step": 7} and saved.state["identity"] == IDENTITY
     assert list(saved.tensors()) == list(TENSOR) and torch.equal(saved.tensors()["parameter/a"], TENSOR["parameter/a"])
     assert (folders[1] / BEST).read_bytes() == b"best" and not (folders[3] / BEST).exists()
-    assert saved.about["sha256"].keys() == {TENSORS, BEST}
-    checkpoint.forget(tmp_path / "lora_a")
+    assert saved.state["sha256"].keys() == {TENSORS, BEST}
+    checkpoint.delete_all(tmp_path / "lora_a")
     assert list((tmp_path / "lora_a").iterdir()) == [] and checkpoint.newest(tmp_path / "lora_a") == (None, [])
 
 
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "serialise", full)
+    monkeypatch.setattr(checkpoint, "serialize", full)
     with pytest.raises(OSError, match="no space left"):
         write(tmp_path / "lora_a", step=2, keep=1)
     assert [path.name for path in first.parent.iterdir()] == [first.name] and checkpoint.read(first)
@@ -228,30 +228,30 @@ def test_one_changed_byte_is_damage(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"progress": {"step": 9}}, f"{ABOUT} is not what was written"),
-        ({"sha256": {}}, f"{ABOUT}, {TENSORS} is|{ABOUT} is"),
-        ({"format_version": None}, f"{ABOUT} is not"),
+        ({"progress": {"step": 9}}, f"{STATE} is not what was written"),
+        ({"sha256": {}}, f"{STATE}, {TENSORS} is|{STATE} is"),
+        ({"format_version": None}, f"{STATE} is not"),
     ],
 )
 def test_a_changed_state_is_damage(tmp_path, change, message):
     folder = write(tmp_path / "lora_a")
-    about = json.loads((folder / ABOUT).read_text())
-    (folder / ABOUT).write_text(json.dumps({**about, **change}))
+    about = json.loads((folder / STATE).read_text())
+    (folder / STATE).write_text(json.dumps({**about, **change}))
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(folder)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
     """A state that is whole by its own digest."""
-    about = {**json.loads((folder / ABOUT).read_text()), **changes}
+    about = {**json.loads((folder / STATE).read_text()), **changes}
     about.pop("sha256 of the rest")
-    (folder / ABOUT).write_text(json.dumps({**about, "sha256 of the rest": checkpoint._digest(about)}))
+    (folder / STATE).write_text(json.dumps({**about, "sha256 of the rest": checkpoint._digest(about)}))
 
 
 def test_another_format_is_refused_by_its_number(tmp_path):
     folder = write(tmp_path / "lora_a")
     rewrite(folder, format_version=checkpoint.FORMAT_VERSION + 1)
-    with pytest.raises(CheckpointError, match="has format 2, and this lora_blip knows 1"):
+    with pytest.raises(CheckpointError, match="has format 2, and this version of lora_blip reads format 1"):
         checkpoint.read(folder)
 
 
@@ -266,27 +266,31 @@ def test_a_sum_of_a_file_elsewhere_does_not_lead_there(tmp_path):
     """Names in the state are names in the folder: no path of it is opened."""
     folder = write(tmp_path / "lora_a")
     (tmp_path / "secret").write_text("x")
-    sums = json.loads((folder / ABOUT).read_text())["sha256"]
-    rewrite(folder, sha256={**sums, "../../../secret": checkpoint._sum(tmp_path / "secret")})
+    sums = json.loads((folder / STATE).read_text())["sha256"]
+    rewrite(folder, sha256={**sums, "../../../secret": checkpoint._file_digest(tmp_path / "secret")})
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.read(folder)
 
 
 def test_a_tensor_of_another_shape_or_none_is_named():
     like = torch.zeros(2, 3)
-    assert checkpoint.take(TENSOR, "parameter/a", like) is TENSOR["parameter/a"]
+    assert checkpoint.checked_tensor(TENSOR, "parameter/a", like) is TENSOR["parameter/a"]
     for name, wanted, message in (
-        ("parameter/b", like, r"'parameter/b' is not there in the checkpoint, and \(2, 3\) here; set TARGETS and R back"),
-        ("parameter/a", torch.zeros(3, 2), r"'parameter/a' is of shape \(2, 3\) in the checkpoint, and \(3, 2\) here"),
+        ("parameter/b", like, r"'parameter/b' is missing in the checkpoint; set TARGETS and R to the values of that run"),
+        (
+            "parameter/a",
+            torch.zeros(3, 2),
+            r"'parameter/a' has the shape \(2, 3\) in the checkpoint and \(3, 2\) in this run; set TARGETS",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.take(TENSOR, name, wanted)
+            checkpoint.checked_tensor(TENSOR, name, wanted)
 
 
 # ---------------------------------------------------------------- what identifies a run
 
 
-SIZE = 10 * resume.GLIMPSE
+SIZE = 10 * resume.SAMPLE
 
 
 @pytest.fixture
@@ -296,7 +300,7 @@ def line(tmp_path: Path) -> Example:
     return Example(image, "a cube", "a.png", 1)
 
 
-@pytest.mark.parametrize("place", [0, resume.GLIMPSE - 1, SIZE // 2, SIZE // 2 + resume.GLIMPSE - 1, -resume.GLIMPSE, -1])
+@pytest.mark.parametrize("place", [0, resume.SAMPLE - 1, SIZE // 2, SIZE // 2 + resume.SAMPLE - 1, -resume.SAMPLE, -1])
 def test_a_changed_byte_at_the_start_middle_or_end_of_an_image_is_another_data_set(line, place):
     before = resume.lines_digest([line], True), resume.lines_digest([line], False)
     content = bytearray(SIZE)
@@ -306,7 +310,7 @@ def test_a_changed_byte_at_the_start_middle_or_end_of_an_image_is_another_data_s
     assert before[0] != after[0] and before[1] == after[1]
 
 
-@pytest.mark.parametrize("size", [0, 1, resume.GLIMPSE, resume.GLIMPSE + 1, SIZE + 1])
+@pytest.mark.parametrize("size", [0, 1, resume.SAMPLE, resume.SAMPLE + 1, SIZE + 1])
 def test_the_size_of_an_image_is_part_of_its_data_set(line, size):
     before = resume.lines_digest([line], True)
     line.image.write_bytes(bytes(size))
@@ -485,6 +489,6 @@ def test_digests_stay_the_same_from_version_to_version(tmp_path):
 
 def test_an_image_with_several_lines_is_read_once(line, monkeypatch):
     read = []
-    monkeypatch.setattr(resume, "_glimpse", lambda image: read.append(image) or ["x"])
+    monkeypatch.setattr(resume, "_samples_of", lambda image: read.append(image) or ["x"])
     resume.lines_digest([line, replace(line, text="other"), line], True)
     assert read == [line.image]

@@ -14,6 +14,7 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import checkpoint, resume
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Progress, reseed
+from lora_blip.training.loop import accumulate_gradients, update_parameters
 from tests.support.models import batch_of, inject
 
 
@@ -32,9 +33,9 @@ def accumulate(learner: Learner, slots: int = 1, of: int = 1) -> None:
     """The first `slots` micro-batches of a step that has `of`."""
     batches = [batch_of(learner.task, seed=number) for number in range(of)]
     every = [Slot(number) for number in range(of)]
-    learner.begin(batches, every)
+    learner.begin_step(batches, every)
     for batch, slot in list(zip(batches, every, strict=True))[:slots]:
-        learner.backward(learner.scaled_loss(batch, slot, last=slot is every[-1]))
+        accumulate_gradients(learner, batch, slot, is_last=slot is every[-1])
 
 
 def values(learner: Learner) -> list[torch.Tensor]:
@@ -46,7 +47,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_though_every_gradient_is(learn
     before = values(learner)
     accumulate(learner)
     learner.loss.fill_(loss)
-    update = learner.step(learner.unscale_and_clip(), 1e-2)
+    update = update_parameters(learner, 1e-2)
     assert update.skipped and math.isfinite(update.grad_norm)
     assert (learner.progress.skipped, learner.progress.step, learner.progress.group) == (1, 0, 1)
     assert all(map(torch.equal, before, values(learner)))
@@ -56,7 +57,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(learner
     before = values(learner)
     accumulate(learner)
     next(iter(learner.parameters.values())).grad.fill_(math.inf)
-    update = learner.step(learner.unscale_and_clip(), 1e-2)
+    update = update_parameters(learner, 1e-2)
     assert update.skipped and math.isfinite(update.loss) and all(map(torch.equal, before, values(learner)))
 
 
@@ -67,7 +68,7 @@ def test_only_skipped_steps_in_a_row_are_counted(learner):
         accumulate(learner)
         if loss is not None:
             learner.loss.fill_(loss)
-        learner.step(learner.unscale_and_clip(), 1e-3)
+        update_parameters(learner, 1e-3)
         counts.append(learner.progress.skipped)
     assert counts == [1, 2, 0, 1] and (learner.progress.step, learner.progress.group) == (1, 4)
 
@@ -79,24 +80,24 @@ def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
     with torch.no_grad():
         expected = float(sum(learner.task.loss(batch) for batch in batches)) / sum(batch.count for batch in batches)
     assert learner.images == 6 and learner.progress.slot == 2
-    update = learner.step(learner.unscale_and_clip(), 3e-4)
+    update = update_parameters(learner, 3e-4)
     assert update.loss == pytest.approx(expected, rel=1e-5) and (update.skipped, update.scale) == (False, 1.0)
     assert [group["lr"] for group in learner.optimizer.param_groups] == [3e-4]
     assert all(parameter.grad is None for parameter in learner.parameters.values()) and learner.progress.slot == 0
     accumulate(learner)
     with torch.no_grad():
         second = float(learner.task.loss(batches[0])) / batches[0].count
-    assert learner.images == 3 and learner.step(learner.unscale_and_clip(), 0.0).loss == pytest.approx(second, rel=1e-5)
+    assert learner.images == 3 and update_parameters(learner, 0.0).loss == pytest.approx(second, rel=1e-5)
 
 
 def test_idle_slots_of_a_rank_add_nothing(learner):
     """A rank that has no micro-batch left takes part in the step, and changes neither its loss nor its gradients."""
     batches = [batch_of(learner.task, seed=1), batch_of(learner.task, seed=2)]
-    learner.begin(batches, [Slot(0), Slot(0, is_filler=True)])
-    assert learner.count == batches[0].count and learner.images == batches[0].images
-    learner.backward(learner.scaled_loss(batches[0], Slot(0), last=False))
+    learner.begin_step(batches, [Slot(0), Slot(0, is_filler=True)])
+    assert learner.label_count == batches[0].count and learner.images == batches[0].images
+    accumulate_gradients(learner, batches[0], Slot(0), is_last=False)
     loss, gradients = float(learner.loss), [parameter.grad.clone() for parameter in learner.parameters.values()]
-    learner.backward(learner.scaled_loss(batches[1], Slot(0, is_filler=True), last=True))
+    accumulate_gradients(learner, batches[1], Slot(0, is_filler=True), is_last=True)
     assert float(learner.loss) == loss
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, learner.parameters.values(), strict=True))
 
@@ -108,7 +109,7 @@ def test_gradients_are_clipped_only_if_they_are_to_be(make):
         learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
         before = values(learner)
         accumulate(learner)
-        update = learner.step(learner.unscale_and_clip(), 1.0)
+        update = update_parameters(learner, 1.0)
         moved = torch.cat([(a - b).flatten() for a, b in zip(before, values(learner), strict=True)])
         assert float(moved.norm()) == pytest.approx(most or update.grad_norm, rel=1e-3) and update.grad_norm > 0.01
 
@@ -132,17 +133,17 @@ def restored(make: Callable[..., Any], kept: tuple[dict, dict]) -> Learner:
 def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
     """State after one of two micro-batches; the restored one ends the step with the same adapters, moments and loss."""
     accumulate(learner)
-    learner.step(learner.unscale_and_clip(), 1e-2)
+    update_parameters(learner, 1e-2)
     accumulate(learner, 1, of=2)
     kept = learner.state_dict()
     other = restored(make, ({key: value.clone() for key, value in kept[0].items()}, kept[1]))
-    assert (other.progress, other.count, other.images) == (learner.progress, learner.count, learner.images)
+    assert (other.progress, other.label_count, other.images) == (learner.progress, learner.label_count, learner.images)
     assert other.progress.slot == 1 and float(other.loss) == float(learner.loss)
     updates = []
     for each in (learner, other):
-        each.begin([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # what it counts is known already
-        each.backward(each.scaled_loss(batch_of(each.task, seed=1), Slot(1), last=True))
-        updates.append(each.step(each.unscale_and_clip(), 1e-2))
+        each.begin_step([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # what it counts is known already
+        accumulate_gradients(each, batch_of(each.task, seed=1), Slot(1), is_last=True)
+        updates.append(update_parameters(each, 1e-2))
     assert updates[0] == updates[1] and all(map(torch.equal, values(learner), values(other)))
     one, two = learner.state_dict(), other.state_dict()
     assert one[0].keys() == two[0].keys() and all(torch.equal(one[0][key], two[0][key]) for key in one[0])
@@ -153,17 +154,17 @@ def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
 
 def test_between_two_steps_no_gradient_is_kept(make, learner):
     accumulate(learner)
-    learner.step(learner.unscale_and_clip(), 1e-2)
+    update_parameters(learner, 1e-2)
     tensors, about = learner.state_dict()
     assert not any(key.startswith("gradient/") for key in tensors) and about["step"] == {}
     other = restored(make, (tensors, about))
     assert all(parameter.grad is None for parameter in other.parameters.values())
-    assert (other.count, other.images, float(other.loss)) == (1.0, 0, 0.0)
+    assert (other.label_count, other.images, float(other.loss)) == (1.0, 0, 0.0)
 
 
 def test_a_fresh_learner_has_done_nothing(learner):
     assert learner.progress == Progress(epoch=0, group=0, slot=0, step=0, skipped=0, validated=-1, total=0)
-    assert not learner.inconsistent and (learner.images, learner.count, learner.traffic, float(learner.loss)) == (
+    assert not learner.inconsistent and (learner.images, learner.label_count, learner.traffic, float(learner.loss)) == (
         0,
         1.0,
         0,
@@ -173,10 +174,10 @@ def test_a_fresh_learner_has_done_nothing(learner):
 
 def test_a_step_without_a_label_divides_by_one(learner):
     """Every micro-batch is another rank's: there is nothing to learn from, and no division by zero."""
-    learner.begin([batch_of(learner.task)], [Slot(0, is_filler=True)])
-    assert (learner.count, learner.images) == (1.0, 0)
-    learner.backward(learner.scaled_loss(batch_of(learner.task), Slot(0, is_filler=True), last=True))
-    update = learner.step(learner.unscale_and_clip(), 1e-2)
+    learner.begin_step([batch_of(learner.task)], [Slot(0, is_filler=True)])
+    assert (learner.label_count, learner.images) == (1.0, 0)
+    accumulate_gradients(learner, batch_of(learner.task), Slot(0, is_filler=True), is_last=True)
+    update = update_parameters(learner, 1e-2)
     assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
 
 
@@ -195,12 +196,12 @@ def test_a_checkpoint_of_other_adapters_is_refused_before_anything_changes(make,
     tensors, about = learner.state_dict()
     some = next(key for key in tensors if key.startswith("parameter/"))
     broken = [
-        ({**tensors, "parameter/vision_model.other.lora_A": torch.zeros(1)}, about, "adapters on other modules too"),
-        ({key: value for key, value in tensors.items() if key != some}, about, "not there in the checkpoint"),
-        ({**tensors, some: torch.zeros(1, 3)}, about, r"of shape \(1, 3\) in the checkpoint"),
-        (tensors, {**about, "progress": {"epoch": 1, "dance": 2}}, r"state.json is not understood \(TypeError"),
-        (tensors, {key: value for key, value in about.items() if key != "step"}, r"state.json is not understood \(KeyError"),
-        (tensors, {**about, "step": {"count": "many"}}, r"state.json is not understood \(ValueError"),
+        ({**tensors, "parameter/vision_model.other.lora_A": torch.zeros(1)}, about, "also has adapters on other modules"),
+        ({key: value for key, value in tensors.items() if key != some}, about, "is missing in the checkpoint"),
+        ({**tensors, some: torch.zeros(1, 3)}, about, r"has the shape \(1, 3\) in the checkpoint"),
+        (tensors, {**about, "progress": {"epoch": 1, "dance": 2}}, r"state.json has an invalid entry \(TypeError"),
+        (tensors, {key: value for key, value in about.items() if key != "step"}, r"state.json has an invalid entry \(KeyError"),
+        (tensors, {**about, "step": {"count": "many"}}, r"state.json has an invalid entry \(ValueError"),
     ]
     other = learner_of(make)
     for parameter in other.parameters.values():
@@ -241,8 +242,8 @@ def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
         learner.progress.epoch = epoch
         torch.rand(before)
         batch = batch_of(learner.task)
-        learner.begin([batch], [Slot(number)])
-        learner.backward(learner.scaled_loss(batch, Slot(number), last=True))
+        learner.begin_step([batch], [Slot(number)])
+        accumulate_gradients(learner, batch, Slot(number), is_last=True)
         return float(learner.loss)
 
     assert loss() == loss(before=7)
@@ -260,7 +261,7 @@ def resumed(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[
     written = checkpoint.write(run, 1, tensors, {**about, "identity": then, "run": {"name": run.name}}, run / "none", 1)
     other = learner_of(make)
     other.progress.total = 70
-    resume.resume_from(other, Saved(written, checkpoint.read(written).about), {**then, **now})
+    resume.resume_from(other, Saved(written, checkpoint.read(written).state), {**then, **now})
     return other
 
 

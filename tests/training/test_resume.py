@@ -27,7 +27,7 @@ from lora_blip.models.identity import weights_digest
 from lora_blip.runtime import lock, signals
 from lora_blip.runtime.files import make_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
-from lora_blip.training import checkpoint, resume, session
+from lora_blip.training import checkpoint, loop, resume, session
 from lora_blip.training.checkpoint import ABOUT, TENSORS
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
@@ -137,7 +137,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):
         train(config)
     folders = sorted((only_run(config) / checkpoint.FOLDER).iterdir())
     assert [folder.name.split("_")[1] for folder in folders] == ["step2", "step3", "step3"]
-    assert [checkpoint.read(folder).about["progress"]["slot"] for folder in folders] == [0, 0, 1]
+    assert [checkpoint.read(folder).state["progress"]["slot"] for folder in folders] == [0, 0, 1]
 
 
 # ---------------------------------------------------------------- told to stop
@@ -150,22 +150,22 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
     whole = train(config)
     before = signal.getsignal(number)
     done = []
-    real = Learner.backward
+    real = loop.accumulate_gradients
 
-    def backward(learner: Learner, *rest: object, **named: object) -> None:
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
         done.append(1)
         real(learner, *rest, **named)
         if len(done) == 5:
             os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "backward", backward)
+        patch.setattr(loop, "accumulate_gradients", accumulate)
         with pytest.raises(SystemExit) as told:
             train(elsewhere(config))
         assert told.value.code == code and len(done) == 5
         run = only_run(elsewhere(config))
         saved = checkpoint.newest(run)[0]
-        assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 2)
+        assert saved is not None and (saved.state["progress"]["step"], saved.state["progress"]["slot"]) == (1, 2)
         assert any(key.startswith("gradient/0/") for key in saved.tensors())
         assert adapter_file.read(run / ADAPTER_NAME).metadata["training"]["finished"] is False
         assert_same(whole, train(elsewhere(config)))
@@ -180,15 +180,15 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
     child = os.fork()
     if not child:
         os.setsid()
-        real = Learner.backward
+        real = loop.accumulate_gradients
 
-        def backward(learner: Learner, *rest: object, **named: object) -> None:
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
             real(learner, *rest, **named)
             if (learner.progress.step, learner.progress.slot) == (3, 1):
                 os.killpg(0, signal.SIGTERM)
                 time.sleep(0.5)  # in which a dead worker would be noticed
 
-        Learner.backward = backward  # type: ignore[method-assign]
+        loop.accumulate_gradients = accumulate
         try:
             train(elsewhere(config))
         except SystemExit as told:
@@ -196,7 +196,7 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signals.SAVED, capfd.readouterr().err
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
-    assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (3, 1)
+    assert saved is not None and (saved.state["progress"]["step"], saved.state["progress"]["slot"]) == (3, 1)
     assert_same(whole, train(elsewhere(config)))
 
 
@@ -237,9 +237,9 @@ def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tm
     """What was half summed up is dropped; with it repaired, the run ends as if nothing had been."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
-    real, count = Learner.backward, 0
+    real, count = loop.accumulate_gradients, 0
 
-    def backward(learner: Learner, *rest: object, **named: object) -> None:
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
         nonlocal count
         count += 1
         real(learner, *rest, **named)
@@ -247,26 +247,26 @@ def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tm
             raise ZeroDivisionError("by chance")
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Learner, "backward", backward)
+        patch.setattr(loop, "accumulate_gradients", accumulate)
         train(elsewhere(config))
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
-    assert saved is not None and (saved.about["progress"]["step"], saved.about["progress"]["slot"]) == (1, 0)
+    assert saved is not None and (saved.state["progress"]["step"], saved.state["progress"]["slot"]) == (1, 0)
     assert_same(whole, train(elsewhere(config)))
 
 
-@pytest.mark.parametrize("moment", ["step", "log_step"])
+@pytest.mark.parametrize("moment", ["update_parameters", "log_step"])
 def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpoints, tmp_path, monkeypatch, moment):
     """An error inside AdamW's step, or between it and its line: the checkpoint before it is what the run goes on from."""
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
-    owner = Learner if moment == "step" else Run
+    owner: Any = loop if moment == "update_parameters" else Run
     real = getattr(owner, moment)
 
-    def half(self: object, *given: object) -> object:
-        made = real(self, *given) if moment == "step" else None
-        if (self if moment == "step" else self.learner).progress.step == 2:  # type: ignore[attr-defined]
+    def half(first: Any, *rest: object) -> object:
+        update = real(first, *rest) if owner is loop else None
+        if (first if owner is loop else first.learner).progress.step == 2:
             raise ZeroDivisionError
-        return made or real(self, *given)
+        return update or real(first, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(owner, moment, half)
@@ -288,7 +288,7 @@ def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, m
             train(config)
     run = only_run(config)
     saved = checkpoint.newest(run)[0]
-    assert saved is not None and saved.about["progress"]["step"] == 2
+    assert saved is not None and saved.state["progress"]["step"] == 2
     smaller = replace(config, batch_size=2, accumulation=2, resume=str(run))
     with pytest.raises(CheckpointError, match="batch_size was 4 and is 2; accumulation was 1 and is 2"):
         train(smaller)
@@ -407,16 +407,16 @@ def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints
     """The second makes its folder while the first does: each has its own settings in it, and ends as if alone."""
     config = config_of(checkpoints, tmp_path, epochs=1)
     alone = train(elsewhere(replace(config, seed=2), "alone"))
-    real = Run._begin
+    real = Run._fill_folder
 
     def begin(run: Run, folder: Path) -> None:
         real(run, folder)
-        monkeypatch.setattr(Run, "_begin", real)
+        monkeypatch.setattr(Run, "_fill_folder", real)
         finished.append(train(replace(config, seed=2)))
 
     finished: list[Path] = []
     monkeypatch.setattr("lora_blip.training.run_folder.run_name", lambda *_: "lora_same")
-    monkeypatch.setattr(Run, "_begin", begin)
+    monkeypatch.setattr(Run, "_fill_folder", begin)
     first = train(config)
     assert first.parent != finished[0].parent
     for path, seed in ((first, 0), (finished[0], 2)):
@@ -491,18 +491,17 @@ def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, m
 
 def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkpoints, tmp_path, monkeypatch):
     """The micro-batch that was not finite came before the kill, in the same step."""
-    real = Learner.scaled_loss
+    real = loop.accumulate_gradients
 
-    def scaled_loss(learner: Learner, batch: object, slot: Any, last: bool) -> Any:
+    def accumulate(learner: Learner, batch: Any, slot: Any, is_last: bool) -> None:
         layer = learner.task.backbone.model.vision_model.encoder.layers[1].mlp.fc1
         sound, poisoned = layer.weight.data.clone(), (learner.progress.epoch, slot.number) == (0, 3)
         if poisoned:
             layer.weight.data.fill_(3e38)
-        loss = real(learner, batch, slot, last)  # type: ignore[arg-type]
+        real(learner, batch, slot, is_last)
         layer.weight.data.copy_(sound)
-        return loss
 
-    monkeypatch.setattr(Learner, "scaled_loss", scaled_loss)
+    monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
     with killed_at(6):
@@ -516,18 +515,18 @@ def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkp
 def test_what_could_not_be_saved_is_never_called_saved(checkpoints, tmp_path, monkeypatch, when):
     """SIGTERM and then a full disk, or an error in the update: the error is told, not exit 75."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
-    real = Learner.backward
+    real = loop.accumulate_gradients
 
-    def backward(learner: Learner, *rest: object, **named: object) -> None:
+    def accumulate(learner: Learner, *rest: object, **named: object) -> None:
         real(learner, *rest, **named)
         if (learner.progress.step, learner.progress.slot) == (0, 3):
             os.kill(os.getpid(), signal.SIGTERM)
             if when == "signal":
                 monkeypatch.setattr(checkpoint, "make_whole", full)
             else:
-                monkeypatch.setattr(Learner, "step", raising(ZeroDivisionError))
+                monkeypatch.setattr(loop, "update_parameters", raising(ZeroDivisionError))
 
-    monkeypatch.setattr(Learner, "backward", backward)
+    monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
     with pytest.raises(CheckpointError if when == "signal" else ZeroDivisionError):
         train(config)
 
@@ -556,7 +555,7 @@ def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatc
         before_each_step(patch, interrupt)
         train(elsewhere(config))
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
-    assert saved is not None and saved.about["progress"]["step"] == 3
+    assert saved is not None and saved.state["progress"]["step"] == 3
     assert_same(whole, train(elsewhere(config)))
 
 
@@ -667,14 +666,14 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
     again = elsewhere(config)
     child = os.fork()
     if not child:
-        real = Learner.backward
+        real = loop.accumulate_gradients
 
-        def backward(learner: Learner, *rest: object, **named: object) -> None:
+        def accumulate(learner: Learner, *rest: object, **named: object) -> None:
             if learner.progress.step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
             real(learner, *rest, **named)
 
-        Learner.backward = backward  # type: ignore[method-assign]
+        loop.accumulate_gradients = accumulate
         try:
             train(again)
         except CheckpointError as error:
@@ -708,7 +707,7 @@ def test_the_digest_of_the_lines_sees_the_prompt_and_the_question_id(tmp_path, w
     plain = Example(tmp_path / "a.png", "a cube", "a.png", 1)
     lines = [plain, *(replace(plain, **own) for own in ({"prompt": "see"}, {"question_id": 0}, {"question_id": "7"}))]
     assert len({resume.lines_digest([line], with_images) for line in lines}) == len(lines)
-    assert resume._own(plain) == []
+    assert resume._rare_fields(plain) == []
 
 
 def test_the_digest_of_the_weights_sees_what_comes_after_a_trainable_parameter(make):
