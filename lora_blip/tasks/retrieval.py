@@ -139,12 +139,12 @@ class RetrievalTask(Task):
 
     def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
         right = positives(batch.examples, self.texts_of_image)
-        lines = ["input tokens | the images of this batch that the text describes"]
+        lines = ["the first texts, and the images of this batch that each of them describes"]
         for row in range(min(rows, len(batch.examples))):
             kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
             names = dict.fromkeys(batch.examples[i].name for i in right[:, row].nonzero().flatten().tolist())
             text = " ".join(self.backbone.tokenizer.convert_ids_to_tokens(kept))
-            lines.append(printable(f"  {text}  |  {', '.join(names)}"))
+            lines += [printable(f"  text    {text}"), printable(f"  images  {', '.join(names)}")]
         return "\n".join(lines)
 
     # ---- prediction

@@ -2,6 +2,7 @@
 
 import unicodedata
 from dataclasses import asdict, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from lora_blip.tasks.base import ONLY_UNKNOWN, DeviceBatch, Generation, Task
 from lora_blip.tasks.losses import token_loss
 
 CHUNK = 64  # texts of one image that are ranked in one forward
+WIDTH = 110  # characters of a line of the label table
+HEADING = (
+    "labels of the first texts: after each input token, the model learns to predict the label below it (. = not in the loss)"
+)
 
 
 class TextTask(Task):
@@ -151,21 +156,42 @@ class TextTask(Task):
         return ""
 
     def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
-        """Return the input tokens and the labels of the first rows, as words."""
+        """Return the input tokens of the first rows above their labels, as words."""
         words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows
-        lines = ["input token | label (. = not in the loss)"]
+        lines = [HEADING]
         for row, target in enumerate(texts.targets[:rows]):
-            inputs, prompt = texts.input_ids, ""
+            inputs = texts.input_ids
             if texts.decoder_input_ids is not None:  # an encoder reads the prompt
                 ids, mask = texts.per_row(texts.input_ids)[row], texts.per_row(texts.attention_mask)[row]
-                inputs, prompt = texts.decoder_input_ids, " ".join(words(ids[mask == 1].tolist())) + "  →  "
+                lines.append(printable("  prompt  " + " ".join(words(ids[mask == 1].tolist()))))
+                inputs = texts.decoder_input_ids
             labels = [words(int(t)) if t != IGNORE else "." for t in target]
-            pairs = zip(words(inputs[row].tolist()), labels, strict=True)
-            lines.append(printable(f"  {prompt}" + "  ".join(f"{word}|{label}" for word, label in pairs)))
+            lines += map(printable, aligned([*zip(words(inputs[row].tolist()), labels, strict=True)]))
         return "\n".join(lines)
 
     def metadata(self) -> dict[str, Any]:
         return {"name": self.name, "prompt": self.prompt, "generation": asdict(self.generation)}
+
+
+def aligned(pairs: list[tuple[str, str]]) -> list[str]:
+    """Return (input token, label) pairs as two lines of columns, or four and more if they are longer than WIDTH.
+
+    Equal neighbors, such as padding, are one column.
+    """
+    columns = [
+        (f"{token} ×{count}" if (count := len([*same])) > 1 else token, label) for (token, label), same in groupby(pairs)
+    ]
+    widths = [max(map(len, column)) for column in columns]
+    lines, start = [], 0
+    while start < len(columns):
+        stop = start + 1
+        while stop < len(columns) and sum(widths[start : stop + 1]) + 2 * (stop - start) <= WIDTH:
+            stop += 1
+        for name, cells in zip(("input", "label"), zip(*columns[start:stop], strict=True), strict=True):
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths[start:stop], strict=True))
+            lines.append(f"  {name}   {'  '.join(padded)}".rstrip())
+        start = stop
+    return lines
 
 
 def after_prompt(text: str, prompt: str) -> str:

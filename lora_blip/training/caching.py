@@ -1,4 +1,4 @@
-"""What a training keeps on the disk between epochs and runs: decoded pictures, and what comes before the first adapter."""
+"""The caches of a training run on the disk: decoded images, and the states of the frozen layers before the first adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -19,52 +19,54 @@ FOLDER = ".cache"  # in the output folder, for all its runs
 
 
 def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> Caches:
-    """Return the caches that the settings allow. If states of images are kept, set `task.prefix`, which continues from them.
+    """Return the caches that the settings allow. If states are cached, set `task.prefix`, which reads and writes them.
 
-    Call this after the adapters are on the model. `identity` is that of the run, with digests of the base as it was loaded.
+    Call this after `inject`. `identity` is the identity of the run, with the digests of the base as it was loaded.
     """
     if not config.cache_gb:
         return NO_CACHES
     folder, limit = Path(config.output_dir) / FOLDER, int(config.cache_gb * 1e9)
     backbone = task.backbone
-    read: dict[str, Any] = {
+    decoding: dict[str, Any] = {
         "processor": settings_of(backbone.image_processor),
         "pillow": PIL.__version__,
         "lora_blip": __version__,
     }
-    pixels = Store(folder, {"of": "pictures", **read}, limit)
+    pixels = Store(folder, {"of": "pictures", **decoding}, limit)
     prefix = Prefix(backbone.model, task.project_vision)
-    if not prefix.worthwhile or config.shard:  # with sharded weights, all ranks must run the same forwards
+    if not prefix.worthwhile or config.shard:  # with sharded weights, all processes must run the same forwards
         return Caches(pixels)
     computed: dict[str, Any] = {
         "base": identity["base weights"], "settings": identity["base processors"], "precision": precision,
         "base_dtype": config.base_dtype, "fast": config.fast, "device": backbone.device.type,
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
-    prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, **read}, limit)
+    prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, **decoding}, limit)
     task.prefix = prefix
     return Caches(pixels, prefix.store)
 
 
 def describe_cache(config: TrainConfig, task: Task) -> str:
-    """What is kept where, or what would let it be, for the user to read; "" where there is nothing to gain."""
+    """Return lines for the user: where the states are cached, or which setting would allow it. Return "" without a gain."""
     if not task.prefix:
         return ""
     if not views_repeat(config):
         return (
-            "each look at a picture is another: AUGMENT = False or VIEWS = 4 would keep what comes before the first adapter\n\n"
+            "AUGMENT = True changes each image in every epoch, so all layers are computed every time. With AUGMENT = False or "
+            "VIEWS = 4, the layers before the first adapter are computed once per image (or view), which is faster\n\n"
         )
     folder = Path(config.output_dir) / FOLDER
     return (
-        f"what comes before the first adapter is computed once a picture, and kept: {folder}, up to {config.cache_gb:g} GB\n\n"
+        "the layers before the first adapter are computed once per image, and their output is cached in "
+        f"{folder} (at most {config.cache_gb:g} GB)\n\n"
     )
 
 
 def cached_inputs(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """What the training's pictures are read from, if not from their pixels, for the identity of a run."""
+    """Return which states replace the images in training, for the identity of a run. Return {} if no state is cached."""
     return task.prefix.about if task.prefix and views_repeat(config) else {}
 
 
 def views_repeat(config: TrainConfig) -> bool:
-    """Whether pictures are looked at more than once as they were before."""
+    """Return True if the same pixels are used more than once: without augmentation, or with a limited number of views."""
     return config.views > 0 or not config.augment

@@ -1,4 +1,4 @@
-"""Explain errors of a training: memory, lost processes, numbers that are not finite."""
+"""Turn errors of a training run into messages with a fix: too little memory, a lost process, values that are not finite."""
 
 import math
 from functools import partial
@@ -16,33 +16,34 @@ from lora_blip.training.run_folder import Run
 
 
 def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
-    """Return the error, or a TrainingError with a remedy if the device has no memory left or another process was lost."""
-    said = str(error)
+    """Return a TrainingError with a fix if the device is out of memory or another process was lost. Else return the error."""
     if run and run.learner.ranks.count > 1 and is_lost(error):
         return TrainingError(
-            f"another process was lost; with torchrun --max-restarts, all processes resume from the last checkpoint in "
-            f"{run.folder}"
+            "another process was lost. Start all processes again with the same settings: they resume from the last checkpoint "
+            f"in {run.folder}. With torchrun --max-restarts 3, this happens automatically"
         )
-    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in said:
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
         return error
     side = task.backbone.image_size
     saved = checkpoint.newest(run.folder)[0] if run else None
-    step = saved.state["progress"]["step"] if saved else 0
-    go_on = f"\nSaved after step {step}; to resume: --resume {saved.run} --allow-changed" if saved else ""
+    resume = ""
+    if saved:
+        step = saved.state["progress"]["step"]
+        resume = f"\nThe run is saved after step {step}; resume it with: --resume {saved.run} --allow-changed"
     return TrainingError(
         f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "
-        "Lower batch_size and raise accumulation by as much, for the same updates; or set checkpointing = True; "
-        f"or base_dtype = 'bf16'; or a smaller image_size.{go_on}"
+        "Lower batch_size and raise accumulation by the same factor: the updates are the same. Or set checkpointing = True, "
+        f"base_dtype = 'bf16' or a smaller image_size.{resume}"
     )
 
 
 def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
-    """Return why a step was skipped: the first module whose output was not finite, or an overflow of a gradient."""
+    """Return why a step was skipped: the first module whose output was not finite, or the overflow of a gradient."""
     if math.isfinite(update.loss):
         return f"a gradient overflowed at loss scale {update.scale:g}"
-    notes = []
+    reasons = []
     for batch in batches:
         with uncompiled(task.backbone.model), autocast():
-            notes.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
-    every: list[str] = [note for some in ranks.all_gather(notes) for note in some]
-    return next((note for note in every if note.startswith("the first output")), every[-1])
+            reasons.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
+    of_all_ranks: list[str] = [reason for part in ranks.all_gather(reasons) for reason in part]
+    return next((reason for reason in of_all_ranks if reason.startswith("the first output")), of_all_ranks[-1])

@@ -40,15 +40,15 @@ from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
-TINY = 20_000_000  # parameters
-WIDER = 4  # a batch of validation beside one of training: it keeps nothing for a backward pass
+TINY = 20_000_000  # parameters; a smaller base gets a higher learning rate
+VALIDATION_FACTOR = 4  # a validation batch may be larger than a training batch: it keeps no activations for backward
 
 
 @dataclass
 class RunInputs:
-    """What the settings name: the data, and the model with its adapters."""
+    """The data and the model with its adapters, as the settings name them."""
 
-    config: TrainConfig  # with its automatic values
+    config: TrainConfig  # automatic values are replaced by those of the run
     task: Task
     precision: str
     training: list[Example]
@@ -67,9 +67,9 @@ class PreparedRun(RunInputs):
 
 
 def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRun:
-    """Load everything that the settings name, inject the adapters, and check the first batch.
+    """Load the data and the model, inject the adapters, and check the first batch.
 
-    Raise an error with a remedy if the run cannot work. The loaders are closed with `closing`.
+    Raise an error with a fix if the run cannot work. `closing` closes the loaders.
     """
     inputs = ranks.together(lambda: load_inputs(ranks, config))
     require_same(ranks, inputs.identity)
@@ -79,8 +79,8 @@ def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRu
     autocast = autocasting(task.backbone.device, inputs.precision)
     batches = loader_of(inputs.training, task, config, shuffle=True, caches=caches)
     held_out = loader_of(inputs.validation, task, config, shuffle=False, caches=caches) if inputs.validation else None
-    for loaded in filter(None, (batches, held_out)):
-        closing.callback(close, loaded)
+    for data_loader in filter(None, (batches, held_out)):
+        closing.callback(close, data_loader)
     first = ranks.together(lambda: task.batch(first_batch(batches)))
     prepared = PreparedRun(**vars(inputs), autocast=autocast, batches=batches, held_out=held_out, first=first)
     check(ranks, prepared)
@@ -88,9 +88,9 @@ def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRu
 
 
 def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
-    """Read the data and the model that the settings name, and inject the adapters.
+    """Read the data, load the model and inject the adapters.
 
-    No collective is called, so that an error on one rank can reach the others afterwards.
+    This calls no collective: `Ranks.together` needs that to report an error of one process to the others.
     """
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
@@ -116,7 +116,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
 
 
 def optimize(ranks: Ranks, inputs: RunInputs) -> Caches:
-    """Apply the settings that save time or memory: caches, the fused update, the dtype of the base, and sharding."""
+    """Apply the settings that save time or memory: caches, the fused update, the base's dtype and sharding."""
     config, task, backbone = inputs.config, inputs.task, inputs.task.backbone
     caches = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
     print(printable_lines(caching.describe_cache(config, task)), end="")
@@ -130,7 +130,7 @@ def optimize(ranks: Ranks, inputs: RunInputs) -> Caches:
 
 
 def check(ranks: Ranks, prepared: PreparedRun) -> None:
-    """Run the checks before the first step and print their results. Compile the model afterwards if `compile` is set."""
+    """Run the checks before the first step and print their results. Then compile the model if `compile` is set."""
     config, task, first, autocast = prepared.config, prepared.task, prepared.first, prepared.autocast
     model = task.backbone.model
     model.train()
@@ -139,14 +139,14 @@ def check(ranks: Ranks, prepared: PreparedRun) -> None:
     if config.compile:
         frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
         compile_blocks(model, frozen)
-        print(f"torch.compile for {blocks - frozen} of the ViT's {blocks} blocks, at the first step\n")
+        print(f"torch.compile will compile {blocks - frozen} of the {blocks} ViT blocks in the first step\n")
     options = {name: getattr(config, name) for name in ("compile", "base_dtype", "checkpointing", "shard")}
     validates = prepared.held_out is not None
     verification.before_training(task, first, prepared.precision, autocast, options, ranks, validates)
 
 
 def preflight_report(config: TrainConfig, task: Task, first: DeviceBatch, autocast: Autocast) -> str:
-    """Return the report of the preflight checks. Raise PreflightError, or an error that says what to change."""
+    """Return the report of the preflight checks. Raise PreflightError, or TrainingError if the memory is too small."""
     try:
         return preflight.check(task, first, autocast)
     except RuntimeError as error:
@@ -154,23 +154,26 @@ def preflight_report(config: TrainConfig, task: Task, first: DeviceBatch, autoca
 
 
 def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
-    """ConfigError for settings that contradict each other, or that need what is not there."""
+    """Raise ConfigError if settings contradict each other or need something that is missing."""
     if config.shard and ranks.count == 1:
-        raise ConfigError("shard = True spreads weights over several processes: torchrun --nproc-per-node 2 train.py")
+        raise ConfigError(
+            "shard = True needs several processes: start them with torchrun --nproc-per-node 2 train.py, or set SHARD = False"
+        )
     if config.compile and not ("CXX" in os.environ or any(map(which, COMPILERS))):
         raise ConfigError("compile = True needs a C++ compiler, and none is found: install g++, or set COMPILE = False")
     if config.tensorboard:
         summary_writer()
-    blind = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
-    held_out = config.val_fraction or config.val_annotations
-    for name in (name for name, wanted in blind.items() if wanted and not held_out):
-        raise ConfigError(
-            f"{name} = {getattr(config, name)!r} needs images to validate on, and val_fraction is 0: set VAL_FRACTION"
-        )
+    needs_validation = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
+    if not (config.val_fraction or config.val_annotations):
+        for name in (name for name, is_set in needs_validation.items() if is_set):
+            raise ConfigError(
+                f"{name} = {getattr(config, name)!r} needs validation data, but val_fraction is 0: set VAL_FRACTION = 0.1 or "
+                "VAL_ANNOTATIONS"
+            )
 
 
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:
-    """The task that is to be learned; ConfigError if its score to pick the best by is none that it has."""
+    """Return the task of the settings. Raise ConfigError if it has no score named `best_by`."""
     name = natural_task(backbone.architecture) if config.task == "auto" else config.task
     task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens or 1, config.num_beams))
     task.require_score(config.best_by)
@@ -178,16 +181,16 @@ def task_for(config: TrainConfig, backbone: Backbone) -> Task:
 
 
 def default_rate(model: Any) -> float:
-    """Peak learning rates that suit LoRA on the Salesforce checkpoints, and on bases a hundred times smaller."""
+    """Return a peak learning rate that suits LoRA on this base: a Salesforce checkpoint, or a base a hundred times smaller."""
     size = sum(p.numel() for p in model.parameters())
     return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
 
 def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
-    """Return checked lines to train on and to validate on, the latter in an order drawn from the seed.
+    """Return the training lines and the validation lines, checked. The validation lines are shuffled with the seed.
 
-    The validation lines are those of `val_annotations`, or a share of the images. `thumbnails` keeps one of each image
-    that is decoded.
+    The validation lines come from `val_annotations`, or are all lines of a fraction of the images. `thumbnails` stores a
+    thumbnail of each decoded image.
     """
     examples = read_file(config, task, config.annotations, thumbnails)
     if config.val_annotations:
@@ -196,12 +199,12 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     else:
         task.prepare_data(examples)
         training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
-    random.Random(config.seed).shuffle(validation)  # an image's lines side by side would be no negatives of each other
+    random.Random(config.seed).shuffle(validation)  # lines of one image in the same batch are no negatives of each other
     return training, validation
 
 
 def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnails | None) -> list[Example]:
-    """Return the usable lines of an annotations file, and print what was left out and which tokens are unknown."""
+    """Return the valid lines of an annotations file. Print the invalid lines and the unknown tokens."""
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     examples, problems = annotations.read(
         source, config.image_root, config.on_bad_data, task.check, decode, task.pretokenize, task.trim, decoded=keep
@@ -214,7 +217,7 @@ def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnai
 
 
 def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
-    """Print which validation images are in the training data, or nearly the same pictures, and what to do."""
+    """Print which validation images are in the training data, also if only nearly equal, and how to fix the split."""
     fix = (
         f"Remove them from {config.val_annotations} or from {config.annotations}"
         if config.val_annotations
@@ -233,5 +236,5 @@ def loader_of(
     )
     device = task.backbone.device.type
     workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
-    size = config.batch_size * (1 if shuffle or task.needs_negatives else WIDER)
+    size = config.batch_size * (1 if shuffle or task.needs_negatives else VALIDATION_FACTOR)
     return loader(pictures, size, shuffle, config.seed, workers, pin=device == "cuda")

@@ -20,6 +20,7 @@ from lora_blip.models.unknown_tokens import UnknownTokens
 from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask
+from lora_blip.tasks.text_task import HEADING
 from lora_blip.tasks.vqa import VqaTask
 from tests.support import tiny
 from tests.support.runs import train_flags
@@ -145,7 +146,7 @@ def test_training_reports_the_share_before_the_first_step(checkpoints, tmp_path,
     source = tiny.write_photos(tmp_path, len(TEXTS), TEXTS)
     train(parse(TrainConfig, {}, train_flags(checkpoints["blip"], source, **{"max-steps": 1})))
     said = capsys.readouterr().out
-    assert 0 < said.index("3 of 6 lines (50.0%)") < said.index("input token | label")
+    assert 0 < said.index("3 of 6 lines (50.0%)") < said.index(HEADING)
 
 
 def test_only_texts_with_unknown_tokens_are_kept():

@@ -106,7 +106,7 @@ def test_a_process_that_dies_before_the_first_step_is_named_as_lost(checkpoints,
     config = config_of(checkpoints, tmp_path)
     codes, said = ends(2, act, capfd)
     assert codes == [2, 9]
-    assert said == ["error: another process was lost before the first step; its own message says why"]
+    assert said == ["error: another process ended before the first step; see its own error message"]
 
 
 # ---------------------------------------------------------------- inference

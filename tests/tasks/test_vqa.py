@@ -23,6 +23,7 @@ from lora_blip.tasks.base import DeviceBatch, Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import natural_task
 from lora_blip.tasks.retrieval import RetrievalTask
+from lora_blip.tasks.text_task import HEADING
 from lora_blip.tasks.vqa import TEMPLATE, VqaTask
 from lora_blip.training import loop, preflight, setup
 from tests.support import tiny
@@ -402,7 +403,7 @@ def test_preflight_passes_with_every_target_of_the_architecture(make, kind):
     for what in every_target(make(kind).model, kind):
         task = VqaTask(make(kind))
         inject(task.backbone, what, trained=False)
-        assert "input token | label" in preflight.check(task, batch_of(task), nullcontext)
+        assert HEADING in preflight.check(task, batch_of(task), nullcontext)
 
 
 def questions(folder: Path) -> Path:

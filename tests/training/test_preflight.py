@@ -14,6 +14,7 @@ from lora_blip.lora.sites import Site
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.text_task import HEADING, WIDTH, aligned
 from lora_blip.training import preflight
 from tests.support.models import batch_of, inject
 
@@ -29,7 +30,24 @@ def test_a_sound_model_passes_and_leaves_no_trace(backbone):
     before = torch.get_rng_state()
     said = checked(task)
     assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in backbone.model.parameters())
-    assert "cube" in said.splitlines()[1] and "|." in said.splitlines()[1] and "memory of a step" in said
+    heading, *table, _, memory = said.splitlines()
+    assert heading == HEADING and memory.startswith("a step needs about ")
+    inputs, labels = ([line[10:] for line in table if line.startswith(f"  {name} ")] for name in ("input", "label"))
+    assert len(inputs) == len(labels) and "cube" in "".join(labels) and any(label.endswith(" .") for label in labels)
+
+
+def test_a_label_is_below_its_input_token():
+    """Columns that do not fit on a line are on the next two; equal neighbors are one column, and no cell is lost."""
+    assert aligned([("[DEC]", "a"), ("a", "blue"), ("[PAD]", "."), ("[PAD]", ".")]) == [
+        "  input   [DEC]  a     [PAD] ×2",
+        "  label   a      blue  .",
+    ]
+    pairs = [(f"token{number}", f"token{number + 1}") for number in range(40)]
+    lines = aligned(pairs)
+    assert len(lines) == 8 and max(map(len, lines)) <= WIDTH + 10
+    assert [token for line in lines[::2] for token in line.split()[1:]] == [token for token, _ in pairs]
+    assert [label for line in lines[1::2] for label in line.split()[1:]] == [label for _, label in pairs]
+    assert len(aligned([("x" * 500, "."), ("a", "b")])) == 4  # a token that is longer than a line has its own
 
 
 def test_a_blip2_without_placeholders_is_refused(make):
@@ -40,7 +58,7 @@ def test_a_blip2_without_placeholders_is_refused(make):
         task = CaptionTask(backbone)
         image = backbone.model.config.image_token_index
         ids = batch_of(task).rows.input_ids
-        with pytest.raises(PreflightError, match=r"the model does not see them.*<image>"):
+        with pytest.raises(PreflightError, match=r"the model ignores the images.*<image>"):
             checked(task, input_ids=ids.masked_fill(ids == image, 5))
 
 
@@ -150,7 +168,7 @@ def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution(
     attached.adapters(model)["first"].B.data.fill_(torch.nan)  # the linear with its update is named, not the adapter
     assert "'first'" in preflight.first_nonfinite(model, lambda: model(x))
     sound = preflight.first_nonfinite(Toy(), lambda: model(x))
-    assert sound.startswith("every module's output is finite in a second forward")
+    assert sound.startswith("in a second forward, the outputs of all modules are finite")
     model.pair.register_forward_hook(lambda *_: (torch.tensor([1]), torch.full((1, 4), torch.nan)))
     attached.adapters(model)["first"].B.data.zero_()
     assert "that of 'pair' (Pair, torch.int64)" in preflight.first_nonfinite(model, lambda: model(x))
@@ -172,7 +190,7 @@ def test_adapters_that_are_not_called_are_counted_and_the_first_is_named():
     preflight.check_hooks(model, lambda: model(torch.ones(1, 4)))
     for called, count, name in ((model.first, 1, "second"), (model.second, 1, "first"), (model.pair, 2, "first")):
         grad = []
-        with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) would do nothing: '{name}' is not called"):
+        with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) would have no effect: '{name}' is not called"):
             preflight.check_hooks(model, lambda c=called, g=grad: (g.append(torch.is_grad_enabled()), c(torch.ones(1, 4))))
         assert grad == [False]
 
@@ -191,7 +209,7 @@ def test_adapters_without_a_gradient_are_counted_and_no_gradient_stays():
         (lambda _: 0 * found["first"].A.sum(), 2, "first"),
     ]
     for loss, count, name in cases:
-        with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) get no gradient, '{name}' among them"):
+        with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) get no gradient, such as '{name}'"):
             preflight.check_gradients(toy_task(model, loss), batch)
         assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -245,6 +263,6 @@ def test_the_memory_of_a_step_adds_up():
         model.frozen = nn.Parameter(torch.empty(2**30, dtype=torch.float16), requires_grad=False)
         model.trained = nn.Parameter(torch.empty(2**28, dtype=torch.float16))
     assert preflight.memory_estimate(model, 2**29) == (
-        "memory of a step, about 6.50 GiB: frozen weights 2.00, adapters with gradients and AdamW's state 4.00, "
-        "activations kept for the backward pass 0.50"
+        "a step needs about 6.50 GiB of memory: frozen weights 2.00, adapters with gradients and AdamW's state 4.00, "
+        "activations for the backward pass 0.50"
     )
