@@ -114,7 +114,7 @@ def arm(point: str, rng: random.Random) -> None:
     elif point == "half the tensors":
         Path.write_bytes = half(Path.write_bytes, checkpoint.TENSORS)  # type: ignore[method-assign]
     elif point == "half a state.json":
-        Path.write_text = half(Path.write_text, checkpoint.ABOUT)  # type: ignore[method-assign]
+        Path.write_text = half(Path.write_text, checkpoint.STATE)  # type: ignore[method-assign]
     elif point == "before the rename":
         files.sync_folder = before(files.sync_folder)
     elif point == "after the rename":

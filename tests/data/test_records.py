@@ -18,8 +18,8 @@ from lora_blip.data.image_sources import ImageSource
 from lora_blip.data.loader import HostBatch
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
-from lora_blip.evaluation.comparison import csv_of
-from lora_blip.evaluation.measures import Measured
+from lora_blip.evaluation.measures import ModelScores
+from lora_blip.evaluation.outputs import Comparison, comparison_csv
 from lora_blip.inference.finished import asked_in, key_of
 from lora_blip.inference.prediction import line_of, prediction_of
 from lora_blip.inference.questions import Prompted, asked, trim_references
@@ -345,8 +345,8 @@ def test_two_questions_with_the_same_words_are_two(folder, make):
     assert [line["question_id"] for line in said] == [420, 421] and len({key_of(e) for e in examples}) == 2
     again = [asked_in(json.loads(json.dumps(line))) for line in said]
     assert list(map(key_of, again)) == list(map(key_of, examples)) and list(map(task.subject, again)) == subjects
-    made = Measured(subjects, [[e] for e in examples], ["two", "two"], [1.0, 0.0], [True, False], "VQA accuracy")
-    rows = list(csv.DictReader(io.StringIO(csv_of(None, made))))
+    made = ModelScores(subjects, [[e] for e in examples], ["two", "two"], [1.0, 0.0], [True, False], "VQA accuracy")
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(Comparison(None, made)))))
     assert [(row["question_id"], row["VQA accuracy"]) for row in rows] == [("420", "1.0"), ("421", "0.0")]
 
 
@@ -403,6 +403,7 @@ def test_a_sign_within_a_text_is_left_alone():
 def test_a_comparison_holds_no_formula(make):
     one = replace(example("=cmd|' /C calc'!A0", prompt="@p"), image=Path("+a.png"), group="-g")
     task = CaptionTask(make("blip"))
-    (row,) = csv.DictReader(io.StringIO(csv_of(None, Measured([task.subject(one)], [[one]], ["=1"], [-1.0], [False], "CIDEr"))))
+    scores = ModelScores([task.subject(one)], [[one]], ["=1"], [-1.0], [False], "CIDEr")
+    (row,) = csv.DictReader(io.StringIO(comparison_csv(Comparison(None, scores))))
     assert all(not value.startswith(("=", "+", "@")) for value in row.values()) and row["CIDEr"] == "-1.0"
     assert row["group"] == "'-g" and row["references"].startswith("'=")

@@ -18,7 +18,8 @@ from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.images import open_image
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.evaluation import comparison, measures
+from lora_blip.evaluation import comparison, measures, outputs
+from lora_blip.evaluation.leak_search import LeakSearch
 from lora_blip.flags import parse
 from lora_blip.inference.api import answers
 from lora_blip.inference.api import captions as say
@@ -112,8 +113,8 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
 def test_a_score_that_is_no_number_is_null():
     """JSON has no NaN: neither as the end of an interval nor as a value."""
     nan = float("nan")
-    assert comparison.numbers(Interval(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
-    assert comparison.numbers(Interval(nan, nan, nan)) is None and comparison.numbers(None) is None
+    assert outputs.numbers(Interval(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
+    assert outputs.numbers(Interval(nan, nan, nan)) is None and outputs.numbers(None) is None
 
 
 def test_a_score_that_has_no_interval_is_still_json(checkpoints, tmp_path, monkeypatch):
@@ -195,7 +196,7 @@ def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, he
 def test_what_is_there_is_never_written_over_nor_work_lost(checkpoints, here, monkeypatch):
     refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
     monkeypatch.setattr(comparison, "open_task", lambda *_, **__: pytest.fail("a model was loaded"))
-    for name in comparison.FILES:
+    for name in outputs.FILES:
         (here / "out").mkdir(exist_ok=True)
         (here / "out" / name).write_text("mine")
         with pytest.raises(ConfigError, match=f"{name} exists already"):
@@ -228,13 +229,13 @@ def test_lines_that_are_no_good_stop_it_or_are_left_out(checkpoints, here, capsy
 def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
     """Readable when the lines were checked, gone when the base looks at it: the other images are scored, and paired."""
     refs, path = references(here, 4), adapter_of(checkpoints["blip"], here)
-    real = comparison.leaks_of
+    real = comparison.search_leaks
 
     def vanishing(*arguments: Any) -> Any:
         (here / "eval" / "1.png").unlink()
         return real(*arguments)
 
-    monkeypatch.setattr(comparison, "leaks_of", vanishing)
+    monkeypatch.setattr(comparison, "search_leaks", vanishing)
     found, rows, page = evaluated(refs, adapter=str(path))
     assert [Path(row["image"]).name for row in rows] == ["0.png", "2.png", "3.png"] and found["scores"]["CIDEr"]["gain"]
     assert found["facts"]["scored"] == "3 of 4 images" and capsys.readouterr().out.count("left out: ") == 1
@@ -244,7 +245,9 @@ def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here,
 def test_when_no_image_can_be_read_any_more_one_message_says_so(checkpoints, here, monkeypatch):
     refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
     monkeypatch.setattr(
-        comparison, "leaks_of", lambda *_: ([image.unlink() for image in (here / "eval").iterdir()] and [], "gone")
+        comparison,
+        "search_leaks",
+        lambda *_: LeakSearch([image.unlink() for image in (here / "eval").iterdir()] and [], "gone"),
     )
     with pytest.raises(DataError, match="none of the 2 images"):
         evaluated(refs, adapter=str(path))

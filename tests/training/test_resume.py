@@ -28,7 +28,7 @@ from lora_blip.runtime import lock, signals
 from lora_blip.runtime.files import make_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
 from lora_blip.training import checkpoint, loop, resume, session
-from lora_blip.training.checkpoint import ABOUT, TENSORS
+from lora_blip.training.checkpoint import STATE, TENSORS
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
 from lora_blip.training.run_folder import Run
@@ -385,7 +385,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, remove, plant])
-@pytest.mark.parametrize("name", [TENSORS, ABOUT])
+@pytest.mark.parametrize("name", [TENSORS, STATE])
 def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
     checkpoints, tmp_path, monkeypatch, capsys, damage, name
 ):
@@ -594,7 +594,7 @@ def test_what_a_power_cut_may_not_lose_is_synced_in_order(checkpoints, tmp_path)
     second = happened[happened.index("sync metrics.jsonl") :]
     order = [second.index(f"sync {name}") for name in ("metrics.jsonl", TENSORS)]
     order += [second.index("rename to 000002"), second.index(f"sync {checkpoint.FOLDER}"), second.index("remove")]
-    assert order == sorted(order) and second.index(f"sync {ABOUT}") < order[2]
+    assert order == sorted(order) and second.index(f"sync {STATE}") < order[2]
 
 
 def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):

@@ -1,0 +1,46 @@
+"""Search the training data of an adapter for evaluation images."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_blip.config import EvaluateConfig
+from lora_blip.data import annotations
+from lora_blip.data.example import Example
+from lora_blip.data.leaks import Leak, find_leaks
+from lora_blip.errors import DataError
+from lora_blip.lora.adapter_file import Adapter
+
+
+class LeakSearch(NamedTuple):
+    """The result of a search."""
+
+    leaks: list[Leak]
+    note: str  # what was searched, or why nothing was searched
+
+
+def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list[Example]) -> LeakSearch:
+    """Return the evaluation images that are in the training data, which the settings or the adapter file name.
+
+    Raise DataError if `train_annotations` is set and cannot be read. If only the adapter file names the training data, it may
+    be missing on this machine.
+    """
+    settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
+    source = config.train_annotations or str(settings.get("annotations", ""))
+    root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
+    if source in ("", "none"):
+        return LeakSearch([], "not searched: the training data is unknown")
+    if not Path(source).is_file():
+        if config.train_annotations:
+            raise DataError(f"train_annotations {source!r} does not exist; give the file, or none")
+        return LeakSearch([], f"not searched: the training data, {source}, does not exist here (--train-annotations)")
+    try:
+        trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
+    except DataError as error:
+        if config.train_annotations:
+            raise
+        return LeakSearch([], f"not searched: {str(error).splitlines()[0]}")
+    images = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
+    if not images:
+        return LeakSearch([], f"not searched: no image of {source} exists here (--train-image-root)")
+    leaks = find_leaks(dict.fromkeys(e.image for e in examples), images)
+    return LeakSearch(leaks, f"{len(leaks)} found among the {len(images)} images of {source}")
