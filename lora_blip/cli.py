@@ -62,9 +62,9 @@ def report_errors(run: Callable[[], None]) -> None:
 
 
 def terminal_stream(stream: Any) -> Any:
-    """Return a stream that survives its reader, and prints characters that its encoding lacks as escapes.
+    """Return the stream as a TerminalStream that prints characters outside its encoding as escapes.
 
-    `LC_ALL=C` gives an ASCII terminal, and settings, captions and file names hold other characters.
+    With `LC_ALL=C`, the encoding is ASCII, but settings, captions and file names contain other characters.
     """
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
@@ -72,13 +72,13 @@ def terminal_stream(stream: Any) -> Any:
 
 
 class TerminalStream:
-    """A text stream to a terminal. Escape unsafe text, and ignore a reader that goes away, as in `| head`."""
+    """A text stream to a terminal. It escapes unsafe text, and ignores that its reader closes, as `| head` does."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(for_terminal(text)))
+        self._ignore_closed(lambda: self.stream.write(for_terminal(text)))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -86,14 +86,14 @@ class TerminalStream:
             self.write(line)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._ignore_closed(self.stream.flush)
 
-    def _try(self, act: Callable[[], Any]) -> Any:
+    def _ignore_closed(self, write: Callable[[], object]) -> None:
+        """Call `write`. If the reader is gone, send this and all later output nowhere."""
         try:
-            return act()
+            write()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            return None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -104,9 +104,9 @@ def missing_dependency(module: str) -> str:
     repository = Path(__file__).resolve().parents[1]
     is_checkout = (repository / "pyproject.toml").is_file()
     project = f"-e {shlex.quote(str(repository))}" if is_checkout else "lora_blip"
-    made = repository / ".venv" / "bin" / "python"
-    has_made = is_checkout and made.exists() and made != Path(sys.executable)
-    other = f", or use the Python that `make` has set up: {shlex.quote(str(made))}" if has_made else ""
+    venv_python = repository / ".venv" / "bin" / "python"
+    has_venv = is_checkout and venv_python.exists() and venv_python != Path(sys.executable)
+    other = f", or use the Python that `make` has set up: {shlex.quote(str(venv_python))}" if has_venv else ""
     return f"{module} is not installed; install it: {shlex.quote(sys.executable)} -m pip install {project}{other}"
 
 

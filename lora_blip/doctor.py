@@ -1,4 +1,4 @@
-"""`python -m lora_blip doctor`: print versions and devices, and test the embedded bases. Send the output with a question."""
+"""`lora-blip doctor`: print versions and devices, and test the embedded bases. Send the output with a question."""
 
 import importlib.metadata
 import platform
@@ -30,7 +30,7 @@ BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "asset
 
 
 def examine() -> bool:
-    """Print versions, devices and the results of the tests. Return False if a needed part does not work."""
+    """Print versions, devices and the results of the tests. Return False if torch is missing or a test fails."""
     print(f"lora_blip {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("core        ", ", ".join(f"{name} {version(name)}" for name in CORE))
     for extra, names in EXTRAS.items():
@@ -39,13 +39,12 @@ def examine() -> bool:
     print(f"java         {java()}")
     for device in devices():
         print(f"{device!s:<13}{device_name(device)}: {', '.join(precisions(device))}")
-    sound = version("torch") != "missing"
-    for name in BASES:
-        sound = run_test(name, hook_fires) and sound
-    return sound
+    results = [run_test(name, hook_fires) for name in BASES]
+    return version("torch") != "missing" and all(results)
 
 
 def version(name: str) -> str:
+    """Return the version of an installed package, or "missing"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -53,24 +52,26 @@ def version(name: str) -> str:
 
 
 def java() -> str:
+    """Return the version of Java, or why there is none."""
     path = shutil.which("java")
     if path is None:
         return "missing"
-    done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20, check=False)
-    lines = [line for line in (done.stderr or done.stdout).splitlines() if not line.startswith(NOTICE)]
-    return printable(lines[0]) if lines and done.returncode == 0 else f"{path} does not run"
+    process = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20, check=False)
+    lines = [line for line in (process.stderr or process.stdout).splitlines() if not line.startswith(NOTICE)]
+    return printable(lines[0]) if lines and process.returncode == 0 else f"{path} does not run"
 
 
 def devices() -> list[torch.device]:
-    found = [torch.device("cpu")]
-    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return found + [torch.device("mps")] * torch.backends.mps.is_available()
+    """Return the CPU and all GPUs."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus, *([torch.device("mps")] * torch.backends.mps.is_available())]
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU with its memory, or of the CPU with the number of threads."""
     if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        return f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
@@ -88,15 +89,17 @@ def works(device: torch.device, precision: str) -> bool:
 
 
 def precisions(device: torch.device) -> list[str]:
+    """Return the precisions that work on a device."""
     return [name + " (emulated, slow)" * emulated(name, device) for name in DTYPES if works(device, name)]
 
 
 def run_test(name: str, check: Callable[[str], str]) -> bool:
+    """Print the result of a test of a base. Return False if it raises an error."""
     try:
         print(f"{name}: {check(name)}")
         return True
     except Exception as error:  # report any error and continue
-        print(printable_lines(f"{name}: BROKEN: {type(error).__name__}: {error}"))
+        print(printable_lines(f"{name}: FAILED: {type(error).__name__}: {error}"))
         return False
 
 
@@ -110,11 +113,13 @@ def hook_fires(name: str) -> str:
     batch = task.batch(HostBatch(examples, pictures))
     with torch.no_grad():
         before = task.logits(batch)
-        placed = injection.inject(backbone.model, targets.find(backbone.model, "vit"))
-        fresh = task.logits(batch)
-        for update in placed.values():
-            update.B.fill_(0.01)
-        after = task.logits(batch)
-    if not torch.equal(before, fresh) or torch.equal(before, after):
-        raise RuntimeError("the LoRA hooks on its ViT have no effect, or an effect without an update")
-    return f"loads, and the hooks of its {len(placed)} ViT linears fire"
+        adapters = injection.inject(backbone.model, targets.find(backbone.model, "vit"))
+        with_new_adapter = task.logits(batch)
+        for lora in adapters.values():
+            lora.B.fill_(0.01)
+        with_changed_adapter = task.logits(batch)
+    if not torch.equal(before, with_new_adapter):
+        raise RuntimeError("a new LoRA adapter on the ViT changes the logits, but its update is zero")
+    if torch.equal(before, with_changed_adapter):
+        raise RuntimeError("a changed LoRA adapter on the ViT does not change the logits: its hooks do not fire")
+    return f"works: the hooks on its {len(adapters)} ViT linears fire"

@@ -17,7 +17,7 @@ class LockedError(ConfigError):
 
 
 class OutputError(ConfigError):
-    """An output folder cannot be written, or belongs to another run."""
+    """An output folder cannot be written, or contains the output of another run."""
 
 
 class PeerError(ConfigError):

@@ -47,7 +47,10 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
 
 
 def describe_cache(config: TrainConfig, task: Task) -> str:
-    """Return lines for the user: where the states are cached, or which setting would allow it. Return "" without a gain."""
+    """Return a line for the user: the folder of the cached states, or the settings that allow a cache.
+
+    Return "" if a cache would save nothing.
+    """
     if not task.prefix:
         return ""
     if not views_repeat(config):

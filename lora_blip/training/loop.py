@@ -21,13 +21,14 @@ def train(config: TrainConfig) -> Path:
 
     Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step. Raise TrainingError
     if steps are no longer finite or if the device runs out of memory. Each message contains a fix.
-    After an error, Ctrl-C or a scheduler's signal, the progress is saved. The same settings then resume the run.
+
+    After an error, Ctrl-C or a scheduler's signal, the progress is saved. Start again with the same settings to resume.
     """
     with open_session(config) as session:  # data, backbone, adapters, optimizer, run folder
         learner, progress = session.learner, session.learner.progress
         session.validate_if_due(session.initial_scores)
         session.checkpoint_if_due()
-        for slots, batches in session.remaining_steps():  # a resumed run continues at its first unfinished micro-batch
+        for slots, batches in session.remaining_steps():  # a slot is the position of a micro-batch in the epoch
             learner.begin_step(batches, slots)  # count the label tokens of the whole step
             for batch, slot in zip(batches, slots, strict=True):
                 is_last = slot is slots[-1]
@@ -49,8 +50,8 @@ def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_la
     """Run a micro-batch forward and backward, and add its gradients to those of the step."""
     with learner.forward_context(slot, is_last):  # seeded dropout, autocast
         loss = learner.objective(batch) / learner.label_count  # mean over the whole step: k micro-batches equal one batch
-    loss = loss * 0.0 if slot.is_filler else loss
-    learner.loss += loss.detach()
+    loss = loss * 0.0 if slot.is_filler else loss  # a filler is a repeated micro-batch: all processes need equally many
+    learner.loss += loss.detach()  # for metrics.jsonl
     learner.scaler.scale(loss).backward()  # fp16: times the loss scale, so that small gradients do not become zero
     learner.progress.slot += 1
 
@@ -62,7 +63,7 @@ def update_parameters(learner: Learner, rate: float) -> Update:
     grad_norm = clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    norm, own_loss = torch.stack([grad_norm, learner.loss]).tolist()  # the only time that the CPU waits for the device
+    norm, own_loss = torch.stack([grad_norm, learner.loss]).tolist()  # one transfer from the device
     (loss,) = learner.ranks.sum(own_loss)  # over all processes
     scale = scaler.get_scale()
     is_finite = math.isfinite(norm) and math.isfinite(loss)

@@ -78,7 +78,7 @@ def start(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Session":
 
 
 def load_checkpoint(prepared: PreparedRun, learner: Learner, closing: ExitStack) -> tuple[Any, dict[str, Any], list[str]]:
-    """Load the checkpoint that RESUME selects into the learner. Return it or None, the identity of the run, and notes."""
+    """Load the checkpoint that RESUME selects. Return it (or None), the identity of the run, and notes for the user."""
     config, task, ranks, identity = prepared.config, prepared.task, learner.ranks, prepared.identity
     saved, notes = ranks.broadcast(ranks.on_main(lambda: resume.acquire(config, identity, closing)))
     if saved:

@@ -75,7 +75,7 @@ def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRu
     require_same(ranks, inputs.identity)
     config, task = inputs.config, inputs.task
     print(f"\n{targets.table(task.backbone.model)}\n")
-    caches = optimize(ranks, inputs)
+    caches = apply_performance_settings(ranks, inputs)
     autocast = autocasting(task.backbone.device, inputs.precision)
     batches = loader_of(inputs.training, task, config, shuffle=True, caches=caches)
     held_out = loader_of(inputs.validation, task, config, shuffle=False, caches=caches) if inputs.validation else None
@@ -83,14 +83,14 @@ def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRu
         closing.callback(close, data_loader)
     first = ranks.together(lambda: task.batch(first_batch(batches)))
     prepared = PreparedRun(**vars(inputs), autocast=autocast, batches=batches, held_out=held_out, first=first)
-    check(ranks, prepared)
+    run_checks(ranks, prepared)
     return prepared
 
 
 def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     """Read the data, load the model and inject the adapters.
 
-    This calls no collective: `Ranks.together` needs that to report an error of one process to the others.
+    Call no collective here: if one process fails, the others would wait in it. `Ranks.together` reports the error to them.
     """
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
@@ -115,7 +115,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     return RunInputs(config, task, precision, training, validation, identity)
 
 
-def optimize(ranks: Ranks, inputs: RunInputs) -> Caches:
+def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> Caches:
     """Apply the settings that save time or memory: caches, the fused update, the base's dtype and sharding."""
     config, task, backbone = inputs.config, inputs.task, inputs.task.backbone
     caches = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
@@ -129,7 +129,7 @@ def optimize(ranks: Ranks, inputs: RunInputs) -> Caches:
     return caches
 
 
-def check(ranks: Ranks, prepared: PreparedRun) -> None:
+def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:
     """Run the checks before the first step and print their results. Then compile the model if `compile` is set."""
     config, task, first, autocast = prepared.config, prepared.task, prepared.first, prepared.autocast
     model = task.backbone.model
@@ -199,7 +199,9 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     else:
         task.prepare_data(examples)
         training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
-    random.Random(config.seed).shuffle(validation)  # lines of one image in the same batch are no negatives of each other
+    random.Random(config.seed).shuffle(
+        validation
+    )  # spread the lines of an image: in one batch, they are no negatives of each other
     return training, validation
 
 
@@ -230,11 +232,12 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
 def loader_of(
     examples: list[Example], task: Task, config: TrainConfig, shuffle: bool, caches: Caches = NO_CACHES
 ) -> DataLoader[HostBatch]:
-    augmented = shuffle and config.augment
-    pictures = ImageDataset(
-        examples, task.backbone.image_processor, augmented, config.seed, not task.needs_negatives, config.views, caches
+    """Return a loader of the training lines (`shuffle`) or of the validation lines, which have larger batches."""
+    augment = shuffle and config.augment
+    dataset = ImageDataset(
+        examples, task.backbone.image_processor, augment, config.seed, not task.needs_negatives, config.views, caches
     )
     device = task.backbone.device.type
     workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
     size = config.batch_size * (1 if shuffle or task.needs_negatives else VALIDATION_FACTOR)
-    return loader(pictures, size, shuffle, config.seed, workers, pin=device == "cuda")
+    return loader(dataset, size, shuffle, config.seed, workers, pin=device == "cuda")
