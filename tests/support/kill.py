@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 
-from lora_blip.training.learner import Learner
+from lora_blip.training import loop
 from lora_blip.training.session import Session
 
 
@@ -26,17 +27,17 @@ def nothing(_: Session) -> None:
 @contextmanager
 def killed_at(micro_batch: int) -> Iterator[None]:
     """Every training in the block dies when it comes to its micro-batch of this number, counted from 1."""
-    real, count = Learner.backward, 0
+    real, count = loop.accumulate_gradients, 0
 
-    def backward(learner: Learner, *rest: object, **named: object) -> None:
+    def accumulate(*given: Any, **named: Any) -> None:
         nonlocal count
         count += 1
         if count == micro_batch:
             raise Killed
-        real(learner, *rest, **named)
+        real(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "backward", backward)
+        patch.setattr(loop, "accumulate_gradients", accumulate)
         patch.setattr(Session, "rescue", nothing)
         with pytest.raises(Killed):
             yield

@@ -222,7 +222,7 @@ def test_a_run_that_began_with_another_length_continues_with_it(checkpoints, tmp
     run = only_run(again)
     capsys.readouterr()
     path = train(replace(again, max_new_tokens=0))
-    assert path.parent == run and "MAX_NEW_TOKENS stays 40" in capsys.readouterr().out
+    assert path.parent == run and "MAX_NEW_TOKENS remains 40" in capsys.readouterr().out
     assert_same(whole, path)
     assert adapter_file.read(path).task["generation"]["max_new_tokens"] == 40
     assert json.loads((run / "config.json").read_text())["max_new_tokens"] == 40

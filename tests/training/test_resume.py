@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_gone_on_with(checkpoints, tmp_path):
     first, second = train(config), train(config)
     assert first.parent != second.parent
     assert_same(first, second)
-    with pytest.raises(CheckpointError, match="it has no checkpoint: it is finished"):
+    with pytest.raises(CheckpointError, match="it has no checkpoint: the run is finished"):
         train(replace(config, resume=str(first.parent)))
 
 
@@ -470,7 +470,7 @@ def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path
     if "best_by" in changes:
         assert train(changed).parent == only_run(config)
     else:
-        with pytest.raises(CheckpointError, match="set TARGETS and R back, or RESUME to off"):
+        with pytest.raises(CheckpointError, match="set TARGETS and R to the values of that run"):
             train(changed)
 
 
