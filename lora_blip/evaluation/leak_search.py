@@ -19,7 +19,7 @@ class LeakSearch(NamedTuple):
 
 
 def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list[Example]) -> LeakSearch:
-    """Return the evaluation images that are in the training data, which the settings or the adapter file name.
+    """Return the evaluation images that are also in the training data. The settings or the adapter file name that data.
 
     Raise DataError if `train_annotations` is set and cannot be read. If only the adapter file names the training data, it may
     be missing on this machine.

@@ -1,4 +1,4 @@
-"""Predict the references with one model, and score the predictions: scores with intervals, and the score of each subject.
+"""Predict a text for each subject with one model, and score the predictions.
 
 A subject is what one prediction is for: an image, or an image with a question.
 """
@@ -31,7 +31,7 @@ DIRECTIONS = ("image→text", "text→image")
 
 @dataclass(frozen=True)
 class Column:
-    """A score of each subject, with the image of each. The bootstrap draws images, not subjects."""
+    """One score per subject, and the image of each subject. The bootstrap resamples images, not subjects."""
 
     values: list[float]
     images: list[Path]

@@ -83,7 +83,7 @@ def score_rows(comparison: Comparison, task: Task, seed: int) -> list[ReportRow]
 def facts_of(
     config: EvaluateConfig, adapter: Adapter | None, runner: Runner, scores: ModelScores, examples: list[Example]
 ) -> dict[str, str]:
-    """Return what was measured, and how, for the report."""
+    """Return what was measured (base, adapter, images …) and how (precision, prompt …)."""
     task, size = runner.task, runner.task.backbone.image_size
     facts = {"base": task.backbone.name, "task": task.name, "references": config.references}
     if adapter:
@@ -113,7 +113,7 @@ def metrics_json(
 
 
 def numbers(interval: Interval | None) -> dict[str, float | None] | None:
-    """Return an interval for JSON, which has no NaN: null instead."""
+    """Return an interval for JSON, with null instead of NaN."""
     if interval is None or math.isnan(interval.value):
         return None
     return {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 class Best:
     """The best validation so far by one score.
 
-    If two scores are equal, the one with the lower loss is better. Patience ignores the loss: only a score that exceeds that
-    of the last improvement by more than `min_improvement` counts as an improvement.
+    If two scores are equal, the one with the lower loss is better. Patience counts the validations since the
+    last improvement. An improvement is a score that exceeds the one of the last improvement by more than `min_improvement`.
     """
 
-    by: str  # "loss", or the name of a score, of which higher is better
+    by: str  # "loss", or the name of a score (higher is better)
     step: int = 0  # of the best validation
     stale: int = 0  # validations since the last improvement
     rank: tuple[float, float] = (-math.inf, -math.inf)  # (score, −loss) of the best; with by = "loss", the score is −loss

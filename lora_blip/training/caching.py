@@ -66,7 +66,10 @@ def describe_cache(config: TrainConfig, task: Task) -> str:
 
 
 def cached_inputs(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """Return which states replace the images in training, for the identity of a run. Return {} if no state is cached."""
+    """Return a description of the cached states that training reads instead of images, or {} if there are none.
+
+    It is part of the identity of a run.
+    """
     return task.prefix.about if task.prefix and views_repeat(config) else {}
 
 

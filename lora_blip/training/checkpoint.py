@@ -72,7 +72,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
 
 
 def newest(run: Path) -> tuple[Saved | None, list[str]]:
-    """Return the newest complete checkpoint of a run or None, and a message for each newer one that is damaged."""
+    """Return the newest complete checkpoint of a run (or None), and a message for each newer one that is damaged."""
     problems: list[str] = []
     for folder in reversed(_folders(run)):
         try:

@@ -57,9 +57,10 @@ class Progress:
 
 
 class Objective(nn.Module):
-    """The loss of a task as a module, for DistributedDataParallel, which synchronizes the parameters of its module.
+    """A module that computes the loss of a task. DistributedDataParallel can wrap it.
 
-    This module has only the trained parameters. The frozen backbone is not synchronized.
+    DistributedDataParallel synchronizes all parameters of its module. This module has only the trained parameters, so the
+    frozen backbone is not synchronized.
     """
 
     def __init__(self, task: Task, trained: Iterable[nn.Parameter]) -> None:
@@ -109,7 +110,7 @@ class Learner:
     # ---------------------------------------------------------------- a step
 
     def begin_step(self, micro_batches: list[DeviceBatch], slots: list[Slot]) -> None:
-        """Count the label tokens and images of a step. A step that is resumed has its counts from the checkpoint."""
+        """Count the label tokens and images of a step. A resumed step has its counts from the checkpoint."""
         if self.progress.slot:
             return
         own = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
@@ -144,7 +145,7 @@ class Learner:
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return all tensors, on the CPU, and all other values, as JSON. Every process must call this at the same step.
+        """Return the tensors, on the CPU, and all other values, for JSON. All processes must call this at the same time.
 
         If the loss of an unfinished step is not finite, the state is that of the start of the step. The resumed run then
         repeats the micro-batch that caused it, and can report it.

@@ -96,7 +96,7 @@ def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tup
     is_named = Path(config.resume) == saved.folder
     latest = (
         checkpoint.read(saved.folder) if is_named else checkpoint.newest(saved.run)[0]
-    )  # it may have changed before the lock
+    )  # it may have changed before the folder was locked
     if latest is None:
         raise CheckpointError(f"another process has just finished {saved.run}; start again for a new run")
     return latest, notes
@@ -106,7 +106,7 @@ def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None
     """Return the newest interrupted run with the identity `now`. If there is none and allow_changed is set, the newest run."""
     notes: list[str] = []
     others: list[tuple[Saved, list[str]]] = []
-    folders = Path(config.output_dir).glob(f"[!.]*/{checkpoint.FOLDER}")  # a dot: the creation of the folder was interrupted
+    folders = Path(config.output_dir).glob(f"[!.]*/{checkpoint.FOLDER}")  # names with a dot are temporary
     for folder in sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True):
         saved, problems = checkpoint.newest(folder.parent)
         notes += problems
@@ -163,8 +163,8 @@ def _samples_of(image: Path) -> list[str]:
 def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     """Load the state of a checkpoint into the learner.
 
-    If the run has changed, it continues at the start of a step, after the same number of images, for the number of steps of
-    its new settings. Raise CheckpointError if the adapters have other names or shapes.
+    If the settings have changed, discard the unfinished step, and continue after the same number of images. The new settings
+    then decide the total number of steps. Raise CheckpointError if the adapters have other names or shapes.
     """
     total, ranks = learner.progress.total, learner.ranks
     tensors = ranks.broadcast(ranks.on_main(saved.tensors))

@@ -92,7 +92,7 @@ class Run:
             if self.config.tensorboard:
                 first_step = (
                     self.learner.progress.step + 1 if saved else None
-                )  # TensorBoard hides what was written from here on
+                )  # TensorBoard drops older entries from this step on
                 self.board = attempt("TensorBoard", lambda: summary_writer()(self.folder, purge_step=first_step))
                 self.closing.callback(attempt, "complete TensorBoard file", lambda: self.board and self.board.close())
 
@@ -121,7 +121,7 @@ class Run:
         return (json.dumps(asdict(self.config), indent=1) + "\n").encode()
 
     def _restore_files(self, saved: Saved) -> None:
-        """Restore metrics.jsonl and best.safetensors as of the checkpoint. The run writes again what came after it."""
+        """Restore metrics.jsonl and best.safetensors to their state at the checkpoint. The run writes later entries again."""
         state, metrics = saved.state["run"], self.folder / METRICS_NAME
         sweep(self.folder)
         metrics.touch()
@@ -178,7 +178,7 @@ class Run:
             self._save(self.folder / BEST_NAME, step)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and write it to TensorBoard. JSON has no NaN and no infinity: write null."""
+        """Append a line to metrics.jsonl, and write it to TensorBoard. NaN and infinity become null, as JSON needs it."""
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board and attempt("TensorBoard from here on", lambda: self._write_scalars(entry)) is None:
             self.board = None

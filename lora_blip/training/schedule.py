@@ -13,7 +13,7 @@ from lora_blip.training.learner import Progress
 
 
 def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
-    """Return the number of steps of a run whose epochs have `micro_batches` over all processes."""
+    """Return the number of steps of a run. An epoch has `micro_batches` micro-batches, over all processes."""
     steps = config.epochs * -(-micro_batches // (config.accumulation * ranks))
     return min(steps, config.max_steps) if config.max_steps else steps
 

@@ -46,7 +46,7 @@ VALIDATION_FACTOR = 4  # a validation batch may be larger than a training batch:
 
 @dataclass
 class RunInputs:
-    """The data and the model with its adapters, as the settings name them."""
+    """The data and the model that the settings name, with the adapters."""
 
     config: TrainConfig  # automatic values are replaced by those of the run
     task: Task
@@ -134,7 +134,9 @@ def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:
     config, task, first, autocast = prepared.config, prepared.task, prepared.first, prepared.autocast
     model = task.backbone.model
     model.train()
-    independent = distributed.ALONE if config.shard else ranks  # the forwards of sharded weights are collectives
+    independent = (
+        distributed.ALONE if config.shard else ranks
+    )  # with sharded weights, a forward calls collectives, which `together` forbids
     print(independent.together(lambda: preflight_report(config, task, first, autocast)), "\n", sep="")
     if config.compile:
         frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
@@ -219,7 +221,7 @@ def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnai
 
 
 def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
-    """Print which validation images are in the training data, also if only nearly equal, and how to fix the split."""
+    """Print which validation images are also in the training data, exactly or nearly, and how to fix the split."""
     fix = (
         f"Remove them from {config.val_annotations} or from {config.annotations}"
         if config.val_annotations

@@ -73,7 +73,7 @@ def validate(
 
 @torch.no_grad()
 def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str, float]:
-    """Return the largest difference between the logits of merged weights and of hooks, and the largest logit, on one batch.
+    """Return the largest difference between logits with merged weights and with hooks on one batch, and the largest logit.
 
     Both are computed with the precision of the training.
     """
