@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_names_the_first_module(make):
     backbone = make("blip")
     inject(backbone, "vit", trained=False)
     backbone.model.vision_model.encoder.layers[1].self_attn.projection.weight.data[0, 0] = torch.nan
-    with pytest.raises(PreflightError, match=r"loss of the first batch is nan; .*'vision_model.*1\.self_attn\.projection'"):
+    with pytest.raises(PreflightError, match=r"loss of the first batch is nan: .*'vision_model.*1\.self_attn\.projection'"):
         checked(CaptionTask(backbone))
 
 
