@@ -442,7 +442,7 @@ def test_what_validation_cannot_give_is_refused_before_anything_is_written(check
         ({"best_by": "vqa_accuracy"}, "best_by = 'vqa_accuracy'"),
         ({"best_by": "loss", "val_fraction": 0.0}, "best_by = 'loss' needs validation data"),
         ({"patience": 3, "val_fraction": 0.0}, "patience = 3 needs validation data"),
-        ({"best_by": "cider"}, "pip install 'lora_blip"),
+        ({"best_by": "cider"}, 'pip install "lora_blip'),
         ({"tensorboard": True, "model": "nowhere"}, "TensorBoard is not installed: pip install"),  # before a model is sought
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
