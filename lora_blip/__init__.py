@@ -1,35 +1,39 @@
 """LoRA fine-tuning for BLIP and BLIP-2 by forward hooks. To understand LoRA, start with `lora_blip/lora/layer.py`.
 
-The names below are imported when they are first used, so `import lora_blip` is quick.
+The names below are imported when they are first used, so `import lora_blip` is quick. The examples in their docstrings begin
+with `backbone = lora_blip.load_backbone("assets/tiny-blip")`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lora_blip.version import __version__ as __version__
+from lora_blip.version import __version__
 
 if TYPE_CHECKING:
-    from lora_blip.config import EvaluateConfig as EvaluateConfig
-    from lora_blip.config import InferConfig as InferConfig
-    from lora_blip.config import TrainConfig as TrainConfig
-    from lora_blip.errors import LoraBlipError as LoraBlipError
-    from lora_blip.evaluation.comparison import evaluate as evaluate
-    from lora_blip.inference.pipeline import infer as infer
-    from lora_blip.lora.adapter_file import load as load_adapter  # noqa: F401
-    from lora_blip.lora.adapter_file import save as save_adapter  # noqa: F401
-    from lora_blip.lora.injection import eject as eject
-    from lora_blip.lora.injection import inject as inject
-    from lora_blip.lora.layer import LoRA as LoRA
-    from lora_blip.lora.merging import bake as bake
-    from lora_blip.lora.merging import merge as merge
-    from lora_blip.lora.merging import restore as restore
-    from lora_blip.lora.routing import disable_adapters as disable_adapters
-    from lora_blip.lora.routing import use_adapters as use_adapters
-    from lora_blip.lora.targets import find as find_targets  # noqa: F401
-    from lora_blip.models.loading import load_backbone as load_backbone
-    from lora_blip.training.loop import train as train
+    from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
+    from lora_blip.errors import LoraBlipError
+    from lora_blip.evaluation.comparison import evaluate
+    from lora_blip.inference.captioner import Captioner
+    from lora_blip.inference.pipeline import infer
+    from lora_blip.inference.prediction import Prediction
+    from lora_blip.lora.adapter_file import load as load_adapter
+    from lora_blip.lora.adapter_file import save as save_adapter
+    from lora_blip.lora.injection import eject, inject
+    from lora_blip.lora.layer import LoRA
+    from lora_blip.lora.merging import bake, merge, restore
+    from lora_blip.lora.routing import disable_adapters, use_adapters
+    from lora_blip.lora.targets import find as find_targets
+    from lora_blip.models.loading import load_backbone
+    from lora_blip.training.loop import train
+
+__all__ = [
+    "Captioner", "EvaluateConfig", "InferConfig", "LoRA", "LoraBlipError", "Prediction", "TrainConfig", "__version__", "bake",
+    "disable_adapters", "eject", "evaluate", "find_targets", "infer", "inject", "load_adapter", "load_backbone", "merge",
+    "restore", "save_adapter", "train", "use_adapters",
+]  # fmt: skip
 
 PLACES = {  # name → its module, with its name there if that is another one
+    "Captioner": "inference.captioner", "Prediction": "inference.prediction",
     "load_backbone": "models.loading", "find_targets": "lora.targets:find", "LoRA": "lora.layer",
     "inject": "lora.injection", "eject": "lora.injection",
     "merge": "lora.merging", "restore": "lora.merging", "bake": "lora.merging",

@@ -32,6 +32,10 @@ class ImageError(LoraBlipError, ValueError):
     """An image cannot be read. The message is one line that is safe to print."""
 
 
+class InputError(LoraBlipError, TypeError):
+    """A function was called with an argument that it does not accept. The message names it, and gives the right call."""
+
+
 class ModelError(LoraBlipError, ValueError):
     """A checkpoint cannot be used. The message says why."""
 

@@ -72,6 +72,12 @@ class Runner:
             picture = pictures[image_key(e)]
             yield e, picture if isinstance(picture, ImageError) else next(results)
 
+    def compute(self, pictures: Tensor, examples: list[Example], work: Work) -> list[Any]:
+        """Return the results for decoded images (images, 3, H, W). The mode of the model is the same afterwards."""
+        with verification.evaluating(self.task):
+            self.check(pictures[: verification.ROWS], examples[: verification.ROWS], work)
+            return list(self._attempt(pictures, examples, work))
+
     def check(self, pictures: Tensor, examples: list[Example], work: Work) -> None:
         """Compare the fast path with the plain one on a few pictures, unless that has been done; it may be off afterwards."""
         if self.checked:

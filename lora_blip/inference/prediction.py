@@ -1,6 +1,6 @@
 """One prediction: a text of an image, an answer, or a ranking; as a line of predictions.jsonl, printed, and scored."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,26 @@ Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their prob
 
 @dataclass(frozen=True)
 class Prediction:
-    image: Path
-    text: str
+    """The text of an image: a caption, an answer, or the best of the ranked texts.
+
+    >>> prediction = lora_blip.Prediction(Path("photo.jpg"), "a red cube")
+    >>> prediction
+    Prediction(image='photo.jpg', text='a red cube')
+    """
+
+    image: Path  # the path, or a name such as "images[2]" for an image without one
+    text: str  # "" if `error` is not empty
     question: str = ""
-    ranking: Ranking = field(default_factory=list)  # where texts were ranked
-    question_id: int | str = ""  # of the line that asked
-    prompt: str = ""  # the line's own
+    ranking: Ranking = field(default_factory=list)  # if texts were ranked: each with its probability, the likeliest first
+    question_id: int | str = ""  # of the line with the question
+    prompt: str = ""  # of the line
+    score: float | None = None  # 0 to 1: the mean probability of the text's tokens, or the probability of the best text
+    error: str = ""  # why there is no text: the image or the question cannot be used
+
+    def __repr__(self) -> str:
+        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"image": str(self.image)}
+        kept = {name: value for name, value in values.items() if name in ("image", "text") or value not in ("", None, [])}
+        return f"Prediction({', '.join(f'{name}={value!r}' for name, value in kept.items())})"
 
 
 def prediction_of(example: Example, text: str, ranking: Ranking | None = None) -> Prediction:

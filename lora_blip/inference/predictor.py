@@ -1,11 +1,13 @@
 """Predict a batch of images: one text for each image, or a ranking of given texts."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from lora_blip.data.example import Example
 from lora_blip.inference.prediction import Prediction, prediction_of
+from lora_blip.inference.shared_base import SharedBase
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Task
 
@@ -34,3 +36,21 @@ class Predictor:
 
     def _order(self, row: list[float]) -> list[tuple[str, float]]:
         return sorted(zip(self.texts, row, strict=True), key=lambda pair: -pair[1])
+
+
+class AdapterPredictor(Predictor):
+    """A predictor that also computes scores, with one adapter of a base that several captioners share."""
+
+    def __init__(self, texts: list[str], base: SharedBase, adapter: str | None) -> None:
+        super().__init__(texts)
+        self.base, self.adapter = base, adapter
+
+    def again(self) -> "AdapterPredictor":
+        return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter)
+
+    def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        with self.base.active(task.backbone.model, self.adapter):
+            if self.texts:
+                return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]
+            scored = task.predict_scored(pictures, examples)
+            return [replace(prediction_of(e, text), score=score) for e, (text, score) in zip(examples, scored, strict=True)]

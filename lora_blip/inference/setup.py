@@ -1,6 +1,7 @@
 """Prepare an inference run: read what the settings name, and open the model with its adapter and task."""
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.data.image_sources import ImageSource, open_example
-from lora_blip.errors import ConfigError, ImageError
+from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.inference import output
 from lora_blip.inference.questions import Prompted, asked, read_references, read_texts, trim_references
 from lora_blip.lora import adapter_file, attached, merging
@@ -24,6 +25,7 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.registry import TASKS, natural_task
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 GLIMPSED = 8  # images that several processes compare before the first prediction
 
 
@@ -83,6 +85,17 @@ def picture_digest(example: Example) -> str:
 def wanted_adapter(name: str, folder: str | Path = runs.RUNS) -> Adapter | None:
     """Read the adapter that a setting names, or return None if it is "none". `folder` contains the runs for "latest"."""
     return None if name in ("", "none") else adapter_file.read(runs.locate(name, folder))
+
+
+def read_adapter(adapter: str | Path) -> Adapter:
+    """Read the adapter that a path or "latest" names. Raise AdapterError, with the right call if it looks like a base."""
+    try:
+        return adapter_file.read(runs.locate(adapter))
+    except AdapterError as error:
+        looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
+        if not looks_like_base or Path(adapter).is_file():
+            raise
+        raise AdapterError(f"{error}. If it is a base: Captioner.from_adapter(None, base={str(adapter)!r})") from None
 
 
 def open_task(

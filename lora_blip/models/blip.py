@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_blip.kernels.linear import as_autocast
 from lora_blip.kernels.text_attention import reading
-from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
+from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named, new_tokens
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import Packed, pack
@@ -61,12 +61,12 @@ class BlipLanguage(DecoderLanguage):
             decoder, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
         ).logits  # fmt: skip
 
-    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         with reading(self.model.text_decoder, features) as source:
             output = self.model.text_decoder.generate(
                 input_ids=ids, attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id, **source, **settings
             )
-        return output[:, ids.shape[1] :]
+        return new_tokens(output, ids.shape[1])
 
 
 class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
@@ -109,13 +109,13 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         # no mask: the padding comes after the answer, and a causal decoder never attends to it
         return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
 
-    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         with reading(self.model.text_decoder, self.encode_questions(features, ids, mask), mask) as source:
             output = self.model.text_decoder.generate(
                 input_ids=torch.full((len(ids), 1), self.start_id, device=ids.device),
                 eos_token_id=self.end_id, pad_token_id=self.pad_id, **source, **settings,
             )  # fmt: skip
-        return output[:, 1:]
+        return new_tokens(output, 1)
 
 
 def repair_cross_attention(decoder: Any) -> None:

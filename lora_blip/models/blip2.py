@@ -1,13 +1,14 @@
 """BLIP-2's language side: the Q-Former's states replace placeholder tokens before the text of an OPT or a Flan-T5."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
-from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named
+from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named, new_tokens
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import Packed, unpacked
@@ -47,13 +48,14 @@ class Blip2Language(Language):
         embeds = self.model.get_input_embeddings()(ids)
         return embeds.masked_scatter((ids == self.image_ids[0])[..., None], features.to(embeds.device, embeds.dtype))
 
-    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         output = self.model.language_model.generate(
             inputs_embeds=self.embed(features, ids), attention_mask=mask, eos_token_id=self.end_id, pad_token_id=self.pad_id,
             **settings,
         )  # fmt: skip
-        with_prompt = output.shape[1] >= ids.shape[1] and bool((output[:1, : ids.shape[1]] == ids[:1]).all())
-        return output[:, ids.shape[1] :] if with_prompt else output
+        first = output[:1] if isinstance(output, Tensor) else output.sequences[:1]
+        with_prompt = first.shape[1] >= ids.shape[1] and bool((first[:, : ids.shape[1]] == ids[:1]).all())
+        return new_tokens(output, ids.shape[1] if with_prompt else 0)
 
 
 class OptLanguage(DecoderLanguage, Blip2Language):
@@ -77,7 +79,7 @@ class OptLanguage(DecoderLanguage, Blip2Language):
         ).last_hidden_state  # fmt: skip
         return states.flatten(0, 1)[packed.label_positions]
 
-    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         return super().generate_ids(features, ids, mask, settings | {"input_ids": ids})
 
 
@@ -114,5 +116,5 @@ class T5Language(EncoderLanguage, Blip2Language):
         ).last_hidden_state.flatten(0, 1)[packed.label_positions]
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
-    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         return super().generate_ids(features, ids, mask, settings | {"decoder_start_token_id": self.start_id})

@@ -1,5 +1,6 @@
 """The language side of a model: tokenize prompts and texts, compute logits over image features, and generate texts."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from lora_blip.models.token_rows import IGNORE, Rows, by_length, index_of, mask_
 
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
 Named = dict[str, Any]  # arguments by name
+SCORED: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
 
 
 class CutText(str):
@@ -102,8 +104,11 @@ class Language:
         """Return the groups of prompts that are generated in one batch: those of one length, which need no padding."""
         return by_length(starts)
 
-    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Tensor:
-        """Return the generated ids that follow `ids` (rows, tokens) over the features (rows, states, width)."""
+    def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
+        """Return the generated ids that follow `ids` (rows, tokens) over the features (rows, states, width).
+
+        With SCORED in the settings, return transformers' dict of results, in which `sequences` are these ids.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -126,7 +131,24 @@ class Language:
 
         A text without its end token is a CutText. Raise ConfigError if the model has no room for a text after a prompt.
         """
-        starts, texts = [self.prompt_ids(prompt) for prompt in prompts], [""] * len(prompts)
+        return [text for text, _ in self._generate(features, prompts, adapters, max_new_tokens, settings)]
+
+    @torch.no_grad()
+    def generate_scored(
+        self, pixel_values: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
+    ) -> list[tuple[str, float]]:
+        """Return each text of `generate` with its score from 0 to 1: the geometric mean of its tokens' probabilities.
+
+        The end token counts as a token. The logits of all steps are kept until the batch is finished.
+        """
+        features = self.encode_unique_images(pixel_values, adapters)
+        return self._generate(features, prompts, adapters, max_new_tokens, settings | SCORED)
+
+    def _generate(
+        self, features: Tensor, prompts: list[str], adapters: Adapters, max_new_tokens: int, settings: Named
+    ) -> list[tuple[str, float]]:
+        """Return the generated texts with their scores, which are NaN if SCORED is not in the settings."""
+        starts, texts = [self.prompt_ids(prompt) for prompt in prompts], [("", math.nan)] * len(prompts)
         for group in self.generation_groups(starts):
             own, device = [starts[index] for index in group], features.device
             ids, mask = pad(own, self.pad_id).to(device), mask_of(own).to(device)
@@ -137,9 +159,12 @@ class Language:
             active = adapters and [adapters[index] for index in group]
             with use_adapters(self.model, active, settings.get("num_beams", 1)):
                 output = self.generate_ids(features[group], ids, mask, settings | {"max_new_tokens": most})
-            for index, text, ids in zip(group, self.texts_of(output), output.tolist(), strict=True):
+            new, scores = output, [math.nan] * len(group)
+            if not isinstance(output, Tensor):
+                new, scores = output.sequences, mean_probabilities(output, self.end_id).tolist()
+            for index, text, row, score in zip(group, self.texts_of(new), new.tolist(), scores, strict=True):
                 text = " ".join(text.split())
-                texts[index] = text if self.end_id in ids else CutText(text)
+                texts[index] = text if self.end_id in row else CutText(text), score
         return texts
 
     def texts_of(self, ids: Tensor) -> list[str]:
@@ -156,6 +181,33 @@ class Language:
     @cached_property
     def hidden_ids(self) -> set[Any]:
         return self.structural_ids | {self.tokenizer.unk_token_id}
+
+
+def new_tokens(output: Any, start: int) -> Any:
+    """Return the ids (rows, tokens) after the first `start`. In a dict of results, only `sequences` is changed."""
+    if isinstance(output, Tensor):
+        return output[:, start:]
+    output.sequences = output.sequences[:, start:]
+    return output
+
+
+def mean_probabilities(output: Any, end_id: int) -> Tensor:
+    """Return exp(mean log p) (rows,) over the generated tokens of each row, up to and with its end token.
+
+    output: transformers' dict of results, with `output_logits`. A beam search also gives the beam of each token.
+    """
+    beams = getattr(output, "beam_indices", None)  # (rows, steps), -1 after the end
+    steps = len(output.logits) if beams is None else int((beams >= 0).sum(1).max())
+    ids = output.sequences[:, -steps:]
+    rows = torch.arange(len(ids), device=ids.device)
+    total, count = torch.zeros(len(ids), device=ids.device), torch.zeros(len(ids), device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for step in range(steps):
+        logits = output.logits[step][rows if beams is None else beams[:, step].clamp_min(0)]  # (rows, vocabulary)
+        total += logits.float().log_softmax(-1)[rows, ids[:, step]].masked_fill(ended, 0)
+        count += ~ended
+        ended = ended | (ids[:, step] == end_id)
+    return (total / count).exp()
 
 
 def rows_are_named(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_blip.errors import ModelError
+from lora_blip.errors import InputError, ModelError
 from lora_blip.kernels import switch
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
@@ -116,6 +117,27 @@ def open_backbone(
     refuse_t5_fp16(config, name, precision)  # also if only autocast is in fp16
     dtype = pick_base_dtype(base_dtype, config, precision)
     return _load(name, source, config, where, dtype, checkpointing, fast, image_size), precision
+
+
+def as_backbone(model: Any, processor: Any) -> Backbone:
+    """Return the backbone of a BLIP or BLIP-2 model that the caller loaded with transformers. Its weights are not changed.
+
+    processor: the BlipProcessor or Blip2Processor of the checkpoint; a copy of it resizes images to the model's size. Raise
+    InputError for another kind of object, and ModelError for a checkpoint that `load_backbone` would refuse.
+    """
+    kinds = tuple(kind for architectures in ARCHITECTURES.values() for kind in architectures)
+    if not isinstance(model, kinds):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"base is a {type(model).__name__}; give a name, a folder, or one of {names}")
+    tokenizer, image_processor = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
+    if tokenizer is None or image_processor is None:
+        raise InputError("a model of transformers needs its processor: processor=transformers.AutoProcessor.from_pretrained(…)")
+    name, dtype = str(model.name_or_path) or type(model).__name__, next(model.parameters()).dtype
+    _refuse(model.config, name, next((key for key, value in DTYPES.items() if value == dtype), "fp32"))
+    check_vocabulary(model, tokenizer, name)
+    own, image_processor = own_size(model.config, name), deepcopy(image_processor)
+    fit_processor(image_processor, own, name)
+    return Backbone(model, tokenizer, image_processor, name, model.device, fast=False, own_image_size=own)
 
 
 def _load(

@@ -210,6 +210,12 @@ class Task:
         """Return a prediction for each example. `adapters` names the adapter of each row, None for the base."""
         raise NotImplementedError
 
+    def predict_scored(
+        self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
+    ) -> list[tuple[str, float]]:
+        """Return generated texts, each with its score from 0 to 1, of a task that writes text."""
+        raise NotImplementedError
+
     def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[Any]:
         """Return what `predict` does, given the features of each example's image (examples, states, width)."""
         raise NotImplementedError

@@ -95,6 +95,14 @@ class TextTask(Task):
         return self.language.generate(pixel_values, prompts, adapters, **asdict(self.generation))
 
     @torch.no_grad()
+    def predict_scored(
+        self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
+    ) -> list[tuple[str, float]]:
+        """Return what `predict` does, each text with its score as `Language.generate_scored` defines it."""
+        prompts = [self.prompt_of(example) for example in examples]
+        return self.language.generate_scored(pixel_values, prompts, adapters, **asdict(self.generation))
+
+    @torch.no_grad()
     def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[str]:
         prompts = [self.prompt_of(example) for example in examples]
         return self.language.generate_from_features(features, prompts, **asdict(self.generation))

@@ -21,9 +21,8 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import comparison, measures, outputs
 from lora_blip.evaluation.leak_search import LeakSearch
 from lora_blip.flags import parse
-from lora_blip.inference.api import answers
-from lora_blip.inference.api import captions as say
 from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.setup import put_on
 from lora_blip.lora import adapter_file
 from lora_blip.metrics import captions
@@ -84,9 +83,9 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     task = TASKS["caption"](backbone, "", Generation(6))
     images = [here / "eval" / f"{n}.png" for n in range(6)]
     right = [[f"a red cube on cube {n}", "a blue cube"] for n in range(6)]
-    said = {"base": [p.text for p in say(task, images)]}
+    said = {"base": [p.text for p in Captioner(task)(images)]}
     put_on(task, adapter_file.read(path), merge=True)
-    said["adapted"] = [p.text for p in say(task, images)]
+    said["adapted"] = [p.text for p in Captioner(task)(images)]
     assert said["base"] != said["adapted"]
     for who, texts in said.items():
         expected = captions.caption_scores(texts, right)
@@ -263,7 +262,7 @@ def test_answers_are_scored_by_question(checkpoints, here):
     task = TASKS["vqa"](load_backbone(str(checkpoints["vqa"]), "cpu"), "", Generation(6))
     put_on(task, adapter_file.read(path), merge=True)
     asked = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
-    said = [p.text for p in answers(task, asked)]
+    said = [p.text for p in Captioner(task).answer(*map(list, zip(*asked, strict=True)))]
     votes = [[said[0]] * 2 + ["zebra"] * 8, [said[1]] * 10, ["zebra"] * 10]
     lines = [{"image": i, "question": q, "answers": v} for (i, q), v in zip(asked, votes, strict=True)]
     found, rows, _ = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
@@ -343,7 +342,7 @@ def test_on_the_embedded_base(here, capsys):
     scene(here / "a.png", 1)
     base = str(ROOT / "assets" / "tiny-blip")
     task = TASKS["caption"](load_backbone(base, "cpu"))
-    (said,) = say(task, [here / "a.png"])
+    (said,) = Captioner(task)([here / "a.png"])
     refs = write_lines(here / "refs.jsonl", [{"image": "a.png", "text": said.text}])
     found, rows, _ = evaluated(refs, adapter="none", model=base)
     assert found["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == said.text

@@ -26,7 +26,7 @@ from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.data.shards import expanded
 from lora_blip.errors import ConfigError, ImageError, LockedError, OutputError
 from lora_blip.inference import blocks, output
-from lora_blip.inference.api import captions
+from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.finished import Done, key_of
 from lora_blip.inference.pipeline import infer
 from lora_blip.inference.setup import open_task
@@ -320,7 +320,7 @@ def test_every_image_has_one_line_and_says_what_the_api_says(config, capsys):
     content = whole(config)
     paths = names("photos")
     task, _ = open_task(config, None)
-    expected = [(str(p.image), p.text) for p in captions(task, paths, 4)]
+    expected = [(str(p.image), p.text) for p in Captioner(task, 4)(paths)]
     said = [json.loads(line) for line in content[output.FILE_NAME].splitlines()]
     left_out = [json.loads(line) for line in content[output.ERRORS_NAME].splitlines()]
     assert [(line["image"], line["text"]) for line in said] == expected

@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_blip.data.example import Example
 from lora_blip.errors import LoRAError
-from lora_blip.inference import api
+from lora_blip.inference.captioner import Captioner
+from lora_blip.inference.mixed_batches import mixed as predict_mixed
 from lora_blip.lora import attached, injection, merging
 from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
 from lora_blip.lora.sites import Site
@@ -96,7 +98,7 @@ def test_every_text_of_a_mixed_batch_is_what_it_is_apart(many, beams):
 
 @pytest.mark.parametrize("kind", ["blip", "opt"])
 def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_path, kind):
-    """`predict.mixed` says what `captions` and `answers` say with one adapter at a time, in the order of the requests."""
+    """`mixed` predicts what `Captioner` does with one adapter at a time, in the order of the requests."""
     backbone = carry(make(kind))
     alike = Generation(max_new_tokens=6)
     asking, plain = VqaTask(backbone, "Question: {question} Answer:", alike), CaptionTask(backbone, "", alike)
@@ -105,20 +107,21 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
     photos = [tmp_path / "photos" / f"{n}.png" for n in (0, 1, 2, 3, 0)]
     rows = [("vqa", "what is it?"), ("", ""), ("third", ""), ("vqa", "what colour is the cube?"), ("third", "")]
     requests = [(photo, name, question) for photo, (name, question) in zip(photos, rows, strict=True)]
-    found = list(api.mixed(tasks, iter(requests), batch_size=3))
+    found = list(predict_mixed(tasks, iter(requests), batch_size=3))
     expected = []
     for photo, name, question in requests:
         with use_adapters(backbone.model, name) if name else disable_adapters(backbone.model):
-            expected += api.answers(asking, [(photo, question)]) if question else api.captions(tasks[name], [photo])
-    assert found == expected and len({p.text for p in found}) > 2
+            captioner = Captioner(tasks[name])
+            expected.append(captioner.answer(photo, question) if question else captioner(photo))
+    assert found == [replace(prediction, score=None) for prediction in expected] and len({p.text for p in found}) > 2
     for wrong, message in (
-        ({**tasks, "caption": CaptionTask(backbone)}, "one `task.generation`"),
-        ({**tasks, "caption": CaptionTask(make(kind), "", alike)}, "need one backbone"),
+        ({**tasks, "caption": CaptionTask(backbone)}, "the same `task.generation`"),
+        ({**tasks, "caption": CaptionTask(make(kind), "", alike)}, "need the same backbone"),
         ({"vqa": tasks["vqa"]}, "names the adapter ''"),
         ({**tasks, "none": plain}, "no adapter 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(api.mixed(wrong, [*requests, (photos[0], "none", "")]))
+            list(predict_mixed(wrong, [*requests, (photos[0], "none", "")]))
 
 
 def test_gradients_reach_the_adapters_of_their_rows_alone(many):

@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from lora_blip.evaluation.comparison import evaluate
-from lora_blip.inference.api import captions
+from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.pipeline import infer
 from lora_blip.inference.setup import open_task, wanted_adapter
 from lora_blip.lora import adapter_file, merging
@@ -137,7 +137,7 @@ def test_images_are_resized_to_the_model_s_size_and_one_line_names_both(name, ch
     examples = _examples(tmp_path)
     loaded = loader_of(examples, CaptionTask(found), settings(Path(found.name), tmp_path, augment=True), shuffle=True)
     assert all(host_batch.pixel_values.shape[1:] == (3, tiny.SIDE, tiny.SIDE) for host_batch in loaded)
-    list(captions(CaptionTask(found), [e.image for e in examples]))
+    Captioner(CaptionTask(found))([e.image for e in examples])
 
 
 def test_pixels_of_a_processor_that_was_resized_are_those_of_one_that_was_right(checkpoints, tmp_path):
@@ -209,7 +209,7 @@ def test_inference_says_what_a_forward_at_that_size_says(trained, tmp_path):
     found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
     adapter_file.load(found, wanted)
     task = CaptionTask(found, generation=replace(CaptionTask(found).generation, max_new_tokens=5))
-    assert said == {p.image: p.text for p in captions(task, images)}
+    assert said == {p.image: p.text for p in Captioner(task)(images)}
 
 
 def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
 from lora_blip.evaluation.comparison import evaluate
-from lora_blip.inference.api import captions
+from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.pipeline import infer
 from lora_blip.lora import adapter_file
 from lora_blip.models.language import CutText
@@ -175,7 +175,7 @@ def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
 
 def cut_among(config: InferConfig, make) -> int:
     task = CaptionTask(make("blip"), "", Generation(config.max_new_tokens))
-    return sum(isinstance(p.text, CutText) for p in captions(task, sorted(Path("photos").iterdir())))
+    return sum(isinstance(p.text, CutText) for p in Captioner(task)(sorted(Path("photos").iterdir())))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -16,8 +16,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from lora_blip.config import TrainConfig
 from lora_blip.data.example import Example
 from lora_blip.data.loader import HostBatch
-from lora_blip.inference.api import captions, predictions
 from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.predictor import Predictor
 from lora_blip.kernels import switch, vit
 from lora_blip.kernels import text_attention as text_attention
@@ -196,7 +196,7 @@ def predict(kind: str, make: Any, tmp_path: Path, **generation: Any) -> tuple[Ru
     ]
     runner = Runner(task, 2)
     rank = kind.startswith("itm") or bool(generation.get("ranked"))
-    return runner, [found for _, found in predictions(runner, asked, TEXTS if rank else [])]
+    return runner, [found for _, found in runner.run(asked, Predictor(TEXTS if rank else []))]
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
@@ -223,7 +223,7 @@ def test_a_fast_path_that_computes_something_else_predicts_nothing(make, monkeyp
     inject(slow.backbone)
     texts = TEXTS if kind.startswith("itm") else []
     asked = [Example(p.image, "", p.image.name, 1, "", p.question) for p in found]
-    for (_, expected), p in zip(predictions(Runner(slow, 2), asked, texts), found, strict=True):
+    for (_, expected), p in zip(Runner(slow, 2).run(asked, Predictor(texts)), found, strict=True):
         assert p.text == expected.text and dict(p.ranking) == pytest.approx(dict(expected.ranking), rel=1e-5)
 
 
@@ -356,5 +356,5 @@ def test_a_training_run_is_checked_before_its_first_step(checkpoints, tmp_path, 
 def test_captions_from_python_are_checked_too(make, tmp_path, capsys):
     tiny.write_photos(tmp_path, 2)
     task = CaptionTask(make("blip"))
-    assert len(list(captions(task, sorted((tmp_path / "photos").iterdir())))) == 2
+    assert len(Captioner(task)(sorted((tmp_path / "photos").iterdir()))) == 2
     assert "equal up to rounding" in capsys.readouterr().out

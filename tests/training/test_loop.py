@@ -415,9 +415,9 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     adapter_file.load(backbone, path)
     task = CaptionTask(backbone, generation=setup.Generation(5))
     held_out = setup.annotations.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]
-    from lora_blip.inference.api import captions
+    from lora_blip.inference.captioner import Captioner
 
-    said = [p.text for p in captions(task, [e.image for e in held_out])]
+    said = [p.text for p in Captioner(task)([e.image for e in held_out])]
     assert last["val_cider"] == pytest.approx(caption_scores(said, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
     assert adapter_file.read(path).metadata["training"]["settings"]["best_by"] == "cider"
 

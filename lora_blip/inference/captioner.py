@@ -1,0 +1,253 @@
+"""`Captioner`: captions, answers and rankings from Python, for one image or many, also from several threads."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from lora_blip.config import InferConfig
+from lora_blip.data.annotations import plain
+from lora_blip.data.image_folders import example_of
+from lora_blip.errors import InputError
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of
+from lora_blip.inference.image_requests import predict_requests
+from lora_blip.inference.prediction import Prediction
+from lora_blip.inference.predictor import AdapterPredictor
+from lora_blip.inference.setup import open_task, put_on, read_adapter, task_of
+from lora_blip.inference.shared_base import shared
+from lora_blip.lora.adapter_file import Adapter
+from lora_blip.models.loading import Backbone, as_backbone
+from lora_blip.models.precision import DTYPES
+from lora_blip.tasks.base import Task
+
+Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # of ImageInput
+VERBS = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
+CALLS = {
+    "caption": "captioner(image)",
+    "vqa": 'captioner.answer(image, "what color is it?")',
+    "retrieval": 'captioner.rank(image, ["a red cube", "a blue cube"])',
+}
+
+
+class Captioner:
+    """Caption images, answer questions about them, or rank texts, with one adapter or with a base alone.
+
+    An image is a path, a PIL image, an array (height, width) or (height, width, 3 or 4), a tensor (3, height, width), or the
+    bytes of a file. Arrays and tensors are uint8, or float from 0 to 1. One image returns one `Prediction`. A list returns a
+    list in the same order. An image that cannot be read keeps its position: its prediction has the reason in `error`, or
+    `strict=True` raises ImageError. Raise InputError, with the position, for anything that is not an image.
+
+    Threads and asyncio tasks can share a captioner. Images are decoded in parallel, and the model computes one batch at a time.
+    Several captioners can share a base: load it once and give it as `base`. In peft: none; it has no inference of its own.
+
+    >>> captioner = lora_blip.Captioner.from_adapter("latest")
+    >>> prediction = captioner("image_test/000.png")
+    """
+
+    def __init__(self, task: Task, batch_size: int = 16, precision: str = "fp32", adapter: Adapter | None = None) -> None:
+        """Predict with a task as it is. Use `from_adapter` to open an adapter."""
+        if not isinstance(task, Task):
+            raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({task!r})")
+        self.adapter, self.batch_size = adapter, batch_size
+        self.runner = Runner(task, batch_size, precision)
+        self.shared_base = shared(task.backbone.model)
+        self.adapter_name: str | None = None  # the name of the adapter on a base that others use too
+
+    @classmethod
+    def from_adapter(
+        cls,
+        adapter: str | Path | Adapter | None = "latest",
+        *,
+        base: Any = "",
+        processor: Any = None,
+        device: str = "auto",
+        precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto",
+        batch_size: int = 16,
+        task: str = "auto",
+        prompt: str = "",
+        max_new_tokens: int = 0,
+        num_beams: int = 0,
+        image_size: int = 0,
+        merge: bool = True,
+        fast: bool = True,
+    ) -> "Captioner":
+        """Open an adapter with its base.
+
+        adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
+        base: empty for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a model
+        of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels: the
+        adapter acts by hooks, and only in the calls of this captioner. With None, the adapters that are on a loaded base act.
+        device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
+
+        Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
+        and ConfigError or InputError for an invalid argument. In peft: `PeftModel.from_pretrained`.
+
+        >>> captioner = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip", batch_size=4)
+        >>> captioner.task
+        'caption'
+        """
+        named = isinstance(base, str | Path)
+        if adapter is None and named and not str(base):
+            raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
+        content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
+        config = InferConfig(
+            model=str(base) if named else "loaded", adapter="latest" if content else "none", device=device,
+            precision=precision, batch_size=batch_size, task=task, prompt=prompt, max_new_tokens=max_new_tokens,
+            num_beams=num_beams, image_size=image_size, merge=merge, fast=fast,
+        )  # fmt: skip
+        if not named:
+            return cls._on_loaded(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)
+        opened, chosen_precision = open_task(config, content)
+        if content:
+            put_on(opened, content, merge, chosen_precision)
+        captioner = cls(opened, batch_size, chosen_precision, content)
+        captioner.runner.reopen = lambda: open_task(config, content, adapted=True, device="cpu")[0]
+        return captioner
+
+    @classmethod
+    def _on_loaded(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
+        """Return a captioner on a base that the caller may use for other things too."""
+        name = shared(backbone.model).load(backbone, adapter) if adapter else None
+        weights = next(backbone.model.parameters()).dtype
+        own_precision = next((name for name, dtype in DTYPES.items() if dtype == weights), "fp32")
+        precision = own_precision if config.precision == "auto" else config.precision
+        captioner = cls(task_of(backbone, adapter, config), config.batch_size, precision, adapter)
+        captioner.adapter_name = name
+        return captioner
+
+    @property
+    def task(self) -> str:
+        """Return the name of the task: "caption", "vqa" or "retrieval"."""
+        return self.runner.task.name
+
+    @property
+    def backbone(self) -> Backbone:
+        """Return the backbone. `backbone.model` is the model of transformers."""
+        return self.runner.task.backbone
+
+    def __repr__(self) -> str:
+        adapter = str(self.adapter.path) if self.adapter else None
+        base, device = self.backbone.name, str(self.backbone.device)
+        return f"Captioner(task={self.task!r}, base={base!r}, adapter={adapter!r}, device={device!r})"
+
+    # ---- calls
+
+    @overload
+    def __call__(self, images: ImageInput, *, strict: bool = False) -> Prediction: ...
+    @overload
+    def __call__(self, images: Many, *, strict: bool = False) -> list[Prediction]: ...
+    def __call__(self, images: Any, *, strict: bool = False) -> Prediction | list[Prediction]:
+        """Return the caption of an image, or of each image of a list.
+
+        Raise InputError for an adapter of another task, or for something that is not an image.
+
+        >>> captions = captioner(["image_test/000.png", "image_test/001.png"])
+        >>> assert [str(caption.image) for caption in captions] == ["image_test/000.png", "image_test/001.png"]
+        """
+        self._require("caption")
+        listed, single = as_list(images)
+        predictions = list(self._predict(((*each, "") for each in listed), [], strict))
+        return predictions[0] if single else predictions
+
+    @overload
+    def answer(self, images: ImageInput, question: str, *, strict: bool = False) -> Prediction: ...
+    @overload
+    def answer(self, images: Many, question: str | Sequence[str], *, strict: bool = False) -> list[Prediction]: ...
+    @overload
+    def answer(self, images: ImageInput, question: list[str], *, strict: bool = False) -> list[Prediction]: ...
+    def answer(self, images: Any, question: Any, *, strict: bool = False) -> Prediction | list[Prediction]:
+        """Return the answer to a question about an image.
+
+        Give one question about all images, several about one image, or one for each image. A question that the model cannot
+        read keeps its position, as an image does. Raise InputError for an adapter of another task, for different numbers of
+        images and questions, or for something that is not an image or a question.
+
+        >>> vqa = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-vqa")
+        >>> answer = vqa.answer("image_test/000.png", "what color is the cube?")
+        """
+        self._require("vqa")
+        listed, one_image = as_list(images)
+        one_question = isinstance(question, str)
+        questions = [question] if one_question else list(question)
+        for position, each in enumerate(questions):
+            if not isinstance(each, str) or not each.strip():
+                raise InputError(f"question {position} is {each!r}; expected a text, as in {CALLS['vqa']}")
+        listed = listed * len(questions) if one_image else listed
+        questions = questions * len(listed) if one_question else questions
+        if len(questions) != len(listed):
+            raise InputError(f"{len(listed)} images and {len(questions)} questions; give one question, or one for each image")
+        requests = ((*each, plain(text)) for each, text in zip(listed, questions, strict=True))
+        predictions = list(self._predict(requests, [], strict))
+        return predictions[0] if one_image and one_question else predictions
+
+    @overload
+    def rank(self, images: ImageInput, texts: Sequence[str], *, question: str = "", strict: bool = False) -> Prediction: ...
+    @overload
+    def rank(self, images: Many, texts: Sequence[str], *, question: str = "", strict: bool = False) -> list[Prediction]: ...
+    def rank(self, images: Any, texts: Any, *, question: str = "", strict: bool = False) -> Prediction | list[Prediction]:
+        """Return the texts ordered by how well they fit an image: `ranking` has each text once, with its probability.
+
+        The probabilities of the texts sum to 1. `text` is the best one and `score` its probability. An adapter of any task can
+        rank; one for questions ranks answers to `question`. Raise InputError for a text that the model cannot read, or for
+        something that is not an image.
+
+        >>> itm = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-itm")
+        >>> best = itm.rank("image_test/000.png", ["a red circle", "a blue square"]).text
+        """
+        texts, question = self._checked_texts(texts, question), plain(question)
+        listed, single = as_list(images)
+        predictions = list(self._predict(((*each, question) for each in listed), texts, strict))
+        return predictions[0] if single else predictions
+
+    def stream(
+        self, images: Iterable[Any], *, question: str = "", texts: Sequence[str] = (), strict: bool = False
+    ) -> Iterator[Prediction]:
+        """Yield a prediction for each image of any iterable, in order. The memory does not grow with their number.
+
+        With `texts`, rank them. With a `question` alone, answer it. Raise errors as the other methods do, at the image.
+
+        >>> import itertools
+        >>> first = next(captioner.stream(itertools.repeat("image_test/000.png")))
+        """
+        if not texts:
+            self._require("vqa" if question else "caption")
+        texts, question = self._checked_texts(texts, question) if texts else [], plain(question)
+        requests = ((check_input(image, name_of(image, n)), image, question) for n, image in enumerate(images))
+        yield from self._predict(requests, texts, strict)
+
+    # ---- the checks and the batches of these calls
+
+    def _require(self, task: str) -> None:
+        """Raise InputError, with the right call, if the adapter has another task."""
+        if self.task != task:
+            raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}")
+
+    @property
+    def _kind(self) -> str:
+        return "adapter" if self.adapter else "model"
+
+    def _checked_texts(self, texts: Any, question: str) -> list[str]:
+        """Return each text once. Raise InputError if one cannot be ranked."""
+        task, call = self.runner.task, CALLS["retrieval"]
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InputError(f"texts is {texts!r}; give a list, as in {call}")
+        checked: list[str] = list(dict.fromkeys(texts))
+        if not checked:
+            raise InputError(f"texts is empty; give at least one, as in {call}")
+        if task.takes_question and not question:
+            raise InputError(f"this {self._kind} answers questions, so it ranks answers: rank(image, answers, question=…)")
+        if question and not task.takes_question:
+            raise InputError(f"this {self._kind} {VERBS[self.task]}, and takes no question; leave it out")
+        with self.shared_base.lock:  # a tokenizer is not safe for threads
+            for position, text in enumerate(checked):
+                is_text = isinstance(text, str) and text.strip()
+                example = replace(example_of("", plain(question)), text=text, answers=(text,))
+                if reason := task.check(example) if is_text else "expected a text":
+                    raise InputError(f"texts[{position}] is {text!r}: {reason}")
+        return checked
+
+    def _predict(self, requests: Iterable[tuple[str, Any, str]], texts: list[str], strict: bool) -> Iterator[Prediction]:
+        """Yield a prediction for each (name, image, question)."""
+        predictor = AdapterPredictor(texts, self.shared_base, self.adapter_name)
+        yield from predict_requests(self.runner, requests, predictor, self.shared_base.lock, self.batch_size, strict)

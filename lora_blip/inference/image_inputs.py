@@ -1,0 +1,120 @@
+"""The images that Python callers give: paths, PIL images, arrays, tensors or the bytes of a file."""
+
+import threading
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lora_blip.data.images import LARGEST, open_image, to_rgb, upright
+from lora_blip.errors import ImageError, InputError
+from lora_blip.runtime.untrusted import cut, printable
+
+ImageInput: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any] | Tensor"
+
+ACCEPTED = (
+    "a path, a PIL image, an array (height, width) or (height, width, 3 or 4), a tensor (3, height, width), or the bytes of a "
+    "file"
+)
+SINGLE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
+CHANNELS = (1, 3, 4)
+PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first use, and threads may share the image
+
+
+def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
+    """Return (name, image) of each image, and whether one image was given. Raise InputError as `check_input` does."""
+    single = isinstance(images, SINGLE) or not isinstance(images, Iterable)
+    listed = [images] if single else list(images)
+    names = [name_of(image, None if single else position) for position, image in enumerate(listed)]
+    return [(check_input(image, name), image) for name, image in zip(names, listed, strict=True)], single
+
+
+def name_of(image: Any, position: int | None) -> str:
+    """Return the path of an image, or its position in the list: "images[2]"."""
+    if isinstance(image, str | Path):
+        return str(image)
+    return "the image" if position is None else f"images[{position}]"
+
+
+def check_input(image: Any, name: str) -> str:
+    """Return `name`. Raise InputError, with the fix, if an image has a type, shape, dtype or range that is not accepted."""
+    if not isinstance(image, SINGLE):
+        fix = "; give file.read()" if hasattr(image, "read") else ""
+        raise InputError(f"{name} is a {type(image).__name__}; expected {ACCEPTED}{fix}")
+    if isinstance(image, np.ndarray | Tensor):
+        _check_shape(image, name)
+        _check_values(image, name)
+    return name
+
+
+def _check_shape(image: Any, name: str) -> None:
+    shape, kind = tuple(image.shape), "a tensor" if isinstance(image, Tensor) else "an array"
+    if len(shape) == 4:
+        raise InputError(f"{name} is {kind} of shape {shape}; for a batch, give a list of images: list(images)")
+    first, last = len(shape) == 3 and shape[0] in CHANNELS, len(shape) == 3 and shape[-1] in CHANNELS
+    if 0 in shape or not (len(shape) == 2 or (first if isinstance(image, Tensor) else last)):
+        fix = ""
+        if first or last:
+            fix = "; give image.permute(2, 0, 1)" if isinstance(image, Tensor) else "; give image.transpose(1, 2, 0)"
+        raise InputError(f"{name} is {kind} of shape {shape}; expected {ACCEPTED}{fix}")
+
+
+def _check_values(image: Any, name: str) -> None:
+    dtype = str(image.dtype).removeprefix("torch.")
+    if dtype == "uint8":
+        return
+    if "float" not in dtype:
+        raise InputError(f"{name} has the dtype {dtype}; expected uint8 (0 to 255) or float (0 to 1)")
+    least, largest = float(image.min()), float(image.max())
+    if not (least >= 0 and largest <= 1):  # also if one is NaN
+        fix = "divide it by 255" if least >= 0 and largest <= 255 else "give the image before it is normalized"
+        raise InputError(f"{name} has values from {least:.4g} to {largest:.4g}; a float image has values from 0 to 1: {fix}")
+
+
+def decode(image: Any, name: str, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
+    """Return the pixel values (3, H, W) float32 of a checked image, or the error if it cannot be read."""
+    try:
+        return pixels(open_input(image, name))
+    except ImageError as error:
+        return ImageError(str(error))  # a new error: the traceback of the old one would keep the image in memory
+
+
+def open_input(image: Any, name: str) -> Image.Image:
+    """Return a checked image as upright RGB. Raise ImageError if a file or bytes cannot be read."""
+    if isinstance(image, str | Path):
+        if str(image).startswith(("http://", "https://")):
+            raise ImageError(printable(f"{image} is an address, and nothing is downloaded; give the bytes of the file"))
+        return open_image(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return open_image(name, BytesIO(image))
+    if isinstance(image, Image.Image):
+        return _loaded(image, name)
+    return to_rgb(Image.fromarray(_bytes_of(image)))
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """Return a copy of a PIL image in RGB, as `open_image` does for its file."""
+    if not 0 < image.width * image.height <= LARGEST:
+        raise ImageError(f"{name} has {image.width} × {image.height} pixels; expected 1 to {LARGEST:,}")
+    try:
+        with PIL_LOCK:
+            image.load()
+        return to_rgb(upright(image))
+    except Exception as error:  # decoders raise any error on damaged files
+        reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
+        raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None
+
+
+def _bytes_of(image: Any) -> Any:
+    """Return the levels of an array or tensor, (height, width) or (height, width, 3 or 4) uint8."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float().numpy() if image.is_floating_point() else image.numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if image.dtype != np.uint8:
+        image = np.rint(image.astype(np.float32) * 255).astype(np.uint8)
+    return np.ascontiguousarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)

@@ -1,0 +1,69 @@
+"""Predict images that are in memory or on disk: decode each in a thread, compute a batch, and return all in order."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_blip.data.example import Example
+from lora_blip.data.image_folders import example_of
+from lora_blip.data.prefetch import MOST_THREADS, Lookahead
+from lora_blip.data.preprocessing import pixels_of
+from lora_blip.errors import InputError
+from lora_blip.inference.batch_runner import Runner, Work
+from lora_blip.inference.image_inputs import decode
+from lora_blip.inference.prediction import Prediction, prediction_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """An image with its question, which is decoded in another thread."""
+
+    example: Example
+    picture: "Future[Any]"  # pixel values (3, H, W), or the ImageError
+
+
+def predict_requests(
+    runner: Runner, requests: Iterable[tuple[str, Any, str]], work: Work, lock: RLock, batch_size: int, strict: bool
+) -> Iterator[Prediction]:
+    """Yield a prediction for each (name, image, question), in order. The next batch is decoded while the model computes.
+
+    lock: held while the model or its tokenizer is used, but not between batches.
+    """
+    pixels = pixels_of(runner.task.backbone.image_processor)
+    pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")
+    try:
+        source = Lookahead(
+            Request(example_of(name, question), pool.submit(decode, image, name, pixels)) for name, image, question in requests
+        )
+        while batch := source.take(batch_size):
+            source.peek(batch_size)
+            yield from _predict_batch(runner, batch, work, lock, strict)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _predict_batch(runner: Runner, requests: list[Request], work: Work, lock: RLock, strict: bool) -> Iterator[Prediction]:
+    """Yield the predictions of a batch. Without `strict`, an image or a question that cannot be used has an `error`."""
+    results = [request.picture.result() for request in requests]
+    with lock:
+        check_question = getattr(runner.task, "check_question", None)
+        for n, request in enumerate(requests):
+            if check_question and request.example.question and (reason := check_question(request.example)):
+                results[n] = InputError(reason)
+        good = [n for n, result in enumerate(results) if isinstance(result, Tensor)]
+        if good:
+            pictures, examples = torch.stack([results[n] for n in good]), [requests[n].example for n in good]
+            for n, prediction in zip(good, runner.compute(pictures, examples, work), strict=True):
+                results[n] = prediction
+    for request, result in zip(requests, results, strict=True):
+        if not isinstance(result, Exception):
+            yield result
+        elif strict:
+            raise result
+        else:
+            yield replace(prediction_of(request.example, ""), error=str(result))

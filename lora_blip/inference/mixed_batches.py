@@ -1,0 +1,48 @@
+"""Predict with several adapters in one batch: each row has the adapter of its request."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from lora_blip.data.example import Example
+from lora_blip.data.image_folders import example_of
+from lora_blip.errors import ConfigError
+from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.prediction import Prediction
+from lora_blip.tasks.base import Task
+
+
+def mixed(
+    tasks: Mapping[str, Task], requests: Iterable[tuple[str | Path, str, str]], batch_size: int = 16, precision: str = "fp32"
+) -> Iterator[Prediction]:
+    """Yield the predictions for requests (image, adapter, question or ""), in order. A batch may have rows of several adapters.
+
+    tasks: {adapter: its caption or vqa task}, on one backbone; "" is the base. Each text equals the one that its adapter gives
+    alone. An image that cannot be read is printed and left out. Raise ConfigError if the tasks cannot share a batch, or if a
+    request names another adapter.
+    """
+    first: Any = next(iter(tasks.values()))
+    for name, task in tasks.items():
+        if task.backbone is not first.backbone or not task.writes_text or task.generation != first.generation:
+            raise ConfigError(
+                f"{name!r} and {next(iter(tasks))!r} cannot share a batch: both need the same backbone, a task that "
+                "writes text, and the same `task.generation`"
+            )
+
+    def example(request: tuple[str | Path, str, str]) -> Example:
+        image, name, question = request
+        if name not in tasks:
+            raise ConfigError(f"a request names the adapter {name!r}; there is a task for {', '.join(map(repr, tasks))}")
+        return replace(example_of(image, question), group=name)
+
+    def generate(task: Any, pictures: Tensor, examples: list[Example]) -> list[str]:
+        prompts = [cast(Any, tasks[e.group]).prompt_of(e) for e in examples]
+        adapters = [e.group or None for e in examples]
+        texts: list[str] = task.language.generate(pictures, prompts, adapters, **asdict(task.generation))
+        return texts
+
+    for found, text in Runner(first, batch_size, precision).run(map(example, requests), generate):
+        yield Prediction(found.image, text, found.question)
