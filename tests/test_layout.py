@@ -90,6 +90,14 @@ def test_the_code_map_is_what_its_command_writes() -> None:
     assert code_map.picture(code_map.imports()) in page, "run: python -m benchmarks.studies.code_map"
 
 
+@pytest.mark.parametrize(("fast", "most"), [(False, 18), (True, 26)])
+def test_one_caption_passes_few_files(fast, most):
+    """From its line in the annotation file to the gradient of A: a reader of the whole path opens no more files."""
+    files = code_map.caption_path(fast)
+    assert "lora/layer.py" in files or fast
+    assert len(files) <= most, "\n".join(files)
+
+
 @pytest.mark.parametrize("name", [*lora_blip.PLACES, "__version__"])
 def test_every_name_of_the_api_is_there(name: str) -> None:
     """It is what its module has, and dir() lists it."""

@@ -18,11 +18,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm  # comes with transformers
 
-from lora_blip.data.example import FILE, Example
+from lora_blip.data.example import FILE, Example, ExampleBuilder
 from lora_blip.data.formats import jsonl_entries, tsv_entries
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
-from lora_blip.data.records import Lines
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.untrusted import printable, quoted, why
 
@@ -70,23 +69,23 @@ def read(
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
     source = Path(source)
-    lines = Lines(source, Path(image_root) if image_root else source.parent)
+    builder = ExampleBuilder(source, Path(image_root) if image_root else source.parent)
     entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
     expected = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
     with many_objects():
         try:
-            parsed = [lines.example(entry, number) for number, entry in entries]
+            parsed = [builder.build(entry, number) for number, entry in entries]
         except FileNotFoundError:
             raise DataError(f"annotations {str(source)!r} do not exist; {expected}") from None
         except OSError as error:
             raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {expected}") from None
-        if lines.ignored:
-            report(printable(f"{source}: these keys are ignored: {_ignored(lines.ignored)}"))
+        if builder.ignored:
+            report(printable(f"{source}: these keys are ignored: {_ignored(builder.ignored)}"))
         if trim:
             parsed = trimmed(source, parsed, trim, report)
         broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
         good, problems = _checked(source, parsed, broken, check, pretokenize)
-    if lines.prompts and (count := sum(bool(example.prompt) for example in good)):
+    if builder.prompts and (count := sum(bool(example.prompt) for example in good)):
         message = f"{source}: {count:,} of {len(good):,} line(s) have their own prompt, which is used instead of PROMPT"
         report(printable(message))
     if len(good) >= MANY:

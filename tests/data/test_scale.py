@@ -28,13 +28,12 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, images
 from lora_blip.data.dataset import ImageDataset
 from lora_blip.data.entries import as_text, canonical
-from lora_blip.data.example import Example
+from lora_blip.data.example import Example, ExampleBuilder
 from lora_blip.data.formats import STRICT, _object
 from lora_blip.data.image_folders import MissingImage
 from lora_blip.data.images import SIDED, names_side
 from lora_blip.data.loader import loader
 from lora_blip.data.paths import FEW, resolved
-from lora_blip.data.records import Lines
 from lora_blip.data.shards import ShardImage
 from lora_blip.errors import DataError
 from lora_blip.models.token_bounds import UNBOUNDED, TokenBounds
@@ -178,16 +177,16 @@ def plainly(entry: dict[str, Any], root: Path) -> Example | str:
 @often
 @given(found=st.lists(entries, min_size=1, max_size=4), root=st.sampled_from(["", ".", "/", "a/b", "/a//b/", "../c"]))
 def test_a_line_is_the_same_example_by_the_short_way(found, root):
-    lines = Lines(Path("x.jsonl"), Path(root))
+    builder = ExampleBuilder(Path("x.jsonl"), Path(root))
     for entry in found:
-        made = lines.example(dict(entry), 1)
+        made = builder.build(dict(entry), 1)
         assert (made[1] if isinstance(made, tuple) else made) == plainly(dict(entry), Path(root))
 
 
 @pytest.mark.parametrize("group", [0, 0.0, False, None, [], {}, "", "g"])
 def test_a_group_of_any_kind_is_the_same_by_either_way(group):
     entry = {"image": "a.png", "text": "a cube", "group": group}
-    assert Lines(Path("x.jsonl"), Path()).example(dict(entry), 1) == plainly(dict(entry), Path())
+    assert ExampleBuilder(Path("x.jsonl"), Path()).build(dict(entry), 1) == plainly(dict(entry), Path())
 
 
 @often
@@ -197,7 +196,7 @@ def test_a_group_of_any_kind_is_the_same_by_either_way(group):
 )
 def test_a_name_becomes_the_path_that_pathlib_makes_of_it(name, root):
     image = "".join(name)
-    assert Lines(Path("x"), Path(root))._file(image) == str(Path(root) / image)
+    assert ExampleBuilder(Path("x"), Path(root))._file(image) == str(Path(root) / image)
 
 
 @often
