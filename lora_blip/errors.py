@@ -37,7 +37,7 @@ class InputError(LoraBlipError, TypeError):
 
 
 class ModelError(LoraBlipError, ValueError):
-    """A checkpoint cannot be used. The message says why."""
+    """A model cannot be loaded or used. The message says why."""
 
 
 class TargetError(LoraBlipError, ValueError):
@@ -53,7 +53,7 @@ class AdapterError(LoraBlipError, ValueError):
 
 
 class CheckpointError(LoraBlipError, ValueError):
-    """A checkpoint is missing or damaged, or belongs to another run."""
+    """A checkpoint of a training run is missing or damaged, or belongs to another run."""
 
 
 class PreflightError(LoraBlipError, ValueError):

@@ -55,8 +55,8 @@ def describe_cache(config: TrainConfig, task: Task) -> str:
         return ""
     if not views_repeat(config):
         return (
-            "AUGMENT = True changes each image in every epoch, so all layers are computed every time. With AUGMENT = False or "
-            "VIEWS = 4, the layers before the first adapter are computed once per image (or view), which is faster\n\n"
+            "AUGMENT = True changes each image in every epoch; nothing can be cached. For faster steps, set AUGMENT = False, "
+            "or VIEWS = 4 (four versions of each image): the layers before the first adapter then run once per version\n\n"
         )
     folder = Path(config.output_dir) / FOLDER
     return (

@@ -30,10 +30,11 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
     if saved:
         step = saved.state["progress"]["step"]
         resume = f"\nThe run is saved after step {step}; resume it with: --resume {saved.run} --allow-changed"
+    half, double = config.batch_size // 2, 2 * config.accumulation
+    smaller = f"--batch-size {half} --accumulation {double}, which gives the same updates; or " if half else ""
     return TrainingError(
         f"{task.backbone.device} ran out of memory at batch_size = {config.batch_size} and images of {side}×{side}. "
-        "Lower batch_size and raise accumulation by the same factor: the updates are the same. Or set checkpointing = True, "
-        f"base_dtype = 'bf16' or a smaller image_size.{resume}"
+        f"Try {smaller}--checkpointing, --base-dtype bf16 or a smaller --image-size.{resume}"
     )
 
 

@@ -241,7 +241,7 @@ def sum_gradients(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures
     """
     gradients = bucket.buffer()
     chunks = F.pad(gradients, (0, -len(gradients) % ranks.count))
-    own_chunk = torch.empty_like(chunks)  # this rank's chunk, of every rank: (ranks · chunk,)
+    own_chunk = torch.empty_like(chunks)  # (ranks · chunk length,): this rank's chunk from every rank
     keep_alive(chunks, own_chunk)
     distributed.all_to_all_single(own_chunk, chunks)
     total, *parts = keep_alive(reduce(torch.add, own_chunk.chunk(ranks.count)), *chunks.chunk(ranks.count))

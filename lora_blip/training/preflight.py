@@ -71,8 +71,8 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
         with autocast():
             reason = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
         raise PreflightError(
-            f'the loss of the first batch is {loss.item()}: {reason}. Set PRECISION = "bf16" or "fp32", or check the weights '
-            "of the base model"
+            f'the loss of the first batch is {loss.item()}: {reason}. With PRECISION = "fp16", try "bf16" or "fp32". '
+            "Otherwise check the weights of the base model"
         )
     (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
     dead = [lora.site.address for lora in adapters if lora.B.grad is None or not lora.B.grad.any()]

@@ -93,10 +93,9 @@ def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tup
     if saved is None:
         return saved, notes
     closing.enter_context(lock.held(saved.run))
+    # read again: the checkpoint may have changed before the folder was locked
     is_named = Path(config.resume) == saved.folder
-    latest = (
-        checkpoint.read(saved.folder) if is_named else checkpoint.newest(saved.run)[0]
-    )  # it may have changed before the folder was locked
+    latest = checkpoint.read(saved.folder) if is_named else checkpoint.newest(saved.run)[0]
     if latest is None:
         raise CheckpointError(f"another process has just finished {saved.run}; start again for a new run")
     return latest, notes

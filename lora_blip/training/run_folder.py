@@ -90,10 +90,9 @@ class Run:
                 closing.enter_context(lock.held(self.folder))
             self.metrics = self.closing.enter_context((self.folder / METRICS_NAME).open("ab", buffering=0))
             if self.config.tensorboard:
-                first_step = (
-                    self.learner.progress.step + 1 if saved else None
-                )  # TensorBoard drops older entries from this step on
-                self.board = attempt("TensorBoard", lambda: summary_writer()(self.folder, purge_step=first_step))
+                # TensorBoard drops the entries of an interrupted run from this step on
+                next_step = self.learner.progress.step + 1 if saved else None
+                self.board = attempt("TensorBoard", lambda: summary_writer()(self.folder, purge_step=next_step))
                 self.closing.callback(attempt, "complete TensorBoard file", lambda: self.board and self.board.close())
 
     def _create_folder(self) -> None:

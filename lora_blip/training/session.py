@@ -26,7 +26,7 @@ from lora_blip.training.diagnostics import describe_error, describe_skip
 from lora_blip.training.learner import Autocast, Learner, Update
 from lora_blip.training.run_folder import Run
 from lora_blip.training.schedule import remaining_steps, total_steps
-from lora_blip.training.setup import PreparedRun, prepare
+from lora_blip.training.setup import PreparedRun, prepare_run
 from lora_blip.training.validation import merge_drift, validate, validating_ranks
 
 NO_PLOT = 'no loss curve, because matplotlib is not installed: pip install "lora_blip[plots]"'
@@ -41,7 +41,7 @@ def open_session(config: TrainConfig) -> Iterator["Session"]:
     """
     with distributed.joined() as ranks, ExitStack() as closing:
         try:
-            session = start(ranks, config, closing)
+            session = start_session(ranks, config, closing)
             with session.saved_on_errors():
                 yield session
             session.finish()
@@ -51,9 +51,9 @@ def open_session(config: TrainConfig) -> Iterator["Session"]:
             raise TrainingError("another process ended before the first step; see its own error message") from None
 
 
-def start(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Session":
+def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Session":
     """Return the session of a new or a resumed run. `closing` closes its files and loaders."""
-    prepared = prepare(ranks, config, closing)
+    prepared = prepare_run(ranks, config, closing)
     config, task, autocast = prepared.config, prepared.task, prepared.autocast
     learner = Learner(
         task, config.lr, config.weight_decay, config.max_grad_norm, prepared.precision, autocast, config.seed, ranks

@@ -66,7 +66,7 @@ class PreparedRun(RunInputs):
     first: DeviceBatch  # the first micro-batch
 
 
-def prepare(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRun:
+def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRun:
     """Load the data and the model, inject the adapters, and check the first batch.
 
     Raise an error with a fix if the run cannot work. `closing` closes the loaders.
@@ -134,9 +134,8 @@ def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:
     config, task, first, autocast = prepared.config, prepared.task, prepared.first, prepared.autocast
     model = task.backbone.model
     model.train()
-    independent = (
-        distributed.ALONE if config.shard else ranks
-    )  # with sharded weights, a forward calls collectives, which `together` forbids
+    # with sharded weights, a forward calls collectives, which `Ranks.together` forbids
+    independent = distributed.ALONE if config.shard else ranks
     print(independent.together(lambda: preflight_report(config, task, first, autocast)), "\n", sep="")
     if config.compile:
         frozen, blocks = first_adapted_block(model)[0], len(model.vision_model.encoder.layers)
@@ -201,9 +200,8 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     else:
         task.prepare_data(examples)
         training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
-    random.Random(config.seed).shuffle(
-        validation
-    )  # spread the lines of an image: in one batch, they are no negatives of each other
+    # spread the lines of an image over batches: within a batch, they are no negatives of each other
+    random.Random(config.seed).shuffle(validation)
     return training, validation
 
 
