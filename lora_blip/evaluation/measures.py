@@ -1,6 +1,6 @@
 """Predict a text for each subject with one model, and score the predictions.
 
-A subject is what one prediction is for: an image, or an image with a question.
+A subject is an image, or for VQA an image with a question. It has one prediction, and one or more lines of references.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ from lora_blip.tasks.base import Task
 from lora_blip.tasks.retrieval import RERANKED, belongs
 from lora_blip.tasks.vqa import every_answer
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (results, their number) → the results, with a progress bar
 DIRECTIONS = ("image→text", "text→image")
 
 
@@ -59,7 +59,7 @@ class ModelScores:
     texts: list[str]  # the predictions
     points: list[float]  # the main score of each subject, which sorts the report
     right: list[bool]  # the prediction counts as right
-    main_score: str  # its name, such as "CIDEr"
+    main_score: str  # the name of the score in `points`, such as "CIDEr"
     scores: dict[str, Interval | None] = field(default_factory=dict)  # None if a score cannot be computed
     columns: dict[str, Column] = field(default_factory=dict)  # the scores that are means over subjects, for paired gains
     notes: dict[str, str] = field(default_factory=dict)  # score → why it is missing, or how it was computed
@@ -218,7 +218,7 @@ def rerank(runner: Runner, examples: list[Example], texts: list[str], logits: An
     return by_image, by_text
 
 
-FAR = 1e6
+FAR = 1e6  # subtracted from the score of each pair that is not reranked; larger than any score
 MEASURES: dict[str, Callable[[Runner, list[Example], int, Progress], ModelScores]] = {
     "caption": measure_captions,
     "vqa": measure_answers,

@@ -18,7 +18,7 @@ from lora_blip.lora.sites import is_linear
 from lora_blip.models.sharding import local_part
 from lora_blip.tasks.base import DeviceBatch, Task
 
-GIB = 2**30
+UNITS = {"MiB": 2**20, "GiB": 2**30}
 LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far below overflow
 
 
@@ -138,17 +138,20 @@ def memory_estimate(model: nn.Module, activations: int) -> str:
     weights = sum(local_part(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     total = weights + 4 * trained + activations
+    unit = "GiB" if total >= UNITS["GiB"] else "MiB"
+    parts = [f"{size / UNITS[unit]:.2f}" for size in (total, weights, 4 * trained, activations)]
     text = (
-        f"a step needs about {total / GIB:.2f} GiB of memory: frozen weights {weights / GIB:.2f}, adapters with gradients and "
-        f"AdamW's state {4 * trained / GIB:.2f}, activations for the backward pass {activations / GIB:.2f}"
+        f"a step needs about {parts[0]} {unit} of memory: frozen weights {parts[1]}, adapters with gradients and AdamW's state "
+        f"{parts[2]}, activations for the backward pass {parts[3]}"
     )
     device = next(model.parameters()).device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         available = free + torch.cuda.memory_reserved(device)
         if total > available:
+            memory = f"{available / UNITS[unit]:.2f} {unit}"
             raise PreflightError(
-                f"{text}; {device} has {available / GIB:.2f} GiB. Lower BATCH_SIZE and raise ACCUMULATION by the same factor, "
-                "or set CHECKPOINTING = True"
+                f"{text}; {device} has {memory}. Lower BATCH_SIZE and raise ACCUMULATION by the same factor, or set "
+                "CHECKPOINTING = True"
             )
     return text

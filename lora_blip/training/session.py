@@ -211,7 +211,7 @@ class Session:
         run = self.run
         print(f"saved {printable(run.adapter_path)}", *filter(None, [run.best_line()]), sep="\n")
         if self.learner.ranks.main and (plot := attempt("loss curve", lambda: plots.draw(run.folder) or NO_PLOT)):
-            print(printable(plot))
+            print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         run.delete_checkpoints()  # at the very end: a run that is killed before this can be resumed
 
 

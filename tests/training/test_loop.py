@@ -366,7 +366,7 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     assert capsys.readouterr().out.count("warning: no TensorBoard (ValueError") == 1
 
 
-@pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "the curve.png\n"), (None, session.NO_PLOT)])
+@pytest.mark.parametrize(("drawn", "line"), [(Path("the curve.png"), "loss curve: the curve.png\n"), (None, session.NO_PLOT)])
 def test_a_run_prints_its_plot_or_why_there_is_none(checkpoints, tmp_path, monkeypatch, capsys, drawn, line):
     monkeypatch.setattr(plots, "draw", lambda _: drawn)
     train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1))

@@ -266,3 +266,6 @@ def test_the_memory_of_a_step_adds_up():
         "a step needs about 6.50 GiB of memory: frozen weights 2.00, adapters with gradients and AdamW's state 4.00, "
         "activations for the backward pass 0.50"
     )
+    assert preflight.memory_estimate(nn.Linear(256, 1024).requires_grad_(False), 2**20).startswith(
+        "a step needs about 2.00 MiB of memory: frozen weights 1.00, "
+    )
