@@ -25,6 +25,7 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Task
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
+LEGEND = "[95 % interval]"  # the first cell of the table on the terminal
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,8 @@ def score_table(rows: list[ReportRow], warnings: Iterable[str]) -> str:
     """Return the warnings, then a line per score: base, adapted, and the gain, each with its 95 % interval."""
     lines = [printable(f"WARNING: {warning}") for warning in warnings]
     names = [printable(row.name) for row in rows]
-    width = max(map(len, names)) + 2
-    lines.append(f"{'':<{width}}{'base':>24}{'adapted':>24}{'gain':>26}")
+    width = max(map(len, [*names, LEGEND])) + 2
+    lines.append(f"{LEGEND:<{width}}{'base':>24}{'adapted':>24}{'gain':>26}")
     for row, name in zip(rows, names, strict=True):
         base, adapted, gain = (interval_text(interval, bool(row.share)) for interval in (row.base, row.adapted, gain_of(row)))
         note = printable(f"  {row.note}") if row.note else ""
