@@ -1,4 +1,4 @@
-"""A result as bars for the README, time relative to the peer = 1: `python -m benchmarks.suite.bars RESULT.json`."""
+"""A result as bars for docs/performance.md, time relative to the peer = 1: `python -m benchmarks.suite.bars RESULT.json`."""
 
 import argparse
 import json

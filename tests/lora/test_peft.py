@@ -1,4 +1,4 @@
-"""Law 11: with the same A and B, logits, gradients and twenty AdamW steps are `peft`'s."""
+"""Law 12: with the same A and B, logits, gradients and twenty AdamW steps are `peft`'s."""
 
 import pytest
 import torch
