@@ -59,8 +59,13 @@ bases: .venv/.plots
 	$(PYTHON) -m toyworld.heirs itm --out assets/tiny-blip-itm
 
 .venv/.plots .venv/.dev: .venv/.%: pyproject.toml constraints.txt
-	test -x $(PYTHON) || python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(if $(filter dev,$*),plots$(comma)dev,plots)]'
+	@echo "Installing torch, transformers and their libraries into .venv, once: about two minutes, longer with CUDA's libraries."
+	@test -x $(PYTHON) || python3 -m venv .venv
+	@$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
+		-e '.[$(if $(filter dev,$*),plots$(comma)dev,plots)]' & pip=$$!; seconds=0; \
+	while kill -0 $$pip 2>/dev/null; do sleep 1; seconds=$$((seconds + 1)); \
+		test $$((seconds % 9)) -ne 0 || echo "… installing: $$seconds s, $$(du -sm .venv | cut -f1) MB in .venv"; done; \
+	wait $$pip
 	@touch $@
 
 comma := ,

@@ -14,6 +14,7 @@ from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
+from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.untrusted import for_terminal, printable_lines
 from lora_blip.version import __version__
 
@@ -217,8 +218,9 @@ def start(
     config: Any = parse(command.settings(), script, arguments, doc, program)
     if command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # once under torchrun
         print(LOADING, file=sys.stderr, flush=True)
-    if command.run(config) is False:
-        raise SystemExit(1)
+    with heartbeat():
+        if command.run(config) is False:
+            raise SystemExit(1)
 
 
 def overview() -> str:

@@ -146,4 +146,4 @@ def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter
         assert {key: other[key] for key in one if key not in TIMES} == pytest.approx(
             {key: value for key, value in one.items() if key not in TIMES}, rel=0 if exact else bound
         )
-    assert not (run / "checkpoints").exists() and [p.name for p in run.parent.glob("lora_*")] == [source.name]
+    assert not (run / "checkpoints").exists() and [p.name for p in run.parent.glob("[!.]*")] == [source.name]

@@ -4,8 +4,10 @@ Flags of train.py may follow: python -m toyworld.demo caption --model assets/tin
 """
 
 import json
+import os
 import re
 import runpy
+import shlex
 import sys
 import time
 from datetime import datetime
@@ -21,7 +23,8 @@ FLAGS = {
     "retrieval": "--model assets/tiny-blip-itm --annotations image_train/sentences.jsonl --targets vit,text --epochs 20 "
     "--batch-size 32",
 }
-KNOWN = {"vqa": "image_test/questions.jsonl", "retrieval": "image_test/sentences.jsonl"}
+KNOWN = {"caption": str(REFERENCES), "vqa": "image_test/questions.jsonl", "retrieval": "image_test/sentences.jsonl"}
+INPUTS = {"caption": [], "vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
 def without_noun(text: str) -> str:
@@ -33,25 +36,35 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 
 def table(predictions: list[dict[str, str]], references: list[dict[str, str]]) -> str:
-    """Exact match of the frozen base and with the adapter: whole captions, and with the noun left out."""
-    said = {Path(line["image"]).name: line for line in predictions}
+    """Return the exact match of the frozen base and with the adapter: whole captions, and without the noun."""
+    by_name = {Path(line["image"]).name: line for line in predictions}
     rows = [
         f"{'exact match on':<22}{'images':>7}{'frozen base':>13}{'with LoRA':>11}{'  noun left out:':<17}{'base':>7}{'LoRA':>8}"
     ]
     for group in dict.fromkeys(line["group"] for line in references):
-        mine = [line for line in references if line["group"] == group]
+        some = [line for line in references if line["group"] == group]
         scores = []
         for form in (str, without_noun):
-            right = [[form(line["text"])] for line in mine]
+            right = [[form(line["text"])] for line in some]
             for key in ("base_text", "text"):
-                scores.append(exact_match([form(said[Path(line["image"]).name][key]) for line in mine], right))
+                scores.append(exact_match([form(by_name[Path(line["image"]).name][key]) for line in some], right))
         whole_base, whole, bare_base, bare = (f"{score:.1%}" for score in scores)
-        rows.append(f"{group:<22}{len(mine):>7}{whole_base:>13}{whole:>11}{'':<17}{bare_base:>7}{bare:>8}")
+        rows.append(f"{group:<22}{len(some):>7}{whole_base:>13}{whole:>11}{'':<17}{bare_base:>7}{bare:>8}")
+    return "\n".join(rows)
+
+
+def score_table(metrics: Path) -> str:
+    """Return the scores of metrics.json, which `evaluate` has written: base and adapter."""
+    scores = json.loads(metrics.read_text(encoding="utf-8"))["scores"]
+    rows = [f"{'score':<32}{'frozen base':>13}{'with LoRA':>11}"]
+    for name, made in scores.items():
+        values = [f"{made[key]['value']:.3f}" if made[key] else "–" for key in ("base", "adapted")]
+        rows.append(f"{name:<32}{values[0]:>13}{values[1]:>11}")
     return "\n".join(rows)
 
 
 def run(script: str, *flags: str) -> float:
-    """Seconds that a script takes, run here as it is on its own: libraries are imported once."""
+    """Run a script in this process, as on the command line, and return its seconds. Libraries are imported once."""
     started, before = time.perf_counter(), sys.argv
     sys.argv = [script, *flags]
     try:
@@ -64,25 +77,51 @@ def run(script: str, *flags: str) -> float:
     return time.perf_counter() - started
 
 
-def captioned(folder: Path) -> float:
-    """Caption image_test/ and count what is right, with and without the noun."""
-    made = folder / "captions"
-    flags = ("--adapter", str(folder), "--compare", "--references", str(REFERENCES), "--output-dir", str(made))
+def captioned(folder: Path) -> tuple[float, str, Path]:
+    """Caption image_test/ with base and adapter. Return the seconds, the table of exact match, and the page."""
+    output = folder / "captions"
+    flags = ("--adapter", str(folder), "--compare", "--references", str(REFERENCES), "--output-dir", str(output))
     seconds = run("infer.py", *flags)
-    print(f"\n{table(lines(made / 'predictions.jsonl'), lines(REFERENCES))}\n")
-    return seconds
+    return seconds, table(lines(output / "predictions.jsonl"), lines(REFERENCES)), output / "gallery.html"
 
 
-def evaluated(folder: Path, task: str) -> float:
-    flags = ("--adapter", str(folder), "--references", KNOWN[task], "--output-dir", str(folder / "evaluation"))
-    return run("lora_blip", "evaluate", *flags)
+def evaluated(folder: Path, task: str) -> tuple[float, str, Path]:
+    """Score base and adapter on image_test/. Return the seconds, the table of scores, and the page."""
+    output = folder / "evaluation"
+    flags = ("--adapter", str(folder), "--references", KNOWN[task], "--output-dir", str(output))
+    seconds = run("lora_blip", "evaluate", *flags)
+    return seconds, score_table(output / "metrics.json"), output / "report.html"
 
 
-if __name__ == "__main__":
+def next_commands(task: str, folder: Path) -> str:
+    """Return the commands that a user runs next, with what each does."""
+    here = Path(sys.executable)
+    python = os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here)
+    adapter = ["--adapter", str(folder)]
+    commands = {
+        "use this adapter": [python, "infer.py", *adapter, *INPUTS[task]],
+        "score it with intervals": [python, "-m", "lora_blip", "evaluate", *adapter, "--references", KNOWN[task]],
+        "train on your own images": [python, "train.py", "--task", task, "--annotations", "YOUR.jsonl"],
+    }
+    if task != "caption":
+        del commands["score it with intervals"]  # the demo has done this
+    return "\n".join(f"  {what + ':':<26}{shlex.join(command)}" for what, command in commands.items())
+
+
+def main() -> None:
     task, *flags = sys.argv[1:] or ["caption"]
     if task not in FLAGS or "--output-dir" in flags:
         sys.exit(f"python -m toyworld.demo {'|'.join(FLAGS)}, then flags of train.py, but not --output-dir")
     folder = Path("lora_blip_output") / f"demo_{task}_{datetime.now():%Y%m%d_%H%M%S}"
+    print(f"1 of 2: train an adapter for the task {task} on image_train/ (one to three minutes on two cores)", flush=True)
     trained = run("train.py", "--output-dir", str(folder), *FLAGS[task].split(), *flags)
-    scored = captioned(folder) if task == "caption" else evaluated(folder, task)
-    print(f"trained in {trained:.0f} s, scored base and adapter in {scored:.0f} s; all of it is in {folder}")
+    print("\n2 of 2: score the frozen base and the adapter on image_test/ (about half a minute)", flush=True)
+    scored, scores, page = captioned(folder) if task == "caption" else evaluated(folder, task)
+    print(f"\ntrained in {trained:.0f} s, scored in {scored:.0f} s; all files are in {folder}\n\n{scores}\n")
+    if page.exists():
+        print(f"each image with its texts: {page.resolve().as_uri()}\n")
+    print(f"next:\n{next_commands(task, folder)}")
+
+
+if __name__ == "__main__":
+    main()

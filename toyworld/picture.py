@@ -1,27 +1,58 @@
 """Draw README's picture from a demo run: `python -m toyworld.picture lora_blip_output/demo_… assets/before_after.png`."""
 
 import argparse
+import random
 from pathlib import Path
+from textwrap import fill
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_blip.data.images import open_image
-from toyworld.demo import lines
+from lora_blip.metrics.exact import exact_match, normal
+from toyworld.demo import REFERENCES, lines
 
-SHOWN = ("000.png", "010.png", "016.png", "101.png", "110.png", "114.png")
+SHOWN, COLUMNS, SEED = 8, 4, 0
+RIGHT, WRONG, QUIET = "#1b6e2c", "#b3261e", "#5c6066"
 
 
-def draw(predictions: Path, images: Path, out: Path) -> None:
-    """Six test pictures, each with what the frozen base says of it and what it says with the adapter."""
-    said = {Path(line["image"]).name: line for line in lines(predictions)}
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 3).flat, SHOWN, strict=True):
-        axes.imshow(open_image(images / name), interpolation="bicubic")
+def draw(predictions: Path, references: Path, out: Path, seed: int = SEED) -> None:
+    """Draw test images, each with the texts of the base and of the adapter: green if a text equals the reference, else red.
+
+    The images are drawn at random, the same number from each group of the references, whether their texts are right or not.
+    """
+    texts = {Path(line["image"]).name: line for line in lines(predictions)}
+    known = lines(references)
+    groups = list(dict.fromkeys(line["group"] for line in known))
+    chance = random.Random(seed)
+    drawn = [
+        line
+        for group in groups
+        for line in chance.sample([line for line in known if line["group"] == group], SHOWN // len(groups))
+    ]
+    figure = Figure(figsize=(10, 6.9), layout="constrained")
+    for axes, line in zip(figure.subplots(SHOWN // COLUMNS, COLUMNS).flat, drawn, strict=True):
+        axes.imshow(open_image(references.parent / line["image"]), interpolation="bicubic")
         axes.set_axis_off()
-        line = said[name]
-        axes.set_title(f"base: {line['base_text']}", fontsize=8.5, color="#b3261e", pad=16)
-        axes.text(0.5, 1.02, f"LoRA: {line['text']}", fontsize=8.5, color="#1b6e2c", ha="center", transform=axes.transAxes)
+        made = texts[Path(line["image"]).name]
+        for height, name, key in ((-0.05, "base", "base_text"), (-0.2, "LoRA", "text")):
+            color = RIGHT if normal(made[key]) == normal(line["text"]) else WRONG
+            write(axes, height, f"{'✓' if color == RIGHT else '✗'} {name}: {made[key]}", color)
+        write(axes, -0.35, f"reference: {line['text']}", QUIET)
+    right = [[line["text"]] for line in known]
+    base, adapted = (
+        exact_match([texts[Path(line["image"]).name][key] for line in known], right) for key in ("base_text", "text")
+    )
+    figure.suptitle(
+        f"{len(drawn)} of {len(known)} test images, drawn with seed {seed}. "
+        f"Exact match on all {len(known)}: frozen base {base:.1%}, with LoRA {adapted:.1%}", fontsize=10,
+    )  # fmt: skip
     figure.savefig(out, dpi=110)
+
+
+def write(axes: Axes, height: float, text: str, color: str) -> None:
+    """Write a text of at most two lines below the image."""
+    axes.text(0.5, height, fill(text, 42), fontsize=8, color=color, ha="center", va="top", transform=axes.transAxes)
 
 
 if __name__ == "__main__":
@@ -29,4 +60,4 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path, help="folder that `make demo` named")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    draw(arguments.run / "captions" / "predictions.jsonl", Path("image_test"), arguments.out)
+    draw(arguments.run / "captions" / "predictions.jsonl", REFERENCES, arguments.out)

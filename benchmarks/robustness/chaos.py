@@ -72,7 +72,7 @@ def wait(child: int, runs: Path, seconds: float, early: float) -> None:
 
 
 def newest(runs: Path) -> str:
-    return max((path.name for path in runs.glob(f"lora_*/{checkpoint.FOLDER}/0*")), default="")
+    return max((path.name for path in runs.glob(f"20*/{checkpoint.FOLDER}/0*")), default="")
 
 
 def arm(point: str, rng: random.Random) -> None:
@@ -155,7 +155,7 @@ def main() -> int:
         started = time.perf_counter()
         if status := os.waitpid(live(config_of(whole, wanted.precision, wanted.steps, 0.2), "", rng), 0)[1]:
             sys.exit(f"the run that nobody kills ended with {status}")
-        one = next(iter(whole.glob("lora_*")))
+        one = next(iter(whole.glob("20*")))
         pace = json.loads((one / METRICS_NAME).read_text().splitlines()[-2])["seconds"] / wanted.steps
         print(f"uninterrupted, {wanted.precision}: {wanted.steps} steps in {time.perf_counter() - started:.1f} s", flush=True)
         ends: Counter[str] = Counter()
@@ -177,7 +177,7 @@ def main() -> int:
             end = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
             ends[end] += 1
             points[point] += bool(point) and end == "SIGKILL"
-            run = next(iter(killed.glob("lora_*")), None)
+            run = next(iter(killed.glob("20*")), None)
             saved = checkpoint.newest(run)[0] if run else None
             if saved:
                 step = saved.state["progress"]["step"]
@@ -186,7 +186,7 @@ def main() -> int:
             finished = run is not None and not (run / checkpoint.FOLDER).exists()  # though it was killed right after
             if end not in ("exit 0", "SIGKILL", f"exit {signals.SAVED}", "SIGTERM", "SIGUSR1"):
                 sys.exit(f"a life ended with {end}")
-        runs = sorted(killed.glob("lora_*"))
+        runs = sorted(killed.glob("20*"))
         results = {
             "one run folder": list(killed.glob("[!.]*")) == runs and len(runs) == 1,
             "adapter's bytes": same(one / ADAPTER_NAME, runs[-1] / ADAPTER_NAME),

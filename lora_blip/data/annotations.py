@@ -16,13 +16,13 @@ from itertools import compress
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import FILE, Example, ExampleBuilder
 from lora_blip.data.formats import jsonl_entries, tsv_entries
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.errors import DataError, ImageError
+from lora_blip.runtime.progress import track
 from lora_blip.runtime.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
@@ -208,7 +208,7 @@ def _undecodable(images: set[str], decoded: Callable[[str, Image.Image], object]
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = pool.map(partial(_decode_failure, decoded=decoded), sorted(images))
-        reasons = tqdm(reasons, total=len(images), desc="checking", unit="image", disable=None, delay=2, leave=False)
+        reasons = track(reasons, "decoding the images once", len(images), "image", delay=2)
         return {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
 
 

@@ -6,8 +6,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # comes with transformers
-
 from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
@@ -23,6 +21,7 @@ from lora_blip.inference.setup import described, open_task, put_on, wanted_adapt
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import distributed
 from lora_blip.runtime.files import refuse_unwritable, unused_path
+from lora_blip.runtime.progress import phase, track
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable
@@ -44,13 +43,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, adapter)
     examples = read_references(config, task)
-    leak_search = search_leaks(config, adapter, examples)
+    with phase("searching the training data for these images"):
+        leak_search = search_leaks(config, adapter, examples)
     folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # reserves the name
     print(described(task, adapter, len(set(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, device="cpu")[0])
     comparison = compare(config, runner, adapter, examples, folder)
-    rows = outputs.score_rows(comparison, runner.task, config.seed)
+    with phase("computing the intervals of the scores"):
+        rows = outputs.score_rows(comparison, runner.task, config.seed)
     facts = outputs.facts_of(config, adapter, runner, comparison.main, examples) | {"leaks": leak_search.note}
     warnings = warnings_of(comparison, leak_search, runner.task, examples)
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)
@@ -74,9 +75,10 @@ def output_folder(output_dir: str) -> Path:
 
 def read_references(config: EvaluateConfig, task: Task) -> list[Example]:
     """Return the valid lines of the references. Print the invalid lines and the unknown tokens."""
-    examples, problems = annotations.read(
-        config.references, config.image_root, config.on_bad_data, task.check, pretokenize=task.pretokenize, trim=task.trim
-    )
+    with phase(f"reading {config.references}"):
+        examples, problems = annotations.read(
+            config.references, config.image_root, config.on_bad_data, task.check, pretokenize=task.pretokenize, trim=task.trim
+        )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     if token_report := task.unknown_report(examples):
@@ -103,7 +105,7 @@ def progress_into(folder: Path, name: str) -> Progress:
     """Return a progress bar that appends each predicted text to <name>.jsonl at once."""
 
     def watch(results: Iterable[Any], count: int) -> Iterable[Any]:
-        for example, result in tqdm(results, total=count, desc=name, unit="", disable=None, dynamic_ncols=True):
+        for example, result in track(results, name, count):
             if isinstance(result, str):  # a retrieval model predicts no text
                 line = line_of(prediction_of(example, result))
                 with (folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:

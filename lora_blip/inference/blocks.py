@@ -19,12 +19,12 @@ from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runtime import signals
 from lora_blip.runtime.distributed import Ranks, is_lost
+from lora_blip.runtime.progress import ProgressMeter
 from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification
 
 SHOWN = 20  # predictions and unreadable images that are printed; the files have all
-SILENCE = 60.0  # seconds between lines of progress if no bar can be drawn
 
 Found = list[tuple[Example, Prediction | ImageError]]
 Block = tuple[int, list[Example], list[bool]]  # its number, its examples, and which of them are already done
@@ -124,42 +124,20 @@ def _short(said: Prediction | ImageError) -> Prediction | ImageError:
     return said if isinstance(said, ImageError) else replace(said, ranking=said.ranking[:RANKS_KEPT])
 
 
-class ProgressDisplay:
+class ProgressDisplay(ProgressMeter):
     """Print the first predictions and the progress, on the main rank."""
 
-    def __init__(self, name: str, count: int, out: Output | None) -> None:
-        self.name, self.count, self.out = name, count, out
-        self.shown, self.before = 0, out.lines if out else 0
-        self.done = self.before
-        self.started = self.told = time.monotonic()
-
-    def __enter__(self) -> "ProgressDisplay":
-        quiet = None if self.out else True
-        self.bar = tqdm(
-            total=self.count, initial=self.done, desc=self.name, unit="image", disable=quiet, dynamic_ncols=True
-        )  # fmt: skip
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    def __init__(self, name: str, count: int, out: Output | None, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(name, count, "image", out.lines if out else 0, is_shown=out is not None, clock=clock)
+        self.out, self.shown = out, 0
 
     def move(self, found: Found) -> None:
-        self.bar.update(len(found))
-        self.done += len(found)
-        now = time.monotonic()
-        if self.bar.disable and now - self.told >= SILENCE:
-            self.told = now
-            print(f"{self.name}: {self.done:,} of {self.count:,}, {self.speed:.1f} a second", flush=True)
-
-    @property
-    def speed(self) -> float:
-        """Return the images per second of this process."""
-        return (self.done - self.before) / max(time.monotonic() - self.started, 1e-9)
+        self.update(len(found))
 
     def pace(self) -> str:
         """Return a line with the number of images, the time and the speed; "" if nothing was left to do."""
-        done, seconds = self.done - self.before, time.monotonic() - self.started
-        return f"{done:,} images in {seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
+        done = self.done - self.before
+        return f"{done:,} images in {self.seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
 
     def show(self, found: Found, base: dict[int, str]) -> None:
         for example, said in found[: max(0, SHOWN - self.shown)]:

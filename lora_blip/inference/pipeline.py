@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -11,15 +12,19 @@ from lora_blip.config import InferConfig
 from lora_blip.inference import finished, output
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.blocks import BlockScheduler, Found, ProgressDisplay
+from lora_blip.inference.gallery import write_gallery
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import Prediction, report
 from lora_blip.inference.predictor import Predictor
-from lora_blip.inference.setup import described, open_inputs, open_task, put_on, read_inputs, require_same_inputs
+from lora_blip.inference.setup import Inputs, described, open_inputs, open_task, put_on, read_inputs, require_same_inputs
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
+from lora_blip.runtime.progress import phase
+from lora_blip.runtime.runs import GALLERY_NAME
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable
+from lora_blip.tasks.base import Task
 from lora_blip.tasks.text_length import CutCount
 
 
@@ -49,7 +54,8 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
 
     stop_request = closing.enter_context(signals.catch_signals())
     out: Any = ranks.on_main(lambda: closing.enter_context(output.opened(folder, what, config.resume)))
-    count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not stop_request.signal, examples))) or 0
+    with phase(f"counting what {config.images} contains"):
+        count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not stop_request.signal, examples))) or 0
     left = count - (out.before if out else 0)
     if others := inputs.images.others_line():
         print(others)
@@ -75,11 +81,24 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
             if line := said_by.report(task, name):
                 print(f"warning: {line}")
         out.finish()
-        if references := inputs.references:
-            said = finished.texts_of(out.path, task.subject, references, "adapted" if wanted else "base")
-            attempt("scores", lambda: report(task, references, said))
-        print(printable(out.farewell()))
+        conclude(out, config, task, inputs, precision, examples, count)
     return folder / output.FILE_NAME
+
+
+def conclude(out: Output, config: InferConfig, task: Task, inputs: Inputs, precision: str, examples: Any, count: int) -> None:
+    """Print the scores if there are references, write gallery.html, and print where the predictions and the page are."""
+    adapter, said_by = inputs.adapter, "adapted" if inputs.adapter else "base"
+    if references := inputs.references:
+        said = finished.texts_of(out.path, task.subject, references, said_by)
+        attempt("scores", lambda: report(task, references, said))
+    facts = {"images": config.images, "base": task.backbone.name, "precision": precision}
+    facts |= {"adapter": str(adapter.path), "task": task.name} if adapter else {"task": task.name}
+    facts |= {"predictions": str(out.path), "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    with phase(f"writing {GALLERY_NAME}"):
+        page = attempt("gallery", lambda: write_gallery(out.folder, task, examples, references, facts, said_by, count))
+    print(printable(out.farewell()))
+    if page:
+        print(f"gallery: {page.resolve().as_uri()}")
 
 
 def keep(base: dict[int, str], screen: ProgressDisplay, cut: CutCount, found: Found) -> None:

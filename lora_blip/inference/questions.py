@@ -9,6 +9,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Task
 
@@ -133,17 +134,19 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
     """
     if not source:
         return {}
-    examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
+    with phase(f"reading {source}"):
+        examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
     if problems:
         print(f"{printable(source)}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    places = {example.image: example.image.resolve() for example in examples}
-    known = set(places.values())
     wanted: dict[Path, Path] = {}
     looked_at = 0
-    for image in images:
-        looked_at += 1
-        if (place := image.image.resolve()) in known:
-            wanted[place] = image.image
+    with phase(lambda: f"comparing the paths in {source} with the images: {looked_at:,} images"):
+        places = {example.image: example.image.resolve() for example in examples}
+        known = set(places.values())
+        for image in images:
+            looked_at += 1
+            if (place := image.image.resolve()) in known:
+                wanted[place] = image.image
     found: dict[Path, list[Example]] = {}
     for example in examples:
         if path := wanted.get(places[example.image]):

@@ -15,12 +15,14 @@ from lora_blip.inference import output
 from lora_blip.inference.questions import Prompted, asked, read_references, read_texts, trim_references
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.metrics.names import validation_score
 from lora_blip.models import weights
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
 from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
+from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.registry import TASKS, natural_task
@@ -105,7 +107,8 @@ def open_task(
     name = config.model or (wanted.base if wanted else "")
     wanted_precision = "fp32" if device else config.precision
     size = config.image_size or (wanted.image_size if wanted else 0)
-    backbone, precision = open_backbone(name, device or config.device, wanted_precision, fast=config.fast, image_size=size)
+    with phase(f"loading {name}"):
+        backbone, precision = open_backbone(name, device or config.device, wanted_precision, fast=config.fast, image_size=size)
     task = task_of(backbone, wanted, config)
     if adapted and wanted:
         put_on(task, wanted, merge=True)
@@ -114,9 +117,10 @@ def open_task(
 
 def put_on(task: Task, wanted: Adapter, merge: bool, precision: str = "fp32") -> None:
     """The adapter onto the task's backbone, with what it learned beside the weights, which are then cast once."""
-    adapter_file.load(task.backbone, wanted)
-    if merge:
-        merging.bake(task.backbone.model)
+    with phase(f"loading {wanted.path}" + ", and merging it" * merge):
+        adapter_file.load(task.backbone, wanted)
+        if merge:
+            merging.bake(task.backbone.model)
     weights.cast_once(task.backbone, precision)
     if wanted.task.get("name") == task.name:
         task.load_metadata(wanted.task)
@@ -145,12 +149,15 @@ def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConf
     return task
 
 
-def described(task: Task, wanted: Adapter | None, count: int, precision: str) -> str:
-    """One line: what is asked, which adapter, of which base, trained how far."""
-    what = f"{task.name}: {count} to do"
-    if wanted is None:
-        return printable(f"{what}, {task.backbone.name} as it is, {precision}")
-    training = wanted.metadata.get("training", {})
-    unfinished = "" if training.get("finished", True) else ", stopped before its end"
-    steps = training.get("steps", "?")
-    return printable(f"{what}, {task.backbone.name} with {wanted.path} ({steps} steps{unfinished}), {precision}")
+def described(task: Task, adapter: Adapter | None, count: int, precision: str) -> str:
+    """Return two lines: the adapter with its task, steps and validation score; and what is predicted with which base."""
+    work = f"{task.name}: {count:,} to do with {task.backbone.name}, {precision}"
+    if adapter is None:
+        return printable(f"{work}, without an adapter")
+    training = adapter.metadata.get("training", {})
+    facts = [str(adapter.task.get("name", "unknown task")), f"{training.get('steps', '?')} steps"]
+    facts += ["stopped before its end"] * (not training.get("finished", True))
+    facts += ["the best weights by validation"] * (adapter.path.name == runs.BEST_NAME)
+    score = validation_score(training)
+    facts += [f"{score} on the validation images" if score else "not validated"]
+    return "\n".join(map(printable, (f"adapter {adapter.path}: {', '.join(facts)}", work)))

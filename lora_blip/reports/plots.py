@@ -5,6 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lora_blip.metrics.names import score_name
+from lora_blip.runtime.runs import METRICS_NAME
+
+FEW = 20  # training steps that are drawn without smoothing
+WINDOW = 20  # the smoothed curve is a mean over a twentieth of the run
+
 
 def draw(folder: Path) -> Path | None:
     """Draw loss.png: training and validation loss, and the validation scores below. Return None without matplotlib."""
@@ -16,22 +22,38 @@ def draw(folder: Path) -> Path | None:
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in (folder / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
-        upper.plot(*points(entries, key), marker=marker, label=label)
-    upper.set(ylabel="loss", yscale="log", title=folder.name)
+    steps, losses = points(entries, "loss")
+    is_smoothed = len(losses) > FEW
+    if is_smoothed:
+        upper.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8, label="training, each logged step")
+    upper.plot(steps, smoothed(losses) if is_smoothed else losses, color="C0", label="training" + ", smoothed" * is_smoothed)
+    upper.plot(*points(entries, "val_loss"), color="C1", marker="o", label="validation")
+    upper.set(ylabel="loss, log scale", yscale="log")
+    upper.set_title(folder.name, fontsize="medium")
     upper.legend()
     names = shares(entries)
     for key in names:
-        lower.plot(*points(entries, key), marker="o", label=key.removeprefix("val_").replace("_", " "))
-    lower.set(xlabel="optimizer step", ylabel="validation", ylim=(-0.05, 1.05), visible=bool(names))
-    if names:
+        lower.plot(*points(entries, key), marker="o", label=score_name(key.removeprefix("val_")))
+    label = score_name(names[0].removeprefix("val_")) if len(names) == 1 else "score"
+    lower.set(xlabel="optimizer step", ylabel=f"validation: {label}", ylim=(-0.05, 1.05), visible=bool(names))
+    if len(names) > 1:
         lower.legend()
+    if not names:
+        upper.set_xlabel("optimizer step")
+        upper.tick_params(labelbottom=True)
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Return the mean of each value and its neighbours: a window of a part of the run, shorter at both ends."""
+    half = max(2, len(values) // (2 * WINDOW))
+    windows = [values[max(0, at - half) : at + half + 1] for at in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def shares(entries: list[dict[str, Any]]) -> list[str]:

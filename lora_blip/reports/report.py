@@ -10,9 +10,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
 from lora_blip.metrics.exact import normal
+from lora_blip.metrics.names import score_name as score_name_of
 from lora_blip.reports.score_table import ReportRow, escaped, scores_html
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.untrusted import printable
@@ -47,6 +49,7 @@ class Card:
     group: str = ""
     leaked: str = ""  # why this image is suspected to be in the training data
     right: bool | None = None  # None: it is right if it equals a reference (metrics.exact)
+    ranking: Sequence[tuple[str, float]] = ()  # texts with their probabilities, the likeliest first
 
 
 def write(
@@ -60,6 +63,9 @@ def write(
     most_pictures: int = 500,
     said_by: str = "adapted",
     score_name: str = "score",
+    facts_title: str = "What was measured",
+    note: str = "",
+    open_picture: Callable[[Path], Image.Image] = open_image,
 ) -> Path:
     """Write the page to `path` and return the path. The page needs no network. Replace an older page atomically.
 
@@ -68,17 +74,21 @@ def write(
     most_pictures: the number of embedded images, from the worst cards. Other cards have only texts.
     said_by: "adapted" or "base": the model that generated the cards' main texts.
     score_name: the name of the score of each card, such as "CIDEr".
+    note: a sentence above the cards, such as which of all images they show.
+    open_picture: opens the image of a card. Raise ImageError with the reason if it cannot.
     """
     cards = sorted(cards, key=worst_first)
     chosen = list(dict.fromkeys(card.image for card in cards))[: max(0, most_pictures)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
-        pictures = dict(zip(chosen, pool.map(thumbnail, chosen), strict=True))
+        pictures = dict(zip(chosen, pool.map(partial(thumbnail, open_picture=open_picture), chosen), strict=True))
     index = {image: number for number, image in enumerate(chosen)}
     data = {
         "cards": [entry(card, index) for card in cards],
         "pictures": list(pictures.values()),
         "by": said_by,
         "score_name": score_name,
+        "note": note,
+        "names": {key: score_name_of(key.removeprefix("val_")) for line in metrics for key in line if key.startswith("val_")},
         **thinned(metrics),
     }
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -88,7 +98,7 @@ def write(
         "heading": breakable(title),
         "warnings": warnings_html(warnings),
         "scores": scores_html(rows),
-        "facts": facts_html(facts or {}),
+        "facts": facts_html(facts or {}, facts_title),
         "version": escaped(__version__),
         "data": json_html(data),
     }
@@ -123,15 +133,16 @@ def entry(card: Card, index: Mapping[Path, int]) -> dict[str, Any]:
         "group": card.group or None,
         "leaked": card.leaked or None,
         "right": right,
+        "ranking": list(card.ranking) or None,
         "changed": True if card.base and normal(card.base) != normal(card.adapted) else None,
     }
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def thumbnail(path: Path) -> dict[str, Any]:
+def thumbnail(path: Path, open_picture: Callable[[Path], Image.Image] = open_image) -> dict[str, Any]:
     """Return {"jpeg": base64, "size": [width, height]}, or {"problem": reason} if the image cannot be read."""
     try:
-        picture = open_image(path)
+        picture = open_picture(path)
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=QUALITY, optimize=True)
@@ -193,10 +204,10 @@ def warnings_html(warnings: Sequence[str]) -> str:
     return f'<section class="warnings" aria-labelledby="w"><h2 id="w">{heading}</h2><ul>{items}</ul></section>'
 
 
-def facts_html(facts: Mapping[str, str]) -> str:
+def facts_html(facts: Mapping[str, str], title: str) -> str:
     if not facts:
         return ""
     items = "".join(
         f'<div><dt>{escaped(name)}</dt><dd dir="auto">{breakable(str(fact))}</dd></div>' for name, fact in facts.items()
     )
-    return f'<section class="facts" aria-labelledby="f"><h2 id="f">What was measured</h2><dl>{items}</dl></section>'
+    return f'<section class="facts" aria-labelledby="f"><h2 id="f">{escaped(title)}</h2><dl>{items}</dl></section>'

@@ -1,23 +1,46 @@
-"""The files of a run folder, and how a run is found."""
+"""The files of a run folder, the name of a run, and how a run is found."""
 
+import re
+from datetime import datetime
 from pathlib import Path
 
 from lora_blip.errors import AdapterError
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
 ADAPTER_NAME, BEST_NAME, METRICS_NAME = "adapter.safetensors", "best.safetensors", "metrics.jsonl"
+GALLERY_NAME = "gallery.html"
+LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
+
+
+def run_name(task: str, base: str, targets: str, now: datetime) -> str:
+    """Return `2026-11-28_123105_caption_tiny-blip_vit`. Names of runs are in the order of time.
+
+    base: a path or a name on the hub, of which the last part is used.
+    """
+    parts = [part for part in re.split(r"[\\/]+", base) if part.strip(". ")]
+    return "_".join([f"{now:%Y-%m-%d_%H%M%S}", task, name_part(parts[-1] if parts else ""), name_part(targets)])
+
+
+def name_part(text: str) -> str:
+    """Return a text as a part of a file name that each system allows: letters, digits, "." and "-", "x" if none is left."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:LONGEST_PART].strip("-.") or "x"
 
 
 def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
-    """Return the path of an adapter: of a file, of the newest one in a folder, or of the newest of `runs` if it is "latest".
+    """Return the path of an adapter: a file, or that of the newest run in a folder. "latest" is the newest run in `runs`.
 
-    Raise AdapterError if there is none.
+    Of a run, return the weights with the best validation if there are any, else the last. Raise AdapterError if there is no
+    adapter.
     """
     path = Path(runs if adapter == "latest" else adapter)
     try:
-        found = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
+        if path.is_file():
+            return path
+        found = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
     except OSError:  # a name longer than names can be
         found = []
-    if found:
-        return sorted(found, key=lambda p: p.stat().st_mtime)[-1]
-    raise AdapterError(f"no adapter at {str(path)!r}; train one with train.py, or give the path of an {ADAPTER_NAME}")
+    if not found:
+        raise AdapterError(f"no adapter at {str(path)!r}; train one with train.py, or give the path of an {ADAPTER_NAME}")
+    last = max(found, key=lambda p: p.stat().st_mtime)
+    best = last.with_name(BEST_NAME)
+    return best if best.is_file() else last

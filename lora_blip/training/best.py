@@ -32,8 +32,3 @@ class Best:
             self.step, self.rank = step, rank
             return True
         return False
-
-
-def score_text(key: str, value: float) -> str:
-    """Return a score as text: a loss with four digits, a fraction in percent."""
-    return f"{value:.4f}" if key == "loss" or not 0 <= value <= 1 else f"{value:.1%}"

@@ -16,13 +16,15 @@ from tqdm import tqdm  # comes with transformers
 from lora_blip.config import TrainConfig
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError
 from lora_blip.lora import adapter_file
+from lora_blip.metrics.names import named_score
 from lora_blip.runtime import lock
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, room_for, sweep, unused_path, write_whole
-from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME
+from lora_blip.runtime.progress import phase
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
 from lora_blip.runtime.untrusted import printable
 from lora_blip.training import checkpoint
-from lora_blip.training.best import Best, score_text
+from lora_blip.training.best import Best
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.tensorboard import summary_writer
@@ -31,11 +33,6 @@ INTACT = (  # ends the message of a full disk
     ". The existing checkpoints are intact: free some space, then start again with the same settings to resume from the newest"
 )
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # entries of metrics.jsonl that TensorBoard does not show
-
-
-def run_name(config: TrainConfig, now: datetime) -> str:
-    """Return the name of a new run folder, such as `lora_bs2_ep4_lr0.0001_r16_a32_20260607_161536`."""
-    return f"lora_bs{config.batch_size}_ep{config.epochs}_lr{config.lr:g}_r{config.r}_a{config.alpha:g}_{now:%Y%m%d_%H%M%S}"
 
 
 class Run:
@@ -56,16 +53,18 @@ class Run:
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images = 0  # since the last line of metrics.jsonl
         self.last_scores: dict[str, Any] = {}  # of the last validation
-        self.last_skip = ""  # why the last skipped step was skipped
+        self.last_skip = self.figures = ""  # why the last skipped step was skipped; the figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
         now = time.perf_counter()
         self.started = self.logged = self.checkpointed = now
-        self.folder = saved.run if saved else unused_path(Path(config.output_dir) / run_name(config, datetime.now()))
+        name = run_name(config.task, config.model, config.targets, datetime.now())
+        self.folder = saved.run if saved else unused_path(Path(config.output_dir) / name)
         self.bar = tqdm(
             total=learner.progress.total, initial=learner.progress.step, unit="step", disable=None if self.main else True,
             dynamic_ncols=True,
         )  # fmt: skip
+        self.closing.enter_context(phase(self.state))
         if saved:
             self._restore_scores(saved.state["run"])
         learner.ranks.on_main(lambda: self._open(saved, closing))
@@ -136,6 +135,11 @@ class Run:
 
     # ---------------------------------------------------------------- metrics
 
+    def state(self) -> str:
+        """Return the finished step and its figures, for a log in which nothing else is printed."""
+        progress = self.learner.progress
+        return f"step {progress.step:,} of {progress.total:,}" + f", {self.figures}" * bool(self.figures)
+
     def log_step(self, step: int, epoch: int, update: Update, rate: float, images: int) -> None:
         """Advance the progress bar. Every `log_every` steps, write a line of metrics.jsonl."""
         self.images += images
@@ -152,7 +156,8 @@ class Run:
             entry["loss_scale"] = update.scale
         self.images, self.logged = 0, now
         self._write(entry)
-        self.bar.set_postfix_str(f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s")
+        self.figures = f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s"
+        self.bar.set_postfix_str(self.figures)
         if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
             print(f"step {step}/{self.bar.total}  loss {update.loss:.4f}  lr {rate:.1e}  {entry['images_per_s']:.1f} images/s")
 
@@ -171,7 +176,7 @@ class Run:
         if not self.main:
             return
         self._write({"step": step, "epoch": epoch, **{f"val_{key}": round(value, 6) for key, value in scores.items()}})
-        texts = ", ".join(f"{key.replace('_', ' ')} {score_text(key, value)}" for key, value in scores.items())
+        texts = ", ".join(named_score(key, value) for key, value in scores.items())
         self.bar.write(f"{f'step {step}' if step else 'before training'}: validation {texts}")
         if is_best and step:
             self._save(self.folder / BEST_NAME, step)
@@ -270,16 +275,6 @@ class Run:
             f"{printable(self.folder)}: {progress.total} steps in {precision}{resumed}; {training} training lines, "
             f"{validation} validation lines{ranks if learner.ranks.count > 1 else ''}"
         )
-
-    def best_line(self) -> str:
-        """Return a line with the best score, its step, and the path of its adapter. Return "" without a validation."""
-        value = abs(self.best.rank[0])
-        if not math.isfinite(value):
-            return ""
-        score = f"best {self.best.by.replace('_', ' ')} {score_text(self.best.by, value)}"
-        if not self.best.step:
-            return f"{score} before training: no step improved it"
-        return printable(f"{score} after step {self.best.step}: {self.folder / BEST_NAME}")
 
     def close(self) -> None:
         """Close the progress bar and the files."""

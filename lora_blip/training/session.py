@@ -17,11 +17,12 @@ from lora_blip.reports import plots
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
+from lora_blip.runtime.progress import phase
 from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.text_length import fit_generation
-from lora_blip.training import resume
+from lora_blip.training import resume, summary
 from lora_blip.training.diagnostics import describe_error, describe_skip
 from lora_blip.training.learner import Autocast, Learner, Update
 from lora_blip.training.run_folder import Run
@@ -171,7 +172,8 @@ class Session:
     def save_adapter(self) -> Path:
         """Write the adapter and its merge drift. Wait for all processes, then return the path of the file."""
         measures_drift = self.learner.ranks.main and not self.config.shard
-        drift = attempt("merge drift", lambda: merge_drift(self.task, self.first, self.autocast)) if measures_drift else {}
+        with phase("merging the adapter, to measure how far its logits move"):
+            drift = attempt("merge drift", lambda: merge_drift(self.task, self.first, self.autocast)) if measures_drift else {}
         path = self.run.save(self.learner.progress.step, finished=True, merge_drift=drift or {})
         self.learner.ranks.wait()  # the checkpoints are removed only after this
         return path
@@ -207,11 +209,13 @@ class Session:
                 print(printable(f"the progress since the last checkpoint could not be saved: {error}"))
 
     def finish(self) -> None:
-        """Print the path of the adapter, draw the loss curve, and remove the checkpoints."""
+        """Print the adapter, its score and the next command, draw the loss curve, and remove the checkpoints."""
         run = self.run
-        print(f"saved {printable(run.adapter_path)}", *filter(None, [run.best_line()]), sep="\n")
+        print(f"saved {printable(run.adapter_path)}", *filter(None, [summary.score_line(run.folder, run.best)]), sep="\n")
         if self.learner.ranks.main and (plot := attempt("loss curve", lambda: plots.draw(run.folder) or NO_PLOT)):
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
+        dataset: Any = self.batches.dataset
+        print(f"next: {summary.next_command(self.task.name, run.folder, dataset.examples)}")
         run.delete_checkpoints()  # at the very end: a run that is killed before this can be resumed
 
 

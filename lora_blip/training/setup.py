@@ -27,6 +27,7 @@ from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import refuse_unwritable
+from lora_blip.runtime.progress import phase
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable_lines
 from lora_blip.tasks import verification
@@ -83,7 +84,8 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
         closing.callback(close, data_loader)
     first = ranks.together(lambda: task.batch(first_batch(batches)))
     prepared = PreparedRun(**vars(inputs), autocast=autocast, batches=batches, held_out=held_out, first=first)
-    run_checks(ranks, prepared)
+    with phase("the checks before the first step"):
+        run_checks(ranks, prepared)
     return prepared
 
 
@@ -96,19 +98,19 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     refuse_unwritable(config.output_dir)
     refuse_impossible(config, ranks)
     device = ranks.device(config.device)
-    backbone, precision = open_backbone(
-        config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
-    )
+    with phase(f"loading {config.model}"):
+        backbone, precision = open_backbone(
+            config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
+        )
     task = task_for(config, backbone)
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
     thumbnails = Thumbnails() if ranks.main and (config.val_fraction or config.val_annotations) else None
     training, validation = read_examples(config, task, thumbnails)
     if thumbnails:
-        attempt(
-            "search for validation images in the training data",
-            partial(warn_of_leaks, config, training, validation, thumbnails),
-        )
+        search = "search for validation images in the training data"
+        with phase(search):
+            attempt(search, partial(warn_of_leaks, config, training, validation, thumbnails))
     fitted = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
     injection.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
     identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
@@ -208,9 +210,10 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
 def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnails | None) -> list[Example]:
     """Return the valid lines of an annotations file. Print the invalid lines and the unknown tokens."""
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
-    examples, problems = annotations.read(
-        source, config.image_root, config.on_bad_data, task.check, decode, task.pretokenize, task.trim, decoded=keep
-    )
+    with phase(f"reading {source}"):
+        examples, problems = annotations.read(
+            source, config.image_root, config.on_bad_data, task.check, decode, task.pretokenize, task.trim, decoded=keep
+        )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     if report := task.unknown_report(examples):

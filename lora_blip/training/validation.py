@@ -12,6 +12,7 @@ from lora_blip.data.loader import HostBatch
 from lora_blip.lora import merging
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
+from lora_blip.runtime.progress import track
 from lora_blip.tasks.base import DeviceBatch, Task
 from lora_blip.tasks.text_length import CutCount
 from lora_blip.training.learner import Autocast
@@ -45,7 +46,8 @@ def validate(
     sampler: Any = batches.batch_sampler
     sampler.selected = range(ranks.rank, len(batches), ranks.count)
     host_batches = iter(batches)
-    for _ in range(-(-len(batches) // ranks.count)):
+    rounds = -(-len(batches) // ranks.count)
+    for _ in track(range(rounds), "validation", rounds, "batch", delay=2):
         before_batch()
         host_batch = next(host_batches, None)
         if host_batch is None:  # other processes have one batch more

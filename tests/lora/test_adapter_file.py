@@ -220,3 +220,19 @@ def test_the_newest_is_found(tmp_path, saved, monkeypatch):
         os.utime(path, (1000 - age, 1000 - age))
     assert runs.locate("latest").parent.name == "b" and runs.locate("lora_blip_output/c").parent.name == "c"
     assert runs.locate(saved) == saved
+
+
+def test_a_run_has_its_best_weights_by_validation_if_there_are_any(tmp_path, saved):
+    """`locate` prefers best.safetensors of the newest run; a run without validation has its last weights, a file is itself."""
+    import os
+
+    folder = tmp_path / "runs"
+    for age, run in enumerate(("2026-11-28_1231_caption_tiny-blip_vit", "lora_bs8_ep30_20251128_011018")):
+        (folder / run).mkdir(parents=True)
+        for name in (runs.ADAPTER_NAME, runs.BEST_NAME)[: 2 - age]:
+            os.utime(shutil.copy(saved, folder / run / name), (1000 - age, 1000 - age))
+    new, old = sorted(folder.iterdir())
+    assert runs.locate("latest", folder) == runs.locate(new) == new / runs.BEST_NAME
+    assert runs.locate(old) == old / runs.ADAPTER_NAME and runs.locate(new / runs.ADAPTER_NAME) == new / runs.ADAPTER_NAME
+    os.utime(old / runs.ADAPTER_NAME, (2000, 2000))
+    assert runs.locate("latest", folder) == old / runs.ADAPTER_NAME

@@ -289,7 +289,7 @@ def test_a_run_is_not_resumed_at_another_size(checkpoints, tmp_path):
     config = settings(checkpoints["blip"], source, checkpoint_seconds=0, max_steps=3, batch_size=2)
     with killed_at(3):
         train(config)
-    (run,) = (tmp_path / "runs").glob("lora_*")
+    (run,) = (tmp_path / "runs").glob("20*")
     with pytest.raises(CheckpointError, match="image_size was 0 and is 16"):
         train(replace(config, image_size=16, resume=str(run)))
     assert train(replace(config, image_size=tiny.SIDE, resume=str(run))).parent == run

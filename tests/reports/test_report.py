@@ -326,6 +326,19 @@ def test_curves_can_be_read_by_key(opened: Any) -> None:
     assert opened.find_element("css selector", ".tip").text == "step 1, epoch 0\ntraining 2"
 
 
+def test_axes_curves_and_scores_have_names(opened: Any) -> None:
+    """The score of each card, its order and each axis; the smoothed curve has the logged values behind it."""
+    texts = opened.execute_script("return [...document.querySelectorAll('.axis-name')].map(text => text.textContent)")
+    names = {"loss, log scale", "exact match", "CIDEr", "learning rate", "gradient norm, log scale"}
+    assert set(texts) == names | {"optimizer step"} and len(texts) == 2 * len(names)
+    (losses,) = (chart for chart in opened.find_elements("css selector", ".curves figure:first-child"))
+    assert "training, smoothed" in losses.text and "(thin: each logged step)" in losses.text
+    assert len(losses.find_elements("css selector", "path.line.raw")) == 1
+    card = opened.find_element("css selector", ".card .marks").text
+    assert "score 0.00" in card and "score of the base 0.50" in card
+    assert opened.find_element("css selector", "[name=order] option").text == "lowest score first"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screens_need_no_sideways_scroll(chromium: Any, page: Path, scheme: str) -> None:
     """At 360 px; and in both schemes every text has a contrast of at least 4.5 to what is behind it (WCAG 2, AA)."""

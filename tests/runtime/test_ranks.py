@@ -71,7 +71,7 @@ def test_an_error_of_one_process_before_the_first_step_stops_all_with_one_messag
     codes, said = ends(2, lambda: (patch(), train(config)), capfd)
     expected = f"error: process 1 failed, and all stop: {type(error).__name__}: no room" if rank else "error: no room"
     assert codes == [2, 2] and said == [expected]
-    assert not list(Path(config.output_dir).glob("lora_*"))
+    assert not list(Path(config.output_dir).glob("20*"))
 
 
 def test_an_unknown_error_of_another_process_keeps_its_traceback(checkpoints, tmp_path, capfd):

@@ -113,7 +113,7 @@ def elsewhere(config: TrainConfig, name: str = "other") -> TrainConfig:
 
 
 def only_run(config: TrainConfig) -> Path:
-    (run,) = Path(config.output_dir).glob("lora_*")
+    (run,) = Path(config.output_dir).glob("20*")
     return run
 
 

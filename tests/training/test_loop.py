@@ -20,14 +20,14 @@ from lora_blip.errors import ConfigError, DataError, TrainingError
 from lora_blip.lora import adapter_file, attached
 from lora_blip.lora.routing import disable_adapters
 from lora_blip.reports import plots
-from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
 from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.training import session, setup, validation
+from lora_blip.training import session, setup, summary, validation
 from lora_blip.training.best import Best
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import learning_rate, train
-from lora_blip.training.run_folder import Run, run_name
+from lora_blip.training.run_folder import Run
 from tests.support import tiny
 from tests.support.models import WHOLE, batch_of, inject
 from tests.support.runs import before_each_step, metrics_of, one_step, score, settings
@@ -192,7 +192,8 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
 def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp_path):
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), lr=0.0, warmup_steps=500, epochs=5))
     rates = [entry["lr"] for entry in metrics_of(path) if "loss" in entry]
-    assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3]) and rates[-1] < 3e-4 and "_lr0.003_" in path.parent.name
+    assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3]) and rates[-1] < 3e-4
+    assert json.loads((path.parent / "config.json").read_text())["lr"] == 3e-3
     assert setup.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
 
 
@@ -221,8 +222,23 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(checkpoints, tmp_path):
 
 
 def test_a_run_is_named_by_its_settings():
-    config = TrainConfig(batch_size=2, epochs=4, lr=1e-4, r=16, alpha=32)
-    assert run_name(config, datetime(2026, 6, 7, 16, 15, 36)) == "lora_bs2_ep4_lr0.0001_r16_a32_20260607_161536"
+    now = datetime(2026, 6, 7, 16, 15, 36)
+    assert run_name("caption", "assets/tiny-blip", "vit", now) == "2026-06-07_161536_caption_tiny-blip_vit"
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "end"),
+    [
+        ("Salesforce/blip2-opt-2.7b", "vit,qformer", "blip2-opt-2.7b_vit-qformer"),
+        ("C:\\models\\My base\\", "vit[8:12],text:r=4", "My-base_vit-8-12-text-r-4"),
+        ("..", r"encoder\.\d+", "x_encoder-.-d"),
+        ("a\x1b[31m\n/\u202e猫", "*", "x_x"),
+        ("b" * 500, "v" * 500, f"{'b' * 40}_{'v' * 40}"),
+    ],
+)
+def test_the_name_of_a_run_is_a_short_file_name_of_plain_characters(base, targets, end):
+    """A strange base or target adds no path, no control character and no length."""
+    assert run_name("vqa", base, targets, datetime(2026, 1, 2)) == f"2026-01-02_000000_vqa_{end}"
 
 
 def test_bad_data_stops_before_anything_is_written_or_is_left_out(checkpoints, tmp_path, capsys):
@@ -302,6 +318,38 @@ def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
     assert f"after step {best}: {path.parent / BEST_NAME}" in capsys.readouterr().out
     for line in (path.parent / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoints, tmp_path, monkeypatch, capsys, resumed):
+    """The base's score is that before the first step, also in a run that was resumed after it."""
+    watched(monkeypatch, [score(3, 0.125), score(2, 0.5), score(1, 0.75)])
+    source = tiny.write_photos(tmp_path)
+    config = settings(checkpoints["blip"], source, epochs=9, max_steps=4, validate_every=2)
+    if resumed:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+            before_each_step(patch, lambda count, _: (_ for _ in ()).throw(RuntimeError("power")) if count == 3 else None)
+            train(config)
+        capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    path = train(config)
+    printed = capsys.readouterr().out.splitlines()
+    best = path.parent / BEST_NAME
+    assert f"saved {path}" in printed
+    assert f"validation exact match: base 12.5%, best adapter 75.0%, after step 4: {best}" in printed
+    assert printed[-1] == f"next: lora-blip infer --adapter {path.parent.relative_to(tmp_path)} --images {source.parent}/photos"
+
+
+def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
+    """`python project/train.py` names project/infer.py, its default images, and what the task asks for, quoted for a shell."""
+    for name in ("train.py", "infer.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "image_test").mkdir()
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py"), "--epochs", "1"])
+    monkeypatch.chdir(tmp_path)
+    command = f"python {tmp_path}/infer.py --adapter 'a run'"
+    assert summary.next_command("caption", tmp_path / "a run", []) == command
+    assert summary.next_command("vqa", tmp_path / "a run", []) == f"{command} --question 'what color is it?'"
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkpoints, tmp_path, monkeypatch, capsys):
@@ -393,7 +441,7 @@ def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoint
     watched(monkeypatch, [score(1, 1), score(2), score(2)])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
     assert adapter_file.read(path).metadata["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
-    assert "best exact match 100.0% before training" in capsys.readouterr().out
+    assert "base 100.0%, and no validation during the training was better" in capsys.readouterr().out
 
 
 def test_the_best_of_equal_scores_has_the_lower_loss():

@@ -128,7 +128,7 @@ def test_off_begins_anew(checkpoints, tmp_path):
     with killed_at(4):
         train(config)
     train(replace(config, resume="off"))
-    assert len(list(Path(config.output_dir).glob("lora_*"))) == 2
+    assert len(list(Path(config.output_dir).glob("20*"))) == 2
 
 
 def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):

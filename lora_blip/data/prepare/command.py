@@ -17,6 +17,7 @@ from lora_blip.data.prepare.published import SPLITS
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import refuse_unwritable, write_whole
+from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 
 SIDES = ("train", "val", "test")
@@ -98,12 +99,14 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
     gathered = Gathered(f"{output.absolute()}{os.sep}")
     for source in find_sources(config.source, config.format):
         folder = Folder(Path(config.images) if config.images else source.root, by_name=source.downloaded)
-        gather(source, folder, gathered)
+        with phase(lambda: f"reading {source.path}: {len(gathered.rows):,} lines"):  # called in this turn
+            gather(source, folder, gathered)
     sides = own_sides(gathered) if config.own_splits else {}
     refuse_faults(gathered, config.on_bad_data)
     sides = sides or drawn_sides(gathered, config.splits, config.seed)
     rows = {side: [row for row in gathered.rows if sides[row.picture.identity] == side] for side in SIDES}
-    files = write(output, rows, gathered.dropped)
+    with phase(f"writing {len(gathered.rows):,} lines to {output}"):
+        files = write(output, rows, gathered.dropped)
     report(files, rows, gathered)
     return {side: files[side] for side in SIDES if side in files}
 

@@ -1,0 +1,71 @@
+"""gallery.html: the first images of a run as cards, with their generated texts, and with their references if there are any."""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lora_blip.data.example import Example
+from lora_blip.data.image_sources import open_example
+from lora_blip.inference.finished import asked_in, key_of, lines_of
+from lora_blip.inference.output import ERRORS_NAME, FILE_NAME
+from lora_blip.reports import report
+from lora_blip.reports.report import Card
+from lora_blip.runtime.runs import GALLERY_NAME
+from lora_blip.tasks.base import Task
+
+SHOWN = 200  # cards: about 3 MB of thumbnails in the page, whatever the number of images
+
+
+def write_gallery(
+    folder: Path,
+    task: Task,
+    examples: Iterable[Example],
+    references: dict[Path, list[Example]],
+    facts: dict[str, str],
+    said_by: str,
+    count: int,
+) -> Path:
+    """Write the page of a finished run into its folder, with the first SHOWN of `count` examples, and return its path.
+
+    said_by: "adapted" or "base", the model that generated the texts.
+    """
+    first = list(islice(examples, SHOWN))
+    cards = cards_of(folder, task, first, references)
+    pictures = {example.image: example for example in first}
+    note = f"The first {len(cards):,} of {count:,} are on this page; {FILE_NAME} contains all." if count > len(cards) else ""
+    return report.write(
+        folder / GALLERY_NAME, f"{task.name}: {facts.get('images', '')}", [], cards, facts=facts, most_pictures=SHOWN,
+        said_by=said_by, score_name="VQA accuracy" if task.takes_question else "exact match", facts_title="This run",
+        note=note, open_picture=lambda image: open_example(pictures[image]),
+    )  # fmt: skip
+
+
+def cards_of(folder: Path, task: Task, examples: list[Example], references: dict[Path, list[Example]]) -> list[Card]:
+    """Return a card for each example, in order. An image that could not be read has no text; its frame shows the reason."""
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for name in (FILE_NAME, ERRORS_NAME):
+        if (folder / name).exists():
+            for line in islice(lines_of(folder / name), len(examples)):
+                lines.setdefault(key_of(asked_in(line)), []).append(line)
+    cards = []
+    for example in examples:
+        line = next(iter(lines.get(key_of(example), ())), {})
+        known = references_of(task, example, references)
+        text = str(line.get("text", ""))
+        score = task.correctness(text, known) if known and "text" in line else None
+        ranking = [(str(each["text"]), float(each["probability"])) for each in line.get("ranking", ())]
+        cards.append(
+            Card(
+                example.image, list(dict.fromkeys(answer for one in known for answer in (one.answers or (one.text,)))), text,
+                str(line.get("base_text", "")), example.question, score, group=known[0].group if known else "",
+                right=None if score is None else score == 1, ranking=ranking,
+            )
+        )  # fmt: skip
+    return cards
+
+
+def references_of(task: Task, example: Example, references: dict[Path, list[Example]]) -> list[Example]:
+    """Return the lines with a known text or answer for what the example asks."""
+    lines = [one for one in references.get(example.image, ()) if (one.answers if task.takes_question else one.text)]
+    return [one for one in lines if not task.writes_text or task.subject(one) == task.subject(example)]

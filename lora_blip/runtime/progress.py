@@ -1,0 +1,161 @@
+"""Show what a command does: a bar on a terminal, and in a log a line at least every ten seconds.
+
+A piece of work names itself with `phase`, or counts what is done with `ProgressMeter`. `heartbeat` watches the log of a
+command, and prints the current phase if nothing else is printed.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+from lora_blip.runtime.untrusted import printable
+
+T = TypeVar("T")
+SILENCE, BEAT = 9.0, 0.5  # seconds: of a log without a line, and between two looks at it; together less than ten
+
+_phases: list[Callable[[], str]] = []  # what runs now, the innermost last
+_writing = threading.Lock()  # held while the thread prints, so that a forked process does not inherit a locked stream
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_writing.release)
+
+
+@contextmanager
+def phase(state: str | Callable[[], str]) -> Iterator[None]:
+    """Name the work inside the block. `state` returns the name with the current figures, or is the name."""
+    describe = state if callable(state) else lambda: state
+    _phases.append(describe)
+    try:
+        yield
+    finally:
+        _phases.remove(describe)
+
+
+class ProgressMeter:
+    """The progress of one piece of work. A context manager: `update` counts what is done.
+
+    name, unit: what is done, and what is counted, such as "base" and "image".
+    delay: seconds before a bar appears.
+    is_shown: False on a process that is not the main one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        unit: str = "",
+        done: int = 0,
+        delay: float = 0.0,
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        from tqdm import tqdm  # late, so that a Python without it gets the command that installs it
+
+        self.name, self.total, self.unit, self.done, self.before = name, total, unit, done, done
+        self.is_shown, self.clock = is_shown, clock
+        self.started = self.printed = clock()
+        self.bar = tqdm(
+            total=total, initial=done, desc=printable(name), unit=unit, disable=None if is_shown else True,
+            dynamic_ncols=True, delay=delay, leave=not delay,
+        )  # fmt: skip
+        self.phase = phase(self.line)
+
+    def __enter__(self) -> Self:
+        self.phase.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.phase.__exit__(None, None, None)
+        self.bar.close()
+
+    def update(self, count: int = 1) -> None:
+        """Count. In a log, print a line if the last one is nine seconds old."""
+        self.bar.update(count)
+        self.done += count
+        if self.is_shown and self.bar.disable and self.clock() - self.printed >= SILENCE:
+            self.printed = self.clock()
+            print(printable(self.line()), flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return self.clock() - self.started
+
+    @property
+    def speed(self) -> float:
+        """Return how many are done in a second, without those that were done before."""
+        return (self.done - self.before) / max(self.seconds, 1e-9)
+
+    def line(self) -> str:
+        """Return a line such as "caption: 1,200 of 100,000 images, 15.3 a second"."""
+        unit = f" {self.unit}s" * bool(self.unit)
+        speed = f", {self.speed:,.1f} a second" * (self.done > self.before)
+        return f"{self.name}: {self.done:,} of {self.total:,}{unit}{speed}"
+
+
+def track(items: Iterable[T], name: str, total: int, unit: str = "", delay: float = 0.0) -> Iterator[T]:
+    """Yield the items and show how many of `total` are done."""
+    with ProgressMeter(name, total, unit, delay=delay) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+class LogStream:
+    """A text stream that is not a terminal. Each line is written at once, and `written` is the time of the last one."""
+
+    def __init__(self, stream: Any, clock: Callable[[], float]) -> None:
+        self.stream, self.clock, self.written = stream, clock, clock()
+
+    def write(self, text: str) -> int:
+        count: int = self.stream.write(text)
+        if "\n" in text:
+            self.written = self.clock()
+            self.stream.flush()
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class Heartbeat:
+    """Print the current phase into a log without a line for `SILENCE` seconds. `beat` looks once."""
+
+    def __init__(self, log: LogStream) -> None:
+        self.log, self.started, self.idle = log, log.clock(), "starting"
+
+    def beat(self) -> None:
+        if self.log.clock() - self.log.written < SILENCE:
+            return
+        with _writing:
+            state = next((describe() for describe in _phases[-1:]), self.idle)
+            self.idle = "working" if _phases else self.idle
+            self.log.write(printable(f"… {state} ({self.log.clock() - self.started:.0f} s since the start)") + "\n")
+
+
+@contextmanager
+def heartbeat(clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """Inside the block, print at least a line every ten seconds to a standard output that is not a terminal."""
+    stream, stopped = sys.stdout, threading.Event()
+    if stream is None or stream.isatty() or isinstance(stream, LogStream) or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    log = LogStream(stream, clock)
+    pulse = Heartbeat(log)
+
+    def watch() -> None:
+        while not stopped.wait(BEAT):
+            pulse.beat()
+
+    thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
+    sys.stdout = log
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        if sys.stdout is log:
+            sys.stdout = stream

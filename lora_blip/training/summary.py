@@ -1,0 +1,57 @@
+"""What a finished training prints: its score against the base, and the command that uses its adapter."""
+
+import json
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lora_blip.data.example import Example
+from lora_blip.metrics.names import score_name, score_value
+from lora_blip.runtime.runs import BEST_NAME, METRICS_NAME
+from lora_blip.runtime.untrusted import printable
+from lora_blip.training.best import Best
+
+IMAGES = "image_test"  # the default IMAGES of infer.py
+INPUTS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
+
+
+def score_line(folder: Path, best: Best) -> str:
+    """Return a line with the validation score of the base and the best one of the adapter; "" if nothing was validated."""
+    value = abs(best.rank[0])
+    if not math.isfinite(value):
+        return ""
+    base = base_score(folder / METRICS_NAME, best.by)
+    line = f"validation {score_name(best.by)}: " + (f"base {score_value(best.by, base)}, " if base is not None else "")
+    if not best.step:
+        return f"{line}and no validation during the training was better"
+    return printable(f"{line}best adapter {score_value(best.by, value)}, after step {best.step}: {folder / BEST_NAME}")
+
+
+def base_score(metrics: Path, by: str) -> float | None:
+    """Return the validation score before the first step, when the adapter changes nothing; None if there is none."""
+    try:
+        with metrics.open(encoding="utf-8") as lines:
+            for line in lines:
+                entry = json.loads(line)
+                if entry["step"] == 0 and isinstance(entry.get(f"val_{by}"), int | float):
+                    return float(entry[f"val_{by}"])
+    except OSError:  # the files of a run on several machines are those of the main process
+        pass
+    return None
+
+
+def next_command(task: str, folder: Path, examples: list[Example]) -> str:
+    """Return the command that uses the adapter: infer.py beside train.py if that was started, else lora-blip infer.
+
+    examples: those of the training. Their folder is the input if the default folder of images does not exist.
+    """
+    script = Path(sys.argv[0])
+    is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
+    command = ["python", str(script.with_name("infer.py"))] if is_script else ["lora-blip", "infer"]
+    command += ["--adapter", os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)]
+    has_images = (script.with_name(IMAGES) if is_script else Path(IMAGES)).is_dir()
+    if not has_images and examples:
+        command += ["--images", str(examples[0].image.parent)]
+    return printable(shlex.join([*command, *INPUTS.get(task, [])]))

@@ -1,0 +1,104 @@
+"""gallery.html of an inference run: the first images with their texts, with or without references, and bounded in size."""
+
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_blip.config import InferConfig
+from lora_blip.data.image_folders import example_of
+from lora_blip.inference import gallery
+from lora_blip.inference.output import ERRORS_NAME, FILE_NAME
+from lora_blip.inference.pipeline import infer
+from lora_blip.runtime.runs import GALLERY_NAME
+from lora_blip.runtime.untrusted import printable
+from tests.reports.test_report import NASTY, Tags, picture, read
+from tests.support import tiny
+
+
+@pytest.fixture
+def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InferConfig:
+    """Captions of six photos, the third of which is broken; the current folder is theirs."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_photos(tmp_path, 6)
+    Path("photos/2.png").write_bytes(b"broken")
+    return InferConfig(
+        model=str(checkpoints["blip"]), adapter="none", images="photos", max_new_tokens=5, output_dir="out", device="cpu"
+    )
+
+
+def lines_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out", name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("has_references", [False, True])
+def test_infer_writes_a_card_for_each_image_and_prints_where_the_page_is(config, capsys, has_references):
+    """Without references a card has no score and no mark; with them it has both, and the score has its name."""
+    if has_references:
+        refs = [{"image": f"photos/{n}.png", "text": f"a cube {n}", "group": "even"} for n in (0, 2, 4)]
+        Path("refs.jsonl").write_text("\n".join(map(json.dumps, refs)))
+        config = replace(config, references="refs.jsonl")
+    infer(config)
+    page = Path("out", GALLERY_NAME)
+    assert f"gallery: {page.resolve().as_uri()}\n" in capsys.readouterr().out
+    data, texts = read(page), {line["image"]: line["text"] for line in lines_of(FILE_NAME)}
+    cards = {card["image"]: card for card in data["cards"]}
+    assert {image: card["adapted"] for image, card in cards.items()} == {**texts, "photos/2.png": ""}
+    shots = {image: data["pictures"][card["picture"]] for image, card in cards.items()}
+    assert [image for image, shot in shots.items() if "jpeg" not in shot] == ["photos/2.png"]
+    assert "is not a usable image" in shots["photos/2.png"]["problem"] and data["note"] == ""
+    scored = {image for image, card in cards.items() if "score" in card}
+    assert scored == ({"photos/0.png", "photos/4.png"} if has_references else set())
+    if has_references:
+        assert data["score_name"] == "exact match" and cards["photos/4.png"]["references"] == ["a cube 4"]
+        assert cards["photos/4.png"]["score"] == 0.0 and cards["photos/4.png"]["right"] is False
+        assert list(cards)[:2] == ["photos/0.png", "photos/4.png"]  # the lowest score first, then what has none
+    else:
+        assert list(cards) == [f"photos/{n}.png" for n in range(6)]
+
+
+def test_a_page_shows_the_first_of_many_images_and_says_so(config, monkeypatch):
+    """The page does not grow with the number of images, also if they are in shards."""
+    monkeypatch.setattr(gallery, "SHOWN", 4)
+    with tarfile.open("shard.tar", "w") as shard:
+        shard.add("photos")
+    infer(replace(config, images="shard.tar"))
+    data = read(Path("out", GALLERY_NAME))
+    assert [Path(card["image"]).name for card in data["cards"]] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [sorted(shot) for shot in data["pictures"]] == [["jpeg", "size"]] * 2 + [["problem"]] + [["jpeg", "size"]]
+    assert data["note"] == "The first 4 of 6 are on this page; predictions.jsonl contains all."
+
+
+def page_of(folder: Path, texts: list[str]) -> Path:
+    """Write the gallery of two images with the texts in every place that a stranger's text reaches."""
+    folder.mkdir()
+    image = picture(folder / "a.png")
+    examples = [example_of(image, text) for text in texts]
+    lines = [
+        {"image": str(image), "question": text, "text": text, "base_text": text, "ranking": [{"text": text, "probability": 1}]}
+        for text in texts
+    ]
+    (folder / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    (folder / ERRORS_NAME).write_text(json.dumps({"image": str(image), "question": texts[-1], "error": texts[-1]}) + "\n")
+    references = {image: [replace(example, answers=(text,)) for example, text in zip(examples, texts, strict=True)]}
+    task: Any = SimpleNamespace(
+        name="vqa", takes_question=True, writes_text=True, subject=lambda e: e.question, correctness=lambda *_: 0.5
+    )
+    facts = {"images": texts[0], texts[1]: texts[2]}
+    return gallery.write_gallery(folder, task, examples, references, facts, "adapted", len(texts))
+
+
+def test_texts_of_strangers_add_no_tag_to_a_gallery(tmp_path):
+    """Questions, answers, references, rankings, names: the tags are those of a page of plain texts, the texts come back."""
+    page, plain = page_of(tmp_path / "odd", NASTY), page_of(tmp_path / "plain", ["a", "b", "c", "d", "e", "f"])
+    tags, plain_tags = ([tag for tag, _ in Tags(path.read_text("utf-8")).found if tag != "wbr"] for path in (page, plain))
+    assert tags == plain_tags
+    data = read(page)
+    for card, text in zip(data["cards"][:-1], map(printable, NASTY), strict=False):
+        assert card["question"] == card["adapted"] == card["base"] == text
+        assert card["references"] == [text] and card["ranking"] == [[text, 1.0]]
+    assert data["score_name"] == "VQA accuracy" and data["cards"][0]["score"] == 0.5

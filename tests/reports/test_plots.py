@@ -1,0 +1,37 @@
+"""loss.png: smoothed training loss with the logged values behind it, and named axes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_blip.reports import plots
+
+figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+
+
+@pytest.mark.plots
+@pytest.mark.parametrize(("steps", "is_smoothed"), [(10, False), (200, True)])
+def test_a_long_curve_is_smoothed_with_the_logged_values_behind(tmp_path: Path, monkeypatch, steps: int, is_smoothed: bool):
+    """The mean of a noisy curve stays, its noise falls; axes and the validation score have their names."""
+    losses = [2.0 + (-1) ** n * 0.5 for n in range(steps)]
+    lines = [{"step": n + 1, "loss": loss} for n, loss in enumerate(losses)]
+    lines += [{"step": n, "val_loss": 2.0, "val_vqa_accuracy": 0.5} for n in (0, steps)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    plots.draw(tmp_path)
+    upper, lower = drawn[0].axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in upper.get_lines()}
+    names = ["training, each logged step", "training, smoothed"] if is_smoothed else ["training"]
+    assert list(curves) == [*names, "validation"] and curves[names[0]] == losses
+    if is_smoothed:
+        assert all(1.8 < value < 2.2 for value in curves[names[1]])
+    assert upper.get_ylabel() == "loss, log scale" and lower.get_ylabel() == "validation: VQA accuracy"
+    assert lower.get_xlabel() == "optimizer step"
+
+
+def test_smoothing_keeps_a_straight_line_inside_and_every_length() -> None:
+    line = [float(n) for n in range(100)]
+    assert plots.smoothed(line)[5:-5] == pytest.approx(line[5:-5])
+    assert [len(plots.smoothed(line[:n])) for n in range(4)] == [0, 1, 2, 3]
