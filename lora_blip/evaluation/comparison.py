@@ -92,12 +92,14 @@ def compare(
     """Predict and score the references with the base, with the adapter, or with both, as the settings say."""
     base = adapted = None
     if config.base or not adapter:
-        base = measure(runner, examples, config.seed, progress_into(folder, "base"))
+        with phase("scoring the texts of the base"):
+            base = measure(runner, examples, config.seed, progress_into(folder, "base"))
     if adapter:
         put_on(runner.task, adapter, merge=True, precision=runner.precision)
         runner.reopen = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
-        adapted = measure(runner, examples, config.seed, progress_into(folder, "adapted"))
+        with phase("scoring the texts of the adapter"):
+            adapted = measure(runner, examples, config.seed, progress_into(folder, "adapted"))
     return Comparison(base, adapted)
 
 

@@ -18,6 +18,7 @@ T = TypeVar("T")
 SILENCE, BEAT = 9.0, 0.5  # seconds: of a log without a line, and between two looks at it; together less than ten
 
 _phases: list[Callable[[], str]] = []  # what runs now, the innermost last
+_begun = threading.Event()  # set by the first phase
 _writing = threading.Lock()  # held while the thread prints, so that a forked process does not inherit a locked stream
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_writing.release)
@@ -27,6 +28,7 @@ if hasattr(os, "register_at_fork"):
 def phase(state: str | Callable[[], str]) -> Iterator[None]:
     """Name the work inside the block. `state` returns the name with the current figures, or is the name."""
     describe = state if callable(state) else lambda: state
+    _begun.set()
     _phases.append(describe)
     try:
         yield
@@ -124,14 +126,13 @@ class Heartbeat:
     """Print the current phase into a log without a line for `SILENCE` seconds. `beat` looks once."""
 
     def __init__(self, log: LogStream) -> None:
-        self.log, self.started, self.idle = log, log.clock(), "starting"
+        self.log, self.started = log, log.clock()
 
     def beat(self) -> None:
         if self.log.clock() - self.log.written < SILENCE:
             return
         with _writing:
-            state = next((describe() for describe in _phases[-1:]), self.idle)
-            self.idle = "working" if _phases else self.idle
+            state = next((describe() for describe in _phases[-1:]), "working" if _begun.is_set() else "starting")
             self.log.write(printable(f"… {state} ({self.log.clock() - self.started:.0f} s since the start)") + "\n")
 
 
