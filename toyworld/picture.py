@@ -12,7 +12,7 @@ from lora_blip.data.images import open_image
 from lora_blip.metrics.exact import exact_match, normal
 from toyworld.demo import REFERENCES, lines
 
-SHOWN, COLUMNS, SEED = 8, 4, 0
+SHOWN, COLUMNS, SEED = 6, 3, 0
 RIGHT, WRONG, QUIET = "#1b6e2c", "#b3261e", "#5c6066"
 
 
@@ -30,7 +30,8 @@ def draw(predictions: Path, references: Path, out: Path, seed: int = SEED) -> No
         for group in groups
         for line in chance.sample([line for line in known if line["group"] == group], SHOWN // len(groups))
     ]
-    figure = Figure(figsize=(10, 6.9), layout="constrained")
+    figure = Figure(figsize=(8.6, 7.4))
+    figure.subplots_adjust(left=0.04, right=0.96, top=0.94, bottom=0.13, hspace=0.42, wspace=0.35)
     for axes, line in zip(figure.subplots(SHOWN // COLUMNS, COLUMNS).flat, drawn, strict=True):
         axes.imshow(open_image(references.parent / line["image"]), interpolation="bicubic")
         axes.set_axis_off()

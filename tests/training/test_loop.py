@@ -539,7 +539,7 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
         return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
 
     assert shown(upper) == {"training": [(1, 2.0)], "validation": [(0, 3.0), (2, 1.0)]}
-    assert shown(lower) == {"vqa accuracy": [(0, 0.1), (2, 0.9)], "r": [(2, 0.25)]}
+    assert shown(lower) == {"VQA accuracy": [(0, 0.1), (2, 0.9)], "r": [(2, 0.25)]}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
     plots.draw(tmp_path)
     assert not drawn[1].axes[1].get_visible()
