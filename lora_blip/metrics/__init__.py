@@ -1,1 +1,1 @@
-"""Scores."""
+"""Scores of predictions: captions, answers and retrieval. They need no model."""

@@ -1,4 +1,4 @@
-"""95 % percentile bootstrap intervals over images (Efron 1979): how much a score would vary with other images."""
+"""95 % bootstrap intervals by percentiles (Efron 1979). They show how much a score would vary with other images."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ Numbers = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A score, and the range [low, high] of 95 % of the scores of resampled images."""
+    """A score, and the range [low, high] that contains 95 % of the scores of resampled images."""
 
     value: float
     low: float
@@ -34,8 +34,10 @@ def of_sums(
 ) -> Interval:
     """Return the interval of a statistic of summed counts, such as BLEU.
 
-    counts: (images, k). statistic: (…, k) sums → (…). The number of times that each image is drawn with replacement has a
-    multinomial distribution. Raise ValueError for no images, counts that are not finite, or a level outside 0..1.
+    counts: (images, k). statistic: maps sums (…, k) to scores (…). A resample draws as many images as there are, with
+    replacement, so the number of times that each is drawn is multinomial.
+
+    Raise ValueError if there is no image, a count is not finite, or `level` is outside 0..1.
     """
     rows = np.asarray(counts, dtype=np.float64)
     if rows.ndim != 2 or not len(rows):
@@ -45,15 +47,15 @@ def of_sums(
     random, images = np.random.default_rng(seed), len(rows)
     sums = []
     for drawn in _blocks(resamples, images):
-        taken = random.multinomial(images, np.full(images, 1 / images), size=drawn)  # (drawn, images)
-        sums.append(taken @ rows)
-    return _between(float(statistic(rows.sum(0))), np.asarray(statistic(np.concatenate(sums))), level)
+        times = random.multinomial(images, np.full(images, 1 / images), size=drawn)  # (drawn, images)
+        sums.append(times @ rows)
+    return _interval(float(statistic(rows.sum(0))), np.asarray(statistic(np.concatenate(sums))), level)
 
 
 def of_mean(values: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:
     """Return the interval of the mean of scores (images,)."""
     column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
-    first = column[0, 0] if len(column) else 0.0  # subtracted, so that equal scores give a width of exactly 0
+    first = column[0, 0] if len(column) else 0.0  # subtracted first, so that equal scores have an interval of width 0
     return of_sums(
         column - first,
         lambda sums: first + sums[..., 0] / len(column),
@@ -66,9 +68,9 @@ def of_mean(values: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEV
 def of_difference(
     adapted: ArrayLike, base: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """Return the interval of mean(adapted) − mean(base), both (images,), paired: over the same resampled images.
+    """Return the interval of mean(adapted) − mean(base), both (images,). Each resample uses the same images for both.
 
-    If 0 is outside the interval, the gain is larger than chance. Raise ValueError if the lengths differ.
+    If the interval does not contain 0, the difference is larger than chance. Raise ValueError if the lengths differ.
     """
     first, second = np.asarray(adapted, dtype=np.float64), np.asarray(base, dtype=np.float64)
     if first.shape != second.shape:
@@ -84,18 +86,19 @@ def of_statistic(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Return the interval of any statistic of image indices (images,), which may repeat: a median, a ratio, a recall.
+    """Return the interval of any statistic, such as a median, a ratio or a recall.
 
-    It is called once per resample. For a paired difference, let the statistic compute the difference at these indices.
+    statistic: called once per resample with the indices of the drawn images (images,), in which an index may repeat. For a
+    paired difference, it returns the difference at these indices.
     """
     if images < 1:
         raise ValueError("a bootstrap needs at least one image")
     random = np.random.default_rng(seed)
     drawn = [statistic(random.integers(images, size=images)) for _ in range(resamples)]
-    return _between(float(statistic(np.arange(images))), np.asarray(drawn, dtype=np.float64), level)
+    return _interval(float(statistic(np.arange(images))), np.asarray(drawn, dtype=np.float64), level)
 
 
-def _between(value: float, drawn: Numbers, level: float) -> Interval:
+def _interval(value: float, drawn: Numbers, level: float) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level = {level}; expected a number between 0 and 1")
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -103,7 +106,7 @@ def _between(value: float, drawn: Numbers, level: float) -> Interval:
 
 
 def _blocks(resamples: int, images: int) -> Sequence[int]:
-    """Return the numbers of resamples to draw at a time."""
+    """Return how many resamples to draw in each block, so that a block has at most BLOCK random numbers."""
     if resamples < 1:
         raise ValueError(f"resamples = {resamples}; expected at least 1")
     most = max(1, min(resamples, BLOCK // images))

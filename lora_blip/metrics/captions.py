@@ -1,4 +1,4 @@
-"""Caption scores of the COCO evaluation (Chen et al. 2015), through `pycocoevalcap`.
+"""Compute the caption scores of the COCO evaluation (Chen et al. 2015) with `pycocoevalcap`.
 
 `pip install "lora_blip[metrics]"` installs the scorers. METEOR and SPICE also need Java. Nothing is downloaded.
 """
@@ -21,7 +21,7 @@ from lora_blip.metrics.tokens import plain
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 COCO = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 NAMES = ("exact match", *COCO)
-MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # the means of their scores by image
+MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # each is the mean of its scores by image
 MISSING = 'pycocoevalcap is not installed: pip install "lora_blip[metrics]"'
 PTB, PLAIN = "PTBTokenizer (Stanford CoreNLP 3.4.1)", "lora_blip's own, without Java"
 NOTHING_RARE = (
@@ -37,9 +37,9 @@ class Scores:
     values: each name of NAMES → the score of the whole set, or None if it could not be computed.
     per_image: name → the score of each image, in the order of the predictions. CIDEr, ROUGE-L, SPICE and exact match are the
     means of these; BLEU and METEOR are not.
-    reasons: name → why there is no value, or why the value has no meaning.
-    tokenizer: the tokenizer of the scores, "" if none was used.
-    bleu_counts: (images, 10); BLEU is a function of their sum, see `bleu`.
+    reasons: name → the reason why there is no value, or why the value has no meaning.
+    tokenizer: the name of the tokenizer; "" if the scores need none.
+    bleu_counts: (images, 10); `bleu` computes BLEU from their sum.
     """
 
     values: dict[str, float | None]
@@ -55,17 +55,18 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     references: for each prediction, all captions of its image.
     names: METEOR and SPICE are slow, and are computed only if they are in `names`.
 
-    With Java, PTBTokenizer finds the words, and every score equals pycocoevalcap's. Without Java, `tokens.plain` does; then
-    METEOR and SPICE are None, and the others are equal on captions with everyday quotes, contractions, numbers and hyphens.
-    If a tenth of the texts contain an exception of `tokens.plain`, they differ by at most 0.01 (CIDEr by 0.1).
+    With Java, PTBTokenizer splits the texts into words, and every score equals pycocoevalcap's. Without Java, `tokens.plain`
+    splits them, and METEOR and SPICE are None. The other scores are equal for captions with everyday quotes, contractions,
+    numbers and hyphens. If a tenth of the texts contain an exception of `tokens.plain`, they differ by at most 0.01 (CIDEr by
+    0.1).
 
-    CIDEr weights an n-gram by the logarithm of images / images with it. So it depends on all images that are scored together,
-    and is 0 for a single image or for equal references.
+    CIDEr weights an n-gram by log(images / images whose references contain it). So the CIDEr of an image depends on the other
+    images, and is 0 for a single image or if all images have the same references.
 
     Raise ValueError for lists of different lengths, no predictions, or an image without references.
     """
     check(predictions, references)
-    matches = [exact_match([said], [right]) for said, right in zip(predictions, references, strict=True)]
+    matches = [exact_match([text], [captions]) for text, captions in zip(predictions, references, strict=True)]
     values: dict[str, float | None] = dict.fromkeys(NAMES)
     values["exact match"] = sum(matches) / len(matches)
     per_image = {"exact match": matches}
@@ -73,20 +74,20 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     if package is None:
         return Scores(values, per_image, dict.fromkeys(COCO, MISSING))
 
-    said, right, tokenizer, no_java = tokenised(predictions, references, package)
+    predicted, right, tokenizer, no_java = tokenised(predictions, references, package)
     reasons = dict.fromkeys(("METEOR", "SPICE"), no_java) if no_java else {}
-    counts = bleu_counts(said, right)
+    counts = bleu_counts(predicted, right)
     for place, name in enumerate(BLEU):
         values[name] = float(bleu(counts.sum(0), place + 1))
         per_image[name] = bleu(counts, place + 1).tolist()
-    values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(said, right)
-    values["CIDEr"], per_image["CIDEr"], nothing_rare = cider(said, right)
+    values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(predicted, right)
+    values["CIDEr"], per_image["CIDEr"], nothing_rare = cider(predicted, right)
     if nothing_rare:
         reasons["CIDEr"] = NOTHING_RARE
     for name, score in (("METEOR", java.meteor), ("SPICE", java.spice)):
         if name in names and name not in reasons:
             try:
-                whole, by_image = score(said, right, package)
+                whole, by_image = score(predicted, right, package)
             except JavaError as error:
                 reasons[name] = str(error)
                 continue
@@ -122,7 +123,7 @@ def package_folder() -> Path | None:
 def tokenised(
     predictions: list[str], references: list[list[str]], package: Path
 ) -> tuple[list[str], list[list[str]], str, str]:
-    """Return tokenized predictions and references, the tokenizer, and why it is not Java's ("" if it is)."""
+    """Return the tokenized predictions and references, the tokenizer's name, and why Java's was not used, or ""."""
     texts = [*predictions, *(text for right in references for text in right)]
     try:
         words, name, why = java.tokenise(texts, package), PTB, ""
@@ -132,11 +133,15 @@ def tokenised(
     return words[: len(predictions)], [[next(following) for _ in right] for right in references], name, why
 
 
-def bleu_counts(said: list[str], right: list[list[str]]) -> NDArray[np.float64]:
-    """Return (images, 10): matching and predicted n-grams (n = 1..4), predicted words, words of the nearest reference."""
+def bleu_counts(predictions: list[str], references: list[list[str]]) -> NDArray[np.float64]:
+    """Return counts for BLEU, (images, 10).
+
+    Columns: matching n-grams (n = 1..4), predicted n-grams (n = 1..4), words of the prediction, and words of the reference
+    with the nearest length.
+    """
     scorer = import_module("pycocoevalcap.bleu.bleu_scorer").BleuScorer(n=4)
-    for prediction, references in zip(said, right, strict=True):
-        scorer += (prediction, references)
+    for prediction, texts in zip(predictions, references, strict=True):
+        scorer += (prediction, texts)
     rows = []
     for image in scorer.ctest:
         nearest = min((abs(length - image["testlen"]), length) for length in image["reflen"])[1]
@@ -145,43 +150,45 @@ def bleu_counts(said: list[str], right: list[list[str]]) -> NDArray[np.float64]:
 
 
 def bleu(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:
-    """Return BLEU of n = 1..order from summed counts (…, 10): brevity · (Π matches / predicted)^(1/order).
+    """Return BLEU from summed counts (…, 10): brevity penalty · (Π over n = 1..order of matches / predicted)^(1/order).
 
-    See Papineni et al. 2002, section 2.3. The tiny constants are pycocoevalcap's: they make 0 / 0 = 0.
+    See Papineni et al. 2002, section 2.3. The tiny constants are pycocoevalcap's. They make 0 / 0 equal 0.
     """
-    matches, said, length, nearest = counts[..., :order], counts[..., 4 : 4 + order], counts[..., 8], counts[..., 9]
-    precision = np.prod((matches + 1e-15) / (said + 1e-9), axis=-1) ** (1 / order)
+    matches, predicted, length, nearest = counts[..., :order], counts[..., 4 : 4 + order], counts[..., 8], counts[..., 9]
+    precision = np.prod((matches + 1e-15) / (predicted + 1e-9), axis=-1) ** (1 / order)
     ratio = (length + 1e-15) / (nearest + 1e-9)
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def rouge_l(said: list[str], right: list[list[str]]) -> tuple[float, list[float]]:
-    """Return the mean and the scores by image (Lin 2004).
+def rouge_l(predictions: list[str], references: list[list[str]]) -> tuple[float, list[float]]:
+    """Return the mean of ROUGE-L and its scores by image (Lin 2004).
 
-    Each is F, β = 1.2, of the longest common subsequence, from the best precision and best recall over the references.
+    The score of an image is the F measure (β = 1.2) of the best precision and the best recall over its references, both
+    computed from the longest common subsequence.
     """
     scorer = import_module("pycocoevalcap.rouge.rouge").Rouge()
-    scores = [float(scorer.calc_score([prediction], references)) for prediction, references in zip(said, right, strict=True)]
+    scores = [float(scorer.calc_score([prediction], texts)) for prediction, texts in zip(predictions, references, strict=True)]
     return sum(scores) / len(scores), scores
 
 
-def cider(said: list[str], right: list[list[str]]) -> tuple[float, list[float], bool]:
-    """Return CIDEr-D as pycocoevalcap computes it: mean, by image, and True if all weights are 0."""
+def cider(predictions: list[str], references: list[list[str]]) -> tuple[float, list[float], bool]:
+    """Return CIDEr-D as pycocoevalcap computes it: the mean, the scores by image, and True if all weights are 0."""
     scorer = import_module("pycocoevalcap.cider.cider_scorer").CiderScorer(n=4, sigma=6.0)
-    for prediction, references in zip(said, right, strict=True):
-        scorer += (prediction, references)
-    if not any(any(grams) for grams in scorer.crefs):  # references of only punctuation, on which the scorer fails
-        return 0.0, [0.0] * len(said), True
+    for prediction, texts in zip(predictions, references, strict=True):
+        scorer += (prediction, texts)
+    if not any(any(grams) for grams in scorer.crefs):  # the references have only punctuation; the scorer would fail
+        return 0.0, [0.0] * len(predictions), True
     mean, scores = scorer.compute_score()
-    known = [images for images in scorer.document_frequency.values() if images]  # a look-up adds an n-gram with 0
-    return float(mean), [float(score) for score in scores], min(known) == len(said)
+    known = [images for images in scorer.document_frequency.values() if images]  # 0: no reference has the n-gram
+    return float(mean), [float(score) for score in scores], min(known) == len(predictions)
 
 
 def intervals(scores: Scores, seed: int = 0) -> dict[str, Interval]:
     """Return 95 % bootstrap intervals over images, for every score that has a value except METEOR.
 
-    BLEU is computed from the summed counts of each resample. The others are means of their scores by image, and CIDEr keeps
-    the weights of the whole set. METEOR of a set is not a mean, and Java does not return its counts.
+    BLEU is computed from the summed counts of each resample. The other scores are means of the scores by image; for CIDEr,
+    the weights of n-grams stay those of all images. METEOR has no interval: it is not a mean, and Java does not return its
+    counts.
     """
     found = {name: bootstrap.of_mean(scores.per_image[name], seed=seed) for name in MEANS if name in scores.per_image}
     if len(scores.bleu_counts):
@@ -191,7 +198,7 @@ def intervals(scores: Scores, seed: int = 0) -> dict[str, Interval]:
 
 
 def gains(adapted: Scores, base: Scores, seed: int = 0) -> dict[str, Interval]:
-    """Return 95 % bootstrap intervals of adapted − base, paired: over the same resampled images. Names as in `intervals`.
+    """Return 95 % bootstrap intervals of adapted − base, for the names of `intervals`. Resamples are paired.
 
     Raise ValueError if the two have different numbers of images.
     """

@@ -7,15 +7,18 @@ MARK = re.compile(r"\s*([^\w\s])\s*")  # a punctuation mark and the spaces aroun
 
 
 def normal(text: str) -> str:
-    """Normalise a text: ignore case, accents, spaces at punctuation and a final full stop, which BLIP's tokenizer loses."""
+    """Return a text in lower case, without accents, spaces next to punctuation, and final full stops.
+
+    BLIP's tokenizer does not keep these.
+    """
     letters = unicodedata.normalize("NFKD", text.casefold())
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return MARK.sub(r"\1", " ".join(plain.split())).rstrip(".")
 
 
 def exact_match(predictions: list[str], references: list[list[str]]) -> float:
-    """Return the fraction of predictions that equal one of their references, 0 to 1."""
+    """Return the fraction of predictions that equal one of their references after `normal`, 0 to 1."""
     if not predictions:
         raise ValueError("exact match needs at least one prediction")
     pairs = zip(predictions, references, strict=True)
-    return sum(normal(said) in {normal(text) for text in right} for said, right in pairs) / len(predictions)
+    return sum(normal(prediction) in {normal(text) for text in texts} for prediction, texts in pairs) / len(predictions)

@@ -1,8 +1,8 @@
-"""The Java programs of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each with a time limit.
+"""Run the Java programs of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each with a time limit.
 
-The jars are those of `pycocoevalcap`. Its Python wrappers are not used: they write into site-packages, wait forever for a
-process that died, and download a model for SPICE. Here nothing is downloaded, every process ends, and every failure is a
-JavaError with a reason of one line.
+The jars are those of `pycocoevalcap`. Its Python wrappers are not used, because they write into site-packages, wait forever
+for a process that has crashed, and download a model for SPICE. Here, nothing is downloaded, each process ends, and each failure
+is a JavaError with a message of one line.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 from lora_blip.errors import JavaError
 from lora_blip.metrics.tokens import kept
 
-START, EACH = 180.0, 0.1  # time limit in seconds: of a process, and more for each caption or image
+START, EACH = 180.0, 0.1  # time limit in seconds: START for a process, and EACH for each caption or image
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")  # not in pycocoevalcap's package
 
 # The programs write numbers in the system's language. METEOR fails to read its own numbers with a decimal comma.
@@ -39,9 +39,9 @@ def java() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment for Java, with English numbers whatever the system's language is.
+    """Return the environment for Java. Its options make Java write English numbers on every system.
 
-    `_JAVA_OPTIONS` overrides the command line and JAVA_TOOL_OPTIONS, and of its options the last one counts.
+    They are added at the end of `_JAVA_OPTIONS`, which overrides the command line and JAVA_TOOL_OPTIONS. The last option wins.
     """
     return os.environ | {"_JAVA_OPTIONS": " ".join([os.environ.get("_JAVA_OPTIONS", ""), *OPTIONS]).strip()}
 
@@ -59,26 +59,26 @@ def tokenise(captions: list[str], package: Path) -> list[str]:
     )
     found = written.removesuffix("\n").split("\n")
     if len(found) != len(captions):
-        raise JavaError(f"PTBTokenizer gave {len(found)} lines for {len(captions)} captions")
+        raise JavaError(f"PTBTokenizer returned {len(found)} lines for {len(captions)} captions")
     return [kept(line.rstrip().split(" ")) for line in found]
 
 
 def one_line(caption: str) -> str:
-    """Return a caption as one line: one space for white space, and "?" for what UTF-8 cannot encode."""
+    """Return a caption in one line, with one space between words and "?" for characters that UTF-8 cannot encode."""
     return " ".join(caption.encode("utf-8", "replace").decode().split())
 
 
 def meteor(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
     """Return METEOR 1.5 for English, with normalisation, of the set and by image (Denkowski and Lavie 2014).
 
-    The score of the set is computed from the summed counts. It is not the mean over images. Raise JavaError on failure.
+    The score of the set is computed from summed counts; it is not the mean of the scores by image. Raise JavaError on failure.
     """
     jar = package / "meteor" / "meteor-1.5.jar"
     command = [java(), *OPTIONS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with _conversation(command, _limit(len(predictions))) as ask:
         counts = []
-        for said, right in zip(predictions, references, strict=True):
-            fields = [" ".join(one_line(text).replace("|||", " ").split()) for text in [*right, said]]
+        for prediction, texts in zip(predictions, references, strict=True):
+            fields = [" ".join(one_line(text).replace("|||", " ").split()) for text in [*texts, prediction]]
             counts.append(ask("SCORE ||| " + " ||| ".join(fields), 1)[0])
         *by_image, whole = (float(line) for line in ask("EVAL ||| " + " ||| ".join(counts), len(counts) + 1))
     return whole, by_image
@@ -130,12 +130,14 @@ def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
 
 @contextmanager
 def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, int], list[str]]]:
-    """Start a process, and yield a function that sends a line and returns `answers` lines. End the process after the block.
+    """Start a process, and yield a function `ask(line, answers)` that sends a line and returns that number of lines.
+
+    The process ends with the block.
 
     Raise JavaError if the process fails or runs longer than `limit` seconds.
     """
     late = threading.Event()
-    with tempfile.TemporaryFile() as errors:  # not a pipe, which would fill up because nothing reads it
+    with tempfile.TemporaryFile() as errors:  # a file: nothing reads it until the end, and a pipe would be full
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment()

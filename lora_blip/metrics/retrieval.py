@@ -1,4 +1,4 @@
-"""Recall of retrieval, image to text and text to image, from a matrix of scores."""
+"""Compute the recall of retrieval, from image to text and from text to image, from a matrix of scores."""
 
 from typing import Any
 
@@ -12,33 +12,37 @@ Ranks = NDArray[np.int64]
 
 
 def recalls(scores: ArrayLike, image_of_text: ArrayLike) -> dict[str, float]:
-    """Return recalls and ranks of scores (images, texts), both ways. A higher score is a better match.
+    """Return recalls and ranks from image to text and from text to image, for scores (images, texts).
 
-    image_of_text: (texts,) the row of each text's image, or (images, texts) booleans if a text matches several images, such
-    as equal captions. If several are right, the best-ranked counts (Karpathy and Fei-Fei 2015). Ties count against the model:
-    rank = 1 + the number of wrong ones that score at least as high. So a constant score has no recall.
+    A higher score means a better match.
 
-    Keys: image_to_text_r1, _r5, _r10 (fractions of ranks up to 1, 5, 10), _mean_rank, _median_rank; the same for
-    text_to_image_. Images without a text are only distractors.
+    image_of_text: (texts,) the index of each text's image. If a text belongs to several images, as equal captions do, give
+    (images, texts) booleans.
 
-    Raise ValueError for shapes that do not match, a score that is NaN, or a text without an image.
+    The rank of a query is that of its best match, as in Karpathy and Fei-Fei 2015: 1 + the number of wrong candidates whose
+    score is at least as high. So a tie counts as an error, and constant scores have a recall of 0.
+
+    The keys of the result are image_to_text_r1, _r5, _r10 (the fraction of ranks that are at most 1, 5 and 10), _mean_rank and
+    _median_rank, and the same for text_to_image. An image without a text is a candidate, but not a query.
+
+    Raise ValueError if the shapes do not match, a score is NaN, or a text belongs to no image.
     """
     by_image, by_text = ranks(scores, image_of_text)
     return summary("image_to_text", by_image) | summary("text_to_image", by_text)
 
 
 def ranks(scores: ArrayLike, image_of_text: ArrayLike) -> tuple[Ranks, Ranks]:
-    """Return the ranks of the images that have a text, in order, and of the texts (texts,). The best rank is 1."""
+    """Return the ranks of the images that have a text, (images with a text,), and of the texts, (texts,). The best is 1."""
     table = np.asarray(scores)
     if table.ndim != 2 or not table.size:
         raise ValueError(f"scores of shape {table.shape}; expected (images, texts)")
     right = relation(image_of_text, (len(table), table.shape[1]))
-    asked = right.any(1)
-    return row_ranks(table[asked], right[asked]), row_ranks(table.T, right.T)
+    has_text = right.any(1)
+    return row_ranks(table[has_text], right[has_text]), row_ranks(table.T, right.T)
 
 
 def relation(image_of_text: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return (images, texts) booleans: which belong together. Raise ValueError as in `recalls`."""
+    """Return (images, texts) booleans: True if image and text belong together. Raise ValueError as in `recalls`."""
     given = np.asarray(image_of_text)
     images, texts = shape
     if given.dtype == np.bool_:
@@ -46,7 +50,7 @@ def relation(image_of_text: ArrayLike, shape: tuple[int, int]) -> NDArray[np.boo
     elif given.shape == (texts,) and given.min() >= 0 and given.max() < images and np.issubdtype(given.dtype, np.integer):
         right = given == np.arange(images)[:, None]
     else:
-        raise ValueError(f"image_of_text must contain {texts} rows of 0..{images - 1}, or {shape} booleans")
+        raise ValueError(f"image_of_text must contain {texts} indices of 0..{images - 1}, or booleans of shape {shape}")
     if right.shape != shape:
         raise ValueError(f"a relation of shape {right.shape} for scores of shape {shape}")
     if not right.any(0).all():
@@ -55,19 +59,19 @@ def relation(image_of_text: ArrayLike, shape: tuple[int, int]) -> NDArray[np.boo
 
 
 def row_ranks(scores: NDArray[Any], right: NDArray[np.bool_]) -> Ranks:
-    """Return the rank of each row's best right column (rows,): 1 + the number of wrong columns that score at least as high."""
+    """Return the rank of the best right column of each row, (rows,): 1 + the wrong columns whose score is at least as high."""
     found = []
     step = max(1, BLOCK // scores.shape[1])
     for start in range(0, len(scores), step):
-        rows, mine = scores[start : start + step], right[start : start + step]
+        rows, is_right = scores[start : start + step], right[start : start + step]
         if np.isnan(rows).any():
             raise ValueError("a score is NaN")
-        best = np.where(mine, rows, -np.inf).max(1, keepdims=True)
-        found.append(1 + ((rows >= best) & ~mine).sum(1))
+        best = np.where(is_right, rows, -np.inf).max(1, keepdims=True)
+        found.append(1 + ((rows >= best) & ~is_right).sum(1))
     return np.concatenate(found)
 
 
 def summary(way: str, found: Ranks) -> dict[str, float]:
-    """Return the fractions of ranks up to 1, 5 and 10, their mean and their median."""
+    """Return the fractions of ranks that are at most 1, 5 and 10, and the mean and median rank. `way` begins each key."""
     shares = {f"{way}_r{most}": float((found <= most).mean()) for most in RECALLS}
     return shares | {f"{way}_mean_rank": float(found.mean()), f"{way}_median_rank": float(np.median(found))}

@@ -6,8 +6,8 @@ finds nearly the same words without Java. Its rules were derived from the output
 
 import re
 
-# Tokens that coco-caption removes (Chen et al. 2015, section 3). Its names of brackets are in capitals, but the words are in
-# lower case then. So brackets are not removed, and every published score contains them as -lrb- and -rrb-.
+# Tokens that coco-caption removes (Chen et al. 2015, section 3). Its names of brackets are in capitals, but the texts are in
+# lower case. So it does not remove brackets, and published scores count them as the words -lrb- and -rrb-.
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 
 SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -50,7 +50,7 @@ def kept(words: list[str]) -> str:
 
 
 def plain(caption: str) -> str:
-    """Return nearly the same words as PTBTokenizer with coco-caption's punctuation list, joined by spaces.
+    """Return nearly the same words as PTBTokenizer, without coco-caption's punctuation, joined by spaces.
 
     "It's a man's (red) T-shirt." → "it 's a man 's -lrb- red -rrb- t-shirt". The words equal PTBTokenizer's in
     97 % of 1,900 sentences of technical prose. Exceptions: code, mark-up, abbreviations that are not in DOTTED, smileys, and

@@ -1,4 +1,4 @@
-"""VQA accuracy (Antol et al. 2015, section 3): min(people who gave the answer / 3, 1).
+"""Compute VQA accuracy (Antol et al. 2015, section 3): min(number of people who gave the answer / 3, 1).
 
 The rules and their order are those of the official evaluation, github.com/GT-Vision-Lab/VQA, vqaEval.py.
 """
@@ -6,7 +6,7 @@ The rules and their order are those of the official evaluation, github.com/GT-Vi
 import re
 from collections import Counter
 
-FEWEST = 4  # answers; with fewer, less than three remain after one is left out, so that no answer could score 1
+FEWEST = 4  # answers that the formula needs: it leaves out one, and three equal ones must remain for a score of 1
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -35,8 +35,8 @@ CONTRACTIONS = {spelt: word for word in SHORTENED for spelt in without_one_mark(
 def normal(answer: str) -> str:
     """Normalise an answer as the official evaluation does: punctuation, case, number words, articles, contractions.
 
-    A mark is removed if it is next to a space anywhere in the answer, or if a number contains a comma. Otherwise it becomes a
-    space.
+    A mark is removed if one such mark in the answer is next to a space, or if a number in the answer contains a comma.
+    Otherwise it becomes a space.
     "The U.S. flag, isnt it?" → "us flag isn't it"; "1,000" → "1000"; "two-story" → "two story".
     """
     flat = text = strip(answer)
@@ -54,13 +54,17 @@ def strip(answer: str) -> str:
 
 
 def accuracy(prediction: str, answers: list[str]) -> float:
-    """Return the accuracy of one prediction, 0 to 1: min(equal answers / 3, 1), averaged over leaving each answer out.
+    """Return the accuracy of one prediction, 0 to 1.
 
-    answers: those that people gave to the question, ten in VQA. As in the official code, prediction and answers are
-    normalised only if the answers differ. If all are equal, they are compared as written ("two" is then not "2"), but without
-    case. That is our only exception for ten answers: the official code gives `red` 0 if all ten are `Red`, and BLIP's
-    tokenizer writes only lower case. With fewer than four answers, return 1 if the prediction equals any of them, both
-    normalised, else 0. Raise ValueError for no answers.
+    It is the mean of min(equal answers / 3, 1) over all ways to leave out one answer.
+
+    answers: the answers that people gave to the question; VQA has ten. As in the official code, prediction and answers are
+    normalised only if the answers differ. If all answers are equal, texts are compared as written ("two" is not "2"), except
+    that case is ignored. The official code does not ignore it: it gives "red" 0 if all ten answers are "Red", and BLIP's
+    tokenizer writes only lower case.
+
+    With fewer than FEWEST answers, return 1 if the prediction equals one of them after normalisation, otherwise 0. Raise
+    ValueError if there are no answers.
     """
     if not answers:
         raise ValueError("VQA accuracy needs at least one answer")
@@ -70,13 +74,13 @@ def accuracy(prediction: str, answers: list[str]) -> float:
     if len(set(given)) > 1:
         predicted, given = normal(predicted), [normal(answer) for answer in given]
     equal = Counter(answer.lower() for answer in given)[predicted.lower()]
-    # the answer that is left out is an equal one in `equal` of the cases, and another one in the rest
+    # in `equal` cases, the answer that is left out is an equal one; in the other cases it is a different one
     return (equal * min(1, (equal - 1) / 3) + (len(given) - equal) * min(1, equal / 3)) / len(given)
 
 
 def vqa_accuracies(predictions: list[str], answers: list[list[str]]) -> list[float]:
     """Return the accuracy of each question. Raise ValueError if the lengths differ or a question has no answers."""
-    return [accuracy(said, given) for said, given in zip(predictions, answers, strict=True)]
+    return [accuracy(prediction, given) for prediction, given in zip(predictions, answers, strict=True)]
 
 
 def vqa_accuracy(predictions: list[str], answers: list[list[str]]) -> float:
