@@ -55,8 +55,8 @@ mutants: .venv/.dev
 bases: .venv/.plots
 	$(PYTHON) -m toyworld.pretrain blip --out assets/tiny-blip
 	$(PYTHON) -m toyworld.pretrain blip2 --out assets/tiny-blip2
-	$(PYTHON) -m toyworld.heirs vqa --out assets/tiny-blip-vqa
-	$(PYTHON) -m toyworld.heirs itm --out assets/tiny-blip-itm
+	$(PYTHON) -m toyworld.task_bases vqa --out assets/tiny-blip-vqa
+	$(PYTHON) -m toyworld.task_bases itm --out assets/tiny-blip-itm
 
 .venv/.plots .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	@echo "Installing torch, transformers and their libraries into .venv, once: about two minutes, longer with CUDA's libraries."

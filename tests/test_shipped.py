@@ -15,7 +15,7 @@ from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.registry import TASKS, natural_task
 from toyworld.cubes import cube_scene, ten_answers
 from toyworld.pretrain import pixels
-from toyworld.questions import asked, sentences, taught
+from toyworld.questions import finetuning_questions, pretraining_questions, sentences
 from toyworld.scenes import Scene, Thing, flat_scene, render_flat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def test_a_base_is_small_and_knows_its_own_world(name):
     scenes = [flat_scene(rng) for _ in range(40)]
     pictures = pixels([np.asarray(render_flat(scene, rng)[0]) for scene in scenes], backbone)
     texts = [scene.caption("shape") for scene in scenes]
-    pairs = [rng.choice(asked(scene, rng)) for scene in scenes]
+    pairs = [rng.choice(pretraining_questions(scene, rng)) for scene in scenes]
     examples = [example(text, question) for text, (question, _) in zip(texts, pairs, strict=True)]
     if name == "tiny-blip-itm":
         choices = list(dict.fromkeys(texts))
@@ -72,14 +72,14 @@ def test_the_candidates_are_fifty_and_no_two_alike():
 
 def test_questions_and_sentences_are_true_of_the_scene():
     assert sentences(RED_ON_BLUE) == ["a red cube on top of a blue cube", "a blue cube under a red cube"]
-    assert dict(taught(RED_ON_BLUE)) == {
+    assert dict(finetuning_questions(RED_ON_BLUE)) == {
         "what is on top of the blue cube?": "a red cube",
         "what is under the red cube?": "a blue cube",
         "where is the blue cube?": "under a red cube",
         "how many cubes are there?": "two",
     }
     assert sentences(Scene(())) == ["no cube is present in the image"]
-    assert dict(taught(Scene((Thing("cube", "orange"),))))["what is on the table?"] == "an orange cube"
+    assert dict(finetuning_questions(Scene((Thing("cube", "orange"),))))["what is on the table?"] == "an orange cube"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -87,7 +87,11 @@ def test_no_question_has_two_answers(seed):
     """A question that fits both things of a scene would be learned as noise."""
     rng = random.Random(seed)
     for scene in (flat_scene(rng), cube_scene(rng, unseen=False)):
-        pairs = asked(scene, rng) if scene.things and scene.things[0].noun != "cube" else taught(scene)
+        pairs = (
+            pretraining_questions(scene, rng)
+            if scene.things and scene.things[0].noun != "cube"
+            else finetuning_questions(scene)
+        )
         assert len(dict(pairs)) == len(set(pairs))
 
 
@@ -102,6 +106,6 @@ def test_a_base_answers_alike_whatever_the_batch():
     task, rng = TASKS["vqa"](backbone), random.Random(1)
     scene = flat_scene(rng, share_single=0, share_empty=0)
     picture = pixels([np.asarray(render_flat(scene, rng)[0])], backbone)
-    examples = [example("", question) for question, _ in asked(scene, rng)]
+    examples = [example("", question) for question, _ in pretraining_questions(scene, rng)]
     together = task.predict(torch.cat([picture] * len(examples)), examples)
     assert together == [task.predict(picture, [one])[0] for one in examples]

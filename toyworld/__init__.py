@@ -1,1 +1,1 @@
-"""Makes everything that the repository ships: scenes, tokenizers, pre-trained tiny bases, demo photos."""
+"""Create what the repository contains: scenes, tokenizers, pre-trained tiny bases and the images of the demos."""

@@ -1,9 +1,9 @@
-"""Draw the shipped cubes: `python -m toyworld.cubes` writes image_train/, annotations.jsonl and image_test/.
+"""Draw the cubes of the demos: `python -m toyworld.cubes` writes image_train/, annotations.jsonl and image_test/.
 
-Beside the pictures lie questions.jsonl and sentences.jsonl, for question answering and retrieval.
+Each folder also gets questions.jsonl, for question answering, and sentences.jsonl, for retrieval.
 
-Some ordered pairs of colours are never shown in training, so that image_test can ask whether the adapter
-learned cubes or learned the pictures by heart.
+The training images lack some ordered pairs of colours. image_test has them as a separate group, which shows whether an adapter
+has learned cubes or only remembers images.
 """
 
 import argparse
@@ -11,19 +11,19 @@ import json
 import random
 from pathlib import Path
 
-from toyworld.questions import sentences, taught
+from toyworld.questions import finetuning_questions, sentences
 from toyworld.scenes import COLOURS, Scene, Thing, render_cubes
 
-UNSEEN_PAIRS = {(a, COLOURS[(i + 2) % len(COLOURS)]) for i, a in enumerate(COLOURS)}  # each colour once above, once below
+UNSEEN_PAIRS = {(a, COLOURS[(i + 2) % len(COLOURS)]) for i, a in enumerate(COLOURS)}  # each colour once first, once second
 RELATIONS = ("on top of", "to the left of")
 TRAIN, NEW, UNSEEN = 300, 100, 60
-ASKED = 2  # questions of each picture
-CANDIDATES = 50  # sentences of image_test, no two alike
-Drawn = list[tuple[str, Scene, str]]  # picture, what it shows, group
+QUESTIONS = 2  # questions about each image
+CANDIDATES = 50  # different sentences of image_test
+Drawn = list[tuple[str, Scene, str]]  # file name, scene, group
 
 
 def cube_scene(rng: random.Random, unseen: bool) -> Scene:
-    """A scene of world B whose pair of colours is one of UNSEEN_PAIRS, or is none of them."""
+    """Return a scene of world B. If `unseen`, it has a pair of colours of UNSEEN_PAIRS; otherwise it has no such pair."""
     draw = 1.0 if unseen else rng.random()
     if draw < 0.06:
         return Scene(())
@@ -35,7 +35,7 @@ def cube_scene(rng: random.Random, unseen: bool) -> Scene:
 
 
 def write(folder: Path, annotations: Path, scenes: list[tuple[Scene, str]], rng: random.Random) -> Drawn:
-    """Pictures into `folder` and a line each into `annotations`, with paths relative to the annotations."""
+    """Write the images to `folder`, and a line for each to `annotations`, with paths relative to the annotations."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (scene, group) in enumerate(scenes):
@@ -46,12 +46,12 @@ def write(folder: Path, annotations: Path, scenes: list[tuple[Scene, str]], rng:
     return [(f"{number:03d}.png", scene, group) for number, (scene, group) in enumerate(scenes)]
 
 
-def line(image: str, group: str, **said: object) -> str:
-    return json.dumps({"image": image, **said} | ({"group": group} if group else {}))
+def line(image: str, group: str, **texts: object) -> str:
+    return json.dumps({"image": image, **texts} | ({"group": group} if group else {}))
 
 
 def ten_answers(answer: str) -> list[str]:
-    """As ten people would give them: some leave the article out, one the noun."""
+    """Return ten answers, as from ten people: some without the article, and one without the noun."""
     if not answer.startswith(("a ", "an ")):
         return [answer] * 10
     bare = answer.split(" ", 1)[1]
@@ -61,19 +61,19 @@ def ten_answers(answer: str) -> list[str]:
 def write_questions(path: Path, drawn: Drawn, rng: random.Random) -> None:
     lines = []
     for image, scene, group in drawn:
-        for question, answer in rng.sample(taught(scene), ASKED):
+        for question, answer in rng.sample(finetuning_questions(scene), QUESTIONS):
             lines.append(line(image, group, question=question, answers=ten_answers(answer)))
     path.write_text("\n".join(lines) + "\n")
 
 
 def write_sentences(path: Path, drawn: Drawn) -> None:
-    """Every way to say each picture."""
+    """Write a line for each sentence of each image."""
     lines = [line(image, group, text=text) for image, scene, group in drawn for text in sentences(scene)]
     path.write_text("\n".join(lines) + "\n")
 
 
 def write_candidates(path: Path, drawn: Drawn) -> None:
-    """The turned round sentences of CANDIDATES pictures, no two of which say the same."""
+    """Write the sentences with reversed relations of CANDIDATES images. All sentences are different."""
     chosen = list({sentences(scene)[-1]: (image, group) for image, scene, group in reversed(drawn)}.items())[:CANDIDATES]
     path.write_text("\n".join(line(image, group, text=text) for text, (image, group) in reversed(chosen)) + "\n")
 

@@ -1,7 +1,7 @@
-"""Pre-train an embedded base from nothing on world A: `python -m toyworld.pretrain blip --out assets/tiny-blip`.
+"""Pre-train an embedded base on world A, from random weights: `python -m toyworld.pretrain blip --out assets/tiny-blip`.
 
-The whole model is trained (no LoRA here): images with their captions, and in 15 % of the steps text alone,
-so that the language side has read many words, "cube" among them, which no picture has ever shown it.
+All weights are trained, without LoRA. Most steps use images with captions; 15 % of the steps use sentences without images. So
+the language model has read many words that no image shows, such as "cube".
 """
 
 import argparse
@@ -36,10 +36,10 @@ from toyworld.vocabulary import blip_tokenizer, image_processor, opt_tokenizer
 from toyworld.words import sentence
 
 WIDTH, HEADS, PATCH, QUERIES = 128, 4, 16, 8
-INIT_STD = 0.06  # 0.02 did not learn in this time
-POSITION_SCALE, PATCH_STD = 0.5, 0.02  # so that where a patch is can be told as easily as what colour it has
-TEXT_ONLY = 0.15  # share of the steps
-EASY_STEPS = 800  # mostly single things at first
+INIT_STD = 0.06  # standard deviation of the first weights; with 0.02 the model did not learn in this number of steps
+POSITION_SCALE, PATCH_STD = 0.5, 0.02  # so that the position of a patch is as visible to the model as its colour
+TEXT_ONLY = 0.15  # share of the steps without images
+EASY_STEPS = 800  # first steps, in which most images show a single thing
 IGNORE = -100
 
 
@@ -80,12 +80,12 @@ def build_blip2() -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), initializer_range=INIT_STD,
     )  # fmt: skip
     model = Blip2ForConditionalGeneration(config)
-    model.query_tokens.data.normal_(std=0.5)  # zeros would leave every query the same for ever
+    model.query_tokens.data.normal_(std=0.5)  # with zeros, all queries would always stay equal
     return model, processor
 
 
 def pixels(pictures: list[np.ndarray], processor: BlipProcessor | Blip2Processor) -> Tensor:
-    """uint8 (H, W, 3) pictures of the right size → normalised float (images, 3, H, W)."""
+    """Return the pixel values (images, 3, H, W) of images (H, W, 3) uint8 that have the model's size."""
     values = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
@@ -93,7 +93,7 @@ def pixels(pictures: list[np.ndarray], processor: BlipProcessor | Blip2Processor
 
 
 def patch_classes(maps: list[np.ndarray]) -> Tensor:
-    """Per-pixel classes (H, W) → one per patch (images, patches): of what covers a quarter of it, else 0."""
+    """Return the class of each patch, (images, patches), from maps (H, W): that of a thing on over a quarter of it, or 0."""
     grid = SIZE // PATCH
     tiles = np.stack(maps).reshape(-1, grid, PATCH, grid, PATCH).swapaxes(2, 3).reshape(-1, PATCH * PATCH)
     classes = np.zeros(len(tiles), dtype=np.int64)
@@ -105,9 +105,9 @@ def patch_classes(maps: list[np.ndarray]) -> Tensor:
 
 
 def grid_positions(width: int, grid: int) -> Tensor:
-    """Sines and cosines of row and column (1 + patches, width): where a patch is, ready to be compared.
+    """Return position embeddings (1 + patches, width): sines and cosines of row and column, and zeros for the class token.
 
-    As Dosovitskiy et al. 2021 (arXiv:2010.11929) find learned ones become; the class token gets zeros.
+    Learned position embeddings become similar to these (Dosovitskiy et al. 2021, arXiv:2010.11929).
     """
     rates = 1.0 / 30 ** torch.linspace(0, 1, width // 4)
     steps = torch.arange(grid)[:, None] * rates  # (grid, width / 4)
@@ -124,7 +124,7 @@ def picture_batch(rng: random.Random, size: int, easy: bool) -> tuple[list[np.nd
 
 
 def token_rows(texts: list[str], processor: BlipProcessor | Blip2Processor) -> tuple[Tensor, Tensor]:
-    """Ids (rows, tokens), opened by BOS and closed by the end token, and their attention mask."""
+    """Return token ids (texts, tokens), from the BOS token to the end token, and their attention mask."""
     tokenizer = processor.tokenizer
     blip = isinstance(processor, BlipProcessor)
     first, last = tokenizer.bos_token_id, tokenizer.sep_token_id if blip else tokenizer.eos_token_id
@@ -136,20 +136,20 @@ def token_rows(texts: list[str], processor: BlipProcessor | Blip2Processor) -> t
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy of each token from those before it; padding does not count."""
+    """Return the mean cross-entropy of each token given the tokens before it, without padding."""
     labels = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
-def language_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, seen: Tensor | None) -> Tensor:
-    """Logits (rows, tokens, vocabulary) of either family; `seen` are the ViT's states, None for text alone."""
+def language_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor | None) -> Tensor:
+    """Return logits (texts, tokens, vocabulary) of BLIP or BLIP-2. `states` are the ViT's; None: without an image."""
     if isinstance(model, BlipForConditionalGeneration):
-        return model.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).logits
+        return model.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=states).logits
     embeds = model.get_input_embeddings()(ids)
-    positions = torch.arange(ids.shape[1]) + QUERIES  # as if the image stood before the text
-    if seen is not None:
+    positions = torch.arange(ids.shape[1]) + QUERIES  # as if the queries of an image were before the text
+    if states is not None:
         queries = model.query_tokens.expand(len(ids), -1, -1)
-        prefix = model.language_projection(model.qformer(query_embeds=queries, encoder_hidden_states=seen)[0])
+        prefix = model.language_projection(model.qformer(query_embeds=queries, encoder_hidden_states=states)[0])
         embeds = torch.cat([prefix, embeds], dim=1)
         mask = torch.cat([mask.new_ones(len(ids), QUERIES), mask], dim=1)
         positions = torch.arange(embeds.shape[1])
@@ -158,7 +158,7 @@ def language_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, seen: Ten
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3 %, then half a cosine down to 1 % of the peak."""
+    """Return the learning rate: linear warm-up over the first 3 % of the steps, then a cosine down to 1 % of the peak."""
     warm = max(1, steps * 3 // 100)
     if step < warm:
         return peak * (step + 1) / warm
@@ -167,21 +167,21 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 @torch.no_grad()
 def exact_match(model: PreTrainedModel, processor: BlipProcessor | Blip2Processor, seed: int, count: int) -> float:
-    """Share of new world A pictures whose greedy caption is right to the letter."""
+    """Return the fraction of new images of world A whose greedy caption is exactly right."""
     model.eval()
     rng, right = random.Random(seed), 0
     for _ in range(count // 50):
         pictures, _, captions = picture_batch(rng, 50, easy=False)
         ids = model.generate(pixel_values=pixels(pictures, processor), max_new_tokens=20, num_beams=1)
-        said = processor.batch_decode(ids, skip_special_tokens=True)
-        right += sum(a.strip() == b for a, b in zip(said, captions, strict=True))
+        predictions = processor.batch_decode(ids, skip_special_tokens=True)
+        right += sum(a.strip() == b for a, b in zip(predictions, captions, strict=True))
     model.train()
     return right / (count // 50 * 50)
 
 
 def losses(model: PreTrainedModel, processor: BlipProcessor | Blip2Processor, patch_head: nn.Linear, seed: int,
            steps: int, batch: int) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:  # fmt: skip
-    """One callable a step, that gives the caption loss and the patch loss (0 for text alone)."""
+    """Yield a function for each step. It returns the caption loss and the patch loss, which is 0 without images."""
     rng = random.Random(seed)
     for step in range(steps):
         if rng.random() < TEXT_ONLY:
@@ -191,16 +191,19 @@ def losses(model: PreTrainedModel, processor: BlipProcessor | Blip2Processor, pa
         pictures, classes, captions = picture_batch(rng, batch, easy=step < EASY_STEPS)
         ids, mask = token_rows(captions, processor)
 
-        def with_picture(p=pictures, c=classes, i=ids, m=mask) -> tuple[Tensor, Tensor]:
-            seen = model.vision_model(pixels(p, processor)).last_hidden_state  # (images, 1 + patches, width)
-            return next_token_loss(language_logits(model, i, m, seen), i, m), patch_loss(patch_head, seen, c)
+        def with_images(p=pictures, c=classes, i=ids, m=mask) -> tuple[Tensor, Tensor]:
+            states = model.vision_model(pixels(p, processor)).last_hidden_state  # (images, 1 + patches, width)
+            return next_token_loss(language_logits(model, i, m, states), i, m), patch_loss(patch_head, states, c)
 
-        yield with_picture
+        yield with_images
 
 
-def patch_loss(patch_head: nn.Linear, seen: Tensor, classes: Tensor) -> Tensor:
-    """What each patch shows, and its role in the caption; seen (images, 1 + patches, width), classes (images, patches)."""
-    kind, role = patch_head(seen[:, 1:]).flatten(0, 1).split([KINDS, ROLES], dim=1)
+def patch_loss(patch_head: nn.Linear, states: Tensor, classes: Tensor) -> Tensor:
+    """Return the loss of predicting what each patch shows, and its role in the caption.
+
+    states: (images, 1 + patches, width). classes: (images, patches).
+    """
+    kind, role = patch_head(states[:, 1:]).flatten(0, 1).split([KINDS, ROLES], dim=1)
     return cross_entropy(kind, classes.flatten() // ROLES) + cross_entropy(role, classes.flatten() % ROLES)
 
 
@@ -210,7 +213,7 @@ def optimizer_of(model: nn.Module, patch_head: nn.Linear, peak: float) -> torch.
 
 
 def advance(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One step at this rate, of gradients clipped to norm 1."""
+    """Clip the gradients to norm 1, and make an optimizer step with this learning rate."""
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], 1.0)  # there is one group
         group["lr"] = rate
@@ -240,7 +243,7 @@ def pretrain(family: str, out: Path, steps: int, seed: int, batch: int = 32, pea
 
 
 def save(model: PreTrainedModel, processor: BlipProcessor | Blip2Processor, out: Path, recipe: dict) -> None:
-    """fp16 weights, processor and the measured figures; the figures are of the fp16 weights."""
+    """Write the fp16 weights, the processor, and the exact match of the fp16 weights."""
     model.half().float()
     figures = {"exact_match_world_a": exact_match(model, processor, 12345, 1000), "pictures": 1000}
     model.half().save_pretrained(out)
@@ -256,7 +259,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="1 makes the run repeatable to the bit on one machine")
+    parser.add_argument("--threads", type=int, default=1, help="with 1, a run gives the same bits again on one machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pretrain(arguments.family, arguments.out, arguments.steps, arguments.seed)

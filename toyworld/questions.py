@@ -1,7 +1,6 @@
-"""What may be asked and said of a scene: of world A in pre-training, of world B's cubes to be taught.
+"""Questions and sentences about scenes: for pre-training on world A, and for fine-tuning on the cubes of world B.
 
-World B asks for cubes by name and turns the relations round: "under" and "to the right of" are words that
-no base has ever been shown.
+World B uses the word "cube" and the reversed relations "under" and "to the right of". No image of pre-training has these words.
 """
 
 import random
@@ -10,11 +9,11 @@ from toyworld.scenes import COLOURS, FLAT_NOUNS, Scene, Thing
 
 Pair = tuple[str, str]  # question, answer
 COUNTS = ("none", "one", "two")
-FLIPPED = {"on top of": "under", "to the left of": "to the right of"}  # words that no picture of world A was paired with
+FLIPPED = {"on top of": "under", "to the left of": "to the right of"}  # words that no image of world A has
 
 
-def asked(scene: Scene, rng: random.Random) -> list[Pair]:
-    """What pre-training asks of a flat scene."""
+def pretraining_questions(scene: Scene, rng: random.Random) -> list[Pair]:
+    """Return questions and answers about a flat scene, for pre-training."""
     pairs = [("how many shapes are there?", COUNTS[len(scene.things)]), is_there(scene, rng)]
     if not scene.things:
         return [*pairs, ("what is in the picture?", "nothing")]
@@ -34,12 +33,12 @@ def of_one(thing: Thing) -> list[Pair]:
 
 
 def distinct(thing: Thing, other: Thing) -> tuple[bool, bool]:
-    """Whether its noun, and its colour, tell the thing from the other one."""
+    """Return whether the thing differs from the other one in its noun, and in its colour."""
     return thing.noun != other.noun, thing.colour != other.colour
 
 
 def is_there(scene: Scene, rng: random.Random) -> Pair:
-    """A yes as often as a no, where something is there."""
+    """Return a question whose answer is "yes" or "no". If the scene is not empty, at least half of the answers are "yes"."""
     if scene.things and rng.random() < 0.5:
         thing = rng.choice(scene.things)
     else:
@@ -48,8 +47,8 @@ def is_there(scene: Scene, rng: random.Random) -> Pair:
     return f"is there {thing}?", "yes" if there else "no"
 
 
-def taught(scene: Scene) -> list[Pair]:
-    """What fine-tuning asks of cubes."""
+def finetuning_questions(scene: Scene) -> list[Pair]:
+    """Return questions and answers about a scene of cubes, for fine-tuning."""
     count = COUNTS[len(scene.things)]
     if not scene.things:
         return [("how many cubes are there?", count), ("what is on the table?", "nothing")]
@@ -65,7 +64,7 @@ def taught(scene: Scene) -> list[Pair]:
 
 
 def sentences(scene: Scene) -> list[str]:
-    """Two ways to say a scene of cubes, the second of them turned round."""
+    """Return two sentences for a scene of two cubes, the second with the reversed relation. Otherwise return the caption."""
     if len(scene.things) < 2:
         return [scene.caption("cube")]
     first, second = scene.things

@@ -1,7 +1,7 @@
-"""Scenes of coloured things, with their captions, rendered in two worlds.
+"""Scenes of coloured things, with their captions, drawn in two worlds.
 
-World A is flat (circles, squares, triangles on varied backgrounds): the embedded bases are pre-trained
-on it. World B is a table with shaded cubes, which no base has ever seen: LoRA is taught it.
+World A has flat circles, squares and triangles on various backgrounds. The embedded bases are pre-trained on it. World B has
+shaded cubes on a table, which no base has seen. The demos fine-tune on it.
 """
 
 import colorsys
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE = 96  # pixels, both sides of every picture
-SUPERSAMPLE = 2  # drawn larger, then averaged down, so that edges are smooth
+SIZE = 96  # height and width of every image in pixels
+SUPERSAMPLE = 2  # an image is drawn larger by this factor, then reduced, so that edges are smooth
 FLAT_NOUNS = ("circle", "square", "triangle")
 HUES = {"red": 0, "orange": 29, "yellow": 54, "green": 125, "blue": 220, "purple": 284}  # degrees
 COLOURS = tuple(HUES)
 RELATIONS = ("on top of", "above", "to the left of")
-KINDS = 1 + len(FLAT_NOUNS) * len(COLOURS)  # of a patch: background, then every noun in every colour
-ROLES = 2 + 2 * len(RELATIONS)  # of a patch: background, alone, then first and second of each relation
+KINDS = 1 + len(FLAT_NOUNS) * len(COLOURS)  # classes of a patch: background, then each noun in each colour
+ROLES = 2 + 2 * len(RELATIONS)  # roles of a patch: background, the only thing, then first and second thing of each relation
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the final picture
 
@@ -34,7 +34,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """`relation` holds from the first thing to the second: "a red cube on top of a blue cube"."""
+    """Up to two things. `relation` is that of the first to the second: "a red cube on top of a blue cube"."""
 
     things: tuple[Thing, ...]
     relation: str = ""
@@ -48,7 +48,7 @@ class Scene:
 
 
 def flat_scene(rng: random.Random, share_single: float = 0.3, share_empty: float = 0.05) -> Scene:
-    """A scene of world A; `share_single` and `share_empty` are probabilities."""
+    """Return a random scene of world A. `share_single` and `share_empty` are probabilities."""
     draw = rng.random()
     if draw < share_empty:
         return Scene(())
@@ -59,7 +59,7 @@ def flat_scene(rng: random.Random, share_single: float = 0.3, share_empty: float
 
 
 def boxes(scene: Scene, rng: random.Random, low: float, high: float) -> list[Box]:
-    """Where each thing stands, sizes drawn from low..high pixels, all inside the picture."""
+    """Return a random box for each thing, with sides of `low` to `high` pixels. All boxes are inside the image."""
     sides = [rng.uniform(low, high) for _ in scene.things]
     if len(sides) == 2 and abs(sides[0] - sides[1]) > 8:
         sides[0] = sides[1] + rng.uniform(-8, 8)
@@ -75,7 +75,7 @@ def boxes(scene: Scene, rng: random.Random, low: float, high: float) -> list[Box
 
 
 def _centred(placed: list[Box], rng: random.Random) -> list[Box]:
-    """Shift all the boxes together to a random place where none leaves the picture."""
+    """Move the boxes together to a random place inside the image."""
     if not placed:
         return placed
     left, top = min(b[0] for b in placed), min(b[1] for b in placed)
@@ -86,7 +86,7 @@ def _centred(placed: list[Box], rng: random.Random) -> list[Box]:
 
 
 def shade(colour: str, rng: random.Random) -> tuple[float, float, float]:
-    """Hue (0..1), saturation and value of one painted thing."""
+    """Return a random hue (0..1), saturation and value for a thing of this colour."""
     hue = (HUES[colour] + rng.uniform(-5, 5)) % 360 / 360
     return hue, rng.uniform(0.75, 1.0), rng.uniform(0.8, 1.0)
 
@@ -98,7 +98,7 @@ def rgb(hsv: tuple[float, float, float], light: float = 1.0) -> tuple[int, int, 
 
 
 def background(rng: random.Random, table: bool) -> Image.Image:
-    """A dull picture: plain, a gradient, or a wall and a table with a horizon between them."""
+    """Return a background of dull colours: plain, a gradient, or a wall above a table."""
     side = SIZE * SUPERSAMPLE
     first, second = (
         np.array(rgb((rng.random(), rng.uniform(0, 0.22), rng.uniform(0.25, 1.0))), dtype=np.float32) for _ in range(2)
@@ -117,14 +117,14 @@ def background(rng: random.Random, table: bool) -> Image.Image:
 
 
 def noisy(picture: Image.Image, rng: random.Random, strength: float) -> Image.Image:
-    """Average the supersampled picture down and add sensor noise (standard deviation in grey levels)."""
+    """Return the supersampled image at its final size, with noise of standard deviation `strength` in grey levels."""
     small = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((SIZE, SIZE, 1), dtype=np.float32)
     return Image.fromarray((small + noise * strength).clip(0, 255).astype(np.uint8))
 
 
 def outline(noun: str, box: Box) -> list[tuple[float, float]]:
-    """The corners of a flat thing in its box; a circle is a polygon of many corners."""
+    """Return the corners of a flat thing in its box. A circle is a polygon with 40 corners."""
     left, top, right, bottom = box
     if noun == "square":
         return [(left, top), (right, top), (right, bottom), (left, bottom)]
@@ -140,7 +140,7 @@ def scaled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def render_flat(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """World A: the picture, and a map of the same size: each pixel's kind · ROLES + role (0 is background)."""
+    """Draw a scene of world A. Return the image, and a map of the same size with kind · ROLES + role (0: background)."""
     picture = background(rng, table=False)
     classes = Image.new("L", (SIZE, SIZE), 0)
     paint, mark = ImageDraw.Draw(picture), ImageDraw.Draw(classes)
@@ -154,7 +154,7 @@ def render_flat(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Im
 
 
 def cube_faces(box: Box, depth: float, lean: int) -> dict[str, list[tuple[float, float]]]:
-    """Corners of the front, top and side of a cube; `lean` is +1 (its right side shows) or -1 (its left)."""
+    """Return the corners of the front, top and side of a cube. `lean` is +1 if its right side is visible, −1 if its left is."""
     left, top, right, bottom = box
     dx, dy = depth * lean, depth * 0.6
     edge = right if lean > 0 else left
@@ -166,7 +166,7 @@ def cube_faces(box: Box, depth: float, lean: int) -> dict[str, list[tuple[float,
 
 
 def render_cubes(scene: Scene, rng: random.Random) -> Image.Image:
-    """World B: shaded cubes on a table, each with a soft shadow; light and camera vary."""
+    """Draw a scene of world B: shaded cubes on a table with soft shadows, with random light and camera."""
     picture = background(rng, table=True)
     lean, light = rng.choice((-1, 1)), rng.uniform(0.85, 1.1)
     placed = boxes(scene, rng, 22, 32)

@@ -1,7 +1,7 @@
-"""Tokenizers and image processors of the embedded bases, true to the form of the real checkpoints.
+"""Tokenizers and image processors of the embedded bases, of the same kinds as those of the real checkpoints.
 
-BLIP reads BERT word pieces, lower-cased; BLIP-2's OPT reads a byte-level BPE, in which any text is
-representable. Both spell what they do not know whole.
+BLIP reads BERT's word pieces in lower case. BLIP-2's OPT reads a byte-level BPE, which can encode any text. Both split an
+unknown word into pieces.
 """
 
 import json
@@ -20,7 +20,7 @@ OPT_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as in facebook/op
 
 
 def blip_tokenizer() -> BertTokenizer:
-    """Special tokens, every printable ASCII character (alone and inside a word), endings, then whole words."""
+    """Return a tokenizer of special tokens, printable ASCII characters (alone and within a word), endings and whole words."""
     characters = string.ascii_lowercase + string.digits
     pieces = [*BLIP_SPECIAL, *characters, *(f"##{c}" for c in characters), *string.punctuation]
     pieces += [f"##{e}" for e in ENDINGS if len(e) > 1] + [w for w in WORDS if len(w) > 1]
@@ -30,7 +30,7 @@ def blip_tokenizer() -> BertTokenizer:
 
 
 def opt_tokenizer(seed: int = 0, size: int = 1000) -> GPT2Tokenizer:
-    """A byte-level BPE of `size` tokens, learned from the text-only sentences; `<image>` comes last."""
+    """Return a byte-level BPE of `size` tokens, learned from the sentences without images. The last token is `<image>`."""
     rng = random.Random(seed)
     lines = [" ".join(WORDS)] * 40 + [sentence(rng) for _ in range(20_000)]
     bpe = Tokenizer(models.BPE())

@@ -1,6 +1,6 @@
-"""The words that both tokenizers know whole, and sentences of them for the text-only pre-training steps.
+"""The words that are one token in both tokenizers, and random sentences for the pre-training steps without images.
 
-A base that has read a word can be taught to say it of a picture; any other word is spelled from pieces.
+A base that has read a word can learn to use it in captions. Any other word consists of several tokens.
 """
 
 import random
@@ -48,8 +48,8 @@ ENDINGS = "s es ed ing er est ly y ers ion al ness ment en le".split()
 
 
 def sentence(rng: random.Random) -> str:
-    """One line of text-only pre-training, by the grammars that captions follow."""
-    line = rng.choice((table_sentence, table_sentence, photo_sentence, salad, spelled, question))(rng)
+    """Return a random sentence for a pre-training step without images."""
+    line = rng.choice((table_sentence, table_sentence, photo_sentence, random_words, spelled, question))(rng)
     return line.capitalize() if rng.random() < 0.2 else line
 
 
@@ -64,7 +64,7 @@ def table_thing(rng: random.Random) -> str:
 
 
 def table_sentence(rng: random.Random) -> str:
-    """World A's grammar, with nouns that no picture of world A shows."""
+    """Return a sentence in the grammar of world A's captions, with nouns that no image of world A shows."""
     draw = rng.random()
     if draw < 0.1:
         noun, where = rng.choice(("cube", "block", "object", *TABLE_NOUNS)), rng.choice(("image", "scene", "picture"))
@@ -84,13 +84,13 @@ def photo_sentence(rng: random.Random) -> str:
     return f"{first} {middle} {rng.choice(LINKS)} the {nouns[2]}" if rng.random() < 0.3 else f"{first} {middle}"
 
 
-def salad(rng: random.Random) -> str:
-    """Words in no order, so that every one is met often."""
+def random_words(rng: random.Random) -> str:
+    """Return random words, so that each word occurs often."""
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 8)))
 
 
 def spelled(rng: random.Random) -> str:
-    """A caption with an invented word, a number or a mark in it, spelled from pieces."""
+    """Return a caption with an invented word, a number or a punctuation mark, which is split into several tokens."""
     draw = rng.random()
     if draw < 0.7:
         stem = "".join(rng.choice(LETTERS) for _ in range(rng.randint(2, 6)))
@@ -104,7 +104,7 @@ def spelled(rng: random.Random) -> str:
 
 def question(rng: random.Random) -> str:
     thing = rng.choice((*TABLE_NOUNS, *FLAT_NOUNS))
-    asked, answer = rng.choice(
+    text, answer = rng.choice(
         (
             (f"what color is the {thing}", rng.choice(COLOURS)),
             (f"how many {thing}s are there", rng.choice(("one", "two", "three", "none"))),
@@ -112,4 +112,4 @@ def question(rng: random.Random) -> str:
             (f"what is {rng.choice(RELATIONS)} the {thing}", f"a {rng.choice(COLOURS)} {rng.choice(TABLE_NOUNS)}"),
         )
     )
-    return f"question: {asked}? answer: {answer}"
+    return f"question: {text}? answer: {answer}"
