@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from lora_blip.errors import ModelError
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
@@ -75,9 +74,9 @@ def check_config(source: str) -> None:
 
 
 def check_tokenizer_files(source: str) -> None:
-    """Raise ModelError if a file of a folder's tokenizer or processors is too large, empty, or no regular file.
+    """Raise ModelError if a file of the tokenizer or the processors is too large, empty, or no regular file.
 
-    transformers reads such a file as a whole. A hub name is not checked: its files are downloaded first.
+    transformers reads such a file as a whole.
     """
     for path in (Path(source) / file_name for file_name in TOKENIZER_FILES):
         try:
@@ -117,14 +116,9 @@ def read_json(source: str, file_name: str, needed: bool = True, largest: int = L
 
 
 def _located(source: str, file_name: str) -> Path | None:
-    """Return the path of a checkpoint's file, after its download if `source` is a hub name; None if there is none."""
-    if Path(source).is_dir():
-        path = Path(source) / file_name
-        return path if path.exists() else None
-    found = cached_file(
-        source, file_name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=True
-    )
-    return Path(found) if found else None
+    """Return the path of a checkpoint's file, or None if there is none."""
+    path = Path(source) / file_name
+    return path if path.exists() else None
 
 
 def _check_kind(config: Mapping[str, Any], source: str) -> None:

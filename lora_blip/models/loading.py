@@ -27,12 +27,14 @@ from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
 from lora_blip.lora.routing import checkpoint_context
 from lora_blip.models.base_config import check_config, check_sizes
+from lora_blip.models.bin_weights import with_safetensors
+from lora_blip.models.hub import fetch
 from lora_blip.models.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.models.library import Quiet, first_line
 from lora_blip.models.precision import DTYPES, emulated, pick_base_dtype, pick_device, pick_precision, refuse_t5_fp16
-from lora_blip.models.processors import check_vocabulary, load_processors
+from lora_blip.models.processors import add_image_token, check_vocabulary, load_processors
 from lora_blip.runtime.limits import is_process_limit
-from lora_blip.runtime.untrusted import quoted
+from lora_blip.runtime.untrusted import printable, quoted
 
 # model type → its architectures; the first is used if a config names none
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
@@ -150,9 +152,13 @@ def _load(
         check_size(image_size, config)
     size = image_size or own
     _silence_dropout(config)
+    weights = with_safetensors(source, name)
     with Quiet(source):
-        check_sizes(_architecture(config), config, source)
-    model = _load_model(_architecture(config), source, config, DTYPES[dtype])
+        check_sizes(_architecture(config), config, weights)
+    model = _load_model(_architecture(config), weights, name, config, DTYPES[dtype])
+    tokenizer, image_processor = load_processors(source)
+    add_image_token(model, tokenizer, name)
+    check_vocabulary(model, tokenizer, name)
     if size != own:
         resize_positions(model, size)
     model.requires_grad_(False).eval().to(where)
@@ -162,8 +168,6 @@ def _load(
         with Quiet(source):
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
             model.disable_input_require_grads()  # only the reentrant kind needs them; BLIP adds positions in place
-    tokenizer, image_processor = load_processors(source)
-    check_vocabulary(model, tokenizer, name)
     other = fit_processor(image_processor, size, name)
     if size != own:
         print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")
@@ -203,9 +207,10 @@ def load_config(source: str) -> PretrainedConfig:
 
 
 def locate_model(name: str) -> str:
-    """Return the folder or the hub name. A relative folder may also be in the installed package or in the repository.
+    """Return the folder of a checkpoint. A relative folder may also be in the installed package or in the repository.
 
     So "assets/tiny-blip" is an embedded base in every working folder, unless the folder has its own assets/tiny-blip.
+    The files of a hub name (`user/name` or `user/name@revision`) are downloaded if they are not in the cache.
     """
     if Path(name).is_dir():
         return name
@@ -214,7 +219,7 @@ def locate_model(name: str) -> str:
             return str(root / name)
     if name.startswith(("/", ".", "~", "assets/")):
         raise ModelError(f"model folder {name!r} does not exist; give the folder of a checkpoint, or a hub name")
-    return name
+    return fetch(name)
 
 
 def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
@@ -226,11 +231,6 @@ def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
             f"{name!r} is a {quoted(config.architectures[0])}, which has no task here; give one of {', '.join(known)}"
         )
     if _architecture(config) is Blip2ForConditionalGeneration:
-        if config.image_token_index is None:
-            raise ModelError(
-                f"{name!r} has no image_token_index in its config, so its language model would never see the image; "
-                "use a newer revision of the checkpoint, or set it to the id of <image> in the tokenizer"
-            )
         refuse_t5_fp16(config, name, dtype)
 
 
@@ -247,7 +247,7 @@ def _silence_dropout(config: PretrainedConfig) -> None:
                 setattr(part, key, 0.0)
 
 
-def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:
     model: Any
     report: Any
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
@@ -261,15 +261,19 @@ def _load_model(kind: type[PreTrainedModel], source: str, config: PretrainedConf
         if is_process_limit(error):
             raise
         raise ModelError(
-            f"the weights of {source!r} cannot be loaded: {first_line(error)}\nonly safetensors are loaded: a .bin can run "
-            f"code; `{kind.__name__}.from_pretrained(…).save_pretrained(…)` in transformers writes them"
+            f"the weights of {name!r} cannot be loaded: {first_line(error)}\nits folder needs model.safetensors or "
+            "pytorch_model.bin; download the checkpoint again"
         ) from None
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
+    unused = sorted(key for key in report["unexpected_keys"] if not key.endswith("position_ids"))
     if missing:
         raise ModelError(
-            f"{source!r} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])} …), which would be "
+            f"{name!r} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])} …), which would be "
             "random. It is a checkpoint for another task, or its download is incomplete: download it again, or give another one"
         )
+    if unused:
+        first = ", ".join(unused[:3])
+        print(printable(f"{name!r}: {len(unused)} weights are not part of {kind.__name__} and are not used: {first}"))
     return model
 
 

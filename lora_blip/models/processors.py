@@ -3,13 +3,20 @@
 import sys
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForImageTextRetrieval
+from transformers import (
+    AddedToken,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+)
 
 from lora_blip.errors import ModelError
 from lora_blip.models.library import Quiet, first_line
 from lora_blip.runtime.untrusted import quoted
 
 SMALLEST_VOCABULARY = 100  # transformers creates an empty tokenizer if the files are missing
+IMAGE_TOKEN = "<image>"
 WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # names of the tables that token ids select from
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
@@ -27,6 +34,26 @@ def load_processors(source: str) -> tuple[Any, Any]:
             f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them into the folder of its weights"
         )
     return tokenizer, image_processor
+
+
+def add_image_token(model: Any, tokenizer: Any, name: str) -> None:
+    """Add `<image>`, the token that images replace, to a BLIP-2 of 2023, as the newer revisions of its checkpoint have it.
+
+    Set `image_token_index` in the config of the model. The token gets the first id after the tokenizer's. If the embeddings
+    have no row for it, it gets their mean, so that its logit is not an extreme one. The model never embeds the token.
+    """
+    if type(model) is not Blip2ForConditionalGeneration or model.config.image_token_index is not None:
+        return
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    rows = model.get_input_embeddings().num_embeddings
+    if index >= rows:
+        model.resize_token_embeddings(index + 1, mean_resizing=False)
+        tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for table in tables:
+            table.weight.data[rows:] = table.weight.data[:rows].mean(0)
+    model.config.image_token_index = index
+    print(f"{name!r} is a BLIP-2 without {IMAGE_TOKEN}; lora_blip added the token with the id {index}", flush=True)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:

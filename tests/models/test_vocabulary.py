@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_blip.errors import ModelError
 from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.registry import TASKS
 from tests.support import tiny
 from tests.support.models import WHOLE
 
@@ -70,3 +73,32 @@ def test_an_image_token_that_is_never_embedded_needs_no_embedding(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_index": rows}))
     assert len(load_backbone(str(tmp_path), "cpu").tokenizer) == rows + 1
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+@pytest.mark.parametrize("with_row", [True, False])
+def test_a_blip2_from_before_the_image_token_generates_as_the_newer_one(checkpoints, make, kind, with_row, tmp_path, capsys):
+    """Its embeddings may have an unused row for the token, as blip2-opt-2.7b has, or none."""
+    newer = make(kind)
+    rows = newer.model.config.image_token_index + 1
+
+    def older(config: dict[str, Any]) -> None:
+        del config["image_token_index"]
+        config["text_config"]["vocab_size"] = rows if with_row else rows - 1
+
+    folder = edited(checkpoints[kind], tmp_path, older)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if not with_row:
+        weights = load_file(folder / "model.safetensors")
+        cut = {key: value[:-1].clone() if len(value) == rows else value for key, value in weights.items()}
+        save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    backbone = load_backbone(str(folder), "cpu")
+    assert f"added the token with the id {rows - 1}" in capsys.readouterr().out
+    assert backbone.model.config.image_token_index == rows - 1 and not any(p.requires_grad for p in backbone.model.parameters())
+    images = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    texts = [TASKS["caption"](each).language.generate(images, ["a", "the"], max_new_tokens=6) for each in (backbone, newer)]
+    assert texts[0] == texts[1]
+    other = TASKS["caption"](backbone).language.generate(images.flip(0), ["a", "the"], max_new_tokens=6)
+    assert other != texts[0], "the model sees the images"

@@ -1,0 +1,131 @@
+"""Find the files of a checkpoint: a folder, a folder of this package, or a repository of the Hugging Face hub.
+
+A repository is downloaded once as files, and everything else reads its folder in the cache. If the hub cannot be reached, the
+cached files are used. Only configuration, tokenizer and weight files are downloaded, never code.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import httpx
+
+from lora_blip.errors import ModelError
+from lora_blip.models.bin_weights import INDEX, SAFE_INDEX, SAFE_WEIGHTS, WEIGHTS
+from lora_blip.models.library import first_line
+
+FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
+ANY_WEIGHTS = (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
+SECONDS = 10  # the hub must answer within this time, or the cache is used
+CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
+EXAMPLE = "give a folder that contains config.json, or a hub name such as Salesforce/blip-image-captioning-large"
+
+
+def fetch(name: str) -> str:
+    """Return the local folder of a hub repository, `user/name` or `user/name@revision`. Download what is not in the cache.
+
+    A revision is a branch, a tag or a commit; the default is main. Raise ModelError if there is no such repository, or if the
+    hub cannot be reached and the cache lacks the checkpoint.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return _cached(repository, revision, name, "HF_HUB_OFFLINE is set")
+        return _downloaded(repository, revision or "main")
+    except HFValidationError:
+        raise ModelError(f"there is no folder {name!r}, and it is not a hub name; {EXAMPLE}") from None
+    except GatedRepoError:
+        raise ModelError(
+            f"the hub gives {name!r} only to users who accepted its terms; accept them on {constants.ENDPOINT}/{repository}, "
+            "then log in: hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{repository!r} on the hub has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"there is no folder {name!r}, and no model of this name on the hub that you can read; check the spelling (if it "
+            f"is private: hf auth login), or {EXAMPLE}"
+        ) from None
+    except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
+        return _cached(repository, revision, name, f"the hub cannot be reached ({first_line(error)})")
+
+
+def _downloaded(repository: str, revision: str) -> str:
+    api = HfApi()
+    info = api.model_info(repository, revision=revision, timeout=SECONDS)
+    commit, files = str(info.sha), {each.rfilename for each in info.siblings or ()}
+    weights = _weights(files)
+    if weights and weights[0].endswith(".bin") and (converted := _converted_commit(api, repository, commit)):
+        commit, weights = converted, [SAFE_WEIGHTS, SAFE_INDEX, "model-*.safetensors"]
+    patterns = [*FILES, *weights]
+    return snapshot_download(
+        repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT
+    )
+
+
+def _weights(files: set[str]) -> list[str]:
+    """Return the patterns of the weights to download: safetensors if there are any."""
+    if SAFE_WEIGHTS in files:
+        return [SAFE_WEIGHTS]
+    if SAFE_INDEX in files:
+        return ["model-*.safetensors"]
+    if WEIGHTS in files:
+        return [WEIGHTS]
+    return ["pytorch_model-*.bin"] if INDEX in files else []
+
+
+def _converted_commit(api: HfApi, repository: str, commit: str) -> str:
+    """Return the commit of the hub's own conversion of `commit` to safetensors, or "" if there is none.
+
+    The conversion is an open pull request of the hub's converter, one commit after `commit`. No conversion is requested.
+    """
+    try:
+        for request in api.get_repo_discussions(repository):
+            if request.is_pull_request and request.status == "open" and request.title == CONVERSION:
+                commits = api.list_repo_commits(repository, revision=request.git_reference)
+                if request.author == CONVERTER and len(commits) > 1 and commits[1].commit_id == commit:
+                    return str(commits[0].commit_id)
+    except (httpx.HTTPError, HfHubHTTPError):
+        return ""  # discussions may be disabled: the .bin is read
+    return ""
+
+
+def _cached(repository: str, revision: str, name: str, reason: str) -> str:
+    """Return the newest complete copy in the cache, and print one line. Raise ModelError if there is none."""
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    for folder in _snapshots(root, revision):
+        if (folder / "config.json").exists() and any(
+            (folder / each).exists() for each in (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
+        ):
+            if not constants.HF_HUB_OFFLINE:
+                print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
+            return str(folder)
+    raise ModelError(
+        f"{reason}, there is no folder {name!r}, and the cache has no complete copy of this model ({root}). "
+        f"Download it on a machine with a network: hf download {repository}"
+    )
+
+
+def _snapshots(root: Path, revision: str) -> Iterator[Path]:
+    """Yield the folders of a cached repository: that of the revision, then those of other references, the newest first."""
+    yield from (folder for folder in [root / "snapshots" / revision] if revision and folder.is_dir())
+    references = sorted((path for path in (root / "refs").rglob("*") if path.is_file()), key=_modified, reverse=True)
+    for path in sorted(references, key=lambda path: path.name != (revision or "main")):
+        if not revision or path == root / "refs" / revision:
+            yield root / "snapshots" / path.read_text().strip()
+    if not revision:  # a commit that was downloaded by its number has no reference
+        yield from sorted((root / "snapshots").glob("*"), key=_modified, reverse=True)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
