@@ -38,7 +38,7 @@ class ReadInThreads:
             thread.join()
         if errors:
             raise errors[0]
-        return None, {"missing_keys": []}
+        return None, {"missing_keys": [], "unexpected_keys": []}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_base_loads_in_a_process_that_was_forked_after_torch_had_run(capfd):
         child = os.fork()
         if not child:
             try:
-                loading._load_model(ReadInThreads, "a base", None, torch.float32)  # type: ignore[arg-type]
+                loading._load_model(ReadInThreads, "a base", "a base", None, torch.float32)  # type: ignore[arg-type]
             except BaseException as error:
                 os.write(2, f"{error}\n".encode())
                 os._exit(1)
