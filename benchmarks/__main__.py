@@ -1,6 +1,6 @@
-"""Ratios side by side, interleaved, in one run: `make bench`, or `python -m benchmarks --only step,memory --quick`.
+"""Compare lora_blip with peft and others, in turns: `make bench`, or `python -m benchmarks --only step,memory --quick`.
 
-All rows take about three quarters of an hour on 2 cores. `python -m benchmarks.studies.growth` shows how cost grows,
+All rows take about 45 minutes on 2 cores. `python -m benchmarks.studies.growth` measures how cost grows, and
 `python -m benchmarks.suite.bars` draws a result.
 """
 
@@ -34,10 +34,10 @@ ROWS: dict[str, Row] = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default=",".join(ROWS), help=f"rows, with commas: {', '.join(ROWS)}")
-    parser.add_argument("--quick", action="store_true", help="every row on the smallest model: whether it runs, not how fast")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant, after a warm-up")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images, on both sides")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the .json and the .md")
+    parser.add_argument("--quick", action="store_true", help="run each row on the smallest model, only to check that it runs")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after a warm-up; each contestant runs once per round")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each contestant")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the .json and the .md file")
     given = parser.parse_args(arguments)
     unknown = set(given.only.split(",")) - set(ROWS)
     if unknown:

@@ -1,6 +1,6 @@
-"""Our side of every row, by the product's own public API alone: what changes there is changed here, and in no row.
+"""The contestant lora_blip, through its public functions. If these change, only this file must change, and no row.
 
-A model comes to us as to any user, as a checkpoint that is opened: what the product does to it there is part of it.
+A model is opened from a checkpoint, as users do it, so that all that lora_blip does when it opens a model is measured.
 """
 
 import json
@@ -35,7 +35,7 @@ from lora_blip.training.loop import accumulate_gradients, train, update_paramete
 
 
 class Training:
-    """Adapters on a model, and the learner that the training loop steps: forward, backward, clipping, AdamW."""
+    """A model with adapters, and the learner of the training loop: forward, backward, clipping, AdamW."""
 
     def __init__(
         self, base: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False
@@ -64,7 +64,7 @@ class Training:
 
 
 def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:
-    """A line a caption, as the loader hands them over: those about one image come with one look at it."""
+    """Return a batch as the loader makes it: a line for each caption, and each image once."""
     lines = [(number, text) for number, texts in enumerate(work.texts) for text in texts]
     examples = [Example(Path(f"{number}.jpg"), text, f"{number}.jpg", line) for line, (number, text) in enumerate(lines, 1)]
     about = [number for number, _ in lines]
@@ -72,7 +72,7 @@ def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:
 
 
 def opened(base: Backbone, precision: str) -> Backbone:
-    """The same weights in a model of our own."""
+    """Return a separate model with the same weights."""
     with TemporaryDirectory() as folder, silent():
         return open_backbone(str(save(base, Path(folder) / "model")), str(base.device), precision)[0]
 
@@ -81,7 +81,7 @@ def opened(base: Backbone, precision: str) -> Backbone:
 
 
 def epochs(model: Path, annotations: Path, output: Path, count: int, **settings: Any) -> list[float]:
-    """Mean seconds of a step in each epoch of `train`, from what the run itself logs.
+    """Return the mean seconds of a step in each epoch of `train`, from the log of the run.
 
     The first step is left out: its pictures have been looked at by the run's checks, before the clock.
     """
@@ -110,7 +110,7 @@ def silent() -> Iterator[None]:
 
 
 def reader(backbone: Backbone, paths: list[Path], cache: Path) -> Callable[[int], Tensor | None]:
-    """index → pixel values (3, H, W), as the loader reads a picture; asked again, it comes from the cache."""
+    """Return a function from an index to pixel values (3, H, W), as the loader reads an image. A second call uses the cache."""
     examples = [Example(path, "a picture", path.name, line) for line, path in enumerate(paths, 1)]
     caches = Caches(Store(cache, {"of": "pictures"}, 10**9))
     pictures = ImageDataset(examples, backbone.image_processor, augmented=False, seed=0, caches=caches)
@@ -118,20 +118,20 @@ def reader(backbone: Backbone, paths: list[Path], cache: Path) -> Callable[[int]
 
 
 def forget_digests() -> None:
-    """A file is read once a process for its digest: the next reader's first look is one again."""
+    """Forget the digests of files, so that the next reader computes them again as in a new process."""
     _digest.cache_clear()
 
 
 @torch.no_grad()
 def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, precision: str = "fp32") -> list[str]:
-    """Captions of a fixed length."""
+    """Generate captions of a fixed length."""
     settings: dict[str, Any] = {"num_beams": beams, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     with autocasting(backbone.device, precision)():
         return CaptionTask(backbone).language.generate(pixel_values, [""] * len(pixel_values), **settings)
 
 
 def adapt(base: Backbone, merged: bool, precision: str = "fp32") -> Backbone:
-    """An adapter that does something, on its hooks or merged for good."""
+    """Return a model with an adapter whose B is not zero, with hooks or merged permanently."""
     backbone = opened(base, precision)
     found = injection.inject(backbone.model, targets.find(backbone.model, "vit", R, ALPHA))
     for x in found.values():

@@ -1,6 +1,6 @@
-"""The others: peft in a loop of one's own, full fine-tuning, LoRA by replaced modules, and a step without any adapter.
+"""The other contestants: peft in a hand-written loop, full fine-tuning, LoRA by replaced modules, and a step without adapters.
 
-All read the same ids in the same precision, and step with the same fused AdamW after clipping, unless a name says otherwise.
+Unless the name says otherwise, all read the same token ids in the same precision, and use the same clipping and fused AdamW.
 """
 
 import warnings
@@ -23,7 +23,7 @@ Inputs = dict[str, Tensor]
 
 
 class Training:
-    """A model, the parameters of it that are trained, and the step that everybody writes."""
+    """A model, its trained parameters, and the usual training step."""
 
     def __init__(self, model: Any, inputs: Inputs, precision: str, adam: bool = True) -> None:
         self.model, self.inputs = model, inputs
@@ -53,7 +53,7 @@ class Training:
 
 
 def rows_of(backbone: Backbone, texts: list[str], longest: int = 0) -> Inputs:
-    """Ids, mask and labels (rows, tokens), padded to the longest row, or to `longest` tokens; nothing is learned of padding."""
+    """Return ids, mask and labels (rows, tokens), padded to the longest row or to `longest`. Padding is not in the loss."""
     tokenizer, config = backbone.tokenizer, backbone.model.config
     if backbone.family == "blip":
         start, end = [config.text_config.bos_token_id], config.text_config.sep_token_id
@@ -69,7 +69,7 @@ def rows_of(backbone: Backbone, texts: list[str], longest: int = 0) -> Inputs:
 
 
 def inputs_of(backbone: Backbone, work: Work, longest: int = 0) -> Inputs:
-    """A row a caption, its image repeated for each."""
+    """Return a row for each caption, with its image repeated."""
     texts = [text for texts in work.texts for text in texts]
     rows = {key: value.to(backbone.device) for key, value in rows_of(backbone, texts, longest).items()}
     image = [number for number, texts in enumerate(work.texts) for _ in texts]
@@ -84,7 +84,7 @@ def sites(backbone: Backbone, where: str = "vit") -> list[Site]:
 
 
 def with_peft(backbone: Backbone, where: str = "vit", r: int = R, alpha: float = ALPHA) -> Any:
-    """peft's model with adapters on the same linears. A row block of a fused one is not to be had: it gets the whole."""
+    """Return peft's model with adapters on the same linears. peft cannot adapt a block of a fused one: it adapts all."""
     modules = sorted({site.module for site in sites(backbone, where)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft's calls into transformers
@@ -106,7 +106,7 @@ def full(backbone: Backbone, work: Work, precision: str) -> Training:
 
 
 def floor(backbone: Backbone, work: Work, precision: str) -> Training:
-    """No adapter: what any training of the ViT's blocks must do, forward and back to the input of the first."""
+    """Return a step without adapters: forward, and backward to the input of the ViT's first block, which any training needs."""
     backbone.model.vision_model.embeddings.register_forward_hook(as_leaf)
     return Training(backbone.model, inputs_of(backbone, work), precision, adam=False)
 
@@ -116,12 +116,12 @@ def as_leaf(_embeddings: nn.Module, _args: Any, output: Tensor) -> Tensor:
 
 
 class Products:
-    """What no LoRA of a model can do without: x Wᵀ of its linears, and dy W where a gradient passes. By the fastest kernels."""
+    """Only the frozen products that each LoRA needs: x Wᵀ, and dy W if a gradient continues to x. Uses the fastest kernels."""
 
     def __init__(self, backbone: Backbone, work: Work, precision: str) -> None:
         plain = floor(backbone, work, precision)
         dtype = DTYPES[precision]
-        self.products: list[tuple[Tensor, Tensor, Tensor | None]] = []  # x, W, and dy where it goes on to x
+        self.products: list[tuple[Tensor, Tensor, Tensor | None]] = []  # x, W, and dy if the gradient continues to x
 
         def note(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             x, dy = args[0].detach().flatten(0, -2).to(dtype), output.detach().flatten(0, -2).to(dtype)
@@ -141,7 +141,7 @@ class Products:
 
 
 class Replaced(nn.Module):
-    """A linear with LoRA beside it, in the place of the linear, as most tutorials write it."""
+    """A module that replaces a linear by the linear and LoRA, as most tutorials write it."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Replaced(nn.Module):
 
 
 def handmade(backbone: Backbone, work: Work) -> Training:
-    """Replaced modules, texts padded to 512 tokens, fp32."""
+    """Return a training with replaced modules, texts padded to 512 tokens, and fp32."""
     for site in sites(backbone):
         parent, _, name = site.module.rpartition(".")
         owner = backbone.model.get_submodule(parent)
@@ -168,7 +168,7 @@ def handmade(backbone: Backbone, work: Work) -> Training:
 
 @torch.no_grad()
 def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, precision: str = "fp32") -> Tensor:
-    """What transformers' own `generate` says, of a fixed length."""
+    """Generate captions of a fixed length with transformers' own `generate`."""
     settings: dict[str, Any] = {"num_beams": beams, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     if backbone.family == "blip-2":
         start = rows_of(backbone, [""] * len(pixel_values))["input_ids"][:, :-1].to(backbone.device)
@@ -178,7 +178,7 @@ def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, 
 
 
 def adapt(backbone: Backbone) -> Any:
-    """peft's model with adapters that do something; the linears of the backbone are replaced in place."""
+    """Return peft's model with adapters whose B is not zero. The linears of the backbone are replaced in place."""
     model = with_peft(backbone)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

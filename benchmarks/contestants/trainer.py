@@ -1,4 +1,4 @@
-"""peft with Hugging Face's Trainer, as its users write it, logging and saving switched off."""
+"""The contestant peft with Hugging Face's Trainer, as its users write it, without logging and saving."""
 
 import tempfile
 import time
@@ -21,7 +21,7 @@ Row = dict[str, Tensor]
 
 
 class Ready(Dataset[Row]):
-    """One row again and again, all of it tensors: nothing but the training itself costs time."""
+    """The same row of tensors in each item, so that only the training takes time."""
 
     def __init__(self, inputs: Inputs, count: int) -> None:
         self.rows = [{key: value[row].cpu() for key, value in inputs.items()} for row in range(len(inputs["input_ids"]))]
@@ -35,7 +35,7 @@ class Ready(Dataset[Row]):
 
 
 class Files(Dataset[Row]):
-    """A line an item: its image opened and processed by the checkpoint's processor each time, its text read before."""
+    """An item for each line. Its image is opened and processed each time; its text was tokenized before."""
 
     def __init__(
         self, backbone: Backbone, lines: list[tuple[Path, str]], change: Callable[[Image.Image, str], Any] | None = None
@@ -57,14 +57,14 @@ class Files(Dataset[Row]):
 
 
 def stacked(rows: list[Row]) -> Inputs:
-    """Cut to the longest row of the batch: padding to the longest of all would cost for nothing."""
+    """Return a batch that is padded to its own longest row."""
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     longest = int(batch["attention_mask"].sum(1).max())
     return {key: value if key == "pixel_values" else value[:, :longest] for key, value in batch.items()}
 
 
 class Watch(TrainerCallback):
-    """When training began, and when each step ended."""
+    """Records when the training began, and when each step ended."""
 
     def __init__(self) -> None:
         self.began = 0.0
@@ -78,7 +78,7 @@ class Watch(TrainerCallback):
 
 
 def train(model: Any, data: Dataset[Row], precision: str, batch_size: int, watch: Watch, device: str, **settings: Any) -> None:
-    """One `Trainer.train()`; `watch` keeps the times."""
+    """Run `Trainer.train()` once. `watch` records the times."""
     kind: dict[str, Any] = {"bf16": precision == "bf16", "fp16": precision == "fp16", "use_cpu": device == "cpu"}
     quiet: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     given = {"learning_rate": RATE, "weight_decay": 0.01, "max_grad_norm": 1.0, **settings}
@@ -94,12 +94,12 @@ def train(model: Any, data: Dataset[Row], precision: str, batch_size: int, watch
 
 
 def seconds_a_step(model: Any, inputs: Inputs, precision: str, steps: int, device: str) -> float:
-    """Mean over `steps` steps after the first, which pays for the start."""
+    """Return the mean seconds of `steps` steps after the first. The first step includes the start."""
     watch, rows = Watch(), len(inputs["input_ids"])
     train(model, Ready(inputs, rows * (steps + 1)), precision, rows, watch, device, num_train_epochs=1)
     return a_step(watch.steps)
 
 
 def a_step(ends: list[float]) -> float:
-    """Mean seconds of the steps after the first, from when each ended."""
+    """Return the mean seconds of the steps after the first, from their end times."""
     return (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -1,9 +1,8 @@
-"""A training that is killed again and again, beside one that is not: `python -m benchmarks.robustness.chaos --precision bf16`
+"""Compare a training that is killed repeatedly with one that is not: `python -m benchmarks.robustness.chaos --precision bf16`
 
-Each life of the run is a process of its own. Most are ended by SIGKILL at a random moment, some by SIGKILL at a random
-point inside the writing of a checkpoint, a few by SIGTERM or SIGUSR1, which save first. In the end the adapters must be
-the same bytes, and metrics.jsonl the same lines but for the times. Exit status 1 if they are not, or if the run ended
-before it was killed often enough.
+Each start of the run is a separate process. Most end by SIGKILL at a random moment, some by SIGKILL while a checkpoint is
+written, and a few by SIGTERM or SIGUSR1, which save first. At the end, the adapters must have equal bytes, and metrics.jsonl
+equal lines except for times. The exit status is 1 if they differ, or if the run ended before it was killed often enough.
 """
 
 import argparse
@@ -40,7 +39,7 @@ def config_of(folder: Path, precision: str, steps: int, checkpoint_seconds: floa
 
 
 def live(config: TrainConfig, die_at: str, rng: random.Random) -> int:
-    """One life in a child process: its pid."""
+    """Start the run in a child process, and return its pid."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -154,7 +153,7 @@ def main() -> int:
         whole, killed = Path(place, "whole"), Path(place, "killed")
         started = time.perf_counter()
         if status := os.waitpid(live(config_of(whole, wanted.precision, wanted.steps, 0.2), "", rng), 0)[1]:
-            sys.exit(f"the run that nobody kills ended with {status}")
+            sys.exit(f"the run that is not killed ended with status {status}")
         one = next(iter(whole.glob("20*")))
         pace = json.loads((one / METRICS_NAME).read_text().splitlines()[-2])["seconds"] / wanted.steps
         print(f"uninterrupted, {wanted.precision}: {wanted.steps} steps in {time.perf_counter() - started:.1f} s", flush=True)
@@ -195,7 +194,7 @@ def main() -> int:
         }
     print(f"ends of {sum(ends.values())} lives: {dict(ends)}")
     print(f"SIGKILLs inside a checkpoint's writing: {sum(points.values())}, {dict(+points)}")
-    print(f"gone on from a checkpoint {dict(where)}")
+    print(f"resumed from a checkpoint {dict(where)}")
     for name, equal in results.items():
         print(f"{name:<24}{'the same' if equal else 'NOT THE SAME'}")
     if ends["SIGKILL"] < wanted.kills:

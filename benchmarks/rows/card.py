@@ -1,4 +1,4 @@
-"""Row `card`, on a GPU alone: images a second, peak memory, and which share of the card's matrix rate a step makes use of."""
+"""Row `card`, on a GPU alone: images per second, peak memory, and the share of the GPU's matrix rate that a step uses."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -47,14 +47,14 @@ def _card(plan: Plan, name: str, precision: str) -> Cell:
 
 
 def flops(training: Any) -> int:
-    """Of one step's matrix products and attention, forward and back, as torch counts them."""
+    """Return the operations of the matrix products and attention of one step, forward and backward, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         training.step()
     return counter.get_total_flops()
 
 
 def matrix_rate(precision: str) -> float:
-    """Measured flop/s of one large square matrix product."""
+    """Return the measured operations per second of one large square matrix product."""
     a, b = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=DTYPES[precision]) for _ in range(2))
     seconds(lambda: a @ b, 10)
     return 2 * SQUARE**3 / seconds(lambda: a @ b, 50)

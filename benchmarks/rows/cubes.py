@@ -1,7 +1,7 @@
-"""Row `cubes`: seconds until the shipped base says 95 % of the held-out captions exactly, trained as train.py trains it.
+"""Row `cubes`: seconds of training until 95 % of the captions of validation images are exactly right, with train.py's settings.
 
-Both sides have the same images, split, base, adapters, augmentation, learning rates and moments of validation; every
-round has a seed of its own. The time of a step is taken before its validation; earlier ones are in it on both sides.
+Both sides have the same images, split, base, adapters, augmentation, learning rates and steps with a validation. Each round has
+a different seed. The time until a step includes all earlier validations, but not that of the step, on both sides.
 """
 
 import random
@@ -56,7 +56,7 @@ def cubes(plan: Plan) -> Iterator[Cell]:
 
 
 def seeded(run: Run, config: TrainConfig, seeds: Iterator[int], enough: float) -> dict[str, float]:
-    """The next seed's turn of one side."""
+    """Run one side with its next seed."""
     return run(replace(config, seed=next(seeds)), enough)
 
 
@@ -71,14 +71,14 @@ def our_run(config: TrainConfig, enough: float) -> dict[str, float]:
 
 
 def figures_of(at: dict[int, float], good: list[int], moments: list[float]) -> dict[str, float]:
-    """`at`: seconds from the start to each step; `good`: steps whose validation was good enough."""
+    """`at`: the seconds from the start to each step. `good`: the steps whose validation reached the goal."""
     if not good:
         raise RuntimeError(f"no validation came to an exact match of {ENOUGH:.0%}, so there is no time to compare")
     return dict(zip(UNITS, (at[good[0]], float(good[0]), median_gap(moments)), strict=True))
 
 
 def median_gap(moments: list[float]) -> float:
-    """Half of all steps take less: those with a validation between them do not count."""
+    """Return the median seconds of a step, of those without a validation."""
     return median(after - before for before, after in pairwise(moments))
 
 
@@ -116,7 +116,7 @@ def moved(rng: random.Random, side: int, image: Image.Image, text: str) -> Image
 
 
 class Validating(trainer.Watch):
-    """Captions what is held out every so many steps, and stops where enough of them are right."""
+    """Captions the validation images at regular steps. Stops the training if enough captions are right."""
 
     def __init__(
         self, backbone: Backbone, examples: list[Example], every: int, total: int, enough: float, config: TrainConfig

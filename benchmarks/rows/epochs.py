@@ -1,4 +1,4 @@
-"""Rows `epoch`, `cached` and `input`: whole passes over the data, from JPEG files to the updates."""
+"""Rows `epoch`, `cached` and `input`: complete epochs, from JPEG files to updates."""
 
 import json
 import tempfile
@@ -29,7 +29,7 @@ CACHED = (
 
 
 def epoch(plan: Plan) -> Iterator[Cell]:
-    """Images of 640 × 480 with five captions each: seconds an image, to peft and Trainer that open and process each line's."""
+    """Measure seconds per image of 640 × 480 with five captions. peft with Trainer opens the image for each caption."""
     images = 4 if plan.quick else 12
     for precision in plan.precisions[1:]:
         with freed(), tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def epoch(plan: Plan) -> Iterator[Cell]:
 
 
 def cached(plan: Plan) -> Iterator[Cell]:
-    """Epochs after the first, where all before the first adapter is frozen; peft's pixels lie in memory, ready."""
+    """Measure epochs after the first, with a frozen part before the first adapter. peft's pixel values are in memory."""
     for where, name, precision in CACHED:
         if plan.quick and (where, precision) not in (("text", "fp32"), ("qformer", "bf16")):
             continue
@@ -94,7 +94,7 @@ def _cached(plan: Plan, root: Path, where: str, name: str, precision: str) -> Ce
 
 
 def _loops(loop: peers.Training, held: Backbone, annotations: Path) -> list[Step]:
-    """A step a batch of the annotations' captions."""
+    """Make a step for each batch of the captions in the annotations."""
     lines = [text for _, text in lines_of(annotations)]
     pixels = loop.inputs["pixel_values"]
     batches = [Work(pixels, [[text] for text in lines[start : start + BATCH]]) for start in range(0, len(lines), BATCH)]
@@ -111,7 +111,7 @@ def _an_epoch(steps: list[Step], images: int) -> float:
 
 
 def input(plan: Plan) -> Iterator[Cell]:
-    """A JPEG of 640 × 480 → pixel values for the base size."""
+    """Measure the time from a JPEG of 640 × 480 to pixel values for the base size."""
     images = 2 if plan.quick else 12
     with freed(), tempfile.TemporaryDirectory() as folder:
         base = backbone(plan.size("base"))

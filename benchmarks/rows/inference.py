@@ -1,4 +1,4 @@
-"""Rows `generate`, `batch` and `merge`: captions from a merged or an unmerged model, and how long merging takes."""
+"""Rows `generate`, `batch` and `merge`: the speed of captions with merged and unmerged adapters, and the time of a merge."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ TOKENS, BEAMS, MANY = 20, 5, 8
 
 
 def generate(plan: Plan) -> Iterator[Cell]:
-    """20 new tokens, no more and no fewer, of two images: greedy and with five beams, merged and on hooks."""
+    """Generate exactly 20 tokens for two images: greedily and with five beams, merged and with hooks."""
     for name, precision in [*(("base", precision) for precision in plan.precisions), ("blip2", plan.precisions[-1])]:
         with freed():
             base = backbone(plan.size(name), plan.device, precision if name == "blip2" else "fp32")
@@ -39,7 +39,7 @@ def generate(plan: Plan) -> Iterator[Cell]:
 
 
 def batch(plan: Plan) -> Iterator[Cell]:
-    """Eight images at once, to eight one by one."""
+    """Compare a batch of eight images with eight single images."""
     with freed():
         precision, one_by_one = plan.precisions[0], f"{OURS}, 8 × 1"
         base = backbone(plan.size("base"), plan.device)
@@ -59,7 +59,7 @@ def batch(plan: Plan) -> Iterator[Cell]:
 
 
 def merge(plan: Plan) -> Iterator[Cell]:
-    """An adapter's file → merged weights, on a model that is loaded already."""
+    """Measure the time from an adapter file to merged weights, on a loaded model."""
     for name in ("base",) if plan.quick else ("base", "large"):
         with freed(), tempfile.TemporaryDirectory() as folder:
             base = backbone(plan.size(name), plan.device)
@@ -73,6 +73,6 @@ def merge(plan: Plan) -> Iterator[Cell]:
 
 
 def fresh(base: Backbone, work: Callable[[Backbone], None]) -> float:
-    """Seconds of `work` on a copy, which is made before the clock runs."""
+    """Return the seconds of `work` on a copy of the model, without the time of copying."""
     copy = copy_of(base)
     return seconds(partial(work, copy))

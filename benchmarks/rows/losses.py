@@ -1,4 +1,4 @@
-"""Twenty losses by each fast way beside those by the plain one, from one start: `python -m benchmarks.rows.losses`.
+"""Compare twenty losses of each fast path with those of the plain path, from equal weights: `python -m benchmarks.rows.losses`.
 
 The bound is the one that the tests hold. The shipped tiny base, its pictures, adapters on the ViT and the text decoder.
 """
@@ -36,7 +36,7 @@ BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 
 @dataclass(frozen=True)
 class Way:
-    """A fast way, alone: all else is plain."""
+    """One fast path. Everything else uses the plain computation."""
 
     name: str
     update: bool = False
@@ -58,7 +58,7 @@ WAYS = (
 
 
 def losses(how: Way, precision: str) -> list[float]:
-    """The mean loss of a label token before each of twenty steps of AdamW, two pictures of five texts each."""
+    """Return the mean loss per label token at each of twenty steps of AdamW, for two images with five texts each."""
     torch.manual_seed(0)
     backbone = open_backbone(MODEL, "cpu", precision, fast=how.packed)[0]
     attention.fast(backbone.model, how.attention)
@@ -76,7 +76,7 @@ def losses(how: Way, precision: str) -> list[float]:
 
 
 def stack(task: Task) -> HostBatch:
-    """Two pictures, each with texts of five lines: its own, and its neighbours', which a loss can be taken of as well."""
+    """Return a batch of two images with five texts each. Only the first text of an image describes it."""
     lines = annotations.read(DATA, decode=False)[0][: 2 * TEXTS]
     looked = [lines[0].image, lines[TEXTS].image]
     pixels = [pixel_values(open_image(image), task.backbone.image_processor) for image in looked]
@@ -91,7 +91,7 @@ def _loss_of_a_step(learner: Learner, batch: Any) -> float:
 
 
 def cached(where: str) -> tuple[list[float], list[float]]:
-    """Plain, and from what was kept of the frozen part, in a run that finds all of it there."""
+    """Return the losses without a cache, and those of a run that reads all states of the frozen part from the cache."""
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"targets": where, "augment": False, "val_fraction": 0.0, "max_steps": STEPS, "epochs": STEPS}
         runs = [
@@ -102,7 +102,7 @@ def cached(where: str) -> tuple[list[float], list[float]]:
 
 
 def rows() -> Iterator[tuple[str, str, float, list[float], list[float]]]:
-    """Name, precision, bound, plain losses, fast ones."""
+    """Yield name, precision, bound, the losses of the plain path, and those of the fast path."""
     for precision, bound in BOUNDS.items():
         plain = losses(Way("plain"), precision)
         for how in WAYS:

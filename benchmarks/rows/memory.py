@@ -1,10 +1,10 @@
-"""Row `memory`: what a step needs beside the model. `python -m benchmarks.rows.memory --side peft` is one side by itself.
+"""Row `memory`: the memory of a step beyond the model. `python -m benchmarks.rows.memory --side peft` measures one side.
 
-Kept: bytes that autograd holds at the end of the forward pass for the backward pass, storages counted once each, without
-those of parameters and buffers. They are seen by `saved_tensors_hooks`, which sees what a custom autograd function
-gives to `ctx.save_for_backward` as well; what one kept on `ctx` itself would be missing, so the second figure checks the
-first. Peak: how far the resident memory of a process of its own rises above where it stood before the step (on a GPU, the
-allocator's own peak), kept and passing alike.
+Kept: the bytes that autograd keeps for the backward pass at the end of the forward pass. Each storage counts once; parameters
+and buffers do not count. `saved_tensors_hooks` counts them, also those that a custom function passes to
+`ctx.save_for_backward`. It would miss tensors stored on `ctx` itself, so the second figure checks the first.
+
+Peak: the increase of a separate process's resident memory during a step. On a GPU, it is the peak of the allocator.
 """
 
 import argparse
@@ -61,9 +61,9 @@ def memory(plan: Plan) -> Iterator[Cell]:
 
 
 def kept_bytes(model: Any, forward: Callable[[], Tensor]) -> int:
-    """Bytes of all storages that the graph of `forward` keeps, those of the model's own tensors left out.
+    """Return the bytes of all storages that the graph of `forward` keeps, without parameters and buffers.
 
-    Each saved tensor is handed to the graph as it is, so none is freed, and no address comes twice, before the count.
+    The graph keeps each tensor until the count ends, so no address is used twice.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
@@ -72,7 +72,7 @@ def kept_bytes(model: Any, forward: Callable[[], Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # not itself: an output that its own graph holds would never be freed
+        return tensor.detach()  # detached: a graph that holds its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = forward()
@@ -81,16 +81,16 @@ def kept_bytes(model: Any, forward: Callable[[], Tensor]) -> int:
 
 
 def own_bytes(model: Any) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
+    """Return the bytes of the parameters and buffers. Shared storages count once."""
     tensors = (*model.parameters(), *model.buffers())
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-# ---------------------------------------------------------------- a process of its own
+# ---------------------------------------------------------------- in a separate process
 
 
 def apart(side: str, size: str, precision: str) -> int:
-    """The peak of one step in a fresh process, whose allocator gives back at once what is freed."""
+    """Return the peak of one step in a new process, whose allocator returns freed memory at once."""
     command = [sys.executable, "-m", "benchmarks.rows.memory", "--side", side, "--size", size, "--precision", precision]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -98,7 +98,7 @@ def apart(side: str, size: str, precision: str) -> int:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """How far one step, after one that made the optimizer's moments, takes the memory above where it was."""
+    """Return the increase of the memory during the second step. The first step creates the optimizer's moments."""
     step()
     gc.collect()
     if torch.cuda.is_available():
@@ -108,14 +108,14 @@ def peak_bytes(step: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with suppress(OSError, AttributeError):  # glibc alone
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # set the peak to the memory that is resident now
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
 
 
 def resident(what: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Return the bytes in a line of /proc/self/status."""
     found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -1,4 +1,4 @@
-"""Rows `step`, `compiled` and `captions`: what one training step takes."""
+"""Rows `step`, `compiled` and `captions`: the time of one training step."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +27,7 @@ from lora_blip.models.loading import Backbone
 
 
 def step(plan: Plan) -> Iterator[Cell]:
-    """Every way to train, at the tiny and the base size; ours and peft's, at the large ones."""
+    """Compare all contestants at the tiny and the base size, and lora_blip with peft at the large sizes."""
     for name in ("tiny",) if plan.quick else ("tiny", "base"):
         for precision in plan.precisions:
             with freed():
@@ -62,7 +62,7 @@ def _step(plan: Plan, name: str, precision: str, everyone: bool) -> Cell:
 
 
 def compiled(plan: Plan) -> Iterator[Cell]:
-    """Both compiled; what compiling took is a note, and in no figure."""
+    """Compare both sides with compiled models. The time of compiling is a note; no figure includes it."""
     for name in ("tiny",) if plan.quick else ("tiny", "base"):
         for precision in plan.precisions[:1] if plan.quick else plan.precisions:
             with freed():
@@ -81,7 +81,7 @@ def compiled(plan: Plan) -> Iterator[Cell]:
 
 
 def captions(plan: Plan) -> Iterator[Cell]:
-    """Two images with five captions each; peft gets ten rows, each with its image."""
+    """Compare steps of two images with five captions each. peft gets ten rows, each with its image."""
     for precision in plan.precisions:
         with freed():
             base = _base(plan, "base", precision)
@@ -101,7 +101,7 @@ def timed(sides: dict[str, Any], steps: int) -> dict[str, Turn]:
 
 
 def _base(plan: Plan, name: str, precision: str) -> Backbone:
-    """BLIP's weights are loaded in fp32, BLIP-2's in the precision: so does the product, and so do peft's users."""
+    """Load BLIP's weights in fp32 and BLIP-2's in the precision, as lora_blip and users of peft do."""
     return backbone(plan.size(name), plan.device, precision if name == "blip2" else "fp32")
 
 

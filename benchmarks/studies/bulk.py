@@ -1,9 +1,9 @@
-"""infer.py over many images, killed again and again, beside a run that nobody kills: `python -m benchmarks.studies.bulk`
+"""Compare a run of infer.py that is killed repeatedly with a run that is not: `python -m benchmarks.studies.bulk`
 
-Makes small pictures, a few of them broken, and captions them by infer.py in processes of their own: few of them, all of
-them, and all of them once more with SIGKILLs at random moments, going on each time. In the end every picture must be in
-the output exactly once and both files must be the unkilled run's, byte for byte. Also prints the peak of memory of the
-unkilled runs, which must not grow with the pictures. Exit status 1 if any of this fails.
+The study makes small images, some of them broken, and captions them with infer.py in separate processes: first a few, then
+all, then all again with SIGKILL at random moments, resuming each time. At the end, each image must be in the output exactly
+once, and both files must equal those of the run that was not killed. The peak memory must not grow with the number of images.
+The exit status is 1 if a check fails.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from PIL import Image
 from lora_blip.inference.output import ABOUT_NAME, ERRORS_NAME, FILE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-BROKEN = 97  # every so many-th picture: empty, cut off or no picture at all
+BROKEN = 97  # each 97th file is broken: empty, truncated or not an image
 IN_FOLDER = 1000
 GROWTH = 32  # MB of peak memory that the many may take more than the few
 
 
 def draw(folder: Path, count: int) -> list[str]:
-    """`count` pictures in folders of IN_FOLDER; their paths."""
+    """Write `count` images into folders of IN_FOLDER, and return their paths."""
     paths = []
     for number in range(count):
         path = folder / f"{number // IN_FOLDER:03}" / f"{number:06}.png"
@@ -59,7 +59,7 @@ def start(images: Path, output: Path, wanted: argparse.Namespace) -> subprocess.
 
 
 def finish(child: subprocess.Popen[bytes]) -> float:
-    """Its peak of memory in MB, when it has ended well."""
+    """Wait for the process, and return its peak memory in MB. Stop if it failed."""
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -68,7 +68,7 @@ def finish(child: subprocess.Popen[bytes]) -> float:
 
 
 def whole_run(images: Path, output: Path, wanted: argparse.Namespace, count: int) -> tuple[float, float]:
-    """Seconds and MB of a run that nobody kills."""
+    """Return the seconds and the peak memory in MB of a run that is not killed."""
     started = time.perf_counter()
     peak = finish(start(images, output, wanted))
     seconds = time.perf_counter() - started

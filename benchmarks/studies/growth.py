@@ -1,6 +1,6 @@
-"""How cost grows with the image, the rank, the targets and the captions: `python -m benchmarks.studies.growth`.
+"""Measure how cost grows with image size, rank, targets and captions: `python -m benchmarks.studies.growth`.
 
-Each point is a comparison of its own: seconds of a step in turns, and what autograd keeps for the backward pass.
+Each point is a separate comparison: the seconds of a step, measured in turns, and the memory that autograd keeps.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _point(
     r: int = R,
     captions: int = 1,
 ) -> Iterator[Cell]:
-    """Seconds and kept megabytes of one step, with one thing varied."""
+    """Measure the seconds and the kept megabytes of one step, for each value of one setting."""
     with freed():
         base = backbone(plan.size("base"), plan.device, **vision or {})
         batch = work(base, captions=captions, uneven=captions > 1)

@@ -1,9 +1,8 @@
-"""Seconds and memory from an annotations file to the first batch, by its lines: `python -m benchmarks.studies.lines`.
+"""Measure seconds and memory from annotations to the first batch, by number of lines: `python -m benchmarks.studies.lines`.
 
-Pictures are checked lazily, so that only what is done with lines is told. Each size is measured in a process of its own,
-by the processor's time, of one core, since others may be at work on the machine; files are made in a temporary folder,
-and no picture is in it. The model has 512 positions, as Salesforce's have. "know" is of retrieval alone, and not in
-the sum of the others.
+Images are not opened, so that only the work for lines is measured. Each size runs in a separate process, and seconds are CPU
+time of one core, because other programs may be active. The files are in a temporary folder without images. The model has 512
+positions, as Salesforce's models have. The stage "know" is only for retrieval, and is not in the sum.
 """
 
 import argparse
@@ -35,7 +34,7 @@ STAGES = ("read and check", "know", "split", "digest", "pictures")
 
 
 def lines_of(kind: str, count: int) -> Iterator[str]:
-    """Lines of the length that COCO's have: 8 to 14 words, or a question and ten answers."""
+    """Return lines as long as COCO's: 8 to 14 words, or a question and ten answers."""
     rng = random.Random(0)
     for number in range(count):
         line: dict[str, Any] = {"image": f"train2014/COCO_train2014_{number // KINDS[kind]:012d}.jpg"}
@@ -48,7 +47,7 @@ def lines_of(kind: str, count: int) -> Iterator[str]:
 
 
 def measure(kind: str, source: str) -> dict[str, float]:
-    """What a training does with the lines before it looks at a picture, stage by stage: seconds, and MiB at the peak."""
+    """Return the seconds and the peak MiB of each stage that a training runs with the lines before it opens an image."""
     from benchmarks.suite.sizes import backbone as backbone_of
     from lora_blip.data import annotations
     from lora_blip.data.dataset import ImageDataset
@@ -82,7 +81,7 @@ def measure(kind: str, source: str) -> dict[str, float]:
 
 
 def resident() -> float:
-    """MiB that this process has in memory now."""
+    """Return the MiB that this process has in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 

@@ -1,4 +1,4 @@
-"""A result as bars for docs/performance.md, time relative to the peer = 1: `python -m benchmarks.suite.bars RESULT.json`."""
+"""Draw a result as bars for docs/performance.md, as time relative to another library: `python -m benchmarks.suite.bars RESULT.json`."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from benchmarks.suite.pairs import OURS
 
 BLUE, GREY, INK, FAINT = "#1f6feb", "#c3c8cf", "#24292f", "#6e7781"
-LONGEST = 2.5  # a bar that is longer is cut there; its number is not
+LONGEST = 2.5  # a longer bar is cut here; its number is not
 TITLES = {
     "step": "a step", "compiled": "a step, both compiled", "captions": "a step", "epoch": "an epoch", "cached": "",
     "generate": "20 tokens", "cubes": "", "merge": "",
@@ -16,7 +16,7 @@ TITLES = {
 
 
 class Bar(NamedTuple):
-    """`ratio` has median, min and max."""
+    """One bar. `ratio` has median, min and max."""
 
     label: str
     ratio: dict[str, float]
@@ -24,7 +24,7 @@ class Bar(NamedTuple):
 
 
 def groups_of(result: dict[str, Any], rows: list[str], detail: str) -> dict[str, list[Bar]]:
-    """Title → bars: every contestant of the step at `detail` ("base fp32"), then our side of all other comparisons by peer."""
+    """Return the bars by title: all contestants of the step at `detail` ("base fp32"), then our side of all others."""
     first = f"a training step, {detail}"
     found: dict[str, list[Bar]] = {first: []}
     for cell in result["cells"]:
@@ -79,7 +79,7 @@ def draw_bar(axes: Any, y: float, bar: Bar) -> None:
     if low < high:
         axes.plot([low, high], [y, y], color=INK, linewidth=0.9, zorder=4)
     cut = " …" * (bar.ratio["median"] > LONGEST)
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # a number may stand on the line at 1
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # a number may be on the line at 1
     number = f"{bar.ratio['median']:.2f}{cut}"
     axes.text(max(median, high) + 0.025, y, number, va="center", fontsize=8, color=INK, zorder=5, bbox=behind)
 

@@ -1,6 +1,6 @@
-"""Side by side: every contestant in turn, A B C … C B A, in one run, so that a machine whose speed drifts decides nothing.
+"""Measure contestants in turns, A B C … C B A, in one run, so that a change of the machine's speed affects all of them equally.
 
-Each round gives one ratio to the reference; what is reported is their median with the smallest and the largest.
+Each round gives the ratio of each contestant to the reference. The report has the median, the smallest and the largest ratio.
 """
 
 import ctypes
@@ -19,23 +19,23 @@ FULL, FLOOR, HANDMADE, HF = "full fine-tuning", "floor: no adapters", "hand-made
 TRAINER16, HF16 = "peft + Trainer, 16-bit weights", "transformers, 16-bit weights"
 PRODUCTS = "frozen products alone"
 
-Turn = Callable[[], float | dict[str, float]]  # what one contestant does when it is its turn; several figures have names
+Turn = Callable[[], float | dict[str, float]]  # runs one contestant once, and returns its figure, or several figures by name
 
 
 @dataclass
 class Cell:
-    """One comparison: figures of every contestant, round by round."""
+    """One comparison: the figures of each contestant in each round."""
 
     row: str
     setting: str
     reference: str
     unit: str = "s"
     figures: dict[str, list[float]] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)  # of the warm-up, which counts in nothing else
+    first: dict[str, float] = field(default_factory=dict)  # figures of the warm-up; no ratio contains them
     notes: dict[str, Any] = field(default_factory=dict)
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """Name → median, min and max over the rounds of its figure divided by the reference's of the same round."""
+        """Return, for each name, median, min and max of the ratios to the reference's figure of the same round."""
         found = {}
         for name, figures in self.figures.items():
             each = [a / b for a, b in zip(figures, self.figures[self.reference], strict=True)]
@@ -60,14 +60,14 @@ class Cell:
 def compare(
     row: str, setting: str, turns: Mapping[str, Turn], reference: str, rounds: int, unit: str = "s", warm: bool = True
 ) -> Cell:
-    """Let the contestants take turns, the order reversed every other round; the warm-up before them is kept apart."""
+    """Run the contestants in turns, in reversed order in every second round. The figures of a first warm-up are separate."""
     cell = Cell(row, setting, reference, unit)
     if warm:
         for name, turn in turns.items():
             cell.first |= _named(name, turn())
     for number in range(rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
-            gc.collect()  # nobody pays for what another left
+            gc.collect()  # so that no contestant frees the memory of another one
             for key, value in _named(name, turns[name]()).items():
                 cell.figures.setdefault(key, []).append(value)
     order = [key for name in turns for key in cell.figures if key == name or key.startswith(f"{name}, ")]
@@ -80,7 +80,7 @@ def _named(name: str, figure: float | dict[str, float]) -> dict[str, float]:
 
 
 def seconds(run: Callable[[], object], times: int = 1) -> float:
-    """Mean seconds of one `run`, with all that a GPU was given done before either look at the clock."""
+    """Return the mean seconds of one `run`. The GPU is synchronized before each reading of the clock."""
     synchronize()
     started = time.perf_counter()
     for _ in range(times):
@@ -96,13 +96,13 @@ def synchronize() -> None:
 
 @contextmanager
 def freed() -> Iterator[None]:
-    """What a block built is gone after it: models of one comparison do not crowd out the next one's."""
+    """Free the memory of the block after it, so that the models of the next comparison have room."""
     try:
         yield
     finally:
         gc.collect()
         torch._dynamo.reset()
         with suppress(OSError, AttributeError):  # without glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # it keeps what was freed, and ten gigabytes of it are in the way
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise glibc keeps freed memory, up to ten gigabytes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What was measured → benchmarks/results/<machine>_<date>.json, and the same to read in a .md beside it."""
+"""Write the measurements to benchmarks/results/<machine>_<date>.json, and as a table to a .md file with the same name."""
 
 import json
 import os
@@ -19,15 +19,15 @@ import torch
 from benchmarks.suite.pairs import Cell
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-MEANT = "A ratio is the median over the rounds (the smallest–the largest); below 1 is less than the reference."
-QUICK = "Quick: one model of two narrow layers stands for every size, to see whether the rows run. Its times tell nothing.\n"
+MEANT = "A ratio is the median over the rounds (the smallest–the largest). Below 1 means less than the reference."
+QUICK = "Quick: one model of two narrow layers replaces every size, to check that the rows run. Its times have no meaning.\n"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "pillow", "numpy")
 
 
 def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") -> tuple[Path, bool]:
-    """Measure row after row, printing each comparison as it comes; both files are brought up to date after every row.
+    """Measure the rows in order. Print each comparison, and write both files again after each row.
 
-    A row that fails is reported, and the others go on. Returns the path of the JSON and whether all went well.
+    If a row fails, report it and continue with the next. Return the path of the JSON file, and True if no row failed.
     """
     about: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
     about |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
@@ -39,7 +39,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
             for cell in cells:
                 about["cells"].append(cell.as_json())
                 print(cell, flush=True)
-        except Exception as error:  # an hour's other rows are not thrown away for one
+        except Exception as error:  # the other rows of an hour stay valid
             traceback.print_exc()
             about["failed"][name] = f"{type(error).__name__}: {error}"
         about["seconds"][name] = round(time.perf_counter() - started, 1)
@@ -49,7 +49,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
 
 
 def fresh(folder: Path, kind: str = "") -> Path:
-    """A name that is not taken: nothing that was measured is written over."""
+    """Return a new file name, so that no earlier result is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", str(machine()["name"]).lower()).strip("-")
     stem = "_".join(filter(None, (name, kind, f"{datetime.now():%Y-%m-%d}")))
@@ -57,11 +57,11 @@ def fresh(folder: Path, kind: str = "") -> Path:
     return next(path for path in (folder / f"{name}.json" for name in names) if not path.exists())
 
 
-# ---------------------------------------------------------------- where it was measured
+# ---------------------------------------------------------------- the machine
 
 
 def machine() -> dict[str, Any]:
-    """The processor by its name, the card where there is one, cores and threads."""
+    """Return the name of the CPU, that of the GPU if there is one, and the numbers of cores and threads."""
     cpu = cpu_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
@@ -83,13 +83,13 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """What was typed, as near as Python tells."""
+    """Return the command of this process, as far as Python knows it."""
     module = sys.modules["__main__"].__spec__
     started = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {Path(sys.argv[0]).name}"
     return shlex.join([*shlex.split(started), *sys.argv[1:]])
 
 
-# ---------------------------------------------------------------- to read
+# ---------------------------------------------------------------- the page
 
 
 def described(about: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Models of true sizes with random weights, in memory or as a folder. What they say means nothing; what it costs does."""
+"""Models of real sizes with random weights, in memory or as a folder. Their texts have no meaning, but their cost is real."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -26,7 +26,7 @@ from lora_blip.models.precision import DTYPES
 from toyworld.vocabulary import blip_tokenizer, opt_tokenizer
 
 Settings = dict[str, Any]
-STD = 0.02  # a vision config's own 1e-10 would make denormals, which are slow and tell nothing
+STD = 0.02  # a vision config's own 1e-10 would make denormals, which are slow and not realistic
 
 
 def _width(hidden: int, layers: int, heads: int, **more: Any) -> Settings:
@@ -62,7 +62,7 @@ QUERIES = 32
 
 
 def backbone(size: str, device: str = "cpu", dtype: str = "fp32", **vision: Any) -> Backbone:
-    """A frozen model of this size; `vision` overrides settings of its ViT. No dropout: all compute the same."""
+    """Return a frozen model of this size without dropout. `vision` overrides settings of its ViT."""
     torch.manual_seed(0)
     eyes, qformer, text = SIZES[size]
     model = _blip(eyes | vision, text) if qformer is None else _blip2(eyes | vision, qformer, text)
@@ -75,7 +75,7 @@ def backbone(size: str, device: str = "cpu", dtype: str = "fp32", **vision: Any)
 
 @cache
 def tokenizer_of(family: str) -> Any:
-    """The embedded bases' tokenizers: a model's vocabulary may be larger, and costs what it is."""
+    """Return the tokenizer of an embedded base. A model's vocabulary may be larger than the tokenizer's."""
     return blip_tokenizer() if family == "blip" else opt_tokenizer()
 
 
@@ -106,7 +106,7 @@ def _blip2(vision: Settings, qformer: Settings, text: Settings) -> Any:
 
 
 def copy_of(backbone: Backbone) -> Backbone:
-    """The same weights again, apart: contestants must not share what they change."""
+    """Return a copy of the weights, because each contestant changes its model."""
     return replace(backbone, model=deepcopy(backbone.model))
 
 
@@ -116,7 +116,7 @@ def in_dtype(backbone: Backbone, dtype: str) -> Backbone:
 
 
 def save(backbone: Backbone, folder: Path) -> Path:
-    """A checkpoint's folder, as `load_backbone` and `train` read it."""
+    """Write a checkpoint folder for `load_backbone` and `train`, and return it."""
     folder.mkdir(parents=True)
     with Quiet(str(folder)):
         for part in (backbone.model, backbone.tokenizer, backbone.image_processor):

@@ -1,4 +1,4 @@
-"""What the contestants work on: pixels and captions in memory, or JPEG files with their annotations."""
+"""The data for the contestants: pixels and captions in memory, or JPEG files with annotations."""
 
 import json
 import random
@@ -27,12 +27,12 @@ class Work:
 
 
 def caption(rng: random.Random, tokens: int) -> str:
-    """Words of one token each, two fewer than `tokens`: a decoder reads a first and a last one beside them."""
+    """Return `tokens` − 2 words of one token each: a decoder adds a first and a last token."""
     return " ".join(rng.choice(WORDS) for _ in range(tokens - 2))
 
 
 def work(backbone: Backbone, images: int = 2, captions: int = 1, uneven: bool = False, seed: int = 1) -> Work:
-    """Random pixels with captions of 16 tokens, or with `uneven` of 8 to 20."""
+    """Return random pixels with captions of 16 tokens, or of 8 to 20 tokens if `uneven`."""
     rng, side = random.Random(seed), backbone.model.config.vision_config.image_size
     texts = [[caption(rng, rng.randint(*UNEVEN) if uneven else TOKENS) for _ in range(captions)] for _ in range(images)]
     pixels = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
@@ -40,7 +40,7 @@ def work(backbone: Backbone, images: int = 2, captions: int = 1, uneven: bool = 
 
 
 def write_photos(folder: Path, images: int, captions: int, seed: int = 2) -> Path:
-    """JPEG files of 640 × 480 and their annotations.jsonl, a line a caption.
+    """Write JPEG files of 640 × 480 and annotations.jsonl, with a line for each caption.
 
     Gradients with noise over them: flat colours would be decoded in no time.
     """

@@ -45,7 +45,7 @@ def test_the_tokenizer_gets_a_line_a_caption_and_its_marks_are_left_out(ran):
         "-preserveLines", "-lowerCase", "-encoding", "UTF-8",
     ]  # fmt: skip
     ran.answers.append("a\nb\n")
-    with pytest.raises(JavaError, match="gave 2 lines for 1 captions"):
+    with pytest.raises(JavaError, match="returned 2 lines for 1 captions"):
         java.tokenise(["a b"], PACKAGE)
 
 
