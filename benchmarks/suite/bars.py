@@ -1,4 +1,4 @@
-"""Draw a result as bars for docs/performance.md, as time relative to another library: `python -m benchmarks.suite.bars RESULT.json`."""
+"""Draw the bars of docs/performance.md, time relative to another library: `python -m benchmarks.suite.bars RESULT.json`."""
 
 import argparse
 import json
