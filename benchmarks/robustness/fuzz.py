@@ -144,7 +144,7 @@ def written(rng: random.Random, value: Any) -> str:
 
 
 class Adapters:
-    """Each file goes through `adapter.read`; one that is read well goes onto a tiny model, and its task is made."""
+    """Reads each file with `adapter.read`. If that succeeds, loads it into a tiny model and opens its task."""
 
     largest = 1 << 16
 

@@ -177,7 +177,7 @@ def _refuse_raw(path: str | Path, kind: str) -> None:
 
 
 def _unknown(path: str | Path, kind: str) -> str:
-    """Return what a file is that Pillow cannot identify, and the fix, as the end of a sentence."""
+    """Return the end of the message about a file that Pillow cannot identify: its kind, and the fix."""
     suffix = Path(path).suffix.lower()
     if kind == "HEIF" or (suffix in HEIC and not _heif_reader()):
         return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"

@@ -111,7 +111,7 @@ def write(
 
 
 def worst_first(card: Card) -> tuple[bool, float, float]:
-    """Return a sort key: the lowest score first, among equal ones the highest base score first, without a score last."""
+    """Return a sort key: lowest score first, and for equal scores the highest base score. Cards without a score are last."""
     score, base = finite([card.score, card.base_score])
     return score is None, score or 0.0, -(base or 0.0)
 
