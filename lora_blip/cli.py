@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
+from lora_blip.inference import commands
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.untrusted import for_terminal, printable_lines
@@ -179,6 +180,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "caption": Command("caption images: lora-blip caption photo.jpg", lambda: commands.CaptionConfig, commands.caption),
+    "ask": Command('answer a question: lora-blip ask photo.jpg "what color is it?"', lambda: commands.AskConfig, commands.ask),
+    "rank": Command('rank texts: lora-blip rank photo.jpg "a cat" "a dog"', lambda: commands.RankConfig, commands.rank),
     "train": Command("train an adapter on images with texts", lambda: TrainConfig, train),
     "infer": Command(
         "caption images, answer questions or rank texts, for a folder or millions of images", lambda: InferConfig, infer
@@ -235,7 +239,9 @@ def overview() -> str:
 def refuse_command(name: str) -> NoReturn:
     """Raise ConfigError that suggests the nearest command."""
     if name.startswith("-"):
-        raise ConfigError(f"{name} comes before a command; write the command first: lora-blip infer {name} …")
+        raise ConfigError(f"{name} comes before a command; write the command first: lora-blip caption photo.jpg {name} …")
+    if os.path.lexists(name):
+        raise ConfigError(f"{name!r} is a file and not a command; did you mean lora-blip caption {shlex.quote(name)}?")
     raise ConfigError(
         f"{name!r} is not a command; did you mean {nearest(name, list(COMMANDS))}? "
         f"Commands are {', '.join(COMMANDS)}; each has --help"

@@ -43,24 +43,31 @@ def parse(
     names = [entry.name for entry in known]
     _refuse_unknown_names(script, names)
     values = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
-    given, unknown = _parser(known, values, doc, program).parse_known_args(arguments)
+    given, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
     if unknown:
-        _refuse_flag(unknown[0], names)
+        _refuse_flag(unknown[0], [entry.name for entry in known if "metavar" not in entry.metadata])
     return kind(**_in_folder_of(script, kind, values) | vars(given))
 
 
 def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: str | None) -> argparse.ArgumentParser:
     """Return a parser with a flag per setting, in the groups of the settings."""
-    usage = "%(prog)s [--SETTING VALUE] …"  # argparse's own lists every flag in twenty lines
+    without_flag = [entry for entry in known if "metavar" in entry.metadata]
+    names = "".join(f" {entry.metadata['metavar']}{' …' if entry.metadata['nargs'] else ''}" for entry in without_flag)
+    usage = f"%(prog)s{names} [--SETTING VALUE] …"  # argparse's own lists every flag in twenty lines
     parser = _Parser(prog=program, usage=usage, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for entry in without_flag:
+        metavar, nargs, doc = (entry.metadata[key] for key in ("metavar", "nargs", "doc"))
+        parser.add_argument(entry.name, metavar=metavar, nargs=nargs, help=doc)
     group: Any = parser
-    for entry in known:
+    for entry in (entry for entry in known if entry not in without_flag):
         if entry.metadata["group"]:
             group = parser.add_argument_group(entry.metadata["group"])
         flag = _flag(entry.name)
         now = f" (now: {values[entry.name]})" if values[entry.name] != "" else ""
         text = f"{_with_flags(entry.metadata['doc'], known)}{now}".replace("%", "%%")
-        if entry.type is bool:
+        if entry.type is bool and without_flag:  # a value after the flag would be one of the arguments
+            group.add_argument(flag, action="store_true", help=text)
+        elif entry.type is bool:
             group.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
             group.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
         elif get_origin(entry.type) is Literal:
@@ -126,7 +133,8 @@ def _refuse_flag(flag: str, known: list[str]) -> NoReturn:
     """Raise ConfigError that suggests the nearest flag."""
     name = flag.partition("=")[0]
     if not name.startswith("-"):
-        raise ConfigError(f"{flag!r} is not a flag and not the value of one; write a value after its flag: --batch-size 8")
+        fix = "write a value after its flag (--batch-size 8), and quotes around a text with spaces"
+        raise ConfigError(f"{flag!r} is not a flag and not the value of one; {fix}")
     near = nearest(name.lstrip("-").replace("-", "_").lower(), [*known, "help"])
     raise ConfigError(f"{name} is not a flag; did you mean --{near.replace('_', '-')}? --help lists all flags")
 

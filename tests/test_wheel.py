@@ -18,6 +18,7 @@ import pytest
 from lora_blip import doctor
 from lora_blip.models import loading
 from lora_blip.version import __version__
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,3 +147,30 @@ def test_the_program_is_installed(installed, tmp_path):
     assert examined.returncode == 0 and examined.stderr.startswith("Loading torch"), examined.stderr
     assert all(f"{name}: loads, and the hooks" in examined.stdout for name in doctor.BASES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_and_its_captions_in_a_folder_of_the_user(installed, tmp_path):
+    """Train on an annotations file elsewhere, with image paths relative to it; then caption by command and from Python."""
+    data, work = tmp_path / "data", tmp_path / "work"
+    annotations = tiny.write_photos(data, 8, ["a red circle", "a blue square"] * 4)
+    work.mkdir()
+    settings = "--max-steps 2 --batch-size 4 --no-augment --val-fraction 0.25 --num-workers 0 --device cpu".split()
+    trained = output(installed, work, "lora-blip", "train", "--annotations", annotations, *settings)
+    assert trained.returncode == 0, trained.stderr
+    (adapter,) = work.glob("lora_blip_output/*/adapter.safetensors")
+    assert [path.name for path in work.iterdir()] == ["lora_blip_output"]
+
+    image = data / "photos" / "0.png"
+    shutil.copy(image, work / "x.png")
+    by_file = output(installed, work, "lora-blip", "caption", "x.png", "--adapter", adapter)
+    assert by_file.returncode == 0 and by_file.stdout.startswith("x.png: a "), by_file.stderr
+    assert output(installed, work, "lora-blip", "caption", "x.png").stdout == by_file.stdout  # "latest"
+    code = (
+        "import lora_blip\n"
+        "from PIL import Image\n"
+        "captioner = lora_blip.Captioner.from_adapter('latest')\n"
+        "prediction = captioner(Image.open('x.png'))\n"
+        "print(prediction.text)\n"
+    )
+    assert f"x.png: {output(installed, work, 'python', '-c', code).stdout}" == by_file.stdout

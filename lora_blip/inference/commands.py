@@ -1,0 +1,170 @@
+"""The short commands `lora-blip caption`, `ask` and `rank`: a few images from the command line, the results on stdout.
+
+`lora-blip infer` has more settings, and writes the predictions of any number of images into a folder.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lora_blip.config import setting
+from lora_blip.errors import AdapterError, ConfigError
+from lora_blip.runtime import runs
+from lora_blip.runtime.untrusted import printable
+
+if TYPE_CHECKING:
+    from lora_blip.inference.captioner import Captioner
+    from lora_blip.inference.prediction import Prediction
+
+COMMAND_OF = {  # task of an adapter → the command for it
+    "caption": "lora-blip caption photo.jpg",
+    "vqa": 'lora-blip ask photo.jpg "what color is it?"',
+    "retrieval": 'lora-blip rank photo.jpg "a red cube" "a blue cube"',
+}
+BASE_ALONE = "or use a base without an adapter: --adapter none --model assets/tiny-blip"
+
+
+def argument(doc: str, metavar: str, several: bool = False) -> Any:
+    """Return a dataclass field for an argument without a flag. With `several`, the value is a list of at least one text."""
+    return field(metadata={"doc": doc, "group": "", "metavar": metavar, "nargs": "+" if several else None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The settings that all short commands have."""
+
+    adapter: str = setting("latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone')
+    model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
+    device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
+    json: bool = setting(False, "print lines for programs: each is an object with image, text and score, or error")
+
+    def __post_init__(self) -> None:
+        if self.adapter in ("", "none") and not self.model:
+            raise ConfigError("model is empty, and without an adapter there is no default: --model assets/tiny-blip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(ModelConfig):
+    """All settings of `caption`."""
+
+    images: list[str] = argument("an image, a folder of images, or a glob", "IMAGE", several=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskConfig(ModelConfig):
+    """All settings of `ask`."""
+
+    image: str = argument("an image", "IMAGE")
+    question: str = argument('a question in quotes, "what color is it?"', "QUESTION")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig(ModelConfig):
+    """All settings of `rank`."""
+
+    image: str = argument("an image", "IMAGE")
+    texts: list[str] = argument('texts in quotes, "a red cube" "a blue cube"', "TEXT", several=True)
+    question: str = setting("", "the question that the texts answer, for an adapter that answers questions")
+
+
+def caption(config: CaptionConfig) -> bool:
+    """Print a caption of each image. Return False if an image cannot be read."""
+    images = list(expand(config.images))
+    with stdout_for_results() as results:
+        captioner = open_captioner(config, "caption")
+        printed = [show(prediction, config.json, results) for prediction in captioner.stream(images)]
+    return all(printed)
+
+
+def ask(config: AskConfig) -> bool:
+    """Print the answer to a question about an image. Return False if the image cannot be read."""
+    with stdout_for_results() as results:
+        return show(open_captioner(config, "vqa").answer(config.image, config.question), config.json, results)
+
+
+def rank(config: RankConfig) -> bool:
+    """Print the texts, the one that fits best first. Return False if the image cannot be read."""
+    with stdout_for_results() as results:
+        captioner = open_captioner(config)
+        if captioner.task == "vqa" and not config.question:
+            raise ConfigError('the texts are answers; give their question: --question "what color is it?"')
+        return show(captioner.rank(config.image, config.texts, question=config.question), config.json, results)
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[TextIO]:
+    """Print everything else on stderr, so that `lora-blip caption … > captions.txt` writes only captions."""
+    results = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield results
+
+
+def expand(images: list[str]) -> Iterator[str]:
+    """Yield the paths of images: files as they are, the images of a folder, and the matches of a glob.
+
+    Windows passes a glob to the program as it is. Raise ConfigError if a folder or a glob contains no image.
+    """
+    from lora_blip.data.image_folders import globbed, walk
+
+    for name in images:
+        files = [name]
+        if Path(name).is_dir():
+            files = [str(example.image) for example in walk(name, Counter())]
+        elif set("*?[") & set(name) and not Path(name).exists():
+            files = globbed(name)
+        if not files:
+            raise ConfigError(f"{name!r} contains no image; give an image, a folder of images or a glob such as 'photos/*.jpg'")
+        yield from files
+
+
+def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
+    """Open the adapter or the base, and print on stderr which one. Raise ConfigError if it has not this task."""
+    adapter = None if config.adapter in ("", "none") else config.adapter
+    if adapter:
+        try:
+            runs.locate(adapter)  # before the imports, which take seconds
+        except AdapterError as error:
+            raise AdapterError(f"{error}; {BASE_ALONE}") from None
+    from lora_blip.inference.captioner import Captioner
+
+    chosen = "vqa" if task == "vqa" and not adapter else "auto"  # BLIP-2 bases caption, and also answer
+    captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=chosen)
+    path = captioner.adapter.path if captioner.adapter else "no adapter"
+    print(printable(f"{path}, base {captioner.backbone.name}, {captioner.backbone.device}"), file=sys.stderr, flush=True)
+    if task and captioner.task != task:
+        raise ConfigError(f"the task of this model is {captioner.task}; use {COMMAND_OF[captioner.task]}")
+    return captioner
+
+
+def show(prediction: "Prediction", as_json: bool, results: TextIO) -> bool:
+    """Print a prediction: its text or ranking, or the reason why there is none. Return False for the latter."""
+    if as_json:
+        print(json.dumps(json_object(prediction)), file=results, flush=True)  # ASCII, so that nothing in it controls a terminal
+    elif prediction.error:
+        name = "" if str(prediction.image) in prediction.error else f"{prediction.image}: "
+        print(printable(f"error: {name}{prediction.error}"), file=sys.stderr, flush=True)
+    else:
+        print(
+            printable(f"{prediction.image}: {'' if prediction.ranking else prediction.text}".rstrip()), file=results, flush=True
+        )
+        for text, probability in prediction.ranking:
+            print(printable(f"{probability:8.1%}  {text}"), file=results, flush=True)
+    return not prediction.error
+
+
+def json_object(prediction: "Prediction") -> dict[str, Any]:
+    """Return the values of a prediction that are not empty, for a line of JSON."""
+    value: dict[str, Any] = {"image": str(prediction.image)}
+    if prediction.question:
+        value["question"] = prediction.question
+    if prediction.error:
+        return value | {"error": prediction.error}
+    value |= {"text": prediction.text, "score": prediction.score}
+    if prediction.ranking:
+        value["ranking"] = [{"text": text, "probability": probability} for text, probability in prediction.ranking]
+    return value

@@ -1,0 +1,201 @@
+"""`lora-blip caption`, `ask` and `rank`: what they print, for people and for programs, and their exit status."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import lora_blip
+from lora_blip.cli import main
+from lora_blip.errors import ConfigError
+from lora_blip.flags import parse
+from lora_blip.inference import commands
+from lora_blip.inference.commands import AskConfig, CaptionConfig, RankConfig, expand
+from tests.support import tiny
+from tests.support.runs import adapter_of
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ("--adapter", "none", "--device", "cpu", "--model")
+QUESTION = "what color is the circle?"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_photos(tmp_path, 3)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> tuple[int, list[str], str]:
+    """Return the exit status, the lines on stdout, and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["lora-blip", *map(str, arguments)])
+    status = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    output = capsys.readouterr()
+    return status, output.out.splitlines(), output.err
+
+
+def test_a_broken_image_has_a_reason_and_the_others_have_captions(here, monkeypatch, capsys):
+    """The captions are those of the Captioner, in the order of the arguments; the exit status is 1."""
+    (here / "photos" / "1.png").write_bytes(b"broken")
+    images = ["photos/0.png", "photos/1.png", "missing.png", "photos/2.png"]
+    status, lines, errors = run(monkeypatch, capsys, "caption", *images, *BASE, ROOT / "assets" / "tiny-blip")
+    captioner = lora_blip.Captioner.from_adapter(None, base=str(ROOT / "assets" / "tiny-blip"), device="cpu")
+    assert status == 1
+    assert lines == [f"{image}: {captioner(image).text}" for image in ("photos/0.png", "photos/2.png")]
+    reasons = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(reasons) == 2 and "photos/1.png" in reasons[0] and "missing.png" in reasons[1]
+    assert run(monkeypatch, capsys, "caption", "photos/0.png", *BASE, ROOT / "assets" / "tiny-blip")[:2] == (0, lines[:1])
+
+
+def test_json_is_one_ascii_object_per_image(here, monkeypatch, capsys):
+    """Also for a broken image, and for a file name with characters that control a terminal."""
+    odd = "photos/\x1b[2J\u202e\x9b.png"
+    (here / "photos" / "1.png").rename(here / odd)
+    (here / "photos" / "2.png").write_bytes(b"broken")
+    flags = ("--json", *BASE, ROOT / "assets" / "tiny-blip")
+    status, lines, errors = run(monkeypatch, capsys, "caption", *flags, "photos/0.png", odd, "photos/2.png")
+    assert status == 1 and all(line.isascii() and line.isprintable() for line in lines) and "error" not in errors
+    values = [json.loads(line) for line in lines]
+    assert [value["image"] for value in values] == ["photos/0.png", odd, "photos/2.png"]
+    assert [set(value) for value in values] == [{"image", "text", "score"}] * 2 + [{"image", "error"}]
+    assert all(value["text"] and 0 < value["score"] <= 1 for value in values[:2])
+
+
+def test_a_hostile_file_name_is_escaped_for_people(here, monkeypatch, capsys):
+    odd = "photos/\x1b[2J\nerror: forged.png"
+    (here / "photos" / "1.png").rename(here / odd)
+    status, lines, _ = run(monkeypatch, capsys, "caption", odd, *BASE, ROOT / "assets" / "tiny-blip")
+    assert status == 0 and len(lines) == 1 and lines[0].startswith(r"photos/\x1b[2J\nerror: forged.png: ")
+
+
+@pytest.mark.usefixtures("here")
+def test_only_results_are_on_stdout(monkeypatch, capsys):
+    """What the model or a check prints goes to stderr: `lora-blip caption … --json > captions.jsonl` is valid."""
+    real = commands.open_captioner
+
+    def open_captioner(*arguments):
+        print("a note of the model")
+        return real(*arguments)
+
+    monkeypatch.setattr(commands, "open_captioner", open_captioner)
+    base = (*BASE, ROOT / "assets" / "tiny-blip")
+    for command in (("caption", "photos/0.png", "photos"), ("rank", "photos/0.png", "a red circle", "a blue square")):
+        _, lines, errors = run(monkeypatch, capsys, *command, "--json", *base)
+        assert "a note of the model" in errors and [json.loads(line)["image"] for line in lines]
+
+
+def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
+    """Without a run, the message has the two other ways, before torch is needed."""
+    status, lines, errors = run(monkeypatch, capsys, "caption", "photos/0.png")
+    assert (status, lines) == (2, []) and "no adapter at 'lora_blip_output'" in errors
+    assert "--adapter none --model assets/tiny-blip" in errors and errors.count("\n") == 1
+    adapter = here / "lora_blip_output" / "run" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter_of(checkpoints["blip"], here).rename(adapter)
+    status, lines, errors = run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu")
+    captioner = lora_blip.Captioner.from_adapter(adapter, device="cpu")
+    assert (status, lines) == (0, [f"photos/0.png: {captioner('photos/0.png').text}".rstrip()])
+    assert f"lora_blip_output/run/adapter.safetensors, base {checkpoints['blip']}, cpu\n" in errors
+    assert run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu", "--adapter", adapter)[1] == lines
+
+
+def test_a_question_is_answered(here, monkeypatch, capsys):
+    base = ROOT / "assets" / "tiny-blip-vqa"
+    answer = lora_blip.Captioner.from_adapter(None, base=str(base), device="cpu").answer("photos/0.png", QUESTION)
+    assert answer.text
+    status, lines, _ = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, *BASE, base)
+    assert (status, lines) == (0, [f"photos/0.png: {answer.text}"])
+    _, lines, _ = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--json", *BASE, base)
+    value = json.loads(lines[0])
+    assert (value["image"], value["question"], value["text"]) == ("photos/0.png", QUESTION, answer.text)
+    (here / "photos" / "1.png").write_bytes(b"broken")
+    status, lines, errors = run(monkeypatch, capsys, "ask", "photos/1.png", QUESTION, *BASE, base)
+    assert (status, lines) == (1, []) and "error: photos/1.png" in errors
+
+
+def test_texts_are_ranked(here, monkeypatch, capsys):
+    base, texts = ROOT / "assets" / "tiny-blip-itm", ["a red circle", "a blue square", "a green triangle"]
+    Image.new("RGB", (64, 64), "blue").save(here / "blue.png")
+    status, lines, _ = run(monkeypatch, capsys, "rank", "blue.png", *texts, *BASE, base)
+    assert status == 0 and lines[0] == "blue.png:" and sorted(line[10:] for line in lines[1:]) == sorted(texts)
+    shares = [float(line[:8].rstrip("% ")) for line in lines[1:]]
+    assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
+    _, printed, _ = run(monkeypatch, capsys, "rank", "blue.png", *texts, "--json", *BASE, base)
+    value = json.loads(printed[0])
+    assert [entry["text"] for entry in value["ranking"]] == [line[10:] for line in lines[1:]]
+    assert value["text"] == value["ranking"][0]["text"] and value["score"] == value["ranking"][0]["probability"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "base", "fix"),
+    [
+        (("ask", "photos/0.png", QUESTION), "tiny-blip-itm", ""),
+        (("caption", "photos/0.png"), "tiny-blip-vqa", "use lora-blip ask photo.jpg"),
+        (("caption", "photos/0.png"), "tiny-blip-itm", "use lora-blip rank photo.jpg"),
+        (("rank", "photos/0.png", "red", "blue"), "tiny-blip-vqa", '--question "what color is it?"'),
+        (("caption", "photos/0.png"), "", "--model assets/tiny-blip"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_a_command_that_the_model_cannot_do_names_the_right_one(monkeypatch, capsys, arguments, base, fix):
+    status, lines, errors = run(monkeypatch, capsys, *arguments, *BASE, str(ROOT / "assets" / base) if base else "")
+    assert (status, lines) == (2, []) and fix in errors.splitlines()[-1] and errors.splitlines()[-1].startswith("error: ")
+
+
+def test_folders_and_globs_are_expanded(here):
+    """Windows passes a glob to the program as it is. A file whose name looks like a glob is that file."""
+    photos = [str(Path("photos") / f"{number}.png") for number in range(3)]
+    assert list(expand(["photos"])) == list(expand([str(Path("photos") / "*.png")])) == photos
+    (here / "a[1].png").touch()
+    assert list(expand(["a[1].png", "nowhere.png"])) == ["a[1].png", "nowhere.png"]
+    (here / "empty").mkdir()
+    for nothing in ("empty", "*.jpg"):
+        with pytest.raises(ConfigError, match="contains no image"):
+            list(expand([nothing]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a.png", "b.png", "--json", "--adapter", "x"],
+        ["--json", "a.png", "--adapter", "x", "b.png"],
+        ["--adapter=x", "--json", "a.png", "b.png"],
+    ],
+)
+def test_flags_stand_anywhere_among_the_images(arguments):
+    assert parse(CaptionConfig, {}, arguments) == CaptionConfig(images=["a.png", "b.png"], adapter="x", json=True)
+
+
+def test_arguments_of_ask_and_rank():
+    assert parse(AskConfig, {}, ["a.png", "what is it?"]) == AskConfig(image="a.png", question="what is it?")
+    ranked = RankConfig(image="a.png", texts=["-5 degrees", "warm"], question="how warm?")
+    assert parse(RankConfig, {}, ["a.png", "-5 degrees", "warm", "--question", "how warm?"]) == ranked
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (CaptionConfig, [], "required: IMAGE"),
+        (AskConfig, ["a.png"], "required: QUESTION"),
+        (RankConfig, ["a.png"], "required: TEXT"),
+        (AskConfig, ["a.png", "what", "color"], "'color' is not a flag and not the value of one"),
+        (CaptionConfig, ["a.png", "--adaptr", "x"], "--adaptr is not a flag; did you mean --adapter?"),
+        (CaptionConfig, ["--images", "a.png"], "--images is not a flag; did you mean --model?"),
+    ],
+)
+def test_wrong_arguments_are_named(command, arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(command, {}, arguments)
+    assert message in str(caught.value)
+
+
+def test_a_file_instead_of_a_command_is_explained(here, monkeypatch, capsys):
+    (here / "my photo.png").touch()
+    status, _, errors = run(monkeypatch, capsys, "my photo.png")
+    assert status == 2 and "did you mean lora-blip caption 'my photo.png'?" in errors
