@@ -5,6 +5,7 @@
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 # make chaos       a training that is killed fifty times, in fp32 and in bf16, ends as if it were not
 # make versions    the fast path beside the plain one on each supported transformers, and the core tests on two of them
+# make wheel       dist/lora_blip-….whl with the embedded bases, for another machine: pip install dist/*.whl
 # make mutants     plant small faults in the source and list those that no test notices, at most 90 minutes
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE  # some systems set it: then every process compiles the 2,600 modules of the libraries again
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lint bench chaos versions mutants bases clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lint bench chaos versions mutants bases wheel clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -57,6 +58,11 @@ bases: .venv/.plots
 	$(PYTHON) -m toyworld.pretrain blip2 --out assets/tiny-blip2
 	$(PYTHON) -m toyworld.task_bases vqa --out assets/tiny-blip-vqa
 	$(PYTHON) -m toyworld.task_bases itm --out assets/tiny-blip-itm
+
+wheel: .venv/.plots
+	rm -rf build lora_blip.egg-info
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build lora_blip.egg-info
 
 .venv/.plots .venv/.dev: .venv/.%: pyproject.toml constraints.txt
 	@echo "Installing torch, transformers and their libraries into .venv, once: about two minutes, longer with CUDA's libraries."
