@@ -3,13 +3,14 @@
 import json
 import os
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from lora_blip.metrics.names import score_name
 from lora_blip.runtime.runs import METRICS_NAME
 
 FEW = 20  # training steps that are drawn without smoothing
-WINDOW = 20  # the smoothed curve is a mean over a twentieth of the run
+WINDOW = 20  # a smoothed value is the mean over a twentieth of the run
 
 
 def draw(folder: Path) -> Path | None:
@@ -50,10 +51,15 @@ def draw(folder: Path) -> Path | None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Return the mean of each value and its neighbours: a window of a part of the run, shorter at both ends."""
-    half = max(2, len(values) // (2 * WINDOW))
-    windows = [values[max(0, at - half) : at + half + 1] for at in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    """Return the geometric mean of each value and its neighbours, because the axis is logarithmic.
+
+    The window is centred on the value, so it is shorter at both ends. Values that are not all positive stay as they are.
+    """
+    if not all(value > 0 for value in values):
+        return values
+    most, last = max(2, len(values) // (2 * WINDOW)), len(values) - 1
+    halves = [min(most, at, last - at) for at in range(len(values))]
+    return [geometric_mean(values[at - half : at + half + 1]) for at, half in enumerate(halves)]
 
 
 def shares(entries: list[dict[str, Any]]) -> list[str]:
