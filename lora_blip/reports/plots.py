@@ -39,7 +39,7 @@ def draw(folder: Path) -> Path | None:
     for key in names:
         lower.plot(*points(entries, key), marker="o", label=score_name(key.removeprefix("val_")))
     label = score_name(names[0].removeprefix("val_")) if len(names) == 1 else "score"
-    lower.set(xlabel="optimizer step", ylabel=f"validation: {label}", ylim=(-0.05, 1.05), visible=bool(names))
+    lower.set(xlabel="optimizer step", ylabel=f"validation:\n{label}", ylim=(-0.05, 1.05), visible=bool(names))
     if len(names) > 1:
         lower.legend()
     if not names:

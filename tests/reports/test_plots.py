@@ -27,7 +27,7 @@ def test_a_long_curve_is_smoothed_with_the_logged_values_behind(tmp_path: Path, 
     assert list(curves) == [*names, "validation"] and curves[names[0]] == losses
     if is_smoothed:
         assert all(1.8 < value < 2.2 for value in curves[names[1]][5:-5])
-    assert upper.get_ylabel() == "loss, log scale" and lower.get_ylabel() == "validation: VQA accuracy"
+    assert upper.get_ylabel() == "loss, log scale" and lower.get_ylabel() == "validation:\nVQA accuracy"
     assert lower.get_xlabel() == "optimizer step"
 
 
