@@ -137,30 +137,35 @@ def prepare_settings() -> type:
     return PrepareConfig
 
 
+@heartbeat()
 def prepare(config: Any) -> None:
     from lora_blip.data.prepare.command import prepare
 
     prepare(config)
 
 
+@heartbeat()
 def train(config: TrainConfig) -> None:
     from lora_blip.training.loop import train
 
     train(config)
 
 
+@heartbeat()
 def infer(config: InferConfig) -> None:
     from lora_blip.inference.pipeline import infer
 
     infer(config)
 
 
+@heartbeat()
 def evaluate(config: EvaluateConfig) -> None:
     from lora_blip.evaluation.comparison import evaluate
 
     evaluate(config)
 
 
+@heartbeat()
 def doctor(_: DoctorConfig) -> bool:
     from lora_blip.doctor import examine
 
@@ -222,9 +227,8 @@ def start(
     config: Any = parse(command.settings(), script, arguments, doc, program)
     if command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # once under torchrun
         print(LOADING, file=sys.stderr, flush=True)
-    with heartbeat():
-        if command.run(config) is False:
-            raise SystemExit(1)
+    if command.run(config) is False:
+        raise SystemExit(1)
 
 
 def overview() -> str:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from lora_blip.cli import COMMANDS
 from lora_blip.inference.blocks import ProgressDisplay
 from lora_blip.runtime import progress
 from lora_blip.runtime.progress import BEAT, SILENCE, Heartbeat, LogStream, ProgressMeter, heartbeat, phase, track
@@ -118,3 +119,19 @@ def test_the_heartbeat_watches_only_a_log_of_the_main_process(monkeypatch) -> No
         stream.flush()
         assert (raw.getvalue() == "starting\n… a long\\x1b[2J load (60 s since the start)\n".encode()) is is_watched
         assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("name", ["train", "infer", "evaluate", "prepare", "doctor"])
+def test_each_command_with_a_log_has_a_heartbeat(name: str, monkeypatch) -> None:
+    """Its standard output is watched from the start of its imports on."""
+    watched = []
+
+    def refuse(module: str, *_: object, **__: object) -> None:
+        watched.append(isinstance(sys.stdout, LogStream))
+        raise ImportError(module)
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr("builtins.__import__", refuse)
+    with pytest.raises(ImportError, match="lora_blip"):
+        COMMANDS[name].run(None)
+    assert watched[:1] == [True]
