@@ -284,7 +284,9 @@ def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, m
 
     with monkeypatch.context() as patch:
         before_each_step(patch, exhaust)
-        with pytest.raises(TrainingError, match=r"batch_size = 4 .*32×32.*accumulation.*checkpointing.*base-dtype"):
+        with pytest.raises(
+            TrainingError, match=r"batch_size = 4 .*32×32\. Try --batch-size 2 --accumulation 2, .*--base-dtype"
+        ):
             train(config)
     run = only_run(config)
     saved = checkpoint.newest(run)[0]
