@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Best:
     """The best validation so far by one score.
 
-    If two scores are equal, the one with the lower loss is better. Patience counts the validations since the
-    last improvement. An improvement is a score that exceeds the one of the last improvement by more than `min_improvement`.
+    If two scores are equal, the one with the lower loss is better. Patience counts the validations since the last
+    improvement. A score is an improvement if it is more than `min_improvement` above the score of the last improvement.
     """
 
     by: str  # "loss", or the name of a score (higher is better)

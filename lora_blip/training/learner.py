@@ -183,7 +183,8 @@ class Learner:
             images = int(step.get("images", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint's state.json has an invalid entry ({type(error).__name__}: {error}); resume another checkpoint"
+                f"the checkpoint's state.json has an invalid entry ({type(error).__name__}: {error}); start a new run with "
+                'RESUME = "off" (--resume off)'
             ) from None
         gradients = {name: tensors.get(f"gradient/{self.ranks.rank}/{name}") for name in self.parameters}
         with torch.no_grad():
@@ -235,16 +236,16 @@ def reseed(device: torch.device, seed: int) -> None:
 def sum_gradients(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
     """Replace the gradients of a bucket by their sum over the ranks. A communication hook of DistributedDataParallel.
 
-    The ranks are always added in the same order, so the bits of the sum do not depend on the network. Each rank adds one
-    chunk and sends it to the others, so it sends 2 (ranks − 1) / ranks times the size of the gradients, as in a ring.
-    The sum is not divided by the number of ranks: the loss is divided by the label tokens of all ranks already.
+    The ranks are always added in the same order, so the bits of the sum do not depend on the network. Each rank
+    sums one chunk and sends the sum to the others. In total it sends 2 (ranks − 1) / ranks times the size of the gradients,
+    as in a ring. The sum is not divided by the number of ranks: the loss is already divided by the label tokens of all ranks.
     """
     gradients = bucket.buffer()
     chunks = F.pad(gradients, (0, -len(gradients) % ranks.count))
-    own_chunk = torch.empty_like(chunks)  # (ranks · chunk length,): this rank's chunk from every rank
-    keep_alive(chunks, own_chunk)
-    distributed.all_to_all_single(own_chunk, chunks)
-    total, *parts = keep_alive(reduce(torch.add, own_chunk.chunk(ranks.count)), *chunks.chunk(ranks.count))
+    received = torch.empty_like(chunks)  # (ranks · chunk length,): this rank's chunk from every rank
+    keep_alive(chunks, received)
+    distributed.all_to_all_single(received, chunks)
+    total, *parts = keep_alive(reduce(torch.add, received.chunk(ranks.count)), *chunks.chunk(ranks.count))
     distributed.all_gather(parts, total)
     gradients.copy_(chunks[: len(gradients)])
     result: torch.futures.Future[Tensor] = torch.futures.Future()

@@ -58,7 +58,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def with_automatic_length(config: TrainConfig, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the identity `now`. If MAX_NEW_TOKENS is automatic, replace its value by that of the interrupted run `then`.
 
-    Another version of lora_blip may have chosen it by another rule.
+    The version of lora_blip that started the run may have chosen another value than this one.
     """
     automatic = not config.max_new_tokens and "max_new_tokens" in then
     return now | {"max_new_tokens": then["max_new_tokens"]} if automatic else now
