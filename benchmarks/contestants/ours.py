@@ -22,13 +22,12 @@ from lora_blip.config import TrainConfig
 from lora_blip.data.dataset import Caches, ImageDataset
 from lora_blip.data.disk_cache import Store, _digest
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch, Slot
+from lora_blip.data.loader import DeviceBatch, HostBatch, Slot
 from lora_blip.lora import adapter_file, injection, merging, targets
 from lora_blip.models import weights
 from lora_blip.models.compilation import compile_blocks
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.models.precision import autocasting
-from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import accumulate_gradients, train, update_parameters

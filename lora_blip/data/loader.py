@@ -3,16 +3,19 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from typing_extensions import TypeVar  # comes with torch
 
 from lora_blip.data.dataset import ImageDataset, ImageItem, Key
 from lora_blip.data.example import Example
 from lora_blip.data.preprocessing import pixels_of
 from lora_blip.runtime.signals import ignore_in_worker
+
+Rows = TypeVar("Rows", default=Any)  # the tokenized texts of a batch
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -83,6 +86,46 @@ class HostBatch:
         """Return the batch in pinned memory, so that copies to a GPU are asynchronous. The DataLoader calls this."""
         cached = self.cached_states and self.cached_states._replace(states=self.cached_states.states.pin_memory())
         return replace(self, pixel_values=self.pixel_values.pin_memory(), cached_states=cached)
+
+    def to(self, device: torch.device, rows: Rows, count: float, prefix: Any = None) -> "DeviceBatch[Rows]":
+        """Return the batch on a device, with its tokenized texts. The other arguments are fields of DeviceBatch."""
+        index, cached = self.image_index, self.cached_states
+        return DeviceBatch(
+            self.examples,
+            self.pixel_values.to(device, non_blocking=True),
+            rows,
+            count,
+            None if index is None else torch.tensor(index, device=device),
+            cached and cached._replace(states=cached.states.to(device, non_blocking=True)),
+            prefix,
+        )
+
+
+@dataclass(frozen=True)
+class DeviceBatch(Generic[Rows]):
+    """A batch on the model's device, made by `Task.batch` from a `HostBatch`."""
+
+    examples: list[Example]
+    pixel_values: Tensor  # (images without cached states, 3, H, W)
+    rows: Rows
+    count: float  # the summed loss is divided by the total of a step; a number of Python, so nothing waits for the device
+    image_index: Tensor | None = None  # (examples,) the image of each example; None: example i has image i
+    cached_states: CachedStates | None = None  # of images that are not in pixel_values
+    prefix: Any = None  # the `tasks.frozen_prefix.Prefix` that computed the cached states
+
+    @property
+    def images(self) -> int:
+        return len(self.pixel_values) + (len(self.cached_states.indices) if self.cached_states else 0)
+
+    def encode_images(self, encoder: Any) -> Tensor:
+        """Return the features of each image by a `tasks.base.ImageEncoder`, from cached states if there are any."""
+        if self.cached_states and self.prefix:
+            return self.prefix.encode_images(self.pixel_values, self.cached_states)
+        return encoder.encode_images(self.pixel_values)
+
+    def per_example(self, values: Tensor) -> Tensor:
+        """Return values of images (images, …) as values of examples (examples, …)."""
+        return values if self.image_index is None else values[self.image_index]
 
 
 def collate(items: list[ImageItem]) -> HostBatch:

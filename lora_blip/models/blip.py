@@ -1,6 +1,6 @@
 """BLIP's language side: a text decoder over the image, and for questions an encoder before it."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from lora_blip.kernels.text_attention import reading
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named, new_tokens
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
-from lora_blip.models.packing import Packed, pack
-from lora_blip.models.token_rows import Rows, plain_ids
+from lora_blip.models.token_rows import PackedRows, PaddedRows, TokenRows, pack, plain_ids, take_rows
 
 
-class BlipLanguage(DecoderLanguage):
+class BlipLanguage(DecoderLanguage[PackedRows]):
     """BLIP's text decoder: [DEC] prompt text [SEP]."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -34,28 +33,29 @@ class BlipLanguage(DecoderLanguage):
     def head(self) -> nn.Linear:
         return self.model.text_decoder.cls.predictions.decoder
 
-    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
-        return pack(rows.input_ids, rows, picture)
+    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:
+        return pack(tokens, [image[example] for example in tokens.example])  # the texts of an image are in one row
 
-    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:  # noqa: ARG002
-        return self.packed_states(packed, encoder_hidden_states=as_autocast(features))  # cast once, not in each layer
+    def label_states(self, features: Tensor, rows: PackedRows, image: Tensor | None) -> Tensor:  # noqa: ARG002
+        return self.packed_states(rows, encoder_hidden_states=as_autocast(features))  # cast once, not in each layer
 
-    def packed_states(self, packed: Packed, **source: Tensor) -> Tensor:
+    def packed_states(self, rows: PackedRows, **source: Tensor | None) -> Tensor:
+        """Return the input of the head for each label, (labels, width). source: the states for the cross-attention."""
         decoder = self.model.text_decoder
         states = call(
-            decoder.bert, input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask(decoder.dtype),
+            decoder.bert, input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.mask(decoder.dtype),
             is_decoder=True, use_cache=False, **source,
         ).last_hidden_state  # fmt: skip
-        return decoder.cls.predictions.transform(states.flatten(0, 1)[packed.label_positions])
+        return decoder.cls.predictions.transform(states.flatten(0, 1)[rows.labels.positions])
 
-    def logits(self, features: Tensor, rows: Rows) -> Tensor:
-        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(features))
+    def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        return self.decoder_logits(rows, encoder_hidden_states=rows.per_text(features))
 
-    def logits_of_one_image(self, features: Tensor, rows: Rows) -> Tensor:
+    def logits_of_one_image(self, features: Tensor, rows: PaddedRows) -> Tensor:
         with reading(self.model.text_decoder, features, rows=len(rows.input_ids)) as source:
             return self.decoder_logits(rows, **source)
 
-    def decoder_logits(self, rows: Rows, **source: Tensor) -> Tensor:
+    def decoder_logits(self, rows: PaddedRows, **source: Tensor) -> Tensor:
         decoder = self.model.text_decoder
         return call(
             decoder, input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, **source
@@ -69,7 +69,7 @@ class BlipLanguage(DecoderLanguage):
         return new_tokens(output, ids.shape[1])
 
 
-class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
+class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
     """BLIP for questions: an encoder reads [CLS] question [SEP] over the image, a decoder generates [DEC] answer [SEP].
 
     transformers' own forward gives the labels to the decoder unshifted, and lets it attend to the padding of shorter questions.
@@ -88,25 +88,26 @@ class BlipVqaLanguage(EncoderLanguage, BlipLanguage):
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
-    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
-        assert rows.decoder_input_ids is not None
-        return pack(rows.decoder_input_ids, rows, prompt)  # the answers to one question are in one row
+    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:  # noqa: ARG002
+        return pack(tokens, tokens.example)  # the answers to one question are in one row
 
-    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        states = self.encode_questions(per_example(as_autocast(features)), rows.input_ids, rows.attention_mask)
-        return self.packed_states(packed, encoder_hidden_states=states, encoder_attention_mask=rows.attention_mask)
+    def label_states(self, features: Tensor, rows: PackedRows, image: Tensor | None) -> Tensor:
+        assert rows.encoder_ids is not None and rows.encoder_mask is not None
+        states = self.encode_questions(take_rows(as_autocast(features), image), rows.encoder_ids, rows.encoder_mask)
+        return self.packed_states(rows, encoder_hidden_states=states, encoder_attention_mask=rows.encoder_mask)
 
-    def logits(self, features: Tensor, rows: Rows) -> Tensor:
-        states, mask = self.encode_questions(features, rows.input_ids, rows.attention_mask), rows.attention_mask
-        return self.decoder_logits(rows, encoder_hidden_states=rows.per_row(states), encoder_attention_mask=rows.per_row(mask))
+    def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        states = self.encode_questions(features, rows.input_ids, rows.attention_mask)
+        mask = rows.per_text(rows.attention_mask)
+        return self.decoder_logits(rows, encoder_hidden_states=rows.per_text(states), encoder_attention_mask=mask)
 
-    def logits_of_one_image(self, features: Tensor, rows: Rows) -> Tensor:
+    def logits_of_one_image(self, features: Tensor, rows: PaddedRows) -> Tensor:
         states = self.encode_questions(features, rows.input_ids, rows.attention_mask)
         with reading(self.model.text_decoder, states, rows.attention_mask, len(rows.targets)) as source:
             return self.decoder_logits(rows, **source)
 
-    def decoder_logits(self, rows: Rows, **source: Tensor) -> Tensor:
-        # no mask: the padding comes after the answer, and a causal decoder never attends to it
+    def decoder_logits(self, rows: PaddedRows, **source: Tensor) -> Tensor:
+        # No mask: the padding comes after the answer, and a causal decoder never attends to it.
         return call(self.model.text_decoder, input_ids=rows.decoder_input_ids, use_cache=False, **source).logits
 
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:

@@ -1,6 +1,6 @@
 """BLIP-2's language side: the Q-Former's states replace placeholder tokens before the text of an OPT or a Flan-T5."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVision
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named, new_tokens
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
-from lora_blip.models.packing import Packed, unpacked
-from lora_blip.models.token_rows import Rows, plain_ids
+from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
 
 
-class Blip2Language(Language):
-    """The base of BLIP-2's two kinds of language model. A row begins with placeholders for the image."""
+class Blip2Language(Language[PaddedRows]):
+    """The base of BLIP-2's two kinds of language model. Its input begins with placeholders for the image."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
@@ -40,8 +39,8 @@ class Blip2Language(Language):
     def head(self) -> nn.Linear:
         return self.model.language_model.get_output_embeddings()
 
-    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:  # noqa: ARG002
-        return unpacked(rows)
+    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PaddedRows:  # noqa: ARG002
+        return tokens.pad(with_labels=True)
 
     def embed(self, features: Tensor, ids: Tensor) -> Tensor:
         """Return the embeddings of `ids` (rows, tokens), with `features` in place of the image's placeholders."""
@@ -58,32 +57,32 @@ class Blip2Language(Language):
         return new_tokens(output, ids.shape[1] if with_prompt else 0)
 
 
-class OptLanguage(DecoderLanguage, Blip2Language):
+class OptLanguage(DecoderLanguage[PaddedRows], Blip2Language):
     """BLIP-2 with a decoder (OPT): <image>… </s> prompt text end."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return [*self.image_ids, self.model.config.text_config.bos_token_id, *plain_ids(self.tokenizer, prompt)]
 
-    def logits(self, features: Tensor, rows: Rows) -> Tensor:
-        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.per_row(features))
+    def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        image = BaseModelOutputWithVisionQformerOutputs(pooler_output=rows.per_text(features))
         return call(
             self.model, pixel_values=None, mm_encoder_outputs={"image": image}, input_ids=rows.input_ids,
             attention_mask=rows.attention_mask, use_cache=False,
         ).logits  # fmt: skip
 
-    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        embeds = self.embed(rows.per_row(per_example(features)), rows.input_ids)
+    def label_states(self, features: Tensor, rows: PaddedRows, image: Tensor | None) -> Tensor:
+        embeds = self.embed(rows.per_text(take_rows(features, image)), rows.input_ids)
         decoder = self.model.language_model.model
         states = call(
             decoder, inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False
         ).last_hidden_state  # fmt: skip
-        return states.flatten(0, 1)[packed.label_positions]
+        return states.flatten(0, 1)[label_positions(rows)]
 
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         return super().generate_ids(features, ids, mask, settings | {"input_ids": ids})
 
 
-class T5Language(EncoderLanguage, Blip2Language):
+class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
     """BLIP-2 with an encoder-decoder (Flan-T5): the encoder reads <image>… prompt </s>, the decoder generates text </s>."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -94,27 +93,33 @@ class T5Language(EncoderLanguage, Blip2Language):
     def prompt_ids(self, prompt: str) -> list[int]:
         return [*self.image_ids, *plain_ids(self.tokenizer, prompt), self.end_id]
 
-    def encode_prompts(self, features: Tensor, rows: Rows) -> Tensor:
-        """Return the encoder's states of image and prompt for each text, (rows, tokens, width)."""
+    def encode_prompts(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        """Return the encoder's states of image and prompt for each text, (texts, tokens, width)."""
         embeds, encoder = self.embed(features, rows.input_ids), self.model.language_model.get_encoder()
-        return rows.per_row(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
+        return rows.per_text(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
 
-    def logits(self, features: Tensor, rows: Rows) -> Tensor:
+    def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
         return call(
             self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.encode_prompts(features, rows)),
-            attention_mask=rows.per_row(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
+            attention_mask=rows.per_text(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
-    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
+    def label_states(self, features: Tensor, rows: PaddedRows, image: Tensor | None) -> Tensor:
         model = self.model.language_model
         states = call(
             model.get_decoder(),
             input_ids=rows.decoder_input_ids,
-            encoder_hidden_states=self.encode_prompts(per_example(features), rows),
-            encoder_attention_mask=rows.per_row(rows.attention_mask),
+            encoder_hidden_states=self.encode_prompts(take_rows(features, image), rows),
+            encoder_attention_mask=rows.per_text(rows.attention_mask),
             use_cache=False,
-        ).last_hidden_state.flatten(0, 1)[packed.label_positions]
+        ).last_hidden_state.flatten(0, 1)[label_positions(rows)]
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         return super().generate_ids(features, ids, mask, settings | {"decoder_start_token_id": self.start_id})
+
+
+def label_positions(rows: PaddedRows) -> Tensor:
+    """Return the positions (labels,) of the labels in the flattened (texts · tokens,)."""
+    assert rows.labels is not None  # as in all rows of `arrange`
+    return rows.labels.positions

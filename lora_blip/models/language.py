@@ -1,9 +1,10 @@
 """The language side of a model: tokenize prompts and texts, compute logits over image features, and generate texts."""
 
 import math
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,22 @@ from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.routing import use_adapters
 from lora_blip.models.distinct_images import distinct
 from lora_blip.models.library import call
-from lora_blip.models.packing import Packed
-from lora_blip.models.token_rows import IGNORE, Rows, by_length, index_of, mask_of, pad, plain_ids, shifted_targets, special_ids
+from lora_blip.models.token_rows import (
+    PackedRows,
+    PaddedRows,
+    TokenRows,
+    by_length,
+    mask_of,
+    next_tokens,
+    pad,
+    plain_ids,
+    special_ids,
+)
 
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
 Named = dict[str, Any]  # arguments by name
 SCORED: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
+TrainedRows = TypeVar("TrainedRows", PaddedRows, PackedRows)  # the form of a batch that a language model trains fastest on
 
 
 class CutText(str):
@@ -27,11 +38,11 @@ class CutText(str):
     __slots__ = ()
 
 
-class Language:
+class Language(ABC, Generic[TrainedRows]):
     """The base of the language models, one subclass for each kind.
 
-    `encode_images` computes features once for each image, and `logits` computes the texts over these features. Together they
-    are the model's forward, in which an image with five texts is encoded once.
+    `encode_images` computes the features of each image once, and `logits` computes the texts over these features. Together they
+    are the model's forward. An image with five texts is encoded once.
     """
 
     model: Any
@@ -41,47 +52,47 @@ class Language:
     end_id: int  # the token that ends every text
     max_tokens: int  # the most tokens of a row, without those of the image
 
+    @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens that come before the first token of the text."""
-        raise NotImplementedError
 
-    def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        """Return one row for each text.
+    @abstractmethod
+    def tokenize(self, prompts: list[str], texts: list[str], example: list[int] | None = None) -> TokenRows:
+        """Return the tokens of each text.
 
-        prompts: one for each image. image: the number of the image (and prompt) of each text; None: text i has image i.
+        prompts: one for each example. example: the example of each text; None: text i has prompt i.
         """
-        raise NotImplementedError
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return the features (images, states, width) of images (images, 3, H, W): the input of the language side."""
         return self.project_vision(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
 
-    def logits(self, features: Tensor, rows: Rows) -> Tensor:
-        """Return the logits (rows, tokens, vocabulary) of rows over the features (images, states, width)."""
-        raise NotImplementedError
-
+    @abstractmethod
     def project_vision(self, states: Tensor) -> Tensor:
-        """Return the features that `encode_images` computes from the ViT's output (images, states, width)."""
-        raise NotImplementedError
+        """Return the features that `encode_images` computes from the ViT's output (images, tokens, width)."""
+
+    @abstractmethod
+    def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        """Return the logits (texts, tokens, vocabulary), given the features of each example (examples, states, width)."""
 
     @property
+    @abstractmethod
     def head(self) -> nn.Linear:
         """Return the layer that computes logits from the states of the text."""
-        raise NotImplementedError
 
-    def pack(self, rows: Rows, prompt: list[int], picture: list[int]) -> Packed:
-        """Return the rows in the form that trains fastest. Row i has the prompt `prompt[i]` and the image `picture[i]`."""
-        raise NotImplementedError
+    @abstractmethod
+    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> TrainedRows:
+        """Return the texts in the form that trains fastest, for `label_states`. image: the image of each example."""
 
-    def label_states(self, features: Tensor, per_example: Callable[[Tensor], Tensor], rows: Rows, packed: Packed) -> Tensor:
-        """Return the input of `head` for each label, (labels, width), over the features of each image.
+    @abstractmethod
+    def label_states(self, features: Tensor, rows: TrainedRows, image: Tensor | None) -> Tensor:
+        """Return the input of `head` for each label, (labels, width), over the features of each image (images, states, width).
 
-        per_example: maps values of images (images, …) to values of prompts (prompts, …).
+        image: (examples,) the image of each example; None: example i has image i.
         """
-        raise NotImplementedError
 
-    def logits_of_one_image(self, features: Tensor, rows: Rows) -> Tensor:
-        """Return the logits of rows that all have the same image: features (1, states, width)."""
+    def logits_of_one_image(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        """Return the logits of texts that all have the same image: features (1, states, width)."""
         return self.logits(features, rows)
 
     def encode_unique_images(self, pixel_values: Tensor, adapters: Adapters = None) -> Tensor:
@@ -93,7 +104,7 @@ class Language:
             return self.encode_images(pixel_values[first])[index] if first != index else self.encode_images(pixel_values)
 
     def room(self, prompt: str) -> int:
-        """Return the number of tokens that a text after a prompt may have, without the start and end tokens."""
+        """Return the most tokens of a text after a prompt, without the start and end tokens."""
         return self.room_after(len(plain_ids(self.tokenizer, prompt)))
 
     def room_after(self, tokens: int) -> int:
@@ -101,15 +112,15 @@ class Language:
         return self.max_tokens - tokens - 2
 
     def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
-        """Return the groups of prompts that are generated in one batch: those of one length, which need no padding."""
+        """Return the indices of the prompts that are generated together: those of one length, which need no padding."""
         return by_length(starts)
 
+    @abstractmethod
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         """Return the generated ids that follow `ids` (rows, tokens) over the features (rows, states, width).
 
         With SCORED in the settings, return transformers' dict of results, in which `sequences` are these ids.
         """
-        raise NotImplementedError
 
     @torch.no_grad()
     def generate(
@@ -168,7 +179,7 @@ class Language:
         return texts
 
     def texts_of(self, ids: Tensor) -> list[str]:
-        """Decode ids (rows, tokens) without the structural and unknown tokens. Tokens that a user added are kept."""
+        """Return the texts of ids (rows, tokens), without structural and unknown tokens. Tokens that a user added are kept."""
         kept = [[id for id in row if id not in self.hidden_ids] for row in ids.tolist()]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
 
@@ -211,32 +222,33 @@ def mean_probabilities(output: Any, end_id: int) -> Tensor:
 
 
 def rows_are_named(model: nn.Module) -> bool:
-    """Return True inside a `use_adapters` with an adapter for every row: then no row may be left out."""
+    """Return True inside a `use_adapters` that names the adapter of every row. Then no row may be left out."""
     return any(isinstance(module, AdapterStack) and module.routing.active.count for module in model.modules())
 
 
-class DecoderLanguage(Language):
+class DecoderLanguage(Language[TrainedRows]):
     """The base of BLIP and OPT: a row is the prompt, the text and the end token. Only text and end are labels."""
 
-    def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
-        starts, numbers = [self.prompt_ids(prompt) for prompt in prompts], image or range(len(texts))
+    def tokenize(self, prompts: list[str], texts: list[str], example: list[int] | None = None) -> TokenRows:
+        starts = [self.prompt_ids(prompt) for prompt in prompts]
+        numbers = example or list(range(len(texts)))
         ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end_id] for i, text in zip(numbers, texts, strict=True)]
-        targets = shifted_targets(ids, [len(starts[i]) for i in numbers])
-        return Rows(pad(ids, self.pad_id), mask_of(ids), targets, image=index_of(image))
+        targets = [next_tokens(row, len(starts[i])) for i, row in zip(numbers, ids, strict=True)]
+        return TokenRows(ids, targets, numbers, self.pad_id)
 
     def text_ids(self, prompt: str, text: str) -> list[int]:
         """Return the tokens of a text. After a prompt it has a space before it, which matters for a byte-level BPE."""
         return plain_ids(self.tokenizer, f" {text}" if prompt else text)
 
 
-class EncoderLanguage(Language):
-    """The base of BLIP for questions and T5: an encoder reads the prompt, a decoder generates the text and the end."""
+class EncoderLanguage(Language[TrainedRows]):
+    """The base of BLIP for questions and T5: an encoder reads the prompt, a decoder generates the text and the end token."""
 
-    def tokenize(self, prompts: list[str], texts: list[str], image: list[int] | None = None) -> Rows:
+    def tokenize(self, prompts: list[str], texts: list[str], example: list[int] | None = None) -> TokenRows:
         inputs = [self.prompt_ids(prompt) for prompt in prompts]
         labels = [[*plain_ids(self.tokenizer, text), self.end_id] for text in texts]
-        decoder = pad([[self.start_id, *row[:-1]] for row in labels], self.pad_id)
-        return Rows(pad(inputs, self.pad_id), mask_of(inputs), pad(labels, IGNORE), decoder, index_of(image))
+        decoder_inputs = [[self.start_id, *row[:-1]] for row in labels]
+        return TokenRows(inputs, labels, example or list(range(len(texts))), self.pad_id, decoder_inputs)
 
     def room_after(self, tokens: int) -> int:
         left = super().room_after(tokens)

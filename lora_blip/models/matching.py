@@ -4,6 +4,7 @@ The forward of transformers computes one head for one pair. Here each part is ca
 encoded once. Padding is always masked.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ class TokenizedTexts:
         return len(self.ids)
 
 
-class Matcher:
+class Matcher(ABC):
     """The base of the image-text models, one subclass for each kind."""
 
     model: Any
@@ -52,19 +53,23 @@ class Matcher:
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return the ViT's states (images, patches, width) of images (images, 3, H, W)."""
-        return call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state
+        return self.project_vision(call(self.model.vision_model, pixel_values=pixel_values).last_hidden_state)
 
+    def project_vision(self, states: Tensor) -> Tensor:
+        """Return the ViT's states as they are: both heads read them."""
+        return states
+
+    @abstractmethod
     def image_features(self, image_states: Tensor) -> Tensor:
         """Return unit vectors in the joint space (images, views, width), float32. BLIP-2 has one view for each query."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_features(self, texts: TokenizedTexts) -> Tensor:
         """Return unit vectors in the joint space (texts, width), float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matching(self, image_states: Tensor, texts: TokenizedTexts) -> Tensor:
         """Return the log-odds (rows,), float32, that text i describes image i, by the ITM head."""
-        raise NotImplementedError
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:

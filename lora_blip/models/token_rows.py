@@ -1,52 +1,179 @@
-"""Rows of token ids with the targets of their labels.
+"""Token ids of texts: one ragged row for each text, which is then padded or packed into tensors.
 
-`targets[t]` is the id that the logits at position t should predict. It is IGNORE at positions without a label: padding (by the
-mask, never by id), the prompt, and image placeholders.
+`TokenRows` are the ragged rows. `pad` makes one tensor row for each text. `pack` puts the texts of one image into one row
+without padding, so that a decoder computes the keys of the image once. In a packed row each text attends to itself only: the
+mask is block-causal, and positions start at 0 for each text. Loss and gradients are equal to those of padded rows, and tests
+compare both.
+
+`targets[t]` is the id that the logits at position t should predict. It is IGNORE at positions without a label: the prompt,
+image placeholders and padding. The length of a row decides what is padding, never an id.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # a target without a label, as in PyTorch
+PADDING = -1  # the text number of padding in a packed row
 STRUCTURAL = ("bos", "eos", "sep", "pad", "cls", "mask")
-PLACE_HOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, BLIP-2's and T5's
+PLACEHOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, BLIP-2's and T5's
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A batch of tokenized texts. An encoder-decoder reads `input_ids`, one row for each image, and `decoder_input_ids`."""
+class TokenRows:
+    """The tokenized texts of a batch, each as long as it is. All lists are on the host."""
 
-    input_ids: Tensor  # (rows, tokens); for an encoder-decoder (images, tokens)
-    attention_mask: Tensor  # the same shape, 1 for tokens and 0 for padding
-    targets: Tensor  # (rows, logits)
-    decoder_input_ids: Tensor | None = None  # (rows, logits)
-    image: Tensor | None = None  # (rows,) the image of each row; None: row i has image i
-    weights: Tensor | None = None  # (rows,) the weight of each row's loss; None: 1
-
-    def to(self, device: torch.device) -> "Rows":
-        moved = {key: value.to(device, non_blocking=True) for key, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
-
-    def per_row(self, values: Tensor) -> Tensor:
-        """Return values of images (images, …) as values of rows (rows, …)."""
-        return values if self.image is None else values[self.image]
-
-    def with_weights(self, weights: list[float]) -> "Rows":
-        """Return the same rows with weights."""
-        plain = all(weight == 1 for weight in weights)
-        return self if plain else replace(self, weights=torch.tensor(weights, dtype=torch.float32))
+    inputs: list[list[int]]  # one for each text; in an encoder-decoder the encoder's input, one for each example
+    targets: list[list[int]]  # one for each text, as long as the decoder's input
+    example: list[int]  # the example of each text
+    pad_id: int
+    decoder_inputs: list[list[int]] | None = None  # of an encoder-decoder, one for each text
+    weights: list[float] | None = None  # the weight of each text's loss; None: 1
 
     @property
     def label_tokens(self) -> float:
-        """Return Σ over the rows of weight × label tokens, the divisor of the summed loss."""
-        counts = (self.targets != IGNORE).sum(1)
-        return float(counts.sum() if self.weights is None else (counts * self.weights).sum())
+        """Return Σ over the texts of weight × label tokens, the divisor of the summed loss."""
+        counts = torch.tensor([sum(target != IGNORE for target in row) for row in self.targets])
+        return float(counts.sum() if self.weights is None else (counts * weight_tensor(self.weights)).sum())
+
+    def pad(self, with_labels: bool = False) -> "PaddedRows":
+        """Return the rows padded at the end. with_labels: find the positions of the labels too."""
+        targets, decoder = pad(self.targets, IGNORE), self.decoder_inputs
+        text = torch.arange(len(targets))[:, None].expand(targets.shape)
+        return PaddedRows(
+            pad(self.inputs, self.pad_id),
+            mask_of(self.inputs),
+            targets,
+            None if decoder is None else pad(decoder, self.pad_id),
+            None if self.example == list(range(len(targets))) else torch.tensor(self.example),
+            None if self.weights is None else weight_tensor(self.weights),
+            labels_of(targets, text, self.weights) if with_labels else None,
+        )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a batch without the positions that have none."""
+
+    positions: Tensor  # (labels,) positions in the flattened (rows · tokens,)
+    targets: Tensor  # (labels,)
+    weights: Tensor | None  # (labels,) the weight of each label; None: 1
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """One row of tensors for each text. An encoder-decoder has `input_ids` for each example."""
+
+    input_ids: Tensor  # (texts, tokens); in an encoder-decoder (examples, tokens)
+    attention_mask: Tensor  # the same shape, 1 for tokens and 0 for padding
+    targets: Tensor  # (texts, logits)
+    decoder_input_ids: Tensor | None = None  # (texts, logits)
+    example: Tensor | None = None  # (texts,) the example of each text; None: text i has example i
+    weights: Tensor | None = None  # (texts,) the weight of each text's loss; None: 1
+    labels: Labels | None = None  # None: the loss is computed from all logits
+
+    def to(self, device: torch.device) -> "PaddedRows":
+        return moved(self, device)
+
+    def padded(self) -> "PaddedRows":
+        """Return the rows themselves. `PackedRows` has the same method."""
+        return self
+
+    def label_ids(self) -> list[list[int]]:
+        """Return the labels of each text."""
+        return [row[row != IGNORE].tolist() for row in self.targets]
+
+    def per_text(self, values: Tensor) -> Tensor:
+        """Return values of examples (examples, …) as values of texts (texts, …)."""
+        return take_rows(values, self.example)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The texts of a batch, with one row for each image, or for each question that an encoder reads."""
+
+    ids: Tensor  # (rows, tokens) the decoder's input
+    positions: Tensor  # (rows, tokens) the position of each token in its text
+    text: Tensor  # (rows, tokens) the number of each token's text, or PADDING
+    labels: Labels
+    tokens: TokenRows  # the same texts before packing
+    encoder_ids: Tensor | None = None  # (examples, tokens) the encoder's input, padded; None without an encoder
+    encoder_mask: Tensor | None = None  # (examples, tokens) 1 for tokens and 0 for padding
+
+    def to(self, device: torch.device) -> "PackedRows":
+        return moved(self, device)
+
+    def padded(self) -> PaddedRows:
+        """Return the same texts with one row for each, on the same device."""
+        return self.tokens.pad().to(self.ids.device)
+
+    def label_ids(self) -> list[list[int]]:
+        """Return the labels of each text."""
+        owner = self.text.flatten()[self.labels.positions]
+        return [self.labels.targets[owner == number].tolist() for number in range(len(self.tokens.targets))]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask (rows, 1, tokens, tokens) to add to the scores: 0 for keys of the same text, else the minimum."""
+        same = self.text[:, :, None] == self.text[:, None, :]
+        count = self.text.shape[1]
+        earlier = torch.ones(count, count, dtype=torch.bool, device=same.device).tril()
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=same.device)
+        return hidden.masked_fill(same & earlier, 0)[:, None]
+
+
+def pack(tokens: TokenRows, row: list[int]) -> PackedRows:
+    """Pack tokenized texts. Text i goes to the row `row[i]`. An encoder's input is padded."""
+    texts_of_row: list[list[int]] = [[] for _ in range(max(row) + 1)]
+    for i, number in enumerate(row):
+        texts_of_row[number].append(i)
+    encoder = tokens.decoder_inputs is not None
+    inputs = tokens.decoder_inputs or tokens.inputs
+    text = pad([[i for i in texts for _ in inputs[i]] for texts in texts_of_row], PADDING)
+    targets = pad([[t for i in texts for t in tokens.targets[i]] for texts in texts_of_row], IGNORE)
+    return PackedRows(
+        pad([[t for i in texts for t in inputs[i]] for texts in texts_of_row], 0),
+        pad([[p for i in texts for p in range(len(inputs[i]))] for texts in texts_of_row], 0),
+        text,
+        labels_of(targets, text, tokens.weights),
+        tokens,
+        pad(tokens.inputs, tokens.pad_id) if encoder else None,
+        mask_of(tokens.inputs) if encoder else None,
+    )
+
+
+TextRows = PaddedRows | PackedRows  # the tensors of a batch of texts
+Tensors = TypeVar("Tensors", Labels, PaddedRows, PackedRows)
+
+
+def moved(rows: Tensors, device: torch.device) -> Tensors:
+    """Return the same object with its tensors on a device."""
+    fields = {key: value.to(device, non_blocking=True) for key, value in vars(rows).items() if isinstance(value, Tensor)}
+    labels = {key: moved(value, device) for key, value in vars(rows).items() if isinstance(value, Labels)}
+    return replace(rows, **fields, **labels)  # type: ignore[arg-type]
+
+
+def labels_of(targets: Tensor, text: Tensor, weights: list[float] | None) -> Labels:
+    """Return the labels among `targets` (rows, tokens).
+
+    text: (rows, tokens), the number of each token's text. weights: the weight of each text.
+    """
+    positions = (targets != IGNORE).flatten().nonzero().flatten()
+    each = None if weights is None else weight_tensor(weights)[text.flatten()[positions]]
+    return Labels(positions, targets.flatten()[positions], each)
+
+
+def take_rows(values: Tensor, index: Tensor | None) -> Tensor:
+    """Return values[index]; None: all values, in their order."""
+    return values if index is None else values[index]
+
+
+def weight_tensor(weights: list[float]) -> Tensor:
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
@@ -60,18 +187,9 @@ def mask_of(rows: list[list[int]]) -> Tensor:
     return pad([[1] * len(row) for row in rows], 0)
 
 
-def shifted_targets(rows: list[list[int]], prompt_lengths: list[int]) -> Tensor:
-    """Return the next-token targets of a decoder: position t predicts token t + 1, if that is after the prompt."""
-    targets = []
-    for row, start in zip(rows, prompt_lengths, strict=True):
-        labels = [IGNORE] * start + row[start:]
-        targets.append([*labels[1:], IGNORE])
-    return pad(targets, IGNORE)
-
-
-def index_of(image: list[int] | None) -> Tensor | None:
-    """Return `Rows.image` as a tensor (rows,); None if row i has image i."""
-    return None if image is None or image == list(range(len(image))) else torch.tensor(image)
+def next_tokens(row: list[int], start: int) -> list[int]:
+    """Return the targets of a decoder's row: position t predicts token t + 1, if that is at `start` or after it."""
+    return [*([IGNORE] * start + row[start:])[1:], IGNORE]
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -85,7 +203,7 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
-    """Return {text: its `plain_ids`}, tokenized together."""
+    """Return {text: its `plain_ids`}. One call of the tokenizer for all texts is faster."""
     ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False).input_ids
     return dict(zip(texts, ids, strict=True))
 
@@ -98,7 +216,7 @@ def special_ids(tokenizer: Any) -> set[int]:
     """
     named = {tokenizer.special_tokens_map.get(f"{name}_token") for name in STRUCTURAL} - {None}
     ids = set(tokenizer.convert_tokens_to_ids(sorted(map(str, named))))
-    return ids | {id for id, token in tokenizer.added_tokens_decoder.items() if PLACE_HOLDER.fullmatch(str(token))}
+    return ids | {id for id, token in tokenizer.added_tokens_decoder.items() if PLACEHOLDER.fullmatch(str(token))}
 
 
 def by_length(rows: list[list[int]]) -> Iterator[list[int]]:

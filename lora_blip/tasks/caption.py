@@ -42,7 +42,7 @@ class CaptionTask(TextTask):
     def check(self, example: Example) -> str:
         if not example.text:
             return 'no text: captioning needs one; add the key "text"'
-        return self.check_prompt(example) or self.text_problem(example.text, self.room(self.prompt_of(example)))
+        return self.check_prompt(example) or self.checker.problem(example.text, self.room(self.prompt_of(example)))
 
     def room(self, prompt: str) -> int:
         """Return the number of tokens that a caption after a prompt may have."""

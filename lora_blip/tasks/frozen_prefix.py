@@ -6,7 +6,6 @@ just computed is rounded to fp16 too, and each image is computed alone, so resul
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from lora_blip.data.disk_cache import Store
 from lora_blip.data.loader import CachedStates
 from lora_blip.lora import attached
+from lora_blip.tasks.base import ImageEncoder
 
 KEPT = torch.float16  # 11 bits of significand; autocast's bf16 has 8
 BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
@@ -22,11 +22,11 @@ LANGUAGE = "language_model."
 
 
 class Prefix:
-    """The part of a model before its first adapter. `project_vision` is `Task.project_vision`, the part after the ViT."""
+    """The part of a model before its first adapter. `encoder` is that of the task."""
 
-    def __init__(self, model: Any, project_vision: Callable[[Tensor], Tensor], store: Store | None = None) -> None:
-        self.vit, self.project_vision, self.store = model.vision_model, project_vision, store
-        self.first, self.beyond = first_adapted_block(model)
+    def __init__(self, encoder: ImageEncoder, store: Store | None = None) -> None:
+        self.vit, self.project_vision, self.store = encoder.model.vision_model, encoder.project_vision, store
+        self.first, self.beyond = first_adapted_block(encoder.model)
 
     @property
     def worthwhile(self) -> bool:

@@ -1,22 +1,7 @@
-"""The losses as functions of logits and labels: next token, image-text contrast (ITC), image-text matching (ITM)."""
+"""The losses of retrieval as functions of similarities: image-text contrast (ITC), and the negatives of matching (ITM)."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from lora_blip.models.token_rows import IGNORE
-
-
-def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return Σ wᵣ · −log p(target) over the positions that have a label, float32.
-
-    logits: (rows, tokens, vocabulary). targets: (rows, tokens), IGNORE at positions without a label. weights: (rows,); None: 1.
-    """
-    flat = logits.flatten(0, 1).float(), targets.flatten()
-    if weights is None:
-        return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
-    each = F.cross_entropy(*flat, ignore_index=IGNORE, reduction="none").view(targets.shape)
-    return (each.sum(1) * weights).sum()
 
 
 def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float) -> Tensor:

@@ -14,14 +14,16 @@ from torch.nn import functional as F
 
 from lora_blip.data.annotations import many_objects
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.loader import HostBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.data.paths import resolved
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models.loading import Backbone
 from lora_blip.models.matching import TokenizedTexts, cosines, matcher_of
+from lora_blip.models.text_check import TextChecker
+from lora_blip.models.token_rows import special_ids
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.tasks.base import DeviceBatch, Generation, Task
+from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 
 TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
@@ -41,7 +43,7 @@ class EncodedTexts(NamedTuple):
     features: Tensor  # (texts, width)
 
 
-class RetrievalTask(Task):
+class RetrievalTask(Task[TokenizedTexts]):
     """Lines are {"image": …, "text": …}. The texts of all lines of an image are right for it.
 
     The temperature of the contrast is trained with the adapters and saved in their file. Negatives come from the micro-batch: a
@@ -59,7 +61,9 @@ class RetrievalTask(Task):
         super().__init__(backbone, prompt, generation)
         if self.prompt:
             raise ConfigError(f"prompt = {self.prompt!r}: retrieval has no prompt; leave it empty")
-        self.matcher = matcher_of(backbone)
+        self.matcher = self.encoder = matcher_of(backbone)
+        image = getattr(backbone.model.config, "image_token_index", None)
+        self.checker = TextChecker(backbone.tokenizer, special_ids(backbone.tokenizer) | ({image} - {None}))
         self.texts_of_image: dict[str, tuple[str, ...]] = {}  # image → the texts of all its lines, if there are several
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE), device=backbone.device))
 
@@ -89,31 +93,25 @@ class RetrievalTask(Task):
 
     def check_text(self, text: str) -> str:
         """Return why a text cannot be matched, or ""."""
-        return self.text_problem(text, self.matcher.max_tokens - 2)
+        return self.checker.problem(text, self.matcher.max_tokens - 2)
 
-    def batch(self, host_batch: HostBatch) -> DeviceBatch:
-        device = self.backbone.device
-        texts = self.matcher.tokenize([example.text for example in host_batch.examples]).to(device)
-        count = 0 if positives(host_batch.examples, self.texts_of_image).all() else len(host_batch.examples)
-        return DeviceBatch(host_batch.examples, rows=texts, count=count, **self.image_tensors(host_batch))
+    def batch(self, host_batch: HostBatch, prefix: Any = None) -> DeviceBatch[TokenizedTexts]:
+        examples, device = host_batch.examples, self.backbone.device
+        rows = self.matcher.tokenize([example.text for example in examples]).to(device)
+        count = 0 if positives(examples, self.texts_of_image).all() else len(examples)
+        return host_batch.to(device, rows, count, prefix)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        return self.matcher.encode_images(pixel_values)
-
-    def project_vision(self, states: Tensor) -> Tensor:
-        return states
-
-    def repeatable_loss(self, batch: DeviceBatch) -> Tensor:
+    def repeatable_loss(self, batch: DeviceBatch[TokenizedTexts]) -> Tensor:
         return self.loss(batch, drawn=False)
 
-    def loss(self, batch: DeviceBatch, features: Tensor | None = None, drawn: bool = True) -> Tensor:
+    def loss(self, batch: DeviceBatch[TokenizedTexts], features: Tensor | None = None, drawn: bool = True) -> Tensor:
         """Return rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
         The loss and the count of a micro-batch without any wrong pair are 0, because ITM would only learn to answer "match".
         Such is the last micro-batch of an epoch if it has one line. drawn: draw the negatives by similarity.
         """
         matcher, texts = self.matcher, batch.rows
-        states = batch.per_example(self.encode_batch(batch) if features is None else features)
+        states = batch.per_example(batch.encode_images(self.encoder) if features is None else features)
         similarity = cosines(matcher.image_features(states), matcher.text_features(texts))  # (rows, rows)
         right = positives(batch.examples, self.texts_of_image)
         if right.all():
@@ -128,16 +126,16 @@ class RetrievalTask(Task):
         matching = F.binary_cross_entropy_with_logits(odds, labels)  # equal to the cross-entropy of two logits
         return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching
 
-    def logits(self, batch: DeviceBatch) -> Tensor:
+    def logits(self, batch: DeviceBatch[TokenizedTexts]) -> Tensor:
         """Return ITC's logits of all pairs, then ITM's log-odds of the right pairs: (rows · rows + rows,)."""
-        states = batch.per_example(self.encode_batch(batch))
+        states = batch.per_example(batch.encode_images(self.encoder))
         similarity = cosines(self.matcher.image_features(states), self.matcher.text_features(batch.rows))
         return torch.cat([(similarity / self.temperature).flatten(), self.matcher.matching(states, batch.rows)])
 
-    def wrong_labels(self, batch: DeviceBatch) -> str:
+    def wrong_labels(self, batch: DeviceBatch[TokenizedTexts]) -> str:
         return NO_NEGATIVES if positives(batch.examples, self.texts_of_image).all() else ""
 
-    def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
+    def label_table(self, batch: DeviceBatch[TokenizedTexts], rows: int = 2) -> str:
         right = positives(batch.examples, self.texts_of_image)
         lines = ["the first texts, and the images of this batch that each of them describes"]
         for row in range(min(rows, len(batch.examples))):
@@ -161,7 +159,7 @@ class RetrievalTask(Task):
             raise ConfigError(
                 "retrieval uses one adapter for the whole batch: call it inside lora_blip.use_adapters(model, name)"
             )
-        return self.predict_from_features(self.encode_images(pixel_values), examples)
+        return self.predict_from_features(self.encoder.encode_images(pixel_values), examples)
 
     @torch.no_grad()
     def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[Features]:

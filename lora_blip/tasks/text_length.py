@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lora_blip.data.example import Example
 from lora_blip.models.language import CutText, DecoderLanguage
-from lora_blip.models.token_bounds import UNBOUNDED
+from lora_blip.models.text_check import UNBOUNDED
 from lora_blip.models.token_rows import many_ids
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.text_task import TextTask
@@ -22,16 +22,16 @@ def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> di
     spaced: the text follows a prompt in a decoder, so it has a space before it. Only texts that are not plain words and were
     not tokenized by the check of the data are tokenized here.
     """
-    known = {text: task.bounds.count(text, spaced) for text in texts}
+    counts, lengths = {text: task.checker.bounds.count(text, spaced) for text in texts}, task.checker.lengths
     if not spaced:
-        known |= {text: task.known_lengths[text] for text in texts if known[text] == UNBOUNDED and text in task.known_lengths}
-    rest = [text for text in texts if known[text] == UNBOUNDED]
+        counts |= {text: lengths[text] for text in texts if counts[text] == UNBOUNDED and text in lengths}
+    rest = [text for text in texts if counts[text] == UNBOUNDED]
     for start in range(0, len(rest), CHUNK):
         part = rest[start : start + CHUNK]
         written = [f" {text}" if spaced else text for text in part]
         ids = many_ids(task.backbone.tokenizer, written)
-        known |= {text: len(ids[one]) for text, one in zip(part, written, strict=True)}
-    return {text: tokens + 1 for text, tokens in known.items()}
+        counts |= {text: len(ids[one]) for text, one in zip(part, written, strict=True)}
+    return {text: tokens + 1 for text, tokens in counts.items()}
 
 
 def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counter[str]]:
@@ -50,7 +50,7 @@ def longer_texts(task: Task, examples: Iterable[Example], limit: int) -> tuple[C
     """
     texts, longer, most = texts_by_space(task, examples), Counter[str](), 0
     for spaced, counts in texts.items():
-        may_be = [text for text in counts if task.bounds.at_most(text) + 1 > limit]
+        may_be = [text for text in counts if task.checker.bounds.at_most(text) + 1 > limit]
         too_long = {text: n for text, n in token_counts(task, may_be, spaced).items() if n > limit}
         longer.update({text: counts[text] for text in too_long})
         most = max(most, *too_long.values()) if too_long else most
@@ -63,11 +63,11 @@ def longest_text(task: Task, examples: Iterable[Example]) -> int:
     for spaced, counts in texts_by_space(task, examples).items():
         others = []
         for text in counts:
-            most = task.bounds.at_most(text, longest - 1)
+            most = task.checker.bounds.at_most(text, longest - 1)
             if most == UNBOUNDED:
                 others.append(text)
             elif most + 1 > longest:
-                longest = max(longest, task.bounds.count(text, spaced) + 1)
+                longest = max(longest, task.checker.bounds.count(text, spaced) + 1)
         longest = max(longest, *token_counts(task, others, spaced).values()) if others else longest
     return longest
 
@@ -84,7 +84,7 @@ def fit_generation(task: Task, examples: list[Example], limit: int, fix: str = "
     as it is. If texts are longer, their number is printed, with the fix.
     """
     if not isinstance(task, TextTask):
-        task.known_lengths = {}
+        task.checker.lengths = {}
         return limit or Generation().max_new_tokens
     chosen, room = limit, most_new_tokens(task)
     if len(examples) >= MANY:
@@ -99,7 +99,7 @@ def fit_generation(task: Task, examples: list[Example], limit: int, fix: str = "
             f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {total:,} texts, the longest of which has "
             f"{most} tokens with its end token: their predictions can never be right. {fix}"
         )
-    task.known_lengths = {}  # not needed any more
+    task.checker.lengths = {}  # not needed any more
     task.generation = replace(task.generation, max_new_tokens=chosen)
     return chosen
 

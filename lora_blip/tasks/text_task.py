@@ -1,16 +1,18 @@
 """The base of captioning and question answering: the model reads a prompt and generates a text. Only the text is learned."""
 
 import unicodedata
+from abc import abstractmethod
 from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_blip.data.annotations import plain
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import ConfigError
 from lora_blip.kernels.head_loss import head_loss, is_plain_head
 from lora_blip.kernels.plain import is_plain
@@ -18,10 +20,10 @@ from lora_blip.models.blip import BlipLanguage, BlipVqaLanguage
 from lora_blip.models.blip2 import OptLanguage, T5Language
 from lora_blip.models.language import Language
 from lora_blip.models.loading import Backbone
-from lora_blip.models.token_rows import IGNORE, plain_ids
+from lora_blip.models.text_check import ONLY_UNKNOWN, TextChecker
+from lora_blip.models.token_rows import IGNORE, TextRows, plain_ids
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.tasks.base import ONLY_UNKNOWN, DeviceBatch, Generation, Task
-from lora_blip.tasks.losses import token_loss
+from lora_blip.tasks.base import Generation, Task
 
 CHUNK = 64  # texts of one image that are ranked in one forward
 WIDTH = 110  # characters of a line of the label table
@@ -30,21 +32,25 @@ HEADING = (
 )
 
 
-class TextTask(Task):
+class TextTask(Task[TextRows]):
     """The prompt comes before every text. It is never in the loss."""
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
-        self.language = language_of(backbone)
-        self.special_ids = self.language.structural_ids
+        self.language = self.encoder = language_of(backbone)
+        self.checker = TextChecker(backbone.tokenizer, self.language.structural_ids)
 
+    @abstractmethod
     def prompt_of(self, example: Example) -> str:
         """Return what the model reads before it generates a text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def texts_of(self, example: Example) -> list[tuple[str, float]]:
         """Return the right texts with the weight of each. The weights sum to 1."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def check_prompt(self, example: Example) -> str:
+        """Return why the prompt of a line cannot be used, or ""."""
 
     # ---- training
 
@@ -56,38 +62,35 @@ class TextTask(Task):
         text, answers = after_prompt(example.text, prompt), tuple(after_prompt(answer, prompt) for answer in example.answers)
         return example if (text, answers) == (example.text, example.answers) else replace(example, text=text, answers=answers)
 
-    def batch(self, host_batch: HostBatch) -> DeviceBatch:
-        device, prompts = self.backbone.device, [self.prompt_of(example) for example in host_batch.examples]
-        picture = host_batch.image_index or range(len(host_batch.examples))
-        weighted = [(i, text, weight) for i, e in enumerate(host_batch.examples) for text, weight in self.texts_of(e)]
-        image, texts, weights = map(list, zip(*weighted, strict=True))
-        rows = self.language.tokenize(prompts, texts, image).with_weights(weights)
-        packed = self.language.pack(rows, image, [picture[i] for i in image]).to(device) if self.backbone.fast else None
-        tensors = self.image_tensors(host_batch)
-        return DeviceBatch(host_batch.examples, rows=rows.to(device), packed=packed, count=rows.label_tokens, **tensors)
+    def batch(self, host_batch: HostBatch, prefix: Any = None) -> DeviceBatch[TextRows]:
+        examples, device = host_batch.examples, self.backbone.device
+        weighted = [(number, *text) for number, example in enumerate(examples) for text in self.texts_of(example)]
+        numbers, texts, weights = map(list, zip(*weighted, strict=True))
+        tokens = self.language.tokenize([self.prompt_of(example) for example in examples], texts, numbers)
+        if any(weight != 1 for weight in weights):
+            tokens = replace(tokens, weights=weights)
+        image = host_batch.image_index or range(len(examples))
+        rows = self.language.arrange(tokens, image) if self.backbone.fast else tokens.pad()
+        return host_batch.to(device, rows.to(device), tokens.label_tokens, prefix)
 
-    def logits(self, batch: DeviceBatch) -> Tensor:
-        """Return the logits (rows, tokens, vocabulary)."""
-        return self.language.logits(batch.per_example(self.encode_batch(batch)), batch.rows)
+    def logits(self, batch: DeviceBatch[TextRows]) -> Tensor:
+        """Return the logits (texts, tokens, vocabulary)."""
+        features = batch.per_example(batch.encode_images(self.encoder))
+        return self.language.logits(features, batch.rows.padded())
 
-    def loss(self, batch: DeviceBatch, features: Tensor | None = None) -> Tensor:
+    def loss(self, batch: DeviceBatch[TextRows], features: Tensor | None = None) -> Tensor:
         """Return Σ weight × cross-entropy over the label tokens."""
-        features = self.encode_batch(batch) if features is None else features
-        rows, packed, head = batch.rows, batch.packed, self.language.head
-        if packed is None or is_plain():
+        features = batch.encode_images(self.encoder) if features is None else features
+        labels, head = batch.rows.labels, self.language.head
+        if labels is None or is_plain():
+            rows = batch.rows.padded()
             return token_loss(self.language.logits(batch.per_example(features), rows), rows.targets, rows.weights)
-        states = self.language.label_states(features, batch.per_example, rows, packed)
+        states = self.language.label_states(features, batch.rows, batch.image_index)
         if not is_plain_head(head):
-            return token_loss(head(states)[:, None], packed.targets[:, None], packed.weights)
-        return head_loss(states, head, packed.targets, packed.weights)
+            return token_loss(head(states)[:, None], labels.targets[:, None], labels.weights)
+        return head_loss(states, head, labels.targets, labels.weights)
 
     # ---- prediction
-
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        return self.language.encode_images(pixel_values)
-
-    def project_vision(self, states: Tensor) -> Tensor:
-        return self.language.project_vision(states)
 
     @torch.no_grad()
     def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[str]:
@@ -118,23 +121,23 @@ class TextTask(Task):
 
     def text_scores(self, features: Tensor, prompt: str, texts: list[str]) -> Tensor:
         """Return the log-likelihood (texts,) of each text after a prompt, for one image: features (1, states, width)."""
-        rows = self.language.tokenize([prompt], texts, [0] * len(texts)).to(self.backbone.device)
+        rows = self.language.tokenize([prompt], texts, [0] * len(texts)).pad().to(self.backbone.device)
         return self.likelihood(token_log_likelihoods(self.language.logits_of_one_image(features, rows), rows.targets))
 
+    @abstractmethod
     def likelihood(self, tokens: Tensor) -> Tensor:
-        """Return one score for each text from log-likelihoods of tokens (rows, tokens), NaN at positions without a label."""
-        raise NotImplementedError
+        """Return one score for each text from log-likelihoods of tokens (texts, tokens), NaN at positions without a label."""
 
     # ---- checks
 
     def require_room(self, prompt: str) -> None:
         """Raise ConfigError if `prompt` has a special token or only unknown ones, or leaves too few positions for a text."""
         ids = plain_ids(self.backbone.tokenizer, prompt)
-        only_unknown = prompt.strip() and self.unknown_tokens.nothing_left(ids)
-        if reason := self.special_token_problem(prompt, ids) or (ONLY_UNKNOWN if only_unknown else ""):
+        only_unknown = prompt.strip() and self.checker.unknown.nothing_left(ids)
+        if reason := self.checker.special_token_problem(prompt, ids) or (ONLY_UNKNOWN if only_unknown else ""):
             raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
-        self.unknown_tokens.note({prompt: ids})
-        self.prompt_warning = self.unknown_tokens.report([(0, (prompt,))], "prompt")
+        self.checker.unknown.note({prompt: ids})
+        self.prompt_warning = self.checker.unknown.report([(0, (prompt,))], "prompt")
         room, needed = self.most_new_tokens(prompt), self.generation.max_new_tokens
         if room < needed:
             raise ConfigError(
@@ -150,27 +153,26 @@ class TextTask(Task):
         """Return why the prompt of a line cannot be used, or ""."""
         if self.language.room(prompt) < 1:
             return f"the prompt has too many tokens for this model: {quoted(prompt)}"
-        return self.special_token_problem(prompt, plain_ids(self.backbone.tokenizer, prompt))
+        return self.checker.special_token_problem(prompt, plain_ids(self.backbone.tokenizer, prompt))
 
-    def wrong_labels(self, batch: DeviceBatch) -> str:
-        """Return a message if the labels of a row are not the tokens of its text and the end token, or ""."""
+    def wrong_labels(self, batch: DeviceBatch[TextRows]) -> str:
+        """Return a message if the labels of a text are not its tokens and the end token, or ""."""
         tokenizer = self.backbone.tokenizer
         pairs = [(example, text) for example in batch.examples for text, _ in self.texts_of(example)]
-        for row, (example, text) in zip(batch.rows.targets, pairs, strict=True):
-            labels = row[row != IGNORE].tolist()
+        for labels, (example, text) in zip(batch.rows.label_ids(), pairs, strict=True):
             decoded = str(tokenizer.decode(labels[:-1]))
             if not labels or decoded.split() != str(tokenizer.decode(plain_ids(tokenizer, text))).split():
                 return f"the labels of {example.name!r} decode to {decoded!r}, but its text is {text!r}"
         return ""
 
-    def label_table(self, batch: DeviceBatch, rows: int = 2) -> str:
-        """Return the input tokens of the first rows above their labels, as words."""
-        words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows
+    def label_table(self, batch: DeviceBatch[TextRows], rows: int = 2) -> str:
+        """Return the input tokens of the first texts above their labels, as words."""
+        words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows.padded()
         lines = [HEADING]
         for row, target in enumerate(texts.targets[:rows]):
             inputs = texts.input_ids
             if texts.decoder_input_ids is not None:  # an encoder reads the prompt
-                ids, mask = texts.per_row(texts.input_ids)[row], texts.per_row(texts.attention_mask)[row]
+                ids, mask = texts.per_text(texts.input_ids)[row], texts.per_text(texts.attention_mask)[row]
                 lines.append(printable("  prompt  " + " ".join(words(ids[mask == 1].tolist()))))
                 inputs = texts.decoder_input_ids
             labels = [words(int(t)) if t != IGNORE else "." for t in target]
@@ -215,6 +217,18 @@ def is_word(character: str) -> bool:
     return character.isalnum() and unicodedata.east_asian_width(character) not in "WF"
 
 
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return Σ wᵣ · −log p(target) over the positions that have a label, float32.
+
+    logits: (rows, tokens, vocabulary). targets: (rows, tokens), IGNORE at positions without a label. weights: (rows,); None: 1.
+    """
+    flat = logits.flatten(0, 1).float(), targets.flatten()
+    if weights is None:
+        return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
+    each = F.cross_entropy(*flat, ignore_index=IGNORE, reduction="none").view(targets.shape)
+    return (each.sum(1) * weights).sum()
+
+
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     """Return log p of each target, (rows, tokens), float32, NaN at positions without a label."""
     has_label = targets != IGNORE
@@ -222,7 +236,7 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     return log_p.masked_fill(~has_label, torch.nan)
 
 
-def language_of(backbone: Backbone) -> Language:
+def language_of(backbone: Backbone) -> Language[Any]:
     """Return the language side of a backbone."""
     if backbone.architecture == "BlipForQuestionAnswering":
         return BlipVqaLanguage(backbone)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.kernels import switch
 from lora_blip.kernels.plain import plain
 from lora_blip.lora import attached
@@ -26,7 +27,7 @@ from lora_blip.models.library import first_line
 from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.tasks import verification_record
-from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.base import Task
 from lora_blip.tasks.differences import (
     Difference,
     distance,

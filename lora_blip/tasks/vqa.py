@@ -11,9 +11,9 @@ from lora_blip.errors import ConfigError
 from lora_blip.metrics.vqa import accuracy, vqa_accuracy
 from lora_blip.models.blip import BlipVqaLanguage
 from lora_blip.models.loading import Backbone
-from lora_blip.models.token_bounds import UNBOUNDED
+from lora_blip.models.text_check import ONLY_UNKNOWN, UNBOUNDED
 from lora_blip.runtime.untrusted import quoted
-from lora_blip.tasks.base import ONLY_UNKNOWN, Generation
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.text_task import TextTask
 
 TEMPLATE = "Question: {question} Answer:"  # the prompt of BLIP-2's authors (Li et al. 2023, arXiv:2301.12597, section 4.1)
@@ -60,7 +60,7 @@ class VqaTask(TextTask):
         if self._surely_fits(example):
             return ""
         room = self.room(example)
-        answers = (self.text_problem(answer, room) for answer in dict.fromkeys(example.answers))
+        answers = (self.checker.problem(answer, room) for answer in dict.fromkeys(example.answers))
         return self.check_question(example) or next(filter(None, answers), "")
 
     def texts_to_check(self, example: Example) -> tuple[str, ...]:
@@ -68,11 +68,11 @@ class VqaTask(TextTask):
 
     def room(self, example: Example) -> int:
         """Return the number of tokens that an answer to the example's question may have."""
-        return self.language.room_after(len(self.token_ids(self.prompt_of(example))))
+        return self.language.room_after(len(self.checker.ids(self.prompt_of(example))))
 
     def _surely_fits(self, example: Example) -> bool:
         """Return True if upper bounds show, without tokenizing, that the rest of `check` finds no problem."""
-        bounds, prompt, room = self.bounds, self.prompt_of(example), self.language.room_after
+        bounds, prompt, room = self.checker.bounds, self.prompt_of(example), self.language.room_after
         longest = bounds.at_most_of((prompt, *example.answers))
         if longest != UNBOUNDED and room(longest) >= longest:
             return True
@@ -89,10 +89,10 @@ class VqaTask(TextTask):
             return fault
         if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}; shorten it"
-        ids = self.token_ids(example.question)
-        if self.unknown_tokens.nothing_left(ids):
+        ids = self.checker.ids(example.question)
+        if self.checker.unknown.nothing_left(ids):
             return f"the question {quoted(example.question)} {ONLY_UNKNOWN}"
-        return self.special_token_problem(example.question, ids)
+        return self.checker.special_token_problem(example.question, ids)
 
     def all_texts(self, example: Example) -> tuple[str, ...]:
         return (example.question, *example.answers)
@@ -103,7 +103,7 @@ class VqaTask(TextTask):
             return ""
         if example.prompt.count("{question}") != 1:
             return f"the prompt {quoted(example.prompt)} does not contain {{question}} exactly once; add it"
-        return self.special_token_problem(example.prompt, self.token_ids(example.prompt.replace("{question}", "")))
+        return self.checker.special_token_problem(example.prompt, self.checker.ids(example.prompt.replace("{question}", "")))
 
     def subject(self, example: Example) -> tuple[Path | str, ...]:
         """Return the image and the question. Equal questions differ by their question_id, or by their templates."""

@@ -18,13 +18,13 @@ from lora_blip.version import __version__
 FOLDER = ".cache"  # in the output folder, for all its runs
 
 
-def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> Caches:
-    """Return the caches that the settings allow. If states are cached, set `task.prefix`, which reads and writes them.
+def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> tuple[Caches, Prefix | None]:
+    """Return the caches that the settings allow, and the prefix that reads and writes cached states, if there are any.
 
     Call this after `inject`. `identity` is the identity of the run, with the digests of the base as it was loaded.
     """
     if not config.cache_gb:
-        return NO_CACHES
+        return NO_CACHES, None
     folder, limit = Path(config.output_dir) / FOLDER, int(config.cache_gb * 1e9)
     backbone = task.backbone
     decoding: dict[str, Any] = {
@@ -33,25 +33,24 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
         "lora_blip": __version__,
     }
     pixels = Store(folder, {"of": "pictures", **decoding}, limit)
-    prefix = Prefix(backbone.model, task.project_vision)
+    prefix = Prefix(task.encoder)
     if not prefix.worthwhile or config.shard:  # with sharded weights, all processes must run the same forwards
-        return Caches(pixels)
+        return Caches(pixels), None
     computed: dict[str, Any] = {
         "base": identity["base weights"], "settings": identity["base processors"], "precision": precision,
         "base_dtype": config.base_dtype, "fast": config.fast, "device": backbone.device.type,
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, **decoding}, limit)
-    task.prefix = prefix
-    return Caches(pixels, prefix.store)
+    return Caches(pixels, prefix.store), prefix
 
 
-def describe_cache(config: TrainConfig, task: Task) -> str:
+def describe_cache(config: TrainConfig, prefix: Prefix | None) -> str:
     """Return a line for the user: the folder of the cached states, or the settings that allow a cache.
 
     Return "" if a cache would save nothing.
     """
-    if not task.prefix:
+    if not prefix:
         return ""
     if not views_repeat(config):
         return (
@@ -65,12 +64,12 @@ def describe_cache(config: TrainConfig, task: Task) -> str:
     )
 
 
-def cached_inputs(config: TrainConfig, task: Task) -> dict[str, Any]:
+def cached_inputs(config: TrainConfig, prefix: Prefix | None) -> dict[str, Any]:
     """Return a description of the cached states that training reads instead of images, or {} if there are none.
 
     It is part of the identity of a run.
     """
-    return task.prefix.about if task.prefix and views_repeat(config) else {}
+    return prefix.about if prefix and views_repeat(config) else {}
 
 
 def views_repeat(config: TrainConfig) -> bool:

@@ -6,10 +6,11 @@ from functools import partial
 import torch
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import TrainingError
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks, is_lost
-from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.base import Task
 from lora_blip.training import checkpoint, preflight
 from lora_blip.training.learner import Autocast, Update
 from lora_blip.training.run_folder import Run

@@ -16,11 +16,11 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_blip.data.loader import Slot
+from lora_blip.data.loader import DeviceBatch, Slot
 from lora_blip.errors import CheckpointError
 from lora_blip.lora import attached
 from lora_blip.runtime.distributed import ALONE, Ranks, keep_alive
-from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.base import Task
 from lora_blip.training.checkpoint import REMEDY, checked_tensor
 
 Autocast = Callable[[], AbstractContextManager[Any]]

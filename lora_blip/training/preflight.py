@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import PreflightError
 from lora_blip.lora import attached
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import is_linear
 from lora_blip.models.sharding import local_part
-from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.base import Task
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far below overflow

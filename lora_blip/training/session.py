@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.loader import HostBatch, Slot
+from lora_blip.data.loader import DeviceBatch, HostBatch, Slot
 from lora_blip.errors import CheckpointError, TrainingError
 from lora_blip.reports import plots
 from lora_blip.runtime import distributed, signals
@@ -20,7 +20,8 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.base import Task
+from lora_blip.tasks.frozen_prefix import Prefix
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import resume, summary
 from lora_blip.training.diagnostics import describe_error, describe_skip
@@ -67,14 +68,16 @@ def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Ses
     scores: dict[str, float] = {}
     if prepared.held_out and learner.progress.validated < 0:  # before the folder is created, because a score may fail
         before_batch = partial(stop_if_requested, ranks, stop_request)
-        scores = validate(task, prepared.held_out, autocast, config.best_by, validating_ranks(config, ranks), before_batch)
+        scores = validate(
+            task, prepared.held_out, autocast, config.best_by, validating_ranks(config, ranks), before_batch, prepared.prefix
+        )
     run = Run(config, learner, identity, closing, saved)
     training, validation = len(prepared.training), len(prepared.validation)
     print(*map(printable, notes), run.summary_line(training, validation, prepared.precision), sep="\n")
     return Session(
-        config, task, learner, run, autocast, prepared.batches, prepared.held_out, prepared.first, stop_request,
-        warmup=min(config.warmup_steps, total // 5), validate_every=config.validate_every or max(10, total // 10),
-        initial_scores=scores,
+        config, task, learner, run, autocast, prepared.batches, prepared.held_out, prepared.first, prepared.prefix,
+        stop_request, warmup=min(config.warmup_steps, total // 5),
+        validate_every=config.validate_every or max(10, total // 10), initial_scores=scores,
     )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ class Session:
     batches: DataLoader[HostBatch]
     held_out: DataLoader[HostBatch] | None
     first: DeviceBatch  # the first micro-batch of the run
+    prefix: Prefix | None  # what computes the cached states of images, if there are any
     stop_request: StopRequest
     warmup: int  # updates
     validate_every: int  # updates
@@ -116,7 +120,7 @@ class Session:
         """Yield the micro-batches of each remaining step, with the slot of each."""
         epochs, accumulation, learner = self.config.epochs, self.config.accumulation, self.learner
         for slots, host_batches in remaining_steps(self.batches, epochs, accumulation, learner.progress, learner.ranks):
-            yield slots, [self.task.batch(host_batch) for host_batch in host_batches]
+            yield slots, [self.task.batch(host_batch, self.prefix) for host_batch in host_batches]
 
     def log(self, update: Update, rate: float, batches: list[DeviceBatch]) -> None:
         """Write the metrics of an update, or the reason why it was skipped."""
@@ -159,7 +163,9 @@ class Session:
         if self.held_out is None or progress.validated == progress.step or not due:
             return
         ranks = validating_ranks(config, learner.ranks)
-        scores = scores or validate(self.task, self.held_out, self.autocast, config.best_by, ranks, self.checkpoint_if_due)
+        scores = scores or validate(
+            self.task, self.held_out, self.autocast, config.best_by, ranks, self.checkpoint_if_due, self.prefix
+        )
         with learner.transaction():
             run.log_validation(progress.step, progress.epoch, scores)
             progress.validated = progress.step

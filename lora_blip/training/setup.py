@@ -14,7 +14,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.loader import HostBatch, close, first_batch, loader
+from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
 from lora_blip.lora import attached, injection, targets
@@ -31,8 +31,8 @@ from lora_blip.runtime.progress import phase
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable_lines
 from lora_blip.tasks import verification
-from lora_blip.tasks.base import DeviceBatch, Generation, Task
-from lora_blip.tasks.frozen_prefix import first_adapted_block
+from lora_blip.tasks.base import Generation, Task
+from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
@@ -65,6 +65,7 @@ class PreparedRun(RunInputs):
     batches: DataLoader[HostBatch]
     held_out: DataLoader[HostBatch] | None  # None without validation data
     first: DeviceBatch  # the first micro-batch
+    prefix: Prefix | None  # what computes the cached states of images, if there are any
 
 
 def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRun:
@@ -76,14 +77,14 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
     require_same(ranks, inputs.identity)
     config, task = inputs.config, inputs.task
     print(f"\n{targets.table(task.backbone.model)}\n")
-    caches = apply_performance_settings(ranks, inputs)
+    caches, prefix = apply_performance_settings(ranks, inputs)
     autocast = autocasting(task.backbone.device, inputs.precision)
     batches = loader_of(inputs.training, task, config, shuffle=True, caches=caches)
     held_out = loader_of(inputs.validation, task, config, shuffle=False, caches=caches) if inputs.validation else None
     for data_loader in filter(None, (batches, held_out)):
         closing.callback(close, data_loader)
-    first = ranks.together(lambda: task.batch(first_batch(batches)))
-    prepared = PreparedRun(**vars(inputs), autocast=autocast, batches=batches, held_out=held_out, first=first)
+    first = ranks.together(lambda: task.batch(first_batch(batches), prefix))
+    prepared = PreparedRun(**vars(inputs), autocast=autocast, batches=batches, held_out=held_out, first=first, prefix=prefix)
     with phase("the checks before the first step"):
         run_checks(ranks, prepared)
     return prepared
@@ -117,18 +118,18 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     return RunInputs(config, task, precision, training, validation, identity)
 
 
-def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> Caches:
+def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches, Prefix | None]:
     """Apply the settings that save time or memory: caches, the fused update, the base's dtype and sharding."""
     config, task, backbone = inputs.config, inputs.task, inputs.task.backbone
-    caches = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
-    print(printable_lines(caching.describe_cache(config, task)), end="")
-    inputs.identity["learned from"] = caching.cached_inputs(config, task)
+    caches, prefix = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
+    print(printable_lines(caching.describe_cache(config, prefix)), end="")
+    inputs.identity["learned from"] = caching.cached_inputs(config, prefix)
     attached.fast(backbone.model, config.fast)
     if config.base_dtype == "auto":
         weights.cast_once(backbone, inputs.precision)
     if config.shard:
         sharding.shard(backbone, ranks.count)
-    return caches
+    return caches, prefix
 
 
 def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:

@@ -8,12 +8,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.loader import HostBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.lora import merging
 from lora_blip.models.compilation import uncompiled
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.runtime.progress import track
-from lora_blip.tasks.base import DeviceBatch, Task
+from lora_blip.tasks.base import Task
+from lora_blip.tasks.frozen_prefix import Prefix
 from lora_blip.tasks.text_length import CutCount
 from lora_blip.training.learner import Autocast
 
@@ -34,11 +35,12 @@ def validate(
     best_by: str = "",
     ranks: Ranks = ALONE,
     before_batch: Callable[[], None] = lambda: None,
+    prefix: Prefix | None = None,
 ) -> dict[str, float]:
     """Return the loss per label token of the held-out lines, and the scores of the task's predictions for them.
 
     Each process computes a share of the batches, and all return the same scores. `best_by` is a score that must be among
-    them. `before_batch` is called before each batch. Print a warning if predictions were cut at MAX_NEW_TOKENS.
+    them. `before_batch` is called before each batch. `prefix` computes cached states. Print a warning if predictions were cut at MAX_NEW_TOKENS.
     """
     model, total, count = task.backbone.model, 0.0, 0.0
     predictions: dict[Any, Any] = {}  # subject → prediction
@@ -52,9 +54,9 @@ def validate(
         host_batch = next(host_batches, None)
         if host_batch is None:  # other processes have one batch more
             continue
-        batch = task.batch(host_batch)
+        batch = task.batch(host_batch, prefix)
         with uncompiled(model), autocast():
-            features = task.encode_batch(batch)
+            features = batch.encode_images(task.encoder)
             total += float(task.loss(batch, features))
             new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in predictions}
             if new:

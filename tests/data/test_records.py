@@ -23,7 +23,6 @@ from lora_blip.evaluation.outputs import Comparison, comparison_csv
 from lora_blip.inference.finished import asked_in, key_of
 from lora_blip.inference.prediction import line_of, prediction_of
 from lora_blip.inference.questions import Prompted, asked, trim_references
-from lora_blip.models.token_rows import IGNORE
 from lora_blip.runtime.files import csv_text
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask
@@ -62,13 +61,13 @@ def test_a_line_s_own_prompt_is_read_instead_of_the_task_s_and_never_learned(bac
     some = [example("a red cube", prompt="the table with"), example("a blue cube"), example("nothing", prompt="a cube on")]
     images = torch.randn(3, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))
     batch = task.batch(HostBatch(some, images))
+    rows = batch.rows.padded()
     assert task.wrong_labels(batch) == ""
     for row, (one, prompt) in enumerate(zip(some, ("the table with", "a picture of", "a cube on"), strict=True)):
         alone = CaptionTask(backbone, prompt).batch(HostBatch([replace(one, prompt="")], images[row : row + 1]))
-        there = batch.rows.attention_mask[row] == 1
-        assert torch.equal(batch.rows.input_ids[row][there], alone.rows.input_ids[0])
-        labels = batch.rows.targets[row]
-        assert torch.equal(labels[labels != IGNORE], alone.rows.targets[0][alone.rows.targets[0] != IGNORE])
+        there = rows.attention_mask[row] == 1
+        assert torch.equal(rows.input_ids[row][there], alone.rows.padded().input_ids[0])
+        assert batch.rows.label_ids()[row] == rows.label_ids()[row] == alone.rows.label_ids()[0]
     said = task.predict(images, some)
     for row, prompt in enumerate(("the table with", "a picture of", "a cube on")):
         assert said[row] == CaptionTask(backbone, prompt).predict(images[row : row + 1], [example()])[0]

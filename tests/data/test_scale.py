@@ -36,7 +36,7 @@ from lora_blip.data.loader import loader
 from lora_blip.data.paths import FEW, resolved
 from lora_blip.data.shards import ShardImage
 from lora_blip.errors import DataError
-from lora_blip.models.token_bounds import UNBOUNDED, TokenBounds
+from lora_blip.models.text_check import UNBOUNDED, TokenBounds
 from lora_blip.models.token_rows import plain_ids, special_ids
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.registry import TASKS
@@ -420,7 +420,7 @@ def test_workers_hand_over_what_one_process_would(source, make):
 def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], list[Example]]:
     """All that a run does with its lines before the first step: read, check, count tokens, split, and digest."""
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
-    task.bounds.at_most("a", 0)
+    task.checker.bounds.at_most("a", 0)
     path.write_text("".join(lines_of(kind, count)))
     examples, _ = annotations.read(path, check=task.check, decode=False, pretokenize=task.pretokenize)
     training, validation = annotations.split_by_image(examples, 0.1, 0)

@@ -218,7 +218,7 @@ def test_fast_off_is_off_everywhere(checkpoints, monkeypatch):
     task = CaptionTask(backbone)
     batch = batch_of(task)
     task.loss(batch).backward()
-    assert batch.packed is None and not taken
+    assert batch.rows.labels is None and not taken
     attached.fast(backbone.model)
     task.loss(batch).backward()
     assert taken

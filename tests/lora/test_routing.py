@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_blip.data.example import Example
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import LoRAError
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.mixed_batches import mixed as predict_mixed
@@ -23,7 +24,7 @@ from lora_blip.lora import attached, injection, merging
 from lora_blip.lora.routing import checkpoint_context, disable_adapters, use_adapters
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
-from lora_blip.tasks.base import DeviceBatch, Generation, Task
+from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.vqa import VqaTask
 from tests.support import tiny
@@ -40,8 +41,9 @@ def many(request: pytest.FixtureRequest, make: Any) -> Backbone:
 
 def alone(batch: DeviceBatch, row: int) -> DeviceBatch:
     """A row of a batch by itself, as wide as in the batch, so that its numbers are added in the same order."""
-    rows = {key: value[row : row + 1] for key, value in vars(batch.rows).items() if isinstance(value, torch.Tensor)}
-    return DeviceBatch(batch.examples[row : row + 1], batch.pixel_values[row : row + 1], type(batch.rows)(**rows), 1.0)
+    padded = batch.rows.padded()
+    rows = {key: value[row : row + 1] for key, value in vars(padded).items() if isinstance(value, torch.Tensor)}
+    return DeviceBatch(batch.examples[row : row + 1], batch.pixel_values[row : row + 1], type(padded)(**rows), 1.0)
 
 
 @torch.no_grad()

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.kernels.head_loss import head_loss
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.base import Task
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.losses import token_loss
+from lora_blip.tasks.text_task import token_loss
 from lora_blip.tasks.vqa import VqaTask
 from tests.support import tiny
 from tests.support.models import WHOLE, inject, twenty_steps
@@ -62,6 +62,11 @@ def gradients(task: Task, batch) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), halves
 
 
+def apart(batch: DeviceBatch) -> DeviceBatch:
+    """The same batch with one padded row for each text, whose loss is computed from all logits."""
+    return replace(batch, rows=replace(batch.rows.padded(), labels=None))
+
+
 @pytest.mark.parametrize(("kind", "name"), TASKS)
 def test_loss_and_gradients_are_those_of_rows_apart(kind, name, make):
     """One look at each picture, its texts in one row, labels alone through the head: to 1e-6 each row by itself."""
@@ -69,13 +74,13 @@ def test_loss_and_gradients_are_those_of_rows_apart(kind, name, make):
     inject(task.backbone)
     together = task.batch(stack_of(name))
     loss, mine = gradients(task, together)
-    plain, theirs = gradients(task, replace(together, packed=None))
+    plain, theirs = gradients(task, apart(together))
     assert loss == pytest.approx(plain, rel=1e-6)
     total, alone = 0.0, {key: torch.zeros_like(value) for key, value in theirs.items()}
     host_batch = stack_of(name)
     for row, example in enumerate(host_batch.examples):
         one = task.batch(HostBatch([example], host_batch.pixel_values[host_batch.image_index[row]][None]))
-        part, some = gradients(task, replace(one, packed=None, count=together.count))
+        part, some = gradients(task, replace(apart(one), count=together.count))
         total += part
         alone = {key: value + some[key] for key, value in alone.items()}
     assert loss == pytest.approx(total, rel=1e-6)
@@ -98,7 +103,7 @@ def test_a_row_holds_its_picture_s_texts_and_each_begins_anew(make):
     task = CaptionTask(make("blip"), "a")
     host_batch = stack_of("caption")
     batch = task.batch(host_batch)
-    packed, rows = batch.packed, batch.rows
+    packed, rows = batch.rows, batch.rows.padded()
     assert len(packed.ids) == 3 and packed.ids.shape[1] == max(
         sum(int(rows.attention_mask[i].sum()) for i, p in enumerate(host_batch.image_index) if p == number)
         for number in range(3)
@@ -106,7 +111,7 @@ def test_a_row_holds_its_picture_s_texts_and_each_begins_anew(make):
     assert packed.positions[0].tolist() == [p for row in range(3) for p in range(int(rows.attention_mask[row].sum()))] + [0] * (
         packed.ids.shape[1] - int(rows.attention_mask[:3].sum())
     )
-    assert sorted(packed.targets.tolist()) == sorted(rows.targets[rows.targets != IGNORE].tolist())
+    assert sorted(packed.labels.targets.tolist()) == sorted(rows.targets[rows.targets != IGNORE].tolist())
     sees = packed.mask(torch.float32)[:, 0] == 0
     for picture, row in enumerate(packed.text.tolist()):
         for i, one in enumerate(row):
@@ -122,7 +127,7 @@ def test_twenty_steps_packed_are_twenty_apart(precision, make):
         found = inject(task.backbone, WHOLE["blip"], trained=False)
         task.backbone.fast = fast
         batch = task.batch(stack_of("caption"))
-        assert (batch.packed is not None) is fast
+        assert (batch.rows.labels is not None) is fast
         losses.append(twenty_steps(found, lambda task=task, batch=batch: task.loss(batch) / batch.count, precision))
     assert losses[0][-1] < 0.97 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
@@ -180,7 +185,7 @@ def test_a_head_that_is_more_than_its_weight_goes_the_plain_way(who, make):
         backbone.fast = fast
         task = CaptionTask(backbone)
         batch = task.batch(stack_of("caption"))
-        assert (batch.packed is not None) == fast
+        assert (batch.rows.labels is not None) == fast
         loss, halves = gradients(task, batch)
         found.append([torch.tensor(loss), *halves.values(), *([] if head.weight.grad is None else [head.weight.grad])])
         head.weight.grad = None

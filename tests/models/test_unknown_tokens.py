@@ -105,9 +105,9 @@ def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypat
     """Of a million lines of ASCII none is tokenised for this, and the report does not go through them."""
     task = tasks[kind]
     task.pretokenize([])
-    monkeypatch.setattr("lora_blip.tasks.base.many_ids", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("lora_blip.models.text_check.many_ids", lambda *_: pytest.fail("tokenised"))
     task.pretokenize(lines(task, ["a red cube on top of a blue cube", "a white t-shirt, it's new", "an odd " * 20]))
-    assert task.unknown_tokens.report(iter(lambda: pytest.fail("read"), None)) == ""
+    assert task.checker.unknown.report(iter(lambda: pytest.fail("read"), None)) == ""
 
 
 def test_questions_prompts_and_texts_to_rank_are_refused_too(tasks, make):

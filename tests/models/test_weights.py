@@ -30,7 +30,7 @@ def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
             if batch is not None:
                 logits, loss = task.logits(batch), task.loss(batch)
             else:
-                logits = task.encode_images(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+                logits = task.encoder.encode_images(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
                 loss = logits.float().square().mean()
         loss.backward()
         found.append([logits, loss, *(x.A.grad for x in halves.values() if x.A.grad is not None)])

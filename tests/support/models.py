@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.lora import injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.models.loading import Backbone
 from lora_blip.models.precision import autocasting
-from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from tests.support import tiny
 

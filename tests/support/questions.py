@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch
-from lora_blip.tasks.base import DeviceBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.tasks.vqa import TEMPLATE, VqaTask
 from tests.support import tiny
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.loader import Slot
+from lora_blip.data.loader import DeviceBatch, Slot
 from lora_blip.lora import adapter_file, injection, targets
 from lora_blip.models.loading import load_backbone
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
-from lora_blip.tasks.base import DeviceBatch, Generation, Task
+from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.loop import accumulate_gradients, update_parameters

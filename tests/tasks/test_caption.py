@@ -14,8 +14,8 @@ from lora_blip.metrics.exact import exact_match
 from lora_blip.models.token_rows import IGNORE, plain_ids, special_ids
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.losses import token_loss
 from lora_blip.tasks.text_length import fit_generation
+from lora_blip.tasks.text_task import token_loss
 from lora_blip.tasks.vqa import VqaTask
 from tests.support.models import TEXTS, batch_of
 
@@ -27,7 +27,7 @@ ANY = Example(Path("x.png"), "", "x.png", 1)
 def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
     """Law 8: not the image, the prompt or padding."""
     task = CaptionTask(backbone, prompt)
-    rows = task.language.tokenize([prompt] * len(TEXTS), TEXTS)
+    rows = task.language.tokenize([prompt] * len(TEXTS), TEXTS).pad()
     for targets, text in zip(rows.targets, TEXTS, strict=True):
         labels = targets[targets != IGNORE]
         assert labels[-1] == task.language.end_id and backbone.tokenizer.decode(labels[:-1]).strip() == text
@@ -36,14 +36,14 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
 def test_padding_is_told_by_its_place_and_never_by_its_id(backbone):
     """A token of the padding's id inside a caption would still count (data with one is refused earlier on)."""
     pad = backbone.tokenizer.pad_token
-    rows = CaptionTask(backbone).language.tokenize(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"])
+    rows = CaptionTask(backbone).language.tokenize(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"]).pad()
     assert backbone.tokenizer.pad_token_id in rows.targets[0].tolist()
 
 
 def test_captions_are_padded_to_the_longest_and_no_further(backbone):
     """The width is the longest caption's own; every caption is there whole, and its padding is not attended to."""
     language = CaptionTask(backbone).language
-    rows = language.tokenize([""] * len(TEXTS), TEXTS)
+    rows = language.tokenize([""] * len(TEXTS), TEXTS).pad()
     lengths = [len(plain_ids(backbone.tokenizer, text)) + 1 for text in TEXTS]  # with the end token
     assert len(set(lengths)) > 1 and [int((targets != IGNORE).sum()) for targets in rows.targets] == lengths
     if rows.decoder_input_ids is None:
@@ -62,19 +62,19 @@ def test_the_loss_is_cross_entropy_by_definition(backbone, prompt):
     logits = task.logits(batch).double()
     expected = sum(
         -logits[row, place].log_softmax(-1)[target]
-        for row, targets in enumerate(batch.rows.targets)
+        for row, targets in enumerate(batch.rows.padded().targets)
         for place, target in enumerate(targets)
         if target != IGNORE
     )
     torch.testing.assert_close(task.loss(batch).double(), expected, rtol=1e-6, atol=1e-6)
-    assert batch.count == int((batch.rows.targets != IGNORE).sum())
+    assert batch.count == int((batch.rows.padded().targets != IGNORE).sum())
 
 
 def test_the_loss_is_the_library_s_where_the_library_masks(backbone):
     """Hugging Face's own loss, given labels with −100 in the right places, is our sum over our count."""
     task = CaptionTask(backbone)
     batch = batch_of(task)
-    rows = batch.rows
+    rows = batch.rows.padded()
     extra = {}
     if rows.decoder_input_ids is None:
         labels = torch.cat([torch.full((len(TEXTS), 1), IGNORE), rows.targets[:, :-1]], dim=1)
@@ -94,7 +94,7 @@ def test_padding_changes_no_row(backbone):
     for row, text in enumerate(TEXTS):
         alone = batch_of(task, [text])
         alone = type(alone)(alone.examples, together.pixel_values[row : row + 1], alone.rows, alone.count)
-        expected = token_loss(logits[row : row + 1], together.rows.targets[row : row + 1])
+        expected = token_loss(logits[row : row + 1], together.rows.padded().targets[row : row + 1])
         torch.testing.assert_close(task.loss(alone), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_generated_text_is_the_likeliest_continuation_without_the_prompt(backbon
 def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> str:
     """Argmax over the model's full forward, one token after another."""
     model, language = task.backbone.model, task.language
-    start = language.tokenize([prompt], [""])
+    start = language.tokenize([prompt], [""]).pad()
     kept = int((start.targets[0] != IGNORE).nonzero()[0]) + 1
     if start.decoder_input_ids is None:
         ids, written = start.input_ids[:, :kept], []
@@ -154,7 +154,7 @@ def test_exact_match_can_be_reached_by_every_caption(make, kind):
 def test_texts_and_prompts_with_special_tokens_are_refused(backbone):
     task = CaptionTask(backbone)
     end = backbone.tokenizer.sep_token or "<image>"
-    assert "special token" in task.text_problem(f"a cube {end} here", 9) and not task.text_problem("a cube", 9)
+    assert "special token" in task.checker.problem(f"a cube {end} here", 9) and not task.checker.problem("a cube", 9)
     with pytest.raises(ConfigError, match=r"prompt = .*special token"):
         CaptionTask(backbone, f"a {end}")
 
@@ -191,8 +191,8 @@ def test_tokens_that_a_user_added_are_learned_and_written(make, kind):
     tokenizer.add_tokens(["<plain>"])
     task = VqaTask(backbone) if kind == "vqa" else CaptionTask(backbone)
     text = "a red <cube> on a <sphere> and a <plain>"
-    assert not task.text_problem(text, 60) and not task.special_token_problem(text, task.token_ids(text))
-    rows = task.language.tokenize(["what?" if kind == "vqa" else ""], [text])
+    assert not task.checker.problem(text, 60) and not task.checker.special_token_problem(text, task.checker.ids(text))
+    rows = task.language.tokenize(["what?" if kind == "vqa" else ""], [text]).pad()
     labels = rows.targets[0][rows.targets[0] != IGNORE]
     added = tokenizer.convert_tokens_to_ids(["<cube>", "<sphere>", "<plain>"])
     assert [i for i in labels.tolist() if i in added] == added
@@ -217,8 +217,8 @@ def test_the_longest_generated_text_is_the_longest_of_the_data_and_a_margin(make
     examples = [Example(Path("x.png"), text, "x.png", 1) for text in texts]
     found = fit_generation(task, examples, 0)
     assert found == task.generation.max_new_tokens
-    assert found >= max(len(task.token_ids(text.strip())) + 1 for text in texts) + 8 or found == task.language.room("")
+    assert found >= max(len(task.checker.ids(text.strip())) + 1 for text in texts) + 8 or found == task.language.room("")
     assert not capsys.readouterr().out
-    least = len(task.token_ids("two cubes")) + 2
+    least = len(task.checker.ids("two cubes")) + 2
     assert fit_generation(task, examples, least) == least
     assert f"max_new_tokens = {least} cuts 1 of 4 texts" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     task = task_for(make, kind, where)
     model = task.backbone.model
     assert first_adapted_block(model) == (first, beyond)
-    prefix, pixels = Prefix(model, task.project_vision), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    prefix, pixels = Prefix(task.encoder), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad(), disable_adapters(model):
         base = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
     with torch.no_grad():
@@ -54,9 +54,9 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
 @pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
 def test_going_on_from_fp16_is_within_its_rounding_of_looking(kind, where, first, beyond, make):  # noqa: ARG001
     task = task_for(make, kind, where)
-    prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
+    prefix, pixels = Prefix(task.encoder), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
-        looked, kept = task.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels).float())
+        looked, kept = task.encoder.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels).float())
     torch.testing.assert_close(kept, looked, rtol=2e-3, atol=2e-3 * float(looked.abs().max()))
 
 
@@ -92,19 +92,18 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
     """Neither is a picture opened again: its states are all that is read."""
     task = task_for(make, "blip", "vit[1:2]")
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 4))
-    prefix = Prefix(task.backbone.model, task.project_vision, Store(tmp_path / "cache", {"of": "states"}, 10**8))
-    task.prefix = prefix
+    prefix = Prefix(task.encoder, Store(tmp_path / "cache", {"of": "states"}, 10**8))
     pictures = ImageDataset(examples, task.backbone.image_processor, False, 0, caches=Caches(None, prefix.store))
     batches, ran = loader(pictures, 2, True, 0, 0, pin=False), []
     for number, block in enumerate(task.backbone.model.vision_model.encoder.layers):
         block.register_forward_pre_hook(lambda _, args, number=number: ran.append((number, len(args[0]))))
-    first = [task.loss(task.batch(host_batch)).item() for host_batch in batches]
+    first = [task.loss(task.batch(host_batch, prefix)).item() for host_batch in batches]
     assert ran.count((0, 1)) == 4 and ran.count((1, 2)) == 2
     ran.clear()
     for example in examples:
         example.image.rename(example.image.with_suffix(".bak")), example.image.symlink_to(example.image.with_suffix(".bak"))
     batches.batch_sampler.epoch = 0
-    again = [task.loss(task.batch(host_batch)).item() for host_batch in batches]
+    again = [task.loss(task.batch(host_batch, prefix)).item() for host_batch in batches]
     assert again == first and ran == [(1, 2), (1, 2)]
 
 
@@ -112,9 +111,9 @@ def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
     """A backbone whose states overflow 16 bits goes on in its own dtype."""
     task = task_for(make, "blip", "vit[1:2]")
     task.backbone.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
-    prefix, pixels = Prefix(task.backbone.model, task.project_vision), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
+    prefix, pixels = Prefix(task.encoder), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
     entered = prefix.compute_states(pixels)
-    assert entered.dtype == torch.float32 and torch.equal(prefix.continue_from(entered), task.encode_images(pixels))
+    assert entered.dtype == torch.float32 and torch.equal(prefix.continue_from(entered), task.encoder.encode_images(pixels))
 
 
 def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_path):
@@ -154,12 +153,12 @@ def test_states_of_another_configuration_are_not_gone_on_from(checkpoints, tmp_p
 def test_the_checks_before_a_run_keep_no_picture_under_another_s_key(make, tmp_path):
     """One that overflows fp16 is not kept, and the one that is put in its place, to see whether it matters, is not either."""
     task = task_for(make, "blip", "text")
-    task.prefix = Prefix(task.backbone.model, task.project_vision)
-    task.prefix.store = Store(tmp_path / "kept", {"of": "states"}, 10**9)
+    prefix = Prefix(task.encoder, Store(tmp_path / "kept", {"of": "states"}, 10**9))
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 2))
     pixels = torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
-    batch = task.batch(HostBatch(examples[:2], pixels, None, CachedStates(torch.empty(0, 1, 1), [], ["aa0", "bb1"])))
+    host_batch = HostBatch(examples[:2], pixels, None, CachedStates(torch.empty(0, 1, 1), [], ["aa0", "bb1"]))
+    batch = task.batch(host_batch, prefix)
     check_image_matters(task, batch)
     assert not list(tmp_path.rglob("*.safetensors"))
-    task.encode_batch(batch)
+    batch.encode_images(task.encoder)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # it would have kept them

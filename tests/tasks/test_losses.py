@@ -1,6 +1,7 @@
 """The losses as pure functions, against sums that are written out in float64; packed rows, and the loss of a frozen head."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from torch import nn
 
 from lora_blip.kernels import head_loss as heads
 from lora_blip.kernels.head_loss import head_loss, is_plain_head
-from lora_blip.models.packing import PADDING, pack, unpacked
-from lora_blip.models.token_rows import IGNORE, Rows
-from lora_blip.tasks.losses import hard_negatives, itc_loss, token_loss
+from lora_blip.models.token_rows import IGNORE, PADDING, TokenRows, pack
+from lora_blip.tasks.losses import hard_negatives, itc_loss
+from lora_blip.tasks.text_task import token_loss
 
 # ---------------------------------------------------------------- next token
 
@@ -93,21 +94,21 @@ def test_every_wrong_one_has_a_chance_and_the_temperature_decides_how_much():
 # ---------------------------------------------------------------- packed rows
 
 
-def rows_of() -> tuple[torch.Tensor, Rows]:
+def tokens_of() -> TokenRows:
     """Texts of 3, 1 and 2 tokens; the first and the last are about picture 0."""
-    ids = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 4, 0]])
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
-    targets = torch.tensor([[IGNORE, 7, 3], [IGNORE, IGNORE, IGNORE], [4, 3, IGNORE]])
-    return ids, Rows(ids, mask, targets, weights=torch.tensor([0.5, 2.0, 3.0]))
+    targets = [[IGNORE, 7, 3], [IGNORE], [4, 3]]
+    return TokenRows([[5, 6, 7], [8], [9, 4]], targets, [0, 1, 2], pad_id=1, weights=[0.5, 2.0, 3.0])
 
 
 def test_packed_rows_by_hand():
-    packed = pack(*rows_of(), [0, 1, 0])
+    packed = pack(tokens_of(), [0, 1, 0])
     assert packed.ids.tolist() == [[5, 6, 7, 9, 4], [8, 0, 0, 0, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
     assert packed.text.tolist() == [[0, 0, 0, 2, 2], [1, *[PADDING] * 4]]
-    assert packed.label_positions.tolist() == [1, 2, 3, 4] and packed.targets.tolist() == [7, 3, 4, 3]
-    assert packed.weights is not None and packed.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
+    labels = packed.labels
+    assert labels.positions.tolist() == [1, 2, 3, 4] and labels.targets.tolist() == [7, 3, 4, 3]
+    assert labels.weights is not None and labels.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
+    assert packed.label_ids() == [[7, 3], [], [4, 3]] and packed.encoder_ids is None and packed.encoder_mask is None
     hidden = torch.finfo(torch.float16).min
     mask = packed.mask(torch.float16)
     assert mask.dtype == torch.float16 and mask.shape == (2, 1, 5, 5)
@@ -116,30 +117,43 @@ def test_packed_rows_by_hand():
     assert set(mask.unique().tolist()) == {0.0, hidden}
 
 
-def test_a_decoders_rows_are_as_long_as_their_labels():
-    """An encoder-decoder's mask is the question's: the answers end at their last label."""
-    ids, rows = rows_of()
-    targets = torch.tensor([[6, 7, IGNORE], [8, IGNORE, IGNORE], [9, 4, 3]])
-    decoder = Rows(torch.ones(3, 1), torch.ones(3, 1), targets, decoder_input_ids=ids)
-    packed = pack(ids, decoder, [0, 0, 1])
-    assert packed.ids.tolist() == [[5, 6, 8], [9, 4, 0]] and packed.targets.tolist() == [6, 7, 8, 9, 4, 3]
-    assert packed.weights is None and rows.weights is not None
+def test_an_encoder_s_input_is_padded_and_its_decoder_s_texts_are_packed():
+    """The first two answers are to one question. Without weights each label counts 1."""
+    answers, targets = [[5, 6], [8], [9, 4, 2]], [[6, 7], [8], [9, 4, 3]]
+    tokens = TokenRows([[2, 3], [4]], targets, [0, 0, 1], pad_id=1, decoder_inputs=answers)
+    packed = pack(tokens, tokens.example)
+    assert packed.ids.tolist() == [[5, 6, 8], [9, 4, 2]] and packed.labels.targets.tolist() == [6, 7, 8, 9, 4, 3]
+    assert packed.labels.weights is None and packed.label_ids() == targets
+    assert packed.encoder_ids.tolist() == [[2, 3], [4, 1]] and packed.encoder_mask.tolist() == [[1, 1], [1, 0]]
 
 
-def test_rows_apart_say_where_their_labels_stand():
-    _, rows = rows_of()
-    found = unpacked(rows)
-    assert found.label_positions.tolist() == [1, 2, 6, 7] and found.targets.tolist() == [7, 3, 4, 3]
-    assert found.weights is not None and found.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
-    for none in (found.ids, found.positions, found.text):
-        assert none.numel() == 0 and none.dtype == torch.long
-    plain = unpacked(Rows(rows.input_ids, rows.attention_mask, rows.targets))
-    assert plain.weights is None and plain.label_positions.tolist() == [1, 2, 6, 7]
+def test_padded_rows_by_hand():
+    """Padding has the tokenizer's id in the input, IGNORE in the targets and 0 in the mask. Labels are found if asked for."""
+    rows = tokens_of().pad(with_labels=True)
+    assert rows.input_ids.tolist() == [[5, 6, 7], [8, 1, 1], [9, 4, 1]]
+    assert rows.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert rows.targets.tolist() == [[IGNORE, 7, 3], [IGNORE] * 3, [4, 3, IGNORE]]
+    assert rows.weights.tolist() == [0.5, 2.0, 3.0] and rows.example is None and rows.decoder_input_ids is None
+    assert rows.labels.positions.tolist() == [1, 2, 6, 7] and rows.labels.targets.tolist() == [7, 3, 4, 3]
+    assert rows.labels.weights.tolist() == [0.5, 0.5, 3.0, 3.0] and rows.label_ids() == [[7, 3], [], [4, 3]]
+    plain = replace(tokens_of(), weights=None)
+    assert plain.pad(with_labels=True).labels.weights is None and plain.pad().labels is None
+    assert plain.label_tokens == 4 and tokens_of().label_tokens == 2 * 0.5 + 2 * 3.0
 
 
-def test_packed_rows_move_with_all_their_tensors():
-    packed = pack(*rows_of(), [0, 1, 0]).to(torch.device("meta"))
-    assert {name for name, tensor in vars(packed).items() if tensor.is_meta} == set(vars(packed))
+def test_texts_of_one_example_share_its_values():
+    tokens = TokenRows([[2, 3], [4]], [[6], [7], [8]], [0, 0, 1], pad_id=1, decoder_inputs=[[5], [5], [5]])
+    rows = tokens.pad()
+    assert rows.decoder_input_ids.tolist() == [[5], [5], [5]] and rows.input_ids.tolist() == [[2, 3], [4, 1]]
+    assert rows.per_text(torch.tensor([10, 20])).tolist() == [10, 10, 20]
+
+
+def test_rows_move_with_all_their_tensors():
+    meta = torch.device("meta")
+    for rows in (pack(tokens_of(), [0, 1, 0]).to(meta), tokens_of().pad(with_labels=True).to(meta)):
+        tensors = [*vars(rows).values(), *vars(rows.labels).values()]
+        assert all(value.is_meta for value in tensors if isinstance(value, torch.Tensor))
+        assert sum(isinstance(value, torch.Tensor) for value in tensors) >= 6
 
 
 # ---------------------------------------------------------------- the frozen head

@@ -272,8 +272,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
     attached.fast(model, case.fast)
     if case.base == "auto":
         weights.cast_once(backbone, precision)
-    if case.prefix:
-        task.prefix = Prefix(model, task.project_vision)
+    prefix = Prefix(task.encoder) if case.prefix else None
     model.train()
     first = first_adapted_block(model)[0]
     if case.compile:
@@ -290,7 +289,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
         for slot, host_batch in zip(slots, some, strict=True):
             if case.prefix:
                 with learner.autocast():
-                    entered = [task.prefix.compute_states(pixels) for pixels in host_batch.pixel_values.split(1)]
+                    entered = [prefix.compute_states(pixels) for pixels in host_batch.pixel_values.split(1)]
                 kept = torch.cat(entered)
                 record.kept[slot.number] = kept
                 host_batch = replace(
@@ -298,7 +297,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
                     pixel_values=host_batch.pixel_values[1:],
                     cached_states=CachedStates(kept[:1], [0], [""] * (len(kept) - 1)),
                 )
-            batches.append(task.batch(host_batch))
+            batches.append(task.batch(host_batch, prefix))
         learner.begin_step(batches, slots)
         for batch, slot, host_batch in zip(batches, slots, some, strict=True):
             record.slot, names = slot.number, names_of(case, host_batch)
@@ -355,6 +354,7 @@ class Oracle:
         dtype = load_backbone(str(base), "cpu", opened_dtype(case), fast=False)
         self.first: tuple[int, bool] = (0, False)
         self.task: Any = TASKS[natural_task(dtype.architecture)](dtype)
+        dtype.fast = True  # only for the form of the batch
         self.model = dtype.model
         put_on(self.model, case)
         self.first = first_adapted_block(self.model)
@@ -384,7 +384,6 @@ class Oracle:
             self.names = names_of(self.case, host_batch) or []
             if self.case.kind not in MATCHING:
                 prompts, pictures = self.about(host_batch)
-                self.packed = self.task.language.pack(self.batch.rows, prompts, pictures)
                 self.rows_of_packed = prompts if self.case.kind == "vqa" else pictures
             loss = self.matched() if self.case.kind in MATCHING else self.said()
             total, count = total + loss, count + self.batch.count
@@ -392,15 +391,15 @@ class Oracle:
         return float(total / count), {name: half.grad for name, half in self.halves.items()}
 
     def about(self, host_batch: HostBatch) -> tuple[list[int], list[int]]:
-        image = self.batch.rows.image
-        prompts = [*range(len(self.batch.rows.targets))] if image is None else image.tolist()
+        rows = self.batch.rows.padded()
+        prompts = [*range(len(rows.targets))] if rows.example is None else rows.example.tolist()
         of = host_batch.image_index or range(len(host_batch.examples))
         return prompts, [of[i] for i in prompts]
 
     def seen(self) -> Tensor:
         """What the language side reads of each picture, from the states that were kept if there are such."""
         if not self.case.prefix:
-            return self.task.encode_images(self.batch.pixel_values.double())
+            return self.task.encoder.encode_images(self.batch.pixel_values.double())
         first, beyond = self.first
         vision, x = self.model.vision_model, self.record.kept[self.slot].double()
         with torch.no_grad():
@@ -409,17 +408,17 @@ class Oracle:
                 states = block(states)
             if first == len(vision.encoder.layers):
                 states = vision.post_layernorm(states)
-            states = self.task.project_vision(states) if beyond else states
+            states = self.task.encoder.project_vision(states) if beyond else states
         assert (x - states).norm() <= 4 * max(self.case.epsilon, EPSILON["fp16"]) * states.norm()
         if beyond:
             return x
         for block in vision.encoder.layers[first:]:
             x = block(x)
-        return self.task.project_vision(vision.post_layernorm(x) if first < len(vision.encoder.layers) else x)
+        return self.task.encoder.project_vision(vision.post_layernorm(x) if first < len(vision.encoder.layers) else x)
 
     def said(self) -> Tensor:
         """Σ w · −log p over the label tokens."""
-        rows = self.batch.rows
+        rows = self.batch.rows.padded()
         logits = self.task.language.logits(self.batch.per_example(self.seen()), rows)
         assert logits.dtype == torch.float64
         counts = rows.targets != IGNORE
@@ -474,8 +473,9 @@ class Oracle:
             return mask
         if address.endswith(("crossattention.self.key", "crossattention.self.value")):  # states that several texts read
             return mask[torch.tensor(self.rows_of_packed)]
-        new, where = torch.zeros_like(x), self.packed.text >= 0
-        new[self.packed.text[where], self.packed.positions[where]] = mask[where]
+        new, packed = torch.zeros_like(x), self.batch.rows
+        where = packed.text >= 0
+        new[packed.text[where], packed.positions[where]] = mask[where]
         return new
 
 

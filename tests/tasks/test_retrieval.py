@@ -11,7 +11,7 @@ import torch
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import ConfigError, PreflightError
 from lora_blip.inference.setup import put_on, task_of
 from lora_blip.lora import adapter_file, attached, injection, merging
@@ -19,7 +19,6 @@ from lora_blip.models import matching
 from lora_blip.models.matching import cosines
 from lora_blip.models.precision import autocasting
 from lora_blip.tasks import retrieval
-from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.retrieval import TEMPERATURE, RetrievalTask, positives
 from lora_blip.training import preflight, setup
@@ -354,7 +353,7 @@ def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
 def test_a_text_that_cannot_be_matched_is_one_error_from_python_too(task, text):
     """Such a text gave an IndexError, or the score of another text."""
     task.backbone.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    task.special_ids.add(task.backbone.tokenizer.convert_tokens_to_ids("<image>"))
+    task.checker.special.add(task.backbone.tokenizer.convert_tokens_to_ids("<image>"))
     pixels = torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
     calls = (
         lambda: task.encode_texts(["a cube", text]), lambda: task.rank(pixels, [], ["a cube", text]),

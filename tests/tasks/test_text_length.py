@@ -77,7 +77,7 @@ def test_the_texts_that_a_limit_cuts_are_counted_with_all_their_lines(make, kind
     """Against the tokens of every row as the model is trained on it, with a prompt of its own on some lines."""
     task, texts = CaptionTask(make(kind)), [*texts_of_words(60), "a cube", "a cube", "two red cubes", "two red cubes"]
     examples = [example(text, prompt="a photo of" if number % 3 == 0 else "") for number, text in enumerate(texts)]
-    rows = task.language.tokenize([task.prompt_of(e) for e in examples], texts)
+    rows = task.language.tokenize([task.prompt_of(e) for e in examples], texts).pad()
     tokens = (rows.targets != -100).sum(1).tolist()
     for limit in (1, 3, 5, 9, max(tokens) - 1, max(tokens)):
         longer, most, total = longer_texts(task, examples, limit)
@@ -91,7 +91,7 @@ def test_answers_get_room_for_the_longest_of_any_line(make, kind):
     task = VqaTask(make(kind))
     answers = [("red", "dark red"), ("a red cube on a blue cube", "red"), ("no",)]
     examples = [example(question="what is on top of the table, and of which colour is it?", answers=each) for each in answers]
-    longest = len(task.token_ids("a red cube on a blue cube")) + 1
+    longest = len(task.checker.ids("a red cube on a blue cube")) + 1
     assert longest + MARGIN <= fit_generation(task, examples, 0) <= longest + MARGIN + 2  # OPT's tokens after a space
 
 
@@ -102,7 +102,7 @@ def test_a_text_that_fills_the_model_has_room_for_its_end(make, kind):
     task.language.max_tokens = 40
     room = task.language.room("")
     text = " ".join(["a"] * room)
-    assert len(task.token_ids(text)) == room and not task.check(example(text))
+    assert len(task.checker.ids(text)) == room and not task.check(example(text))
     found = fit_generation(task, [example(text)], 0)
     assert found == room + 1
     task.require_room("")

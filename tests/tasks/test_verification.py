@@ -22,8 +22,8 @@ from lora_blip.inference.predictor import Predictor
 from lora_blip.kernels import switch, vit
 from lora_blip.kernels import text_attention as text_attention
 from lora_blip.lora import attached, fingerprint, fused, injection
-from lora_blip.models.packing import Packed
 from lora_blip.models.precision import autocasting
+from lora_blip.models.token_rows import PackedRows
 from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
@@ -109,13 +109,13 @@ def test_the_check_leaves_no_trace(make):
 
 def wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed texts see the texts before them in their row."""
-    real = Packed.mask
+    real = PackedRows.mask
 
-    def mask(self: Packed, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self: PackedRows, dtype: torch.dtype) -> torch.Tensor:
         count = self.text.shape[1]
         return real(self, dtype).masked_fill(torch.ones(count, count, dtype=torch.bool).tril(), 0)
 
-    monkeypatch.setattr(Packed, "mask", mask)
+    monkeypatch.setattr(PackedRows, "mask", mask)
 
 
 def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:

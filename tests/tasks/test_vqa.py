@@ -14,12 +14,13 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, merging
 from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.models.token_rows import IGNORE
-from lora_blip.tasks.base import DeviceBatch, Generation
+from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import natural_task
 from lora_blip.tasks.retrieval import RetrievalTask
@@ -51,8 +52,8 @@ def test_labels_are_the_answers_and_their_ends_and_nothing_else(task):
     """Law 8: never the image, the question, the template or padding; each distinct answer is a row."""
     batch = batch_of(task)
     pairs = answered(batch.examples)
-    assert len(batch.rows.targets) == len(pairs)
-    for row, (_, answer) in zip(batch.rows.targets, pairs, strict=True):
+    assert len(batch.rows.padded().targets) == len(pairs)
+    for row, (_, answer) in zip(batch.rows.padded().targets, pairs, strict=True):
         labels = row[row != IGNORE].tolist()
         assert labels[-1] == task.language.end_id
         assert task.backbone.tokenizer.decode(labels[:-1]).strip() == answer
@@ -63,9 +64,9 @@ def test_labels_are_the_answers_and_their_ends_and_nothing_else(task):
 
 def test_labels_that_are_not_the_answers_are_noticed(task):
     batch = batch_of(task)
-    targets = batch.rows.targets
+    targets = batch.rows.padded().targets
     for wrong in (targets.roll(1, 0), torch.full_like(targets, IGNORE), targets.masked_fill(targets == IGNORE, 40)):
-        bad = DeviceBatch(batch.examples, batch.pixel_values, type(batch.rows)(**vars(batch.rows) | {"targets": wrong}), 1.0)
+        bad = DeviceBatch(batch.examples, batch.pixel_values, replace(batch.rows.padded(), targets=wrong), 1.0)
         assert "but its text is" in task.wrong_labels(bad)
 
 
@@ -78,8 +79,8 @@ def test_logits_are_those_of_hugging_face_row_by_row_unpadded(task, dtype):
     tight = 1e-10 if dtype == torch.float64 else 2e-4
     for row, (example, answer) in enumerate(answered(batch.examples)):
         expected, ids = hugging_face(task, batch.pixel_values[example], batch.examples[example].question, answer)
-        counts = batch.rows.targets[row] != IGNORE
-        assert batch.rows.targets[row][counts].tolist() == ids.tolist()
+        counts = batch.rows.padded().targets[row] != IGNORE
+        assert batch.rows.padded().targets[row][counts].tolist() == ids.tolist()
         torch.testing.assert_close(logits[row][counts], expected[: len(ids)], rtol=tight, atol=tight)
 
 
@@ -102,22 +103,22 @@ def test_the_loss_is_votes_times_log_likelihood(task):
 def test_every_question_weighs_one(task):
     """7, 2 and 1 of ten votes are 0.7, 0.2 and 0.1; the shares of each question sum to 1."""
     votes = ("red",) * 7 + ("blue",) * 2 + ("green",)
-    rows = batch_of(task, examples([("what colour?", votes), ("how many?", ("one", "two")), ("red?", ("no",))])).rows
+    rows = batch_of(task, examples([("what colour?", votes), ("how many?", ("one", "two")), ("red?", ("no",))])).rows.padded()
     assert rows.weights.tolist() == pytest.approx([0.7, 0.2, 0.1, 0.5, 0.5, 1])
-    assert rows.image.tolist() == [0, 0, 0, 1, 1, 2]
-    single = batch_of(task, examples([("what colour?", ("red",) * 3), ("red?", ("no",))])).rows
-    assert single.weights is None and single.image is None
+    assert rows.example.tolist() == [0, 0, 0, 1, 1, 2]
+    single = batch_of(task, examples([("what colour?", ("red",) * 3), ("red?", ("no",))])).rows.padded()
+    assert single.weights is None and single.example is None
 
 
 def test_padding_may_hold_anything(task):
     """Other ids behind the end of questions and answers change no logit that counts."""
     batch = batch_of(task)
-    logits, rows = task.logits(batch), batch.rows
+    logits, rows = task.logits(batch), batch.rows.padded()
     scribbled = {"input_ids": rows.input_ids.masked_fill(rows.attention_mask == 0, 77)}
     if rows.decoder_input_ids is not None:
         past = torch.arange(rows.targets.shape[1]) >= (rows.targets != IGNORE).sum(1, keepdim=True)
         scribbled["decoder_input_ids"] = rows.decoder_input_ids.masked_fill(past, 77)
-    other = DeviceBatch(batch.examples, batch.pixel_values, type(rows)(**vars(rows) | scribbled), batch.count)
+    other = DeviceBatch(batch.examples, batch.pixel_values, replace(rows, **scribbled), batch.count)
     counts = rows.targets != IGNORE
     assert (rows.attention_mask == 0).any()
     torch.testing.assert_close(task.logits(other)[counts], logits[counts], rtol=1e-5, atol=1e-6)
@@ -153,7 +154,7 @@ def test_what_is_seen_once_is_the_whole_forward(task):
         for row, (example, answer) in enumerate(answered(batch.examples)):
             e = batch.examples[example]
             logits, ids = hugging_face.__wrapped__(task, batch.pixel_values[example], e.question, answer)
-            weight = 1.0 if batch.rows.weights is None else float(batch.rows.weights[row])
+            weight = 1.0 if batch.rows.padded().weights is None else float(batch.rows.padded().weights[row])
             loss = loss - weight * logits[: len(ids)].log_softmax(-1).gather(1, ids[:, None]).sum()
     loss.backward()
     for key, x in found.items():
@@ -168,7 +169,7 @@ def test_an_image_is_looked_at_once_however_many_answers_it_has(task):
         model.text_encoder.register_forward_pre_hook(lambda _m, _a, k: read.append(len(k["input_ids"])), with_kwargs=True)
     batch = batch_of(task)
     task.logits(batch)
-    assert len(batch.rows.targets) > len(ASKED) and seen == [len(ASKED)] and read in ([], [len(ASKED)])
+    assert len(batch.rows.padded().targets) > len(ASKED) and seen == [len(ASKED)] and read in ([], [len(ASKED)])
 
 
 # ---------------------------------------------------------------- generation

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import ConfigError, DataError, TrainingError
 from lora_blip.lora import adapter_file, attached
 from lora_blip.lora.routing import disable_adapters
 from lora_blip.reports import plots
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
-from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import session, setup, summary, validation
 from lora_blip.training.best import Best
@@ -39,7 +39,7 @@ def rows(batch: DeviceBatch, first: int, last: int, task: CaptionTask) -> Device
     """Some rows of a batch as a micro-batch of its own, padded anew."""
     texts = [example.text for example in batch.examples[first:last]]
     new = task.language.tokenize([task.prompt] * len(texts), texts)
-    return DeviceBatch(batch.examples[first:last], batch.pixel_values[first:last], new, new.label_tokens)
+    return DeviceBatch(batch.examples[first:last], batch.pixel_values[first:last], new.pad(), new.label_tokens)
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import PreflightError
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
 from lora_blip.models.token_rows import IGNORE
-from lora_blip.tasks.base import DeviceBatch
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.text_task import HEADING, WIDTH, aligned
 from lora_blip.training import preflight
@@ -21,7 +21,8 @@ from tests.support.models import batch_of, inject
 
 def checked(task: CaptionTask, **changes: object) -> str:
     batch = batch_of(task)
-    return preflight.check(task, replace(batch, rows=replace(batch.rows, **changes)), nullcontext)
+    rows = replace(batch.rows.padded(), **changes) if changes else batch.rows
+    return preflight.check(task, replace(batch, rows=rows), nullcontext)
 
 
 def test_a_sound_model_passes_and_leaves_no_trace(backbone):
@@ -57,7 +58,7 @@ def test_a_blip2_without_placeholders_is_refused(make):
         inject(backbone, "lm", trained=False)
         task = CaptionTask(backbone)
         image = backbone.model.config.image_token_index
-        ids = batch_of(task).rows.input_ids
+        ids = batch_of(task).rows.padded().input_ids
         with pytest.raises(PreflightError, match=r"the model ignores the images.*<image>"):
             checked(task, input_ids=ids.masked_fill(ids == image, 5))
 
@@ -86,7 +87,7 @@ def test_labels_on_padding_or_on_the_prompt_are_refused(make, kind):
     backbone = make(kind)
     inject(backbone, trained=False)
     task = CaptionTask(backbone)
-    targets = batch_of(task).rows.targets
+    targets = batch_of(task).rows.padded().targets
     padded = targets.masked_fill(targets == IGNORE, backbone.tokenizer.convert_tokens_to_ids("a"))
     with pytest.raises(PreflightError, match=r"the labels of 'x\.png' decode to"):
         checked(task, targets=padded)

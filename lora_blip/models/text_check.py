@@ -1,26 +1,68 @@
-"""Upper bounds of the number of tokens of a text without tokenizing it, to check a million lines quickly."""
+"""Check that a model can use a text: its number of tokens, special tokens, and tokens that the tokenizer does not know.
+
+`TokenBounds` bounds the number of tokens without tokenizing, because a file may have a million lines.
+"""
 
 import json
 import string
 import sys
 from collections.abc import Collection, Iterable
+from functools import cached_property
 from typing import Any
 
-from lora_blip.models.token_rows import plain_ids
+from lora_blip.models.token_rows import many_ids, plain_ids
+from lora_blip.models.unknown_tokens import REMEDY, UnknownTokens
+from lora_blip.runtime.untrusted import quoted
 
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation
-NORMALIZERS = {
-    None,
-    "BertNormalizer",
-    "Lowercase",
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "Precompiled",
-}  # none of them makes ASCII longer
+NORMALIZERS = {None, "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}  # none makes ASCII longer
 UNBOUNDED = sys.maxsize  # no bound
 WORDS_KEPT = 2**17  # words whose number of tokens is stored
+ONLY_UNKNOWN = f"has only tokens that this model's tokenizer does not know; {REMEDY}"
+
+
+class TextChecker:
+    """Check texts against a tokenizer. `special`: the ids that no text may contain."""
+
+    def __init__(self, tokenizer: Any, special: set[Any]) -> None:
+        self.tokenizer, self.special = tokenizer, special
+        self.unknown = UnknownTokens(tokenizer, special)
+        self.pretokenized: dict[str, list[int]] = {}  # text → its tokens, of the last call of `pretokenize`
+        self.lengths: dict[str, int] = {}  # text → its number of tokens, until `text_length.fit_generation` has used it
+
+    @cached_property
+    def bounds(self) -> "TokenBounds":
+        return TokenBounds(self.tokenizer, self.special)
+
+    def pretokenize(self, lines: list[tuple[str, ...]]) -> None:
+        """Tokenize together the texts of some lines that `ids` is called with next, except those that need no check."""
+        if longest := self.bounds.longest_word:
+            lines = [texts for texts in lines if not (joined := "".join(texts)).isascii() or len(joined) > longest]
+        doubtful = sorted({text for texts in lines for text in texts if text and not self.bounds.has_no_unknown(text)})
+        self.pretokenized = many_ids(self.tokenizer, doubtful) if doubtful else {}
+        self.unknown.note(self.pretokenized)
+        self.lengths |= {text: len(ids) for text, ids in self.pretokenized.items()}
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text without special tokens."""
+        return self.pretokenized.get(text) or plain_ids(self.tokenizer, text)
+
+    def problem(self, text: str, room: int) -> str:
+        """Return why a text cannot be used if the model has room for `room` tokens, or ""."""
+        if self.bounds.at_most(text, room) <= room:
+            return ""
+        ids = self.ids(text)
+        if self.unknown.nothing_left(ids):
+            return f"the text {quoted(text)} {ONLY_UNKNOWN}"
+        if len(ids) > room:
+            return f"the text has {len(ids)} tokens, and the model has room for {room}"
+        return self.special_token_problem(text, ids)
+
+    def special_token_problem(self, text: str, ids: list[int]) -> str:
+        """Return why a text with a special token, such as <image> or [SEP], cannot be used, or ""."""
+        special = [i for i in ids if i in self.special]
+        tokens = self.tokenizer.convert_ids_to_tokens(special[:1])
+        return f"{text!r} contains {tokens[0]!r}, which the model uses as a special token; remove it" if special else ""
 
 
 class TokenBounds:
@@ -35,9 +77,8 @@ class TokenBounds:
     def __init__(self, tokenizer: Any, special: Iterable[Any]) -> None:
         self.tokenizer = tokenizer
         tokens = list(filter(None, tokenizer.convert_ids_to_tokens(sorted(special))))  # BLIP's [DEC] has no token
-        self.marks = {
-            case for token in tokens for case in (token[:1].lower(), token[:1].upper())
-        }  # the first characters of special tokens
+        # the first characters of special tokens
+        self.marks = {case for token in tokens for case in (token[:1].lower(), token[:1].upper())}
         self.longest_word = longest_known_word(tokenizer, frozenset(special)) if all(map(str.isascii, tokens)) else 0
         self.counts: dict[str, tuple[int, int]] = {}  # word → its number of tokens at the start of a text, and after a space
 
