@@ -29,7 +29,7 @@ from lora_blip.models.token_rows import (
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
 Named = dict[str, Any]  # arguments by name
 SCORED: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
-TrainedRows = TypeVar("TrainedRows", PaddedRows, PackedRows)  # the form of a batch that a language model trains fastest on
+TrainedRows = TypeVar("TrainedRows", bound=PaddedRows | PackedRows)  # the form in which a language model trains fastest
 
 
 class CutText(str):
