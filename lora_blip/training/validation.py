@@ -39,8 +39,12 @@ def validate(
 ) -> dict[str, float]:
     """Return the loss per label token of the held-out lines, and the scores of the task's predictions for them.
 
-    Each process computes a share of the batches, and all return the same scores. `best_by` is a score that must be among
-    them. `before_batch` is called before each batch. `prefix` computes cached states. Print a warning if predictions were cut at MAX_NEW_TOKENS.
+    Each process computes a share of the batches, and all return the same scores. Print a warning if predictions were cut at
+    MAX_NEW_TOKENS.
+
+    best_by: a score that must be among the scores.
+    before_batch: called before each batch.
+    prefix: what computes the cached states of images, if there are any.
     """
     model, total, count = task.backbone.model, 0.0, 0.0
     predictions: dict[Any, Any] = {}  # subject → prediction
