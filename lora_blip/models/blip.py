@@ -72,8 +72,8 @@ class BlipLanguage(DecoderLanguage[PackedRows]):
 class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
     """BLIP for questions: an encoder reads [CLS] question [SEP] over the image, a decoder generates [DEC] answer [SEP].
 
-    transformers' own forward gives the labels to the decoder unshifted, and lets it attend to the padding of shorter questions.
-    Here the decoder's input and the targets are separate, and `repair_cross_attention` masks the padding.
+    The forward of transformers does not shift the labels, and its decoder attends to the padding of shorter questions. Here the
+    decoder's input and the targets are separate, and `repair_cross_attention` masks the padding.
     """
 
     def __init__(self, backbone: Backbone) -> None:

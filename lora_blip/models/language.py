@@ -97,7 +97,7 @@ class Language(ABC, Generic[TrainedRows]):
         return self.logits(features, rows)
 
     def encode_unique_images(self, pixel_values: Tensor, adapters: Adapters = None) -> Tensor:
-        """Return the features of each row as `encode_images` does. Equal images are encoded once."""
+        """Return the features of each image as `encode_images` does. Equal images with the same adapter are encoded once."""
         first, index = distinct(pixel_values, adapters)
         if len(first) == len(index) or (adapters is None and rows_are_named(self.model)):
             first = index = list(range(len(index)))

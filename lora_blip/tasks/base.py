@@ -179,6 +179,10 @@ class PredictionTask(BaseTask):
         """
 
     @abstractmethod
+    def output_modules(self) -> list[nn.Module]:
+        """Return the modules whose outputs decide a prediction."""
+
+    @abstractmethod
     def scores(self, predictions: dict[Any, Any], examples: list[Example], extra: str = "") -> dict[str, float]:
         """Return scores by name. predictions: {subject: prediction}. extra: a score that is not computed by default."""
 

@@ -30,8 +30,8 @@ class CaptionTask(TextTask):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.require_room(self.prompt)
-        self.faults: dict[str, str] = {}  # prompt of a line → why it cannot be used, or ""
-        self.rooms: dict[str, int] = {}  # prompt → the number of tokens that a caption after it may have
+        self.faults: dict[str, str] = {}  # prompt of a line → why it cannot be used, or ""; a cache
+        self.rooms: dict[str, int] = {}  # prompt → the most tokens of a caption after it; a cache
 
     def prompt_of(self, example: Example) -> str:
         return example.prompt or self.prompt
@@ -45,7 +45,7 @@ class CaptionTask(TextTask):
         return self.check_prompt(example) or self.checker.problem(example.text, self.room(self.prompt_of(example)))
 
     def room(self, prompt: str) -> int:
-        """Return the number of tokens that a caption after a prompt may have."""
+        """Return the most tokens of a caption after a prompt."""
         if prompt not in self.rooms:
             self.rooms[prompt] = self.language.room(prompt)
         return self.rooms[prompt]

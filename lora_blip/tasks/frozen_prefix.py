@@ -1,8 +1,10 @@
-"""Cache the states of each image before the first adapter: they never change during training.
+"""Cache the states of each image before the first adapter, because training never changes them.
 
-The ViT is cut before the first block that has an adapter. Without an adapter in the ViT, the cached states are its output. If
-a BLIP-2 has adapters on the language model only, they are the Q-Former's output. States are stored in fp16. A state that was
-just computed is rounded to fp16 too, and each image is computed alone, so results do not depend on what was in the cache.
+The ViT is cut before its first block with an adapter. If no block has an adapter, the cached states are the ViT's output. If
+only the language model of a BLIP-2 has adapters, they are the Q-Former's output. States are cached in fp16.
+
+Results do not depend on which states are in the cache: a state that was just computed is rounded to fp16 too, and each image is
+computed alone.
 """
 
 import re
@@ -16,17 +18,17 @@ from lora_blip.data.loader import CachedStates
 from lora_blip.lora import attached
 from lora_blip.tasks.base import ImageEncoder
 
-KEPT = torch.float16  # 11 bits of significand; autocast's bf16 has 8
+DTYPE = torch.float16  # of cached states: 11 bits of significand; autocast's bf16 has 8
 BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 LANGUAGE = "language_model."
 
 
 class Prefix:
-    """The part of a model before its first adapter. `encoder` is that of the task."""
+    """The part of a model before its first adapter. `encoder` is `BaseTask.encoder`."""
 
     def __init__(self, encoder: ImageEncoder, store: Store | None = None) -> None:
         self.vit, self.project_vision, self.store = encoder.model.vision_model, encoder.project_vision, store
-        self.first, self.beyond = first_adapted_block(encoder.model)
+        self.first, self.skips_vision = first_adapted_block(encoder.model)
 
     @property
     def worthwhile(self) -> bool:
@@ -34,17 +36,17 @@ class Prefix:
         return self.first > 0
 
     @property
-    def about(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Return what is cached, in JSON."""
-        return {"enters": "language model" if self.beyond else f"ViT block {self.first}", "dtype": str(KEPT)}
+        return {"enters": "language model" if self.skips_vision else f"ViT block {self.first}", "dtype": str(DTYPE)}
 
     def encode_images(self, pixel_values: Tensor, cached: CachedStates) -> Tensor:
-        """Return the features of each image: some have cached states in `cached`, the others have pixel values."""
+        """Return the features of each image. `pixel_values` has the images that have no states in `cached`."""
         states: dict[int, Tensor] = dict(zip(cached.indices, cached.states.split(1), strict=False))
         others = (place for place in range(len(cached.indices) + len(pixel_values)) if place not in states)
         for place, key, pixels in zip([*others], cached.keys, pixel_values.split(1), strict=False):
             states[place] = self.compute_states(pixels)
-            if self.store and key and states[place].dtype == KEPT:
+            if self.store and key and states[place].dtype == DTYPE:  # not if they overflow fp16
                 self.store.put(key, states[place][0])
         dtype = self.vit.embeddings.patch_embedding.weight.dtype  # the dtype that the first block expects
         return self.continue_from(torch.cat([states[place].to(dtype) for place in sorted(states)]))
@@ -60,14 +62,14 @@ class Prefix:
             x = block(x)
         if self.first == len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
-        if self.beyond:
+        if self.skips_vision:
             x = self.project_vision(x)
-        kept = x.to(KEPT)
-        return kept if torch.isfinite(kept).all() else x
+        rounded = x.to(DTYPE)
+        return rounded if torch.isfinite(rounded).all() else x
 
     def continue_from(self, x: Tensor) -> Tensor:
         """Return the features of each image from its states (images, tokens, width)."""
-        if self.beyond:
+        if self.skips_vision:
             return x
         for block in self.vit.encoder.layers[self.first :]:
             x = block(x)
@@ -83,5 +85,5 @@ def first_adapted_block(model: Any) -> tuple[int, bool]:
     """
     sites = {lora.site.module for name in attached.names(model) for lora in attached.adapters(model, name).values()}
     blocks = [int(match[1]) for site in sites if (match := BLOCK.match(site))]
-    language = bool(sites) and all(site.startswith(LANGUAGE) for site in sites)
-    return min(blocks, default=len(model.vision_model.encoder.layers)), language
+    language_only = bool(sites) and all(site.startswith(LANGUAGE) for site in sites)
+    return min(blocks, default=len(model.vision_model.encoder.layers)), language_only

@@ -44,10 +44,10 @@ class EncodedTexts(NamedTuple):
 
 
 class RetrievalTask(Task[TokenizedTexts]):
-    """Lines are {"image": …, "text": …}. The texts of all lines of an image are right for it.
+    """Lines are {"image": …, "text": …}. An image matches the texts of all its lines.
 
-    The temperature of the contrast is trained with the adapters and saved in their file. Negatives come from the micro-batch: a
-    larger batch_size makes the contrast harder, accumulation only averages.
+    The temperature of the contrast is trained with the adapters and saved in their file. Negatives come from the micro-batch:
+    a larger batch_size makes the contrast harder, and more accumulation does not.
     """
 
     name = "retrieval"
@@ -107,8 +107,10 @@ class RetrievalTask(Task[TokenizedTexts]):
     def loss(self, batch: DeviceBatch[TokenizedTexts], features: Tensor | None = None, drawn: bool = True) -> Tensor:
         """Return rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
-        The loss and the count of a micro-batch without any wrong pair are 0, because ITM would only learn to answer "match".
-        Such is the last micro-batch of an epoch if it has one line. drawn: draw the negatives by similarity.
+        If a micro-batch has no wrong pair, its loss and its count are 0, because ITM would only learn to answer "match". An
+        example is the last micro-batch of an epoch if it has one line.
+
+        drawn: draw the negatives by similarity.
         """
         matcher, texts = self.matcher, batch.rows
         states = batch.per_example(batch.encode_images(self.encoder) if features is None else features)
@@ -149,6 +151,10 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     def subject(self, example: Example) -> tuple[Path, str]:
         return example.image, example.text
+
+    def output_modules(self) -> list[nn.Module]:
+        names = ("vision_proj", "text_proj", "vision_projection", "text_projection")
+        return [module for name in names if (module := getattr(self.backbone.model, name, None)) is not None]
 
     @torch.no_grad()
     def predict(

@@ -19,8 +19,8 @@ MANY = 200_000  # lines whose texts take some seconds to count
 def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
     """Return the tokens that the model must generate for each text, with its end token.
 
-    spaced: the text follows a prompt in a decoder, so it has a space before it. Only texts that are not plain words and were
-    not tokenized by the check of the data are tokenized here.
+    spaced: the text follows a prompt in a decoder, so it has a space before it. Most numbers are known from `TokenBounds` or
+    from the check of the data; the other texts are tokenized here.
     """
     counts, lengths = {text: task.checker.bounds.count(text, spaced) for text in texts}, task.checker.lengths
     if not spaced:
@@ -35,7 +35,7 @@ def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> di
 
 
 def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counter[str]]:
-    """Return the texts of the examples with their counts. Key True: those that are generated with a space before them."""
+    """Return how often each text is in the examples. Key True: the texts that are generated with a space before them."""
     decoder = isinstance(task, TextTask) and isinstance(task.language, DecoderLanguage)
     texts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     for e in examples:

@@ -1,4 +1,4 @@
-"""The base of captioning and question answering: the model reads a prompt and generates a text. Only the text is learned."""
+"""The base of captioning and question answering: a model reads a prompt and generates a text. Only the text has a loss."""
 
 import unicodedata
 from abc import abstractmethod
@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_blip.data.annotations import plain
@@ -33,7 +33,7 @@ HEADING = (
 
 
 class TextTask(Task[TextRows]):
-    """The prompt comes before every text. It is never in the loss."""
+    """A task that generates a text after a prompt. The prompt is never in the loss."""
 
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
@@ -55,7 +55,7 @@ class TextTask(Task[TextRows]):
     # ---- training
 
     def trim(self, example: Example) -> Example:
-        """Return the example without the prompt at the start of its texts, because the prompt comes before every text."""
+        """Return the example without the prompt at the start of its texts. The model reads the prompt before each text."""
         prompt = plain(self.prompt_of(example))
         if not prompt or prompt == example.question:  # BLIP's VQA model has the question in its encoder
             return example
@@ -91,6 +91,9 @@ class TextTask(Task[TextRows]):
         return head_loss(states, head, labels.targets, labels.weights)
 
     # ---- prediction
+
+    def output_modules(self) -> list[nn.Module]:
+        return [self.language.head]
 
     @torch.no_grad()
     def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[str]:

@@ -27,7 +27,7 @@ from lora_blip.models.library import first_line
 from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.tasks import verification_record
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import BaseTask, PredictionTask, Task, TrainingTask
 from lora_blip.tasks.differences import (
     Difference,
     distance,
@@ -39,7 +39,6 @@ from lora_blip.tasks.differences import (
     stepwise,
     texts,
 )
-from lora_blip.tasks.text_task import TextTask
 
 # The largest relative difference that counts as rounding: many times the measured ones (1e-6 in float32, 1e-3 in float16,
 # 2e-2 in bfloat16, over all kinds of models), and much less than the effect of a wrong mask, cache or scale.
@@ -53,6 +52,7 @@ SIZE_OF_B = 0.02  # a new B is zero, and then the gradient of A is zero too
 LOSS_SCALE = 1024.0  # keeps fp16 gradients above zero
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+Report = Callable[[str], object]  # prints a line
 
 
 class UncheckedError(Exception):
@@ -66,7 +66,10 @@ def before_training(
     task: Task, batch: DeviceBatch, precision: str, autocast: Autocast, settings: dict[str, Any], ranks: Ranks = ALONE,
     predicts: bool = True,
 ) -> None:  # fmt: skip
-    """Check the logits, loss, gradients and predictions of a batch. Every rank calls this with the same batch."""
+    """Check the logits, loss, gradients and predictions of a batch. Every rank calls this with the same batch.
+
+    settings: what else decides the computation, for the record. predicts: check predictions too.
+    """
     if not task.backbone.fast:
         return
     key = verification_record.key_of(
@@ -74,64 +77,68 @@ def before_training(
     )
 
     def compare() -> list[Difference]:
-        found = training_differences(task, batch, autocast, bound_of(task, precision))
-        if predicts and not any(each.too_large for each in found):
+        differences = training_differences(task, batch, autocast, bound_of(task, precision))
+        if predicts and not any(each.too_large for each in differences):
             rows = list(range(min(ROWS, len(batch.examples))))
-            pictures, examples = batch.per_example(batch.pixel_values)[rows], batch.examples[: len(rows)]
+            pixel_values, examples = batch.per_example(batch.pixel_values)[rows], batch.examples[: len(rows)]
             with evaluating(task), uncompiled(task.backbone.model):
-                found += prediction_differences(task, lambda: task.predict(pictures, examples), precision, autocast)
-        return found
+                differences += prediction_differences(task, lambda: task.predict(pixel_values, examples), precision, autocast)
+        return differences
 
     check(task, key, compare, ranks)
 
 
-def before_prediction(task: Task, base: str, precision: str, run: Callable[[], Any], what: str, say: Any = print) -> None:
+def before_prediction(
+    task: PredictionTask, base: str, precision: str, run: Callable[[], Any], what: str, report: Report = print
+) -> None:
     """Check the predictions that `run` makes for a few examples.
 
-    base: `base_of` the backbone without its adapter. what: the kind of prediction. say: prints a line.
+    base: `base_of` the backbone without its adapter. what: the kind of prediction, for the record.
     """
-    beams = task.generation.num_beams if isinstance(task, TextTask) else 1
+    beams = task.generation.num_beams if task.writes_text else 1
     key = verification_record.key_of(task, base, precision, {"of": what, "beams": beams})
     autocast = autocasting(task.backbone.device, precision)
-    check(task, key, lambda: prediction_differences(task, run, precision, autocast), say=say)
+    check(task, key, lambda: prediction_differences(task, run, precision, autocast), report=report)
 
 
 def check(
-    task: Task, key: dict[str, Any], compare: Callable[[], list[Difference]], ranks: Ranks = ALONE, say: Any = print
+    task: BaseTask, key: dict[str, Any], compare: Callable[[], list[Difference]], ranks: Ranks = ALONE, report: Report = print
 ) -> None:
     """Compare once per key on this machine. If the difference is too large, switch the fast path off on every rank."""
     if ranks.broadcast(verification_record.is_verified(key) if ranks.main else None):
         return
-    say("comparing the fast path with transformers' own computation on one batch, once on this machine")
-    start, found, problem = time.perf_counter(), list[Difference](), ""
+    report("comparing the fast path with transformers' own computation on one batch, once on this machine")
+    start, differences, problem = time.perf_counter(), list[Difference](), ""
     with untouched(task.backbone.device):
         try:
-            found = compare()
+            differences = compare()
         except UncheckedError as error:
             problem = str(error)
         except RuntimeError as error:
             if "out of memory" in str(error):
                 problem = first_line(error)
             else:
-                found = [failure(error)]
+                differences = [failure(error)]
         except Exception as error:  # the other ranks wait for the result of this one
-            found = [failure(error)]
-    wrong = [each for each in found if each.too_large]
+            differences = [failure(error)]
+    wrong = [each for each in differences if each.too_large]
     bad, unchecked = ranks.sum(len(wrong), bool(problem))
     seconds = f"{time.perf_counter() - start:.1f} s"
     if bad:
         disable(task)
         worst = f"{wrong[0]}, and {wrong[0].bound:.0e} is allowed" if wrong else "on another process"
-        say(f"WARNING: they differ ({worst}; {seconds}), so the fast path is off: this run continues without it, more slowly\n")
+        report(
+            f"WARNING: they differ ({worst}; {seconds}), so the fast path is off: this run continues without it, more slowly\n"
+        )
     elif unchecked:
-        say(f"they could not be compared ({problem or 'on another process'}; {seconds}); the fast path stays on\n")
+        report(f"they could not be compared ({problem or 'on another process'}; {seconds}); the fast path stays on\n")
     else:
-        say(f"they are equal up to rounding ({', '.join(map(str, found))}; {seconds})\n")
+        report(f"they are equal up to rounding ({', '.join(map(str, differences))}; {seconds})\n")
         if ranks.main:
-            verification_record.remember(key, found)
+            verification_record.remember(key, differences)
 
 
-def disable(task: Task) -> None:
+def disable(task: BaseTask) -> None:
     """Use transformers' own computation and the plain LoRA hook from now on, uncompiled."""
     model = task.backbone.model
     switch.fast(model, False)
@@ -144,14 +151,14 @@ def disable(task: Task) -> None:
 # ---------------------------------------------------------------- both ways
 
 
-def both_ways(task: Task, run: Callable[[], Any]) -> tuple[Any, Any]:
+def both_ways(task: BaseTask, run: Callable[[], Any]) -> tuple[Any, Any]:
     """Return the results of `run` by the fast path and by the plain one."""
     fast = run()
     with uncompiled(task.backbone.model), plain():
         return fast, run()
 
 
-def training_differences(task: Task, batch: DeviceBatch, autocast: Autocast, bound: float) -> list[Difference]:
+def training_differences(task: TrainingTask, batch: DeviceBatch, autocast: Autocast, bound: float) -> list[Difference]:
     """Compare the logits, the loss and the adapters' gradients of a batch, with values in B and without dropout."""
     batch = replace(batch, cached_states=None)
     adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
@@ -180,10 +187,12 @@ def training_differences(task: Task, batch: DeviceBatch, autocast: Autocast, bou
 
 
 @torch.no_grad()
-def prediction_differences(task: Task, run: Callable[[], Any], precision: str, autocast: Autocast) -> list[Difference]:
-    """Compare predictions: the logits of every token of greedy texts, texts by beam search, probabilities, features."""
+def prediction_differences(
+    task: PredictionTask, run: Callable[[], Any], precision: str, autocast: Autocast
+) -> list[Difference]:
+    """Compare predictions: logits of the tokens of greedy texts, texts by beam search, probabilities and features."""
     bound, differences = bound_of(task, precision), []
-    heads = output_modules(task)
+    heads = task.output_modules()
 
     def recorded() -> tuple[list[Tensor], Any]:
         outputs: list[Tensor] = []
@@ -195,12 +204,12 @@ def prediction_differences(task: Task, run: Callable[[], Any], precision: str, a
             for handle in handles:
                 handle.remove()
 
-    beams = task.generation.num_beams if isinstance(task, TextTask) else 1
+    beams = task.generation.num_beams if task.writes_text else 1
     with short(task, 1):
         fast, slow = both_ways(task, recorded)
     written = is_texts(slow[1])
     if slow[0]:
-        what = "logits" if isinstance(task, TextTask) else "features"
+        what = "logits" if task.writes_text else "features"
         differences.append(Difference(f"{what} of a prediction", stepwise(fast[0], slow[0], written), bound))
     if not written:
         one, other = (torch.from_numpy(np.concatenate(numbers(each[1]) or [np.zeros(1)])) for each in (fast, slow))
@@ -214,14 +223,6 @@ def prediction_differences(task: Task, run: Callable[[], Any], precision: str, a
             Difference("other texts by beams", different, 0.5 if len(pair[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0)
         )
     return differences
-
-
-def output_modules(task: Task) -> list[Any]:
-    """Return the modules whose outputs decide a prediction."""
-    if isinstance(task, TextTask):
-        return [task.language.head]
-    names = ("vision_proj", "text_proj", "vision_projection", "text_projection")
-    return [module for name in names if (module := getattr(task.backbone.model, name, None)) is not None]
 
 
 # ---------------------------------------------------------------- the state is restored after the check
@@ -267,7 +268,7 @@ def without_gradients(parameters: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(task: Task) -> Iterator[None]:
+def evaluating(task: BaseTask) -> Iterator[None]:
     """Put the model into eval mode inside the block."""
     training = task.backbone.model.training
     task.backbone.model.eval()
@@ -278,7 +279,7 @@ def evaluating(task: Task) -> Iterator[None]:
 
 
 @contextmanager
-def short(task: Task, beams: int) -> Iterator[None]:
+def short(task: PredictionTask, beams: int) -> Iterator[None]:
     """Generate short texts inside the block, without sampling."""
     kept = task.generation
     most = min(TOKENS, kept.max_new_tokens)
@@ -289,7 +290,7 @@ def short(task: Task, beams: int) -> Iterator[None]:
         task.generation = kept
 
 
-def bound_of(task: Task, precision: str) -> float:
+def bound_of(task: BaseTask, precision: str) -> float:
     """Return the bound for the coarsest dtype of the computation."""
     dtypes = [DTYPES[precision], *{p.dtype for p in task.backbone.model.parameters() if p.dtype in BOUNDS}]
     if task.backbone.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":

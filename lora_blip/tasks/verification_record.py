@@ -14,7 +14,7 @@ from lora_blip.lora import attached, fingerprint
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime.files import write_whole
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import BaseTask
 from lora_blip.tasks.differences import Difference
 from lora_blip.version import __version__
 
@@ -26,7 +26,7 @@ def base_of(backbone: Backbone) -> str:
     return fingerprint.digest_of({"config": fingerprint.settings_of(backbone.model.config), "weights": samples})
 
 
-def key_of(task: Task, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
+def key_of(task: BaseTask, base: str, precision: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return everything that decides what is computed and how, in JSON."""
     model, device = task.backbone.model, task.backbone.device
     sites = [str(x.site) for name in attached.names(model) for x in attached.adapters(model, name).values()]

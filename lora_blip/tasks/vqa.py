@@ -22,9 +22,9 @@ TEMPLATE = "Question: {question} Answer:"  # the prompt of BLIP-2's authors (Li 
 class VqaTask(TextTask):
     """Lines are {"image": …, "question": …, "answers": […]}. Only the answer is in the loss.
 
-    The encoder of a BlipForQuestionAnswering reads the question. A captioning model reads it in `prompt`, a template that
-    contains {question}. If a line has several answers, the weight of each is its share of the votes, as in BLIP's code (Li et
-    al. 2022, arXiv:2201.12086).
+    A BlipForQuestionAnswering reads the question with its encoder. A captioning model reads it in the prompt: `prompt` is a
+    template that contains {question}. If a line has several answers, the weight of each is its share of the votes, as in BLIP's
+    code (Li et al. 2022, arXiv:2201.12086).
     """
 
     name = "vqa"
@@ -43,7 +43,7 @@ class VqaTask(TextTask):
         self.require_room(self.prompt.replace("{question}", ""))
 
     def prompt_of(self, example: Example) -> str:
-        """Return the line's template, or else the task's, with the question in it."""
+        """Return the template of the line, or of the task if the line has none, with the question in it."""
         return (example.prompt or self.prompt).replace("{question}", example.question)
 
     def texts_of(self, example: Example) -> list[tuple[str, float]]:
@@ -79,9 +79,8 @@ class VqaTask(TextTask):
         needed = bounds.at_most_of(example.answers)
         if needed == UNBOUNDED:
             return False
-        return (
-            room(bounds.at_most(prompt)) >= needed or room(bounds.at_most(prompt, 0)) >= needed
-        )  # the prompt contains the question
+        # the prompt contains the question
+        return room(bounds.at_most(prompt)) >= needed or room(bounds.at_most(prompt, 0)) >= needed
 
     def check_question(self, example: Example) -> str:
         """Return why a question cannot be used, or ""."""
@@ -106,12 +105,12 @@ class VqaTask(TextTask):
         return self.checker.special_token_problem(example.prompt, self.checker.ids(example.prompt.replace("{question}", "")))
 
     def subject(self, example: Example) -> tuple[Path | str, ...]:
-        """Return the image and the question. Equal questions differ by their question_id, or by their templates."""
+        """Return the image, the question, and the question_id and template of the line if it has them."""
         own = (str(example.question_id), example.prompt)
         return (example.image, example.question, *own) if any(own) else (example.image, example.question)
 
     def likelihood(self, tokens: Tensor) -> Tensor:
-        """Return the sum over an answer's tokens, log p(answer): a ranking is then the posterior over the list."""
+        """Return log p(answer), the sum over its tokens. A ranking is then the posterior over the list."""
         return tokens.nansum(1)
 
     def scores(self, predictions: dict[Any, Any], examples: list[Example], extra: str = "") -> dict[str, float]:  # noqa: ARG002

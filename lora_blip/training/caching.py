@@ -41,7 +41,7 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
         "base_dtype": config.base_dtype, "fast": config.fast, "device": backbone.device.type,
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
-    prefix.store = Store(folder, {"of": "states", **prefix.about, **computed, **decoding}, limit)
+    prefix.store = Store(folder, {"of": "states", **prefix.description, **computed, **decoding}, limit)
     return Caches(pixels, prefix.store), prefix
 
 
@@ -69,7 +69,7 @@ def cached_inputs(config: TrainConfig, prefix: Prefix | None) -> dict[str, Any]:
 
     It is part of the identity of a run.
     """
-    return prefix.about if prefix and views_repeat(config) else {}
+    return prefix.description if prefix and views_repeat(config) else {}
 
 
 def views_repeat(config: TrainConfig) -> bool:
