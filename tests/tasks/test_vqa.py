@@ -19,7 +19,7 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, merging
 from lora_blip.lora.routing import disable_adapters, use_adapters
-from lora_blip.models.token_rows import IGNORE
+from lora_blip.models.token_rows import IGNORE, PackedRows
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import natural_task
@@ -68,6 +68,9 @@ def test_labels_that_are_not_the_answers_are_noticed(task):
     for wrong in (targets.roll(1, 0), torch.full_like(targets, IGNORE), targets.masked_fill(targets == IGNORE, 40)):
         bad = DeviceBatch(batch.examples, batch.pixel_values, replace(batch.rows.padded(), targets=wrong), 1.0)
         assert "but its text is" in task.wrong_labels(bad)
+    if isinstance(batch.rows, PackedRows):  # the labels that are trained on are checked, not the texts that they come from
+        rolled = replace(batch.rows.labels, targets=batch.rows.labels.targets.roll(1))
+        assert "but its text is" in task.wrong_labels(replace(batch, rows=replace(batch.rows, labels=rolled)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
