@@ -8,7 +8,7 @@ from lora_blip.data.example import Example
 from lora_blip.models.language import CutText, DecoderLanguage
 from lora_blip.models.text_check import UNBOUNDED
 from lora_blip.models.token_rows import many_ids
-from lora_blip.tasks.base import Generation, Task
+from lora_blip.tasks.base import BaseTask, Generation
 from lora_blip.tasks.text_task import TextTask
 
 MARGIN = 8  # tokens beyond the longest text, at least; a quarter of it if that is more
@@ -16,7 +16,7 @@ CHUNK = 1024  # texts tokenized together
 MANY = 200_000  # lines whose texts take some seconds to count
 
 
-def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
+def token_counts(task: BaseTask, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
     """Return the tokens that the model must generate for each text, with its end token.
 
     spaced: the text follows a prompt in a decoder, so it has a space before it. Most numbers are known from `TokenBounds` or
@@ -34,7 +34,7 @@ def token_counts(task: Task, texts: Collection[str], spaced: bool = False) -> di
     return {text: tokens + 1 for text, tokens in counts.items()}
 
 
-def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counter[str]]:
+def texts_by_space(task: BaseTask, examples: Iterable[Example]) -> dict[bool, Counter[str]]:
     """Return how often each text is in the examples. Key True: the texts that are generated with a space before them."""
     decoder = isinstance(task, TextTask) and isinstance(task.language, DecoderLanguage)
     texts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
@@ -43,7 +43,7 @@ def texts_by_space(task: Task, examples: Iterable[Example]) -> dict[bool, Counte
     return texts
 
 
-def longer_texts(task: Task, examples: Iterable[Example], limit: int) -> tuple[Counter[str], int, int]:
+def longer_texts(task: BaseTask, examples: Iterable[Example], limit: int) -> tuple[Counter[str], int, int]:
     """Return the texts of more than `limit` tokens with their counts, the most tokens of one, and the number of texts.
 
     If no text is longer than `limit`, the most tokens are 0. Each text of a line counts.
@@ -57,7 +57,7 @@ def longer_texts(task: Task, examples: Iterable[Example], limit: int) -> tuple[C
     return longer, most, sum(counts.total() for counts in texts.values())
 
 
-def longest_text(task: Task, examples: Iterable[Example]) -> int:
+def longest_text(task: BaseTask, examples: Iterable[Example]) -> int:
     """Return the most tokens of any text of the examples, with its end token. Only texts that may be longest are counted."""
     longest = 0
     for spaced, counts in texts_by_space(task, examples).items():
@@ -77,7 +77,9 @@ def most_new_tokens(task: TextTask) -> int:
     return task.most_new_tokens(task.prompt.replace("{question}", ""))
 
 
-def fit_generation(task: Task, examples: list[Example], limit: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all") -> int:
+def fit_generation(
+    task: BaseTask, examples: list[Example], limit: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all"
+) -> int:
     """Set and return the most tokens of a generated text.
 
     limit: 0 chooses the longest text of the examples plus a margin, at most what the model has room for. Another value is used
@@ -119,7 +121,7 @@ class CutCount:
         self.total += len(texts)
         return self
 
-    def report(self, task: Task, what: str, examples: Iterable[Example] = ()) -> str:
+    def report(self, task: BaseTask, what: str, examples: Iterable[Example] = ()) -> str:
         """Return one line with the number of texts that were cut, and the fix; "" if there are none.
 
         examples: the right answers, if they are known. If all of them fit, the model should have ended its texts.
