@@ -25,7 +25,7 @@ from lora_blip.runtime.progress import phase, track
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
 
 FEW = 10  # images; with fewer, bootstrap intervals are too narrow
@@ -73,7 +73,7 @@ def output_folder(output_dir: str) -> Path:
     return Path(output_dir)
 
 
-def read_references(config: EvaluateConfig, task: Task) -> list[Example]:
+def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Example]:
     """Return the valid lines of the references. Print the invalid lines and the unknown tokens."""
     with phase(f"reading {config.references}"):
         examples, problems = annotations.read(
@@ -117,7 +117,7 @@ def progress_into(folder: Path, name: str) -> Progress:
     return watch
 
 
-def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: Task, examples: list[Example]) -> list[str]:
+def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: PredictionTask, examples: list[Example]) -> list[str]:
     """Return the reasons why the scores may mislead: leaks, repeated or cut texts, few images."""
     images = len({example.image for example in examples})
     warnings = [leak_warning(leak_search.leaks, images, "evaluation")] if leak_search.leaks else []

@@ -21,7 +21,7 @@ from lora_blip.metrics.captions import caption_scores
 from lora_blip.metrics.diversity import diversity
 from lora_blip.metrics.vqa import vqa_accuracies
 from lora_blip.models.matching import cosines
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.retrieval import RERANKED, belongs
 from lora_blip.tasks.vqa import every_answer
 
@@ -226,7 +226,7 @@ MEASURES: dict[str, Callable[[Runner, list[Example], int, Progress], ModelScores
 }
 
 
-def gains(base: ModelScores, adapted: ModelScores, task: Task, seed: int) -> dict[str, Interval]:
+def gains(base: ModelScores, adapted: ModelScores, task: PredictionTask, seed: int) -> dict[str, Interval]:
     """Return the interval of adapted − base, paired by subject, for each score. Return {} if the subjects differ."""
     if base.subjects != adapted.subjects:
         return {}
@@ -235,12 +235,12 @@ def gains(base: ModelScores, adapted: ModelScores, task: Task, seed: int) -> dic
     return {name: after[name].minus(before[name]).interval(seed) for name in after} | of_captions
 
 
-def group_scores(scores: ModelScores, task: Task, seed: int) -> dict[str, Interval]:
+def group_scores(scores: ModelScores, task: PredictionTask, seed: int) -> dict[str, Interval]:
     """Return the main score of each group of the references, if there are several groups."""
     return {name: column.interval(seed) for name, column in group_columns(scores, task).items()}
 
 
-def group_columns(scores: ModelScores, task: Task) -> dict[str, Column]:
+def group_columns(scores: ModelScores, task: PredictionTask) -> dict[str, Column]:
     """Return a column with the main score for each group of the references."""
     groups = list(dict.fromkeys(lines[0].group for lines in scores.lines))
     if not 1 < len(groups) <= MOST_GROUPS:

@@ -22,7 +22,7 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import csv_text, write_whole
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 FILES = ("metrics.json", "comparison.csv", report.FILE_NAME)
 LEGEND = "[95 % interval]"  # the first cell of the table on the terminal
@@ -67,7 +67,7 @@ def write(
 # ---------------------------------------------------------------- scores and facts
 
 
-def score_rows(comparison: Comparison, task: Task, seed: int) -> list[ReportRow]:
+def score_rows(comparison: Comparison, task: PredictionTask, seed: int) -> list[ReportRow]:
     """Return the rows of the score table: every score, then the main score of each group."""
     base, adapted = comparison.base, comparison.adapted
     paired = gains(base, adapted, task, seed) if base and adapted else {}

@@ -15,9 +15,9 @@ from lora_blip.models.library import first_line
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification, verification_record
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
-Work = Callable[[Task, Tensor, list[Example]], Iterable[Any]]  # pixel values and examples → a result for each
+Work = Callable[[PredictionTask, Tensor, list[Example]], Iterable[Any]]  # pixel values and examples → a result for each
 FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error", "device-side assert")
 
 
@@ -25,7 +25,11 @@ class Runner:
     """`reopen` opens the task again on the CPU, if the weights cannot be read back from a broken device."""
 
     def __init__(
-        self, task: Task, batch_size: int = 16, precision: str = "fp32", reopen: Callable[[], Task] | None = None
+        self,
+        task: PredictionTask,
+        batch_size: int = 16,
+        precision: str = "fp32",
+        reopen: Callable[[], PredictionTask] | None = None,
     ) -> None:
         self.task, self.size, self.precision, self.reopen = task, batch_size, precision, reopen
         self.warned: set[str] = set()

@@ -27,7 +27,7 @@ from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.files import refuse_unwritable, room_for, unused_path, write_whole
 from lora_blip.runtime.untrusted import parsed
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 FILE_NAME, ERRORS_NAME, ABOUT_NAME = "predictions.jsonl", "errors.jsonl", "run.json"
 SYNC = 5.0  # seconds of work that a machine without power may lose; a process that is killed loses none
@@ -137,7 +137,7 @@ def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def identity(
-    config: InferConfig, task: Task, wanted: Adapter | None, precision: str, by_references: bool = False
+    config: InferConfig, task: PredictionTask, wanted: Adapter | None, precision: str, by_references: bool = False
 ) -> dict[str, Any]:
     """Return the settings that decide the predictions, as JSON. A file is represented by a digest of its content.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_blip.data.example import Example
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 RANKS_KEPT = 10  # of a ranking: written beside the best text
 Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their probabilities
@@ -72,7 +72,7 @@ def printed(prediction: Prediction, base: str | None = None) -> str:
     return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
 
 
-def report(task: Task, references: dict[Path, list[Example]], found: dict[str, dict[Any, str]]) -> None:
+def report(task: PredictionTask, references: dict[Path, list[Example]], found: dict[str, dict[Any, str]]) -> None:
     """How right the texts are, over all that have references and, where the references name groups, over each group.
 
     found: "base" and "adapted", or one of them → what was said of each subject.

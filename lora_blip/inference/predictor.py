@@ -9,7 +9,7 @@ from lora_blip.data.example import Example
 from lora_blip.inference.prediction import Prediction, prediction_of
 from lora_blip.inference.shared_base import SharedBase
 from lora_blip.tasks import verification
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 
 class Predictor:
@@ -24,7 +24,7 @@ class Predictor:
         """Return a new predictor with a few of the texts, to compare two ways to compute the result."""
         return Predictor(self.texts[: verification.TEXTS])
 
-    def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+    def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
         """Return one prediction per image. pictures has the shape (images, 3, H, W)."""
         if not self.texts:
             texts = task.predict(pictures, examples)

@@ -11,7 +11,7 @@ from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 
@@ -55,7 +55,7 @@ def read_texts(texts: str) -> list[str]:
 
 
 def asked(
-    task: Task, images: Iterable[Example], question: str, references: dict[Path, list[Example]], texts: list[str]
+    task: PredictionTask, images: Iterable[Example], question: str, references: dict[Path, list[Example]], texts: list[str]
 ) -> Iterable[Example]:
     """What is asked of which image: a list where a file says it, else one by one as the images come.
 
@@ -88,7 +88,7 @@ def asked(
     return found
 
 
-def captioned(task: Task, images: Iterable[Example], references: dict[Path, list[Example]]) -> Iterable[Example]:
+def captioned(task: PredictionTask, images: Iterable[Example], references: dict[Path, list[Example]]) -> Iterable[Example]:
     """The images, with the prompts that the lines of the references have of their own."""
     prompts = prompts_of(references)
     for prompt in dict.fromkeys(prompt for some in prompts.values() for prompt in some):
@@ -103,7 +103,7 @@ def prompts_of(references: dict[Path, list[Example]]) -> dict[Path, list[str]]:
     return {image: some for image, some in prompts.items() if any(some)}
 
 
-def trim_references(task: Task, source: str, references: dict[Path, list[Example]]) -> dict[Path, list[Example]]:
+def trim_references(task: PredictionTask, source: str, references: dict[Path, list[Example]]) -> dict[Path, list[Example]]:
     """The references without a prompt at the start of their texts: predictions do not contain it."""
     every = [example for some in references.values() for example in some]
     found: dict[Path, list[Example]] = {}
@@ -115,7 +115,7 @@ def trim_references(task: Task, source: str, references: dict[Path, list[Example
     return found
 
 
-def refuse_questions(task: Task, examples: list[Example]) -> None:
+def refuse_questions(task: PredictionTask, examples: list[Example]) -> None:
     """ConfigError for a question that cannot be asked. Print the share of unknown tokens in the others."""
     task.pretokenize(examples)
     for example in examples:

@@ -24,7 +24,7 @@ from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import Generation, Task
+from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, natural_task
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,7 +47,7 @@ def read_inputs(config: InferConfig) -> Inputs:
     return Inputs(images, references, read_texts(config.texts), wanted_adapter(config.adapter, config.runs))
 
 
-def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[Task, str, Any, dict[str, Any]]:
+def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, str, Any, dict[str, Any]]:
     """Return the task, the precision, the examples to predict, and the identity of the run."""
     task, precision = open_task(config, inputs.adapter)
     inputs.references = trim_references(task, config.references, inputs.references)
@@ -56,7 +56,7 @@ def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[Task, str, Any, di
     return task, precision, examples, what
 
 
-def require_same_inputs(ranks: Ranks, config: InferConfig, task: Task, what: dict[str, Any], examples: Any) -> None:
+def require_same_inputs(ranks: Ranks, config: InferConfig, task: PredictionTask, what: dict[str, Any], examples: Any) -> None:
     """Raise an error on every rank if one would predict something else than rank 0.
 
     Settings, adapter and base are compared, and the pictures of the first images. The name of the base is not: machines
@@ -102,7 +102,7 @@ def read_adapter(adapter: str | Path) -> Adapter:
 
 def open_task(
     config: InferConfig | EvaluateConfig, wanted: Adapter | None, adapted: bool = False, device: str = ""
-) -> tuple[Task, str]:
+) -> tuple[PredictionTask, str]:
     """The backbone that the settings and the adapter name, with its task; the adapter is merged in if `adapted`."""
     name = config.model or (wanted.base if wanted else "")
     wanted_precision = "fp32" if device else config.precision
@@ -115,7 +115,7 @@ def open_task(
     return task, precision
 
 
-def put_on(task: Task, wanted: Adapter, merge: bool, precision: str = "fp32") -> None:
+def put_on(task: PredictionTask, wanted: Adapter, merge: bool, precision: str = "fp32") -> None:
     """The adapter onto the task's backbone, with what it learned beside the weights, which are then cast once."""
     with phase(f"loading {wanted.path}" + ", and merging it" * merge):
         adapter_file.load(task.backbone, wanted)
@@ -126,7 +126,9 @@ def put_on(task: Task, wanted: Adapter, merge: bool, precision: str = "fp32") ->
         task.load_metadata(wanted.task)
 
 
-def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConfig | EvaluateConfig | None = None) -> Task:
+def task_of(
+    backbone: Backbone, wanted: Adapter | None = None, config: InferConfig | EvaluateConfig | None = None
+) -> PredictionTask:
     """The task that an adapter was trained for, with its prompt and generation, where `config` does not override them."""
     about: dict[str, Any] = wanted.task if wanted else {}
     name = config.task if config and config.task != "auto" else about.get("name") or natural_task(backbone.architecture)
@@ -149,7 +151,7 @@ def task_of(backbone: Backbone, wanted: Adapter | None = None, config: InferConf
     return task
 
 
-def described(task: Task, adapter: Adapter | None, count: int, precision: str) -> str:
+def described(task: PredictionTask, adapter: Adapter | None, count: int, precision: str) -> str:
     """Return two lines: the adapter with its task, steps and validation score; and what is predicted with which base."""
     work = f"{task.name}: {count:,} to do with {task.backbone.name}, {precision}"
     if adapter is None:
