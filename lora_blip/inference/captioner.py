@@ -19,7 +19,7 @@ from lora_blip.inference.shared_base import shared
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import DTYPES
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # of ImageInput
 VERBS = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
@@ -45,9 +45,11 @@ class Captioner:
     >>> prediction = captioner("image_test/000.png")
     """
 
-    def __init__(self, task: Task, batch_size: int = 16, precision: str = "fp32", adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, task: PredictionTask, batch_size: int = 16, precision: str = "fp32", adapter: Adapter | None = None
+    ) -> None:
         """Predict with a task as it is. Use `from_adapter` to open an adapter."""
-        if not isinstance(task, Task):
+        if not isinstance(task, PredictionTask):
             raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({task!r})")
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision)

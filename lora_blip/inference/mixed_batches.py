@@ -12,11 +12,14 @@ from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.prediction import Prediction
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 
 def mixed(
-    tasks: Mapping[str, Task], requests: Iterable[tuple[str | Path, str, str]], batch_size: int = 16, precision: str = "fp32"
+    tasks: Mapping[str, PredictionTask],
+    requests: Iterable[tuple[str | Path, str, str]],
+    batch_size: int = 16,
+    precision: str = "fp32",
 ) -> Iterator[Prediction]:
     """Yield the predictions for requests (image, adapter, question or ""), in order. A batch may have rows of several adapters.
 

@@ -48,7 +48,7 @@ class AdapterPredictor(Predictor):
     def again(self) -> "AdapterPredictor":
         return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter)
 
-    def __call__(self, task: Task, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+    def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
         with self.base.active(task.backbone.model, self.adapter):
             if self.texts:
                 return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]

@@ -3,6 +3,7 @@
 `Task` has two halves. Training calls `TrainingTask`, prediction calls `PredictionTask`; both share `BaseTask`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol
@@ -162,6 +163,12 @@ class PredictionTask(BaseTask):
     @abstractmethod
     def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[Any]:
         """Return a prediction for each example. `adapters` names the adapter of each row, None for the base."""
+
+    def predict_scored(
+        self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
+    ) -> list[tuple[Any, float]]:
+        """Return what `predict` does, each prediction with its score from 0 to 1; NaN if the task computes none."""
+        return [(prediction, math.nan) for prediction in self.predict(pixel_values, examples, adapters)]
 
     @abstractmethod
     def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[Any]:
