@@ -30,7 +30,6 @@ Adapters = list[str | None] | None  # the adapter of each row, None for the base
 Named = dict[str, Any]  # arguments by name
 SCORED: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
 TrainedRows = TypeVar("TrainedRows", bound=PaddedRows | PackedRows)  # the form in which a language model trains fastest
-TrainedRows = TypeVar("TrainedRows", bound=PaddedRows | PackedRows)  # the form in which a language model trains fastest
 
 
 class CutText(str):
