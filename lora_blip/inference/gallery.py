@@ -12,14 +12,14 @@ from lora_blip.inference.output import ERRORS_NAME, FILE_NAME
 from lora_blip.reports import report
 from lora_blip.reports.report import Card
 from lora_blip.runtime.runs import GALLERY_NAME
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 
 SHOWN = 200  # cards: about 3 MB of thumbnails in the page, whatever the number of images
 
 
 def write_gallery(
     folder: Path,
-    task: Task,
+    task: PredictionTask,
     examples: Iterable[Example],
     references: dict[Path, list[Example]],
     facts: dict[str, str],
@@ -41,7 +41,7 @@ def write_gallery(
     )  # fmt: skip
 
 
-def cards_of(folder: Path, task: Task, examples: list[Example], references: dict[Path, list[Example]]) -> list[Card]:
+def cards_of(folder: Path, task: PredictionTask, examples: list[Example], references: dict[Path, list[Example]]) -> list[Card]:
     """Return a card for each example, in order. An image that could not be read has no text; its frame shows the reason."""
     lines: dict[int, list[dict[str, Any]]] = {}
     for name in (FILE_NAME, ERRORS_NAME):
@@ -65,7 +65,7 @@ def cards_of(folder: Path, task: Task, examples: list[Example], references: dict
     return cards
 
 
-def references_of(task: Task, example: Example, references: dict[Path, list[Example]]) -> list[Example]:
+def references_of(task: PredictionTask, example: Example, references: dict[Path, list[Example]]) -> list[Example]:
     """Return the lines with a known text or answer for what the example asks."""
     lines = [one for one in references.get(example.image, ()) if (one.answers if task.takes_question else one.text)]
     return [one for one in lines if not task.writes_text or task.subject(one) == task.subject(example)]

@@ -24,7 +24,7 @@ from lora_blip.runtime.progress import phase
 from lora_blip.runtime.runs import GALLERY_NAME
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
 
 
@@ -85,7 +85,9 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     return folder / output.FILE_NAME
 
 
-def conclude(out: Output, config: InferConfig, task: Task, inputs: Inputs, precision: str, examples: Any, count: int) -> None:
+def conclude(
+    out: Output, config: InferConfig, task: PredictionTask, inputs: Inputs, precision: str, examples: Any, count: int
+) -> None:
     """Print the scores if there are references, write gallery.html, and print where the predictions and the page are."""
     adapter, said_by = inputs.adapter, "adapted" if inputs.adapter else "base"
     if references := inputs.references:
