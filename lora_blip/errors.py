@@ -5,7 +5,12 @@ Catch `LoraBlipError` for all of them. The commands print the message and exit w
 
 
 class LoraBlipError(Exception):
-    """The base class of the errors below."""
+    """The base class of the errors below. In peft: none; it raises ValueError, which most of these are too.
+
+    >>> try: lora_blip.load_backbone("./no_such_folder")
+    ... except lora_blip.LoraBlipError as error: print(error)
+    model folder './no_such_folder' does not exist; give the folder of a checkpoint, or a hub name
+    """
 
 
 class ConfigError(LoraBlipError, ValueError):

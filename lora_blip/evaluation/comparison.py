@@ -35,7 +35,10 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Score an adapter and its base. Return the folder with metrics.json, comparison.csv and report.html.
 
     Each prediction is written to base.jsonl or adapted.jsonl at once, so that a later error does not lose it. Raise
-    ConfigError, ModelError, AdapterError, ImageError or DataError before the first prediction.
+    ConfigError, ModelError, AdapterError, ImageError or DataError before the first prediction. In peft: none.
+
+    >>> folder = lora_blip.evaluate(lora_blip.EvaluateConfig(references="annotations.jsonl", train_annotations="none"))
+    >>> assert (folder / "report.html").is_file()
     """
     distributed.refuse_several("evaluate")
     seed_everything(config.seed)

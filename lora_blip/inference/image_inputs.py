@@ -27,7 +27,7 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
     """Return (name, image) of each image, and whether one image was given. Raise InputError as `check_input` does."""
-    single = isinstance(images, SINGLE) or not isinstance(images, Iterable)
+    single = isinstance(images, SINGLE) or not isinstance(images, Iterable) or hasattr(images, "read")
     listed = [images] if single else list(images)
     names = [name_of(image, None if single else position) for position, image in enumerate(listed)]
     return [(check_input(image, name), image) for name, image in zip(names, listed, strict=True)], single

@@ -14,11 +14,14 @@ Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their prob
 
 @dataclass(frozen=True)
 class Prediction:
-    """The text of an image: a caption, an answer, or the best of the ranked texts.
+    """The text of an image: a caption, an answer, or the best of the ranked texts. In peft: none.
 
-    >>> prediction = lora_blip.Prediction(Path("photo.jpg"), "a red cube")
+    The `score` of a generated text is exp(mean log p) over its tokens and the end token: the geometric mean of their
+    probabilities. The score of a ranking is the probability of the best text. `infer` computes no scores.
+
+    >>> prediction = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip")("nowhere.jpg")
     >>> prediction
-    Prediction(image='photo.jpg', text='a red cube')
+    Prediction(image='nowhere.jpg', text='', error='nowhere.jpg does not exist')
     """
 
     image: Path  # the path, or a name such as "images[2]" for an image without one
@@ -27,7 +30,7 @@ class Prediction:
     ranking: Ranking = field(default_factory=list)  # if texts were ranked: each with its probability, the likeliest first
     question_id: int | str = ""  # of the line with the question
     prompt: str = ""  # of the line
-    score: float | None = None  # 0 to 1: the mean probability of the text's tokens, or the probability of the best text
+    score: float | None = None  # 0 to 1
     error: str = ""  # why there is no text: the image or the question cannot be used
 
     def __repr__(self) -> str:

@@ -227,8 +227,8 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
     path: a file, a run folder, "latest", or a result of `read`. Raise AdapterError if the file is missing or damaged, or if it
-    was trained on another base, and LoRAError if the base is on the meta device. The model is not changed in these cases. In
-    peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
+    was trained on another base, and LoRAError if the base is on the meta device. The model is not changed in these cases.
+    In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> adapter.task["name"], adapter.base

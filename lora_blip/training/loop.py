@@ -23,6 +23,11 @@ def train(config: TrainConfig) -> Path:
     if steps are no longer finite or if the device runs out of memory. Each message contains a fix.
 
     After an error, Ctrl-C or a scheduler's signal, the progress is saved. Start again with the same settings to resume.
+    In peft: none; transformers' `Trainer` trains its models.
+
+    >>> path = lora_blip.train(lora_blip.TrainConfig(max_steps=1, val_fraction=0, batch_size=4))
+    >>> path.name
+    'adapter.safetensors'
     """
     with open_session(config) as session:  # data, backbone, adapters, optimizer, run folder
         learner, progress = session.learner, session.learner.progress

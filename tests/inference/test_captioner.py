@@ -1,0 +1,358 @@
+"""`Captioner`: what it accepts, the order and the errors of a list, its scores, and threads that share it."""
+
+import asyncio
+import io
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lora_blip
+from lora_blip.errors import ImageError, InputError
+from lora_blip.inference.captioner import Captioner
+from lora_blip.lora import attached
+from lora_blip.models.loading import as_backbone, load_backbone
+from lora_blip.tasks.base import Generation
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.registry import TASKS
+from tests.support import tiny
+from tests.support.api import make_workplace, save_adapter
+from tests.support.models import carry, inject
+
+FEW = Generation(max_new_tokens=6)
+QUESTIONS = ["what is it?", "what color is the cube?"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    tiny.write_photos(tmp_path, 4)
+    return sorted((tmp_path / "photos").iterdir())[:4]
+
+
+@pytest.fixture
+def captioner(make: Any) -> Captioner:
+    backbone = make("blip")
+    inject(backbone)
+    return Captioner(CaptionTask(backbone, "", FEW), batch_size=3)
+
+
+# ---------------------------------------------------------------- what is accepted
+
+
+def test_every_kind_of_image_has_the_caption_and_the_score_of_its_file(captioner, photos):
+    """Paths, PIL images, arrays and tensors of bytes and floats, and the bytes of a file; alone and in a list."""
+    file, pixels = photos[0], np.asarray(Image.open(photos[0]).convert("RGB"))
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    kinds = [
+        file, str(file), Image.open(file), pixels, opaque, pixels.astype(np.float32) / 255, pixels / 255, channels_first,
+        channels_first / 255, file.read_bytes(), bytearray(file.read_bytes()),
+    ]  # fmt: skip
+    expected = captioner(file)
+    assert expected.text and 0 < expected.score < 1 and not expected.error and expected.image == file
+    for image in kinds:
+        found = captioner(image)
+        assert (found.text, found.error) == (expected.text, "") and found.score == pytest.approx(expected.score)
+    many = captioner(kinds)
+    assert [each.text for each in many] == [expected.text] * len(kinds)
+    assert [str(each.image) for each in many[1:4]] == [str(file), "images[2]", "images[3]"]
+    grey = captioner([np.asarray(Image.open(file).convert("L")), Image.open(file).convert("L")])
+    assert grey[0].text == grey[1].text
+
+
+NOT_IMAGES: dict[str, tuple[Any, str]] = {
+    "None": (None, "is a NoneType; expected a path, a PIL image"),
+    "a number": (3, "is a int; expected a path"),
+    "a list": ([1, 2], "is a list; expected a path"),
+    "an open file": (io.BytesIO(b""), r"is a BytesIO; .*; give file\.read\(\)"),
+    "a batch": (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\); for a batch, give a list of images: list\(images\)"),
+    "channels first": (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); .*; give image\.transpose\(1, 2, 0\)"),
+    "channels last": (torch.zeros(8, 8, 3), r"a tensor of shape \(8, 8, 3\); .*; give image\.permute\(2, 0, 1\)"),
+    "no pixel": (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\); expected"),
+    "integers": (np.zeros((8, 8, 3), np.int64), r"has the dtype int64; expected uint8 \(0 to 255\) or float \(0 to 1\)"),
+    "levels as floats": (np.full((8, 8, 3), 200.0), "values from 200 to 200; .*: divide it by 255"),
+    "pixel values": (torch.full((3, 8, 8), -1.5), "values from -1.5 to -1.5; .*: give the image before it is normalized"),
+    "NaN": (torch.full((3, 8, 8), torch.nan), "values from nan to nan"),
+}
+
+
+@pytest.mark.parametrize(("image", "message"), NOT_IMAGES.values(), ids=NOT_IMAGES)
+def test_what_is_no_image_is_an_error_with_its_position(captioner, photos, image, message, monkeypatch):
+    """It is raised before anything is computed, also without `strict`, because it is a mistake of the program."""
+    monkeypatch.setattr(captioner.runner, "compute", None)
+    with pytest.raises(InputError, match=rf"images\[1\] .*{message}"):
+        captioner([photos[0], image])
+    if not isinstance(image, list):
+        with pytest.raises(TypeError, match=f"the image .*{message}"):
+            captioner(image)
+
+
+def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos, tmp_path):
+    """In every place of a batch, and alone. `strict` raises ImageError."""
+    (tmp_path / "torn.png").write_bytes(photos[1].read_bytes()[:60])
+    truncated = Image.open(io.BytesIO(photos[1].read_bytes()[:60]))
+    alone = {photo: captioner(photo).text for photo in photos}
+    torn = tmp_path / "torn.png"
+    broken = [
+        ("nowhere.jpg", "does not exist"), (b"no image", "no image in a supported format"), (truncated, "cannot be decoded"),
+        (torn, "cannot be decoded"), ("https://x.org/a.png", "give the bytes of the file"),
+    ]  # fmt: skip
+    mixed: list[tuple[Any, str]] = [broken[0], (photos[0], ""), (photos[1], ""), *broken[1:], (photos[2], "")]
+    found = captioner([image for image, _ in mixed])
+    assert len(found) == len(mixed)
+    for (image, reason), prediction in zip(mixed, found, strict=True):
+        if reason:
+            assert (prediction.text, prediction.score) == ("", None) and reason in prediction.error
+        else:
+            assert (prediction.text, prediction.error) == (alone[image], "")
+    assert captioner("nowhere.jpg").error == "nowhere.jpg does not exist"
+    with pytest.raises(ImageError, match=r"nowhere\.jpg does not exist"):
+        captioner([photos[0], "nowhere.jpg"], strict=True)
+
+
+def test_a_list_keeps_its_order_and_one_image_is_one_prediction(captioner, photos):
+    """Across batches, for tuples and iterators, and for an empty list."""
+    images = [photos[n] for n in (3, 0, 2, 1, 0, 3, 1)]
+    expected = [(image, captioner(image).text) for image in images]
+    assert len({text for _, text in expected}) > 1
+    for many in (images, tuple(images), iter(images)):
+        assert [(p.image, p.text) for p in captioner(many)] == expected
+    assert captioner([]) == [] and len(captioner(images[:1])) == 1
+
+
+def test_a_stream_reads_a_batch_ahead_and_no_more(captioner, photos):
+    """Images come from any iterable, also one without an end. An error of it comes after the predictions before it."""
+    read = itertools.count()
+    stream = captioner.stream(photos[next(read) % 4] for _ in itertools.repeat(None))
+    assert [next(stream).image for _ in range(7)] == [photos[n % 4] for n in range(7)]
+    assert next(read) <= 12  # three batches, and one ahead
+    stream.close()
+
+    def failing() -> Any:
+        yield from photos
+        raise OSError("the source is gone")
+
+    received, stream = [], captioner.stream(failing())
+    with pytest.raises(OSError, match="the source is gone"):
+        while True:
+            received.append(next(stream).image)
+    assert received == photos
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_a_score_is_that_of_transformers(make, photos, kind, beams, monkeypatch):
+    """exp(mean log p): the transition scores of `generate`, and for beams exp of its `sequences_scores`."""
+    backbone = make(kind)
+    task = CaptionTask(backbone, "", Generation(max_new_tokens=6, num_beams=beams))
+    found = Captioner(task)(photos)
+    outputs: list[Any] = []
+    model = backbone.model.text_decoder if kind == "blip" else backbone.model.language_model
+    real = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(real(*args, **kwargs | {"output_scores": True}))
+        return outputs[-1]
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert Captioner(task)(photos) == found
+    (output,) = outputs
+    indices = getattr(output, "beam_indices", None)
+    transitions = model.compute_transition_scores(output.sequences, output.scores, indices, normalize_logits=beams == 1)
+    new = output.sequences[:, -transitions.shape[1] :]
+    for row, prediction in enumerate(found):
+        ends = (new[row] == task.language.end_id).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else new.shape[1]
+        assert prediction.score == pytest.approx(float(transitions[row, :length].mean().exp()), rel=1e-4)
+        if beams > 1:
+            assert prediction.score == pytest.approx(float(output.sequences_scores[row].exp()), rel=1e-4)
+    assert len({p.score for p in found}) > 1
+
+
+def test_texts_with_scores_are_the_texts_without(make, photos):
+    """To compute a score changes no text."""
+    task = CaptionTask(make("blip"), "", FEW)
+    pixels = torch.stack([task.backbone.image_processor(Image.open(p), return_tensors="pt")["pixel_values"][0] for p in photos])
+    examples = [lora_blip.inference.captioner.example_of(photo) for photo in photos]
+    assert [text for text, _ in task.predict_scored(pixels, examples)] == task.predict(pixels, examples)
+
+
+# ---------------------------------------------------------------- questions and rankings
+
+
+def test_questions_and_images_are_paired(make, photos):
+    """One question for all, several about one image, and one for each; each as alone."""
+    captioner = Captioner(TASKS["vqa"](make("vqa"), "", FEW), batch_size=3)
+    alone = {(image, q): captioner.answer(image, q).text for image in photos[:2] for q in QUESTIONS}
+    for images, questions, pairs in (
+        (photos[:2], QUESTIONS[0], [(photos[0], QUESTIONS[0]), (photos[1], QUESTIONS[0])]),
+        (photos[0], QUESTIONS, [(photos[0], QUESTIONS[0]), (photos[0], QUESTIONS[1])]),
+        (photos[:2], QUESTIONS, list(zip(photos[:2], QUESTIONS, strict=True))),
+    ):
+        found = captioner.answer(images, questions)
+        assert [(p.image, p.question) for p in found] == pairs and [p.text for p in found] == [alone[pair] for pair in pairs]
+    with pytest.raises(InputError, match="2 images and 3 questions"):
+        captioner.answer(photos[:2], [*QUESTIONS, "why?"])
+    with pytest.raises(InputError, match="question 1 is ''"):
+        captioner.answer(photos[0], [QUESTIONS[0], ""])
+    long = "what is " + "a cube and " * 100 + "?"
+    found = captioner.answer(photos[0], [QUESTIONS[0], long])
+    assert found[0].text == alone[photos[0], QUESTIONS[0]] and "too many tokens" in found[1].error
+    ranked = captioner.rank(photos[0], ["red", "blue", "red"], question=QUESTIONS[1])
+    assert sorted(text for text, _ in ranked.ranking) == ["blue", "red"]
+
+
+@pytest.mark.parametrize("kind", ["blip", "itm", "itm2"])
+def test_a_ranking_is_a_distribution_with_the_best_text_first(make, photos, kind):
+    """The same as the task's own `rank`, whatever is in the batch."""
+    name = "caption" if kind == "blip" else "retrieval"
+    captioner = Captioner(TASKS[name](make(kind)), batch_size=3)
+    texts = ["a red cube", "a single blue cube on top of the table", "nothing"]
+    for image, found in zip(photos, captioner.rank(photos, texts), strict=True):
+        chances = [chance for _, chance in found.ranking]
+        assert sum(chances) == pytest.approx(1) and chances == sorted(chances, reverse=True)
+        assert found.score == chances[0] and found.text == found.ranking[0][0]
+        assert sorted(text for text, _ in found.ranking) == sorted(texts)
+        alone = captioner.rank(image, texts)
+        assert dict(alone.ranking) == pytest.approx(dict(found.ranking), rel=1e-4)
+    for wrong, message in (
+        ("a red cube", "give a list"),
+        ([], "texts is empty"),
+        (["a", 3], r"texts\[1\] is 3: expected a text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            captioner.rank(photos[0], wrong)
+    with pytest.raises(InputError, match="takes no question"):
+        captioner.rank(photos[0], texts, question="what?")
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "call", "right"),
+    [
+        ("vqa", "vqa", lambda c: c("a.png"), r"answers questions; call captioner\.answer\(image, "),
+        ("itm", "retrieval", lambda c: c("a.png"), r"ranks texts; call captioner\.rank\(image, \["),
+        ("blip", "caption", lambda c: c.answer("a.png", "what?"), r"captions images; call captioner\(image\)"),
+        ("itm", "retrieval", lambda c: c.answer("a.png", "what?"), r"ranks texts; call captioner\.rank\(image, \["),
+        ("blip", "caption", lambda c: list(c.stream(["a.png"], question="what?")), r"captions images; call captioner\(image\)"),
+        ("vqa", "vqa", lambda c: c.rank("a.png", ["red"]), r".* it ranks answers: rank\(image, answers, question=…\)"),
+    ],
+)
+def test_a_method_of_another_task_names_the_right_one(make, kind, task, call, right):
+    with pytest.raises(InputError, match=f"this model {right}"):
+        call(Captioner(TASKS[task](make(kind))))
+
+
+# ---------------------------------------------------------------- adapters, bases, threads
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("service")
+    make_workplace(folder)
+    for seed in (1, 2):
+        save_adapter(folder / f"adapter{seed}" / "adapter.safetensors", seed, size=0.1)
+    return folder
+
+
+def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
+    """A run folder, its file and "latest", merged or on hooks: the texts of predictions.jsonl."""
+    monkeypatch.chdir(workplace)
+    run = Path("lora_blip_output", "caption_tiny-blip_vit")
+    written = lora_blip.infer(lora_blip.InferConfig(adapter=str(run), images="image_test", output_dir=f"out{run.name}"))
+    lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    assert {tuple(line) for line in lines} == {("image", "text")}  # a score would be another format
+    for adapter, merge in ((run, True), ("latest", True), (str(run / "adapter.safetensors"), False)):
+        captioner = Captioner.from_adapter(adapter, merge=merge)
+        found = captioner([line["image"] for line in lines])
+        assert [p.text for p in found] == [line["text"] for line in lines]
+        assert bool(attached.names(captioner.backbone.model)) is not merge
+        assert str(run) in repr(captioner) and captioner.task == "caption"
+
+
+def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypatch):
+    """Its weights, its classes and its image processor are not changed, and its adapter acts in the captioner alone."""
+    from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
+
+    monkeypatch.chdir(workplace)
+    base = str(workplace / "assets" / "tiny-blip")
+    model = BlipForConditionalGeneration.from_pretrained(base)
+    image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    image_processor.size = {"height": 48, "width": 48}
+    processor = type("Processor", (), {"tokenizer": AutoTokenizer.from_pretrained(base), "image_processor": image_processor})()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    images = ["image_test/000.png", "image_test/001.png"]
+    for adapter in (None, Path("adapter1")):
+        expected = Captioner.from_adapter(adapter, base=base if adapter is None else "", fast=False)(images)
+        found = Captioner.from_adapter(adapter, base=model, processor=processor)(images)
+        assert [p.text for p in found] == [p.text for p in expected]
+        assert [p.score for p in found] == pytest.approx([p.score for p in expected], rel=1e-3)
+    assert dict(image_processor.size) == {"height": 48, "width": 48}
+    lora_blip.eject(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert as_backbone(model, processor).image_size == 96
+
+
+def test_captioners_share_a_base_and_each_has_its_own_adapter(workplace, monkeypatch):
+    """Equal to separate bases. The same adapter is loaded once. None is the base with what the caller put on it."""
+    monkeypatch.chdir(workplace)
+    images = [f"image_test/{n:03}.png" for n in range(4)]
+    paths = ["adapter1", "adapter2", "lora_blip_output"]
+    apart = [[p.text for p in Captioner.from_adapter(path, merge=False)(images)] for path in paths]
+    assert len(set(map(tuple, apart))) == 3
+    base = load_backbone("assets/tiny-blip", "cpu")
+    plain = Captioner.from_adapter(None, base=base)
+    alone = [p.text for p in plain(images)]
+    captioners = [Captioner.from_adapter(path, base=base) for path in paths]
+    again = Captioner.from_adapter(paths[0], base=base)
+    assert len(attached.names(base.model)) == 3 and again.adapter_name == captioners[0].adapter_name
+    assert [[p.text for p in captioner(images)] for captioner in captioners] == apart
+    assert [p.text for p in plain(images)] == alone
+    lora_blip.load_adapter(base, paths[1], name="mine")
+    assert [p.text for p in plain(images)] == apart[1]
+
+
+def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monkeypatch):
+    """Each thread gets what it gets alone, from captioners on one base and on separate ones."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    some: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 6}
+    captioners = [Captioner.from_adapter(path, base=base, **some) for path in ("adapter1", "adapter2", None)]
+    captioners.append(Captioner.from_adapter("adapter1", **some))
+    images = ["image_test/000.png", b"broken", "image_test/001.png", Image.open("image_test/002.png")]
+    expected = [[(p.text, p.error) for p in captioner(images)] for captioner in captioners]
+    assert len({tuple(each) for each in expected}) == 3 and all(each[1][1] and not each[0][1] for each in expected)
+
+    def work(thread: int) -> bool:
+        number = thread % len(captioners)
+        found = [[(p.text, p.error) for p in captioners[number](images)] for _ in range(2)]
+        found += [[(p.text, p.error) for p in map(captioners[number], images)]]
+        return all([text for text, _ in each] == [text for text, _ in expected[number]] and bool(each[1][1]) for each in found)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+    async def tasks() -> list[Any]:
+        return await asyncio.gather(*(asyncio.to_thread(captioners[n % 4], images) for n in range(8)))
+
+    for number, found in enumerate(asyncio.run(tasks())):
+        assert [(p.text, p.error) for p in found] == expected[number % 4]
+
+
+def test_a_model_in_training_stays_in_training(make, photos):
+    """Captions in the middle of a training loop: no dropout in them, and the mode is the same afterwards."""
+    backbone = carry(make("blip"), dropout=0.5)
+    captioner = Captioner(CaptionTask(backbone, "", FEW))
+    expected = captioner(photos)
+    backbone.model.train()
+    assert captioner(photos) == expected and backbone.model.training

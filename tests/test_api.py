@@ -1,0 +1,215 @@
+"""The public API: quick to import, typed, with examples that run, and clear errors for wrong first guesses."""
+
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_blip
+from lora_blip.errors import AdapterError, InputError, LoRAError
+from lora_blip.lora import attached, targets
+from lora_blip.lora.sites import Site
+from tests.support.api import ROOT, make_workplace
+
+NAMES = [name for name in lora_blip.__all__ if name != "__version__"]
+METHODS = ["from_adapter", "__call__", "answer", "rank", "stream"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    make_workplace(folder)
+    return folder
+
+
+def test_an_import_loads_no_library():
+    """`python -c "import lora_blip"` takes as long as Python itself."""
+    program = "import sys, lora_blip; print([m for m in ('torch', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_name_is_listed_once_and_is_found():
+    assert sorted(lora_blip.PLACES) == sorted(NAMES) and set(NAMES) <= set(dir(lora_blip))
+    for name in NAMES:
+        assert getattr(lora_blip, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'captioner'"):
+        lora_blip.captioner  # noqa: B018
+
+
+def documented() -> list[tuple[str, Any]]:
+    functions = [(name, getattr(lora_blip, name)) for name in NAMES]
+    return functions + [(f"Captioner.{name}", getattr(lora_blip.Captioner, name)) for name in METHODS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_docstring_names_the_operation_of_peft_and_has_an_example(name):
+    text = inspect.getdoc(getattr(lora_blip, name)) or ""
+    assert "In peft: " in text and ">>> " in text
+
+
+EXAMPLES = [  # the metrics of an evaluation start Java
+    pytest.param(*each, id=each[0], marks=pytest.mark.slow if each[0] == "evaluate" else ()) for each in documented()
+]
+
+
+@pytest.mark.parametrize(("name", "documented"), EXAMPLES)
+def test_every_example_runs(name, documented, workplace, monkeypatch, capsys):
+    """In a folder with photos and a run, with the backbone that the docstring of the package describes."""
+    monkeypatch.chdir(workplace)
+    names = {"lora_blip": lora_blip, "torch": torch, "Path": Path}
+    if "backbone" in (inspect.getdoc(documented) or ""):
+        names["backbone"] = lora_blip.load_backbone("assets/tiny-blip")
+    if name in ("Captioner.__call__", "Captioner.stream"):
+        names["captioner"] = lora_blip.Captioner.from_adapter("latest")
+    (example,) = doctest.DocTestFinder(recurse=False).find(documented, name, globs=names)
+    assert example.examples
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    starts = ("path = lora_blip.train", "folder", "predictions =")
+    with_prints = [each for each in example.examples if each.source.startswith(starts)]
+    for each in with_prints:  # a run prints its progress, which is not part of the example
+        exec(each.source, example.globs)
+    example.examples = [each for each in example.examples if each not in with_prints]
+    assert runner.run(example).failed == 0, capsys.readouterr().out
+    Path("copy.safetensors").unlink(missing_ok=True)
+
+
+TYPED = """
+from pathlib import Path
+import lora_blip
+from lora_blip import Captioner, EvaluateConfig, InferConfig, LoRA, LoraBlipError, Prediction, TrainConfig
+
+def predict(captioner: Captioner, image: Path) -> list[str]:
+    one: Prediction = captioner(image)
+    many: list[Prediction] = captioner([image, "b.png", b"bytes"], strict=True)
+    answer: Prediction = captioner.answer(image, "what color is it?")
+    answers: list[Prediction] = captioner.answer([image], ["what color is it?"])
+    ranked: list[tuple[str, float]] = captioner.rank(image, ["a", "b"]).ranking
+    texts = [prediction.text for prediction in captioner.stream(iter([image]))]
+    score: float | None = one.score
+    return [*texts, one.error, answer.text, many[0].text, answers[0].question, ranked[0][0], str(score)]
+
+def adapters(name: str) -> dict[str, LoRA]:
+    backbone = lora_blip.load_backbone(name, device="cpu", dtype="fp32")
+    sites = lora_blip.find_targets(backbone, ["vit", "text:r=4"], r=8, alpha=32.0)
+    loras: dict[str, LoRA] = lora_blip.inject(backbone, sites, name="a") | lora_blip.inject(backbone.model, "vit", r=4)
+    adapter = lora_blip.load_adapter(backbone, Path("run"), name="b")
+    with lora_blip.use_adapters(backbone, ["a", None]), lora_blip.disable_adapters(backbone, adapter.base):
+        pass
+    lora_blip.merge(backbone, "a")
+    lora_blip.restore(backbone)
+    lora_blip.bake(backbone.model)
+    lora_blip.eject(backbone)
+    path: Path = lora_blip.save_adapter("a.safetensors", backbone)
+    return loras if path else {}
+
+def run(version: str = lora_blip.__version__) -> tuple[Path, Path, Path]:
+    try:
+        folder = lora_blip.evaluate(EvaluateConfig(references=version))
+        return lora_blip.train(TrainConfig(r=4)), lora_blip.infer(InferConfig()), folder
+    except LoraBlipError as error:
+        raise SystemExit(str(error)) from None
+
+captioner: Captioner = Captioner.from_adapter("latest", base="", device="auto", precision="fp32", batch_size=4)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_uses_every_name_passes_mypy_strict(tmp_path):
+    """The types of the package reach the user, and a wrong argument is an error."""
+    assert (
+        all(f"lora_blip.{name}" in TYPED or f" {name}" in TYPED for name in NAMES) and (ROOT / "lora_blip/py.typed").is_file()
+    )
+    (tmp_path / "right.py").write_text(TYPED)
+    (tmp_path / "wrong.py").write_text(TYPED.replace("one: Prediction = captioner(image)", "one: str = captioner(image)"))
+
+    def mypy(name: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--config-file=",
+            "--follow-imports=silent",
+            "--ignore-missing-imports",
+        ]
+        return subprocess.run([*command, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert mypy("right.py").returncode == 0, mypy("right.py").stdout
+    assert "wrong.py:7: error: Incompatible types in assignment" in mypy("wrong.py").stdout
+
+
+# ---------------------------------------------------------------- first guesses
+
+
+def test_a_backbone_is_accepted_wherever_its_model_is(make):
+    """`inject(backbone, "vit")` and each other verb change the same model as with `backbone.model`."""
+    ours, theirs = make("blip"), make("blip")
+    found = lora_blip.inject(ours, "vit.q,text")
+    sites = lora_blip.find_targets(theirs, "vit.q,text")
+    assert sites == lora_blip.find_targets(theirs.model, ["vit.q", "text"]) == [lora.site for lora in found.values()]
+    assert list(found) == list(lora_blip.inject(theirs.model, sites))
+    for lora in found.values():
+        lora.B.data.normal_()
+    before = {name: value.clone() for name, value in ours.model.state_dict().items()}
+    with lora_blip.use_adapters(ours, "default"), lora_blip.disable_adapters(ours):
+        pass
+    lora_blip.merge(ours)
+    assert not all(torch.equal(before[name], value) for name, value in ours.model.state_dict().items())
+    lora_blip.restore(ours)
+    assert all(torch.equal(before[name], value) for name, value in ours.model.state_dict().items())
+    lora_blip.bake(ours)
+    lora_blip.eject(theirs)
+    assert not attached.names(ours.model) and not attached.names(theirs.model)
+
+
+def test_there_is_one_default_of_r_and_alpha():
+    """The settings, `Site`, `find_targets` and `inject` agree, so that Python and train.py train the same."""
+    config = lora_blip.TrainConfig()
+    for function in (lora_blip.find_targets, lora_blip.inject):
+        defaults = inspect.signature(function).parameters
+        assert (defaults["r"].default, defaults["alpha"].default) == (config.r, config.alpha) == (8, 32.0)
+    assert (Site("0").r, Site("0").alpha) == (config.r, config.alpha)
+    assert targets.parse("vit:r=2", 8, 32.0).alpha == 8.0  # a target with r alone keeps alpha / r
+
+
+def test_an_adapter_is_a_file_a_run_folder_or_the_latest(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    (file,) = Path("lora_blip_output/caption_tiny-blip_vit").glob("*.safetensors")
+    loaded = []
+    for path in (file, str(file), file.parent, str(file.parent)):
+        backbone = lora_blip.load_backbone("assets/tiny-blip", "cpu")
+        loaded.append(lora_blip.load_adapter(backbone, path).path)
+        assert len(attached.adapters(backbone.model)) == 16
+    assert set(loaded) == {file}
+
+
+from_adapter = lora_blip.Captioner.from_adapter
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "a name for a model": (
+        lambda _: lora_blip.inject("assets/tiny-blip", "vit"), LoRAError,  # type: ignore[arg-type]
+        r"lora_blip\.load_backbone\('assets/tiny-blip'\) loads one",
+    ),
+    "another order": (lambda backbone: lora_blip.find_targets("vit", backbone), LoRAError, "first argument is a str"),
+    "a module": (lambda b: lora_blip.inject(b, [b.model.vision_model]), LoRAError, r"lora_blip\.inject\(model, 'vit'\)"),
+    "no path to save to": (lambda b: lora_blip.save_adapter(b, "a.safetensors"), AdapterError, "the path comes first"),
+    "a base for an adapter": (
+        lambda _: from_adapter("Salesforce/blip-vqa-base"), AdapterError,
+        r"If it is a base: Captioner\.from_adapter\(None, base='Salesforce/blip-vqa-base'\)",
+    ),
+    "nothing": (lambda _: from_adapter(None), InputError, "base is empty; give one, such as base="),
+    "no from_adapter": (lambda _: lora_blip.Captioner("latest"), InputError, r"Captioner\.from_adapter\('latest'\)"),
+    "no processor": (lambda backbone: from_adapter(None, base=backbone.model), InputError, "processor=transformers"),
+    "another base": (lambda _: from_adapter(None, base=torch.nn.Linear(2, 2)), InputError, "base is a Linear; give a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_first_guess_gives_the_right_call(make, call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(make("blip"))
