@@ -3,7 +3,7 @@
 import argparse
 import random
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, wrap
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +13,7 @@ from lora_blip.metrics.exact import exact_match, normal
 from toyworld.demo import REFERENCES, lines
 
 SHOWN, COLUMNS, SEED = 6, 3, 0
+SIZE, WIDTH = 12.5, 28  # of a text: points, so that it can be read on a telephone, and characters of a line
 RIGHT, WRONG, QUIET = "#1b6e2c", "#b3261e", "#5c6066"
 
 
@@ -30,30 +31,34 @@ def draw(predictions: Path, references: Path, out: Path, seed: int = SEED) -> No
         for group in groups
         for line in chance.sample([line for line in known if line["group"] == group], SHOWN // len(groups))
     ]
-    figure = Figure(figsize=(8.6, 7.4))
-    figure.subplots_adjust(left=0.04, right=0.96, top=0.94, bottom=0.13, hspace=0.42, wspace=0.35)
+    figure = Figure(figsize=(9, 8.2))
+    figure.subplots_adjust(0.01, 0.19, 0.99, 0.945, 0.02, 0.69)  # room for seven lines of text below each image
     for axes, line in zip(figure.subplots(SHOWN // COLUMNS, COLUMNS).flat, drawn, strict=True):
         axes.imshow(open_image(references.parent / line["image"]), interpolation="bicubic")
         axes.set_axis_off()
         made = texts[Path(line["image"]).name]
-        for height, name, key in ((-0.05, "base", "base_text"), (-0.2, "LoRA", "text")):
-            color = RIGHT if normal(made[key]) == normal(line["text"]) else WRONG
-            write(axes, height, f"{'✓' if color == RIGHT else '✗'} {name}: {made[key]}", color)
-        write(axes, -0.35, f"reference: {line['text']}", QUIET)
+        below = 4.0  # points between the image and the text
+        for name, key in (("base", "base_text"), ("LoRA", "text"), ("reference", "")):
+            text = made[key] if key else line["text"]
+            color = (RIGHT if normal(text) == normal(line["text"]) else WRONG) if key else QUIET
+            text = f"{'✓ ' * (color == RIGHT)}{'✗ ' * (color == WRONG)}{name}: {text}"
+            write(axes, below, text, color)
+            below += 1.25 * SIZE * len(wrap(text, WIDTH))
     right = [[line["text"]] for line in known]
     base, adapted = (
         exact_match([texts[Path(line["image"]).name][key] for line in known], right) for key in ("base_text", "text")
     )
     figure.suptitle(
         f"{len(drawn)} of {len(known)} test images, drawn with seed {seed}. "
-        f"Exact match on all {len(known)}: frozen base {base:.1%}, with LoRA {adapted:.1%}", fontsize=10,
+        f"Exact match on all: base {base:.1%}, LoRA {adapted:.1%}", fontsize=12,
     )  # fmt: skip
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=100)
 
 
-def write(axes: Axes, height: float, text: str, color: str) -> None:
-    """Write a text of at most two lines below the image."""
-    axes.text(0.5, height, fill(text, 42), fontsize=8, color=color, ha="center", va="top", transform=axes.transAxes)
+def write(axes: Axes, below: float, text: str, color: str) -> None:
+    """Write a text `below` points below the image."""
+    text = fill(text, WIDTH)
+    axes.annotate(text, (0.5, 0), (0, -below), "axes fraction", "offset points", color=color, size=SIZE, ha="center", va="top")
 
 
 if __name__ == "__main__":
