@@ -14,7 +14,7 @@ from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
-from lora_blip.runtime.limits import ADVICE, LOST_WORKER, is_lost_worker, is_process_limit
+from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.untrusted import for_terminal, printable_lines
 from lora_blip.version import __version__
@@ -42,6 +42,8 @@ def report_errors(run: Callable[[], None]) -> None:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if follows_lost_peer(error):
+            end_at_once(error)
         if isinstance(error, PeerError):  # the main process reports it
             if error.__cause__ and not isinstance(error.__cause__, LoraBlipError):
                 print_traceback(type(error.__cause__), error.__cause__, error.__cause__.__traceback__)
@@ -117,13 +119,36 @@ def print_traceback(*error: Any) -> None:
     traceback.print_exception(*error, file=TerminalStream(sys.stderr))
 
 
-def stop(error: Exception) -> None:
+def end_at_once(error: Exception) -> NoReturn:
+    """Print an error that follows the loss of another process, and end this process without Python's teardown.
+
+    gloo sometimes waits forever for the lost process when Python frees the frames of the error. Nothing is lost by the sudden
+    end: all blocks of the run have ended, so its files are closed and its locks are released.
+    """
+    is_known = isinstance(error, LoraBlipError)
+    if not is_known:
+        print_traceback(type(error), error, error.__traceback__)
+    elif not isinstance(error, PeerError):  # the main process reports that one
+        print_error(error)
+    for child in multiprocessing.active_children():
+        child.kill()  # loader workers, which would otherwise wait for this process for seconds
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(2 if is_known else 1)
+
+
+def stop(error: Exception) -> NoReturn:
     """Print the error and exit with status 2."""
+    print_error(error)
+    raise SystemExit(2)
+
+
+def print_error(error: Exception) -> None:
+    """Print the message of an error to stderr."""
     message = str(error).strip()
     if "Original Traceback" in message:  # from a worker process: the last line is the message
         message = message.splitlines()[-1].partition(": ")[2]
     print(f"error: {printable_lines(message)}\n", end="", file=sys.stderr)  # one write, so that lines of processes do not mix
-    raise SystemExit(2)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 The score of such an image shows what the model remembers, not what it has learned.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,6 +15,7 @@ from PIL import Image
 
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
+from lora_blip.runtime.files import sha256_of
 from lora_blip.runtime.untrusted import printable
 
 SAME_BYTES, NEARLY = "same bytes", "nearly the same picture"
@@ -141,8 +141,7 @@ def thumbnail(image: Image.Image) -> Floats:
 def digest_of(path: Path) -> bytes:
     """Return the SHA-256 of a file. Raise ImageError if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        return bytes.fromhex(sha256_of(path))
     except OSError as error:
         raise ImageError(printable(f"{path} cannot be read ({error.strerror or error})")) from None
 

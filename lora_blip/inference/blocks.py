@@ -18,7 +18,8 @@ from lora_blip.inference.finished import key_of
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import RANKS_KEPT, Prediction, printed
 from lora_blip.runtime import signals
-from lora_blip.runtime.distributed import Ranks, is_lost
+from lora_blip.runtime.distributed import Ranks
+from lora_blip.runtime.limits import is_lost_peer
 from lora_blip.runtime.progress import ProgressMeter
 from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
@@ -49,7 +50,7 @@ class BlockScheduler:
         try:
             self._run(examples, work, take)
         except RuntimeError as error:
-            if self.ranks.count == 1 or not is_lost(error):
+            if self.ranks.count == 1 or not is_lost_peer(error):
                 raise
             raise OutputError(
                 "another process was lost; the written lines are safe: start again with the same settings and output_dir"

@@ -4,7 +4,6 @@ run.json contains the settings of the run, so that a run with other settings doe
 """
 
 import errno
-import hashlib
 import json
 import os
 import time
@@ -25,7 +24,7 @@ from lora_blip.inference.questions import is_file
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
-from lora_blip.runtime.files import refuse_unwritable, room_for, unused_path, write_whole
+from lora_blip.runtime.files import refuse_unwritable, room_for, sha256_of, unused_path, write_whole
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.base import PredictionTask
 
@@ -159,8 +158,7 @@ def _content(text: str, setting: str) -> str:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256_of(path)[:16]
 
 
 @contextmanager

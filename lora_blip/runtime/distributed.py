@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _object_to_tensor, _tensor_to_obj
 from torch.distributed.rendezvous import rendezvous
 
 from lora_blip.errors import ConfigError, PeerError
+from lora_blip.runtime.limits import follows_lost_peer
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
@@ -31,8 +32,6 @@ PATIENCE = timedelta(hours=2)  # how long a rank waits for the slowest, which ma
 IN_USE: list[weakref.ref[Tensor]] = []
 CPU = torch.device("cpu")
 RELEASE_TIME = 5.0  # seconds that a process waits at its end until gloo has released its tensors
-
-LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")  # errors of a lost peer
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,6 @@ def refuse_several(command: str) -> None:
         raise kind(f"{command} runs in one process; start it without torchrun: python -m lora_blip {command} …")
 
 
-def is_lost(error: Exception) -> bool:
-    """Return True if a collective failed because another process is gone."""
-    return any(sign in str(error) for sign in LOST)
-
-
 def _wait_for_release() -> None:
     deadline = time.monotonic() + RELEASE_TIME
     while any(ref() is not None for ref in IN_USE) and time.monotonic() < deadline:
@@ -180,8 +174,9 @@ def joined() -> Iterator[Ranks]:
             if not ranks.main:
                 sys.stdout = devnull
             yield ranks
-    except RuntimeError:  # perhaps a peer is lost; then gloo may never release its tensors
-        IN_USE.clear()
+    except Exception as error:
+        if isinstance(error, RuntimeError) or follows_lost_peer(error):  # then gloo may never release its tensors
+            IN_USE.clear()
         raise
     finally:
         sys.stdout = stdout

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import io
 import os
 import re
@@ -68,6 +69,12 @@ def _cell(value: object) -> object:
 
 def _is_sign(character: str) -> bool:
     return unicodedata.normalize("NFKC", character) in [*SIGNS]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:

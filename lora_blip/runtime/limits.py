@@ -1,6 +1,7 @@
-"""Limits of the system that look like other errors: threads and processes (`ulimit -u`)."""
+"""Failures of the system that look like other errors: the limit of threads and processes (`ulimit -u`), lost processes."""
 
 import errno
+import os
 import threading
 
 ADVICE = (
@@ -12,6 +13,23 @@ LOST_WORKER = (
     "a process that loads images was ended by the system, which has too little memory (also in /dev/shm), or allows too few "
     "processes (ulimit -u). Use fewer: NUM_WORKERS = 0 (--num-workers 0) loads images in the main process"
 )
+
+
+LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")  # errors of a lost peer
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return True if a collective failed because another process of torchrun is gone."""
+    return any(sign in str(error) for sign in LOST)
+
+
+def follows_lost_peer(error: BaseException | None) -> bool:
+    """Return True if torchrun started several processes, and the error was raised after a collective had lost one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    while error is not None and not is_lost_peer(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def is_lost_worker(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lora_blip.errors import CheckpointError
-from lora_blip.runtime.files import make_whole, put_beside, remove, sweep
+from lora_blip.runtime.files import make_whole, put_beside, remove, sha256_of, sweep
 
 FOLDER, TENSORS, STATE, BEST = "checkpoints", "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
@@ -61,7 +61,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
         (new / TENSORS).write_bytes(serialize(tensors))
         if best.exists():
             put_beside(best, new / BEST)
-        digests = {path.name: _file_digest(path) for path in sorted(new.iterdir())}
+        digests = {path.name: sha256_of(path) for path in sorted(new.iterdir())}
         content = {"format_version": FORMAT_VERSION, "sha256": digests} | state
         (new / STATE).write_text(json.dumps(content | {"sha256 of the rest": _digest(content)}, indent=1) + "\n")
 
@@ -88,7 +88,7 @@ def read(folder: Path) -> Saved:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         changed = [STATE] if state.pop("sha256 of the rest") != _digest(state) else []
         version, digests = state["format_version"], dict(state["sha256"])
-        changed += [name for name, digest in digests.items() if _file_digest(folder / Path(name).name) != digest]
+        changed += [name for name, digest in digests.items() if sha256_of(folder / Path(name).name) != digest]
         has_tensors = TENSORS in digests
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
@@ -147,8 +147,3 @@ def _folders(run: Path) -> list[Path]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

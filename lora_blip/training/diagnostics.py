@@ -9,7 +9,8 @@ from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import TrainingError
 from lora_blip.models.compilation import uncompiled
-from lora_blip.runtime.distributed import ALONE, Ranks, is_lost
+from lora_blip.runtime.distributed import ALONE, Ranks
+from lora_blip.runtime.limits import is_lost_peer
 from lora_blip.tasks.base import Task
 from lora_blip.training import checkpoint, preflight
 from lora_blip.training.learner import Autocast, Update
@@ -18,7 +19,7 @@ from lora_blip.training.run_folder import Run
 
 def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
     """Return a TrainingError with a fix if the device is out of memory or another process was lost. Else return the error."""
-    if run and run.learner.ranks.count > 1 and is_lost(error):
+    if run and run.learner.ranks.count > 1 and is_lost_peer(error):
         return TrainingError(
             "another process was lost. Start all processes again with the same settings: they resume from the last checkpoint "
             f"in {run.folder}. With torchrun --max-restarts 3, this happens automatically"

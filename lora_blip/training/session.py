@@ -17,6 +17,7 @@ from lora_blip.reports import plots
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
+from lora_blip.runtime.limits import is_lost_peer
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
@@ -48,7 +49,7 @@ def open_session(config: TrainConfig) -> Iterator["Session"]:
                 yield session
             session.finish()
         except RuntimeError as error:
-            if ranks.count == 1 or isinstance(error, TrainingError) or not distributed.is_lost(error):
+            if ranks.count == 1 or isinstance(error, TrainingError) or not is_lost_peer(error):
                 raise
             raise TrainingError("another process ended before the first step; see its own error message") from None
 

@@ -1,6 +1,8 @@
 """Processes that differ, and a process that fails, end all of them with one message, before the first step or caption."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +27,8 @@ from tests.support import tiny
 from tests.support.kill import among
 from tests.support.models import inject
 from tests.support.runs import config_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ends(ranks: int, act: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> tuple[list[int], list[str]]:
@@ -222,3 +226,50 @@ def test_a_peer_raises_an_error_that_python_code_can_catch():
         assert isinstance(caught.value, PeerError) == (ranks.rank > 0)
 
     assert among(3, act) == [0, 0, 0]
+
+
+AFTER_A_LOST_PEER = """
+import signal
+from lora_blip.cli import report_errors
+from lora_blip.errors import OutputError, PeerError, TrainingError
+
+class Gloo:
+    def __del__(self):
+        signal.pause()  # waits forever for the lost process when the frames of the error are freed
+
+def collective():
+    gloo = Gloo()
+    raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+def run():
+    print("saved")
+    {run}
+
+report_errors(run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "printed"),
+    [
+        ("collective()", 1, "RuntimeError: Connection closed by peer"),
+        (
+            "try: collective()\n    except RuntimeError: raise TrainingError('a process was lost') from None",
+            2,
+            "error: a process",
+        ),
+        (
+            "try: collective()\n    except RuntimeError as error: raise OutputError('the lines are safe') from error",
+            2,
+            "error: the",
+        ),
+        ("try: collective()\n    except RuntimeError as error: raise PeerError('process 0 failed') from error", 2, ""),
+    ],
+)
+def test_a_process_that_lost_a_peer_reports_and_ends_without_freeing_the_error(run, status, printed):
+    """Python would free the frames of the error at its end, and gloo would wait there for the lost process."""
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", AFTER_A_LOST_PEER.format(run=run)]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == status and ended.stdout == "saved\n" and printed in ended.stderr
+    assert bool(ended.stderr) == bool(printed)
