@@ -1,7 +1,7 @@
-"""Which adapters are on which linears of a model, and how one is attached.
+"""The adapters that are on the linears of a model, and the hooks that they need.
 
-The state of a model's adapters is on its linears: `linear.lora` is an `AdapterStack`, and the hooks are module-level
-functions, so a copied or pickled model keeps them.
+The adapters of a linear are its child `linear.lora`, an `AdapterStack`. The hooks are module-level functions. So a model that
+is copied or pickled keeps its adapters and hooks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +53,7 @@ def names(model: nn.Module) -> list[str]:
 
 
 def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
-    """Run `forward`, and return the addresses of adapters whose linear was not called, so that they do nothing."""
+    """Run `forward`, and return the addresses of the adapters whose linear it did not call."""
     called: set[int] = set()
 
     def note(linear: nn.Module, _args: object, _output: object) -> None:
@@ -70,7 +70,7 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Allow `fused` if its result is the same (default: allowed). This applies to copies and to later adapters too."""
+    """Allow or forbid the update of `fused`, which is allowed by default. Copies and later adapters have the same setting."""
     for module in model.modules():
         vars(module).pop(FAST, None)  # remove the settings of submodules
     setattr(model, FAST, on)
@@ -79,7 +79,7 @@ def fast(model: nn.Module, on: bool = True) -> None:
 
 
 def add_fused_hooks(model: nn.Module) -> None:
-    """Replace `lora_hook` by the hooks of `fused` where this is allowed."""
+    """Replace `lora_hook` by the hooks of `fused` on each linear, if they are allowed."""
     for linear in adapted_linears(model).values():
         hooks = linear._forward_hooks
         plain = [number for number, hook in hooks.items() if hook is lora_hook]
@@ -90,19 +90,19 @@ def add_fused_hooks(model: nn.Module) -> None:
 
 
 def routing_of(model: nn.Module) -> AdapterRouting:
-    """Make all linears of a model share one routing, also if parts had their own, and return it."""
+    """Make all linears of a model share one routing, and return it. Parts of the model may have had their own."""
     stacks = [linear.lora for linear in adapted_linears(model).values()]
-    found = list(dict.fromkeys(each.routing for each in stacks)) or [AdapterRouting()]
-    busy = [each for each in found if each.blocks]
+    routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [AdapterRouting()]
+    busy = [routing for routing in routings if routing.blocks]
     if len(busy) > 1:
         raise LoRAError(
             "two parts of this model are each in a block of `use_adapters` or `disable_adapters`; leave these blocks first"
         )
-    routing: AdapterRouting = (busy or found)[0]
-    routing.fast = all(each.fast for each in found) and all(getattr(module, FAST, True) for module in model.modules())
-    routing.used, routing.made = any(each.used for each in found), any(each.made for each in found)
-    for each in stacks:
-        each.routing = routing
+    routing: AdapterRouting = (busy or routings)[0]
+    routing.fast = all(each.fast for each in routings) and all(getattr(module, FAST, True) for module in model.modules())
+    routing.used, routing.made = any(each.used for each in routings), any(each.made for each in routings)
+    for stack in stacks:
+        stack.routing = routing
     return routing
 
 
@@ -114,6 +114,7 @@ def every_adapter(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Any]:
+    """Return {path: linear} of the linears with adapters."""
     return {path: m for path, m in model.named_modules() if has_adapters(m)}
 
 
@@ -121,12 +122,12 @@ def has_adapters(module: nn.Module) -> bool:
     return isinstance(module._modules.get("lora"), AdapterStack)
 
 
-def check_names(model: nn.Module, wanted: Iterable[str]) -> None:
-    """Raise LoRAError if the model does not have one of the adapters."""
-    there = names(model)
-    for name in wanted:
-        if name not in there:
-            raise LoRAError(f"the model has no adapter {name!r}; it has {', '.join(there) or 'none'}")
+def check_names(model: nn.Module, required: Iterable[str]) -> None:
+    """Raise LoRAError if the model does not have one of the required adapters."""
+    present = names(model)
+    for name in required:
+        if name not in present:
+            raise LoRAError(f"the model has no adapter {name!r}; it has {', '.join(present) or 'none'}")
 
 
 def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
@@ -141,7 +142,7 @@ def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
 
 
 def detach(linear: Any) -> None:
-    """Take all adapters and our hooks off a linear."""
+    """Remove all adapters and our hooks from a linear."""
     remove_hooks(linear)
     del linear.lora
 
@@ -155,7 +156,7 @@ def clear_if_bare(model: nn.Module) -> None:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Remove our hooks. They are found by identity, not by a handle, so this works on a deepcopy and after unpickling."""
+    """Remove our hooks from a module. They are compared by identity, so this works on a deepcopy and after unpickling too."""
     of: Any = module
     for hooks, *flags in (
         (of._forward_pre_hooks, of._forward_pre_hooks_with_kwargs),

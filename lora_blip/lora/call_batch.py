@@ -1,7 +1,7 @@
-"""The batch size of the model's call, for adapters that are chosen row by row.
+"""The batch size of the current call of a model. Adapters that are chosen for each row need it.
 
-A linear does not know the batch size: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its MLP. So hooks
-on the outer modules of a model note the batch size of the outermost call in progress, in the current thread or task.
+A linear cannot read the batch size from its input: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its
+MLP. So hooks on the outer modules of a model store the batch size of the outermost call, for the current thread or task.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,21 +16,21 @@ CALL: ContextVar[tuple[Any, "CallBatch"] | None] = ContextVar("lora_blip_call", 
 
 
 class CallBatch(NamedTuple):
-    """The batch of a call: how many rows, and whether they are images, which no search repeats."""
+    """The batch of a call: the number of rows, and whether they are images. A beam search repeats texts, but not images."""
 
     size: int
     images: bool = False
 
 
 def call_batch() -> CallBatch | None:
-    """Return the batch of the call in progress, or None if it is unknown."""
+    """Return the batch of the current call, or None if it is unknown."""
     call = CALL.get()
     return None if call is None else call[1]
 
 
 def watch(model: nn.Module, skip: Callable[[nn.Module], bool]) -> None:
-    """Note the batch size of calls from now on. `skip` excludes modules, such as linears with adapters."""
-    CALL.set(None)  # of a call that was interrupted
+    """Add hooks that store the batch size of each call. `skip` excludes modules, such as linears with adapters."""
+    CALL.set(None)  # an interrupted call may have left its batch
     for module in _outer(model, DEPTH, skip):
         if note_batch not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(note_batch, with_kwargs=True)
@@ -45,7 +45,7 @@ def _outer(model: nn.Module, depth: int, skip: Callable[[nn.Module], bool]) -> I
 
 
 def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The forward pre-hook. torch.compile skips it: the batch size is then unknown."""
+    """Store the batch of the outermost call (a forward pre-hook). In compiled code, the batch size stays unknown."""
     if not torch.compiler.is_compiling() and CALL.get() is None:
         batch = batch_of((args, kwargs))
         if batch is not None:
@@ -53,7 +53,7 @@ def note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def forget_batch(module: nn.Module, _args: object, _output: object) -> None:
-    """The forward hook, which an error in the forward calls too."""
+    """Forget the batch at the end of the outermost call (a forward hook, which also runs after an error)."""
     if not torch.compiler.is_compiling():
         call = CALL.get()
         if call is not None and call[0] is module:
@@ -61,13 +61,13 @@ def forget_batch(module: nn.Module, _args: object, _output: object) -> None:
 
 
 def batch_of(values: Any) -> CallBatch | None:
-    """Return the batch by the first matrix or larger tensor among the arguments of a call, or None if there is none."""
+    """Return the batch of a call: that of its first argument with at least two dimensions, or None if there is none."""
     first = next((tensor for tensor in tensors_in(values) if tensor.ndim > 1), None)
     return None if first is None else CallBatch(first.shape[0], _is_images(first))
 
 
 def _is_images(tensor: Tensor) -> bool:
-    """Return True for (rows, 3, height, width): attention masks and caches have four dimensions too."""
+    """Return True for (rows, 3, height, width). Attention masks and caches also have four dimensions."""
     return tensor.ndim == 4 and tensor.shape[1] == 3 and tensor.is_floating_point()
 
 

@@ -3,11 +3,13 @@
     forward     h = s · x Aᵀ             y = x Wᵀ + b + h Bᵀ, written into the output
     backward    g = s · dy B             dx = dy W + g A          dA = gᵀ x          dB = dyᵀ h
 
-Autograd alone keeps x twice under autocast, keeps the unscaled and the scaled update, and adds the two terms of dx in
-an extra pass over memory. Here a pre-hook gives the linear x without its graph, cast once, so autograd does not record the
-frozen product. Only x and h, which has r columns, are kept. Tests compare this with `lora_hook`. `lora_hook` runs instead if
-the result would differ: with dropout, with rows of several adapters, with quantized or merged weights, in torch.func's
-transforms, and under torch.compile, which fuses kernels itself. For second derivatives, call `attached.fast(model, False)`.
+Here s = alpha / r, and dy is the gradient of y. Autograd alone keeps more: x twice under autocast, and the update before and
+after the factor s. It also adds the two terms of dx in an extra pass over memory. Here, a pre-hook gives the linear x without
+its graph, so that autograd does not record the frozen product. Only x and h are kept, and h has r columns.
+
+Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ: with dropout, rows of
+several adapters, quantized or merged weights, or a subclass of LoRA, and in torch.func's transforms. It also runs under
+torch.compile, which fuses kernels itself. For second derivatives, call `attached.fast(model, False)`.
 """
 
 import threading
@@ -21,11 +23,11 @@ from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can
 from lora_blip.kernels.plain import is_plain
 from lora_blip.lora.layer import LoRA, lora_hook
 
-SMALL = 2**20  # bytes of an activation that is kept rather than computed again
+SMALL = 2**20  # bytes; a smaller activation is kept instead of computed again
 
 
 class PendingInput(threading.local):
-    """The input of a linear between its pre-hook and its hook, one for each thread. A copied module starts without one."""
+    """The input of a linear, from its pre-hook to its hook. Each thread has its own, and a copied module starts without one."""
 
     x: Tensor | None = None  # with its autograd graph
     cast: Tensor | None = None  # the same without a graph, in the dtype of autocast: the input of the linear
@@ -35,7 +37,7 @@ class PendingInput(threading.local):
 
 
 def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]] | None:
-    """Give the linear x without its graph if `updated` computes the gradients (a forward pre-hook with keywords)."""
+    """Give the linear x without its graph if `updated` can compute the gradients (a forward pre-hook with keywords)."""
     stack, routing = linear.lora, linear.lora.routing
     stack.pending.x = None  # a forward that ended with an error may have left it
     if not (torch.is_grad_enabled() and routing.fast) or torch.compiler.is_compiling() or is_plain():
@@ -43,7 +45,7 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if routing.used and not routing.everyone:
         return None
     if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
-        return None  # one pre-hook and one hook are ours
+        return None  # own_hooks: one pre-hook and one hook are ours
     if any(type(lora) is not LoRA or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
         return None
     x = args[0]
@@ -54,7 +56,7 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def fused_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Add the updates as `lora_hook` does, but with `updated` if the pre-hook stored the input (a hook with keywords)."""
+    """Add the updates by `updated` if the pre-hook has stored the input, else by `lora_hook` (a hook with keywords)."""
     if linear.lora.pending.x is None:
         return lora_hook(linear, args, kwargs, output)
     return updated(linear, output)
@@ -65,23 +67,23 @@ def updated(linear: Any, output: Tensor) -> Tensor:
     stack = linear.lora
     x, cast = stack.pending.x, stack.pending.cast
     stack.pending.x = stack.pending.cast = None
-    each = list(stack.values())
-    reach = [(lora.scale, lora.padding[0], output.shape[-1] - lora.padding[1]) for lora in each]
-    halves = [half for lora in each for half in (lora.A, lora.B)]
+    loras = list(stack.values())
+    reach = [(lora.scale, lora.padding[0], output.shape[-1] - lora.padding[1]) for lora in loras]
+    halves = [half for lora in loras for half in (lora.A, lora.B)]
     before = getattr(x, GELU_INPUT, None)
     kept = cast if before is None or before.dtype != cast.dtype or cast.nbytes < SMALL else before.detach()
-    found: Tensor = FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)  # type: ignore[no-untyped-call]
-    return found
+    result: Tensor = FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)  # type: ignore[no-untyped-call]
+    return result
 
 
 class FrozenLinear(torch.autograd.Function):
-    """Gradients of a linear whose W is frozen, and of its adapters (s, start, stop) with tensors A, B, A, B …"""
+    """A frozen linear and its adapters. `reach` has (s, start, stop) of each adapter, and `halves` are its A and B in turn."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cast: Tensor, before: Tensor, output: Tensor, weight: Tensor, reach: Any, *halves: Tensor
     ) -> Tensor:
-        """cast: x as the linear read it; before: what it is the gelu of, or itself."""
+        """Return `output` with the updates. cast: x as the linear read it. before: the input of the GELU that made x, or cast."""
         flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
         kept = []
         for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
@@ -102,9 +104,7 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        with torch.autocast(
-            dy.device.type, enabled=False
-        ):  # autocast may be on in the backward pass; the stored dtypes are used
+        with torch.autocast(dy.device.type, enabled=False):  # the backward pass uses the dtypes of the forward pass
             return FrozenLinear.gradients(ctx, dy)
 
     @staticmethod
@@ -117,12 +117,12 @@ class FrozenLinear(torch.autograd.Function):
         gradients: list[Tensor] = []
         for (scale, start, stop), a, b, h in zip(ctx.reach, kept[::3], kept[1::3], kept[2::3], strict=True):
             part = dy[:, start:stop]
-            # gᵀ and dBᵀ, so that a long matrix is read in memory order: up to 9 times as fast
+            # gᵀ and dBᵀ instead of g and dB: long matrices are read in memory order, which is up to 9 times as fast
             gt = product(b.t(), part)
             gt *= scale
             if dx is not None:
                 dx.addmm_(gt.t(), a)
             gradients += [product(gt, flat.t()), product(h.t(), part.t()).t()]
-        gradients = [found.to(half) for found, half in zip(gradients, ctx.halves, strict=True)]
+        gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.halves, strict=True)]
         shape, kind = ctx.like
         return (None if dx is None else dx.view(shape).to(kind)), None, None, None, None, None, *gradients

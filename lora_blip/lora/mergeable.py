@@ -1,4 +1,4 @@
-"""Check that updates can be written into the weights, for all linears before any weight changes."""
+"""Check that updates can be written into the weights. All linears are checked before a weight is changed."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -57,10 +57,10 @@ def _check_weight(path: str, linear: Any) -> None:
 
 @torch.no_grad()
 def _check_forward(path: str, linear: Any) -> None:
-    """Raise LoRAError if a linear computes something other than W x + b, for example scales it or rounds W.
+    """Raise LoRAError if a linear does not compute W x + b, for example if it scales the output or rounds W.
 
-    The hook adds ΔW x to what the linear returns, so W + ΔW gives another result in such a linear. nn.Linear's own
-    `forward` needs no check. Another one is compared on two inputs.
+    The hook adds ΔW x to the output of the linear. In such a linear, the weight W + ΔW would give another result. nn.Linear's
+    own `forward` needs no check. Another `forward` is compared with W x + b on two inputs.
     """
     if type(linear).forward in PLAIN_FORWARDS and "forward" not in vars(linear):
         return
@@ -69,8 +69,8 @@ def _check_forward(path: str, linear: Any) -> None:
     bound = 1e-4 if weight.dtype.itemsize > 2 else 5e-2
     try:
         with torch.autocast(weight.device.type, enabled=False):
-            found, plain = linear.forward(x), F.linear(x, weight, linear.bias)
-        equal = torch.allclose(found, plain, rtol=bound, atol=bound * _largest(plain), equal_nan=True)
+            actual, plain = linear.forward(x), F.linear(x, weight, linear.bias)
+        equal = torch.allclose(actual, plain, rtol=bound, atol=bound * _largest(plain), equal_nan=True)
     except Exception as error:
         raise LoRAError(f"{path!r} ({type(linear).__name__}) cannot be checked before a merge: {error}") from error
     if not equal:
@@ -82,20 +82,20 @@ def _check_forward(path: str, linear: Any) -> None:
 
 @torch.no_grad()
 def _check_hooks(path: str, linear: Any) -> None:
-    """Raise LoRAError if a foreign hook that runs before ours changes the output: merged, it would change the update too."""
+    """Raise LoRAError if another hook changes the output before our hook runs. It would change a merged update too."""
     own = list(linear._forward_hooks.items())
     ours = next((place for place, (_, hook) in enumerate(own) if hook in OURS), 0)
     earlier = [*_global_forward_hooks.items(), *own[:ours]]
     if not earlier:
         return
     x = _probe(linear)
-    found = F.linear(x, linear.weight, linear.bias)
-    plain = found.clone()
+    output = F.linear(x, linear.weight, linear.bias)
+    plain = output.clone()
     for number, hook in earlier:
         keywords = number in linear._forward_hooks_with_kwargs or number in _global_forward_hooks_with_kwargs
-        result = hook(linear, (x,), {}, found) if keywords else hook(linear, (x,), found)
-        found = found if result is None else result
-    if not torch.equal(found, plain):
+        result = hook(linear, (x,), {}, output) if keywords else hook(linear, (x,), output)
+        output = output if result is None else result
+    if not torch.equal(output, plain):
         raise LoRAError(
             f"{path!r} has a forward hook that changes its output before the adapter's update is added, so a merge would give "
             "another result; remove the hook, or use the adapter unmerged"
@@ -119,13 +119,13 @@ Span = tuple[int, int, str]  # first byte, end, and the name of a tensor
 
 
 def _memory(modules: Mapping[str, nn.Module]) -> dict[int, list[Span]]:
-    """Storage → the tensors in it, over all parameters and buffers."""
-    found: dict[int, list[Span]] = {}
+    """Return {address of a storage: spans of its tensors} of all parameters and buffers."""
+    spans: dict[int, list[Span]] = {}
     for path, module in modules.items():
         for name, tensor in _tensors(module):
             if type(tensor) in PLAIN_TENSORS and tensor.layout == torch.strided and tensor.data_ptr():
-                found.setdefault(tensor.untyped_storage().data_ptr(), []).append(_span(f"{path}.{name}", tensor))
-    return found
+                spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(_span(f"{path}.{name}", tensor))
+    return spans
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +141,7 @@ def _span(name: str, tensor: Tensor) -> Span:
 
 
 def _overlaps_itself(weight: Tensor) -> bool:
-    """Return True if two elements may have one address, as in an expanded tensor."""
+    """Return True if two elements may have the same address, as in an expanded tensor."""
     end = 0
     for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
         if size > 1 and step <= end:
@@ -151,6 +151,7 @@ def _overlaps_itself(weight: Tensor) -> bool:
 
 
 def _overlapping(name: str, weight: Tensor, memory: dict[int, list[Span]]) -> str:
+    """Return the name of another tensor that shares memory with a weight, or ""."""
     first, end, _ = _span(name, weight)
     spans = memory.get(weight.untyped_storage().data_ptr(), [])
     return next((other for start, stop, other in spans if other != name and start < end and first < stop), "")

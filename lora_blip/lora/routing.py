@@ -1,7 +1,7 @@
-"""Choose which adapter acts: one alone, one for each row of a batch, or none.
+"""Choose the active adapters: one alone, one for each row of a batch, or none.
 
-`use_adapters` and `disable_adapters` apply to the current thread or asyncio task only. `checkpoint_context` repeats the choice
-while a layer is computed again in the backward pass.
+`use_adapters` and `disable_adapters` apply to the current thread or asyncio task only. `checkpoint_context` makes the same
+adapters active while a layer is computed again in the backward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +20,20 @@ from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputi
 
 @contextmanager
 def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | None, beams: int = 1) -> Iterator[None]:
-    """Use one adapter alone inside the block, or one for each row of a batch: `["caption", "vqa", None]`.
+    """Use one adapter alone inside the block, or one for each row of a batch.
 
-    None in a list is the base without an adapter. If `names` is None, the active adapters stay as they are. No weight is
-    copied. Each row of a mixed batch has the same result as in a separate batch. If blocks are nested, the innermost one
-    applies. A block applies to the thread or asyncio task that enters it, and to tasks that are started inside, so several
-    threads or tasks can share a model. `beams`: a beam search repeats every row this many times. Do not `yield` from a
-    generator inside the block: it would apply to the caller too, as with torch.no_grad. Raise LoRAError for an unknown name,
-    an empty list or merged adapters. The forward raises it if the batch has another number of rows.
+    names: the name of an adapter, or a list with one entry for each row, such as `["caption", "vqa", None]`. In a list, None is
+    the base without an adapter. If `names` itself is None, the block changes nothing.
+    beams: how often a beam search repeats each row.
 
-    Two mistakes cannot be detected. With `beams` > 1, a plain batch of len(names) · beams texts is mistaken for a beam search
-    (images are checked, because a search does not repeat them). If the first dimension is time, adapters may act on wrong
-    rows: if there are as many steps as rows, or if the model flattens both. In BLIP and BLIP-2 the rows come first.
+    No weight is copied. Each row of a mixed batch has the same result as in a separate batch. If blocks are nested, the
+    innermost one applies. A block applies to the thread or asyncio task that enters it, and to tasks that are started inside.
+    So several threads or tasks can share a model. Do not `yield` from a generator inside the block: the block would apply to
+    the caller too, as with torch.no_grad.
+
+    Raise LoRAError for an unknown name, an empty list or merged adapters. The forward raises LoRAError if the batch has another
+    number of rows. Two mistakes are not detected. With `beams` > 1, a plain batch of len(names) · beams texts is taken for a
+    beam search. If the first dimension of a model is time, adapters may act on wrong rows. In BLIP and BLIP-2, it is the rows.
 
     In peft: `set_adapter`, which applies to all threads; for rows, the argument `adapter_names` of the forward.
 
@@ -80,7 +82,7 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
 
 @contextmanager
 def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], ActiveAdapters]) -> Iterator[None]:
-    """Enter a block. `active(off)` returns its adapters; `off` has the names that are disabled already."""
+    """Enter a block. `active(off)` returns its adapters. `off` contains the names that an outer block has disabled."""
     routing = routing_of(model)
     with routing.lock:  # no merge can start between the check and the entry
         if any(linear.lora.merged for linear in adapted_linears(model).values()):
@@ -93,7 +95,7 @@ def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], Activ
 
 
 def checkpoint_context(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return two contexts for activation checkpointing: of the forward, and of the recomputation with the same adapters.
+    """Return two contexts for activation checkpointing: for the forward, and for the recomputation with the same adapters.
 
     Use it as `torch.utils.checkpoint(…, context_fn=partial(checkpoint_context, model))`. The backward pass may run after the
     block of `use_adapters` has ended, inside another block, or in another thread.

@@ -1,7 +1,7 @@
-"""The state of `routing`: which adapters are active in the current thread or task, and on which rows of a batch.
+"""Which adapters are active in the current thread or task, and on which rows of a batch. `routing` changes this state.
 
-A block of `use_adapters` or `disable_adapters` is stored in a ContextVar, so each thread and each asyncio task has its own.
-The `AdapterRouting` of a model also keeps the set of all its blocks, because `merge` must know those of other threads.
+The current block of `use_adapters` or `disable_adapters` is in a ContextVar, so each thread and each asyncio task has its own.
+The `AdapterRouting` of a model also contains the set of all its blocks, because `merge` must detect those of other threads.
 """
 
 import threading
@@ -21,7 +21,7 @@ from lora_blip.lora.layer import AdapterStack, name_of
 
 
 class Everywhere(Enum):
-    """`Everywhere.ALL` means every row. torch.compile recognises an enum member as a constant."""
+    """`Everywhere.ALL` means every row. It is an enum member, which torch.compile treats as a constant."""
 
     ALL = "all"
 
@@ -31,7 +31,7 @@ ALL: Any = Everywhere.ALL
 
 @dataclass(frozen=True)
 class ActiveAdapters:
-    """The active adapters: not those in `off`. If `alone` is a name, only this one. If `count` > 0, each on its `rows`."""
+    """The active adapters: all but those in `off`. If `alone` is a name, only this one. If `count` > 0, each on its `rows`."""
 
     off: frozenset[str] = frozenset()
     alone: str = ""
@@ -48,7 +48,7 @@ ALL_ACTIVE = ActiveAdapters()
 
 
 class AdapterRouting:
-    """The routing that all linears of a model share. `active` is the choice of the current thread or task."""
+    """The routing that all linears of a model share. `active` returns the adapters of the current thread or task."""
 
     def __init__(self, fast: bool = True) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
@@ -58,7 +58,7 @@ class AdapterRouting:
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
 
     def __reduce__(self) -> tuple[type, tuple[bool]]:
-        return AdapterRouting, (self.fast,)  # a copy of a model starts outside of every block
+        return AdapterRouting, (self.fast,)  # a copy of a model is in no block
 
     @property
     def block(self) -> Optional["Block"]:
@@ -111,7 +111,7 @@ class AdapterRouting:
         return row_numbers(active.rows.get(name), active, x, block.batch if block.again else call_batch())
 
     def _check(self, block: Optional["Block"]) -> None:
-        """Raise LoRAError if the active adapters are unknown while a layer is computed again."""
+        """Raise LoRAError if a layer is computed again in the backward pass, and its active adapters are unknown."""
         if self.made and not (block is not None and block.again) and torch._C._current_graph_task_id() >= 0:
             raise LoRAError(
                 "a layer is computed again in the backward pass, but its active adapters are unknown; "
@@ -122,12 +122,12 @@ class AdapterRouting:
 
 @dataclass(eq=False)
 class Block:
-    """A block of `use_adapters` or `disable_adapters`, or of `checkpoint_context`, which repeats an earlier one."""
+    """A block of `use_adapters` or `disable_adapters`, or one of `checkpoint_context` that repeats an earlier block."""
 
     routing: AdapterRouting
     active: ActiveAdapters
     outer: Optional["Block"]  # the block of any model around it
-    again: bool = False  # True in a recomputation, see `checkpoint_context`
+    again: bool = False  # True while a layer is computed again, see `checkpoint_context`
     batch: CallBatch | None = None  # of the call that is recomputed
     left: bool = False  # True if the block ended while another block or another context was current
 
@@ -138,8 +138,9 @@ CURRENT: ContextVar[Block | None] = ContextVar("lora_blip_block", default=None)
 def row_numbers(rows: Tensor | None, active: ActiveAdapters, x: Tensor, batch: CallBatch | None = None) -> Tensor | None:
     """Return the numbers of an adapter's rows in the first dimension of x (rows, …), or None if it has none.
 
-    A beam search repeats every row next to itself, but not the images. A matrix (rows · tokens, width) contains the tokens of
-    a row next to each other if `batch`, that of the model's call, has fewer rows. Raise LoRAError for another batch size.
+    A beam search repeats each row `beams` times, next to each other. It does not repeat images. If `batch`, that of the model's
+    call, has fewer rows than a matrix x, then x is (rows · tokens, width), with the tokens of a row next to each other. Raise
+    LoRAError if the batch has another size.
     """
     if x.ndim < 2:
         raise LoRAError(
@@ -181,7 +182,7 @@ def leave(block: Block) -> None:
 
 @contextmanager
 def recomputing(blocks: list[tuple[AdapterRouting, ActiveAdapters, CallBatch | None]]) -> Iterator[None]:
-    """Repeat the blocks in which a layer was first computed, also in another thread."""
+    """Enter the blocks again in which a layer was first computed. This may be in another thread."""
     entered = [enter(routing, active, again=True, batch=batch) for routing, active, batch in blocks]
     try:
         yield
