@@ -83,7 +83,7 @@ class FrozenLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cast: Tensor, before: Tensor, output: Tensor, weight: Tensor, reach: Any, *halves: Tensor
     ) -> Tensor:
-        """Return `output` with the updates. cast: x as the linear read it. before: the input of the GELU that made x, or cast."""
+        """Return `output` with the updates. cast: x as the linear read it. before: the input of the GELU before it, or cast."""
         flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
         kept = []
         for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
