@@ -46,10 +46,10 @@ DIGESTS = 2**20  # digests kept in memory, at about 300 bytes each
 class Store:
     """A map from keys to tensors, in one folder for each `kind`: a JSON of all that a value depends on besides the image.
 
-    `limit` bounds the bytes of all kinds together. When it is reached, kinds that no process has open are removed, the
-    longest unused first. After that nothing more is stored: every stored value is read again in the next epoch, so removing
-    one would gain nothing. Any number of processes may read and write at the same time, and may be killed. The folder is
-    created when the first value is stored.
+    `limit` bounds the bytes of all kinds together. When it is reached, other kinds that no process has open are removed, the
+    longest unused first. Without that, a run with new settings would find the cache full. If there is still no room, nothing
+    more is stored: each value of this kind is read once in every epoch, so removing one would gain nothing. Any number of
+    processes may read and write at the same time, and may be killed. The folder is created when the first value is stored.
     """
 
     def __init__(self, folder: Path, kind: dict[str, Any], limit: int) -> None:
@@ -81,7 +81,7 @@ class Store:
         return value
 
     def put(self, key: str, value: Tensor) -> bool:
-        """Store a value if there is room, and return True if it is stored. Raise no error: the value can be computed again."""
+        """Store a value if there is room, and return True if it is stored. Raise no error: it can be computed again."""
         if self.full or key in self:
             return key in self
         self.held = self.held or self._hold()
@@ -122,10 +122,10 @@ class Store:
             while True:
                 self.values.mkdir(parents=True, exist_ok=True)
                 file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "r+b")
-                _lock(file, alone=False)
+                _flock(file, exclusive=False)
                 if path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break
-                file.close()  # another process removed it in between
+                file.close()  # another process has removed the file meanwhile
             file.write(self._about.encode())  # the same as the old content, unless a power failure truncated that
             file.truncate()
             file.flush()
@@ -154,12 +154,12 @@ class Store:
         self.used, self.uncounted = sum(map(bytes_in, self._kinds())), 0
 
     def _kinds(self) -> list[Path]:
-        """Return the folders of all kinds, the longest unused first. Ignore other files in the root."""
+        """Return the folders of all kinds, the longest unused first. Other files in the root are ignored."""
         found = [path for path in self.root.iterdir() if KIND.fullmatch(path.name) and (path / "kind.json").is_file()]
         return sorted(found, key=lambda path: _when(path / "kind.json"))
 
     def _stop(self, reason: str) -> bool:
-        """Store nothing more, and print the reason once."""
+        """Store nothing more, print the reason, and return False."""
         self.full = reason
         message = f"warning: nothing more is cached in {self.root}: {reason}; other values are computed each time"
         tqdm.write(printable(message))
@@ -222,21 +222,24 @@ def _files(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _clear(kind: Path) -> None:
-    """Remove a kind unless a process has it open. It is renamed under the lock, so that no process can open it meanwhile."""
+    """Remove a kind unless a process has it open. It is renamed while it is locked, so no process can open it meanwhile."""
     with suppress(OSError):  # already removed
         with (kind / "kind.json").open("rb") as file:
-            unused = _lock(file, alone=True)
+            unused = _flock(file, exclusive=True)
             if unused and fcntl is not None:
                 remove(kind)
         if fcntl is None:  # Windows does not rename a folder that contains an open file
             remove(kind)
 
 
-def _lock(file: BinaryIO, alone: bool) -> bool:
-    """Take flock's lock, which forked workers share. Return True on a file system without locks."""
+def _flock(file: BinaryIO, exclusive: bool) -> bool:
+    """Take a lock of flock, which forked workers share, unlike that of `runtime.lock`. Return True if it is taken.
+
+    Return True also on a file system without locks.
+    """
     if fcntl is not None:
         try:
-            fcntl.flock(file, (fcntl.LOCK_EX | fcntl.LOCK_NB) if alone else fcntl.LOCK_SH)
+            fcntl.flock(file, (fcntl.LOCK_EX | fcntl.LOCK_NB) if exclusive else fcntl.LOCK_SH)
         except OSError as error:
             return not isinstance(error, BlockingIOError)
     return True

@@ -65,7 +65,7 @@ Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # set here, becau
 
 
 class ExampleBuilder:
-    """Builds Examples of the entries of a source. A path or answer that many lines share is checked and stored once."""
+    """Builds the Examples of a source from its entries. A path or answer of many lines is checked and stored only once."""
 
     def __init__(self, source: Path, root: Path) -> None:
         self.source, self.root = str(source), root
@@ -108,7 +108,7 @@ class ExampleBuilder:
     def _quick(self, entry: Entry, number: int) -> Example | None:
         """Return the Example that `canonical` leads to if all values are tidy strings under our own keys; else None.
 
-        This takes a third to a half of the time (`benchmarks.studies.lines`).
+        `canonical` alone takes two to three times as long.
         """
         image, group, prompt = entry.get("image"), entry.get("group", ""), entry.get("prompt", "")
         group = self._share(group) if group != "" else group

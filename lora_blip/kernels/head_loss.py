@@ -1,7 +1,7 @@
 """Cross-entropy through a frozen head. The gradient is computed in the forward, so no logits are kept.
 
-With z = W h + b, p = softmax(z) and target t, the gradient of −log pₜ with respect to h is Wᵀ (p − onehot(t)). The backward
-pass needs neither z nor W. Tests compare with the plain computation, `losses.token_loss` of the head's output.
+With z = W h + b, p = softmax(z) and target t, the gradient of −log pₜ with respect to h is Wᵀ (p − onehot(t)). It is computed
+at once, so the backward pass needs neither z nor W. Tests compare this with `losses.token_loss` of the head's output.
 """
 
 import math
@@ -51,7 +51,7 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> Any:
-        """Multiply by d_loss, which contains the loss scale of a GradScaler, before rounding to fp16."""
+        """Multiply by d_loss before rounding to fp16, because d_loss contains the loss scale of a GradScaler."""
         d_states, factors = ctx.saved_tensors
         scale = d_loss if factors is None else (d_loss * factors)[:, None]
         wide = torch.promote_types(d_states.dtype, torch.float32)

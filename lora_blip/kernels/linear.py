@@ -1,7 +1,7 @@
 """Matrix products in float32 on a CPU, by the fastest kernel.
 
-PyTorch computes float32 products by MKL, which uses only half of AVX-512 on processors that are not from Intel. oneDNN, which
-PyTorch uses for convolutions and 16-bit products, uses all of it. Both sum in float32, in different orders.
+PyTorch computes float32 products by MKL. On processors that are not from Intel, MKL uses only half of AVX-512. oneDNN uses all
+of it; PyTorch calls oneDNN for convolutions and 16-bit products only. Both libraries sum in float32, in different orders.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from lora_blip.kernels.plain import is_plain
 
-PLAIN_TENSORS = (nn.Parameter, Tensor)  # no subclasses, which may store or compute their values in another way
-GELU_INPUT = "gelu_input"  # attribute of a GELU's output: its input, which autograd keeps anyway
-LARGE = 2**20  # multiplications from which oneDNN's kernel is faster, although its call takes longer
+PLAIN_TENSORS = (nn.Parameter, Tensor)  # no subclasses: they may store or compute their values in another way
+GELU_INPUT = "gelu_input"  # attribute of the output of a GELU: the input of the GELU, which autograd keeps anyway
+LARGE = 2**20  # multiplications of a product; a call of oneDNN takes longer, so it is faster only for larger products
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,19 +53,19 @@ def has_kernel() -> bool:
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """Compute without autocast, inference mode and gradients, whatever the modes of the caller are."""
+    """Compute without autocast, inference mode and gradients inside the block, for any modes of the caller."""
     with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """Return x in the dtype of autocast if it is on, as every linear would cast it; else x itself."""
+    """Return x in the dtype of autocast if autocast is on, else x itself. A linear casts its input in the same way."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def is_frozen(linear: Any) -> bool:
-    """Return True if W and b are plain tensors that are not trained. Subclasses, such as torchao's, have other products."""
+    """Return True if W and b are plain tensors that are not trained. A subclass, such as torchao's, has its own product."""
     weight, bias = linear.weight, linear.bias
     if type(weight) not in PLAIN_TENSORS or weight.requires_grad:
         return False
@@ -73,14 +73,14 @@ def is_frozen(linear: Any) -> bool:
 
 
 def can_bypass(linear: Any, own_hooks: int = 0) -> bool:
-    """Return True if W and b are frozen and all hooks of the module are ours, `own_hooks` of each kind."""
+    """Return True if W and b are frozen, and the module has only our hooks: `own_hooks` pre-hooks and as many hooks."""
     hooks = linear._forward_pre_hooks, linear._forward_hooks, _global_forward_pre_hooks, _global_forward_hooks
     others = linear._backward_hooks or linear._backward_pre_hooks or "forward" in vars(linear)
     return is_frozen(linear) and not others and tuple(map(len, hooks)) == (own_hooks, own_hooks, 0, 0)
 
 
 def in_transform() -> bool:
-    """Return True inside torch.func or forward-mode differentiation, which need every operation."""
+    """Return True inside torch.func or forward-mode differentiation. They must see every operation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -103,7 +103,7 @@ class QuickLinear(nn.Linear):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ + b with a gradient for x only, which can be differentiated again."""
+    """x Wᵀ + b, with a gradient for x only. The gradient can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

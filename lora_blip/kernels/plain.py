@@ -30,8 +30,8 @@ def is_plain() -> bool:
 def needs_library(kwargs: Mapping[str, Any], *known: str) -> bool:
     """Return True if a fast attention must run the library's own method for a call with these arguments.
 
-    This is so inside `plain`, for an argument that is not None and not one of `known`, and if the caller of the model needs
-    attention probabilities, by argument or by its configuration.
+    That is the case inside `plain`, and for an argument that is not None and not one of `known`. It is also the case if the
+    caller of the model needs attention probabilities, by argument or by its configuration.
     """
     if is_plain() or any(value is not None and name not in known for name, value in kwargs.items()):
         return True

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q kᵀ / √d + mask) v, (rows, heads, tokens, d), for k and v (rows, heads, keys, d).
 
-    Use PyTorch's fused kernel, which keeps no scores, or separate operations if they are faster.
+    PyTorch's fused kernel keeps no scores. Separate operations are used if they are faster.
     """
     if mask is not None and mask.dtype != q.dtype:  # float32's minimum is −inf in 16 bits
         mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
@@ -21,5 +21,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def by_hand(q: Tensor) -> bool:
-    """Return True in 16 bits on a CPU: there the fused kernel takes twice as long, and its backward pass up to six times."""
+    """Return True in 16 bits on a CPU. There, the fused kernel takes twice as long, and its backward pass up to six times."""
     return q.device.type == "cpu" and q.element_size() == 2

@@ -19,8 +19,8 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
 def fast(model: nn.Module, on: bool = True) -> None:
     """Switch the attentions, MLPs and linears of a model to their fast classes, or back. Repeating a call changes nothing.
 
-    Only the class of a module changes, so weights, hooks, names, copies and pickles are not affected. A module whose fast class
-    was not written for the installed library is not changed; this is printed once.
+    Only the class of a module changes. Its weights, hooks and name stay the same, also in copies and pickles. If a fast
+    class was not written for the installed library, its modules are not changed, and this is printed once.
     """
     change = KINDS if on else {quick: plain for plain, quick in KINDS.items()}
     by_kind: dict[type[nn.Module], list[nn.Module]] = {}

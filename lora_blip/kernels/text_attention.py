@@ -1,7 +1,7 @@
-"""Attention of BLIP's text models: the fused kernel, and the keys of an image computed once for all its rows.
+"""Attention of BLIP's text models. It uses the fused kernel, and computes the keys of an image once for all its rows.
 
-transformers' `generate` repeats the states of an image for each beam, computes keys and values for all of them, and reorders
-these after every token. Inside `reading`, a decoder computes them once for each image, and its beams share them.
+transformers' `generate` repeats the states of an image for each beam. It computes keys and values for all beams, and reorders
+them after every token. Inside `reading`, a decoder computes keys and values once for each image, and its beams share them.
 """
 
 import threading
@@ -46,7 +46,7 @@ class ImageStates:
 
 
 class ActiveSources(threading.local):
-    """The states for each layer inside `reading`, by the id of the layer. Each thread has its own."""
+    """The states that each layer reads inside `reading`, by the id of the layer. Each thread has its own."""
 
     def __init__(self) -> None:
         self.sources: dict[int, ImageStates] = {}
@@ -58,7 +58,7 @@ ACTIVE = ActiveSources()
 class TextAttention(BlipTextSelfAttention):
     """A fast BlipTextSelfAttention over the same weights. Its second output, the probabilities, is None.
 
-    A call that needs the probabilities, or has an argument that is unknown here, runs transformers' own method.
+    A call that needs the probabilities, or has an unknown argument, runs transformers' own method.
     """
 
     WRITTEN_FOR = tuple(
@@ -142,9 +142,8 @@ class TextAttention(BlipTextSelfAttention):
             lowest = torch.finfo(scores.dtype).min
             scores = (scores.unflatten(1, (heads, tokens)) + mask.clamp(min=lowest).to(scores.dtype)).flatten(1, 2)
         read = scores.softmax(-1).to(states.dtype) @ states  # (rows, heads · tokens, width)
-        read = read.unflatten(1, (heads, tokens)).transpose(0, 1).flatten(1, 2) @ wv.transpose(
-            1, 2
-        )  # (heads, rows · tokens, d)
+        read = read.unflatten(1, (heads, tokens)).transpose(0, 1).flatten(1, 2)  # (heads, rows · tokens, width)
+        read = read @ wv.transpose(1, 2)  # (heads, rows · tokens, d)
         read = read.unflatten(1, (rows, tokens)).permute(1, 2, 0, 3).flatten(2)
         return read if self.value.bias is None else read + self.value.bias.to(read.dtype)
 
@@ -155,11 +154,11 @@ class TextAttention(BlipTextSelfAttention):
 
 @contextmanager
 def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int = 1) -> Iterator[dict[str, Tensor]]:
-    """Let a BLIP text decoder attend to `states` (images, n, width) inside the block. Yield the arguments to call it with.
+    """Let a BLIP text decoder attend to `states` (images, n, width) inside the block. Yield the arguments for its call.
 
-    mask: (images, n), 1 for states and 0 for padding. rows: the number of rows of each image, next to each other in the
-    decoder's input, without the beams of `generate`. The block is for the current thread only. A backward pass that recomputes
-    activations must run inside the block.
+    mask: (images, n), 1 for states and 0 for padding. rows: how many rows of the decoder's input each image has, without the
+    beams of `generate`; they are next to each other. The block applies to the current thread only. A backward pass that
+    computes activations again must run inside the block.
     """
     layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
     fast = all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers)

@@ -26,7 +26,7 @@ LARGE = 2**22  # scores
 class VitAttention(nn.Module):
     """The part that the attentions of both ViTs share. The second output, the probabilities, is None.
 
-    A call that needs the probabilities, or has an argument that is unknown here, runs transformers' own method.
+    A call that needs the probabilities, or has an unknown argument, runs transformers' own method.
     """
 
     WRITTEN_FOR = ("(self, hidden_states, **kwargs)",)
@@ -98,9 +98,9 @@ def split_qkv(qkv: Tensor, heads: int) -> Tensor:
 
 
 def by_heads(qkv: Tensor, heads: int) -> Tensor:
-    """Return the same as `attend_at_once`, with as many heads at a time as threads, so that scores stay in the cache.
+    """Return the same as `attend_at_once`. Compute as many heads at a time as there are threads: their scores fit the cache.
 
-    It keeps the probabilities once, in 16 bits. It is a custom operator, which torch.compile calls without tracing it.
+    The probabilities are kept once, in 16 bits. This is a custom operator: torch.compile calls it without tracing it.
     """
     return by_heads_forward(qkv, heads, torch.is_grad_enabled() and qkv.requires_grad)[0]
 

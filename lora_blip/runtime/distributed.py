@@ -22,13 +22,11 @@ from lora_blip.runtime.limits import follows_lost_peer
 Result = TypeVar("Result")
 PATIENCE = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
 
-# Tensors that gloo may still use. gloo's threads may hold the last reference to a tensor long after its collective has ended,
-# and need the GIL to release it. A thread that requests the GIL after Python has ended aborts the process ("terminate called
-# without an active exception"). A thread that requests it while DistributedDataParallel's reducer, which is freed last, waits
-# for that thread, deadlocks.
-#
-# Therefore objects are sent with torch's two private helpers, in tensors that are recorded here, and not by
-# `all_gather_object`.
+# Tensors that gloo may still use. A thread of gloo may hold the last reference to a tensor long after its collective has ended.
+# It needs the GIL to release the tensor. If Python has ended by then, the process aborts ("terminate called without an active
+# exception"). If DistributedDataParallel's reducer waits for that thread, both wait forever.
+# So a process waits at its end until gloo has released these tensors. Objects are sent with two private helpers of torch and
+# not by `all_gather_object`, whose tensors cannot be recorded here.
 IN_USE: list[weakref.ref[Tensor]] = []
 CPU = torch.device("cpu")
 RELEASE_TIME = 5.0  # seconds that a process waits at its end until gloo has released its tensors
@@ -38,8 +36,8 @@ RELEASE_TIME = 5.0  # seconds that a process waits at its end until gloo has rel
 class Ranks:
     """This process among `count` processes. With one process, every method returns its argument.
 
-    The collectives here send a few bytes over gloo, on the CPU, so that they do not wait for a GPU. Objects are pickled
-    between processes of one program. Nothing pickled is read from a file.
+    The collectives here send a few bytes over gloo, on the CPU, so they do not wait for a GPU. Objects are pickled between
+    processes of one program. Nothing pickled is read from a file.
     """
 
     rank: int = 0
@@ -151,7 +149,10 @@ def _wait_for_release() -> None:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the process group if torchrun started this process, and leave it after the block. Only the main rank prints."""
+    """Join the process group if torchrun started this process, and leave it after the block. Only the main rank prints.
+
+    After the loss of another process, `cli.end_at_once` ends the commands without Python's teardown.
+    """
     if distributed.is_available() and distributed.is_initialized():  # the caller has initialized a group
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
         return

@@ -1,4 +1,4 @@
-"""Failures of the system that look like other errors: the limit of threads and processes (`ulimit -u`), lost processes."""
+"""Errors of the system with misleading messages: the limit of threads and processes (`ulimit -u`), and lost processes."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A lock that allows one writer per folder. The system releases it when the process ends for any reason."""
+"""A lock that allows one writer per folder. The system releases it when the process ends, also if it is killed."""
 
 import errno
 import sys
@@ -25,7 +25,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Take a POSIX record lock. Loader workers do not inherit it, unlike flock's: they can outlive a killed parent."""
+    """Take a POSIX record lock. Loader workers, which may outlive a killed parent, do not inherit it, unlike flock's."""
     try:
         if sys.platform == "win32":
             import msvcrt

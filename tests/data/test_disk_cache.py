@@ -250,7 +250,7 @@ def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_pa
         if kind.name.startswith("."):
             return real(kind)
         with (kind / "kind.json").open("rb") as file:
-            tried.append(disk_cache._lock(file, alone=True))
+            tried.append(disk_cache._flock(file, exclusive=True))
         real(kind)  # another process
         return real(kind)
 
