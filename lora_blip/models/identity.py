@@ -1,4 +1,4 @@
-"""Digests of a base: equal digests mean the same weights, or the same processing of images and texts."""
+"""Digests of a base. Equal digests mean equal weights, or equal processing of images and texts."""
 
 import hashlib
 import json

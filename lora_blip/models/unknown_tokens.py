@@ -19,36 +19,36 @@ class UnknownTokens:
         self.counts: dict[str, tuple[int, int]] = {}  # text → its unknown tokens and all of its tokens
 
     def note(self, ids: dict[str, list[int]]) -> None:
-        """Remember which of some texts, given with their ids, have unknown tokens."""
+        """Store the texts that have unknown tokens. ids: text → its token ids."""
         if self.id is not None:
             self.counts |= {text: (row.count(self.id), len(row)) for text, row in ids.items() if self.id in row}
 
     def nothing_left(self, ids: list[int]) -> bool:
-        """Return True if ids decode to nothing without the unknown ones. T5 keeps its mark of a space before them."""
+        """Return True if the ids decode to nothing without the unknown ones. T5's mark of a space is nothing too."""
         known = [i for i in ids if i != self.id]
         return not known or (len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip())
 
     def report(self, lines: Iterable[tuple[int, Iterable[str]]], what: str = "line") -> str:
         """Return the share of unknown tokens in (line number, texts), with examples and the fix; "" if there are none.
 
-        The number is 0 for a text that is on no line. Only texts that `note` was given are counted.
+        The number is 0 for a text that is on no line. Only the texts given to `note` are counted.
         """
         if not self.counts:
             return ""
-        found: list[tuple[int, list[str]]] = []
+        affected: list[tuple[int, list[str]]] = []
         total = 0
         for line, texts in lines:
             total += 1
             if unknown_texts := [text for text in dict.fromkeys(texts) if text in self.counts]:
-                found.append((line, unknown_texts))
-        if not found:
+                affected.append((line, unknown_texts))
+        if not affected:
             return ""
-        counts = [self.counts[text] for text in chain.from_iterable(some for _, some in found)]
+        counts = [self.counts[text] for text in chain.from_iterable(some for _, some in affected)]
         unknown, tokens = (sum(column) for column in zip(*counts, strict=True))
-        shown = [f"{what} {line}: {quoted(some[0])}" if line else quoted(some[0]) for line, some in found[:SHOWN]]
+        shown = [f"{what} {line}: {quoted(some[0])}" if line else quoted(some[0]) for line, some in affected[:SHOWN]]
         return "\n  ".join(
             [
-                f"warning: {len(found):,} of {total:,} {what}{'s' * (total != 1)} ({len(found) / total:.1%}) contain tokens "
+                f"warning: {len(affected):,} of {total:,} {what}{'s' * (total != 1)} ({len(affected) / total:.1%}) contain tokens "
                 f"that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) are lost:",
                 *shown,
                 REMEDY,

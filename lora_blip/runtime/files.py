@@ -20,7 +20,7 @@ from lora_blip.runtime.untrusted import UNPRINTABLE
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk or in the quota, or the limit of the file size
 
-# The places where a spreadsheet may see the start of a cell: of the text, of a line in it, and after a separator that some
+# The places at which a spreadsheet may start a cell: the start of the text or of a line in it, and after a separator that some
 # countries use. Spaces and invisible characters may come before the sign.
 INVISIBLE = f"\\s\u00ad\u180e\u200b-\u200d\u2060{UNPRINTABLE}"
 START = re.compile(f"(?:^(?![;\t\n])|[;\t\n])(?=(?:(?![\t\n])[{INVISIBLE}])*(.?))")
@@ -30,8 +30,8 @@ SIGNS = "=+-\u2212@"  # also as ＝, ﹢ or ⁻, which some programs read as the
 def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
     """Write a file atomically: write a temporary file, sync it and rename it.
 
-    Without `synced` this holds if the process is killed, but not after a power failure. Use that only for content with a
-    checksum.
+    Without `synced`, the file is not synced: it may be incomplete after a power failure, but not after a killed process. Use
+    that only for content with a checksum.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
@@ -49,10 +49,10 @@ def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Return rows as CSV in which no text is a formula: a spreadsheet shows an apostrophe before it, and runs nothing.
+    """Return rows as CSV in which no text is a formula. A text that starts like one gets an apostrophe.
 
-    That holds if it takes semicolons or tabs for separators too: a text "a;=1" gets its apostrophe inside. Numbers stay
-    numbers. Every CSV file that is written for people comes from here.
+    A spreadsheet may also split cells at semicolons and tabs. So a text such as "a;=1" gets its apostrophe after the separator.
+    Numbers stay numbers. All CSV files for people are written by this function.
     """
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
@@ -97,14 +97,14 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder. Rename it first, so that no process sees half of it under its own name."""
+    """Remove a folder. It is renamed first, so that no process finds an incomplete folder under the name."""
     if folder.exists():
         doomed = folder if folder.name.startswith(".") else folder.replace(_unfinished(folder))
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files that killed processes left in a folder. No other process may be writing in it."""
+    """Remove the temporary files of killed processes from a folder. No other process may write in the folder."""
     for path in folder.glob(".*.tmp") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
