@@ -48,8 +48,9 @@ class UnknownTokens:
         shown = [f"{what} {line}: {quoted(some[0])}" if line else quoted(some[0]) for line, some in affected[:SHOWN]]
         return "\n  ".join(
             [
-                f"warning: {len(affected):,} of {total:,} {what}{'s' * (total != 1)} ({len(affected) / total:.1%}) contain tokens "
-                f"that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) are lost:",
+                f"warning: {len(affected):,} of {total:,} {what}{'s' * (total != 1)} ({len(affected) / total:.1%}) contain "
+                f"tokens that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) are "
+                "lost:",
                 *shown,
                 REMEDY,
             ]

@@ -1,8 +1,8 @@
 """Cast frozen weights once to the dtype of autocast.
 
 Under autocast, every linear casts its weight to 16 bits in every forward. A frozen weight can be cast once instead. The outputs
-have the same bits, the weights need half the memory, and no time is spent on casts. Modules that autocast keeps in float32, such
-as embeddings and norms, are not cast.
+have the same bits, the weights need half the memory, and no time is spent on casts. Modules that autocast keeps in float32,
+such as embeddings and norms, are not cast.
 """
 
 from typing import Any

@@ -18,6 +18,7 @@ from lora_blip.data.example import Example
 from lora_blip.errors import CheckpointError
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.runtime import lock
+from lora_blip.runtime.files import sha256_of
 from lora_blip.training import checkpoint, resume
 from lora_blip.training.checkpoint import BEST, FOLDER, STATE, TENSORS
 
@@ -267,7 +268,7 @@ def test_a_sum_of_a_file_elsewhere_does_not_lead_there(tmp_path):
     folder = write(tmp_path / "lora_a")
     (tmp_path / "secret").write_text("x")
     sums = json.loads((folder / STATE).read_text())["sha256"]
-    rewrite(folder, sha256={**sums, "../../../secret": checkpoint._file_digest(tmp_path / "secret")})
+    rewrite(folder, sha256={**sums, "../../../secret": sha256_of(tmp_path / "secret")})
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.read(folder)
 
