@@ -49,8 +49,8 @@ class UnknownTokens:
         return "\n  ".join(
             [
                 f"warning: {len(affected):,} of {total:,} {what}{'s' * (total != 1)} ({len(affected) / total:.1%}) contain "
-                f"tokens that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) are "
-                "lost:",
+                f"tokens that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) "
+                "are lost:",
                 *shown,
                 REMEDY,
             ]
