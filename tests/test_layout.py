@@ -78,6 +78,13 @@ def test_the_root_has_at_most_eight_files() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
+@pytest.mark.parametrize("package", ["tasks", "models"])
+def test_no_method_only_raises_not_implemented(package: str) -> None:
+    """A method that each subclass must have is abstract, so that a class without it cannot be made."""
+    for path in (PACKAGE / package).glob("*.py"):
+        assert "NotImplementedError" not in path.read_text(encoding="utf-8"), path
+
+
 def test_no_two_classes_share_a_name() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules().values()]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))

@@ -72,7 +72,7 @@ def asked(
         raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
     if not task.takes_question and question:
         raise ConfigError(f"question = {question!r}: the task is {task.name}, which asks none; set TASK (or --task) to vqa")
-    if task.name == "caption":
+    if task.writes_text and not task.takes_question:
         return captioned(task, images, references)
     if not task.takes_question:
         return images
@@ -92,7 +92,7 @@ def captioned(task: PredictionTask, images: Iterable[Example], references: dict[
     """The images, with the prompts that the lines of the references have of their own."""
     prompts = prompts_of(references)
     for prompt in dict.fromkeys(prompt for some in prompts.values() for prompt in some):
-        if reason := cast(Any, task).check_prompt(replace(example_of("", ""), prompt=prompt)):
+        if reason := task.check_prompt(replace(example_of("", ""), prompt=prompt)):
             raise ConfigError(f"references: {reason}")
     return Prompted(images, prompts) if prompts else images
 

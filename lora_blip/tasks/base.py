@@ -97,6 +97,10 @@ class BaseTask(ABC):
     def check(self, example: Example) -> str:
         """Return why a line cannot be used for training, or ""."""
 
+    def check_prompt(self, example: Example) -> str:  # noqa: ARG002
+        """Return why the prompt of a line cannot be used, or ""."""
+        return ""
+
     def all_texts(self, example: Example) -> tuple[str, ...]:
         """Return the texts of a line."""
         return (example.text,)

@@ -10,8 +10,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from lora_blip.config import TrainConfig
-from lora_blip.data.loader import Slot
-from lora_blip.tasks.base import DeviceBatch
+from lora_blip.data.loader import DeviceBatch, Slot
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.session import open_session
 
