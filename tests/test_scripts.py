@@ -161,7 +161,7 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
 
 
 def test_checkpoints_that_cannot_caption_are_refused(checkpoints, here, monkeypatch, capsys):
-    """Another task's weights, a config without placeholders, missing weights, another kind of model."""
+    """Another task's weights, missing weights, another kind of model."""
     import safetensors.torch
 
     source = tiny.write_photos(here)
@@ -188,7 +188,6 @@ def test_checkpoints_that_cannot_caption_are_refused(checkpoints, here, monkeypa
 
     cases = {
         "has no task here": broken("blip", config(architectures=["BlipModel"])),
-        "no image_token_index": broken("opt", config(image_token_index=None)),
         "which would be random": broken("blip", drop_weights),
         "'bert' model": broken("blip", config(model_type="bert", architectures=["BertModel"])),
         "cannot be loaded": broken("blip", lambda folder: (folder / "config.json").write_text("{")),
@@ -414,15 +413,19 @@ def test_the_doctor_reports(capsys, monkeypatch):
         "cpu",
         "fp32, fp16",
         "java",
-        "assets/tiny-blip: loads",
-        "assets/tiny-blip2: loads",
+        "assets/tiny-blip: works",
+        "assets/tiny-blip2: works",
     ):
         assert expected in said
 
 
 def test_nothing_reads_or_writes_pickles():
-    """Law 10: no source of the package names pickle, torch.load or torch.save."""
+    """Law 10: no source of the package names pickle or torch.save; torch.load is only in the child process for `.bin` files."""
     for path in (ROOT / "lora_blip").rglob("*.py"):
+        if path.name == "bin_reader.py":
+            assert re.findall(r"torch\.load\(.*weights_only=(\w+)", path.read_text()) == ["True", "True"]
+            assert path.read_text().count("torch.load(") == 2
+            continue
         assert not re.search(r"\bpickle\b|torch\.(load|save)\(|weights_only", path.read_text()), path
 
 
