@@ -20,7 +20,7 @@ RUNS = [*TASKS, "tasks", "reports"]
 ALLOWED = {  # package or file → what it may import, at the top of a file or later
     "errors": [], "version": [], "metrics": LOW, "runtime": LOW, "kernels": LOW, "config": LOW, "flags": [*LOW, "config"],
     "lora": [*LOW, "kernels", "runtime"],
-    "data": [*LOW, "runtime"], "data.prepare": [*LOW, "runtime", "data", "config"],
+    "data": [*LOW, "runtime", "data.prepare"], "data.prepare": [*LOW, "runtime", "data", "config"],
     "models": [*LOW, "lora", "kernels", "runtime", "config"],
     "tasks": TASKS,
     "reports": [*LOW, "data", "metrics", "runtime"],

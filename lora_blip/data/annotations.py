@@ -1,4 +1,4 @@
-"""Read and check an annotation file, in JSONL or TSV. A JSONL line has one of these forms:
+"""Read and check annotations, in any format that `prepare.sources` finds. A JSONL line has one of these forms:
 
 {"image": "red_1.jpg", "text": "a red cube"}
 {"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}
@@ -18,15 +18,17 @@ from pathlib import Path
 from PIL import Image
 
 from lora_blip.data.example import FILE, Example, ExampleBuilder
-from lora_blip.data.formats import jsonl_entries, tsv_entries
+from lora_blip.data.formats import Located, Location, jsonl_entries
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
+from lora_blip.data.prepare.sources import find_sources
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
 from lora_blip.runtime.untrusted import printable, quoted, why
 
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
+EXPECTED = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
 
 
@@ -35,11 +37,16 @@ class Problem:
     """A line that cannot be used, and why."""
 
     source: Path
-    line: int
+    line: Location
     reason: str
 
     def __str__(self) -> str:
-        return printable(f"{self.source}:{self.line}: {self.reason}")
+        return printable(f"{located(self.source, self.line)}: {self.reason}")
+
+
+def located(source: Path | str, at: Location) -> str:
+    """Return the place of an entry, such as x.csv:17 or "x.json: annotations[17]"."""
+    return f"{source}:{'' if isinstance(at, int) else ' '}{at}"
 
 
 def read(
@@ -69,41 +76,61 @@ def read(
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
     source = Path(source)
-    builder = ExampleBuilder(source, Path(image_root) if image_root else source.parent)
-    entries = tsv_entries(source) if source.suffix == ".tsv" else jsonl_entries(source)
-    expected = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
+    good: list[Example] = []
+    problems: list[Problem] = []
     with many_objects():
-        try:
-            parsed = [builder.build(entry, number) for number, entry in entries]
-        except FileNotFoundError:
-            raise DataError(f"annotations {str(source)!r} do not exist; {expected}") from None
-        except OSError as error:
-            raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {expected}") from None
-        if builder.ignored:
-            report(printable(f"{source}: these keys are ignored: {_ignored(builder.ignored)}"))
-        if trim:
-            parsed = trimmed(source, parsed, trim, report)
-        broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
-        good, problems = _checked(source, parsed, broken, check, pretokenize)
-    if builder.prompts and (count := sum(bool(example.prompt) for example in good)):
-        message = f"{source}: {count:,} of {len(good):,} line(s) have their own prompt, which is used instead of PROMPT"
-        report(printable(message))
+        for path, root, entries in sources_of(source):
+            builder = ExampleBuilder(path, Path(image_root) if image_root else root)
+            parsed = _parsed(path, entries, builder, report)
+            if trim:
+                parsed = trimmed(path, parsed, trim, report)
+            broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
+            valid, invalid = _checked(path, parsed, broken, check, pretokenize)
+            if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
+                message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
+                report(printable(f"{path}: {message}"))
+            good, problems = (good + valid if good else valid), problems + invalid
     if len(good) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
     if problems and on_bad_data == "stop":
         advice = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
         raise DataError(f"{listing(problems)}\n{advice}")
     if not good:
-        raise DataError(f"{source}: no usable line\n{listing(problems) or expected}")
+        raise DataError(f"{source}: no usable line\n{listing(problems) or EXPECTED}")
     return good, problems
+
+
+def sources_of(source: Path) -> list[tuple[Path, Path, Callable[[], Iterator[Located]]]]:
+    """Return the file, the default folder of its images and a reader of its entries, for each file to read.
+
+    Raise DataError if the file does not exist, cannot be read, or has an unknown format.
+    """
+    if not os.path.lexists(source):
+        raise DataError(f"annotations {str(source)!r} do not exist; {EXPECTED}")
+    if source.suffix.lower() in (".jsonl", ".ndjson"):
+        return [(source, source.parent, partial(jsonl_entries, source))]
+    return [(one.path, one.root, one.entries) for one in find_sources(str(source))]
+
+
+def _parsed(
+    source: Path, entries: Callable[[], Iterator[Located]], builder: ExampleBuilder, report: Callable[[str], object]
+) -> list[Example | tuple[Location, str]]:
+    """Return an Example or a reason for each entry, and report the keys that are ignored."""
+    try:
+        parsed = [builder.build(entry, number) for number, entry in entries()]
+    except OSError as error:
+        raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {EXPECTED}") from None
+    if builder.ignored:
+        report(printable(f"{source}: these keys are ignored: {_ignored(builder.ignored)}"))
+    return parsed
 
 
 def trimmed(
     source: str | Path,
-    lines: list[Example | tuple[int, str]],
+    lines: list[Example | tuple[Location, str]],
     trim: Callable[[Example], Example],
     report: Callable[[str], object] = print,
-) -> list[Example | tuple[int, str]]:
+) -> list[Example | tuple[Location, str]]:
     """Return the lines without the prompt at the start of their texts, and report how many have changed.
 
     A text that is only the prompt makes its line invalid.
@@ -122,7 +149,7 @@ def trimmed(
     return result
 
 
-def _ignored(keys: dict[str, tuple[int, int]]) -> str:
+def _ignored(keys: dict[str, tuple[int, Location]]) -> str:
     """Return the ignored keys as a text, each with its number of lines and its first line."""
     some = [f"{quoted(key)} ({count:,} line(s), first line {first})" for key, (count, first) in keys.items()]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
@@ -142,7 +169,7 @@ def many_objects() -> Iterator[None]:
 
 def _checked(
     source: Path,
-    parsed: list[Example | tuple[int, str]],
+    parsed: list[Example | tuple[Location, str]],
     broken: dict[str, str],
     check: Callable[[Example], str] | None,
     pretokenize: Callable[[list[Example]], None] | None,
@@ -192,7 +219,7 @@ def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple
 
 def unreadable(example: Example, error: ImageError) -> DataError:
     """Return the error for a line whose image cannot be decoded during training."""
-    location = f"{example.source}:{example.line}: " if example.source else ""
+    location = f"{located(example.source, example.line)}: " if example.source else ""
     return DataError(f'{location}{error}; fix the line, or set CHECK_IMAGES = "all" to get all such lines before training')
 
 

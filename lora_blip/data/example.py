@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, as_text, canonical, first_key
+from lora_blip.data.formats import Location
 from lora_blip.runtime.untrusted import is_path
 
 MOST_SHARED = 2**17  # answers, groups and prompts that are each checked and stored only once
@@ -39,7 +40,7 @@ class Example:
     image: Path
     text: str  # empty for a question
     name: str  # the image path as written in the line
-    line: int
+    line: Location
     group: str = ""
     question: str = ""
     answers: tuple[str, ...] = ()
@@ -73,9 +74,9 @@ class ExampleBuilder:
         self.firsts: dict[str, Example] = {}  # image path as written → its first Example
         self.shared: dict[str, str] = {}  # answers, groups and prompts that are tidy (see `is_tidy`)
         self.prompts = 0  # number of lines with their own prompt
-        self.ignored: dict[str, tuple[int, int]] = {}  # unused key → number of lines, first line
+        self.ignored: dict[str, tuple[int, Location]] = {}  # unused key → number of lines, first line
 
-    def build(self, entry: Entry | str, number: int) -> Example | tuple[int, str]:
+    def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:
         """Return an Example, or the line's number with the reason why it is invalid. `entry` may be such a reason."""
         if isinstance(entry, str):
             return number, entry
@@ -96,7 +97,7 @@ class ExampleBuilder:
             checked.get("question_id", "") if is_question else "",
         )  # fmt: skip
 
-    def _count_ignored(self, entry: Entry, number: int) -> None:
+    def _count_ignored(self, entry: Entry, number: Location) -> None:
         """Count the keys of a line that are ignored."""
         is_question = "question" in entry
         used = {first_key(entry, IMAGE_KEYS), first_key(entry, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
@@ -105,7 +106,7 @@ class ExampleBuilder:
                 count, first = self.ignored.get(key, (0, number))
                 self.ignored[key] = count + 1, first
 
-    def _quick(self, entry: Entry, number: int) -> Example | None:
+    def _quick(self, entry: Entry, number: Location) -> Example | None:
         """Return the Example that `canonical` leads to if all values are tidy strings under our own keys; else None.
 
         `canonical` alone takes two to three times as long.
@@ -145,7 +146,7 @@ class ExampleBuilder:
         return first
 
     def _new(
-        self, image: str, text: str, number: int, group: str, question: str = "", answers: tuple[str, ...] = (),
+        self, image: str, text: str, number: Location, group: str, question: str = "", answers: tuple[str, ...] = (),
         prompt: str = "", question_id: int | str = "",
     ) -> Example:  # fmt: skip
         """Return Example(self.root / image, text, …) in half the time."""

@@ -28,14 +28,14 @@ class UnknownTokens:
         known = [i for i in ids if i != self.id]
         return not known or (len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip())
 
-    def report(self, lines: Iterable[tuple[int, Iterable[str]]], what: str = "line") -> str:
+    def report(self, lines: Iterable[tuple[int | str, Iterable[str]]], what: str = "line") -> str:
         """Return the share of unknown tokens in (line number, texts), with examples and the fix; "" if there are none.
 
         The number is 0 for a text that is on no line. Only the texts given to `note` are counted.
         """
         if not self.counts:
             return ""
-        affected: list[tuple[int, list[str]]] = []
+        affected: list[tuple[int | str, list[str]]] = []
         total = 0
         for line, texts in lines:
             total += 1

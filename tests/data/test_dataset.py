@@ -209,3 +209,16 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(make, tmp_path):
 def test_no_line_is_lost_or_repeated_without_shuffling():
     batches = EpochBatches(7, 3, shuffle=False, seed=0)
     assert [[i for _, i in keys] for keys in batches] == [[0, 1, 2], [3, 4, 5], [6]] and len(batches) == 3
+
+
+def test_training_reads_a_csv_and_a_json_document_as_prepare_does(tmp_path):
+    """The same readers serve both; a problem in a document is located by its entry."""
+    tiny.write_photos(tmp_path, 2)
+    photos = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert len(photos) == 2
+    table = write(tmp_path / "x.csv", "image,caption", *(f"{name},a cube" for name in photos))
+    (tmp_path / "x.json").write_text(json.dumps([{"image": name, "caption": "a cube"} for name in photos] + [{"image": 3}]))
+    assert [e.text for e in annotations.read(table)[0]] == ["a cube"] * len(photos)
+    examples, problems = annotations.read(tmp_path / "x.json", on_bad_data="skip")
+    assert [e.line for e in examples] == [f"[{n}]" for n in range(len(photos))]
+    assert [str(problem) for problem in problems][0].startswith(f"{tmp_path / 'x.json'}: [{len(photos)}]: no image")
