@@ -221,4 +221,4 @@ def test_training_reads_a_csv_and_a_json_document_as_prepare_does(tmp_path):
     assert [e.text for e in annotations.read(table)[0]] == ["a cube"] * len(photos)
     examples, problems = annotations.read(tmp_path / "x.json", on_bad_data="skip")
     assert [e.line for e in examples] == [f"[{n}]" for n in range(len(photos))]
-    assert [str(problem) for problem in problems][0].startswith(f"{tmp_path / 'x.json'}: [{len(photos)}]: no image")
+    assert str(problems[0]).startswith(f"{tmp_path / 'x.json'}: [{len(photos)}]: no image")
