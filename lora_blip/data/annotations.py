@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import FILE, Example, ExampleBuilder
 from lora_blip.data.formats import Located, Location, jsonl_entries
 from lora_blip.data.images import open_image
@@ -84,7 +85,7 @@ def read(
             parsed = _parsed(path, entries, builder, report)
             if trim:
                 parsed = trimmed(path, parsed, trim, report)
-            broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded) if decode else {}
+            broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded, report) if decode else {}
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
             if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
                 message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
@@ -228,20 +229,26 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _undecodable(images: set[str], decoded: Callable[[str, Image.Image], object] | None = None) -> dict[str, str]:
-    """Return the reason why an image cannot be read, by image file, for those that cannot.
+def _undecodable(
+    images: set[str], decoded: Callable[[str, Image.Image], object] | None = None, report: Callable[[str], object] = print
+) -> dict[str, str]:
+    """Return the reason why an image cannot be read, by image file, for those that cannot. Report the nearly black ones.
 
     Each file is decoded once. Threads are fast here, because Pillow releases the GIL.
     """
+    dark = DarkImages()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = pool.map(partial(_decode_failure, decoded=decoded), sorted(images))
+        reasons = pool.map(partial(_decode_failure, decoded=decoded, dark=dark), sorted(images))
         reasons = track(reasons, "decoding the images once", len(images), "image", delay=2)
-        return {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
+        failures = {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
+    if warning := dark.warning():
+        report(warning)
+    return failures
 
 
-def _decode_failure(image: str, decoded: Callable[[str, Image.Image], object] | None) -> str:
+def _decode_failure(image: str, decoded: Callable[[str, Image.Image], object] | None, dark: DarkImages) -> str:
     try:
-        decoded_image = open_image(image)
+        decoded_image = open_image(image, dark=dark)
     except ImageError as error:
         return str(error)
     if decoded:

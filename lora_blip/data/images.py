@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value, is_deep, to_grey
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
@@ -82,16 +84,20 @@ TURNS = {
 SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # such a text is wrong for the mirrored image
 SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # fractions of the side, the scale and the grey level
 LEVELS = np.arange(256)
+FIRST_DARK = FirstDarkImage()  # one warning per process
+PNG_START = 8  # bytes of a PNG's signature
+PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks that do not change a pixel, and may be large
 
 # hide Pillow's warnings: we raise ImageError for each fault that matters
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
+def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImages = FIRST_DARK) -> Image.Image:
     """Return an image in RGB with 8 bits. Rotate it by its EXIF tag, and put transparent pixels on white.
 
     Return the first frame of an animation. `content`: an open file to read; `path` is then only its name in messages.
+    dark: collects the names of images with more than 8 bits that are nearly black. By default, the first gives a warning.
     Raise ImageError if the file is missing, damaged, too large, or not in one of FORMATS. A HEIC image needs pillow-heif.
     """
     kind = ""
@@ -100,10 +106,13 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
             kind = kind_of(file.read(HEAD))
             file.seek(0)
             _refuse_raw(path, kind)
-            with Image.open(file, formats=_formats(kind)) as image:
-                _refuse_bomb(image, file)
-                image.load()
-                return to_rgb(upright(image))
+            try:
+                return _decode(file, kind, path, dark)
+            except ValueError:
+                if kind != "PNG":
+                    raise
+                file.seek(0)  # Pillow refuses a PNG with more than a megabyte of metadata
+                return _decode(_without_texts(file.read()), kind, path, dark)
     except FileNotFoundError:
         raise ImageError(printable(f"{path} does not exist")) from None
     except UnidentifiedImageError:
@@ -119,6 +128,25 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     except Exception as error:  # decoders raise any error on damaged files: struct.error, KeyError, MemoryError …
         reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
         raise ImageError(printable(f"{path} cannot be decoded ({reason})")) from None
+
+
+def _decode(file: BinaryIO, kind: str, path: str | Path, dark: DarkImages) -> Image.Image:
+    with Image.open(file, formats=_formats(kind)) as image:
+        _refuse_bomb(image, file)
+        image.load()
+        highest = highest_value(image)  # before `upright`, which drops the tags of a TIFF
+        return to_rgb(upright(image), highest, lambda: dark.add(printable(str(path))))
+
+
+def _without_texts(png: bytes) -> BinaryIO:
+    """Return a PNG without its chunks of texts and color profiles."""
+    kept, position = [png[:PNG_START]], PNG_START
+    while position < len(png):
+        end = position + 12 + int.from_bytes(png[position : position + 4])  # length, type, content, checksum
+        if png[position + 4 : position + 8] not in PNG_TEXTS:
+            kept.append(png[position:end])
+        position = end
+    return BytesIO(b"".join(kept))
 
 
 def kind_of(head: bytes) -> str:
@@ -211,13 +239,19 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), copy=False)
-        values *= 255.0 / (65535.0 if values.max(initial=0) > 255 else 255.0)
-        image = Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+def to_rgb(image: Image.Image, highest: float | None = None, on_dark: Callable[[], object] | None = None) -> Image.Image:
+    """Convert an image of any mode to RGB, with transparent pixels on white.
+
+    An image with more than 8 bits is scaled by its full range. highest: the value that becomes white; None: `highest_value`.
+    on_dark: called if such an image is nearly black. None: the first one gives a warning.
+    """
+    if is_deep(image):
+        highest = highest_value(image) if highest is None else highest
+        image = to_grey(image, highest, on_dark or (lambda: FIRST_DARK.add("an image without a name")))
+    if image.mode == "LAB":  # its A is a color; Pillow converts it only by a color profile
+        profile = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profile, outputMode="RGB") or image
+    if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return image.convert("RGB")

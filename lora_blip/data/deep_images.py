@@ -1,0 +1,86 @@
+"""Convert grey images with more than 8 bits per pixel to 8 bits: 16-bit and 32-bit integers, and floats.
+
+A value is scaled by the full range of its type, so that equal values have equal brightness in each image of a data set.
+"""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+BITS, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF's tags, and the sample format of signed integers
+DARK = 32  # an image without a brighter pixel is nearly black
+LISTED = 3  # names in a warning
+
+
+class DarkImages:
+    """Collects the names of images that are nearly black after the conversion. Threads may share it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.lock = threading.Lock()
+
+    def add(self, name: str) -> None:
+        with self.lock:
+            self.names.append(name)
+
+    def warning(self) -> str:
+        """Return the warning that names the first images, or ""."""
+        if not self.names:
+            return ""
+        names = sorted(self.names)
+        more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+        return (
+            f"{len(names):,} image(s) with 16 or more bits per pixel are nearly black, because their values use a small part "
+            f"of the range (0–65,535 for 16 bits, 0–1 for floats): {', '.join(names[:LISTED])}{more}; "
+            "if that is wrong, multiply their values, or save them with 8 bits"
+        )
+
+
+class FirstDarkImage(DarkImages):
+    """Prints the warning for the first image only."""
+
+    def add(self, name: str) -> None:
+        with self.lock:
+            if not self.names:
+                self.names.append(name)
+                print(self.warning(), flush=True)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return True if the image is grey and has more than 8 bits per pixel."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def highest_value(image: Image.Image) -> float:
+    """Return the value that becomes white: the largest of the type of the pixels in the file, or 1 for floats.
+
+    An image without a file format has 16 bits in mode I, as a PNG that Pillow writes from it.
+    """
+    if image.mode == "F":
+        return 1.0
+    tags = getattr(image, "tag_v2", None)
+    if tags is None or image.mode != "I":
+        return 65535.0
+    bits, kind = tags.get(BITS, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))[0]
+    return float(2 ** (bits - (kind == SIGNED)) - 1)
+
+
+def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -> Image.Image:
+    """Return 8-bit grey: 0 stays 0, `highest` becomes 255, and values outside are clipped. A transparent value becomes white.
+
+    Call `on_dark` if no pixel of the result is brighter than DARK.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    clear = image.info.get("transparency")
+    is_clear = values == clear if isinstance(clear, int) else None
+    if highest == 2**32 - 1:  # Pillow reads unsigned values as signed
+        values = np.where(values < 0, values + 2**32, values)
+    values *= 255.0 / highest
+    grey = np.rint(values.clip(0, 255, out=values)).astype(np.uint8)
+    if grey.size and grey.max() < DARK:
+        on_dark()
+    if is_clear is not None:
+        grey[is_clear] = 255
+    return Image.fromarray(grey)
