@@ -189,7 +189,7 @@ def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any)
     running: Any = SimpleNamespace(
         learner=learner, config=config, task="task", held_out=held_out, autocast="autocast",
         validate_every=given.pop("every", 10), checkpoint_if_due=lambda: None,
-        run=SimpleNamespace(log_validation=log, best=best),
+        run=SimpleNamespace(log_validation=log, best=best), prefix=None,
     )  # fmt: skip
     Session.validate_if_due(running, **given)
     return happened, running
