@@ -1,6 +1,7 @@
 """The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
 import math
+import os
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,7 +31,7 @@ def setting(default: Any, doc: str, group: str = "", path: Literal["", "always",
     doc: the only source of the setting's help text. `--help` prints it, and it is the comment in train.py or infer.py:
         `python -m benchmarks.studies.script_settings` writes those lines. Names of settings are in capitals.
     group: the heading above the setting, if it is the first of a group.
-    path: whether a value of a script is a path that is relative to the script's folder.
+    path: whether a value of a script is a path that is relative to the script's folder. In a path, ~ and $HOME are expanded.
     """
     return field(default=default, metadata={"doc": doc, "group": group, "path": path})
 
@@ -222,18 +223,21 @@ class EvaluateConfig:
     'latest'
     """
 
-    references: str = setting("", "annotations with the right texts, in the format of training", group="Data")
-    image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder")
-    train_annotations: str = setting("", 'annotations to search for leaks; empty: those of the training; "none": no search')
-    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as in the training")
+    references: str = setting("", "annotations with the right texts, in the format of training", group="Data", path="always")
+    image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder", path="always")
+    train_annotations: str = setting(
+        "", 'annotations to search for leaks; empty: those of the training; "none": no search', path="always"
+    )
+    train_image_root: str = setting("", "folder of their image paths; empty: as in the training", path="always")
     on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the references is invalid: "stop" or "skip" the line')
-    output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output")
+    output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output", path="always")
 
     adapter: str = setting(
-        "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone', group="Model and task"
-    )
+        "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone',
+        group="Model and task", path="always",
+    )  # fmt: skip
     base: bool = setting(True, "also score the base")
-    model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
+    model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on", path="always")
     task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')
 
     prompt: str = setting("", 'start of every caption; empty: the adapter\'s prompt; "none": no prompt', group="Generation")
@@ -278,6 +282,9 @@ def check(config: Any) -> None:
         elif type(value) is not entry.type:
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
         if isinstance(value, str):
+            if entry.metadata.get("path") and value.startswith(("~", "$")):
+                value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in value.split(","))  # noqa: PTH111
+                object.__setattr__(config, entry.name, value)
             require("\0" not in value, entry.name, value, "a text without a NUL character")
         elif entry.type in (int, float):
             require(math.isfinite(value), entry.name, value, "a finite number")

@@ -97,7 +97,8 @@ def _in_folder_of(script: dict[str, Any], kind: Any, values: dict[str, Any]) -> 
         if entry.name == "model" and str(value).startswith("assets/"):
             continue  # a base of this project: it is found from every folder, and adapters record this name
         use = entry.metadata.get("path", "always")  # the field `runs` is a path, but not a setting
-        if isinstance(value, str) and value and (use == "always" or (use and _exists(folder / value))):
+        is_relative = isinstance(value, str) and value and not value.startswith(("~", "$"))  # `check` expands these two
+        if is_relative and (use == "always" or (use and _exists(folder / value))):
             values[entry.name] = str(folder / value)
     return values
 

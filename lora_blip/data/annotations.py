@@ -18,8 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
-from lora_blip.data.example import FILE, Example, ExampleBuilder
+from lora_blip.data.example import FILE, SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import Located, Location, jsonl_entries
+from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.data.prepare.sources import find_sources
@@ -85,7 +86,10 @@ def read(
             parsed = _parsed(path, entries, builder, report)
             if trim:
                 parsed = trimmed(path, parsed, trim, report)
-            broken = _undecodable({p.file for p in parsed if isinstance(p, Example)}, decoded, report) if decode else {}
+            broken = _moved(parsed, builder, decode, report)
+            if decode:
+                files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
+                broken |= _undecodable(files, decoded, report)
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
             if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
                 message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
@@ -110,7 +114,10 @@ def sources_of(source: Path) -> list[tuple[Path, Path, Callable[[], Iterator[Loc
         raise DataError(f"annotations {str(source)!r} do not exist; {EXPECTED}")
     if source.suffix.lower() in (".jsonl", ".ndjson"):
         return [(source, source.parent, partial(jsonl_entries, source))]
-    return [(one.path, one.root, one.entries) for one in find_sources(str(source))]
+    try:
+        return [(one.path, one.root, one.entries) for one in find_sources(str(source))]
+    except DataError as error:
+        raise DataError(f"annotations: {error}") from None
 
 
 def _parsed(
@@ -124,6 +131,19 @@ def _parsed(
     if builder.ignored:
         report(printable(f"{source}: these keys are ignored: {_ignored(builder.ignored)}"))
     return parsed
+
+
+def _moved(
+    parsed: list[Example | tuple[Location, str]], builder: ExampleBuilder, decode: bool, report: Callable[[str], object]
+) -> dict[str, str]:
+    """Put the image that is meant into each Example whose path does not exist here. Return the reasons for the others."""
+    firsts = ((name, first.file) for name, first in builder.firsts.items())
+    moved, missing = moved_images(firsts, builder.root, decode, lambda text: report(printable(f"{builder.source}: {text}")))
+    if moved:
+        for example in parsed:
+            if isinstance(example, Example) and example.file in moved:
+                SLOT.__set__(example, moved[example.file])
+    return missing if decode else {}
 
 
 def trimmed(

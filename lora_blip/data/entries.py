@@ -1,5 +1,6 @@
 """Check one entry of an annotation file, and replace the names that its keys may have by our own."""
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +10,8 @@ from lora_blip.runtime.untrusted import cut, is_path, quoted
 IMAGE_KEYS = ("image", "image_path", "file_name")
 TEXT_KEYS = ("text", "caption")
 ANSWER_KEYS = ("answers", "answer")
+UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
+LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})  # of unescaped backslashes
 NOT_UTF8 = "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
 
 Entry = dict[str, Any]
@@ -49,6 +52,10 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     if not isinstance(image, str) or not image.strip():
         return f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
     if not is_path(image):
+        corrected = image.translate(LETTERS)
+        if corrected != image and "\n\n" not in image and is_path(corrected):
+            first = first_key(entry, IMAGE_KEYS) or "image"
+            return UNESCAPED.format(cut(json.dumps(entry | {first: corrected}, ensure_ascii=False, default=str)))
         return f"the image is not a valid path: {quoted(image)}"
     try:
         result = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, WrittenFloat
-from lora_blip.runtime.untrusted import DEEPEST, UnreadableError, no_constant, once, open_regular, parsed, quoted
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, UNESCAPED, Entry, WrittenFloat
+from lora_blip.runtime.untrusted import DEEPEST, UnreadableError, cut, no_constant, once, open_regular, parsed, quoted
 
 ANSWER_SEPARATOR = "|"  # between the answers of one cell of a TSV or CSV
 LONGEST = 2**20  # characters of a line; a caption has a hundred, a question with ten answers a thousand
 TOO_LONG = f"a line of more than {LONGEST:,} characters; put each example on its own line"
+IMAGE_PATH = re.compile(rf'("(?:{"|".join(IMAGE_KEYS)})"\s*:\s*")([^"]*)', re.IGNORECASE)
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 
 QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=no_constant)  # five times as fast; ignores repeated keys
@@ -61,12 +62,22 @@ def jsonl_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
         try:
             entry = _object(line)
         except ValueError as error:
-            yield number, f"not valid JSON ({error}): {line.strip()[:60]!r}"
+            yield number, with_slashes(line) or f"not valid JSON ({error}): {line.strip()[:60]!r}"
             continue
         yield (
             number,
             entry if isinstance(entry, dict) else f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}',
         )
+
+
+def with_slashes(text: str, line: int = 1) -> str:
+    """Return a message with the corrected line if the backslashes of image paths are the only error of a JSON, or ""."""
+    corrected = IMAGE_PATH.sub(lambda match: match[1] + re.sub(r"\\+", "/", match[2]), text)
+    try:
+        valid = corrected != text and parsed(corrected, STRICT)
+    except ValueError:
+        return ""
+    return UNESCAPED.format(cut(corrected.split("\n")[line - 1].strip())) if isinstance(valid, dict | list) else ""
 
 
 def _object(line: str) -> Any:

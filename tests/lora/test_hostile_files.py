@@ -766,7 +766,7 @@ def test_any_value_anywhere_in_a_data_set_is_an_entry_or_a_reason(document, path
         told = canonical(entry) if isinstance(entry, dict) else entry
         assert isinstance(told, dict) or len(told) < MESSAGE
         if isinstance(told, dict):
-            Folder(tmp_path, by_name=False).find(told["image"])
+            Folder(tmp_path).find(told["image"])
 
 
 BAD_SOURCES: dict[str, tuple[str, str, str]] = {  # what is wrong → the file's name, what is in it, what is said

@@ -35,9 +35,15 @@ NO_SIDE = "it has no split (train, val or test), but other lines have; add it, o
 class PrepareConfig:
     """All settings of `prepare`."""
 
-    source: str = setting("", "what to read: a file, several files separated by commas, or the folder of a data set")
-    images: str = setting("", "folder of the images; empty: the source's folder, or the folder above a data set's texts")
-    output_dir: str = setting("prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten")
+    source: str = setting(
+        "", "what to read: a file, several files separated by commas, or the folder of a data set", path="always"
+    )
+    images: str = setting(
+        "", "folder of the images; empty: the source's folder, or the folder above a data set's texts", path="always"
+    )
+    output_dir: str = setting(
+        "prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten", path="always"
+    )
     format: Literal["auto", "jsonl", "json", "tsv", "csv", "coco", "vqa", "karpathy", "flickr8k"] = setting(
         "auto", "format of the source; auto: detect it from the content"
     )
@@ -98,7 +104,7 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
     gathered = Gathered(f"{output.absolute()}{os.sep}")
     for source in find_sources(config.source, config.format):
-        folder = Folder(Path(config.images) if config.images else source.root, by_name=source.downloaded)
+        folder = Folder(Path(config.images) if config.images else source.root)
         with phase(lambda: f"reading {source.path}: {len(gathered.rows):,} lines"):  # called in this turn
             gather(source, folder, gathered)
     sides = own_sides(gathered) if config.own_splits else {}
@@ -129,7 +135,7 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
             into.rows.append(result)
         else:
             into.dropped.append(result)
-    if folder.known and not any(folder.known.values()):
+    if folder.known and all(isinstance(found, str) and "does not exist" in found for found in folder.known.values()):
         example = next(iter(folder.known))
         raise DataError(
             f"{source.path}: none of its images ({len(folder.known):,}) is in {folder.root}; {example!r} does not exist there; "
@@ -137,6 +143,8 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
         )
     entries = len(into.rows) - before + len(into.dropped) - dropped
     print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
+    if moved := folder.finder.describe():
+        print(printable(moved))
 
 
 def examine(source: Source, at: Location, found: Entry | str, folder: Folder, into: Gathered) -> Row | Dropped:
@@ -149,9 +157,8 @@ def examine(source: Source, at: Location, found: Entry | str, folder: Folder, in
     if kind != into.kind:
         return Dropped(source, at, "fault", f"it belongs to {kind}, and the first line to {into.kind}; prepare them separately")
     picture = folder.find(entry["image"])
-    if not picture:
-        missing = f"{folder.root / entry['image']} does not exist"
-        return Dropped(source, at, "missing" if source.downloaded else "fault", missing)
+    if isinstance(picture, str):
+        return Dropped(source, at, "missing" if source.downloaded and "does not exist" in picture else "fault", picture)
     name, side = entry["image"], entry.pop("split", source.split or None)
     into.names[picture.identity] = min(name, into.names.get(picture.identity, name))
     entry["image"] = str(picture.path).removeprefix(into.base).replace(os.sep, "/")

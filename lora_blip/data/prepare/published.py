@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, as_text
-from lora_blip.data.formats import LONGEST, TOO_LONG, Located, csv_entries, numbered_lines, open_text
+from lora_blip.data.formats import LONGEST, TOO_LONG, Located, csv_entries, numbered_lines, open_text, with_slashes
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
@@ -31,11 +31,15 @@ def document(path: Path) -> Any:
     """Return the parsed JSON. VQAv2's answers and Karpathy's sentences become strings, which need a tenth of the memory."""
     try:
         with open_text(path) as file:
-            return parsed(file.read(), _COMPACT)
+            text = file.read()
+        return parsed(text, _COMPACT)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({why(error)})") from None
     except ValueError as error:
-        where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 0
+        where = f":{line}" * bool(line)
+        if line and (fix := with_slashes(text, line)):
+            raise DataError(f"{path}{where}: {fix}") from None
         raise DataError(
             f"{path}{where}: not valid JSON ({error}); the file may be incomplete: download or unpack it again"
         ) from None

@@ -1,0 +1,200 @@
+"""Find the image file that is meant by a path from another machine, with backslashes, or with ~ and $HOME."""
+
+import difflib
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from lora_blip.runtime.untrusted import quoted
+
+MOST_FILES = 2_000_000  # files of an image root that are listed
+SUGGESTED = 20  # missing images for which the nearest existing name is searched
+SAMPLE = 64  # images that are looked for before the first step if images are opened only when needed
+COMPARED = 5000  # names that the search compares
+SHOWN = 3  # candidates in a message
+COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the release of 2017 has the same photos without it
+SUFFIX_AFTER_JPG = re.compile(r"(\.jpe?g)\.\d+$")  # Flickr8k's text file contains 2258277193_586949ec62.jpg.1
+ABSOLUTE = re.compile(r"[/\\~$]|[A-Za-z]:[/\\]")
+SPLIT_FOLDERS = re.compile(r"(train|val|valid|validation|test|dev)(20\d\d)?", re.IGNORECASE)
+
+Folders = tuple[str, ...]  # of a file, from the outermost to the innermost
+
+
+class ImageFinder:
+    """Finds the images of a source under the folder `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.moved: dict[str, str] = {}  # path as written → its path under the root, if the two differ
+        self.names: dict[str, list[Folders]] | None = None  # file name → folders under the root that contain it
+        self.complete = True  # False if the root has more than MOST_FILES files
+        self.prefix: tuple[Folders, Folders] | None = None  # the one replacement of leading folders by others
+        self.by_name: dict[str, str] = {}  # file found by its name alone → path as written
+        self.suggestions = 0
+
+    def find(self, written: str) -> tuple[str, str]:
+        """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files fit.
+
+        A path that exists is returned at once. Any other is compared, from its end, with the paths of all files below the
+        root, and the file with the most equal parts is taken. A file in a different folder is never taken for its name alone.
+        """
+        for path in self._spellings(written):
+            if os.path.lexists(path):
+                return path, ""
+        names = [name for name in re.split(r"[/\\]+", written) if name not in ("", ".")]
+        folders = tuple(_plain(name) for name in names[:-1] if not re.fullmatch("[A-Za-z]:", name))
+        if not names or ".." in folders:
+            return "", self._missing(written, ())
+        fits, name = [], ""
+        for name in _names_of(names[-1]):
+            fits = self._best(name, folders, bool(ABSOLUTE.match(written)))
+            if fits:
+                break
+        if len(fits) > 1:
+            return "", f"{quoted(written)} may be {_listed(self._relative(name, fit) for fit in fits)}; write its folder too"
+        if not fits or not self._is_consistent(written, name, folders, fits[0]):
+            return "", self._missing(written, folders)
+        relative = self._relative(name, fits[0])
+        self.moved[written] = relative
+        return str(self.root / relative), ""
+
+    def describe(self) -> str:
+        """Return how many paths were found by their ends, with an example, or "" if none was."""
+        if not self.moved:
+            return ""
+        written, path = next(iter(self.moved.items()))
+        return f"{len(self.moved):,} image path(s) were found in {self.root} by their ends: {quoted(written)} is {path}"
+
+    def _spellings(self, written: str) -> Iterator[str]:
+        yield str(self.root / written)
+        if "\\" in written:
+            written = written.replace("\\", "/")
+            yield str(self.root / written)
+        if written.startswith("~") or "$" in written:
+            yield str(self.root / os.path.expandvars(os.path.expanduser(written)))  # noqa: PTH111  # a bare ~x stays
+
+    def _best(self, name: str, folders: Folders, absolute: bool) -> list[Folders]:
+        """Return the folders with the most parts in common with the end of `folders`, among those that do not contradict it."""
+        best = -1
+        result: list[Folders] = []
+        for found in self._index().get(_plain(name), ()):
+            count, replaced, rest = self._compared(folders, found)
+            other_prefix = absolute and count > 0 and not _are_splits(replaced, rest)
+            fits = not rest or not replaced or other_prefix or COCO_2014.match(name)
+            if fits and count >= best:
+                result = [*(result if count == best else []), found]
+                best = count
+        return result
+
+    def _is_consistent(self, written: str, name: str, folders: Folders, found: Folders) -> bool:
+        """Return False if another path of the source contradicts this choice."""
+        count, replaced, rest = self._compared(folders, found)
+        if COCO_2014.match(name) or not replaced:
+            return True
+        if rest:
+            self.prefix = self.prefix or (replaced, rest)
+            return self.prefix == (replaced, rest)
+        unique = len(self._index()[_plain(name)]) == 1
+        return count > 0 or (unique and self.by_name.setdefault(name, written) == written)
+
+    def _compared(self, folders: Folders, found: Folders) -> tuple[int, Folders, Folders]:
+        """Return the number of equal parts at the end of both, and what precedes them: as written, and under the root.
+
+        The names of the root and of the folders above it count too: C:/data/img/1.png is in the root /home/me/img.
+        """
+        under = tuple(map(_plain, found))
+        count = _common(folders, (*map(_plain, self.root.parts), *under))
+        return count, folders[: len(folders) - count], under[: max(len(under) - count, 0)]
+
+    def _index(self) -> dict[str, list[Folders]]:
+        """Return {file name: its folders under the root}. Hidden folders are not searched."""
+        if self.names is None:
+            self.names, count = {}, 0
+            for folder, below, files in os.walk(self.root):
+                below[:] = sorted(name for name in below if not name.startswith("."))
+                parts = Path(folder).relative_to(self.root).parts
+                for file in files:
+                    self.names.setdefault(_plain(file), []).append(parts)
+                count += len(files)
+                if count > MOST_FILES:
+                    self.complete = False
+                    break
+        return self.names
+
+    def _relative(self, name: str, folders: Folders) -> str:
+        plain, folder = _plain(name), self.root.joinpath(*folders)
+        if name.isascii() or (folder / name).exists():
+            return "/".join((*folders, name))
+        return "/".join((*folders, next(file for file in os.listdir(folder) if _plain(file) == plain)))  # noqa: PTH208
+
+    def _missing(self, written: str, folders: Folders) -> str:
+        """Return the reason for a missing file, with the nearest existing name for the first few."""
+        message = f"{self.root / written} does not exist"
+        if not self.complete:
+            message += f" (only {MOST_FILES:,} files of {self.root} were searched for it)"
+        self.suggestions += 1
+        if self.suggestions > SUGGESTED:
+            return message
+        name = _plain(re.split(r"[/\\]", written)[-1])
+        index = self._index()
+        if name in index:
+            others = _listed("/".join((*found, name)) for found in index[name])
+            return f"{message}; another folder has a file of this name: {others}"
+        same = [file for file, places in index.items() if folders in places] or list(index)
+        near = difflib.get_close_matches(name, same[:COMPARED], 1, 0.4)
+        if not near:
+            return message
+        place = folders if folders in index[near[0]] else index[near[0]][0]
+        return f"{message}; the nearest existing name is {quoted('/'.join((*place, near[0])))}"
+
+
+def _names_of(name: str) -> Iterator[str]:
+    """Yield a file name, and the names that it has in other releases of its data set."""
+    yield from dict.fromkeys((name, COCO_2014.sub("", name), SUFFIX_AFTER_JPG.sub(r"\1", name)))
+
+
+def _are_splits(first: Folders, second: Folders) -> bool:
+    """Return True if two leading paths end with train and val, for example: they have different images."""
+    return bool(SPLIT_FOLDERS.fullmatch(first[-1]) and SPLIT_FOLDERS.fullmatch(second[-1])) if first and second else False
+
+
+def _common(first: Folders, second: Folders) -> int:
+    """Return the number of equal parts at the end of both."""
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _plain(name: str) -> str:
+    """Return a name in one Unicode form: macOS writes é as two characters."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _listed(paths: Iterator[str]) -> str:
+    some = list(paths)
+    more = f" or {len(some) - SHOWN} more" if len(some) > SHOWN else ""
+    return " or ".join(quoted(path) for path in some[:SHOWN]) + more
+
+
+def moved_images(
+    written: Iterable[tuple[str, str]], root: Path, all_of_them: bool, report: Callable[[str], object]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return {missing file: the file that is meant} and {missing file: reason} for pairs of a path as written and its file.
+
+    Unless `all_of_them`, only the first SAMPLE files are looked for, and all if one of these has moved. `report` is called with
+    the number of moved images.
+    """
+    pairs, finder = iter(written), ImageFinder(root)
+    found = _found(islice(pairs, None if all_of_them else SAMPLE), finder)
+    if any(path for path, _ in found.values()):
+        found |= _found(pairs, finder)
+    if message := finder.describe():
+        report(message)
+    moved = {file: path for file, (path, _) in found.items() if path}
+    return moved, {file: reason for file, (path, reason) in found.items() if not path}
+
+
+def _found(pairs: Iterable[tuple[str, str]], finder: ImageFinder) -> dict[str, tuple[str, str]]:
+    return {file: finder.find(name) for name, file in pairs if not os.path.lexists(file)}
