@@ -48,7 +48,10 @@ def test_every_micro_batch_is_one_ranks_own_once(batches, accumulation, ranks):
     assert [slot.number for turn in order for slot in turn if not slot.is_filler] == list(range(batches))
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("blip", 2), ("vqa", 3), ("opt", 2), ("itm", 3)])
+SLOW_THREE = [pytest.param(kind, 3, marks=pytest.mark.slow) for kind in ("vqa", "itm")]  # three processes on two cores
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("blip", 2), ("opt", 2), *SLOW_THREE])
 def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
     """20 steps, uneven captions, tails of one line, dropout, drawn negatives: every loss to 1e-6, the adapters to the bit."""
     changes = {
