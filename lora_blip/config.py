@@ -94,6 +94,10 @@ class TrainConfig:
     augment: bool = setting(True, "small random shift, scale and brightness; mirror, unless a text says left or right")
     views: int = setting(0, "augmented versions of each image, used in turn and cached; 0: always a new one")
     val_annotations: str = setting("", "annotations of the validation images; empty: VAL_FRACTION of the images", path="always")
+    image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
+    text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
+    question_key: str = setting("", "column or key of the question; empty: question")
+    answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the annotations is invalid: "stop" or "skip" the line')
     check_images: Literal["all", "lazy"] = setting(
         "all", '"all": decode each before the first step; "lazy": decode when needed, and stop at a broken one'
@@ -225,9 +229,7 @@ class EvaluateConfig:
 
     references: str = setting("", "annotations with the right texts, in the format of training", group="Data", path="always")
     image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder", path="always")
-    train_annotations: str = setting(
-        "", 'annotations to search for leaks; empty: those of the training; "none": no search', path="always"
-    )
+    train_annotations: str = setting("", 'searched for leaks; empty: those of the training; "none": no search', path="always")
     train_image_root: str = setting("", "folder of their image paths; empty: as in the training", path="always")
     on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the references is invalid: "stop" or "skip" the line')
     output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output", path="always")

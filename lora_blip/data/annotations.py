@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -19,7 +19,7 @@ from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import FILE, SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import Located, Location, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
@@ -61,6 +61,7 @@ def read(
     trim: Callable[[Example], Example] | None = None,
     report: Callable[[str], object] = print,
     decoded: Callable[[str, Image.Image], object] | None = None,
+    keys: Keys = NO_KEYS,
 ) -> tuple[list[Example], list[Problem]]:
     """Return the valid lines as Examples, and the invalid lines as Problems.
 
@@ -74,6 +75,7 @@ def read(
     trim: returns an example without the task's prompt at the start of its texts.
     report: called with each message about ignored keys, removed prompts, and lines with their own prompt.
     decoded: called with each image file and its decoded image, from several threads.
+    keys: the names of the columns or keys, if they are not common ones.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
@@ -81,7 +83,7 @@ def read(
     good: list[Example] = []
     problems: list[Problem] = []
     with many_objects():
-        for path, root, entries in sources_of(source):
+        for path, root, entries in sources_of(source, keys, report):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root)
             parsed = _parsed(path, entries, builder, report)
             if trim:
@@ -105,17 +107,25 @@ def read(
     return good, problems
 
 
-def sources_of(source: Path) -> list[tuple[Path, Path, Callable[[], Iterator[Located]]]]:
+def sources_of(
+    source: Path, keys: Keys = NO_KEYS, report: Callable[[str], object] = print
+) -> list[tuple[Path, Path, Callable[[], Iterator[Located]]]]:
     """Return the file, the default folder of its images and a reader of its entries, for each file to read.
 
     Raise DataError if the file does not exist, cannot be read, or has an unknown format.
     """
     if not os.path.lexists(source):
         raise DataError(f"annotations {str(source)!r} do not exist; {EXPECTED}")
-    if source.suffix.lower() in (".jsonl", ".ndjson"):
+    if source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
+        with suppress(OSError):  # `_parsed` reports it
+            if encoding := describe_encoding(source, table=False):
+                report(printable(encoding))
         return [(source, source.parent, partial(jsonl_entries, source))]
     try:
-        return [(one.path, one.root, one.entries) for one in find_sources(str(source))]
+        found = find_sources(str(source), keys=keys)
+        for encoding in filter(None, (one.encoding for one in found)):
+            report(printable(encoding))
+        return [(one.path, one.root, one.entries) for one in found]
     except DataError as error:
         raise DataError(f"annotations: {error}") from None
 

@@ -7,8 +7,15 @@ from typing import Any
 
 from lora_blip.runtime.untrusted import cut, is_path, quoted
 
-IMAGE_KEYS = ("image", "image_path", "file_name")
-TEXT_KEYS = ("text", "caption")
+# names of keys and of columns; if a line has several of these, the first in this order counts
+IMAGE_KEYS = (
+    "image", "image_path", "file_name", "filename", "file", "filepath", "file_path", "path", "img", "img_path", "image_file",
+    "image_filename", "image_name", "imagename", "img_name", "photo", "picture",
+)  # fmt: skip
+TEXT_KEYS = (
+    "text", "caption", "captions", "texts", "sentence", "sentences", "description", "descriptions", "comment", "title",
+    "alt_text", "prompt",
+)  # fmt: skip
 ANSWER_KEYS = ("answers", "answer")
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})  # of unescaped backslashes
@@ -50,7 +57,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)
     if not isinstance(image, str) or not image.strip():
-        return f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}, with a path"
+        return f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path"
     if not is_path(image):
         corrected = image.translate(LETTERS)
         if corrected != image and "\n\n" not in image and is_path(corrected):
@@ -67,7 +74,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 def _caption(rest: Entry) -> Entry:
     if rest.keys().isdisjoint(TEXT_KEYS):
         keys = f"; this line has the keys {quoted(list(rest))[1:-1]}" if rest else ""
-        raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS)}, or question and answers{keys}")
+        raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers{keys}")
     return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
 
 

@@ -140,7 +140,7 @@ def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
     for number, entry in jsonl_entries(path):
         image = entry if isinstance(entry, str) else next((entry[key] for key in IMAGE_KEYS if key in entry), None)
         if isinstance(entry, str) or not isinstance(image, str) or not image.strip():
-            reason = entry if isinstance(entry, str) else f"no image: expected one of the keys {', '.join(IMAGE_KEYS)}"
+            reason = entry if isinstance(entry, str) else f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}"
             yield missing(f"{path}:{number}", f"{path}:{number}: {reason}")
         else:
             prompt = plain(as_text(entry.get("prompt")) or "")

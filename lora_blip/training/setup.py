@@ -14,6 +14,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
+from lora_blip.data.formats import Keys
 from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
@@ -213,7 +214,15 @@ def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnai
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     with phase(f"reading {source}"):
         examples, problems = annotations.read(
-            source, config.image_root, config.on_bad_data, task.check, decode, task.pretokenize, task.trim, decoded=keep
+            source,
+            config.image_root,
+            config.on_bad_data,
+            task.check,
+            decode,
+            task.pretokenize,
+            task.trim,
+            decoded=keep,
+            keys=Keys(config.image_key, config.text_key, config.question_key, config.answer_key),
         )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

@@ -57,7 +57,7 @@ def bad_lines(photo: Path) -> dict[str, str]:
         "not valid JSON": '{"image": "a.png", "text": ',
         "expected an object": '["a.png", "t"]',
         "no image": '{"text": "t"}',
-        "no text": '{"image": "a.png", "title": "t"}',
+        "no text": '{"image": "a.png", "headline": "t"}',
         "the text is null": '{"image": "a.png", "caption": null}',
         "not UTF-8": '{"image": "a.png", "text": "half \\ud83d"}',
         "the text is empty": '{"image": "a.png", "text": "  "}',

@@ -11,10 +11,10 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.entries import canonical
-from lora_blip.data.formats import csv_entries, tsv_entries
 from lora_blip.data.prepare.command import PrepareConfig, prepare, shares_of
 from lora_blip.data.prepare.published import document, spaced
 from lora_blip.data.prepare.sources import find_sources
+from lora_blip.data.tables import csv_entries, tsv_entries
 from lora_blip.errors import ConfigError, DataError
 
 Lines = list[dict]
@@ -92,7 +92,7 @@ def test_tsv_entries_are_numbered_by_line_and_a_bad_one_is_a_reason(tmp_path):
 
 def test_only_a_first_line_that_names_columns_is_passed_over(tmp_path):
     path = write(tmp_path / "x.tsv", "image\tcaption", "image\tcaption")
-    assert list(tsv_entries(path)) == [(2, {"image": "image", "caption": "caption"})]
+    assert list(tsv_entries(path)) == [(2, {"image": "image", "text": "caption"})]
 
 
 @pytest.mark.parametrize("text", ["text", "caption"])
@@ -122,8 +122,8 @@ def test_imagefolder_s_own_folders_are_its_splits(run, tmp_path):
 def test_a_csv_of_excel_in_europe_is_read(tmp_path):
     path = write(tmp_path / "x.csv", "\ufeffimage;caption", 'a.png;"red; blue, green"', "", "b.png;one", "c.png")
     assert [entry for _, entry in csv_entries(path)][:2] == [
-        {"image": "a.png", "caption": "red; blue, green"},
-        {"image": "b.png", "caption": "one"},
+        {"image": "a.png", "text": "red; blue, green"},
+        {"image": "b.png", "text": "one"},
     ]
     number, reason = list(csv_entries(path))[2]
     assert number == 5 and "1 column but the header has 2" in reason
@@ -133,7 +133,7 @@ def test_an_open_quote_does_not_swallow_the_lines_below(tmp_path):
     path = write(tmp_path / "x.csv", "image,caption", 'a.png,"open', 'b.png,"closed"', "c.png,fine", 'd.png,"never closed')
     found = list(csv_entries(path))
     assert [number for number, entry in found if isinstance(entry, str)] == [2, 5]
-    assert found[1] == (4, {"image": "c.png", "caption": "fine"})
+    assert found[1] == (4, {"image": "c.png", "text": "fine"})
 
 
 def test_own_jsonl_is_split_and_keeps_its_other_keys(run, tmp_path):
@@ -479,7 +479,7 @@ def test_bad_lines_are_named_by_file_and_line_and_left_out_when_asked(run, tmp_p
         "no image": "\ttext",
         "the text is empty": "a.png\t ",
         "gone.png does not exist": "gone.png\ttext",
-        "not UTF-8": "a.png\tcaf\udce9",
+        "not UTF-8": "a.png\té à caf\udce9",
         "it belongs to questions, and the first line to captions": "a.png\tq\ta",
     }
     source = tmp_path / "x.tsv"
@@ -578,8 +578,7 @@ def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
         ("captions_train2017.json", whole[:-20].encode(), r"captions_train2017\.json:1: not valid JSON .*download"),
         ("instances.json", b'{"categories": []}', r"an unknown format \(its keys are categories\); set format"),
         ("notes.txt", b"hello there", "the format is unknown: it begins with 'hello there'; set format"),
-        ("wide.tsv", "a.png\ttext".encode("utf-16"), "UTF-16; save it as UTF-8"),
-        ("x.csv", b"picture,words\na.png,t", r"x\.csv:1: the first line must name the columns"),
+        ("x.csv", b"picture,words\na.png,t", r'x\.csv:1: no column has a known name for the text(.|\n)*--text-key "words"'),
         ("list.json", b'{"images": 3}', 'expected a list "images"'),
     ):
         (tmp_path / name).write_bytes(content)

@@ -26,10 +26,11 @@ from torch import nn
 
 from lora_blip.data import annotations, formats, images
 from lora_blip.data.entries import canonical
-from lora_blip.data.formats import csv_entries, jsonl_entries, tsv_entries
+from lora_blip.data.formats import jsonl_entries
 from lora_blip.data.images import open_image
 from lora_blip.data.prepare.folders import Folder
 from lora_blip.data.prepare.sources import find_sources
+from lora_blip.data.tables import csv_entries, tsv_entries
 from lora_blip.errors import AdapterError, DataError, ImageError
 from lora_blip.inference.setup import described, task_of
 from lora_blip.lora import adapter_file, attached, header
@@ -661,13 +662,19 @@ def test_every_line_end_and_mark_is_read(photo, tmp_path, end, mark):
     assert [example.line for example in annotations.read(tmp_path / "x.jsonl")[0]] == [1, 3] and photo.exists()
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-16-be", "utf-32"])
 def test_other_encodings_are_named(photo, tmp_path, encoding):
-    """UTF-16 says so by its mark; without one no line is JSON."""
+    """Without a mark of UTF-16, no line is JSON."""
     (tmp_path / "x.jsonl").write_bytes(GOOD.encode(encoding))
-    with pytest.raises(DataError, match="it is UTF-16; save it as UTF-8" if encoding == "utf-16" else "UTF-16|not valid JSON"):
+    with pytest.raises(DataError, match="not valid JSON"):
         annotations.read(tmp_path / "x.jsonl", on_bad_data="skip")
     assert photo.exists()
+
+
+def test_utf_16_with_its_mark_is_read(photo, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_bytes(GOOD.encode("utf-16"))
+    assert [example.file for example in annotations.read(tmp_path / "x.jsonl")[0]] == [str(photo)]
+    assert "x.jsonl is read as UTF-16" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("photo")

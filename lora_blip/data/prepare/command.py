@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from lora_blip.config import check, require, setting
 from lora_blip.data.annotations import LISTED, many_objects
 from lora_blip.data.entries import NOT_UTF8, Entry, canonical
-from lora_blip.data.formats import Location
+from lora_blip.data.formats import Keys, Location
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.published import SPLITS
 from lora_blip.data.prepare.sources import Source, find_sources
@@ -44,9 +44,13 @@ class PrepareConfig:
     output_dir: str = setting(
         "prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten", path="always"
     )
-    format: Literal["auto", "jsonl", "json", "tsv", "csv", "coco", "vqa", "karpathy", "flickr8k"] = setting(
+    format: Literal["auto", "jsonl", "json", "tsv", "csv", "xlsx", "coco", "vqa", "karpathy", "flickr8k"] = setting(
         "auto", "format of the source; auto: detect it from the content"
     )
+    image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
+    text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
+    question_key: str = setting("", "column or key of the question; empty: question")
+    answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     splits: str = setting("0.9,0.05,0.05", "fractions of the images for train, val and test; 1: only train")
     own_splits: bool = setting(True, "use the splits of the data set, if it has any; false: draw random splits")
     seed: int = setting(0, "seed of the random splits")
@@ -103,7 +107,7 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
     refuse_existing(output)
     print(printable(f"reading {config.source} …"), flush=True)
     gathered = Gathered(f"{output.absolute()}{os.sep}")
-    for source in find_sources(config.source, config.format):
+    for source in find_sources(config.source, config.format, keys_of(config)):
         folder = Folder(Path(config.images) if config.images else source.root)
         with phase(lambda: f"reading {source.path}: {len(gathered.rows):,} lines"):  # called in this turn
             gather(source, folder, gathered)
@@ -115,6 +119,10 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
         files = write(output, rows, gathered.dropped)
     report(files, rows, gathered)
     return {side: files[side] for side in SIDES if side in files}
+
+
+def keys_of(config: PrepareConfig) -> Keys:
+    return Keys(config.image_key, config.text_key, config.question_key, config.answer_key)
 
 
 def refuse_existing(output: Path) -> None:
@@ -143,6 +151,8 @@ def gather(source: Source, folder: Folder, into: Gathered) -> None:
         )
     entries = len(into.rows) - before + len(into.dropped) - dropped
     print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
+    if source.encoding:
+        print(printable(source.encoding))
     if moved := folder.finder.describe():
         print(printable(moved))
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, as_text
-from lora_blip.data.formats import LONGEST, TOO_LONG, Located, csv_entries, numbered_lines, open_text, with_slashes
+from lora_blip.data.formats import LONGEST, TOO_LONG, Located, numbered_lines, open_text, with_slashes
+from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
@@ -154,7 +155,7 @@ def flickr8k_entries(path: Path) -> Iterator[Located]:
         kaggle = file.readline(LONGEST).strip().lower() == "image,caption"
     for number, entry in csv_entries(path) if kaggle else _token_entries(path):
         if isinstance(entry, dict):
-            entry["caption"] = spaced(entry["caption"])
+            entry["text"] = spaced(entry["text"])
             if sides:
                 entry["split"] = sides.get(entry["image"]) or sides.get(whole_name(entry["image"]), "")
         yield number, entry
@@ -175,7 +176,7 @@ def _token_entries(path: Path) -> Iterator[Located]:
         if line is None:
             yield number, TOO_LONG
         elif match := TOKEN.fullmatch(line.strip()):
-            yield number, {"image": match[1], "caption": match[2]}
+            yield number, {"image": match[1], "text": match[2]}
         else:
             yield number, f"expected image.jpg#0⇥caption, got {line.strip()[:60]!r}"
 

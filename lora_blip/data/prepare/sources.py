@@ -9,17 +9,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data import entries, formats
-from lora_blip.data.formats import Located
+from lora_blip.data import entries, formats, tables
+from lora_blip.data.formats import NO_KEYS, Keys, Located
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.published import SPLITS, TOKEN, YEAR
+from lora_blip.data.workbook import SIGNATURES, workbook_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
 
+TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
+    "tsv": tables.tsv_entries,
+    "csv": tables.csv_entries,
+    "xlsx": workbook_entries,
+}
 LINES: dict[str, Callable[[Path], Iterator[Located]]] = {
     "jsonl": formats.jsonl_entries,
-    "tsv": formats.tsv_entries,
-    "csv": formats.csv_entries,
     "flickr8k": published.flickr8k_entries,
 }
 DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
@@ -27,8 +31,8 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "coco": published.coco_entries,
     "karpathy": published.karpathy_entries,
 }
-FORMATS = (*LINES, *DOCUMENTS, "vqa")
-OWN = ("jsonl", "tsv", "csv")  # written by the user, who can fix a line; the others are downloaded
+FORMATS = (*LINES, *TABLES, *DOCUMENTS, "vqa")
+OWN = ("jsonl", "tsv", "csv", "xlsx")  # written by the user, who can fix a line; the others are downloaded
 
 IN_A_FOLDER = {  # format → names of its files in a folder; the first that exists is used
     "flickr8k": ("Flickr8k.token.txt", "captions.txt"),
@@ -51,6 +55,11 @@ class Source:
     split: str = ""
 
     @property
+    def encoding(self) -> str:
+        """A line about the encoding of the file, if it is not UTF-8, or ""."""
+        return formats.describe_encoding(self.path, self.format in ("csv", "tsv")) if self.format != "xlsx" else ""
+
+    @property
     def downloaded(self) -> bool:
         return self.format not in OWN
 
@@ -61,8 +70,11 @@ class Source:
         return self.path.parent.absolute().parent if self.downloaded and texts else self.path.parent
 
 
-def find_sources(where: str, form: str = "auto") -> list[Source]:
-    """Return the sources of a file, of several files separated by commas, or of a folder. Raise DataError if there are none."""
+def find_sources(where: str, form: str = "auto", keys: Keys = NO_KEYS) -> list[Source]:
+    """Return the sources of a file, of several files separated by commas, or of a folder. Raise DataError if there are none.
+
+    keys: the names of the columns or keys, if they are not common ones.
+    """
     paths = [Path(where)] if _exists(Path(where)) else [Path(part.strip()) for part in where.split(",") if part.strip()]
     if missing := [path for path in paths if not _exists(path)]:
         raise DataError(
@@ -71,24 +83,41 @@ def find_sources(where: str, form: str = "auto") -> list[Source]:
     files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths)
     loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
     answers = {path: found for path, (kind, found) in loaded.items() if kind == "vqa" and "questions" not in found}
-    sources = [_source(path, kind, found, answers) for path, (kind, found) in loaded.items() if path not in answers]
+    sources = [_source(path, kind, found, answers, keys) for path, (kind, found) in loaded.items() if path not in answers]
     if not sources:
         raise DataError(f"{where}: VQAv2's answers without its questions; give both files, separated by a comma")
     return sources
 
 
-def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any]) -> Source:
+def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any], keys: Keys) -> Source:
     side = (year := YEAR.search(path.name)) and year[1].lower()  # captions_train2017.json
+    folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
+    if kind in TABLES:
+        return Source(path, kind, partial(TABLES[kind], path, keys), folder)
     if kind in LINES:
-        folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
-        return Source(path, kind, partial(LINES[kind], path), folder)
+        return Source(path, kind, partial(with_keys, partial(LINES[kind], path), keys), folder)
     if kind in DOCUMENTS:
-        return Source(path, kind, partial(DOCUMENTS[kind], path, found), side or "" if kind == "coco" else "")
+        entries = partial(with_keys, partial(DOCUMENTS[kind], path, found), keys)
+        return Source(path, kind, entries, side or "" if kind == "coco" else "")
     subset = published.subset_of(path, found)
     fitting = [other for other in answers if published.subset_of(other, answers[other]) == subset]
     if not fitting:
         raise DataError(f"{path}: VQAv2's questions without their answers; give both files, separated by a comma")
     return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side or "")
+
+
+def with_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
+    """Yield the entries with our names instead of those that the user gives."""
+    named = {name: ours for ours, name in keys.named.items()}
+    for at, entry in entries():
+        if named and isinstance(entry, dict):
+            yield (
+                at,
+                {key: value for key, value in entry.items() if key not in named.values()}
+                | {named[key]: value for key, value in entry.items() if key in named},
+            )
+        else:
+            yield at, entry
 
 
 def _load(path: Path, form: str) -> tuple[str, Any]:
@@ -98,12 +127,13 @@ def _load(path: Path, form: str) -> tuple[str, Any]:
             head = file.read(8192)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({why(error)})") from None
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError(f"{path} is UTF-16; save it as UTF-8")
+    if form == "auto" and head.startswith(SIGNATURES):
+        form = "xlsx"
     if form == "auto":
-        lines = head.decode("utf-8-sig", errors="replace").splitlines()
+        wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        lines = head.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
         form = _line_format(path, next((line.strip() for line in lines if line.strip() and not line.startswith("#")), ""))
-    if form in LINES:
+    if form in LINES or form in TABLES:
         return form, None
     found = published.document(path)
     kind = _document_format(found) if form == "document" else form
@@ -131,7 +161,7 @@ def _line_format(path: Path, first: str) -> str:
         return "tsv"
     if suffix == ".json" or first.startswith(("{", "[")):
         return "jsonl" if _is_object(first) else "document"
-    if formats.is_header(re.split("[,;]", first)):
+    if tables.is_header(re.split(r"[,;\t|]", first)):
         return "flickr8k" if (path.name, first.lower()) == ("captions.txt", "image,caption") else "csv"
     if "\t" in first:
         return "tsv"

@@ -1,0 +1,265 @@
+"""Read tables, such as CSV and TSV: yield a line number with an entry, or with the reason why it is invalid.
+
+The delimiter, the quoting, the encoding and the columns are detected. `Keys` names columns that are not detected.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry
+from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, Located, bounded, open_text, table_encoding
+from lora_blip.errors import DataError
+from lora_blip.runtime.untrusted import quoted
+
+ANSWER_SEPARATOR = "|"  # between the answers of one cell
+WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
+INTEGER = re.compile(r"-?[0-9]+")
+IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
+QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
+DELIMITERS = ",\t;|"
+SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
+FEW_COLUMNS = 12  # columns in a message
+
+Row = tuple[int, list[str] | str]  # the number of its first line, and its cells or the reason why it is invalid
+
+
+def csv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
+    """Read rows below a header such as image,caption or file_name;text. Other columns are kept. Quoting follows RFC 4180."""
+    sample = _sample(path)
+    delimiter = delimiter_of(sample, ",", keys)
+    with open_text(path, newline="", encoding=table_encoding(path)) as file:
+        yield from of_rows(path, csv_rows(bounded(file), delimiter), keys, needs_header=True)
+
+
+def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
+    """Read lines of image⇥caption, or image⇥question⇥answer with `|` between several answers.
+
+    ⇥ is a tab. A line that starts with # is a comment; for an image with such a name, write ./#1.png. The first line may name
+    the columns. Quotes have no special meaning, unless the sample shows that all texts with quotes are in quotes.
+    """
+    sample = _sample(path)
+    delimiter = delimiter_of([line for line in sample if not line.startswith("#")], "\t", keys)
+    is_quoted = delimiter != "\t" or _is_quoted(sample)
+    with open_text(path, newline="" if is_quoted else None, encoding=table_encoding(path)) as file:
+        lines = bounded(file)
+        rows = csv_rows(lines, delimiter) if is_quoted else _plain_rows(lines)
+        yield from of_rows(path, (row for row in rows if not _is_comment(row)), keys, needs_header=False)
+
+
+def of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: bool) -> Iterator[Located]:
+    """Yield the entries of the rows of a table. Raise DataError if the columns are unknown."""
+    first = list(islice(rows, SAMPLE))
+    number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
+    names = _names(header)
+    below = [row for at, row in first if isinstance(row, list) and at != number and len(row) == len(header)]
+    if not (keys.named or is_header(names)) and not _is_header_row(header, below, needs_header):
+        yield from _without_header(chain(first, rows), first)
+        return
+    if reason := _repeated(names):
+        yield number, reason
+        return
+    columns = _columns(path, number, header, below, keys)
+    count = len(header)
+    for at, row in chain(first, rows):
+        if isinstance(row, str):
+            yield at, row
+        elif len(row) != count:
+            different = f"{len(row)} column{'s' * (len(row) > 1)} but the header has {count}"
+            yield at, f"{different}: put a text with the delimiter in quotes; got {quoted(' '.join(row)[:60])}"
+        elif at != number:
+            yield at, _of_columns(columns, row)
+
+
+def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
+    """Return the delimiter of a table: the one that gives a known header, or else the same number of columns in most lines."""
+
+    def score(delimiter: str) -> tuple[bool, float, bool, int]:
+        rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
+        header = _names(rows[0]) if rows else []
+        known = (
+            is_header(header)
+            or {name.strip().lower() for name in keys.named.values()}
+            <= {cell.strip().lower() for cell in (rows[0] if rows else ())}
+            != set()
+        )
+        counts = [len(row) for row in rows]
+        share = counts.count(counts[0]) / len(counts) if counts and counts[0] > 1 else 0.0
+        return known and len(header) > 1, share, delimiter == usual, counts[0] if counts else 0
+
+    try:
+        return max(DELIMITERS, key=score) if sample else usual
+    except csv.Error:
+        return usual
+
+
+def _sample(path: Path) -> list[str]:
+    with open_text(path, newline="", encoding=table_encoding(path)) as file:
+        return [line for line in islice(bounded(file), SAMPLE) if len(line) <= LONGEST and line.strip()]
+
+
+def _is_quoted(sample: list[str]) -> bool:
+    """Return True if the cells with quotes follow RFC 4180: "a 12"" pizza"."""
+    cells = [line.rstrip("\r\n").split("\t") for line in sample]
+    starting = [cell for row in cells for cell in row if cell.startswith('"')]
+    if not starting or not all(map(QUOTED_CELL.fullmatch, starting)):
+        counts, rows = [len(row) for row in cells], list(csv.reader(sample, delimiter="\t"))
+        split = len(set(counts)) > 1 and len({len(row) for row in rows if row}) == 1 and len(rows) < len(cells)
+        return split and len(rows) > 1  # a text with a line break
+    doubled = any('""' in cell.strip()[1:-1] for cell in starting)
+    return doubled or any(all(cell.startswith('"') for cell in row) for row in cells)
+
+
+def _is_comment(row: Row) -> bool:
+    return isinstance(row[1], list) and bool(row[1]) and row[1][0].startswith("#")
+
+
+def _names(header: list[str]) -> list[str]:
+    """Return the column names in the form in which they are compared: File Name is file_name."""
+    return [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in header]
+
+
+def is_header(cells: Iterable[str]) -> bool:
+    """Return True if the cells are column names: one of an image, and one of a text or question."""
+    names = set(_names(list(cells)))
+    return bool(names.intersection(IMAGE_KEYS) and names.intersection((*TEXT_KEYS, "question")))
+
+
+def _is_header_row(header: list[str], below: list[list[str]], needs_header: bool) -> bool:
+    """Return True if the first row names the columns, by names that are unknown."""
+    if len(header) < 2 or any("://" in cell or IMAGE_NAME.fullmatch(cell.strip()) for cell in header):
+        return needs_header and len(header) < 2
+    return needs_header or any(IMAGE_NAME.fullmatch(cell.strip()) for row in below for cell in row)
+
+
+def _columns(path: Path, number: int, header: list[str], below: list[list[str]], keys: Keys) -> list[str]:
+    """Return "image", "text", "question", "answers" or its own name for each column. Raise DataError if one is unknown."""
+    names, lower = _names(header), [cell.strip().lower() for cell in header]
+    result, taken = list(names), set()
+    for ours, name in keys.named.items():
+        if name.strip().lower() not in lower:
+            shown = _described(header, below)
+            raise DataError(f"{path}:{number}: no column has the name {quoted(name)}; the columns are:\n{shown}")
+        result[lower.index(name.strip().lower())] = ours
+        taken.add(ours)
+    asks = "question" in result
+    for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if asks else (("text", TEXT_KEYS),))):
+        first = next((name for name in known if name in result), None)
+        if ours not in taken and first:
+            result[result.index(first)] = ours
+            taken.add(ours)
+    if "image" not in taken or not ("text" in taken or asks):
+        what = "image" if "image" not in taken else "text"
+        raise DataError(
+            f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{_described(header, below)}\n"
+            f"name the columns: {_flags(header, result, below)}"
+        )
+    return result
+
+
+def _described(header: list[str], below: list[list[str]]) -> str:
+    """Return a line for each column, with its first value."""
+    lines = []
+    for column, name in enumerate(header[:FEW_COLUMNS]):
+        value = next((row[column].strip() for row in below if row[column].strip()), "")
+        lines.append(f"  {quoted(name.strip())}: {quoted(value[:60]) if value else 'empty'}")
+    return "\n".join(lines + [f"  and {len(header) - FEW_COLUMNS} more"] * (len(header) > FEW_COLUMNS))
+
+
+def _flags(header: list[str], keys: list[str], below: list[list[str]]) -> str:
+    """Return the flags for the columns that are most likely the image and the text."""
+
+    def share(column: int) -> tuple[float, float]:
+        """Return the share of cells that are names of images, and the mean number of letters."""
+        cells = [row[column].strip() for row in below]
+        images = sum(bool(IMAGE_NAME.fullmatch(cell)) for cell in cells)
+        letters = sum(not INTEGER.fullmatch(cell) and len(re.sub(r"[^\w ]|\d", "", cell)) for cell in cells)
+        return images / max(len(cells), 1), letters / max(len(cells), 1)
+
+    columns = range(len(header))
+    image = keys.index("image") if "image" in keys else max(columns, key=lambda column: (share(column)[0], -column))
+    others = [column for column in columns if column != image] or [image]
+    text = keys.index("text") if "text" in keys else max(others, key=lambda column: (share(column)[1], -column))
+    pairs = (("image", image, "image" in keys), ("text", text, "text" in keys))
+    return " ".join(f'--{name}-key "{header[column].strip()}"' for name, column, known in pairs if not known)
+
+
+def _without_header(rows: Iterable[Row], first: list[Row]) -> Iterator[Located]:
+    """Yield the entries of rows of image and caption, or image, question and answers.
+
+    A middle column of whole numbers is not a question: the rows are image, number and caption.
+    """
+    middles = [row[1] for _, row in first if isinstance(row, list) and len(row) == 3]
+    numbered = bool(middles) and all(INTEGER.fullmatch(cell.strip()) for cell in middles)
+    for number, row in rows:
+        if isinstance(row, str):
+            yield number, row
+            continue
+        cells = [cell.strip() for cell in row]
+        if len(cells) == 2 or (len(cells) == 3 and numbered):
+            yield number, {"image": cells[0], "text": cells[-1]}
+        elif len(cells) == 3:
+            yield number, {"image": cells[0], "question": cells[1], "answers": split_answers(cells[2])}
+        else:
+            columns = f"{len(cells)} column{'s' * (len(cells) > 1)}"
+            expected = "expected image⇥caption or image⇥question⇥answer, where ⇥ is a tab"
+            yield number, f"{columns} between tabs: {expected}; got {quoted(' '.join(cells)[:60])}"
+
+
+def _of_columns(names: list[str], cells: list[str]) -> Entry:
+    """Return the entry of a row. A question_id of digits becomes a number, as in JSON."""
+    entry: Entry = {name: cell.strip() for name, cell in zip(names, cells, strict=True) if name}
+    if "answers" in entry:
+        entry["answers"] = split_answers(entry["answers"])
+    if WHOLE.fullmatch(entry.get("question_id", "")):
+        entry["question_id"] = int(entry["question_id"])
+    return entry
+
+
+def _repeated(names: list[str]) -> str:
+    """Return the reason why these column names are invalid, or ""."""
+    twice = next((name for name in names if name and names.count(name) > 1), "")
+    return f"the first line names a column twice: {quoted(twice)}; keep one" if twice else ""
+
+
+def split_answers(cell: str) -> list[str]:
+    """Return the answers in a cell, which are separated by ANSWER_SEPARATOR."""
+    return [answer.strip() for answer in cell.split(ANSWER_SEPARATOR)]
+
+
+def _plain_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """Yield the cells between tabs of each line that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST:
+            yield number, TOO_LONG
+        elif not line.isspace():
+            yield number, [cell.strip() for cell in line.split("\t")]
+
+
+def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[Row]:
+    """Yield each row that is not blank, quoted as in RFC 4180."""
+    overlong: list[int] = []  # lengths of the lines of this row that were cut
+
+    def checked_lines() -> Iterator[str]:
+        for line in lines:
+            overlong.extend([len(line)] * (len(line) > LONGEST))
+            yield line
+
+    # strict: otherwise the text of a quote that is not closed would be the rest of the file
+    reader = csv.reader(checked_lines(), delimiter=delimiter, strict=True)
+    while True:
+        overlong.clear()
+        number = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, f"not valid CSV ({error}): put a text with quotes or commas in quotes, and write its own quotes twice"
+            continue
+        if overlong:
+            yield number, TOO_LONG
+        elif any(cell.strip() for cell in row):
+            yield number, row

@@ -1,0 +1,175 @@
+"""Tables that Excel, pandas and other tools write: the delimiter, the quoting, the encoding and the columns are detected."""
+
+import csv
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_blip.data import annotations
+from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS
+from lora_blip.data.formats import Keys
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.tables import csv_entries, tsv_entries
+from lora_blip.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (2, 2), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def read(path: Path, content: str | bytes, keys: Keys = Keys()) -> list[tuple[str, str]]:  # noqa: B008  # it is frozen
+    """Write a file, and return (name, text) of its examples."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [(e.name, e.text) for e in annotations.read(path, keys=keys, report=print)[0]]
+
+
+BOTH = [("1.png", "a cat"), ("2.png", 'a "red", old; dog|x')]
+
+
+@pytest.mark.parametrize("delimiter", list(",;\t|"))
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_every_delimiter_is_detected_in_a_csv(folder, delimiter, mark):
+    with (folder / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        file.write(mark)
+        csv.writer(file, delimiter=delimiter).writerows([("image", "caption"), *BOTH])
+    assert [(e.name, e.text) for e in annotations.read(folder / "x.csv")[0]] == BOTH
+
+
+@pytest.mark.parametrize("image", IMAGE_KEYS)
+def test_each_common_name_of_the_image_is_known_in_any_case(folder, image):
+    for name in (image, image.upper(), image.replace("_", " ").title(), f" {image} "):
+        assert read(folder / "x.csv", f"{name},caption\n1.png,a\n") == [("1.png", "a")]
+
+
+@pytest.mark.parametrize("text", TEXT_KEYS)
+def test_each_common_name_of_the_text_is_known_in_any_case(folder, text):
+    for name in (text, text.upper(), text.replace("_", " ").title()):
+        assert read(folder / "x.csv", f"id,image,{name}\n7,1.png,a\n") == [("1.png", "a")]
+    assert read(folder / "x.jsonl", f'{{"image": "1.png", "{text}": "a"}}\n') == [("1.png", "a")]
+
+
+def test_a_header_of_unknown_names_lists_the_columns_and_the_flags_to_paste(folder):
+    content = "Datei;Nr;Beschreibung\n1.png;17;eine Katze\n2.png;18;ein Hund\n"
+    with pytest.raises(DataError) as error:
+        read(folder / "x.csv", content)
+    assert str(error.value).splitlines() == [
+        f"{folder / 'x.csv'}:1: no column has a known name for the image; the columns are:",
+        "  'Datei': '1.png'",
+        "  'Nr': '17'",
+        "  'Beschreibung': 'eine Katze'",
+        'name the columns: --image-key "Datei" --text-key "Beschreibung"',
+    ]
+    assert read(folder / "x.csv", content, Keys("Datei", "Beschreibung")) == [("1.png", "eine Katze"), ("2.png", "ein Hund")]
+    with pytest.raises(DataError, match="no column has the name 'Bild'; the columns are:\n  'Datei'"):
+        read(folder / "x.csv", content, Keys("Bild"))
+
+
+def test_keys_name_the_columns_of_questions_and_the_keys_of_json(folder):
+    keys = Keys("F", "", "Q", "A")
+    for name, content in (
+        ("x.csv", "F,Q,A\n1.png,what?,a|b\n"),
+        ("x.tsv", "F\tQ\tA\n1.png\twhat?\ta|b\n"),
+        ("x.jsonl", '{"F": "1.png", "Q": "what?", "A": ["a", "b"]}\n'),
+        ("x.json", '[{"F": "1.png", "Q": "what?", "A": ["a", "b"]}]'),
+    ):
+        (folder / name).write_text(content)
+        (example,) = annotations.read(folder / name, keys=keys)[0]
+        assert (example.name, example.question, example.answers) == ("1.png", "what?", ("a", "b")), name
+        settings = {"image_key": "F", "question_key": "Q", "answer_key": "A", "output_dir": str(folder / f"out {name}")}
+        assert (
+            '"question": "what?"'
+            in prepare(PrepareConfig(source=str(folder / name), splits="1", **settings))["train"].read_text()
+        )
+
+
+def test_a_named_text_column_replaces_a_common_name(folder):
+    assert read(folder / "x.csv", "image,text,long\n1.png,a,b\n", Keys(text="long")) == [("1.png", "b")]
+    assert read(folder / "x.jsonl", '{"image": "1.png", "text": "a", "long": "b"}\n', Keys(text="long")) == [("1.png", "b")]
+
+
+def test_windows_1252_and_utf_16_have_their_accents_and_one_line_each(folder, capsys):
+    for encoding, name, delimiter in (
+        ("cp1252", "Windows-1252", ","),
+        ("utf-16", "UTF-16", "\t"),
+        ("cp1252", "Windows-1252", ";"),
+    ):
+        for suffix in ("csv", "tsv"):
+            content = f"image{delimiter}caption\r\n1.png{delimiter}un café à “Paris” – 5 €\r\n".encode(encoding)
+            assert read(folder / f"x.{suffix}", content) == [("1.png", "un café à “Paris” – 5 €")]
+            printed = capsys.readouterr().out
+            assert printed.count(f"x.{suffix} is read as {name}") == 1
+    read(folder / "x.csv", "image,caption\n1.png,é\n")
+    assert "is read as" not in capsys.readouterr().out
+
+
+def test_one_damaged_byte_does_not_change_the_encoding_of_the_other_lines(folder):
+    entries = "image,caption\n1.png,é à ü\n2.png,caf".encode() + b"\xe9\n"
+    (folder / "x.csv").write_bytes(entries)
+    examples, problems = annotations.read(folder / "x.csv", on_bad_data="skip")
+    assert [e.text for e in examples] == ["é à ü"] and "not UTF-8" in problems[0].reason
+
+
+def test_quotes_in_a_tsv_are_removed_only_if_pandas_wrote_them(folder):
+    assert read(folder / "x.tsv", 'image\tcaption\n1.png\t"a 12"" pizza"\n2.png\tb\n') == [
+        ("1.png", 'a 12" pizza'),
+        ("2.png", "b"),
+    ]
+    assert read(folder / "x.tsv", 'image\tcaption\n1.png\t"two\nlines"\n2.png\tb\n') == [("1.png", "two lines"), ("2.png", "b")]
+    assert read(folder / "x.tsv", '1.png\t"red" cube\n2.png\ta 5" tube\n') == [("1.png", '"red" cube'), ("2.png", 'a 5" tube')]
+    assert read(folder / "x.tsv", '1.png\t"stop"\n2.png\tb\n') == [("1.png", '"stop"'), ("2.png", "b")]
+
+
+def test_a_middle_column_of_whole_numbers_is_no_question(folder):
+    assert read(folder / "x.tsv", "1.png\t0\ta cat\n2.png\t1\ta dog\n") == [("1.png", "a cat"), ("2.png", "a dog")]
+    path = folder / "x.tsv"
+    path.write_text("1.png\thow many?\t2\n")
+    assert list(tsv_entries(path)) == [(1, {"image": "1.png", "question": "how many?", "answers": ["2"]})]
+
+
+def test_a_csv_without_a_header_is_read_by_its_image_names(folder):
+    assert read(folder / "x.csv", "1.png,a cat\n2.png,a dog\n") == [("1.png", "a cat"), ("2.png", "a dog")]
+    with pytest.raises(DataError, match="--image-key"):
+        list(csv_entries(_written(folder / "y.csv", "a,b\nc,d\n")))
+
+
+def _written(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+def test_an_excel_workbook_without_openpyxl_says_how_to_save_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    for content in (b"PK\x03\x04rest", b"\xd0\xcf\x11\xe0rest"):
+        with pytest.raises(
+            DataError, match=r'x\.xlsx is an Excel workbook: pip install "lora_blip\[excel\]"; or in Excel, save it as "CSV'
+        ):
+            read(folder / "x.xlsx", content)
+
+
+def test_an_excel_workbook_is_read_as_a_table(folder, monkeypatch):
+    """A stand-in for openpyxl gives the cells; its errors become one error."""
+    rows: list[tuple] = [
+        ("Photo", "Caption", "n", None),
+        (None, None, None, None),
+        ("1.png", "a cat", 3.0, None),
+        ("2.png", 5, None, None),
+    ]
+    sheet = types.SimpleNamespace(iter_rows=lambda **_: iter(rows))
+    book = types.SimpleNamespace(worksheets=[sheet], close=lambda: None)
+    monkeypatch.setitem(sys.modules, "openpyxl", types.SimpleNamespace(load_workbook=lambda *_, **__: book))
+    with zipfile.ZipFile(folder / "x.xlsx", "w") as archive:
+        archive.writestr("a", "b")
+    assert [(e.name, e.text, e.line) for e in annotations.read(folder / "x.xlsx")[0]] == [
+        ("1.png", "a cat", 3),
+        ("2.png", "5", 4),
+    ]
+    (folder / "y.xlsx").write_bytes(b"PK\x03\x04 damaged")
+    with pytest.raises(DataError, match="is not a readable Excel workbook"):
+        annotations.read(folder / "y.xlsx")
