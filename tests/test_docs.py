@@ -37,7 +37,16 @@ WRITTEN = (  # files and folders that commands write
     "comparison.csv", "base.jsonl", "adapted.jsonl", "predictions.jsonl", "errors.jsonl", "dropped.jsonl", "train.jsonl",
     "val.jsonl", "test.jsonl", "gallery.html", "lora_blip_output/", "OUTPUT_DIR/.cache",
 )  # fmt: skip
-FOREIGN = ("metadata.csv", "metadata.jsonl", "dataset_*.json", "captions.txt", ".tsv", "list.jsonl")  # of other projects
+FOREIGN = (
+    "metadata.csv",
+    "metadata.jsonl",
+    "dataset_*.json",
+    "captions.txt",
+    "results.csv",
+    "meta_cap.json",
+    ".tsv",
+    "list.jsonl",
+)  # of other projects
 OTHER_CAPITALS = {"OMP_NUM_THREADS"}
 
 

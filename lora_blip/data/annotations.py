@@ -19,7 +19,7 @@ from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import FILE, SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, LeftOut, Located, Location, describe_encoding, jsonl_entries
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
@@ -125,9 +125,22 @@ def sources_of(
         found = find_sources(str(source), keys=keys)
         for encoding in filter(None, (one.encoding for one in found)):
             report(printable(encoding))
-        return [(one.path, one.root, one.entries) for one in found]
+        return [(one.path, one.root, partial(usable_entries, one.path, one.entries)) for one in found]
     except DataError as error:
         raise DataError(f"annotations: {error}") from None
+
+
+def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iterator[Located]:
+    """Yield the entries that are not left out, and print how many are, by reason."""
+    counts: dict[str, tuple[int, Location]] = {}
+    for at, entry in entries():
+        if isinstance(entry, LeftOut):
+            count, first = counts.get(entry, (0, at))
+            counts[entry] = count + 1, first
+        else:
+            yield at, entry
+    for reason, (count, first) in list(counts.items())[:LISTED]:
+        print(printable(f"{path}: left out {count:,}, first {first}: {reason}"))
 
 
 def _parsed(

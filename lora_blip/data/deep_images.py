@@ -77,8 +77,9 @@ def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -
     is_clear = values == clear if isinstance(clear, int) else None
     if highest == 2**32 - 1:  # Pillow reads unsigned values as signed
         values = np.where(values < 0, values + 2**32, values)
+    values.clip(0, highest, out=values)
     values *= 255.0 / highest
-    grey = np.rint(values.clip(0, 255, out=values)).astype(np.uint8)
+    grey = np.rint(values).astype(np.uint8)
     if grey.size and grey.max() < DARK:
         on_dark()
     if is_clear is not None:

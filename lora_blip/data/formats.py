@@ -25,6 +25,12 @@ Location = int | str  # the number of a line, or the place of an entry in a JSON
 Located = tuple[Location, Entry | str]  # an entry, or the reason why it is invalid
 
 
+class LeftOut(str):
+    """The reason why a valid entry is left out, such as a caption that its data set rejects. It is counted, and no error."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Keys:
     """The names of the columns or keys of a source. Empty: one of the common names."""

@@ -16,6 +16,7 @@ SAMPLE = 64  # images that are looked for before the first step if images are op
 COMPARED = 5000  # names that the search compares
 SHOWN = 3  # candidates in a message
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the release of 2017 has the same photos without it
+UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
 SUFFIX_AFTER_JPG = re.compile(r"(\.jpe?g)\.\d+$")  # Flickr8k's text file contains 2258277193_586949ec62.jpg.1
 ABSOLUTE = re.compile(r"[/\\~$]|[A-Za-z]:[/\\]")
 SPLIT_FOLDERS = re.compile(r"(train|val|valid|validation|test|dev)(20\d\d)?", re.IGNORECASE)
@@ -153,7 +154,7 @@ class ImageFinder:
 
 def _names_of(name: str) -> Iterator[str]:
     """Yield a file name, and the names that it has in other releases of its data set."""
-    yield from dict.fromkeys((name, COCO_2014.sub("", name), SUFFIX_AFTER_JPG.sub(r"\1", name)))
+    yield from dict.fromkeys((name, COCO_2014.sub("", name), SUFFIX_AFTER_JPG.sub(r"\1", name), UPLOADED.sub("", name)))
 
 
 def _are_splits(first: Folders, second: Folders) -> bool:

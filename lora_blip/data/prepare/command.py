@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,7 +12,8 @@ from typing import Literal, NamedTuple
 from lora_blip.config import check, require, setting
 from lora_blip.data.annotations import LISTED, many_objects
 from lora_blip.data.entries import NOT_UTF8, Entry, canonical
-from lora_blip.data.formats import Keys, Location
+from lora_blip.data.formats import Keys, LeftOut, Location
+from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.published import SPLITS
 from lora_blip.data.prepare.sources import Source, find_sources
@@ -26,6 +28,7 @@ encode = json.JSONEncoder(ensure_ascii=False).encode
 WHY = {
     "missing": "whose image is missing: the downloads of published data sets lack some images",
     "unlisted": "whose image is in no split of its data set (--own-splits false uses it)",
+    "left out": "that are no usable examples:",
     "fault": "invalid lines or entries:",
 }
 NO_SIDE = "it has no split (train, val or test), but other lines have; add it, or draw all splits (--own-splits false)"
@@ -41,12 +44,14 @@ class PrepareConfig:
     images: str = setting(
         "", "folder of the images; empty: the source's folder, or the folder above a data set's texts", path="always"
     )
+    template: str = setting("", 'caption of an image in a class folder, such as "a photo of a {class}"')
     output_dir: str = setting(
         "prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten", path="always"
     )
-    format: Literal["auto", "jsonl", "json", "tsv", "csv", "xlsx", "coco", "vqa", "karpathy", "flickr8k"] = setting(
-        "auto", "format of the source; auto: detect it from the content"
-    )
+    format: Literal[
+        "auto", "jsonl", "json", "tsv", "csv", "xlsx", "coco", "vqa", "karpathy", "flickr8k", "flickr30k", "textcaps", "llava",
+        "labelstudio", "labelstudio_min", "kohya", "folder",
+    ] = setting("auto", "format of the source; auto: detect it from the content")  # fmt: skip
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
     question_key: str = setting("", "column or key of the question; empty: question")
@@ -60,6 +65,7 @@ class PrepareConfig:
         check(self)
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         shares_of(self.splits)
+        require(not self.template or CLASS in self.template, "template", self.template, f"a text that contains {CLASS}")
         if not self.source.strip():
             raise ConfigError("source is empty; give a file or the folder of a data set: --source captions.tsv")
         if self.images and not Path(self.images).is_dir():
@@ -78,11 +84,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Dropped:
-    """A line that is left out. A "fault" is an error of the data. The other two are normal for published data sets."""
+    """A line that is left out. A "fault" is an error of the data. The others are normal for published data sets."""
 
     source: Source
     at: Location
-    why: Literal["fault", "missing", "unlisted"]
+    why: Literal["fault", "missing", "unlisted", "left out"]
     reason: str
 
     def __str__(self) -> str:
@@ -107,7 +113,7 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
     refuse_existing(output)
     print(printable(f"reading {config.source} …"), flush=True)
     gathered = Gathered(f"{output.absolute()}{os.sep}")
-    for source in find_sources(config.source, config.format, keys_of(config)):
+    for source in find_sources(config.source, config.format, keys_of(config), config.template):
         folder = Folder(Path(config.images) if config.images else source.root)
         with phase(lambda: f"reading {source.path}: {len(gathered.rows):,} lines"):  # called in this turn
             gather(source, folder, gathered)
@@ -161,7 +167,7 @@ def examine(source: Source, at: Location, found: Entry | str, folder: Folder, in
     """Return the row of an entry, or the reason why it is dropped."""
     entry = canonical(found) if isinstance(found, dict) else found
     if isinstance(entry, str):
-        return Dropped(source, at, "fault", entry)
+        return Dropped(source, at, "left out" if isinstance(entry, LeftOut) else "fault", entry)
     kind = "questions" if "question" in entry else "captions"
     into.kind = into.kind or kind
     if kind != into.kind:
@@ -245,6 +251,14 @@ def listing(dropped: list[Dropped]) -> list[str]:
     return [str(one) for one in dropped[:LISTED]] + [f"… and {more:,} more"] * (more > 0)
 
 
+def by_reason(dropped: list[Dropped]) -> list[str]:
+    """Return a line for each reason, with its number of entries and the first of them."""
+    firsts = {one.reason: one for one in reversed(dropped)}
+    counts = Counter(one.reason for one in dropped)
+    lines = [f"{count:,} × {firsts[reason]}" for reason, count in counts.most_common(LISTED)]
+    return lines + [f"… and {len(counts) - LISTED:,} more reasons"] * (len(counts) > LISTED)
+
+
 def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> dict[str, Path]:
     """Write a file for each split that has lines, and one for the dropped lines."""
     reasons = [{"file": str(one.source.path), "at": one.at, "why": one.why, "reason": one.reason} for one in dropped]
@@ -269,7 +283,8 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], gathered: Gathere
     for why, title in WHY.items():
         if these := [dropped for dropped in gathered.dropped if dropped.why == why]:
             print(f"  {len(these):,} {title}")
-            print("\n".join(f"    {line}" for line in (listing(these) if why == "fault" else [f"first {these[0]}"])))
+            lines = listing(these) if why == "fault" else by_reason(these) if why == "left out" else [f"first {these[0]}"]
+            print("\n".join(f"    {line}" for line in lines))
 
 
 def _side(row: Row) -> str | None:

@@ -4,6 +4,7 @@ Each reader yields pairs of a location and an entry, or the reason why the entry
 the image's split in the data set, or "" if it is in none.
 """
 
+import csv
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, as_text
-from lora_blip.data.formats import LONGEST, TOO_LONG, Located, numbered_lines, open_text, with_slashes
+from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered_lines, open_text, with_slashes
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
@@ -21,10 +22,15 @@ SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of 
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
+FLICKR30K = re.compile(r"image(_name)?[|,] ?comment_number[|,] ?comment", re.IGNORECASE)  # the header of both tables
 FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 TEXT = str | int | float  # what `as_text` takes
 VQA_ANSWER = {"answer", "answer_confidence", "answer_id"}
 KARPATHY_SENTENCE = {"raw", "tokens", "imgid", "sentid"}
+VIZWIZ = {
+    "is_rejected": "a caption that VizWiz rejected",
+    "is_precanned": "a canned caption of VizWiz, which describes no image",
+}
 BEFORE_STOP = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
 
 
@@ -70,6 +76,8 @@ def coco_entries(path: Path, found: Any) -> Iterator[Located]:
         reason = _lacks(entry, image_id=int | str, caption=TEXT)
         if not reason and entry["image_id"] not in names:
             reason = f"image_id {quoted(entry['image_id'])} is not among the images"
+        if not reason and (key := next((key for key in VIZWIZ if entry.get(key) is True), "")):
+            reason = LeftOut(VIZWIZ[key])
         if reason:
             yield f"annotations[{index}]", reason
         else:
@@ -159,6 +167,25 @@ def flickr8k_entries(path: Path) -> Iterator[Located]:
             if sides:
                 entry["split"] = sides.get(entry["image"]) or sides.get(whole_name(entry["image"]), "")
         yield number, entry
+
+
+def flickr30k_entries(path: Path) -> Iterator[Located]:
+    """Read Flickr30k's results.csv (image_name| comment_number| comment), or the same table with commas.
+
+    One row of the published results.csv lacks its second separator. It is left out.
+    """
+    separator = ""
+    for number, line in numbered_lines(path):
+        if line is None:
+            yield number, TOO_LONG
+        elif not separator:
+            separator = "|" if "|" in line else ","
+        else:
+            cells = line.split("|", 2) if separator == "|" else next(csv.reader([line]))
+            if len(cells) == 3:
+                yield number, {"image": cells[0].strip(), "caption": spaced(cells[2].strip())}
+            else:
+                yield number, LeftOut(f"a broken row, {len(cells)} columns instead of 3: {quoted(line.strip()[:60])}")
 
 
 def whole_name(image: str) -> str:

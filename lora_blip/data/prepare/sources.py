@@ -11,8 +11,10 @@ from typing import Any
 
 from lora_blip.data import entries, formats, tables
 from lora_blip.data.formats import NO_KEYS, Keys, Located
-from lora_blip.data.prepare import published
+from lora_blip.data.prepare import exports, published
+from lora_blip.data.prepare.folder_layouts import captioned_entries, class_entries, layout_of, refuse_without_template
 from lora_blip.data.prepare.published import SPLITS, TOKEN, YEAR
+from lora_blip.data.prepare.web_addresses import refuse_addresses
 from lora_blip.data.workbook import SIGNATURES, workbook_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
@@ -25,24 +27,35 @@ TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
 LINES: dict[str, Callable[[Path], Iterator[Located]]] = {
     "jsonl": formats.jsonl_entries,
     "flickr8k": published.flickr8k_entries,
+    "flickr30k": published.flickr30k_entries,
 }
 DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "json": published.json_entries,
     "coco": published.coco_entries,
     "karpathy": published.karpathy_entries,
+    "textcaps": exports.textcaps_entries,
+    "llava": exports.llava_entries,
+    "labelstudio": exports.studio_entries,
+    "labelstudio_min": exports.studio_min_entries,
+    "kohya": exports.kohya_entries,
 }
-FORMATS = (*LINES, *TABLES, *DOCUMENTS, "vqa")
-OWN = ("jsonl", "tsv", "csv", "xlsx")  # written by the user, who can fix a line; the others are downloaded
+FORMATS = (*LINES, *TABLES, *DOCUMENTS, "vqa", "folder")
+OWN = ("jsonl", "tsv", "csv", "xlsx", "folder")  # written by the user, who can fix a line; the others are downloaded
 
 IN_A_FOLDER = {  # format → names of its files in a folder; the first that exists is used
+    "flickr30k": ("results_*.token", "results.csv"),
     "flickr8k": ("Flickr8k.token.txt", "captions.txt"),
+    "textcaps": ("TextCaps_*.json",),
     "karpathy": ("dataset_*.json",),
-    "coco": ("captions_*.json",),
+    "coco": ("captions_*.json", "annotations/captions_*.json", "annotations/[tv][ra]*.json"),  # the last: VizWiz
     "vqa": ("v2_*_questions.json",),
     "jsonl": ("metadata.jsonl", "*/metadata.jsonl", "annotations.jsonl"),
     "csv": ("metadata.csv", "*/metadata.csv"),
     "tsv": ("annotations.tsv",),
 }
+
+
+META_CAP = "meta_cap.json"  # of kohya's scripts
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,11 @@ class Source:
     @property
     def encoding(self) -> str:
         """A line about the encoding of the file, if it is not UTF-8, or ""."""
-        return formats.describe_encoding(self.path, self.format in ("csv", "tsv")) if self.format != "xlsx" else ""
+        return (
+            formats.describe_encoding(self.path, self.format in ("csv", "tsv"))
+            if self.format != "xlsx" and self.path.is_file()
+            else ""
+        )
 
     @property
     def downloaded(self) -> bool:
@@ -66,31 +83,52 @@ class Source:
     @property
     def root(self) -> Path:
         """The default folder of its images: the folder of the file, or the parent of a data set's folder of texts."""
+        if self.path.is_dir():
+            return self.path
         texts = re.fullmatch(r"annotations|flicke?r8k_text", self.path.absolute().parent.name, re.IGNORECASE)
         return self.path.parent.absolute().parent if self.downloaded and texts else self.path.parent
 
 
-def find_sources(where: str, form: str = "auto", keys: Keys = NO_KEYS) -> list[Source]:
+def find_sources(where: str, form: str = "auto", keys: Keys = NO_KEYS, template: str = "") -> list[Source]:
     """Return the sources of a file, of several files separated by commas, or of a folder. Raise DataError if there are none.
 
     keys: the names of the columns or keys, if they are not common ones.
+    template: the caption of an image in a class folder, with {class} for the folder's name.
     """
     paths = [Path(where)] if _exists(Path(where)) else [Path(part.strip()) for part in where.split(",") if part.strip()]
     if missing := [path for path in paths if not _exists(path)]:
         raise DataError(
             f"source {str(missing[0])!r} does not exist; give a file, several files separated by commas, or a folder"
         )
-    files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths)
+    folders = [source for path in paths if path.is_dir() and (source := _layout_source(path, form, template))]
+    laid_out = {source.path for source in folders}
+    files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths if path not in laid_out)
     loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
     answers = {path: found for path, (kind, found) in loaded.items() if kind == "vqa" and "questions" not in found}
     sources = [_source(path, kind, found, answers, keys) for path, (kind, found) in loaded.items() if path not in answers]
-    if not sources:
+    if not sources and not folders:
         raise DataError(f"{where}: VQAv2's answers without its questions; give both files, separated by a comma")
-    return sources
+    return folders + sources
+
+
+def _layout_source(folder: Path, form: str, template: str) -> Source | None:
+    """Return the source of a folder that has images and no annotation file with a known name, or None.
+
+    With a template or the format "folder", its annotation files are ignored.
+    """
+    if form != "folder" and not template and (form != "auto" or _known_files(folder, form)):
+        return None
+    layout = layout_of(folder)
+    if layout.captioned and not template:
+        return Source(folder, "img2dataset" if layout.downloads else "folder", partial(captioned_entries, layout))
+    if not layout.images or (form == "auto" and not template and (folder / META_CAP).exists()):
+        return None
+    refuse_without_template(layout, template)
+    return Source(folder, "folder", partial(class_entries, layout, template))
 
 
 def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any], keys: Keys) -> Source:
-    side = (year := YEAR.search(path.name)) and year[1].lower()  # captions_train2017.json
+    side = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
     folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
     if kind in TABLES:
         return Source(path, kind, partial(TABLES[kind], path, keys), folder)
@@ -98,12 +136,12 @@ def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any], keys: K
         return Source(path, kind, partial(with_keys, partial(LINES[kind], path), keys), folder)
     if kind in DOCUMENTS:
         entries = partial(with_keys, partial(DOCUMENTS[kind], path, found), keys)
-        return Source(path, kind, entries, side or "" if kind == "coco" else "")
+        return Source(path, kind, entries, side if kind == "coco" else "")
     subset = published.subset_of(path, found)
     fitting = [other for other in answers if published.subset_of(other, answers[other]) == subset]
     if not fitting:
         raise DataError(f"{path}: VQAv2's questions without their answers; give both files, separated by a comma")
-    return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side or "")
+    return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side)
 
 
 def with_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
@@ -129,13 +167,15 @@ def _load(path: Path, form: str) -> tuple[str, Any]:
         raise DataError(f"{path} cannot be read ({why(error)})") from None
     if form == "auto" and head.startswith(SIGNATURES):
         form = "xlsx"
+    wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    lines = head.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
     if form == "auto":
-        wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        lines = head.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
         form = _line_format(path, next((line.strip() for line in lines if line.strip() and not line.startswith("#")), ""))
+    found = None if form in LINES or form in TABLES else published.document(path)
+    if form != "xlsx":
+        refuse_addresses(path, form, lines, found)
     if form in LINES or form in TABLES:
         return form, None
-    found = published.document(path)
     kind = _document_format(found) if form == "document" else form
     if not kind or (kind == "vqa" and not isinstance(found, dict)):
         keys = f"its keys are {cut(', '.join(list(found)[:8]))}" if isinstance(found, dict) else "it is not an object or list"
@@ -153,12 +193,14 @@ def _exists(path: Path) -> bool:
 def _line_format(path: Path, first: str) -> str:
     """Return the format of a file from its suffix and first line: "document" for one JSON."""
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".csv"):
-        return "csv" if suffix == ".csv" else "jsonl"
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
     if TOKEN.fullmatch(first):
         return "flickr8k"
-    if suffix == ".tsv":
-        return "tsv"
+    if published.FLICKR30K.fullmatch(first):
+        return "flickr30k"
+    if suffix in (".tsv", ".csv"):
+        return suffix[1:]
     if suffix == ".json" or first.startswith(("{", "[")):
         return "jsonl" if _is_object(first) else "document"
     if tables.is_header(re.split(r"[,;\t|]", first)):
@@ -178,6 +220,8 @@ def _is_object(line: str) -> bool:
 
 
 def _document_format(found: Any) -> str:
+    if kind := exports.document_format(found):
+        return kind
     if isinstance(found, list):
         return "json"
     keys = found.keys() if isinstance(found, dict) else set()
@@ -186,13 +230,23 @@ def _document_format(found: Any) -> str:
     return "vqa" if keys & {"questions", "annotations"} else ""
 
 
-def _files_of(folder: Path, form: str) -> list[Path]:
-    """Return the files of the data set in a folder. Raise DataError if there is none, or several."""
+def _known_files(folder: Path, form: str) -> dict[str, list[Path]]:
+    """Return {format: files of a folder with a known name}."""
     found: dict[str, list[Path]] = {}
     for kind, patterns in IN_A_FOLDER.items():
         hits = next((hits for pattern in patterns if (hits := sorted(folder.glob(pattern)))), [])
         if hits and form in ("auto", kind):
             found[kind] = hits
+    if "flickr30k" in found:
+        found.pop("flickr8k", None)  # captions.txt has the same captions
+    return found
+
+
+def _files_of(folder: Path, form: str) -> list[Path]:
+    """Return the files of the data set in a folder. Raise DataError if there is none, or several."""
+    found = _known_files(folder, form)
+    if not found and form in ("auto", "kohya") and (folder / META_CAP).exists():
+        found["kohya"] = [folder / META_CAP]
     names = [path.relative_to(folder).as_posix() for hits in found.values() for path in hits]
     if not names:
         raise DataError(f"{folder}: no file with a known name in this folder; give the file itself as source")

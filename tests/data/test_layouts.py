@@ -1,0 +1,240 @@
+"""Folders and published files in the layouts of other tools: each gives its captions, or one error with the fix."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_blip.data import annotations
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.errors import ConfigError, DataError
+
+Lines = list[dict]
+
+
+def photos(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2), "red").save(folder / name, format="png")
+    return folder
+
+
+def write(path: Path, content: str | dict | list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """run(source, …) → the lines of train.jsonl."""
+
+    def run(source: Path, **settings: object) -> Lines:
+        output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        files = prepare(PrepareConfig(source=str(source), output_dir=str(output), splits="1", **settings))
+        return [json.loads(line) for line in files["train"].read_text().splitlines()]
+
+    return run
+
+
+def pairs(lines: Lines) -> list[tuple[str, str]]:
+    return [(Path(line["image"]).name, line["text"]) for line in lines]
+
+
+def read_directly(source: Path) -> list[tuple[str, str]]:
+    return [(Path(example.name).name, example.text) for example in annotations.read(source)[0]]
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_each_image_has_the_caption_of_the_text_file_next_to_it(run, tmp_path):
+    """kohya's layout: .txt or .caption, nested, with spaces in the names. Training reads it directly."""
+    photos(tmp_path / "set", "10_sks dog/img 1.png", "10_sks dog/img 2.jpg", "b/c/3.webp", "b/4.png")
+    write(tmp_path / "set" / "10_sks dog" / "img 1.txt", "sks dog,\n sitting\n")
+    write(tmp_path / "set" / "10_sks dog" / "img 2.caption", "\ufeffa dog")
+    write(tmp_path / "set" / "b" / "c" / "3.txt", "drei Hühner")
+    write(tmp_path / "set" / "b" / "4.png.txt", "four")
+    write(tmp_path / "set" / "README.txt", "this is no caption")
+    expected = [("img 1.png", "sks dog, sitting"), ("img 2.jpg", "a dog"), ("4.png", "four"), ("3.webp", "drei Hühner")]
+    assert sorted(pairs(run(tmp_path / "set"))) == sorted(expected) == sorted(read_directly(tmp_path / "set"))
+
+
+def test_an_image_without_its_text_file_is_an_error_with_the_name_of_that_file(run, tmp_path):
+    photos(tmp_path / "set", "a.png", "b.png", "c.png")
+    write(tmp_path / "set" / "a.txt", "one")
+    write(tmp_path / "set" / "c.txt", "")
+    with pytest.raises(DataError, match=r"b\.png: it has no caption; write it to b\.txt") as error:
+        run(tmp_path / "set")
+    assert "c.txt: it cannot be read (it is empty); write the caption of c.png to it" in str(error.value)
+    assert pairs(run(tmp_path / "set", on_bad_data="skip")) == [("a.png", "one")]
+
+
+def test_kohya_s_metadata_is_read_as_a_file_and_in_a_folder_without_text_files(run, tmp_path):
+    photos(tmp_path / "set", "d/1.png", "d/2.png")
+    meta = write(
+        tmp_path / "set" / "meta_cap.json", {"d/1.png": {"caption": "one", "tags": "x"}, "d/2.png": {"tags": "two, 2"}}
+    )
+    assert pairs(run(meta)) == pairs(run(tmp_path / "set")) == [("1.png", "one"), ("2.png", "two, 2")]
+
+
+def test_img2dataset_s_failed_downloads_are_counted_and_left_out(run, tmp_path, capsys):
+    folder = photos(tmp_path / "set", "00000/000000000.jpg")
+    for number, status in ((0, "success"), (1, "failed_to_download"), (2, "failed_to_download")):
+        write(folder / "00000" / f"00000000{number}.json", {"status": status, "caption": f"photo {number}"})
+        write(folder / "00000" / f"00000000{number}.txt", f"photo {number}")
+    write(folder / "00000_stats.json", {"count": 3})
+    assert pairs(run(folder)) == [("000000000.jpg", "photo 0")] == read_directly(folder)
+    out = capsys.readouterr().out
+    assert re.search(r"2 × .*img2dataset did not download it \(failed_to_download\)", out)
+    assert re.search(r"left out 2, first .*img2dataset did not download it", out)
+
+
+def test_class_folders_need_a_template(run, tmp_path):
+    folder = photos(tmp_path / "set", "red_fox/1.png", "cat/1.png")
+    with pytest.raises(DataError, match=re.escape('--template "a photo of a {class}"')) as error:
+        run(folder)
+    assert "cat/1.png is then" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(DataError, match="--template"):
+        annotations.read(folder)
+    lines = run(folder, template="a photo of a {class}")
+    assert [line["text"] for line in lines] == ["a photo of a cat", "a photo of a red fox"]
+    with pytest.raises(ConfigError, match="template"):
+        run(folder, template="a photo")
+
+
+def test_train_and_val_above_class_folders_are_splits(tmp_path):
+    photos(tmp_path / "set", "train/cat/1.png", "val/cat/2.png", "train/dog/3.png")
+    config = PrepareConfig(source=str(tmp_path / "set"), output_dir=str(tmp_path / "o"), template="a {class}")
+    files = prepare(config)
+    assert [len(files[side].read_text().splitlines()) for side in ("train", "val")] == [2, 1]
+
+
+def test_images_without_captions_say_what_to_do(run, tmp_path):
+    folder = photos(tmp_path / "set", "a.png")
+    write(folder / "words.json", [])
+    with pytest.raises(DataError, match=r"without captions; write .*a\.txt for a\.png.*words\.json has the captions"):
+        run(folder)
+
+
+# ---------------------------------------------------------------- published files
+
+
+def test_flickr30k_s_three_formats_give_the_same_captions(run, tmp_path, capsys):
+    """One row of results.csv lacks its second separator: it is named and counted, and no error."""
+    folder = photos(tmp_path / "f", "flickr30k_images/1.jpg", "flickr30k_images/2.jpg")
+    rows = [("1.jpg", 0, "A man , in black ."), ("1.jpg", 1, 'A "dog"'), ("2.jpg", 0, "Two .")]
+    expected = [("1.jpg", "A man, in black."), ("1.jpg", 'A "dog"'), ("2.jpg", "Two.")]
+    table = write(
+        folder / "results.csv",
+        "image_name| comment_number| comment\n" + "".join(f"{a}| {n}| {t}\n" for a, n, t in rows) + "2.jpg| 4   A dog runs .\n",
+    )
+    assert pairs(run(table)) == expected == read_directly(table)
+    out = capsys.readouterr().out
+    assert "1 × " in out and f"{table}:5: a broken row" in out and "left out 1, first 5: a broken row" in out
+    quoted = "".join('{},{}," {}"\n'.format(a, n, t.replace('"', '""')) for a, n, t in rows)
+    assert pairs(run(write(folder / "captions.txt", f"image_name,comment_number,comment\n{quoted}"))) == expected
+    write(folder / "results_20130124.token", "".join(f"{a}#{n}\t{t}\n" for a, n, t in rows))
+    assert pairs(run(folder)) == expected
+
+
+def test_vizwiz_s_rejected_and_canned_captions_are_counted_and_left_out(run, tmp_path, capsys):
+    folder = photos(tmp_path / "v", "train/V_1.jpg", "val/V_2.jpg")
+    for side, number in (("train", 1), ("val", 2)):
+        flags = {"is_rejected": False, "is_precanned": False}
+        captions = [{"caption": "good"} | flags, {"caption": "spam"} | flags | {"is_rejected": True}]
+        captions += [{"caption": "Quality issues"} | flags | {"is_precanned": True}]
+        found = {"images": [{"id": number, "file_name": f"V_{number}.jpg"}]}
+        write(folder / "annotations" / f"{side}.json", found | {"annotations": [c | {"image_id": number} for c in captions]})
+    assert pairs(run(folder)) == [("V_1.jpg", "good")]
+    out = capsys.readouterr().out
+    assert "2 × " in out and "rejected" in out and "canned" in out and "4 that are no usable examples" in out
+    assert read_directly(folder / "annotations" / "train.json") == [("V_1.jpg", "good")]
+
+
+def test_textcaps_is_read(run, tmp_path):
+    folder = photos(tmp_path / "t", "train/b0.jpg")
+    entry = {
+        "caption_str": "a clock",
+        "image_id": "b0",
+        "image_path": "train/b0.jpg",
+        "set_name": "train",
+        "reference_strs": [],
+    }
+    write(folder / "TextCaps_0.1_train.json", {"data": [entry, entry | {"caption_str": "noon"}]})
+    assert pairs(run(folder)) == [("b0.jpg", "a clock"), ("b0.jpg", "noon")]
+    with pytest.raises(DataError, match=r"data\[1\]: expected an object with the texts image_path and caption_str"):
+        run(write(folder / "x.json", {"data": [entry, {"image_path": 3}]}))
+
+
+def test_llava_s_conversations_give_each_question_with_its_answer(run, tmp_path, capsys):
+    folder = photos(tmp_path / "l", "a.jpg")
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "a cat"), ("human", "And\n<image>"), ("gpt", "no")]
+    talk = [{"from": role, "value": text} for role, text in turns]
+    lines = run(write(folder / "llava.json", [{"id": "0", "image": "a.jpg", "conversations": talk}, {"conversations": talk}]))
+    assert [(line["question"], line["answers"]) for line in lines] == [("What is it?", ["a cat"]), ("And", ["no"])]
+    assert "a conversation without an image" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"\[0\]\.conversations\[0\]: an answer without a question"):
+        run(write(folder / "bad.json", [{"image": "a.jpg", "conversations": talk[1:]}]))
+
+
+def test_label_studio_s_full_and_min_exports_give_the_same_captions(run, tmp_path, capsys):
+    """The image is found without Label Studio's own address. Skipped and empty tasks are counted."""
+    folder = photos(tmp_path / "s", "images/0.jpg", "images/1.jpg")
+
+    def task(image: str, *texts: str, **more: object) -> dict:
+        result = [{"value": {"text": list(texts)}, "type": "textarea"}] if texts else []
+        return {"id": 1, "annotations": [{"result": result} | more], "data": {"image": image}}
+
+    full = [
+        task("/data/upload/1/0.jpg", "one", "uno"),
+        task("/data/upload/7/0a1b2c3d-1.jpg", "two"),
+        task("/data/local-files/?d=images/1.jpg", "three"),
+        task("/data/upload/1/1.jpg"),
+        task("/data/upload/1/1.jpg", "skipped", was_cancelled=True),
+    ]
+    expected = [("0.jpg", "one"), ("0.jpg", "uno"), ("1.jpg", "two"), ("1.jpg", "three")]
+    path = write(folder / "full.json", full)
+    assert pairs(run(path)) == expected
+    assert "2 × " in capsys.readouterr().out
+    assert [example.text for example in annotations.read(path)[0]] == ["one", "uno", "two", "three"]
+    base = {"annotator": 1, "annotation_id": 0}
+    short = [
+        base | {"image": "/data/upload/1/0.jpg", "caption": {"text": ["one", "uno"]}},
+        base | {"image": "/data/upload/7/0a1b2c3d-1.jpg", "caption": "two"},
+        base | {"image": "/data/local-files/?d=images/1.jpg", "caption": "three"},
+        base | {"image": "/data/upload/1/1.jpg"},
+    ]
+    assert pairs(run(write(folder / "min.json", short))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "command"),
+    [
+        (
+            "cc3m.tsv",
+            "a bus\thttp://x.com/a.JPG?m=800\na cat\thttp://y/1\n",
+            "--input_format tsv --url_col url --caption_col caption",
+        ),
+        ("laion.csv", "caption,link\na bus,https://x/1.jpg\n", "--input_format csv --url_col link --caption_col caption"),
+        ("sbu.json", {"image_urls": ["http://a/1.jpg"], "captions": ["a"]}, "--url_col image_urls --caption_col captions"),
+        ("list.json", [{"image": "https://a/1.jpg", "text": "a"}], "--input_format json --url_col image --caption_col text"),
+        ("x.jsonl", '{"url": "https://a/1.jpg", "caption": "a"}\n', "--input_format jsonl --url_col url --caption_col caption"),
+    ],
+)
+def test_web_addresses_instead_of_files_are_one_error_with_img2dataset_s_command(run, tmp_path, name, content, command):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match="web addresses instead of image files") as error:
+        run(path)
+    assert command in str(error.value)
+    assert str(error.value).endswith(f"lora-blip prepare --source {path.stem}_images")
+    assert ("printf 'caption\\turl\\n'" in str(error.value)) == (name == "cc3m.tsv")
+
+
+def test_a_column_of_addresses_beside_file_names_is_no_error(run, tmp_path):
+    photos(tmp_path, "a.jpg")
+    assert pairs(run(write(tmp_path / "x.csv", "image,caption,source\na.jpg,one,https://x/1.jpg\n"))) == [("a.jpg", "one")]
+    lines = write(tmp_path / "x.jsonl", '{"image": "a.jpg", "text": "one", "url": "https://x/1"}\n')
+    assert pairs(run(lines)) == [("a.jpg", "one")]
