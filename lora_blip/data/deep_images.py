@@ -79,7 +79,7 @@ def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -
         values = np.where(values < 0, values + 2**32, values)
     values.clip(0, highest, out=values)
     values *= 255.0 / highest
-    grey = np.rint(values).astype(np.uint8)
+    grey = values.astype(np.uint8)
     if grey.size and grey.max() < DARK:
         on_dark()
     if is_clear is not None:

@@ -28,11 +28,11 @@ def grey(path: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "values", "levels"),
     [
-        ("a.png", np.array([[0, 255, 256, 32768, 65535]], np.uint16), [0, 1, 1, 128, 255]),
-        ("a.tif", np.array([[0, 255, 256, 32768, 65535]], np.uint16), [0, 1, 1, 128, 255]),
-        ("a.png", np.array([[0, 255]], np.uint16), [0, 1]),  # its own maximum has no effect
-        ("a.tif", np.array([[0, 2**30, 2**31 - 1, -5]], np.int32), [0, 128, 255, 0]),
-        ("a.tif", np.array([[0, 0.5, 1, 2, -1, np.nan]], np.float32), [0, 128, 255, 255, 0, 0]),
+        ("a.png", np.array([[0, 255, 256, 32768, 65535]], np.uint16), [0, 0, 0, 127, 255]),
+        ("a.tif", np.array([[0, 255, 256, 32768, 65535]], np.uint16), [0, 0, 0, 127, 255]),
+        ("a.png", np.array([[0, 255]], np.uint16), [0, 0]),  # its own maximum has no effect
+        ("a.tif", np.array([[0, 2**30, 2**31 - 1, -5]], np.int32), [0, 127, 255, 0]),
+        ("a.tif", np.array([[0, 0.5, 1, 2, -1, np.nan]], np.float32), [0, 127, 255, 255, 0, 0]),
     ],
 )
 def test_a_deep_grey_image_is_scaled_by_the_range_of_its_type(tmp_path, name, values, levels):
@@ -45,7 +45,7 @@ def test_unsigned_32_bits_have_their_own_range(tmp_path):
     content = path.read_bytes()  # SampleFormat: 2, signed → 1, unsigned
     path.write_bytes(content.replace(struct.pack("<HHIHH", 339, 3, 1, 2, 0), struct.pack("<HHIHH", 339, 3, 1, 1, 0)))
     assert path.read_bytes() != content
-    assert grey(path) == [0, 255, 128]
+    assert grey(path) == [0, 255, 127]
 
 
 def test_a_rotated_tiff_keeps_the_range_of_its_type(tmp_path):
