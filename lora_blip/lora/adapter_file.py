@@ -89,7 +89,7 @@ def save(
         raise AdapterError(f"{path} exists already; give another path, or overwrite=True")
     loras = attached.adapters(model, name)
     if not loras:
-        raise AdapterError(f"the model has no adapter {name!r}; it has {attached.names(model) or 'none'}")
+        raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(attached.names(model)) or 'none'}")
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
     tensors = {key: value for address, lora in loras.items() for key, value in _tensors(address, lora).items()}
@@ -133,8 +133,8 @@ def _entry(site: Site) -> dict[str, Any]:
 def read(path: str | Path) -> Adapter:
     """Read a file and check its header, keys, ranks and values. Raise AdapterError, with the reason, if one is wrong.
 
-    The header has a maximal size, and tensors are read after the header was checked, so a file cannot make it allocate more
-    memory than the file's own size.
+    The size of the header is limited, and the tensors are read after the header was checked. So a hostile file cannot make this
+    function allocate more memory than the size of the file.
     """
     path = Path(path)
     try:
@@ -145,7 +145,7 @@ def read(path: str | Path) -> Adapter:
             _check_keys(path, sites, file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except FileNotFoundError:
-        raise AdapterError(f"adapter {str(path)!r} does not exist") from None
+        raise AdapterError(f"adapter {str(path)!r} does not exist; correct the path, or give 'latest'") from None
     except HeaderError as error:
         raise AdapterError(f"{path}: {error}") from None
     except (safetensors.SafetensorError, OSError) as error:
@@ -176,7 +176,7 @@ def _check_header_size(path: Path) -> None:
 def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get("lora_blip")
     if text is None:
-        raise AdapterError(f"{path} was not written by lora_blip: its header has no 'lora_blip' entry")
+        raise AdapterError(f"{path} was not written by lora_blip: its header has no entry 'lora_blip'; give another file")
     return header.parse_header(text)
 
 
@@ -188,11 +188,11 @@ def _check_keys(path: Path, sites: list[Site], file: Any) -> None:
     if missing:
         raise AdapterError(
             f"{path} is incomplete: {quoted(missing[0])} is missing ({len(missing)} of {len(expected)} tensors are missing); "
-            "copy the file again, or train it again"
+            "copy the file again, or train the adapter again"
         )
     if extra:
         raise AdapterError(
-            f"{path}: {quoted(extra[0])} belongs to no module of its header ({len(extra)} such tensors); train it again"
+            f"{path}: {quoted(extra[0])} belongs to no module of its header ({len(extra)} such tensors); copy the file again"
         )
     for key, site in expected.items():
         tensor = file.get_slice(key)
@@ -201,13 +201,13 @@ def _check_keys(path: Path, sites: list[Site], file: Any) -> None:
         if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
             needed = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
             raise AdapterError(
-                f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, but its header says {needed}; train it again"
+                f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, but its header says {needed}; copy the file again"
             )
 
 
 def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> None:
     """Raise AdapterError if a value or a bound of |ΔW| is not finite, or if every B is zero."""
-    largest = {key: max(map(abs, torch.stack(tensor.aminmax()).tolist())) for key, tensor in tensors.items()}  # NaN if one is
+    largest = {key: max(map(abs, torch.stack(tensor.aminmax()).tolist())) for key, tensor in tensors.items()}  # or NaN
     for key, value in largest.items():
         if not math.isfinite(value):
             raise AdapterError(
@@ -236,7 +236,7 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     """
     model, adapter = model_of(backbone), path if isinstance(path, Adapter) else read(locate(path))
     if attached.adapters(model, name):
-        raise AdapterError(f"the model already has an adapter {name!r}; eject it, or load this one under another name")
+        raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
     _check_fit(model, adapter)
     _check_image_size(backbone, adapter)
     for address, lora in injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name).items():

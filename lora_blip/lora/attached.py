@@ -100,7 +100,7 @@ def routing_of(model: nn.Module) -> AdapterRouting:
         )
     routing: AdapterRouting = (busy or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(getattr(module, FAST, True) for module in model.modules())
-    routing.used, routing.made = any(each.used for each in routings), any(each.made for each in routings)
+    routing.used, routing.recorded = any(each.used for each in routings), any(each.recorded for each in routings)
     for stack in stacks:
         stack.routing = routing
     return routing
@@ -127,7 +127,8 @@ def check_names(model: nn.Module, required: Iterable[str]) -> None:
     present = names(model)
     for name in required:
         if name not in present:
-            raise LoRAError(f"the model has no adapter {name!r}; it has {', '.join(present) or 'none'}")
+            known = f"it has {', '.join(present)}" if present else "call lora_blip.inject or lora_blip.load_adapter first"
+            raise LoRAError(f"the model has no adapter {name!r}; {known}")
 
 
 def attach(linear: Any, site: Site, dropout: float, name: str) -> None:

@@ -13,7 +13,7 @@ from lora_blip.lora.sites import is_linear, is_quantized, tied
 
 SAMPLES = 16  # sampled weights of each linear, evenly spaced
 LARGEST = torch.finfo(torch.float32).max
-WHEREABOUTS = ("_name_or_path", "transformers_version")  # settings that may differ for the same base
+MAY_DIFFER = ("_name_or_path", "transformers_version")  # settings that may differ for the same base
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
 
 
@@ -24,7 +24,7 @@ def digest_of(value: Any) -> str:
 
 def settings_of(part: Any) -> dict[str, Any]:
     """Return the settings of a config or of an image processor, without its name and the version that wrote it."""
-    return {name: value for name, value in part.to_dict().items() if name not in WHEREABOUTS}
+    return {name: value for name, value in part.to_dict().items() if name not in MAY_DIFFER}
 
 
 def sampled(model: nn.Module, adapters: Iterable[LoRA]) -> list[str]:
@@ -45,9 +45,9 @@ def sample(linear: Any) -> dict[str, Any]:
     """Return the fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; {} if it is quantized."""
     if is_quantized(linear):
         return {}
-    updates = linear._modules.get("lora")
-    merged = isinstance(updates, AdapterStack) and updates.original is not None
-    weight: Tensor = updates.original if merged else linear.weight
+    stack = linear._modules.get("lora")
+    merged = isinstance(stack, AdapterStack) and stack.original is not None
+    weight: Tensor = stack.original if merged else linear.weight
     flat = weight.detach().flatten()
     positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
     return {"dtype": str(weight.dtype).removeprefix("torch."), "values": flat[positions.to(flat.device)].float().tolist()}

@@ -14,6 +14,7 @@ LONGEST_TEXT = 10_000  # characters of a prompt or name
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is not Unicode
 BLOCK = re.compile(r"[\w-]{0,64}")
 MISSING = object()
+AGAIN = "copy the file again, or train the adapter again"
 
 
 class HeaderError(ValueError):
@@ -40,14 +41,13 @@ def number(least: float, most: float) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and least <= value <= most
 
 
-KNOWN: dict[
-    str, tuple[Callable[[Any], bool], str]
-] = {  # the parts of a header that are used; an object comes before its entries
+# the parts of a header that are used → (check, expected value); an object comes before its entries
+KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "": (is_object, "an object"),
     "format_version": (whole(1, 2**31), "a number from 1"),
     "lora": (is_object, "an object"),
     "lora.modules": (lambda value: is_object(value) and bool(value), "an object with at least one module"),
-    "lora.dropout": (number(0, 0.999_999), "a share from 0 to below 1"),
+    "lora.dropout": (number(0, 0.999_999), "a number from 0 to below 1"),
     "base": (is_object, "an object"),
     "base.name": (is_path, "a name or path"),
     "base.samples": (is_object, "an object"),
@@ -76,11 +76,12 @@ def parse_header(text: str) -> dict[str, Any]:
     try:
         metadata: dict[str, Any] = parsed(text, WITH_NAN)  # a loss may be NaN
     except ValueError as error:
-        raise HeaderError(f"its header cannot be understood ({error}); copy the file again, or train it again") from None
+        raise HeaderError(f"its header cannot be understood ({error}); {AGAIN}") from None
     version = metadata.get("format_version") if is_object(metadata) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise HeaderError(
-            f"it has format {quoted(version)}, and this lora_blip reads formats up to {FORMAT_VERSION}; upgrade lora_blip"
+            f"it has format {quoted(version)}, and this lora_blip reads formats up to {FORMAT_VERSION}; upgrade it: "
+            "pip install --upgrade lora_blip"
         )
     for place, (fits, expected) in KNOWN.items():
         value = _at(metadata, place)
@@ -89,8 +90,7 @@ def parse_header(text: str) -> dict[str, Any]:
         if not fits(value):
             actual = "missing" if value is MISSING else quoted(value)
             raise HeaderError(
-                f"its header cannot be understood ({place or 'it'} is {actual}, expected {expected}); "
-                "copy the file again, or train it again"
+                f"its header cannot be understood ({place or 'the header'} is {actual}, expected {expected}); {AGAIN}"
             )
     samples, modules = metadata["base"]["samples"], metadata["lora"]["modules"]
     wrong = [path for path, sample in samples.items() if not is_sample(sample)]
@@ -125,7 +125,7 @@ def _site(address: str, entry: dict[str, Any]) -> Site:
         raise HeaderError(f"the header's entry for {quoted(address)} cannot be understood; train the adapter again")
     site = Site(entry["module"], cast(int, r), float(cast(float, alpha)), block or "", tuple(rows) if rows else None)
     if site.address != address:
-        message = f"the header's entry for {quoted(address)} is about {quoted(site.address)}"
+        message = f"the header's entry for {quoted(address)} describes {quoted(site.address)}"
         raise HeaderError(f"{message}; train the adapter again")
     return site
 

@@ -38,12 +38,12 @@ def inject(
     """Put a new adapter called `name` on the targets, freeze every other parameter, and return {address: LoRA}.
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r and alpha. Each LoRA has
-    the parameters A (r, in_features) and B (out_features, r). Train those that `requires_grad`. B is zero, so no output changes
-    yet. A repeated call changes only the dropout. In peft: `get_peft_model`, or `inject_adapter_in_model`.
+    the parameters A (r, in_features) and B (out_features, r). Train the parameters whose `requires_grad` is true. B is zero, so
+    no output changes yet. A repeated call changes only the dropout. In peft: `get_peft_model`, or `inject_adapter_in_model`.
 
     Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if
-    `name` is on other modules already. Raise it too if a site is not a linear of this model, is a tied head, or has a wrong
-    range or rank.
+    an adapter called `name` is on other modules already. Raise it too if a site is not a linear of this model, is a tied head,
+    or has a wrong range or rank.
 
     >>> adapters = lora_blip.inject(backbone, "vit", r=4)
     >>> optimizer = torch.optim.AdamW([p for p in backbone.model.parameters() if p.requires_grad], lr=1e-4)
@@ -52,10 +52,12 @@ def inject(
     items: Any = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
     by_name = bool(items) and all(isinstance(item, str) for item in items)
     sites = find(model, targets if isinstance(targets, str) else items, r, alpha) if by_name else list_sites(items)
-    wanted = {site.address: site for site in sites}
+    by_address = {site.address: site for site in sites}
     present = adapters(model, name)
-    if present and {address: lora.site for address, lora in present.items()} != wanted:
-        raise LoRAError(f"adapter {name!r} is already on other modules of this model; eject it first")
+    if present and {address: lora.site for address, lora in present.items()} != by_address:
+        raise LoRAError(
+            f"adapter {name!r} is already on other modules of this model; first call lora_blip.eject(model, {name!r})"
+        )
     check_sites(model, sites, dropout)
     for lora in present.values():
         lora.dropout = dropout
@@ -90,8 +92,8 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     with routing_of(model).lock:
         for path, linear in hooked.items():
             named = {name_of(key) for key in leaving[path]}
-            if any(block.active.names(each) for block in linear.lora.routing.blocks for each in named):
-                raise LoRAError("a block of `use_adapters` names the adapter; leave that block first")
+            if any(block.active.selects(each) for block in linear.lora.routing.blocks for each in named):
+                raise LoRAError("a block of `use_adapters` names the adapter; leave that block first, then eject")
         refold = {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged}
         check_mergeable(model, refold)
         fold_all(hooked, refold)
@@ -108,4 +110,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
 def check_new_name(name: str) -> None:
     """Raise LoRAError if a name cannot be a key of an `AdapterStack`."""
     if not name.replace("_", "").replace("-", "").isalnum() or hasattr(AdapterStack(), name):
-        raise LoRAError(f"adapter name {name!r} must be letters, digits, '-' and '_', and no word such as 'keys'")
+        raise LoRAError(
+            f"adapter name {name!r} is not allowed; use letters, digits, '-' and '_', such as 'cubes'. Names of methods of a "
+            "dict, such as 'keys', are not allowed either"
+        )

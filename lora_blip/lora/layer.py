@@ -8,11 +8,11 @@ No module is replaced, and the model's code does not change. The adapters of a l
 hook adds their updates to the output of the linear. Putting an adapter on a linear takes three lines:
 
     linear.lora = AdapterStack()
-    linear.lora["default"] = LoRA(site, linear.in_features, linear.out_features)
+    linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and with `FAST = False` it registers no other hook. By default, the hook is `fused_hook`:
-in training it computes the same update with less memory, and otherwise it calls `lora_hook`. Tests compare the two.
+`inject` does this for every target, and freezes all other parameters. By default (`FAST`), a pre-hook and a hook of `fused`
+replace `lora_hook`: in training without dropout they need less memory, and otherwise they call it. Tests compare the two.
 
 Read next: `injection` (put adapters on a model), `targets` (which linears), `merging` (write the update into W),
 `routing` (which adapter acts on which row), `fused` (the same update, with less memory), `adapter_file` (save and load).
@@ -30,7 +30,7 @@ from lora_blip.lora.sites import Site
 
 
 class LoRA(nn.Module):
-    """ΔW = (alpha / r) · B A in float32, for one linear or for a range of its output rows. In peft: `LoraLayer`.
+    """ΔW = (alpha / r) · B A in float32, for all output features of a linear or for a range of them. In peft: `LoraLayer`.
 
     >>> lora = lora_blip.inject(backbone, "vit")["vision_model.encoder.layers.0.self_attn.qkv"]
     >>> assert lora.A.shape == (8, 128) and lora.B.shape == (384, 8) and not lora.B.any()  # so no output changes yet
@@ -40,7 +40,7 @@ class LoRA(nn.Module):
         super().__init__()
         start, stop = site.rows or (0, out_features)
         self.site, self.scale, self.dropout = site, site.alpha / site.r, dropout
-        self.padding = (start, out_features - stop)  # output rows before and after those that the update reaches
+        self.padding = (start, out_features - stop)  # output features before and after those that the update reaches
         self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
@@ -67,7 +67,7 @@ class LoRA(nn.Module):
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """Return y + Σ (alpha / r) · B A x over the adapters of a linear that are not merged."""
     stack, x = linear.lora, input_of(args, kwargs)
-    if stack.routing is not None and stack.routing.used:  # `use_adapters` may choose other adapters for each row of x
+    if stack.routing is not None and stack.routing.used:  # `use_adapters` may choose other adapters for each row of the batch
         return cast(Tensor, stack.routing.add_updates(stack, x, output))
     for key, adapter in stack.items():
         if key not in stack.merged:
@@ -79,18 +79,18 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the input of a linear, which was given by position or by a keyword of any name."""
     tensors = args or [value for value in kwargs.values() if isinstance(value, Tensor)]
     if not args and len(tensors) != 1:
-        raise LoRAError(f"a linear with adapters was called with {', '.join(kwargs)}; give its input by position")
+        raise LoRAError(f"a linear with adapters was called with {', '.join(kwargs)}; give its input by position: linear(x)")
     return tensors[0]
 
 
 class AdapterStack(nn.ModuleDict):
-    """The adapters of one linear, by name. Their updates add up.
+    """The adapters of one linear, by name. The output gets the sum of their updates.
 
-    A key is the adapter's name, with ":" and the block of rows if the adapter reaches only a block, such as "default:q".
+    A key is the adapter's name. For a block of output features, ":" and its name follow: "default:q" is for q of a fused qkv.
     """
 
-    merged: frozenset[str] = frozenset()  # keys of the adapters whose update is in the weight
-    original: Tensor | None = None  # W without any update, if an adapter is merged
+    merged: frozenset[str] = frozenset()  # keys of the adapters whose update is in W
+    original: Tensor | None = None  # W before the first merge; None if no adapter is merged
     routing: Any = None  # the model's `AdapterRouting`, set by `inject`
 
     @property
@@ -98,7 +98,7 @@ class AdapterStack(nn.ModuleDict):
         return [name_of(key) for key in self if key not in self.merged]
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the tensors of the unmerged adapters. Raise LoRAError inside `save_pretrained` if there are any."""
+        """Return A and B of the unmerged adapters. Raise LoRAError if `save_pretrained` calls this and there are any."""
         if self.unmerged:
             refuse_inside_save_pretrained(self.unmerged)
         destination = {} if destination is None else destination
@@ -108,11 +108,11 @@ class AdapterStack(nn.ModuleDict):
         return destination
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Keep merged adapters whose tensors are not in the state_dict as they are."""
+        """Load the adapters. A merged adapter that is missing in the state_dict keeps its A and B."""
         super()._load_from_state_dict(state, prefix, *args)
         for key in self.merged:
-            for half, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
-                state.setdefault(half, value)
+            for name, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
+                state.setdefault(name, value)
 
 
 def name_of(key: str) -> str:

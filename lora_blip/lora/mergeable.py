@@ -75,14 +75,14 @@ def _check_forward(path: str, linear: Any) -> None:
         raise LoRAError(f"{path!r} ({type(linear).__name__}) cannot be checked before a merge: {error}") from error
     if not equal:
         raise LoRAError(
-            f"{path!r} ({type(linear).__name__}) computes something other than W x + b, so a merge would change its update; "
-            "use the adapter unmerged, or leave this module out of the targets"
+            f"{path!r} ({type(linear).__name__}) computes something other than W x + b, so a merge would give another "
+            "result; use the adapter unmerged, or leave this module out of the targets"
         )
 
 
 @torch.no_grad()
 def _check_hooks(path: str, linear: Any) -> None:
-    """Raise LoRAError if another hook changes the output before our hook runs. It would change a merged update too."""
+    """Raise LoRAError if another hook changes the output before ours. After a merge, it would change the update too."""
     own = list(linear._forward_hooks.items())
     ours = next((place for place, (_, hook) in enumerate(own) if hook in OURS), 0)
     earlier = [*_global_forward_hooks.items(), *own[:ours]]

@@ -28,7 +28,7 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     check_names(model, names)
     with writing(model) as hooked:
         keys = {p: m.lora.merged | {k for k in m.lora if not names or name_of(k) in names} for p, m in hooked.items()}
-        keys = {path: some for path, some in keys.items() if some}
+        keys = {path: chosen for path, chosen in keys.items() if chosen}
         check_mergeable(model, keys)
         fold_all(hooked, keys)
 
@@ -83,11 +83,11 @@ def fold_all(hooked: dict[str, Any], keys: dict[str, frozenset[str]], keep_on: t
     """Merge adapters. `keys`: {path of a linear: keys in its stack}. If one merge fails, put every weight back."""
     before = {path: hooked[path].lora.merged for path in keys}
     try:
-        for path, some in keys.items():
-            fold(path, hooked[path], some, keep_on)
+        for path, chosen in keys.items():
+            fold(path, hooked[path], chosen, keep_on)
     except BaseException:
-        for path, some in before.items():
-            fold(path, hooked[path], some) if some else write_back(hooked[path])
+        for path, earlier in before.items():
+            fold(path, hooked[path], earlier) if earlier else write_back(hooked[path])
         raise
 
 

@@ -32,7 +32,7 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     the caller too, as with torch.no_grad.
 
     Raise LoRAError for an unknown name, an empty list or merged adapters. The forward raises LoRAError if the batch has another
-    number of rows. Two mistakes are not detected. With `beams` > 1, a plain batch of len(names) · beams texts is taken for a
+    number of rows. Two mistakes are not detected. With `beams` > 1, a plain batch of len(names) · beams texts is treated as a
     beam search. If the first dimension of a model is time, adapters may act on wrong rows. In BLIP and BLIP-2, it is the rows.
 
     In peft: `set_adapter`, which applies to all threads; for rows, the argument `adapter_names` of the forward.
@@ -47,8 +47,10 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
         return
     each = [names] if isinstance(names, str) else list(names)
     check_names(model, [name for name in each if name is not None])
-    if not each or beams < 1:
-        raise LoRAError("the list of adapters is empty; name one for every row of the batch, or None for the base; beams ≥ 1")
+    if not each:
+        raise LoRAError("the list of adapters is empty; name one for every row, such as ['default', None] (None is the base)")
+    if beams < 1:
+        raise LoRAError(f"beams = {beams}: expected at least 1")
 
     def active(off: frozenset[str]) -> ActiveAdapters:
         if isinstance(names, str):
@@ -102,5 +104,5 @@ def checkpoint_context(model: nn.Module) -> tuple[AbstractContextManager[None], 
     """
     routings = {stack.routing: None for stack in model.modules() if isinstance(stack, AdapterStack)}
     blocks = [(routing, routing.block) for routing in routings]
-    again = [(r, r.active, b.batch if b and b.again else call_batch()) for r, b in blocks]
+    again = [(r, r.active, b.batch if b and b.recomputes else call_batch()) for r, b in blocks]
     return nullcontext(), recomputing(again)

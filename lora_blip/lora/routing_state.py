@@ -39,8 +39,8 @@ class ActiveAdapters:
     count: int = 0  # rows of the batch; 0: the adapters act on every row
     beams: int = 1  # how often a beam search repeats every row
 
-    def names(self, name: str) -> bool:
-        """Return True if the block selects this adapter by its name."""
+    def selects(self, name: str) -> bool:
+        """Return True if the block names this adapter."""
         return name == self.alone or name in self.rows
 
 
@@ -53,7 +53,7 @@ class AdapterRouting:
     def __init__(self, fast: bool = True) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
         self.used = False  # True once a block was entered: from then on, `lora_hook` calls `add_updates`
-        self.made = False  # True once gradients were recorded in a block
+        self.recorded = False  # True once gradients were recorded in a block
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
 
@@ -108,11 +108,11 @@ class AdapterRouting:
             return None
         if not active.count:
             return ALL
-        return row_numbers(active.rows.get(name), active, x, block.batch if block.again else call_batch())
+        return row_numbers(active.rows.get(name), active, x, block.batch if block.recomputes else call_batch())
 
     def _check(self, block: Optional["Block"]) -> None:
         """Raise LoRAError if a layer is computed again in the backward pass, and its active adapters are unknown."""
-        if self.made and not (block is not None and block.again) and torch._C._current_graph_task_id() >= 0:
+        if self.recorded and not (block is not None and block.recomputes) and torch._C._current_graph_task_id() >= 0:
             raise LoRAError(
                 "a layer is computed again in the backward pass, but its active adapters are unknown; "
                 "checkpoint it with context_fn=partial(lora_blip.lora.routing.checkpoint_context, model), as "
@@ -127,8 +127,8 @@ class Block:
     routing: AdapterRouting
     active: ActiveAdapters
     outer: Optional["Block"]  # the block of any model around it
-    again: bool = False  # True while a layer is computed again, see `checkpoint_context`
-    batch: CallBatch | None = None  # of the call that is recomputed
+    recomputes: bool = False  # True while a layer is computed again, see `checkpoint_context`
+    batch: CallBatch | None = None  # the batch of the call that is recomputed
     left: bool = False  # True if the block ended while another block or another context was current
 
 
@@ -138,9 +138,9 @@ CURRENT: ContextVar[Block | None] = ContextVar("lora_blip_block", default=None)
 def row_numbers(rows: Tensor | None, active: ActiveAdapters, x: Tensor, batch: CallBatch | None = None) -> Tensor | None:
     """Return the numbers of an adapter's rows in the first dimension of x (rows, …), or None if it has none.
 
-    A beam search repeats each row `beams` times, next to each other. It does not repeat images. If `batch`, that of the model's
-    call, has fewer rows than a matrix x, then x is (rows · tokens, width), with the tokens of a row next to each other. Raise
-    LoRAError if the batch has another size.
+    batch: the batch of the model's call. A beam search repeats each row `beams` times, and the copies are adjacent. It does not
+    repeat images. A layer may flatten (rows, tokens, width) into x (rows · tokens, width): then x has more rows than `batch`.
+    Raise LoRAError if the number of rows is not that of the chosen adapters.
     """
     if x.ndim < 2:
         raise LoRAError(
@@ -151,21 +151,21 @@ def row_numbers(rows: Tensor | None, active: ActiveAdapters, x: Tensor, batch: C
     flattened = batch is not None and batch.size > 0 and x.ndim == 2 and size % batch.size == 0
     known = batch is None or batch.size in sizes
     if not known or not (size in sizes or flattened):
-        found = size if batch is None or known else batch.size
-        raise LoRAError(f"a batch has {found} rows, but adapters were chosen for {active.count}; name one for every row")
+        count = size if batch is None or known else batch.size
+        raise LoRAError(f"a batch has {count} rows, but adapters were chosen for {active.count}; name one for every row")
     if rows is None:
         return None
     repeats = size // active.count
     return (rows.to(x.device)[:, None] * repeats + torch.arange(repeats, device=x.device)).flatten()
 
 
-def enter(routing: AdapterRouting, active: ActiveAdapters, again: bool = False, batch: CallBatch | None = None) -> Block:
+def enter(routing: AdapterRouting, active: ActiveAdapters, recomputes: bool = False, batch: CallBatch | None = None) -> Block:
     """Start a block in this thread or task."""
-    block = Block(routing, active, CURRENT.get(), again, batch)
+    block = Block(routing, active, CURRENT.get(), recomputes, batch)
     with routing.lock:
         routing.blocks.add(block)
     routing.used = True
-    routing.made = routing.made or (torch.is_grad_enabled() and not again)
+    routing.recorded = routing.recorded or (torch.is_grad_enabled() and not recomputes)
     CURRENT.set(block)
     return block
 
@@ -183,7 +183,7 @@ def leave(block: Block) -> None:
 @contextmanager
 def recomputing(blocks: list[tuple[AdapterRouting, ActiveAdapters, CallBatch | None]]) -> Iterator[None]:
     """Enter the blocks again in which a layer was first computed. This may be in another thread."""
-    entered = [enter(routing, active, again=True, batch=batch) for routing, active, batch in blocks]
+    entered = [enter(routing, active, recomputes=True, batch=batch) for routing, active, batch in blocks]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Make `save_pretrained` an error while adapters are unmerged: loading the folder would give the base without an error.
+"""Raise an error if `save_pretrained` is called while adapters are unmerged: the saved folder would load as the base alone.
 
 `state_dict()` is allowed, so that training loops can keep adapters in their own checkpoints.
 """
@@ -43,7 +43,7 @@ def unguard(model: nn.Module) -> None:
 
 
 def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
-    """Raise LoRAError if a caller is `save_pretrained`, of a model around the one that has the guard."""
+    """Raise LoRAError if `save_pretrained` is among the callers. An outer model that contains this one has no guard."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == NAME:
@@ -52,6 +52,7 @@ def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
 
 
 def refuse(unmerged: list[str], path: str = "") -> None:
+    """Raise LoRAError for the first unmerged adapter of the module at `path`."""
     where = f" on {path!r}" if path else ""
     raise LoRAError(
         f"save_pretrained would write the adapter {unmerged[0]!r}{where} next to the base's weights, and a model that is "

@@ -1,4 +1,4 @@
-"""Sites of adapters: which linear, which of its output rows, and which linears can have an adapter."""
+"""The site of an adapter: a linear, and a range of its output rows. Check that a linear can have an adapter."""
 
 import math
 import re
@@ -19,14 +19,15 @@ BLOCK = re.compile(r"[\w-]{1,64}")
 MOST_DROPOUT = 0.999_999
 MOST_RANK = 2**16  # the limit of the setting `r`; a larger value is a mistake, and fills the memory
 R, ALPHA = 8, 32.0  # the defaults of the settings `r` and `alpha` too
-TIED = "tied_to"  # attribute of a head whose weight was shared before `weights.cast_once`
+TIED = "tied_to"  # attribute of a head: the module that shared its weight before `weights.cast_once`
 
 
 @dataclass(frozen=True)
 class Site:
     """The site of an adapter: the path of a linear, and the output rows that the update reaches.
 
-    `block` is the name of these rows if they are not all rows, such as "q" of a fused qkv.
+    An output row is a row of W: it computes one output feature. If the update does not reach all rows, `block` is the name of
+    the range, such as "q" in a fused qkv.
     """
 
     module: str
@@ -109,14 +110,14 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
     sites, modules = list(sites), dict(model.named_modules())
     if not sites:
         raise LoRAError(
-            "the list of sites is empty, so there is nothing to train; lora_blip.find_targets(model, 'vit') returns sites"
+            "the list of sites is empty, so there is nothing to train; give targets, such as lora_blip.inject(model, 'vit')"
         )
     if _compiled(modules.values()):
         raise LoRAError(
             "this model was compiled by torch.compile, which would ignore adapters; inject them before it is compiled"
         )
     if not isinstance(dropout, int | float) or not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
-        raise LoRAError(f"dropout = {dropout!r}: expected a number from 0 to below 1")
+        raise LoRAError(f"dropout = {dropout!r}: expected a number from 0 to below 1, such as 0.1")
     shared, addresses = _tied(modules), set()
     for site in sites:
         _check_numbers(site)
@@ -125,11 +126,11 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
             raise LoRAError(f"{site.module!r} is not a linear layer of {type(model).__name__}{_alias(model, site.module)}")
         if site.module in shared:
             raise LoRAError(
-                f"{site.module!r} shares its weight with {shared[site.module]!r}, so an update of one would be missing "
-                "in the other, or merged into both; leave it out of the targets"
+                f"{site.module!r} shares its weight with {shared[site.module]!r}, so an adapter would change only one of "
+                "them, and a merge would change both; leave it out of the targets"
             )
         if site.address in addresses or (site.block and site.address in modules):
-            raise LoRAError(f"{site.address!r} is named twice, by two sites or by a site and a module; keep one")
+            raise LoRAError(f"{site.address!r} is named twice, by two sites or by a site and a module; leave one of them out")
         addresses.add(site.address)
         refuse_meta(site.module, linear)
         _check_place(site, linear)
@@ -142,19 +143,22 @@ def _check_numbers(site: Site) -> None:
     if isinstance(site.alpha, bool) or not isinstance(site.alpha, int | float) or not 0 < site.alpha < math.inf:
         raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)}: expected a positive finite number")
     if site.alpha > FLOAT32.max * site.r or site.alpha / site.r < FLOAT32.tiny:
-        raise LoRAError(f"{site.address!r}: alpha / r = {quoted(site.alpha)} / {site.r} is beyond float32")
+        raise LoRAError(f"{site.address!r}: alpha / r = {quoted(site.alpha)} / {site.r} is beyond float32; give alpha = 32")
 
 
 def _check_place(site: Site, linear: Any) -> None:
     if (site.block and site.rows is None) or not BLOCK.fullmatch(site.block or "whole"):
-        raise LoRAError(f"{site.address!r}: a block needs a name of letters, digits, '-' and '_', and its rows")
+        raise LoRAError(
+            f"{site.address!r}: a block needs a name of letters, digits, '-' and '_', and its rows, such as "
+            "Site(…, block='q', rows=(0, 128))"
+        )
     start, stop = site.rows or (0, linear.out_features)
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= linear.out_features:
         raise LoRAError(
-            f"{site.address!r}: rows {start}..{stop} of {linear.out_features} output rows: expected start < stop, both inside"
+            f"{site.address!r}: rows=({start}, {stop}): expected two whole numbers, 0 ≤ start < stop ≤ {linear.out_features}"
         )
     if linear.in_features < 1 or any(map(is_lazy, linear.parameters(recurse=False))):
-        raise LoRAError(f"{site.module!r} has no shape yet; run the model once first")
+        raise LoRAError(f"{site.module!r} has no shape yet; run the model on one batch, and inject then")
     other = getattr(linear, "lora", None)
     if other is not None and not (isinstance(other, nn.ModuleDict) and hasattr(other, "merged")):
         raise LoRAError(f"{site.module!r} already has another attribute 'lora'; leave this module out of the targets")

@@ -4,7 +4,7 @@ vit                     every linear of the ViT's blocks
 vit.q, vit.v            row blocks of its fused qkv
 text.cross              the cross-attention of the text model; see PRESETS
 vit[8:12]               blocks 8 to 11
-qformer:r=4:alpha=8     with another rank and alpha than the settings
+qformer:r=4:alpha=8     with its own rank and alpha, instead of those of the settings
 .*\\.mlp\\.fc1            a regex over the whole module path
 """
 
@@ -73,13 +73,13 @@ class Pattern:
 
 
 def parse(target: str, r: int, alpha: float) -> Pattern:
-    """Return the parts of a target such as `vit[8:12]:r=4`. A target with r and without alpha keeps alpha / r."""
+    """Return the parts of a target such as `vit[8:12]:r=4`. With r but without alpha, alpha / r is that of the settings."""
     match = GRAMMAR.fullmatch(target.strip())
     if match is None:
-        raise TargetError(f"target {target!r} is empty")
+        raise TargetError(f"target {target!r} is empty; remove the extra comma, or give a preset, such as 'vit'")
     own = dict(piece.split("=") for piece in match["own"].split(":") if piece)
     if not own.get("r", "1").isdecimal() or int(own.get("r", 1)) < 1:
-        raise TargetError(f"target {target.strip()!r}: r is a whole number of at least 1")
+        raise TargetError(f"target {target.strip()!r}: r must be a whole number of at least 1, such as vit:r=8")
     rank = int(own.get("r", r))
     layers = None
     if match["first"] is not None:
@@ -119,7 +119,9 @@ def _sites(model: nn.Module, pattern: Pattern) -> list[Site]:
     try:
         compiled = re.compile(regex)
     except re.error as error:
-        raise TargetError(f"target {pattern.text!r} is not a preset, a module or a regex ({error})") from None
+        raise TargetError(
+            f"target {pattern.text!r} is not a preset, a module or a regex ({error}); give a preset, such as 'vit'"
+        ) from None
     is_preset = pattern.body in PRESETS
     shared = tied(model) if is_preset else {}  # `inject` raises an error for a tied head that is named exactly
     found = []
@@ -140,7 +142,7 @@ def _site(path: str, linear: Any, block: tuple[str, int] | None, pattern: Patter
 
 
 def layer_number(path: str) -> int:
-    """Return the block of a module: 7 for `vision_model.encoder.layers.7.mlp.fc1`, -1 outside of all blocks."""
+    """Return the number of the block of a module: 7 for `vision_model.encoder.layers.7.mlp.fc1`, -1 outside of all blocks."""
     match = re.search(r"(?:layers|layer|block)\.(\d+)\.", path)
     return int(match[1]) if match else -1
 
@@ -153,7 +155,7 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
     listed = "\n  ".join(list(shapes)[:24])
     return (
         f"target {target.strip()!r} matches no linear of {type(model).__name__}; "
-        f"presets here: {presets or 'none'}\nits linears are\n  {listed}"
+        f"presets that match: {presets or 'none'}\nits linears are\n  {listed}"
     )
 
 

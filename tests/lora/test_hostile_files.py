@@ -207,7 +207,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, what is
     "rows that are not B's": (packed(entry(rows=[0, 2], block="")), r"its header says r=2 in float32 for 2 rows"),
     "a block with a dot": (packed(entry(rows=[0, 3], block="a.b")), "cannot be understood"),
     "an entry of another module": (packed(entry(module="x")), "the entry for"),
-    "an entry under another name": (packed(entry(block="q", rows=[0, 3])), "is about 'part.linear.q'"),
+    "an entry under another name": (packed(entry(block="q", rows=[0, 3])), "describes 'part.linear.q'"),
     "brackets, a million deep": (packed("[" * 1_000_000), "nested too deeply"),
     "brackets, 900 deep": (packed('{"a": ' + "[" * 900 + "]" * 900 + "}"), "nested too deeply"),
     "no JSON": (packed("hello"), "header cannot be understood"),

@@ -46,11 +46,11 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "one block twice": ([Site("0", block="q", rows=(0, 2)), Site("0", block="q", rows=(2, 4))], "'0.q' is named twice"),
     "a block without rows": ([Site("0", block="q")], "'0.q': a block needs a name"),
     "a block with a dot": ([Site("0", block="q.k", rows=(0, 2))], "'0.q.k': a block needs a name"),
-    "rows backwards": ([Site("0", block="q", rows=(4, 2))], "'0.q': rows 4..2 of 6"),
-    "no rows": ([Site("0", block="q", rows=(2, 2))], "'0.q': rows 2..2 of 6"),
-    "negative rows": ([Site("0", block="q", rows=(-2, 2))], "'0.q': rows -2..2 of 6"),
-    "rows past the end": ([Site("0", block="q", rows=(2, 7))], "'0.q': rows 2..7 of 6"),
-    "rows that are no whole numbers": ([Site("0", block="q", rows=(0.0, 2))], "'0.q': rows 0.0..2"),  # type: ignore[arg-type]
+    "rows backwards": ([Site("0", block="q", rows=(4, 2))], "'0.q': rows=[(]4, 2[)]"),
+    "no rows": ([Site("0", block="q", rows=(2, 2))], "'0.q': rows=[(]2, 2[)]"),
+    "negative rows": ([Site("0", block="q", rows=(-2, 2))], "'0.q': rows=[(]-2, 2[)]"),
+    "rows past the end": ([Site("0", block="q", rows=(2, 7))], "'0.q': rows=[(]2, 7[)]"),
+    "rows that are no whole numbers": ([Site("0", block="q", rows=(0.0, 2))], "'0.q': rows=[(]0.0, 2[)]"),  # type: ignore[arg-type]
 }
 
 
