@@ -143,7 +143,7 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
             ["--model", str(t5), "--adapter", "none", "--images", "photos", "--precision", "fp16"],
             "gives NaN in fp16",
         ),
-        (run_infer, ["--images", "photos"], "train one with train.py"),
+        (run_infer, ["--images", "photos"], "train one: lora-blip train"),
         (run_infer, ["--images", "nothing/*.png"], "no image found"),
         (run_infer, ["--adapter", "none"], "set MODEL"),
         (run_train, train_flags(blip, source, targets="text_decoder.cls.predictions.decoder"), "shares its weight with"),

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_blip.kernels.linear import PLAIN_LINEARS, can_bypass, product
 
-LARGE = 2.0**10  # with |W| < 32 far from fp16's largest number, and values down to 2⁻³⁴ of a row's sum remain
+LARGE = 2.0**10  # sum of a scaled row: if |W| < 32, products are below 2¹⁵, and fp16 still has values of 2⁻³⁴ of the sum
 
 
 def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class FrozenHead(torch.autograd.Function):
 
 
 def to_fp16_range(p: Tensor) -> Tensor:
-    """Scale the rows of p (labels, vocabulary) in place to a sum of LARGE, and return the factors (labels,) that undo it.
+    """Scale the rows of p (labels, vocabulary) in place to a sum of at most LARGE. Return the factors (labels,) to undo it.
 
     The factors are powers of two, so no digit is lost. A product with W is then at most LARGE · max |W|.
     """

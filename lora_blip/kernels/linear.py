@@ -19,7 +19,7 @@ from lora_blip.kernels.plain import is_plain
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # no subclasses: they may store or compute their values in another way
 GELU_INPUT = "gelu_input"  # attribute of the output of a GELU: the input of the GELU, which autograd keeps anyway
-LARGE = 2**20  # multiplications of a product; a call of oneDNN takes longer, so it is faster only for larger products
+LARGE = 2**20  # multiplications; a smaller product is faster by MKL, because a call of oneDNN has more overhead
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,7 +53,7 @@ def has_kernel() -> bool:
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """Compute without autocast, inference mode and gradients inside the block, for any modes of the caller."""
+    """Turn off autocast, inference mode and gradients inside the block, whatever the caller has set."""
     with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -80,7 +80,7 @@ def can_bypass(linear: Any, own_hooks: int = 0) -> bool:
 
 
 def in_transform() -> bool:
-    """Return True inside torch.func or forward-mode differentiation. They must see every operation."""
+    """Return True inside torch.func or forward-mode differentiation. They do not work with our autograd functions."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

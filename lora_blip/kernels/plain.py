@@ -1,4 +1,4 @@
-"""When a fast module runs the library's own method: inside `plain`, and for calls that the fast one does not support."""
+"""Decide whether a fast module runs the library's own method: inside `plain`, or for a call that it does not support."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Attention of BLIP's text models. It uses the fused kernel, and computes the keys of an image once for all its rows.
+"""Attention of BLIP's text models, by the fused kernel. The keys of an image are computed once for all its rows.
 
 transformers' `generate` repeats the states of an image for each beam. It computes keys and values for all beams, and reorders
 them after every token. Inside `reading`, a decoder computes keys and values once for each image, and its beams share them.
@@ -29,7 +29,7 @@ class ImageStates:
         self.pair: tuple[Tensor, Tensor] | None = None
 
     def repeated(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Return states and mask repeated for `rows` rows, those of one image next to each other, for transformers."""
+        """Return states and mask for `rows` rows, as transformers expects them. Those of one image are adjacent."""
         count = rows // len(self.states)
         return self.states.repeat_interleave(count, 0), None if self.mask is None else self.mask.repeat_interleave(count, 0)
 
@@ -83,7 +83,7 @@ class TextAttention(BlipTextSelfAttention):
         if encoder_hidden_states is not None and source is None and not encoder_hidden_states.shape[1]:
             raise RuntimeError(
                 "the decoder has no image states, because it was called or recomputed outside its `reading` block or thread; "
-                "call it, and run the backward pass of a checkpointed decoder, inside the block and in the same thread"
+                "call the decoder inside the block and in the same thread; with checkpointing, run the backward pass there too"
             )
         drops = self.training and self.dropout.p  # load_backbone sets the dropout to 0
         if drops or needs_library(kwargs, CACHE[0]):
@@ -98,25 +98,25 @@ class TextAttention(BlipTextSelfAttention):
         if crosses and source:
             return source.attend_to_image(self, queries), None
         mask = encoder_attention_mask if crosses else attention_mask
-        if encoder_hidden_states is not None and cache is None and self._few(queries, encoder_hidden_states):
+        if encoder_hidden_states is not None and cache is None and self._absorbs(queries, encoder_hidden_states):
             return self._absorbed(self.by_heads(queries), encoder_hidden_states, mask), None
         k, v = self._keys_and_values(hidden_states, encoder_hidden_states, cache)
         return attend(self.by_heads(queries), k, v, mask).transpose(1, 2).flatten(2), None
 
     def _keys_and_values(self, own: Tensor, encoder: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
         """Return keys and values (rows, heads, keys, d), those of earlier tokens and of the encoder from the cache."""
-        states, crosses, both = own if encoder is None else encoder, encoder is not None, cache
-        if isinstance(both, EncoderDecoderCache):
-            if crosses and both.is_updated.get(self.layer_idx):
-                kept = both.cross_attention_cache.layers[self.layer_idx]
+        states, crosses, pair = own if encoder is None else encoder, encoder is not None, cache
+        if isinstance(pair, EncoderDecoderCache):  # a cache for self-attention, and one for cross-attention
+            if crosses and pair.is_updated.get(self.layer_idx):
+                kept = pair.cross_attention_cache.layers[self.layer_idx]
                 return kept.keys, kept.values
-            cache = both.cross_attention_cache if crosses else both.self_attention_cache
+            cache = pair.cross_attention_cache if crosses else pair.self_attention_cache
             if crosses:
-                both.is_updated[self.layer_idx] = True
+                pair.is_updated[self.layer_idx] = True
         k, v = self.by_heads(self.key(states)), self.by_heads(self.value(states))
         return (k, v) if cache is None else cache.update(k, v, self.layer_idx)
 
-    def _few(self, queries: Tensor, states: Any) -> bool:
+    def _absorbs(self, queries: Tensor, states: Any) -> bool:
         """Return True if `_absorbed` is faster: few queries compared with the width, and no hooks on key and value."""
         plain = all(
             type(linear) in PLAIN_LINEARS
@@ -130,22 +130,22 @@ class TextAttention(BlipTextSelfAttention):
     def _absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention (rows, tokens, heads · d) without computing keys and values.
 
-        q: (rows, heads, tokens, d). states: (rows, n, width). q · (Wₖ x + bₖ) = (Wₖᵀ q) · x + a constant, which does not change
-        the softmax, and Σ pᵢ (Wᵥ xᵢ + bᵥ) = Wᵥ Σ pᵢ xᵢ + bᵥ. So the few queries are multiplied by the weights instead of all
-        states of the image.
+        q: (rows, heads, tokens, d). states: (rows, n, width). Scores: q · (Wₖ x + bₖ) = (Wₖᵀ q) · x + c. The constant c
+        does not change the softmax. Values: Σ pᵢ (Wᵥ xᵢ + bᵥ) = Wᵥ Σ pᵢ xᵢ + bᵥ. So the few queries are multiplied by the
+        weights, instead of all states of the image.
         """
         heads, (rows, _, tokens, d) = self.num_attention_heads, q.shape
         wk, wv = (linear.weight.unflatten(0, (heads, d)) for linear in (self.key, self.value))  # (heads, d, width)
-        far = (q * d**-0.5).transpose(0, 1).flatten(1, 2) @ wk  # (heads, rows · tokens, width)
-        scores = far.unflatten(1, (rows, tokens)).transpose(0, 1).flatten(1, 2) @ states.transpose(1, 2)
+        absorbed = (q * d**-0.5).transpose(0, 1).flatten(1, 2) @ wk  # Wₖᵀ q, (heads, rows · tokens, width)
+        scores = absorbed.unflatten(1, (rows, tokens)).transpose(0, 1).flatten(1, 2) @ states.transpose(1, 2)
         if mask is not None:
             lowest = torch.finfo(scores.dtype).min
             scores = (scores.unflatten(1, (heads, tokens)) + mask.clamp(min=lowest).to(scores.dtype)).flatten(1, 2)
-        read = scores.softmax(-1).to(states.dtype) @ states  # (rows, heads · tokens, width)
-        read = read.unflatten(1, (heads, tokens)).transpose(0, 1).flatten(1, 2)  # (heads, rows · tokens, width)
-        read = read @ wv.transpose(1, 2)  # (heads, rows · tokens, d)
-        read = read.unflatten(1, (rows, tokens)).permute(1, 2, 0, 3).flatten(2)
-        return read if self.value.bias is None else read + self.value.bias.to(read.dtype)
+        context = scores.softmax(-1).to(states.dtype) @ states  # Σ pᵢ xᵢ, (rows, heads · tokens, width)
+        context = context.unflatten(1, (heads, tokens)).transpose(0, 1).flatten(1, 2)  # (heads, rows · tokens, width)
+        context = context @ wv.transpose(1, 2)  # (heads, rows · tokens, d)
+        context = context.unflatten(1, (rows, tokens)).permute(1, 2, 0, 3).flatten(2)
+        return context if self.value.bias is None else context + self.value.bias.to(context.dtype)
 
     def by_heads(self, states: Tensor) -> Tensor:
         """Return states (rows, tokens, width) as a view (rows, heads, tokens, d)."""
@@ -156,9 +156,9 @@ class TextAttention(BlipTextSelfAttention):
 def reading(decoder: Any, states: Tensor, mask: Tensor | None = None, rows: int = 1) -> Iterator[dict[str, Tensor]]:
     """Let a BLIP text decoder attend to `states` (images, n, width) inside the block. Yield the arguments for its call.
 
-    mask: (images, n), 1 for states and 0 for padding. rows: how many rows of the decoder's input each image has, without the
-    beams of `generate`; they are next to each other. The block applies to the current thread only. A backward pass that
-    computes activations again must run inside the block.
+    mask: (images, n), 1 for states and 0 for padding. rows: the number of rows of the decoder's input for each image, not
+    counting the beams of `generate`. The rows of an image are adjacent. The block applies to the current thread only. A
+    backward pass that computes activations again must run inside the block.
     """
     layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
     fast = all(isinstance(layer, TextAttention) and not (layer.training and layer.dropout.p) for layer in layers)

@@ -4,8 +4,8 @@ Attention: 577 × 577 scores for each head are most of the memory of a step, and
 times for the backward pass. `attend` stores none. `by_heads` computes large attentions in 16 bits on a CPU: it stores the
 probabilities once, and computes few heads at a time, so that their scores stay in the processor's cache.
 
-MLP: the gradient of A of fc2 needs the input of fc2, which is the output of the GELU. Autograd keeps the GELU's input anyway.
-So `fused` computes the GELU again instead of keeping its output, a quarter of what a block keeps.
+MLP: fc2 has an adapter, and the gradient of its A needs the input of fc2, which is the output of the GELU. Autograd keeps the
+input of the GELU in any case. So `fused` computes the GELU again and does not keep its output, a quarter of a block's memory.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Check the files of a checkpoint, which may be untrusted, before anything is built from them.
+"""Check the files of a checkpoint before a model is built from them. They may be untrusted.
 
 transformers loads code, kernels and quantizers that a config.json names, and allocates the sizes that it describes. Such a
-config is an error here, and its sizes are compared with the shapes in the headers of the weights.
+config raises ModelError. Its sizes are compared with the shapes in the headers of the weights.
 """
 
 import math
@@ -21,6 +21,7 @@ LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the ind
 LARGEST_NUMBER = 2**20  # four times the largest vocabulary of a language model
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 LANGUAGE_MODELS = ("opt", "t5")
+GIVE_BLIP = "give a BLIP or BLIP-2 checkpoint, such as Salesforce/blip-image-captioning-base"
 ATTENTIONS = (None, "eager", "sdpa")
 LARGEST_TOKENIZER = 2**26  # bytes of each file of the tokenizer and the processors; those of known models have 4 MB
 TOKENIZER_FILES = (
@@ -47,7 +48,7 @@ GENERATION_KEYS = (
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "_from_model_config", "transformers_version",
 )  # fmt: skip
-# all other keys, also of a later transformers: they stop by the clock, or change the search or the cache
+# all other keys, including those of later versions of transformers: they limit the time, or change the search or the cache
 OTHER_GENERATION = frozenset(vars(GenerationConfig())) - {*GENERATION_KEYS}
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 ONES = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys that have no effect if they are 1
@@ -56,6 +57,7 @@ UNUSED = ("task_specific_params",)  # transformers stores them and never uses th
 NUMBERED = re.compile(r"(.*\.(?:layers?|block)\.)(\d+)\.")
 ADAPTERS = re.compile(r"\.(lora|lora_A|lora_B|base_layer)\.|\.lora_[AB]$")
 SPARE = 2**24  # weights of a model that may be missing in the file, such as those of another task
+AGAIN = "copy config.json and the weights again from one checkpoint"
 
 
 def check_config(source: str) -> None:
@@ -67,8 +69,8 @@ def check_config(source: str) -> None:
     _check_values(generation, source, "generation_config.json")
     if _located(source, "adapter_config.json"):
         raise ModelError(
-            f"{source!r} contains a PEFT adapter (adapter_config.json), which would be loaded into another base; give the "
-            "checkpoint that it was trained on"
+            f"{source!r} contains a PEFT adapter (adapter_config.json), and transformers would load the base that it names; "
+            "give the checkpoint of that base"
         )
     check_tokenizer_files(source)
 
@@ -125,14 +127,14 @@ def _check_kind(config: Mapping[str, Any], source: str) -> None:
     kind = config.get("model_type")
     if kind not in ("blip", "blip-2"):
         code = "; its own Python code is never run" if config.get("auto_map") else ""
-        raise ModelError(f"{source!r} is a {quoted(kind)} model; lora_blip trains BLIP ('blip') and BLIP-2 ('blip-2'){code}")
+        raise ModelError(f"{source!r} is a {quoted(kind)} model; {GIVE_BLIP}{code}")
     for part in ("vision_config", "text_config", "qformer_config"):
         if not isinstance(config.get(part, {}), dict | None):
-            raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object")
+            raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object; {AGAIN}")
     language = (config.get("text_config") or {}).get("model_type", "opt")
     if kind == "blip-2" and language not in LANGUAGE_MODELS:
         raise ModelError(
-            f"{source!r} has a {quoted(language)} language model; lora_blip trains BLIP-2 with {' or '.join(LANGUAGE_MODELS)}"
+            f"{source!r} has a {quoted(language)} language model; give one with OPT or T5, such as Salesforce/blip2-opt-2.7b"
         )
 
 
@@ -149,7 +151,7 @@ def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> Non
         if key == "auto_map" and place != "auto_map":
             raise ModelError(f"{where}: code of a checkpoint is never run; remove the key")
         if isinstance(value, int) and value > LARGEST_NUMBER and not isinstance(value, bool):
-            raise ModelError(f"{where}, more than the {LARGEST_NUMBER:,} of the largest models; copy the file again")
+            raise ModelError(f"{where}; the largest models have {LARGEST_NUMBER:,} at most: copy the file again")
 
 
 def _entries(config: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -170,7 +172,7 @@ def _entries(config: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
 def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: str) -> None:
     """Raise ModelError if the config does not describe the model whose weights are in the checkpoint.
 
-    The model is built without memory, on the meta device. Does nothing if there are no safetensors.
+    The model is built without memory, on the meta device. Do nothing if there are no safetensors.
     """
     shapes = weight_shapes(source)
     if not shapes:
@@ -205,9 +207,6 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
         )
 
 
-AGAIN = "copy config.json and the weights again from one checkpoint"
-
-
 def weight_shapes(source: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a checkpoint's safetensors, from their headers; {} if there are none."""
     files = []
@@ -218,10 +217,10 @@ def weight_shapes(source: str) -> dict[str, tuple[int, ...]]:
         names = set(index.values()) if isinstance(index, dict) and all(map(_is_plain, index.values())) else set()
         if not names:
             raise ModelError(f"model.safetensors.index.json of {source!r} names no files; copy it again")
-        found = {name: _located(source, name) for name in names}
-        if missing := sorted(name for name, path in found.items() if path is None):
+        paths = {name: _located(source, name) for name in names}
+        if missing := sorted(name for name, path in paths.items() if path is None):
             raise ModelError(f"the weights of {source!r} lack {quoted(missing[0])}; download the checkpoint again")
-        files = [path for path in found.values() if path]
+        files = [path for path in paths.values() if path]
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
@@ -240,10 +239,10 @@ def _is_plain(name: Any) -> bool:
 
 
 def _check_keys(shapes: Mapping[str, Any], source: str) -> None:
-    found = [name for name in shapes if ADAPTERS.search(name)]
-    if found:
+    of_adapters = [name for name in shapes if ADAPTERS.search(name)]
+    if of_adapters:
         raise ModelError(
-            f"{source!r} was saved from a model with adapters on it ({quoted(found[0])}), which would be ignored. "
+            f"{source!r} was saved from a model with adapters on it ({quoted(of_adapters[0])}), which would be ignored. "
             "Call lora_blip.bake(model) before model.save_pretrained(…); or load the base, and the adapter from its own file"
         )
 

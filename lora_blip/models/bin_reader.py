@@ -35,14 +35,14 @@ def main(target: Path, files: list[Path]) -> None:
 
 
 def refuse_compressed(file: Path) -> None:
-    """Raise ValueError if a zip file is compressed, which PyTorch's never are: a small file could fill the memory."""
+    """Raise ValueError if a zip file is compressed. Files of torch.save are not, and a small one could fill the memory."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is a compressed archive, not a file of torch.save")
 
 
 def checked(found: object, size: int) -> dict:
-    """Return name → a tensor with memory of its own. Raise ValueError if `found` is not the weights of a model."""
+    """Return name → a copy of the tensor. Raise ValueError if `found` is not the weights of a model."""
     import torch
 
     if not isinstance(found, dict) or not found:

@@ -1,6 +1,6 @@
-"""Read a checkpoint that has only `.bin` weights: convert them once to safetensors, in a process of its own.
+"""Read a checkpoint that has only `.bin` weights: convert them once to safetensors, in a child process.
 
-A `.bin` file is a program for a small machine that builds objects, so a hostile one may try to run code. `bin_reader` reads it
+A `.bin` file contains instructions that build Python objects, so a hostile file may try to run code. `bin_reader` reads it
 with PyTorch's weights-only reader, in a child process with limits. This process then opens only the safetensors.
 """
 
@@ -25,7 +25,7 @@ from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quot
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = ("config.json", "generation_config.json")  # what transformers reads beside the weights
-BYTES_PER_SECOND = 2**27  # a rough rate, for the message only
+BYTES_PER_SECOND = 2**27  # an estimate, only for the message
 READER = Path(__file__).with_name("bin_reader.py")
 
 
@@ -93,14 +93,14 @@ def _convert(files: list[Path], configs: list[Path], copy: Path, name: str) -> N
     with room_for(copy.parent, ModelError, advice):
         copy.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=copy.parent) as temporary:
-            made = Path(temporary) / "checkpoint"
-            made.mkdir()
-            _read(files, made, size, name)
-            _index(files, made, name)
+            folder = Path(temporary) / "checkpoint"
+            folder.mkdir()
+            _read(files, folder, size, name)
+            _index(files, folder, name)
             for config in configs:
-                shutil.copyfile(config, made / config.name)
-            if not copy.exists():  # another process may have made it meanwhile
-                made.rename(copy)
+                shutil.copyfile(config, folder / config.name)
+            if not copy.exists():  # another process may have created it in the meantime
+                folder.rename(copy)
 
 
 def _read(files: list[Path], target: Path, size: int, name: str) -> None:
@@ -127,14 +127,14 @@ def _unreadable(name: str, files: list[Path], reason: str) -> str:
     )
 
 
-def _index(files: list[Path], made: Path, name: str) -> None:
+def _index(files: list[Path], folder: Path, name: str) -> None:
     """Name the safetensors as transformers expects them: one file, or several with an index."""
     if len(files) == 1:
-        (made / f"{files[0].stem}.safetensors").rename(made / SAFE_WEIGHTS)
+        (folder / f"{files[0].stem}.safetensors").rename(folder / SAFE_WEIGHTS)
         return
     places: dict[str, str] = {}
     size = 0
-    for path in sorted(made.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         size += path.stat().st_size
         try:
             with safe_open(path, "pt") as opened:
@@ -142,4 +142,4 @@ def _index(files: list[Path], made: Path, name: str) -> None:
         except SafetensorError as error:
             raise ModelError(_unreadable(name, files, cut(str(error)))) from None
     index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": places}
-    (made / SAFE_INDEX).write_text(json.dumps(index))
+    (folder / SAFE_INDEX).write_text(json.dumps(index))

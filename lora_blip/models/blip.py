@@ -1,4 +1,4 @@
-"""BLIP's language side: a text decoder over the image, and for questions an encoder before it."""
+"""The language side of BLIP: a text decoder that attends to the image. For questions, a text encoder comes before it."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -50,7 +50,10 @@ def fetch(name: str) -> str:
             "then log in: hf auth login"
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"{repository!r} on the hub has no revision {revision!r}") from None
+        raise ModelError(
+            f"{repository!r} on the hub has no revision {revision!r}; give {repository!r} for main, "
+            f"or a branch, tag or commit that {constants.ENDPOINT}/{repository}/commits lists"
+        ) from None
     except RepositoryNotFoundError:
         raise ModelError(
             f"there is no folder {name!r}, and no model of this name on the hub that you can read; check the spelling (if it "

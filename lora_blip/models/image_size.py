@@ -26,11 +26,14 @@ def own_size(config: Any, name: str) -> int:
     for key, value in (("image_size", size), ("patch_size", patch)):
         if type(value) is not int or not 0 < value <= LARGEST:
             raise ModelError(
-                f"{name!r}: {key} in its config.json is {quoted(value)}; expected a whole number from 1 to {LARGEST}, since "
-                "images and patches are square"
+                f"{name!r}: {key} in its config.json is {quoted(value)}; expected a whole number from 1 to {LARGEST}, "
+                "because images and patches are square; copy config.json again from the checkpoint"
             )
     if size % patch:
-        raise ModelError(f"{name!r}: image_size {size} in its config.json is not a multiple of its patch_size {patch}")
+        raise ModelError(
+            f"{name!r}: image_size {size} in its config.json is not a multiple of its patch_size {patch}; "
+            "copy config.json again from the checkpoint"
+        )
     return size
 
 
@@ -64,10 +67,10 @@ def resize_positions(model: Any, size: int) -> None:
 
 
 def fit_processor(image_processor: Any, size: int, name: str) -> str:
-    """Make an image processor resize every image to `size` × `size`. Return what it did before, "" if the same.
+    """Make an image processor resize every image to `size` × `size`. Return what it did before, "" if nothing changes.
 
-    A processor that crops still crops: both of its sizes change by the same factor. Raise ModelError if a size is not square,
-    or if the processor's output has another size in spite of its settings.
+    A processor that crops still crops: its size and its crop size change by the same factor. Raise ModelError if a size is not
+    square, or if the output has another size after the change.
     """
     _check_sizes(image_processor, name)
     try:
@@ -89,7 +92,7 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
             if getattr(image_processor, step, None):
                 setattr(image_processor, step, False)
     try:
-        sizes, reason = _sides(image_processor), "it makes another size"
+        sizes, reason = _sides(image_processor), "its output has another size"
     except Exception as error:  # transformers does not check the settings of an untrusted file
         sizes, reason = set(), f"{type(error).__name__}: {quoted(str(error))}"
     if sizes != {(size, size)}:
@@ -108,13 +111,13 @@ def _check_sizes(image_processor: Any, name: str) -> None:
             if key in PIXELS and (type(value) is not int or not 0 < value <= LARGEST):
                 raise ModelError(
                     f"{name!r}: {setting} of its image processor has {key} {quoted(value)}; expected a whole number from 1 to "
-                    f"{LARGEST}"
+                    f"{LARGEST}; correct preprocessor_config.json"
                 )
         height, width = sides.get("height"), sides.get("width")
         if height != width:
             raise ModelError(
                 f"{name!r}: {setting} of its image processor is {height}×{width} (height×width), and the model needs square "
-                "images; set both to the same number"
+                "images; set both to the same number in preprocessor_config.json"
             )
 
 
@@ -125,7 +128,7 @@ def _described(image_processor: Any, sizes: set[tuple[int, int]]) -> str:
     if not image_processor.do_resize:
         return "does not resize images"
     sides = ", ".join(f"{key} {value}" for key, value in dict(image_processor.size or {}).items())
-    return f"resizes to {sides}" if sides else "names no size"
+    return f"resizes to {sides}" if sides else "has no size"
 
 
 def _sides(image_processor: Any) -> set[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The language side of a model: tokenize prompts and texts, compute logits over image features, and generate texts."""
+"""The language side of a model: tokenize prompts and texts, compute logits given image features, and generate texts."""
 
 import math
 from abc import ABC, abstractmethod
@@ -41,8 +41,8 @@ class CutText(str):
 class Language(ABC, Generic[TrainedRows]):
     """The base of the language models, one subclass for each kind.
 
-    `encode_images` computes the features of each image once, and `logits` computes the texts over these features. Together they
-    are the model's forward. An image with five texts is encoded once.
+    `encode_images` computes the features of images, and `logits` the logits of texts given these features. Together they are
+    the model's forward. An image with five texts is encoded once.
     """
 
     model: Any
@@ -50,7 +50,7 @@ class Language(ABC, Generic[TrainedRows]):
     pad_id: int
     start_id: int  # the token that a decoder starts from
     end_id: int  # the token that ends every text
-    max_tokens: int  # the most tokens of a row, without those of the image
+    max_tokens: int  # the largest number of tokens in a row, without those of the image
 
     @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -104,7 +104,7 @@ class Language(ABC, Generic[TrainedRows]):
             return self.encode_images(pixel_values[first])[index] if first != index else self.encode_images(pixel_values)
 
     def room(self, prompt: str) -> int:
-        """Return the most tokens of a text after a prompt, without the start and end tokens."""
+        """Return how many tokens a text may have after a prompt, without the start and end tokens."""
         return self.room_after(len(plain_ids(self.tokenizer, prompt)))
 
     def room_after(self, tokens: int) -> int:
@@ -222,7 +222,7 @@ def mean_probabilities(output: Any, end_id: int) -> Tensor:
 
 
 def rows_are_named(model: nn.Module) -> bool:
-    """Return True inside a `use_adapters` that names the adapter of every row. Then no row may be left out."""
+    """Return True inside a block of `use_adapters` that names the adapter of each row. Then no row may be left out."""
     return any(isinstance(module, AdapterStack) and module.routing.active.count for module in model.modules())
 
 

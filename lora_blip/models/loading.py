@@ -26,7 +26,7 @@ from lora_blip.kernels import switch
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
 from lora_blip.lora.routing import checkpoint_context
-from lora_blip.models.base_config import check_config, check_sizes
+from lora_blip.models.base_config import GIVE_BLIP, check_config, check_sizes
 from lora_blip.models.bin_weights import with_safetensors
 from lora_blip.models.hub import fetch
 from lora_blip.models.image_size import check_size, fit_processor, own_size, resize_positions
@@ -91,8 +91,8 @@ def load_backbone(
     0: the checkpoint's own.
 
     The dropout of the model is set to 0: it does not help a frozen backbone, and without it training and inference compute the
-    same. Raise ModelError if the checkpoint does not exist, is of another kind, lacks weights or image placeholders, or is a T5
-    in fp16. Raise ConfigError if `image_size` is not a multiple of the patch size. In peft: `from_pretrained` of transformers.
+    same. Raise ModelError if the checkpoint does not exist, is of another kind, lacks weights, or is a T5 in fp16. Raise
+    ConfigError if `image_size` is not a multiple of the patch size. In peft: `from_pretrained` of transformers.
 
     >>> backbone = lora_blip.load_backbone("assets/tiny-blip")
     >>> backbone.family, backbone.image_size, backbone.device.type
@@ -124,13 +124,14 @@ def open_backbone(
 def as_backbone(model: Any, processor: Any) -> Backbone:
     """Return the backbone of a BLIP or BLIP-2 model that the caller loaded with transformers. Its weights are not changed.
 
-    processor: the BlipProcessor or Blip2Processor of the checkpoint; a copy of it resizes images to the model's size. Raise
-    InputError for another kind of object, and ModelError for a checkpoint that `load_backbone` would refuse.
+    processor: the BlipProcessor or Blip2Processor of the checkpoint; the backbone has a copy, which resizes images to the
+    model's size. Raise InputError for another kind of object, and ModelError for a checkpoint that `load_backbone` would
+    refuse.
     """
     kinds = tuple(kind for architectures in ARCHITECTURES.values() for kind in architectures)
     if not isinstance(model, kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"base is a {type(model).__name__}; give a name, a folder, or one of {names}")
+        raise InputError(f"base is a {type(model).__name__}; give a name, a folder, or a model of one of the classes {names}")
     tokenizer, image_processor = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
     if tokenizer is None or image_processor is None:
         raise InputError("a model of transformers needs its processor: processor=transformers.AutoProcessor.from_pretrained(…)")
@@ -168,11 +169,11 @@ def _load(
         with Quiet(source):
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
             model.disable_input_require_grads()  # only the reentrant kind needs them; BLIP adds positions in place
-    other = fit_processor(image_processor, size, name)
+    before = fit_processor(image_processor, size, name)
     if size != own:
         print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")
-    elif other:
-        print(f"images are resized to {size}×{size}, the size of the model {name!r}; its image processor {other}")
+    elif before:
+        print(f"images are resized to {size}×{size}, the size of the model {name!r}; its own processor {before}")
     return Backbone(
         model, tokenizer, image_processor, name, where, fast=fast, own_image_size=own, chose_image_size=bool(image_size)
     )
@@ -224,11 +225,11 @@ def locate_model(name: str) -> str:
 
 def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
     if config.model_type not in ARCHITECTURES:
-        raise ModelError(f"{name!r} is a {config.model_type!r} model; lora_blip trains BLIP ('blip') and BLIP-2 ('blip-2')")
+        raise ModelError(f"{name!r} is a {config.model_type!r} model; {GIVE_BLIP}")
     known = [kind.__name__ for kind in ARCHITECTURES[config.model_type]]
     if config.architectures and not set(known) & set(config.architectures):
         raise ModelError(
-            f"{name!r} is a {quoted(config.architectures[0])}, which has no task here; give one of {', '.join(known)}"
+            f"{name!r} is a {quoted(config.architectures[0])}, which has no task here; give one of {' or '.join(known)}"
         )
     if _architecture(config) is Blip2ForConditionalGeneration:
         refuse_t5_fp16(config, name, dtype)
@@ -280,9 +281,9 @@ def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: Pre
 def restart_thread_pool() -> None:
     """Create PyTorch's thread pool again in the calling thread if this process was forked after our import.
 
-    The first operation after a fork creates the pool again, without a lock. transformers reads weights in several threads.
-    Two threads that start at the same time can find no pool ("Invalid thread pool", ATen/ParallelOpenMP.cpp). Servers that
-    import everything and then fork their workers (gunicorn's `preload_app`) are in this situation.
+    After a fork, the first operation creates the pool, without a lock. transformers reads weights in several threads, and the
+    first operations of two threads at the same time may fail ("Invalid thread pool", ATen/ParallelOpenMP.cpp). This happens in
+    servers that import everything and then fork their workers (gunicorn's `preload_app`).
     """
     if os.getpid() != _IMPORTED_IN:
         torch.set_num_threads(torch.get_num_threads())

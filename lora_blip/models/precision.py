@@ -22,7 +22,9 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used here ({first_line(error)}); try 'auto' or 'cpu'") from None
+        raise ModelError(
+            f'device {device!r} cannot be used here ({first_line(error)}); set DEVICE = "auto" (--device auto)'
+        ) from None
     return chosen
 
 
@@ -36,7 +38,7 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def emulated(precision: str, device: torch.device) -> bool:
-    """Return True if a CPU has no instructions for this precision. It is then many times slower than fp32."""
+    """Return True if a CPU has no instructions for this precision, which is then many times slower than fp32."""
     if device.type != "cpu" or precision == "fp32":
         return False
     support = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
@@ -46,8 +48,8 @@ def emulated(precision: str, device: torch.device) -> bool:
 def pick_base_dtype(base_dtype: str, config: PretrainedConfig, precision: str) -> str:
     """Return the dtype of the frozen weights.
 
-    "auto": BLIP-2 has them in the precision, so 16 bits halve its memory. BLIP is small and has them in fp32. Raise ConfigError
-    for fp16 together with bf16.
+    "auto": for BLIP-2 the dtype of `precision`, because 16 bits halve its memory; for BLIP, which is small, fp32. Raise
+    ConfigError for fp16 together with bf16.
     """
     if base_dtype == "auto":
         return precision if config.model_type == "blip-2" else "fp32"

@@ -22,13 +22,16 @@ TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "de
 
 
 def load_processors(source: str) -> tuple[Any, Any]:
-    """Return the tokenizer and the image processor. Pillow's processor is the same on every machine, without torchvision."""
+    """Return the tokenizer and the image processor, which uses Pillow: its results do not depend on torchvision."""
     try:
         with Quiet(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     except Exception as error:  # an untrusted file can fail anywhere in transformers
-        raise ModelError(f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}") from None
+        raise ModelError(
+            f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}\n"
+            "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json again from the checkpoint"
+        ) from None
     if len(tokenizer) < SMALLEST_VOCABULARY:
         raise ModelError(
             f"{source!r} has no tokenizer files (tokenizer.json or vocab.txt); copy them into the folder of its weights"
@@ -37,10 +40,10 @@ def load_processors(source: str) -> tuple[Any, Any]:
 
 
 def add_image_token(model: Any, tokenizer: Any, name: str) -> None:
-    """Add `<image>`, the token that images replace, to a BLIP-2 of 2023, as the newer revisions of its checkpoint have it.
+    """Add the token `<image>` to a BLIP-2 checkpoint of 2023. Newer revisions of these checkpoints have it.
 
-    Set `image_token_index` in the config of the model. The token gets the first id after the tokenizer's. If the embeddings
-    have no row for it, it gets their mean, so that its logit is not an extreme one. The model never embeds the token.
+    Image features replace this token, so the model never embeds it. It gets the first id after the tokenizer's, which becomes
+    `image_token_index` in the config. If the embeddings have no row for it, a row with their mean is added: no extreme logit.
     """
     if type(model) is not Blip2ForConditionalGeneration or model.config.image_token_index is not None:
         return
@@ -59,8 +62,8 @@ def add_image_token(model: Any, tokenizer: Any, name: str) -> None:
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Raise ModelError if a token of the tokenizer or a token id of the config has no row in the text embeddings.
 
-    A tokenizer with fewer tokens than rows is fine. So is an image token without a row in a model that matches images with
-    texts, because that model never embeds it.
+    There may be more rows than tokens. In a model that matches images with texts, the image token may have no row, because that
+    model never embeds it.
     """
     tables = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WORD_EMBEDDINGS]
     rows = min(table.num_embeddings for table in tables)
@@ -68,12 +71,12 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     image = getattr(model.config, "image_token_index", None)
     if image is not None and not (is_id(image, rows) or (is_id(image) and not generates)):
         raise ModelError(no_embedding(name, "image_token_index", image, rows))
-    past = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != image)
-    if past:
+    without_row = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != image)
+    if without_row:
         raise ModelError(
-            f"{name!r}: the tokenizer has {len(past)} tokens that the model has no embeddings for (first: "
-            f"{quoted(past[0][1])}, id {past[0][0]}; the model has {rows} rows); use the tokenizer that was saved with "
-            "this model, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
+            f"{name!r}: the tokenizer has {len(without_row)} tokens without an embedding in the model (first: "
+            f"{quoted(without_row[0][1])}, id {without_row[0][0]}; the model has {rows} rows); use the tokenizer that was "
+            "saved with this model, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
         )
     if not generates:
         return

@@ -14,8 +14,8 @@ LARGE = ("vision_model", "language_model")  # the parts whose blocks are sharded
 def shard(backbone: Backbone, ranks: int) -> None:
     """Keep a share of each block's frozen weights on each rank. A block is gathered only while it computes.
 
-    Adapters are not sharded; DistributedDataParallel keeps them equal. From now on every rank must run the same forwards, and
-    weights can be neither merged nor sampled, so their fingerprints are taken here.
+    Adapters are not sharded: DistributedDataParallel keeps them equal. After this call, every rank must run the same forwards.
+    Sharded weights cannot be merged or sampled, so their fingerprints are taken first.
     """
     from torch.distributed.device_mesh import init_device_mesh  # imported here: it takes a second, and few runs need it
     from torch.distributed.fsdp import fully_shard

@@ -35,7 +35,7 @@ class TextChecker:
         return TokenBounds(self.tokenizer, self.special)
 
     def pretokenize(self, lines: list[tuple[str, ...]]) -> None:
-        """Tokenize together the texts of some lines that `ids` is called with next, except those that need no check."""
+        """Tokenize the texts of some lines in one call, for the next calls of `ids`. Skip the texts that need no check."""
         if longest := self.bounds.longest_word:
             lines = [texts for texts in lines if not (joined := "".join(texts)).isascii() or len(joined) > longest]
         doubtful = sorted({text for texts in lines for text in texts if text and not self.bounds.has_no_unknown(text)})
@@ -55,7 +55,7 @@ class TextChecker:
         if self.unknown.nothing_left(ids):
             return f"the text {quoted(text)} {ONLY_UNKNOWN}"
         if len(ids) > room:
-            return f"the text has {len(ids)} tokens, and the model has room for {room}"
+            return f"the text has {len(ids)} tokens, and the model has room for {room}; shorten it"
         return self.special_token_problem(text, ids)
 
     def special_token_problem(self, text: str, ids: list[int]) -> str:
@@ -68,10 +68,10 @@ class TextChecker:
 class TokenBounds:
     """Upper bounds of a tokenizer's `plain_ids` for texts of printable ASCII without special tokens.
 
-    For such a text, WordPiece, a byte-level BPE and a unigram model produce at most one token for each character, and one for a
-    space before it. They tokenize each word separately, so the sum over the words is a closer bound. For other texts, other
-    tokenizers, and a tokenizer that does not know all of ASCII, the bound is UNBOUNDED. A finite bound also means that the text
-    has no special token, and not only unknown tokens.
+    For such a text, WordPiece, a byte-level BPE and a unigram model produce at most one token for each character, and one for
+    a space before it. They tokenize each word separately, so the sum over the words is a closer bound. For other texts, other
+    tokenizers, and a tokenizer that does not know all of ASCII, the bound is UNBOUNDED. If the bound is finite, the text also
+    has no special token, and at least one known token.
     """
 
     def __init__(self, tokenizer: Any, special: Iterable[Any]) -> None:
@@ -109,7 +109,7 @@ class TokenBounds:
         return longest + 1 if known else UNBOUNDED
 
     def _plain(self, text: str, word: int) -> bool:
-        """Return True for printable ASCII without special tokens that starts with a known word, of `word` characters."""
+        """Return True for printable ASCII without special tokens. word: the length of the first word, which must be known."""
         for mark in self.marks:
             if mark in text:
                 return False

@@ -26,7 +26,7 @@ PLACEHOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, B
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The tokenized texts of a batch, each as long as it is. All lists are on the host."""
+    """The tokenized texts of a batch, as lists without padding, on the host."""
 
     inputs: list[list[int]]  # one for each text; in an encoder-decoder the encoder's input, one for each example
     targets: list[list[int]]  # one for each text, as long as the decoder's input
@@ -42,7 +42,7 @@ class TokenRows:
         return float(counts.sum() if self.weights is None else (counts * weight_tensor(self.weights)).sum())
 
     def pad(self, with_labels: bool = False) -> "PaddedRows":
-        """Return the rows padded at the end. with_labels: find the positions of the labels too."""
+        """Return the rows padded at the end. with_labels: also compute `labels`."""
         targets, decoder = pad(self.targets, IGNORE), self.decoder_inputs
         text = torch.arange(len(targets))[:, None].expand(targets.shape)
         return PaddedRows(
@@ -188,7 +188,7 @@ def mask_of(rows: list[list[int]]) -> Tensor:
 
 
 def next_tokens(row: list[int], start: int) -> list[int]:
-    """Return the targets of a decoder's row: position t predicts token t + 1, if that is at `start` or after it."""
+    """Return the targets of a decoder's row: position t predicts token t + 1; IGNORE for tokens before `start`."""
     return [*([IGNORE] * start + row[start:])[1:], IGNORE]
 
 
@@ -211,8 +211,8 @@ def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
 def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids that the model uses as structure: start, end, padding, masks and placeholders.
 
-    A token that a user added is a word, even with `special_tokens=True`. BERT's [UNK] replaces a word, so it is not among
-    these; OPT's is its end token under another name.
+    A token that a user added is a word, even with `special_tokens=True`. BERT's [UNK] replaces a word, so it is not one of
+    these. OPT uses its end token as the unknown token, so OPT's is.
     """
     named = {tokenizer.special_tokens_map.get(f"{name}_token") for name in STRUCTURAL} - {None}
     ids = set(tokenizer.convert_tokens_to_ids(sorted(map(str, named))))

@@ -7,7 +7,7 @@ from typing import Any
 from lora_blip.runtime.untrusted import quoted
 
 SHOWN = 3  # texts named in a report
-REMEDY = "a byte-level tokenizer represents every text, such as that of Salesforce/blip2-opt-2.7b"
+REMEDY = 'a base with a byte-level tokenizer knows every text, such as MODEL = "Salesforce/blip2-opt-2.7b"'
 
 
 class UnknownTokens:
@@ -24,14 +24,14 @@ class UnknownTokens:
             self.counts |= {text: (row.count(self.id), len(row)) for text, row in ids.items() if self.id in row}
 
     def nothing_left(self, ids: list[int]) -> bool:
-        """Return True if the ids decode to nothing without the unknown ones. T5's mark of a space is nothing too."""
+        """Return True if no text is left without the unknown ids. T5's token for a space is no text."""
         known = [i for i in ids if i != self.id]
         return not known or (len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip())
 
     def report(self, lines: Iterable[tuple[int | str, Iterable[str]]], what: str = "line") -> str:
         """Return the share of unknown tokens in (line number, texts), with examples and the fix; "" if there are none.
 
-        The number is 0 for a text that is on no line. Only the texts given to `note` are counted.
+        The number is 0 for a text that is not from a line. Only the texts given to `note` are counted.
         """
         if not self.counts:
             return ""

@@ -22,7 +22,7 @@ def cast_once(backbone: Backbone, precision: str) -> None:
 
     The head of a decoder is cast too, so it no longer shares its memory with the embeddings. Direct children of the model are
     not cast: retrieval computes similarities and ITM in their dtype (`matching.projected`). Unmerged adapters are not cast. If
-    they are merged before, ΔW is rounded together with W. The fingerprint of the base is taken before the cast.
+    adapters are merged before the cast, ΔW is rounded together with W. The fingerprint of the base is taken before the cast.
     """
     if precision == "fp32":
         return

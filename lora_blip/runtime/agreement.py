@@ -11,29 +11,29 @@ from lora_blip.runtime.distributed import Ranks
 from lora_blip.version import __version__
 
 ADDED = {"image_size": 0}  # settings that older runs do not have, with the values that they used
-DIGESTS = ("lines", "weights", "processors")  # endings of names whose value is a digest, which says nothing to a reader
+DIGESTS = ("lines", "weights", "processors")  # endings of names whose value is a digest, which is not printed
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(earlier: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return what has changed since an earlier run, in words."""
-    then = ADDED | then
+    earlier = ADDED | earlier
     return [
-        f"{name} are not the same" if name.endswith(DIGESTS) else f"{name} was {then.get(name)!r} and is {now[name]!r}"
-        for name in now
-        if then.get(name) != now[name]
+        f"{name} are not the same" if name.endswith(DIGESTS) else f"{name} was {earlier.get(name)!r} and is {current[name]!r}"
+        for name in current
+        if earlier.get(name) != current[name]
     ]
 
 
-def require_same(ranks: Ranks, mine: dict[str, Any], verb: str = "train") -> None:
+def require_same(ranks: Ranks, inputs: dict[str, Any], verb: str = "train") -> None:
     """Raise an error on every rank if one has other data, settings, base weights or library versions than rank 0."""
     versions = {"Python": sys.version, "transformers": transformers.__version__, "numpy": np.__version__}
-    mine = mine | versions | {"pillow": PIL.__version__, "lora_blip": __version__}
-    every = ranks.all_gather(mine)
-    for rank, theirs in enumerate(every):
+    inputs = inputs | versions | {"pillow": PIL.__version__, "lora_blip": __version__}
+    every = ranks.all_gather(inputs)
+    for rank, other in enumerate(every):
         changed = [
             f"{name} are not the same" if name.endswith(DIGESTS)
-            else f"{name} is {theirs.get(name)!r} there and {every[0].get(name)!r} in process 0"
-            for name in mine if theirs.get(name) != every[0].get(name)
+            else f"{name} is {other.get(name)!r} there and {every[0].get(name)!r} in process 0"
+            for name in inputs if other.get(name) != every[0].get(name)
         ]  # fmt: skip
         if changed:
             raise ranks.error(

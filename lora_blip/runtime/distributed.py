@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: their collectives, and which one writes. Other files use only `Ranks`."""
+"""The processes that torchrun starts: their collectives, and which one writes. Other files use only `Ranks`."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from lora_blip.errors import ConfigError, PeerError
 from lora_blip.runtime.limits import follows_lost_peer
 
 Result = TypeVar("Result")
-PATIENCE = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
+TIMEOUT = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
 
 # Tensors that gloo may still use. A thread of gloo may hold the last reference to a tensor long after its collective has ended.
 # It needs the GIL to release the tensor. If Python has ended by then, the process aborts ("terminate called without an active
@@ -81,10 +81,10 @@ class Ranks:
         return value if self.main else _tensor_to_object(encoded, count, None)
 
     def together(self, act: Callable[[], Result]) -> Result:
-        """Return `act()`, which calls no collective. If it fails on any rank, every rank raises an error, and none waits.
+        """Return `act()`. If it fails on any rank, every rank raises an error, so that none waits for another.
 
-        The main rank raises its own error, or a ConfigError that names the rank that failed; the others raise PeerError.
-        So one process reports.
+        `act` must not call a collective. The main rank raises its own error, or a ConfigError that names the rank that failed.
+        The others raise PeerError, so that only the main process prints a message.
         """
         if self.count == 1:
             return act()
@@ -138,7 +138,7 @@ def refuse_several(command: str) -> None:
     """Raise ConfigError if torchrun started several processes: each would do all of the work and write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         kind = ConfigError if os.environ.get("RANK", "0") == "0" else PeerError
-        raise kind(f"{command} runs in one process; start it without torchrun: python -m lora_blip {command} …")
+        raise kind(f"{command} runs in one process; start it without torchrun: lora-blip {command} …")
 
 
 def _wait_for_release() -> None:
@@ -160,12 +160,12 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     cuda = torch.cuda.is_available()
-    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
     # After a restart, torchrun's store still contains the addresses of dead ranks. A prefix for each restart separates them.
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else ""
-    store = distributed.PrefixStore(f"life {life}", store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else ""
+    store = distributed.PrefixStore(f"life {restart}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
+    distributed.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=count)
     ranks = Ranks(rank, count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         torch.cuda.set_device(ranks.local)

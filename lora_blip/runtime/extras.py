@@ -1,4 +1,4 @@
-"""Optional outputs: plots, trackers and reports. If one fails, it prints a line and the run continues."""
+"""Optional outputs: plots, trackers and reports. If one fails, a line is printed and the run continues."""
 
 from collections.abc import Callable
 from typing import TypeVar

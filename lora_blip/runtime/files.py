@@ -138,32 +138,32 @@ def unused_path(path: Path) -> Path:
         name = path if number == 1 else path.with_name(f"{path.name}_{number}")
         if not os.path.lexists(name):
             return name
-    raise ConfigError(f"{path} and 998 numbered names beside it exist; give another output_dir")
+    raise ConfigError(f"{path} and 998 numbered names exist; give another output_dir (--output-dir)")
 
 
 def refuse_unwritable(folder: str) -> None:
     """Raise ConfigError if a folder cannot be created or written. Leave no file behind."""
     path = Path(folder).absolute()
-    there, reason = path, ""
+    existing, reason = path, ""
     try:
-        there, about = next(filter(None, map(_found, (path, *path.parents))))
-        if stat.S_ISLNK(about.st_mode):
-            about = there.stat()  # raises FileNotFoundError or ELOOP for a broken link
-        if not stat.S_ISDIR(about.st_mode):
+        existing, status = next(filter(None, map(_with_status, (path, *path.parents))))
+        if stat.S_ISLNK(status.st_mode):
+            status = existing.stat()  # raises FileNotFoundError or ELOOP for a broken link
+        if not stat.S_ISDIR(status.st_mode):
             reason = "it is not a folder"
         else:
-            with tempfile.TemporaryFile(dir=there):  # a test, because permissions do not show read-only file systems
+            with tempfile.TemporaryFile(dir=existing):  # a test, because permissions do not show read-only file systems
                 pass
     except FileNotFoundError:
-        reason = "it is a link to a missing folder" if there.is_symlink() else "no file can be created in it"
+        reason = "it is a link to a missing folder" if existing.is_symlink() else "no file can be created in it"
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
-        name = "" if there == path else f"{there}: "
+        name = "" if existing == path else f"{existing}: "
         raise ConfigError(f"output_dir = {folder!r}: {name}{reason}; give a folder that can be written (--output-dir)")
 
 
-def _found(path: Path) -> tuple[Path, os.stat_result] | None:
+def _with_status(path: Path) -> tuple[Path, os.stat_result] | None:
     """Return a path with its status, without following a link, or None if it does not exist."""
     try:
         return path, path.lstat()
@@ -173,7 +173,7 @@ def _found(path: Path) -> tuple[Path, os.stat_result] | None:
 
 @contextmanager
 def room_for(folder: Path, error_class: type[Exception], advice: str) -> Iterator[None]:
-    """Turn the error of a full disk or quota into an `error_class` whose message ends with what is safe and what to do."""
+    """Inside the block, replace the OSError of a full disk or quota by an `error_class` whose message ends with `advice`."""
     try:
         yield
     except OSError as error:

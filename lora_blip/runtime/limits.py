@@ -1,4 +1,4 @@
-"""Errors of the system with misleading messages: the limit of threads and processes (`ulimit -u`), and lost processes."""
+"""Recognize system errors with misleading messages: the limit of threads and processes (`ulimit -u`), and lost processes."""
 
 import errno
 import os
@@ -13,7 +13,6 @@ LOST_WORKER = (
     "a process that loads images was ended by the system, which has too little memory (also in /dev/shm), or allows too few "
     "processes (ulimit -u). Use fewer: NUM_WORKERS = 0 (--num-workers 0) loads images in the main process"
 )
-
 
 LOST = ("Connection reset", "Connection closed", "Broken pipe", "NCCL error", "remote process exited")  # errors of a lost peer
 
@@ -45,7 +44,7 @@ def is_process_limit(error: BaseException) -> bool:
 
 
 def can_start_a_thread() -> bool:
-    """Return False at the limit. OpenMP ends the program there, and other threads then fail with any message."""
+    """Return False at the limit of threads. At this limit, libraries fail with unrelated messages."""
     try:
         threading.Thread(target=int).start()
     except RuntimeError:

@@ -1,7 +1,7 @@
 """Show what a command does: a bar on a terminal, and in a log a line at least every ten seconds.
 
-A piece of work names itself with `phase`, or counts what is done with `ProgressMeter`. `heartbeat` watches the log of a
-command, and prints the current phase if nothing else is printed.
+`phase` names the current work, and `ProgressMeter` also counts what is done. `heartbeat` prints the current phase into the log
+of a command if nothing else is printed.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from lora_blip.runtime.untrusted import printable
 
 T = TypeVar("T")
-SILENCE, BEAT = 9.0, 0.5  # seconds: of a log without a line, and between two looks at it; together less than ten
+SILENCE, BEAT = 9.0, 0.5  # seconds: the longest time without a line, and between two checks of it; together less than ten
 
 _phases: list[Callable[[], str]] = []  # what runs now, the innermost last
 _begun = threading.Event()  # set by the first phase
@@ -54,7 +54,7 @@ class ProgressMeter:
         is_shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        from tqdm import tqdm  # late, so that a Python without it gets the command that installs it
+        from tqdm import tqdm  # late: without tqdm, `cli.missing_dependency` prints how to install it
 
         self.name, self.total, self.unit, self.done, self.before = name, total, unit, done, done
         self.is_shown, self.clock = is_shown, clock
@@ -123,7 +123,7 @@ class LogStream:
 
 
 class Heartbeat:
-    """Print the current phase into a log without a line for `SILENCE` seconds. `beat` looks once."""
+    """Print the current phase into a log without a line for `SILENCE` seconds. `beat` checks this once."""
 
     def __init__(self, log: LogStream) -> None:
         self.log, self.started = log, log.clock()

@@ -1,4 +1,4 @@
-"""The files of a run folder, the name of a run, and how a run is found."""
+"""The names of runs and of the files in a run folder, and the search for an adapter."""
 
 import re
 from datetime import datetime
@@ -29,18 +29,20 @@ def name_part(text: str) -> str:
 def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     """Return the path of an adapter: a file, or that of the newest run in a folder. "latest" is the newest run in `runs`.
 
-    Of a run, return the weights with the best validation if there are any, else the last. Raise AdapterError if there is no
-    adapter.
+    Return the best.safetensors of a run, which has the weights with the best validation, or else its adapter.safetensors. Raise
+    AdapterError if there is no adapter.
     """
     path = Path(runs if adapter == "latest" else adapter)
     try:
         if path.is_file():
             return path
-        found = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
-    except OSError:  # a name longer than names can be
-        found = []
-    if not found:
-        raise AdapterError(f"no adapter at {str(path)!r}; train one with train.py, or give the path of an {ADAPTER_NAME}")
-    last = max(found, key=lambda p: p.stat().st_mtime)
+        adapters = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
+    except OSError:  # the name is too long for the file system
+        adapters = []
+    if not adapters:
+        raise AdapterError(
+            f"no adapter at {str(path)!r}; train one: lora-blip train (or python train.py); or give the path of one"
+        )
+    last = max(adapters, key=lambda p: p.stat().st_mtime)
     best = last.with_name(BEST_NAME)
     return best if best.is_file() else last

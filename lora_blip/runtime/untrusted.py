@@ -10,10 +10,8 @@ from typing import Any, BinaryIO
 
 DEEPEST = 100  # nested brackets of a JSON; Python's own limit, about a thousand, depends on the depth of the call
 LONGEST_QUOTE = 160  # characters of a value in a message
-LONGEST_PATH, LONGEST_NAME = (
-    3000,
-    255,
-)  # bytes of a path and of one name in it; systems allow 4,096, including the working folder
+LONGEST_PATH = 3000  # bytes of a path; systems allow 4,096, including the working folder
+LONGEST_NAME = 255  # bytes of one name in a path
 # C0 and C1 controls (ANSI escapes start with one), bidirectional controls, line separators, invisible tags, half surrogates
 UNPRINTABLE = (
     r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
@@ -28,9 +26,8 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-AT_ONCE = sum(
-    getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
-)  # those that this system has
+# flags of os.open that this system has; with O_NONBLOCK, a pipe cannot block the call
+OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 QUOTE = reprlib.Repr()
 QUOTE.maxstring = QUOTE.maxother = QUOTE.maxlong = LONGEST_QUOTE
 QUOTE.maxlevel = 3
@@ -48,7 +45,7 @@ def open_regular(path: str | Path, largest: int | None = None) -> BinaryIO:
     """
     try:
         _refuse_irregular(os.stat(path), largest)  # noqa: PTH116  # a str or Path of any characters
-        file = os.fdopen(os.open(path, os.O_RDONLY | AT_ONCE), "rb")
+        file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
     except ValueError:
         raise UnreadableError("its name contains a NUL character") from None
     try:
@@ -107,13 +104,13 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entry = dict(pairs)
     if len(entry) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {quoted(next(key for key in entry if keys.count(key) > 1))} is there twice; keep one")
+        raise ValueError(f"the key {quoted(next(key for key in entry if keys.count(key) > 1))} occurs twice; keep one")
     return entry
 
 
 def no_constant(name: str) -> Any:
     """Raise ValueError for NaN or Infinity, which Python reads and writes but JSON does not have."""
-    raise ValueError(f"{name} is no JSON; write null")
+    raise ValueError(f"{name} is not JSON; write null")
 
 
 STRICT = json.JSONDecoder(object_pairs_hook=once, parse_constant=no_constant)
@@ -121,7 +118,7 @@ WITH_NAN = json.JSONDecoder(object_pairs_hook=once)
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Return True if lists and objects are nested deeper than `levels`. Do not use recursion."""
+    """Return True if lists and objects are nested deeper than `levels`. Any depth is allowed: nothing is recursive."""
     containers: list[Any] = [[value]]
     while containers and levels >= 0:
         inside = (x.values() if isinstance(x, dict) else x for x in containers)
@@ -132,9 +129,9 @@ def _deeper(value: Any, levels: int) -> bool:
 def printable(text: object) -> str:
     """Return `str(text)` as one line that is safe to print.
 
-    Escape each character that controls a terminal, ends a line, reorders or hides text, or cannot be encoded. Every
-    text that we did not write ourselves passes through here before it is printed or put on a page: paths, captions,
-    model names, config values, metadata, tokens. Other text, in any language, is returned unchanged.
+    Escape each character that controls a terminal, ends a line, reorders or hides text, or cannot be encoded. Other characters,
+    of any language, are unchanged. Call this before untrusted text is printed or written to a page: paths, captions, model
+    names, config values, metadata, tokens.
     """
     return _escaped(IN_A_LINE, str(text))
 
@@ -145,7 +142,7 @@ def printable_lines(text: object) -> str:
 
 
 def for_terminal(text: str) -> str:
-    """Return one write to a terminal as in `printable_lines`, and keep what moves the cursor of a progress bar."""
+    """Return text as `printable_lines` does, but keep the codes with which a progress bar moves the cursor."""
     if CURSOR_UP.fullmatch(text):
         return text
     return "\r" + printable_lines(text[1:]) if text.startswith("\r") else printable_lines(text)
@@ -158,7 +155,7 @@ def _escaped(unsafe: re.Pattern[str], text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """Return the repr of a value in one line, shortened, with control characters escaped."""
+    """Return the repr of a value as one line: shortened, with control characters escaped."""
     try:
         text = QUOTE.repr(value)
     except ValueError:  # an int with more digits than Python converts

@@ -44,15 +44,17 @@ class ImageEncoder(Protocol):
 
 
 class BaseTask(ABC):
-    """What training and prediction share. Raise ConfigError for a prompt or a checkpoint that the task cannot use."""
+    """The base of both halves. Raise ConfigError for a prompt or a checkpoint that the task cannot use."""
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]  # the checkpoints that it supports
     example_checkpoint: ClassVar[str]  # one of them, for messages
-    takes_question: ClassVar[bool] = False  # an example has a question, and its prediction is an answer
-    writes_text: ClassVar[bool] = True  # a prediction is a generated text
-    needs_negatives: ClassVar[bool] = False  # the loss compares the lines of a batch, so each image has one line in it
-    score_names: ClassVar[tuple[str, ...]]  # what `scores` can return, higher is better; the first selects the best adapter
+    takes_question: ClassVar[bool] = False  # True: an example has a question, and its prediction is an answer
+    writes_text: ClassVar[bool] = True  # True: a prediction is a generated text
+    needs_negatives: ClassVar[bool] = False  # True: the loss compares the lines of a batch, so each image has one line in it
+    score_names: ClassVar[
+        tuple[str, ...]
+    ]  # the names of `scores`, for which higher is better; the first selects the best adapter
     encoder: ImageEncoder
     checker: TextChecker
 
@@ -158,7 +160,7 @@ class TrainingTask(BaseTask, Generic[Rows]):
     def require_score(self, name: str) -> None:
         """Raise ConfigError if validation computes no score of this name."""
         if name not in ("auto", "loss", *self.score_names):
-            raise ConfigError(f"best_by = {name!r}: {self.name} has auto, loss, {', '.join(self.score_names)}")
+            raise ConfigError(f"best_by = {name!r}: expected one of auto, loss, {', '.join(self.score_names)}")
 
 
 class PredictionTask(BaseTask):
@@ -179,12 +181,12 @@ class PredictionTask(BaseTask):
         """Return what `predict` does, given the features of each example's image (examples, states, width)."""
 
     def encode_texts(self, texts: list[str]) -> Any:
-        """Return the texts for `rank`, with the part computed that needs no image. Encode them again if adapters change."""
+        """Return the texts for `rank`, with everything computed that needs no image. Call it again if the adapters change."""
         return texts
 
     @abstractmethod
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: Any) -> Tensor:
-        """Return how well each text fits each image, (images, texts), float32. Every row is a distribution.
+        """Return the probability of each text for each image, (images, texts), float32. Each row sums to 1.
 
         texts: a list, or the result of `encode_texts`.
         """

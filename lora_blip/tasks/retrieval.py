@@ -26,7 +26,7 @@ from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 
-TEMPERATURE = 0.07  # where training starts, as CLIP and BLIP do
+TEMPERATURE = 0.07  # before training, as in CLIP and BLIP
 RERANKED = 16  # texts with the highest ITC similarity, for which ITM is computed too
 CHUNK = 64  # pairs in one forward of ITM
 
@@ -107,8 +107,8 @@ class RetrievalTask(Task[TokenizedTexts]):
     def loss(self, batch: DeviceBatch[TokenizedTexts], features: Tensor | None = None, drawn: bool = True) -> Tensor:
         """Return rows × (mean ITC + mean ITM over the right pair, a wrong text and a wrong image of each row).
 
-        If a micro-batch has no wrong pair, its loss and its count are 0, because ITM would only learn to answer "match". An
-        example is the last micro-batch of an epoch if it has one line.
+        If a micro-batch has no wrong pair, its loss and its count are 0, because ITM would only learn to answer "match".
+        The last micro-batch of an epoch has no wrong pair if it has one line.
 
         drawn: draw the negatives by similarity.
         """
@@ -188,7 +188,7 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
-        """Return the softmax of ITC's logits, in which the RERANKED likeliest texts are ranked by ITC and ITM together."""
+        """Return the softmax of ITC's logits. ITC and ITM together rank the RERANKED likeliest texts."""
         rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
         states, device = self.matcher.encode_images(pixel_values), self.backbone.device
         logits = cosines(self.matcher.image_features(states), text_features.to(device)) / self.temperature
@@ -240,7 +240,7 @@ class RetrievalTask(Task[TokenizedTexts]):
 
 NO_NEGATIVES = (
     "the first batch has no wrong pair to learn from, because all its rows have the same image or the same text; raise "
-    "BATCH_SIZE, or give data with more than one image"
+    "BATCH_SIZE (--batch-size 8), or give data with several images and texts"
 )
 
 

@@ -11,16 +11,16 @@ from lora_blip.models.token_rows import many_ids
 from lora_blip.tasks.base import BaseTask, Generation
 from lora_blip.tasks.text_task import TextTask
 
-MARGIN = 8  # tokens beyond the longest text, at least; a quarter of it if that is more
+MARGIN = 8  # tokens that are added to those of the longest text; a quarter of the text's tokens if that is more
 CHUNK = 1024  # texts tokenized together
 MANY = 200_000  # lines whose texts take some seconds to count
 
 
 def token_counts(task: BaseTask, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
-    """Return the tokens that the model must generate for each text, with its end token.
+    """Return the number of tokens that the model must generate for each text, with its end token.
 
-    spaced: the text follows a prompt in a decoder, so it has a space before it. Most numbers are known from `TokenBounds` or
-    from the check of the data; the other texts are tokenized here.
+    spaced: the text follows a prompt in a decoder, so it has a space before it. `TokenBounds` or
+    the check of the data has most of the numbers; the other texts are tokenized here.
     """
     counts, lengths = {text: task.checker.bounds.count(text, spaced) for text in texts}, task.checker.lengths
     if not spaced:
@@ -44,9 +44,9 @@ def texts_by_space(task: BaseTask, examples: Iterable[Example]) -> dict[bool, Co
 
 
 def longer_texts(task: BaseTask, examples: Iterable[Example], limit: int) -> tuple[Counter[str], int, int]:
-    """Return the texts of more than `limit` tokens with their counts, the most tokens of one, and the number of texts.
+    """Return the texts of more than `limit` tokens with their counts, the tokens of the longest, and the number of all texts.
 
-    If no text is longer than `limit`, the most tokens are 0. Each text of a line counts.
+    If no text is longer than `limit`, the second value is 0. Each text of a line counts.
     """
     texts, longer, most = texts_by_space(task, examples), Counter[str](), 0
     for spaced, counts in texts.items():
@@ -58,7 +58,7 @@ def longer_texts(task: BaseTask, examples: Iterable[Example], limit: int) -> tup
 
 
 def longest_text(task: BaseTask, examples: Iterable[Example]) -> int:
-    """Return the most tokens of any text of the examples, with its end token. Only texts that may be longest are counted."""
+    """Return the tokens of the longest text, with its end token. Only texts that may be the longest are tokenized."""
     longest = 0
     for spaced, counts in texts_by_space(task, examples).items():
         others = []
@@ -73,17 +73,20 @@ def longest_text(task: BaseTask, examples: Iterable[Example]) -> int:
 
 
 def most_new_tokens(task: TextTask) -> int:
-    """Return how many tokens the model has room for after the task's prompt, without a question, with the end token."""
+    """Return how many tokens a text may have after the task's prompt, with the end token. The prompt has no question here."""
     return task.most_new_tokens(task.prompt.replace("{question}", ""))
 
 
 def fit_generation(
-    task: BaseTask, examples: list[Example], limit: int, fix: str = "MAX_NEW_TOKENS = 0 has room for all"
+    task: BaseTask,
+    examples: list[Example],
+    limit: int,
+    fix: str = "MAX_NEW_TOKENS = 0 (--max-new-tokens 0) has room for all",
 ) -> int:
-    """Set and return the most tokens of a generated text.
+    """Set `max_new_tokens` of the task, and return it.
 
-    limit: 0 chooses the longest text of the examples plus a margin, at most what the model has room for. Another value is used
-    as it is. If texts are longer, their number is printed, with the fix.
+    limit: the value to use. 0: the tokens of the longest text of the examples plus a margin, at most what the model has room
+    for. If texts are longer than the value, their number is printed, with the fix.
     """
     if not isinstance(task, TextTask):
         task.checker.lengths = {}
@@ -94,12 +97,12 @@ def fit_generation(
     if not limit:
         longest = longest_text(task, examples)
         chosen = max(1, min(longest + max(MARGIN, longest // 4), room))
-        fix = "the model has no room for more after the prompt"
+        fix = "The model has no room for more after the prompt: shorten the texts or the prompt"
     if (limit or longest > chosen) and (cut := longer_texts(task, examples, chosen))[0]:
         longer, most, total = cut
         print(
             f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {total:,} texts, the longest of which has "
-            f"{most} tokens with its end token: their predictions can never be right. {fix}"
+            f"{most} tokens with its end token. The model cannot generate them completely. {fix}"
         )
     task.checker.lengths = {}  # not needed any more
     task.generation = replace(task.generation, max_new_tokens=chosen)
@@ -124,14 +127,14 @@ class CutCount:
     def report(self, task: BaseTask, what: str, examples: Iterable[Example] = ()) -> str:
         """Return one line with the number of texts that were cut, and the fix; "" if there are none.
 
-        examples: the right answers, if they are known. If all of them fit, the model should have ended its texts.
+        examples: the lines with the right texts, if they are known. If all of these fit, a larger limit does not help.
         """
         if not self.cut or not isinstance(task, TextTask):
             return ""
         most = task.generation.max_new_tokens
         longer = min(2 * most, most_new_tokens(task))
         if examples and longest_text(task, examples) <= most:
-            fix = "The right texts are not longer: the model did not end these, and more training teaches it to"
+            fix = "All right texts are shorter, so a larger limit does not help. Train longer: raise EPOCHS (--epochs)"
         elif longer > most:
             fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
         else:

@@ -144,8 +144,8 @@ class TextTask(Task[TextRows]):
         room, needed = self.most_new_tokens(prompt), self.generation.max_new_tokens
         if room < needed:
             raise ConfigError(
-                f"max_new_tokens = {needed}: the model has room for {room} after the prompt; shorten the prompt, or set a "
-                "smaller MAX_NEW_TOKENS"
+                f"max_new_tokens = {needed}: the model has room for {room} after the prompt; shorten the prompt"
+                + f", or set MAX_NEW_TOKENS = {room} (--max-new-tokens {room})" * (room > 0)
             )
 
     def most_new_tokens(self, prompt: str) -> int:
@@ -155,7 +155,7 @@ class TextTask(Task[TextRows]):
     def prompt_fault(self, prompt: str) -> str:
         """Return why the prompt of a line cannot be used, or ""."""
         if self.language.room(prompt) < 1:
-            return f"the prompt has too many tokens for this model: {quoted(prompt)}"
+            return f"the prompt has too many tokens for this model: {quoted(prompt)}; shorten it"
         return self.checker.special_token_problem(prompt, plain_ids(self.backbone.tokenizer, prompt))
 
     def wrong_labels(self, batch: DeviceBatch[TextRows]) -> str:

@@ -127,9 +127,7 @@ def check(
     if bad:
         disable(task)
         worst = f"{wrong[0]}, and {wrong[0].bound:.0e} is allowed" if wrong else "on another process"
-        report(
-            f"WARNING: they differ ({worst}; {seconds}), so the fast path is off: this run continues without it, more slowly\n"
-        )
+        report(f"WARNING: they differ ({worst}; {seconds}); this run continues without the fast path, more slowly\n")
     elif unchecked:
         report(f"they could not be compared ({problem or 'on another process'}; {seconds}); the fast path stays on\n")
     else:
@@ -220,7 +218,11 @@ def prediction_differences(
         different = sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0])
         # rounding may decide a near tie, so in 16 bits one different text proves nothing
         differences.append(
-            Difference("other texts by beams", different, 0.5 if len(pair[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0)
+            Difference(
+                "different texts of the beam search",
+                different,
+                0.5 if len(pair[0]) > 2 or bound <= BOUNDS[torch.float32] else 1.0,
+            )
         )
     return differences
 

@@ -52,9 +52,9 @@ class VqaTask(TextTask):
 
     def check(self, example: Example) -> str:
         if not example.question:
-            return 'no question: lines are {"image": …, "question": …, "answers": […]}'
+            return 'no question: expected a line {"image": …, "question": …, "answers": […]}'
         if not example.answers:
-            return "no answer: expected the key answers, with a list of texts"
+            return 'no answer: expected the key "answers", such as "answers": ["red"]'
         if fault := self.check_prompt(example):
             return fault
         if self._surely_fits(example):

@@ -212,7 +212,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # what is wrong → the file, what is
     "brackets, 900 deep": (packed('{"a": ' + "[" * 900 + "]" * 900 + "}"), "nested too deeply"),
     "no JSON": (packed("hello"), "header cannot be understood"),
     "a list": (packed("[1, 2]"), "header cannot be understood"),
-    "a key twice": (packed(json.dumps(about())[:-1] + ', "task": {}}'), "the key 'task' is there twice"),
+    "a key twice": (packed(json.dumps(about())[:-1] + ', "task": {}}'), "the key 'task' occurs twice"),
     "a number of 100,000 digits": (packed(json.dumps(about()).replace("9", "9" * 100_000)), "header cannot be understood"),
     "half a surrogate pair": (packed(put("\ud800", "task", "prompt")), "task.prompt is"),
     "a prompt that clears the screen": (packed(put("\x1b[2J", "task", "prompt")), "task.prompt is"),
@@ -597,9 +597,9 @@ def test_any_damage_to_a_picture_is_a_picture_or_an_image_error(data, flips, cut
 
 GOOD = '{"image": "a.png", "text": "good"}'
 BAD_LINES: dict[str, tuple[str | bytes, str]] = {  # what is wrong → the line, what is said
-    "a key twice": ('{"image": "a.png", "text": "a", "text": "b"}', "the key 'text' is there twice; keep one"),
-    "NaN": ('{"image": "a.png", "text": "t", "score": NaN}', "NaN is no JSON; write null"),
-    "infinity": ('{"image": "a.png", "text": "t", "score": -Infinity}', "-Infinity is no JSON"),
+    "a key twice": ('{"image": "a.png", "text": "a", "text": "b"}', "the key 'text' occurs twice; keep one"),
+    "NaN": ('{"image": "a.png", "text": "t", "score": NaN}', "NaN is not JSON; write null"),
+    "infinity": ('{"image": "a.png", "text": "t", "score": -Infinity}', "-Infinity is not JSON"),
     "a number of 100,000 digits": ('{"image": "a.png", "text": "t", "n": ' + "9" * 100_000 + "}", "not valid JSON"),
     "brackets, a hundred thousand deep": ('{"image": ' + "[" * 100_000, "nested too deeply"),
     "brackets, 500 deep": ('{"image": "a.png", "text": "t", "n": ' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
@@ -784,8 +784,8 @@ BAD_SOURCES: dict[str, tuple[str, str, str]] = {  # what is wrong → the file's
     "a document that is all brackets": ("x.json", "[" * 100_000, "nested too deeply"),
     "a document 500 deep": ("x.json", "[" * 500 + "]" * 500, "nested too deeply"),
     "a caption 90 deep": ("x.json", '[{"image": "a.png", "caption": ' + "[" * 90 + "]" * 90 + "}]", "expected a text"),
-    "images twice": ("captions_x.json", '{"images": [], "images": [], "annotations": []}', "the key 'images' is there twice"),
-    "NaN": ("captions_x.json", '{"images": [], "annotations": [NaN]}', "NaN is no JSON"),
+    "images twice": ("captions_x.json", '{"images": [], "images": [], "annotations": []}', "the key 'images' occurs twice"),
+    "NaN": ("captions_x.json", '{"images": [], "annotations": [NaN]}', "NaN is not JSON"),
     "an id of 5,000 digits": ("captions_x.json", '{"images": [{"id": ' + "9" * 5000 + "}]}", "not valid JSON"),
     "an id of a megabyte": (
         "captions_x.json", json.dumps(COCO | {"annotations": [{"image_id": "x" * 10**6, "caption": ""}]}), "not among",

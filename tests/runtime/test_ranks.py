@@ -212,9 +212,7 @@ def test_an_error_of_one_process_before_the_first_caption_stops_all_with_one_mes
 
 def test_evaluate_is_refused_under_torchrun_with_one_message(tmp_path, capfd):
     codes, said = ends(2, lambda: evaluate(EvaluateConfig(references=str(tmp_path / "x.jsonl"))), capfd)
-    assert codes == [2, 2] and said == [
-        "error: evaluate runs in one process; start it without torchrun: python -m lora_blip evaluate …"
-    ]
+    assert codes == [2, 2] and said == ["error: evaluate runs in one process; start it without torchrun: lora-blip evaluate …"]
 
 
 def test_a_peer_raises_an_error_that_python_code_can_catch():

@@ -205,7 +205,9 @@ def test_validation_reports_the_texts_that_were_cut(checkpoints, tmp_path, capsy
     """A limit below the data's texts: reported before training, and with each validation."""
     train(config_of(checkpoints, tmp_path, max_new_tokens=2, epochs=1))
     printed = capsys.readouterr().out
-    assert re.search(r"warning: max_new_tokens = 2 cuts \d+ of 16 texts.*MAX_NEW_TOKENS = 0 has room for all", printed)
+    assert re.search(
+        r"warning: max_new_tokens = 2 cuts \d+ of 16 texts.*MAX_NEW_TOKENS = 0 \(--max-new-tokens 0\) has room for all", printed
+    )
     assert re.search(r"warning: \d of 3 validation texts were cut after 2 tokens.*Set MAX_NEW_TOKENS = 4", printed)
 
 

@@ -486,7 +486,7 @@ def test_what_validation_cannot_give_is_refused_before_anything_is_written(check
     monkeypatch.setattr(captions, "package_folder", lambda: None)
     monkeypatch.setattr(builtins, "__import__", without_tensorboard)
     for changes, message in (
-        ({"best_by": "beauty"}, "best_by = 'beauty': caption has auto, loss, exact_match"),
+        ({"best_by": "beauty"}, "best_by = 'beauty': expected one of auto, loss, exact_match"),
         ({"best_by": "vqa_accuracy"}, "best_by = 'vqa_accuracy'"),
         ({"best_by": "loss", "val_fraction": 0.0}, "best_by = 'loss' needs validation data"),
         ({"patience": 3, "val_fraction": 0.0}, "patience = 3 needs validation data"),
