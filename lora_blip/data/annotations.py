@@ -19,11 +19,11 @@ from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import FILE, SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import NO_KEYS, Keys, LeftOut, Located, Location, describe_encoding, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.paths import in_walking_order, resolved
-from lora_blip.data.prepare.sources import find_sources
+from lora_blip.data.prepare.sources import find_sources, usable_entries
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
 from lora_blip.runtime.untrusted import printable, quoted, why
@@ -62,6 +62,7 @@ def read(
     report: Callable[[str], object] = print,
     decoded: Callable[[str, Image.Image], object] | None = None,
     keys: Keys = NO_KEYS,
+    sides: dict[str, list[Example]] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Return the valid lines as Examples, and the invalid lines as Problems.
 
@@ -76,6 +77,7 @@ def read(
     report: called with each message about ignored keys, removed prompts, and lines with their own prompt.
     decoded: called with each image file and its decoded image, from several threads.
     keys: the names of the columns or keys, if they are not common ones.
+    sides: filled with the valid lines of each split (train, val, test), if lines have the key or column `split`.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
@@ -84,7 +86,7 @@ def read(
     problems: list[Problem] = []
     with many_objects():
         for path, root, entries in sources_of(source, keys, report):
-            builder = ExampleBuilder(path, Path(image_root) if image_root else root)
+            builder = ExampleBuilder(path, Path(image_root) if image_root else root, sides is not None)
             parsed = _parsed(path, entries, builder, report)
             if trim:
                 parsed = trimmed(path, parsed, trim, report)
@@ -96,6 +98,10 @@ def read(
             if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
                 message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
                 report(printable(f"{path}: {message}"))
+            if sides is not None:
+                for example in valid:
+                    if side := builder.sides.get(example.line):
+                        sides.setdefault(side, []).append(example)
             good, problems = (good + valid if good else valid), problems + invalid
     if len(good) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
@@ -128,19 +134,6 @@ def sources_of(
         return [(one.path, one.root, partial(usable_entries, one.path, one.entries)) for one in found]
     except DataError as error:
         raise DataError(f"annotations: {error}") from None
-
-
-def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iterator[Located]:
-    """Yield the entries that are not left out, and print how many are, by reason."""
-    counts: dict[str, tuple[int, Location]] = {}
-    for at, entry in entries():
-        if isinstance(entry, LeftOut):
-            count, first = counts.get(entry, (0, at))
-            counts[entry] = count + 1, first
-        else:
-            yield at, entry
-    for reason, (count, first) in list(counts.items())[:LISTED]:
-        print(printable(f"{path}: left out {count:,}, first {first}: {reason}"))
 
 
 def _parsed(

@@ -17,6 +17,8 @@ TEXT_KEYS = (
     "alt_text", "prompt",
 )  # fmt: skip
 ANSWER_KEYS = ("answers", "answer")
+SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
+SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})  # of unescaped backslashes
 NOT_UTF8 = "not UTF-8 (or half a surrogate pair); save the file as UTF-8"

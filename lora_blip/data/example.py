@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, as_text, canonical, first_key
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, SPLITS, TEXT_KEYS, Entry, as_text, canonical, first_key
 from lora_blip.data.formats import Location
 from lora_blip.runtime.untrusted import is_path
 
@@ -68,12 +68,13 @@ Example.image = AsText(SLOT)  # type: ignore[assignment,misc]  # set here, becau
 class ExampleBuilder:
     """Builds the Examples of a source from its entries. A path or answer of many lines is checked and stored only once."""
 
-    def __init__(self, source: Path, root: Path) -> None:
-        self.source, self.root = str(source), root
+    def __init__(self, source: Path, root: Path, use_splits: bool = False) -> None:
+        self.source, self.root, self.use_splits = str(source), root, use_splits
         self.prefix = "" if str(root) == "." else str(root / "_")[:-1]  # of the path of a plain name
         self.firsts: dict[str, Example] = {}  # image path as written → its first Example
         self.shared: dict[str, str] = {}  # answers, groups and prompts that are tidy (see `is_tidy`)
         self.prompts = 0  # number of lines with their own prompt
+        self.sides: dict[Location, str] = {}  # line or entry → its split: train, val or test
         self.ignored: dict[str, tuple[int, Location]] = {}  # unused key → number of lines, first line
 
     def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:
@@ -98,10 +99,16 @@ class ExampleBuilder:
         )  # fmt: skip
 
     def _count_ignored(self, entry: Entry, number: Location) -> None:
-        """Count the keys of a line that are ignored."""
+        """Count the keys of a line that are ignored, and store the split that it is in."""
         is_question = "question" in entry
+        split = entry.get("split")
+        side = SPLITS.get(split.strip().lower()) if self.use_splits and isinstance(split, str) else None
+        if side:
+            self.sides[number] = side
         used = {first_key(entry, IMAGE_KEYS), first_key(entry, ANSWER_KEYS if is_question else TEXT_KEYS), "group", "prompt"}
-        for key in entry.keys() - used - ({"question", "question_id"} if is_question else set()):
+        for key in (
+            entry.keys() - used - ({"split"} if side else set()) - ({"question", "question_id"} if is_question else set())
+        ):
             if key in self.ignored or len(self.ignored) < MOST_KEYS:
                 count, first = self.ignored.get(key, (0, number))
                 self.ignored[key] = count + 1, first

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_blip.data.entries import IMAGE_KEYS, UNESCAPED, Entry, WrittenFloat
+from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS, UNESCAPED, Entry, WrittenFloat, first_key
 from lora_blip.runtime.untrusted import DEEPEST, cut, no_constant, once, open_regular, parsed
 
 LONGEST = 2**20  # characters of a line; a caption has a hundred, a question with ten answers a thousand
@@ -107,7 +107,7 @@ def bounded(file: TextIO) -> Iterator[str]:
             part = file.readline(LONGEST + 1)
 
 
-def jsonl_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
+def jsonl_entries(path: Path) -> Iterator[Located]:
     """Read a file with a JSON object per line."""
     for number, line in numbered_lines(path):
         if line is None:
@@ -118,10 +118,25 @@ def jsonl_entries(path: Path) -> Iterator[tuple[int, Entry | str]]:
         except ValueError as error:
             yield number, with_slashes(line) or f"not valid JSON ({error}): {line.strip()[:60]!r}"
             continue
-        yield (
-            number,
-            entry if isinstance(entry, dict) else f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}',
-        )
+        if not isinstance(entry, dict):
+            yield number, f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}'
+        elif "[" in line and "question" not in entry:
+            yield from several(number, entry)
+        else:
+            yield number, entry
+
+
+def several(at: Location, entry: Entry) -> Iterator[Located]:
+    """Yield an entry for each text of a list of texts, such as {"image": …, "captions": ["a cat", "a black cat"]}."""
+    key = first_key(entry, TEXT_KEYS)
+    texts = entry[key] if key else None
+    if not key or not isinstance(texts, list) or not texts:
+        yield at, entry
+        return
+    rest = {name: value for name, value in entry.items() if name != key}
+    for text in texts:
+        inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
+        yield at, rest | {"text": text[inside] if inside else text}
 
 
 def with_slashes(text: str, line: int = 1) -> str:

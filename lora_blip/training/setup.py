@@ -30,7 +30,7 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.seeding import seed_everything
-from lora_blip.runtime.untrusted import printable_lines
+from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
@@ -194,12 +194,16 @@ def default_rate(model: Any) -> float:
 def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
     """Return the training lines and the validation lines, checked. The validation lines are shuffled with the seed.
 
-    The validation lines come from `val_annotations`, or are all lines of a fraction of the images. `thumbnails` stores a
-    thumbnail of each decoded image.
+    The validation lines come from `val_annotations`, or from the column `split`, or are all lines of a fraction of the images.
+    `thumbnails` stores a thumbnail of each decoded image.
     """
-    examples = read_file(config, task, config.annotations, thumbnails)
+    sides: dict[str, list[Example]] = {}
+    examples = read_file(config, task, config.annotations, thumbnails, sides)
     if config.val_annotations:
         training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
+        task.prepare_data([*training, *validation])
+    elif sides.get("train"):
+        training, validation = own_sides(config, sides, len(examples))
         task.prepare_data([*training, *validation])
     else:
         task.prepare_data(examples)
@@ -209,7 +213,26 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     return training, validation
 
 
-def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnails | None) -> list[Example]:
+def own_sides(config: TrainConfig, sides: dict[str, list[Example]], count: int) -> tuple[list[Example], list[Example]]:
+    """Return the lines of the splits train and val. If no line is in val, the validation images are drawn from train."""
+    training, validation = sides["train"], sides.get("val", [])
+    others = count - len(training) - len(validation)
+    print(
+        f"{printable(config.annotations)}: the key `split` of the lines is used: {len(training):,} train, "
+        f"{len(validation):,} val, {others:,} left out (test, or without a split)"
+    )
+    if validation:
+        return training, validation
+    return annotations.split_by_image(sides["train"], config.val_fraction, config.seed)
+
+
+def read_file(
+    config: TrainConfig,
+    task: Task,
+    source: str,
+    thumbnails: Thumbnails | None,
+    sides: dict[str, list[Example]] | None = None,
+) -> list[Example]:
     """Return the valid lines of an annotations file. Print the invalid lines and the unknown tokens."""
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     with phase(f"reading {source}"):
@@ -223,6 +246,7 @@ def read_file(config: TrainConfig, task: Task, source: str, thumbnails: Thumbnai
             task.trim,
             decoded=keep,
             keys=Keys(config.image_key, config.text_key, config.question_key, config.answer_key),
+            sides=sides,
         )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

@@ -11,11 +11,10 @@ from typing import Literal, NamedTuple
 
 from lora_blip.config import check, require, setting
 from lora_blip.data.annotations import LISTED, many_objects
-from lora_blip.data.entries import NOT_UTF8, Entry, canonical
+from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import Keys, LeftOut, Location
 from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
-from lora_blip.data.prepare.published import SPLITS
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import refuse_unwritable, write_whole

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import as_text
+from lora_blip.data.entries import SPLITS, as_text
 from lora_blip.data.formats import LeftOut, Located
-from lora_blip.data.prepare.published import SPLITS
 from lora_blip.runtime.untrusted import quoted
 
 UPLOAD = re.compile(r"^/data/(upload/\d+/|local-files/\?d=)")  # the start of an image's address in Label Studio

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from lora_blip.data.entries import SPLITS
 from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, open_text
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
-from lora_blip.data.prepare.published import SPLITS
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import parsed, printable, why
 

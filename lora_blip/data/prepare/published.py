@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, as_text
+from lora_blip.data.entries import SPLITS, Entry, WrittenFloat, as_text
 from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered_lines, open_text, with_slashes
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
-SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
-SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
 FLICKR30K = re.compile(r"image(_name)?[|,] ?comment_number[|,] ?comment", re.IGNORECASE)  # the header of both tables
@@ -50,18 +48,6 @@ def document(path: Path) -> Any:
         raise DataError(
             f"{path}{where}: not valid JSON ({error}); the file may be incomplete: download or unpack it again"
         ) from None
-
-
-def json_entries(path: Path, entries: Any) -> Iterator[Located]:
-    """Read [{"image": …, "caption": …}, …], as in BLIP's and LAVIS's files. A list of captions becomes an entry per caption."""
-    for index, entry in enumerate(_as_list(path, "", entries)):
-        texts = next((entry[key] for key in TEXT_KEYS if key in entry), None) if isinstance(entry, dict) else None
-        if not isinstance(entry, dict):
-            yield f"[{index}]", _lacks(entry)
-        elif isinstance(texts, list) and texts:
-            yield from ((f"[{index}]", {k: v for k, v in entry.items() if k not in TEXT_KEYS} | {"text": t}) for t in texts)
-        else:
-            yield f"[{index}]", entry
 
 
 def coco_entries(path: Path, found: Any) -> Iterator[Located]:

@@ -9,15 +9,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data import entries, formats, tables
-from lora_blip.data.formats import NO_KEYS, Keys, Located
+from lora_blip.data import formats, tables
+from lora_blip.data.entries import IMAGE_KEYS, SPLITS
+from lora_blip.data.formats import NO_KEYS, Keys, LeftOut, Located, Location
 from lora_blip.data.prepare import exports, published
 from lora_blip.data.prepare.folder_layouts import captioned_entries, class_entries, layout_of, refuse_without_template
-from lora_blip.data.prepare.published import SPLITS, TOKEN, YEAR
+from lora_blip.data.prepare.json_lists import is_json_list, json_entries
+from lora_blip.data.prepare.published import TOKEN, YEAR
 from lora_blip.data.prepare.web_addresses import refuse_addresses
 from lora_blip.data.workbook import SIGNATURES, workbook_entries
 from lora_blip.errors import DataError
-from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
+from lora_blip.runtime.untrusted import cut, open_regular, parsed, printable, why
 
 TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
     "tsv": tables.tsv_entries,
@@ -30,7 +32,7 @@ LINES: dict[str, Callable[[Path], Iterator[Located]]] = {
     "flickr30k": published.flickr30k_entries,
 }
 DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
-    "json": published.json_entries,
+    "json": json_entries,
     "coco": published.coco_entries,
     "karpathy": published.karpathy_entries,
     "textcaps": exports.textcaps_entries,
@@ -41,6 +43,7 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
 }
 FORMATS = (*LINES, *TABLES, *DOCUMENTS, "vqa", "folder")
 OWN = ("jsonl", "tsv", "csv", "xlsx", "folder")  # written by the user, who can fix a line; the others are downloaded
+MOST_REASONS = 20  # reasons that are printed
 
 IN_A_FOLDER = {  # format → names of its files in a folder; the first that exists is used
     "flickr30k": ("results_*.token", "results.csv"),
@@ -135,13 +138,26 @@ def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any], keys: K
     if kind in LINES:
         return Source(path, kind, partial(with_keys, partial(LINES[kind], path), keys), folder)
     if kind in DOCUMENTS:
-        entries = partial(with_keys, partial(DOCUMENTS[kind], path, found), keys)
-        return Source(path, kind, entries, side if kind == "coco" else "")
+        read = partial(with_keys, partial(DOCUMENTS[kind], path, found), keys)
+        return Source(path, kind, read, side if kind == "coco" else "")
     subset = published.subset_of(path, found)
     fitting = [other for other in answers if published.subset_of(other, answers[other]) == subset]
     if not fitting:
         raise DataError(f"{path}: VQAv2's questions without their answers; give both files, separated by a comma")
     return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side)
+
+
+def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iterator[Located]:
+    """Yield the entries that are not left out, and print how many are, by reason."""
+    counts: dict[str, tuple[int, Location]] = {}
+    for at, entry in entries():
+        if isinstance(entry, LeftOut):
+            count, first = counts.get(entry, (0, at))
+            counts[entry] = count + 1, first
+        else:
+            yield at, entry
+    for reason, (count, first) in list(counts.items())[:MOST_REASONS]:
+        print(printable(f"{path}: left out {count:,}, first {first}: {reason}"))
 
 
 def with_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
@@ -216,7 +232,7 @@ def _is_object(line: str) -> bool:
         entry = parsed(line)
     except ValueError:
         return False
-    return isinstance(entry, dict) and any(key in entry for key in entries.IMAGE_KEYS)
+    return isinstance(entry, dict) and any(key in entry for key in IMAGE_KEYS)
 
 
 def _document_format(found: Any) -> str:
@@ -227,6 +243,8 @@ def _document_format(found: Any) -> str:
     keys = found.keys() if isinstance(found, dict) else set()
     if "images" in keys:
         return "coco" if "annotations" in keys else "karpathy"
+    if is_json_list(found) and "questions" not in keys:
+        return "json"
     return "vqa" if keys & {"questions", "annotations"} else ""
 
 
