@@ -14,7 +14,7 @@ IMAGE_SIZE = 0  # side of the square images in pixels; 0: the adapter's setting,
 
 # Output
 OUTPUT_DIR = ""  # folder of predictions.jsonl; empty: a new folder in lora_blip_output
-RESUME = True  # continue an interrupted run in the same OUTPUT_DIR; False: refuse its folder
+RESUME = True  # continue an interrupted run in the same OUTPUT_DIR; False: stop if the folder has a run
 REFERENCES = ""  # annotations with the right texts; the task's score is then printed
 IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their folder
 COMPARE = False  # run the base as well, and print both side by side

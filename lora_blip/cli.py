@@ -33,7 +33,7 @@ def run_infer(script: dict[str, Any], doc: str | None) -> None:
 
 
 def report_errors(run: Callable[[], None]) -> None:
-    """Call `run`. Print a LoraBlipError as one message and exit with status 2. Exit with status 130 after Ctrl-C."""
+    """Call `run`. If it raises LoraBlipError, print one message and exit with status 2. After Ctrl-C, exit with status 130."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and terminal_stream(stream) for stream in streams)  # None if the program has none
     try:
@@ -55,7 +55,7 @@ def report_errors(run: Callable[[], None]) -> None:
         if is_lost_worker(error) or is_process_limit(error):
             for child in multiprocessing.active_children():
                 child.kill()  # loader workers ignore SIGTERM, and Python waits for them when it ends
-            sys.unraisablehook = lambda _: None  # loaders that are deleted start a thread, to end their workers
+            sys.unraisablehook = lambda _: None  # a deleted loader starts a thread to end its workers, which fails
             stop(RuntimeError(LOST_WORKER if is_lost_worker(error) else ADVICE))
         sys.excepthook = print_traceback
         raise
@@ -76,7 +76,7 @@ def terminal_stream(stream: Any) -> Any:
 
 
 class TerminalStream:
-    """A text stream to a terminal. It escapes unsafe text, and ignores that its reader closes, as `| head` does."""
+    """A text stream to a terminal. It escapes unsafe text. If the reader is closed, as by `| head`, it discards the rest."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -122,8 +122,8 @@ def print_traceback(*error: Any) -> None:
 def end_at_once(error: Exception) -> NoReturn:
     """Print an error that follows the loss of another process, and end this process without Python's teardown.
 
-    gloo sometimes waits forever for the lost process when Python frees the frames of the error. Nothing is lost by the sudden
-    end: all blocks of the run have ended, so its files are closed and its locks are released.
+    When Python frees the frames of the error, gloo sometimes waits forever for the lost process. The files of the run are
+    closed and its locks are released, because all its blocks have ended. So nothing is lost.
     """
     is_known = isinstance(error, LoraBlipError)
     if not is_known:

@@ -16,7 +16,7 @@ LARGEST = {  # largest sensible values, by setting
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
     "min_improvement": 1e6,
 }  # fmt: skip
-ABOVE_ZERO = (  # settings of training
+ABOVE_ZERO = (  # settings of training that must be above zero
     "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",
 )  # fmt: skip
 AT_LEAST_ZERO = (
@@ -131,14 +131,14 @@ class TrainConfig:
     cache_gb: float = setting(
         10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )
-    base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if autocast reads them in 16 bits')
+    base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if PRECISION is 16 bits')
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     shard: bool = setting(
         False, "shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU"
     )
 
     checkpoint_seconds: float = setting(
-        60.0, "seconds between checkpoints; 0: a checkpoint after every micro-batch", group="More: checkpoints and logs"
+        60.0, "seconds between checkpoints; 0: after every micro-batch", group="More: checkpoints and logs"
     )
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
     allow_changed: bool = setting(False, "resume although settings, data or base have changed; the result differs")
@@ -193,7 +193,7 @@ class InferConfig:
     output_dir: str = setting(
         "", "folder of predictions.jsonl; empty: a new folder in lora_blip_output", group="Output", path="always"
     )
-    resume: bool = setting(True, "continue an interrupted run in the same OUTPUT_DIR; False: refuse its folder")
+    resume: bool = setting(True, "continue an interrupted run in the same OUTPUT_DIR; False: stop if the folder has a run")
     references: str = setting("", "annotations with the right texts; the task's score is then printed", path="always")
     image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder", path="always")
     compare: bool = setting(False, "run the base as well, and print both side by side")
@@ -266,7 +266,9 @@ def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
     for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
         require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     if config.adapter in ("", "none") and not config.model:
-        raise ConfigError("model is empty, and without an adapter there is no default; set MODEL (--model)")
+        raise ConfigError(
+            "model is empty, and without an adapter there is no default; set MODEL (--model assets/tiny-blip), or the adapter"
+        )
 
 
 def check(config: Any) -> None:
@@ -295,5 +297,6 @@ def check(config: Any) -> None:
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raise ConfigError, with the name and the value of the setting, if a condition does not hold."""
     if not holds:
         raise ConfigError(f"{name} = {value!r}: expected {expected}")

@@ -98,7 +98,7 @@ class AdapterStack(nn.ModuleDict):
         return [name_of(key) for key in self if key not in self.merged]
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return A and B of the unmerged adapters. Raise LoRAError if `save_pretrained` calls this and there are any."""
+        """Return A and B of the unmerged adapters. Raise LoRAError if there are any inside `save_pretrained`."""
         if self.unmerged:
             refuse_inside_save_pretrained(self.unmerged)
         destination = {} if destination is None else destination

@@ -173,7 +173,7 @@ def _with_status(path: Path) -> tuple[Path, os.stat_result] | None:
 
 @contextmanager
 def room_for(folder: Path, error_class: type[Exception], advice: str) -> Iterator[None]:
-    """Inside the block, replace the OSError of a full disk or quota by an `error_class` whose message ends with `advice`."""
+    """Raise `error_class`, with a message that ends with `advice`, if the disk or the quota is full inside the block."""
     try:
         yield
     except OSError as error:

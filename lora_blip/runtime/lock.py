@@ -25,7 +25,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Take a POSIX record lock. Unlike a lock of flock, loader workers do not inherit it; they may outlive a killed parent."""
+    """Take a POSIX record lock. A lock of flock would be inherited by loader workers, which may outlive a killed parent."""
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -118,7 +118,7 @@ WITH_NAN = json.JSONDecoder(object_pairs_hook=once)
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Return True if lists and objects are nested deeper than `levels`. Any depth is allowed: nothing is recursive."""
+    """Return True if lists and objects are nested deeper than `levels`. The search is not recursive."""
     containers: list[Any] = [[value]]
     while containers and levels >= 0:
         inside = (x.values() if isinstance(x, dict) else x for x in containers)

@@ -52,9 +52,7 @@ class BaseTask(ABC):
     takes_question: ClassVar[bool] = False  # True: an example has a question, and its prediction is an answer
     writes_text: ClassVar[bool] = True  # True: a prediction is a generated text
     needs_negatives: ClassVar[bool] = False  # True: the loss compares the lines of a batch, so each image has one line in it
-    score_names: ClassVar[
-        tuple[str, ...]
-    ]  # the names of `scores`, for which higher is better; the first selects the best adapter
+    score_names: ClassVar[tuple[str, ...]]  # names of `scores`; higher is better; the first selects the best adapter
     encoder: ImageEncoder
     checker: TextChecker
 

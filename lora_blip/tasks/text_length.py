@@ -73,7 +73,7 @@ def longest_text(task: BaseTask, examples: Iterable[Example]) -> int:
 
 
 def most_new_tokens(task: TextTask) -> int:
-    """Return how many tokens a text may have after the task's prompt, with the end token. The prompt has no question here."""
+    """Return how many tokens a text may have after the prompt, with its end token. The prompt's question is not counted."""
     return task.most_new_tokens(task.prompt.replace("{question}", ""))
 
 
