@@ -61,7 +61,7 @@ NUM_BEAMS = 1  # beams of generation, in validation and stored in the adapter
 FAST = True  # use faster attention, updates and packed texts; False: the plain computation, for comparison
 COMPILE = False  # torch.compile the ViT's blocks: a slower start, and faster steps on some machines
 CACHE_GB = 10.0  # GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache
-BASE_DTYPE = "auto"  # dtype of the frozen weights; "auto": 16 bits if PRECISION is 16 bits
+BASE_DTYPE = "auto"  # dtype of the frozen weights; "auto": 16 bits if the precision is fp16 or bf16
 CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
 SHARD = False  # shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU
 

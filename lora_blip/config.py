@@ -131,7 +131,7 @@ class TrainConfig:
     cache_gb: float = setting(
         10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )
-    base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if PRECISION is 16 bits')
+    base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if the precision is fp16 or bf16')
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
     shard: bool = setting(
         False, "shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU"

@@ -150,7 +150,7 @@ def test_the_fix_is_a_number_that_the_model_has_room_for(make):
     assert count.report(task, "texts") == (
         "2 of 3 texts were cut after 10 tokens, before their end. Set MAX_NEW_TOKENS = 20 (--max-new-tokens 20)"
     )
-    assert "did not end these" in count.report(task, "texts", [example("a cube")])
+    assert "raise EPOCHS (--epochs)" in count.report(task, "texts", [example("a cube")])
     assert "Set MAX_NEW_TOKENS" in count.report(task, "texts", [example("a cube " * 9)])
     room = task.language.room("") + 1
     task.generation = Generation(room - 1)
