@@ -192,6 +192,12 @@ def next_tokens(row: list[int], start: int) -> list[int]:
     return [*([IGNORE] * start + row[start:])[1:], IGNORE]
 
 
+def token_names(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Return the token of each id, or its number in brackets if it has none, as BLIP's [DEC] in BERT's tokenizer."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return [f"[{id_}]" if token is None else token for id_, token in zip(ids, tokens, strict=True)]
+
+
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text without special tokens. They are cached, because every epoch has the same texts."""
     return list(_ids(tokenizer, text))

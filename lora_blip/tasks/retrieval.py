@@ -21,7 +21,7 @@ from lora_blip.metrics.retrieval import RECALLS, recalls
 from lora_blip.models.loading import Backbone
 from lora_blip.models.matching import TokenizedTexts, cosines, matcher_of
 from lora_blip.models.text_check import TextChecker
-from lora_blip.models.token_rows import special_ids
+from lora_blip.models.token_rows import special_ids, token_names
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
@@ -143,7 +143,7 @@ class RetrievalTask(Task[TokenizedTexts]):
         for row in range(min(rows, len(batch.examples))):
             kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
             names = dict.fromkeys(batch.examples[i].name for i in right[:, row].nonzero().flatten().tolist())
-            text = " ".join(self.backbone.tokenizer.convert_ids_to_tokens(kept))
+            text = " ".join(token_names(self.backbone.tokenizer, kept))
             lines += [printable(f"  text    {text}"), printable(f"  images  {', '.join(names)}")]
         return "\n".join(lines)
 

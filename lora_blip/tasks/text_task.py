@@ -3,6 +3,7 @@
 import unicodedata
 from abc import abstractmethod
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -21,7 +22,7 @@ from lora_blip.models.blip2 import OptLanguage, T5Language
 from lora_blip.models.language import Language
 from lora_blip.models.loading import Backbone
 from lora_blip.models.text_check import ONLY_UNKNOWN, TextChecker
-from lora_blip.models.token_rows import IGNORE, TextRows, plain_ids
+from lora_blip.models.token_rows import IGNORE, TextRows, plain_ids, token_names
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 
@@ -170,7 +171,7 @@ class TextTask(Task[TextRows]):
 
     def label_table(self, batch: DeviceBatch[TextRows], rows: int = 2) -> str:
         """Return the input tokens of the first texts above their labels, as words."""
-        words, texts = self.backbone.tokenizer.convert_ids_to_tokens, batch.rows.padded()
+        words, texts = partial(token_names, self.backbone.tokenizer), batch.rows.padded()
         lines = [HEADING]
         for row, target in enumerate(texts.targets[:rows]):
             inputs = texts.input_ids
@@ -178,7 +179,7 @@ class TextTask(Task[TextRows]):
                 ids, mask = texts.per_text(texts.input_ids)[row], texts.per_text(texts.attention_mask)[row]
                 lines.append(printable("  prompt  " + " ".join(words(ids[mask == 1].tolist()))))
                 inputs = texts.decoder_input_ids
-            labels = [words(int(t)) if t != IGNORE else "." for t in target]
+            labels = [words([int(t)])[0] if t != IGNORE else "." for t in target]
             lines += map(printable, aligned([*zip(words(inputs[row].tolist()), labels, strict=True)]))
         return "\n".join(lines)
 

@@ -1,22 +1,29 @@
 """Preflight: each way in which training would be useless is refused, with the reason."""
 
+import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from lora_blip.data.loader import DeviceBatch
+from lora_blip.data.example import Example
+from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import PreflightError
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
+from lora_blip.models.loading import load_backbone
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.registry import TASKS
 from lora_blip.tasks.text_task import HEADING, WIDTH, aligned
 from lora_blip.training import preflight
-from tests.support.models import batch_of, inject
+from tests.support import tiny
+from tests.support.models import TEXTS, batch_of, inject
 
 
 def checked(task: CaptionTask, **changes: object) -> str:
@@ -35,6 +42,31 @@ def test_a_sound_model_passes_and_leaves_no_trace(backbone):
     assert heading == HEADING and memory.startswith("a step needs about ")
     inputs, labels = ([line[10:] for line in table if line.startswith(f"  {name} ")] for name in ("input", "label"))
     assert len(inputs) == len(labels) and "cube" in "".join(labels) and any(label.endswith(" .") for label in labels)
+
+
+@pytest.mark.parametrize("kind", ["blip", "vqa", "itm"])
+def test_a_tokenizer_of_bert_has_no_token_for_blips_start_of_a_text(checkpoints, kind, tmp_path):
+    """The published BLIP checkpoints have BERT's 30,522 tokens, and the ids 30522 and 30523 for [DEC] and [ENC]."""
+    folder = tmp_path / kind
+    shutil.copytree(checkpoints[kind], folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    dropped = [token["id"] for token in tokenizer["added_tokens"] if token["content"] in ("[DEC]", "[ENC]")]
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] not in dropped]
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: id_ for token, id_ in vocabulary.items() if token not in ("[DEC]", "[ENC]")}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    backbone = load_backbone(str(folder), "cpu")
+    assert backbone.tokenizer.convert_ids_to_tokens(dropped[:1]) == [None]
+    inject(backbone, trained=False)
+    task = TASKS[{"vqa": "vqa", "itm": "retrieval"}.get(kind, "caption")](backbone)
+    asked = {"question": "what color is it?"} if kind == "vqa" else {}
+    examples = [
+        Example(Path(f"{n}.png"), "" if asked else text, f"{n}.png", n, **asked, answers=(text,) if asked else ())
+        for n, text in enumerate(TEXTS)
+    ]
+    images = torch.randn(len(TEXTS), 3, tiny.SIDE, tiny.SIDE)
+    table = preflight.check(task, task.batch(HostBatch(examples, images)), nullcontext)
+    assert (f"[{backbone.model.config.text_config.bos_token_id}]" in table) == (kind != "itm")
 
 
 def test_a_label_is_below_its_input_token():
