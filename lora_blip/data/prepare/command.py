@@ -15,6 +15,7 @@ from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import Keys, LeftOut, Location
 from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
+from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import refuse_unwritable, write_whole
@@ -22,7 +23,7 @@ from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 
 SIDES = ("train", "val", "test")
-DROPPED = "dropped.jsonl"
+DROPPED, IMAGES = "dropped.jsonl", "images"  # IMAGES: what a Parquet file or a shard contained
 encode = json.JSONEncoder(ensure_ascii=False).encode
 WHY = {
     "missing": "whose image is missing: the downloads of published data sets lack some images",
@@ -49,7 +50,7 @@ class PrepareConfig:
     )
     format: Literal[
         "auto", "jsonl", "json", "tsv", "csv", "xlsx", "coco", "vqa", "karpathy", "flickr8k", "flickr30k", "textcaps", "llava",
-        "labelstudio", "labelstudio_min", "kohya", "folder",
+        "labelstudio", "labelstudio_min", "kohya", "folder", "parquet", "shard",
     ] = setting("auto", "format of the source; auto: detect it from the content")  # fmt: skip
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
@@ -110,6 +111,11 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
     """Read, check, split and write the data, and return split → file. Write nothing if there is an error."""
     output = Path(config.output_dir)
     refuse_existing(output)
+    with removed_on_error(output / IMAGES):
+        return _prepare(config, output)
+
+
+def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
     gathered = Gathered(f"{output.absolute()}{os.sep}")
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
@@ -142,7 +148,7 @@ def refuse_existing(output: Path) -> None:
 def gather(source: Source, folder: Folder, into: Gathered) -> None:
     """Add each entry of a source to the rows of `into`, or to the dropped lines with its reason."""
     before, dropped = len(into.rows), len(into.dropped)
-    for at, found in source.entries():
+    for at, found in source.unpack(Path(into.base, IMAGES)) if source.unpack else source.entries():
         result = examine(source, at, found, folder, into)
         if isinstance(result, Row):
             into.rows.append(result)

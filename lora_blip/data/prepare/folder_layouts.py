@@ -19,6 +19,20 @@ TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json"
 TEMPLATE = "a photo of a {class}"
 CLASS = "{class}"
 
+DATASETS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")  # of the datasets library
+META_CAP = "meta_cap.json"  # of kohya's scripts
+IN_A_FOLDER = {  # format → names of its files in a folder; the first that exists is used
+    "flickr30k": ("results_*.token", "results.csv"),
+    "flickr8k": ("Flickr8k.token.txt", "captions.txt"),
+    "textcaps": ("TextCaps_*.json",),
+    "karpathy": ("dataset_*.json",),
+    "coco": ("captions_*.json", "annotations/captions_*.json", "annotations/[tv][ra]*.json"),  # the last: VizWiz
+    "vqa": ("v2_*_questions.json",),
+    "jsonl": ("metadata.jsonl", "*/metadata.jsonl", "annotations.jsonl"),
+    "csv": ("metadata.csv", "*/metadata.csv"),
+    "tsv": ("annotations.tsv",),
+}
+
 
 @dataclass
 class Layout:
@@ -38,6 +52,19 @@ class Layout:
     def class_folders(self) -> bool:
         """True if each image is in a subfolder."""
         return bool(self.images) and all("/" in image for image in self.images)
+
+
+def known_files(folder: Path, form: str) -> dict[str, list[Path]]:
+    """Return {format: files of a folder with a known name}."""
+    found: dict[str, list[Path]] = {}
+    for kind, patterns in IN_A_FOLDER.items():
+        named = (sorted(path for path in folder.glob(pattern) if path.name not in DATASETS) for pattern in patterns)
+        hits = next(filter(None, named), [])
+        if hits and form in ("auto", kind):
+            found[kind] = hits
+    if "flickr30k" in found:
+        found.pop("flickr8k", None)  # captions.txt has the same captions
+    return found
 
 
 def layout_of(folder: Path) -> Layout:

@@ -13,8 +13,16 @@ from lora_blip.data import formats, tables
 from lora_blip.data.entries import IMAGE_KEYS, SPLITS
 from lora_blip.data.formats import NO_KEYS, Keys, LeftOut, Located, Location
 from lora_blip.data.prepare import exports, published
-from lora_blip.data.prepare.folder_layouts import captioned_entries, class_entries, layout_of, refuse_without_template
+from lora_blip.data.prepare.folder_layouts import (
+    META_CAP,
+    captioned_entries,
+    class_entries,
+    known_files,
+    layout_of,
+    refuse_without_template,
+)
 from lora_blip.data.prepare.json_lists import is_json_list, json_entries
+from lora_blip.data.prepare.packed import PACKED, packed_files, packed_kind, refuse_packed, split_of
 from lora_blip.data.prepare.published import TOKEN, YEAR
 from lora_blip.data.prepare.web_addresses import refuse_addresses
 from lora_blip.data.workbook import SIGNATURES, workbook_entries
@@ -41,41 +49,30 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "labelstudio_min": exports.studio_min_entries,
     "kohya": exports.kohya_entries,
 }
-FORMATS = (*LINES, *TABLES, *DOCUMENTS, "vqa", "folder")
+FORMATS = (*LINES, *TABLES, *DOCUMENTS, *PACKED, "vqa", "folder")
 OWN = ("jsonl", "tsv", "csv", "xlsx", "folder")  # written by the user, who can fix a line; the others are downloaded
 MOST_REASONS = 20  # reasons that are printed
-
-IN_A_FOLDER = {  # format → names of its files in a folder; the first that exists is used
-    "flickr30k": ("results_*.token", "results.csv"),
-    "flickr8k": ("Flickr8k.token.txt", "captions.txt"),
-    "textcaps": ("TextCaps_*.json",),
-    "karpathy": ("dataset_*.json",),
-    "coco": ("captions_*.json", "annotations/captions_*.json", "annotations/[tv][ra]*.json"),  # the last: VizWiz
-    "vqa": ("v2_*_questions.json",),
-    "jsonl": ("metadata.jsonl", "*/metadata.jsonl", "annotations.jsonl"),
-    "csv": ("metadata.csv", "*/metadata.csv"),
-    "tsv": ("annotations.tsv",),
-}
-
-
-META_CAP = "meta_cap.json"  # of kohya's scripts
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. `entries` yields locations and entries. `split` is the split that the file name contains, or ""."""
+    """A file to read. `entries` yields locations and entries. `split` is the split that the file name contains, or "".
+
+    unpack: like `entries`, for a file that contains images. It writes them to a folder. `entries` then raises DataError.
+    """
 
     path: Path
     format: str
     entries: Callable[[], Iterator[Located]]
     split: str = ""
+    unpack: Callable[[Path], Iterator[Located]] | None = None
 
     @property
     def encoding(self) -> str:
         """A line about the encoding of the file, if it is not UTF-8, or ""."""
         return (
             formats.describe_encoding(self.path, self.format in ("csv", "tsv"))
-            if self.format != "xlsx" and self.path.is_file()
+            if self.format != "xlsx" and self.unpack is None and self.path.is_file()
             else ""
         )
 
@@ -108,7 +105,13 @@ def find_sources(where: str, form: str = "auto", keys: Keys = NO_KEYS, template:
     files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths if path not in laid_out)
     loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
     answers = {path: found for path, (kind, found) in loaded.items() if kind == "vqa" and "questions" not in found}
-    sources = [_source(path, kind, found, answers, keys) for path, (kind, found) in loaded.items() if path not in answers]
+    sources = [
+        Source(path, kind, partial(refuse_packed, where), split_of(path), partial(PACKED[kind], path, keys))
+        if kind in PACKED
+        else _source(path, kind, found, answers, keys)
+        for path, (kind, found) in loaded.items()
+        if path not in answers
+    ]
     if not sources and not folders:
         raise DataError(f"{where}: VQAv2's answers without its questions; give both files, separated by a comma")
     return folders + sources
@@ -119,7 +122,7 @@ def _layout_source(folder: Path, form: str, template: str) -> Source | None:
 
     With a template or the format "folder", its annotation files are ignored.
     """
-    if form != "folder" and not template and (form != "auto" or _known_files(folder, form)):
+    if form != "folder" and not template and (form != "auto" or known_files(folder, form)):
         return None
     layout = layout_of(folder)
     if layout.captioned and not template:
@@ -181,6 +184,8 @@ def _load(path: Path, form: str) -> tuple[str, Any]:
             head = file.read(8192)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({why(error)})") from None
+    if (kind := packed_kind(path, head)) and form in ("auto", kind):
+        return kind, None
     if form == "auto" and head.startswith(SIGNATURES):
         form = "xlsx"
     wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -248,23 +253,13 @@ def _document_format(found: Any) -> str:
     return "vqa" if keys & {"questions", "annotations"} else ""
 
 
-def _known_files(folder: Path, form: str) -> dict[str, list[Path]]:
-    """Return {format: files of a folder with a known name}."""
-    found: dict[str, list[Path]] = {}
-    for kind, patterns in IN_A_FOLDER.items():
-        hits = next((hits for pattern in patterns if (hits := sorted(folder.glob(pattern)))), [])
-        if hits and form in ("auto", kind):
-            found[kind] = hits
-    if "flickr30k" in found:
-        found.pop("flickr8k", None)  # captions.txt has the same captions
-    return found
-
-
 def _files_of(folder: Path, form: str) -> list[Path]:
     """Return the files of the data set in a folder. Raise DataError if there is none, or several."""
-    found = _known_files(folder, form)
+    found = known_files(folder, form)
     if not found and form in ("auto", "kohya") and (folder / META_CAP).exists():
         found["kohya"] = [folder / META_CAP]
+    if not found and form in ("auto", *PACKED) and (packed := packed_files(folder)):
+        return packed
     names = [path.relative_to(folder).as_posix() for hits in found.values() for path in hits]
     if not names:
         raise DataError(f"{folder}: no file with a known name in this folder; give the file itself as source")
