@@ -522,15 +522,19 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
     (here / "others.jsonl").write_text('{"image": "elsewhere.png", "question": "what is it?"}\n')
     (here / "captions.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
     cases = [
-        (vqa, [], "there is no question; give one for every image"),
-        (vqa, ["--question", "others.jsonl"], "has a line for none of the 2 images"),
+        (vqa, [], "there is no question; set QUESTION (or --question) to 'what color is it?'"),
+        (vqa, ["--question", "others.jsonl"], "has no line for any of the 2 images"),
         (vqa, ["--question", "captions.jsonl"], "line 1 of the questions has no question"),
         (vqa, ["--question", "what is it? " * 60], "the question has too many tokens"),
         (vqa, ["--question", "what is [SEP] it?"], "which the model uses as a special token"),
         (itm, [], "retrieval ranks texts; give them (TEXTS, or --texts)"),
         (blip, ["--texts", "one.txt"], "at least two are needed to rank"),
         (blip, ["--texts", "no such file.txt"], "there is no such file"),
-        (blip, ["--question", "what is it?"], "the task is caption, which asks none; set TASK (or --task) to vqa"),
+        (
+            blip,
+            ["--question", "what is it?"],
+            "the task caption uses no question; set QUESTION (or --question) to '', or TASK (or --task) to vqa",
+        ),
         (blip, ["--texts", "x" * 5000], "at least two are needed to rank"),
         (blip, ["--texts", "a cube|" + "cube " * 90], "texts: text 2: the text has 90 tokens"),
         (blip, ["--task", "vqa", "--prompt", "no place for it", "--question", "what?"], "contains {question} once"),

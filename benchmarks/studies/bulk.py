@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_blip.inference.output import ABOUT_NAME, ERRORS_NAME, FILE_NAME
+from lora_blip.inference.output import SETTINGS_NAME, ERRORS_NAME, FILE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = 97  # each 97th file is broken: empty, truncated or not an image
@@ -101,7 +101,7 @@ def killed_run(images: Path, output: Path, wanted: argparse.Namespace, seconds: 
         torn = (output / FILE_NAME).exists() and not (output / FILE_NAME).read_bytes().endswith(b"\n")
         ends["in a line" if torn else "while captioning" if written(output) > before else "before it wrote"] += 1
         print(f"{sum(ends.values()):4} SIGKILL after {written(output):,} bytes", flush=True)
-    if not json.loads((output / ABOUT_NAME).read_text())["finished"]:  # killed as it was leaving
+    if not json.loads((output / SETTINGS_NAME).read_text())["finished"]:  # killed as it was leaving
         finish(start(images, output, wanted))
     return ends
 

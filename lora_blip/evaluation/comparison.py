@@ -17,7 +17,7 @@ from lora_blip.evaluation.measures import Progress, measure
 from lora_blip.evaluation.outputs import Comparison
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.prediction import line_of, prediction_of
-from lora_blip.inference.setup import described, open_task, put_on, wanted_adapter
+from lora_blip.inference.setup import describe, open_task, put_on, read_optional_adapter
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import distributed
 from lora_blip.runtime.files import refuse_unwritable, unused_path
@@ -42,14 +42,14 @@ def evaluate(config: EvaluateConfig) -> Path:
     """
     distributed.refuse_several("evaluate")
     seed_everything(config.seed)
-    adapter = wanted_adapter(config.adapter)
+    adapter = read_optional_adapter(config.adapter)
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, adapter)
     examples = read_references(config, task)
     with phase("searching the training data for these images"):
         leak_search = search_leaks(config, adapter, examples)
     folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # reserves the name
-    print(described(task, adapter, len(set(map(task.subject, examples))), precision))
+    print(describe(task, adapter, len(set(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, device="cpu")[0])
     comparison = compare(config, runner, adapter, examples, folder)

@@ -60,7 +60,9 @@ def write(
     title = f"{facts['task']} on {config.references}"
     cards, curves = cards_of(comparison, leaks), read_curves(adapter)
     model, score = "adapted" if comparison.adapted else "base", comparison.main.main_score
-    attempt("report", lambda: report.write(page, title, rows, cards, curves, facts, warnings, said_by=model, score_name=score))
+    attempt(
+        "report", lambda: report.write(page, title, rows, cards, curves, facts, warnings, model_name=model, score_name=score)
+    )
     return [path for path in (metrics, table, page) if path.exists()]
 
 

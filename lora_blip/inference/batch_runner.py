@@ -17,12 +17,17 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import PredictionTask
 
-Work = Callable[[PredictionTask, Tensor, list[Example]], Iterable[Any]]  # pixel values and examples → a result for each
+Work = Callable[
+    [PredictionTask, Tensor, list[Example]], Iterable[Any]
+]  # (task, pixel values, examples) → one result per example
 FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error", "device-side assert")
 
 
 class Runner:
-    """`reopen` opens the task again on the CPU, if the weights cannot be read back from a broken device."""
+    """Run a function of a task on batches of images.
+
+    reopen: opens the task again on the CPU. It is called if the weights cannot be copied from a failed device.
+    """
 
     def __init__(
         self,
@@ -36,43 +41,44 @@ class Runner:
         self.prefetcher = ImagePrefetcher()
         self.fast: bool = getattr(task.backbone, "fast", False)
         self.base = verification_record.base_of(task.backbone) if self.fast else ""
-        self.checked = not self.fast  # whether the fast path has been compared with the plain one for what comes next
+        self.checked = not self.fast  # True if the fast path has been compared with the plain one
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
-        """Each example with its result, in order; an image that cannot be read is reported and left out."""
-        for example, found in self.each(examples, work):
-            if not isinstance(found, ImageError):
-                yield example, found
-            elif str(found) not in self.warned:
-                self.warned.add(str(found))
-                tqdm.write(printable(f"left out: {found}"))
+        """Yield each example with its result, in order. Print each image that cannot be read once, and leave it out."""
+        for example, result in self.each(examples, work):
+            if not isinstance(result, ImageError):
+                yield example, result
+            elif str(result) not in self.warned:
+                self.warned.add(str(result))
+                tqdm.write(printable(f"left out: {result}"))
 
     def each(self, examples: Iterable[Example], work: Work, coming: Iterable[Example] = ()) -> Iterator[tuple[Example, Any]]:
-        """Each example with its result, or with the ImageError that says why it has none, in order.
+        """Yield each example with its result, or with the ImageError if its image cannot be read, in order.
 
-        One batch is drawn ahead, and its pictures are decoded while the model computes; `coming`: what the next call
-        will ask for. The caller that passes it must close the prefetcher.
+        The images of the next batch are decoded while the model computes.
+        coming: the first examples of the next call, to decode them too. A caller that gives it must close the prefetcher.
         """
         self.task.backbone.model.eval()
         source, coming = Lookahead(examples), list(coming)
         try:
-            while some := source.take(self.size):
-                yield from self._batch(some, source.peek(self.size) or coming, work)
+            while batch := source.take(self.size):
+                yield from self._batch(batch, source.peek(self.size) or coming, work)
         finally:
             if not coming:
                 self.prefetcher.close()
 
-    def _batch(self, some: list[Example], following: list[Example], work: Work) -> Iterator[tuple[Example, Any]]:
+    def _batch(self, examples: list[Example], following: list[Example], work: Work) -> Iterator[tuple[Example, Any]]:
+        """Yield the examples of a batch with their results. `following` is decoded meanwhile."""
         processor = self.task.backbone.image_processor
-        self.prefetcher.announce([*some, *following], processor)
-        pictures = self.prefetcher.pictures(some)  # several questions of one picture have one place
+        self.prefetcher.announce([*examples, *following], processor)
+        pictures = self.prefetcher.pictures(examples)  # one entry per image, also for several questions about it
         self.prefetcher.announce(following, processor)
-        good = [(e, picture) for e in some if isinstance(picture := pictures[image_key(e)], Tensor)]
-        here, stacked = [e for e, _ in good], [picture for _, picture in good]
+        good = [(e, picture) for e in examples if isinstance(picture := pictures[image_key(e)], Tensor)]
+        readable, stacked = [e for e, _ in good], [picture for _, picture in good]
         if good:
-            self.check(torch.stack(stacked[: verification.ROWS]), here[: verification.ROWS], work)
-        results = self._attempt(torch.stack(stacked), here, work) if good else iter(())
-        for e in some:
+            self.check(torch.stack(stacked[: verification.ROWS]), readable[: verification.ROWS], work)
+        results = self._attempt(torch.stack(stacked), readable, work) if good else iter(())
+        for e in examples:
             picture = pictures[image_key(e)]
             yield e, picture if isinstance(picture, ImageError) else next(results)
 
@@ -83,7 +89,7 @@ class Runner:
             return list(self._attempt(pictures, examples, work))
 
     def check(self, pictures: Tensor, examples: list[Example], work: Work) -> None:
-        """Compare the fast path with the plain one on a few pictures, unless that has been done; it may be off afterwards."""
+        """Compare the fast path with the plain one on a few images, once. Disable the fast path if the results differ."""
         if self.checked:
             return
         self.checked = True
@@ -94,7 +100,7 @@ class Runner:
         verification.before_prediction(task, self.base, self.precision, run, what, tqdm.write)
 
     def check_first(self, examples: list[Example], work: Work) -> None:
-        """`check`, with the pictures of a block that is about to come."""
+        """Check the fast path with the images of a block, before the block is predicted."""
         self.prefetcher.announce(examples, self.task.backbone.image_processor)
         pictures = self.prefetcher.pictures(examples)
         good = [(e, picture) for e in examples if isinstance(picture := pictures[image_key(e)], Tensor)][: verification.ROWS]
@@ -103,32 +109,37 @@ class Runner:
             self.check(torch.stack([picture for _, picture in good]), [e for e, _ in good], work)
 
     def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
-        """A result for each; what the first half gave is handed on before the second half can fail."""
+        """Yield the results. If the device fails, compute two half batches, and a single image on the CPU.
+
+        The results of the first half are yielded before the second half is computed.
+        """
         device = self.task.backbone.device
         try:
             with autocasting(device, self.precision)():
-                found, reason = list(work(self.task, pictures.to(device), examples)), ""
-        except RuntimeError as error:  # torch's out-of-memory and accelerator errors are such
-            if not gave_out(error, device):
+                results, reason = list(work(self.task, pictures.to(device), examples)), ""
+        except RuntimeError as error:  # the base of torch's out-of-memory and accelerator errors
+            if not is_device_failure(error, device):
                 raise
-            found, reason = [], first_line(error)
+            results, reason = [], first_line(error)
         half = len(examples) // 2
         if not reason:
-            yield from (result for _, result in zip(examples, found, strict=True))
+            yield from (result for _, result in zip(examples, results, strict=True))
         elif half:
-            self._warn("half", f"{device} gave out ({reason}); going on with batches of {half} and fewer")
+            fix = f"set BATCH_SIZE (or --batch-size) to {half}"
+            self._warn("half", f"{device} failed ({reason}); continuing with batches of at most {half}; {fix}")
             self.size = min(self.size, half)
             release(device)
             yield from self._attempt(pictures[:half], examples[:half], work)
             yield from self._attempt(pictures[half:], examples[half:], work)
         else:
-            self._warn("cpu", f"{device} gave out even for one image ({reason}); going on, slower, on the CPU")
+            self._warn("cpu", f"{device} failed for a single image ({reason}); continuing on the CPU, which is slower")
             self._move_to_cpu()
             yield from self._attempt(pictures, examples, work)
 
     def _move_to_cpu(self) -> None:
+        """Move the task to the CPU in fp32, or open it again if the weights cannot be copied."""
         try:
-            self.task.backbone.model.to("cpu")  # first of all: as fp32, it would take twice the memory where there is none
+            self.task.backbone.model.to("cpu")  # before the cast to fp32, which needs twice the memory
             self.task.move(torch.device("cpu"))
         except RuntimeError:
             if self.reopen is None:
@@ -143,8 +154,8 @@ class Runner:
             tqdm.write(printable(f"warning: {message}"))
 
 
-def gave_out(error: RuntimeError, device: torch.device) -> bool:
-    """Whether an error is the accelerator's own, and not a fault of what it was asked."""
+def is_device_failure(error: RuntimeError, device: torch.device) -> bool:
+    """Return True if an error comes from the accelerator (memory, driver, kernel), and not from the code that called it."""
     if device.type == "cpu":
         return False
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -152,9 +163,9 @@ def gave_out(error: RuntimeError, device: torch.device) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Give cached memory back, where the device still answers."""
+    """Free the cached memory of the device, unless the device has failed."""
     if device.type == "cuda":
         try:
             torch.cuda.empty_cache()
         except RuntimeError:
-            return  # a kernel fault outlives everything; the CPU comes next
+            return  # after a kernel fault, each CUDA call fails; the next step is the CPU

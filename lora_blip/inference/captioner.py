@@ -48,13 +48,13 @@ class Captioner:
     def __init__(
         self, task: PredictionTask, batch_size: int = 16, precision: str = "fp32", adapter: Adapter | None = None
     ) -> None:
-        """Predict with a task as it is. Use `from_adapter` to open an adapter."""
+        """Predict with a loaded task. To open an adapter, use `from_adapter`."""
         if not isinstance(task, PredictionTask):
             raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({task!r})")
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision)
         self.shared_base = shared(task.backbone.model)
-        self.adapter_name: str | None = None  # the name of the adapter on a base that others use too
+        self.adapter_name: str | None = None  # the name of the adapter on a shared base; None: all adapters of the base act
 
     @classmethod
     def from_adapter(
@@ -79,7 +79,7 @@ class Captioner:
         adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
         base: empty for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a model
         of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels: the
-        adapter acts by hooks, and only in the calls of this captioner. With None, the adapters that are on a loaded base act.
+        adapter acts by hooks, and only in the calls of this captioner. If `adapter` is None, the adapters on a loaded base act.
         device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
 
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
@@ -109,7 +109,7 @@ class Captioner:
 
     @classmethod
     def _on_loaded(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
-        """Return a captioner on a base that the caller may use for other things too."""
+        """Return a captioner on a loaded base, which other code may use at the same time."""
         name = shared(backbone.model).load(backbone, adapter) if adapter else None
         weights = next(backbone.model.parameters()).dtype
         own_precision = next((name for name, dtype in DTYPES.items() if dtype == weights), "fp32")
@@ -161,9 +161,9 @@ class Captioner:
     def answer(self, images: Any, question: Any, *, strict: bool = False) -> Prediction | list[Prediction]:
         """Return the answer to a question about an image.
 
-        Give one question about all images, several about one image, or one for each image. A question that the model cannot
-        read keeps its position, as an image does. Raise InputError for an adapter of another task, for different numbers of
-        images and questions, or for something that is not an image or a question.
+        Give one question for all images, several questions about one image, or one question for each image. A question that
+        the model cannot read has its reason in `error`. Raise InputError for an adapter of another task, for different numbers
+        of images and questions, or for something that is not an image or a question.
 
         >>> vqa = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-vqa")
         >>> answer = vqa.answer("image_test/000.png", "what color is the cube?")
@@ -178,7 +178,7 @@ class Captioner:
         listed = listed * len(questions) if one_image else listed
         questions = questions * len(listed) if one_question else questions
         if len(questions) != len(listed):
-            raise InputError(f"{len(listed)} images and {len(questions)} questions; give one question, or one for each image")
+            raise InputError(f"{len(listed)} images and {len(questions)} questions; give 1 or {len(listed)} questions")
         requests = ((*each, plain(text)) for each, text in zip(listed, questions, strict=True))
         predictions = list(self._predict(requests, [], strict))
         return predictions[0] if one_image and one_question else predictions
@@ -188,10 +188,10 @@ class Captioner:
     @overload
     def rank(self, images: Many, texts: Sequence[str], *, question: str = "", strict: bool = False) -> list[Prediction]: ...
     def rank(self, images: Any, texts: Any, *, question: str = "", strict: bool = False) -> Prediction | list[Prediction]:
-        """Return the texts ordered by how well they fit an image: `ranking` has each text once, with its probability.
+        """Rank texts by how well they fit an image. `ranking` has each text once with its probability, the most probable first.
 
-        The probabilities of the texts sum to 1. `text` is the best one and `score` its probability. An adapter of any task can
-        rank; one for questions ranks answers to `question`. Raise InputError for a text that the model cannot read, or for
+        The probabilities of the texts sum to 1. `text` is the best text and `score` is its probability. An adapter of any task
+        can rank. A VQA adapter ranks answers to `question`. Raise InputError for a text that the model cannot read, or for
         something that is not an image.
 
         >>> itm = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-itm")
@@ -205,9 +205,10 @@ class Captioner:
     def stream(
         self, images: Iterable[Any], *, question: str = "", texts: Sequence[str] = (), strict: bool = False
     ) -> Iterator[Prediction]:
-        """Yield a prediction for each image of any iterable, in order. The memory does not grow with their number.
+        """Yield a prediction for each image of any iterable, in order. Memory does not grow with the number of images.
 
-        With `texts`, rank them. With a `question` alone, answer it. Raise errors as the other methods do, at the image.
+        With `texts`, rank them. With only a `question`, answer it. Raise the errors of the other methods when the image that
+        causes them is reached.
 
         >>> import itertools
         >>> first = next(captioner.stream(itertools.repeat("image_test/000.png")))
@@ -218,7 +219,7 @@ class Captioner:
         requests = ((check_input(image, name_of(image, n)), image, question) for n, image in enumerate(images))
         yield from self._predict(requests, texts, strict)
 
-    # ---- the checks and the batches of these calls
+    # ---- checks and batches
 
     def _require(self, task: str) -> None:
         """Raise InputError, with the right call, if the adapter has another task."""
@@ -230,7 +231,7 @@ class Captioner:
         return "adapter" if self.adapter else "model"
 
     def _checked_texts(self, texts: Any, question: str) -> list[str]:
-        """Return each text once. Raise InputError if one cannot be ranked."""
+        """Return each text once. Raise InputError if a text cannot be ranked."""
         task, call = self.runner.task, CALLS["retrieval"]
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise InputError(f"texts is {texts!r}; give a list, as in {call}")
@@ -238,10 +239,13 @@ class Captioner:
         if not checked:
             raise InputError(f"texts is empty; give at least one, as in {call}")
         if task.takes_question and not question:
-            raise InputError(f"this {self._kind} answers questions, so it ranks answers: rank(image, answers, question=…)")
+            raise InputError(
+                f"this {self._kind} answers questions, so it ranks answers; give their question: "
+                'captioner.rank(image, ["red", "blue"], question="what color is it?")'
+            )
         if question and not task.takes_question:
-            raise InputError(f"this {self._kind} {VERBS[self.task]}, and takes no question; leave it out")
-        with self.shared_base.lock:  # a tokenizer is not safe for threads
+            raise InputError(f"this {self._kind} {VERBS[self.task]} and uses no question; call {call}")
+        with self.shared_base.lock:  # a tokenizer is not thread-safe
             for position, text in enumerate(checked):
                 is_text = isinstance(text, str) and text.strip()
                 example = replace(example_of("", plain(question)), text=text, answers=(text,))

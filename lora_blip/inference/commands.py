@@ -1,4 +1,4 @@
-"""The short commands `lora-blip caption`, `ask` and `rank`: a few images from the command line, the results on stdout.
+"""The short commands `lora-blip caption`, `ask` and `rank`. They print the results of a few images on stdout.
 
 `lora-blip infer` has more settings, and writes the predictions of any number of images into a folder.
 """
@@ -30,7 +30,7 @@ BASE_ALONE = "or use a base without an adapter: --adapter none --model assets/ti
 
 
 def argument(doc: str, metavar: str, several: bool = False) -> Any:
-    """Return a dataclass field for an argument without a flag. With `several`, the value is a list of at least one text."""
+    """Return a dataclass field for a positional argument. If `several`, its value is a list of one or more texts."""
     return field(metadata={"doc": doc, "group": "", "metavar": metavar, "nargs": "+" if several else None})
 
 
@@ -45,7 +45,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:
-            raise ConfigError("model is empty, and without an adapter there is no default: --model assets/tiny-blip")
+            raise ConfigError("there is no adapter, so the base has no default; give one: --model assets/tiny-blip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def ask(config: AskConfig) -> bool:
 
 
 def rank(config: RankConfig) -> bool:
-    """Print the texts, the one that fits best first. Return False if the image cannot be read."""
+    """Print the texts with their probabilities, the most probable first. Return False if the image cannot be read."""
     with stdout_for_results() as results:
         captioner = open_captioner(config)
         if captioner.task == "vqa" and not config.question:
@@ -105,9 +105,10 @@ def stdout_for_results() -> Iterator[TextIO]:
 
 
 def expand(images: list[str]) -> Iterator[str]:
-    """Yield the paths of images: files as they are, the images of a folder, and the matches of a glob.
+    """Yield the paths of the images: each file, the images of each folder, and the matches of each glob.
 
-    Windows passes a glob to the program as it is. Raise ConfigError if a folder or a glob contains no image.
+    A glob is expanded here because the shell of Windows does not expand it. Raise ConfigError if a folder or a glob contains
+    no image.
     """
     from lora_blip.data.image_folders import globbed, walk
 
@@ -123,7 +124,7 @@ def expand(images: list[str]) -> Iterator[str]:
 
 
 def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
-    """Open the adapter or the base, and print on stderr which one. Raise ConfigError if it has not this task."""
+    """Open the adapter or the base, and print its path on stderr. Raise ConfigError if its task is not `task`."""
     adapter = None if config.adapter in ("", "none") else config.adapter
     if adapter:
         try:
@@ -132,7 +133,7 @@ def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
             raise AdapterError(f"{error}; {BASE_ALONE}") from None
     from lora_blip.inference.captioner import Captioner
 
-    chosen = "vqa" if task == "vqa" and not adapter else "auto"  # BLIP-2 bases caption, and also answer
+    chosen = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base
     captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=chosen)
     path = captioner.adapter.path if captioner.adapter else "no adapter"
     print(printable(f"{path}, base {captioner.backbone.name}, {captioner.backbone.device}"), file=sys.stderr, flush=True)
@@ -142,9 +143,11 @@ def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
 
 
 def show(prediction: "Prediction", as_json: bool, results: TextIO) -> bool:
-    """Print a prediction: its text or ranking, or the reason why there is none. Return False for the latter."""
+    """Print the text or ranking of a prediction, or its error. Return False if it has an error."""
     if as_json:
-        print(json.dumps(json_object(prediction)), file=results, flush=True)  # ASCII, so that nothing in it controls a terminal
+        print(
+            json.dumps(json_object(prediction)), file=results, flush=True
+        )  # only ASCII, so that no character controls the terminal
     elif prediction.error:
         name = "" if str(prediction.image) in prediction.error else f"{prediction.image}: "
         print(printable(f"error: {name}{prediction.error}"), file=sys.stderr, flush=True)

@@ -13,32 +13,33 @@ import numpy as np
 from lora_blip.data.example import Example
 from lora_blip.errors import OutputError
 
-CHUNK = 2**16
+CHUNK = 2**16  # bytes that are read at once, from the end of a file
 
 
 class Done:
-    """Count the lines of each image and question. Each needs 12 bytes: a hash and a count."""
+    """The number of lines of each image and question. Each needs 12 bytes: a hash and a count."""
 
     def __init__(self, keys: "array[int]") -> None:
         self.keys, counts = np.unique(np.frombuffer(keys, np.uint64), return_counts=True)
         self.counts = counts.astype(np.uint32)
 
     def matcher(self) -> Callable[[Example], bool]:
-        """Return a function that returns True if an example is done. Call it once per example: each line counts for one."""
+        """Return a function that returns True if an example is done. Call it once per example, because it uses up one line."""
         left = self.counts.copy()
 
         def take(example: Example) -> bool:
             key = np.uint64(key_of(example))
-            place = int(np.searchsorted(self.keys, key))
-            if place == len(self.keys) or self.keys[place] != key or not left[place]:
+            index = int(np.searchsorted(self.keys, key))
+            if index == len(self.keys) or self.keys[index] != key or not left[index]:
                 return False
-            left[place] -= 1
+            left[index] -= 1
             return True
 
         return take
 
 
 def key_of(example: Example) -> int:
+    """Return a hash of the image, question, question_id and prompt of an example."""
     return _key(str(example.image), example.question, example.question_id, example.prompt)
 
 
@@ -47,29 +48,29 @@ def _key_of_line(line: dict[str, Any]) -> int:
 
 
 def _key(image: str, question: str, question_id: int | str, prompt: str) -> int:
-    """Return a hash of 64 bits. With ten million images, two of them collide once in 400,000 runs."""
-    own = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
-    digest = hashlib.blake2b(f"{image}\0{question}{own}".encode("utf-8", "surrogatepass"), digest_size=8)
+    """Return a hash of 64 bits. A collision in ten million images happens once in 400,000 runs."""
+    rest = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
+    digest = hashlib.blake2b(f"{image}\0{question}{rest}".encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
-def _cut_torn(path: Path) -> None:
-    """Remove the part after the last line end: an incomplete line of a process that was killed."""
+def _remove_incomplete_line(path: Path) -> None:
+    """Remove the part after the last line end, which a killed process left."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
             start = max(0, end - CHUNK)
             file.seek(start)
-            place = file.read(end - start).rfind(b"\n")
-            if place >= 0:
-                end = start + place + 1
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
                 break
             end = start
         file.truncate(end)
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file. Raise OutputError, with the line, for one that we did not write."""
+    """Yield the lines of a file. Raise OutputError, with the line number, if a line is not one of ours."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -77,33 +78,35 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(entry["image"], str):
                     raise TypeError
             except (ValueError, TypeError, KeyError):
-                raise OutputError(f"{path}:{number} is not a prediction line; fix it, or give another output_dir") from None
+                raise OutputError(
+                    f"{path}:{number} is not a prediction line; remove the line, or give another OUTPUT_DIR (or --output-dir)"
+                ) from None
             yield entry
 
 
-def asked_in(line: dict[str, Any]) -> Example:
-    """Return the example of a line."""
+def example_of_line(line: dict[str, Any]) -> Example:
+    """Return the example to which a line of predictions.jsonl or errors.jsonl belongs."""
     image, number = line["image"], line.get("question_id", "")
     prompt, number = str(line.get("prompt", "")), number if isinstance(number, int) else str(number)
     return Example(Path(image), "", image, 0, question=str(line.get("question", "")), prompt=prompt, question_id=number)
 
 
-def take_up(path: Path, keys: "array[int]") -> int:
+def resume_from(path: Path, keys: "array[int]") -> int:
     """Remove an incomplete last line, add the key of each line to `keys`, and return the number of lines."""
     before = len(keys)
     if path.exists():
-        _cut_torn(path)
+        _remove_incomplete_line(path)
         keys.extend(map(_key_of_line, lines_of(path)))
     return len(keys) - before
 
 
-def texts_of(path: Path, subject: Callable[[Example], Any], wanted: Container[Path], name: str) -> dict[str, dict[Any, str]]:
-    """Return {`name`, and "base" if it was compared: {subject: text}} for the images in `wanted`."""
-    found: dict[str, dict[Any, str]] = {}
+def texts_of(path: Path, subject: Callable[[Example], Any], images: Container[Path], name: str) -> dict[str, dict[Any, str]]:
+    """Return {`name`: {subject: text}} of a predictions file for `images`. Add "base" if its lines have a text of the base."""
+    texts: dict[str, dict[Any, str]] = {}
     for line in lines_of(path):
-        if Path(line["image"]) in wanted:
-            about = subject(asked_in(line))
+        if Path(line["image"]) in images:
+            key = subject(example_of_line(line))
             if "base_text" in line:
-                found.setdefault("base", {})[about] = line["base_text"]
-            found.setdefault(name, {})[about] = line["text"]
-    return found
+                texts.setdefault("base", {})[key] = line["base_text"]
+            texts.setdefault(name, {})[key] = line["text"]
+    return texts

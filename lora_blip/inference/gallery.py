@@ -7,14 +7,14 @@ from typing import Any
 
 from lora_blip.data.example import Example
 from lora_blip.data.image_sources import open_example
-from lora_blip.inference.finished import asked_in, key_of, lines_of
+from lora_blip.inference.finished import example_of_line, key_of, lines_of
 from lora_blip.inference.output import ERRORS_NAME, FILE_NAME
 from lora_blip.reports import report
 from lora_blip.reports.report import Card
 from lora_blip.runtime.runs import GALLERY_NAME
 from lora_blip.tasks.base import PredictionTask
 
-SHOWN = 200  # cards: about 3 MB of thumbnails in the page, whatever the number of images
+SHOWN = 200  # largest number of cards: about 3 MB of thumbnails
 
 
 def write_gallery(
@@ -23,12 +23,12 @@ def write_gallery(
     examples: Iterable[Example],
     references: dict[Path, list[Example]],
     facts: dict[str, str],
-    said_by: str,
+    model_name: str,
     count: int,
 ) -> Path:
     """Write the page of a finished run into its folder, with the first SHOWN of `count` examples, and return its path.
 
-    said_by: "adapted" or "base", the model that generated the texts.
+    model_name: "adapted" or "base", for the model that generated the texts.
     """
     first = list(islice(examples, SHOWN))
     cards = cards_of(folder, task, first, references)
@@ -36,7 +36,7 @@ def write_gallery(
     note = f"The first {len(cards):,} of {count:,} are on this page; {FILE_NAME} contains all." if count > len(cards) else ""
     return report.write(
         folder / GALLERY_NAME, f"{task.name}: {facts.get('images', '')}", [], cards, facts=facts, most_pictures=SHOWN,
-        said_by=said_by, score_name="VQA accuracy" if task.takes_question else "exact match", facts_title="This run",
+        model_name=model_name, score_name="VQA accuracy" if task.takes_question else "exact match", facts_title="This run",
         note=note, open_picture=lambda image: open_example(pictures[image]),
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def cards_of(folder: Path, task: PredictionTask, examples: list[Example], refere
     for name in (FILE_NAME, ERRORS_NAME):
         if (folder / name).exists():
             for line in islice(lines_of(folder / name), len(examples)):
-                lines.setdefault(key_of(asked_in(line)), []).append(line)
+                lines.setdefault(key_of(example_of_line(line)), []).append(line)
     cards = []
     for example in examples:
         line = next(iter(lines.get(key_of(example), ())), {})

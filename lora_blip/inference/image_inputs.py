@@ -1,4 +1,4 @@
-"""The images that Python callers give: paths, PIL images, arrays, tensors or the bytes of a file."""
+"""Check and open the images that Python callers give: paths, PIL images, arrays, tensors or the bytes of a file."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 
 
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
-    """Return (name, image) of each image, and whether one image was given. Raise InputError as `check_input` does."""
+    """Return [(name, image)], and True if the caller gave one image and no list. Raise InputError as `check_input` does."""
     single = isinstance(images, SINGLE) or not isinstance(images, Iterable) or hasattr(images, "read")
     listed = [images] if single else list(images)
     names = [name_of(image, None if single else position) for position, image in enumerate(listed)]
@@ -87,7 +87,9 @@ def open_input(image: Any, name: str) -> Image.Image:
     """Return a checked image as upright RGB. Raise ImageError if a file or bytes cannot be read."""
     if isinstance(image, str | Path):
         if str(image).startswith(("http://", "https://")):
-            raise ImageError(printable(f"{image} is an address, and nothing is downloaded; give the bytes of the file"))
+            raise ImageError(
+                printable(f"{image} is a web address, and no image is downloaded; download it first: curl -O {image}")
+            )
         return open_image(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return open_image(name, BytesIO(image))
@@ -110,7 +112,7 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _bytes_of(image: Any) -> Any:
-    """Return the levels of an array or tensor, (height, width) or (height, width, 3 or 4) uint8."""
+    """Return the pixel values of an array or tensor as uint8, shape (height, width) or (height, width, 3 or 4)."""
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = image.float().numpy() if image.is_floating_point() else image.numpy()

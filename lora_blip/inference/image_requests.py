@@ -1,4 +1,4 @@
-"""Predict images that are in memory or on disk: decode each in a thread, compute a batch, and return all in order."""
+"""Predict images from memory or disk: decode them in threads, compute them in batches, and return them in order."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +21,7 @@ from lora_blip.inference.prediction import Prediction, prediction_of
 
 @dataclass(frozen=True)
 class Request:
-    """An image with its question, which is decoded in another thread."""
+    """An image with its question. Another thread decodes the image."""
 
     example: Example
     picture: "Future[Any]"  # pixel values (3, H, W), or the ImageError
@@ -32,7 +32,7 @@ def predict_requests(
 ) -> Iterator[Prediction]:
     """Yield a prediction for each (name, image, question), in order. The next batch is decoded while the model computes.
 
-    lock: held while the model or its tokenizer is used, but not between batches.
+    lock: acquired for each batch, while the model or its tokenizer is used.
     """
     pixels = pixels_of(runner.task.backbone.image_processor)
     pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")

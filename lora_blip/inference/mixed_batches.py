@@ -1,4 +1,4 @@
-"""Predict with several adapters in one batch: each row has the adapter of its request."""
+"""Predict with several adapters in one batch. Each row uses the adapter of its request."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -23,9 +23,9 @@ def mixed(
 ) -> Iterator[Prediction]:
     """Yield the predictions for requests (image, adapter, question or ""), in order. A batch may have rows of several adapters.
 
-    tasks: {adapter: its caption or vqa task}, on one backbone; "" is the base. Each text equals the one that its adapter gives
-    alone. An image that cannot be read is printed and left out. Raise ConfigError if the tasks cannot share a batch, or if a
-    request names another adapter.
+    tasks: {adapter: its caption or vqa task}, all on one backbone; "" is the base. Each text equals the text that its adapter
+    generates without the others. An image that cannot be read is reported and left out. Raise ConfigError if the tasks cannot
+    share a batch, or if a request names an adapter that is not in `tasks`.
     """
     first: Any = next(iter(tasks.values()))
     for name, task in tasks.items():
@@ -38,7 +38,9 @@ def mixed(
     def example(request: tuple[str | Path, str, str]) -> Example:
         image, name, question = request
         if name not in tasks:
-            raise ConfigError(f"a request names the adapter {name!r}; there is a task for {', '.join(map(repr, tasks))}")
+            raise ConfigError(
+                f"a request names the adapter {name!r}; use one of {', '.join(map(repr, tasks))}, or add its task to `tasks`"
+            )
         return replace(example_of(image, question), group=name)
 
     def generate(task: Any, pictures: Tensor, examples: list[Example]) -> list[str]:
@@ -47,5 +49,5 @@ def mixed(
         texts: list[str] = task.language.generate(pictures, prompts, adapters, **asdict(task.generation))
         return texts
 
-    for found, text in Runner(first, batch_size, precision).run(map(example, requests), generate):
-        yield Prediction(found.image, text, found.question)
+    for predicted, text in Runner(first, batch_size, precision).run(map(example, requests), generate):
+        yield Prediction(predicted.image, text, predicted.question)

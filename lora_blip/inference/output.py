@@ -1,6 +1,6 @@
-"""The output folder of inference: each image adds a line to predictions.jsonl or errors.jsonl, and a run can be resumed.
+"""The output folder of inference. Each image adds a line to predictions.jsonl or errors.jsonl, so a run can be resumed.
 
-run.json contains the settings of the run, so that a run with other settings does not resume it, and whether it has finished.
+run.json contains the settings of the run and whether the run has finished. A run with other settings cannot resume it.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import IO, Any
 from lora_blip.config import InferConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import ImageError, OutputError
-from lora_blip.inference.finished import Done, key_of, take_up
+from lora_blip.inference.finished import Done, key_of, resume_from
 from lora_blip.inference.prediction import Prediction, line_of, request_of
 from lora_blip.inference.questions import is_file
 from lora_blip.lora.adapter_file import Adapter
@@ -28,18 +28,18 @@ from lora_blip.runtime.files import refuse_unwritable, room_for, sha256_of, unus
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.base import PredictionTask
 
-FILE_NAME, ERRORS_NAME, ABOUT_NAME = "predictions.jsonl", "errors.jsonl", "run.json"
-SYNC = 5.0  # seconds of work that a machine without power may lose; a process that is killed loses none
+FILE_NAME, ERRORS_NAME, SETTINGS_NAME = "predictions.jsonl", "errors.jsonl", "run.json"
+SYNC = 5.0  # seconds between fsync calls: a power failure loses at most this work, and a killed process loses none
 
 
 class Output:
-    """The two files, open for appending. `opened` creates it."""
+    """predictions.jsonl and errors.jsonl, open for appending. Use `opened` to create one."""
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder, self.about = folder, about
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
         keys = array("Q")
-        self.said, self.failed = (take_up(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # lines of each
-        self.done, self.before = Done(keys), self.lines
+        self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # number of lines
+        self.done, self.lines_before = Done(keys), self.lines
         self.files: dict[str, IO[bytes]] = {}
         self.synced = time.monotonic()
 
@@ -50,29 +50,32 @@ class Output:
     @property
     def lines(self) -> int:
         """Return the number of images and questions that are done."""
-        return self.said + self.failed
+        return self.predicted + self.failed
 
-    def greeting(self) -> str:
-        if self.before:
-            return f"resuming after {self.before:,} images"
+    def describe_start(self) -> str:
+        """Return what is printed at the start: how many images are done, or how to resume."""
+        if self.lines_before:
+            return f"resuming after {self.lines_before:,} images"
         return f"if this run is stopped, --output-dir {self.folder} with the same settings resumes it"
 
-    def paused(self) -> str:
+    def describe_stop(self) -> str:
+        """Return what is printed if a signal stops the run."""
         return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings resumes it"
 
-    def farewell(self) -> str:
-        now = self.lines - self.before
-        made = f"wrote {now:,} of {self.lines:,} lines of" if now else f"nothing left to do: all {self.lines:,} images are in"
+    def describe_end(self) -> str:
+        """Return what is printed at the end: the number of lines and the files."""
+        added = self.lines - self.lines_before
+        work = f"wrote {added:,} of {self.lines:,} lines of" if added else f"all {self.lines:,} images were already done:"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
-        return f"{made} {self.path}{left_out}"
+        return f"{work} {self.path}{left_out}"
 
-    def write(self, found: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
-        """Write a line for each example, in order. Only a failure of the machine can lose or tear a line."""
-        predictions = [line_of(p, base.get(key_of(e))) for e, p in found if not isinstance(p, ImageError)]
-        errors = [_error_line(e, p) for e, p in found if isinstance(p, ImageError)]
+    def write(self, results: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
+        """Write a line for each example, in order. Only a failure of the machine can lose a line or leave an incomplete one."""
+        predictions = [line_of(p, base.get(key_of(e))) for e, p in results if not isinstance(p, ImageError)]
+        errors = [_error_line(e, p) for e, p in results if isinstance(p, ImageError)]
         self._add(FILE_NAME, predictions)
         self._add(ERRORS_NAME, errors)
-        self.said, self.failed = self.said + len(predictions), self.failed + len(errors)
+        self.predicted, self.failed = self.predicted + len(predictions), self.failed + len(errors)
         if time.monotonic() - self.synced >= SYNC:
             self.sync()
 
@@ -88,6 +91,7 @@ class Output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
+        """Write the lines to the disk, so that a power failure does not lose them."""
         for file in self.files.values():
             os.fsync(file.fileno())
         self.synced = time.monotonic()
@@ -96,7 +100,7 @@ class Output:
         """Mark the run as finished, so that it is not resumed."""
         self._add(FILE_NAME, [])  # the file exists even if no image could be read
         self.sync()
-        _write_about(self.folder, self.about, finished=True)
+        _write_settings(self.folder, self.settings, finished=True)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -107,14 +111,16 @@ def _error_line(example: Example, error: ImageError) -> dict[str, Any]:
     return request_of(example) | {"error": str(error)}
 
 
-# ---------------------------------------------------------------- which folder, and whether it is this run's
+# ---------------------------------------------------------------- the folder, and the check that it belongs to this run
 
 
 def folder_of(config: InferConfig, processes: int = 1) -> Path:
     """Return the output folder, which may not exist yet. Raise OutputError if it has files of another run."""
     if not config.output_dir:
         if processes > 1:
-            raise OutputError("give an output_dir (--output-dir): a process that is started again must find the same folder")
+            raise OutputError(
+                "several processes need one folder, also after a restart; set OUTPUT_DIR (or --output-dir) to a new folder"
+            )
         refuse_unwritable(config.runs)
         return unused_path(Path(config.runs) / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(config.output_dir)
@@ -124,26 +130,31 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
 
 
 def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """Return run.json of an unfinished run in the folder, or None. Raise OutputError if another run's predictions are there."""
-    about = _read_about(folder)
-    there = [name for name in (FILE_NAME, ABOUT_NAME, ERRORS_NAME) if (folder / name).exists()]
-    if there and (about is None or not about["run"] or not resume):
-        left = ", of a run that was stopped; set resume = True to continue it" if about and not about.get("finished") else ""
+    """Return run.json of the unfinished run in the folder, or None if the folder has no run.
+
+    Raise OutputError if the folder contains predictions that this run must not continue.
+    """
+    about = _read_settings(folder)
+    existing = [name for name in (FILE_NAME, SETTINGS_NAME, ERRORS_NAME) if (folder / name).exists()]
+    if existing and (about is None or not about["run"] or not resume):
+        stopped = (
+            ", from a run that was stopped; set resume = True to continue it" if about and not about.get("finished") else ""
+        )
         raise OutputError(
-            f"{folder / there[0]} exists already{left}; give another output_dir, or leave it empty for a new folder"
+            f"{folder / existing[0]} exists already{stopped}; for a new run, set OUTPUT_DIR (or --output-dir) to ''"
         )
     return about
 
 
 def identity(
-    config: InferConfig, task: PredictionTask, wanted: Adapter | None, precision: str, by_references: bool = False
+    config: InferConfig, task: PredictionTask, adapter: Adapter | None, precision: str, by_references: bool = False
 ) -> dict[str, Any]:
-    """Return the settings that decide the predictions, as JSON. A file is represented by a digest of its content.
+    """Return the settings that determine the predictions, as JSON. A digest of its content represents a file.
 
-    by_references: True if lines of the references have prompts.
+    by_references: True if the prompts come from the references.
     """
     settings = {
-        "model": task.backbone.name, "adapter": _digest(wanted.path) if wanted else "none", "task": task.name,
+        "model": task.backbone.name, "adapter": _digest(adapter.path) if adapter else "none", "task": task.name,
         "images": config.images, "question": _content(config.question, "question"), "texts": _content(config.texts, "texts"),
         "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
         "image_size": task.backbone.chosen_size,
@@ -162,42 +173,45 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def opened(folder: Path, what: dict[str, Any], resume: bool) -> Iterator[Output]:
-    """Open the folder of the run `what` and lock it inside the block.
+def opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[Output]:
+    """Open the output folder of a run with these settings, and lock it inside the block.
 
-    Raise OutputError if it belongs to another run, or if the disk is full.
+    Raise OutputError if the folder belongs to another run, or if the disk is full.
     """
     advice = (
-        "; the lines in it are safe. Free some space, then start again with the same settings and "
+        "; the written lines are safe. Free some space, then start again with the same settings and "
         f"--output-dir {folder} to resume"
     )
     with room_for(folder, OutputError, advice):
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
-            then = _refuse_taken(folder, resume)
-            if then is not None and (changed := changes(then["run"], what)):
+            stopped = _refuse_taken(folder, resume)
+            if stopped is not None and (changed := changes(stopped["run"], settings)):
                 raise OutputError(
                     f"{folder} was started with other settings, so this run cannot continue it: {'; '.join(changed)}. "
-                    "Set them back, or give another output_dir"
+                    "Set them back, or start a new run: set OUTPUT_DIR (or --output-dir) to ''"
                 )
-            if then is None:
-                _write_about(folder, what, finished=False)
-            output = Output(folder, what)
+            if stopped is None:
+                _write_settings(folder, settings, finished=False)
+            output = Output(folder, settings)
             try:
                 yield output
             finally:
                 output.close()
 
 
-def _write_about(folder: Path, what: dict[str, Any], finished: bool) -> None:
-    about = {"finished": finished, "run": what}
-    write_whole(folder / ABOUT_NAME, (json.dumps(about, indent=1) + "\n").encode())
+def _write_settings(folder: Path, settings: dict[str, Any], finished: bool) -> None:
+    content = {"finished": finished, "run": settings}
+    write_whole(folder / SETTINGS_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _read_about(folder: Path) -> dict[str, Any] | None:
-    """Return the content of run.json, or None if there is no such file. A file that we did not write counts as finished."""
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the content of run.json, or None if there is no such file.
+
+    A file that we did not write counts as a finished run.
+    """
     try:
-        about = parsed((folder / ABOUT_NAME).read_text(encoding="utf-8"))
+        about = parsed((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Inference in batches: images → captions, answers or ranked texts. They are printed, written and, with references, scored."""
+"""Predict captions, answers or rankings of images in batches. Print, write and, with references, score them."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,12 +11,12 @@ from typing import Any
 from lora_blip.config import InferConfig
 from lora_blip.inference import finished, output
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.blocks import BlockScheduler, Found, ProgressDisplay
+from lora_blip.inference.blocks import BlockScheduler, ProgressDisplay, Results
 from lora_blip.inference.gallery import write_gallery
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import Prediction, report
 from lora_blip.inference.predictor import Predictor
-from lora_blip.inference.setup import Inputs, described, open_inputs, open_task, put_on, read_inputs, require_same_inputs
+from lora_blip.inference.setup import Inputs, describe, open_inputs, open_task, put_on, read_inputs, require_same_inputs
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
@@ -31,10 +31,10 @@ from lora_blip.tasks.text_length import CutCount
 def infer(config: InferConfig) -> Path:
     """Caption, answer or rank as `config` says, and return the path of predictions.jsonl: one line per image and question.
 
-    Images that cannot be read have a line in errors.jsonl. The same settings and output_dir resume a run that was stopped.
+    An image that cannot be read has a line in errors.jsonl. To resume a stopped run, use the same settings and output_dir.
     Memory does not grow with the number of images; with `compare`, only the texts of the base are kept. Raise ConfigError,
     ModelError, AdapterError, ImageError or DataError before the first image, ConfigError if the disk is full, and
-    signals.Stopped after Ctrl-C or a scheduler's signal, when the current batch is written. In peft: none.
+    signals.Stopped after Ctrl-C or a signal of a scheduler, as soon as the current batch is written. In peft: none.
 
     >>> predictions = lora_blip.infer(lora_blip.InferConfig(adapter="latest", images="image_test"))
     >>> predictions.name
@@ -45,44 +45,44 @@ def infer(config: InferConfig) -> Path:
 
 
 def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
-    """The run, as one of torchrun's processes or alone. The main one reads the source and writes."""
+    """Run inference in one process, alone or under torchrun. The main process reads the images and writes the files."""
     seed_everything(config.seed)
     inputs = ranks.together(lambda: read_inputs(config))
-    wanted, texts = inputs.adapter, inputs.texts
-    # refused now if it is taken; made when there is something to write
+    adapter, texts = inputs.adapter, inputs.texts
+    # an error now if it contains another run; the folder is created later, when there is something to write
     folder: Path = ranks.broadcast(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
     config = replace(config, device=ranks.device(config.device))
-    task, precision, examples, what = ranks.together(lambda: open_inputs(config, inputs))
+    task, precision, examples, run_identity = ranks.together(lambda: open_inputs(config, inputs))
     if ranks.count > 1:
-        require_same_inputs(ranks, config, task, what, examples)
+        require_same_inputs(ranks, config, task, run_identity, examples)
 
     stop_request = closing.enter_context(signals.catch_signals())
-    out: Any = ranks.on_main(lambda: closing.enter_context(output.opened(folder, what, config.resume)))
+    out: Any = ranks.on_main(lambda: closing.enter_context(output.opened(folder, run_identity, config.resume)))
     with phase(f"counting what {config.images} contains"):
         count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not stop_request.signal, examples))) or 0
-    left = count - (out.before if out else 0)
+    left = count - (out.lines_before if out else 0)
     if others := inputs.images.others_line():
         print(others)
-    greeting = printable(f"{folder}: {out.greeting() if out else ''}")
-    print(described(task, wanted, left, precision), greeting, sep="\n", flush=True)
-    runner = Runner(task, config.batch_size, precision, lambda: open_task(config, wanted, adapted=False, device="cpu")[0])
+    start_line = printable(f"{folder}: {out.describe_start() if out else ''}")
+    print(describe(task, adapter, left, precision), start_line, sep="\n", flush=True)
+    runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, adapted=False, device="cpu")[0])
     rounds = BlockScheduler(ranks, runner, config.seed, stop_request, out)
     base: dict[int, str] = {}
     cut = {"base": CutCount(), "texts": CutCount()}
-    if config.compare and wanted:
+    if config.compare and adapter:
         with ProgressDisplay("base", count, out) as screen:
             rounds.run(examples, Predictor(texts), partial(keep, base, screen, cut["base"]))
-    if wanted:
+    if adapter:
         task = runner.task
-        ranks.together(lambda: put_on(task, wanted, config.merge, runner.precision))
-        runner.reopen = lambda: open_task(config, wanted, adapted=True, device="cpu")[0]
+        ranks.together(lambda: put_on(task, adapter, config.merge, runner.precision))
+        runner.reopen = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
     with ProgressDisplay(task.name, count, out) as screen:
         rounds.run(examples, Predictor(texts), partial(write, out, base, screen, cut["texts"]))
     if ranks.main:
         print(screen.pace(), end="")
-        for name, said_by in (("texts of the base", cut["base"]), ("texts", cut["texts"])):
-            if line := said_by.report(task, name):
+        for name, count_of_cut in (("texts of the base", cut["base"]), ("texts", cut["texts"])):
+            if line := count_of_cut.report(task, name):
                 print(f"warning: {line}")
         out.finish()
         conclude(out, config, task, inputs, precision, examples, count)
@@ -93,28 +93,29 @@ def conclude(
     out: Output, config: InferConfig, task: PredictionTask, inputs: Inputs, precision: str, examples: Any, count: int
 ) -> None:
     """Print the scores if there are references, write gallery.html, and print where the predictions and the page are."""
-    adapter, said_by = inputs.adapter, "adapted" if inputs.adapter else "base"
+    adapter, model_name = inputs.adapter, "adapted" if inputs.adapter else "base"
     if references := inputs.references:
-        said = finished.texts_of(out.path, task.subject, references, said_by)
-        attempt("scores", lambda: report(task, references, said))
+        texts = finished.texts_of(out.path, task.subject, references, model_name)
+        attempt("scores", lambda: report(task, references, texts))
     facts = {"images": config.images, "base": task.backbone.name, "precision": precision}
     facts |= {"adapter": str(adapter.path), "task": task.name} if adapter else {"task": task.name}
     facts |= {"predictions": str(out.path), "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
     with phase(f"writing {GALLERY_NAME}"):
-        page = attempt("gallery", lambda: write_gallery(out.folder, task, examples, references, facts, said_by, count))
-    print(printable(out.farewell()))
+        page = attempt("gallery", lambda: write_gallery(out.folder, task, examples, references, facts, model_name, count))
+    print(printable(out.describe_end()))
     if page:
         print(f"gallery: {page.resolve().as_uri()}")
 
 
-def keep(base: dict[int, str], screen: ProgressDisplay, cut: CutCount, found: Found) -> None:
+def keep(base: dict[int, str], screen: ProgressDisplay, cut: CutCount, results: Results) -> None:
     """Keep the texts of the base, to print them beside those of the adapter."""
-    cut.add([said.text for _, said in found if isinstance(said, Prediction)])
-    base |= {finished.key_of(example): said.text for example, said in found if isinstance(said, Prediction)}
-    screen.move(found)
+    cut.add([result.text for _, result in results if isinstance(result, Prediction)])
+    base |= {finished.key_of(example): result.text for example, result in results if isinstance(result, Prediction)}
+    screen.move(results)
 
 
-def write(out: Output, base: dict[int, str], screen: ProgressDisplay, cut: CutCount, found: Found) -> None:
-    cut.add([said.text for _, said in found if isinstance(said, Prediction)])
-    out.write(found, base)
-    screen.show(found, base)
+def write(out: Output, base: dict[int, str], screen: ProgressDisplay, cut: CutCount, results: Results) -> None:
+    """Write the results to the files of the run and print the first ones."""
+    cut.add([result.text for _, result in results if isinstance(result, Prediction)])
+    out.write(results, base)
+    screen.show(results, base)

@@ -1,4 +1,4 @@
-"""One prediction: a text of an image, an answer, or a ranking; as a line of predictions.jsonl, printed, and scored."""
+"""`Prediction`: the caption, answer or ranking of an image. Write it as a line of predictions.jsonl, print it and score it."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,8 +8,8 @@ from lora_blip.data.example import Example
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 
-RANKS_KEPT = 10  # of a ranking: written beside the best text
-Ranking = list[tuple[str, float]]  # texts, the likeliest first, with their probabilities
+RANKS_KEPT = 10  # best texts of a ranking that are written
+Ranking = list[tuple[str, float]]  # (text, probability), the most probable first
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Prediction:
     image: Path  # the path, or a name such as "images[2]" for an image without one
     text: str  # "" if `error` is not empty
     question: str = ""
-    ranking: Ranking = field(default_factory=list)  # if texts were ranked: each with its probability, the likeliest first
-    question_id: int | str = ""  # of the line with the question
-    prompt: str = ""  # of the line
+    ranking: Ranking = field(default_factory=list)  # (text, probability) of each ranked text, the most probable first
+    question_id: int | str = ""  # as in the line of the question
+    prompt: str = ""  # as in the line of the references
     score: float | None = None  # 0 to 1
     error: str = ""  # why there is no text: the image or the question cannot be used
 
@@ -40,17 +40,18 @@ class Prediction:
 
 
 def prediction_of(example: Example, text: str, ranking: Ranking | None = None) -> Prediction:
+    """Return the prediction `text` for an example, with the example's image, question and prompt."""
     return Prediction(example.image, text, example.question, ranking or [], example.question_id, example.prompt)
 
 
 def request_of(example: Example | Prediction) -> dict[str, Any]:
-    """What was asked, as each line of a run's files begins: image, and question, question_id and prompt if there are any."""
-    own = {"question": example.question, "question_id": example.question_id, "prompt": example.prompt}
-    return {"image": str(example.image)} | {key: value for key, value in own.items() if value != ""}
+    """Return the first keys of a line: image, and question, question_id and prompt if they are not empty."""
+    request = {"question": example.question, "question_id": example.question_id, "prompt": example.prompt}
+    return {"image": str(example.image)} | {key: value for key, value in request.items() if value != ""}
 
 
 def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
-    """A line of predictions.jsonl; `base` is what the model said without the adapter."""
+    """Return a line of predictions.jsonl. `base` is the text that the model generates without the adapter."""
     line = request_of(prediction)
     line["text"] = prediction.text
     if base is not None:
@@ -60,7 +61,8 @@ def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
     return line
 
 
-def printed(prediction: Prediction, base: str | None = None) -> str:
+def format_prediction(prediction: Prediction, base: str | None = None) -> str:
+    """Return the lines to print. `base` is the text that the model generates without the adapter."""
     rows = [("Image", str(prediction.image))]
     if prediction.question:
         rows.append(("Question", prediction.question))
@@ -75,29 +77,30 @@ def printed(prediction: Prediction, base: str | None = None) -> str:
     return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
 
 
-def report(task: PredictionTask, references: dict[Path, list[Example]], found: dict[str, dict[Any, str]]) -> None:
-    """How right the texts are, over all that have references and, where the references name groups, over each group.
+def report(task: PredictionTask, references: dict[Path, list[Example]], texts: dict[str, dict[Any, str]]) -> None:
+    """Print the score of the texts that have references. If the references have groups, print the score of each group too.
 
-    found: "base" and "adapted", or one of them → what was said of each subject.
+    texts: {"base" or "adapted": {subject: generated text}}.
     """
     lines: dict[Any, list[Example]] = {}
-    known = (e for some in references.values() for e in some if (e.answers if task.takes_question else e.text))
-    for example in known:
+    usable = (e for of_image in references.values() for e in of_image if (e.answers if task.takes_question else e.text))
+    for example in usable:
         lines.setdefault(task.subject(example) if task.writes_text else (example.image, ""), []).append(example)
-    *_, said = found.values() or [{}]
-    scored = [key for key in lines if key in said]
+    *_, last = texts.values() or [{}]
+    scored = [key for key in lines if key in last]
     if not scored:
         if references:
-            print(f"no score: the references have no {'answers' if task.takes_question else 'text'} to what was asked")
+            kind = "answers to these questions" if task.takes_question else "texts of these images"
+            print(f"no score: the references contain no {kind}")
         return
     label = "VQA accuracy" if task.takes_question else "exact match"
-    print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in found))
+    print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in texts))
     for group in [*dict.fromkeys(lines[key][0].group for key in scored), "all"]:
-        mine = [key for key in scored if group in ("all", lines[key][0].group)]
-        if not group or (group != "all" and len(mine) == len(scored)):
+        members = [key for key in scored if group in ("all", lines[key][0].group)]
+        if not group or (group != "all" and len(members) == len(scored)):
             continue
         shares = [
-            sum(task.correctness(some[key], lines[key]) if key in some else 0.0 for key in mine) / len(mine)
-            for some in found.values()
+            sum(task.correctness(text_of[key], lines[key]) if key in text_of else 0.0 for key in members) / len(members)
+            for text_of in texts.values()
         ]
-        print(f"{printable(group):<24}{len(mine):>8}" + "".join(f"{share:>9.1%} " for share in shares))
+        print(f"{printable(group):<24}{len(members):>8}" + "".join(f"{share:>9.1%} " for share in shares))

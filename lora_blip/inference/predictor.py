@@ -17,11 +17,11 @@ class Predictor:
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
-        self.read: Any = None
-        self.device: Any = None  # the device of the encoded texts
+        self.encoded: Any = None  # the encoded texts
+        self.device: Any = None  # the device of `encoded`
 
     def again(self) -> "Predictor":
-        """Return a new predictor with a few of the texts, to compare two ways to compute the result."""
+        """Return a new predictor with the first texts only. The check of the fast path uses it."""
         return Predictor(self.texts[: verification.TEXTS])
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
@@ -30,16 +30,17 @@ class Predictor:
             texts = task.predict(pictures, examples)
             return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
         if self.device != task.backbone.device:
-            self.read, self.device = task.encode_texts(self.texts), task.backbone.device
-        rankings = [self._order(row) for row in task.rank(pictures, examples, self.read).cpu().tolist()]
+            self.encoded, self.device = task.encode_texts(self.texts), task.backbone.device
+        rankings = [self._order(row) for row in task.rank(pictures, examples, self.encoded).cpu().tolist()]
         return [prediction_of(e, order[0][0], order) for e, order in zip(examples, rankings, strict=True)]
 
     def _order(self, row: list[float]) -> list[tuple[str, float]]:
+        """Return (text, probability) of an image, the most probable first. `row` has a probability per text."""
         return sorted(zip(self.texts, row, strict=True), key=lambda pair: -pair[1])
 
 
 class AdapterPredictor(Predictor):
-    """A predictor that also computes scores, with one adapter of a base that several captioners share."""
+    """Predict with one adapter of a shared base, and compute the score of each prediction."""
 
     def __init__(self, texts: list[str], base: SharedBase, adapter: str | None) -> None:
         super().__init__(texts)

@@ -1,4 +1,4 @@
-"""What is asked of which image: questions, texts to rank and known answers, from settings and files."""
+"""Read the questions, the texts to rank and the references from settings and files, and return the examples to predict."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 
 
 @dataclass(frozen=True)
-class Questioned:
-    """One question of every image, gone through as often as the images are."""
+class WithQuestion:
+    """Every image with the same question. Each iteration reads the images again."""
 
     images: Iterable[Example]
     question: str
@@ -28,8 +28,8 @@ class Questioned:
 
 
 @dataclass(frozen=True)
-class Prompted:
-    """Each image once for each prompt that its references have, gone through as often as the images are."""
+class WithPrompts:
+    """Each image once for each prompt of its references. Each iteration reads the images again."""
 
     images: Iterable[Example]
     prompts: dict[Path, list[str]]
@@ -41,25 +41,29 @@ class Prompted:
 
 
 def read_texts(texts: str) -> list[str]:
-    """A file with a text a line, or texts with | between them; each once, in order."""
+    """Return the texts of a file with one text per line, or of a string with | between the texts: each once, in order."""
     if not texts:
         return []
     try:
         lines = Path(texts).read_text(encoding="utf-8-sig").split("\n") if is_file(texts, "texts") else texts.split("|")
     except UnicodeDecodeError as error:
         raise ConfigError(f"texts = {texts!r}: not UTF-8 ({error}); save the file as UTF-8") from None
-    found = list(dict.fromkeys(annotations.plain(line) for line in lines if line.strip()))
-    if len(found) < 2:
-        raise ConfigError(f"texts = {texts!r}: at least two are needed to rank; a file with a text a line, or 'one|another'")
-    return found
+    unique = list(dict.fromkeys(annotations.plain(line) for line in lines if line.strip()))
+    if len(unique) < 2:
+        raise ConfigError(
+            f"texts = {texts!r}: at least two texts are needed to rank; give --texts 'a red cube|a blue cube', or a file "
+            "with one text per line"
+        )
+    return unique
 
 
-def asked(
+def examples_to_predict(
     task: PredictionTask, images: Iterable[Example], question: str, references: dict[Path, list[Example]], texts: list[str]
 ) -> Iterable[Example]:
-    """What is asked of which image: a list where a file says it, else one by one as the images come.
+    """Return the examples to predict: each image with its questions or prompts. Questions from a file give a list.
+    Otherwise the result reads the images one by one.
 
-    ConfigError when the task needs a question or texts, and there are none.
+    Raise ConfigError if the task needs a question or texts and there are none, or if it cannot use those that are given.
     """
     ranked = [replace(example_of("", "?"), text=text, answers=(text,), line=line) for line, text in enumerate(texts, 1)]
     task.pretokenize(ranked)
@@ -69,58 +73,69 @@ def asked(
     if (texts or not task.takes_question) and (report := task.unknown_report(ranked)):
         print(report)
     if not task.writes_text and not texts:
-        raise ConfigError("retrieval ranks texts; give them (TEXTS, or --texts): a file, or 'a red cube|a blue cube'")
+        raise ConfigError("the task retrieval ranks texts; set TEXTS (or --texts) to 'a red cube|a blue cube' or to a file")
     if not task.takes_question and question:
-        raise ConfigError(f"question = {question!r}: the task is {task.name}, which asks none; set TASK (or --task) to vqa")
+        raise ConfigError(
+            f"question = {question!r}: the task {task.name} uses no question; set QUESTION (or --question) to '', or TASK "
+            "(or --task) to vqa"
+        )
     if task.writes_text and not task.takes_question:
-        return captioned(task, images, references)
+        return with_reference_prompts(task, images, references)
     if not task.takes_question:
         return images
     if question and not is_file(question, "question"):
         question = annotations.plain(question)
-        refuse_questions(task, [example_of("", question)])
-        return Questioned(images, question)
+        check_questions(task, [example_of("", question)])
+        return WithQuestion(images, question)
     lines = read_references(question, "", images) if question else references
-    found = list({task.subject(example): example for some in lines.values() for example in some}.values())
-    if not found:
-        raise ConfigError("there is no question; give one for every image (QUESTION, or --question), or a file of lines")
-    refuse_questions(task, found)
-    return found
+    unique = list({task.subject(example): example for group in lines.values() for example in group}.values())
+    if not unique:
+        raise ConfigError(
+            "there is no question; set QUESTION (or --question) to 'what color is it?' for all images, or to a file with a "
+            "question for each"
+        )
+    check_questions(task, unique)
+    return unique
 
 
-def captioned(task: PredictionTask, images: Iterable[Example], references: dict[Path, list[Example]]) -> Iterable[Example]:
-    """The images, with the prompts that the lines of the references have of their own."""
+def with_reference_prompts(
+    task: PredictionTask, images: Iterable[Example], references: dict[Path, list[Example]]
+) -> Iterable[Example]:
+    """Return the images with the prompts of their references. Raise ConfigError if a prompt cannot be used."""
     prompts = prompts_of(references)
-    for prompt in dict.fromkeys(prompt for some in prompts.values() for prompt in some):
+    for prompt in dict.fromkeys(prompt for of_image in prompts.values() for prompt in of_image):
         if reason := task.check_prompt(replace(example_of("", ""), prompt=prompt)):
             raise ConfigError(f"references: {reason}")
-    return Prompted(images, prompts) if prompts else images
+    return WithPrompts(images, prompts) if prompts else images
 
 
 def prompts_of(references: dict[Path, list[Example]]) -> dict[Path, list[str]]:
-    """The prompts of the lines of each image, for the images of which a line has one."""
-    prompts = {image: list(dict.fromkeys(e.prompt for e in some)) for image, some in references.items()}
-    return {image: some for image, some in prompts.items() if any(some)}
+    """Return {image: the prompts of its references, each once}, for the images that have at least one prompt."""
+    prompts = {image: list(dict.fromkeys(e.prompt for e in lines)) for image, lines in references.items()}
+    return {image: of_image for image, of_image in prompts.items() if any(of_image)}
 
 
 def trim_references(task: PredictionTask, source: str, references: dict[Path, list[Example]]) -> dict[Path, list[Example]]:
-    """The references without a prompt at the start of their texts: predictions do not contain it."""
-    every = [example for some in references.values() for example in some]
-    found: dict[Path, list[Example]] = {}
-    for line in annotations.trimmed(source, list(every), task.trim):
+    """Return the references without the prompt at the start of their texts, because predictions do not contain it."""
+    examples = [example for lines in references.values() for example in lines]
+    trimmed: dict[Path, list[Example]] = {}
+    for line in annotations.trimmed(source, [*examples], task.trim):
         if isinstance(line, Example):
-            found.setdefault(line.image, []).append(line)
+            trimmed.setdefault(line.image, []).append(line)
         else:
             print(printable(f"{source}:{line[0]}: left out, {line[1]}"))
-    return found
+    return trimmed
 
 
-def refuse_questions(task: PredictionTask, examples: list[Example]) -> None:
-    """ConfigError for a question that cannot be asked. Print the share of unknown tokens in the others."""
+def check_questions(task: PredictionTask, examples: list[Example]) -> None:
+    """Raise ConfigError if a question is missing or cannot be used. Print the share of unknown tokens in the questions."""
     task.pretokenize(examples)
     for example in examples:
         if not example.question:
-            raise ConfigError(f"line {example.line} of the questions has no question")
+            raise ConfigError(
+                f'line {example.line} of the questions has no question; add "question": "what color is it?" to the line, or '
+                "remove the line"
+            )
         if reason := cast(Any, task).check_question(example):
             raise ConfigError(f"question {example.question!r}: {reason}")
     if report := task.unknown_report(examples):
@@ -128,9 +143,9 @@ def refuse_questions(task: PredictionTask, examples: list[Example]) -> None:
 
 
 def read_references(source: str, root: str, images: Iterable[Example]) -> dict[Path, list[Example]]:
-    """Image → its lines in an annotations file, for the images that are looked at. DataError if there is none.
+    """Return {image: its lines in an annotation file} for the images that have lines. Raise DataError if no image has one.
 
-    What is kept grows with the file, not with the images.
+    The memory grows with the file, not with the number of images.
     """
     if not source:
         return {}
@@ -138,30 +153,33 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
         examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
     if problems:
         print(f"{printable(source)}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    wanted: dict[Path, Path] = {}
-    looked_at = 0
-    with phase(lambda: f"comparing the paths in {source} with the images: {looked_at:,} images"):
-        places = {example.image: example.image.resolve() for example in examples}
-        known = set(places.values())
+    image_at: dict[Path, Path] = {}  # resolved path → path as `images` gives it
+    compared = 0
+    with phase(lambda: f"comparing the paths in {source} with the images: {compared:,} images"):
+        resolved = {example.image: example.image.resolve() for example in examples}
+        in_file = set(resolved.values())
         for image in images:
-            looked_at += 1
-            if (place := image.image.resolve()) in known:
-                wanted[place] = image.image
-    found: dict[Path, list[Example]] = {}
+            compared += 1
+            if (path := image.image.resolve()) in in_file:
+                image_at[path] = image.image
+    references: dict[Path, list[Example]] = {}
     for example in examples:
-        if path := wanted.get(places[example.image]):
-            found.setdefault(path, []).append(replace(example, image=path))
-    if not found:
-        raise DataError(f"{source} has a line for none of the {looked_at} images; compare the paths")
-    return found
+        if image_path := image_at.get(resolved[example.image]):
+            references.setdefault(image_path, []).append(replace(example, image=image_path))
+    if not references:
+        raise DataError(
+            f"{source} has no line for any of the {compared} images. The first path in the file is "
+            f"{examples[0].image.resolve()}; set IMAGES (or --images) or IMAGE_ROOT (or --image-root) so that the paths agree"
+        )
+    return references
 
 
 def is_file(text: str, setting: str) -> bool:
-    """Whether a setting names a file. ConfigError when it looks like one that is not there."""
+    """Return True if a setting names a file. Raise ConfigError if it ends like a file name and there is no such file."""
     try:
-        there = Path(text).is_file()
-    except (OSError, ValueError):  # a long question is no path, and says so
+        exists = Path(text).is_file()
+    except (OSError, ValueError):  # a long question is not a valid path
         return False
-    if not there and Path(text).suffix.lower() in FILES:
-        raise ConfigError(f"{setting} = {text!r}: there is no such file")
-    return there
+    if not exists and Path(text).suffix.lower() in FILES:
+        raise ConfigError(f"{setting} = {text!r}: there is no such file; give the path of a file that exists")
+    return exists

@@ -1,4 +1,4 @@
-"""Prepare an inference run: read what the settings name, and open the model with its adapter and task."""
+"""Prepare an inference run: read the files that the settings name, and open the model with its adapter and task."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.inference import output
-from lora_blip.inference.questions import Prompted, asked, read_references, read_texts, trim_references
+from lora_blip.inference.questions import WithPrompts, examples_to_predict, read_references, read_texts, trim_references
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import validation_score
@@ -28,12 +28,12 @@ from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, natural_task
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-GLIMPSED = 8  # images that several processes compare before the first prediction
+COMPARED = 8  # images that several processes compare before the first prediction
 
 
 @dataclass
 class Inputs:
-    """What the settings name, read but not yet compared with a model."""
+    """The content of the files that the settings name. It is not checked against a model yet."""
 
     images: ImageSource
     references: dict[Path, list[Example]]
@@ -42,41 +42,45 @@ class Inputs:
 
 
 def read_inputs(config: InferConfig) -> Inputs:
+    """Read the images' paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
     images = ImageSource(config.images)
     references = read_references(config.references, config.image_root, images)
-    return Inputs(images, references, read_texts(config.texts), wanted_adapter(config.adapter, config.runs))
+    return Inputs(images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.runs))
 
 
 def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, str, Any, dict[str, Any]]:
     """Return the task, the precision, the examples to predict, and the identity of the run."""
     task, precision = open_task(config, inputs.adapter)
     inputs.references = trim_references(task, config.references, inputs.references)
-    examples = asked(task, inputs.images, config.question, inputs.references, inputs.texts)
-    what = output.identity(config, task, inputs.adapter, precision, by_references=isinstance(examples, Prompted))
-    return task, precision, examples, what
+    examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts)
+    run_identity = output.identity(config, task, inputs.adapter, precision, by_references=isinstance(examples, WithPrompts))
+    return task, precision, examples, run_identity
 
 
-def require_same_inputs(ranks: Ranks, config: InferConfig, task: PredictionTask, what: dict[str, Any], examples: Any) -> None:
-    """Raise an error on every rank if one would predict something else than rank 0.
+def require_same_inputs(
+    ranks: Ranks, config: InferConfig, task: PredictionTask, run_identity: dict[str, Any], examples: Any
+) -> None:
+    """Raise an error on every rank if the inputs of a rank differ from those of rank 0.
 
-    Settings, adapter and base are compared, and the pictures of the first images. The name of the base is not: machines
-    may keep it in different places.
+    Compare the settings, the adapter, the weights of the base, and the pixels of the first COMPARED images. The path of the
+    base may differ between machines.
     """
     base = {"base weights": weights_digest(task.backbone.model), "base processors": processors_digest(task.backbone)}
-    ways = {name: getattr(config, name) for name in ("merge", "fast", "batch_size")}
-    require_same(ranks, {key: value for key, value in what.items() if key != "model"} | ways | base, "predict")
-    some = ranks.broadcast(ranks.on_main(lambda: list(islice(examples, GLIMPSED))))
-    every = ranks.all_gather([picture_digest(example) for example in some])
-    for rank, digests in enumerate(every):
-        for example, theirs, ours in zip(some, digests, every[0], strict=True):
-            if theirs != ours:
+    execution = {name: getattr(config, name) for name in ("merge", "fast", "batch_size")}
+    require_same(ranks, {key: value for key, value in run_identity.items() if key != "model"} | execution | base, "predict")
+    first = ranks.broadcast(ranks.on_main(lambda: list(islice(examples, COMPARED))))
+    gathered = ranks.all_gather([image_digest(example) for example in first])
+    for rank, digests in enumerate(gathered):
+        for example, digest, expected in zip(first, digests, gathered[0], strict=True):
+            if digest != expected:
                 raise ranks.error(
-                    f"process {rank} finds another picture in {example.image} than process 0; give all processes the same files"
+                    f"{example.image} has other pixels on process {rank} than on process 0; copy the file of process 0 to the "
+                    f"machine of process {rank}"
                 )
 
 
-def picture_digest(example: Example) -> str:
-    """SHA-256 of the decoded picture; of one that cannot be read, the kind of error."""
+def image_digest(example: Example) -> str:
+    """Return the SHA-256 of the decoded image, or the name of the error class if it cannot be read."""
     try:
         picture = open_example(example)
     except ImageError as error:
@@ -84,7 +88,7 @@ def picture_digest(example: Example) -> str:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
-def wanted_adapter(name: str, folder: str | Path = runs.RUNS) -> Adapter | None:
+def read_optional_adapter(name: str, folder: str | Path = runs.RUNS) -> Adapter | None:
     """Read the adapter that a setting names, or return None if it is "none". `folder` contains the runs for "latest"."""
     return None if name in ("", "none") else adapter_file.read(runs.locate(name, folder))
 
@@ -101,38 +105,45 @@ def read_adapter(adapter: str | Path) -> Adapter:
 
 
 def open_task(
-    config: InferConfig | EvaluateConfig, wanted: Adapter | None, adapted: bool = False, device: str = ""
+    config: InferConfig | EvaluateConfig, adapter: Adapter | None, adapted: bool = False, device: str = ""
 ) -> tuple[PredictionTask, str]:
-    """The backbone that the settings and the adapter name, with its task; the adapter is merged in if `adapted`."""
-    name = config.model or (wanted.base if wanted else "")
-    wanted_precision = "fp32" if device else config.precision
-    size = config.image_size or (wanted.image_size if wanted else 0)
+    """Load the backbone and return its task and the precision. Merge the adapter into the backbone if `adapted`.
+
+    device: a device that replaces the setting, with fp32; empty for the setting.
+    """
+    name = config.model or (adapter.base if adapter else "")
+    requested_precision = "fp32" if device else config.precision
+    size = config.image_size or (adapter.image_size if adapter else 0)
     with phase(f"loading {name}"):
-        backbone, precision = open_backbone(name, device or config.device, wanted_precision, fast=config.fast, image_size=size)
-    task = task_of(backbone, wanted, config)
-    if adapted and wanted:
-        put_on(task, wanted, merge=True)
+        backbone, precision = open_backbone(
+            name, device or config.device, requested_precision, fast=config.fast, image_size=size
+        )
+    task = task_of(backbone, adapter, config)
+    if adapted and adapter:
+        put_on(task, adapter, merge=True)
     return task, precision
 
 
-def put_on(task: PredictionTask, wanted: Adapter, merge: bool, precision: str = "fp32") -> None:
-    """The adapter onto the task's backbone, with what it learned beside the weights, which are then cast once."""
-    with phase(f"loading {wanted.path}" + ", and merging it" * merge):
-        adapter_file.load(task.backbone, wanted)
+def put_on(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
+    """Load the adapter and its task metadata, merge it if `merge`, and cast the weights to `precision`."""
+    with phase(f"loading {adapter.path}" + ", and merging it" * merge):
+        adapter_file.load(task.backbone, adapter)
         if merge:
             merging.bake(task.backbone.model)
     weights.cast_once(task.backbone, precision)
-    if wanted.task.get("name") == task.name:
-        task.load_metadata(wanted.task)
+    if adapter.task.get("name") == task.name:
+        task.load_metadata(adapter.task)
 
 
 def task_of(
-    backbone: Backbone, wanted: Adapter | None = None, config: InferConfig | EvaluateConfig | None = None
+    backbone: Backbone, adapter: Adapter | None = None, config: InferConfig | EvaluateConfig | None = None
 ) -> PredictionTask:
-    """The task that an adapter was trained for, with its prompt and generation, where `config` does not override them."""
-    about: dict[str, Any] = wanted.task if wanted else {}
-    name = config.task if config and config.task != "auto" else about.get("name") or natural_task(backbone.architecture)
-    own = about if about.get("name") == name else {}
+    """Return the task of an adapter, with its prompt and generation settings. Settings of `config` that are not empty replace
+    them. Without an adapter, return the natural task of the backbone.
+    """
+    metadata: dict[str, Any] = adapter.task if adapter else {}
+    name = config.task if config and config.task != "auto" else metadata.get("name") or natural_task(backbone.architecture)
+    own = metadata if metadata.get("name") == name else {}
     known = {key: value for key, value in own.get("generation", {}).items() if key in Generation.__dataclass_fields__}
     generation = Generation(**known)
     if config:
@@ -144,15 +155,17 @@ def task_of(
         generation = replace(generation, **{key: value for key, value in chosen.items() if value})
     prompt = (config.prompt if config else "") or str(own.get("prompt", ""))
     if name not in TASKS:
-        raise ConfigError(f"the adapter was trained for {name!r}, which is no task here; tasks are {', '.join(TASKS)}")
+        raise ConfigError(
+            f"the adapter was trained for the unknown task {name!r}; set TASK (or --task) to one of {', '.join(TASKS)}"
+        )
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
-    if wanted and attached.adapters(backbone.model):
+    if adapter and attached.adapters(backbone.model):
         task.load_metadata(own)
     return task
 
 
-def described(task: PredictionTask, adapter: Adapter | None, count: int, precision: str) -> str:
-    """Return two lines: the adapter with its task, steps and validation score; and what is predicted with which base."""
+def describe(task: PredictionTask, adapter: Adapter | None, count: int, precision: str) -> str:
+    """Return two lines: the adapter with its training and its score; the task, the number of images and the base."""
     work = f"{task.name}: {count:,} to do with {task.backbone.name}, {precision}"
     if adapter is None:
         return printable(f"{work}, without an adapter")

@@ -14,14 +14,14 @@ from lora_blip.models.loading import Backbone
 
 
 class SharedBase:
-    """What the captioners of one model have in common. Adapters that the caller put on the model are not in `names`."""
+    """The lock and the adapters of one model, shared by its captioners. `names` has only adapters that captioners loaded."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # held while the model or its tokenizer is used
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
 
     def load(self, backbone: Backbone, adapter: Adapter) -> str:
-        """Put an adapter on the model, unless a captioner has done so, and return its name."""
+        """Return the name of an adapter on the model. Load the adapter first if no captioner has loaded it."""
         key = json.dumps([str(adapter.path), adapter.metadata], default=str)
         with self.lock:
             present = attached.names(backbone.model)
@@ -32,7 +32,7 @@ class SharedBase:
             return self.names[key]
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a block in which `adapter` acts alone. If it is None, all act that no captioner has put on the model."""
+        """Return a context in which only `adapter` acts. If it is None, only adapters act that no captioner loaded."""
         if adapter is not None:
             return use_adapters(model, adapter)
         others = [name for name in attached.names(model) if name in self.names.values()]
@@ -44,6 +44,6 @@ LOCK = threading.Lock()
 
 
 def shared(model: nn.Module) -> SharedBase:
-    """Return what the captioners of a model have in common."""
+    """Return the `SharedBase` of a model. Create it at the first call."""
     with LOCK:
         return BASES.setdefault(model, SharedBase())

@@ -61,7 +61,7 @@ def write(
     facts: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
     most_pictures: int = 500,
-    said_by: str = "adapted",
+    model_name: str = "adapted",
     score_name: str = "score",
     facts_title: str = "What was measured",
     note: str = "",
@@ -72,7 +72,7 @@ def write(
     metrics: the lines of metrics.jsonl.
     facts: what was measured (base, adapter, images …).
     most_pictures: the number of embedded images, from the worst cards. Other cards have only texts.
-    said_by: "adapted" or "base": the model that generated the cards' main texts.
+    model_name: "adapted" or "base", the model that generated the main text of each card.
     score_name: the name of the score of each card, such as "CIDEr".
     note: a sentence above the cards, such as which of all images they show.
     open_picture: opens the image of a card. Raise ImageError with the reason if it cannot.
@@ -85,7 +85,7 @@ def write(
     data = {
         "cards": [entry(card, index) for card in cards],
         "pictures": list(pictures.values()),
-        "by": said_by,
+        "by": model_name,
         "score_name": score_name,
         "note": note,
         "names": {key: score_name_of(key.removeprefix("val_")) for line in metrics for key in line if key.startswith("val_")},

@@ -20,9 +20,9 @@ from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
 from lora_blip.evaluation.measures import ModelScores
 from lora_blip.evaluation.outputs import Comparison, comparison_csv
-from lora_blip.inference.finished import asked_in, key_of
+from lora_blip.inference.finished import example_of_line, key_of
 from lora_blip.inference.prediction import line_of, prediction_of
-from lora_blip.inference.questions import Prompted, asked, trim_references
+from lora_blip.inference.questions import WithPrompts, examples_to_predict, trim_references
 from lora_blip.runtime.files import csv_text
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.retrieval import RetrievalTask
@@ -183,11 +183,13 @@ def test_each_prompt_of_an_image_is_asked_and_scored_with_its_own_references(fol
     for one in annotations.read(source)[0]:
         found.setdefault(one.image, []).append(one)
     references = trim_references(task, str(source), found)
-    todo = list(asked(task, images, "", references, []))
+    todo = list(examples_to_predict(task, images, "", references, []))
     wanted = [("a.png", ""), ("a.png", "a shoe,"), ("b.png", ""), ("c.png", ""), ("d.png", "")]
-    assert [(e.image.name, e.prompt) for e in todo] == wanted and isinstance(asked(task, images, "", references, []), Prompted)
+    assert [(e.image.name, e.prompt) for e in todo] == wanted and isinstance(
+        examples_to_predict(task, images, "", references, []), WithPrompts
+    )
     assert len({key_of(e) for e in todo}) == 5
-    said = [asked_in(line_of(prediction_of(e, "x"))) for e in todo]
+    said = [example_of_line(line_of(prediction_of(e, "x"))) for e in todo]
     assert list(map(key_of, said)) == list(map(key_of, todo)) and list(map(task.subject, said)) == list(map(task.subject, todo))
     every = [e for some in references.values() for e in some]
     scores = task.scores({folder / "a.png": "a cube", (folder / "a.png", "a shoe,"): "red", folder / "b.png": "red"}, every)
@@ -339,10 +341,10 @@ def test_two_questions_with_the_same_words_are_two(folder, make):
     assert [(e.question_id, e.answers[0]) for e in examples] == [(420, "two"), (421, "three")]
     subjects = [task.subject(e) for e in examples]
     assert task.scores(dict.fromkeys(subjects, "two"), examples) == {"vqa_accuracy": 0.5}
-    assert list(asked(task, [], "", {examples[0].image: examples}, [])) == examples
+    assert list(examples_to_predict(task, [], "", {examples[0].image: examples}, [])) == examples
     said = [line_of(prediction_of(e, "two")) for e in examples]
     assert [line["question_id"] for line in said] == [420, 421] and len({key_of(e) for e in examples}) == 2
-    again = [asked_in(json.loads(json.dumps(line))) for line in said]
+    again = [example_of_line(json.loads(json.dumps(line))) for line in said]
     assert list(map(key_of, again)) == list(map(key_of, examples)) and list(map(task.subject, again)) == subjects
     made = ModelScores(subjects, [[e] for e in examples], ["two", "two"], [1.0, 0.0], [True, False], "VQA accuracy")
     rows = list(csv.DictReader(io.StringIO(comparison_csv(Comparison(None, made)))))

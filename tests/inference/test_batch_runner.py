@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_blip.data.example import Example
 from lora_blip.errors import ImageError
-from lora_blip.inference.batch_runner import Runner, gave_out
+from lora_blip.inference.batch_runner import Runner, is_device_failure
 from tests.support import tiny
 
 FAILING = torch.device("meta")  # stands in for an accelerator: tensors go there, and it is not the CPU
@@ -72,7 +72,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_next_ones_are_smaller(photo
     assert ran(Runner(task, 8), photos) == [(str(n), f"meta {n}") for n in range(11)]
     assert [size for _, size in task.sizes] == [8, 4, 2, 2, 4, 2, 2, 2, 1]  # 8 halved to 2s, then batches of 2
     (warning,) = warnings(capsys)
-    assert warning.startswith("warning: meta gave out (out of memory: tried to allocate 20 GiB); going on with batches of 4")
+    assert warning.startswith(
+        "warning: meta failed (out of memory: tried to allocate 20 GiB); continuing with batches of at most 4"
+    )
 
 
 def test_a_device_that_cannot_do_one_image_is_left_for_the_cpu(photos, capsys):
@@ -82,7 +84,7 @@ def test_a_device_that_cannot_do_one_image_is_left_for_the_cpu(photos, capsys):
     assert task.sizes[:3] == [("meta", 4), ("meta", 2), ("meta", 1)] and {kind for kind, _ in task.sizes[3:]} == {"cpu"}
     assert sum(size for kind, size in task.sizes if kind == "cpu") == 11
     half, cpu = warnings(capsys)
-    assert "batches of 2" in half and "even for one image" in cpu and runner.task is task and runner.precision == "fp32"
+    assert "batches of at most 2" in half and "for a single image" in cpu and runner.task is task and runner.precision == "fp32"
 
 
 def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(photos, capsys):
@@ -148,7 +150,7 @@ def test_on_the_cpu_nothing_is_tried_again(photos):
      "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"],
 )  # fmt: skip
 def test_what_devices_say_when_they_give_out(message):
-    assert gave_out(RuntimeError(message), torch.device("cuda")) and not gave_out(RuntimeError(message), CPU)
+    assert is_device_failure(RuntimeError(message), torch.device("cuda")) and not is_device_failure(RuntimeError(message), CPU)
 
 
 def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, capsys):

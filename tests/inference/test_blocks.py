@@ -73,7 +73,7 @@ def killed(config: InferConfig, keep: dict[str, int]) -> None:
     """The folder of a run that is done → of one that died when its files were so long."""
     shutil.rmtree(config.output_dir, ignore_errors=True)
     shutil.copytree("whole", config.output_dir)
-    about = Path(config.output_dir, output.ABOUT_NAME)
+    about = Path(config.output_dir, output.SETTINGS_NAME)
     about.write_text(about.read_text().replace('"finished": true', '"finished": false'))
     for name, length in keep.items():
         os.truncate(Path(config.output_dir, name), length)
@@ -334,7 +334,10 @@ def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, ca
     infer(config)
     said = capsys.readouterr().out
     assert said.count("Image:") + said.count("left out:") == blocks.SHOWN < COUNT
-    assert "the rest goes to out/predictions.jsonl" in said and "--output-dir out with the same settings resumes it" in said
+    assert (
+        "the other predictions are written to out/predictions.jsonl" in said
+        and "--output-dir out with the same settings resumes it" in said
+    )
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -469,7 +472,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(config, checkpoints):
     ):
         with pytest.raises(OutputError) as caught:
             infer(replace(config, **change))
-        assert name in str(caught.value) and "output_dir" in str(caught.value)
+        assert name in str(caught.value) and "OUTPUT_DIR" in str(caught.value)
     assert bytes_of("out") == before
     infer(replace(config, batch_size=7))  # which decides nothing
     assert {name: sorted(text.splitlines()) for name, text in bytes_of("out").items()} == {
@@ -483,7 +486,7 @@ def test_a_run_that_has_finished_has_nothing_left_to_do_but_what_is_new(config, 
     before = bytes_of("whole")
     same = replace(config, output_dir="whole")
     infer(same)
-    assert bytes_of("whole") == before and "nothing left to do: all" in capsys.readouterr().out
+    assert bytes_of("whole") == before and "images were already done: " in capsys.readouterr().out
     shutil.copy("photos/1.png", "photos/zz.png")
     infer(same)
     after = bytes_of("whole")[output.FILE_NAME]
@@ -497,7 +500,7 @@ def test_a_run_that_has_finished_has_nothing_left_to_do_but_what_is_new(config, 
 def test_a_folder_that_is_not_ours_is_left_alone(config):
     content = whole(config)
     old = {output.FILE_NAME: b"{}\n"}  # of a version that knew no run.json
-    for files in (old, {output.ABOUT_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
+    for files in (old, {output.SETTINGS_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
         shutil.rmtree("out", ignore_errors=True)
         Path("out").mkdir()
         for name, text in files.items():
@@ -602,7 +605,7 @@ def test_several_processes_end_together(config, capfd):
     """A refusal is every rank's; a signal that one of them hears stops all after their batches; no folder is no run."""
     content = whole(config)
     assert among(2, lambda: infer(replace(config, output_dir=""))) == [1, 1]
-    assert "give an output_dir" in capfd.readouterr().err
+    assert "set OUTPUT_DIR (or --output-dir) to a new folder" in capfd.readouterr().err
     killed(config, {output.FILE_NAME: 100})
     assert among(2, lambda: infer(replace(config, max_new_tokens=6))) == [1, 1]
     assert capfd.readouterr().err.count("max_new_tokens was 5 and is 6") == 2
@@ -642,4 +645,4 @@ def test_a_rank_that_is_killed_is_not_missed(config, capfd):
 
     assert among(2, act, restarts=2) == [0, 0]
     printed = capfd.readouterr().out
-    assert printed.count("resuming after") == 2 and "nothing left to do" not in printed and bytes_of("out") == content
+    assert printed.count("resuming after") == 2 and "already done" not in printed and bytes_of("out") == content

@@ -32,7 +32,7 @@ from lora_blip.data.prepare.folders import Folder
 from lora_blip.data.prepare.sources import find_sources
 from lora_blip.data.tables import csv_entries, tsv_entries
 from lora_blip.errors import AdapterError, DataError, ImageError
-from lora_blip.inference.setup import described, task_of
+from lora_blip.inference.setup import describe, task_of
 from lora_blip.lora import adapter_file, attached, header
 from lora_blip.lora.fingerprint import sample
 from lora_blip.runtime import runs, untrusted
@@ -384,7 +384,7 @@ def test_any_value_anywhere_in_the_header_is_used_well_or_refused(place, value, 
         found = adapter_file.read(tmp_path / "a")
         backbone = BACKBONE.setdefault("", make("blip"))
         task = task_of(backbone, found)
-        described(task, found, 1, "fp32")
+        describe(task, found, 1, "fp32")
         adapter_file.load(Model(), found)
     except AdapterError as error:
         assert len(str(error)) < MESSAGE

@@ -21,7 +21,7 @@ from lora_blip.errors import AdapterError, CheckpointError, ConfigError, ModelEr
 from lora_blip.evaluation.comparison import evaluate
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.pipeline import infer
-from lora_blip.inference.setup import open_task, wanted_adapter
+from lora_blip.inference.setup import open_task, read_optional_adapter
 from lora_blip.lora import adapter_file, merging
 from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask
@@ -193,7 +193,7 @@ def test_an_adapter_keeps_the_size_it_was_trained_at_and_inference_takes_it(trai
     """Its metadata name it; 0 is the adapter's own size, another number is taken instead."""
     with safe_open(trained, "pt") as file:
         assert json.loads(file.metadata()["lora_blip"])["base"]["image_size"] == 16
-    wanted = wanted_adapter(str(trained))
+    wanted = read_optional_adapter(str(trained))
     sizes = {size: open_task(InferConfig(image_size=size, device="cpu"), wanted)[0].backbone.image_size for size in (0, 48)}
     assert sizes == {0: 16, 48: 48}
 
@@ -239,7 +239,7 @@ def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, 
         about = json.loads(file.metadata()["lora_blip"])
     del about["base"]["image_size"]
     save_file(load_file(trained), tmp_path / "old.safetensors", {"lora_blip": json.dumps(about)})
-    wanted = wanted_adapter(str(tmp_path / "old.safetensors"))
+    wanted = read_optional_adapter(str(tmp_path / "old.safetensors"))
     assert open_task(InferConfig(device="cpu"), wanted, adapted=True)[0].backbone.image_size == tiny.SIDE
 
 

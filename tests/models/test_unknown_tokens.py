@@ -13,7 +13,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
-from lora_blip.inference.questions import asked
+from lora_blip.inference.questions import examples_to_predict
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import plain_ids
 from lora_blip.models.unknown_tokens import UnknownTokens
@@ -113,12 +113,14 @@ def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypat
 def test_questions_prompts_and_texts_to_rank_are_refused_too(tasks, make):
     images = [example_of("a.png")]
     with pytest.raises(ConfigError, match=r"question .* has only tokens that"):
-        asked(tasks["vqa"], images, KOREAN, {}, [])
+        examples_to_predict(tasks["vqa"], images, KOREAN, {}, [])
     with pytest.raises(ConfigError, match=r"question .* has only tokens that"):
-        asked(tasks["vqa"], images, "", {Path("a.png"): lines(tasks["vqa"], ["x"]) + [example_of("a.png", CHINESE)]}, [])
+        examples_to_predict(
+            tasks["vqa"], images, "", {Path("a.png"): lines(tasks["vqa"], ["x"]) + [example_of("a.png", CHINESE)]}, []
+        )
     for kind in ("itm", "t5"):
         with pytest.raises(ConfigError, match=r"texts: text 2: the text .* has only tokens that"):
-            asked(tasks[kind], images, "", {}, ["a cube", CHINESE])
+            examples_to_predict(tasks[kind], images, "", {}, ["a cube", CHINESE])
     with pytest.raises(ConfigError, match=r"prompt = .* has only tokens that"):
         CaptionTask(make("blip"), CHINESE)
     with pytest.raises(ConfigError, match=r"prompt = .* has only tokens that"):
@@ -127,13 +129,13 @@ def test_questions_prompts_and_texts_to_rank_are_refused_too(tasks, make):
 
 def test_a_part_that_is_lost_of_a_question_prompt_or_text_is_reported(tasks, make, capsys):
     images = [example_of("a.png")]
-    asked(tasks["vqa"], images, "what 红 is it?", {}, [])
+    examples_to_predict(tasks["vqa"], images, "what 红 is it?", {}, [])
     assert "1 of 1 line (100.0%)" in capsys.readouterr().out
-    asked(tasks["itm"], images, "", {}, ["a cube", HALF])
+    examples_to_predict(tasks["itm"], images, "", {}, ["a cube", HALF])
     assert "1 of 2 lines (50.0%)" in (said := capsys.readouterr().out) and "line 2: " in said
-    asked(CaptionTask(make("blip"), "a 红 picture"), images, "", {}, [])
+    examples_to_predict(CaptionTask(make("blip"), "a 红 picture"), images, "", {}, [])
     assert "1 of 1 prompt (100.0%)" in capsys.readouterr().out
-    asked(CaptionTask(make("blip"), "a picture"), images, "", {}, [])
+    examples_to_predict(CaptionTask(make("blip"), "a picture"), images, "", {}, [])
     assert capsys.readouterr().out == ""
 
 
