@@ -1,4 +1,4 @@
-"""`lora-blip evaluate`: compare base and adapter on images with known texts."""
+"""`lora-blip evaluate`: compare the base and the adapter on images with reference texts."""
 
 import json
 from collections.abc import Iterable
@@ -28,13 +28,13 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
 
-FEW = 10  # images; with fewer, bootstrap intervals are too narrow
+FEW = 10  # with fewer images, bootstrap intervals are too narrow
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Score an adapter and its base. Return the folder with metrics.json, comparison.csv and report.html.
 
-    Each prediction is written to base.jsonl or adapted.jsonl at once, so that a later error does not lose it. Raise
+    Each prediction is written to base.jsonl or adapted.jsonl immediately, so a later error does not lose it. Raise
     ConfigError, ModelError, AdapterError, ImageError or DataError before the first prediction. In peft: none.
 
     >>> folder = lora_blip.evaluate(lora_blip.EvaluateConfig(references="annotations.jsonl", train_annotations="none"))
@@ -71,7 +71,7 @@ def output_folder(output_dir: str) -> Path:
     for name in (*outputs.FILES, "base.jsonl", "adapted.jsonl"):
         if (Path(output_dir) / name).exists():
             raise ConfigError(
-                f"{Path(output_dir) / name} exists already; give another folder (--output-dir), or none for a new one"
+                f"{Path(output_dir) / name} exists already; for a new folder, set OUTPUT_DIR (or --output-dir) to ''"
             )
     return Path(output_dir)
 
@@ -92,7 +92,7 @@ def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Exampl
 def compare(
     config: EvaluateConfig, runner: Runner, adapter: Adapter | None, examples: list[Example], folder: Path
 ) -> Comparison:
-    """Predict and score the references with the base, with the adapter, or with both, as the settings say."""
+    """Score the adapter if there is one. Score the base if `config.base` is set or if there is no adapter."""
     base = adapted = None
     if config.base or not adapter:
         with phase("scoring the texts of the base"):
@@ -107,7 +107,7 @@ def compare(
 
 
 def progress_into(folder: Path, name: str) -> Progress:
-    """Return a progress bar that appends each predicted text to <name>.jsonl at once."""
+    """Return a progress bar that immediately appends each predicted text to <name>.jsonl."""
 
     def watch(results: Iterable[Any], count: int) -> Iterable[Any]:
         for example, result in track(results, name, count):
@@ -121,7 +121,7 @@ def progress_into(folder: Path, name: str) -> Progress:
 
 
 def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: PredictionTask, examples: list[Example]) -> list[str]:
-    """Return the reasons why the scores may mislead: leaks, repeated or cut texts, few images."""
+    """Return a warning for each reason why the scores may be wrong: leaks, repeated texts, cut texts, few images."""
     images = len({example.image for example in examples})
     warnings = [leak_warning(leak_search.leaks, images, "evaluation")] if leak_search.leaks else []
     warnings += comparison.main.warnings
@@ -129,5 +129,7 @@ def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: Predictio
         if scored and (line := CutCount().add(scored.texts).report(task, f"texts of {name}", examples)):
             warnings.append(line)
     if images < FEW:
-        warnings.append(f"only {images} image{'s' * (images > 1)}: with fewer than {FEW}, the intervals are too narrow")
+        warnings.append(
+            f"only {images} image{'s' * (images > 1)}: with fewer than {FEW}, the intervals are too narrow; add images"
+        )
     return warnings

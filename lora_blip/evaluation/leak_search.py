@@ -21,8 +21,8 @@ class LeakSearch(NamedTuple):
 def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list[Example]) -> LeakSearch:
     """Return the evaluation images that are also in the training data. The settings or the adapter file name that data.
 
-    Raise DataError if `train_annotations` is set and cannot be read. If only the adapter file names the training data, it may
-    be missing on this machine.
+    Raise DataError if `train_annotations` is set and cannot be read. If the name comes from the adapter file and the
+    data is not on this machine, the note contains the reason.
     """
     settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
     source = config.train_annotations or str(settings.get("annotations", ""))
@@ -31,8 +31,10 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
         return LeakSearch([], "not searched: the training data is unknown")
     if not Path(source).is_file():
         if config.train_annotations:
-            raise DataError(f"train_annotations {source!r} does not exist; give the file, or none")
-        return LeakSearch([], f"not searched: the training data, {source}, does not exist here (--train-annotations)")
+            raise DataError(
+                f"train_annotations = {source!r} does not exist; give a file that exists, or --train-annotations none"
+            )
+        return LeakSearch([], f"not searched: {source} does not exist; give the file with --train-annotations")
     try:
         trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
     except DataError as error:
@@ -41,6 +43,6 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
         return LeakSearch([], f"not searched: {str(error).splitlines()[0]}")
     images = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
     if not images:
-        return LeakSearch([], f"not searched: no image of {source} exists here (--train-image-root)")
+        return LeakSearch([], f"not searched: no image of {source} exists; give their folder with --train-image-root")
     leaks = find_leaks(dict.fromkeys(e.image for e in examples), images)
     return LeakSearch(leaks, f"{len(leaks)} found among the {len(images)} images of {source}")

@@ -25,7 +25,7 @@ from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.retrieval import RERANKED, belongs
 from lora_blip.tasks.vqa import every_answer
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (results, their number) → the results, with a progress bar
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (results, number of results) → the results, with a progress bar
 DIRECTIONS = ("image→text", "text→image")
 
 
@@ -58,7 +58,7 @@ class ModelScores:
     lines: list[list[Example]]  # the lines of each subject
     texts: list[str]  # the predictions
     points: list[float]  # the main score of each subject, which sorts the report
-    right: list[bool]  # the prediction counts as right
+    right: list[bool]  # True if the prediction is right
     main_score: str  # the name of the score in `points`, such as "CIDEr"
     scores: dict[str, Interval | None] = field(default_factory=dict)  # None if a score cannot be computed
     columns: dict[str, Column] = field(default_factory=dict)  # the scores that are means over subjects, for paired gains
@@ -141,7 +141,7 @@ def with_diversity(result: ModelScores, references: list[list[str]]) -> ModelSco
 
 
 def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> ModelScores:
-    """Return recalls and ranks in both directions. The likeliest candidates of ITC are reranked by ITM."""
+    """Return recalls and ranks in both directions. ITC ranks all candidates, and ITM reranks the most probable ones."""
     first = {example.image: example for example in reversed(examples)}  # the first line of each image
     features = image_features(runner, [first[image] for image in dict.fromkeys(e.image for e in examples)], progress)
     require_results(features, examples)
@@ -173,7 +173,7 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
         median = bootstrap.of_statistic(partial(median_at, rank), len(rank), seed=seed)
         result.scores[f"median rank {direction}"] = median
     reranked = min(RERANKED, len(texts))
-    result.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reranks the {reranked} likeliest"}
+    result.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reranks the {reranked} most probable"}
     return result
 
 

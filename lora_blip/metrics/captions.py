@@ -190,11 +190,11 @@ def intervals(scores: Scores, seed: int = 0) -> dict[str, Interval]:
     the weights of n-grams stay those of all images. METEOR has no interval: it is not a mean, and Java does not return its
     counts.
     """
-    found = {name: bootstrap.of_mean(scores.per_image[name], seed=seed) for name in MEANS if name in scores.per_image}
+    result = {name: bootstrap.of_mean(scores.per_image[name], seed=seed) for name in MEANS if name in scores.per_image}
     if len(scores.bleu_counts):
         for place, name in enumerate(BLEU):
-            found[name] = bootstrap.of_sums(scores.bleu_counts, partial(bleu, order=place + 1), seed=seed)
-    return {name: found[name] for name in NAMES if name in found}
+            result[name] = bootstrap.of_sums(scores.bleu_counts, partial(bleu, order=place + 1), seed=seed)
+    return {name: result[name] for name in NAMES if name in result}
 
 
 def gains(adapted: Scores, base: Scores, seed: int = 0) -> dict[str, Interval]:
@@ -202,15 +202,15 @@ def gains(adapted: Scores, base: Scores, seed: int = 0) -> dict[str, Interval]:
 
     Raise ValueError if the two have different numbers of images.
     """
-    found = {}
+    result = {}
     for name in MEANS:
         if name in adapted.per_image and name in base.per_image:
-            found[name] = bootstrap.of_difference(adapted.per_image[name], base.per_image[name], seed=seed)
+            result[name] = bootstrap.of_difference(adapted.per_image[name], base.per_image[name], seed=seed)
     if len(adapted.bleu_counts) and len(base.bleu_counts):
         both = np.concatenate([adapted.bleu_counts, base.bleu_counts], axis=1)
         for place, name in enumerate(BLEU):
-            found[name] = bootstrap.of_sums(both, partial(bleu_gain, order=place + 1), seed=seed)
-    return {name: found[name] for name in NAMES if name in found}
+            result[name] = bootstrap.of_sums(both, partial(bleu_gain, order=place + 1), seed=seed)
+    return {name: result[name] for name in NAMES if name in result}
 
 
 def bleu_gain(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:

@@ -27,15 +27,13 @@ LOCALE = [f"-Duser.{key}{use}={value}" for key, value in FIXED.items() for use i
 OPTIONS = [*LOCALE, "-Dfile.encoding=UTF-8"]
 NOTICE = "Picked up "  # start of Java's message on stderr about options in the environment
 
-Found = tuple[float, list[float]]  # the score of the set, and by image
-
 
 def java() -> str:
     """Return the path of the `java` command. Raise JavaError if there is none."""
-    found = shutil.which("java")
-    if found is None:
-        raise JavaError("no `java` command was found; install a Java runtime (8 or newer)")
-    return found
+    path = shutil.which("java")
+    if path is None:
+        raise JavaError("no `java` command was found; install Java 8 or newer, such as: apt install default-jre-headless")
+    return path
 
 
 def environment() -> dict[str, str]:
@@ -57,10 +55,10 @@ def tokenise(captions: list[str], package: Path) -> list[str]:
     written = _run(
         "PTBTokenizer", ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", *options], lines, _limit(len(captions))
     )
-    found = written.removesuffix("\n").split("\n")
-    if len(found) != len(captions):
-        raise JavaError(f"PTBTokenizer returned {len(found)} lines for {len(captions)} captions")
-    return [kept(line.rstrip().split(" ")) for line in found]
+    tokenized = written.removesuffix("\n").split("\n")
+    if len(tokenized) != len(captions):
+        raise JavaError(f"PTBTokenizer returned {len(tokenized)} lines for {len(captions)} captions")
+    return [kept(line.rstrip().split(" ")) for line in tokenized]
 
 
 def one_line(caption: str) -> str:
@@ -94,7 +92,7 @@ def spice(predictions: list[str], references: list[list[str]], package: Path) ->
             "`python -m pycocoevalcap.spice.get_stanford_models` downloads them"
         )
     rows = zip(predictions, references, strict=True)
-    items = [{"image_id": place, "test": said, "refs": right} for place, (said, right) in enumerate(rows)]
+    items = [{"image_id": index, "test": text, "refs": texts} for index, (text, texts) in enumerate(rows)]
     with tempfile.TemporaryDirectory() as temporary:
         given, result = Path(temporary, "captions.json"), Path(temporary, "scores.json")
         given.write_text(json.dumps(items), encoding="utf-8")
@@ -130,14 +128,16 @@ def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
 
 @contextmanager
 def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, int], list[str]]]:
-    """Start a process, and yield a function `ask(line, answers)` that sends a line and returns that number of lines.
+    """Start a process, and yield a function `ask(line, answers)` that sends a line and returns `answers` lines.
 
     The process ends with the block.
 
     Raise JavaError if the process fails or runs longer than `limit` seconds.
     """
     late = threading.Event()
-    with tempfile.TemporaryFile() as errors:  # a file: nothing reads it until the end, and a pipe would be full
+    with (
+        tempfile.TemporaryFile() as errors
+    ):  # a file, because nothing reads stderr until the end, and a full pipe would block Java
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment()
@@ -154,7 +154,7 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
 
         def stop() -> None:
             late.set()
-            process.kill()  # the reader then gets the end of the file
+            process.kill()  # `readline` then returns ""
 
         timer = threading.Timer(limit, stop)
         timer.daemon = True
@@ -172,7 +172,7 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
             process.kill()
             process.wait()
             back.close()
-            with suppress(OSError):  # unsent data cannot be sent
+            with suppress(OSError):  # the process has ended, so close cannot send the rest
                 to.close()
 
 

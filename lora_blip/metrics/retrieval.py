@@ -59,19 +59,19 @@ def relation(image_of_text: ArrayLike, shape: tuple[int, int]) -> NDArray[np.boo
 
 
 def row_ranks(scores: NDArray[Any], right: NDArray[np.bool_]) -> Ranks:
-    """Return the rank of the best right column of each row, (rows,): 1 + the wrong columns whose score is at least as high."""
-    found = []
+    """Return the rank of the best right column of each row, (rows,): 1 + the number of wrong columns with no lower score."""
+    blocks = []
     step = max(1, BLOCK // scores.shape[1])
     for start in range(0, len(scores), step):
         rows, is_right = scores[start : start + step], right[start : start + step]
         if np.isnan(rows).any():
             raise ValueError("a score is NaN")
         best = np.where(is_right, rows, -np.inf).max(1, keepdims=True)
-        found.append(1 + ((rows >= best) & ~is_right).sum(1))
-    return np.concatenate(found)
+        blocks.append(1 + ((rows >= best) & ~is_right).sum(1))
+    return np.concatenate(blocks)
 
 
-def summary(way: str, found: Ranks) -> dict[str, float]:
-    """Return the fractions of ranks that are at most 1, 5 and 10, and the mean and median rank. `way` begins each key."""
-    shares = {f"{way}_r{most}": float((found <= most).mean()) for most in RECALLS}
-    return shares | {f"{way}_mean_rank": float(found.mean()), f"{way}_median_rank": float(np.median(found))}
+def summary(way: str, ranks: Ranks) -> dict[str, float]:
+    """Return the fractions of ranks that are at most 1, 5 and 10, and the mean and median rank. Each key starts with `way`."""
+    shares = {f"{way}_r{most}": float((ranks <= most).mean()) for most in RECALLS}
+    return shares | {f"{way}_mean_rank": float(ranks.mean()), f"{way}_median_rank": float(np.median(ranks))}

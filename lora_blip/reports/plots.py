@@ -1,4 +1,4 @@
-"""Plots of a run's metrics.jsonl with matplotlib (extra: plots)."""
+"""Plot the metrics.jsonl of a run with matplotlib (extra: plots)."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from typing import Any
 from lora_blip.metrics.names import score_name
 from lora_blip.runtime.runs import METRICS_NAME
 
-FEW = 20  # training steps that are drawn without smoothing
-WINDOW = 20  # a smoothed value is the mean over a twentieth of the run
+FEW = 20  # with at most this number of logged steps, the loss is not smoothed
+WINDOW = 20  # a smoothed value is the mean over 1 / WINDOW of the run
 
 
 def draw(folder: Path) -> Path | None:
     """Draw loss.png: training and validation loss, and the validation scores below. Return None without matplotlib."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets a backend that may not be installed; a file needs none
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook may set a backend that is not installed; a file needs no backend
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -70,5 +70,5 @@ def shares(entries: list[dict[str, Any]]) -> list[str]:
 
 def points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Return steps and values, without missing values."""
-    found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    present = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in present], [value for _, value in present]

@@ -1,6 +1,6 @@
-"""Write report.html, one page without external files: scores, training curves, and images with the worst first.
+"""Write report.html, one page without external files: scores, training curves, and images, the worst first.
 
-This file prepares the data and escapes the texts. The template in the same folder has the layout and the script.
+This module prepares the data and escapes the texts. The template report.html contains the layout and the script.
 """
 
 import base64
@@ -30,8 +30,8 @@ from lora_blip.version import __version__
 
 FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
-SIDE, QUALITY = 256, 72  # of a thumbnail: pixels of its longer side, JPEG's 1 to 95
-MOST_POINTS = 2000  # training steps in the curves; of a longer run, every n-th step
+SIDE, QUALITY = 256, 72  # thumbnails: pixels of the longer side, JPEG quality (1 to 95)
+MOST_POINTS = 2000  # most training steps in a curve; a longer run shows every n-th step
 MARKER = re.compile(r"<!-- (\w+) -->")  # a placeholder of the template
 
 
@@ -43,13 +43,13 @@ class Card:
     references: list[str]
     adapted: str
     base: str = ""  # "" if the base was not run
-    question: str = ""  # of visual question answering
-    score: float | None = None  # of the adapted text, 0 to 1 or CIDEr; sorts the gallery
+    question: str = ""  # only for visual question answering
+    score: float | None = None  # score of `adapted`, 0 to 1 or CIDEr; sorts the cards
     base_score: float | None = None
     group: str = ""
     leaked: str = ""  # why this image is suspected to be in the training data
-    right: bool | None = None  # None: it is right if it equals a reference (metrics.exact)
-    ranking: Sequence[tuple[str, float]] = ()  # texts with their probabilities, the likeliest first
+    right: bool | None = None  # True if `adapted` is right; None: compare it with the references (metrics.exact)
+    ranking: Sequence[tuple[str, float]] = ()  # (text, probability), the most probable first
 
 
 def write(
@@ -74,8 +74,8 @@ def write(
     most_pictures: the number of embedded images, from the worst cards. Other cards have only texts.
     model_name: "adapted" or "base", the model that generated the main text of each card.
     score_name: the name of the score of each card, such as "CIDEr".
-    note: a sentence above the cards, such as which of all images they show.
-    open_picture: opens the image of a card. Raise ImageError with the reason if it cannot.
+    note: a sentence above the cards, such as how many of the images they show.
+    open_picture: opens the image of a card, or raises ImageError with the reason.
     """
     cards = sorted(cards, key=worst_first)
     chosen = list(dict.fromkeys(card.image for card in cards))[: max(0, most_pictures)]
@@ -103,7 +103,7 @@ def write(
         "data": json_html(data),
     }
     filled = MARKER.sub(lambda marker: parts[marker[1]], page)  # in one pass, so that a marker in a text is not replaced
-    write_whole(path, filled.encode("utf-8", "replace"))  # half a surrogate pair, as in odd file names, becomes "?"
+    write_whole(path, filled.encode("utf-8", "replace"))  # an invalid character of a file name becomes "?"
     return path
 
 
@@ -197,6 +197,7 @@ def breakable(text: str) -> str:
 
 
 def warnings_html(warnings: Sequence[str]) -> str:
+    """Return the warnings as a section, or "" if there are none."""
     if not warnings:
         return ""
     heading = "Read this before the scores" if len(warnings) == 1 else f"Read these {len(warnings)} warnings before the scores"
@@ -205,6 +206,7 @@ def warnings_html(warnings: Sequence[str]) -> str:
 
 
 def facts_html(facts: Mapping[str, str], title: str) -> str:
+    """Return the facts as a section, or "" if there are none."""
     if not facts:
         return ""
     items = "".join(

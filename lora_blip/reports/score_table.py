@@ -18,8 +18,8 @@ class ReportRow:
     name: str  # "CIDEr", "exact match", "R@1 image→text" …
     base: Interval | None
     adapted: Interval | None
-    note: str = ""  # why it is missing, or how it was measured
-    lower_is_better: bool = False  # a loss, a median rank
+    note: str = ""  # why a score is missing, or how it was measured
+    lower_is_better: bool = False  # True for a loss or a median rank
     share: bool | None = None  # show in per cent; None: yes, unless it is CIDEr or greater than 1
     gain: Interval | None = None  # adapted − base over the same images; None: only the difference is known
 
@@ -30,6 +30,7 @@ def escaped(text: str) -> str:
 
 
 def scores_html(rows: Sequence[ReportRow]) -> str:
+    """Return the table of scores as a section, or "" if there are no rows."""
     if not rows:
         return ""
     compared = any(row.base for row in rows)
@@ -45,6 +46,7 @@ def scores_html(rows: Sequence[ReportRow]) -> str:
 
 
 def row_html(row: ReportRow, compared: bool) -> str:
+    """Return a row of the table. `compared` adds the columns base and gain."""
     base, adapted = (one if one and math.isfinite(one.value) else None for one in (row.base, row.adapted))
     most = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
     share = row.share if row.share is not None else most <= 1 and "cider" not in row.name.lower()
@@ -61,6 +63,7 @@ def row_html(row: ReportRow, compared: bool) -> str:
 
 
 def interval_html(interval: Interval | None, share: bool) -> str:
+    """Return a score with its 95 % interval. `share` shows it in per cent."""
     if interval is None:
         return NONE
     value, low, high = (figure(x, share) for x in interval)
@@ -100,11 +103,12 @@ def plot_html(base: Interval | None, adapted: Interval | None, most: float) -> s
 
 
 def bound(end: float, interval: Interval) -> float:
+    """Return an end of an interval, or its value if it has no ends."""
     return interval.value if math.isnan(end) else end
 
 
 def figure(value: float, share: bool) -> str:
-    """Return a number as text: a share in per cent, 0.9712 → "97.1"; others with 3 digits, or 1 from 10 on."""
+    """Return a number as text: a share in per cent (0.9712 → "97.1"), others with 3 decimals, or with 1 from 10 on."""
     if share:
         return f"{100 * value:.1f}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

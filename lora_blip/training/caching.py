@@ -19,9 +19,9 @@ FOLDER = ".cache"  # in the output folder, for all its runs
 
 
 def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> tuple[Caches, Prefix | None]:
-    """Return the caches that the settings allow, and the prefix that reads and writes cached states, if there are any.
+    """Return the caches that the settings allow, and the prefix that reads and writes cached states (or None).
 
-    Call this after `inject`. `identity` is the identity of the run, with the digests of the base as it was loaded.
+    Call this after `inject`. `identity` is the identity of the run, with the digests of the loaded base.
     """
     if not config.cache_gb:
         return NO_CACHES, None

@@ -115,16 +115,18 @@ def locate(path: Path) -> Saved:
         except CheckpointError as error:
             raise CheckpointError(f"{error}. --resume {run} resumes from its newest undamaged checkpoint") from None
     if not run.is_dir():
-        raise CheckpointError(f"resume = {str(path)!r}: the folder does not exist; give the folder of a run (--resume FOLDER)")
+        raise CheckpointError(
+            f"resume = {str(path)!r}: the folder does not exist; give the folder of a run, or --resume auto for the newest one"
+        )
     saved, problems = newest(run)
     if saved is None:
         reason = "\n".join(problems) or "it has no checkpoint: the run is finished, or this is not the folder of a run"
-        raise CheckpointError(f"resume = {str(path)!r}: {reason}")
+        raise CheckpointError(f"resume = {str(path)!r}: {reason}. For a new run: --resume off")
     return saved
 
 
 def delete_all(run: Path) -> None:
-    """Remove the checkpoints of a finished run."""
+    """Remove all checkpoints of a run."""
     remove(run / FOLDER)
 
 

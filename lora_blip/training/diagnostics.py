@@ -18,7 +18,7 @@ from lora_blip.training.run_folder import Run
 
 
 def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
-    """Return a TrainingError with a fix if the device is out of memory or another process was lost. Else return the error."""
+    """Return a TrainingError with a fix if the device is out of memory or a process was lost. Otherwise return `error`."""
     if run and run.learner.ranks.count > 1 and is_lost_peer(error):
         return TrainingError(
             "another process was lost. Start all processes again with the same settings: they resume from the last checkpoint "
@@ -41,7 +41,7 @@ def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Ru
 
 
 def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autocast: Autocast, ranks: Ranks = ALONE) -> str:
-    """Return why a step was skipped: the first module whose output was not finite, or the overflow of a gradient."""
+    """Return the reason for a skipped step: the first module whose output was not finite, or the overflow of a gradient."""
     if math.isfinite(update.loss):
         return f"a gradient overflowed at loss scale {update.scale:g}"
     reasons = []

@@ -104,8 +104,8 @@ class Learner:
         self.progress = Progress()
         self.inconsistent = False  # see `transaction`
         self.label_count = 1.0  # label tokens (for retrieval: rows) of the current step, over all processes
-        self.images = 0  # of the current step, over all processes
-        self.loss = torch.zeros((), device=task.backbone.device)  # of this process in the current step, so far
+        self.images = 0  # images of the current step, over all processes
+        self.loss = torch.zeros((), device=task.backbone.device)  # sum of the losses of this process in the current step
 
     # ---------------------------------------------------------------- a step
 
@@ -115,7 +115,7 @@ class Learner:
             return
         own = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
         label_count, images = self.ranks.sum(sum(b.count for b in own), sum(b.images for b in own))
-        self.label_count, self.images = label_count or 1.0, int(images)  # without a label: divide by 1
+        self.label_count, self.images = label_count or 1.0, int(images)  # 1 avoids a division by 0 if there is no label
         self.loss = torch.zeros_like(self.loss)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """The training loop, on one page: `train`, and the two parts of a step, `accumulate_gradients` and `update_parameters`.
 
-`session` prepares a run and does what happens between two steps. `learner` holds the state that a step changes.
+`session` prepares a run, and validates and saves between two steps. `learner` holds the state that a step changes.
 """
 
 import math
@@ -54,7 +54,9 @@ def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_la
     """Run a micro-batch forward and backward, and add its gradients to those of the step."""
     with learner.forward_context(slot, is_last):  # seeded dropout, autocast
         loss = learner.objective(batch) / learner.label_count  # mean over the whole step: k micro-batches equal one batch
-    loss = loss * 0.0 if slot.is_filler else loss  # a filler is a repeated micro-batch: all processes need equally many
+    loss = (
+        loss * 0.0 if slot.is_filler else loss
+    )  # a filler repeats a micro-batch with loss 0, so that all processes have the same number
     learner.loss += loss.detach()  # for metrics.jsonl
     learner.scaler.scale(loss).backward()  # fp16: times the loss scale, so that small gradients do not become zero
     learner.progress.slot += 1

@@ -1,6 +1,6 @@
 """Check the first batch before the first step.
 
-Every hook fires, the logits depend on the image, every B gets a gradient, and the labels are exactly the texts to learn.
+The checks: every hook fires, the logits depend on the image, every B gets a gradient, and the labels are the texts to learn.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
 @torch.no_grad()
 def check_image_matters(task: Task, batch: DeviceBatch) -> None:
     """Raise PreflightError if the same texts have the same logits with other images."""
-    batch = replace(batch, cached_states=None)  # otherwise the cache would store states under the keys of other images
+    batch = replace(batch, cached_states=None)  # with it, the cache would store states under the keys of other images
     reversed_images = batch.pixel_values.flip(0)
     others = reversed_images if not torch.equal(reversed_images, batch.pixel_values) else -batch.pixel_values
     swapped = replace(batch, pixel_values=others)
@@ -73,7 +73,7 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
             reason = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
         raise PreflightError(
             f'the loss of the first batch is {loss.item()}: {reason}. With PRECISION = "fp16", try "bf16" or "fp32". '
-            "Otherwise check the weights of the base model"
+            "If PRECISION is already one of them, check the weights of the base model"
         )
     (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
     dead = [lora.site.address for lora in adapters if lora.B.grad is None or not lora.B.grad.any()]

@@ -26,8 +26,8 @@ FREE = (
     "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
     "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
 )  # fmt: skip
-SAMPLE = 4096  # bytes that are read at three places of an image file
-CHUNK = 1024  # lines that are encoded in one call, which is a third faster than one call for each line
+SAMPLE = 4096  # bytes that are read at the start, the middle and the end of an image file
+CHUNK = 1024  # lines that are encoded in one call: a third faster than one call for each line
 encode_json = json.JSONEncoder().encode
 
 
@@ -102,7 +102,10 @@ def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tup
 
 
 def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
-    """Return the newest interrupted run with the identity `now`. If there is none and allow_changed is set, the newest run."""
+    """Return the newest interrupted run with the identity `now`, or None if there is none, and notes for the user.
+
+    If there is none and allow_changed is set, return the newest interrupted run.
+    """
     notes: list[str] = []
     others: list[tuple[Saved, list[str]]] = []
     folders = Path(config.output_dir).glob(f"[!.]*/{checkpoint.FOLDER}")  # names with a dot are temporary
@@ -118,7 +121,11 @@ def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None
     if others and config.allow_changed:
         saved, changed = others[0]
         return saved, notes + _continuing_although(changed)
-    return None, notes + [f"{s.run} was interrupted, but it is another run: {'; '.join(changed)}" for s, changed in others]
+    return None, notes + [
+        f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
+        f"these values back, or add --resume {saved.run} --allow-changed"
+        for saved, changed in others
+    ]
 
 
 def _changes_since(saved: Saved, config: TrainConfig, now: dict[str, Any]) -> list[str]:
@@ -128,6 +135,7 @@ def _changes_since(saved: Saved, config: TrainConfig, now: dict[str, Any]) -> li
 
 
 def _continuing_although(changed: list[str]) -> list[str]:
+    """Return a note for each change that ALLOW_CHANGED accepts."""
     return [f"continuing although {change}" for change in changed]
 
 
@@ -162,8 +170,8 @@ def _samples_of(image: Path) -> list[str]:
 def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     """Load the state of a checkpoint into the learner.
 
-    If the settings have changed, discard the unfinished step, and continue after the same number of images. The new settings
-    then decide the total number of steps. Raise CheckpointError if the adapters have other names or shapes.
+    If the settings have changed, discard the unfinished step, and continue after the same number of images. The total number
+    of steps is then that of the new settings. Raise CheckpointError if the adapters have other names or shapes.
     """
     total, ranks = learner.progress.total, learner.ranks
     tensors = ranks.broadcast(ranks.on_main(saved.tensors))

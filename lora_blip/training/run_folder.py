@@ -38,8 +38,8 @@ NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # entries of metrics.jsonl
 class Run:
     """The folder of one run, and its progress bar.
 
-    The folder contains config.json, metrics.jsonl, adapter.safetensors (the last adapter), best.safetensors (the best one by
-    `config.best_by`) and loss.png. During the run, it also contains checkpoints/. Only the main process writes.
+    The folder contains config.json, metrics.jsonl, adapter.safetensors (the last adapter), best.safetensors (the adapter with
+    the best score `config.best_by`) and loss.png. During the run, it also contains checkpoints/. Only the main process writes.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Run:
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
         self.images = 0  # since the last line of metrics.jsonl
         self.last_scores: dict[str, Any] = {}  # of the last validation
-        self.last_skip = self.figures = ""  # why the last skipped step was skipped; the figures of the last logged step
+        self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
         now = time.perf_counter()
@@ -71,7 +71,7 @@ class Run:
         self.folder = learner.ranks.broadcast(self.folder)
 
     def _restore_scores(self, state: dict[str, Any]) -> None:
-        """Restore the last and the best scores, on every process, because all of them decide when to stop."""
+        """Restore the last and the best scores on every process, because each process decides when to stop."""
         self.last_scores, best = state["last"], state["best"]
         if best["by"] == self.best.by:  # scores of another BEST_BY cannot be compared
             rank = (best["rank"][0], best["rank"][1])
@@ -119,7 +119,7 @@ class Run:
         return (json.dumps(asdict(self.config), indent=1) + "\n").encode()
 
     def _restore_files(self, saved: Saved) -> None:
-        """Restore metrics.jsonl and best.safetensors to their state at the checkpoint. The run writes later entries again."""
+        """Restore metrics.jsonl and best.safetensors to their state at the checkpoint. The run writes the later lines again."""
         state, metrics = saved.state["run"], self.folder / METRICS_NAME
         sweep(self.folder)
         metrics.touch()
@@ -136,7 +136,7 @@ class Run:
     # ---------------------------------------------------------------- metrics
 
     def state(self) -> str:
-        """Return the finished step and its figures, for a log in which nothing else is printed."""
+        """Return the last step and its figures. `phase` prints them if nothing else is printed for a while."""
         progress = self.learner.progress
         return f"step {progress.step:,} of {progress.total:,}" + f", {self.figures}" * bool(self.figures)
 
@@ -182,7 +182,7 @@ class Run:
             self._save(self.folder / BEST_NAME, step)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and write it to TensorBoard. NaN and infinity become null, as JSON needs it."""
+        """Append a line to metrics.jsonl, and write it to TensorBoard. NaN and infinity become null, as JSON has neither."""
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board and attempt("TensorBoard from here on", lambda: self._write_scalars(entry)) is None:
             self.board = None

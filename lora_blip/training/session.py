@@ -55,7 +55,7 @@ def open_session(config: TrainConfig) -> Iterator["Session"]:
 
 
 def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Session":
-    """Return the session of a new or a resumed run. `closing` closes its files and loaders."""
+    """Prepare a new or a resumed run and return its session. `closing` closes its files and loaders."""
     prepared = prepare_run(ranks, config, closing)
     config, task, autocast = prepared.config, prepared.task, prepared.autocast
     learner = Learner(
@@ -67,7 +67,9 @@ def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Ses
     total = learner.progress.total
     stop_request = closing.enter_context(signals.catch_signals())
     scores: dict[str, float] = {}
-    if prepared.held_out and learner.progress.validated < 0:  # before the folder is created, because a score may fail
+    if (
+        prepared.held_out and learner.progress.validated < 0
+    ):  # before the folder is created: if a score fails, no folder remains
         before_batch = partial(stop_if_requested, ranks, stop_request)
         scores = validate(
             task, prepared.held_out, autocast, config.best_by, validating_ranks(config, ranks), before_batch, prepared.prefix
@@ -172,7 +174,8 @@ class Session:
             progress.validated = progress.step
             if progress.step < progress.total and 0 < config.patience <= run.best.stale:
                 progress.total = progress.step
-                print(f"stopped early: {config.best_by} has not improved since step {run.best.improved} (patience)")
+                fix = "PATIENCE = 0 trains to the end"
+                print(f"stopped early: {config.best_by} has not improved since step {run.best.improved}; {fix}")
 
     # ---------------------------------------------------------------- the end
 
@@ -194,7 +197,7 @@ class Session:
             raise
         except BaseException as error:
             self.stop_request.saving = True
-            if not isinstance(error, CheckpointError):  # with a full disk, nothing can be saved
+            if not isinstance(error, CheckpointError):  # a CheckpointError means that the disk is full, so nothing can be saved
                 self.rescue()
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit(signals.INTERRUPTED) from None
@@ -234,5 +237,5 @@ def stop_if_requested(ranks: Ranks, stop_request: StopRequest) -> None:
 
 
 def stop_requests(stop_request: StopRequest) -> tuple[bool, bool]:
-    """Return two flags: this process has received Ctrl-C, and it has received a scheduler's signal."""
+    """Return two flags: True if this process has received Ctrl-C, and True if it has received a signal of a scheduler."""
     return stop_request.signal == signal.SIGINT, stop_request.signal not in (0, signal.SIGINT)

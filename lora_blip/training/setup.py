@@ -94,7 +94,7 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
 def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     """Read the data, load the model and inject the adapters.
 
-    Call no collective here: if one process fails, the others would wait in it. `Ranks.together` reports the error to them.
+    Do not call a collective here: if one process failed, the others would wait in it. `Ranks.together` sends them the error.
     """
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
@@ -186,7 +186,7 @@ def task_for(config: TrainConfig, backbone: Backbone) -> Task:
 
 
 def default_rate(model: Any) -> float:
-    """Return a peak learning rate that suits LoRA on this base: a Salesforce checkpoint, or a base a hundred times smaller."""
+    """Return the default peak learning rate: 1e-4, or more for a base with at most TINY parameters."""
     size = sum(p.numel() for p in model.parameters())
     return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
@@ -194,7 +194,8 @@ def default_rate(model: Any) -> float:
 def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
     """Return the training lines and the validation lines, checked. The validation lines are shuffled with the seed.
 
-    The validation lines come from `val_annotations`, or from the column `split`, or are all lines of a fraction of the images.
+    The validation lines come from `val_annotations`. If it is empty, they come from the column `split`. Without that column,
+    they are all lines of a random fraction of the images.
     `thumbnails` stores a thumbnail of each decoded image.
     """
     sides: dict[str, list[Example]] = {}
@@ -208,7 +209,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     else:
         task.prepare_data(examples)
         training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
-    # spread the lines of an image over batches: within a batch, they are no negatives of each other
+    # put the lines of an image into different batches: they cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
     return training, validation
 

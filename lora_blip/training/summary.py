@@ -18,7 +18,7 @@ INPUTS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "
 
 
 def score_line(folder: Path, best: Best) -> str:
-    """Return a line with the validation score of the base and the best one of the adapter; "" if nothing was validated."""
+    """Return a line with the best validation score of the adapter, and the score of the base. Return "" without validation."""
     value = abs(best.rank[0])
     if not math.isfinite(value):
         return ""
@@ -37,15 +37,15 @@ def base_score(metrics: Path, by: str) -> float | None:
                 entry = json.loads(line)
                 if entry["step"] == 0 and isinstance(entry.get(f"val_{by}"), int | float):
                     return float(entry[f"val_{by}"])
-    except OSError:  # the files of a run on several machines are those of the main process
+    except OSError:  # with several machines, only the machine of the main process has the file
         pass
     return None
 
 
 def next_command(task: str, folder: Path, examples: list[Example]) -> str:
-    """Return the command that uses the adapter: infer.py beside train.py if that was started, else lora-blip infer.
+    """Return the command that uses the adapter: infer.py if train.py was started from its folder, otherwise lora-blip infer.
 
-    examples: those of the training. Their folder is the input if the default folder of images does not exist.
+    examples: the training lines. If the default folder of images does not exist, the input is the folder of their images.
     """
     script = Path(sys.argv[0])
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()

@@ -1,4 +1,4 @@
-"""Import TensorBoard, which is an extra of the package."""
+"""Import TensorBoard, an optional dependency (extra: tensorboard)."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ def summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            'tensorboard = True, and TensorBoard is not installed: pip install "lora_blip[tensorboard]", or set it to False'
+            'tensorboard = True, and TensorBoard is not installed: pip install "lora_blip[tensorboard]", or '
+            "set TENSORBOARD = False"
         ) from None
     except Exception as error:  # an incompatible package
-        raise ConfigError(f"tensorboard = True, and TensorBoard cannot be imported: {error}; set it to False") from None
+        raise ConfigError(f"tensorboard = True, and TensorBoard cannot be imported: {error}; set TENSORBOARD = False") from None
     return SummaryWriter

@@ -42,9 +42,9 @@ def validate(
     Each process computes a share of the batches, and all return the same scores. Print a warning if predictions were cut at
     MAX_NEW_TOKENS.
 
-    best_by: a score that must be among the scores.
+    best_by: the name of a score that the result must contain.
     before_batch: called before each batch.
-    prefix: what computes the cached states of images, if there are any.
+    prefix: computes the cached states of images; None if there are none.
     """
     model, total, count = task.backbone.model, 0.0, 0.0
     predictions: dict[Any, Any] = {}  # subject → prediction
@@ -81,9 +81,9 @@ def validate(
 
 @torch.no_grad()
 def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str, float]:
-    """Return the largest difference between logits with merged weights and with hooks on one batch, and the largest logit.
+    """Compute the logits of a batch with merged weights and with hooks. Return their largest difference and the largest logit.
 
-    Both are computed with the precision of the training.
+    Both use the precision of the training.
     """
     model = task.backbone.model.eval()
     with uncompiled(model), autocast():

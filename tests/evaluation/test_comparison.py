@@ -177,9 +177,12 @@ def test_leaks_are_found_and_said_before_the_scores(checkpoints, here, capsys):
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        (None, "not searched: the training data, train.jsonl, does not exist here"),
+        (None, "not searched: train.jsonl does not exist; give the file with --train-annotations"),
         ([], "not searched: train.jsonl: no usable line"),
-        ([{"image": "gone.png", "text": "a"}], "not searched: no image of train.jsonl exists here"),
+        (
+            [{"image": "gone.png", "text": "a"}],
+            "not searched: no image of train.jsonl exists; give their folder with --train-image-root",
+        ),
     ],
 )
 def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, here, lines, why):

@@ -217,7 +217,9 @@ def test_patience_ends_a_run_before_its_total(monkeypatch, capsys):
         validated(progress, monkeypatch, patience=patience, stale=stale)
         assert progress.total == total
         said = capsys.readouterr().out
-        assert said == ("stopped early: loss has not improved since step 3 (patience)\n" if total == 10 else "")
+        assert said == (
+            "stopped early: loss has not improved since step 3; PATIENCE = 0 trains to the end\n" if total == 10 else ""
+        )
     progress = Progress(step=37, total=37)
     validated(progress, monkeypatch, patience=1, stale=1)
     assert progress.total == 37 and capsys.readouterr().out == ""  # it has ended anyway

@@ -61,7 +61,7 @@ def test_the_newest_run_with_the_same_settings_is_continued_and_the_others_are_n
     shutil.rmtree(tmp_path / "lora_older")
     write(tmp_path / "lora_changed_long_ago", age=90, lr=0.7)
     saved, notes = find(tmp_path)
-    assert saved is None and [note.split(" was interrupted, but it is another run: ")[1] for note in notes] == [
+    assert saved is None and [note.split(" does not resume it, because ")[1].split(". To resume it")[0] for note in notes] == [
         "lr was 0.5 and is 0.1",
         "lr was 0.7 and is 0.1",
     ]
