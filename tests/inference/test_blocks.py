@@ -365,7 +365,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
         slowly(0.15)
         infer(config)
 
-    while not (about := output._read_about(Path("out"))) or not about["finished"]:
+    while not (about := output._read_settings(Path("out"))) or not about["finished"]:
         before = length_of("out")
         child = forked(run)
         if kills == 0:
