@@ -203,7 +203,7 @@ class Adapters:
             self.adapter.load(self.backbone, found)
             self.loaded += 1
             task = self.predict.task_of(self.backbone, found)
-            self.predict.described(task, found, 1, "fp32")
+            self.predict.describe(task, found, 1, "fp32")
         finally:
             self.lora.eject(model)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_blip.inference.output import SETTINGS_NAME, ERRORS_NAME, FILE_NAME
+from lora_blip.inference.output import ERRORS_NAME, FILE_NAME, SETTINGS_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = 97  # each 97th file is broken: empty, truncated or not an image

@@ -101,7 +101,7 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
     torn = tmp_path / "torn.png"
     broken = [
         ("nowhere.jpg", "does not exist"), (b"no image", "supported format"), (truncated, "cannot be decoded"),
-        (torn, "cannot be decoded"), ("https://x.org/a.png", "give the bytes of the file"),
+        (torn, "cannot be decoded"), ("https://x.org/a.png", "download it first: curl -O"),
     ]  # fmt: skip
     mixed: list[tuple[Any, str]] = [broken[0], (photos[0], ""), (photos[1], ""), *broken[1:], (photos[2], "")]
     found = captioner([image for image, _ in mixed])
