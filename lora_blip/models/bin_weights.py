@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_blip.errors import ModelError
 from lora_blip.models.base_config import LARGEST_INDEX, read_json
-from lora_blip.runtime.files import room_for
+from lora_blip.runtime.files import make_whole, room_for
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quoted, why
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -92,15 +91,18 @@ def _convert(files: list[Path], configs: list[Path], copy: Path, name: str) -> N
     advice = "; free some space, or set XDG_CACHE_HOME to a folder on another disk"
     with room_for(copy.parent, ModelError, advice):
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent) as temporary:
-            folder = Path(temporary) / "checkpoint"
-            folder.mkdir()
+
+        def fill(folder: Path) -> None:
             _read(files, folder, size, name)
             _index(files, folder, name)
             for config in configs:
                 shutil.copyfile(config, folder / config.name)
-            if not copy.exists():  # another process may have created it in the meantime
-                folder.rename(copy)
+
+        try:
+            make_whole(copy, fill)
+        except OSError:
+            if not copy.is_dir():  # else another process has created the same in the meantime, as each one of torchrun does
+                raise
 
 
 def _read(files: list[Path], target: Path, size: int, name: str) -> None:

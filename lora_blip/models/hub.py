@@ -5,6 +5,7 @@ cached files are used. Only configuration, tokenizer and weight files are downlo
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -23,9 +24,11 @@ from huggingface_hub.utils import httpx
 from lora_blip.errors import ModelError
 from lora_blip.models.bin_weights import INDEX, SAFE_INDEX, SAFE_WEIGHTS, WEIGHTS
 from lora_blip.models.library import first_line
+from lora_blip.runtime.files import write_whole
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
 ANY_WEIGHTS = (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
+OURS = "lora_blip"  # the folder of our references: a converted checkpoint is another commit than that of its revision
 SECONDS = 10  # the hub must answer within this time, or the cache is used
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 EXAMPLE = "give a folder that contains config.json, or a hub name such as Salesforce/blip-image-captioning-large"
@@ -71,9 +74,18 @@ def _downloaded(repository: str, revision: str) -> str:
     if weights and weights[0].endswith(".bin") and (converted := _converted_commit(api, repository, commit)):
         commit, weights = converted, [SAFE_WEIGHTS, SAFE_INDEX, "model-*.safetensors"]
     patterns = [*FILES, *weights]
-    return snapshot_download(
+    folder = snapshot_download(
         repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT
     )
+    if ".." in Path(revision).parts or Path(revision).is_absolute():
+        return folder  # no name of git
+    with suppress(OSError):  # the cache may be read-only
+        write_whole(_root(repository) / "refs" / OURS / revision, commit.encode())
+    return folder
+
+
+def _root(repository: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
 
 
 def _weights(files: set[str]) -> list[str]:
@@ -105,7 +117,7 @@ def _converted_commit(api: HfApi, repository: str, commit: str) -> str:
 
 def _cached(repository: str, revision: str, name: str, reason: str) -> str:
     """Return the newest complete copy in the cache, and print one line. Raise ModelError if there is none."""
-    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    root = _root(repository)
     for folder in _snapshots(root, revision):
         if (folder / "config.json").exists() and any(
             (folder / each).exists() for each in (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
@@ -120,11 +132,15 @@ def _cached(repository: str, revision: str, name: str, reason: str) -> str:
 
 
 def _snapshots(root: Path, revision: str) -> Iterator[Path]:
-    """Yield the folders of a cached repository: that of the revision, then those of other references, the newest first."""
+    """Yield the folders of a cached repository: that of the revision, then those of other references, the newest first.
+
+    Without a revision, main comes first. `_downloaded` writes which commit a revision was, and so do the hub's own programs.
+    """
     yield from (folder for folder in [root / "snapshots" / revision] if revision and folder.is_dir())
     references = sorted((path for path in (root / "refs").rglob("*") if path.is_file()), key=_modified, reverse=True)
-    for path in sorted(references, key=lambda path: path.name != (revision or "main")):
-        if not revision or path == root / "refs" / revision:
+    own = [folder / (revision or "main") for folder in (root / "refs", root / "refs" / OURS)]
+    for path in sorted(references, key=lambda path: path not in own):
+        if not revision or path in own:
             yield root / "snapshots" / path.read_text().strip()
     if not revision:  # a commit that was downloaded by its number has no reference
         yield from sorted((root / "snapshots").glob("*"), key=_modified, reverse=True)

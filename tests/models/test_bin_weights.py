@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_blip.errors import ModelError
+from lora_blip.models import bin_weights
 from lora_blip.models.bin_weights import INDEX, WEIGHTS, with_safetensors
 from lora_blip.models.loading import load_backbone
 
@@ -50,6 +51,22 @@ def test_a_bin_loads_as_its_safetensors_and_is_converted_once(folder, checkpoint
     with pytest.raises(pytest.fail.Exception, match="converted again"):
         load_backbone(str(folder), "cpu")
     assert len(list(cache.iterdir())) == 1, "a conversion that failed leaves nothing"
+
+
+def test_a_conversion_that_another_process_ends_first_is_used(folder, cache, monkeypatch):
+    """As under torchrun, where each process converts the same files, and one is last."""
+    (folder / WEIGHTS).write_bytes(b"weights")
+    first = [True]
+
+    def read(_files: list[Path], target: Path, _size: int, _name: str) -> None:
+        (target / "pytorch_model.safetensors").write_bytes(b"last")
+        if first.pop():
+            first.append(False)
+            (Path(with_safetensors(str(folder), "model")) / "by the other process").touch()
+
+    monkeypatch.setattr(bin_weights, "_read", read)
+    copy = Path(with_safetensors(str(folder), "model"))
+    assert list(cache.iterdir()) == [copy] and (copy / "by the other process").exists()
 
 
 @pytest.mark.loads

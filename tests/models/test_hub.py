@@ -71,6 +71,20 @@ def test_without_a_network_the_cache_is_used_with_one_line(served, checkpoints, 
     assert capsys.readouterr().out == "", "the user chose to be offline"
 
 
+def test_without_a_network_each_revision_has_its_own_weights(served, monkeypatch, tmp_path):
+    """Also if another revision is newer in the cache than main."""
+    web = served()
+    shutil.copytree(tmp_path / "served", tmp_path / "older")
+    web.commits["v1"] = ("c" * 40, tmp_path / "older")
+    assert [hub.fetch(name)[-1] for name in (NAME, f"{NAME}@v1")] == ["a", "c"]
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert [hub.fetch(name)[-1] for name in (NAME, f"{NAME}@main", f"{NAME}@v1")] == ["a", "a", "c"]
+        with pytest.raises(ModelError, match="no complete copy"):
+            hub.fetch(f"{NAME}@v2")
+
+
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("offline", [False, True])
 def test_without_a_network_and_cache_there_is_one_error(monkeypatch, offline):
