@@ -37,6 +37,8 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
         if path.is_file():
             return path
         adapters = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
+        if not adapters and (path / BEST_NAME).is_file():
+            return path / BEST_NAME  # of a run that was killed before its end
     except OSError:  # the name is too long for the file system
         adapters = []
     if not adapters:
