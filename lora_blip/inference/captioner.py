@@ -10,12 +10,12 @@ from lora_blip.data.annotations import plain
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import InputError
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of
+from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
 from lora_blip.inference.setup import open_task, put_on, read_adapter, task_of
-from lora_blip.inference.shared_base import shared
+from lora_blip.inference.shared_base import SharedAdapter, shared
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import DTYPES
@@ -54,7 +54,7 @@ class Captioner:
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision)
         self.shared_base = shared(task.backbone.model)
-        self.adapter_name: str | None = None  # the name of the adapter on a shared base; None: all adapters of the base act
+        self.shared_adapter: SharedAdapter | None = None  # the adapter on a base that others use too
 
     @classmethod
     def from_adapter(
@@ -109,14 +109,19 @@ class Captioner:
 
     @classmethod
     def _on_loaded(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
-        """Return a captioner on a loaded base, which other code may use at the same time."""
-        name = shared(backbone.model).load(backbone, adapter) if adapter else None
+        """Return a captioner on a base that the caller may use for other things too."""
+        shared_adapter = shared(backbone.model).load(backbone, adapter) if adapter else None
         weights = next(backbone.model.parameters()).dtype
         own_precision = next((name for name, dtype in DTYPES.items() if dtype == weights), "fp32")
         precision = own_precision if config.precision == "auto" else config.precision
         captioner = cls(task_of(backbone, adapter, config), config.batch_size, precision, adapter)
-        captioner.adapter_name = name
+        captioner.shared_adapter = shared_adapter
         return captioner
+
+    @property
+    def adapter_name(self) -> str | None:
+        """Return the name of the adapter on a base that others use too."""
+        return self.shared_adapter.name if self.shared_adapter else None
 
     @property
     def task(self) -> str:
@@ -216,7 +221,7 @@ class Captioner:
         if not texts:
             self._require("vqa" if question else "caption")
         texts, question = self._checked_texts(texts, question) if texts else [], plain(question)
-        requests = ((check_input(image, name_of(image, n)), image, question) for n, image in enumerate(images))
+        requests = ((check_input(each, name_of(each, n)), snapshot(each), question) for n, each in enumerate(images))
         yield from self._predict(requests, texts, strict)
 
     # ---- checks and batches

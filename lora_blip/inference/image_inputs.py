@@ -28,9 +28,25 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
     """Return [(name, image)], and True if the caller gave one image and no list. Raise InputError as `check_input` does."""
     single = isinstance(images, SINGLE) or not isinstance(images, Iterable) or hasattr(images, "read")
-    listed = [images] if single else list(images)
+    is_iterator = not single and not isinstance(images, list | tuple)
+    listed = [images] if single else [snapshot(image) if is_iterator else image for image in images]
     names = [name_of(image, None if single else position) for position, image in enumerate(listed)]
     return [(check_input(image, name), image) for name, image in zip(names, listed, strict=True)], single
+
+
+def snapshot(image: Any) -> Any:
+    """Return an image of an iterator as it is now: an iterator may change it in place for its next item.
+
+    A video reader may write each frame into the same array, and the frames of an animation are one PIL image.
+    """
+    if isinstance(image, np.ndarray | bytearray | memoryview):
+        return bytes(image) if isinstance(image, memoryview) else image.copy()
+    if isinstance(image, Tensor):
+        return image.detach().clone()
+    try:
+        return image.copy() if isinstance(image, Image.Image) and getattr(image, "is_animated", False) else image
+    except Exception:  # a decoder can raise any error; `decode` reports it for this image
+        return image
 
 
 def name_of(image: Any, position: int | None) -> str:
@@ -105,7 +121,8 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
     try:
         with PIL_LOCK:
             image.load()
-        return to_rgb(upright(image))
+            turned = upright(image)  # Pillow parses EXIF at its first use, and another thread could read half of it
+        return to_rgb(turned)
     except Exception as error:  # decoders raise any error on damaged files
         reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
         raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None

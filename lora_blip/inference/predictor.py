@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_blip.data.example import Example
@@ -50,7 +51,8 @@ class AdapterPredictor(Predictor):
         return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter)
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
-        with self.base.active(task.backbone.model, self.adapter):
+        # without gradients: a block that records them changes what `routing` requires of the caller's training
+        with torch.no_grad(), self.base.active(task.backbone.model, self.adapter):
             if self.texts:
                 return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]
             scored = task.predict_scored(pictures, examples)

@@ -3,14 +3,22 @@
 import json
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
 
-from lora_blip.lora import adapter_file, attached
+from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
-from lora_blip.lora.routing import disable_adapters, use_adapters
+from lora_blip.lora.routing import use_adapters
 from lora_blip.models.loading import Backbone
+
+
+@dataclass(eq=False)
+class SharedAdapter:
+    """An adapter that captioners have put on a model. It stays on the model while one of them refers to this object."""
+
+    name: str
 
 
 class SharedBase:
@@ -19,24 +27,38 @@ class SharedBase:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # held while the model or its tokenizer is used
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
+        self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()  # by the same keys
 
-    def load(self, backbone: Backbone, adapter: Adapter) -> str:
-        """Return the name of an adapter on the model. Load the adapter first if no captioner has loaded it."""
-        key = json.dumps([str(adapter.path), adapter.metadata], default=str)
+    def load(self, backbone: Backbone, adapter: Adapter) -> SharedAdapter:
+        """Put an adapter on the model, unless a captioner has done so. Remove the adapters whose captioners are all deleted.
+
+        The adapter acts only in the calls of captioners. The caller's parameters keep their `requires_grad`.
+        """
+        key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata], default=str)
+        model = backbone.model
         with self.lock:
-            present = attached.names(backbone.model)
-            if self.names.get(key) not in present:
+            in_use = self.in_use.get(key)  # kept alive until it is returned
+            for unused in [each for each in self.names if each not in self.in_use]:
+                name = self.names.pop(unused)
+                if name in attached.names(model):
+                    injection.eject(model, name)
+            present = attached.names(model)
+            if in_use is None or in_use.name not in present:
                 name = next(name for n in range(1, len(present) + 2) if (name := f"captioner_{n}") not in present)
-                adapter_file.load(backbone, adapter, name)
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                try:
+                    adapter_file.load(backbone, adapter, name)
+                    attached.make_dormant(model, name)
+                finally:
+                    for parameter in trained:
+                        parameter.requires_grad_(True)
+                in_use = self.in_use[key] = SharedAdapter(name)
                 self.names[key] = name
-            return self.names[key]
+            return in_use
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a context in which only `adapter` acts. If it is None, only adapters act that no captioner loaded."""
-        if adapter is not None:
-            return use_adapters(model, adapter)
-        others = [name for name in attached.names(model) if name in self.names.values()]
-        return disable_adapters(model, *others) if others else nullcontext()
+        """Return a block in which `adapter` acts alone. If it is None, all act that no captioner has put on the model."""
+        return nullcontext() if adapter is None else use_adapters(model, adapter)
 
 
 BASES: "WeakKeyDictionary[nn.Module, SharedBase]" = WeakKeyDictionary()

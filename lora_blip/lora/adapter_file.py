@@ -97,7 +97,7 @@ def save(
     base_samples = backbone.samples if isinstance(backbone, Loaded) else None
     metadata = {
         "format_version": FORMAT_VERSION,
-        "sha256": _digest(tensors),
+        "sha256": digest(tensors),
         "lora": {
             "dropout": next(iter(loras.values())).dropout,
             "modules": {address: _entry(lora.site) for address, lora in loras.items()},
@@ -152,12 +152,12 @@ def read(path: str | Path) -> Adapter:
         reason = why(error) if isinstance(error, OSError) else cut(str(error))
         raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); copy it again") from None
     _check_values(path, tensors, sites)
-    if metadata.get("sha256", "") not in ("", _digest(tensors)):
+    if metadata.get("sha256", "") not in ("", digest(tensors)):
         raise AdapterError(f"{path} is damaged: its weights have changed since it was saved; copy it again")
     return Adapter(path, tensors, metadata)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the values, in the order of their names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):

@@ -101,9 +101,19 @@ def routing_of(model: nn.Module) -> AdapterRouting:
     routing: AdapterRouting = (busy or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(getattr(module, FAST, True) for module in model.modules())
     routing.used, routing.recorded = any(each.used for each in routings), any(each.recorded for each in routings)
+    routing.dormant = frozenset().union(*(each.dormant for each in routings))
     for stack in stacks:
         stack.routing = routing
     return routing
+
+
+def make_dormant(model: nn.Module, name: str) -> None:
+    """Let an adapter act only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not trained."""
+    routing = routing_of(model)
+    routing.dormant |= {name}
+    routing.used = True
+    for lora in adapters(model, name).values():
+        lora.requires_grad_(False)
 
 
 def every_adapter(model: nn.Module) -> Iterator[tuple[str, LoRA]]:

@@ -18,6 +18,7 @@ from lora_blip.lora.attached import (
     model_of,
     routing_of,
 )
+from lora_blip.lora.attached import names as attached_names
 from lora_blip.lora.layer import AdapterStack, LoRA, name_of
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.merging import fold_all, write_back
@@ -89,7 +90,8 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     hooked = adapted_linears(model)
     leaving = {path: {key for key in linear.lora if name in (None, name_of(key))} for path, linear in hooked.items()}
     staying = {path: linear.lora.merged - leaving[path] for path, linear in hooked.items()}
-    with routing_of(model).lock:
+    routing = routing_of(model)
+    with routing.lock:
         for path, linear in hooked.items():
             named = {name_of(key) for key in leaving[path]}
             if any(block.active.selects(each) for block in linear.lora.routing.blocks for each in named):
@@ -104,6 +106,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
                 del linear.lora[key]
             if not linear.lora:
                 detach(linear)
+        routing.dormant &= frozenset(attached_names(model))
     clear_if_bare(model)
 
 

@@ -95,24 +95,28 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
-        return [name_of(key) for key in self if key not in self.merged]
+        return [name_of(key) for key in self if not self.is_left_out(key)]
+
+    def is_left_out(self, key: str) -> bool:
+        """Return True for an adapter that is not in the state_dict: it is merged, or it belongs to a `Captioner`."""
+        return key in self.merged or (self.routing is not None and name_of(key) in self.routing.dormant)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return A and B of the unmerged adapters. Raise LoRAError if there are any inside `save_pretrained`."""
+        """Return the tensors of the adapters in `unmerged`. Raise LoRAError inside `save_pretrained` if there are any."""
         if self.unmerged:
             refuse_inside_save_pretrained(self.unmerged)
         destination = {} if destination is None else destination
         for key, adapter in self.items():
-            if key not in self.merged:
+            if not self.is_left_out(key):
                 adapter.state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)
         return destination
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the adapters. A merged adapter that is missing in the state_dict keeps its A and B."""
+        """Keep adapters that `state_dict` leaves out as they are, if their tensors are not in the state_dict."""
         super()._load_from_state_dict(state, prefix, *args)
-        for key in self.merged:
-            for name, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
-                state.setdefault(name, value)
+        for key in filter(self.is_left_out, self):
+            for half, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
+                state.setdefault(half, value)
 
 
 def name_of(key: str) -> str:

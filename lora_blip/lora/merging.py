@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
+from lora_blip.lora import attached
 from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, routing_of
 from lora_blip.lora.layer import AdapterStack, name_of
 from lora_blip.lora.mergeable import check_mergeable
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
-    """Replace W by W + Σ ΔW of the named adapters (of all, if no name is given). A second merge changes nothing.
+    """Replace W by W + Σ ΔW of the named adapters (of all but those of captioners, if no name is given).
 
-    ΔW is what `LoRA.delta_weight` returns, and the sum is computed in float32. The original W is kept for `restore`, and every
-    merge starts from it, not from a merged weight. If a merge fails, for example out of memory, every weight is put back.
+    A second merge changes nothing. ΔW is what `LoRA.delta_weight` returns, and the sum is computed in float32. The original W
+    is kept for `restore`, and every merge starts from it, not from a merged weight. If a merge fails, for example out of
+    memory, every weight is put back.
     Raise LoRAError for an unknown name, for a weight that cannot take the update (see `mergeable`), and for a sum that is not
     finite. Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
 
@@ -27,8 +29,9 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     model = model_of(model)
     check_names(model, names)
     with writing(model) as hooked:
-        keys = {p: m.lora.merged | {k for k in m.lora if not names or name_of(k) in names} for p, m in hooked.items()}
-        keys = {path: chosen for path, chosen in keys.items() if chosen}
+        chosen = names or set(attached.names(model)) - routing_of(model).dormant
+        keys = {p: m.lora.merged | {k for k in m.lora if name_of(k) in chosen} for p, m in hooked.items()}
+        keys = {path: some for path, some in keys.items() if some}
         check_mergeable(model, keys)
         fold_all(hooked, keys)
 
@@ -50,6 +53,7 @@ def restore(model: nn.Module | Loaded) -> None:
 def bake(model: nn.Module | Loaded) -> None:
     """Merge all adapters and remove them, with their hooks and the original weights. The model is then a plain one.
 
+    The adapters of captioners are removed without a merge; these captioners then raise LoRAError.
     The originals are kept in the CPU's memory until the last weight is written. If this fails, every weight is put back.
     Raise LoRAError as `merge` does. In peft: `merge_and_unload`.
 
@@ -58,7 +62,9 @@ def bake(model: nn.Module | Loaded) -> None:
     """
     model = model_of(model)
     with writing(model) as hooked:
-        keys = {path: frozenset(linear.lora) for path, linear in hooked.items()}
+        dormant = routing_of(model).dormant
+        keys = {path: frozenset(k for k in linear.lora if name_of(k) not in dormant) for path, linear in hooked.items()}
+        keys = {path: some for path, some in keys.items() if some}
         check_mergeable(model, keys)
         fold_all(hooked, keys, torch.device("cpu"))
         for linear in hooked.values():

@@ -50,15 +50,16 @@ ALL_ACTIVE = ActiveAdapters()
 class AdapterRouting:
     """The routing that all linears of a model share. `active` returns the adapters of the current thread or task."""
 
-    def __init__(self, fast: bool = True) -> None:
+    def __init__(self, fast: bool = True, dormant: frozenset[str] = frozenset()) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
-        self.used = False  # True once a block was entered: from then on, `lora_hook` calls `add_updates`
+        self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
+        self.used = bool(dormant)  # True once a block was entered: from then on, `lora_hook` calls `add_updates`
         self.recorded = False  # True once gradients were recorded in a block
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
 
-    def __reduce__(self) -> tuple[type, tuple[bool]]:
-        return AdapterRouting, (self.fast,)  # a copy of a model is in no block
+    def __reduce__(self) -> tuple[type, tuple[bool, frozenset[str]]]:
+        return AdapterRouting, (self.fast, self.dormant)  # a copy of a model is in no block
 
     @property
     def block(self) -> Optional["Block"]:
@@ -78,14 +79,16 @@ class AdapterRouting:
         """Return True if every adapter acts on every row."""
         block = self.block
         self._check(block)
-        return block is None or block.active is ALL_ACTIVE
+        return not self.dormant and (block is None or block.active is ALL_ACTIVE)
 
     def add_updates(self, stack: AdapterStack, x: Tensor, output: Tensor) -> Tensor:
         """Return y + Σ (alpha / r) · B A x, in which each adapter adds its update to the rows on which it acts.
 
         x: the input of a linear (rows, …). output: its output y. This is the loop of `lora_hook`, with rows.
         """
-        if stack.merged and not self.everyone:
+        block = self.block
+        self._check(block)
+        if stack.merged and block is not None and block.active is not ALL_ACTIVE:
             raise LoRAError(
                 "adapters were merged after they had been chosen or disabled here; call lora_blip.restore(model) first"
             )
@@ -101,13 +104,11 @@ class AdapterRouting:
         """Return the rows of x (rows, …) on which an adapter acts: ALL, a tensor of row numbers, or None for no row."""
         block = self.block
         self._check(block)
-        if block is None:
-            return ALL
-        active = block.active
+        active = ALL_ACTIVE if block is None else block.active
         if name in active.off or active.alone not in ("", name):
             return None
-        if not active.count:
-            return ALL
+        if block is None or not active.count:
+            return None if name in self.dormant and name != active.alone else ALL
         return row_numbers(active.rows.get(name), active, x, block.batch if block.recomputes else call_batch())
 
     def _check(self, block: Optional["Block"]) -> None:

@@ -271,13 +271,14 @@ def without_gradients(parameters: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(task: BaseTask) -> Iterator[None]:
-    """Put the model into eval mode inside the block."""
-    training = task.backbone.model.training
+    """Put the model into eval mode inside the block. Each module then has its own mode again."""
+    training = [module for module in task.backbone.model.modules() if module.training]
     task.backbone.model.eval()
     try:
         yield
     finally:
-        task.backbone.model.train(training)
+        for module in training:
+            module.training = True
 
 
 @contextmanager

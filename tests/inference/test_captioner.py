@@ -1,22 +1,26 @@
 """`Captioner`: what it accepts, the order and the errors of a list, its scores, and threads that share it."""
 
 import asyncio
+import copy
 import io
 import itertools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import lora_blip
-from lora_blip.errors import ImageError, InputError
+from lora_blip.errors import ImageError, InputError, LoRAError
 from lora_blip.inference.captioner import Captioner
-from lora_blip.lora import attached
+from lora_blip.inference.image_inputs import open_input
+from lora_blip.lora import adapter_file, attached
 from lora_blip.models.loading import as_backbone, load_backbone
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
@@ -143,6 +147,49 @@ def test_a_stream_reads_a_batch_ahead_and_no_more(captioner, photos):
         while True:
             received.append(next(stream).image)
     assert received == photos
+
+
+def test_an_iterator_may_write_each_image_into_the_same_object(captioner, photos):
+    """A video reader reuses its array, and the frames of an animation are one PIL image. Each has its own caption."""
+    frames = [Image.open(photo).convert("RGB").resize((96, 96)).quantize(64) for photo in photos]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+
+    def frame(number: int) -> Image.Image:
+        animation = Image.open(io.BytesIO(buffer.getvalue()))
+        animation.seek(number)
+        return animation.convert("RGB")
+
+    def reused(kind: Any) -> Any:
+        array = np.zeros((96, 96, 3), np.uint8)
+        image = kind(array)
+        for number in range(4):
+            array[:] = np.asarray(frame(number))
+            yield image
+
+    expected = [captioner(frame(number)).text for number in range(4)]
+    assert len(set(expected)) > 1
+    for kind in (np.asarray, lambda array: torch.from_numpy(array).permute(2, 0, 1)):
+        assert [p.text for p in captioner(reused(kind))] == expected
+        assert [p.text for p in captioner.stream(reused(kind))] == expected
+    animation = ImageSequence.Iterator(Image.open(io.BytesIO(buffer.getvalue())))
+    assert [p.text for p in captioner(animation)] == expected
+
+
+def test_threads_that_share_an_image_see_its_orientation(monkeypatch):
+    """Pillow parses EXIF at its first use. A second thread must not see the image without its EXIF meanwhile."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "red").save(buffer, "JPEG", exif=exif)
+    image, load = Image.open(buffer), Image.Exif.load
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.2)
+        load(*arguments)
+
+    monkeypatch.setattr(Image.Exif, "load", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert {each.size for each in pool.map(lambda _: open_input(image, "image"), range(4))} == {(20, 40)}
 
 
 # ---------------------------------------------------------------- scores
@@ -320,6 +367,64 @@ def test_captioners_share_a_base_and_each_has_its_own_adapter(workplace, monkeyp
     assert [p.text for p in plain(images)] == alone
     lora_blip.load_adapter(base, paths[1], name="mine")
     assert [p.text for p in plain(images)] == apart[1]
+
+
+def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, monkeypatch):
+    """Not the outputs, gradients, state_dict, trained parameters or modes, and not those of a copy or a merge."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    model, x = base.model, torch.randn(1, 3, 96, 96)
+    model.vision_model.requires_grad_(True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model.vision_model(x).last_hidden_state
+    captioner = Captioner.from_adapter("adapter1", base=base)
+    text = captioner("image_test/000.png").text
+    for each in (model, copy.deepcopy(model)):
+        assert torch.equal(each.vision_model(x).last_hidden_state, expected)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert model.state_dict().keys() == before.keys()
+    model.load_state_dict(before)
+    assert captioner("image_test/000.png").text == text
+    model.save_pretrained("saved")  # the base alone
+    model.train()
+    model.vision_model.eval()
+    captioner("image_test/000.png")
+    assert model.training and not model.vision_model.training
+    model.eval()
+    lora_blip.load_adapter(base, "adapter2", name="mine")
+    with lora_blip.use_adapters(model, "mine"):
+        alone = model.vision_model(x).last_hidden_state
+    assert torch.equal(model.vision_model(x).last_hidden_state, alone) and not torch.equal(alone, expected)
+    lora_blip.merge(model)
+    assert torch.allclose(model.vision_model(x).last_hidden_state, alone, atol=1e-4)
+    lora_blip.restore(model)
+    lora_blip.bake(model)
+    assert torch.allclose(model.vision_model(x).last_hidden_state, alone, atol=1e-4) and not attached.names(model)
+    with pytest.raises(LoRAError, match="no adapter 'captioner_1'"):
+        captioner("image_test/000.png")
+
+
+def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_captioners(workplace, monkeypatch):
+    """A service that replaces its adapter every hour does not grow, and a changed adapter is not the earlier one."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    content = adapter_file.read("adapter1/adapter.safetensors")
+    first = Captioner.from_adapter(content, base=base)
+    for factor in (2, 3, 4):
+        other: Any = None  # the one of the last round is deleted
+        scaled = {key: value * factor if key.endswith("B") else value for key, value in content.tensors.items()}
+        other = Captioner.from_adapter(replace(content, tensors=scaled), base=base)
+        assert other.adapter_name != first.adapter_name and len(attached.names(base.model)) == 2
+        lora = attached.adapters(base.model, str(other.adapter_name))
+        assert all(torch.equal(each.B, scaled[f"{address}.lora_B"]) for address, each in lora.items())
+    del other
+    lora_blip.eject(base, "captioner_2")
+    lora_blip.load_adapter(base, content, name="captioner_2")  # the caller's own, which acts
+    x = torch.randn(1, 3, 96, 96)
+    with lora_blip.use_adapters(base, "captioner_2"):
+        expected = base.model.vision_model(x).last_hidden_state
+    assert torch.equal(base.model.vision_model(x).last_hidden_state, expected)
 
 
 def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monkeypatch):
