@@ -195,7 +195,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         lambda _: lora_blip.inject("assets/tiny-blip", "vit"), LoRAError,  # type: ignore[arg-type]
         r"lora_blip\.load_backbone\('assets/tiny-blip'\) loads one",
     ),
-    "another order": (lambda backbone: lora_blip.find_targets("vit", backbone), LoRAError, "first argument is a str"),
+    "another order": (lambda backbone: lora_blip.find_targets("vit", backbone), LoRAError, "first argument is of type str"),
     "a module": (lambda b: lora_blip.inject(b, [b.model.vision_model]), LoRAError, r"lora_blip\.inject\(model, 'vit'\)"),
     "no path to save to": (lambda b: lora_blip.save_adapter(b, "a.safetensors"), AdapterError, "the path comes first"),
     "a base for an adapter": (
@@ -205,7 +205,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing": (lambda _: from_adapter(None), InputError, "base is empty; give one, such as base="),
     "no from_adapter": (lambda _: lora_blip.Captioner("latest"), InputError, r"Captioner\.from_adapter\('latest'\)"),
     "no processor": (lambda backbone: from_adapter(None, base=backbone.model), InputError, "processor=transformers"),
-    "another base": (lambda _: from_adapter(None, base=torch.nn.Linear(2, 2)), InputError, "base is a Linear; give a name"),
+    "another base": (lambda _: from_adapter(None, base=torch.nn.Linear(2, 2)), InputError, "base is of type Linear; give a name"),
 }  # fmt: skip
 
 

@@ -93,7 +93,8 @@ def test_only_results_are_on_stdout(monkeypatch, capsys):
 def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
     """Without a run, the message has the two other ways, before torch is needed."""
     status, lines, errors = run(monkeypatch, capsys, "caption", "photos/0.png")
-    assert (status, lines) == (2, []) and "no adapter at 'lora_blip_output'" in errors
+    assert (status, lines) == (2, []) and f"no adapter at 'lora_blip_output' in {str(here)!r}" in errors
+    assert "--model assets/tiny-blip-vqa" in run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION)[2]
     assert "--adapter none --model assets/tiny-blip" in errors and errors.count("\n") == 1
     adapter = here / "lora_blip_output" / "run" / "adapter.safetensors"
     adapter.parent.mkdir(parents=True)
@@ -103,6 +104,8 @@ def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
     assert (status, lines) == (0, [f"photos/0.png: {captioner('photos/0.png').text}".rstrip()])
     assert f"lora_blip_output/run/adapter.safetensors, base {checkpoints['blip']}, cpu\n" in errors
     assert run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu", "--adapter", adapter)[1] == lines
+    errors = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--device", "cpu")[2]
+    assert "use lora-blip caption photo.jpg, or another model: --adapter none --model assets/tiny-blip-vqa" in errors
 
 
 def test_a_question_is_answered(here, monkeypatch, capsys):

@@ -103,7 +103,10 @@ def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImag
     kind = ""
     try:
         with content or open_regular(path, LARGEST_FILE) as file:
-            kind = kind_of(file.read(HEAD))
+            head = file.read(HEAD)
+            if not head:
+                raise UnreadableError("it is empty")
+            kind = kind_of(head)
             file.seek(0)
             _refuse_raw(path, kind)
             try:

@@ -26,7 +26,7 @@ COMMAND_OF = {  # task of an adapter → the command for it
     "vqa": 'lora-blip ask photo.jpg "what color is it?"',
     "retrieval": 'lora-blip rank photo.jpg "a red cube" "a blue cube"',
 }
-BASE_ALONE = "or use a base without an adapter: --adapter none --model assets/tiny-blip"
+BASE_OF = {"caption": "assets/tiny-blip", "vqa": "assets/tiny-blip-vqa", "retrieval": "assets/tiny-blip-itm"}  # embedded bases
 
 
 def argument(doc: str, metavar: str, several: bool = False) -> Any:
@@ -130,7 +130,9 @@ def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
         try:
             runs.locate(adapter)  # before the imports, which take seconds
         except AdapterError as error:
-            raise AdapterError(f"{error}; {BASE_ALONE}") from None
+            raise AdapterError(
+                f"{error}; or use a base without an adapter: --adapter none --model {BASE_OF[task or 'retrieval']}"
+            ) from None
     from lora_blip.inference.captioner import Captioner
 
     chosen = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base
@@ -138,7 +140,10 @@ def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
     path = captioner.adapter.path if captioner.adapter else "no adapter"
     print(printable(f"{path}, base {captioner.backbone.name}, {captioner.backbone.device}"), file=sys.stderr, flush=True)
     if task and captioner.task != task:
-        raise ConfigError(f"the task of this model is {captioner.task}; use {COMMAND_OF[captioner.task]}")
+        raise ConfigError(
+            f"the task of this model is {captioner.task}; use {COMMAND_OF[captioner.task]}, "
+            f"or another model: --adapter none --model {BASE_OF[task]}"
+        )
     return captioner
 
 

@@ -60,7 +60,7 @@ def check_input(image: Any, name: str) -> str:
     """Return `name`. Raise InputError, with the fix, if an image has a type, shape, dtype or range that is not accepted."""
     if not isinstance(image, SINGLE):
         fix = "; give file.read()" if hasattr(image, "read") else ""
-        raise InputError(f"{name} is a {type(image).__name__}; expected {ACCEPTED}{fix}")
+        raise InputError(f"{name} is of type {type(image).__name__}; expected {ACCEPTED}{fix}")
     if isinstance(image, np.ndarray | Tensor):
         _check_shape(image, name)
         _check_values(image, name)

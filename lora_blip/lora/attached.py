@@ -39,7 +39,7 @@ def model_of(model: nn.Module | Loaded) -> nn.Module:
         inner: nn.Module = model.model
         return inner
     hint = f"; lora_blip.load_backbone({model!r}) loads one" if isinstance(model, str) else ""
-    raise LoRAError(f"the first argument is a {type(model).__name__}; give a backbone, or a model of transformers{hint}")
+    raise LoRAError(f"the first argument is of type {type(model).__name__}; give a backbone, or a model of transformers{hint}")
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, LoRA]:

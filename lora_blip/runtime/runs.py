@@ -42,8 +42,9 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     except OSError:  # the name is too long for the file system
         adapters = []
     if not adapters:
+        folder = "" if path.is_absolute() else f" in {str(Path.cwd())!r}"
         raise AdapterError(
-            f"no adapter at {str(path)!r}; train one: lora-blip train (or python train.py); or give the path of one"
+            f"no adapter at {str(path)!r}{folder}; train one: lora-blip train (or python train.py); or give the path of one"
         )
     last = max(adapters, key=lambda p: p.stat().st_mtime)
     best = last.with_name(BEST_NAME)

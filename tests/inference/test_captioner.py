@@ -71,10 +71,10 @@ def test_every_kind_of_image_has_the_caption_and_the_score_of_its_file(captioner
 
 
 NOT_IMAGES: dict[str, tuple[Any, str]] = {
-    "None": (None, "is a NoneType; expected a path, a PIL image"),
-    "a number": (3, "is a int; expected a path"),
-    "a list": ([1, 2], "is a list; expected a path"),
-    "an open file": (io.BytesIO(b""), r"is a BytesIO; .*; give file\.read\(\)"),
+    "None": (None, "is of type NoneType; expected a path, a PIL image"),
+    "a number": (3, "is of type int; expected a path"),
+    "a list": ([1, 2], "is of type list; expected a path"),
+    "an open file": (io.BytesIO(b""), r"is of type BytesIO; .*; give file\.read\(\)"),
     "a batch": (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\); for a batch, give a list of images: list\(images\)"),
     "channels first": (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); .*; give image\.transpose\(1, 2, 0\)"),
     "channels last": (torch.zeros(8, 8, 3), r"a tensor of shape \(8, 8, 3\); .*; give image\.permute\(2, 0, 1\)"),
@@ -116,6 +116,7 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
         else:
             assert (prediction.text, prediction.error) == (alone[image], "")
     assert captioner("nowhere.jpg").error == "nowhere.jpg does not exist"
+    assert captioner(b"").error == "the image is not a usable image: it is empty"
     with pytest.raises(ImageError, match=r"nowhere\.jpg does not exist"):
         captioner([photos[0], "nowhere.jpg"], strict=True)
 
