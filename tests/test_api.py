@@ -205,7 +205,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing": (lambda _: from_adapter(None), InputError, "base is empty; give one, such as base="),
     "no from_adapter": (lambda _: lora_blip.Captioner("latest"), InputError, r"Captioner\.from_adapter\('latest'\)"),
     "no processor": (lambda backbone: from_adapter(None, base=backbone.model), InputError, "processor=transformers"),
-    "another base": (lambda _: from_adapter(None, base=torch.nn.Linear(2, 2)), InputError, "base is of type Linear; give a name"),
+    "another base": (lambda _: from_adapter(None, base=torch.nn.Linear(2, 2)), InputError, "base is of type Linear; give"),
 }  # fmt: skip
 
 
