@@ -54,9 +54,8 @@ def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_la
     """Run a micro-batch forward and backward, and add its gradients to those of the step."""
     with learner.forward_context(slot, is_last):  # seeded dropout, autocast
         loss = learner.objective(batch) / learner.label_count  # mean over the whole step: k micro-batches equal one batch
-    loss = (
-        loss * 0.0 if slot.is_filler else loss
-    )  # a filler repeats a micro-batch with loss 0, so that all processes have the same number
+    if slot.is_filler:  # it repeats a micro-batch, so that all processes have the same number of them
+        loss = loss * 0.0
     learner.loss += loss.detach()  # for metrics.jsonl
     learner.scaler.scale(loss).backward()  # fp16: times the loss scale, so that small gradients do not become zero
     learner.progress.slot += 1
