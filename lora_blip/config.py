@@ -8,13 +8,11 @@ from typing import Any, Literal, get_args, get_origin
 from lora_blip.errors import ConfigError
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
-
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 LARGEST_INT = 2**31 - 1
 LARGEST = {  # largest sensible values, by setting
-    "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024,
+    "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
-    "min_improvement": 1e6,
 }  # fmt: skip
 ABOVE_ZERO = (  # settings of training that must be above zero
     "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",

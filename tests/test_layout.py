@@ -91,6 +91,19 @@ def test_no_two_classes_share_a_name() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_files_and_functions_are_short() -> None:
+    """A file is read in one sitting, a function on one screen, and the first file on LoRA on two pages."""
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > (120 if name == "lora.layer" else 300)} == {}
+    functions = {
+        f"{name}:{node.name}": node.end_lineno - node.lineno + 1
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    }
+    assert {name: length for name, length in functions.items() if length > 60} == {}
+
+
 def test_the_code_map_is_what_its_command_writes() -> None:
     """The import graph in docs/code_map.md is that of the source."""
     page = (PACKAGE.parent / "docs" / "code_map.md").read_text(encoding="utf-8")

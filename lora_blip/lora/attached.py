@@ -13,10 +13,10 @@ from torch import nn
 from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import forget_batch, note_batch
 from lora_blip.lora.fused import PendingInput, fused_hook, fused_pre_hook
-from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook, name_of
+from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
-from lora_blip.lora.sites import Site
+from lora_blip.lora.sites import Site, name_of
 
 FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
 

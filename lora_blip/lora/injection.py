@@ -19,11 +19,11 @@ from lora_blip.lora.attached import (
     routing_of,
 )
 from lora_blip.lora.attached import names as attached_names
-from lora_blip.lora.layer import AdapterStack, LoRA, name_of
+from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.merging import fold_all, write_back
 from lora_blip.lora.save_guard import guard
-from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites
+from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, name_of
 from lora_blip.lora.targets import find
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.save_guard import refuse_inside_save_pretrained
-from lora_blip.lora.sites import Site
+from lora_blip.lora.sites import Site, name_of
 
 
 class LoRA(nn.Module):
@@ -117,8 +117,3 @@ class AdapterStack(nn.ModuleDict):
         for key in filter(self.is_left_out, self):
             for half, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
                 state.setdefault(half, value)
-
-
-def name_of(key: str) -> str:
-    """Return the adapter's name in a key of `AdapterStack`."""
-    return key.split(":")[0]

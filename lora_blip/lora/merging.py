@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lora_blip.errors import LoRAError
 from lora_blip.lora import attached
 from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, routing_of
-from lora_blip.lora.layer import AdapterStack, name_of
+from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.mergeable import check_mergeable
+from lora_blip.lora.sites import name_of
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:

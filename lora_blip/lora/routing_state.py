@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import CallBatch, call_batch
-from lora_blip.lora.layer import AdapterStack, name_of
+from lora_blip.lora.layer import AdapterStack
+from lora_blip.lora.sites import name_of
 
 
 class Everywhere(Enum):

@@ -164,6 +164,11 @@ def _check_place(site: Site, linear: Any) -> None:
         raise LoRAError(f"{site.module!r} already has another attribute 'lora'; leave this module out of the targets")
 
 
+def name_of(key: str) -> str:
+    """Return the adapter's name in a key of `AdapterStack`."""
+    return key.split(":")[0]
+
+
 def _alias(model: nn.Module, path: str) -> str:
     """Return a hint with the right name if `path` is a second name of a shared module, or ""."""
     every = dict(model.named_modules(remove_duplicate=False))

@@ -3,8 +3,7 @@
 The fast modules compute the same results as transformers, in another order of sums. A new version of a library, another device
 or another base can break that without an error. So each new combination is checked once on each machine, with one real
 micro-batch. Before training, both ways compute logits, loss and the gradients of the adapters. Before prediction, they compute
-tokens and their logits, ranked texts and features. If the results differ by more than rounding, the fast path is switched off
-for the run.
+tokens and their logits, ranked texts and features. If they differ by more than rounding, the fast path is off for the run.
 """
 
 import time
