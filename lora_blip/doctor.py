@@ -24,6 +24,8 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "metrics": ("pycocoevalcap",),
     "tensorboard": ("tensorboard",),
+    "excel": ("openpyxl",),
+    "parquet": ("pyarrow",),
     "dev": ("pytest", "peft", "selenium", "ruff", "mypy"),
 }
 BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "assets/tiny-blip-itm")

@@ -147,7 +147,7 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
         (run_infer, ["--images", "nothing/*.png"], "no image found"),
         (run_infer, ["--adapter", "none"], "set MODEL"),
         (run_train, train_flags(blip, source, targets="text_decoder.cls.predictions.decoder"), "shares its weight with"),
-        (run_train, train_flags(blip, source, targets="vit:r=0"), "r is a whole number"),
+        (run_train, train_flags(blip, source, targets="vit:r=0"), "r must be a whole number"),
         (run_train, train_flags(blip, source, seed=-1), "seed = -1"),
         (run_train, train_flags(blip, source, **{"num-beams": 0}), "num_beams = 0"),
         (run_train, train_flags(blip, source, **{"max-new-tokens": 100}), "max_new_tokens = 100"),

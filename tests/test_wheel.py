@@ -55,7 +55,8 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
                 command = re.search(r'pip install "lora_blip\[(\w+)\]"', line)
                 assert command, f"{path}: {line}"
                 named.add(command[1])
-    assert named == {"plots", "metrics", "tensorboard"} <= extras.keys()
+    every = {"plots", "metrics", "tensorboard", "excel", "parquet"}
+    assert named == every <= extras.keys()
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -64,7 +65,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
     monkeypatch.setattr(doctor, "BASES", ())
     assert not doctor.examine()
     lines = capsys.readouterr().out.splitlines()
-    for extra in ("plots", "metrics", "tensorboard"):
+    for extra in every:
         assert sum(line.endswith(f'missing: pip install "lora_blip[{extra}]"') for line in lines) == 1
 
 

@@ -150,7 +150,9 @@ def test_a_damaged_file_and_a_crash_are_one_error(run, pa, tmp_path, monkeypatch
 def test_without_pyarrow_one_line_has_the_command(run, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "find_spec", lambda _: None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 something")
-    with pytest.raises(DataError, match=r"x\.parquet is a Parquet or Arrow file, .*: pip install pyarrow") as error:
+    with pytest.raises(
+        DataError, match=r'x\.parquet is a Parquet or Arrow file, .*: pip install "lora_blip\[parquet\]"'
+    ) as error:
         run(tmp_path / "x.parquet")
     assert len(str(error.value).splitlines()) == 1
 

@@ -173,3 +173,17 @@ def test_an_excel_workbook_is_read_as_a_table(folder, monkeypatch):
     (folder / "y.xlsx").write_bytes(b"PK\x03\x04 damaged")
     with pytest.raises(DataError, match="is not a readable Excel workbook"):
         annotations.read(folder / "y.xlsx")
+
+
+def test_a_real_workbook_gives_its_cells(folder):
+    """With a number, an empty row and an empty column at the end."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["File", "Caption"], ["1.png", "crème brûlée"], [], ["2.png", 7, None]):
+        book.active.append(row)
+    book.create_sheet("notes").append(["not", "read"])
+    book.save(folder / "x.xlsx")
+    assert [(e.name, e.text, e.line) for e in annotations.read(folder / "x.xlsx")[0]] == [
+        ("1.png", "crème brûlée", 2),
+        ("2.png", "7", 4),
+    ]

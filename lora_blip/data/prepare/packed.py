@@ -81,7 +81,7 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
     """Yield an entry for each caption or question of a Parquet or Arrow file, whose images are unpacked to `target`."""
     if find_spec("pyarrow") is None:
-        raise DataError(f"{path} is a Parquet or Arrow file, which needs another package: pip install pyarrow")
+        raise DataError(f'{path} is a Parquet or Arrow file, which needs another package: pip install "lora_blip[parquet]"')
     target.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", str(READER), str(target.absolute()), str(path), keys.image]
     with tempfile.TemporaryFile() as errors:
