@@ -70,7 +70,7 @@ def _remove_incomplete_line(path: Path) -> None:
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file. Raise OutputError, with the line number, if a line is not one of ours."""
+    """Yield the lines of a file. Raise OutputError, with the line number, if a line is not a prediction of `infer`."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -35,10 +35,10 @@ def main(target: Path, files: list[Path]) -> None:
 
 
 def refuse_compressed(file: Path) -> None:
-    """Raise ValueError if a zip file is compressed. torch.save does not compress. A small file could fill the memory."""
+    """Raise ValueError if a zip file is compressed. PyTorch does not compress. A small file could fill the memory."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is a compressed archive, not a file of torch.save")
+            raise ValueError("it is a compressed archive, not a file that PyTorch wrote")
 
 
 def checked(found: object, size: int) -> dict:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_blip.errors import ModelError
 from lora_blip.models.base_config import LARGEST_INDEX, read_json
-from lora_blip.runtime.files import make_whole, room_for
+from lora_blip.runtime.files import cache_folder, make_whole, room_for
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quoted, why
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -38,7 +38,7 @@ def with_safetensors(folder: str, name: str) -> str:
     if not files:
         return folder
     configs = [path for path in (Path(folder) / each for each in COPIED) if path.is_file()]
-    copy = cache_folder() / _key([*files, *configs])
+    copy = cache_folder() / "converted" / _key([*files, *configs])
     if not copy.is_dir():
         _convert(files, configs, copy, name)
     return str(copy)
@@ -64,11 +64,6 @@ def bin_files(folder: str, name: str) -> list[Path]:
                 f"the weights of {name!r} cannot be read: {quoted(each)}: {why(error)}; download it again"
             ) from None
     return [root / each for each in names]
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted checkpoints."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_blip" / "converted"
 
 
 def _key(files: list[Path]) -> str:

@@ -119,9 +119,7 @@ def _cached(repository: str, revision: str, name: str, reason: str) -> str:
     """Return the newest complete copy in the cache, and print one line. Raise ModelError if there is none."""
     root = _root(repository)
     for folder in _snapshots(root, revision):
-        if (folder / "config.json").exists() and any(
-            (folder / each).exists() for each in (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
-        ):
+        if (folder / "config.json").exists() and any((folder / each).exists() for each in ANY_WEIGHTS):
             if not constants.HF_HUB_OFFLINE:
                 print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
             return str(folder)

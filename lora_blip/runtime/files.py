@@ -71,6 +71,11 @@ def _is_sign(character: str) -> bool:
     return unicodedata.normalize("NFKC", character) in [*SIGNS]
 
 
+def cache_folder() -> Path:
+    """Return the folder of the user's cache for this package. Raise RuntimeError if the user has no home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_blip"
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:

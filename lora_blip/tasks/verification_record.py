@@ -1,7 +1,6 @@
 """The record of what `verification` has checked on this machine: one small file for each combination."""
 
 import json
-import os
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import transformers
 from lora_blip.lora import attached, fingerprint
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.models.loading import Backbone
-from lora_blip.runtime.files import write_whole
+from lora_blip.runtime.files import cache_folder, write_whole
 from lora_blip.tasks.base import BaseTask
 from lora_blip.tasks.differences import Difference
 from lora_blip.version import __version__
@@ -43,8 +42,7 @@ def key_of(task: BaseTask, base: str, precision: str, settings: dict[str, Any]) 
 
 def path_of(key: dict[str, Any]) -> Path:
     """Return the file that records that a key has been checked on this machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lora_blip" / "verified" / f"{fingerprint.digest_of(key)[:32]}.json"
+    return cache_folder() / "verified" / f"{fingerprint.digest_of(key)[:32]}.json"
 
 
 def is_verified(key: dict[str, Any]) -> bool:

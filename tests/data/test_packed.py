@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from lora_blip.data import annotations
 from lora_blip.data.prepare import packed
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
+from tests.support.shards import packed as tar_of
 
 Lines = list[dict]
 
@@ -169,21 +169,11 @@ def test_training_on_a_packed_file_prints_the_command(tmp_path):
 # ---------------------------------------------------------------- tar shards
 
 
-def shard(path: Path, **files: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
 def test_img2dataset_s_shards_are_unpacked(run, tmp_path, capsys):
     failed = json.dumps({"status": "failed", "caption": "x"}).encode()
     first = {"000.jpg": png(1), "000.json": b"{}", "000.txt": b"one", "001.json": failed}
-    shard(tmp_path / "set" / "00000.tar", **first)
-    shard(tmp_path / "set" / "00001.tar", **{"002.json": json.dumps({"caption": "two"}).encode(), "002.jpg": png(2)})
+    tar_of(tmp_path / "set" / "00000.tar", first)
+    tar_of(tmp_path / "set" / "00001.tar", {"002.json": json.dumps({"caption": "two"}).encode(), "002.jpg": png(2)})
     (tmp_path / "set" / "00000.parquet").write_bytes(b"PAR1 only a table of the addresses")
     (tmp_path / "set" / "00000_stats.json").write_text("{}")
     assert pairs(run(tmp_path / "set")["train"]) == [(1, "one"), (2, "two")]
@@ -193,7 +183,7 @@ def test_img2dataset_s_shards_are_unpacked(run, tmp_path, capsys):
 
 
 def test_a_damaged_shard_is_an_error_that_names_the_last_good_sample(run, tmp_path):
-    path = shard(tmp_path / "a.tar", **{"000.png": png(1), "000.txt": b"one", "001.png": png(2), "001.txt": b"two" * 200})
+    path = tar_of(tmp_path / "a.tar", {"000.png": png(1), "000.txt": b"one", "001.png": png(2), "001.txt": b"two" * 200})
     os.truncate(path, 512 * 6 + 100)
     with pytest.raises(DataError, match=r"after '000': the shard cannot be read further \(.*\); download it again"):
         run(path)
@@ -201,12 +191,12 @@ def test_a_damaged_shard_is_an_error_that_names_the_last_good_sample(run, tmp_pa
 
 
 def test_a_name_in_a_shard_never_leaves_the_folder(run, tmp_path):
-    path = shard(tmp_path / "a.tar", **{"../../evil.png": png(1), "../../evil.txt": b"one"})
+    path = tar_of(tmp_path / "a.tar", {"../../evil.png": png(1), "../../evil.txt": b"one"})
     (line,) = run(path)["train"]
     assert line["image"].startswith("images/") and not (tmp_path.parent / "evil.png").exists()
 
 
 def test_an_image_without_a_caption_in_its_shard_is_named(run, tmp_path):
-    path = shard(tmp_path / "a.tar", **{"000.png": png(1), "001.png": png(2), "001.txt": b"two"})
+    path = tar_of(tmp_path / "a.tar", {"000.png": png(1), "001.png": png(2), "001.txt": b"two"})
     with pytest.raises(DataError, match=r"a\.tar: 000: it has no caption; a \.txt of the same name is missing"):
         run(path)

@@ -35,6 +35,7 @@ from lora_blip.runtime import lock, signals
 from lora_blip.tasks.caption import CaptionTask
 from tests.support import tiny
 from tests.support.kill import among, forked
+from tests.support.shards import packed
 
 FILES = (output.FILE_NAME, output.ERRORS_NAME)
 COUNT, BROKEN = 23, (3, 8, 22)  # of the photos
@@ -187,16 +188,6 @@ def test_braces_are_expanded_as_webdataset_does():
 
 
 # ---------------------------------------------------------------- shards
-
-
-def packed(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def png(number: int) -> bytes:

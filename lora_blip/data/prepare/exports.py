@@ -90,7 +90,7 @@ def studio_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001
         image = _studio_image(data)
         texts = list(_studio_texts(f"[{index}]", task["annotations"]))
         if not texts:
-            yield f"[{index}]", LeftOut("a task that nobody has annotated with a text")
+            yield f"[{index}]", LeftOut("a task without an annotated text")
         for place, text in texts:
             question = as_text(data.get("question"))
             yield place, {"image": image} | ({"question": question, "answers": [text]} if question else {"text": text})
@@ -124,7 +124,7 @@ def studio_min_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: AR
         text = text.get("text") if isinstance(text, dict) else text
         question = as_text(entry.get("question"))
         if not text:
-            yield f"[{index}]", LeftOut("a task that nobody has annotated with a text")
+            yield f"[{index}]", LeftOut("a task without an annotated text")
         for each in text if isinstance(text, list) else [text] if text else []:
             words = {"question": question, "answers": [each]} if question else {"text": each}
             yield f"[{index}]", {"image": _studio_image(entry)} | words
