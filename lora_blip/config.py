@@ -1,19 +1,13 @@
 """The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
-import math
-import os
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Literal
 
 from lora_blip.errors import ConfigError
+from lora_blip.runtime.settings import check, require, setting
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
-LARGEST_INT = 2**31 - 1
-LARGEST = {  # largest sensible values, by setting
-    "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
-    "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
-}  # fmt: skip
 ABOVE_ZERO = (  # settings of training that must be above zero
     "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",
 )  # fmt: skip
@@ -21,22 +15,6 @@ AT_LEAST_ZERO = (
     "lr", "checkpoint_seconds", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "validate_every",
     "patience", "max_new_tokens", "min_improvement", "views", "cache_gb", "image_size",
 )  # fmt: skip
-
-
-def setting(default: Any, doc: str, group: str = "", path: Literal["", "always", "if it exists"] = "") -> Any:
-    """Return a dataclass field for a setting.
-
-    doc: the only source of the setting's help text. `--help` prints it, and it is the comment in train.py or infer.py:
-        `python -m benchmarks.studies.script_settings` writes those lines. Names of settings are in capitals.
-    group: the heading above the setting, if it is the first of a group.
-    path: whether a value of a script is a path that is relative to the script's folder. In a path, ~ and $HOME are expanded.
-    """
-    return field(default=default, metadata={"doc": doc, "group": group, "path": path})
-
-
-def settings_of(kind: Any) -> list[Field[Any]]:
-    """Return the fields of a config class that are settings, in their order."""
-    return [entry for entry in fields(kind) if "doc" in entry.metadata]
 
 
 @dataclass(frozen=True)
@@ -267,34 +245,3 @@ def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
         raise ConfigError(
             "model is empty, and without an adapter there is no default; set MODEL (--model assets/tiny-blip), or the adapter"
         )
-
-
-def check(config: Any) -> None:
-    """Raise ConfigError if a field has a wrong type, is not finite, or is too large."""
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
-            value = ",".join(value)
-            object.__setattr__(config, "targets", value)
-        if get_origin(entry.type) is Literal:
-            require(value in get_args(entry.type), entry.name, value, f"one of {', '.join(get_args(entry.type))}")
-        elif entry.type is float and type(value) is int:
-            require(abs(value) < 1e30, entry.name, value, "a smaller number")
-            object.__setattr__(config, entry.name, float(value))
-        elif type(value) is not entry.type:
-            raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
-        if isinstance(value, str):
-            if entry.metadata.get("path") and value.startswith(("~", "$")):
-                value = ",".join(os.path.expandvars(os.path.expanduser(part)) for part in value.split(","))  # noqa: PTH111
-                object.__setattr__(config, entry.name, value)
-            require("\0" not in value, entry.name, value, "a text without a NUL character")
-        elif entry.type in (int, float):
-            require(math.isfinite(value), entry.name, value, "a finite number")
-            largest = LARGEST.get(entry.name, LARGEST_INT)
-            require(value <= largest, entry.name, value, f"at most {largest:,}")
-
-
-def require(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ConfigError, with the name and the value of the setting, if a condition does not hold."""
-    if not holds:
-        raise ConfigError(f"{name} = {value!r}: expected {expected}")

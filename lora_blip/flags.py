@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from lora_blip.config import settings_of
 from lora_blip.errors import ConfigError
+from lora_blip.runtime.settings import settings_of
 
 Settings = TypeVar("Settings")
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # a setting in a help text

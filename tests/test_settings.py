@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies.script_settings import SCRIPTS, rewritten
-from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig, settings_of
+from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.flags import parse
+from lora_blip.runtime.settings import settings_of
 from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

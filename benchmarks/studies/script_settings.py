@@ -7,7 +7,8 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from lora_blip.config import InferConfig, TrainConfig, settings_of
+from lora_blip.config import InferConfig, TrainConfig
+from lora_blip.runtime.settings import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"train.py": TrainConfig, "infer.py": InferConfig}

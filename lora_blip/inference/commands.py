@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lora_blip.config import setting
 from lora_blip.errors import AdapterError, ConfigError
 from lora_blip.runtime import runs
+from lora_blip.runtime.settings import setting
 from lora_blip.runtime.untrusted import printable
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_blip.config import LARGEST
 from lora_blip.errors import LoRAError, TargetError
 from lora_blip.lora import attached, injection, targets
 from lora_blip.lora.routing import use_adapters
 from lora_blip.lora.sites import MOST_RANK, Site
+from lora_blip.runtime.settings import LARGEST
 from tests.support.networks import line, plus
 
 NAN, INF = float("nan"), float("inf")

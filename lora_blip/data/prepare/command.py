@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lora_blip.config import check, require, setting
 from lora_blip.data.annotations import LISTED, many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import Keys, LeftOut, Location
@@ -20,6 +19,7 @@ from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
+from lora_blip.runtime.settings import check, require, setting
 from lora_blip.runtime.untrusted import printable
 
 SIDES = ("train", "val", "test")
