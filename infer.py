@@ -7,7 +7,7 @@ TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the adapter's task, or
 
 # Input
 IMAGES = "image_test"  # a file, a folder, a glob, a list (.txt, .jsonl) or shards ("shards/{0000..0031}.tar")
-QUESTION = ""  # vqa: a question about every image; or a file with lines {"image": …, "question": …}
+QUESTION = ""  # vqa: one question for all images, or a file with lines {"image": …, "question": …}
 TEXTS = ""  # rank these texts for every image: a file with a text per line, or texts separated by |
 PROMPT = ""  # start of every caption; empty: the adapter's prompt; "none": no prompt
 IMAGE_SIZE = 0  # side of the square images in pixels; 0: the adapter's setting, or the model's size
@@ -20,9 +20,9 @@ IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empt
 COMPARE = False  # run the base as well, and print both side by side
 
 # Generation
-MAX_NEW_TOKENS = 0  # most tokens of a text; 0: the adapter's setting, or 40
-NUM_BEAMS = 0  # beams; 0: the adapter's setting, or 1
-SAMPLE = False  # sample tokens at random instead of taking the likeliest
+MAX_NEW_TOKENS = 0  # largest number of generated tokens; 0: the adapter's setting, or 40
+NUM_BEAMS = 0  # beams of beam search; 0: the adapter's setting, or 1
+SAMPLE = False  # sample tokens at random; False: take the most likely token
 SEED = 0  # seed of sampling
 
 # Speed and memory
@@ -30,7 +30,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
 PRECISION = "auto"  # "fp16", "bf16" or "fp32"; "auto": the best for the device
 BATCH_SIZE = 16  # images per batch; halved if the device runs out of memory
 MERGE = True  # merge the adapter into the weights, which is faster; False: keep its hooks
-FAST = True  # faster attention and products, equal to transformers' up to rounding; False: transformers' own
+FAST = True  # faster attention and matrix products, equal to transformers' up to rounding; False: transformers' own
 
 if __name__ == "__main__":
     from lora_blip.cli import run_infer

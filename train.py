@@ -2,7 +2,7 @@
 
 # Base and task
 MODEL = "assets/tiny-blip"  # hub name or folder: "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"
-TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the natural task of the checkpoint
+TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the task that the checkpoint was trained for
 
 # Data
 ANNOTATIONS = "annotations.jsonl"  # lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
@@ -14,7 +14,7 @@ PROMPT = ""  # text before every caption, not in the loss; vqa: a template, "Que
 TARGETS = "vit"  # modules to adapt: "vit", "vit,qformer", "text", "lm", "vit.q,vit.v", "vit[8:12]", "text:r=4", a regex
 R = 8  # rank of the update
 ALPHA = 32.0  # the update is scaled by alpha / r
-DROPOUT = 0.0  # dropout on the adapters' input
+DROPOUT = 0.0  # probability with which dropout zeroes an element of the adapters' input
 
 # Training
 EPOCHS = 30  # passes over the training images
@@ -32,15 +32,15 @@ SEED = 0  # seed of the split, the order, the augmentation and the initial adapt
 
 # More: images
 IMAGE_SIZE = 0  # side of the square images in pixels, with interpolated positions; 0: the model's own size
-AUGMENT = True  # small random shift, scale and brightness; mirror, unless a text says left or right
-VIEWS = 0  # augmented versions of each image, used in turn and cached; 0: always a new one
+AUGMENT = True  # shift, scale and brighten images a little at random; also mirror, unless a text contains left or right
+VIEWS = 0  # number of augmented versions of each image, cached and used in turn; 0: a new version in every epoch
 VAL_ANNOTATIONS = ""  # annotations of the validation images; empty: VAL_FRACTION of the images
 IMAGE_KEY = ""  # column or key of the image path; empty: a common name, such as image or file_name
 TEXT_KEY = ""  # column or key of the text; empty: a common name, such as text or caption
 QUESTION_KEY = ""  # column or key of the question; empty: question
 ANSWER_KEY = ""  # column or key of the answers; empty: answers or answer
 ON_BAD_DATA = "stop"  # if a line of the annotations is invalid: "stop" or "skip" the line
-CHECK_IMAGES = "all"  # "all": decode each before the first step; "lazy": decode when needed, and stop at a broken one
+CHECK_IMAGES = "all"  # "all": decode all images before the first step; "lazy": decode when needed, stop at a broken image
 NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else 4
 
 # More: optimizer
@@ -53,22 +53,22 @@ MAX_SKIPPED = 10  # stop after this many steps in a row with a loss or gradient 
 VALIDATE_EVERY = 0  # steps between validations; 0: a tenth of the run, at least 10; the last step is always validated
 BEST_BY = "auto"  # score that selects best.safetensors: "loss", "exact_match", "cider" …; "auto": the task's
 PATIENCE = 0  # stop after this many validations without a better BEST_BY; 0: never
-MIN_IMPROVEMENT = 0.0001  # smallest gain in BEST_BY that PATIENCE counts as better
-MAX_NEW_TOKENS = 0  # most tokens of a generated text, stored in the adapter; 0: the longest text plus a margin
-NUM_BEAMS = 1  # beams of generation, in validation and stored in the adapter
+MIN_IMPROVEMENT = 0.0001  # smallest gain in BEST_BY that counts as better for PATIENCE
+MAX_NEW_TOKENS = 0  # largest number of generated tokens, stored in the adapter; 0: the longest text plus a margin
+NUM_BEAMS = 1  # beams of beam search, for validation and stored in the adapter; 1: greedy search
 
 # More: speed and memory
-FAST = True  # use faster attention, updates and packed texts; False: the plain computation, for comparison
+FAST = True  # faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison
 COMPILE = False  # torch.compile the ViT's blocks: a slower start, and faster steps on some machines
 CACHE_GB = 10.0  # GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache
 BASE_DTYPE = "auto"  # dtype of the frozen weights; "auto": 16 bits if the precision is fp16 or bf16
-CHECKPOINTING = False  # recompute activations in the backward pass: less memory, a third slower
+CHECKPOINTING = False  # recompute activations in the backward pass, which needs less memory and is a third slower
 SHARD = False  # shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU
 
 # More: checkpoints and logs
 CHECKPOINT_SECONDS = 60.0  # seconds between checkpoints; 0: after every micro-batch
 KEEP_CHECKPOINTS = 2  # number of newest checkpoints to keep
-ALLOW_CHANGED = False  # resume although settings, data or base have changed; the result differs
+ALLOW_CHANGED = False  # resume even if settings, data or base have changed; the result then differs
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 TENSORBOARD = False  # also write TensorBoard event files: pip install "lora_blip[tensorboard]"
 

@@ -1,7 +1,7 @@
 """LoRA fine-tuning for BLIP and BLIP-2 by forward hooks. To understand LoRA, start with `lora_blip/lora/layer.py`.
 
-The names below are imported when they are first used, so `import lora_blip` is quick. The examples in their docstrings begin
-with `backbone = lora_blip.load_backbone("assets/tiny-blip")`.
+The names below are imported when they are first used, so `import lora_blip` is quick. The examples in their docstrings start
+after `backbone = lora_blip.load_backbone("assets/tiny-blip")`.
 """
 
 from importlib import import_module
@@ -32,7 +32,7 @@ __all__ = [
     "restore", "save_adapter", "train", "use_adapters",
 ]  # fmt: skip
 
-PLACES = {  # name → its module, with its name there if that is another one
+EXPORTS = {  # public name → "module", or "module:name" if the module uses another name
     "Captioner": "inference.captioner", "Prediction": "inference.prediction",
     "load_backbone": "models.loading", "find_targets": "lora.targets:find", "LoRA": "lora.layer",
     "inject": "lora.injection", "eject": "lora.injection",
@@ -45,12 +45,12 @@ PLACES = {  # name → its module, with its name there if that is another one
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PLACES:
+    if name not in EXPORTS:
         raise AttributeError(f"module 'lora_blip' has no attribute {name!r}")
-    module, _, own = PLACES[name].partition(":")
-    value = globals()[name] = getattr(import_module(f"lora_blip.{module}"), own or name)
+    module, _, name_in_module = EXPORTS[name].partition(":")
+    value = globals()[name] = getattr(import_module(f"lora_blip.{module}"), name_in_module or name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *PLACES])
+    return sorted([*globals(), *EXPORTS])

@@ -23,19 +23,19 @@ DEPENDENCIES = ("torch", "transformers", "PIL", "numpy", "safetensors", "tqdm") 
 
 
 def run_train(script: dict[str, Any], doc: str | None) -> None:
-    """Train with the settings of train.py and its flags. Print one message for a user's error, not a traceback."""
+    """Train with the settings of train.py and the flags. Print one message for a LoraBlipError, without a traceback."""
     report_errors(lambda: start(COMMANDS["train"], script, doc=doc or ""))
 
 
 def run_infer(script: dict[str, Any], doc: str | None) -> None:
-    """Run inference with the settings of infer.py and its flags, with errors as in `run_train`."""
+    """Run inference with the settings of infer.py and the flags. Report errors as `run_train` does."""
     report_errors(lambda: start(COMMANDS["infer"], script, doc=doc or ""))
 
 
 def report_errors(run: Callable[[], None]) -> None:
     """Call `run`. If it raises LoraBlipError, print one message and exit with status 2. After Ctrl-C, exit with status 130."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and terminal_stream(stream) for stream in streams)  # None if the program has none
+    sys.stdout, sys.stderr = (stream and terminal_stream(stream) for stream in streams)  # a stream is None under pythonw
     try:
         run()
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def report_errors(run: Callable[[], None]) -> None:
         if is_lost_worker(error) or is_process_limit(error):
             for child in multiprocessing.active_children():
                 child.kill()  # loader workers ignore SIGTERM, and Python waits for them when it ends
-            sys.unraisablehook = lambda _: None  # a deleted loader starts a thread to end its workers, which fails
+            sys.unraisablehook = lambda _: None  # hide the error when a deleted loader cannot start its cleanup thread
             stop(RuntimeError(LOST_WORKER if is_lost_worker(error) else ADVICE))
         sys.excepthook = print_traceback
         raise
@@ -76,7 +76,7 @@ def terminal_stream(stream: Any) -> Any:
 
 
 class TerminalStream:
-    """A text stream to a terminal. It escapes unsafe text. If the reader is closed, as by `| head`, it discards the rest."""
+    """A text stream that escapes characters unsafe for a terminal. It discards output after its reader closes (`| head`)."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -93,7 +93,7 @@ class TerminalStream:
         self._ignore_closed(self.stream.flush)
 
     def _ignore_closed(self, write: Callable[[], object]) -> None:
-        """Call `write`. If the reader is gone, send this and all later output nowhere."""
+        """Call `write`. If the reader has closed the pipe, send this output and all later output to os.devnull."""
         try:
             write()
         except BrokenPipeError:
@@ -104,34 +104,34 @@ class TerminalStream:
 
 
 def missing_dependency(module: str) -> str:
-    """Return the message for a library that is not installed: the command that installs all of them into this Python."""
+    """Return a message that names the missing library, and the command that installs all dependencies into this Python."""
     repository = Path(__file__).resolve().parents[1]
     is_checkout = (repository / "pyproject.toml").is_file()
     project = f"-e {shlex.quote(str(repository))}" if is_checkout else "lora_blip"
     venv_python = repository / ".venv" / "bin" / "python"
     has_venv = is_checkout and venv_python.exists() and venv_python != Path(sys.executable)
-    other = f", or use the Python that `make` has set up: {shlex.quote(str(venv_python))}" if has_venv else ""
+    other = f", or use the Python that `make` installed: {shlex.quote(str(venv_python))}" if has_venv else ""
     return f"{module} is not installed; install it: {shlex.quote(sys.executable)} -m pip install {project}{other}"
 
 
 def print_traceback(*error: Any) -> None:
-    """Print an unexpected error as Python does, with its message escaped, because it may quote an untrusted file."""
+    """Print the traceback of an unexpected error. Escape unsafe characters: the message may quote an untrusted file."""
     traceback.print_exception(*error, file=TerminalStream(sys.stderr))
 
 
 def end_at_once(error: Exception) -> NoReturn:
-    """Print an error that follows the loss of another process, and end this process without Python's teardown.
+    """Print an error that follows the loss of another process, and exit at once with os._exit.
 
-    When Python frees the frames of the error, gloo sometimes waits forever for the lost process. The files of the run are
-    closed and its locks are released, because all its blocks have ended. So nothing is lost.
+    A normal exit frees the frames of the error, and gloo then sometimes waits forever for the lost process. No output is lost:
+    all `with` blocks of the run have ended, so its files are closed and its locks are released.
     """
     is_known = isinstance(error, LoraBlipError)
     if not is_known:
         print_traceback(type(error), error, error.__traceback__)
-    elif not isinstance(error, PeerError):  # the main process reports that one
+    elif not isinstance(error, PeerError):  # the main process prints a PeerError
         print_error(error)
     for child in multiprocessing.active_children():
-        child.kill()  # loader workers, which would otherwise wait for this process for seconds
+        child.kill()  # loader workers would otherwise wait some seconds for this process
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit(2 if is_known else 1)
@@ -153,7 +153,7 @@ def print_error(error: Exception) -> None:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """`doctor` has no settings."""
+    """The settings of `lora-blip doctor`: none."""
 
 
 def prepare_settings() -> type:
@@ -201,12 +201,12 @@ LOADING = "Loading torch and transformers (about 5 s, the first time longer) …
 
 
 class Command(NamedTuple):
-    """A command. Its functions import what they need, so that --help and invalid settings answer at once."""
+    """A command of `lora-blip`. Its functions import torch only when they run, so `--help` and errors in settings are quick."""
 
     summary: str
-    settings: Callable[[], type]  # returns a dataclass
-    run: Callable[[Any], bool | None]  # takes the settings, and returns False for exit status 1
-    slow_to_import: bool = True  # imports torch and transformers
+    settings: Callable[[], type]  # returns the dataclass of the settings
+    run: Callable[[Any], bool | None]  # called with the settings; False means exit status 1
+    slow_to_import: bool = True  # whether `run` imports torch and transformers
 
 
 COMMANDS = {
@@ -215,9 +215,11 @@ COMMANDS = {
     "rank": Command('rank texts: lora-blip rank photo.jpg "a cat" "a dog"', lambda: commands.RankConfig, commands.rank),
     "train": Command("train an adapter on images with texts", lambda: TrainConfig, train),
     "infer": Command(
-        "caption images, answer questions or rank texts, for a folder or millions of images", lambda: InferConfig, infer
+        "caption images, answer questions or rank texts, for one folder or for millions of images", lambda: InferConfig, infer
     ),
-    "evaluate": Command("compare base and adapter: scores with intervals, and report.html", lambda: EvaluateConfig, evaluate),
+    "evaluate": Command(
+        "compare the base and the adapter: scores with confidence intervals, and report.html", lambda: EvaluateConfig, evaluate
+    ),
     "prepare": Command(
         "convert common data formats to train, val and test JSONL, split by image",
         prepare_settings,
@@ -229,7 +231,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run `lora-blip COMMAND …`, which is also `python -m lora_blip COMMAND …`."""
+    """Run `lora-blip COMMAND …` or `python -m lora_blip COMMAND …`."""
     report_errors(lambda: run_command(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]))
 
 
@@ -248,9 +250,14 @@ def run_command(name: str, arguments: list[str]) -> None:
 def start(
     command: Command, script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
 ) -> None:
-    """Read the settings, print what starts, and run a command. The arguments are those of `flags.parse`."""
+    """Read the settings with `flags.parse`, and run the command. Raise SystemExit(1) if it returns False.
+
+    Print LOADING first if the command needs torch. The other parameters are passed to `flags.parse`.
+    """
     config: Any = parse(command.settings(), script, arguments, doc, program)
-    if command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # once under torchrun
+    if (
+        command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0"
+    ):  # torchrun: only process 0 prints it
         print(LOADING, file=sys.stderr, flush=True)
     if command.run(config) is False:
         raise SystemExit(1)
@@ -266,11 +273,11 @@ def overview() -> str:
 
 
 def refuse_command(name: str) -> NoReturn:
-    """Raise ConfigError that suggests the nearest command."""
+    """Raise ConfigError, whose message suggests the most similar command."""
     if name.startswith("-"):
-        raise ConfigError(f"{name} comes before a command; write the command first: lora-blip caption photo.jpg {name} …")
+        raise ConfigError(f"{name} comes before the command; write the command first: lora-blip caption photo.jpg {name} …")
     if os.path.lexists(name):
-        raise ConfigError(f"{name!r} is a file and not a command; did you mean lora-blip caption {shlex.quote(name)}?")
+        raise ConfigError(f"{name!r} is a file, not a command; did you mean lora-blip caption {shlex.quote(name)}?")
     raise ConfigError(
         f"{name!r} is not a command; did you mean {nearest(name, list(COMMANDS))}? "
         f"Commands are {', '.join(COMMANDS)}; each has --help"

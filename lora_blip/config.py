@@ -32,7 +32,7 @@ class TrainConfig:
         "assets/tiny-blip", 'hub name or folder: "Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b"',
         group="Base and task", path="if it exists",
     )  # fmt: skip
-    task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the natural task of the checkpoint')
+    task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the task that the checkpoint was trained for')
 
     annotations: str = setting(
         "annotations.jsonl", 'lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"',
@@ -48,7 +48,7 @@ class TrainConfig:
     )  # fmt: skip
     r: int = setting(8, "rank of the update")
     alpha: float = setting(32.0, "the update is scaled by alpha / r")
-    dropout: float = setting(0.0, "dropout on the adapters' input")
+    dropout: float = setting(0.0, "probability with which dropout zeroes an element of the adapters' input")
 
     epochs: int = setting(30, "passes over the training images", group="Training")
     max_steps: int = setting(0, "stop after this number of optimizer steps; 0: after the epochs")
@@ -67,8 +67,12 @@ class TrainConfig:
     image_size: int = setting(
         0, "side of the square images in pixels, with interpolated positions; 0: the model's own size", group="More: images"
     )
-    augment: bool = setting(True, "small random shift, scale and brightness; mirror, unless a text says left or right")
-    views: int = setting(0, "augmented versions of each image, used in turn and cached; 0: always a new one")
+    augment: bool = setting(
+        True, "shift, scale and brighten images a little at random; also mirror, unless a text contains left or right"
+    )
+    views: int = setting(
+        0, "number of augmented versions of each image, cached and used in turn; 0: a new version in every epoch"
+    )
     val_annotations: str = setting("", "annotations of the validation images; empty: VAL_FRACTION of the images", path="always")
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
@@ -76,7 +80,7 @@ class TrainConfig:
     answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the annotations is invalid: "stop" or "skip" the line')
     check_images: Literal["all", "lazy"] = setting(
-        "all", '"all": decode each before the first step; "lazy": decode when needed, and stop at a broken one'
+        "all", '"all": decode all images before the first step; "lazy": decode when needed, stop at a broken image'
     )
     num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
 
@@ -93,14 +97,14 @@ class TrainConfig:
     )  # fmt: skip
     best_by: str = setting("auto", 'score that selects best.safetensors: "loss", "exact_match", "cider" …; "auto": the task\'s')
     patience: int = setting(0, "stop after this many validations without a better BEST_BY; 0: never")
-    min_improvement: float = setting(1e-4, "smallest gain in BEST_BY that PATIENCE counts as better")
+    min_improvement: float = setting(1e-4, "smallest gain in BEST_BY that counts as better for PATIENCE")
     max_new_tokens: int = setting(
-        0, "most tokens of a generated text, stored in the adapter; 0: the longest text plus a margin"
+        0, "largest number of generated tokens, stored in the adapter; 0: the longest text plus a margin"
     )
-    num_beams: int = setting(1, "beams of generation, in validation and stored in the adapter")
+    num_beams: int = setting(1, "beams of beam search, for validation and stored in the adapter; 1: greedy search")
 
     fast: bool = setting(
-        True, "use faster attention, updates and packed texts; False: the plain computation, for comparison",
+        True, "faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison",
         group="More: speed and memory",
     )  # fmt: skip
     compile: bool = setting(False, "torch.compile the ViT's blocks: a slower start, and faster steps on some machines")
@@ -108,7 +112,9 @@ class TrainConfig:
         10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )
     base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if the precision is fp16 or bf16')
-    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    checkpointing: bool = setting(
+        False, "recompute activations in the backward pass, which needs less memory and is a third slower"
+    )
     shard: bool = setting(
         False, "shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU"
     )
@@ -117,7 +123,7 @@ class TrainConfig:
         60.0, "seconds between checkpoints; 0: after every micro-batch", group="More: checkpoints and logs"
     )
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
-    allow_changed: bool = setting(False, "resume although settings, data or base have changed; the result differs")
+    allow_changed: bool = setting(False, "resume even if settings, data or base have changed; the result then differs")
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
     tensorboard: bool = setting(False, 'also write TensorBoard event files: pip install "lora_blip[tensorboard]"')
 
@@ -158,7 +164,7 @@ class InferConfig:
         group="Input", path="always",
     )  # fmt: skip
     question: str = setting(
-        "", 'vqa: a question about every image; or a file with lines {"image": …, "question": …}', path="if it exists"
+        "", 'vqa: one question for all images, or a file with lines {"image": …, "question": …}', path="if it exists"
     )
     texts: str = setting(
         "", "rank these texts for every image: a file with a text per line, or texts separated by |", path="if it exists"
@@ -174,27 +180,29 @@ class InferConfig:
     image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder", path="always")
     compare: bool = setting(False, "run the base as well, and print both side by side")
 
-    max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40", group="Generation")
-    num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
-    sample: bool = setting(False, "sample tokens at random instead of taking the likeliest")
+    max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40", group="Generation")
+    num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")
+    sample: bool = setting(False, "sample tokens at random; False: take the most likely token")
     seed: int = setting(0, "seed of sampling")
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
     batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
     merge: bool = setting(True, "merge the adapter into the weights, which is faster; False: keep its hooks")
-    fast: bool = setting(True, "faster attention and products, equal to transformers' up to rounding; False: transformers' own")
+    fast: bool = setting(
+        True, "faster attention and matrix products, equal to transformers' up to rounding; False: transformers' own"
+    )
 
-    runs: str = "lora_blip_output"  # not a setting: the folder of "latest" and of a new output folder, beside infer.py
+    runs: str = "lora_blip_output"  # not a setting: the folder in which "latest" is searched and new output folders are created
 
     def __post_init__(self) -> None:
         check(self)
-        _check_predicting(self)
+        _check_prediction_settings(self)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """All settings of an evaluation, which compares base and adapter on images with known texts.
+    """All settings of an evaluation, which compares the base and the adapter on images with reference texts.
 
     Raise ConfigError for an invalid value, or if there are no references. In peft: none.
 
@@ -205,8 +213,10 @@ class EvaluateConfig:
 
     references: str = setting("", "annotations with the right texts, in the format of training", group="Data", path="always")
     image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder", path="always")
-    train_annotations: str = setting("", 'searched for leaks; empty: those of the training; "none": no search', path="always")
-    train_image_root: str = setting("", "folder of their image paths; empty: as in the training", path="always")
+    train_annotations: str = setting(
+        "", 'training data to search for the same images; empty: the adapter\'s; "none": no search', path="always"
+    )
+    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as in training", path="always")
     on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the references is invalid: "stop" or "skip" the line')
     output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output", path="always")
 
@@ -219,29 +229,31 @@ class EvaluateConfig:
     task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')
 
     prompt: str = setting("", 'start of every caption; empty: the adapter\'s prompt; "none": no prompt', group="Generation")
-    max_new_tokens: int = setting(0, "most tokens of a text; 0: the adapter's setting, or 40")
-    num_beams: int = setting(0, "beams; 0: the adapter's setting, or 1")
+    max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40")
+    num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")
     image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's setting, or the model's size")
     seed: int = setting(0, "seed of the bootstrap")
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
     batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
-    fast: bool = setting(True, "faster attention and products, equal to transformers' up to rounding; False: transformers' own")
+    fast: bool = setting(
+        True, "faster attention and matrix products, equal to transformers' up to rounding; False: transformers' own"
+    )
 
     def __post_init__(self) -> None:
         check(self)
-        _check_predicting(self)
+        _check_prediction_settings(self)
         if not self.references:
-            raise ConfigError("references is empty; give the annotations file with the right texts (--references)")
+            raise ConfigError("references is empty; give the annotations file with the right texts (--references val.jsonl)")
 
 
-def _check_predicting(config: "InferConfig | EvaluateConfig") -> None:
+def _check_prediction_settings(config: "InferConfig | EvaluateConfig") -> None:
     require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
     require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
     for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
         require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     if config.adapter in ("", "none") and not config.model:
         raise ConfigError(
-            "model is empty, and without an adapter there is no default; set MODEL (--model assets/tiny-blip), or the adapter"
+            "model is empty, and no adapter names a base; set MODEL (--model assets/tiny-blip) or ADAPTER (--adapter latest)"
         )

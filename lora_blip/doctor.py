@@ -1,4 +1,4 @@
-"""`lora-blip doctor`: print versions and devices, and test the embedded bases. Send the output with a question."""
+"""`lora-blip doctor`: print versions and devices, and test the embedded bases. Add the output to a bug report."""
 
 import importlib.metadata
 import platform
@@ -41,7 +41,7 @@ def examine() -> bool:
     print(f"java         {java()}")
     for device in devices():
         print(f"{device!s:<13}{device_name(device)}: {', '.join(precisions(device))}")
-    results = [run_test(name, hook_fires) for name in BASES]
+    results = [run_test(name, check_hooks) for name in BASES]
     return version("torch") != "missing" and all(results)
 
 
@@ -54,7 +54,7 @@ def version(name: str) -> str:
 
 
 def java() -> str:
-    """Return the version of Java, or why there is none."""
+    """Return the version of Java, "missing", or "PATH does not run"."""
     path = shutil.which("java")
     if path is None:
         return "missing"
@@ -78,7 +78,7 @@ def device_name(device: torch.device) -> str:
 
 
 def works(device: torch.device, precision: str) -> bool:
-    """Return True if a matrix product runs forward and backward under this precision's autocast."""
+    """Return True if the forward and backward pass of a linear layer run under the autocast of this precision."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             x, weight = (torch.ones(rows, 8, device=device, dtype=torch.float32) for rows in (2, 8))
@@ -96,7 +96,7 @@ def precisions(device: torch.device) -> list[str]:
 
 
 def run_test(name: str, check: Callable[[str], str]) -> bool:
-    """Print the result of a test of a base. Return False if it raises an error."""
+    """Call `check` with the name of a base, and print its result. Return False if it raises an error."""
     try:
         print(f"{name}: {check(name)}")
         return True
@@ -105,8 +105,8 @@ def run_test(name: str, check: Callable[[str], str]) -> bool:
         return False
 
 
-def hook_fires(name: str) -> str:
-    """Load an embedded base, inject adapters into its ViT, and check that a changed B changes the logits."""
+def check_hooks(name: str) -> str:
+    """Check that adapters on the ViT of an embedded base change its logits exactly if B is not zero. Return the result."""
     backbone = load_backbone(name, "cpu")
     task = TASKS[natural_task(backbone.architecture)](backbone)
     side = backbone.model.config.vision_config.image_size
@@ -121,7 +121,7 @@ def hook_fires(name: str) -> str:
             lora.B.fill_(0.01)
         with_changed_adapter = task.logits(batch)
     if not torch.equal(before, with_new_adapter):
-        raise RuntimeError("a new LoRA adapter on the ViT changes the logits, but its update is zero")
+        raise RuntimeError("new LoRA adapters on the ViT change the logits, although B = 0")
     if torch.equal(before, with_changed_adapter):
-        raise RuntimeError("a changed LoRA adapter on the ViT does not change the logits: its hooks do not fire")
-    return f"works: the hooks on its {len(adapters)} ViT linears fire"
+        raise RuntimeError("LoRA adapters on the ViT with B = 0.01 do not change the logits: their hooks do not run")
+    return f"works: the hooks on its {len(adapters)} ViT linears run"

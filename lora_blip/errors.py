@@ -5,7 +5,8 @@ Catch `LoraBlipError` for all of them. The commands print the message and exit w
 
 
 class LoraBlipError(Exception):
-    """The base class of the errors below. In peft: none; it raises ValueError, which most of these are too.
+    """The base class of the errors below. In peft: none. It raises ValueError, the second base class of most
+    errors below.
 
     >>> try: lora_blip.load_backbone("./no_such_folder")
     ... except lora_blip.LoraBlipError as error: print(error)
@@ -26,7 +27,7 @@ class OutputError(ConfigError):
 
 
 class PeerError(ConfigError):
-    """Another process of this run failed. The main process prints the error; this process exits without a message."""
+    """Another process of this run failed. The main process prints the error; this process exits silently."""
 
 
 class DataError(LoraBlipError, ValueError):
@@ -46,11 +47,11 @@ class ModelError(LoraBlipError, ValueError):
 
 
 class TargetError(LoraBlipError, ValueError):
-    """A target matches no module, or a module that cannot take an adapter. The message lists what the model has."""
+    """A target matches no module, or a module that cannot get an adapter. The message lists the possible targets."""
 
 
 class LoRAError(LoraBlipError, ValueError):
-    """A request would leave the model in an inconsistent state. Nothing was changed."""
+    """An operation would leave the model in an inconsistent state. The model was not changed."""
 
 
 class AdapterError(LoraBlipError, ValueError):
@@ -66,7 +67,7 @@ class PreflightError(LoraBlipError, ValueError):
 
 
 class TrainingError(LoraBlipError, RuntimeError):
-    """Training cannot continue. What was learned before the error is saved."""
+    """Training cannot continue. The adapter trained so far is saved."""
 
 
 class JavaError(LoraBlipError, RuntimeError):

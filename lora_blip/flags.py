@@ -1,4 +1,4 @@
-"""Settings from the names of a script and from flags."""
+"""Read settings from the upper-case names of a script and from command-line flags."""
 
 import argparse
 import difflib
@@ -12,9 +12,9 @@ from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import settings_of
 
 Settings = TypeVar("Settings")
-CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # a setting in a help text
+CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
 
-OTHER_NAMES = {  # names of settings in other libraries
+OTHER_NAMES = {  # name in other libraries → our setting
     "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
     "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
@@ -25,7 +25,7 @@ OTHER_NAMES = {  # names of settings in other libraries
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError: one line, without the usage of all settings."""
+    """An ArgumentParser that raises ConfigError with a one-line message. argparse itself prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -43,17 +43,17 @@ def parse(
     names = [entry.name for entry in known]
     _refuse_unknown_names(script, names)
     values = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
-    given, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
+    from_flags, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
     if unknown:
         _refuse_flag(unknown[0], [entry.name for entry in known if "metavar" not in entry.metadata])
-    return kind(**_in_folder_of(script, kind, values) | vars(given))
+    return kind(**_resolve_paths(script, kind, values) | vars(from_flags))
 
 
 def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: str | None) -> argparse.ArgumentParser:
     """Return a parser with a flag per setting, in the groups of the settings."""
     without_flag = [entry for entry in known if "metavar" in entry.metadata]
     names = "".join(f" {entry.metadata['metavar']}{' …' if entry.metadata['nargs'] else ''}" for entry in without_flag)
-    usage = f"%(prog)s{names} [--SETTING VALUE] …"  # argparse's own lists every flag in twenty lines
+    usage = f"%(prog)s{names} [--SETTING VALUE] …"  # the default usage lists every flag, in twenty lines
     parser = _Parser(prog=program, usage=usage, description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for entry in without_flag:
         metavar, nargs, doc = (entry.metadata[key] for key in ("metavar", "nargs", "doc"))
@@ -63,9 +63,9 @@ def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: 
         if entry.metadata["group"]:
             group = parser.add_argument_group(entry.metadata["group"])
         flag = _flag(entry.name)
-        now = f" (now: {values[entry.name]})" if values[entry.name] != "" else ""
-        text = f"{_with_flags(entry.metadata['doc'], known)}{now}".replace("%", "%%")
-        if entry.type is bool and without_flag:  # a value after the flag would be one of the arguments
+        current = f" (now: {values[entry.name]})" if values[entry.name] != "" else ""
+        text = f"{_with_flags(entry.metadata['doc'], known)}{current}".replace("%", "%%")
+        if entry.type is bool and without_flag:  # `--flag photo.jpg`: the path is an argument, not the value of the flag
             group.add_argument(flag, action="store_true", help=text)
         elif entry.type is bool:
             group.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
@@ -87,18 +87,18 @@ def _with_flags(doc: str, known: list[Field[Any]]) -> str:
     return CAPITALS.sub(lambda match: flags.get(match[0], match[0]), doc)
 
 
-def _in_folder_of(script: dict[str, Any], kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with relative paths joined to the script's folder, unless that is the current folder."""
+def _resolve_paths(script: dict[str, Any], kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values. Join their relative paths to the script's folder, unless it is the current folder."""
     folder = Path(script["__file__"]).absolute().parent if script.get("__file__") else Path.cwd()
     if folder.resolve() == Path.cwd().resolve():
         return values
     for entry in fields(kind):
         value = values.get(entry.name, entry.default)
         if entry.name == "model" and str(value).startswith("assets/"):
-            continue  # a base of this project: it is found from every folder, and adapters record this name
-        use = entry.metadata.get("path", "always")  # the field `runs` is a path, but not a setting
-        is_relative = isinstance(value, str) and value and not value.startswith(("~", "$"))  # `check` expands these two
-        if is_relative and (use == "always" or (use and _exists(folder / value))):
+            continue  # an embedded base: `load_backbone` finds it from every folder, and adapter files contain this name
+        resolve = entry.metadata.get("path", "always")  # the field `runs` is not a setting, but it is a path
+        is_relative = isinstance(value, str) and value and not value.startswith(("~", "$"))  # `check` expands ~ and $HOME
+        if is_relative and (resolve == "always" or (resolve and _exists(folder / value))):
             values[entry.name] = str(folder / value)
     return values
 
@@ -111,40 +111,42 @@ def _exists(path: Path) -> bool:
 
 
 def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
-    """Raise ConfigError for RANK = 4, r = 4 or rank = 4 beside the setting R: it would have no effect.
+    """Raise ConfigError for a name in a script that looks like a setting but has no effect: RANK, rank or r instead of R.
 
-    Names that start with _ are the user's, and so are modules, classes and functions (`import PIL`).
+    Ignore names that start with _, modules, classes and functions: a user may add them to the script.
     """
     folded = [name.replace("_", "") for name in known]
     for name, value in script.items():
         if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
             continue
         plain = name.lower()
-        meant = known[folded.index(plain.replace("_", ""))] if plain.replace("_", "") in folded else OTHER_NAMES.get(plain)
+        intended = known[folded.index(plain.replace("_", ""))] if plain.replace("_", "") in folded else OTHER_NAMES.get(plain)
         if name.isupper() and name.lower() not in known:
             raise ConfigError(
                 f"{name} is not a setting; did you mean {nearest(name.lower(), known).upper()}? "
-                f"Names of your own start with _: _{name}"
+                f"To add a variable, start its name with _: _{name}"
             )
-        if not name.isupper() and meant in known:
-            raise ConfigError(f"{name} is not a setting; write {meant.upper()}. Names of your own start with _: _{name}")
+        if not name.isupper() and intended in known:
+            raise ConfigError(
+                f"{name} is not a setting; write {intended.upper()}. To add a variable, start its name with _: _{name}"
+            )
 
 
 def _refuse_flag(flag: str, known: list[str]) -> NoReturn:
-    """Raise ConfigError that suggests the nearest flag."""
+    """Raise ConfigError, whose message suggests the most similar flag."""
     name = flag.partition("=")[0]
     if not name.startswith("-"):
         fix = "write a value after its flag (--batch-size 8), and quotes around a text with spaces"
-        raise ConfigError(f"{flag!r} is not a flag and not the value of one; {fix}")
+        raise ConfigError(f"{flag!r} is not a flag, and does not follow a flag; {fix}")
     near = nearest(name.lstrip("-").replace("-", "_").lower(), [*known, "help"])
     raise ConfigError(f"{name} is not a flag; did you mean --{near.replace('_', '-')}? --help lists all flags")
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """Return the setting that a wrong name most likely means."""
+    """Return the name in `known` that a wrong name most likely means."""
     if OTHER_NAMES.get(name) in known:
         return OTHER_NAMES[name]
-    longer = [one for one in known if len(name) > 2 and one.startswith(name)]  # an abbreviation
+    longer = [full for full in known if len(name) > 2 and full.startswith(name)]  # `name` is an abbreviation
     return longer[0] if longer else difflib.get_close_matches(name, known, 1, 0.0)[0]
 
 

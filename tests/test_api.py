@@ -35,7 +35,7 @@ def test_an_import_loads_no_library():
 
 
 def test_every_name_is_listed_once_and_is_found():
-    assert sorted(lora_blip.PLACES) == sorted(NAMES) and set(NAMES) <= set(dir(lora_blip))
+    assert sorted(lora_blip.EXPORTS) == sorted(NAMES) and set(NAMES) <= set(dir(lora_blip))
     for name in NAMES:
         assert getattr(lora_blip, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'captioner'"):

@@ -187,7 +187,7 @@ def test_arguments_of_ask_and_rank():
         (CaptionConfig, [], "required: IMAGE"),
         (AskConfig, ["a.png"], "required: QUESTION"),
         (RankConfig, ["a.png"], "required: TEXT"),
-        (AskConfig, ["a.png", "what", "color"], "'color' is not a flag and not the value of one"),
+        (AskConfig, ["a.png", "what", "color"], "'color' is not a flag, and does not follow a flag"),
         (CaptionConfig, ["a.png", "--adaptr", "x"], "--adaptr is not a flag; did you mean --adapter?"),
         (CaptionConfig, ["--images", "a.png"], "--images is not a flag; did you mean --model?"),
     ],

@@ -119,11 +119,11 @@ def test_one_caption_passes_few_files(fast, most):
     assert len(files) <= most, "\n".join(files)
 
 
-@pytest.mark.parametrize("name", [*lora_blip.PLACES, "__version__"])
+@pytest.mark.parametrize("name", [*lora_blip.EXPORTS, "__version__"])
 def test_every_name_of_the_api_is_there(name: str) -> None:
     """It is what its module has, and dir() lists it."""
     assert name in dir(lora_blip)
-    module, _, own = lora_blip.PLACES.get(name, "version").partition(":")
+    module, _, own = lora_blip.EXPORTS.get(name, "version").partition(":")
     assert getattr(lora_blip, name) is getattr(import_module(f"lora_blip.{module}"), own or name)
 
 

@@ -218,7 +218,7 @@ def test_ctrl_c_is_no_traceback(capsys):
         ({"LEARNING_RATE": 1e-4}, "LEARNING_RATE is not a setting; did you mean LR?"),
         ({"LORA_ALPHA": 16}, "did you mean ALPHA?"),
         ({"BATCH": 16}, "did you mean BATCH_SIZE?"),
-        ({"MY_ROOT": "x"}, "Names of your own start with _: _MY_ROOT"),
+        ({"MY_ROOT": "x"}, "To add a variable, start its name with _: _MY_ROOT"),
         ({"EXTRA": None}, "EXTRA is not a setting"),
         ({"batch_size": 4}, "batch_size is not a setting; write BATCH_SIZE"),
         ({"Batch_Size": 4}, "Batch_Size is not a setting; write BATCH_SIZE"),

@@ -17,7 +17,7 @@ from lora_blip.evaluation.measures import Progress, measure
 from lora_blip.evaluation.outputs import Comparison
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.prediction import line_of, prediction_of
-from lora_blip.inference.setup import describe, open_task, put_on, read_optional_adapter
+from lora_blip.inference.setup import apply_adapter, describe, open_task, read_optional_adapter
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import distributed
 from lora_blip.runtime.files import refuse_unwritable, unused_path
@@ -98,7 +98,7 @@ def compare(
         with phase("scoring the texts of the base"):
             base = measure(runner, examples, config.seed, progress_into(folder, "base"))
     if adapter:
-        put_on(runner.task, adapter, merge=True, precision=runner.precision)
+        apply_adapter(runner.task, adapter, merge=True, precision=runner.precision)
         runner.reopen = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
         with phase("scoring the texts of the adapter"):

@@ -14,7 +14,7 @@ from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, n
 from lora_blip.inference.image_requests import predict_requests
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
-from lora_blip.inference.setup import open_task, put_on, read_adapter, task_of
+from lora_blip.inference.setup import apply_adapter, open_task, read_adapter, task_of
 from lora_blip.inference.shared_base import SharedAdapter, shared
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.models.loading import Backbone, as_backbone
@@ -102,7 +102,7 @@ class Captioner:
             return cls._on_loaded(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)
         opened, chosen_precision = open_task(config, content)
         if content:
-            put_on(opened, content, merge, chosen_precision)
+            apply_adapter(opened, content, merge, chosen_precision)
         captioner = cls(opened, batch_size, chosen_precision, content)
         captioner.runner.reopen = lambda: open_task(config, content, adapted=True, device="cpu")[0]
         return captioner

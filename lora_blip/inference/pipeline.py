@@ -16,7 +16,7 @@ from lora_blip.inference.gallery import write_gallery
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import Prediction, report
 from lora_blip.inference.predictor import Predictor
-from lora_blip.inference.setup import Inputs, describe, open_inputs, open_task, put_on, read_inputs, require_same_inputs
+from lora_blip.inference.setup import Inputs, apply_adapter, describe, open_inputs, open_task, read_inputs, require_same_inputs
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
@@ -74,7 +74,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
             rounds.run(examples, Predictor(texts), partial(keep, base, screen, cut["base"]))
     if adapter:
         task = runner.task
-        ranks.together(lambda: put_on(task, adapter, config.merge, runner.precision))
+        ranks.together(lambda: apply_adapter(task, adapter, config.merge, runner.precision))
         runner.reopen = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
     with ProgressDisplay(task.name, count, out) as screen:

@@ -1,4 +1,4 @@
-"""Prepare an inference run: read the files that the settings name, and open the model with its adapter and task."""
+"""Prepare an inference run: read the input files, load the model and its adapter, and create the task."""
 
 import hashlib
 import re
@@ -28,12 +28,12 @@ from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, natural_task
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-COMPARED = 8  # images that several processes compare before the first prediction
+COMPARED_IMAGES = 8  # the processes compare the pixels of the first images before the first prediction
 
 
 @dataclass
 class Inputs:
-    """The content of the files that the settings name. It is not checked against a model yet."""
+    """The content of the input files. No model has checked it yet."""
 
     images: ImageSource
     references: dict[Path, list[Example]]
@@ -42,14 +42,14 @@ class Inputs:
 
 
 def read_inputs(config: InferConfig) -> Inputs:
-    """Read the images' paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
+    """Read the image paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
     images = ImageSource(config.images)
     references = read_references(config.references, config.image_root, images)
     return Inputs(images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.runs))
 
 
 def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, str, Any, dict[str, Any]]:
-    """Return the task, the precision, the examples to predict, and the identity of the run."""
+    """Load the model, and return the task, the precision, the examples to predict and the identity of the run."""
     task, precision = open_task(config, inputs.adapter)
     inputs.references = trim_references(task, config.references, inputs.references)
     examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts)
@@ -62,20 +62,20 @@ def require_same_inputs(
 ) -> None:
     """Raise an error on every rank if the inputs of a rank differ from those of rank 0.
 
-    Compare the settings, the adapter, the weights of the base, and the pixels of the first COMPARED images. The path of the
-    base may differ between machines.
+    Compare the settings, the adapter, the weights of the base, and the pixels of the first COMPARED_IMAGES images. The path
+    of the base may differ between machines.
     """
     base = {"base weights": weights_digest(task.backbone.model), "base processors": processors_digest(task.backbone)}
     execution = {name: getattr(config, name) for name in ("merge", "fast", "batch_size")}
     require_same(ranks, {key: value for key, value in run_identity.items() if key != "model"} | execution | base, "predict")
-    first = ranks.broadcast(ranks.on_main(lambda: list(islice(examples, COMPARED))))
+    first = ranks.broadcast(ranks.on_main(lambda: list(islice(examples, COMPARED_IMAGES))))
     gathered = ranks.all_gather([image_digest(example) for example in first])
     for rank, digests in enumerate(gathered):
         for example, digest, expected in zip(first, digests, gathered[0], strict=True):
             if digest != expected:
                 raise ranks.error(
-                    f"{example.image} has other pixels on process {rank} than on process 0; copy the file of process 0 to the "
-                    f"machine of process {rank}"
+                    f"{example.image} has other pixels on process {rank} than on process 0; copy the file from the machine "
+                    f"of process 0 to the machine of process {rank}"
                 )
 
 
@@ -89,12 +89,15 @@ def image_digest(example: Example) -> str:
 
 
 def read_optional_adapter(name: str, folder: str | Path = runs.RUNS) -> Adapter | None:
-    """Read the adapter that a setting names, or return None if it is "none". `folder` contains the runs for "latest"."""
+    """Return the adapter that a setting names, or None if it is "none" or empty. `folder` is searched for "latest"."""
     return None if name in ("", "none") else adapter_file.read(runs.locate(name, folder))
 
 
 def read_adapter(adapter: str | Path) -> Adapter:
-    """Read the adapter that a path or "latest" names. Raise AdapterError, with the right call if it looks like a base."""
+    """Return the adapter at a path, or of the newest run for "latest".
+
+    Raise AdapterError if there is none. If the path looks like a base, the message gives the call that loads a base.
+    """
     try:
         return adapter_file.read(runs.locate(adapter))
     except AdapterError as error:
@@ -107,9 +110,10 @@ def read_adapter(adapter: str | Path) -> Adapter:
 def open_task(
     config: InferConfig | EvaluateConfig, adapter: Adapter | None, adapted: bool = False, device: str = ""
 ) -> tuple[PredictionTask, str]:
-    """Load the backbone and return its task and the precision. Merge the adapter into the backbone if `adapted`.
+    """Load the backbone, and return its task and the precision.
 
-    device: a device that replaces the setting, with fp32; empty for the setting.
+    adapted: whether to merge the adapter into the backbone. Otherwise, only its task and image size are used.
+    device: if not empty, it replaces the setting `device`, and the precision is fp32.
     """
     name = config.model or (adapter.base if adapter else "")
     requested_precision = "fp32" if device else config.precision
@@ -120,11 +124,11 @@ def open_task(
         )
     task = task_of(backbone, adapter, config)
     if adapted and adapter:
-        put_on(task, adapter, merge=True)
+        apply_adapter(task, adapter, merge=True)
     return task, precision
 
 
-def put_on(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
+def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
     """Load the adapter and its task metadata, merge it if `merge`, and cast the weights to `precision`."""
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
         adapter_file.load(task.backbone, adapter)
@@ -138,8 +142,9 @@ def put_on(task: PredictionTask, adapter: Adapter, merge: bool, precision: str =
 def task_of(
     backbone: Backbone, adapter: Adapter | None = None, config: InferConfig | EvaluateConfig | None = None
 ) -> PredictionTask:
-    """Return the task of an adapter, with its prompt and generation settings. Settings of `config` that are not empty replace
-    them. Without an adapter, return the natural task of the backbone.
+    """Return the task of an adapter, with its prompt and generation settings.
+
+    Non-empty settings of `config` replace them. Without an adapter, return the task that the backbone was trained for.
     """
     metadata: dict[str, Any] = adapter.task if adapter else {}
     name = config.task if config and config.task != "auto" else metadata.get("name") or natural_task(backbone.architecture)
@@ -156,7 +161,7 @@ def task_of(
     prompt = (config.prompt if config else "") or str(own.get("prompt", ""))
     if name not in TASKS:
         raise ConfigError(
-            f"the adapter was trained for the unknown task {name!r}; set TASK (or --task) to one of {', '.join(TASKS)}"
+            f"the adapter was trained for the unknown task {name!r}; set TASK (--task) to one of {', '.join(TASKS)}"
         )
     task = TASKS[name](backbone, "" if prompt == "none" else prompt, generation)
     if adapter and attached.adapters(backbone.model):
@@ -165,14 +170,17 @@ def task_of(
 
 
 def describe(task: PredictionTask, adapter: Adapter | None, count: int, precision: str) -> str:
-    """Return two lines: the adapter with its training and its score; the task, the number of images and the base."""
-    work = f"{task.name}: {count:,} to do with {task.backbone.name}, {precision}"
+    """Return a line on the adapter, its training and its score, and a line on the task, the number of inputs and the base.
+
+    Without an adapter, return only the second line.
+    """
+    work = f"{task.name}: {count:,} to predict with {task.backbone.name}, {precision}"
     if adapter is None:
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})
     facts = [str(adapter.task.get("name", "unknown task")), f"{training.get('steps', '?')} steps"]
-    facts += ["stopped before its end"] * (not training.get("finished", True))
-    facts += ["the best weights by validation"] * (adapter.path.name == runs.BEST_NAME)
+    facts += ["stopped early"] * (not training.get("finished", True))
+    facts += ["the weights with the best validation score"] * (adapter.path.name == runs.BEST_NAME)
     score = validation_score(training)
     facts += [f"{score} on the validation images" if score else "not validated"]
     return "\n".join(map(printable, (f"adapter {adapter.path}: {', '.join(facts)}", work)))

@@ -20,7 +20,8 @@ def setting(default: Any, doc: str, group: str = "", path: Literal["", "always",
     doc: the only source of the setting's help text. `--help` prints it, and it is the comment in train.py or infer.py:
         `python -m benchmarks.studies.script_settings` writes those lines. Names of settings are in capitals.
     group: the heading above the setting, if it is the first of a group.
-    path: whether a value of a script is a path that is relative to the script's folder. In a path, ~ and $HOME are expanded.
+    path: "" if the value is not a path. A relative path in a script is joined to the script's folder: always, or only if the
+        joined path exists. ~ and $HOME are expanded.
     """
     return field(default=default, metadata={"doc": doc, "group": group, "path": path})
 
@@ -31,10 +32,13 @@ def settings_of(kind: Any) -> list[Field[Any]]:
 
 
 def check(config: Any) -> None:
-    """Raise ConfigError if a field has a wrong type, is not finite, or is too large."""
+    """Raise ConfigError if a field has a wrong type, is not finite, or is too large.
+
+    Also convert values in place: a list of targets to a text, an int to a float, and ~ and $HOME in paths to folders.
+    """
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        if entry.name == "targets" and isinstance(value, list | tuple) and all(isinstance(target, str) for target in value):
             value = ",".join(value)
             object.__setattr__(config, "targets", value)
         if get_origin(entry.type) is Literal:
@@ -56,6 +60,6 @@ def check(config: Any) -> None:
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ConfigError, with the name and the value of the setting, if a condition does not hold."""
+    """Raise ConfigError, with the name and the value of the setting, if `holds` is False."""
     if not holds:
         raise ConfigError(f"{name} = {value!r}: expected {expected}")

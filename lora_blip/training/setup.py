@@ -48,9 +48,9 @@ VALIDATION_FACTOR = 4  # a validation batch may be larger than a training batch:
 
 @dataclass
 class RunInputs:
-    """The data and the model that the settings name, with the adapters."""
+    """The data and the model of a run, with the adapters injected."""
 
-    config: TrainConfig  # automatic values are replaced by those of the run
+    config: TrainConfig  # "auto" and 0 are replaced by the values that the run uses
     task: Task
     precision: str
     training: list[Example]
@@ -66,13 +66,13 @@ class PreparedRun(RunInputs):
     batches: DataLoader[HostBatch]
     held_out: DataLoader[HostBatch] | None  # None without validation data
     first: DeviceBatch  # the first micro-batch
-    prefix: Prefix | None  # what computes the cached states of images, if there are any
+    prefix: Prefix | None  # computes the cached states of images; None if no states are cached
 
 
 def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> PreparedRun:
     """Load the data and the model, inject the adapters, and check the first batch.
 
-    Raise an error with a fix if the run cannot work. `closing` closes the loaders.
+    Raise LoraBlipError, whose message gives a fix, if the run cannot work. `closing` closes the loaders at its end.
     """
     inputs = ranks.together(lambda: load_inputs(ranks, config))
     require_same(ranks, inputs.identity)
@@ -120,7 +120,10 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
 
 
 def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches, Prefix | None]:
-    """Apply the settings that save time or memory: caches, the fused update, the base's dtype and sharding."""
+    """Apply the settings that save time or memory: caches, the fused update, the base's dtype and sharding.
+
+    Return the caches, and the frozen prefix that computes their states (None if no states are cached).
+    """
     config, task, backbone = inputs.config, inputs.task, inputs.task.backbone
     caches, prefix = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
     print(printable_lines(caching.describe_cache(config, prefix)), end="")
@@ -151,7 +154,7 @@ def run_checks(ranks: Ranks, prepared: PreparedRun) -> None:
 
 
 def preflight_report(config: TrainConfig, task: Task, first: DeviceBatch, autocast: Autocast) -> str:
-    """Return the report of the preflight checks. Raise PreflightError, or TrainingError if the memory is too small."""
+    """Return the report of the preflight checks. Raise PreflightError if one fails, or TrainingError if memory runs out."""
     try:
         return preflight.check(task, first, autocast)
     except RuntimeError as error:
@@ -165,7 +168,7 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
             "shard = True needs several processes: start them with torchrun --nproc-per-node 2 train.py, or set SHARD = False"
         )
     if config.compile and not ("CXX" in os.environ or any(map(which, COMPILERS))):
-        raise ConfigError("compile = True needs a C++ compiler, and none is found: install g++, or set COMPILE = False")
+        raise ConfigError("compile = True needs a C++ compiler, but none is installed: apt install g++, or set COMPILE = False")
     if config.tensorboard:
         summary_writer()
     needs_validation = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
@@ -173,12 +176,12 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
         for name in (name for name, is_set in needs_validation.items() if is_set):
             raise ConfigError(
                 f"{name} = {getattr(config, name)!r} needs validation data, but val_fraction is 0: set VAL_FRACTION = 0.1 or "
-                "VAL_ANNOTATIONS"
+                'VAL_ANNOTATIONS = "val.jsonl"'
             )
 
 
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:
-    """Return the task of the settings. Raise ConfigError if it has no score named `best_by`."""
+    """Return the task that the settings name. Raise ConfigError if it has no score named `best_by`."""
     name = natural_task(backbone.architecture) if config.task == "auto" else config.task
     task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens or 1, config.num_beams))
     task.require_score(config.best_by)
@@ -192,11 +195,10 @@ def default_rate(model: Any) -> float:
 
 
 def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
-    """Return the training lines and the validation lines, checked. The validation lines are shuffled with the seed.
+    """Return the checked training lines and validation lines. Shuffle the validation lines with the seed.
 
-    The validation lines come from `val_annotations`. If it is empty, they come from the column `split`. Without that column,
-    they are all lines of a random fraction of the images.
-    `thumbnails` stores a thumbnail of each decoded image.
+    Take the validation lines from `val_annotations` if it is set. Otherwise use the column `split`. Without that column, draw a
+    random fraction of the images, and take all their lines. `thumbnails` stores a thumbnail of each decoded image.
     """
     sides: dict[str, list[Example]] = {}
     examples = read_file(config, task, config.annotations, thumbnails, sides)
@@ -204,7 +206,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
         training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
         task.prepare_data([*training, *validation])
     elif sides.get("train"):
-        training, validation = own_sides(config, sides, len(examples))
+        training, validation = split_by_column(config, sides, len(examples))
         task.prepare_data([*training, *validation])
     else:
         task.prepare_data(examples)
@@ -214,13 +216,16 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     return training, validation
 
 
-def own_sides(config: TrainConfig, sides: dict[str, list[Example]], count: int) -> tuple[list[Example], list[Example]]:
-    """Return the lines of the splits train and val. If no line is in val, the validation images are drawn from train."""
+def split_by_column(config: TrainConfig, sides: dict[str, list[Example]], count: int) -> tuple[list[Example], list[Example]]:
+    """Return the lines whose column `split` is train, and those whose column is val. Print the number of each.
+
+    If no line is in val, draw the validation images at random from train. count: number of all lines.
+    """
     training, validation = sides["train"], sides.get("val", [])
     others = count - len(training) - len(validation)
     print(
-        f"{printable(config.annotations)}: the key `split` of the lines is used: {len(training):,} train, "
-        f"{len(validation):,} val, {others:,} left out (test, or without a split)"
+        f"{printable(config.annotations)}: the column `split` divides the lines: {len(training):,} train, "
+        f"{len(validation):,} val, {others:,} left out (test, or no split)"
     )
     if validation:
         return training, validation
@@ -234,7 +239,10 @@ def read_file(
     thumbnails: Thumbnails | None,
     sides: dict[str, list[Example]] | None = None,
 ) -> list[Example]:
-    """Return the valid lines of an annotations file. Print the invalid lines and the unknown tokens."""
+    """Return the valid lines of an annotations file. Print its invalid lines and the tokens that the model does not know.
+
+    sides: if given, the lines are also added to it by the value of their column `split`.
+    """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     with phase(f"reading {source}"):
         examples, problems = annotations.read(
@@ -257,7 +265,7 @@ def read_file(
 
 
 def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
-    """Print which validation images are also in the training data, exactly or nearly, and how to fix the split."""
+    """Print the validation images that have an equal or similar image in the training data, and how to fix the split."""
     fix = (
         f"Remove them from {config.val_annotations} or from {config.annotations}"
         if config.val_annotations
@@ -270,7 +278,7 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
 def loader_of(
     examples: list[Example], task: Task, config: TrainConfig, shuffle: bool, caches: Caches = NO_CACHES
 ) -> DataLoader[HostBatch]:
-    """Return a loader of the training lines (`shuffle`) or of the validation lines, which have larger batches."""
+    """Return a loader of the training lines (`shuffle` is True) or of the validation lines, whose batches are larger."""
     augment = shuffle and config.augment
     dataset = ImageDataset(
         examples, task.backbone.image_processor, augment, config.seed, not task.needs_negatives, config.views, caches

@@ -1,4 +1,4 @@
-"""What a finished training prints: its score against the base, and the command that uses its adapter."""
+"""The last lines that training prints: the scores of the adapter and of the base, and the command that uses the adapter."""
 
 import json
 import math
@@ -13,24 +13,27 @@ from lora_blip.runtime.runs import BEST_NAME, METRICS_NAME
 from lora_blip.runtime.untrusted import printable
 from lora_blip.training.best import Best
 
-IMAGES = "image_test"  # the default IMAGES of infer.py
-INPUTS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
+DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
+TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
 def score_line(folder: Path, best: Best) -> str:
-    """Return a line with the best validation score of the adapter, and the score of the base. Return "" without validation."""
+    """Return a line with the base's validation score and the adapter's best one. Return "" if the run had no validation."""
     value = abs(best.rank[0])
     if not math.isfinite(value):
         return ""
     base = base_score(folder / METRICS_NAME, best.by)
     line = f"validation {score_name(best.by)}: " + (f"base {score_value(best.by, base)}, " if base is not None else "")
     if not best.step:
-        return f"{line}and no validation during the training was better"
+        return f"{line}and no later validation was better: the adapter does not improve on the base"
     return printable(f"{line}best adapter {score_value(best.by, value)}, after step {best.step}: {folder / BEST_NAME}")
 
 
 def base_score(metrics: Path, by: str) -> float | None:
-    """Return the validation score before the first step, when the adapter changes nothing; None if there is none."""
+    """Return the base's validation score, or None if it was not measured.
+
+    It is the score at step 0: a new adapter does not change the outputs of the base.
+    """
     try:
         with metrics.open(encoding="utf-8") as lines:
             for line in lines:
@@ -43,15 +46,16 @@ def base_score(metrics: Path, by: str) -> float | None:
 
 
 def next_command(task: str, folder: Path, examples: list[Example]) -> str:
-    """Return the command that uses the adapter: infer.py if train.py was started from its folder, otherwise lora-blip infer.
+    """Return the command that runs inference with the adapter in `folder`.
 
-    examples: the training lines. If the default folder of images does not exist, the input is the folder of their images.
+    The command runs the infer.py next to train.py if train.py was started, otherwise `lora-blip infer`.
+    examples: the training lines. If the folder image_test does not exist, the input is the folder of the first training image.
     """
     script = Path(sys.argv[0])
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
     command = ["python", str(script.with_name("infer.py"))] if is_script else ["lora-blip", "infer"]
     command += ["--adapter", os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)]
-    has_images = (script.with_name(IMAGES) if is_script else Path(IMAGES)).is_dir()
+    has_images = (script.with_name(DEFAULT_IMAGES) if is_script else Path(DEFAULT_IMAGES)).is_dir()
     if not has_images and examples:
         command += ["--images", str(examples[0].image.parent)]
-    return printable(shlex.join([*command, *INPUTS.get(task, [])]))
+    return printable(shlex.join([*command, *TASK_FLAGS.get(task, [])]))

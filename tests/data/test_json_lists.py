@@ -10,7 +10,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
-from lora_blip.training.setup import own_sides
+from lora_blip.training.setup import split_by_column
 
 TWO = [("1.png", "a one"), ("1.png", "a two"), ("2.png", "a one"), ("2.png", "a two")]
 LISTED = [{"image": name, "captions": ["a one", "a two"]} for name in ("1.png", "2.png")]
@@ -87,7 +87,7 @@ def test_the_split_of_a_line_decides_its_side_of_the_training(folder, suffix, ca
         "test": ["3.png"],
     }
     assert len(examples) == 4 and "ignored: 'split' (1 line(s)" in capsys.readouterr().out
-    training, validation = own_sides(TrainConfig(annotations=str(path)), sides, len(examples))
+    training, validation = split_by_column(TrainConfig(annotations=str(path)), sides, len(examples))
     assert ([e.name for e in training], [e.name for e in validation]) == (["1.png"], ["2.png"])
     assert "1 train, 1 val, 2 left out" in capsys.readouterr().out
 
@@ -96,5 +96,5 @@ def test_without_a_val_split_the_validation_images_are_drawn_from_train(folder):
     (folder / "x.csv").write_text("image,text,split\n1.png,a,train\n2.png,b,train\n3.png,c,test\n")
     sides: dict[str, list] = {}
     examples, _ = annotations.read(folder / "x.csv", sides=sides)
-    training, validation = own_sides(TrainConfig(val_fraction=0.5), sides, len(examples))
+    training, validation = split_by_column(TrainConfig(val_fraction=0.5), sides, len(examples))
     assert len(training) == len(validation) == 1 and {e.name for e in training + validation} == {"1.png", "2.png"}

@@ -23,7 +23,7 @@ from lora_blip.evaluation.leak_search import LeakSearch
 from lora_blip.flags import parse
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.captioner import Captioner
-from lora_blip.inference.setup import put_on
+from lora_blip.inference.setup import apply_adapter
 from lora_blip.lora import adapter_file
 from lora_blip.metrics import captions
 from lora_blip.metrics.bootstrap import Interval
@@ -84,7 +84,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     images = [here / "eval" / f"{n}.png" for n in range(6)]
     right = [[f"a red cube on cube {n}", "a blue cube"] for n in range(6)]
     said = {"base": [p.text for p in Captioner(task)(images)]}
-    put_on(task, adapter_file.read(path), merge=True)
+    apply_adapter(task, adapter_file.read(path), merge=True)
     said["adapted"] = [p.text for p in Captioner(task)(images)]
     assert said["base"] != said["adapted"]
     for who, texts in said.items():
@@ -264,7 +264,7 @@ def test_answers_are_scored_by_question(checkpoints, here):
     scene(here / "a.png", 1), scene(here / "b.png", 2)
     path = adapter_of(checkpoints["vqa"], here)
     task = TASKS["vqa"](load_backbone(str(checkpoints["vqa"]), "cpu"), "", Generation(6))
-    put_on(task, adapter_file.read(path), merge=True)
+    apply_adapter(task, adapter_file.read(path), merge=True)
     asked = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
     said = [p.text for p in Captioner(task).answer(*map(list, zip(*asked, strict=True)))]
     votes = [[said[0]] * 2 + ["zebra"] * 8, [said[1]] * 10, ["zebra"] * 10]

@@ -196,11 +196,11 @@ def test_processes_that_find_other_pictures_under_one_name_stop_before_a_caption
     assert codes == [0, 0] and not said
 
 
-@pytest.mark.parametrize(("owner", "name"), [(pipeline, "put_on"), (output, "opened"), (output, "folder_of")])
+@pytest.mark.parametrize(("owner", "name"), [(pipeline, "apply_adapter"), (output, "opened"), (output, "folder_of")])
 def test_an_error_of_one_process_before_the_first_caption_stops_all_with_one_message(
     config, make, tmp_path, capfd, owner, name
 ):
-    rank = 1 if name == "put_on" else 0
+    rank = 1 if name == "apply_adapter" else 0
     patch, config = raising(owner, name, rank, ConfigError("no room")), replace(config, adapter=adapter_in(tmp_path, make, 1.0))
 
     def act() -> None:

@@ -13,7 +13,7 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import ConfigError, PreflightError
-from lora_blip.inference.setup import put_on, task_of
+from lora_blip.inference.setup import apply_adapter, task_of
 from lora_blip.lora import adapter_file, attached, injection, merging
 from lora_blip.models import matching
 from lora_blip.models.matching import cosines
@@ -413,7 +413,7 @@ def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints
     for merge in (False, True):
         task = task_of(backbone, saved)
         assert task.temperature.item() == pytest.approx(TEMPERATURE)  # the base has its own
-        put_on(task, saved, merge)
+        apply_adapter(task, saved, merge)
         assert task.temperature.item() == pytest.approx(temperature, rel=1e-6)
         assert merge or task_of(backbone, saved).temperature.item() == pytest.approx(temperature, rel=1e-6)
         injection.eject(backbone.model)

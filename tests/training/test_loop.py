@@ -441,7 +441,7 @@ def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoint
     watched(monkeypatch, [score(1, 1), score(2), score(2)])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
     assert adapter_file.read(path).metadata["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
-    assert "base 100.0%, and no validation during the training was better" in capsys.readouterr().out
+    assert "base 100.0%, and no later validation was better" in capsys.readouterr().out
 
 
 def test_the_best_of_equal_scores_has_the_lower_loss():
