@@ -215,7 +215,7 @@ COMMANDS = {
     "rank": Command('rank texts: lora-blip rank photo.jpg "a cat" "a dog"', lambda: commands.RankConfig, commands.rank),
     "train": Command("train an adapter on images with texts", lambda: TrainConfig, train),
     "infer": Command(
-        "caption images, answer questions or rank texts, for one folder or for millions of images", lambda: InferConfig, infer
+        "caption images, answer questions or rank texts, for few or millions of images", lambda: InferConfig, infer
     ),
     "evaluate": Command(
         "compare the base and the adapter: scores with confidence intervals, and report.html", lambda: EvaluateConfig, evaluate
