@@ -6,7 +6,10 @@ All rows take about 45 minutes on 2 cores. `python -m benchmarks.studies.growth`
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+from lora_blip.cli import report_errors
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -50,4 +53,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    report_errors(lambda: sys.exit(main()))

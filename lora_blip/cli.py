@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -16,7 +16,8 @@ from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
-from lora_blip.runtime.untrusted import for_terminal, printable_lines
+from lora_blip.runtime.terminal import TerminalStream, terminal_streams
+from lora_blip.runtime.untrusted import printable_lines
 from lora_blip.version import __version__
 
 DEPENDENCIES = ("torch", "transformers", "PIL", "numpy", "safetensors", "tqdm")  # modules of pyproject.toml's dependencies
@@ -33,9 +34,24 @@ def run_infer(script: dict[str, Any], doc: str | None) -> None:
 
 
 def report_errors(run: Callable[[], None]) -> None:
-    """Call `run`. If it raises LoraBlipError, print one message and exit with status 2. After Ctrl-C, exit with status 130."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and terminal_stream(stream) for stream in streams)  # a stream is None under pythonw
+    """Call `run`. If it raises LoraBlipError, print one message and exit with status 2. After Ctrl-C, exit with status 130.
+
+    If standard output cannot be written, as on a full disk, `run` continues to its end, and the exit status is 1.
+    """
+    try:
+        with terminal_streams() as (stdout, _):
+            _report_errors(run)
+    except SystemExit as end:
+        if end.code or not stdout.failure:
+            raise
+    if stdout.failure:
+        reason = printable_lines(stdout.failure.strerror or stdout.failure)
+        advice = "free some space, or write it to another disk"
+        print(f"error: standard output could not be written completely ({reason}); {advice}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _report_errors(run: Callable[[], None]) -> None:
     try:
         run()
     except KeyboardInterrupt:
@@ -59,48 +75,6 @@ def report_errors(run: Callable[[], None]) -> None:
             stop(RuntimeError(LOST_WORKER if is_lost_worker(error) else ADVICE))
         sys.excepthook = print_traceback
         raise
-    finally:
-        if sys.stdout:
-            sys.stdout.flush()
-        sys.stdout, sys.stderr = streams
-
-
-def terminal_stream(stream: Any) -> Any:
-    """Return the stream as a TerminalStream that prints characters outside its encoding as escapes.
-
-    With `LC_ALL=C`, the encoding is ASCII, but settings, captions and file names contain other characters.
-    """
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
-    return TerminalStream(stream)
-
-
-class TerminalStream:
-    """A text stream that escapes characters unsafe for a terminal. It discards output after its reader closes (`| head`)."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        self._ignore_closed(lambda: self.stream.write(for_terminal(text)))
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        self._ignore_closed(self.stream.flush)
-
-    def _ignore_closed(self, write: Callable[[], object]) -> None:
-        """Call `write`. If the reader has closed the pipe, send this output and all later output to os.devnull."""
-        try:
-            write()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def missing_dependency(module: str) -> str:

@@ -15,6 +15,7 @@ from lora_blip.lora import injection, targets
 from lora_blip.metrics.java import NOTICE
 from lora_blip.models.loading import load_backbone
 from lora_blip.models.precision import DTYPES, emulated
+from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks.registry import TASKS, natural_task
 from lora_blip.version import __version__
@@ -31,6 +32,7 @@ EXTRAS = {
 BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "assets/tiny-blip-itm")
 
 
+@encodable_output()
 def examine() -> bool:
     """Print versions, devices and the results of the tests. Return False if torch is missing or a test fails."""
     print(f"lora_blip {__version__}, Python {platform.python_version()}, {platform.platform()}")

@@ -11,6 +11,7 @@ import json
 import random
 from pathlib import Path
 
+from lora_blip.cli import report_errors
 from toyworld.questions import finetuning_questions, sentences
 from toyworld.scenes import COLOURS, Scene, Thing, render_cubes
 
@@ -42,7 +43,7 @@ def write(folder: Path, annotations: Path, scenes: list[tuple[Scene, str]], rng:
         path = folder / f"{number:03d}.png"
         render_cubes(scene, rng).quantize(96, dither=0).save(path, optimize=True)
         lines.append(line(path.relative_to(annotations.parent).as_posix(), group, text=scene.caption("cube")))
-    annotations.write_text("\n".join(lines) + "\n")
+    annotations.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [(f"{number:03d}.png", scene, group) for number, (scene, group) in enumerate(scenes)]
 
 
@@ -63,22 +64,24 @@ def write_questions(path: Path, drawn: Drawn, rng: random.Random) -> None:
     for image, scene, group in drawn:
         for question, answer in rng.sample(finetuning_questions(scene), QUESTIONS):
             lines.append(line(image, group, question=question, answers=ten_answers(answer)))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_sentences(path: Path, drawn: Drawn) -> None:
     """Write a line for each sentence of each image."""
     lines = [line(image, group, text=text) for image, scene, group in drawn for text in sentences(scene)]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_candidates(path: Path, drawn: Drawn) -> None:
     """Write the sentences with reversed relations of CANDIDATES images. All sentences are different."""
     chosen = list({sentences(scene)[-1]: (image, group) for image, scene, group in reversed(drawn)}.items())[:CANDIDATES]
-    path.write_text("\n".join(line(image, group, text=text) for text, (image, group) in reversed(chosen)) + "\n")
+    path.write_text(
+        "\n".join(line(image, group, text=text) for text, (image, group) in reversed(chosen)) + "\n", encoding="utf-8"
+    )
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--seed", type=int, default=0)
@@ -93,3 +96,7 @@ if __name__ == "__main__":
     write_questions(out / "image_test" / "questions.jsonl", test, rng)
     write_sentences(out / "image_train" / "sentences.jsonl", train)
     write_candidates(out / "image_test" / "sentences.jsonl", test)
+
+
+if __name__ == "__main__":
+    report_errors(main)

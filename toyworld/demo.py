@@ -13,6 +13,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from lora_blip.cli import report_errors
 from lora_blip.metrics.exact import exact_match
 
 NOUN = re.compile(r"\b(cube|block|circle|square|triangle|shape)\b")
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_errors(main)

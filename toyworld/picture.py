@@ -8,6 +8,7 @@ from textwrap import fill, wrap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_blip.cli import report_errors
 from lora_blip.data.images import open_image
 from lora_blip.metrics.exact import exact_match, normal
 from toyworld.demo import REFERENCES, lines
@@ -61,9 +62,13 @@ def write(axes: Axes, below: float, text: str, color: str) -> None:
     axes.annotate(text, (0.5, 0), (0, -below), "axes fraction", "offset points", color=color, size=SIZE, ha="center", va="top")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder that `make demo` named")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     draw(arguments.run / "captions" / "predictions.jsonl", REFERENCES, arguments.out)
+
+
+if __name__ == "__main__":
+    report_errors(main)

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lora_blip.cli import report_errors
 from toyworld.scenes import KINDS, ROLES, SIZE, flat_scene, render_flat
 from toyworld.vocabulary import blip_tokenizer, image_processor, opt_tokenizer
 from toyworld.words import sentence
@@ -249,11 +250,11 @@ def save(model: PreTrainedModel, processor: BlipProcessor | Blip2Processor, out:
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
     figures["parameters"] = sum(p.numel() for p in model.parameters())
-    (out / "pretraining.json").write_text(json.dumps({**recipe, **figures}, indent=1) + "\n")
+    (out / "pretraining.json").write_text(json.dumps({**recipe, **figures}, indent=1) + "\n", encoding="utf-8")
     print(figures)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=("blip", "blip2"))
     parser.add_argument("--out", type=Path, required=True)
@@ -263,3 +264,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pretrain(arguments.family, arguments.out, arguments.steps, arguments.seed)
+
+
+if __name__ == "__main__":
+    report_errors(main)

@@ -22,6 +22,7 @@ from transformers import (
     BlipProcessor,
 )
 
+from lora_blip.cli import report_errors
 from lora_blip.models.blip import repair_cross_attention
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.losses import hard_negatives, itc_loss
@@ -201,11 +202,11 @@ def save(task_model: TaskModel, out: Path, recipe: dict) -> None:
     task_model.model.half().save_pretrained(out)
     task_model.processor.save_pretrained(out)
     figures["parameters"] = sum(p.numel() for p in task_model.model.parameters())
-    (out / "pretraining.json").write_text(json.dumps({**recipe, **figures}, indent=1) + "\n")
+    (out / "pretraining.json").write_text(json.dumps({**recipe, **figures}, indent=1) + "\n", encoding="utf-8")
     print(figures)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=tuple(TASK_MODELS))
     parser.add_argument("--out", type=Path, required=True)
@@ -214,3 +215,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train(arguments.kind, arguments.out, arguments.steps, arguments.seed)
+
+
+if __name__ == "__main__":
+    report_errors(main)

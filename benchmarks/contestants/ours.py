@@ -96,12 +96,12 @@ def run(model: Path, annotations: Path, output: Path, **settings: Any) -> list[d
     given = settings | {"log_every": 1, "resume": "off", "checkpoint_seconds": 1e9}  # every step's time; no run before it
     with silent():
         path = train(TrainConfig(model=str(model), annotations=str(annotations), output_dir=str(output), **given))
-    return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
 

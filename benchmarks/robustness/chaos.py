@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lora_blip.cli import report_errors
 from lora_blip.config import TrainConfig
 from lora_blip.lora import adapter_file
 from lora_blip.runtime import files, signals
@@ -45,7 +46,7 @@ def live(config: TrainConfig, die_at: str, rng: random.Random) -> int:
     if child:
         return child
     try:
-        with Path(os.devnull).open("w") as nowhere:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         if die_at:
             arm(die_at, rng)
@@ -131,7 +132,7 @@ def arm(point: str, rng: random.Random) -> None:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    found = [json.loads(line) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
 
 
@@ -155,7 +156,7 @@ def main() -> int:
         if status := os.waitpid(live(config_of(whole, wanted.precision, wanted.steps, 0.2), "", rng), 0)[1]:
             sys.exit(f"the run that is not killed ended with status {status}")
         one = next(iter(whole.glob("20*")))
-        pace = json.loads((one / METRICS_NAME).read_text().splitlines()[-2])["seconds"] / wanted.steps
+        pace = json.loads((one / METRICS_NAME).read_text(encoding="utf-8").splitlines()[-2])["seconds"] / wanted.steps
         print(f"uninterrupted, {wanted.precision}: {wanted.steps} steps in {time.perf_counter() - started:.1f} s", flush=True)
         ends: Counter[str] = Counter()
         points: Counter[str] = Counter()
@@ -203,4 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report_errors(lambda: sys.exit(main()))

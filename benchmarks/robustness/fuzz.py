@@ -27,6 +27,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from lora_blip.cli import report_errors
 from lora_blip.errors import AdapterError, DataError, ImageError
 
 SECONDS, MEGABYTES = 5.0, 256  # what one small file may cost
@@ -491,4 +492,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_errors(main)

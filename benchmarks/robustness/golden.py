@@ -22,6 +22,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from lora_blip.cli import report_errors
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "caption": "--targets vit,text",
@@ -92,7 +94,8 @@ def record(folder: Path, scripts: Path, adapters: Path | None) -> None:
             run(scripts, *evaluate, "--output-dir", str(out / "evaluation"))
             for path in sorted((out / "evaluation").glob("*")):
                 if path.suffix in (".json", ".jsonl"):
-                    value = json_lines(path) if path.suffix == ".jsonl" else json.dumps(steady(json.loads(path.read_text())))
+                    text = path.read_text(encoding="utf-8")
+                    value = json_lines(path) if path.suffix == ".jsonl" else json.dumps(steady(json.loads(text)))
                     (kept / f"evaluation_{path.name}").write_text(value, encoding="utf-8")
                 elif path.suffix == ".csv":
                     shutil.copy(path, kept / f"evaluation_{path.name}")
@@ -129,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_errors(main)

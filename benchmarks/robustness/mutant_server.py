@@ -58,7 +58,7 @@ def trace(rc: str, out: Path, file: str, options: list[str]) -> int:
     pytest.main([*OPTIONS, *options, "--basetemp", str(out.with_suffix(".tmp")), file], plugins=[Tracer()])
     measured.stop()
     measured.save()
-    out.write_text(json.dumps({"tests": tests, "seconds": seconds, "broken": sorted(broken)}))
+    out.write_text(json.dumps({"tests": tests, "seconds": seconds, "broken": sorted(broken)}), encoding="utf-8")
     return 0
 
 
@@ -92,11 +92,11 @@ def serve(options: list[str], tests: list[str]) -> None:
     """Import everything but the tree's own code, then answer each job, a line of JSON on stdin, with a line on stdout."""
     folder = Path.cwd()
     sys.path[0:1] = [str(folder)]
-    sys.stdout, answers = sys.stderr, os.fdopen(os.dup(1), "w")
+    sys.stdout, answers = sys.stderr, os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     listed = folder.with_name(f"{folder.name}_modules.json")
     _forked(folder, lambda: _list_modules(listed, [*options, *tests]), 600)
-    for name in json.loads(listed.read_text()):
+    for name in json.loads(listed.read_text(encoding="utf-8")):
         try:
             __import__(name)
         except BaseException as error:  # some modules only import in the order of a real run
@@ -128,7 +128,7 @@ def _list_modules(listed: Path, arguments: list[str]) -> int:
             and "pytest" not in name
         ):
             names.append(name)
-    listed.write_text(json.dumps(names))
+    listed.write_text(json.dumps(names), encoding="utf-8")
     return int(status)
 
 
@@ -144,7 +144,7 @@ def _answer(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     finally:
         path.write_bytes(was)
         os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-    told = json.loads(result.read_text()) if result.exists() else {}
+    told = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     return {"code": code, "seconds": round(time.time() - started, 2), **told}
 
 
@@ -204,12 +204,12 @@ def _test(tests: list[str], result: Path) -> int:
                 crash = getattr(report.longrepr, "reprcrash", None)
                 told["why"] = str(crash.message if crash else report.longrepr).strip().split("\n")[0][:200]
             told["passed"] += report.passed and report.when == "call"
-            result.write_text(json.dumps(told))
+            result.write_text(json.dumps(told), encoding="utf-8")
 
         def pytest_collectreport(self, report: pytest.CollectReport) -> None:
             if report.failed:
                 told["killer"] = f"{report.nodeid} (not collected)"
-                result.write_text(json.dumps(told))
+                result.write_text(json.dumps(told), encoding="utf-8")
 
     files = list(dict.fromkeys(test.split("::")[0] for test in tests))
     return int(pytest.main([*OPTIONS, "-x", "--basetemp", str(result.with_suffix(".tmp")), *files], plugins=[Runner()]))

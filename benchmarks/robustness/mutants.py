@@ -42,6 +42,7 @@ from typing import Any
 
 from benchmarks.robustness.mutations import Mutant, assigned, functions, mutations, uses
 from benchmarks.robustness.named_mutants import NAMED
+from lora_blip.cli import report_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = ROOT / "benchmarks" / "robustness" / "mutant_server.py"
@@ -153,7 +154,7 @@ def coverage_of(tree: Tree, servers: list["Server"]) -> Coverage:
     in_threads(work, servers)
     coverage = Coverage({}, {}, [])
     for path in known.values():
-        read = json.loads(path.read_text())
+        read = json.loads(path.read_text(encoding="utf-8"))
         coverage.seconds |= read["seconds"]
         coverage.broken += read["broken"]
         for file, lines in read["lines"].items():
@@ -171,13 +172,14 @@ def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
     (out / "coveragerc").write_text(
         f"[run]\nsource = {server.folder / tree.package}\nparallel = true\ndata_file = {out / 'data'}\n"
         "context = ${MUTANTS_TEST-}\npatch =\n    _exit\n    fork\n"
-        "disable_warnings =\n    no-data-collected\n    module-not-imported\n"
+        "disable_warnings =\n    no-data-collected\n    module-not-imported\n",
+        encoding="utf-8",
     )
     started = time.time()
     server.ask({"rc": str(out / "coveragerc"), "out": str(out / "tests.json"), "file": file, "limit": 3600})
     if not (out / "tests.json").exists():
         raise RuntimeError(f"the coverage of {file} was not measured; see {server.folder.name}.log in {tree.work}")
-    told = json.loads((out / "tests.json").read_text())
+    told = json.loads((out / "tests.json").read_text(encoding="utf-8"))
     seconds = {test: cpu for test, cpu in told["seconds"].items() if test not in told["broken"]}
     lines: dict[str, dict[int, set[str]]] = {}
     for path in out.glob("data.*"):
@@ -192,7 +194,7 @@ def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
                 tests = {told["tests"][int(number)] for number in contexts if number}
                 known.setdefault(line, set()).update(tests & seconds.keys())
     used = {name: {line: sorted(tests) for line, tests in known.items() if tests} for name, known in sorted(lines.items())}
-    cache.write_text(json.dumps({"seconds": seconds, "lines": used, "broken": told["broken"]}))
+    cache.write_text(json.dumps({"seconds": seconds, "lines": used, "broken": told["broken"]}), encoding="utf-8")
     shutil.rmtree(out)
     took, needed = time.time() - started, sum(seconds.values())
     print(
@@ -406,7 +408,8 @@ def in_threads(work: Callable[[Server], None], servers: list[Server]) -> None:
 
 def report(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
     """Return the result as JSON: scores per file, every mutant with its status."""
-    reasons = {each["key"]: each["reason"] for each in json.loads(EQUIVALENT.read_text())} if EQUIVALENT.exists() else {}
+    known = json.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else []
+    reasons = {each["key"]: each["reason"] for each in known}
     mutants = [outcome.as_json() for outcome in outcomes]
     for mutant in mutants:
         if mutant["key"] in reasons and mutant["status"] in SURVIVED:
@@ -471,7 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     inside = {file for files in parts.values() for file in files}
     mutants = [mutant for mutant in named(tree) if mutant.file in inside] + drawn(tree, parts, given.count, given.seed)
     if given.survivors:
-        earlier = [m for m in json.loads(given.survivors.read_text())["mutants"] if m["status"] in SURVIVED]
+        earlier = [m for m in json.loads(given.survivors.read_text(encoding="utf-8"))["mutants"] if m["status"] in SURVIVED]
         now = {mutant.key: mutant for mutant in (*candidates(tree, inside), *named(tree))}
         mutants = [now[m["key"]] for m in earlier if m["key"] in now]
         gone = [m["key"] for m in earlier if m["key"] not in now and m["file"] in inside]
@@ -491,12 +494,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     def save(outcomes: list[Outcome]) -> None:
         result = report(outcomes, about | {"minutes": round((time.time() - started) / 60, 1)})
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(page(result))
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        stem.with_suffix(".md").write_text(page(result), encoding="utf-8")
 
     outcomes = run(tree, mutants, given.workers, given.minutes, save)
     save(outcomes)
-    print(stem.with_suffix(".md").read_text())
+    print(stem.with_suffix(".md").read_text(encoding="utf-8"))
     return 1 if any(outcome.status in SURVIVED for outcome in outcomes) else 0
 
 
@@ -509,4 +512,4 @@ def _unused(folder: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    report_errors(lambda: sys.exit(main()))

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_blip.cli import report_errors
+
 VERSIONS = ("5.20.0", "5.23.0", "5.24.0")
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = {  # base → what it is asked, and what an adapter on it learns
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_errors(main)

@@ -136,5 +136,5 @@ def input(plan: Plan) -> Iterator[Cell]:
 
 
 def lines_of(annotations: Path) -> list[tuple[Path, str]]:
-    entries = [json.loads(line) for line in annotations.read_text().splitlines()]
+    entries = [json.loads(line) for line in annotations.read_text(encoding="utf-8").splitlines()]
     return [(annotations.parent / entry["image"], entry["text"]) for entry in entries]

@@ -4,11 +4,14 @@ The bound is the one that the tests hold. The shipped tiny base, its pictures, a
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lora_blip.cli import report_errors
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -127,4 +130,4 @@ def shown(some: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    report_errors(lambda: sys.exit(main()))

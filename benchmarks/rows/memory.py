@@ -28,6 +28,7 @@ from benchmarks.suite.pairs import FLOOR, FULL, OURS, PEFT, PEFT16, Cell, freed
 from benchmarks.suite.plan import Plan
 from benchmarks.suite.sizes import backbone, copy_of, in_dtype
 from benchmarks.suite.work import Work, work
+from lora_blip.cli import report_errors
 from lora_blip.models.loading import Backbone
 
 MB = 1e6
@@ -121,7 +122,7 @@ def resident(what: str) -> int:
     return int(found[1]) * 1024
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=SIDES, required=True)
     parser.add_argument("--size", default="base")
@@ -130,3 +131,7 @@ if __name__ == "__main__":
     base = backbone(arguments.size, "cuda" if torch.cuda.is_available() else "cpu")
     training = SIDES[arguments.side](base, work(base), arguments.precision)
     print(json.dumps({"peak": peak_bytes(training.step)}))
+
+
+if __name__ == "__main__":
+    report_errors(main)

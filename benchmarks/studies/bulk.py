@@ -20,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lora_blip.cli import report_errors
 from lora_blip.inference.output import ERRORS_NAME, FILE_NAME, SETTINGS_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,13 +102,13 @@ def killed_run(images: Path, output: Path, wanted: argparse.Namespace, seconds: 
         torn = (output / FILE_NAME).exists() and not (output / FILE_NAME).read_bytes().endswith(b"\n")
         ends["in a line" if torn else "while captioning" if written(output) > before else "before it wrote"] += 1
         print(f"{sum(ends.values()):4} SIGKILL after {written(output):,} bytes", flush=True)
-    if not json.loads((output / SETTINGS_NAME).read_text())["finished"]:  # killed as it was leaving
+    if not json.loads((output / SETTINGS_NAME).read_text(encoding="utf-8"))["finished"]:  # killed as it was leaving
         finish(start(images, output, wanted))
     return ends
 
 
 def images_in(output: Path) -> Counter[str]:
-    lines = [line for name in (FILE_NAME, ERRORS_NAME) for line in (output / name).read_text().splitlines()]
+    lines = [line for name in (FILE_NAME, ERRORS_NAME) for line in (output / name).read_text(encoding="utf-8").splitlines()]
     return Counter(json.loads(line)["image"] for line in lines)
 
 
@@ -131,7 +132,7 @@ def main() -> int:
         seconds, high = whole_run(many, outputs[1], wanted, wanted.images)
         ends = killed_run(many, outputs[2], wanted, seconds, written(outputs[1]))
         found = images_in(outputs[2])
-        failed = len((outputs[2] / ERRORS_NAME).read_text().splitlines())
+        failed = len((outputs[2] / ERRORS_NAME).read_text(encoding="utf-8").splitlines())
         results = {
             "every image exactly once": found == Counter(paths),
             f"both files, as unkilled ({failed:,} lines of errors)": all(
@@ -146,4 +147,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report_errors(lambda: sys.exit(main()))

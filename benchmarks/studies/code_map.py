@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lora_blip.cli import report_errors
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lora_blip"
 PAGE = ROOT / "docs" / "code_map.md"
@@ -123,6 +125,10 @@ These files run between a line of the annotation file and the gradient of `lora_
 """
 
 
-if __name__ == "__main__":
+def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    report_errors(main)

@@ -15,6 +15,7 @@ from benchmarks.suite.pairs import OURS, PEFT, Cell, compare, freed
 from benchmarks.suite.plan import Plan, R, device, quick
 from benchmarks.suite.sizes import backbone, copy_of
 from benchmarks.suite.work import work
+from lora_blip.cli import report_errors
 
 SIDES = (192, 384, 576)  # pixels
 RANKS = (1, 4, 8, 16, 64)
@@ -57,7 +58,7 @@ def _point(
         yield Cell("growth", f"{precision}, {what}, kept", PEFT, "MB", kept)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
@@ -67,3 +68,7 @@ if __name__ == "__main__":
     report.collect(
         {"growth": growth(plan, arguments.precision)}, report.RESULTS, "growth_quick" if arguments.quick else "growth"
     )
+
+
+if __name__ == "__main__":
+    report_errors(main)

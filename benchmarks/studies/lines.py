@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lora_blip.cli import report_errors
+
 WORDS = (
     "a the red blue green cube on top of table man riding wave surfboard in ocean dog with frisbee park street two people "
     "standing near large white building sky under sitting cat laptop pizza"
@@ -99,7 +101,7 @@ def main() -> None:
         for kind in KINDS:
             for power in range(2, len(str(chosen.largest))):
                 source = Path(folder, "lines.jsonl")
-                with source.open("w") as file:
+                with source.open("w", encoding="utf-8") as file:
                     file.writelines(lines_of(kind, 10**power))
                 command = [sys.executable, "-m", "benchmarks.studies.lines", "--one", kind, str(source)]
                 made = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -112,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_errors(main)

@@ -7,6 +7,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from lora_blip.cli import report_errors
 from lora_blip.config import InferConfig, TrainConfig
 from lora_blip.runtime.settings import settings_of
 
@@ -33,8 +34,12 @@ def rewritten(script: str, kind: type) -> str:
     return f"{head}\n{block(kind)}\n{rest[rest.index('if __name__') :]}"
 
 
-if __name__ == "__main__":
+def main() -> None:
     for name, kind in SCRIPTS.items():
         path = ROOT / name
         path.write_text(rewritten(path.read_text(encoding="utf-8"), kind), encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    report_errors(main)

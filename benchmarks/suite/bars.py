@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.suite.pairs import OURS
+from lora_blip.cli import report_errors
 
 BLUE, GREY, INK, FAINT = "#1f6feb", "#c3c8cf", "#24292f", "#6e7781"
 LONGEST = 2.5  # a longer bar is cut here; its number is not
@@ -84,11 +85,16 @@ def draw_bar(axes: Any, y: float, bar: Bar) -> None:
     axes.text(max(median, high) + 0.025, y, number, va="center", fontsize=8, color=INK, zorder=5, bbox=behind)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--rows", default="step,captions,epoch,cached,merge,cubes", help="which of them, with commas")
     parser.add_argument("--detail", default="base fp32", help="the step of which every contestant is shown")
     parser.add_argument("--out", type=Path, default=Path("assets/speed.png"))
     arguments = parser.parse_args()
-    print(draw(json.loads(arguments.result.read_text()), arguments.rows.split(","), arguments.detail, arguments.out))
+    result = json.loads(arguments.result.read_text(encoding="utf-8"))
+    print(draw(result, arguments.rows.split(","), arguments.detail, arguments.out))
+
+
+if __name__ == "__main__":
+    report_errors(main)

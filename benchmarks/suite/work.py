@@ -52,7 +52,7 @@ def write_photos(folder: Path, images: int, captions: int, seed: int = 2) -> Pat
         texts = [caption(rng, rng.randint(*UNEVEN)) for _ in range(captions)]
         lines += [json.dumps({"image": f"photos/{number}.jpg", "text": text}) for text in texts]
     path = folder / "annotations.jsonl"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 

@@ -24,6 +24,7 @@ from lora_blip.runtime.files import refuse_unwritable, unused_path
 from lora_blip.runtime.progress import phase, track
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.seeding import seed_everything
+from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
@@ -31,6 +32,7 @@ from lora_blip.tasks.text_length import CutCount
 FEW = 10  # with fewer images, bootstrap intervals are too narrow
 
 
+@encodable_output()
 def evaluate(config: EvaluateConfig) -> Path:
     """Score an adapter and its base. Return the folder with metrics.json, comparison.csv and report.html.
 

@@ -23,11 +23,13 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.runs import GALLERY_NAME
 from lora_blip.runtime.seeding import seed_everything
+from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
 
 
+@encodable_output()
 def infer(config: InferConfig) -> Path:
     """Caption, answer or rank as `config` says, and return the path of predictions.jsonl: one line per image and question.
 

@@ -139,4 +139,4 @@ def _index(files: list[Path], folder: Path, name: str) -> None:
         except SafetensorError as error:
             raise ModelError(_unreadable(name, files, cut(str(error)))) from None
     index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / SAFE_INDEX).write_text(json.dumps(index))
+    (folder / SAFE_INDEX).write_text(json.dumps(index), encoding="utf-8")

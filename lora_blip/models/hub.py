@@ -139,7 +139,7 @@ def _snapshots(root: Path, revision: str) -> Iterator[Path]:
     own = [folder / (revision or "main") for folder in (root / "refs", root / "refs" / OURS)]
     for path in sorted(references, key=lambda path: path not in own):
         if not revision or path in own:
-            yield root / "snapshots" / path.read_text().strip()
+            yield root / "snapshots" / path.read_text(encoding="utf-8").strip()
     if not revision:  # a commit that was downloaded by its number has no reference
         yield from sorted((root / "snapshots").glob("*"), key=_modified, reverse=True)
 

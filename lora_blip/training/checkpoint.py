@@ -63,7 +63,9 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
             put_beside(best, new / BEST)
         digests = {path.name: sha256_of(path) for path in sorted(new.iterdir())}
         content = {"format_version": FORMAT_VERSION, "sha256": digests} | state
-        (new / STATE).write_text(json.dumps(content | {"sha256 of the rest": _digest(content)}, indent=1) + "\n")
+        (new / STATE).write_text(
+            json.dumps(content | {"sha256 of the rest": _digest(content)}, indent=1) + "\n", encoding="utf-8"
+        )
 
     make_whole(folder, fill)
     for old in [*older, folder][:-keep]:

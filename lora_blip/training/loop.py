@@ -11,10 +11,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch, Slot
+from lora_blip.runtime.terminal import encodable_output
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.session import open_session
 
 
+@encodable_output()
 def train(config: TrainConfig) -> Path:
     """Train an adapter with the settings of `config` and return the path of its file.
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_blip.cli import COMMANDS, TerminalStream, main, print_traceback, run_infer, run_train
+from lora_blip.cli import COMMANDS, main, print_traceback, run_infer, run_train
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import Problem
 from lora_blip.data.images import open_image
@@ -21,6 +21,7 @@ from lora_blip.data.prepare import command as prepare
 from lora_blip.errors import ImageError
 from lora_blip.inference.pipeline import infer
 from lora_blip.lora import adapter_file
+from lora_blip.runtime.terminal import TerminalStream
 from lora_blip.runtime.untrusted import for_terminal, printable, printable_lines
 from tests.support import tiny
 from tests.support.runs import adapter_of

@@ -32,7 +32,7 @@ def settings(checkpoint: Path, annotations: Path, **changes: object) -> TrainCon
 
 
 def metrics_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def one_step(
@@ -88,7 +88,7 @@ def config_of(checkpoints: dict[str, Path], folder: Path, kind: str = "blip", **
 
 def questions(folder: Path) -> Path:
     source = tiny.write_photos(folder, 16)
-    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     asked = [{"image": line["image"], "question": "what is it?", "answers": [line["text"], "a picture"]} for line in lines]
     source.write_text("\n".join(map(json.dumps, asked)))
     return source

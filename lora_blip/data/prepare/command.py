@@ -20,6 +20,7 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import check, require, setting
+from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 
 SIDES = ("train", "val", "test")
@@ -106,6 +107,7 @@ class Gathered:
     kind: str = ""  # "captions" or "questions"; both at once is an error
 
 
+@encodable_output()
 @many_objects()  # garbage collection would take a third of the time
 def prepare(config: PrepareConfig) -> dict[str, Path]:
     """Read, check, split and write the data, and return split → file. Write nothing if there is an error."""
