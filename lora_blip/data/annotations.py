@@ -129,7 +129,7 @@ def sources_of(
         return [(source, source.parent, partial(jsonl_entries, source))]
     try:
         found = find_sources(str(source), keys=keys)
-        for encoding in filter(None, (one.encoding for one in found)):
+        for encoding in filter(None, (one.encoding_note for one in found)):
             report(printable(encoding))
         return [(one.path, one.root, partial(usable_entries, one.path, one.entries)) for one in found]
     except DataError as error:

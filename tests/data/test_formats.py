@@ -11,8 +11,8 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.entries import canonical
-from lora_blip.data.prepare.command import PrepareConfig, prepare, shares_of
-from lora_blip.data.prepare.published import document, spaced
+from lora_blip.data.prepare.command import PrepareConfig, prepare, split_fractions
+from lora_blip.data.prepare.published import detokenized, load_json
 from lora_blip.data.prepare.sources import find_sources
 from lora_blip.data.tables import csv_entries, tsv_entries
 from lora_blip.errors import ConfigError, DataError
@@ -335,7 +335,7 @@ def test_blip_s_own_json_lists_are_read_one_caption_or_five(run, tmp_path):
 
 def test_a_large_json_is_held_without_a_dict_for_each_answer(tmp_path):
     _, answers = vqa(tmp_path, "train2014", {7: TEN})
-    kept = document(answers)["annotations"][0]["answers"]
+    kept = load_json(answers)["annotations"][0]["answers"]
     assert kept == TEN and kept[0] is kept[1]
 
 
@@ -354,7 +354,7 @@ def test_sentences_and_answers_with_keys_of_their_own_beside_are_read_too(run, t
 
 
 def test_only_the_space_before_a_stop_goes():
-    assert spaced("a , b . c .5 ?") == "a, b. c .5?" and spaced("... so") == "... so"
+    assert detokenized("a , b . c .5 ?") == "a, b. c .5?" and detokenized("... so") == "... so"
 
 
 # ---------------------------------------------------------------- the split
@@ -466,7 +466,11 @@ def test_a_setting_that_cannot_be_is_named(settings, message):
 
 
 def test_shares_may_leave_parts_out():
-    assert shares_of("1") == [1, 0, 0] and shares_of(" 0.8 , 0.2") == [0.8, 0.2, 0] and shares_of("0.9,0,0.1") == [0.9, 0, 0.1]
+    assert (
+        split_fractions("1") == [1, 0, 0]
+        and split_fractions(" 0.8 , 0.2") == [0.8, 0.2, 0]
+        and split_fractions("0.9,0,0.1") == [0.9, 0, 0.1]
+    )
 
 
 # ---------------------------------------------------------------- what is no good

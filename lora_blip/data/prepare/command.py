@@ -4,14 +4,14 @@ import json
 import math
 import os
 import random
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lora_blip.data.annotations import LISTED, many_objects
+from lora_blip.data.annotations import many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import Keys, LeftOut, Location
+from lora_blip.data.prepare.dropped import Dropped, first_lines, print_dropped
 from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
@@ -23,16 +23,10 @@ from lora_blip.runtime.settings import check, require, setting
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 
-SIDES = ("train", "val", "test")
-DROPPED, IMAGES = "dropped.jsonl", "images"  # IMAGES: what a Parquet file or a shard contained
+SPLIT_NAMES = ("train", "val", "test")
+DROPPED, IMAGES = "dropped.jsonl", "images"  # IMAGES: the folder of images from Parquet files and shards
 encode = json.JSONEncoder(ensure_ascii=False).encode
-WHY = {
-    "missing": "whose image is missing: the downloads of published data sets lack some images",
-    "unlisted": "whose image is in no split of its data set (--own-splits false uses it)",
-    "left out": "that are no usable examples:",
-    "fault": "invalid lines or entries:",
-}
-NO_SIDE = "it has no split (train, val or test), but other lines have; add it, or draw all splits (--own-splits false)"
+NO_SPLIT = 'it has no split, but other lines have one; add "split": "train", or draw all splits at random (--own-splits false)'
 
 
 @dataclass(frozen=True)
@@ -60,12 +54,12 @@ class PrepareConfig:
     splits: str = setting("0.9,0.05,0.05", "fractions of the images for train, val and test; 1: only train")
     own_splits: bool = setting(True, "use the splits of the data set, if it has any; false: draw random splits")
     seed: int = setting(0, "seed of the random splits")
-    on_bad_data: Literal["stop", "skip"] = setting("stop", "if a line or entry is invalid")
+    on_bad_data: Literal["stop", "skip"] = setting("stop", "what to do if a line or entry is invalid")
 
     def __post_init__(self) -> None:
         check(self)
         require(self.seed >= 0, "seed", self.seed, "at least 0")
-        shares_of(self.splits)
+        split_fractions(self.splits)
         require(not self.template or CLASS in self.template, "template", self.template, f"a text that contains {CLASS}")
         if not self.source.strip():
             raise ConfigError("source is empty; give a file or the folder of a data set: --source captions.tsv")
@@ -74,43 +68,30 @@ class PrepareConfig:
 
 
 class Row(NamedTuple):
-    """A valid line as it will be written, and its origin."""
+    """A valid line of an output file, and the place of its entry in the source."""
 
     source: Source
     at: Location
-    picture: ImageFile
-    side: str | None  # its split in the data set; "": no split contains it; None: the data set has no splits
-    line: bytes
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A line that is left out. A "fault" is an error of the data. The others are normal for published data sets."""
-
-    source: Source
-    at: Location
-    why: Literal["fault", "missing", "unlisted", "left out"]
-    reason: str
-
-    def __str__(self) -> str:
-        return printable(f"{self.source.path}:{'' if isinstance(self.at, int) else ' '}{self.at}: {self.reason}")
+    image: ImageFile
+    split: str | None  # its split in the data set; "": the image is in no split; None: the data set has no splits
+    line: bytes  # the JSON, without a line break
 
 
 @dataclass
-class Gathered:
-    """The lines of all sources."""
+class PreparedData:
+    """The valid and the dropped lines of all sources."""
 
-    base: str  # the output folder with a slash; image paths below it are written relative to it
+    base: str  # the output folder with a final slash; paths of images inside it are written without it
     rows: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    names: dict[object, str] = field(default_factory=dict)  # image → its alphabetically first name in the lines
-    kind: str = ""  # "captions" or "questions"; both at once is an error
+    names: dict[object, str] = field(default_factory=dict)  # image identity → its alphabetically first name
+    kind: str = ""  # "captions" or "questions"; a source with both is an error
 
 
 @encodable_output()
-@many_objects()  # garbage collection would take a third of the time
+@many_objects()  # garbage collection would need a third of the time
 def prepare(config: PrepareConfig) -> dict[str, Path]:
-    """Read, check, split and write the data, and return split → file. Write nothing if there is an error."""
+    """Read, check, split and write the data. Return {split: file}. If an error is raised, no file is written."""
     output = Path(config.output_dir)
     refuse_existing(output)
     with removed_on_error(output / IMAGES):
@@ -119,158 +100,154 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
 
 def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
-    gathered = Gathered(f"{output.absolute()}{os.sep}")
+    data = PreparedData(f"{output.absolute()}{os.sep}")
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
         folder = Folder(Path(config.images) if config.images else source.root)
-        with phase(lambda: f"reading {source.path}: {len(gathered.rows):,} lines"):  # called in this turn
-            gather(source, folder, gathered)
-    sides = own_sides(gathered) if config.own_splits else {}
-    refuse_faults(gathered, config.on_bad_data)
-    sides = sides or drawn_sides(gathered, config.splits, config.seed)
-    rows = {side: [row for row in gathered.rows if sides[row.picture.identity] == side] for side in SIDES}
-    with phase(f"writing {len(gathered.rows):,} lines to {output}"):
-        files = write(output, rows, gathered.dropped)
-    report(files, rows, gathered)
-    return {side: files[side] for side in SIDES if side in files}
+        with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # called before the next source
+            read_source(source, folder, data)
+    split_of_image = published_splits(data) if config.own_splits else {}
+    refuse_faults(data, config.on_bad_data)
+    split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
+    rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
+    with phase(f"writing {len(data.rows):,} lines to {output}"):
+        files = write(output, rows, data.dropped)
+    report(files, rows, data)
+    return {split: files[split] for split in SPLIT_NAMES if split in files}
 
 
 def keys_of(config: PrepareConfig) -> Keys:
+    """Return the names of the columns or keys that the settings give."""
     return Keys(config.image_key, config.text_key, config.question_key, config.answer_key)
 
 
 def refuse_existing(output: Path) -> None:
-    """Raise ConfigError if a file would be overwritten, or the folder cannot be written."""
+    """Raise ConfigError if an output file exists, or if the folder is not writable."""
     refuse_unwritable(str(output))
-    if existing := [name for name in (*(f"{side}.jsonl" for side in SIDES), DROPPED) if os.path.lexists(output / name)]:
+    if existing := [name for name in (*(f"{split}.jsonl" for split in SPLIT_NAMES), DROPPED) if os.path.lexists(output / name)]:
         raise ConfigError(
-            f"{output / existing[0]} already exists and is not overwritten; choose another output_dir (--output-dir)"
+            f"{output / existing[0]} already exists and is not overwritten; choose another output_dir (--output-dir prepared_2)"
         )
 
 
-def gather(source: Source, folder: Folder, into: Gathered) -> None:
-    """Add each entry of a source to the rows of `into`, or to the dropped lines with its reason."""
-    before, dropped = len(into.rows), len(into.dropped)
-    for at, found in source.unpack(Path(into.base, IMAGES)) if source.unpack else source.entries():
-        result = examine(source, at, found, folder, into)
+def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
+    """Add each entry of a source to `data`: to its rows, or to its dropped lines with the reason."""
+    before, dropped = len(data.rows), len(data.dropped)
+    for at, entry_or_reason in source.unpack(Path(data.base, IMAGES)) if source.unpack else source.entries():
+        result = row_of(source, at, entry_or_reason, folder, data)
         if isinstance(result, Row):
-            into.rows.append(result)
+            data.rows.append(result)
         else:
-            into.dropped.append(result)
-    if folder.known and all(isinstance(found, str) and "does not exist" in found for found in folder.known.values()):
+            data.dropped.append(result)
+    if folder.known and all(isinstance(image, str) and "does not exist" in image for image in folder.known.values()):
         example = next(iter(folder.known))
         raise DataError(
-            f"{source.path}: none of its images ({len(folder.known):,}) is in {folder.root}; {example!r} does not exist there; "
-            "set images (--images) to the folder of the images"
+            f"{source.path}: none of its {len(folder.known):,} image(s) is in {folder.root}; {example!r} does not exist there; "
+            "give the folder of the images: --images FOLDER"
         )
-    entries = len(into.rows) - before + len(into.dropped) - dropped
+    entries = len(data.rows) - before + len(data.dropped) - dropped
     print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
-    if source.encoding:
-        print(printable(source.encoding))
-    if moved := folder.finder.describe():
-        print(printable(moved))
+    if source.encoding_note:
+        print(printable(source.encoding_note))
+    if note := folder.finder.describe():
+        print(printable(note))
 
 
-def examine(source: Source, at: Location, found: Entry | str, folder: Folder, into: Gathered) -> Row | Dropped:
-    """Return the row of an entry, or the reason why it is dropped."""
-    entry = canonical(found) if isinstance(found, dict) else found
+def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: Folder, data: PreparedData) -> Row | Dropped:
+    """Return the row of an entry, or a Dropped with the reason. `entry_or_reason` may already be such a reason."""
+    entry = canonical(entry_or_reason) if isinstance(entry_or_reason, dict) else entry_or_reason
     if isinstance(entry, str):
         return Dropped(source, at, "left out" if isinstance(entry, LeftOut) else "fault", entry)
     kind = "questions" if "question" in entry else "captions"
-    into.kind = into.kind or kind
-    if kind != into.kind:
-        return Dropped(source, at, "fault", f"it belongs to {kind}, and the first line to {into.kind}; prepare them separately")
-    picture = folder.find(entry["image"])
-    if isinstance(picture, str):
-        return Dropped(source, at, "missing" if source.downloaded and "does not exist" in picture else "fault", picture)
-    name, side = entry["image"], entry.pop("split", source.split or None)
-    into.names[picture.identity] = min(name, into.names.get(picture.identity, name))
-    entry["image"] = str(picture.path).removeprefix(into.base).replace(os.sep, "/")
+    data.kind = data.kind or kind
+    if kind != data.kind:
+        return Dropped(
+            source,
+            at,
+            "fault",
+            f"a {kind[:-1]}, but the first line has a {data.kind[:-1]}; prepare captions and questions separately",
+        )
+    image = folder.find(entry["image"])
+    if isinstance(image, str):
+        return Dropped(source, at, "missing" if source.downloaded and "does not exist" in image else "fault", image)
+    name, split = entry["image"], entry.pop("split", source.split or None)
+    data.names[image.identity] = min(name, data.names.get(image.identity, name))
+    entry["image"] = str(image.path).removeprefix(data.base).replace(os.sep, "/")
     try:
         line = encode(entry).encode()
     except UnicodeEncodeError:
         return Dropped(source, at, "fault", NOT_UTF8)
-    return Row(source, at, picture, side if side or source.downloaded else None, line)
+    return Row(source, at, image, split if split or source.downloaded else None, line)
 
 
-def own_sides(gathered: Gathered) -> dict[object, str]:
-    """Return the split of each image in its data set, and drop lines without a split. Return {} if no image is in train."""
-    if not any(_side(row) == "train" for row in gathered.rows):
+def published_splits(data: PreparedData) -> dict[object, str]:
+    """Return {image identity: its split in the data set}, or {} if no image is in train. Drop the lines without a split."""
+    if not any(_split_of(row) == "train" for row in data.rows):
         return {}
-    sides: dict[object, str] = {}
+    split_of_image: dict[object, str] = {}
     kept = []
-    for row in gathered.rows:
-        side = _side(row)
-        if side and sides.setdefault(row.picture.identity, side) == side:
+    for row in data.rows:
+        split = _split_of(row)
+        if split and split_of_image.setdefault(row.image.identity, split) == split:
             kept.append(row)
-        elif row.side == "":
-            gathered.dropped.append(
-                Dropped(row.source, row.at, "unlisted", f"{row.picture.path} is in no split of its data set")
-            )
+        elif row.split == "":
+            data.dropped.append(Dropped(row.source, row.at, "unlisted", f"{row.image.path} is in no split of its data set"))
         else:
-            reason = f"its image is in {side} here and in {sides[row.picture.identity]} before" if side else NO_SIDE
-            gathered.dropped.append(Dropped(row.source, row.at, "fault", reason))
-    gathered.rows[:] = kept
-    return sides
+            other = split_of_image.get(row.image.identity)
+            reason = f"the split of its image is {split} here and {other} in an earlier line" if split else NO_SPLIT
+            data.dropped.append(Dropped(row.source, row.at, "fault", reason))
+    data.rows[:] = kept
+    return split_of_image
 
 
-def drawn_sides(gathered: Gathered, splits: str, seed: int) -> dict[object, str]:
-    """Return a random split for each image. It depends on the seed, not on the order of lines or the spelling of paths."""
-    pictures = {row.picture.identity: row.picture.path for row in gathered.rows}
-    images = sorted(pictures, key=lambda image: (gathered.names[image], pictures[image]))
+def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, str]:
+    """Return {image identity: a random split}. It depends on the seed, not on the order of lines or the spelling of paths."""
+    paths = {row.image.identity: row.image.path for row in data.rows}
+    images = sorted(paths, key=lambda image: (data.names[image], paths[image]))
     random.Random(seed).shuffle(images)
-    sizes = [max(1, round(share * len(images))) if share else 0 for share in shares_of(splits)]
+    sizes = [max(1, round(fraction * len(images))) if fraction else 0 for fraction in split_fractions(splits)]
     largest = max(range(len(sizes)), key=lambda n: sizes[n])
     sizes[largest] += len(images) - sum(sizes)
     if sizes[largest] < 1:
         raise DataError(
             f"{len(images)} image(s) are too few for splits = {splits!r}; give fewer fractions, such as 1 or 0.8,0.2"
         )
-    return dict(zip(images, (side for side, size in zip(SIDES, sizes, strict=True) for _ in range(size)), strict=True))
+    return dict(zip(images, (split for split, size in zip(SPLIT_NAMES, sizes, strict=True) for _ in range(size)), strict=True))
 
 
-def shares_of(splits: str) -> list[float]:
+def split_fractions(splits: str) -> list[float]:
     """Return the fractions of train, val and test. Raise ConfigError if they are invalid."""
     try:
-        shares = [float(part) for part in splits.split(",")]
+        fractions = [float(part) for part in splits.split(",")]
     except ValueError:
-        shares = []
-    whole = len(shares) <= len(SIDES) and all(share >= 0 for share in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)
-    require(whole, "splits", splits, "fractions for train, val and test with the sum 1, such as 0.9,0.05,0.05")
-    return shares + [0.0] * (len(SIDES) - len(shares))
+        fractions = []
+    is_whole = min(fractions, default=-1) >= 0 and math.isclose(sum(fractions), 1, abs_tol=1e-6)
+    require(
+        is_whole and len(fractions) <= len(SPLIT_NAMES),
+        "splits",
+        splits,
+        "fractions for train, val and test that add up to 1, such as 0.9,0.05,0.05",
+    )
+    return fractions + [0.0] * (len(SPLIT_NAMES) - len(fractions))
 
 
-def refuse_faults(gathered: Gathered, on_bad_data: str) -> None:
-    """Raise DataError if there are invalid lines and `on_bad_data` is "stop", or if no line is left."""
-    faults = [dropped for dropped in gathered.dropped if dropped.why == "fault"]
-    listed = "\n".join(listing(faults))
+def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
+    """Raise DataError if a line is invalid and `on_bad_data` is "stop", or if no line is valid."""
+    faults = [dropped for dropped in data.dropped if dropped.category == "fault"]
+    listed = "\n".join(first_lines(faults))
     if faults and on_bad_data == "stop":
-        elsewhere = ", or set images (--images) to the folder of the images" * any(
-            "does not exist" in fault.reason for fault in faults
-        )
+        is_missing = any("does not exist" in fault.reason for fault in faults)
+        elsewhere = ", or give the folder of the images (--images FOLDER)" * is_missing
         skip = 'or leave them out with on_bad_data = "skip" (--on-bad-data skip)'
         raise DataError(f"{listed}\nnothing was written; fix these lines{elsewhere}, {skip}")
-    if not gathered.rows:
-        raise DataError(f"no usable line in the source; nothing was written\n{listed}".strip())
-
-
-def listing(dropped: list[Dropped]) -> list[str]:
-    more = len(dropped) - LISTED
-    return [str(one) for one in dropped[:LISTED]] + [f"… and {more:,} more"] * (more > 0)
-
-
-def by_reason(dropped: list[Dropped]) -> list[str]:
-    """Return a line for each reason, with its number of entries and the first of them."""
-    firsts = {one.reason: one for one in reversed(dropped)}
-    counts = Counter(one.reason for one in dropped)
-    lines = [f"{count:,} × {firsts[reason]}" for reason, count in counts.most_common(LISTED)]
-    return lines + [f"… and {len(counts) - LISTED:,} more reasons"] * (len(counts) > LISTED)
+    if not data.rows:
+        raise DataError(f"the source has no usable line; nothing was written\n{listed}".strip())
 
 
 def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> dict[str, Path]:
-    """Write a file for each split that has lines, and one for the dropped lines."""
-    reasons = [{"file": str(one.source.path), "at": one.at, "why": one.why, "reason": one.reason} for one in dropped]
+    """Write a file for each split that has lines, and one for the dropped lines. Return {split or "dropped": file}."""
+    reasons = [{"file": str(one.source.path), "at": one.at, "why": one.category, "reason": one.reason} for one in dropped]
     files = {DROPPED: b"".join(json.dumps(one).encode() + b"\n" for one in reasons)}
-    files |= {f"{side}.jsonl": b"".join(row.line + b"\n" for row in rows[side]) for side in SIDES}
+    files |= {f"{split}.jsonl": b"".join(row.line + b"\n" for row in rows[split]) for split in SPLIT_NAMES}
     refuse_existing(output)  # again: another run may have written files since the first check
     for name, content in files.items():
         if content:
@@ -278,21 +255,15 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
     return {name.removesuffix(".jsonl"): output / name for name, content in files.items() if content}
 
 
-def report(files: dict[str, Path], rows: dict[str, list[Row]], gathered: Gathered) -> None:
-    """Print the numbers of lines and images of each split, and of dropped lines with their reasons."""
-    for side in (side for side in SIDES if rows[side]):
-        images = len({row.picture.identity for row in rows[side]})
-        print(printable(f"{side:7} {len(rows[side]):9,} {gathered.kind} of {images:,} images → {files[side]}"))
-    if not gathered.dropped:
-        return
-    total = len(gathered.dropped) + len(gathered.rows)
-    print(printable(f"dropped {len(gathered.dropped):9,} of {total:,} → {files['dropped']}"))
-    for why, title in WHY.items():
-        if these := [dropped for dropped in gathered.dropped if dropped.why == why]:
-            print(f"  {len(these):,} {title}")
-            lines = listing(these) if why == "fault" else by_reason(these) if why == "left out" else [f"first {these[0]}"]
-            print("\n".join(f"    {line}" for line in lines))
+def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData) -> None:
+    """Print the numbers of lines and images of each split, and the dropped lines with their reasons."""
+    for split in (split for split in SPLIT_NAMES if rows[split]):
+        images = len({row.image.identity for row in rows[split]})
+        print(printable(f"{split:7} {len(rows[split]):9,} {data.kind} of {images:,} images → {files[split]}"))
+    if data.dropped:
+        print_dropped(data.dropped, len(data.rows), files["dropped"])
 
 
-def _side(row: Row) -> str | None:
-    return SPLITS.get(str(row.side).lower())
+def _split_of(row: Row) -> str | None:
+    """Return "train", "val" or "test", or None if the row has no split with a known name."""
+    return SPLITS.get(str(row.split).lower())

@@ -9,21 +9,21 @@ from lora_blip.data.entries import SPLITS, as_text
 from lora_blip.data.formats import LeftOut, Located
 from lora_blip.runtime.untrusted import quoted
 
-UPLOAD = re.compile(r"^/data/(upload/\d+/|local-files/\?d=)")  # the start of an image's address in Label Studio
+STUDIO_PREFIX = re.compile(r"^/data/(upload/\d+/|local-files/\?d=)")  # what Label Studio puts before the path of an image
 IMAGE_TOKEN = re.compile(r"\s*<image>\s*")
-ASKS, REPLIES = ("human", "user"), ("gpt", "assistant")
+QUESTION_ROLES, ANSWER_ROLES = ("human", "user"), ("gpt", "assistant")
 
 
-def document_format(found: Any) -> str:
-    """Return the format of a JSON document that has one of these layouts, or ""."""
-    if isinstance(found, dict):
-        data = found.get("data")
+def document_format(document: Any) -> str:
+    """Return the format of a parsed JSON document if this file has a reader for it, or ""."""
+    if isinstance(document, dict):
+        data = document.get("data")
         first = data[0] if isinstance(data, list) and data else None
         if isinstance(first, dict) and ("caption_str" in first or "reference_strs" in first):
             return "textcaps"
-        values = list(found.values())[:1]
+        values = list(document.values())[:1]
         return "kohya" if values and isinstance(values[0], dict) and values[0].keys() & {"caption", "tags"} else ""
-    first = found[0] if isinstance(found, list) and found else None
+    first = document[0] if isinstance(document, list) and document else None
     if not isinstance(first, dict):
         return ""
     if "conversations" in first:
@@ -33,56 +33,56 @@ def document_format(found: Any) -> str:
     return "labelstudio_min" if "annotation_id" in first and "annotator" in first else ""
 
 
-def textcaps_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001  # one signature for all readers
+def textcaps_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001  # one signature for all readers
     """Read TextCaps: data[{image_path, caption_str, set_name}]."""
-    for index, entry in enumerate(found["data"] if isinstance(found, dict) else found):
+    for index, entry in enumerate(document["data"] if isinstance(document, dict) else document):
         place = f"data[{index}]"
         name, text = (entry.get("image_path"), entry.get("caption_str")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or as_text(text) is None:
             yield place, "expected an object with the texts image_path and caption_str"
         else:
-            yield place, {"image": name, "text": text} | _side(entry.get("set_name"))
+            yield place, {"image": name, "text": text} | _split(entry.get("set_name"))
 
 
-def kohya_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001
+def kohya_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
     """Read meta_cap.json: {image: {"caption": …, "tags": …}}. Without a caption, the tags are the text."""
-    for name, entry in found.items() if isinstance(found, dict) else ():
+    for name, entry in document.items() if isinstance(document, dict) else ():
         text = (entry.get("caption") or entry.get("tags")) if isinstance(entry, dict) else entry
-        yield name, {"image": name, "text": text} if as_text(text) else f"no caption: {quoted(entry)}"
+        yield name, {"image": name, "text": text} if as_text(text) else f"it has no caption or tags: {quoted(entry)}"
 
 
-def llava_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001
-    """Read [{image, conversations[{from, value}]}]: each question with its answer, without <image>."""
-    for index, entry in enumerate(found):
+def llava_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read [{image, conversations[{from, value}]}]. Each question with its answer is an entry. <image> is removed."""
+    for index, entry in enumerate(document):
         turns = entry.get("conversations") if isinstance(entry, dict) else None
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             yield f"[{index}]", 'expected an object with a list "conversations"'
         elif not entry.get("image"):
-            yield f"[{index}]", LeftOut("a conversation without an image")
+            yield f"[{index}]", LeftOut("the conversation has no image")
         else:
             yield from _conversation(f"[{index}]", entry["image"], turns)
 
 
 def _conversation(place: str, image: Any, turns: list[dict[str, Any]]) -> Iterator[Located]:
-    """Yield each question that is followed by its answer."""
-    asked: str | None = None
+    """Yield an entry for each question that has an answer."""
+    question: str | None = None
     for number, turn in enumerate(turns):
         at, role = f"{place}.conversations[{number}]", turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
         if not isinstance(text, str):
-            yield at, f'"value" is {quoted(text)}, expected a text'
-        elif role in ASKS:
-            asked = IMAGE_TOKEN.sub(" ", text).strip()
-        elif role in REPLIES and asked:
-            yield at, {"image": image, "question": asked, "answers": [text]}
-            asked = None
-        elif role in REPLIES:
-            yield at, "an answer without a question"
+            yield at, f'"value" is {quoted(text)}; expected a text'
+        elif role in QUESTION_ROLES:
+            question = IMAGE_TOKEN.sub(" ", text).strip()
+        elif role in ANSWER_ROLES and question:
+            yield at, {"image": image, "question": question, "answers": [text]}
+            question = None
+        elif role in ANSWER_ROLES:
+            yield at, "this answer has no question before it"
 
 
-def studio_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001
-    """Read Label Studio's JSON: [{data{image}, annotations[{result[{value{text}}]}]}]. Each text is an entry."""
-    for index, task in enumerate(found):
+def studio_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read Label Studio's JSON: [{data{image}, annotations[{result[{value{text}}]}]}]. Each annotated text is an entry."""
+    for index, task in enumerate(document):
         data = task.get("data") if isinstance(task, dict) else None
         if not isinstance(data, dict) or not isinstance(task.get("annotations"), list):
             yield f"[{index}]", 'expected a task with "data" and a list "annotations"'
@@ -90,21 +90,21 @@ def studio_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001
         image = _studio_image(data)
         texts = list(_studio_texts(f"[{index}]", task["annotations"]))
         if not texts:
-            yield f"[{index}]", LeftOut("a task without an annotated text")
+            yield f"[{index}]", LeftOut("the task has no annotated text")
         for place, text in texts:
             question = as_text(data.get("question"))
             yield place, {"image": image} | ({"question": question, "answers": [text]} if question else {"text": text})
 
 
 def _studio_image(data: dict[str, Any]) -> Any:
-    """Return the path of a task's image, without Label Studio's prefix."""
+    """Return the image path of a task without Label Studio's prefix, or None if it has no text value."""
     values = [data[key] for key in ("image", "img", "photo") if key in data] + list(data.values())
     image = next((value for value in values if isinstance(value, str)), None)
-    return UPLOAD.sub("", image) if image else image
+    return STUDIO_PREFIX.sub("", image) if image else image
 
 
 def _studio_texts(place: str, annotations: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the texts of a task with their places, without skipped annotations."""
+    """Yield (place, text) for each annotated text of a task. Annotations that were cancelled are skipped."""
     for number, annotation in enumerate(annotations):
         results = annotation.get("result") if isinstance(annotation, dict) and not annotation.get("was_cancelled") else None
         for item in results if isinstance(results, list) else ():
@@ -114,9 +114,9 @@ def _studio_texts(place: str, annotations: list[Any]) -> Iterator[tuple[str, Any
                 yield f"{place}.annotations[{number}]", text
 
 
-def studio_min_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: ARG001
-    """Read Label Studio's JSON-MIN: [{image, caption, annotator, annotation_id, …}]. A caption may be {"text": [...]}."""
-    for index, entry in enumerate(found):
+def studio_min_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read Label Studio's JSON-MIN: [{image, caption, annotator, annotation_id, …}]. A caption may be {"text": […]}."""
+    for index, entry in enumerate(document):
         if not isinstance(entry, dict):
             yield f"[{index}]", f"expected an object {{…}}, got {quoted(entry)}"
             continue
@@ -124,12 +124,13 @@ def studio_min_entries(path: Path, found: Any) -> Iterator[Located]:  # noqa: AR
         text = text.get("text") if isinstance(text, dict) else text
         question = as_text(entry.get("question"))
         if not text:
-            yield f"[{index}]", LeftOut("a task without an annotated text")
+            yield f"[{index}]", LeftOut("the task has no annotated text")
         for each in text if isinstance(text, list) else [text] if text else []:
-            words = {"question": question, "answers": [each]} if question else {"text": each}
-            yield f"[{index}]", {"image": _studio_image(entry)} | words
+            keys = {"question": question, "answers": [each]} if question else {"text": each}
+            yield f"[{index}]", {"image": _studio_image(entry)} | keys
 
 
-def _side(name: Any) -> dict[str, str]:
-    side = SPLITS.get(name.lower()) if isinstance(name, str) else None
-    return {"split": side} if side else {}
+def _split(name: Any) -> dict[str, str]:
+    """Return {"split": "train", "val" or "test"}, or {} if the name is not one of a split."""
+    split = SPLITS.get(name.lower()) if isinstance(name, str) else None
+    return {"split": split} if split else {}

@@ -1,4 +1,4 @@
-"""Read JSON documents that users write: a list of objects, such a list under a key, or an object of names and captions."""
+"""Read JSON documents that users write: a list of objects, a list under a key, or an object {image name: caption}."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +11,19 @@ from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import cut, quoted
 
 
-def json_entries(path: Path, found: Any) -> Iterator[Located]:
+def json_entries(path: Path, document: Any) -> Iterator[Located]:
     """Read [{"image": …, "caption": …}, …], {"data": [{…}, …]} or {"red_1.jpg": "a red cube", …}.
 
-    A list of captions gives an entry for each caption.
+    If an image has a list of captions, yield an entry for each. Raise DataError for any other document.
     """
-    if is_mapping(found):
-        for name, texts in found.items():
+    if is_mapping(document):
+        for name, texts in document.items():
             yield from several(cut(name), {"image": name, "text": texts})
         return
-    key = "" if isinstance(found, list) else list_key(found)
-    if not isinstance(found, list) and not key:
+    key = "" if isinstance(document, list) else list_key(document)
+    if not isinstance(document, list) and not key:
         raise DataError(f'{path}: expected a list of objects, as in [{{"image": …, "text": …}}, …]')
-    for index, entry in enumerate(found[key] if key else found):
+    for index, entry in enumerate(document[key] if key else document):
         if not isinstance(entry, dict):
             yield f"{key}[{index}]", f"expected an object {{…}}, got {quoted(entry)}"
         elif "question" in entry:
@@ -32,22 +32,22 @@ def json_entries(path: Path, found: Any) -> Iterator[Located]:
             yield from several(f"{key}[{index}]", entry)
 
 
-def is_json_list(found: Any) -> bool:
-    """Return True if `json_entries` can read a document."""
-    return isinstance(found, list) or bool(list_key(found)) or is_mapping(found)
+def is_json_list(document: Any) -> bool:
+    """Return True if `json_entries` can read a parsed document."""
+    return isinstance(document, list) or bool(list_key(document)) or is_mapping(document)
 
 
-def list_key(found: Any) -> str:
+def list_key(document: Any) -> str:
     """Return the key whose value is a list of objects with images, or ""."""
-    for key, value in found.items() if isinstance(found, dict) else ():
+    for key, value in document.items() if isinstance(document, dict) else ():
         if isinstance(value, list) and value and isinstance(value[0], dict) and not value[0].keys().isdisjoint(IMAGE_KEYS):
             return str(key)
     return ""
 
 
-def is_mapping(found: Any) -> bool:
-    """Return True for {name of an image: caption or captions}."""
-    if not isinstance(found, dict) or not found:
+def is_mapping(document: Any) -> bool:
+    """Return True for an object {image name: caption or list of captions}."""
+    if not isinstance(document, dict) or not document:
         return False
-    name, texts = next(iter(found.items()))
+    name, texts = next(iter(document.items()))
     return bool(IMAGE_NAME.fullmatch(name)) and isinstance(texts, str | list)

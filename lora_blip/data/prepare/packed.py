@@ -1,6 +1,6 @@
 """Unpack files that contain images: Parquet, the Arrow files of save_to_disk, and the tar shards of img2dataset.
 
-`prepare` unpacks each image once to a folder next to its JSONL. An image is named by the hash of its bytes.
+`prepare` writes each image once to a folder next to its JSONL files. The file name of an image is the hash of its bytes.
 """
 
 import hashlib
@@ -29,26 +29,26 @@ from lora_blip.runtime.untrusted import cut, open_regular, parsed, printable, qu
 
 READER = Path(__file__).with_name("parquet_reader.py")
 SUFFIXES = {".parquet": "parquet", ".arrow": "parquet", ".tar": "shard"}
-CAPTIONS = (*TEXT_KEYS, "captions", "sentences")  # columns that may have a list of captions
-INTERNAL = ("cache-",)  # Arrow files that the datasets library writes for itself
+CAPTION_COLUMNS = (*TEXT_KEYS, "captions", "sentences")  # names of a column with a caption or a list of captions
+CACHE_PREFIXES = ("cache-",)  # the datasets library's own caches
 
 
 def packed_kind(path: Path, head: bytes) -> str:
-    """Return "parquet" or "shard" for a file that contains images, or ""."""
+    """Return "parquet" or "shard" for a file that contains images, or "" for another file. head: its first bytes."""
     return "parquet" if head.startswith((b"PAR1", b"ARROW1")) else SUFFIXES.get(path.suffix.lower(), "")
 
 
 def packed_files(folder: Path) -> list[Path]:
-    """Return the shards of a folder and its subfolders, or else its Parquet files, or else its Arrow files."""
+    """Return the shards in a folder and its subfolders, or its Parquet files if there are none, or its Arrow files."""
     for suffix in (".tar", ".parquet", ".arrow"):
-        found = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file() and not path.name.startswith(INTERNAL))
-        if found:
-            return found
+        paths = (path for path in folder.rglob(f"*{suffix}") if not path.name.startswith(CACHE_PREFIXES))
+        if files := sorted(filter(Path.is_file, paths)):
+            return files
     return []
 
 
 def split_of(path: Path) -> str:
-    """Return the split that the name of a file or of its folder contains: train-00000-of-00002.parquet, or validation/."""
+    """Return the split named by a file or its folder, such as "train" for train-00000-of-00002.parquet, or ""."""
     names = path.stem.replace("_", "-").lower().split("-")[0], path.absolute().parent.name.lower()
     return next((SPLITS[name] for name in names if name in SPLITS), "")
 
@@ -56,14 +56,14 @@ def split_of(path: Path) -> str:
 def refuse_packed(source: str) -> Iterator[Located]:
     """Raise DataError with the command that unpacks a source."""
     raise DataError(
-        f"{source} contains the images themselves; unpack them once, and then train with --annotations prepared/train.jsonl:\n"
+        f"{source} contains the images themselves; unpack them once, then train with --annotations prepared/train.jsonl:\n"
         f"lora-blip prepare --source {quote(source)} --output-dir prepared"
     )
 
 
 @contextmanager
 def removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the unpacked images if an error prevents that their lines are written, unless the folder existed before."""
+    """Remove the folder of unpacked images if the block raises an error. Keep a folder that existed before the block."""
     existed = folder.exists()
     try:
         yield
@@ -79,9 +79,12 @@ def removed_on_error(folder: Path) -> Iterator[None]:
 
 
 def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
-    """Yield an entry for each caption or question of a Parquet or Arrow file, whose images are unpacked to `target`."""
+    """Yield an entry for each caption or question of a Parquet or Arrow file, and write its images to the folder `target`.
+
+    Raise DataError if the file cannot be read.
+    """
     if find_spec("pyarrow") is None:
-        raise DataError(f'{path} is a Parquet or Arrow file, which needs another package: pip install "lora_blip[parquet]"')
+        raise DataError(f'{path} is a Parquet or Arrow file; to read it, install pyarrow: pip install "lora_blip[parquet]"')
     target.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", str(READER), str(target.absolute()), str(path), keys.image]
     with tempfile.TemporaryFile() as errors:
@@ -89,7 +92,7 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
         try:
             for line in child.stdout or ():
                 if line.endswith(b"\n"):  # the last line of a crash may be incomplete
-                    yield from _rows_of(json.loads(line), keys)
+                    yield from _entries_of(json.loads(line), keys)
             status = child.wait()
         finally:
             child.kill()
@@ -100,36 +103,36 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
             errors.seek(0)
             reason = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
             if status < 0:
-                reason = f"the process that read it ended with {signal.Signals(-status).name}"
+                reason = f"the process that read the file ended with {signal.Signals(-status).name}"
             raise DataError(printable(f"{path} cannot be read: {cut(reason)}; download it again"))
 
 
-def _rows_of(found: dict[str, Any], keys: Keys) -> Iterator[Located]:
-    """Yield the entry of a row, or an entry for each caption of a list."""
-    at, entry = f"row {found['row']}", found.get("entry")
+def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
+    """Yield the entry of a row, or an entry for each caption if it has a list of captions."""
+    at, entry = f"row {row['row']}", row.get("entry")
     if entry is None:
-        yield at, str(found["reason"])
+        yield at, str(row["reason"])
         return
     ours = {name: key for key, name in keys.named.items() if key != "image"}
     entry = {ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()}
-    name = next((key for key in CAPTIONS if key in entry), "")
+    name = next((key for key in CAPTION_COLUMNS if key in entry), "")
     texts = entry.get(name)
     if "question" in entry or (not isinstance(texts, list) and name in TEXT_KEYS):
         yield at, entry
         return
-    rest: Entry = {key: value for key, value in entry.items() if key not in CAPTIONS}
+    rest: Entry = {key: value for key, value in entry.items() if key not in CAPTION_COLUMNS}
     for text in texts if isinstance(texts, list) else [texts] if name else []:
         yield at, rest | {"text": text.get("raw") if isinstance(text, dict) else text}
     if not name:
         columns = ", ".join(key for key in entry if key != "image")
-        yield at, f"no column of a text; the others are {quoted(columns)}; set --text-key, or --question-key and --answer-key"
+        yield at, f"no column has a known name for the text; the columns are {quoted(columns)}; name it: --text-key COLUMN"
 
 
 # ---------------------------------------------------------------- tar shards
 
 
 def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  # noqa: ARG001  # one signature for all
-    """Yield an entry for each image of a tar shard: 000000017.jpg with its caption in 000000017.txt or .json."""
+    """Yield an entry for each image of a tar shard, such as 000000017.jpg, with its caption in 000000017.txt or .json."""
     target.mkdir(parents=True, exist_ok=True)
     last = ""
     try:
@@ -141,12 +144,13 @@ def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  #
                 last = key
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         reason = why(error) if isinstance(error, OSError) else cut(str(error))
-        yield f"after {quoted(last)}", f"the shard cannot be read further ({reason}); download it again"
+        yield f"after {quoted(last)}", f"the rest of the shard cannot be read ({reason}); download it again"
 
 
 def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a shard of `size` bytes. Raise ReadError if one is longer than the rest of the shard."""
     while (info := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+        archive.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
         if info.size < 0 or (info.isreg() and info.offset_data + info.size > size):
             raise tarfile.ReadError(f"{quoted(info.name)} is cut off")
         if info.isreg():
@@ -154,19 +158,19 @@ def _members(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target: Path) -> Entry | str:
-    """Return the entry of the files with one name, or the reason why it has none."""
+    """Return the entry of a sample, or the reason why it has none. files: {suffix: member} of the members with one name."""
     image = next((suffix for suffix, info in files.items() if is_picture(info.name.rpartition("/")[2], lambda: b"")), "")
     if not image:
-        return LeftOut("a sample without an image: img2dataset did not download it")
+        return LeftOut("this sample has no image: img2dataset did not download it")
     caption = next((suffix for suffix in ("txt", "caption", "json") if suffix in files), "")
     if not caption:
-        return "it has no caption; a .txt of the same name is missing in the shard"
+        return "it has no caption: the shard contains no .txt file of the same name"
     if files[caption].size > LONGEST or not 0 < files[image].size <= LARGEST_FILE:
         return TOO_LONG if files[caption].size > LONGEST else f"its image has {files[image].size:,} bytes"
     text: Any = _content(archive, files[caption]).decode(errors="surrogateescape")
     if caption == "json":
-        found = parsed(text)
-        text = found.get("caption") if isinstance(found, dict) else None
+        metadata = parsed(text)
+        text = metadata.get("caption") if isinstance(metadata, dict) else None
     content = _content(archive, files[image])
     path = target.absolute() / f"{hashlib.sha256(content).hexdigest()[:24]}.{image}"
     if not path.exists() or path.stat().st_size != len(content):
@@ -175,6 +179,7 @@ def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target:
 
 
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a member."""
     file = archive.extractfile(info)
     return file.read() if file else b""
 

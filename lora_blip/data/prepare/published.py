@@ -1,7 +1,7 @@
-"""Read published data sets as downloaded: COCO captions, VQAv2, Karpathy's splits, Flickr8k, JSON lists.
+"""Read published data sets as they are downloaded: COCO captions, VQAv2, Karpathy's splits, Flickr8k and Flickr30k.
 
-Each reader yields pairs of a location and an entry, or the reason why the entry is invalid. An entry may have the key `split`,
-the image's split in the data set, or "" if it is in none.
+Each reader yields (location, entry), or (location, reason) for an invalid entry. An entry may have the key `split`: the split
+of its image in the data set, or "" if the image is in none.
 """
 
 import csv
@@ -20,20 +20,23 @@ from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
-FLICKR30K = re.compile(r"image(_name)?[|,] ?comment_number[|,] ?comment", re.IGNORECASE)  # the header of both tables
+FLICKR30K = re.compile(r"image(_name)?[|,] ?comment_number[|,] ?comment", re.IGNORECASE)  # a header with "|" or commas
 FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
-TEXT = str | int | float  # what `as_text` takes
+TEXT = str | int | float  # values that `as_text` converts
 VQA_ANSWER = {"answer", "answer_confidence", "answer_id"}
 KARPATHY_SENTENCE = {"raw", "tokens", "imgid", "sentid"}
 VIZWIZ = {
-    "is_rejected": "a caption that VizWiz rejected",
-    "is_precanned": "a canned caption of VizWiz, which describes no image",
+    "is_rejected": "VizWiz rejected this caption",
+    "is_precanned": "VizWiz's standard caption for a bad photo, which does not describe it",
 }
-BEFORE_STOP = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
+SPACE_BEFORE_PUNCTUATION = re.compile(r"\s+([.,;:!?]+)(?=\s|$)")
 
 
-def document(path: Path) -> Any:
-    """Return the parsed JSON. VQAv2's answers and Karpathy's sentences become strings, which need a tenth of the memory."""
+def load_json(path: Path) -> Any:
+    """Return a parsed JSON file. Raise DataError if it cannot be read.
+
+    VQAv2's answers and Karpathy's sentences are objects in the file. They become strings, which need a tenth of the memory.
+    """
     try:
         with open_text(path) as file:
             text = file.read()
@@ -46,22 +49,22 @@ def document(path: Path) -> Any:
         if line and (fix := with_slashes(text, line)):
             raise DataError(f"{path}{where}: {fix}") from None
         raise DataError(
-            f"{path}{where}: not valid JSON ({error}); the file may be incomplete: download or unpack it again"
+            f"{path}{where}: it is not valid JSON ({error}); the file may be incomplete: download or unpack it again"
         ) from None
 
 
-def coco_entries(path: Path, found: Any) -> Iterator[Located]:
+def coco_entries(path: Path, document: Any) -> Iterator[Located]:
     """Read captions_train2017.json: images[{id, file_name}] and annotations[{image_id, caption}]."""
     names = {}
-    for index, image in enumerate(_as_list(path, "images", found)):
-        if reason := _lacks(image, id=int | str, file_name=str):
+    for index, image in enumerate(_list_in(path, "images", document)):
+        if reason := _invalid(image, id=int | str, file_name=str):
             yield f"images[{index}]", reason
         else:
             names[image["id"]] = image["file_name"]
-    for index, entry in enumerate(_as_list(path, "annotations", found)):
-        reason = _lacks(entry, image_id=int | str, caption=TEXT)
+    for index, entry in enumerate(_list_in(path, "annotations", document)):
+        reason = _invalid(entry, image_id=int | str, caption=TEXT)
         if not reason and entry["image_id"] not in names:
-            reason = f"image_id {quoted(entry['image_id'])} is not among the images"
+            reason = f'image_id {quoted(entry["image_id"])} is not an id in the list "images"'
         if not reason and (key := next((key for key in VIZWIZ if entry.get(key) is True), "")):
             reason = LeftOut(VIZWIZ[key])
         if reason:
@@ -70,38 +73,41 @@ def coco_entries(path: Path, found: Any) -> Iterator[Located]:
             yield f"annotations[{index}]", {"image": names[entry["image_id"]], "text": entry["caption"]} | _prompt_of(entry)
 
 
-def karpathy_entries(path: Path, found: Any) -> Iterator[Located]:
+def karpathy_entries(path: Path, document: Any) -> Iterator[Located]:
     """Read dataset_coco.json and similar files: images[{filepath, filename, split, sentences[{raw}]}]."""
-    for index, image in enumerate(_as_list(path, "images", found)):
-        reason = _lacks(image, filename=str, split=str, sentences=list)
-        reason = reason or _lacks({"filepath": None} | image, filepath=str | None)
+    for index, image in enumerate(_list_in(path, "images", document)):
+        reason = _invalid(image, filename=str, split=str, sentences=list)
+        reason = reason or _invalid({"filepath": None} | image, filepath=str | None)
         if not reason and image["split"] not in SPLITS:
             reason = f'"split" is {quoted(image["split"])}, expected one of {", ".join(SPLITS)}'
         if reason:
             yield f"images[{index}]", reason
             continue
-        side = SPLITS[image["split"]]
+        split = SPLITS[image["split"]]
         name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
         for number, sentence in enumerate(image["sentences"]):
             place = f"images[{index}].sentences[{number}]"
             raw = _text_of(sentence, "raw")
-            yield place, _lacks(sentence, raw=TEXT) if raw is None else {"image": name, "text": spaced(raw), "split": side}
+            if raw is None:
+                yield place, _invalid(sentence, raw=TEXT)
+            else:
+                yield place, {"image": name, "text": detokenized(raw), "split": split}
 
 
-def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Iterator[Located]:
-    """Read v2_OpenEnded_mscoco_train2014_questions.json, and the ten answers to each question from `answers`.
+def vqa_entries(path: Path, document: Any, answers_path: Path, answers: Any) -> Iterator[Located]:
+    """Read v2_OpenEnded_mscoco_train2014_questions.json. The ten answers to each question are in the document `answers`.
 
-    questions[{image_id, question, question_id}] and annotations[{question_id, answers[{answer}]}].
+    Layout: questions[{image_id, question, question_id}] and annotations[{question_id, answers[{answer}]}].
     """
     answers_of: dict[Any, list[str] | str] = {}  # question id → its answers, or why it has none
-    for index, entry in enumerate(_as_list(answers_path, "annotations", answers)):
-        if reason := _lacks(entry, question_id=int | str):
+    for index, entry in enumerate(_list_in(answers_path, "annotations", answers)):
+        if reason := _invalid(entry, question_id=int | str):
             yield f"annotations[{index}] of {answers_path.name}", reason
         else:
             answers_of[entry["question_id"]] = _vqa_answers(f"{answers_path.name}: annotations[{index}]", entry)
-    subset = subset_of(path, found)
-    for index, entry in enumerate(_as_list(path, "questions", found)):
-        if reason := _lacks(entry, image_id=int, question=TEXT, question_id=int | str):
+    subset = subset_of(path, document)
+    for index, entry in enumerate(_list_in(path, "questions", document)):
+        if reason := _invalid(entry, image_id=int, question=TEXT, question_id=int | str):
             yield f"questions[{index}]", reason
             continue
         answers_or_reason = answers_of.get(entry["question_id"])
@@ -121,44 +127,55 @@ def vqa_entries(path: Path, found: Any, answers_path: Path, answers: Any) -> Ite
             yield f"questions[{index}]", question | _prompt_of(entry)
 
 
-def subset_of(path: Path, found: Any) -> str:
-    """Return the subset, such as "train2014", which is part of the names of VQAv2's images."""
-    subset = found.get("data_subtype") or ((year := YEAR.search(path.name)) and year[0])
+def subset_of(path: Path, document: Any) -> str:
+    """Return the subset that is part of the names of VQAv2's images, such as "train2014". Raise DataError if there is none."""
+    subset = document.get("data_subtype") or ((year := YEAR.search(path.name)) and year[0])
     if not isinstance(subset, str):
         raise DataError(
-            f'{path} has no "data_subtype", a part of its image names; add "data_subtype": "train2014", for example'
+            f'{path} has no "data_subtype", which is part of its image names; add it, for example "data_subtype": "train2014"'
         )
     return subset
 
 
+def with_partner(path: Path) -> list[Path]:
+    """Return [path], or both files of VQAv2, questions and answers, if `path` is one and the other is beside it."""
+    if path.name.endswith("_questions.json"):
+        other = path.with_name(re.sub("OpenEnded_|MultipleChoice_", "", path.name).replace("_questions", "_annotations"))
+    elif path.name.endswith("_annotations.json"):
+        other = path.with_name(path.name.replace("v2_", "v2_OpenEnded_").replace("_annotations", "_questions"))
+    else:
+        return [path]
+    return [path, other] if other.is_file() else [path]
+
+
 def _vqa_answers(place: str, entry: Entry) -> list[str] | str:
-    """Return the answers that are not empty, or the reason why there are none."""
-    if reason := _lacks(entry, answers=list):
+    """Return the answers that are not empty, or the reason why the list cannot be used."""
+    if reason := _invalid(entry, answers=list):
         return f"{place}: {reason}"
     answers = [_text_of(answer, "answer") for answer in entry["answers"]]
     if None in answers:
         number = answers.index(None)
-        return f"{place}.answers[{number}]: {_lacks(entry['answers'][number], answer=TEXT)}"
+        return f"{place}.answers[{number}]: {_invalid(entry['answers'][number], answer=TEXT)}"
     return [answer for answer in answers if answer and answer.strip()] or f"{place}: all answers are empty"
 
 
 def flickr8k_entries(path: Path) -> Iterator[Located]:
-    """Read Flickr8k.token.txt, or Kaggle's captions.txt. If the lists of images are in its folder, entries have a split."""
-    sides = _flickr8k_sides(path.parent)
+    """Read Flickr8k.token.txt, or Kaggle's captions.txt. If Flickr_8k.trainImages.txt is beside it, entries have a split."""
+    splits = _flickr8k_splits(path.parent)
     with open_text(path) as file:
         kaggle = file.readline(LONGEST).strip().lower() == "image,caption"
     for number, entry in csv_entries(path) if kaggle else _token_entries(path):
         if isinstance(entry, dict):
-            entry["text"] = spaced(entry["text"])
-            if sides:
-                entry["split"] = sides.get(entry["image"]) or sides.get(whole_name(entry["image"]), "")
+            entry["text"] = detokenized(entry["text"])
+            if splits:
+                entry["split"] = splits.get(entry["image"]) or splits.get(name_up_to_jpg(entry["image"]), "")
         yield number, entry
 
 
 def flickr30k_entries(path: Path) -> Iterator[Located]:
     """Read Flickr30k's results.csv (image_name| comment_number| comment), or the same table with commas.
 
-    One row of the published results.csv lacks its second separator. It is left out.
+    One row of the published results.csv has no second separator. This row is left out.
     """
     separator = ""
     for number, line in numbered_lines(path):
@@ -169,22 +186,23 @@ def flickr30k_entries(path: Path) -> Iterator[Located]:
         else:
             cells = line.split("|", 2) if separator == "|" else next(csv.reader([line]))
             if len(cells) == 3:
-                yield number, {"image": cells[0].strip(), "caption": spaced(cells[2].strip())}
+                yield number, {"image": cells[0].strip(), "caption": detokenized(cells[2].strip())}
             else:
-                yield number, LeftOut(f"a broken row, {len(cells)} columns instead of 3: {quoted(line.strip()[:60])}")
+                yield number, LeftOut(f"the row has {len(cells)} columns instead of 3: {quoted(line.strip()[:60])}")
 
 
-def whole_name(image: str) -> str:
-    """Return an image name without a suffix after .jpg: Flickr8k's text file contains 2258277193_586949ec62.jpg.1."""
+def name_up_to_jpg(image: str) -> str:
+    """Return an image name up to .jpg. Flickr8k's text file contains one longer name, 2258277193_586949ec62.jpg.1."""
     return re.sub(r"(\.jpe?g)\.\d+$", r"\1", image)
 
 
-def spaced(caption: str) -> str:
-    """Return a caption without the space that tokenized captions have before punctuation."""
-    return BEFORE_STOP.sub(r"\1", caption)
+def detokenized(caption: str) -> str:
+    """Return a caption without spaces before punctuation, which tokenized captions have: "a cat ." becomes "a cat."."""
+    return SPACE_BEFORE_PUNCTUATION.sub(r"\1", caption)
 
 
 def _token_entries(path: Path) -> Iterator[Located]:
+    """Read Flickr8k.token.txt."""
     for number, line in numbered_lines(path):
         if line is None:
             yield number, TOO_LONG
@@ -194,20 +212,22 @@ def _token_entries(path: Path) -> Iterator[Located]:
             yield number, f"expected image.jpg#0⇥caption, got {line.strip()[:60]!r}"
 
 
-def _flickr8k_sides(folder: Path) -> dict[str, str]:
-    """Return image → train, val or test, or {} if the training list is missing."""
-    lists = {side: folder / name for side, name in FLICKR8K_LISTS.items()}
+def _flickr8k_splits(folder: Path) -> dict[str, str]:
+    """Return {image: "train", "val" or "test"}, or {} if the list of training images does not exist."""
+    lists = {split: folder / name for split, name in FLICKR8K_LISTS.items()}
     if not lists["train"].is_file():
         return {}
-    lists_found = {side: numbered_lines(path) for side, path in lists.items() if path.is_file()}
+    existing_lists = {split: numbered_lines(path) for split, path in lists.items() if path.is_file()}
     try:
-        return {line.strip(): side for side, lines in lists_found.items() for _, line in lines if line}
+        return {line.strip(): split for split, lines in existing_lists.items() for _, line in lines if line}
     except OSError as error:
-        raise DataError(f"{folder}: one of {', '.join(FLICKR8K_LISTS.values())} cannot be read ({why(error)})") from None
+        raise DataError(
+            f"{folder}: one of {', '.join(FLICKR8K_LISTS.values())} cannot be read ({why(error)}); download it again"
+        ) from None
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
-    """Return an object of a JSON, or its only text as a string. Millions of dicts would fill the memory."""
+    """Return an object of a JSON file, or the answer or sentence in it as a string: millions of dicts would fill the memory."""
     entry = once(pairs)
     if "answer" in entry and entry.keys() <= VQA_ANSWER and (answer := as_text(entry["answer"])) is not None:
         return sys.intern(answer)
@@ -220,34 +240,36 @@ _COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_float=WrittenFloat
 
 
 def _text_of(entry: Any, key: str) -> str | None:
-    """Return the text of an answer or sentence, which is a string or an object, or None."""
+    """Return the text of an answer or sentence, or None. The entry is a string, or an object with the text under `key`."""
     return as_text(entry.get(key) if isinstance(entry, dict) else entry)
 
 
 def _prompt_of(entry: Entry) -> Entry:
+    """Return {"prompt": …}, or {} if the entry has no prompt."""
     return {"prompt": entry["prompt"]} if "prompt" in entry else {}
 
 
-def _as_list(path: Path, key: str, found: Any) -> list[Any]:
-    entries = found.get(key) if key and isinstance(found, dict) else found if not key else None
+def _list_in(path: Path, key: str, document: Any) -> list[Any]:
+    """Return the list under a key of a document. Raise DataError if the document has no such list."""
+    entries = document.get(key) if isinstance(document, dict) else None
     if not isinstance(entries, list):
-        what = f'a list "{key}"' if key else "a list of objects"
-        raise DataError(f"{path}: expected {what}, as in the file that was published; download or unpack it again")
+        raise DataError(f'{path}: expected a list "{key}", as in the published file; download or unpack it again')
     return entries
 
 
-def _lacks(entry: Any, **kinds: Any) -> str:
-    """Return a message about the first key that is missing or has a wrong type, or "" if all `kinds` are right."""
+def _invalid(entry: Any, **types: Any) -> str:
+    """Return the reason why an entry is invalid: a key is missing or its value has a wrong type. Return "" if valid."""
     if not isinstance(entry, dict):
         return f"expected an object {{…}}, got {_short(entry)}"
-    for key, kind in kinds.items():
+    for key, expected_type in types.items():
         if key not in entry:
-            return f'no "{key}"'
-        if not isinstance(entry[key], kind):
-            expected = "a text" if kind is TEXT else getattr(kind, "__name__", kind)
+            return f'the key "{key}" is missing'
+        if not isinstance(entry[key], expected_type):
+            expected = "a text" if expected_type is TEXT else getattr(expected_type, "__name__", expected_type)
             return f'"{key}" is {"null" if entry[key] is None else _short(entry[key])}, expected {expected}'
     return ""
 
 
 def _short(value: Any) -> str:
+    """Return a value as a short text for a message."""
     return quoted(value if isinstance(value, str) else quoted(value))

@@ -50,15 +50,18 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "kohya": exports.kohya_entries,
 }
 FORMATS = (*LINES, *TABLES, *DOCUMENTS, *PACKED, "vqa", "folder")
-OWN = ("jsonl", "tsv", "csv", "xlsx", "folder")  # written by the user, who can fix a line; the others are downloaded
-MOST_REASONS = 20  # reasons that are printed
+USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
+MOST_REASONS = 20  # printed reasons why entries are left out
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. `entries` yields locations and entries. `split` is the split that the file name contains, or "".
+    """A file or folder to read.
 
-    unpack: like `entries`, for a file that contains images. It writes them to a folder. `entries` then raises DataError.
+    entries: returns an iterator of (location, entry), or of (location, reason) for an invalid entry.
+    split: the split that the file name contains, such as "val", or "".
+    unpack: replaces `entries` for a file that contains images: it also writes them to the given folder. `entries` then raises
+    DataError. None: the file contains no images.
     """
 
     path: Path
@@ -68,8 +71,8 @@ class Source:
     unpack: Callable[[Path], Iterator[Located]] | None = None
 
     @property
-    def encoding(self) -> str:
-        """A line about the encoding of the file, if it is not UTF-8, or ""."""
+    def encoding_note(self) -> str:
+        """Return a message that names the encoding of a text file, or "" for UTF-8 and for other files."""
         return (
             formats.describe_encoding(self.path, self.format in ("csv", "tsv"))
             if self.format != "xlsx" and self.unpack is None and self.path.is_file()
@@ -78,80 +81,87 @@ class Source:
 
     @property
     def downloaded(self) -> bool:
-        return self.format not in OWN
+        """True if the file comes from a published data set or a program, so that the user cannot easily fix its lines."""
+        return self.format not in USER_FORMATS
 
     @property
     def root(self) -> Path:
-        """The default folder of its images: the folder of the file, or the parent of a data set's folder of texts."""
+        """The default folder of its images: the folder of the file, or the parent of `annotations/` and `Flickr8k_text/`."""
         if self.path.is_dir():
             return self.path
         texts = re.fullmatch(r"annotations|flicke?r8k_text", self.path.absolute().parent.name, re.IGNORECASE)
         return self.path.parent.absolute().parent if self.downloaded and texts else self.path.parent
 
 
-def find_sources(where: str, form: str = "auto", keys: Keys = NO_KEYS, template: str = "") -> list[Source]:
-    """Return the sources of a file, of several files separated by commas, or of a folder. Raise DataError if there are none.
+def find_sources(source: str, requested: str = "auto", keys: Keys = NO_KEYS, template: str = "") -> list[Source]:
+    """Return the sources in `source`: a file, several files separated by commas, or a folder. Raise DataError if it has none.
 
-    keys: the names of the columns or keys, if they are not common ones.
-    template: the caption of an image in a class folder, with {class} for the folder's name.
+    requested: the format of all files; "auto": detect it.
+    keys: the names of the columns or keys, if they are not common names.
+    template: the caption of each image in a class folder; {class} becomes the name of the folder.
     """
-    paths = [Path(where)] if _exists(Path(where)) else [Path(part.strip()) for part in where.split(",") if part.strip()]
+    paths = [Path(source)] if _exists(Path(source)) else [Path(part.strip()) for part in source.split(",") if part.strip()]
     if missing := [path for path in paths if not _exists(path)]:
         raise DataError(
-            f"source {str(missing[0])!r} does not exist; give a file, several files separated by commas, or a folder"
+            f"source {str(missing[0])!r} does not exist; give a file, several files separated by commas, or a folder: "
+            "--source captions.csv"
         )
-    folders = [source for path in paths if path.is_dir() and (source := _layout_source(path, form, template))]
-    laid_out = {source.path for source in folders}
-    files = chain.from_iterable(_files_of(path, form) if path.is_dir() else [path] for path in paths if path not in laid_out)
-    loaded = {path: _load(path, form) for path in dict.fromkeys(chain.from_iterable(map(_with_partner, files)))}
-    answers = {path: found for path, (kind, found) in loaded.items() if kind == "vqa" and "questions" not in found}
+    folders = [one for path in paths if path.is_dir() and (one := _layout_source(path, requested, template))]
+    layout_folders = {one.path for one in folders}
+    others = (path for path in paths if path not in layout_folders)
+    files = chain.from_iterable(_files_in(path, requested) if path.is_dir() else [path] for path in others)
+    loaded = {path: _load(path, requested) for path in dict.fromkeys(chain.from_iterable(map(published.with_partner, files)))}
+    vqa_files = {path: document for path, (file_format, document) in loaded.items() if file_format == "vqa"}
+    answer_files = {path: document for path, document in vqa_files.items() if "questions" not in document}
     sources = [
-        Source(path, kind, partial(refuse_packed, where), split_of(path), partial(PACKED[kind], path, keys))
-        if kind in PACKED
-        else _source(path, kind, found, answers, keys)
-        for path, (kind, found) in loaded.items()
-        if path not in answers
+        Source(path, file_format, partial(refuse_packed, source), split_of(path), partial(PACKED[file_format], path, keys))
+        if file_format in PACKED
+        else _source(path, file_format, document, answer_files, keys)
+        for path, (file_format, document) in loaded.items()
+        if path not in answer_files
     ]
     if not sources and not folders:
-        raise DataError(f"{where}: VQAv2's answers without its questions; give both files, separated by a comma")
+        raise DataError(f"{source} has VQAv2's answers, but no questions; give both: --source questions.json,annotations.json")
     return folders + sources
 
 
-def _layout_source(folder: Path, form: str, template: str) -> Source | None:
-    """Return the source of a folder that has images and no annotation file with a known name, or None.
+def _layout_source(folder: Path, requested: str, template: str) -> Source | None:
+    """Return the source of a folder whose layout gives the captions, or None if its annotation files must be read instead.
 
-    With a template or the format "folder", its annotation files are ignored.
+    If a template or the format "folder" is given, annotation files in the folder are ignored.
     """
-    if form != "folder" and not template and (form != "auto" or known_files(folder, form)):
+    if requested != "folder" and not template and (requested != "auto" or known_files(folder, requested)):
         return None
     layout = layout_of(folder)
     if layout.captioned and not template:
         return Source(folder, "img2dataset" if layout.downloads else "folder", partial(captioned_entries, layout))
-    if not layout.images or (form == "auto" and not template and (folder / META_CAP).exists()):
+    if not layout.images or (requested == "auto" and not template and (folder / META_CAP).exists()):
         return None
     refuse_without_template(layout, template)
     return Source(folder, "folder", partial(class_entries, layout, template))
 
 
-def _source(path: Path, kind: str, found: Any, answers: dict[Path, Any], keys: Keys) -> Source:
-    side = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
+def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path, Any], keys: Keys) -> Source:
+    """Return the source of a file that contains no images. answer_files: VQAv2's files of answers, {file: document}."""
+    split = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
     folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
-    if kind in TABLES:
-        return Source(path, kind, partial(TABLES[kind], path, keys), folder)
-    if kind in LINES:
-        return Source(path, kind, partial(with_keys, partial(LINES[kind], path), keys), folder)
-    if kind in DOCUMENTS:
-        read = partial(with_keys, partial(DOCUMENTS[kind], path, found), keys)
-        return Source(path, kind, read, side if kind == "coco" else "")
-    subset = published.subset_of(path, found)
-    fitting = [other for other in answers if published.subset_of(other, answers[other]) == subset]
-    if not fitting:
-        raise DataError(f"{path}: VQAv2's questions without their answers; give both files, separated by a comma")
-    return Source(path, kind, partial(published.vqa_entries, path, found, fitting[0], answers[fitting[0]]), side)
+    if file_format in TABLES:
+        return Source(path, file_format, partial(TABLES[file_format], path, keys), folder)
+    if file_format in LINES:
+        return Source(path, file_format, partial(with_our_keys, partial(LINES[file_format], path), keys), folder)
+    if file_format in DOCUMENTS:
+        entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document), keys)
+        return Source(path, file_format, entries, split if file_format == "coco" else "")
+    subset = published.subset_of(path, document)
+    matching = [other for other in answer_files if published.subset_of(other, answer_files[other]) == subset]
+    if not matching:
+        raise DataError(f"{path} has VQAv2's questions, but no answers; give both: --source questions.json,annotations.json")
+    entries = partial(published.vqa_entries, path, document, matching[0], answer_files[matching[0]])
+    return Source(path, file_format, entries, split)
 
 
 def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iterator[Located]:
-    """Yield the entries that are not left out, and print how many are, by reason."""
+    """Yield the entries except those that are left out. At the end, print the number of those for each reason."""
     counts: dict[str, tuple[int, Location]] = {}
     for at, entry in entries():
         if isinstance(entry, LeftOut):
@@ -160,11 +170,11 @@ def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iter
         else:
             yield at, entry
     for reason, (count, first) in list(counts.items())[:MOST_REASONS]:
-        print(printable(f"{path}: left out {count:,}, first {first}: {reason}"))
+        print(printable(f"{path}: {count:,} entries are left out, the first is {first}: {reason}"))
 
 
-def with_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
-    """Yield the entries with our names instead of those that the user gives."""
+def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
+    """Yield the entries with the keys image, text, question and answers in place of the names in `keys`."""
     named = {name: ours for ours, name in keys.named.items()}
     for at, entry in entries():
         if named and isinstance(entry, dict):
@@ -177,31 +187,34 @@ def with_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[
             yield at, entry
 
 
-def _load(path: Path, form: str) -> tuple[str, Any]:
-    """Return the format of a file, detected if `form` is "auto", and its JSON if it is one document."""
+def _load(path: Path, requested: str) -> tuple[str, Any]:
+    """Return (format, parsed JSON document), or (format, None) for a file that is not one JSON document.
+
+    requested: the format; "auto": detect it. Raise DataError if it cannot be detected, or the file cannot be read.
+    """
     try:
         with open_regular(path) as file:
             head = file.read(8192)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({why(error)})") from None
-    if (kind := packed_kind(path, head)) and form in ("auto", kind):
-        return kind, None
-    if form == "auto" and head.startswith(SIGNATURES):
-        form = "xlsx"
-    wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    lines = head.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
-    if form == "auto":
-        form = _line_format(path, next((line.strip() for line in lines if line.strip() and not line.startswith("#")), ""))
-    found = None if form in LINES or form in TABLES else published.document(path)
-    if form != "xlsx":
-        refuse_addresses(path, form, lines, found)
-    if form in LINES or form in TABLES:
-        return form, None
-    kind = _document_format(found) if form == "document" else form
-    if not kind or (kind == "vqa" and not isinstance(found, dict)):
-        keys = f"its keys are {cut(', '.join(list(found)[:8]))}" if isinstance(found, dict) else "it is not an object or list"
-        raise DataError(f"{path}: a JSON file of an unknown format ({keys}); {_known()}")
-    return kind, found
+    if (file_format := packed_kind(path, head)) and requested in ("auto", file_format):
+        return file_format, None
+    if requested == "auto" and head.startswith(SIGNATURES):
+        requested = "xlsx"
+    is_utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    lines = head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").splitlines()
+    if requested == "auto":
+        requested = _line_format(path, next((line.strip() for line in lines if line.strip() and not line.startswith("#")), ""))
+    document = None if requested in LINES or requested in TABLES else published.load_json(path)
+    if requested != "xlsx":
+        refuse_addresses(path, requested, lines, document)
+    if requested in LINES or requested in TABLES:
+        return requested, None
+    file_format = _document_format(document) if requested == "document" else requested
+    if not file_format or (file_format == "vqa" and not isinstance(document, dict)):
+        keys = f"it has the keys {cut(', '.join(list(document)[:8]))}" if isinstance(document, dict) else "it is not an object"
+        raise DataError(f"{path}: the format of this JSON file is unknown ({keys}); {_format_advice()}")
+    return file_format, document
 
 
 def _exists(path: Path) -> bool:
@@ -212,7 +225,7 @@ def _exists(path: Path) -> bool:
 
 
 def _line_format(path: Path, first: str) -> str:
-    """Return the format of a file from its suffix and first line: "document" for one JSON."""
+    """Return the format of a file by its suffix and first line, or "document" for a file that is one JSON document."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return "jsonl"
@@ -228,7 +241,7 @@ def _line_format(path: Path, first: str) -> str:
         return "flickr8k" if (path.name, first.lower()) == ("captions.txt", "image,caption") else "csv"
     if "\t" in first:
         return "tsv"
-    raise DataError(f"{path}: the format is unknown: it begins with {first[:60]!r}; {_known()}")
+    raise DataError(f"{path}: the format of this file is unknown; its first line is {first[:60]!r}; {_format_advice()}")
 
 
 def _is_object(line: str) -> bool:
@@ -240,46 +253,40 @@ def _is_object(line: str) -> bool:
     return isinstance(entry, dict) and any(key in entry for key in IMAGE_KEYS)
 
 
-def _document_format(found: Any) -> str:
-    if kind := exports.document_format(found):
-        return kind
-    if isinstance(found, list):
+def _document_format(document: Any) -> str:
+    """Return the format of a parsed JSON document, or "" if it is unknown."""
+    if file_format := exports.document_format(document):
+        return file_format
+    if isinstance(document, list):
         return "json"
-    keys = found.keys() if isinstance(found, dict) else set()
+    keys = document.keys() if isinstance(document, dict) else set()
     if "images" in keys:
         return "coco" if "annotations" in keys else "karpathy"
-    if is_json_list(found) and "questions" not in keys:
+    if is_json_list(document) and "questions" not in keys:
         return "json"
     return "vqa" if keys & {"questions", "annotations"} else ""
 
 
-def _files_of(folder: Path, form: str) -> list[Path]:
-    """Return the files of the data set in a folder. Raise DataError if there is none, or several."""
-    found = known_files(folder, form)
-    if not found and form in ("auto", "kohya") and (folder / META_CAP).exists():
-        found["kohya"] = [folder / META_CAP]
-    if not found and form in ("auto", *PACKED) and (packed := packed_files(folder)):
+def _files_in(folder: Path, requested: str) -> list[Path]:
+    """Return the files of the data set in a folder. Raise DataError if the folder contains none, or several data sets."""
+    files = known_files(folder, requested)
+    if not files and requested in ("auto", "kohya") and (folder / META_CAP).exists():
+        files["kohya"] = [folder / META_CAP]
+    if not files and requested in ("auto", *PACKED) and (packed := packed_files(folder)):
         return packed
-    names = [path.relative_to(folder).as_posix() for hits in found.values() for path in hits]
+    names = [path.relative_to(folder).as_posix() for hits in files.values() for path in hits]
     if not names:
-        raise DataError(f"{folder}: no file with a known name in this folder; give the file itself as source")
-    if len(found) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
         raise DataError(
-            f"{folder} contains several data sets ({', '.join(names)}); give the files of one as source, separated by commas"
+            f"{folder} has no annotation file with a known name; give the file itself: --source {folder}/captions.csv"
         )
-    return next(iter(found.values()))
+    if len(files) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
+        raise DataError(
+            f"{folder} contains several data sets ({', '.join(names)}); give the files of one, separated by "
+            f"commas: --source {folder / names[0]}"
+        )
+    return next(iter(files.values()))
 
 
-def _with_partner(path: Path) -> list[Path]:
-    """Return the file with its partner, if it is one of VQAv2's questions or answers and both are in the folder."""
-    if path.name.endswith("_questions.json"):
-        other = path.with_name(re.sub("OpenEnded_|MultipleChoice_", "", path.name).replace("_questions", "_annotations"))
-    elif path.name.endswith("_annotations.json"):
-        other = path.with_name(path.name.replace("v2_", "v2_OpenEnded_").replace("_annotations", "_questions"))
-    else:
-        return [path]
-    return [path, other] if other.is_file() else [path]
-
-
-def _known() -> str:
+def _format_advice() -> str:
+    """Return the advice for a file of an unknown format."""
     return f"set format (--format) to one of {', '.join(FORMATS)}"

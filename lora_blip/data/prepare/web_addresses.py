@@ -12,65 +12,69 @@ from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import parsed
 
 ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
-SBU = {"image_urls", "captions"}  # the keys of its file
+SBU = {"image_urls", "captions"}  # the keys of SBU's file
 
 
-def refuse_addresses(path: Path, form: str, lines: list[str], found: Any) -> None:
-    """Raise DataError if a file has addresses where it should have files.
+def refuse_addresses(path: Path, file_format: str, lines: list[str], document: Any) -> None:
+    """Raise DataError if a file contains web addresses in place of image paths.
 
-    lines: the start of the file, for the formats of one entry per line. found: the parsed file, for the others.
+    lines: the first lines of the file, for formats with one entry per line. document: the parsed file, for JSON documents.
     """
-    if form in ("tsv", "csv"):
-        _refuse_rows(path, [line for line in lines if line.strip()][:3], "\t" if form == "tsv" else ",")
-    elif form == "jsonl":
+    if file_format in ("tsv", "csv"):
+        _refuse_rows(path, [line for line in lines if line.strip()][:3], "\t" if file_format == "tsv" else ",")
+    elif file_format == "jsonl":
         entry = None
         with suppress(ValueError, IndexError):  # an invalid line is reported later
             entry = parsed(lines[0])
-        _refuse_entry(path, entry, form)
-    elif isinstance(found, dict) and found.keys() >= SBU:
+        _refuse_entry(path, entry, file_format)
+    elif isinstance(document, dict) and document.keys() >= SBU:
         raise _refusal(path, "json", "image_urls", "captions")
-    elif isinstance(found, list) and found:
-        _refuse_entry(path, found[0], "json")
+    elif isinstance(document, list) and document:
+        _refuse_entry(path, document[0], "json")
 
 
 def _refuse_rows(path: Path, lines: list[str], separator: str) -> None:
-    """Raise DataError if the rows of a table contain addresses, and no file names of images."""
+    """Raise DataError if the first rows of a table contain web addresses, and no image file name."""
     rows = [[cell.strip().strip('"') for cell in line.split(separator)] for line in lines]
-    places = [index for row in rows for index, cell in enumerate(row) if ADDRESS.fullmatch(cell)]
-    if not places or any(_is_file(cell) for row in rows for cell in row):
+    columns = [index for row in rows for index, cell in enumerate(row) if ADDRESS.fullmatch(cell)]
+    if not columns or any(_is_file(cell) for row in rows for cell in row):
         return
-    names, form, before = rows[0], "tsv" if separator == "\t" else "csv", ""
-    if any(map(ADDRESS.fullmatch, names)):  # no header, which img2dataset needs
-        names = [f"column{index}" for index in range(len(names))]
-        names[next((index for index in range(len(names)) if index not in places), 0)] = "caption"
-        names[places[0]] = "url"
-        header = ("\\t" if form == "tsv" else ",").join(names)
-        before = f"(printf '{header}\\n'; cat {quote(str(path))}) > named.{form}\n"
-    url = names[places[0]] if places[0] < len(names) else "url"
-    raise _refusal(path, form, url, next((name for name in names if name.lower() in TEXT_KEYS), "caption"), before)
+    header, file_format, header_command = rows[0], "tsv" if separator == "\t" else "csv", ""
+    if any(map(ADDRESS.fullmatch, header)):  # the table has no header, but img2dataset needs one
+        header = [f"column{index}" for index in range(len(header))]
+        header[next((index for index in range(len(header)) if index not in columns), 0)] = "caption"
+        header[columns[0]] = "url"
+        line = ("\\t" if file_format == "tsv" else ",").join(header)
+        header_command = f"(printf '{line}\\n'; cat {quote(str(path))}) > named.{file_format}\n"
+    url = header[columns[0]] if columns[0] < len(header) else "url"
+    raise _refusal(
+        path, file_format, url, next((name for name in header if name.lower() in TEXT_KEYS), "caption"), header_command
+    )
 
 
-def _refuse_entry(path: Path, entry: Any, form: str) -> None:
-    """Raise DataError if an object has an address as its image, or an address and no image."""
+def _refuse_entry(path: Path, entry: Any, file_format: str) -> None:
+    """Raise DataError if the image of an entry is a web address, or if it has an address and no image."""
     if not isinstance(entry, dict) or "conversations" in entry:
         return
     image = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
     key = next((key for key, value in entry.items() if isinstance(value, str) and ADDRESS.fullmatch(value)), "")
     if key and (image is None or image == entry[key]):
-        raise _refusal(path, form, key, next((text for text in TEXT_KEYS if text in entry), "caption"))
+        raise _refusal(path, file_format, key, next((text for text in TEXT_KEYS if text in entry), "caption"))
 
 
 def _is_file(cell: str) -> bool:
+    """Return True if a cell is the name of an image file."""
     return not ADDRESS.match(cell) and Path(cell).suffix.lower() in SUFFIXES
 
 
-def _refusal(path: Path, form: str, url: str, caption: str, before: str = "") -> DataError:
-    """Return the error with the commands that download the images and then read them. before: a command that names columns."""
-    source, images = f"named.{form}" if before else quote(str(path)), quote(f"{path.stem}_images")
+def _refusal(path: Path, file_format: str, url: str, caption: str, header_command: str = "") -> DataError:
+    """Return the error, with commands that download and prepare the images. header_command: adds a header to the table."""
+    source, images = f"named.{file_format}" if header_command else quote(str(path)), quote(f"{path.stem}_images")
     return DataError(
-        f"{path} has web addresses instead of image files; download them with img2dataset, then give its folder:\n"
-        f"pip install img2dataset\n{before}"
-        f"img2dataset --url_list {source} --input_format {form} --url_col {quote(url)} --caption_col {quote(caption)} "
+        f"{path} contains web addresses instead of image paths; download the images with img2dataset, then "
+        "prepare its output folder:\n"
+        f"pip install img2dataset\n{header_command}"
+        f"img2dataset --url_list {source} --input_format {file_format} --url_col {quote(url)} --caption_col {quote(caption)} "
         f"--output_format files --output_folder {images}\n"
         f"lora-blip prepare --source {images}"
     )
