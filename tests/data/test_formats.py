@@ -230,9 +230,9 @@ def test_vqav2_finds_its_other_file_and_the_renamed_images_of_2017(run, tmp_path
     (tmp_path / "there").mkdir()
     apart = answers.rename(tmp_path / "there" / answers.name)
     assert run(f"{questions},{apart}", **settings)["train"] == made[0]
-    with pytest.raises(DataError, match="questions without their answers"):
+    with pytest.raises(DataError, match="has VQAv2's questions, but no answers"):
         run(questions, output_dir=str(tmp_path / "no"), **settings)
-    with pytest.raises(DataError, match="answers without its questions"):
+    with pytest.raises(DataError, match="has VQAv2's answers, but no questions"):
         run(apart, output_dir=str(tmp_path / "no"), **settings)
 
 
@@ -414,7 +414,7 @@ def test_a_split_column_is_kept_and_one_image_on_two_sides_is_refused(run, tmp_p
     source = write(tmp_path / "x.csv", "image,text,split", *map(",".join, rows))
     with pytest.raises(DataError) as said:
         run(source)
-    assert "x.csv:4: its image is in test here and in train before" in str(said.value)
+    assert "x.csv:4: the split of its image is test here and train in an earlier line" in str(said.value)
     assert "x.csv:5: it has no split" in str(said.value) and "x.csv:6: it has no split" in str(said.value)
     made = run(source, on_bad_data="skip")
     assert {side: [line["text"] for line in lines] for side, lines in made.items()} == {"train": ["1"], "val": ["2"]}
@@ -451,10 +451,10 @@ def test_a_refusal_leaves_no_file_and_no_folder(run, tmp_path):
     ("settings", "message"),
     [
         ({"source": ""}, "source is empty; give a file"),
-        ({"splits": "0.9,0.2"}, "the sum 1"),
-        ({"splits": "all"}, "the sum 1"),
-        ({"splits": "1.5,-0.5"}, "the sum 1"),
-        ({"splits": "nan,1"}, "the sum 1"),
+        ({"splits": "0.9,0.2"}, "add up to 1"),
+        ({"splits": "all"}, "add up to 1"),
+        ({"splits": "1.5,-0.5"}, "add up to 1"),
+        ({"splits": "nan,1"}, "add up to 1"),
         ({"images": "/no/such/folder"}, "images = '/no/such/folder'"),
         ({"seed": -1}, "seed"),
         ({"format": "xml"}, "one of auto"),
@@ -484,7 +484,7 @@ def test_bad_lines_are_named_by_file_and_line_and_left_out_when_asked(run, tmp_p
         "the text is empty": "a.png\t ",
         "gone.png does not exist": "gone.png\ttext",
         "not UTF-8": "a.png\té à caf\udce9",
-        "it belongs to questions, and the first line to captions": "a.png\tq\ta",
+        "a question, but the first line has a caption": "a.png\tq\ta",
     }
     source = tmp_path / "x.tsv"
     source.write_text("\n".join(["a.png\tgood", *bad.values(), *["worse"] * 30]), encoding="utf-8", errors="surrogateescape")
@@ -522,7 +522,10 @@ def broken_jsons(folder: Path) -> dict[str, tuple[Path, str]]:
         return spoilt(karpathy(folder, {f"{n}.jpg": "train" for n in range(3)}), spoil, name)
 
     return {
-        "no caption": (of_coco("c1", lambda d: d["annotations"][5].pop("caption")), 'annotations[5]: no "caption"'),
+        "no caption": (
+            of_coco("c1", lambda d: d["annotations"][5].pop("caption")),
+            'annotations[5]: the key "caption" is missing',
+        ),
         "null": (
             of_coco("c2", lambda d: d["annotations"][2].update(caption=None)),
             'annotations[2]: "caption" is null, expected a text',
@@ -531,10 +534,16 @@ def broken_jsons(folder: Path) -> dict[str, tuple[Path, str]]:
             of_coco("c3", lambda d: d["annotations"][2].update(image_id=5)),
             "annotations[2]: image_id 5 is not",
         ),
-        "no file name": (of_coco("c4", lambda d: d["images"][1].pop("file_name")), 'images[1]: no "file_name"'),
+        "no file name": (of_coco("c4", lambda d: d["images"][1].pop("file_name")), 'images[1]: the key "file_name" is missing'),
         "no object": (of_coco("c5", lambda d: d["annotations"].insert(1, 7)), "annotations[1]: expected an object"),
-        "no sentences": (of_karpathy("k1", lambda d: d["images"][1].pop("sentences")), 'images[1]: no "sentences"'),
-        "no raw": (of_karpathy("k2", lambda d: d["images"][1]["sentences"][0].pop("raw")), 'images[1].sentences[0]: no "raw"'),
+        "no sentences": (
+            of_karpathy("k1", lambda d: d["images"][1].pop("sentences")),
+            'images[1]: the key "sentences" is missing',
+        ),
+        "no raw": (
+            of_karpathy("k2", lambda d: d["images"][1]["sentences"][0].pop("raw")),
+            'images[1].sentences[0]: the key "raw" is missing',
+        ),
         "an unknown split": (
             of_karpathy("k3", lambda d: d["images"][1].update(split="dev2")),
             "images[1]: \"split\" is 'dev2'",
@@ -565,9 +574,9 @@ def test_a_bad_entry_of_either_of_vqav2_s_files_is_named(run, tmp_path):
     with pytest.raises(DataError) as told:
         run(questions)
     for message in (
-        f'annotations[2] of {answers.name}: no "question_id"',
-        'questions[0]: no "question"',
-        f'questions[1]: {answers.name}: annotations[4].answers[3]: no "answer"',
+        f'annotations[2] of {answers.name}: the key "question_id" is missing',
+        'questions[0]: the key "question" is missing',
+        f'questions[1]: {answers.name}: annotations[4].answers[3]: the key "answer" is missing',
         f"questions[2]: {answers.name}: annotations[3]: all answers are empty",
         f"questions[3]: {answers.name} has no answers to question_id 3000",
         f"questions[4]: {answers.name}: annotations[1]: \"answers\" is 'yes', expected list",
@@ -579,8 +588,12 @@ def test_a_bad_entry_of_either_of_vqav2_s_files_is_named(run, tmp_path):
 def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
     whole = coco(tmp_path, "train2017", {"a.jpg": ["a"]}).read_text()
     for name, content, message in (
-        ("captions_train2017.json", whole[:-20].encode(), r"captions_train2017\.json:1: not valid JSON .*download"),
-        ("instances.json", b'{"categories": []}', r"an unknown format \(its keys are categories\); set format"),
+        ("captions_train2017.json", whole[:-20].encode(), r"captions_train2017\.json:1: it is not valid JSON .*download"),
+        (
+            "instances.json",
+            b'{"categories": []}',
+            r"the format of this JSON file is unknown \(it has the keys categories\); set format",
+        ),
         ("notes.txt", b"hello there", "the format is unknown: it begins with 'hello there'; set format"),
         ("x.csv", b"picture,words\na.png,t", r'x\.csv:1: no column has a known name for the text(.|\n)*--text-key "words"'),
         ("list.json", b'{"images": 3}', 'expected a list "images"'),
@@ -602,14 +615,14 @@ def test_a_forced_format_is_obeyed(run, tmp_path):
 
 def test_a_folder_of_images_elsewhere_is_one_error_and_not_one_a_line(run, tmp_path):
     for source in (coco(tmp_path, "train2017", {f"{n}.jpg": ["a"] for n in range(50)}), write(tmp_path / "x.tsv", "a.png\ta")):
-        with pytest.raises(DataError, match=r"none of its images \(\d+\) is in .*set images \(--images\)") as said:
+        with pytest.raises(DataError, match=r"none of its \d+ image\(s\) is in .*: --images FOLDER") as said:
             run(source)
         assert len(str(said.value).splitlines()) == 1
 
 
 def test_a_folder_with_two_data_sets_or_none_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no file with a known name"):
+    with pytest.raises(DataError, match="no annotation file with a known name"):
         run(tmp_path / "empty")
     for name in ("train2014", "train2017"):
         coco(tmp_path / "two", name, {"a.jpg": ["a"]})

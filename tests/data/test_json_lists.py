@@ -61,7 +61,7 @@ def test_a_list_without_texts_is_a_reason(folder, texts):
 
 def test_a_document_without_images_is_refused_with_its_keys(folder):
     (folder / "x.json").write_text('{"rows": [{"a": 1}], "x": 2}')
-    with pytest.raises(DataError, match=r"unknown format \(its keys are rows, x\)"):
+    with pytest.raises(DataError, match=r"the format of this JSON file is unknown \(it has the keys rows, x\)"):
         annotations.read(folder / "x.json")
 
 

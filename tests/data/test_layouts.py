@@ -66,9 +66,9 @@ def test_an_image_without_its_text_file_is_an_error_with_the_name_of_that_file(r
     photos(tmp_path / "set", "a.png", "b.png", "c.png")
     write(tmp_path / "set" / "a.txt", "one")
     write(tmp_path / "set" / "c.txt", "")
-    with pytest.raises(DataError, match=r"b\.png: it has no caption; write it to b\.txt") as error:
+    with pytest.raises(DataError, match=r"b\.png: it has no caption; write one to b\.txt") as error:
         run(tmp_path / "set")
-    assert "c.txt: it cannot be read (it is empty); write the caption of c.png to it" in str(error.value)
+    assert "c.txt: this file cannot be read (it is empty); it should contain the caption of c.png" in str(error.value)
     assert pairs(run(tmp_path / "set", on_bad_data="skip")) == [("a.png", "one")]
 
 
@@ -88,8 +88,8 @@ def test_img2dataset_s_failed_downloads_are_counted_and_left_out(run, tmp_path, 
     write(folder / "00000_stats.json", {"count": 3})
     assert pairs(run(folder)) == [("000000000.jpg", "photo 0")] == read_directly(folder)
     out = capsys.readouterr().out
-    assert re.search(r"2 × .*img2dataset did not download it \(failed_to_download\)", out)
-    assert re.search(r"left out 2, first .*img2dataset did not download it", out)
+    assert re.search(r"2 × .*img2dataset did not download this image \(failed_to_download\)", out)
+    assert re.search(r"2 left out; the first is .*img2dataset did not download this image", out)
 
 
 def test_class_folders_need_a_template(run, tmp_path):
@@ -115,7 +115,9 @@ def test_train_and_val_above_class_folders_are_splits(tmp_path):
 def test_images_without_captions_say_what_to_do(run, tmp_path):
     folder = photos(tmp_path / "set", "a.png")
     write(folder / "words.json", [])
-    with pytest.raises(DataError, match=r"without captions; write .*a\.txt for a\.png.*words\.json has the captions"):
+    with pytest.raises(
+        DataError, match=r"without captions; write .*a\.txt for a\.png.*words\.json contains the captions: --source "
+    ):
         run(folder)
 
 
@@ -133,7 +135,8 @@ def test_flickr30k_s_three_formats_give_the_same_captions(run, tmp_path, capsys)
     )
     assert pairs(run(table)) == expected == read_directly(table)
     out = capsys.readouterr().out
-    assert "1 × " in out and f"{table}:5: a broken row" in out and "left out 1, first 5: a broken row" in out
+    assert "1 × " in out and f"{table}:5: the row has 2 columns instead of 3" in out
+    assert "1 left out; the first is 5: the row has 2 columns" in out
     quoted = "".join('{},{}," {}"\n'.format(a, n, t.replace('"', '""')) for a, n, t in rows)
     assert pairs(run(write(folder / "captions.txt", f"image_name,comment_number,comment\n{quoted}"))) == expected
     write(folder / "results_20130124.token", "".join(f"{a}#{n}\t{t}\n" for a, n, t in rows))
@@ -150,7 +153,7 @@ def test_vizwiz_s_rejected_and_canned_captions_are_counted_and_left_out(run, tmp
         write(folder / "annotations" / f"{side}.json", found | {"annotations": [c | {"image_id": number} for c in captions]})
     assert pairs(run(folder)) == [("V_1.jpg", "good")]
     out = capsys.readouterr().out
-    assert "2 × " in out and "rejected" in out and "canned" in out and "4 that are no usable examples" in out
+    assert "2 × " in out and "rejected" in out and "standard caption" in out and "4 are not usable examples" in out
     assert read_directly(folder / "annotations" / "train.json") == [("V_1.jpg", "good")]
 
 
@@ -175,8 +178,8 @@ def test_llava_s_conversations_give_each_question_with_its_answer(run, tmp_path,
     talk = [{"from": role, "value": text} for role, text in turns]
     lines = run(write(folder / "llava.json", [{"id": "0", "image": "a.jpg", "conversations": talk}, {"conversations": talk}]))
     assert [(line["question"], line["answers"]) for line in lines] == [("What is it?", ["a cat"]), ("And", ["no"])]
-    assert "a conversation without an image" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"\[0\]\.conversations\[0\]: an answer without a question"):
+    assert "the conversation has no image" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"\[0\]\.conversations\[0\]: this answer has no question before it"):
         run(write(folder / "bad.json", [{"image": "a.jpg", "conversations": talk[1:]}]))
 
 
@@ -226,7 +229,7 @@ def test_label_studio_s_full_and_min_exports_give_the_same_captions(run, tmp_pat
 )
 def test_web_addresses_instead_of_files_are_one_error_with_img2dataset_s_command(run, tmp_path, name, content, command):
     path = write(tmp_path / name, content)
-    with pytest.raises(DataError, match="web addresses instead of image files") as error:
+    with pytest.raises(DataError, match="web addresses instead of image paths") as error:
         run(path)
     assert command in str(error.value)
     assert str(error.value).endswith(f"lora-blip prepare --source {path.stem}_images")

@@ -118,10 +118,14 @@ def test_a_save_to_disk_folder_is_read(run, pa, tmp_path):
 
 def test_other_columns_are_named_by_flags(run, pa, tmp_path):
     path = table(tmp_path / "x.parquet", pa, [{"pixels": embedded(5), "words": "w"}])
-    with pytest.raises(DataError, match="no column of a text; the others are 'words'; set --text-key"):
+    with pytest.raises(
+        DataError, match="no column has a known name for the text; the columns are 'words'; name it: --text-key COLUMN"
+    ):
         run(path)
     assert pairs(run(path, image_key="pixels", text_key="words")["train"]) == [(5, "w")]
-    with pytest.raises(DataError, match="no column 'photo'; its columns are pixels, words; set --image-key"):
+    with pytest.raises(
+        DataError, match=r"no column has the name 'photo'; the columns are pixels, words; name it: --image-key COLUMN$"
+    ):
         run(path, image_key="photo")
 
 
@@ -143,7 +147,7 @@ def test_a_damaged_file_and_a_crash_are_one_error(run, pa, tmp_path, monkeypatch
     crash = tmp_path / "crash.py"
     crash.write_text(f"import os\nprint('{{\"row\"', flush=True, end='')\nos.kill(os.getpid(), {int(signal.SIGSEGV)})\n")
     monkeypatch.setattr(packed, "READER", crash)
-    with pytest.raises(DataError, match="the process that read it ended with SIGSEGV"):
+    with pytest.raises(DataError, match="the process that read the file ended with SIGSEGV"):
         run(path)
 
 
@@ -151,7 +155,7 @@ def test_without_pyarrow_one_line_has_the_command(run, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "find_spec", lambda _: None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 something")
     with pytest.raises(
-        DataError, match=r'x\.parquet is a Parquet or Arrow file, .*: pip install "lora_blip\[parquet\]"'
+        DataError, match=r'x\.parquet is a Parquet or Arrow file; .*: pip install "lora_blip\[parquet\]"'
     ) as error:
         run(tmp_path / "x.parquet")
     assert len(str(error.value).splitlines()) == 1
@@ -185,7 +189,7 @@ def test_img2dataset_s_shards_are_unpacked(run, tmp_path, capsys):
 def test_a_damaged_shard_is_an_error_that_names_the_last_good_sample(run, tmp_path):
     path = tar_of(tmp_path / "a.tar", {"000.png": png(1), "000.txt": b"one", "001.png": png(2), "001.txt": b"two" * 200})
     os.truncate(path, 512 * 6 + 100)
-    with pytest.raises(DataError, match=r"after '000': the shard cannot be read further \(.*\); download it again"):
+    with pytest.raises(DataError, match=r"after '000': the rest of the shard cannot be read \(.*\); download it again"):
         run(path)
     assert pairs(run(path, on_bad_data="skip")["train"]) == [(1, "one")]
 
@@ -198,5 +202,5 @@ def test_a_name_in_a_shard_never_leaves_the_folder(run, tmp_path):
 
 def test_an_image_without_a_caption_in_its_shard_is_named(run, tmp_path):
     path = tar_of(tmp_path / "a.tar", {"000.png": png(1), "001.png": png(2), "001.txt": b"two"})
-    with pytest.raises(DataError, match=r"a\.tar: 000: it has no caption; a \.txt of the same name is missing"):
+    with pytest.raises(DataError, match=r"a\.tar: 000: it has no caption: the shard contains no \.txt file of the same name"):
         run(path)

@@ -788,9 +788,9 @@ BAD_SOURCES: dict[str, tuple[str, str, str]] = {  # what is wrong → the file's
     "NaN": ("captions_x.json", '{"images": [], "annotations": [NaN]}', "NaN is not JSON"),
     "an id of 5,000 digits": ("captions_x.json", '{"images": [{"id": ' + "9" * 5000 + "}]}", "not valid JSON"),
     "an id of a megabyte": (
-        "captions_x.json", json.dumps(COCO | {"annotations": [{"image_id": "x" * 10**6, "caption": ""}]}), "not among",
+        "captions_x.json", json.dumps(COCO | {"annotations": [{"image_id": "x" * 10**6, "caption": ""}]}), "is not an id in",
     ),
-    "a list of no captions": ("Flickr8k.token.txt", "hello", "the format is unknown"),
+    "a list of no captions": ("Flickr8k.token.txt", "hello", "the format of this file is unknown"),
 }  # fmt: skip
 
 

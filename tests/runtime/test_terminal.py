@@ -235,7 +235,7 @@ def test_a_prepared_data_set_is_reported_in_safe_lines(here, monkeypatch, capsys
     (here / f"data{HOSTILE[4]}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["prepare", "--source", f"data{HOSTILE[4]}.jsonl", "--splits", "1", "--on-bad-data", "skip"]
     said = run(main, monkeypatch, capsys, *flags)
-    assert "invalid lines" in said and not unsafe(said)
+    assert "are invalid:" in said and not unsafe(said)
     assert prepare.DROPPED in said
 
 

@@ -104,7 +104,8 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
             reason = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
             if status < 0:
                 reason = f"the process that read the file ended with {signal.Signals(-status).name}"
-            raise DataError(printable(f"{path} cannot be read: {cut(reason)}; download it again"))
+            advice = "" if "--image-key" in reason else "; download it again"
+            raise DataError(printable(f"{path} cannot be read: {cut(reason)}{advice}"))
 
 
 def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:

@@ -170,7 +170,7 @@ def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iter
         else:
             yield at, entry
     for reason, (count, first) in list(counts.items())[:MOST_REASONS]:
-        print(printable(f"{path}: {count:,} entries are left out, the first is {first}: {reason}"))
+        print(printable(f"{path}: {count:,} left out; the first is {first}: {reason}"))
 
 
 def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
