@@ -594,7 +594,7 @@ def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
             b'{"categories": []}',
             r"the format of this JSON file is unknown \(it has the keys categories\); set format",
         ),
-        ("notes.txt", b"hello there", "the format is unknown: it begins with 'hello there'; set format"),
+        ("notes.txt", b"hello there", "the format of this file is unknown; its first line is 'hello there'; set format"),
         ("x.csv", b"picture,words\na.png,t", r'x\.csv:1: no column has a known name for the text(.|\n)*--text-key "words"'),
         ("list.json", b'{"images": 3}', 'expected a list "images"'),
     ):
