@@ -101,7 +101,7 @@ def compare(
             base = measure(runner, examples, config.seed, progress_into(folder, "base"))
     if adapter:
         apply_adapter(runner.task, adapter, merge=True, precision=runner.precision)
-        runner.reopen = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
+        runner.reload_on_cpu = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
         with phase("scoring the texts of the adapter"):
             adapted = measure(runner, examples, config.seed, progress_into(folder, "adapted"))

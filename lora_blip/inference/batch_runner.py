@@ -1,4 +1,4 @@
-"""Run a task over images in batches. If the device fails, use half the batch, then the CPU."""
+"""Run a task on images in batches. If the device fails, try half the batch, and finally the CPU."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,7 +26,8 @@ FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error"
 class Runner:
     """Run a function of a task on batches of images.
 
-    reopen: opens the task again on the CPU. It is called if the weights cannot be copied from a failed device.
+    reload_on_cpu: loads the task again from its files, on the CPU, and returns it. It is called if the device has failed and
+    the weights cannot be copied from it.
     """
 
     def __init__(
@@ -34,9 +35,9 @@ class Runner:
         task: PredictionTask,
         batch_size: int = 16,
         precision: str = "fp32",
-        reopen: Callable[[], PredictionTask] | None = None,
+        reload_on_cpu: Callable[[], PredictionTask] | None = None,
     ) -> None:
-        self.task, self.size, self.precision, self.reopen = task, batch_size, precision, reopen
+        self.task, self.size, self.precision, self.reload_on_cpu = task, batch_size, precision, reload_on_cpu
         self.warned: set[str] = set()
         self.prefetcher = ImagePrefetcher()
         self.fast: bool = getattr(task.backbone, "fast", False)
@@ -44,7 +45,7 @@ class Runner:
         self.checked = not self.fast  # True if the fast path has been compared with the plain one
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
-        """Yield each example with its result, in order. Print each image that cannot be read once, and leave it out."""
+        """Yield each example with its result, in order. Print each unreadable image once, and leave it out."""
         for example, result in self.each(examples, work):
             if not isinstance(result, ImageError):
                 yield example, result
@@ -52,26 +53,28 @@ class Runner:
                 self.warned.add(str(result))
                 tqdm.write(printable(f"left out: {result}"))
 
-    def each(self, examples: Iterable[Example], work: Work, coming: Iterable[Example] = ()) -> Iterator[tuple[Example, Any]]:
+    def each(
+        self, examples: Iterable[Example], work: Work, next_examples: Iterable[Example] = ()
+    ) -> Iterator[tuple[Example, Any]]:
         """Yield each example with its result, or with the ImageError if its image cannot be read, in order.
 
         The images of the next batch are decoded while the model computes.
-        coming: the first examples of the next call, to decode them too. A caller that gives it must close the prefetcher.
+        next_examples: the first examples of the next call. They are decoded too, and the caller must close the prefetcher.
         """
         self.task.backbone.model.eval()
-        source, coming = Lookahead(examples), list(coming)
+        source, next_examples = Lookahead(examples), list(next_examples)
         try:
             while batch := source.take(self.size):
-                yield from self._batch(batch, source.peek(self.size) or coming, work)
+                yield from self._batch(batch, source.peek(self.size) or next_examples, work)
         finally:
-            if not coming:
+            if not next_examples:
                 self.prefetcher.close()
 
     def _batch(self, examples: list[Example], following: list[Example], work: Work) -> Iterator[tuple[Example, Any]]:
-        """Yield the examples of a batch with their results. `following` is decoded meanwhile."""
+        """Yield the examples of a batch with their results. Decode the images of `following` while the model computes."""
         processor = self.task.backbone.image_processor
         self.prefetcher.announce([*examples, *following], processor)
-        pictures = self.prefetcher.pictures(examples)  # one entry per image, also for several questions about it
+        pictures = self.prefetcher.pictures(examples)  # {key: pixel values or ImageError}, one entry per image
         self.prefetcher.announce(following, processor)
         good = [(e, picture) for e in examples if isinstance(picture := pictures[image_key(e)], Tensor)]
         readable, stacked = [e for e, _ in good], [picture for _, picture in good]
@@ -83,7 +86,7 @@ class Runner:
             yield e, picture if isinstance(picture, ImageError) else next(results)
 
     def compute(self, pictures: Tensor, examples: list[Example], work: Work) -> list[Any]:
-        """Return the results for decoded images (images, 3, H, W). The mode of the model is the same afterwards."""
+        """Return the results for decoded images (images, 3, H, W). Restore the mode (train or eval) of the model."""
         with verification.evaluating(self.task):
             self.check(pictures[: verification.ROWS], examples[: verification.ROWS], work)
             return list(self._attempt(pictures, examples, work))
@@ -93,11 +96,11 @@ class Runner:
         if self.checked:
             return
         self.checked = True
-        task, again = self.task, getattr(work, "again", lambda: work)
+        task, for_check = self.task, getattr(work, "for_check", lambda: work)
         pictures = pictures.to(task.backbone.device)
-        what = "ranking" if getattr(work, "texts", ()) else "prediction"
-        run = lambda: list(again()(task, pictures, examples))  # noqa: E731
-        verification.before_prediction(task, self.base, self.precision, run, what, tqdm.write)
+        kind = "ranking" if getattr(work, "texts", ()) else "prediction"
+        run = lambda: list(for_check()(task, pictures, examples))  # noqa: E731
+        verification.before_prediction(task, self.base, self.precision, run, kind, tqdm.write)
 
     def check_first(self, examples: list[Example], work: Work) -> None:
         """Check the fast path with the images of a block, before the block is predicted."""
@@ -109,7 +112,7 @@ class Runner:
             self.check(torch.stack([picture for _, picture in good]), [e for e, _ in good], work)
 
     def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
-        """Yield the results. If the device fails, compute two half batches, and a single image on the CPU.
+        """Yield the results. If the device fails, compute two half batches. If it fails for a single image, use the CPU.
 
         The results of the first half are yielded before the second half is computed.
         """
@@ -117,7 +120,7 @@ class Runner:
         try:
             with autocasting(device, self.precision)():
                 results, reason = list(work(self.task, pictures.to(device), examples)), ""
-        except RuntimeError as error:  # the base of torch's out-of-memory and accelerator errors
+        except RuntimeError as error:  # the base class of torch.OutOfMemoryError and torch.AcceleratorError
             if not is_device_failure(error, device):
                 raise
             results, reason = [], first_line(error)
@@ -137,14 +140,14 @@ class Runner:
             yield from self._attempt(pictures, examples, work)
 
     def _move_to_cpu(self) -> None:
-        """Move the task to the CPU in fp32, or open it again if the weights cannot be copied."""
+        """Move the task to the CPU in fp32, or load it again if the weights cannot be copied."""
         try:
-            self.task.backbone.model.to("cpu")  # before the cast to fp32, which needs twice the memory
+            self.task.backbone.model.to("cpu")  # move before the cast: fp32 needs twice the memory
             self.task.move(torch.device("cpu"))
         except RuntimeError:
-            if self.reopen is None:
+            if self.reload_on_cpu is None:
                 raise
-            self.task = self.reopen()
+            self.task = self.reload_on_cpu()
         self.task.backbone.model.eval()
         self.precision, self.checked = "fp32", not self.fast
 
@@ -155,7 +158,7 @@ class Runner:
 
 
 def is_device_failure(error: RuntimeError, device: torch.device) -> bool:
-    """Return True if an error comes from the accelerator (memory, driver, kernel), and not from the code that called it."""
+    """Return True if an error comes from the accelerator (memory, driver, kernel), not from a mistake in the code."""
     if device.type == "cpu":
         return False
     kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -168,4 +171,4 @@ def release(device: torch.device) -> None:
         try:
             torch.cuda.empty_cache()
         except RuntimeError:
-            return  # after a kernel fault, each CUDA call fails; the next step is the CPU
+            return  # after a kernel fault, every CUDA call fails; the caller continues on the CPU

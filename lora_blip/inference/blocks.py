@@ -16,7 +16,7 @@ from lora_blip.errors import ImageError, OutputError
 from lora_blip.inference.batch_runner import Runner, Work
 from lora_blip.inference.finished import key_of
 from lora_blip.inference.output import Output
-from lora_blip.inference.prediction import RANKS_KEPT, Prediction, format_prediction
+from lora_blip.inference.prediction import RANKING_LENGTH, Prediction, format_prediction
 from lora_blip.runtime import signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.limits import is_lost_peer
@@ -32,36 +32,37 @@ Block = tuple[int, list[Example], list[bool]]  # number, examples, and for each 
 
 
 class BlockScheduler:
-    """Give block b to rank b % count. Only the main rank reads the source, and it collects the predictions of all ranks.
+    """Assign block b to rank b % count. Only the main rank reads the examples. It collects the predictions of all ranks.
 
-    A block has the same examples after a resume. If only a part of it is done, the whole block is predicted again, and only the
-    missing part is written. Each block has its own seed. So no text, even a sampled one, depends on where a run was stopped.
+    Each block has its own seed, and the same examples after a resume. If only a part of a block is done, the whole block is
+    predicted again, and only the missing part is written. So no text depends on where a run was stopped, even with sampling.
     """
 
     def __init__(self, ranks: Ranks, runner: Runner, seed: int, stop_request: StopRequest, out: Output) -> None:
         self.ranks, self.runner, self.seed, self.stop_request, self.out = ranks, runner, seed, stop_request, out
-        self.size = runner.size  # the runner halves it if the memory runs out
+        self.size = runner.size  # fixed: the runner halves its own size if the memory runs out
 
-    def run(self, examples: Iterable[Example], work: Work, take: Callable[[Results], None]) -> None:
-        """Predict all examples. After each round, call `take` on the main rank with the predictions that `out` lacks.
+    def run(self, examples: Iterable[Example], work: Work, handle: Callable[[Results], None]) -> None:
+        """Predict all examples. After each round, call `handle` on the main rank with the new predictions.
 
         Raise Stopped after the round in which a signal arrived, and OutputError if another process is lost.
         """
         try:
-            self._run(examples, work, take)
+            self._run(examples, work, handle)
         except RuntimeError as error:
             if self.ranks.count == 1 or not is_lost_peer(error):
                 raise
             raise OutputError(
-                "another process was lost; the written lines are safe. Start again with the same settings and --output-dir"
+                "another process was lost; the written lines are safe. Start all processes again with the same settings and "
+                "--output-dir to resume"
             ) from None
         finally:
             self.runner.prefetcher.close()
 
-    def _run(self, examples: Iterable[Example], work: Work, take: Callable[[Results], None]) -> None:
+    def _run(self, examples: Iterable[Example], work: Work, handle: Callable[[Results], None]) -> None:
         blocks, count = Lookahead(self._unfinished_blocks(examples)), self.ranks.count
-        while turn := self.ranks.broadcast(self._on_main(lambda: (blocks.take(count), blocks.peek(count)))):
-            current, following = turn  # the blocks of this round and of the next, whose images are decoded meanwhile
+        while this_round := self.ranks.broadcast(self._on_main(lambda: (blocks.take(count), blocks.peek(count)))):
+            current, following = this_round  # `following` is decoded while `current` is computed
             if not current:
                 break
             self._check(current[0], work)
@@ -73,14 +74,14 @@ class BlockScheduler:
                 for example, result, is_done in zip(examples_of_block, results_of_block, done, strict=True)
                 if not is_done
             ]
-            self._on_main(lambda: take(results))
+            self._on_main(lambda: handle(results))
             self._stop_if_requested([number for _, number in gathered])
-        if turn is None:  # the main rank failed, and reports the error
+        if this_round is None:  # the main rank failed and reports the error
             raise SystemExit(2)
         self._stop_if_requested(self.ranks.all_gather(self.stop_request.signal))
 
     def _check(self, block: Block, work: Work) -> None:
-        """Check the fast path on the main rank, and use its result on all ranks. A single process checks in `Runner.each`."""
+        """Check the fast path on the main rank, and use its result on all ranks. A single process runs the check in `Runner.each`."""
         if self.ranks.count == 1 or self.runner.checked:
             return
         self._on_main(lambda: self.runner.check_first(block[1], work))
@@ -105,12 +106,12 @@ class BlockScheduler:
         torch.manual_seed(self.seed + number)
         return [_truncated(result) for _, result in self.runner.each(examples, work, following[1])]
 
-    def _on_main(self, act: Callable[[], Any]) -> Any:
-        """Call `act` on the main rank only. If it raises, the other ranks stop too."""
+    def _on_main(self, action: Callable[[], Any]) -> Any:
+        """Call `action` on the main rank, and return its result there. If it raises an error, stop the other ranks too."""
         if not self.ranks.main:
             return None
         try:
-            return act()
+            return action()
         except BaseException:
             self.ranks.broadcast(None)
             raise
@@ -123,11 +124,11 @@ class BlockScheduler:
 
 def _truncated(result: Prediction | ImageError) -> Prediction | ImageError:
     """Truncate the ranking before it is sent between processes."""
-    return result if isinstance(result, ImageError) else replace(result, ranking=result.ranking[:RANKS_KEPT])
+    return result if isinstance(result, ImageError) else replace(result, ranking=result.ranking[:RANKING_LENGTH])
 
 
 class ProgressDisplay(ProgressMeter):
-    """Print the first predictions and the progress, on the main rank."""
+    """Print the progress and the first SHOWN predictions, on the main rank only."""
 
     def __init__(self, name: str, count: int, out: Output | None, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(name, count, "image", out.lines if out else 0, is_shown=out is not None, clock=clock)
@@ -138,12 +139,12 @@ class ProgressDisplay(ProgressMeter):
         self.update(len(results))
 
     def pace(self) -> str:
-        """Return a line with the number of images, the time and the speed; "" if nothing was left to do."""
+        """Return a line with the number of images, the time and the speed; "" if this run predicted no image."""
         done = self.done - self.before
         return f"{done:,} images in {self.seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
 
     def show(self, results: Results, base: dict[int, str]) -> None:
-        """Count the results, and print them until SHOWN are printed. `base` has the texts of the base by `key_of`."""
+        """Count the results. Print them if fewer than SHOWN were printed before. base: the texts of the base by `key_of`."""
         for example, result in results[: max(0, SHOWN - self.shown)]:
             if isinstance(result, ImageError):
                 tqdm.write(printable(f"left out: {result}"))

@@ -1,4 +1,4 @@
-"""`Captioner`: captions, answers and rankings from Python, for one image or many, also from several threads."""
+"""Define `Captioner`, the Python interface for captions, answers and rankings. Several threads can share one."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -54,7 +54,7 @@ class Captioner:
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision)
         self.shared_base = shared(task.backbone.model)
-        self.shared_adapter: SharedAdapter | None = None  # the adapter on a base that others use too
+        self.shared_adapter: SharedAdapter | None = None  # the adapter, if the caller loaded the base
 
     @classmethod
     def from_adapter(
@@ -79,7 +79,8 @@ class Captioner:
         adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
         base: empty for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a model
         of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels: the
-        adapter acts by hooks, and only in the calls of this captioner. If `adapter` is None, the adapters on a loaded base act.
+        adapter is not merged, and is active only in calls of this captioner. If `adapter` is None, the adapters that are
+        already on a loaded base are active.
         device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
 
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
@@ -89,30 +90,30 @@ class Captioner:
         >>> captioner.task
         'caption'
         """
-        named = isinstance(base, str | Path)
-        if adapter is None and named and not str(base):
+        is_name = isinstance(base, str | Path)
+        if adapter is None and is_name and not str(base):
             raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
         content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
         config = InferConfig(
-            model=str(base) if named else "loaded", adapter="latest" if content else "none", device=device,
+            model=str(base) if is_name else "loaded", adapter="latest" if content else "none", device=device,
             precision=precision, batch_size=batch_size, task=task, prompt=prompt, max_new_tokens=max_new_tokens,
             num_beams=num_beams, image_size=image_size, merge=merge, fast=fast,
         )  # fmt: skip
-        if not named:
-            return cls._on_loaded(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)
+        if not is_name:
+            return cls._on_loaded_base(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)
         opened, chosen_precision = open_task(config, content)
         if content:
             apply_adapter(opened, content, merge, chosen_precision)
         captioner = cls(opened, batch_size, chosen_precision, content)
-        captioner.runner.reopen = lambda: open_task(config, content, adapted=True, device="cpu")[0]
+        captioner.runner.reload_on_cpu = lambda: open_task(config, content, adapted=True, device="cpu")[0]
         return captioner
 
     @classmethod
-    def _on_loaded(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
-        """Return a captioner on a base that the caller may use for other things too."""
+    def _on_loaded_base(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
+        """Return a captioner on a base that the caller has loaded and may also use otherwise."""
         shared_adapter = shared(backbone.model).load(backbone, adapter) if adapter else None
-        weights = next(backbone.model.parameters()).dtype
-        own_precision = next((name for name, dtype in DTYPES.items() if dtype == weights), "fp32")
+        base_dtype = next(backbone.model.parameters()).dtype
+        own_precision = next((name for name, dtype in DTYPES.items() if dtype == base_dtype), "fp32")
         precision = own_precision if config.precision == "auto" else config.precision
         captioner = cls(task_of(backbone, adapter, config), config.batch_size, precision, adapter)
         captioner.shared_adapter = shared_adapter
@@ -120,7 +121,7 @@ class Captioner:
 
     @property
     def adapter_name(self) -> str | None:
-        """Return the name of the adapter on a base that others use too."""
+        """Return the name of the adapter on the base, if the caller loaded the base. Otherwise return None."""
         return self.shared_adapter.name if self.shared_adapter else None
 
     @property
@@ -145,9 +146,9 @@ class Captioner:
     @overload
     def __call__(self, images: Many, *, strict: bool = False) -> list[Prediction]: ...
     def __call__(self, images: Any, *, strict: bool = False) -> Prediction | list[Prediction]:
-        """Return the caption of an image, or of each image of a list.
+        """Return the caption of an image, or the captions of a list of images.
 
-        Raise InputError for an adapter of another task, or for something that is not an image.
+        Raise InputError if the adapter has another task, or if an input is not an image.
 
         >>> captions = captioner(["image_test/000.png", "image_test/001.png"])
         >>> assert [str(caption.image) for caption in captions] == ["image_test/000.png", "image_test/001.png"]
@@ -167,8 +168,8 @@ class Captioner:
         """Return the answer to a question about an image.
 
         Give one question for all images, several questions about one image, or one question for each image. A question that
-        the model cannot read has its reason in `error`. Raise InputError for an adapter of another task, for different numbers
-        of images and questions, or for something that is not an image or a question.
+        the model cannot read has its reason in `error`. Raise InputError if the adapter has another task, if the numbers of
+        images and questions differ, or if an input is not an image or a question.
 
         >>> vqa = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-vqa")
         >>> answer = vqa.answer("image_test/000.png", "what color is the cube?")
@@ -196,8 +197,8 @@ class Captioner:
         """Rank texts by how well they fit an image. `ranking` has each text once with its probability, the most probable first.
 
         The probabilities of the texts sum to 1. `text` is the best text and `score` is its probability. An adapter of any task
-        can rank. A VQA adapter ranks answers to `question`. Raise InputError for a text that the model cannot read, or for
-        something that is not an image.
+        can rank. A VQA adapter ranks answers to `question`. Raise InputError if the model cannot read a text, or if an
+        input is not an image.
 
         >>> itm = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-itm")
         >>> best = itm.rank("image_test/000.png", ["a red circle", "a blue square"]).text
@@ -212,8 +213,8 @@ class Captioner:
     ) -> Iterator[Prediction]:
         """Yield a prediction for each image of any iterable, in order. Memory does not grow with the number of images.
 
-        With `texts`, rank them. With only a `question`, answer it. Raise the errors of the other methods when the image that
-        causes them is reached.
+        With `texts`, rank them. With only a `question`, answer it. The errors are those of the other methods; they are raised
+        when the iteration reaches the image that causes them.
 
         >>> import itertools
         >>> first = next(captioner.stream(itertools.repeat("image_test/000.png")))
@@ -227,7 +228,7 @@ class Captioner:
     # ---- checks and batches
 
     def _require(self, task: str) -> None:
-        """Raise InputError, with the right call, if the adapter has another task."""
+        """Raise InputError, whose message gives the right call, if the adapter has another task."""
         if self.task != task:
             raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}")
 

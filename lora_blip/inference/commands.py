@@ -41,11 +41,11 @@ class ModelConfig:
     adapter: str = setting("latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone')
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
-    json: bool = setting(False, "print lines for programs: each is an object with image, text and score, or error")
+    json: bool = setting(False, "print a line of JSON per result, with image, text and score, or with image and error")
 
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:
-            raise ConfigError("there is no adapter, so the base has no default; give one: --model assets/tiny-blip")
+            raise ConfigError('adapter is "none", and model is empty; give a base: --model assets/tiny-blip')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def rank(config: RankConfig) -> bool:
 
 @contextmanager
 def stdout_for_results() -> Iterator[TextIO]:
-    """Print everything else on stderr, so that `lora-blip caption … > captions.txt` writes only captions."""
+    """Yield stdout, and redirect all other output to stderr. `lora-blip caption … > captions.txt` then writes only captions."""
     results = sys.stdout
     with redirect_stdout(sys.stderr):
         yield results
@@ -128,15 +128,15 @@ def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
     adapter = None if config.adapter in ("", "none") else config.adapter
     if adapter:
         try:
-            runs.locate(adapter)  # before the imports, which take seconds
+            runs.locate(adapter)  # fail before the imports, which take seconds
         except AdapterError as error:
             raise AdapterError(
                 f"{error}; or use a base without an adapter: --adapter none --model {BASE_OF[task or 'retrieval']}"
             ) from None
     from lora_blip.inference.captioner import Captioner
 
-    chosen = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base
-    captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=chosen)
+    task_setting = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base
+    captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=task_setting)
     path = captioner.adapter.path if captioner.adapter else "no adapter"
     print(printable(f"{path}, base {captioner.backbone.name}, {captioner.backbone.device}"), file=sys.stderr, flush=True)
     if task and captioner.task != task:

@@ -17,25 +17,28 @@ CHUNK = 2**16  # bytes that are read at once, from the end of a file
 
 
 class Done:
-    """The number of lines of each image and question. Each needs 12 bytes: a hash and a count."""
+    """The number of lines of each image and question in the files of a run. Each number needs 12 bytes, with its hash."""
 
     def __init__(self, keys: "array[int]") -> None:
         self.keys, counts = np.unique(np.frombuffer(keys, np.uint64), return_counts=True)
         self.counts = counts.astype(np.uint32)
 
     def matcher(self) -> Callable[[Example], bool]:
-        """Return a function that returns True if an example is done. Call it once per example, because it uses up one line."""
-        left = self.counts.copy()
+        """Return a function that returns True if an example is done.
 
-        def take(example: Example) -> bool:
+        Call it once per example: each True uses one line, so that an image with two lines is done twice.
+        """
+        remaining = self.counts.copy()
+
+        def is_done(example: Example) -> bool:
             key = np.uint64(key_of(example))
             index = int(np.searchsorted(self.keys, key))
-            if index == len(self.keys) or self.keys[index] != key or not left[index]:
+            if index == len(self.keys) or self.keys[index] != key or not remaining[index]:
                 return False
-            left[index] -= 1
+            remaining[index] -= 1
             return True
 
-        return take
+        return is_done
 
 
 def key_of(example: Example) -> int:
@@ -48,14 +51,14 @@ def _key_of_line(line: dict[str, Any]) -> int:
 
 
 def _key(image: str, question: str, question_id: int | str, prompt: str) -> int:
-    """Return a hash of 64 bits. A collision in ten million images happens once in 400,000 runs."""
-    rest = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
-    digest = hashlib.blake2b(f"{image}\0{question}{rest}".encode("utf-8", "surrogatepass"), digest_size=8)
+    """Return a hash of 64 bits. With ten million images, two of them collide in one of 400,000 runs."""
+    suffix = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
+    digest = hashlib.blake2b(f"{image}\0{question}{suffix}".encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
 def _remove_incomplete_line(path: Path) -> None:
-    """Remove the part after the last line end, which a killed process left."""
+    """Remove an incomplete last line, which a killed process may have written."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
@@ -79,7 +82,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
                     raise TypeError
             except (ValueError, TypeError, KeyError):
                 raise OutputError(
-                    f"{path}:{number} is not a prediction line; remove the line, or give another OUTPUT_DIR (or --output-dir)"
+                    f"{path}:{number} is not a prediction line; remove the line, or set OUTPUT_DIR (--output-dir) to ''"
                 ) from None
             yield entry
 
@@ -101,7 +104,10 @@ def resume_from(path: Path, keys: "array[int]") -> int:
 
 
 def texts_of(path: Path, subject: Callable[[Example], Any], images: Container[Path], name: str) -> dict[str, dict[Any, str]]:
-    """Return {`name`: {subject: text}} of a predictions file for `images`. Add "base" if its lines have a text of the base."""
+    """Return {`name`: {subject: text}} with the texts of a predictions file for `images`.
+
+    Add the key "base" if the lines also have texts of the base.
+    """
     texts: dict[str, dict[Any, str]] = {}
     for line in lines_of(path):
         if Path(line["image"]) in images:

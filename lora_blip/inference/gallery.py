@@ -1,4 +1,4 @@
-"""gallery.html: the first images of a run as cards, with their generated texts, and with their references if there are any."""
+"""Write gallery.html: the first images of a run as cards, with their generated texts and their references."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -26,7 +26,9 @@ def write_gallery(
     model_name: str,
     count: int,
 ) -> Path:
-    """Write the page of a finished run into its folder, with the first SHOWN of `count` examples, and return its path.
+    """Write gallery.html into the folder of a finished run, with its first SHOWN examples, and return the path.
+
+    count: the number of examples of the run.
 
     model_name: "adapted" or "base", for the model that generated the texts.
     """
@@ -42,7 +44,7 @@ def write_gallery(
 
 
 def cards_of(folder: Path, task: PredictionTask, examples: list[Example], references: dict[Path, list[Example]]) -> list[Card]:
-    """Return a card for each example, in order. An image that could not be read has no text; its frame shows the reason."""
+    """Return a card for each example, in order. A card without text shows why its image cannot be read."""
     lines: dict[int, list[dict[str, Any]]] = {}
     for name in (FILE_NAME, ERRORS_NAME):
         if (folder / name).exists():
@@ -51,14 +53,14 @@ def cards_of(folder: Path, task: PredictionTask, examples: list[Example], refere
     cards = []
     for example in examples:
         line = next(iter(lines.get(key_of(example), ())), {})
-        known = references_of(task, example, references)
+        known_lines = references_of(task, example, references)
         text = str(line.get("text", ""))
-        score = task.correctness(text, known) if known and "text" in line else None
-        ranking = [(str(each["text"]), float(each["probability"])) for each in line.get("ranking", ())]
+        score = task.correctness(text, known_lines) if known_lines and "text" in line else None
+        ranking = [(str(entry["text"]), float(entry["probability"])) for entry in line.get("ranking", ())]
         cards.append(
             Card(
-                example.image, list(dict.fromkeys(answer for one in known for answer in (one.answers or (one.text,)))), text,
-                str(line.get("base_text", "")), example.question, score, group=known[0].group if known else "",
+                example.image, list(dict.fromkeys(a for known in known_lines for a in (known.answers or (known.text,)))), text,
+                str(line.get("base_text", "")), example.question, score, group=known_lines[0].group if known_lines else "",
                 right=None if score is None else score == 1, ranking=ranking,
             )
         )  # fmt: skip
@@ -66,6 +68,6 @@ def cards_of(folder: Path, task: PredictionTask, examples: list[Example], refere
 
 
 def references_of(task: PredictionTask, example: Example, references: dict[Path, list[Example]]) -> list[Example]:
-    """Return the lines with a known text or answer for what the example asks."""
-    lines = [one for one in references.get(example.image, ()) if (one.answers if task.takes_question else one.text)]
-    return [one for one in lines if not task.writes_text or task.subject(one) == task.subject(example)]
+    """Return the lines of the references that have a text or an answer for the image and question of an example."""
+    lines = [line for line in references.get(example.image, ()) if (line.answers if task.takes_question else line.text)]
+    return [line for line in lines if not task.writes_text or task.subject(line) == task.subject(example)]

@@ -1,4 +1,4 @@
-"""Check and open the images that Python callers give: paths, PIL images, arrays, tensors or the bytes of a file."""
+"""Check and open the images that Python callers pass: paths, PIL images, arrays, tensors or the bytes of a file."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 
 
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
-    """Return [(name, image)], and True if the caller gave one image and no list. Raise InputError as `check_input` does."""
+    """Return [(name, image)], and True if `images` is one image and not a list. Raise InputError as `check_input` does."""
     single = isinstance(images, SINGLE) or not isinstance(images, Iterable) or hasattr(images, "read")
     is_iterator = not single and not isinstance(images, list | tuple)
     listed = [images] if single else [snapshot(image) if is_iterator else image for image in images]
@@ -35,7 +35,7 @@ def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
 
 
 def snapshot(image: Any) -> Any:
-    """Return an image of an iterator as it is now: an iterator may change it in place for its next item.
+    """Return a copy of an image of an iterator, because the iterator may change the image in place for its next item.
 
     A video reader may write each frame into the same array, and the frames of an animation are one PIL image.
     """
@@ -57,7 +57,7 @@ def name_of(image: Any, position: int | None) -> str:
 
 
 def check_input(image: Any, name: str) -> str:
-    """Return `name`. Raise InputError, with the fix, if an image has a type, shape, dtype or range that is not accepted."""
+    """Return `name`. Raise InputError with a fix if the type, shape, dtype or range of the image is not accepted."""
     if not isinstance(image, SINGLE):
         fix = "; give file.read()" if hasattr(image, "read") else ""
         raise InputError(f"{name} is of type {type(image).__name__}; expected {ACCEPTED}{fix}")
@@ -71,10 +71,11 @@ def _check_shape(image: Any, name: str) -> None:
     shape, kind = tuple(image.shape), "a tensor" if isinstance(image, Tensor) else "an array"
     if len(shape) == 4:
         raise InputError(f"{name} is {kind} of shape {shape}; for a batch, give a list of images: list(images)")
-    first, last = len(shape) == 3 and shape[0] in CHANNELS, len(shape) == 3 and shape[-1] in CHANNELS
-    if 0 in shape or not (len(shape) == 2 or (first if isinstance(image, Tensor) else last)):
+    is_3d = len(shape) == 3
+    channels_first, channels_last = is_3d and shape[0] in CHANNELS, is_3d and shape[-1] in CHANNELS
+    if 0 in shape or not (len(shape) == 2 or (channels_first if isinstance(image, Tensor) else channels_last)):
         fix = ""
-        if first or last:
+        if channels_first or channels_last:
             fix = "; give image.permute(2, 0, 1)" if isinstance(image, Tensor) else "; give image.transpose(1, 2, 0)"
         raise InputError(f"{name} is {kind} of shape {shape}; expected {ACCEPTED}{fix}")
 
@@ -85,10 +86,10 @@ def _check_values(image: Any, name: str) -> None:
         return
     if "float" not in dtype:
         raise InputError(f"{name} has the dtype {dtype}; expected uint8 (0 to 255) or float (0 to 1)")
-    least, largest = float(image.min()), float(image.max())
-    if not (least >= 0 and largest <= 1):  # also if one is NaN
-        fix = "divide it by 255" if least >= 0 and largest <= 255 else "give the image before it is normalized"
-        raise InputError(f"{name} has values from {least:.4g} to {largest:.4g}; a float image has values from 0 to 1: {fix}")
+    smallest, largest = float(image.min()), float(image.max())
+    if not (smallest >= 0 and largest <= 1):  # `not`, so that NaN is an error too
+        fix = "divide it by 255" if smallest >= 0 and largest <= 255 else "give the image before it is normalized"
+        raise InputError(f"{name} has values from {smallest:.4g} to {largest:.4g}; a float image has values from 0 to 1: {fix}")
 
 
 def decode(image: Any, name: str, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
@@ -104,7 +105,7 @@ def open_input(image: Any, name: str) -> Image.Image:
     if isinstance(image, str | Path):
         if str(image).startswith(("http://", "https://")):
             raise ImageError(
-                printable(f"{image} is a web address, and no image is downloaded; download it first: curl -O {image}")
+                printable(f"{image} is a web address, and lora_blip downloads no images; download it first: curl -O {image}")
             )
         return open_image(image)
     if isinstance(image, bytes | bytearray | memoryview):

@@ -21,7 +21,7 @@ from lora_blip.inference.prediction import Prediction, prediction_of
 
 @dataclass(frozen=True)
 class Request:
-    """An image with its question. Another thread decodes the image."""
+    """An image and its question. A thread of the pool decodes the image."""
 
     example: Example
     picture: "Future[Any]"  # pixel values (3, H, W), or the ImageError
@@ -48,7 +48,7 @@ def predict_requests(
 
 
 def _predict_batch(runner: Runner, requests: list[Request], work: Work, lock: RLock, strict: bool) -> Iterator[Prediction]:
-    """Yield the predictions of a batch. Without `strict`, an image or a question that cannot be used has an `error`."""
+    """Yield the predictions of a batch. Without `strict`, an invalid image or question gives a prediction with `error`."""
     results = [request.picture.result() for request in requests]
     with lock:
         check_question = getattr(runner.task, "check_question", None)

@@ -21,10 +21,10 @@ def mixed(
     batch_size: int = 16,
     precision: str = "fp32",
 ) -> Iterator[Prediction]:
-    """Yield the predictions for requests (image, adapter, question or ""), in order. A batch may have rows of several adapters.
+    """Yield the predictions for requests (image, adapter, question or ""), in order. A batch can have rows of several adapters.
 
     tasks: {adapter: its caption or vqa task}, all on one backbone; "" is the base. Each text equals the text that its adapter
-    generates without the others. An image that cannot be read is reported and left out. Raise ConfigError if the tasks cannot
+    generates alone. An image that cannot be read is reported and left out. Raise ConfigError if the tasks cannot
     share a batch, or if a request names an adapter that is not in `tasks`.
     """
     first: Any = next(iter(tasks.values()))

@@ -1,6 +1,6 @@
-"""The output folder of inference. Each image adds a line to predictions.jsonl or errors.jsonl, so a run can be resumed.
+"""The output folder of inference. A run writes a line per image to predictions.jsonl or errors.jsonl, and can be resumed.
 
-run.json contains the settings of the run and whether the run has finished. A run with other settings cannot resume it.
+run.json contains the settings of the run, and whether it has finished. Only a run with the same settings can resume it.
 """
 
 import errno
@@ -29,7 +29,7 @@ from lora_blip.runtime.untrusted import parsed
 from lora_blip.tasks.base import PredictionTask
 
 FILE_NAME, ERRORS_NAME, SETTINGS_NAME = "predictions.jsonl", "errors.jsonl", "run.json"
-SYNC = 5.0  # seconds between fsync calls: a power failure loses at most this work, and a killed process loses none
+SYNC = 5.0  # seconds between fsync calls. A power failure loses at most the lines of this time; a killed process loses none
 
 
 class Output:
@@ -38,7 +38,7 @@ class Output:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
         keys = array("Q")
-        self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # number of lines
+        self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # lines
         self.done, self.lines_before = Done(keys), self.lines
         self.files: dict[str, IO[bytes]] = {}
         self.synced = time.monotonic()
@@ -53,24 +53,27 @@ class Output:
         return self.predicted + self.failed
 
     def describe_start(self) -> str:
-        """Return what is printed at the start: how many images are done, or how to resume."""
+        """Return the line to print at the start: how many images are done, or how to resume the run."""
         if self.lines_before:
             return f"resuming after {self.lines_before:,} images"
         return f"if this run is stopped, --output-dir {self.folder} with the same settings resumes it"
 
     def describe_stop(self) -> str:
-        """Return what is printed if a signal stops the run."""
+        """Return the line to print if a signal stops the run: how many images are done, and how to resume the run."""
         return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings resumes it"
 
     def describe_end(self) -> str:
-        """Return what is printed at the end: the number of lines and the files."""
+        """Return the line to print at the end: the number of lines and the files."""
         added = self.lines - self.lines_before
-        work = f"wrote {added:,} of {self.lines:,} lines of" if added else f"all {self.lines:,} images were already done:"
+        summary = f"wrote {added:,} of {self.lines:,} lines of" if added else f"all {self.lines:,} images were already done:"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
-        return f"{work} {self.path}{left_out}"
+        return f"{summary} {self.path}{left_out}"
 
     def write(self, results: list[tuple[Example, Prediction | ImageError]], base: dict[int, str]) -> None:
-        """Write a line for each example, in order. Only a failure of the machine can lose a line or leave an incomplete one."""
+        """Write a line for each example, in order. A killed process loses no written line, and leaves no incomplete one.
+
+        base: the texts of the base by `key_of`.
+        """
         predictions = [line_of(p, base.get(key_of(e))) for e, p in results if not isinstance(p, ImageError)]
         errors = [_error_line(e, p) for e, p in results if isinstance(p, ImageError)]
         self._add(FILE_NAME, predictions)
@@ -80,7 +83,7 @@ class Output:
             self.sync()
 
     def _add(self, name: str, lines: list[dict[str, Any]]) -> None:
-        """Append lines to a file in one system call. Characters that are not valid Unicode become JSON escapes."""
+        """Append lines to a file in one system call. Write characters that are not valid Unicode as JSON escapes."""
         if name not in self.files:
             if not lines and name == ERRORS_NAME:
                 return
@@ -125,31 +128,33 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
         return unused_path(Path(config.runs) / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(config.output_dir)
     folder = Path(config.output_dir)
-    _refuse_taken(folder, config.resume)
+    _unfinished_run(folder, config.resume)
     return folder
 
 
-def _refuse_taken(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """Return run.json of the unfinished run in the folder, or None if the folder has no run.
+def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """Return the content of run.json of the unfinished run in the folder, or None if the folder has no run.
 
-    Raise OutputError if the folder contains predictions that this run must not continue.
+    Raise OutputError if the folder has files of a finished run, of an unknown program, or of any run if `resume` is False.
     """
-    about = _read_settings(folder)
+    run_file = _read_settings(folder)
     existing = [name for name in (FILE_NAME, SETTINGS_NAME, ERRORS_NAME) if (folder / name).exists()]
-    if existing and (about is None or not about["run"] or not resume):
+    if existing and (run_file is None or not run_file["run"] or not resume):
         stopped = (
-            ", from a run that was stopped; set resume = True to continue it" if about and not about.get("finished") else ""
+            ", from a run that was stopped; set resume = True to continue it"
+            if run_file and not run_file.get("finished")
+            else ""
         )
         raise OutputError(
             f"{folder / existing[0]} exists already{stopped}; for a new run, set OUTPUT_DIR (or --output-dir) to ''"
         )
-    return about
+    return run_file
 
 
 def identity(
     config: InferConfig, task: PredictionTask, adapter: Adapter | None, precision: str, by_references: bool = False
 ) -> dict[str, Any]:
-    """Return the settings that determine the predictions, as JSON. A digest of its content represents a file.
+    """Return the settings that determine the predictions, as JSON. Files are represented by digests of their content.
 
     by_references: True if the prompts come from the references.
     """
@@ -185,10 +190,10 @@ def opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[Out
     with room_for(folder, OutputError, advice):
         folder.mkdir(parents=True, exist_ok=True)
         with lock.held(folder):
-            stopped = _refuse_taken(folder, resume)
+            stopped = _unfinished_run(folder, resume)
             if stopped is not None and (changed := changes(stopped["run"], settings)):
                 raise OutputError(
-                    f"{folder} was started with other settings, so this run cannot continue it: {'; '.join(changed)}. "
+                    f"{folder} was started with other settings, so this run cannot resume it: {'; '.join(changed)}. "
                     "Set them back, or start a new run: set OUTPUT_DIR (or --output-dir) to ''"
                 )
             if stopped is None:
@@ -208,13 +213,13 @@ def _write_settings(folder: Path, settings: dict[str, Any], finished: bool) -> N
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the content of run.json, or None if there is no such file.
 
-    A file that we did not write counts as a finished run.
+    If `infer` did not write the file, return the content of a finished run: the folder is then not reused.
     """
     try:
-        about = parsed((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+        content = parsed((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        about = None
-    ours = isinstance(about, dict) and isinstance(about.get("run"), dict)
-    return about if ours else {"finished": True, "run": {}}
+        content = None
+    is_run_file = isinstance(content, dict) and isinstance(content.get("run"), dict)
+    return content if is_run_file else {"finished": True, "run": {}}

@@ -34,7 +34,7 @@ def infer(config: InferConfig) -> Path:
     """Caption, answer or rank as `config` says, and return the path of predictions.jsonl: one line per image and question.
 
     An image that cannot be read has a line in errors.jsonl. To resume a stopped run, use the same settings and output_dir.
-    Memory does not grow with the number of images; with `compare`, only the texts of the base are kept. Raise ConfigError,
+    Memory does not grow with the number of images, except for the texts of the base with `compare`. Raise ConfigError,
     ModelError, AdapterError, ImageError or DataError before the first image, ConfigError if the disk is full, and
     signals.Stopped after Ctrl-C or a signal of a scheduler, as soon as the current batch is written. In peft: none.
 
@@ -51,7 +51,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     seed_everything(config.seed)
     inputs = ranks.together(lambda: read_inputs(config))
     adapter, texts = inputs.adapter, inputs.texts
-    # an error now if it contains another run; the folder is created later, when there is something to write
+    # raise an error now if the folder contains another run; create the folder later, before the first line is written
     folder: Path = ranks.broadcast(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
     config = replace(config, device=ranks.device(config.device))
     task, precision, examples, run_identity = ranks.together(lambda: open_inputs(config, inputs))
@@ -60,29 +60,29 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
 
     stop_request = closing.enter_context(signals.catch_signals())
     out: Any = ranks.on_main(lambda: closing.enter_context(output.opened(folder, run_identity, config.resume)))
-    with phase(f"counting what {config.images} contains"):
+    with phase(f"counting the images of {config.images}"):
         count = ranks.on_main(lambda: sum(1 for _ in takewhile(lambda _: not stop_request.signal, examples))) or 0
-    left = count - (out.lines_before if out else 0)
+    remaining = count - (out.lines_before if out else 0)
     if others := inputs.images.others_line():
         print(others)
     start_line = printable(f"{folder}: {out.describe_start() if out else ''}")
-    print(describe(task, adapter, left, precision), start_line, sep="\n", flush=True)
+    print(describe(task, adapter, remaining, precision), start_line, sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, adapted=False, device="cpu")[0])
-    rounds = BlockScheduler(ranks, runner, config.seed, stop_request, out)
+    scheduler = BlockScheduler(ranks, runner, config.seed, stop_request, out)
     base: dict[int, str] = {}
     cut = {"base": CutCount(), "texts": CutCount()}
     if config.compare and adapter:
-        with ProgressDisplay("base", count, out) as screen:
-            rounds.run(examples, Predictor(texts), partial(keep, base, screen, cut["base"]))
+        with ProgressDisplay("base", count, out) as display:
+            scheduler.run(examples, Predictor(texts), partial(record_base_texts, base, display, cut["base"]))
     if adapter:
         task = runner.task
         ranks.together(lambda: apply_adapter(task, adapter, config.merge, runner.precision))
-        runner.reopen = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
+        runner.reload_on_cpu = lambda: open_task(config, adapter, adapted=True, device="cpu")[0]
         runner.checked = not runner.fast
-    with ProgressDisplay(task.name, count, out) as screen:
-        rounds.run(examples, Predictor(texts), partial(write, out, base, screen, cut["texts"]))
+    with ProgressDisplay(task.name, count, out) as display:
+        scheduler.run(examples, Predictor(texts), partial(write_results, out, base, display, cut["texts"]))
     if ranks.main:
-        print(screen.pace(), end="")
+        print(display.pace(), end="")
         for name, count_of_cut in (("texts of the base", cut["base"]), ("texts", cut["texts"])):
             if line := count_of_cut.report(task, name):
                 print(f"warning: {line}")
@@ -94,7 +94,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
 def conclude(
     out: Output, config: InferConfig, task: PredictionTask, inputs: Inputs, precision: str, examples: Any, count: int
 ) -> None:
-    """Print the scores if there are references, write gallery.html, and print where the predictions and the page are."""
+    """Print the scores if there are references, write gallery.html, and print the paths of the predictions and of the page."""
     adapter, model_name = inputs.adapter, "adapted" if inputs.adapter else "base"
     if references := inputs.references:
         texts = finished.texts_of(out.path, task.subject, references, model_name)
@@ -109,15 +109,15 @@ def conclude(
         print(f"gallery: {page.resolve().as_uri()}")
 
 
-def keep(base: dict[int, str], screen: ProgressDisplay, cut: CutCount, results: Results) -> None:
-    """Keep the texts of the base, to print them beside those of the adapter."""
+def record_base_texts(base: dict[int, str], display: ProgressDisplay, cut: CutCount, results: Results) -> None:
+    """Record the texts of the base in `base`. They are printed and written next to those of the adapter."""
     cut.add([result.text for _, result in results if isinstance(result, Prediction)])
     base |= {finished.key_of(example): result.text for example, result in results if isinstance(result, Prediction)}
-    screen.move(results)
+    display.move(results)
 
 
-def write(out: Output, base: dict[int, str], screen: ProgressDisplay, cut: CutCount, results: Results) -> None:
+def write_results(out: Output, base: dict[int, str], display: ProgressDisplay, cut: CutCount, results: Results) -> None:
     """Write the results to the files of the run and print the first ones."""
     cut.add([result.text for _, result in results if isinstance(result, Prediction)])
     out.write(results, base)
-    screen.show(results, base)
+    display.show(results, base)

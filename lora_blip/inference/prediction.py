@@ -1,4 +1,4 @@
-"""`Prediction`: the caption, answer or ranking of an image. Write it as a line of predictions.jsonl, print it and score it."""
+"""Define `Prediction`, the caption, answer or ranking of an image, and write, print and score predictions."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,13 +8,13 @@ from lora_blip.data.example import Example
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 
-RANKS_KEPT = 10  # best texts of a ranking that are written
+RANKING_LENGTH = 10  # number of texts of a ranking in predictions.jsonl, the most probable first
 Ranking = list[tuple[str, float]]  # (text, probability), the most probable first
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The text of an image: a caption, an answer, or the best of the ranked texts. In peft: none.
+    """The predicted text of an image: a caption, an answer, or the best of the ranked texts. In peft: none.
 
     The `score` of a generated text is exp(mean log p) over its tokens and the end token: the geometric mean of their
     probabilities. The score of a ranking is the probability of the best text. `infer` computes no scores.
@@ -34,35 +34,35 @@ class Prediction:
     error: str = ""  # why there is no text: the image or the question cannot be used
 
     def __repr__(self) -> str:
-        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"image": str(self.image)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"image": str(self.image)}
         kept = {name: value for name, value in values.items() if name in ("image", "text") or value not in ("", None, [])}
         return f"Prediction({', '.join(f'{name}={value!r}' for name, value in kept.items())})"
 
 
 def prediction_of(example: Example, text: str, ranking: Ranking | None = None) -> Prediction:
-    """Return the prediction `text` for an example, with the example's image, question and prompt."""
+    """Return a prediction with this text, and with the image, question and prompt of an example."""
     return Prediction(example.image, text, example.question, ranking or [], example.question_id, example.prompt)
 
 
 def request_of(example: Example | Prediction) -> dict[str, Any]:
-    """Return the first keys of a line: image, and question, question_id and prompt if they are not empty."""
+    """Return the image of a line of predictions.jsonl, and its question, question_id and prompt if they are not empty."""
     request = {"question": example.question, "question_id": example.question_id, "prompt": example.prompt}
     return {"image": str(example.image)} | {key: value for key, value in request.items() if value != ""}
 
 
 def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
-    """Return a line of predictions.jsonl. `base` is the text that the model generates without the adapter."""
+    """Return a line of predictions.jsonl. `base` is the text of the base, or None if the base was not run."""
     line = request_of(prediction)
     line["text"] = prediction.text
     if base is not None:
         line["base_text"] = base
     if prediction.ranking:
-        line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKS_KEPT]]
+        line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKING_LENGTH]]
     return line
 
 
 def format_prediction(prediction: Prediction, base: str | None = None) -> str:
-    """Return the lines to print. `base` is the text that the model generates without the adapter."""
+    """Return the lines to print. `base` is the text of the base, or None if the base was not run."""
     rows = [("Image", str(prediction.image))]
     if prediction.question:
         rows.append(("Question", prediction.question))
@@ -78,7 +78,7 @@ def format_prediction(prediction: Prediction, base: str | None = None) -> str:
 
 
 def report(task: PredictionTask, references: dict[Path, list[Example]], texts: dict[str, dict[Any, str]]) -> None:
-    """Print the score of the texts that have references. If the references have groups, print the score of each group too.
+    """Print the score of the texts that have references, for each group of the references and for all of them.
 
     texts: {"base" or "adapted": {subject: generated text}}.
     """

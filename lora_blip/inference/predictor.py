@@ -14,15 +14,15 @@ from lora_blip.tasks.base import PredictionTask
 
 
 class Predictor:
-    """Predict one text for each image, or rank the given texts. The texts are encoded once."""
+    """Predict one text for each image, or rank the given texts. Encode the texts once per device."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
         self.encoded: Any = None  # the encoded texts
         self.device: Any = None  # the device of `encoded`
 
-    def again(self) -> "Predictor":
-        """Return a new predictor with the first texts only. The check of the fast path uses it."""
+    def for_check(self) -> "Predictor":
+        """Return a predictor with only the first texts, for the check that compares the fast path with the plain one."""
         return Predictor(self.texts[: verification.TEXTS])
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
@@ -32,11 +32,11 @@ class Predictor:
             return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
         if self.device != task.backbone.device:
             self.encoded, self.device = task.encode_texts(self.texts), task.backbone.device
-        rankings = [self._order(row) for row in task.rank(pictures, examples, self.encoded).cpu().tolist()]
+        rankings = [self._ranking(row) for row in task.rank(pictures, examples, self.encoded).cpu().tolist()]
         return [prediction_of(e, order[0][0], order) for e, order in zip(examples, rankings, strict=True)]
 
-    def _order(self, row: list[float]) -> list[tuple[str, float]]:
-        """Return (text, probability) of an image, the most probable first. `row` has a probability per text."""
+    def _ranking(self, row: list[float]) -> list[tuple[str, float]]:
+        """Return (text, probability) for each text, the most probable first. row: the probability of each text."""
         return sorted(zip(self.texts, row, strict=True), key=lambda pair: -pair[1])
 
 
@@ -47,11 +47,11 @@ class AdapterPredictor(Predictor):
         super().__init__(texts)
         self.base, self.adapter = base, adapter
 
-    def again(self) -> "AdapterPredictor":
+    def for_check(self) -> "AdapterPredictor":
         return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter)
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
-        # without gradients: a block that records them changes what `routing` requires of the caller's training
+        # no_grad: a block that records gradients would be checked in the backward pass of the caller's own training
         with torch.no_grad(), self.base.active(task.backbone.model, self.adapter):
             if self.texts:
                 return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]

@@ -1,4 +1,4 @@
-"""Read the questions, the texts to rank and the references from settings and files, and return the examples to predict."""
+"""Read questions, texts to rank and references from settings or files, and return the examples to predict."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 
 @dataclass(frozen=True)
 class WithQuestion:
-    """Every image with the same question. Each iteration reads the images again."""
+    """All images, each with the same question. Each iteration reads the images again."""
 
     images: Iterable[Example]
     question: str
@@ -29,7 +29,7 @@ class WithQuestion:
 
 @dataclass(frozen=True)
 class WithPrompts:
-    """Each image once for each prompt of its references. Each iteration reads the images again."""
+    """All images, each repeated for every prompt of its references. Each iteration reads the images again."""
 
     images: Iterable[Example]
     prompts: dict[Path, list[str]]
@@ -41,7 +41,10 @@ class WithPrompts:
 
 
 def read_texts(texts: str) -> list[str]:
-    """Return the texts of a file with one text per line, or of a string with | between the texts: each once, in order."""
+    """Return the texts to rank, in order and without duplicates. Raise ConfigError if there are fewer than two.
+
+    texts: a file with one text per line, or texts with | between them.
+    """
     if not texts:
         return []
     try:
@@ -60,10 +63,10 @@ def read_texts(texts: str) -> list[str]:
 def examples_to_predict(
     task: PredictionTask, images: Iterable[Example], question: str, references: dict[Path, list[Example]], texts: list[str]
 ) -> Iterable[Example]:
-    """Return the examples to predict: each image with its questions or prompts. Questions from a file give a list.
-    Otherwise the result reads the images one by one.
+    """Return the examples to predict: each image with its questions or prompts.
 
-    Raise ConfigError if the task needs a question or texts and there are none, or if it cannot use those that are given.
+    If the questions come from a file, return a list. Otherwise return an iterable that reads the images one by one.
+    Raise ConfigError if the task needs questions or texts and there are none, or if it cannot use them.
     """
     ranked = [replace(example_of("", "?"), text=text, answers=(text,), line=line) for line, text in enumerate(texts, 1)]
     task.pretokenize(ranked)
@@ -128,7 +131,7 @@ def trim_references(task: PredictionTask, source: str, references: dict[Path, li
 
 
 def check_questions(task: PredictionTask, examples: list[Example]) -> None:
-    """Raise ConfigError if a question is missing or cannot be used. Print the share of unknown tokens in the questions."""
+    """Raise ConfigError if a question is missing or invalid. Print the share of tokens that the model does not know."""
     task.pretokenize(examples)
     for example in examples:
         if not example.question:
@@ -143,7 +146,7 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
 
 
 def read_references(source: str, root: str, images: Iterable[Example]) -> dict[Path, list[Example]]:
-    """Return {image: its lines in an annotation file} for the images that have lines. Raise DataError if no image has one.
+    """Return {image: its lines in an annotations file}, without images that have no line. Raise DataError if none has a line.
 
     The memory grows with the file, not with the number of images.
     """
@@ -153,7 +156,7 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
         examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
     if problems:
         print(f"{printable(source)}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    image_at: dict[Path, Path] = {}  # resolved path → path as `images` gives it
+    image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {compared:,} images"):
         resolved = {example.image: example.image.resolve() for example in examples}
@@ -175,7 +178,7 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
 
 
 def is_file(text: str, setting: str) -> bool:
-    """Return True if a setting names a file. Raise ConfigError if it ends like a file name and there is no such file."""
+    """Return True if a setting names an existing file. Raise ConfigError if it ends as in FILES but the file does not exist."""
     try:
         exists = Path(text).is_file()
     except (OSError, ValueError):  # a long question is not a valid path

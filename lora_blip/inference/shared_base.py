@@ -1,4 +1,4 @@
-"""A model that several captioners share: one lock for its computations, and the adapters that they put on it."""
+"""Share one model between several captioners: one lock for its computations, and the adapters that they load."""
 
 import json
 import threading
@@ -16,29 +16,29 @@ from lora_blip.models.loading import Backbone
 
 @dataclass(eq=False)
 class SharedAdapter:
-    """An adapter that captioners have put on a model. It stays on the model while one of them refers to this object."""
+    """An adapter that captioners loaded on a model. It stays on the model as long as one of them refers to this object."""
 
     name: str
 
 
 class SharedBase:
-    """The lock and the adapters of one model, shared by its captioners. `names` has only adapters that captioners loaded."""
+    """The lock of one model, and the adapters that its captioners loaded. All captioners of the model share it."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # held while the model or its tokenizer is used
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
-        self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()  # by the same keys
+        self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()  # with the keys of `names`
 
     def load(self, backbone: Backbone, adapter: Adapter) -> SharedAdapter:
-        """Put an adapter on the model, unless a captioner has done so. Remove the adapters whose captioners are all deleted.
+        """Load an adapter on the model, unless a captioner has already loaded it. Eject adapters whose captioners are deleted.
 
-        The adapter acts only in the calls of captioners. The caller's parameters keep their `requires_grad`.
+        The adapter is active only in calls of captioners. The caller's parameters keep their `requires_grad`.
         """
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata], default=str)
         model = backbone.model
         with self.lock:
             in_use = self.in_use.get(key)  # kept alive until it is returned
-            for unused in [each for each in self.names if each not in self.in_use]:
+            for unused in [other for other in self.names if other not in self.in_use]:
                 name = self.names.pop(unused)
                 if name in attached.names(model):
                     injection.eject(model, name)
@@ -57,7 +57,7 @@ class SharedBase:
             return in_use
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a block in which `adapter` acts alone. If it is None, all act that no captioner has put on the model."""
+        """Return a context in which only `adapter` is active. If it is None, all adapters that no captioner loaded are."""
         return nullcontext() if adapter is None else use_adapters(model, adapter)
 
 

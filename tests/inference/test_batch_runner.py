@@ -93,14 +93,14 @@ def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(p
     task.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     anew: Any = Fragile(most=0, device=CPU)
     anew.backbone.model.train()
-    runner = Runner(task, 4, "bf16", reopen=lambda: anew)
+    runner = Runner(task, 4, "bf16", reload_on_cpu=lambda: anew)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_blip.inference.batch_runner.autocasting", lambda *_: torch.no_grad)  # meta has no autocast
         assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
     assert runner.task is anew and runner.precision == "fp32" and not anew.backbone.model.training
     assert len(warnings(capsys)) == 2
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        ran(Runner(Fragile(most=0, stuck=True), 4), photos)  # with nothing to reopen, the device's own error
+        ran(Runner(Fragile(most=0, stuck=True), 4), photos)  # without reload_on_cpu, the device's own error
 
 
 def test_what_is_predicted_is_neither_lost_nor_repeated_when_it_blows_up_for_good(photos):
