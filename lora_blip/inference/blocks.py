@@ -81,7 +81,7 @@ class BlockScheduler:
         self._stop_if_requested(self.ranks.all_gather(self.stop_request.signal))
 
     def _check(self, block: Block, work: Work) -> None:
-        """Check the fast path on the main rank, and use its result on all ranks. A single process runs the check in `Runner.each`."""
+        """Check the fast path on the main rank, and use its result on all ranks. A single process checks in `Runner.each`."""
         if self.ranks.count == 1 or self.runner.checked:
             return
         self._on_main(lambda: self.runner.check_first(block[1], work))
