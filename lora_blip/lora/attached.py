@@ -74,7 +74,7 @@ def fast(model: nn.Module, on: bool = True) -> None:
     for module in model.modules():
         vars(module).pop(FAST, None)  # remove the settings of submodules
     setattr(model, FAST, on)
-    routing_of(model).fast = on
+    share_routing(model).fast = on
     add_fused_hooks(model)
 
 
@@ -89,7 +89,7 @@ def add_fused_hooks(model: nn.Module) -> None:
             hooks.update(dict.fromkeys(plain, fused_hook))  # at the same place among the hooks
 
 
-def routing_of(model: nn.Module) -> AdapterRouting:
+def share_routing(model: nn.Module) -> AdapterRouting:
     """Make all linears of a model share one routing, and return it. Parts of the model may have had their own."""
     stacks = [linear.lora for linear in adapted_linears(model).values()]
     routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [AdapterRouting()]
@@ -109,7 +109,7 @@ def routing_of(model: nn.Module) -> AdapterRouting:
 
 def make_dormant(model: nn.Module, name: str) -> None:
     """Let an adapter act only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not trained."""
-    routing = routing_of(model)
+    routing = share_routing(model)
     routing.dormant |= {name}
     routing.used = True
     for lora in adapters(model, name).values():

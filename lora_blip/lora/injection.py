@@ -16,7 +16,7 @@ from lora_blip.lora.attached import (
     clear_if_bare,
     detach,
     model_of,
-    routing_of,
+    share_routing,
 )
 from lora_blip.lora.attached import names as attached_names
 from lora_blip.lora.layer import AdapterStack, LoRA
@@ -66,7 +66,7 @@ def inject(
         check_new_name(name)
         for site in sites:
             attach(model.get_submodule(site.module), site, dropout, name)
-        routing_of(model)
+        share_routing(model)
         add_fused_hooks(model)
         guard(model)
     own = {id(parameter) for linear in adapted_linears(model).values() for parameter in linear.lora.parameters()}
@@ -90,7 +90,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     hooked = adapted_linears(model)
     leaving = {path: {key for key in linear.lora if name in (None, name_of(key))} for path, linear in hooked.items()}
     staying = {path: linear.lora.merged - leaving[path] for path, linear in hooked.items()}
-    routing = routing_of(model)
+    routing = share_routing(model)
     with routing.lock:
         for path, linear in hooked.items():
             named = {name_of(key) for key in leaving[path]}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora import attached
-from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, routing_of
+from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, share_routing
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.sites import name_of
@@ -30,7 +30,7 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     model = model_of(model)
     check_names(model, names)
     with writing(model) as hooked:
-        chosen = names or set(attached.names(model)) - routing_of(model).dormant
+        chosen = names or set(attached.names(model)) - share_routing(model).dormant
         keys = {p: m.lora.merged | {k for k in m.lora if name_of(k) in chosen} for p, m in hooked.items()}
         keys = {path: some for path, some in keys.items() if some}
         check_mergeable(model, keys)
@@ -46,7 +46,7 @@ def restore(model: nn.Module | Loaded) -> None:
     >>> lora_blip.restore(backbone)
     """
     model = model_of(model)
-    with routing_of(model).lock:
+    with share_routing(model).lock:
         for linear in adapted_linears(model).values():
             write_back(linear)
 
@@ -63,7 +63,7 @@ def bake(model: nn.Module | Loaded) -> None:
     """
     model = model_of(model)
     with writing(model) as hooked:
-        dormant = routing_of(model).dormant
+        dormant = share_routing(model).dormant
         keys = {path: frozenset(k for k in linear.lora if name_of(k) not in dormant) for path, linear in hooked.items()}
         keys = {path: some for path, some in keys.items() if some}
         check_mergeable(model, keys)
@@ -76,7 +76,7 @@ def bake(model: nn.Module | Loaded) -> None:
 @contextmanager
 def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Prevent entry into `use_adapters` and `disable_adapters` while weights are written. Raise LoRAError inside a block."""
-    routing = routing_of(model)
+    routing = share_routing(model)
     with routing.lock:
         if routing.blocks:
             raise LoRAError(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_blip.errors import LoRAError
-from lora_blip.lora.attached import Loaded, adapted_linears, check_names, every_adapter, has_adapters, model_of, routing_of
+from lora_blip.lora.attached import Loaded, adapted_linears, check_names, every_adapter, has_adapters, model_of, share_routing
 from lora_blip.lora.call_batch import call_batch, watch
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputing
@@ -77,7 +77,7 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     model = model_of(model)
     check_names(model, names)
     more = frozenset(names or (name for name, _ in every_adapter(model)))
-    routing = routing_of(model)
+    routing = share_routing(model)
     with _block(model, "disabled", lambda off: replace(routing.active, off=off | more)):
         yield
 
@@ -85,7 +85,7 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
 @contextmanager
 def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], ActiveAdapters]) -> Iterator[None]:
     """Enter a block. `active(off)` returns its adapters. `off` contains the names that an outer block has disabled."""
-    routing = routing_of(model)
+    routing = share_routing(model)
     with routing.lock:  # no merge can start between the check and the entry
         if any(linear.lora.merged for linear in adapted_linears(model).values()):
             raise LoRAError(f"adapters are merged into the weights, so none can be {verb}; call restore(model) first")

@@ -233,7 +233,7 @@ def test_infer_and_evaluate_have_the_setting(checkpoints, kind, on):
     backbone = open_task(config, None)[0].backbone
     inject(backbone)
     kinds = {type(module) for module in backbone.model.modules()}
-    assert backbone.fast is on and (TextAttention in kinds) is on and attached.routing_of(backbone.model).fast is on
+    assert backbone.fast is on and (TextAttention in kinds) is on and attached.share_routing(backbone.model).fast is on
 
 
 def test_an_argument_that_a_model_no_longer_has_is_an_error(make):

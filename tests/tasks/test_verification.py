@@ -154,7 +154,7 @@ def test_a_fast_path_that_computes_something_else_does_not_train(make, monkeypat
     task, batch = learned(kind, make)
     check_training(task, batch)
     assert capsys.readouterr().out.count("WARNING: they differ") == 1 and not files()
-    assert not task.backbone.fast and not kinds(task.backbone.model) and not attached.routing_of(task.backbone.model).fast
+    assert not task.backbone.fast and not kinds(task.backbone.model) and not attached.share_routing(task.backbone.model).fast
     loss = task.loss(again(task, batch))
     monkeypatch.undo()
     plain = TASKS[kind](make(kind, fast=False))
