@@ -1,4 +1,4 @@
-"""Read and check annotations, in any format that `prepare.sources` finds. A JSONL line has one of these forms:
+"""Read and check annotations in any format that `prepare.sources` detects. A line of JSONL has one of two forms:
 
 {"image": "red_1.jpg", "text": "a red cube"}
 {"image": "red_1.jpg", "question": "what is it?", "answers": ["a red cube", "red cube"]}
@@ -36,7 +36,7 @@ CHUNK = 1024  # lines that a task may tokenize in one call, before each line is 
 
 @dataclass(frozen=True, slots=True)  # an invalid file can have a million
 class Problem:
-    """A line that cannot be used, and why."""
+    """A line or entry that cannot be used, with the reason."""
 
     source: Path
     line: Location
@@ -47,7 +47,7 @@ class Problem:
 
 
 def located(source: Path | str, at: Location) -> str:
-    """Return the place of an entry, such as x.csv:17 or "x.json: annotations[17]"."""
+    """Return the file and place of an entry as one text, such as "x.csv:17" or "x.json: annotations[17]"."""
     return f"{source}:{'' if isinstance(at, int) else ' '}{at}"
 
 
@@ -60,9 +60,9 @@ def read(
     pretokenize: Callable[[list[Example]], None] | None = None,
     trim: Callable[[Example], Example] | None = None,
     report: Callable[[str], object] = print,
-    decoded: Callable[[str, Image.Image], object] | None = None,
+    on_decoded: Callable[[str, Image.Image], object] | None = None,
     keys: Keys = NO_KEYS,
-    sides: dict[str, list[Example]] | None = None,
+    splits: dict[str, list[Example]] | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Return the valid lines as Examples, and the invalid lines as Problems.
 
@@ -71,54 +71,54 @@ def read(
 
     image_root: the folder that image paths are relative to. Empty: the folder of the file.
     check: a task's check. It returns why the task cannot use an example, or "" if it can.
-    decode: decode each image, to find those that are missing or damaged. If False, no image is opened.
+    decode: if True, decode each image once, to find missing and damaged images. If False, open no image.
     pretokenize: called with up to CHUNK examples before they are checked.
     trim: returns an example without the task's prompt at the start of its texts.
     report: called with each message about ignored keys, removed prompts, and lines with their own prompt.
-    decoded: called with each image file and its decoded image, from several threads.
-    keys: the names of the columns or keys, if they are not common ones.
-    sides: filled with the valid lines of each split (train, val, test), if lines have the key or column `split`.
+    on_decoded: called with each image file and its decoded image, from several threads.
+    keys: the names of the columns or keys, if they are not common names.
+    splits: a dict to which valid lines are added by split (train, val, test), if they have the key or column `split`.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
     source = Path(source)
-    good: list[Example] = []
+    valid_lines: list[Example] = []
     problems: list[Problem] = []
     with many_objects():
         for path, root, entries in sources_of(source, keys, report):
-            builder = ExampleBuilder(path, Path(image_root) if image_root else root, sides is not None)
+            builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
             parsed = _parsed(path, entries, builder, report)
             if trim:
                 parsed = trimmed(path, parsed, trim, report)
-            broken = _moved(parsed, builder, decode, report)
+            broken = _find_moved(parsed, builder, decode, report)
             if decode:
                 files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
-                broken |= _undecodable(files, decoded, report)
+                broken |= _undecodable(files, on_decoded, report)
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
             if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
                 message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
                 report(printable(f"{path}: {message}"))
-            if sides is not None:
+            if splits is not None:
                 for example in valid:
-                    if side := builder.sides.get(example.line):
-                        sides.setdefault(side, []).append(example)
-            good, problems = (good + valid if good else valid), problems + invalid
-    if len(good) >= MANY:
+                    if split := builder.splits.get(example.line):
+                        splits.setdefault(split, []).append(example)
+            valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
+    if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
     if problems and on_bad_data == "stop":
         advice = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
         raise DataError(f"{listing(problems)}\n{advice}")
-    if not good:
+    if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems) or EXPECTED}")
-    return good, problems
+    return valid_lines, problems
 
 
 def sources_of(
     source: Path, keys: Keys = NO_KEYS, report: Callable[[str], object] = print
 ) -> list[tuple[Path, Path, Callable[[], Iterator[Located]]]]:
-    """Return the file, the default folder of its images and a reader of its entries, for each file to read.
+    """Return (file, default folder of its images, reader of its entries) for each file to read.
 
-    Raise DataError if the file does not exist, cannot be read, or has an unknown format.
+    Raise DataError if a file does not exist, cannot be read, or has an unknown format.
     """
     if not os.path.lexists(source):
         raise DataError(f"annotations {str(source)!r} do not exist; {EXPECTED}")
@@ -128,10 +128,10 @@ def sources_of(
                 report(printable(encoding))
         return [(source, source.parent, partial(jsonl_entries, source))]
     try:
-        found = find_sources(str(source), keys=keys)
-        for encoding in filter(None, (one.encoding_note for one in found)):
+        sources = find_sources(str(source), keys=keys)
+        for encoding in filter(None, (one.encoding_note for one in sources)):
             report(printable(encoding))
-        return [(one.path, one.root, partial(usable_entries, one.path, one.entries)) for one in found]
+        return [(one.path, one.root, partial(usable_entries, one.path, one.entries)) for one in sources]
     except DataError as error:
         raise DataError(f"annotations: {error}") from None
 
@@ -139,20 +139,20 @@ def sources_of(
 def _parsed(
     source: Path, entries: Callable[[], Iterator[Located]], builder: ExampleBuilder, report: Callable[[str], object]
 ) -> list[Example | tuple[Location, str]]:
-    """Return an Example or a reason for each entry, and report the keys that are ignored."""
+    """Return an Example, or (location, reason), for each entry. Report the keys that are ignored."""
     try:
         parsed = [builder.build(entry, number) for number, entry in entries()]
     except OSError as error:
         raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {EXPECTED}") from None
     if builder.ignored:
-        report(printable(f"{source}: these keys are ignored: {_ignored(builder.ignored)}"))
+        report(printable(f"{source}: these keys are ignored: {_describe_ignored(builder.ignored)}"))
     return parsed
 
 
-def _moved(
+def _find_moved(
     parsed: list[Example | tuple[Location, str]], builder: ExampleBuilder, decode: bool, report: Callable[[str], object]
 ) -> dict[str, str]:
-    """Put the image that is meant into each Example whose path does not exist here. Return the reasons for the others."""
+    """Find images whose paths do not exist, and set their new paths in `parsed`. Return {image file: reason} for the rest."""
     firsts = ((name, first.file) for name, first in builder.firsts.items())
     moved, missing = moved_images(firsts, builder.root, decode, lambda text: report(printable(f"{builder.source}: {text}")))
     if moved:
@@ -168,9 +168,9 @@ def trimmed(
     trim: Callable[[Example], Example],
     report: Callable[[str], object] = print,
 ) -> list[Example | tuple[Location, str]]:
-    """Return the lines without the prompt at the start of their texts, and report how many have changed.
+    """Return the lines with the prompt removed from the start of their texts. Report the number of changed lines.
 
-    A text that is only the prompt makes its line invalid.
+    A line whose text is only the prompt becomes invalid.
     """
     result, count, first = list(lines), 0, ""
     for index, line in enumerate(lines):
@@ -180,21 +180,22 @@ def trimmed(
             result[index] = (line.line, "the text is only the prompt; add the words after it") if empty else changed
     if count:
         message = (
-            f"{source}: removed the prompt from the start of {count:,} line(s), because it is put before each text; {first}"
+            f"{source}: removed the prompt from the start of {count:,} line(s), because "
+            f"training puts the prompt before each text; {first}"
         )
         report(printable(message))
     return result
 
 
-def _ignored(keys: dict[str, tuple[int, Location]]) -> str:
-    """Return the ignored keys as a text, each with its number of lines and its first line."""
+def _describe_ignored(keys: dict[str, tuple[int, Location]]) -> str:
+    """Return the ignored keys as one text: each with the number of its lines and the first of them."""
     some = [f"{quoted(key)} ({count:,} line(s), first line {first})" for key, (count, first) in keys.items()]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
 
 
 @contextmanager
 def many_objects() -> Iterator[None]:
-    """Disable the garbage collector inside the block. If millions of objects exist, each collection scans all of them."""
+    """Disable the garbage collector in the block. With millions of objects, it is slow, because it scans all of them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -211,8 +212,8 @@ def _checked(
     check: Callable[[Example], str] | None,
     pretokenize: Callable[[list[Example]], None] | None,
 ) -> tuple[list[Example], list[Problem]]:
-    """Return the valid lines and the problems. `broken` has the reason why an image cannot be read, by image file."""
-    good: list[Example] = []
+    """Return the valid lines and the problems. broken: {image file: the reason why it cannot be read}."""
+    valid_lines: list[Example] = []
     problems: list[Problem] = []
     for start in range(0, len(parsed), CHUNK):
         part = parsed[start : start + CHUNK]
@@ -222,15 +223,15 @@ def _checked(
             if isinstance(entry, Example):
                 reason = (broken and broken.get(entry.file)) or (check(entry) if check else "")
                 if not reason:
-                    good.append(entry)
+                    valid_lines.append(entry)
                     continue
                 entry = (entry.line, reason)
             problems.append(Problem(source, *entry))
-    return good, problems
+    return valid_lines, problems
 
 
 def listing(problems: list[Problem]) -> str:
-    """Return the first problems, one per line, and the number of further ones."""
+    """Return the first problems as one text, a line for each, and the number of further problems."""
     lines = [str(problem) for problem in problems[:LISTED]]
     return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
 
@@ -238,12 +239,12 @@ def listing(problems: list[Problem]) -> str:
 def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Return the training examples and the validation examples.
 
-    The validation images are drawn at random from `seed`: the share `fraction` of all images, and at least one if `fraction`
-    is above 0. All lines of an image are in the same part. Raise DataError if no image is left for training.
+    The validation images are a random sample, drawn with `seed`. Its size is `fraction` of all images, and at least one image
+    if `fraction` is above 0. All lines of an image are in the same part. Raise DataError if no image is left for training.
     """
     with many_objects():
-        files = resolved(dict.fromkeys(map(FILE, examples)))  # lines may spell a path differently
-        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # quick if the lines are sorted already
+        files = resolved(dict.fromkeys(map(FILE, examples)))  # two lines may spell the path of one image differently
+        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are already sorted
         random.Random(seed).shuffle(images)
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):
@@ -266,15 +267,15 @@ def plain(text: str) -> str:
 
 
 def _undecodable(
-    images: set[str], decoded: Callable[[str, Image.Image], object] | None = None, report: Callable[[str], object] = print
+    images: set[str], on_decoded: Callable[[str, Image.Image], object] | None = None, report: Callable[[str], object] = print
 ) -> dict[str, str]:
-    """Return the reason why an image cannot be read, by image file, for those that cannot. Report the nearly black ones.
+    """Return {image file: the reason why it cannot be decoded}. Report images that are nearly black.
 
-    Each file is decoded once. Threads are fast here, because Pillow releases the GIL.
+    Each file is decoded once. Threads help, because Pillow releases the GIL while it decodes.
     """
     dark = DarkImages()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = pool.map(partial(_decode_failure, decoded=decoded, dark=dark), sorted(images))
+        reasons = pool.map(partial(_decode_failure, on_decoded=on_decoded, dark=dark), sorted(images))
         reasons = track(reasons, "decoding the images once", len(images), "image", delay=2)
         failures = {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
     if warning := dark.warning():
@@ -282,11 +283,12 @@ def _undecodable(
     return failures
 
 
-def _decode_failure(image: str, decoded: Callable[[str, Image.Image], object] | None, dark: DarkImages) -> str:
+def _decode_failure(image: str, on_decoded: Callable[[str, Image.Image], object] | None, dark: DarkImages) -> str:
+    """Return the reason why an image cannot be decoded, or "". Call `on_decoded` with a decoded image."""
     try:
         decoded_image = open_image(image, dark=dark)
     except ImageError as error:
         return str(error)
-    if decoded:
-        decoded(image, decoded_image)
+    if on_decoded:
+        on_decoded(image, decoded_image)
     return ""

@@ -23,7 +23,7 @@ MAX_LINES = 8  # most lines in one item; an image with more lines has several it
 
 
 class Caches(NamedTuple):
-    """Disk caches of what does not change between epochs."""
+    """Disk caches of tensors that do not change between epochs. None: not cached."""
 
     pixels: Store | None = None  # resized images, (H, W, 3) uint8
     states: Store | None = None  # outputs of the frozen ViT blocks, see `tasks.frozen_prefix`
@@ -38,17 +38,17 @@ class ImageItem(NamedTuple):
     examples: list[Example]
     pixel_values: Tensor | None  # (3, H, W) float32
     states: Tensor | None = None  # (tokens, width), from the cache
-    key: str = ""  # the cache key for the image's states; "": they are not cached
+    key: str = ""  # the key under which the image's states will be cached; "": they are not cached
 
 
 class ImageDataset(Dataset[ImageItem]):
-    """Map the key (epoch, index) to an ImageItem.
+    """Return the ImageItem of a key (epoch, index).
 
-    together: if True, an item has up to MAX_LINES lines of an image. If False, each line is one item.
+    together: if True, an item has up to MAX_LINES lines of an image. If False, an item has one line.
     views: the number of augmented versions of an image. Epoch e uses version e modulo `views`. 0: a new version in each epoch.
 
-    The augmentation of an item is seeded by the run's seed and the item's key. So an item does not depend on the number of
-    workers, or on the step at which a run is resumed.
+    The augmentation of an item is seeded by the run's seed and the item's key. So an item depends neither on the number
+    of workers nor on the step at which a run is resumed.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class ImageDataset(Dataset[ImageItem]):
         self.pixels = pixels_of(image_processor)
         self.side = side_of(image_processor)
         self.lines, self.starts = grouped(examples, MAX_LINES if together else 1)
-        self.sided: dict[str, str] = {}  # image file → a text with "left" or "right": do not mirror this image
+        self.text_with_side: dict[str, str] = {}  # image file → a text with "left" or "right": do not mirror this image
         for words, file in ((e.words, e.file) for e in examples if augmented):
             if names_side(words):
-                self.sided[file] = words
+                self.text_with_side[file] = words
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -90,17 +90,19 @@ class ImageDataset(Dataset[ImageItem]):
             return self._load(examples, digest, partial(open_image, image), use_cached)
         if not self.views:
             return self._load(examples, "", partial(self._augmented, image, f"{epoch} {line}"), use_cached)
-        view, digest = epoch % self.views, image_digest(image)  # a view is of the image, so all its lines share it
-        key = f"{digest}-{self.seed}-{view}{'-sided' * (str(image) in self.sided)}"
+        view, digest = epoch % self.views, image_digest(image)  # all lines of an image share its views
+        key = f"{digest}-{self.seed}-{view}{'-sided' * (str(image) in self.text_with_side)}"
         return self._load(examples, key, partial(self._augmented, image, f"{view} {digest}"), use_cached)
 
     def _augmented(self, image: Path, draw: str) -> Image.Image:
-        return augment(open_image(image), self.sided.get(str(image), ""), random.Random(f"{self.seed} {draw}"), self.side)
+        """Return a decoded image after a random augmentation, which depends on the run's seed and on `draw`."""
+        text = self.text_with_side.get(str(image), "")
+        return augment(open_image(image), text, random.Random(f"{self.seed} {draw}"), self.side)
 
-    def _load(self, examples: list[Example], key: str, make: Callable[[], Image.Image], use_cached: bool) -> ImageItem:
-        """Return the item from a cache. If it is in none, call `make` for the image, and cache its pixels.
+    def _load(self, examples: list[Example], key: str, decode: Callable[[], Image.Image], use_cached: bool) -> ImageItem:
+        """Return the item from a cache. If it is in none, call `decode` for the image, and cache its pixels.
 
-        A key of "" means that the image is not cached.
+        key: the key of the image in both caches. "": the image is not cached.
         """
         state_cache = self.caches.states if key else None
         if state_cache and use_cached and (states := state_cache.get(key)) is not None:
@@ -108,9 +110,9 @@ class ImageDataset(Dataset[ImageItem]):
         pixel_cache = self.caches.pixels if key and self.pixels.exact else None
         levels = pixel_cache.get(key) if pixel_cache else None
         if levels is None and pixel_cache:
-            levels = self.pixels.resized(make())
+            levels = self.pixels.resized(decode())
             pixel_cache.put(key, levels)
-        values = self.pixels(make()) if levels is None else self.pixels.of_bytes(levels)
+        values = self.pixels(decode()) if levels is None else self.pixels.of_bytes(levels)
         return ImageItem(examples, values, key=key if state_cache else "")
 
 

@@ -1,4 +1,4 @@
-"""Check one entry of an annotation file, and replace the names that its keys may have by our own."""
+"""Check one entry of an annotation file, and give its keys the names image, text, question and answers."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_blip.runtime.untrusted import cut, is_path, quoted
 
-# names of keys and of columns; if a line has several of these, the first in this order counts
+# names of keys and columns; if an entry has several of them, the first in this order is used
 IMAGE_KEYS = (
     "image", "image_path", "file_name", "filename", "file", "filepath", "file_path", "path", "img", "img_path", "image_file",
     "image_filename", "image_name", "imagename", "img_name", "photo", "picture",
@@ -20,14 +20,16 @@ ANSWER_KEYS = ("answers", "answer")
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
-LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})  # of unescaped backslashes
-NOT_UTF8 = "not UTF-8 (or half a surrogate pair); save the file as UTF-8"
+LETTERS = str.maketrans(
+    {"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"}
+)  # what JSON makes of unescaped backslashes, and the letters that were meant
+NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
 Entry = dict[str, Any]
 
 
 class WrittenFloat(float):
-    """A JSON number with a point or an exponent, and its spelling in the file, so that the answer 1.50 stays 1.50."""
+    """A JSON number with a point or an exponent. It keeps its spelling in the file, so that the answer 1.50 stays 1.50."""
 
     __slots__ = ("spelling",)
     spelling: str
@@ -54,7 +56,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 
     In the result, texts have one space between words, and numbers and booleans are texts (see `as_text`). Other keys are kept.
     A question has `answers` (a list of texts, or of VQAv2's {"answer": …}) or one `answer`. If `answered` is False, it may
-    have none.
+    have no answers.
     """
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)
@@ -74,6 +76,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 
 
 def _caption(rest: Entry) -> Entry:
+    """Remove the text from `rest`, and return {"text": …}. Raise _ValueError if it is missing or invalid."""
     if rest.keys().isdisjoint(TEXT_KEYS):
         keys = f"; this line has the keys {quoted(list(rest))[1:-1]}" if rest else ""
         raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers{keys}")
@@ -81,6 +84,7 @@ def _caption(rest: Entry) -> Entry:
 
 
 def _question(rest: Entry, answered: bool) -> Entry:
+    """Remove question, answers and question_id from `rest`, and return them. Raise _ValueError if one is invalid."""
     question, may_be_empty = _tidied("question", rest.pop("question")), not answered and rest.keys().isdisjoint(ANSWER_KEYS)
     answers = _take(rest, ANSWER_KEYS, [])
     answers = answers if isinstance(answers, list) else [answers]
@@ -97,7 +101,7 @@ def _question(rest: Entry, answered: bool) -> Entry:
 
 
 def _prompt(rest: Entry) -> Entry:
-    """Return {"prompt": …}, or {} if the prompt is missing or empty, as in a row of a CSV that has a column of prompts."""
+    """Remove the prompt from `rest`, and return {"prompt": …}, or {} if it is missing or empty, as in a row of a CSV."""
     prompt = rest.pop("prompt", None)
     return {"prompt": _tidied("prompt", prompt)} if prompt is not None and str(prompt).strip() else {}
 
@@ -121,7 +125,7 @@ def _has_surrogates(entry: Entry) -> bool:
 
 
 class _ValueError(ValueError):
-    """A value of an entry that cannot be used. The message names it."""
+    """A value of an entry is invalid. The message names the key."""
 
 
 def first_key(entry: Entry, keys: Iterable[str]) -> str | None:

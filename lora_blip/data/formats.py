@@ -1,4 +1,4 @@
-"""Open text files in their encoding, and read JSONL: yield a line number with an entry, or the reason why it is invalid."""
+"""Open text files in their encoding, and read JSONL. A reader yields (location, entry), or (location, reason) if invalid."""
 
 import codecs
 import io
@@ -12,8 +12,8 @@ from typing import Any, TextIO
 from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS, UNESCAPED, Entry, WrittenFloat, first_key
 from lora_blip.runtime.untrusted import DEEPEST, cut, no_constant, once, open_regular, parsed
 
-LONGEST = 2**20  # characters of a line; a caption has a hundred, a question with ten answers a thousand
-TOO_LONG = f"a line of more than {LONGEST:,} characters; put each example on its own line"
+LONGEST = 2**20  # most characters of a line; a line with a caption has about a hundred
+TOO_LONG = f"it has more than {LONGEST:,} characters; put each example on its own line"
 IMAGE_PATH = re.compile(rf'("(?:{"|".join(IMAGE_KEYS)})"\s*:\s*")([^"]*)', re.IGNORECASE)
 
 ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]")  # invalid bytes, and all characters but ASCII
@@ -26,14 +26,14 @@ Located = tuple[Location, Entry | str]  # an entry, or the reason why it is inva
 
 
 class LeftOut(str):
-    """The reason why a valid entry is left out, such as a caption that its data set rejects. It is counted, and no error."""
+    """The reason why an entry is left out without an error, such as a caption that its data set marks as rejected."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The names of the columns or keys of a source. Empty: one of the common names."""
+    """The names of the columns or keys of a source, as the user gives them. "": detect a common name."""
 
     image: str = ""
     text: str = ""
@@ -42,7 +42,7 @@ class Keys:
 
     @property
     def named(self) -> dict[str, str]:
-        """Return {our name: the name in the source} for the names that are given."""
+        """Return {key of an entry: its name in the source} for the names that are not empty."""
         pairs = (("image", self.image), ("text", self.text), ("question", self.question), ("answers", self.answer))
         return {ours: name for ours, name in pairs if name}
 
@@ -51,7 +51,7 @@ NO_KEYS = Keys()
 
 
 def open_text(path: Path, newline: str | None = None, encoding: str = "") -> TextIO:
-    """Open a text file that is UTF-8, or UTF-16 with a byte order mark. Raise OSError on failure.
+    """Open a text file in UTF-8, or in UTF-16 with a byte order mark. Raise OSError if it cannot be opened.
 
     Invalid bytes of UTF-8 become surrogates, which `entries.canonical` reports.
     """
@@ -64,9 +64,10 @@ def open_text(path: Path, newline: str | None = None, encoding: str = "") -> Tex
 
 
 def table_encoding(path: Path) -> str:
-    """Return the encoding of a table: utf-16 with a byte order mark, utf-8-sig, or cp1252 if most other bytes are not UTF-8.
+    """Return the encoding of a table: "utf-16" if it has that byte order mark, otherwise "utf-8-sig" or "cp1252".
 
-    cp1252 is what Excel writes as "CSV" in western Europe and America.
+    cp1252, the encoding of Excel's "CSV" in western Europe and America, is returned if more characters outside ASCII are
+    invalid than valid in UTF-8.
     """
     invalid = valid = 0
     with open_text(path) as file:
@@ -80,17 +81,17 @@ def table_encoding(path: Path) -> str:
 
 
 def describe_encoding(path: Path, table: bool) -> str:
-    """Return a line about an encoding other than UTF-8, or ""."""
+    """Return a message that names the encoding of a file, or "" for UTF-8. table: the file may also be in cp1252."""
     with open_text(path) as file:
         encoding = table_encoding(path) if table else file.encoding
     return {
         "utf-16": f"{path} is read as UTF-16",
-        "cp1252": f"{path} is read as Windows-1252, because it is not UTF-8; if accents are wrong, save it as UTF-8",
+        "cp1252": f"{path} is read as Windows-1252, because it is not UTF-8; if letters such as é are wrong, save it as UTF-8",
     }.get(encoding, "")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Yield the lines that are not blank, with their numbers, and None for a line that is longer than LONGEST."""
+    """Yield (number, line) for each line that is not blank, or (number, None) if it is longer than LONGEST."""
     with open_text(path) as file:
         for number, line in enumerate(bounded(file), 1):
             if len(line) > LONGEST:
@@ -116,7 +117,7 @@ def jsonl_entries(path: Path) -> Iterator[Located]:
         try:
             entry = _object(line)
         except ValueError as error:
-            yield number, with_slashes(line) or f"not valid JSON ({error}): {line.strip()[:60]!r}"
+            yield number, with_slashes(line) or f"it is not valid JSON ({error}): {line.strip()[:60]!r}"
             continue
         if not isinstance(entry, dict):
             yield number, f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}'
@@ -140,7 +141,7 @@ def several(at: Location, entry: Entry) -> Iterator[Located]:
 
 
 def with_slashes(text: str, line: int = 1) -> str:
-    """Return a message with the corrected line if the backslashes of image paths are the only error of a JSON, or ""."""
+    """Return a message with the corrected line if unescaped backslashes in image paths are the only error, or ""."""
     corrected = IMAGE_PATH.sub(lambda match: match[1] + re.sub(r"\\+", "/", match[2]), text)
     try:
         valid = corrected != text and parsed(corrected, STRICT)
@@ -150,9 +151,9 @@ def with_slashes(text: str, line: int = 1) -> str:
 
 
 def _object(line: str) -> Any:
-    """Return `parsed(line, STRICT)`, in less time for most lines.
+    """Return `parsed(line, STRICT)`. This is faster for most lines.
 
-    QUICK is enough for an object with as many keys as the line has colons: no key of it was repeated.
+    QUICK gives the same result if the object has as many keys as the line has colons, because then no key is repeated.
     """
     try:
         entry, end = QUICK.raw_decode(line)

@@ -13,12 +13,12 @@ from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import open_regular, printable, why
 
 SHARD = ".tar"
-MAX_KINDS = 100  # most suffixes that are counted separately
+MAX_SUFFIXES = 100  # most suffixes that are counted separately
 
 
 @dataclass(frozen=True, slots=True)
 class MissingImage(Example):
-    """Stands for what cannot be read, such as a folder without permission or a truncated shard. `reason` is for the user."""
+    """An example for a folder or shard that cannot be read. `reason` is a message for the user."""
 
     reason: str = ""
 
@@ -29,12 +29,12 @@ def example_of(image: str | Path, question: str = "") -> Example:
 
 
 def missing(name: str | Path, reason: str) -> MissingImage:
-    """Return a MissingImage for `name`."""
+    """Return a MissingImage for a file, folder or shard that cannot be read."""
     return MissingImage(Path(name), "", str(name), 0, reason=reason)
 
 
 def walk(folder: str, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a folder and its subfolders, sorted by name. Skip links to folders: they may form a loop."""
+    """Yield the images of a folder and its subfolders, sorted by name. Skip links to folders, which may form a loop."""
     stack = [_entries(folder, others)]
     while stack:
         entry = next(stack[-1], None)
@@ -68,7 +68,7 @@ def list_folder(folder: str) -> tuple[list[str], list[str], list[str], Counter[s
     folders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            dot = entry.name.rfind(".")  # not Path.suffix: for a million names it takes seconds
+            dot = entry.name.rfind(".")  # not Path.suffix, which takes seconds for a million names
             suffix = entry.name[dot:].lower() if dot > 0 else ""
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.name)
@@ -95,17 +95,17 @@ def first_bytes(path: str) -> bytes:
 def count_other(name: str, others: Counter[str]) -> None:
     """Count a file that is not an image, by its suffix."""
     kind = "hidden" if name.startswith(".") else Path(name).suffix.lower() or "without a suffix"
-    others[kind if kind in others or len(others) < MAX_KINDS else "of other kinds"] += 1
+    others[kind if kind in others or len(others) < MAX_SUFFIXES else "of other kinds"] += 1
 
 
 def globbed(pattern: str) -> list[str]:
-    """Return the files that match, in the order of `walk`. Raise ImageError if the pattern is invalid."""
+    """Return the files that match a glob, in the order of `walk`. Raise ImageError if the glob is invalid."""
     path = Path(pattern)
     root = Path(path.anchor) if path.is_absolute() else Path()
     try:
-        found = [str(p) for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+        files = [str(p) for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file()]
     except ValueError as error:
         raise ImageError(
             printable(f"{pattern!r} is not a valid glob ({error}); give a file, a folder or a glob such as 'photos/*.jpg'")
         ) from None
-    return sorted(found, key=lambda name: name.replace(os.sep, "\0"))
+    return sorted(files, key=lambda name: name.replace(os.sep, "\0"))

@@ -1,4 +1,4 @@
-"""Find the image file that is meant by a path from another machine, with backslashes, or with ~ and $HOME."""
+"""Find the image file for a path that was written on another machine, or with backslashes, ~ or $HOME."""
 
 import difflib
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from lora_blip.runtime.untrusted import quoted
 
-MOST_FILES = 2_000_000  # files of an image root that are listed
-SUGGESTED = 20  # missing images for which the nearest existing name is searched
-SAMPLE = 64  # images that are looked for before the first step if images are opened only when needed
-COMPARED = 5000  # names that the search compares
-SHOWN = 3  # candidates in a message
-COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # the release of 2017 has the same photos without it
-UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
+MOST_FILES = 2_000_000  # most files of an image root that are listed
+SUGGESTED = 20  # missing images whose messages suggest an existing name
+SAMPLE = 64  # images that are searched before the first step, if images are not checked then
+COMPARED = 5000  # most existing names that a suggestion compares
+SHOWN = 3  # most candidates in a message
+COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017 has the same photos without this prefix
+UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio
 SUFFIX_AFTER_JPG = re.compile(r"(\.jpe?g)\.\d+$")  # Flickr8k's text file contains 2258277193_586949ec62.jpg.1
 ABSOLUTE = re.compile(r"[/\\~$]|[A-Za-z]:[/\\]")
 SPLIT_FOLDERS = re.compile(r"(train|val|valid|validation|test|dev)(20\d\d)?", re.IGNORECASE)
 
-Folders = tuple[str, ...]  # of a file, from the outermost to the innermost
+Folders = tuple[str, ...]  # names of the folders of a file, from the outermost to the innermost
 
 
 class ImageFinder:
@@ -32,15 +32,15 @@ class ImageFinder:
         self.moved: dict[str, str] = {}  # path as written → its path under the root, if the two differ
         self.names: dict[str, list[Folders]] | None = None  # file name → folders under the root that contain it
         self.complete = True  # False if the root has more than MOST_FILES files
-        self.prefix: tuple[Folders, Folders] | None = None  # the one replacement of leading folders by others
-        self.by_name: dict[str, str] = {}  # file found by its name alone → path as written
+        self.prefix: tuple[Folders, Folders] | None = None  # leading folders as written, and their only replacement
+        self.by_name: dict[str, str] = {}  # name of a file that was found only by its name → path as written
         self.suggestions = 0
 
     def find(self, written: str) -> tuple[str, str]:
-        """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files fit.
+        """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files match.
 
-        A path that exists is returned at once. Any other is compared, from its end, with the paths of all files below the
-        root, and the file with the most equal parts is taken. A file in a different folder is never taken for its name alone.
+        If the path exists, return it. Otherwise compare it, from its end, with the paths of all files below the root, and
+        return the file with the most equal parts. If its folder differs, an equal name alone is not enough.
         """
         for path in self._spellings(written):
             if os.path.lexists(path):
@@ -63,13 +63,14 @@ class ImageFinder:
         return str(self.root / relative), ""
 
     def describe(self) -> str:
-        """Return how many paths were found by their ends, with an example, or "" if none was."""
+        """Return a message about the paths that were found by their last parts, with an example, or "" if there are none."""
         if not self.moved:
             return ""
         written, path = next(iter(self.moved.items()))
-        return f"{len(self.moved):,} image path(s) were found in {self.root} by their ends: {quoted(written)} is {path}"
+        return f"{len(self.moved):,} image path(s) were found in {self.root} by their last parts: {quoted(written)} is {path}"
 
     def _spellings(self, written: str) -> Iterator[str]:
+        """Yield the paths that a written path may mean: as it is, with slashes, and with ~ and variables expanded."""
         yield str(self.root / written)
         if "\\" in written:
             written = written.replace("\\", "/")
@@ -78,21 +79,24 @@ class ImageFinder:
             yield str(self.root / os.path.expandvars(os.path.expanduser(written)))  # noqa: PTH111  # a bare ~x stays
 
     def _best(self, name: str, folders: Folders, absolute: bool) -> list[Folders]:
-        """Return the folders with the most parts in common with the end of `folders`, among those that do not contradict it."""
+        """Return the folders of the files with this name that have the most parts in common with the end of `folders`.
+
+        A file is left out if its other folders contradict `folders`, such as train/ and val/.
+        """
         best = -1
         result: list[Folders] = []
-        for found in self._index().get(_plain(name), ()):
-            count, replaced, rest = self._compared(folders, found)
+        for candidate in self._index().get(_plain(name), ()):
+            count, replaced, rest = self._compared(folders, candidate)
             other_prefix = absolute and count > 0 and not _are_splits(replaced, rest)
             fits = not rest or not replaced or other_prefix or COCO_2014.match(name)
             if fits and count >= best:
-                result = [*(result if count == best else []), found]
+                result = [*(result if count == best else []), candidate]
                 best = count
         return result
 
-    def _is_consistent(self, written: str, name: str, folders: Folders, found: Folders) -> bool:
-        """Return False if another path of the source contradicts this choice."""
-        count, replaced, rest = self._compared(folders, found)
+    def _is_consistent(self, written: str, name: str, folders: Folders, candidate: Folders) -> bool:
+        """Return False if this file contradicts the file of an earlier path of the source."""
+        count, replaced, rest = self._compared(folders, candidate)
         if COCO_2014.match(name) or not replaced:
             return True
         if rest:
@@ -101,12 +105,12 @@ class ImageFinder:
         unique = len(self._index()[_plain(name)]) == 1
         return count > 0 or (unique and self.by_name.setdefault(name, written) == written)
 
-    def _compared(self, folders: Folders, found: Folders) -> tuple[int, Folders, Folders]:
-        """Return the number of equal parts at the end of both, and what precedes them: as written, and under the root.
+    def _compared(self, folders: Folders, candidate: Folders) -> tuple[int, Folders, Folders]:
+        """Return the number of equal parts at the end of both, and the parts before them: as written, and under the root.
 
-        The names of the root and of the folders above it count too: C:/data/img/1.png is in the root /home/me/img.
+        The root and the folders above it are compared too: C:/data/img/1.png is in the root /home/me/img.
         """
-        under = tuple(map(_plain, found))
+        under = tuple(map(_plain, candidate))
         count = _common(folders, (*map(_plain, self.root.parts), *under))
         return count, folders[: len(folders) - count], under[: max(len(under) - count, 0)]
 
@@ -126,23 +130,24 @@ class ImageFinder:
         return self.names
 
     def _relative(self, name: str, folders: Folders) -> str:
+        """Return the path of a file, relative to the root, with its name as the file system spells it."""
         plain, folder = _plain(name), self.root.joinpath(*folders)
         if name.isascii() or (folder / name).exists():
             return "/".join((*folders, name))
         return "/".join((*folders, next(file for file in os.listdir(folder) if _plain(file) == plain)))  # noqa: PTH208
 
     def _missing(self, written: str, folders: Folders) -> str:
-        """Return the reason for a missing file, with the nearest existing name for the first few."""
+        """Return the reason for a missing file. The first SUGGESTED reasons contain the nearest existing name."""
         message = f"{self.root / written} does not exist"
         if not self.complete:
-            message += f" (only {MOST_FILES:,} files of {self.root} were searched for it)"
+            message += f" (only the first {MOST_FILES:,} files of {self.root} were searched)"
         self.suggestions += 1
         if self.suggestions > SUGGESTED:
             return message
         name = _plain(re.split(r"[/\\]", written)[-1])
         index = self._index()
         if name in index:
-            others = _listed("/".join((*found, name)) for found in index[name])
+            others = _listed("/".join((*candidate, name)) for candidate in index[name])
             return f"{message}; another folder has a file of this name: {others}"
         same = [file for file, places in index.items() if folders in places] or list(index)
         near = difflib.get_close_matches(name, same[:COMPARED], 1, 0.4)
@@ -158,7 +163,7 @@ def _names_of(name: str) -> Iterator[str]:
 
 
 def _are_splits(first: Folders, second: Folders) -> bool:
-    """Return True if two leading paths end with train and val, for example: they have different images."""
+    """Return True if both paths end with a folder of a split, such as train/ and val/, whose images differ."""
     return bool(SPLIT_FOLDERS.fullmatch(first[-1]) and SPLIT_FOLDERS.fullmatch(second[-1])) if first and second else False
 
 
@@ -169,11 +174,12 @@ def _common(first: Folders, second: Folders) -> int:
 
 
 def _plain(name: str) -> str:
-    """Return a name in one Unicode form: macOS writes é as two characters."""
+    """Return a name in Unicode form NFC, because macOS writes é as two characters."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _listed(paths: Iterator[str]) -> str:
+    """Return the first paths as one text: a or b or c or 4 more."""
     some = list(paths)
     more = f" or {len(some) - SHOWN} more" if len(some) > SHOWN else ""
     return " or ".join(quoted(path) for path in some[:SHOWN]) + more
@@ -182,20 +188,21 @@ def _listed(paths: Iterator[str]) -> str:
 def moved_images(
     written: Iterable[tuple[str, str]], root: Path, all_of_them: bool, report: Callable[[str], object]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return {missing file: the file that is meant} and {missing file: reason} for pairs of a path as written and its file.
+    """Return {missing file: existing file} and {missing file: reason} for pairs (path as written, file).
 
-    Unless `all_of_them`, only the first SAMPLE files are looked for, and all if one of these has moved. `report` is called with
-    the number of moved images.
+    If `all_of_them` is False, only the first SAMPLE files are searched, and the others only if one of these has moved.
+    report: called with a message about the number of moved images.
     """
     pairs, finder = iter(written), ImageFinder(root)
-    found = _found(islice(pairs, None if all_of_them else SAMPLE), finder)
-    if any(path for path, _ in found.values()):
-        found |= _found(pairs, finder)
+    results = _find_missing(islice(pairs, None if all_of_them else SAMPLE), finder)
+    if any(path for path, _ in results.values()):
+        results |= _find_missing(pairs, finder)
     if message := finder.describe():
         report(message)
-    moved = {file: path for file, (path, _) in found.items() if path}
-    return moved, {file: reason for file, (path, reason) in found.items() if not path}
+    moved = {file: path for file, (path, _) in results.items() if path}
+    return moved, {file: reason for file, (path, reason) in results.items() if not path}
 
 
-def _found(pairs: Iterable[tuple[str, str]], finder: ImageFinder) -> dict[str, tuple[str, str]]:
+def _find_missing(pairs: Iterable[tuple[str, str]], finder: ImageFinder) -> dict[str, tuple[str, str]]:
+    """Return {file: result of `finder.find`} for the files that do not exist."""
     return {file: finder.find(name) for name, file in pairs if not os.path.lexists(file)}

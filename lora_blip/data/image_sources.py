@@ -1,4 +1,4 @@
-"""The images that the setting `images` names: a folder, a glob, a list or tar shards."""
+"""Find the images of the setting `images`: a folder, a glob, a list or tar shards."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ MAX_LISTED = 8  # most suffixes in the message about other files
 
 
 class ImageSource:
-    """The images that a setting names. Iterating yields each as an example without a text, and keeps none in memory.
+    """An iterable of the images that a setting names, each as an example without a text. It keeps no image in memory.
 
     The setting is one of:
     - a folder, with its subfolders, or a folder of shards
@@ -43,11 +43,11 @@ class ImageSource:
     - a tar shard, or a pattern such as 'shards/{0000..0031}.tar'
 
     `images.is_picture` decides which files are images. After an iteration, `others` contains the number of other files by
-    suffix. Raise ImageError if there is no image.
+    suffix. The constructor raises ImageError if there is no image.
     """
 
-    def __init__(self, where: str | Path) -> None:
-        self.where = str(where)
+    def __init__(self, setting: str | Path) -> None:
+        self.setting = str(setting)
         self.others: Counter[str] = Counter()
         problem = ""
         for example in self:
@@ -56,7 +56,7 @@ class ImageSource:
             problem = problem or f" ({example.reason})"
         problem = problem or f" ({self.others_line()})" * bool(self.others)
         raise ImageError(
-            f"no image found at {self.where!r}{printable(problem)}; give a file, a folder, a glob such as 'photos/*.jpg', a "
+            f"no image found at {self.setting!r}{printable(problem)}; give a file, a folder, a glob such as 'photos/*.jpg', a "
             "list (.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
         )
 
@@ -66,23 +66,23 @@ class ImageSource:
         self.others = others
 
     def _images(self, others: Counter[str]) -> Iterator[Example]:
-        path = Path(self.where)
+        path = Path(self.setting)
         if path.is_dir():
             return in_folder(path, others)
         if path.is_file():
             return LISTS.get(path.suffix.lower(), in_file)(path, others)
-        if BRACES.search(self.where) and path.suffix == SHARD:
-            return chain.from_iterable(images_in_shard(shard, others) for shard in expanded(self.where))
-        return in_glob(self.where, others)
+        if BRACES.search(self.setting) and path.suffix == SHARD:
+            return chain.from_iterable(images_in_shard(shard, others) for shard in expanded(self.setting))
+        return in_glob(self.setting, others)
 
     def others_line(self) -> str:
         """Return a line with the number of files that are not images, by suffix, or "" if there are none."""
         if not self.others:
             return ""
         kinds = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
-        some = [f"{count:,} {quoted(kind)[1:-1]}" for kind, count in kinds[:MAX_LISTED]]
-        some += ["…"] * (len(self.others) > MAX_LISTED)
-        return f"not images, left out: {self.others.total():,} file(s) ({', '.join(some)})"
+        parts = [f"{count:,} {quoted(kind)[1:-1]}" for kind, count in kinds[:MAX_LISTED]]
+        parts += ["…"] * (len(self.others) > MAX_LISTED)
+        return f"not images, left out: {self.others.total():,} file(s) ({', '.join(parts)})"
 
 
 def open_example(example: Example) -> Image.Image:
@@ -103,7 +103,7 @@ def in_file(path: str | Path, others: Counter[str]) -> Iterator[Example]:
 
 
 def in_glob(pattern: str, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images and the images of shards that match."""
+    """Yield the images that match a glob, and the images of shards that match it."""
     for path in globbed(pattern):
         if path.endswith(SHARD) or is_picture(Path(path).name, partial(first_bytes, path)):
             yield from in_file(path, others)
@@ -112,7 +112,7 @@ def in_glob(pattern: str, others: Counter[str]) -> Iterator[Example]:
 
 
 def in_folder(folder: Path, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a folder and its subfolders. If it has only shards, yield theirs."""
+    """Yield the images of a folder and its subfolders. If the folder has only shards, yield the images of the shards."""
     try:
         images, shards, folders, rest = list_folder(str(folder))
     except OSError:
@@ -133,9 +133,9 @@ def in_text(path: Path, others: Counter[str]) -> Iterator[Example]:
 
 
 def in_jsonl(path: Path, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a list of JSON objects. The key "image" is a path relative to the list's folder.
+    """Yield the images of a JSONL file. The value of "image" is a path relative to the file's folder.
 
-    An object may have a "prompt".
+    An object may also have a "prompt".
     """
     for number, entry in jsonl_entries(path):
         image = entry if isinstance(entry, str) else next((entry[key] for key in IMAGE_KEYS if key in entry), None)

@@ -19,7 +19,7 @@ from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
-# of the fifty formats of Pillow; some of the others run programs
+# the formats that Pillow may read; some of its other formats start a program
 FORMATS = (
     "JPEG",
     "MPO",
@@ -51,8 +51,8 @@ RAW = {  # raw files of cameras
     ".rw2",
     ".srw",
 }
-OTHERS = {".emf", ".eps", ".ico", ".jxl", ".pcx", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".wmf"}
-PICTURES = SUFFIXES | HEIC | RAW | OTHERS  # files that a user expects to be read; each that cannot be read is reported
+OTHER_SUFFIXES = {".emf", ".eps", ".ico", ".jxl", ".pcx", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".wmf"}
+PICTURES = SUFFIXES | HEIC | RAW | OTHER_SUFFIXES  # files that a user calls images; each that cannot be read is reported
 NO_PICTURES = {  # common files next to images; they are not opened
     ".7z", ".bin", ".caption", ".cls", ".csv", ".db", ".gz", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".mov", ".mp4",
     ".npy", ".npz", ".parquet", ".pdf", ".pt", ".py", ".safetensors", ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
@@ -66,11 +66,11 @@ SIGNATURES = {
 BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"), "HEIF"),
-}  # brands in the header of an ISO base media file
+}  # brands in the header of an ISO base media file, and their formats
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
 LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; phones take photos of up to 108 million
-LARGEST_FILE = 2**28  # bytes; a limit, because Pillow needs 70 ns for each byte of junk in a GIF
-MOST_SCANS = 100  # scans of a progressive JPEG: each is a pass over all pixels. Encoders write about ten
+LARGEST_FILE = 2**28  # bytes; without a limit, junk in a GIF takes Pillow 70 ns for each byte
+MOST_SCANS = 100  # scans of a progressive JPEG; each is a pass over all pixels. Encoders write about ten
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -81,7 +81,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # such a text is wrong for the mirrored image
+LEFT_OR_RIGHT = re.compile(r"\b(left|right)", re.IGNORECASE)  # a text with such a word is wrong for the mirrored image
 SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # fractions of the side, the scale and the grey level
 LEVELS = np.arange(256)
 FIRST_DARK = FirstDarkImage()  # one warning per process
@@ -96,7 +96,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImages = FIRST_DARK) -> Image.Image:
     """Return an image in RGB with 8 bits. Rotate it by its EXIF tag, and put transparent pixels on white.
 
-    Return the first frame of an animation. `content`: an open file to read; `path` is then only its name in messages.
+    Return the first frame of an animation. content: an open file to read; `path` is then only its name in messages.
     dark: collects the names of images with more than 8 bits that are nearly black. By default, the first gives a warning.
     Raise ImageError if the file is missing, damaged, too large, or not in one of FORMATS. A HEIC image needs pillow-heif.
     """
@@ -134,6 +134,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImag
 
 
 def _decode(file: BinaryIO, kind: str, path: str | Path, dark: DarkImages) -> Image.Image:
+    """Return the image of an open file as `open_image` does. kind: the format by the first bytes, or ""."""
     with Image.open(file, formats=_formats(kind)) as image:
         _refuse_bomb(image, file)
         image.load()
@@ -142,7 +143,7 @@ def _decode(file: BinaryIO, kind: str, path: str | Path, dark: DarkImages) -> Im
 
 
 def _without_texts(png: bytes) -> BinaryIO:
-    """Return a PNG without its chunks of texts and color profiles."""
+    """Return a PNG file without its chunks of texts and color profiles."""
     kept, position = [png[:PNG_START]], PNG_START
     while position < len(png):
         end = position + 12 + int.from_bytes(png[position : position + 4])  # length, type, content, checksum
@@ -169,10 +170,10 @@ def kind_of(head: bytes) -> str:
 
 
 def is_picture(name: str, head: Callable[[], bytes]) -> bool:
-    """Return True if a file is an image, or has the suffix of one that we cannot read, such as a camera's raw file.
+    """Return True if a file is an image, or has the suffix of an image format that cannot be read, such as .cr2.
 
-    If the suffix is in neither list, the first bytes decide. `head` returns them, and is called only then. A hidden file is
-    not an image.
+    If the suffix is neither in PICTURES nor in NO_PICTURES, the first bytes decide. `head` returns them, and is called only
+    in this case. A hidden file is not an image.
     """
     dot = name.rfind(".")
     suffix = name[dot:].lower() if dot > 0 else ""
@@ -202,7 +203,7 @@ def _heif_reader() -> bool:
 
 
 def _refuse_raw(path: str | Path, kind: str) -> None:
-    """Refuse a raw file of a camera: Pillow would read its thumbnail without a warning."""
+    """Raise UnreadableError for a raw file of a camera. Pillow would return its thumbnail without a warning."""
     if kind == "TIFF" and Path(path).suffix.lower() in RAW:
         raise UnreadableError("it is a raw file of a camera; export it as JPEG or PNG")
 
@@ -218,7 +219,7 @@ def _unknown(path: str | Path, kind: str) -> str:
 
 
 def _refuse_bomb(image: Image.Image, file: BinaryIO) -> None:
-    """Refuse an image with too many pixels or scans: a small file can fill the memory, or take hours to decode."""
+    """Raise UnreadableError for an image with too many pixels or scans, which could fill the memory or take hours."""
     pixels = image.width * image.height
     if not 0 < pixels <= LARGEST:
         reason = f"it has {image.width} × {image.height} pixels"
@@ -255,16 +256,16 @@ def to_rgb(image: Image.Image, highest: float | None = None, on_dark: Callable[[
         profile = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, *profile, outputMode="RGB") or image
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
 def names_side(text: str) -> bool:
     """Return True if a text contains "left" or "right"."""
     if text.isascii() and "left" not in (lower := text.lower()) and "right" not in lower:
-        return False  # ten times as fast as the search
-    return SIDED.search(text) is not None
+        return False  # this test is ten times as fast as the search
+    return LEFT_OR_RIGHT.search(text) is not None
 
 
 def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) -> Image.Image:

@@ -4,32 +4,34 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-FEW = 100  # a folder is listed only for at least this number of files
+FEW = 100  # for fewer files than this, their folder is not listed
 
 
 def resolved(files: Iterable[str]) -> dict[str, str]:
     """Return {file: str(Path(file).resolve())}. For speed, each folder is resolved and listed only once."""
-    found: dict[str, str] = {}
+    resolved_by_file: dict[str, str] = {}
     by_folder: dict[str, list[str]] = {}
     for file in files:
         end = file.rfind(os.sep)
         if end < 0 or file[-1] in "./":  # the last part is not a name, such as ".."
-            found[file] = str(Path(file).resolve())
+            resolved_by_file[file] = str(Path(file).resolve())
         else:
             by_folder.setdefault(file[:end], []).append(file)
     for folder, inside in by_folder.items():
         start = len(folder) + 1  # of the name in a path
         real, links = os.path.join(os.path.realpath(folder + os.sep), ""), _links(folder + os.sep, inside, start)  # noqa: PTH118
         if real == folder + os.sep and not links:
-            found.update(zip(inside, inside, strict=True))  # the same string objects: copies would fill the memory
+            resolved_by_file.update(
+                zip(inside, inside, strict=True)
+            )  # the same string objects, because copies would fill the memory
             continue
         for file in inside:
-            found[file] = str(Path(file).resolve()) if file[start:] in links else real + file[start:]
-    return found
+            resolved_by_file[file] = str(Path(file).resolve()) if file[start:] in links else real + file[start:]
+    return resolved_by_file
 
 
 def _links(folder: str, files: list[str], start: int) -> set[str]:
-    """Return the names in a folder that may be links. In a path, the name begins at character `start`."""
+    """Return the names in a folder that may be links. `start` is the index at which the name begins in each of `files`."""
     if len(files) < FEW:
         return {file[start:] for file in files}
     try:

@@ -1,4 +1,4 @@
-"""Read tables, such as CSV and TSV: yield a line number with an entry, or with the reason why it is invalid.
+"""Read tables, such as CSV and TSV. Readers yield (line number, entry), or (line number, reason) for an invalid row.
 
 The delimiter, the quoting, the encoding and the columns are detected. `Keys` names columns that are not detected.
 """
@@ -14,31 +14,31 @@ from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, Located, bo
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import quoted
 
-ANSWER_SEPARATOR = "|"  # between the answers of one cell
+ANSWER_SEPARATOR = "|"  # between the answers in a cell
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 INTEGER = re.compile(r"-?[0-9]+")
 IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
-FEW_COLUMNS = 12  # columns in a message
+FEW_COLUMNS = 12  # most columns that a message lists
 
 Row = tuple[int, list[str] | str]  # the number of its first line, and its cells or the reason why it is invalid
 
 
 def csv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
-    """Read rows below a header such as image,caption or file_name;text. Other columns are kept. Quoting follows RFC 4180."""
+    """Read rows below a header such as image,caption or file_name;text. Keep other columns. Quoting follows RFC 4180."""
     sample = _sample(path)
     delimiter = delimiter_of(sample, ",", keys)
     with open_text(path, newline="", encoding=table_encoding(path)) as file:
-        yield from of_rows(path, csv_rows(bounded(file), delimiter), keys, needs_header=True)
+        yield from entries_of_rows(path, csv_rows(bounded(file), delimiter), keys, needs_header=True)
 
 
 def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     """Read lines of image⇥caption, or image⇥question⇥answer with `|` between several answers.
 
     ⇥ is a tab. A line that starts with # is a comment; for an image with such a name, write ./#1.png. The first line may name
-    the columns. Quotes have no special meaning, unless the sample shows that all texts with quotes are in quotes.
+    the columns. Quotes are normal characters, unless all cells of the sample that start with a quote are quoted as in RFC 4180.
     """
     sample = _sample(path)
     delimiter = delimiter_of([line for line in sample if not line.startswith("#")], "\t", keys)
@@ -46,10 +46,10 @@ def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     with open_text(path, newline="" if is_quoted else None, encoding=table_encoding(path)) as file:
         lines = bounded(file)
         rows = csv_rows(lines, delimiter) if is_quoted else _plain_rows(lines)
-        yield from of_rows(path, (row for row in rows if not _is_comment(row)), keys, needs_header=False)
+        yield from entries_of_rows(path, (row for row in rows if not _is_comment(row)), keys, needs_header=False)
 
 
-def of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: bool) -> Iterator[Located]:
+def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: bool) -> Iterator[Located]:
     """Yield the entries of the rows of a table. Raise DataError if the columns are unknown."""
     first = list(islice(rows, SAMPLE))
     number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
@@ -68,13 +68,16 @@ def of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: bool) -> 
             yield at, row
         elif len(row) != count:
             different = f"{len(row)} column{'s' * (len(row) > 1)} but the header has {count}"
-            yield at, f"{different}: put a text with the delimiter in quotes; got {quoted(' '.join(row)[:60])}"
+            yield at, f"{different}: put a text that contains the delimiter in quotes; got {quoted(' '.join(row)[:60])}"
         elif at != number:
-            yield at, _of_columns(columns, row)
+            yield at, _entry_of_row(columns, row)
 
 
 def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
-    """Return the delimiter of a table: the one that gives a known header, or else the same number of columns in most lines."""
+    """Return the delimiter that gives a known header, or else the one that gives most lines the same number of columns.
+
+    usual: the delimiter to prefer if several are equally good.
+    """
 
     def score(delimiter: str) -> tuple[bool, float, bool, int]:
         rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
@@ -101,7 +104,7 @@ def _sample(path: Path) -> list[str]:
 
 
 def _is_quoted(sample: list[str]) -> bool:
-    """Return True if the cells with quotes follow RFC 4180: "a 12"" pizza"."""
+    """Return True if the quotes of the sample follow RFC 4180, as in "a 12"" pizza"."""
     cells = [line.rstrip("\r\n").split("\t") for line in sample]
     starting = [cell for row in cells for cell in row if cell.startswith('"')]
     if not starting or not all(map(QUOTED_CELL.fullmatch, starting)):
@@ -117,25 +120,28 @@ def _is_comment(row: Row) -> bool:
 
 
 def _names(header: list[str]) -> list[str]:
-    """Return the column names in the form in which they are compared: File Name is file_name."""
+    """Return the column names in lower case with underscores: File Name becomes file_name."""
     return [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in header]
 
 
 def is_header(cells: Iterable[str]) -> bool:
-    """Return True if the cells are column names: one of an image, and one of a text or question."""
+    """Return True if the cells contain a known name for the image, and one for the text or the question."""
     names = set(_names(list(cells)))
     return bool(names.intersection(IMAGE_KEYS) and names.intersection((*TEXT_KEYS, "question")))
 
 
 def _is_header_row(header: list[str], below: list[list[str]], needs_header: bool) -> bool:
-    """Return True if the first row names the columns, by names that are unknown."""
+    """Return True if the first row is a header with unknown names, and not data."""
     if len(header) < 2 or any("://" in cell or IMAGE_NAME.fullmatch(cell.strip()) for cell in header):
         return needs_header and len(header) < 2
     return needs_header or any(IMAGE_NAME.fullmatch(cell.strip()) for row in below for cell in row)
 
 
 def _columns(path: Path, number: int, header: list[str], below: list[list[str]], keys: Keys) -> list[str]:
-    """Return "image", "text", "question", "answers" or its own name for each column. Raise DataError if one is unknown."""
+    """Return the key of each column in an entry: "image", "text", "question", "answers", or its own name.
+
+    Raise DataError if the column of the image or of the text is unknown.
+    """
     names, lower = _names(header), [cell.strip().lower() for cell in header]
     result, taken = list(names), set()
     for ours, name in keys.named.items():
@@ -144,13 +150,13 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
             raise DataError(f"{path}:{number}: no column has the name {quoted(name)}; the columns are:\n{shown}")
         result[lower.index(name.strip().lower())] = ours
         taken.add(ours)
-    asks = "question" in result
-    for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if asks else (("text", TEXT_KEYS),))):
+    has_question = "question" in result
+    for ours, known in (("image", IMAGE_KEYS), *((("answers", ANSWER_KEYS),) if has_question else (("text", TEXT_KEYS),))):
         first = next((name for name in known if name in result), None)
         if ours not in taken and first:
             result[result.index(first)] = ours
             taken.add(ours)
-    if "image" not in taken or not ("text" in taken or asks):
+    if "image" not in taken or not ("text" in taken or has_question):
         what = "image" if "image" not in taken else "text"
         raise DataError(
             f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{_described(header, below)}\n"
@@ -160,7 +166,7 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
 
 
 def _described(header: list[str], below: list[list[str]]) -> str:
-    """Return a line for each column, with its first value."""
+    """Return a text with a line for each column: its name and its first value."""
     lines = []
     for column, name in enumerate(header[:FEW_COLUMNS]):
         value = next((row[column].strip() for row in below if row[column].strip()), "")
@@ -169,7 +175,7 @@ def _described(header: list[str], below: list[list[str]]) -> str:
 
 
 def _flags(header: list[str], keys: list[str], below: list[list[str]]) -> str:
-    """Return the flags for the columns that are most likely the image and the text."""
+    """Return flags such as --text-key "words", which name the columns that are most likely the image and the text."""
 
     def share(column: int) -> tuple[float, float]:
         """Return the share of cells that are names of images, and the mean number of letters."""
@@ -187,9 +193,9 @@ def _flags(header: list[str], keys: list[str], below: list[list[str]]) -> str:
 
 
 def _without_header(rows: Iterable[Row], first: list[Row]) -> Iterator[Located]:
-    """Yield the entries of rows of image and caption, or image, question and answers.
+    """Yield the entries of a table without a header: rows of image and caption, or of image, question and answers.
 
-    A middle column of whole numbers is not a question: the rows are image, number and caption.
+    If the middle one of three columns contains only whole numbers, the rows are image, number and caption.
     """
     middles = [row[1] for _, row in first if isinstance(row, list) and len(row) == 3]
     numbered = bool(middles) and all(INTEGER.fullmatch(cell.strip()) for cell in middles)
@@ -208,7 +214,7 @@ def _without_header(rows: Iterable[Row], first: list[Row]) -> Iterator[Located]:
             yield number, f"{columns} between tabs: {expected}; got {quoted(' '.join(cells)[:60])}"
 
 
-def _of_columns(names: list[str], cells: list[str]) -> Entry:
+def _entry_of_row(names: list[str], cells: list[str]) -> Entry:
     """Return the entry of a row. A question_id of digits becomes a number, as in JSON."""
     entry: Entry = {name: cell.strip() for name, cell in zip(names, cells, strict=True) if name}
     if "answers" in entry:
@@ -219,7 +225,7 @@ def _of_columns(names: list[str], cells: list[str]) -> Entry:
 
 
 def _repeated(names: list[str]) -> str:
-    """Return the reason why these column names are invalid, or ""."""
+    """Return the reason why column names are invalid (one is repeated), or ""."""
     twice = next((name for name in names if name and names.count(name) > 1), "")
     return f"the first line names a column twice: {quoted(twice)}; keep one" if twice else ""
 
@@ -230,7 +236,7 @@ def split_answers(cell: str) -> list[str]:
 
 
 def _plain_rows(lines: Iterable[str]) -> Iterator[Row]:
-    """Yield the cells between tabs of each line that is not blank."""
+    """Split each line that is not blank at its tabs, and yield (number, cells)."""
     for number, line in enumerate(lines, 1):
         if len(line) > LONGEST:
             yield number, TOO_LONG
@@ -239,7 +245,7 @@ def _plain_rows(lines: Iterable[str]) -> Iterator[Row]:
 
 
 def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[Row]:
-    """Yield each row that is not blank, quoted as in RFC 4180."""
+    """Yield (number, cells) for each row that is not blank. Quotes follow RFC 4180."""
     overlong: list[int] = []  # lengths of the lines of this row that were cut
 
     def checked_lines() -> Iterator[str]:
@@ -247,7 +253,7 @@ def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[Row]:
             overlong.extend([len(line)] * (len(line) > LONGEST))
             yield line
 
-    # strict: otherwise the text of a quote that is not closed would be the rest of the file
+    # strict=True: otherwise a quote that is not closed would swallow the rest of the file
     reader = csv.reader(checked_lines(), delimiter=delimiter, strict=True)
     while True:
         overlong.clear()
@@ -257,7 +263,8 @@ def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, f"not valid CSV ({error}): put a text with quotes or commas in quotes, and write its own quotes twice"
+            advice = 'put a text with quotes or commas in quotes, and write its own quotes twice: "a 12"" pizza"'
+            yield number, f"it is not valid CSV ({error}); {advice}"
             continue
         if overlong:
             yield number, TOO_LONG

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, Located
-from lora_blip.data.tables import Row, of_rows
+from lora_blip.data.tables import Row, entries_of_rows
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import cut
 
-SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # of .xlsx, and of .xls
+SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx, and of .xls
 LARGEST = 2**30  # bytes of the unpacked workbook
 MOST_COLUMNS = 1000
 SAVE_AS = 'in Excel, save it as "CSV UTF-8 (Comma delimited)" and give the .csv file'
@@ -20,24 +20,26 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     try:
         import openpyxl
     except ImportError:
-        raise DataError(f'{path} is an Excel workbook: pip install "lora_blip[excel]"; or {SAVE_AS}') from None
+        raise DataError(
+            f'{path} is an Excel workbook; to read it, install openpyxl: pip install "lora_blip[excel]"; or {SAVE_AS}'
+        ) from None
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
-                raise DataError(f"{path}: the workbook has more than {LARGEST:,} bytes; {SAVE_AS}")
+                raise DataError(f"{path}: the unpacked workbook has more than {LARGEST:,} bytes; {SAVE_AS}")
         workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except DataError:
         raise
     except Exception as error:  # openpyxl raises errors of many types for a damaged file
         raise DataError(f"{path} is not a readable Excel workbook ({cut(str(error))}); {SAVE_AS}") from None
     try:
-        yield from of_rows(path, _rows(path, workbook.worksheets[0]), keys, needs_header=True)
+        yield from entries_of_rows(path, _rows(path, workbook.worksheets[0]), keys, needs_header=True)
     finally:
         workbook.close()
 
 
 def _rows(path: Path, sheet: object) -> Iterator[Row]:
-    """Yield the cells of each row that is not blank, as texts. Empty columns at the end are left out."""
+    """Yield (number, cells) for each row that is not blank. Cells are texts. Remove empty columns at the end."""
     width = 0
     rows = sheet.iter_rows(values_only=True, max_col=MOST_COLUMNS)  # type: ignore[attr-defined]
     number = 0
@@ -47,7 +49,7 @@ def _rows(path: Path, sheet: object) -> Iterator[Row]:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # as above
+        except Exception as error:  # openpyxl reads a row only when it is needed, and raises errors of many types
             raise DataError(f"{path}:{number}: the workbook is damaged ({cut(str(error))}); {SAVE_AS}") from None
         cells = ["" if value is None else _text(value) for value in row]
         if not any(cell.strip() for cell in cells):

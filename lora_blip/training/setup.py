@@ -253,9 +253,9 @@ def read_file(
             decode,
             task.pretokenize,
             task.trim,
-            decoded=keep,
+            on_decoded=keep,
             keys=Keys(config.image_key, config.text_key, config.question_key, config.answer_key),
-            sides=sides,
+            splits=sides,
         )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

@@ -99,7 +99,7 @@ def test_a_text_of_unknown_tokens_alone_or_too_long_is_bad(make, tmp_path):
 
 def test_bytes_that_are_no_utf8_are_named(photo, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"image": "' + photo.name.encode() + b'", "text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"x\.jsonl:1: not UTF-8"):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: it is not UTF-8"):
         annotations.read(tmp_path / "x.jsonl")
 
 

@@ -97,7 +97,7 @@ def test_training_and_prepare_report_how_many_paths_they_resolved(root, tmp_path
     source.write_text("".join(json.dumps({"image": name, "text": "a"}) + "\n" for name in names))
     examples, _ = annotations.read(source, root, decode=decode)
     assert [e.file for e in examples] == [str(root / name) for name in ("cat/1.png", "cat/2.png", "dog/1.png")]
-    message = f"2 image path(s) were found in {root} by their ends: 'C:\\\\x\\\\cat\\\\1.png' is cat/1.png"
+    message = f"2 image path(s) were found in {root} by their last parts: 'C:\\\\x\\\\cat\\\\1.png' is cat/1.png"
     assert message in capsys.readouterr().out
     out = prepare(PrepareConfig(source=str(source), images=str(root), output_dir=str(tmp_path / "out"), splits="1"))["train"]
     assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [e.file for e in examples]

@@ -80,7 +80,7 @@ def test_the_split_of_a_line_decides_its_side_of_the_training(folder, suffix, ca
         else "image,text,split\n" + "".join(f"{name},a,{split}\n" for name, split in SPLIT)
     )
     sides: dict[str, list] = {}
-    examples, _ = annotations.read(path, sides=sides, report=print)
+    examples, _ = annotations.read(path, splits=sides, report=print)
     assert {side: [e.name for e in some] for side, some in sides.items()} == {
         "train": ["1.png"],
         "val": ["2.png"],
@@ -95,6 +95,6 @@ def test_the_split_of_a_line_decides_its_side_of_the_training(folder, suffix, ca
 def test_without_a_val_split_the_validation_images_are_drawn_from_train(folder):
     (folder / "x.csv").write_text("image,text,split\n1.png,a,train\n2.png,b,train\n3.png,c,test\n")
     sides: dict[str, list] = {}
-    examples, _ = annotations.read(folder / "x.csv", sides=sides)
+    examples, _ = annotations.read(folder / "x.csv", splits=sides)
     training, validation = split_by_column(TrainConfig(val_fraction=0.5), sides, len(examples))
     assert len(training) == len(validation) == 1 and {e.name for e in training + validation} == {"1.png", "2.png"}

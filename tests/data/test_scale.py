@@ -31,7 +31,7 @@ from lora_blip.data.entries import as_text, canonical
 from lora_blip.data.example import Example, ExampleBuilder
 from lora_blip.data.formats import STRICT, _object
 from lora_blip.data.image_folders import MissingImage
-from lora_blip.data.images import SIDED, names_side
+from lora_blip.data.images import LEFT_OR_RIGHT, names_side
 from lora_blip.data.loader import loader
 from lora_blip.data.paths import FEW, resolved
 from lora_blip.data.shards import ShardImage
@@ -248,7 +248,7 @@ def test_images_in_shards_are_examples_too():
     st.text(alphabet="lefTrighİıſ\u212a -x", max_size=12) | st.sampled_from(["on the LEFT", "upright", "a rightmost", "bright"])
 )
 def test_sides_are_found_where_the_search_finds_them(text):
-    assert names_side(text) is (SIDED.search(text) is not None)
+    assert names_side(text) is (LEFT_OR_RIGHT.search(text) is not None)
 
 
 # ---------------------------------------------------------------- places
