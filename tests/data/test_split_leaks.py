@@ -106,7 +106,7 @@ def test_a_clean_split_is_not_reported_and_no_generator_moves(tmp_path, capsys):
     """Six scenes, one frame each: nothing is printed, and every global generator is as before."""
     source = lines(tmp_path / "a.jsonl", frames(tmp_path, 6, 1))
     kept = Thumbnails()
-    examples, _ = annotations.read(source, decoded=kept.add)
+    examples, _ = annotations.read(source, on_decoded=kept.add)
     training, validation = annotations.split_by_image(examples, 0.4, 0)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     report_split_leaks([e.file for e in validation], [e.file for e in training], kept, "")
