@@ -3,10 +3,10 @@
 # make test        the tests, in two processes (JOBS=4: four)        make slow    the tests that take over 10 s each
 # make lint        ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
-# make chaos       a training that is killed fifty times, in fp32 and in bf16, ends as if it were not
-# make versions    the fast path beside the plain one on each supported transformers, and the core tests on two of them
+# make chaos       kill a training fifty times, in fp32 and in bf16, and compare its bytes with an uninterrupted one
+# make versions    compare the fast and the plain path on each supported version of transformers; run the core tests on two
 # make wheel       dist/lora_blip-….whl with the embedded bases, for another machine: pip install dist/*.whl
-# make mutants     plant small faults in the source and list those that no test notices, at most 90 minutes
+# make mutants     put small faults into the source and list those that no test detects, at most 90 minutes
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
