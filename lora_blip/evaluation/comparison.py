@@ -29,7 +29,7 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
 
-FEW = 10  # with fewer images, bootstrap intervals are too narrow
+FEW = 10  # warn if there are fewer images, because bootstrap intervals are then too narrow
 
 
 @encodable_output()
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     examples = read_references(config, task)
     with phase("searching the training data for these images"):
         leak_search = search_leaks(config, adapter, examples)
-    folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # reserves the name
+    folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # now, so that no other run uses this name
     print(describe(task, adapter, len(set(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, device="cpu")[0])
@@ -94,7 +94,7 @@ def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Exampl
 def compare(
     config: EvaluateConfig, runner: Runner, adapter: Adapter | None, examples: list[Example], folder: Path
 ) -> Comparison:
-    """Score the adapter if there is one. Score the base if `config.base` is set or if there is no adapter."""
+    """Return the scores of the adapter, if there is one, and of the base, if `config.base` is set or there is no adapter."""
     base = adapted = None
     if config.base or not adapter:
         with phase("scoring the texts of the base"):
@@ -109,21 +109,21 @@ def compare(
 
 
 def progress_into(folder: Path, name: str) -> Progress:
-    """Return a progress bar that immediately appends each predicted text to <name>.jsonl."""
+    """Return a progress bar that also appends each predicted text to <name>.jsonl in `folder`, as soon as it is predicted."""
 
-    def watch(results: Iterable[Any], count: int) -> Iterable[Any]:
+    def write_each(results: Iterable[Any], count: int) -> Iterable[Any]:
         for example, result in track(results, name, count):
-            if isinstance(result, str):  # a retrieval model predicts no text
+            if isinstance(result, str):  # not in retrieval, which predicts features
                 line = line_of(prediction_of(example, result))
                 with (folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             yield example, result
 
-    return watch
+    return write_each
 
 
 def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: PredictionTask, examples: list[Example]) -> list[str]:
-    """Return a warning for each reason why the scores may be wrong: leaks, repeated texts, cut texts, few images."""
+    """Return the warnings about the scores: leaks, repeated texts, texts cut at MAX_NEW_TOKENS, and few images."""
     images = len({example.image for example in examples})
     warnings = [leak_warning(leak_search.leaks, images, "evaluation")] if leak_search.leaks else []
     warnings += comparison.main.warnings

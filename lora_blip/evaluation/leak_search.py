@@ -12,36 +12,36 @@ from lora_blip.lora.adapter_file import Adapter
 
 
 class LeakSearch(NamedTuple):
-    """The result of a search."""
+    """The result of a search for leaks."""
 
     leaks: list[Leak]
-    note: str  # what was searched, or why nothing was searched
+    note: str  # what was searched, or why no search was possible
 
 
 def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list[Example]) -> LeakSearch:
-    """Return the evaluation images that are also in the training data. The settings or the adapter file name that data.
+    """Return the evaluation images that are also in the training data.
 
-    Raise DataError if `train_annotations` is set and cannot be read. If the name comes from the adapter file and the
-    data is not on this machine, the note contains the reason.
+    The training data are those of the setting `train_annotations`, or else those that the adapter file names. Raise DataError
+    if the setting names a file that cannot be read. If a file that the adapter names cannot be read, the note says so.
     """
     settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
     source = config.train_annotations or str(settings.get("annotations", ""))
     root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
     if source in ("", "none"):
-        return LeakSearch([], "not searched: the training data is unknown")
+        return LeakSearch([], "not searched: the training data are unknown; give them with --train-annotations")
     if not Path(source).is_file():
         if config.train_annotations:
             raise DataError(
-                f"train_annotations = {source!r} does not exist; give a file that exists, or --train-annotations none"
+                f"train_annotations = {source!r}: the file does not exist; give a file that exists, or --train-annotations none"
             )
         return LeakSearch([], f"not searched: {source} does not exist; give the file with --train-annotations")
     try:
-        trained, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
+        training, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
     except DataError as error:
         if config.train_annotations:
             raise
         return LeakSearch([], f"not searched: {str(error).splitlines()[0]}")
-    images = [image for image in dict.fromkeys(e.image for e in trained) if image.is_file()]
+    images = [image for image in dict.fromkeys(e.image for e in training) if image.is_file()]
     if not images:
         return LeakSearch([], f"not searched: no image of {source} exists; give their folder with --train-image-root")
     leaks = find_leaks(dict.fromkeys(e.image for e in examples), images)

@@ -31,13 +31,13 @@ DIRECTIONS = ("image→text", "text→image")
 
 @dataclass(frozen=True)
 class Column:
-    """One score per subject, and the image of each subject. The bootstrap resamples images, not subjects."""
+    """The value of a score for each subject, and the image of each subject. The bootstrap resamples images, not subjects."""
 
     values: list[float]
     images: list[Path]
 
     def interval(self, seed: int) -> Interval:
-        """Return the mean with its bootstrap interval. Questions about one image are drawn together."""
+        """Return the mean and its bootstrap interval. A resample draws all questions of an image together."""
         row_of = {image: row for row, image in enumerate(dict.fromkeys(self.images))}
         if len(row_of) == len(self.values):
             return bootstrap.of_mean(self.values, seed=seed)
@@ -57,11 +57,13 @@ class ModelScores:
     subjects: list[Any]
     lines: list[list[Example]]  # the lines of each subject
     texts: list[str]  # the predictions
-    points: list[float]  # the main score of each subject, which sorts the report
-    right: list[bool]  # True if the prediction is right
+    points: list[float]  # the main score of each subject; report.html is sorted by it
+    right: list[bool]  # True if the prediction counts as right
     main_score: str  # the name of the score in `points`, such as "CIDEr"
     scores: dict[str, Interval | None] = field(default_factory=dict)  # None if a score cannot be computed
-    columns: dict[str, Column] = field(default_factory=dict)  # the scores that are means over subjects, for paired gains
+    columns: dict[str, Column] = field(
+        default_factory=dict
+    )  # the scores that are means over subjects; gains are paired by them
     notes: dict[str, str] = field(default_factory=dict)  # score → why it is missing, or how it was computed
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class ModelScores:
 
 
 LOWER_IS_BETTER = ("mean rank", "median rank")
-MOST_GROUPS = 20  # with more, the groups are probably names of images
+MOST_GROUPS = 20  # show no scores by group if there are more: then each image probably has its own group
 
 
 def measure(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> ModelScores:
@@ -78,7 +80,7 @@ def measure(runner: Runner, examples: list[Example], seed: int, progress: Progre
 
 
 def predict(runner: Runner, examples: list[Example], progress: Progress) -> tuple[list[Any], list[list[Example]], list[str]]:
-    """Return the subjects, the lines of each, and the predicted texts."""
+    """Return the readable subjects, the lines of each, and the predicted text of each."""
     lines: dict[Any, list[Example]] = {}
     for example in examples:
         lines.setdefault(runner.task.subject(example), []).append(example)
@@ -127,7 +129,7 @@ def measure_answers(runner: Runner, examples: list[Example], seed: int, progress
 
 
 def with_diversity(result: ModelScores, references: list[list[str]]) -> ModelScores:
-    """Add the diversity of the texts to the facts, and a warning if too many texts are equal."""
+    """Return the result with the diversity of its texts in the facts, and with a warning if too many texts are equal."""
     measured = diversity(result.texts, references)
     result.facts |= {
         "distinct texts": f"{measured.distinct} of {len(result.texts)}",
@@ -177,13 +179,13 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
     return result
 
 
-def median_at(values: Any, places: Any) -> float:
-    """Return the median of the values at these places."""
-    return float(np.median(values[places]))
+def median_at(values: Any, indices: Any) -> float:
+    """Return the median of the values at these indices."""
+    return float(np.median(values[indices]))
 
 
 def image_features(runner: Runner, examples: list[Example], progress: Progress) -> dict[Path, torch.Tensor]:
-    """Return each readable image with its features in the joint space (views, width), on the CPU."""
+    """Return {image: its features in the joint space, (views, width), on the CPU} for the readable images."""
     results = runner.run(examples, lambda task, pictures, batch: [f.image.cpu() for f in task.predict(pictures, batch)])
     return {example.image: features for example, features in progress(results, len(examples))}
 
@@ -195,7 +197,7 @@ def cosines_in_blocks(image_features: torch.Tensor, text_features: torch.Tensor)
 
 
 def rerank(runner: Runner, examples: list[Example], texts: list[str], logits: Any, progress: Progress) -> tuple[Any, Any]:
-    """Return two arrays of scores (images, texts): the texts of each image reranked, and the images of each text reranked.
+    """Return two arrays of scores (images, texts): one to rank the texts of each image, one to rank the images of each text.
 
     A reranked pair has the score ITC + ITM. The other pairs keep the order of ITC, below all reranked pairs.
     """
@@ -211,10 +213,10 @@ def rerank(runner: Runner, examples: list[Example], texts: list[str], logits: An
         return task.match(pictures, [[texts[j] for j in candidates[example.image]] for example in batch])
 
     for example, log_odds in progress(runner.run(examples, match), len(examples)):
-        i, places = row_of[example.image], candidates[example.image]
-        total = logits[i, places] + log_odds
-        by_image[i, places] = np.where(rows[i, places], total, by_image[i, places])
-        by_text[i, places] = np.where(columns[i, places], total, by_text[i, places])
+        i, js = row_of[example.image], candidates[example.image]
+        total = logits[i, js] + log_odds
+        by_image[i, js] = np.where(rows[i, js], total, by_image[i, js])
+        by_text[i, js] = np.where(columns[i, js], total, by_text[i, js])
     return by_image, by_text
 
 
@@ -227,12 +229,12 @@ MEASURES: dict[str, Callable[[Runner, list[Example], int, Progress], ModelScores
 
 
 def gains(base: ModelScores, adapted: ModelScores, task: PredictionTask, seed: int) -> dict[str, Interval]:
-    """Return the interval of adapted − base, paired by subject, for each score. Return {} if the subjects differ."""
+    """Return the interval of adapted − base for each score, paired by subject. Return {} if the subjects differ."""
     if base.subjects != adapted.subjects:
         return {}
-    of_captions = captions.gains(adapted.coco, base.coco, seed) if base.coco and adapted.coco else {}
-    before, after = (scores.columns | group_columns(scores, task) for scores in (base, adapted))
-    return {name: after[name].minus(before[name]).interval(seed) for name in after} | of_captions
+    caption_gains = captions.gains(adapted.coco, base.coco, seed) if base.coco and adapted.coco else {}
+    base_columns, adapted_columns = (scores.columns | group_columns(scores, task) for scores in (base, adapted))
+    return {name: column.minus(base_columns[name]).interval(seed) for name, column in adapted_columns.items()} | caption_gains
 
 
 def group_scores(scores: ModelScores, task: PredictionTask, seed: int) -> dict[str, Interval]:
@@ -246,11 +248,11 @@ def group_columns(scores: ModelScores, task: PredictionTask) -> dict[str, Column
     if not 1 < len(groups) <= MOST_GROUPS:
         return {}
     label = {"vqa": "VQA accuracy", "retrieval": "R@1 image→text"}.get(task.name, "exact match")
-    whole, columns = scores.columns[label], {}
+    column_of_all, columns = scores.columns[label], {}
     for group in groups:
-        places = [i for i, lines in enumerate(scores.lines) if lines[0].group == group]
-        column = Column([whole.values[i] for i in places], [whole.images[i] for i in places])
-        columns[f"{label}: {group or 'no group'} ({len(places)})"] = column
+        indices = [i for i, lines in enumerate(scores.lines) if lines[0].group == group]
+        column = Column([column_of_all.values[i] for i in indices], [column_of_all.images[i] for i in indices])
+        columns[f"{label}: {group or 'no group'} ({len(indices)})"] = column
     return columns
 
 

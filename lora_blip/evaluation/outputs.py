@@ -1,4 +1,4 @@
-"""The outputs of an evaluation: metrics.json, comparison.csv, report.html and the table on the terminal."""
+"""Write the outputs of an evaluation: metrics.json, comparison.csv and report.html. Format the table of scores to print."""
 
 import json
 import math
@@ -30,14 +30,14 @@ LEGEND = "[95 % interval]"  # the first cell of the table on the terminal
 
 @dataclass(frozen=True)
 class Comparison:
-    """The scores of the base and of the adapter on the same references. One of them may be missing."""
+    """The scores of the base and of the adapter on the same references. None for a model that was not run."""
 
     base: ModelScores | None
     adapted: ModelScores | None
 
     @property
     def main(self) -> ModelScores:
-        """The scores of the adapter, or of the base without an adapter."""
+        """The scores of the adapter, or of the base if there is no adapter."""
         scores = self.adapted or self.base
         assert scores is not None
         return scores
@@ -73,10 +73,10 @@ def score_rows(comparison: Comparison, task: PredictionTask, seed: int) -> list[
     """Return the rows of the score table: every score, then the main score of each group."""
     base, adapted = comparison.base, comparison.adapted
     paired = gains(base, adapted, task, seed) if base and adapted else {}
-    of_base, of_adapted = ({**one.scores, **group_scores(one, task, seed)} if one else {} for one in (base, adapted))
+    of_base, of_adapted = ({**model.scores, **group_scores(model, task, seed)} if model else {} for model in (base, adapted))
     rows = []
     for name in of_adapted or of_base:
-        note = next((one.notes[name] for one in (adapted, base) if one and name in one.notes), "")
+        note = next((model.notes[name] for model in (adapted, base) if model and name in model.notes), "")
         is_rank = name.startswith(LOWER_IS_BETTER)
         is_share = not is_rank and not name.startswith("CIDEr")
         rows.append(ReportRow(name, of_base.get(name), of_adapted.get(name), note, is_rank, is_share, paired.get(name)))
@@ -86,7 +86,7 @@ def score_rows(comparison: Comparison, task: PredictionTask, seed: int) -> list[
 def facts_of(
     config: EvaluateConfig, adapter: Adapter | None, runner: Runner, scores: ModelScores, examples: list[Example]
 ) -> dict[str, str]:
-    """Return what was measured (base, adapter, images …) and how (precision, prompt …)."""
+    """Return the facts to show with the scores: base, adapter, number of images, precision, prompt …"""
     task, size = runner.task, runner.task.backbone.image_size
     facts = {"base": task.backbone.name, "task": task.name, "references": config.references}
     if adapter:
@@ -134,9 +134,9 @@ def comparison_csv(comparison: Comparison) -> str:
         base_text, base_point = base_results.get(subject, ("", ""))
         adapted_text, adapted_point = (text, point) if comparison.adapted else ("", "")
         first = lines[0]
-        known = [first.image, first.question, " | ".join(references_of(lines))]
+        inputs = [first.image, first.question, " | ".join(references_of(lines))]
         columns = [base_text, adapted_text, base_point, adapted_point, first.group, first.question_id, first.prompt]
-        rows.append([*known, *columns])
+        rows.append([*inputs, *columns])
     return csv_text(rows)
 
 

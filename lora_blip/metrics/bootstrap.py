@@ -34,8 +34,10 @@ def of_sums(
 ) -> Interval:
     """Return the interval of a statistic of summed counts, such as BLEU.
 
-    counts: (images, k). statistic: maps sums (…, k) to scores (…). A resample draws as many images as there are, with
-    replacement, so the number of times that each is drawn is multinomial.
+    counts: (images, k).
+    statistic: maps sums (…, k) to scores (…).
+
+    A resample draws `images` images with replacement. So the number of times that it draws each image is multinomial.
 
     Raise ValueError if there is no image, a count is not finite, or `level` is outside 0..1.
     """
@@ -46,8 +48,8 @@ def of_sums(
         raise ValueError("the score of an image is not a finite number")
     random, images = np.random.default_rng(seed), len(rows)
     sums = []
-    for drawn in _blocks(resamples, images):
-        times = random.multinomial(images, np.full(images, 1 / images), size=drawn)  # (drawn, images)
+    for size in _blocks(resamples, images):
+        times = random.multinomial(images, np.full(images, 1 / images), size=size)  # (size, images)
         sums.append(times @ rows)
     return _interval(float(statistic(rows.sum(0))), np.asarray(statistic(np.concatenate(sums))), level)
 
@@ -55,7 +57,7 @@ def of_sums(
 def of_mean(values: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:
     """Return the interval of the mean of scores (images,)."""
     column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
-    first = column[0, 0] if len(column) else 0.0  # subtracted first, so that equal scores have an interval of width 0
+    first = column[0, 0] if len(column) else 0.0  # subtract it before the sum: equal scores then have an interval of width 0
     return of_sums(
         column - first,
         lambda sums: first + sums[..., 0] / len(column),
@@ -70,7 +72,7 @@ def of_difference(
 ) -> Interval:
     """Return the interval of mean(adapted) − mean(base), both (images,). Each resample uses the same images for both.
 
-    If the interval does not contain 0, the difference is larger than chance. Raise ValueError if the lengths differ.
+    If the interval does not contain 0, the difference is significant at the 5 % level. Raise ValueError if the lengths differ.
     """
     first, second = np.asarray(adapted, dtype=np.float64), np.asarray(base, dtype=np.float64)
     if first.shape != second.shape:
@@ -106,7 +108,7 @@ def _interval(value: float, drawn: Numbers, level: float) -> Interval:
 
 
 def _blocks(resamples: int, images: int) -> Sequence[int]:
-    """Return how many resamples to draw in each block, so that a block has at most BLOCK random numbers."""
+    """Return the number of resamples of each block. A block has at most BLOCK random numbers, and at least one resample."""
     if resamples < 1:
         raise ValueError(f"resamples = {resamples}; expected at least 1")
     most = max(1, min(resamples, BLOCK // images))

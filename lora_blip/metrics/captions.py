@@ -23,9 +23,9 @@ COCO = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")
 NAMES = ("exact match", *COCO)
 MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # each is the mean of its scores by image
 MISSING = 'pycocoevalcap is not installed: pip install "lora_blip[metrics]"'
-PTB, PLAIN = "PTBTokenizer (Stanford CoreNLP 3.4.1)", "lora_blip's own, without Java"
+PTB, PLAIN = "PTBTokenizer (Stanford CoreNLP 3.4.1)", "lora_blip's own, without Java"  # names of the tokenizers
 NOTHING_RARE = (
-    "0 by definition: the references of every image contain every n-gram, so that all weights are 0 "
+    "0 by definition: every n-gram is in the references of every image, so all weights are 0 "
     "(log(images / images with the n-gram)); CIDEr needs several images with different references"
 )
 
@@ -53,7 +53,7 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     """Return exact match, BLEU-1 to 4 (Papineni et al. 2002), METEOR, ROUGE-L, CIDEr (Vedantam et al. 2015) and SPICE.
 
     references: for each prediction, all captions of its image.
-    names: METEOR and SPICE are slow, and are computed only if they are in `names`.
+    names: METEOR and SPICE are slow, so they are computed only if they are in `names`. The other scores are always computed.
 
     With Java, PTBTokenizer splits the texts into words, and every score equals pycocoevalcap's. Without Java, `tokens.plain`
     splits them, and METEOR and SPICE are None. The other scores are equal for captions with everyday quotes, contractions,
@@ -103,10 +103,10 @@ def check(predictions: list[str], references: list[list[str]]) -> None:
         raise ValueError("no predictions to score")
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} lists of references")
-    bare = [place for place, right in enumerate(references) if isinstance(right, str)]
-    if bare:
-        raise ValueError(f"the references of prediction {bare[0]} are one text; expected a list of texts")
-    empty = [place for place, right in enumerate(references) if not right]
+    not_lists = [index for index, texts in enumerate(references) if isinstance(texts, str)]
+    if not_lists:
+        raise ValueError(f"the references of prediction {not_lists[0]} are one text; expected a list of texts")
+    empty = [index for index, texts in enumerate(references) if not texts]
     if empty:
         raise ValueError(f"prediction {empty[0]} has no references ({len(empty)} in all)")
 
@@ -123,14 +123,14 @@ def package_folder() -> Path | None:
 def tokenised(
     predictions: list[str], references: list[list[str]], package: Path
 ) -> tuple[list[str], list[list[str]], str, str]:
-    """Return the tokenized predictions and references, the tokenizer's name, and why Java's was not used, or ""."""
-    texts = [*predictions, *(text for right in references for text in right)]
+    """Return the tokenized predictions and references, the name of the tokenizer, and the error of Java's tokenizer or ""."""
+    texts = [*predictions, *(text for captions in references for text in captions)]
     try:
         words, name, why = java.tokenise(texts, package), PTB, ""
     except JavaError as error:
         words, name, why = [plain(text) for text in texts], PLAIN, str(error)
-    following = iter(words[len(predictions) :])
-    return words[: len(predictions)], [[next(following) for _ in right] for right in references], name, why
+    remaining = iter(words[len(predictions) :])
+    return words[: len(predictions)], [[next(remaining) for _ in captions] for captions in references], name, why
 
 
 def bleu_counts(predictions: list[str], references: list[list[str]]) -> NDArray[np.float64]:
@@ -214,5 +214,5 @@ def gains(adapted: Scores, base: Scores, seed: int = 0) -> dict[str, Interval]:
 
 
 def bleu_gain(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:
-    """BLEU of the first ten summed counts − BLEU of the second ten."""
+    """Return the BLEU of the first ten summed counts (…, 20) minus the BLEU of the other ten."""
     return bleu(counts[..., :10], order) - bleu(counts[..., 10:], order)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from lora_blip.metrics.exact import normal
 from lora_blip.metrics.tokens import plain
 
-COLLAPSED = 0.5  # warn if one caption has a larger share of the predictions
-FEWEST = 8  # do not warn for fewer predictions: half of them may be equal by chance
+COLLAPSED = 0.5  # warn if one caption is a larger share of the predictions
+FEWEST = 8  # do not warn if there are fewer predictions: half of them may be equal by chance
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Diversity:
     distinct: int  # different captions
     share: float  # distinct / predictions
     most_common: str  # the most frequent caption
-    times: int  # how often it is predicted
+    times: int  # number of predictions that equal it
     warning: str  # a sentence about mode collapse, or ""
 
 
 def diversity(predictions: list[str], references: list[list[str]] | None = None) -> Diversity:
-    """Return the diversity. Captions are compared as in exact match; words are those of `tokens.plain`.
+    """Return the diversity. Compare captions as in exact match. Split them into words with `tokens.plain`.
 
-    Warn of mode collapse if there are at least FEWEST predictions, the share of one caption is above COLLAPSED, and no
+    Warn of mode collapse if there are at least FEWEST predictions, more than the share COLLAPSED of them are equal, and no
     reference has such a share. Raise ValueError if there is no prediction, or if the lengths differ.
     """
     if not predictions:
@@ -45,11 +45,11 @@ def collapse(caption: str, times: int, predictions: int, references: list[list[s
     """Return a warning of mode collapse, or ""."""
     if predictions < FEWEST or times <= COLLAPSED * predictions:
         return ""
-    finding = f"{times} of {predictions} predictions ({times / predictions:.0%}) are {caption!r}"
+    fact = f"{times} of {predictions} predictions ({times / predictions:.0%}) are {caption!r}"
     if references is None:
-        return f"{finding}: the model may have collapsed onto one caption"
+        return f"{fact}: the model may have collapsed onto one caption"
     counts = Counter(form for captions in references for form in {normal(text) for text in captions})
     images = max(counts.values(), default=0)
     if images > COLLAPSED * predictions:
         return ""  # the references have such a share too
-    return f"{finding}, but no reference belongs to more than {images} images: the model has collapsed onto one caption"
+    return f"{fact}, but no reference belongs to more than {images} images: the model has collapsed onto one caption"

@@ -1,8 +1,8 @@
 """Run the Java programs of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each with a time limit.
 
 The jars are those of `pycocoevalcap`. Its Python wrappers are not used, because they write into site-packages, wait forever
-for a process that has crashed, and download a model for SPICE. Here, nothing is downloaded, each process ends, and each failure
-is a JavaError with a message of one line.
+for a process that has crashed, and download a model for SPICE. This module downloads nothing and
+ends every process. Each failure is a JavaError with a message of one line.
 """
 
 import json
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_blip.errors import JavaError
-from lora_blip.metrics.tokens import kept
+from lora_blip.metrics.tokens import without_punctuation
 
 START, EACH = 180.0, 0.1  # time limit in seconds: START for a process, and EACH for each caption or image
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")  # not in pycocoevalcap's package
@@ -58,7 +58,7 @@ def tokenise(captions: list[str], package: Path) -> list[str]:
     tokenized = written.removesuffix("\n").split("\n")
     if len(tokenized) != len(captions):
         raise JavaError(f"PTBTokenizer returned {len(tokenized)} lines for {len(captions)} captions")
-    return [kept(line.rstrip().split(" ")) for line in tokenized]
+    return [without_punctuation(line.rstrip().split(" ")) for line in tokenized]
 
 
 def one_line(caption: str) -> str:
@@ -69,7 +69,8 @@ def one_line(caption: str) -> str:
 def meteor(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
     """Return METEOR 1.5 for English, with normalisation, of the set and by image (Denkowski and Lavie 2014).
 
-    The score of the set is computed from summed counts; it is not the mean of the scores by image. Raise JavaError on failure.
+    The score of the set is computed from summed counts, so it is not the mean of the scores by image.
+    Raise JavaError on failure.
     """
     jar = package / "meteor" / "meteor-1.5.jar"
     command = [java(), *OPTIONS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -94,9 +95,9 @@ def spice(predictions: list[str], references: list[list[str]], package: Path) ->
     rows = zip(predictions, references, strict=True)
     items = [{"image_id": index, "test": text, "refs": texts} for index, (text, texts) in enumerate(rows)]
     with tempfile.TemporaryDirectory() as temporary:
-        given, result = Path(temporary, "captions.json"), Path(temporary, "scores.json")
-        given.write_text(json.dumps(items), encoding="utf-8")
-        command = ["-Xmx8G", "-jar", str(folder / "spice-1.0.jar"), str(given), "-out", str(result), "-silent"]
+        input_file, result = Path(temporary, "captions.json"), Path(temporary, "scores.json")
+        input_file.write_text(json.dumps(items), encoding="utf-8")
+        command = ["-Xmx8G", "-jar", str(folder / "spice-1.0.jar"), str(input_file), "-out", str(result), "-silent"]
         _run("SPICE", command, "", _limit(10 * len(items)))
         try:
             scores = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(result.read_text(encoding="utf-8"))}
@@ -110,29 +111,27 @@ def _limit(items: int) -> float:
     return START + EACH * items
 
 
-def _run(name: str, arguments: list[str], given: str, limit: float) -> str:
-    """Return the output of a Java program. Raise JavaError if it fails or runs longer than `limit` seconds."""
+def _run(name: str, arguments: list[str], text: str, limit: float) -> str:
+    """Return the output of a Java program for an input. Raise JavaError if it fails or takes more than `limit` seconds."""
     try:
-        done = subprocess.run(
-            [java(), *OPTIONS, *arguments], input=given.encode(), capture_output=True, timeout=limit, check=False,
+        process = subprocess.run(
+            [java(), *OPTIONS, *arguments], input=text.encode(), capture_output=True, timeout=limit, check=False,
             env=environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise JavaError(f"{name} was stopped after {limit:.0f} s") from None
     except OSError as error:
         raise JavaError(f"Java did not start ({error})") from None
-    if done.returncode:
-        raise JavaError(f"{name} failed with {done.returncode}: {_last_line(done.stderr)}")
-    return done.stdout.decode("utf-8", "replace")
+    if process.returncode:
+        raise JavaError(f"{name} failed with exit status {process.returncode}: {_last_line(process.stderr)}")
+    return process.stdout.decode("utf-8", "replace")
 
 
 @contextmanager
 def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, int], list[str]]]:
     """Start a process, and yield a function `ask(line, answers)` that sends a line and returns `answers` lines.
 
-    The process ends with the block.
-
-    Raise JavaError if the process fails or runs longer than `limit` seconds.
+    The process is ended after the block. Raise JavaError if the process fails or runs longer than `limit` seconds.
     """
     late = threading.Event()
     with (
@@ -144,13 +143,13 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
             )  # fmt: skip
         except OSError as error:
             raise JavaError(f"Java did not start ({error})") from None
-        to, back = process.stdin, process.stdout
-        assert to is not None and back is not None
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None and stdout is not None
 
         def ask(line: str, answers: int) -> list[str]:
-            to.write(line.encode() + b"\n")
-            to.flush()
-            return [back.readline().decode().strip() for _ in range(answers)]
+            stdin.write(line.encode() + b"\n")
+            stdin.flush()
+            return [stdout.readline().decode().strip() for _ in range(answers)]
 
         def stop() -> None:
             late.set()
@@ -171,9 +170,9 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
             timer.cancel()
             process.kill()
             process.wait()
-            back.close()
+            stdout.close()
             with suppress(OSError):  # the process has ended, so close cannot send the rest
-                to.close()
+                stdin.close()
 
 
 def _last_line(written: bytes) -> str:

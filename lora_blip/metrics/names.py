@@ -1,4 +1,4 @@
-"""The names and the format of scores, as all messages and pages show them."""
+"""Return the names and the values of scores as all messages and pages show them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,19 +7,19 @@ SPECIAL = {
     "cider": "CIDEr", "cider_d": "CIDEr-D", "meteor": "METEOR", "spice": "SPICE", "rouge_l": "ROUGE-L",
     "vqa_accuracy": "VQA accuracy", "recall_at_1": "R@1", **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
 }  # fmt: skip
-WAYS = {"image_to_text": "image→text", "text_to_image": "text→image"}
+DIRECTIONS = {"image_to_text": "image→text", "text_to_image": "text→image"}
 
 
 def score_name(key: str) -> str:
     """Return the name of a score: "cider" is "CIDEr", "image_to_text_r5" is "R@5 image→text"."""
-    way, _, most = key.rpartition("_r")
-    if way in WAYS and most.isdigit():
-        return f"R@{most} {WAYS[way]}"
+    direction, _, k = key.rpartition("_r")
+    if direction in DIRECTIONS and k.isdigit():
+        return f"R@{k} {DIRECTIONS[direction]}"
     return SPECIAL.get(key, key.replace("_", " "))
 
 
 def score_value(key: str, value: float) -> str:
-    """Return a loss or a CIDEr with four digits, and other scores from 0 to 1 in per cent."""
+    """Return the value as text: a loss, a CIDEr or a value outside 0..1 with four decimals, another score in per cent."""
     return f"{value:.4f}" if key == "loss" or key.startswith("cider") or not 0 <= value <= 1 else f"{value:.1%}"
 
 
@@ -31,7 +31,7 @@ def named_score(key: str, value: float) -> str:
 def validation_score(training: Mapping[str, Any]) -> str:
     """Return the validation score that selected an adapter, with its name; "" if it was not validated.
 
-    training: the entry "training" of the adapter's metadata. An adapter file may contain anything.
+    training: the entry "training" of the adapter's metadata. It is not trusted: an adapter file may contain anything.
     """
     settings = training.get("settings")
     by = settings.get("best_by") if isinstance(settings, Mapping) else None

@@ -43,16 +43,16 @@ def ranks(scores: ArrayLike, image_of_text: ArrayLike) -> tuple[Ranks, Ranks]:
 
 def relation(image_of_text: ArrayLike, shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Return (images, texts) booleans: True if image and text belong together. Raise ValueError as in `recalls`."""
-    given = np.asarray(image_of_text)
+    array = np.asarray(image_of_text)
     images, texts = shape
-    if given.dtype == np.bool_:
-        right = given
-    elif given.shape == (texts,) and given.min() >= 0 and given.max() < images and np.issubdtype(given.dtype, np.integer):
-        right = given == np.arange(images)[:, None]
+    if array.dtype == np.bool_:
+        right = array
+    elif array.shape == (texts,) and array.min() >= 0 and array.max() < images and np.issubdtype(array.dtype, np.integer):
+        right = array == np.arange(images)[:, None]
     else:
         raise ValueError(f"image_of_text must contain {texts} indices of 0..{images - 1}, or booleans of shape {shape}")
     if right.shape != shape:
-        raise ValueError(f"a relation of shape {right.shape} for scores of shape {shape}")
+        raise ValueError(f"image_of_text has the shape {right.shape}, but the scores have the shape {shape}")
     if not right.any(0).all():
         raise ValueError(f"text {int(np.flatnonzero(~right.any(0))[0])} belongs to no image")
     return right
@@ -71,7 +71,7 @@ def row_ranks(scores: NDArray[Any], right: NDArray[np.bool_]) -> Ranks:
     return np.concatenate(blocks)
 
 
-def summary(way: str, ranks: Ranks) -> dict[str, float]:
-    """Return the fractions of ranks that are at most 1, 5 and 10, and the mean and median rank. Each key starts with `way`."""
-    shares = {f"{way}_r{most}": float((ranks <= most).mean()) for most in RECALLS}
-    return shares | {f"{way}_mean_rank": float(ranks.mean()), f"{way}_median_rank": float(np.median(ranks))}
+def summary(direction: str, ranks: Ranks) -> dict[str, float]:
+    """Return the fractions of ranks that are at most 1, 5 and 10, and the mean and median rank. Keys start with `direction`."""
+    shares = {f"{direction}_r{k}": float((ranks <= k).mean()) for k in RECALLS}
+    return shares | {f"{direction}_mean_rank": float(ranks.mean()), f"{direction}_median_rank": float(np.median(ranks))}

@@ -1,13 +1,13 @@
 """Tokenize captions as the Penn Treebank does, in lower case and without punctuation.
 
-The scores of the COCO evaluation are defined on the words that Stanford's PTBTokenizer finds (Java, in `java.py`). `plain`
-finds nearly the same words without Java. Its rules were derived from the output of PTBTokenizer 3.4.1 for captions.
+The scores of the COCO evaluation are defined on the words of Stanford's PTBTokenizer (Java, in `java.py`). `plain`
+returns nearly the same words without Java. Its rules were derived from the output of PTBTokenizer 3.4.1 for captions.
 """
 
 import re
 
-# Tokens that coco-caption removes (Chen et al. 2015, section 3). Its names of brackets are in capitals, but the texts are in
-# lower case. So it does not remove brackets, and published scores count them as the words -lrb- and -rrb-.
+# Tokens that coco-caption removes (Chen et al. 2015, section 3). Its tokens for brackets are in capitals, but the texts are in
+# lower case. So it does not remove brackets: published scores count them as the words -lrb- and -rrb-.
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 
 SPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -44,7 +44,7 @@ WORD = re.compile(
 )
 
 
-def kept(words: list[str]) -> str:
+def without_punctuation(words: list[str]) -> str:
     """Return the words that are not punctuation, joined by spaces."""
     return " ".join(word for word in words if word not in PUNCTUATION)
 
@@ -62,4 +62,4 @@ def plain(caption: str) -> str:
             continue  # quotes, dashes and full stops of any length
         word = SPLIT.get(word, SPELLED.get(word, word))
         words += [re.sub(r"[()]", lambda mark: SPELLED[mark[0]], word)] if word[0] in ":;" else word.split()
-    return kept(words)
+    return without_punctuation(words)

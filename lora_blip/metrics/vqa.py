@@ -6,7 +6,7 @@ The rules and their order are those of the official evaluation, github.com/GT-Vi
 import re
 from collections import Counter
 
-FEWEST = 4  # answers that the formula needs: it leaves out one, and three equal ones must remain for a score of 1
+FEWEST = 4  # smallest number of answers for the formula: it leaves out one, and a score of 1 needs three equal ones
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -26,17 +26,17 @@ SHORTENED = """
 
 def without_one_mark(word: str) -> set[str]:
     """Return the spellings of a word without one of its apostrophes: couldn't've → couldnt've, couldn'tve."""
-    return {word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"}
+    return {word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"}
 
 
-CONTRACTIONS = {spelt: word for word in SHORTENED for spelt in without_one_mark(word)} | {"somebody'd": "somebodyd"}
+CONTRACTIONS = {spelling: word for word in SHORTENED for spelling in without_one_mark(word)} | {"somebody'd": "somebodyd"}
 
 
 def normal(answer: str) -> str:
     """Normalise an answer as the official evaluation does: punctuation, case, number words, articles, contractions.
 
-    A mark is removed if one such mark in the answer is next to a space, or if a number in the answer contains a comma.
-    Otherwise it becomes a space.
+    All occurrences of a mark are removed if one of them is next to a space, or if the answer has a comma within a number.
+    Otherwise they become spaces.
     "The U.S. flag, isnt it?" → "us flag isn't it"; "1,000" → "1000"; "two-story" → "two story".
     """
     flat = text = strip(answer)
@@ -87,5 +87,5 @@ def vqa_accuracy(predictions: list[str], answers: list[list[str]]) -> float:
     """Return the mean accuracy, 0 to 1. Raise ValueError as `vqa_accuracies` does, and for no questions."""
     if not predictions:
         raise ValueError("VQA accuracy needs at least one prediction")
-    found = vqa_accuracies(predictions, answers)
-    return sum(found) / len(found)
+    accuracies = vqa_accuracies(predictions, answers)
+    return sum(accuracies) / len(accuracies)

@@ -9,13 +9,16 @@ from typing import Any
 from lora_blip.metrics.names import score_name
 from lora_blip.runtime.runs import METRICS_NAME
 
-FEW = 20  # with at most this number of logged steps, the loss is not smoothed
-WINDOW = 20  # a smoothed value is the mean over 1 / WINDOW of the run
+FEW = 20  # smooth the loss only if more steps are logged
+WINDOW = 20  # a smoothed value is the mean over a fraction 1 / WINDOW of the run
 
 
 def draw(folder: Path) -> Path | None:
-    """Draw loss.png: training and validation loss, and the validation scores below. Return None without matplotlib."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook may set a backend that is not installed; a file needs no backend
+    """Draw training loss, validation loss and validation scores into loss.png in `folder`, and return its path.
+
+    Return None if matplotlib is not installed.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook may set a backend that is not installed; loss.png needs none
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -53,22 +56,22 @@ def draw(folder: Path) -> Path | None:
 def smoothed(values: list[float]) -> list[float]:
     """Return the geometric mean of each value and its neighbours, because the axis is logarithmic.
 
-    The window is centred on the value, so it is shorter at both ends. Values that are not all positive stay as they are.
+    The window is centred on the value, so it is shorter at both ends. Return the values unchanged if one is not positive.
     """
     if not all(value > 0 for value in values):
         return values
-    most, last = max(2, len(values) // (2 * WINDOW)), len(values) - 1
-    halves = [min(most, at, last - at) for at in range(len(values))]
+    half_window, last = max(2, len(values) // (2 * WINDOW)), len(values) - 1
+    halves = [min(half_window, at, last - at) for at in range(len(values))]
     return [geometric_mean(values[at - half : at + half + 1]) for at, half in enumerate(halves)]
 
 
 def shares(entries: list[dict[str, Any]]) -> list[str]:
-    """Return the names of the validation scores that are always between 0 and 1."""
+    """Return the names of the validation scores whose values are all between 0 and 1."""
     names = dict.fromkeys(key for entry in entries for key in entry if key.startswith("val_") and key != "val_loss")
     return [key for key in names if all(0 <= value <= 1 for value in points(entries, key)[1])]
 
 
 def points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Return steps and values, without missing values."""
+    """Return the steps and the values of a key, without missing values."""
     present = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
     return [step for step, _ in present], [value for _, value in present]

@@ -37,7 +37,7 @@ MARKER = re.compile(r"<!-- (\w+) -->")  # a placeholder of the template
 
 @dataclass(frozen=True)
 class Card:
-    """One image, or one question about an image, in the gallery."""
+    """An image, or a question about an image, on the page."""
 
     image: Path
     references: list[str]
@@ -47,8 +47,8 @@ class Card:
     score: float | None = None  # score of `adapted`, 0 to 1 or CIDEr; sorts the cards
     base_score: float | None = None
     group: str = ""
-    leaked: str = ""  # why this image is suspected to be in the training data
-    right: bool | None = None  # True if `adapted` is right; None: compare it with the references (metrics.exact)
+    leaked: str = ""  # the reason why this image may also be in the training data
+    right: bool | None = None  # True if `adapted` is right; None: right if it equals a reference (metrics.exact)
     ranking: Sequence[tuple[str, float]] = ()  # (text, probability), the most probable first
 
 
@@ -71,10 +71,10 @@ def write(
 
     metrics: the lines of metrics.jsonl.
     facts: what was measured (base, adapter, images …).
-    most_pictures: the number of embedded images, from the worst cards. Other cards have only texts.
+    most_pictures: the largest number of embedded images. The worst cards have an image, the others only texts.
     model_name: "adapted" or "base", the model that generated the main text of each card.
     score_name: the name of the score of each card, such as "CIDEr".
-    note: a sentence above the cards, such as how many of the images they show.
+    note: a sentence above the cards, such as how many of the images are shown.
     open_picture: opens the image of a card, or raises ImageError with the reason.
     """
     cards = sorted(cards, key=worst_first)
@@ -154,7 +154,7 @@ def thumbnail(path: Path, open_picture: Callable[[Path], Image.Image] = open_ima
 
 
 def thinned(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return every n-th training step and the last, and all validations and skipped steps."""
+    """Return {"metrics": lines, "every": n}: every n-th training step and the last one, all validations and skipped steps."""
     steps = [number for number, line in enumerate(metrics) if "loss" in line]
     every = max(1, math.ceil(len(steps) / MOST_POINTS))
     dropped = set(steps) - set(steps[::every]) - set(steps[-1:])
@@ -162,7 +162,7 @@ def thinned(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with texts escaped, and NaN and infinity as None, which JSON can represent."""
+    """Return `value` with its texts escaped, and with None instead of NaN and infinity, which JSON cannot represent."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -179,7 +179,7 @@ def json_html(data: Any) -> str:
 
 
 def policy(page: str) -> str:
-    """Return a content security policy: load nothing, and run only the template's own script, by its hash."""
+    """Return a content security policy that allows no download, and no script except the template's own, by its hash."""
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (

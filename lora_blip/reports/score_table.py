@@ -1,4 +1,4 @@
-"""The table of scores on the page of a report."""
+"""Format the table of scores in report.html."""
 
 import html
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.runtime.untrusted import printable
 
-NONE = '<span class="quiet">–</span>'  # a score that is missing
+NONE = '<span class="quiet">–</span>'  # shown for a missing score
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ReportRow:
     adapted: Interval | None
     note: str = ""  # why a score is missing, or how it was measured
     lower_is_better: bool = False  # True for a loss or a median rank
-    share: bool | None = None  # show in per cent; None: yes, unless it is CIDEr or greater than 1
+    share: bool | None = None  # True: show in per cent; None: in per cent, unless it is CIDEr or greater than 1
     gain: Interval | None = None  # adapted − base over the same images; None: only the difference is known
 
 
@@ -46,8 +46,8 @@ def scores_html(rows: Sequence[ReportRow]) -> str:
 
 
 def row_html(row: ReportRow, compared: bool) -> str:
-    """Return a row of the table. `compared` adds the columns base and gain."""
-    base, adapted = (one if one and math.isfinite(one.value) else None for one in (row.base, row.adapted))
+    """Return a row of the table. compared: whether the table has the columns base and gain."""
+    base, adapted = (x if x and math.isfinite(x.value) else None for x in (row.base, row.adapted))
     most = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
     share = row.share if row.share is not None else most <= 1 and "cider" not in row.name.lower()
     note = f'<small dir="auto">{escaped(row.note)}</small>' if row.note else ""
@@ -63,7 +63,7 @@ def row_html(row: ReportRow, compared: bool) -> str:
 
 
 def interval_html(interval: Interval | None, share: bool) -> str:
-    """Return a score with its 95 % interval. `share` shows it in per cent."""
+    """Return a score with its 95 % interval. share: whether to show it in per cent."""
     if interval is None:
         return NONE
     value, low, high = (figure(x, share) for x in interval)
@@ -73,17 +73,17 @@ def interval_html(interval: Interval | None, share: bool) -> str:
 
 
 def gain_html(base: Interval, adapted: Interval, row: ReportRow, share: bool) -> str:
-    """Return adapted − base with the word better or worse, and a note if it is not significant."""
+    """Return adapted − base with the word better or worse, and a note if the difference may be due to chance."""
     gain = adapted.value - base.value
-    written = figure(abs(gain), share)
-    if not float(written):
+    size = figure(abs(gain), share)
+    if not float(size):
         return '<b class="same">± 0</b>'
     verdict = "better" if (gain > 0) != row.lower_is_better else "worse"
     if row.gain is not None:
         doubt = ", could be chance" * (row.gain.low <= 0 <= row.gain.high)
     else:
         doubt = ", intervals overlap" * (adapted.low <= base.high and base.low <= adapted.high)
-    return f'<b class="{verdict}">{"+−"[gain < 0]}{written}</b> <small>{"points " * share}{verdict}{doubt}</small>'
+    return f'<b class="{verdict}">{"+−"[gain < 0]}{size}</b> <small>{"points " * share}{verdict}{doubt}</small>'
 
 
 def plot_html(base: Interval | None, adapted: Interval | None, most: float) -> str:
@@ -103,12 +103,12 @@ def plot_html(base: Interval | None, adapted: Interval | None, most: float) -> s
 
 
 def bound(end: float, interval: Interval) -> float:
-    """Return an end of an interval, or its value if it has no ends."""
+    """Return an end of an interval, or the value of the score if the end is NaN."""
     return interval.value if math.isnan(end) else end
 
 
 def figure(value: float, share: bool) -> str:
-    """Return a number as text: a share in per cent (0.9712 → "97.1"), others with 3 decimals, or with 1 from 10 on."""
+    """Return a number as text: a share in per cent (0.9712 → "97.1"), another number with 3 decimals, or with 1 if ≥ 10."""
     if share:
         return f"{100 * value:.1f}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -13,12 +13,12 @@ class Best:
     """
 
     by: str  # "loss", or the name of a score (higher is better)
-    step: int = 0  # of the best validation
-    stale: int = 0  # validations since the last improvement
+    step: int = 0  # step of the best validation
+    stale: int = 0  # number of validations since the last improvement
     rank: tuple[float, float] = (-math.inf, -math.inf)  # (score, −loss) of the best; with by = "loss", the score is −loss
     min_improvement: float = 0.0
-    improved: int = 0  # the step of the last improvement
-    reached: float = -math.inf  # the score of the last improvement
+    improved: int = 0  # step of the last improvement
+    reached: float = -math.inf  # score of the last improvement
 
     def record(self, step: int, scores: dict[str, float]) -> bool:
         """Record a validation and return True if it is the best so far. NaN is never better."""

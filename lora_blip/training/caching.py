@@ -1,4 +1,4 @@
-"""The caches of a training run on the disk: decoded images, and the states of the frozen layers before the first adapter."""
+"""Create the disk caches of a training run: decoded images, and the outputs of the frozen layers before the first adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from lora_blip.tasks.base import Task
 from lora_blip.tasks.frozen_prefix import Prefix
 from lora_blip.version import __version__
 
-FOLDER = ".cache"  # in the output folder, for all its runs
+FOLDER = ".cache"  # in the output folder; all runs share it
 
 
 def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[str, Any]) -> tuple[Caches, Prefix | None]:
-    """Return the caches that the settings allow, and the prefix that reads and writes cached states (or None).
+    """Return the caches that the settings allow, and the frozen prefix that reads and writes cached states (or None).
 
     Call this after `inject`. `identity` is the identity of the run, with the digests of the loaded base.
     """
@@ -46,7 +46,7 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
 
 
 def describe_cache(config: TrainConfig, prefix: Prefix | None) -> str:
-    """Return a line for the user: the folder of the cached states, or the settings that allow a cache.
+    """Return a line to print: the folder of the cached states, or the settings that allow a cache.
 
     Return "" if a cache would save nothing.
     """
@@ -54,8 +54,9 @@ def describe_cache(config: TrainConfig, prefix: Prefix | None) -> str:
         return ""
     if not views_repeat(config):
         return (
-            "AUGMENT = True changes each image in every epoch; nothing can be cached. For faster steps, set AUGMENT = False, "
-            "or VIEWS = 4 (four versions of each image): the layers before the first adapter then run once per version\n\n"
+            "AUGMENT = True changes each image in every epoch, so nothing can be cached. For faster steps, set "
+            "AUGMENT = False, or VIEWS = 4 (four versions of each image): the layers before the first adapter then run once "
+            "per version\n\n"
         )
     folder = Path(config.output_dir) / FOLDER
     return (
@@ -65,10 +66,7 @@ def describe_cache(config: TrainConfig, prefix: Prefix | None) -> str:
 
 
 def cached_inputs(config: TrainConfig, prefix: Prefix | None) -> dict[str, Any]:
-    """Return a description of the cached states that training reads instead of images, or {} if there are none.
-
-    It is part of the identity of a run.
-    """
+    """Return a description of the cached states, for the identity of the run; {} if training reads no cached states."""
     return prefix.description if prefix and views_repeat(config) else {}
 
 

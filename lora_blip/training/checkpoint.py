@@ -1,10 +1,10 @@
-"""Checkpoints: folders with everything that a run needs to resume bit for bit.
+"""Write and read checkpoints: folders with everything that a run needs to resume bit for bit.
 
     <run>/checkpoints/000007_step120/state.safetensors    adapters, AdamW's moments, gradients of an unfinished step
                                      state.json           progress, loss scaler, best validation, identity of the run
                                      best.safetensors     the best adapter so far
 
-A checkpoint is written to a temporary folder, synced and renamed. Only then is the oldest one removed. A checkpoint has no
+A checkpoint is written to a temporary folder, synced and renamed. The oldest one is removed after that. A checkpoint has no
 RNG state, because each random draw is seeded by its position in the data (see `Learner.forward_context`). The files are
 JSON and safetensors, so reading a checkpoint runs no code.
 """
@@ -95,19 +95,19 @@ def read(folder: Path) -> Saved:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
     if changed or not has_tensors:
-        raise CheckpointError(f"{folder} is damaged: {', '.join(changed) or TENSORS} is not what was written")
+        raise CheckpointError(f"{folder} is damaged: {', '.join(changed) or TENSORS} has changed since it was written")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format {version}, and this version of lora_blip reads format {FORMAT_VERSION}; resume with the "
-            "version that wrote it"
+            f"{folder} has format {version}, but this version of lora_blip reads format {FORMAT_VERSION}; resume with the "
+            "version of lora_blip that wrote it, or start a new run with --resume off"
         )
     return Saved(folder, state)
 
 
 def locate(path: Path) -> Saved:
-    """Return the checkpoint that RESUME names. For the folder of a run, this is its newest checkpoint.
+    """Return the checkpoint at a path. For the folder of a run, return its newest checkpoint.
 
-    If the named checkpoint was removed, return the newest one of its run. Raise CheckpointError if there is none.
+    If the checkpoint at the path was removed, return the newest one of its run. Raise CheckpointError if there is none.
     """
     is_checkpoint = path.parent.name == FOLDER and NAME.fullmatch(path.name)
     run = path.parent.parent if is_checkpoint else path
@@ -115,15 +115,15 @@ def locate(path: Path) -> Saved:
         try:
             return read(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}. --resume {run} resumes from its newest undamaged checkpoint") from None
+            raise CheckpointError(f"{error}. --resume {run} resumes from the newest undamaged checkpoint") from None
     if not run.is_dir():
         raise CheckpointError(
-            f"resume = {str(path)!r}: the folder does not exist; give the folder of a run, or --resume auto for the newest one"
+            f"resume = {str(path)!r}: the folder does not exist; give the folder of a run, or --resume auto for the newest run"
         )
     saved, problems = newest(run)
     if saved is None:
         reason = "\n".join(problems) or "it has no checkpoint: the run is finished, or this is not the folder of a run"
-        raise CheckpointError(f"resume = {str(path)!r}: {reason}. For a new run: --resume off")
+        raise CheckpointError(f"resume = {str(path)!r}: {reason}. To start a new run: --resume off")
     return saved
 
 

@@ -18,7 +18,7 @@ from lora_blip.training.run_folder import Run
 
 
 def describe_error(error: RuntimeError, config: TrainConfig, task: Task, run: Run | None = None) -> RuntimeError:
-    """Return a TrainingError with a fix if the device is out of memory or a process was lost. Otherwise return `error`."""
+    """Return a TrainingError with a fix if the device ran out of memory or a process was lost. Otherwise return `error`."""
     if run and run.learner.ranks.count > 1 and is_lost_peer(error):
         return TrainingError(
             "another process was lost. Start all processes again with the same settings: they resume from the last checkpoint "
@@ -48,5 +48,5 @@ def describe_skip(update: Update, task: Task, batches: list[DeviceBatch], autoca
     for batch in batches:
         with uncompiled(task.backbone.model), autocast():
             reasons.append(preflight.first_nonfinite(task.backbone.model, partial(task.logits, batch)))
-    of_all_ranks: list[str] = [reason for part in ranks.all_gather(reasons) for reason in part]
-    return next((reason for reason in of_all_ranks if reason.startswith("the first output")), of_all_ranks[-1])
+    all_reasons: list[str] = [reason for part in ranks.all_gather(reasons) for reason in part]
+    return next((reason for reason in all_reasons if reason.startswith("the first output")), all_reasons[-1])

@@ -38,15 +38,15 @@ class Update:
 
 @dataclass
 class Progress:
-    """The position of a run in its data, exact to the micro-batch."""
+    """The position of a run in its data, as a number of epochs, steps and micro-batches."""
 
     epoch: int = 0
     group: int = 0  # finished steps of this epoch, including skipped ones
-    slot: int = 0  # micro-batches of the unfinished step whose gradients are accumulated already
+    slot: int = 0  # micro-batches of the unfinished step whose gradients are already accumulated
     step: int = 0  # updates so far, without skipped steps
     skipped: int = 0  # skipped steps since the last update
     validated: int = -1  # the step of the last validation; -1: none
-    total: int = 0  # updates that the run will make
+    total: int = 0  # updates of the whole run
 
     def count_step(self, skipped: bool) -> None:
         """Count a finished step. A skipped step does not advance the learning rate schedule."""
@@ -86,12 +86,12 @@ class Learner:
     ) -> None:  # fmt: skip
         self.task, self.max_grad_norm, self.autocast, self.seed, self.ranks = task, max_grad_norm, autocast, seed, ranks
         adapters = attached.adapters(task.backbone.model)
-        of_adapters = {f"{name}.lora_{half}": getattr(lora, half) for name, lora in adapters.items() for half in "AB"}
-        of_task = {f"task.{number}": parameter for number, parameter in enumerate(task.parameters())}
-        self.parameters: dict[str, nn.Parameter] = of_adapters | of_task
+        adapter_parameters = {f"{name}.lora_{half}": getattr(lora, half) for name, lora in adapters.items() for half in "AB"}
+        task_parameters = {f"task.{number}": parameter for number, parameter in enumerate(task.parameters())}
+        self.parameters: dict[str, nn.Parameter] = adapter_parameters | task_parameters
         groups = [
-            {"params": [*of_adapters.values()], "weight_decay": weight_decay},
-            {"params": [*of_task.values()], "weight_decay": 0.0},
+            {"params": [*adapter_parameters.values()], "weight_decay": weight_decay},
+            {"params": [*task_parameters.values()], "weight_decay": 0.0},
         ]
         fused = task.backbone.device.type in ("cpu", "cuda")  # one kernel updates all the small tensors
         groups = [group for group in groups if group["params"]]
@@ -110,12 +110,12 @@ class Learner:
     # ---------------------------------------------------------------- a step
 
     def begin_step(self, micro_batches: list[DeviceBatch], slots: list[Slot]) -> None:
-        """Count the label tokens and images of a step. A resumed step has its counts from the checkpoint."""
+        """Count the label tokens and images of a step. The counts of a resumed step are in the checkpoint."""
         if self.progress.slot:
             return
-        own = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
-        label_count, images = self.ranks.sum(sum(b.count for b in own), sum(b.images for b in own))
-        self.label_count, self.images = label_count or 1.0, int(images)  # 1 avoids a division by 0 if there is no label
+        counted = [batch for batch, slot in zip(micro_batches, slots, strict=True) if not slot.is_filler]
+        label_count, images = self.ranks.sum(sum(b.count for b in counted), sum(b.images for b in counted))
+        self.label_count, self.images = label_count or 1.0, int(images)  # 1 avoids a division by 0 in a step without labels
         self.loss = torch.zeros_like(self.loss)
 
     @contextmanager
@@ -132,23 +132,23 @@ class Learner:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Mark the state inconsistent while the block runs, and after an error in it, so that no checkpoint is written."""
+        """Mark the state inconsistent while the block runs, and after an error in the block. No checkpoint is written then."""
         self.inconsistent = True
         yield
         self.inconsistent = False
 
     def rewind(self) -> None:
-        """Return to the start of the unfinished step: discard its gradients."""
+        """Discard the gradients of the unfinished step, and return to its start."""
         self.progress.slot = 0
         self.optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors, on the CPU, and all other values, for JSON. All processes must call this at the same time.
+        """Return the tensors, on the CPU, and the other values, for JSON. All processes must call this at the same time.
 
-        If the loss of an unfinished step is not finite, the state is that of the start of the step. The resumed run then
-        repeats the micro-batch that caused it, and can report it.
+        If the loss of an unfinished step is not finite, return the state at the start of the step. The resumed run then
+        computes the micro-batch that caused it again, and can report it.
         """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -158,8 +158,8 @@ class Learner:
         step: dict[str, Any] = {}
         progress = asdict(self.progress)
         if self.progress.slot:  # each process has its own gradients until the last micro-batch
-            own = {name: p.grad.cpu() for name, p in self.parameters.items() if p.grad is not None}
-            of_ranks = self.ranks.all_gather((own, float(self.loss)))
+            gradients_here = {name: p.grad.cpu() for name, p in self.parameters.items() if p.grad is not None}
+            of_ranks = self.ranks.all_gather((gradients_here, float(self.loss)))
             if all(math.isfinite(loss) for _, loss in of_ranks):
                 for rank, (gradients, loss) in enumerate(of_ranks):
                     tensors |= {f"gradient/{rank}/{name}": value for name, value in gradients.items()}
@@ -171,7 +171,7 @@ class Learner:
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. Raise CheckpointError, before anything changes, if it does not fit this run."""
+        """Load the results of `state_dict`. Raise CheckpointError, and change nothing, if they do not fit this run."""
         parameters = {name: checked_tensor(tensors, f"parameter/{name}", p) for name, p in self.parameters.items()}
         others = [key for key in tensors if key.startswith("parameter/") and key.removeprefix("parameter/") not in parameters]
         if others:
@@ -214,7 +214,7 @@ class Learner:
     # ---------------------------------------------------------------- several processes
 
     def _distributed(self, objective: nn.Module) -> DistributedDataParallel:
-        """Return the objective in DistributedDataParallel, with our sum of the gradients."""
+        """Return the objective wrapped in DistributedDataParallel, with `sum_gradients` as its communication hook."""
         unused = self.task.needs_negatives  # a batch without negatives does not use every adapter
         wrapped = DistributedDataParallel(objective, find_unused_parameters=unused)
         wrapped.register_comm_hook(self.ranks, sum_gradients)
@@ -224,7 +224,7 @@ class Learner:
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Seed the random generators of the CPU and of this device. This is faster than `torch.manual_seed`, which seeds all."""
+    """Seed the random generators of the CPU and of this device. `torch.manual_seed` seeds all of them, which is slower."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):  # `torch.cuda.manual_seed` seeds the current GPU
@@ -237,8 +237,9 @@ def sum_gradients(ranks: Ranks, bucket: distributed.GradBucket) -> torch.futures
     """Replace the gradients of a bucket by their sum over the ranks. A communication hook of DistributedDataParallel.
 
     The ranks are always added in the same order, so the bits of the sum do not depend on the network. Each rank
-    sums one chunk and sends the sum to the others. In total it sends 2 (ranks − 1) / ranks times the size of the gradients,
-    as in a ring. The sum is not divided by the number of ranks: the loss is already divided by the label tokens of all ranks.
+    sums one chunk and sends the sum to the others. It sends 2 (ranks − 1) / ranks times the size of the gradients in total,
+    as a ring all-reduce does. The sum is not divided by the number of ranks, because the loss is already divided by the label
+    tokens of all ranks.
     """
     gradients = bucket.buffer()
     chunks = F.pad(gradients, (0, -len(gradients) % ranks.count))

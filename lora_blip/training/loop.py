@@ -1,6 +1,6 @@
 """The training loop, on one page: `train`, and the two parts of a step, `accumulate_gradients` and `update_parameters`.
 
-`session` prepares a run, and validates and saves between two steps. `learner` holds the state that a step changes.
+session.py prepares the run, and validates and saves between steps. learner.py contains the state that a step changes.
 """
 
 import math
@@ -21,7 +21,7 @@ def train(config: TrainConfig) -> Path:
     """Train an adapter with the settings of `config` and return the path of its file.
 
     Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step. Raise TrainingError
-    if steps are no longer finite or if the device runs out of memory. Each message contains a fix.
+    if too many steps in a row are not finite, or if the device runs out of memory. Each message contains a fix.
 
     After an error, Ctrl-C or a scheduler's signal, the progress is saved. Start again with the same settings to resume.
     In peft: none; transformers' `Trainer` trains its models.
@@ -56,9 +56,9 @@ def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_la
     """Run a micro-batch forward and backward, and add its gradients to those of the step."""
     with learner.forward_context(slot, is_last):  # seeded dropout, autocast
         loss = learner.objective(batch) / learner.label_count  # mean over the whole step: k micro-batches equal one batch
-    if slot.is_filler:  # it repeats a micro-batch, so that all processes have the same number of them
+    if slot.is_filler:  # a repeated micro-batch: all processes must compute the same number
         loss = loss * 0.0
-    learner.loss += loss.detach()  # for metrics.jsonl
+    learner.loss += loss.detach()  # logged in metrics.jsonl
     learner.scaler.scale(loss).backward()  # fp16: times the loss scale, so that small gradients do not become zero
     learner.progress.slot += 1
 
@@ -70,8 +70,8 @@ def update_parameters(learner: Learner, rate: float) -> Update:
     grad_norm = clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    norm, own_loss = torch.stack([grad_norm, learner.loss]).tolist()  # one transfer from the device
-    (loss,) = learner.ranks.sum(own_loss)  # over all processes
+    norm, local_loss = torch.stack([grad_norm, learner.loss]).tolist()  # one transfer from the device
+    (loss,) = learner.ranks.sum(local_loss)  # over all processes
     scale = scaler.get_scale()
     is_finite = math.isfinite(norm) and math.isfinite(loss)
     if is_finite or scaler.is_enabled():  # with fp16, the scaler skips the update itself and lowers its scale

@@ -1,6 +1,7 @@
 """Check the first batch before the first step.
 
-The checks: every hook fires, the logits depend on the image, every B gets a gradient, and the labels are the texts to learn.
+It checks that every hook fires, that the logits depend on the image, that every B gets a gradient, and that the labels are
+the texts to learn.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ LOSS_SCALE = 1024.0  # keeps fp16 gradients of a mean loss above zero, and far b
 
 
 def check(task: Task, batch: DeviceBatch, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
-    """Return a report for the user: the label table and a memory estimate. Raise PreflightError if a check fails."""
+    """Return the label table and a memory estimate, to print. Raise PreflightError if a check fails."""
     model = task.backbone.model
     state = torch.get_rng_state()
     if problem := task.wrong_labels(batch):
@@ -43,18 +44,18 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
         silent = attached.unfired(model, forward)
     if silent:
         raise PreflightError(
-            f"{len(silent)} adapter(s) would have no effect: {silent[0]!r} is not called in the model's forward "
-            "(its weight is used directly, or never); remove it from TARGETS"
+            f"{len(silent)} adapter(s) would have no effect, such as that of {silent[0]!r}: the model's forward does not call "
+            "this module (it uses its weight directly, or not at all); remove it from TARGETS"
         )
 
 
 @torch.no_grad()
 def check_image_matters(task: Task, batch: DeviceBatch) -> None:
-    """Raise PreflightError if the same texts have the same logits with other images."""
-    batch = replace(batch, cached_states=None)  # with it, the cache would store states under the keys of other images
+    """Raise PreflightError if the logits do not change when the images change and the texts stay the same."""
+    batch = replace(batch, cached_states=None)  # otherwise the cache would store states under the keys of other images
     reversed_images = batch.pixel_values.flip(0)
-    others = reversed_images if not torch.equal(reversed_images, batch.pixel_values) else -batch.pixel_values
-    swapped = replace(batch, pixel_values=others)
+    other_images = reversed_images if not torch.equal(reversed_images, batch.pixel_values) else -batch.pixel_values
+    swapped = replace(batch, pixel_values=other_images)
     if torch.equal(task.logits(batch), task.logits(swapped)):
         raise PreflightError(
             "other images give the same logits, so the model ignores the images. For a BLIP-2, check that image_token_index "
@@ -63,7 +64,7 @@ def check_image_matters(task: Task, batch: DeviceBatch) -> None:
 
 
 def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
-    """Raise PreflightError if a B gets no gradient from this batch. Return the bytes that autograd keeps for backward."""
+    """Raise PreflightError if a B gets no gradient from this batch. Return the number of bytes that autograd saves."""
     adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
     kept = KeptBytes(task.backbone.model)
     with autocast(), torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
@@ -76,19 +77,20 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
             "If PRECISION is already one of them, check the weights of the base model"
         )
     (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
-    dead = [lora.site.address for lora in adapters if lora.B.grad is None or not lora.B.grad.any()]
+    without_gradient = [lora.site.address for lora in adapters if lora.B.grad is None or not lora.B.grad.any()]
     for parameter in (*task.backbone.model.parameters(), *task.parameters()):
         parameter.grad = None
-    if dead:
+    if without_gradient:
         raise PreflightError(
-            f"{len(dead)} adapter(s) get no gradient, such as {dead[0]!r}: the loss does not depend on it. Remove it from "
-            "TARGETS, or check that no detach() or no_grad() comes between it and the loss"
+            f"{len(without_gradient)} adapter(s) get no gradient, such as {without_gradient[0]!r}: the loss "
+            "does not depend on this module. Remove it from TARGETS, or check that no detach() or no_grad() comes between the "
+            "module and the loss"
         )
     return kept.bytes
 
 
 class KeptBytes:
-    """Count the bytes that autograd keeps for the backward pass: each storage once, and no parameters."""
+    """Count the bytes that autograd saves for the backward pass: each storage once, without parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self.counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -106,7 +108,7 @@ class KeptBytes:
 
 
 def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """Run `forward` and return a text with the first module, in the order of execution, whose output is not finite."""
+    """Run `forward`, and return a text that names the first module whose output is not finite, in the order of execution."""
     texts: list[str] = []
 
     def hook_of(path: str) -> Callable[..., None]:
@@ -133,8 +135,8 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
 def memory_estimate(model: nn.Module, activations: int) -> str:
     """Return a line with the memory of a training step. Raise PreflightError if the GPU has too little.
 
-    It is the sum of the frozen weights, the adapters (weight, gradient and AdamW's two moments), and the activations that
-    autograd keeps.
+    The memory is the sum of the frozen weights, the adapters (weights, gradients and AdamW's two moments), and the
+    activations that autograd saves.
     """
     weights = sum(local_part(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)

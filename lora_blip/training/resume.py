@@ -1,4 +1,4 @@
-"""Find the interrupted run to resume, and check that it has the same settings and data."""
+"""Find the interrupted run to resume. Check that it has the same settings, data and base."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from lora_blip.training import checkpoint
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner
 
-# Settings that may differ when a run is resumed, because they change no update. The model and the annotations are compared
-# by their content, not by their paths.
+# Settings that may change before a run is resumed, because they change no update. Model and annotations are in the list
+# because the identity compares their content, not their paths.
 FREE = (
     "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
     "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
@@ -34,7 +34,10 @@ encode_json = json.JSONEncoder().encode
 def identity(
     config: TrainConfig, precision: str, backbone: Backbone, training: list[Example], validation: list[Example], ranks: int
 ) -> dict[str, Any]:
-    """Return everything that determines the updates of a run: settings, digests of data and base, device and versions."""
+    """Return the identity of a run: everything that determines its updates, namely settings, data, base, device and versions.
+
+    Data and base are represented by digests.
+    """
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     return settings | {
         "image_size": backbone.chosen_size, "device": backbone.device.type, "precision": precision, "processes": ranks,
@@ -48,7 +51,8 @@ def identity(
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a sentence for each difference between two identities, such as "lr was 0.1 and is 0.2".
 
-    A setting that is missing in `then` had its default: the run was started by a version without that setting.
+    then, now: the identities of the interrupted run and of this start. A setting that is missing in `then` counts as its
+    default: an older version without this setting started the run.
     """
     if "training lines" in then:
         then = {entry.name: entry.default for entry in fields(TrainConfig)} | then
@@ -56,9 +60,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def with_automatic_length(config: TrainConfig, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity `now`. If MAX_NEW_TOKENS is automatic, replace its value by that of the interrupted run `then`.
+    """Return the identity `now`. If MAX_NEW_TOKENS is automatic, use the value of the identity `then` of the interrupted run.
 
-    The version of lora_blip that started the run may have chosen another value than this one.
+    Another version of lora_blip may have started the run and chosen another value.
     """
     automatic = not config.max_new_tokens and "max_new_tokens" in then
     return now | {"max_new_tokens": then["max_new_tokens"]} if automatic else now
@@ -67,8 +71,8 @@ def with_automatic_length(config: TrainConfig, then: dict[str, Any], now: dict[s
 def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
     """Return the checkpoint to resume from, or None to start a new run. Also return notes for the user.
 
-    With resume = "auto", this is the newest interrupted run in output_dir with the identity `now`. Raise CheckpointError if
-    resume is a path without a checkpoint, or the path of a run with another identity and allow_changed is False.
+    If resume is "auto", take the newest interrupted run in output_dir with the identity `now`. Raise CheckpointError if resume
+    is a path without a checkpoint, or if its run has another identity and allow_changed is False.
     """
     if config.resume == "off":
         return None, []
@@ -81,13 +85,13 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
             f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change, or set "
             "ALLOW_CHANGED = True (--allow-changed) to resume with it"
         )
-    return saved, _continuing_although(changed)
+    return saved, _notes_on_changes(changed)
 
 
 def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tuple[Saved | None, list[str]]:
-    """Return what `find` returns, and lock the folder of the run until `closing` is closed.
+    """Return the results of `find`. Lock the folder of the run until `closing` is closed.
 
-    Raise LockedError if another process writes into the folder, and CheckpointError if one has just finished the run.
+    Raise LockedError if another process writes into the folder, or CheckpointError if another process has just finished it.
     """
     saved, notes = find(config, now)
     if saved is None:
@@ -97,7 +101,7 @@ def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tup
     is_named = Path(config.resume) == saved.folder
     latest = checkpoint.read(saved.folder) if is_named else checkpoint.newest(saved.run)[0]
     if latest is None:
-        raise CheckpointError(f"another process has just finished {saved.run}; start again for a new run")
+        raise CheckpointError(f"another process has just finished {saved.run}; start again to begin a new run")
     return latest, notes
 
 
@@ -120,7 +124,7 @@ def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None
         others.append((saved, changed))
     if others and config.allow_changed:
         saved, changed = others[0]
-        return saved, notes + _continuing_although(changed)
+        return saved, notes + _notes_on_changes(changed)
     return None, notes + [
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
         f"these values back, or add --resume {saved.run} --allow-changed"
@@ -129,18 +133,18 @@ def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None
 
 
 def _changes_since(saved: Saved, config: TrainConfig, now: dict[str, Any]) -> list[str]:
-    """Return the differences between the run of a checkpoint and this start."""
+    """Return the differences between the identity of a checkpoint and that of this start."""
     then = saved.state.get("identity", {})
     return differences(then, with_automatic_length(config, then, now))
 
 
-def _continuing_although(changed: list[str]) -> list[str]:
+def _notes_on_changes(changed: list[str]) -> list[str]:
     """Return a note for each change that ALLOW_CHANGED accepts."""
     return [f"continuing although {change}" for change in changed]
 
 
 def lines_digest(examples: list[Example], with_images: bool) -> str:
-    """Return the SHA-256 of the lines in order. `with_images` includes the size and three samples of each image file."""
+    """Return the SHA-256 of the lines in order. If `with_images`, include the size and three samples of each image file."""
     digest = hashlib.sha256()
     samples: dict[str, list[str]] = {}
     for start in range(0, len(examples), CHUNK):
@@ -154,7 +158,7 @@ def lines_digest(examples: list[Example], with_images: bool) -> str:
 
 
 def _rare_fields(example: Example) -> list[dict[str, Any]]:
-    """Return the fields that few lines have. Lines without them keep the digest of earlier versions."""
+    """Return the fields that few lines have, or [] if this line has none. Its digest is then that of earlier versions."""
     rare = {"prompt": example.prompt, "question_id": example.question_id}
     return [rare] if example.prompt or example.question_id != "" else []
 
@@ -163,21 +167,21 @@ def _samples_of(image: Path) -> list[str]:
     """Return the size of a file, and digests of its first, middle and last bytes."""
     size = image.stat().st_size
     with image.open("rb") as file:
-        parts = [file.read(SAMPLE) for place in (0, size // 2, max(0, size - SAMPLE)) if file.seek(place) == place]
+        parts = [file.read(SAMPLE) for offset in (0, size // 2, max(0, size - SAMPLE)) if file.seek(offset) == offset]
     return [str(size), *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
 
 
 def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     """Load the state of a checkpoint into the learner.
 
-    If the settings have changed, discard the unfinished step, and continue after the same number of images. The total number
-    of steps is then that of the new settings. Raise CheckpointError if the adapters have other names or shapes.
+    If the identity has changed, discard the unfinished step, continue after the same number of images, and use the total
+    number of steps of the new settings. Raise CheckpointError if the adapters have other names or shapes.
     """
     total, ranks = learner.progress.total, learner.ranks
     tensors = ranks.broadcast(ranks.on_main(saved.tensors))
     ranks.together(lambda: learner.load_state_dict(tensors, saved.state))
     then = saved.state["identity"]
     if differences(then, now):
-        images = [run["batch_size"] * run["accumulation"] * run["processes"] for run in (then, now)]  # of a step
+        images = [run["batch_size"] * run["accumulation"] * run["processes"] for run in (then, now)]  # images per step
         learner.rewind()
         learner.progress.group, learner.progress.total = learner.progress.group * images[0] // images[1], total

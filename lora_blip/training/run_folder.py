@@ -45,14 +45,14 @@ class Run:
     def __init__(
         self, config: TrainConfig, learner: Learner, identity: dict[str, Any], closing: ExitStack, saved: Saved | None = None
     ) -> None:
-        """Create the folder of a new run. With the checkpoint `saved`, continue in the folder of its run.
+        """Create the folder of a new run. If the checkpoint `saved` is given, use the folder of its run instead.
 
         The folder is locked until `closing` is closed. Raise LockedError if another process writes into it.
         """
         self.config, self.learner, self.identity, self.main = config, learner, identity, learner.ranks.main
         self.best = Best(config.best_by, min_improvement=config.min_improvement)
-        self.images = 0  # since the last line of metrics.jsonl
-        self.last_scores: dict[str, Any] = {}  # of the last validation
+        self.images = 0  # images since the last line of metrics.jsonl
+        self.last_scores: dict[str, Any] = {}  # scores of the last validation
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
@@ -71,7 +71,7 @@ class Run:
         self.folder = learner.ranks.broadcast(self.folder)
 
     def _restore_scores(self, state: dict[str, Any]) -> None:
-        """Restore the last and the best scores on every process, because each process decides when to stop."""
+        """Restore the last and the best scores, on every process: each process itself decides when `patience` is exhausted."""
         self.last_scores, best = state["last"], state["best"]
         if best["by"] == self.best.by:  # scores of another BEST_BY cannot be compared
             rank = (best["rank"][0], best["rank"][1])
@@ -89,13 +89,13 @@ class Run:
                 closing.enter_context(lock.held(self.folder))
             self.metrics = self.closing.enter_context((self.folder / METRICS_NAME).open("ab", buffering=0))
             if self.config.tensorboard:
-                # TensorBoard drops the entries of an interrupted run from this step on
+                # TensorBoard drops the entries of the interrupted run from `next_step` on
                 next_step = self.learner.progress.step + 1 if saved else None
                 self.board = attempt("TensorBoard", lambda: summary_writer()(self.folder, purge_step=next_step))
                 self.closing.callback(attempt, "complete TensorBoard file", lambda: self.board and self.board.close())
 
     def _create_folder(self) -> None:
-        """Create the folder together with its first checkpoint, so that each folder of a run can be resumed."""
+        """Create the folder with its first checkpoint, so that every folder of a run can be resumed."""
         while True:
             try:
                 make_whole(self.folder, self._fill_folder)
@@ -106,7 +106,7 @@ class Run:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not os.path.lexists(self.folder):
                     raise ConfigError(
                         f"output_dir = {self.config.output_dir!r}: {error.strerror or error}; give a folder that can be "
-                        "written (--output-dir)"
+                        "written, such as --output-dir runs"
                     ) from None
                 self.folder = unused_path(self.folder)  # another run started in the same second
 
@@ -119,19 +119,19 @@ class Run:
         return (json.dumps(asdict(self.config), indent=1) + "\n").encode()
 
     def _restore_files(self, saved: Saved) -> None:
-        """Restore metrics.jsonl and best.safetensors to their state at the checkpoint. The run writes the later lines again."""
+        """Restore metrics.jsonl and best.safetensors to their state at the checkpoint. The run writes later lines again."""
         state, metrics = saved.state["run"], self.folder / METRICS_NAME
         sweep(self.folder)
         metrics.touch()
         if metrics.stat().st_size < state["metrics"]:
-            print(printable(f"warning: {metrics} is shorter than it was at the checkpoint; the removed lines are not restored"))
+            print(printable(f"warning: {metrics} is shorter than it was at the checkpoint; its removed lines are lost"))
         os.truncate(metrics, min(state["metrics"], metrics.stat().st_size))
         self.started -= state["seconds"]
         best = saved.folder / checkpoint.BEST
         if best.exists():
             write_whole(self.folder / BEST_NAME, best.read_bytes())
         else:
-            (self.folder / BEST_NAME).unlink(missing_ok=True)  # it is newer than the checkpoint
+            (self.folder / BEST_NAME).unlink(missing_ok=True)  # written after the checkpoint
 
     # ---------------------------------------------------------------- metrics
 
@@ -162,7 +162,7 @@ class Run:
             print(f"step {step}/{self.bar.total}  loss {update.loss:.4f}  lr {rate:.1e}  {entry['images_per_s']:.1f} images/s")
 
     def log_skip(self, step: int, epoch: int, update: Update, reason: str) -> None:
-        """Write and print why a step was skipped. `step` is the number of updates before it."""
+        """Write and print the reason for a skipped step. step: the number of updates before it."""
         self.last_skip = reason
         if self.main:
             self._write({"step": step, "epoch": epoch, "skipped": reason, "loss_scale": update.scale})
@@ -182,7 +182,7 @@ class Run:
             self._save(self.folder / BEST_NAME, step)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and write it to TensorBoard. NaN and infinity become null, as JSON has neither."""
+        """Append a line to metrics.jsonl, and write it to TensorBoard. Write NaN and infinity as null, as JSON has neither."""
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board and attempt("TensorBoard from here on", lambda: self._write_scalars(entry)) is None:
             self.board = None
@@ -208,14 +208,14 @@ class Run:
         return self._save(path, step, merge_drift, finished=finished) if self.main else path
 
     def save_unfinished(self) -> None:
-        """Save the current adapter, so that the user can try it, and print how to resume the run."""
+        """Save the current adapter so that the user can test it, and print how to resume the run."""
         step, total = self.learner.progress.step, self.learner.progress.total
         result = ""
         if step:
             try:
-                result = f" the adapter so far is {self.save(step, finished=False)};"
+                result = f" the current adapter is {self.save(step, finished=False)};"
             except AdapterError as error:  # B is zero, or a value is NaN
-                result = f" the adapter so far is not saved: {error};"
+                result = f" the current adapter is not saved: {error};"
         with suppress(OSError):  # the terminal may be closed
             print(
                 "\n" + printable(f"stopped after {step} of {total} steps;{result} start again with the same settings to resume")
@@ -237,9 +237,9 @@ class Run:
         return self.main and time.perf_counter() - self.checkpointed >= self.config.checkpoint_seconds
 
     def checkpoint(self) -> None:
-        """Write a checkpoint. Raise CheckpointError if the disk is full. The older checkpoints are then intact."""
+        """Write a checkpoint. Raise CheckpointError if the disk is full; the older checkpoints are then unchanged."""
         if not self.main:
-            self.learner.state_dict()  # the main process gathers the gradients of all processes
+            self.learner.state_dict()  # a collective: the main process gathers the gradients of all processes
             return
         with room_for(self.folder, CheckpointError, INTACT):
             os.fsync(self.metrics.fileno())
@@ -258,7 +258,7 @@ class Run:
         checkpoint.write(folder, step, tensors, state, folder / BEST_NAME, self.config.keep_checkpoints)
 
     def delete_checkpoints(self) -> None:
-        """Remove the checkpoints of a finished run, after metrics.jsonl is on the disk."""
+        """Sync metrics.jsonl to the disk, then remove the checkpoints of a finished run."""
         if self.main:
             with (self.folder / METRICS_NAME).open("rb") as metrics:
                 os.fsync(metrics.fileno())
@@ -283,5 +283,5 @@ class Run:
 
 
 def digits(value: float) -> float:
-    """Round to 8 significant digits, as many as float32 has."""
+    """Return a number rounded to 8 significant digits, the precision of float32."""
     return float(f"{value:.8g}")

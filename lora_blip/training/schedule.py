@@ -21,15 +21,17 @@ def total_steps(config: TrainConfig, micro_batches: int, ranks: int = 1) -> int:
 def remaining_steps(
     batches: DataLoader[HostBatch], epochs: int, accumulation: int, progress: Progress, ranks: Ranks
 ) -> Iterator[tuple[list[Slot], list[HostBatch]]]:
-    """Yield the micro-batches of each remaining step for this process, with the slot of each. Advance `progress.epoch`.
+    """Yield the slots and the micro-batches of each remaining step, for this process.
 
-    The first step starts after the micro-batches whose gradients are accumulated already. The caller counts the steps.
+    The first step starts after the micro-batches whose gradients are already accumulated. This function advances
+    `progress.epoch`; the caller counts the steps.
     """
     sampler: Any = batches.batch_sampler
     while progress.epoch < epochs and progress.step < progress.total:
         steps = slots_of_steps(len(batches), accumulation, ranks.rank, ranks.count)[progress.group :]
         if steps:
             steps[0] = steps[0][progress.slot :]
+        # `epoch` seeds the order of the lines; `selected` are the numbers of the micro-batches to read
         sampler.epoch, sampler.selected = progress.epoch, [slot.number for slots in steps for slot in slots]
         host_batches = iter(batches)
         for slots in steps:

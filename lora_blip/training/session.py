@@ -1,4 +1,4 @@
-"""A training run from its start to its end. `train` calls the methods of `Session` before, between and after its steps."""
+"""Define `Session`, a training run from start to end. `train` calls its methods before, between and after the steps."""
 
 import signal
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ NO_PLOT = 'no loss curve, because matplotlib is not installed: pip install "lora
 def open_session(config: TrainConfig) -> Iterator["Session"]:
     """Prepare a run and yield its session. After the block, print the result and remove the checkpoints.
 
-    Invalid settings and data raise an error here, before the first step. After an error or a signal in the block, save the
-    progress.
+    Raise LoraBlipError before the first step if settings or data are invalid. If the block ends with an error or a signal,
+    save the progress.
     """
     with distributed.joined() as ranks, ExitStack() as closing:
         try:
@@ -85,7 +85,7 @@ def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Ses
 
 
 def load_checkpoint(prepared: PreparedRun, learner: Learner, closing: ExitStack) -> tuple[Any, dict[str, Any], list[str]]:
-    """Load the checkpoint that RESUME selects. Return it (or None), the identity of the run, and notes for the user."""
+    """Load the checkpoint that RESUME selects. Return it (or None), the identity of the run, and notes to print."""
     config, task, ranks, identity = prepared.config, prepared.task, learner.ranks, prepared.identity
     saved, notes = ranks.broadcast(ranks.on_main(lambda: resume.acquire(config, identity, closing)))
     if saved:
@@ -101,9 +101,9 @@ def load_checkpoint(prepared: PreparedRun, learner: Learner, closing: ExitStack)
 
 @dataclass
 class Session:
-    """A run that has started, new or resumed."""
+    """A new or resumed run that has started."""
 
-    config: TrainConfig  # automatic values are replaced by those of the run
+    config: TrainConfig  # "auto" and 0 are replaced by the values that the run uses
     task: Task
     learner: Learner
     run: Run
@@ -111,22 +111,22 @@ class Session:
     batches: DataLoader[HostBatch]
     held_out: DataLoader[HostBatch] | None
     first: DeviceBatch  # the first micro-batch of the run
-    prefix: Prefix | None  # what computes the cached states of images, if there are any
+    prefix: Prefix | None  # computes the cached states of images; None if no states are cached
     stop_request: StopRequest
-    warmup: int  # updates
-    validate_every: int  # updates
-    initial_scores: dict[str, float]  # of the validation before the first step; empty without one
+    warmup: int  # number of updates
+    validate_every: int  # number of updates
+    initial_scores: dict[str, float]  # scores of the validation before the first step; {} if there was none
 
     # ---------------------------------------------------------------- a step
 
     def remaining_steps(self) -> Iterator[tuple[list[Slot], list[DeviceBatch]]]:
-        """Yield the micro-batches of each remaining step, with the slot of each."""
+        """Yield the slots and the micro-batches of each remaining step."""
         epochs, accumulation, learner = self.config.epochs, self.config.accumulation, self.learner
         for slots, host_batches in remaining_steps(self.batches, epochs, accumulation, learner.progress, learner.ranks):
             yield slots, [self.task.batch(host_batch, self.prefix) for host_batch in host_batches]
 
     def log(self, update: Update, rate: float, batches: list[DeviceBatch]) -> None:
-        """Write the metrics of an update, or the reason why it was skipped."""
+        """Log the metrics of an update, or the reason why it was skipped."""
         learner, progress = self.learner, self.learner.progress
         if update.skipped:
             reason = describe_skip(update, self.task, batches, self.autocast, learner.ranks)
@@ -135,11 +135,12 @@ class Session:
             self.run.log_step(progress.step, progress.epoch, update, rate, learner.images)
 
     def stop_after_skipped_steps(self) -> None:
-        """Raise TrainingError if `max_skipped` steps in a row were skipped because they were not finite."""
+        """Raise TrainingError if `max_skipped` steps in a row were skipped because a loss or gradient was not finite."""
         skipped = self.learner.progress.skipped
         if skipped >= self.config.max_skipped:
             raise TrainingError(
-                f"{skipped} steps in a row were skipped because they were not finite. The last one: {self.run.last_skip}. "
+                f"{skipped} steps in a row were skipped because a loss or gradient was not finite. "
+                f"The last reason: {self.run.last_skip}. "
                 'Lower LR, or set PRECISION = "bf16" or "fp32"'
             )
 
@@ -157,9 +158,9 @@ class Session:
             raise signals.Stopped(signals.INTERRUPTED if requests[0] else signals.SAVED)
 
     def validate_if_due(self, scores: dict[str, float] | None = None, at_the_end: bool = False) -> None:
-        """Validate every `validate_every` steps and at the end, each step once. End the run if `patience` is exhausted.
+        """Validate every `validate_every` steps and at the end, each step only once. End the run if `patience` is exhausted.
 
-        `scores` are the scores of this step if they are already known.
+        scores: the scores of this step, if they are already computed.
         """
         learner, progress, config, run = self.learner, self.learner.progress, self.config, self.run
         due = at_the_end or progress.step == progress.total or progress.step % self.validate_every == 0
@@ -180,12 +181,12 @@ class Session:
     # ---------------------------------------------------------------- the end
 
     def save_adapter(self) -> Path:
-        """Write the adapter and its merge drift. Wait for all processes, then return the path of the file."""
+        """Save the adapter with its merge drift, wait for all processes, and return the path of the file."""
         measures_drift = self.learner.ranks.main and not self.config.shard
-        with phase("merging the adapter, to measure how far its logits move"):
+        with phase("merging the adapter, to measure how much its logits change"):
             drift = attempt("merge drift", lambda: merge_drift(self.task, self.first, self.autocast)) if measures_drift else {}
         path = self.run.save(self.learner.progress.step, finished=True, merge_drift=drift or {})
-        self.learner.ranks.wait()  # the checkpoints are removed only after this
+        self.learner.ranks.wait()  # the checkpoints are removed after this
         return path
 
     @contextmanager
@@ -197,7 +198,7 @@ class Session:
             raise
         except BaseException as error:
             self.stop_request.saving = True
-            if not isinstance(error, CheckpointError):  # a CheckpointError means that the disk is full, so nothing can be saved
+            if not isinstance(error, CheckpointError):  # after a CheckpointError, the disk is full
                 self.rescue()
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit(signals.INTERRUPTED) from None
@@ -208,7 +209,7 @@ class Session:
             self.run.close()
 
     def rescue(self) -> None:
-        """Save the progress after an error. If that fails, print why. The earlier checkpoints remain."""
+        """Save the progress after an error. If that fails, print the reason; the earlier checkpoints remain."""
         try:
             if not self.learner.inconsistent:
                 self.learner.rewind()
@@ -226,16 +227,16 @@ class Session:
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         dataset: Any = self.batches.dataset
         print(f"next: {summary.next_command(self.task.name, run.folder, dataset.examples)}")
-        run.delete_checkpoints()  # at the very end: a run that is killed before this can be resumed
+        run.delete_checkpoints()  # last: a run that is killed before this line can be resumed
 
 
 def stop_if_requested(ranks: Ranks, stop_request: StopRequest) -> None:
-    """Raise signals.Stopped if any process has received a signal. Save nothing: the run has no folder yet."""
+    """Raise signals.Stopped if any process has received a signal. Nothing is saved, because the run has no folder yet."""
     requests = ranks.sum(*stop_requests(stop_request))
     if any(requests):
         raise signals.Stopped(signals.INTERRUPTED if requests[0] else signals.SAVED)
 
 
 def stop_requests(stop_request: StopRequest) -> tuple[bool, bool]:
-    """Return two flags: True if this process has received Ctrl-C, and True if it has received a signal of a scheduler."""
+    """Return whether this process has received Ctrl-C, and whether it has received a signal of a scheduler."""
     return stop_request.signal == signal.SIGINT, stop_request.signal not in (0, signal.SIGINT)

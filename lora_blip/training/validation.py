@@ -1,4 +1,4 @@
-"""Validate a model on the held-out lines, and measure by how much merging changes its logits."""
+"""Validate a model on the held-out lines, and measure how much merging changes its logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def validate(
     Each process computes a share of the batches, and all return the same scores. Print a warning if predictions were cut at
     MAX_NEW_TOKENS.
 
-    best_by: the name of a score that the result must contain.
+    best_by: the name of a score that must be computed.
     before_batch: called before each batch.
     prefix: computes the cached states of images; None if there are none.
     """
@@ -56,18 +56,18 @@ def validate(
     for _ in track(range(rounds), "validation", rounds, "batch", delay=2):
         before_batch()
         host_batch = next(host_batches, None)
-        if host_batch is None:  # other processes have one batch more
+        if host_batch is None:  # other processes have one more batch, and call `before_batch` for it
             continue
         batch = task.batch(host_batch, prefix)
         with uncompiled(model), autocast():
             features = batch.encode_images(task.encoder)
             total += float(task.loss(batch, features))
-            new = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in predictions}
-            if new:
-                rows = list(new.values())
+            new_rows = {task.subject(e): row for row, e in enumerate(batch.examples) if task.subject(e) not in predictions}
+            if new_rows:
+                rows = list(new_rows.values())
                 examples = [batch.examples[row] for row in rows]
                 texts = task.predict_from_features(batch.per_example(features)[rows], examples)
-                predictions |= zip(new, texts, strict=True)
+                predictions |= zip(new_rows, texts, strict=True)
         count += batch.count
     model.train()
     total, count = ranks.sum(total, count)
@@ -81,9 +81,9 @@ def validate(
 
 @torch.no_grad()
 def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str, float]:
-    """Compute the logits of a batch with merged weights and with hooks. Return their largest difference and the largest logit.
+    """Compare the logits of a batch with merged weights and with hooks, in the precision of training.
 
-    Both use the precision of the training.
+    Return the largest absolute difference and the largest absolute logit.
     """
     model = task.backbone.model.eval()
     with uncompiled(model), autocast():
@@ -91,6 +91,6 @@ def merge_drift(task: Task, batch: DeviceBatch, autocast: Autocast) -> dict[str,
         merging.merge(model)
         try:
             merged = task.logits(batch).float()
-        finally:  # also after an error, such as too little memory
+        finally:  # also restore after an error, such as out of memory
             merging.restore(model)
     return {"largest_difference": float((merged - hooked).abs().max()), "largest_logit": float(hooked.abs().max())}

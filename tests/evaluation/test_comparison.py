@@ -102,7 +102,10 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     assert found["scores"]["METEOR"] == {"base": None, "adapted": None, "gain": None, "note": found["scores"]["METEOR"]["note"]}
     assert "java" in found["scores"]["METEOR"]["note"] and found["scores"]["CIDEr"]["note"] == ""
     assert found["facts"]["scored"] == "6 of 6 images" and found["settings"]["references"] == str(refs)
-    assert found["facts"]["leaks"] == "not searched: the training data is unknown" and found["leaks"] == []
+    assert (
+        found["facts"]["leaks"] == "not searched: the training data are unknown; give them with --train-annotations"
+        and found["leaks"] == []
+    )
     assert "exact match" in page and "a red cube on cube 3" in page
     printed = capsys.readouterr().out
     assert "caption: 6 to predict" in printed and "-0.0" not in printed

@@ -306,7 +306,8 @@ def test_meteor_is_asked_a_line_an_image_whatever_the_captions_hold(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("script", "why"), [("exit 1", "failed with 1"), ("exec sleep 60", "stopped after 2 s"), ("cat; echo", "4 lines for 3")]
+    ("script", "why"),
+    [("exit 1", "failed with exit status 1"), ("exec sleep 60", "stopped after 2 s"), ("cat; echo", "4 lines for 3")],
 )
 @pytest.mark.usefixtures("package")
 def test_a_tokenizer_that_fails_leaves_the_scores_that_need_none(tmp_path, monkeypatch, script, why):

@@ -118,10 +118,10 @@ def test_a_program_s_output_is_text_and_its_last_line_of_error_is_the_reason(tmp
     fake(tmp_path, monkeypatch, 'cat; echo " $1"')
     assert java._run("X", ["--last"], "é\n", 5.0) == f"é\n {java.OPTIONS[0]}\n"
     for script, reason in (
-        ("echo first >&2; echo last >&2; echo >&2; exit 3", "X failed with 3: last"),
-        ("exit 4", "X failed with 4: it wrote nothing"),
-        (f"echo '{java.NOTICE}_JAVA_OPTIONS: x' >&2; exit 5", "X failed with 5: it wrote nothing"),
-        (f"echo {'y' * 300} >&2; exit 6", f"X failed with 6: {'y' * 200}"),
+        ("echo first >&2; echo last >&2; echo >&2; exit 3", "X failed with exit status 3: last"),
+        ("exit 4", "X failed with exit status 4: it wrote nothing"),
+        (f"echo '{java.NOTICE}_JAVA_OPTIONS: x' >&2; exit 5", "X failed with exit status 5: it wrote nothing"),
+        (f"echo {'y' * 300} >&2; exit 6", f"X failed with exit status 6: {'y' * 200}"),
     ):
         fake(tmp_path, monkeypatch, script)
         with pytest.raises(JavaError) as raised:

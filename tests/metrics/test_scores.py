@@ -6,7 +6,7 @@ import pytest
 from lora_blip.metrics import bootstrap, retrieval
 from lora_blip.metrics.diversity import diversity
 from lora_blip.metrics.exact import exact_match, normal
-from lora_blip.metrics.tokens import PUNCTUATION, kept, plain
+from lora_blip.metrics.tokens import PUNCTUATION, plain, without_punctuation
 
 # ---- words
 
@@ -46,7 +46,7 @@ def test_words_by_hand():
 
 def test_every_mark_of_the_coco_list_is_left_out_and_no_other():
     marks = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split()
-    assert set(marks) == PUNCTUATION and kept(["a", *marks, "b", "-lrb-", "%"]) == "a b -lrb- %"
+    assert set(marks) == PUNCTUATION and without_punctuation(["a", *marks, "b", "-lrb-", "%"]) == "a b -lrb- %"
 
 
 # ---- exact match
@@ -197,7 +197,7 @@ def test_what_has_no_interval_is_refused(act, message):
         (np.zeros((2, 2)), [0], "must contain 2 indices"),
         (np.zeros((2, 2)), [0.0, 1.0], "must contain 2 indices"),
         (np.zeros((1, 2)), [[True, False]], "text 1 belongs to no image"),
-        (np.zeros((1, 2)), [[True], [True]], r"a relation of shape \(2, 1\) for scores of shape \(1, 2\)"),
+        (np.zeros((1, 2)), [[True], [True]], r"image_of_text has the shape \(2, 1\), but the scores have the shape \(1, 2\)"),
         ([[0.0, np.nan]], [0, 0], "a score is NaN"),
     ],
 )

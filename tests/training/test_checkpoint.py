@@ -222,14 +222,14 @@ def test_one_changed_byte_is_damage(tmp_path, name):
     content = bytearray((folder / name).read_bytes())
     content[-1] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"damaged: {name} is not what was written"):
+    with pytest.raises(CheckpointError, match=f"damaged: {name} has changed since it was written"):
         checkpoint.read(folder)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"progress": {"step": 9}}, f"{STATE} is not what was written"),
+        ({"progress": {"step": 9}}, f"{STATE} has changed since it was written"),
         ({"sha256": {}}, f"{STATE}, {TENSORS} is|{STATE} is"),
         ({"format_version": None}, f"{STATE} is not"),
     ],
@@ -252,14 +252,14 @@ def rewrite(folder: Path, **changes: Any) -> None:
 def test_another_format_is_refused_by_its_number(tmp_path):
     folder = write(tmp_path / "lora_a")
     rewrite(folder, format_version=checkpoint.FORMAT_VERSION + 1)
-    with pytest.raises(CheckpointError, match="has format 2, and this version of lora_blip reads format 1"):
+    with pytest.raises(CheckpointError, match="has format 2, but this version of lora_blip reads format 1"):
         checkpoint.read(folder)
 
 
 def test_a_state_without_its_tensors_is_damage(tmp_path):
     folder = write(tmp_path / "lora_a")
     rewrite(folder, sha256={})
-    with pytest.raises(CheckpointError, match=f"damaged: {TENSORS} is not what was written"):
+    with pytest.raises(CheckpointError, match=f"damaged: {TENSORS} has changed since it was written"):
         checkpoint.read(folder)
 
 
