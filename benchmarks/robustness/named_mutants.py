@@ -59,7 +59,7 @@ NAMED: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "the middle of an image is not in its digest", "resume",
-        [("for place in (0, size // 2, max(0, size - SAMPLE))", "for place in (0, max(0, size - SAMPLE))")],
+        [("for offset in (0, size // 2, max(0, size - SAMPLE))", "for offset in (0, max(0, size - SAMPLE))")],
     ),
     (
         "a changed run does not go back to the start of its step", "resume",

@@ -115,7 +115,7 @@ def locate(path: Path) -> Saved:
         try:
             return read(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}. --resume {run} resumes from the newest undamaged checkpoint") from None
+            raise CheckpointError(f"{error}. --resume {run} resumes from its newest undamaged checkpoint") from None
     if not run.is_dir():
         raise CheckpointError(
             f"resume = {str(path)!r}: the folder does not exist; give the folder of a run, or --resume auto for the newest run"

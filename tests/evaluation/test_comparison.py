@@ -1,4 +1,4 @@
-"""evaluate: what it writes is what the model says, scored right; leaks and gaps are said aloud."""
+"""Test `evaluate`: texts and scores are right, and leaks and missing images are reported."""
 
 import builtins
 import csv
@@ -43,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def scene(path: Path, seed: int, **options: Any) -> Path:
-    """A picture of coloured cells that no other seed gives."""
+    """Return an image of coloured cells that depends on the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = torch.randint(0, 255, (6, 6, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     Image.fromarray(cells.numpy()).resize((60, 60), Image.Resampling.BICUBIC).save(path, **options)
@@ -56,7 +56,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def references(folder: Path, count: int = 6) -> Path:
-    """Pictures with two right captions each, in two groups."""
+    """Write images with two right captions each, in two groups."""
     lines = [
         {"image": str(scene(folder / "eval" / f"{n}.png", n).relative_to(folder)), "text": text, "group": "ab"[n % 2]}
         for n in range(count)
@@ -66,7 +66,7 @@ def references(folder: Path, count: int = 6) -> Path:
 
 
 def evaluated(refs: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[str, str]], str]:
-    """metrics.json, comparison.csv and report.html."""
+    """Return the contents of Return the contents of metrics.json, comparison.csv and report.html."""
     folder = comparison.evaluate(EvaluateConfig(references=str(refs), device="cpu", **settings))
     strict = json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     with (folder / "comparison.csv").open(encoding="utf-8-sig", newline="") as file:
@@ -75,7 +75,7 @@ def evaluated(refs: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[st
 
 
 def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, capsys):
-    """Texts are what each model says, scores what the metrics say of them, gains the differences, with their intervals."""
+    """The texts are those of each model, the scores those of the metrics, and the gains their differences, with intervals."""
     refs, path = references(here), adapter_of(checkpoints["blip"], here)
     found, rows, page = evaluated(refs, adapter=str(path), output_dir="out")
     assert '"score_name":"CIDEr"' in page.replace(" ", "")  # each card names its score
@@ -114,7 +114,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
 
 
 def test_a_score_that_is_no_number_is_null():
-    """JSON has no NaN: neither as the end of an interval nor as a value."""
+    """JSON has no NaN, so ends of intervals and values are null."""
     nan = float("nan")
     assert outputs.numbers(Interval(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
     assert outputs.numbers(Interval(nan, nan, nan)) is None and outputs.numbers(None) is None
@@ -153,7 +153,7 @@ def test_the_base_alone_and_the_adapter_alone(checkpoints, here):
 
 
 def test_leaks_are_found_and_said_before_the_scores(checkpoints, here, capsys):
-    """The same bytes, and a JPEG of the same picture at half the size; the training data is the adapter's own."""
+    """The leaks are a copy and a JPEG of half the size. The adapter file names the training data."""
     refs = references(here)
     for n, name in enumerate(("x", "y", "z")):
         scene(here / "train" / f"{name}.png", 100 + n)
@@ -233,7 +233,7 @@ def test_lines_that_are_no_good_stop_it_or_are_left_out(checkpoints, here, capsy
 
 
 def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
-    """Readable when the lines were checked, gone when the base looks at it: the other images are scored, and paired."""
+    """An image is deleted after the lines are checked. The other images are scored and paired."""
     refs, path = references(here, 4), adapter_of(checkpoints["blip"], here)
     real = comparison.search_leaks
 
@@ -285,7 +285,7 @@ def test_answers_are_scored_by_question(checkpoints, here):
 @pytest.mark.parametrize("kind", ["itm", "itm2"])
 @pytest.mark.parametrize("again", [2, 99])
 def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
-    """Ranks by sorting all pairs, one at a time: the `again` likeliest by ITC of each row by ITC + ITM, the rest behind."""
+    """The oracle sorts all pairs: the `again` most probable by ITC are sorted by ITC + ITM, and the others follow."""
     monkeypatch.setattr(measures, "RERANKED", again)
     texts = ["a red cube", "a blue cube", "a green cube on a red cube", "two cubes", "nothing", "a white cube"]
     owners = [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (3, 0), (4, 5)]  # image, text: some have two, one text has two images
@@ -345,7 +345,7 @@ def test_retrieval_is_reported_both_ways_with_gains(checkpoints, here):
 
 
 def test_on_the_embedded_base(here, capsys):
-    """tiny-blip knows flat shapes, so that a text of its own is found right."""
+    """tiny-blip knows flat shapes, so one of its texts is right."""
     scene(here / "a.png", 1)
     base = str(ROOT / "assets" / "tiny-blip")
     task = TASKS["caption"](load_backbone(base, "cpu"))
@@ -379,7 +379,7 @@ def test_flags_of_evaluate():
 
 
 def test_intervals_draw_images_not_questions():
-    """Ten questions an image with one score each: as wide as the hundred images alone, not three times narrower."""
+    """With ten equal questions per image, the interval is as wide as that of the images alone, not three times narrower."""
     values = np.random.default_rng(0).random(100)
     images = [Path(f"{n}.png") for n in range(100)]
     alone = measures.Column(values.tolist(), images).interval(0)

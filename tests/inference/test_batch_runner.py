@@ -1,4 +1,4 @@
-"""The runner: what a device that gives out costs is time, never a prediction."""
+"""Test the runner: a device that fails costs time, but no prediction."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Weights(nn.Linear):
-    """Weights that say whether they have left their device."""
+    """A linear that records whether its weights have been moved to another device."""
 
     left = False
 
@@ -30,7 +30,7 @@ class Weights(nn.Linear):
 
 
 class Fragile:
-    """A task whose device gives out beyond `most` images, always for `most` = 0, and whose weights may be stuck there."""
+    """A task whose device fails for more than `most` images. If `stuck`, its weights cannot be copied from the device."""
 
     def __init__(self, most: int, stuck: bool = False, device: torch.device = FAILING) -> None:
         self.most, self.stuck = most, stuck
@@ -88,7 +88,7 @@ def test_a_device_that_cannot_do_one_image_is_left_for_the_cpu(photos, capsys):
 
 
 def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(photos, capsys):
-    """A CUDA error outlives everything in the process: not even `.to("cpu")` works after it."""
+    """After a CUDA error, no CUDA call works in the process, not even `.to("cpu")`."""
     task: Any = Fragile(most=0, stuck=True)
     task.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     anew: Any = Fragile(most=0, device=CPU)
@@ -104,7 +104,7 @@ def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(p
 
 
 def test_what_is_predicted_is_neither_lost_nor_repeated_when_it_blows_up_for_good(photos):
-    """The first half of a halved batch is handed on before the second half ends it all."""
+    """The results of the first half are yielded before the second half fails."""
     task: Any = Fragile(most=2, stuck=True)
     fine = task.predict
 
@@ -167,7 +167,7 @@ def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, caps
 
 
 def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_place(photos):
-    """Beside the others' results, and without a traceback, whose frames would keep the pictures of its batch."""
+    """It is among the other results. It has no traceback, whose frames would keep the images of the batch in memory."""
     photos[3].image.write_bytes(b"broken")
     task: Any = Fragile(most=2)
     found = list(Runner(task, 4).each([e for e in photos for _ in range(2)], lambda task, *some: task.predict(*some)))
@@ -180,14 +180,14 @@ def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_plac
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 300), (3, 3), (5000, 2)])
 def test_a_picture_of_any_size_is_a_picture(tmp_path, size):
-    """Three pixels on a side is not taken for three channels."""
+    """A side of three pixels is not mistaken for three channels."""
     Image.new("RGB", size, "red").save(tmp_path / "odd.png")
     task: Any = Fragile(most=1)
     assert ran(Runner(task, 1), [Example(tmp_path / "odd.png", "", "", 0)]) == [("odd", "meta odd")]
 
 
 def test_examples_are_drawn_as_they_are_needed(photos):
-    """An endless source is answered a batch at a time."""
+    """An endless source is predicted batch by batch."""
 
     def endless() -> Iterator[Example]:
         while True:

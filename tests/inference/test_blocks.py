@@ -1,4 +1,4 @@
-"""Any number of images: each leads to one line, whatever kills the run, wherever it goes on, however many processes it has."""
+"""Test runs over any number of images: each image gets one line, with any number of kills, resumes and processes."""
 
 import io
 import json
@@ -43,7 +43,7 @@ COUNT, BROKEN = 23, (3, 8, 22)  # of the photos
 
 @pytest.fixture
 def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InferConfig:
-    """Captions of photos in two folders, three of them broken; the current folder is theirs."""
+    """Return settings to caption photos in two folders, three of them broken. Change to the parent folder."""
     monkeypatch.chdir(tmp_path)
     tiny.write_photos(tmp_path, COUNT)
     for number in BROKEN:
@@ -66,12 +66,12 @@ def lines_of(folder: str | Path) -> list[dict]:
 
 
 def whole(config: InferConfig) -> dict[str, bytes]:
-    """Both files of a run that nobody kills."""
+    """Return both output files of a run that is not killed."""
     return bytes_of(infer(replace(config, output_dir="whole")).parent)
 
 
 def killed(config: InferConfig, keep: dict[str, int]) -> None:
-    """The folder of a run that is done → of one that died when its files were so long."""
+    """Turn the folder of a finished run into that of a run that was killed when its files had the lengths `keep`."""
     shutil.rmtree(config.output_dir, ignore_errors=True)
     shutil.copytree("whole", config.output_dir)
     about = Path(config.output_dir, output.SETTINGS_NAME)
@@ -81,7 +81,7 @@ def killed(config: InferConfig, keep: dict[str, int]) -> None:
 
 
 def slowly(seconds: float) -> None:
-    """From now on every batch of this process takes its time."""
+    """Make every batch of this process take `seconds` from now on."""
     real = CaptionTask.predict
 
     def predict(*arguments, **named):
@@ -121,7 +121,7 @@ def test_images_are_found_by_file_folder_and_glob(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_folder_is_walked_in_the_order_of_its_paths(tmp_path, seed):
-    """Names that sort on both sides of the separator, a folder called x.png, a link in a circle: as sorted(rglob) has it."""
+    """The order is that of sorted(rglob), also for names that sort before or after the separator, and for link cycles."""
     rng = random.Random(seed)
     folders = [tmp_path]
     for _ in range(40):
@@ -141,7 +141,7 @@ def test_a_folder_is_walked_in_the_order_of_its_paths(tmp_path, seed):
 
 
 def test_no_more_than_a_folder_is_kept_of_a_walk(tmp_path):
-    """6,000 images in 30 folders: a list of their examples alone would take 3 MB."""
+    """There are 6,000 images in 30 folders. A list of all examples would need 3 MB."""
     for number in range(6000):
         folder = tmp_path / f"{number // 200:02}"
         folder.mkdir(exist_ok=True)
@@ -197,7 +197,7 @@ def png(number: int) -> bytes:
 
 
 def test_the_images_of_a_shard_are_those_that_webdataset_reads(tmp_path):
-    """Written by its writer, read beside its reader, with names longer than a header has room for."""
+    """Shards of webdataset's writer, with names too long for a header, are compared with webdataset's reader."""
     webdataset = pytest.importorskip("webdataset")
     path = tmp_path / "0.tar"
     with webdataset.TarWriter(str(path)) as sink:
@@ -213,7 +213,7 @@ def test_the_images_of_a_shard_are_those_that_webdataset_reads(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_shard_that_is_cut_off_or_damaged_is_never_silently_shorter(tmp_path, seed):
-    """Cut anywhere before its end: the whole members, and one that says where it ends. A header that is broken: likewise."""
+    """A shard that is cut or has a broken header gives its complete members, and an error that names the position."""
     rng = random.Random(seed)
     path = packed(tmp_path / "0.tar", {f"{n}.png": png(n) + b"\0" * rng.randrange(2000) for n in range(6)})
     content, every = path.read_bytes(), names(path)
@@ -239,7 +239,7 @@ def test_a_shard_that_is_cut_off_or_damaged_is_never_silently_shorter(tmp_path, 
 
 
 def test_what_shards_hold_beside_images_is_never_decoded(config, tmp_path):
-    """A pickle that would leave a mark, a link, an empty image; a folder of shards with the notes that img2dataset leaves."""
+    """The shards contain a pickle that would create a file, a link, an empty image, and the files of img2dataset."""
     evil = pickle.dumps(Mark(tmp_path / "mark"))
     files = {"0.png": png(1), "0.pyd": evil, "0.pickle": evil, "0.pth": evil, "0.txt": b"x", "1.png": b"", "__key__": evil}
     packed(tmp_path / "shards" / "0.tar", files)
@@ -257,7 +257,7 @@ def test_what_shards_hold_beside_images_is_never_decoded(config, tmp_path):
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
 def test_headers_that_take_hours_or_the_memory_are_one_error_at_once(tmp_path, kind):
-    """Python's own reader takes the square of the digits: 10 s for 64 kB, hours for a megabyte."""
+    """The time of Python's own reader is quadratic in the digits: 10 s for 64 kB, hours for a megabyte."""
 
     def header(kind: bytes, content: bytes) -> bytes:
         info = tarfile.TarInfo("a.png")
@@ -283,7 +283,7 @@ class Mark:
 
 
 def test_shards_say_what_their_folder_says(config):
-    """The same images, in shards of 5: texts and errors line by line, and one shard that is damaged costs its rest alone."""
+    """The same images in shards of 5 give the same lines. A damaged shard loses only its remaining images."""
     one = whole(config)
     paths = names("photos")
     for start in range(0, COUNT, 5):
@@ -333,7 +333,7 @@ def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, ca
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_run_that_died_at_any_byte_goes_on_to_the_same_bytes(config, sample):
-    """Any length of both files, in the middle of a line or of a letter; drawn texts, too, are drawn the same again."""
+    """The files may end within a line or a character. Sampled texts are also the same after the resume."""
     config = replace(config, sample=sample)
     Path("photos/ünï.png").write_bytes(png(3))
     content = whole(config)
@@ -348,7 +348,7 @@ def test_a_run_that_died_at_any_byte_goes_on_to_the_same_bytes(config, sample):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
-    """SIGKILL at random moments of its work, until the run is finished."""
+    """The run is killed at random moments until it is finished."""
     content = whole(config)
     rng, kills = random.Random(0), 0
 
@@ -405,7 +405,7 @@ def test_images_that_were_added_while_it_was_stopped_are_done_and_no_other_twice
 
 
 def test_what_is_done_is_counted_as_a_multiset():
-    """Against collections.Counter, with examples in any order."""
+    """Compare with collections.Counter, with examples in any order."""
     rng = random.Random(0)
     examples = [e for e in _examples(60) for _ in range(rng.randrange(4))]
     rng.shuffle(examples)
@@ -424,7 +424,7 @@ def _examples(count: int) -> list:
 
 
 def test_scores_and_the_base_stand_beside_images_that_were_done_before(config, checkpoints, capsys):
-    """COMPARE and REFERENCES: the table of a run that was killed is that of one that was not."""
+    """With COMPARE and REFERENCES, the table of a killed and resumed run is that of a run that was not killed."""
     from lora_blip.lora import adapter_file, targets
     from lora_blip.models.loading import load_backbone
 
@@ -472,7 +472,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(config, checkpoints):
 
 
 def test_a_run_that_has_finished_has_nothing_left_to_do_but_what_is_new(config, capsys):
-    """The same again adds nothing, an image that came since is added, and other settings are refused by name."""
+    """A second start adds no line, a new image is added, and an error names changed settings."""
     whole(config)
     before = bytes_of("whole")
     same = replace(config, output_dir="whole")
@@ -509,7 +509,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(config):
 
 
 def test_two_processes_never_write_into_one_folder(config):
-    """The second is refused while the first lives, and goes on when it was killed."""
+    """The second process is refused while the first one runs, and resumes the run after the first one is killed."""
     content = whole(config)
     killed(config, {output.FILE_NAME: 100})
     ready, told = os.pipe()
@@ -581,7 +581,7 @@ def test_a_signal_ends_it_after_the_batch(config, number, status):
 
 @pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (3, {"sample": True}), (2, {"texts": "a cube|two cubes|nothing"})])
 def test_several_processes_write_what_one_writes(config, ranks, changes):
-    """Begun anew, and gone on with at any byte, by as many processes or one."""
+    """This holds for a new run, and for a resume after any byte, with several processes or one."""
     config = replace(config, **changes)
     content = whole(config)
     assert among(ranks, lambda: infer(config)) == [0] * ranks
@@ -593,7 +593,7 @@ def test_several_processes_write_what_one_writes(config, ranks, changes):
 
 
 def test_several_processes_end_together(config, capfd):
-    """A refusal is every rank's; a signal that one of them hears stops all after their batches; no folder is no run."""
+    """An error on one rank stops all. A signal to one rank stops all after their batches. Without a folder, no run starts."""
     content = whole(config)
     assert among(2, lambda: infer(replace(config, output_dir=""))) == [1, 1]
     assert "set OUTPUT_DIR (or --output-dir) to a new folder" in capfd.readouterr().err
@@ -618,7 +618,7 @@ def test_several_processes_end_together(config, capfd):
 
 
 def test_a_rank_that_is_killed_is_not_missed(config, capfd):
-    """Rank 1 dies in a batch, then the writer; all restart each time, and every image is in the output once."""
+    """Rank 1 is killed in a batch, then rank 0. All ranks restart each time, and every image is in the output once."""
     content = whole(config)
     deaths = [("1", "0", 2), ("0", "1", 1)]
 

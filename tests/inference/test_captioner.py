@@ -1,4 +1,4 @@
-"""`Captioner`: what it accepts, the order and the errors of a list, its scores, and threads that share it."""
+"""Test `Captioner`: accepted inputs, order and errors of a list, scores, and threads that share it."""
 
 import asyncio
 import copy
@@ -50,7 +50,7 @@ def captioner(make: Any) -> Captioner:
 
 
 def test_every_kind_of_image_has_the_caption_and_the_score_of_its_file(captioner, photos):
-    """Paths, PIL images, arrays and tensors of bytes and floats, and the bytes of a file; alone and in a list."""
+    """The inputs are paths, PIL images, uint8 and float arrays and tensors, and the bytes of a file, alone and in a list."""
     file, pixels = photos[0], np.asarray(Image.open(photos[0]).convert("RGB"))
     opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
     channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -88,7 +88,7 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("image", "message"), NOT_IMAGES.values(), ids=NOT_IMAGES)
 def test_what_is_no_image_is_an_error_with_its_position(captioner, photos, image, message, monkeypatch):
-    """It is raised before anything is computed, also without `strict`, because it is a mistake of the program."""
+    """The error is raised before any computation, also without `strict`, because it is a mistake in the caller's code."""
     monkeypatch.setattr(captioner.runner, "compute", None)
     with pytest.raises(InputError, match=rf"images\[1\] .*{message}"):
         captioner([photos[0], image])
@@ -98,7 +98,7 @@ def test_what_is_no_image_is_an_error_with_its_position(captioner, photos, image
 
 
 def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos, tmp_path):
-    """In every place of a batch, and alone. `strict` raises ImageError."""
+    """This holds at every position of a batch and for a single image. `strict` raises ImageError."""
     (tmp_path / "torn.png").write_bytes(photos[1].read_bytes()[:60])
     truncated = Image.open(io.BytesIO(photos[1].read_bytes()[:60]))
     alone = {photo: captioner(photo).text for photo in photos}
@@ -122,7 +122,7 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
 
 
 def test_a_list_keeps_its_order_and_one_image_is_one_prediction(captioner, photos):
-    """Across batches, for tuples and iterators, and for an empty list."""
+    """This holds across batches, for tuples, for iterators and for an empty list."""
     images = [photos[n] for n in (3, 0, 2, 1, 0, 3, 1)]
     expected = [(image, captioner(image).text) for image in images]
     assert len({text for _, text in expected}) > 1
@@ -132,7 +132,7 @@ def test_a_list_keeps_its_order_and_one_image_is_one_prediction(captioner, photo
 
 
 def test_a_stream_reads_a_batch_ahead_and_no_more(captioner, photos):
-    """Images come from any iterable, also one without an end. An error of it comes after the predictions before it."""
+    """The images may come from an endless iterable. An error of the iterable is raised after the predictions before it."""
     read = itertools.count()
     stream = captioner.stream(photos[next(read) % 4] for _ in itertools.repeat(None))
     assert [next(stream).image for _ in range(7)] == [photos[n % 4] for n in range(7)]
@@ -227,7 +227,7 @@ def test_a_score_is_that_of_transformers(make, photos, kind, beams, monkeypatch)
 
 
 def test_texts_with_scores_are_the_texts_without(make, photos):
-    """To compute a score changes no text."""
+    """Computing a score changes no text."""
     task = CaptionTask(make("blip"), "", FEW)
     pixels = torch.stack([task.backbone.image_processor(Image.open(p), return_tensors="pt")["pixel_values"][0] for p in photos])
     examples = [lora_blip.inference.captioner.example_of(photo) for photo in photos]
@@ -238,7 +238,7 @@ def test_texts_with_scores_are_the_texts_without(make, photos):
 
 
 def test_questions_and_images_are_paired(make, photos):
-    """One question for all, several about one image, and one for each; each as alone."""
+    """One question for all images, several for one image, and one for each image give the answers of single calls."""
     captioner = Captioner(TASKS["vqa"](make("vqa"), "", FEW), batch_size=3)
     alone = {(image, q): captioner.answer(image, q).text for image in photos[:2] for q in QUESTIONS}
     for images, questions, pairs in (
@@ -261,7 +261,7 @@ def test_questions_and_images_are_paired(make, photos):
 
 @pytest.mark.parametrize("kind", ["blip", "itm", "itm2"])
 def test_a_ranking_is_a_distribution_with_the_best_text_first(make, photos, kind):
-    """The same as the task's own `rank`, whatever is in the batch."""
+    """The ranking equals that of the task's `rank`, for any batch."""
     name = "caption" if kind == "blip" else "retrieval"
     captioner = Captioner(TASKS[name](make(kind)), batch_size=3)
     texts = ["a red cube", "a single blue cube on top of the table", "nothing"]
@@ -312,7 +312,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
-    """A run folder, its file and "latest", merged or on hooks: the texts of predictions.jsonl."""
+    """A run folder, its file and "latest" give the texts of predictions.jsonl, merged or with hooks."""
     monkeypatch.chdir(workplace)
     run = Path("lora_blip_output", "caption_tiny-blip_vit")
     written = lora_blip.infer(lora_blip.InferConfig(adapter=str(run), images="image_test", output_dir=f"out{run.name}"))
@@ -327,7 +327,7 @@ def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
 
 
 def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypatch):
-    """Its weights, its classes and its image processor are not changed, and its adapter acts in the captioner alone."""
+    """Its weights, classes and image processor are not changed, and its adapter is active only in the captioner."""
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
 
     monkeypatch.chdir(workplace)
@@ -352,7 +352,7 @@ def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypa
 
 
 def test_captioners_share_a_base_and_each_has_its_own_adapter(workplace, monkeypatch):
-    """Equal to separate bases. The same adapter is loaded once. None is the base with what the caller put on it."""
+    """The results equal those on separate bases. An adapter is loaded once. None is the base with the caller's own adapters."""
     monkeypatch.chdir(workplace)
     images = [f"image_test/{n:03}.png" for n in range(4)]
     paths = ["adapter1", "adapter2", "lora_blip_output"]
@@ -371,7 +371,7 @@ def test_captioners_share_a_base_and_each_has_its_own_adapter(workplace, monkeyp
 
 
 def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, monkeypatch):
-    """Not the outputs, gradients, state_dict, trained parameters or modes, and not those of a copy or a merge."""
+    """It does not change the outputs, gradients, state_dict, trained parameters or modes, also of a copy or after a merge."""
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     model, x = base.model, torch.randn(1, 3, 96, 96)
@@ -407,7 +407,7 @@ def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, m
 
 
 def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_captioners(workplace, monkeypatch):
-    """A service that replaces its adapter every hour does not grow, and a changed adapter is not the earlier one."""
+    """A service that often replaces its adapter does not grow. A changed adapter is not mistaken for the earlier one."""
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     content = adapter_file.read("adapter1/adapter.safetensors")
@@ -429,7 +429,7 @@ def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_capt
 
 
 def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monkeypatch):
-    """Each thread gets what it gets alone, from captioners on one base and on separate ones."""
+    """Each thread gets the results of a single thread, from captioners on one base and on separate bases."""
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     some: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 6}
@@ -456,7 +456,7 @@ def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monke
 
 
 def test_a_model_in_training_stays_in_training(make, photos):
-    """Captions in the middle of a training loop: no dropout in them, and the mode is the same afterwards."""
+    """Captions within a training loop are generated without dropout, and the mode is the same afterwards."""
     backbone = carry(make("blip"), dropout=0.5)
     captioner = Captioner(CaptionTask(backbone, "", FEW))
     expected = captioner(photos)

@@ -1,4 +1,4 @@
-"""What makes inference fast changes no text: beams over keys made once, pictures seen once and decoded ahead of their turn."""
+"""Test that fast inference changes no text: shared keys for beams, each image encoded once, and images decoded in advance."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def written(task: CaptionTask, made: torch.Tensor, after: int) -> list[str]:
 
 @torch.no_grad()
 def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **settings: Any) -> list[str]:
-    """Captions by the model's own `generate`, with transformers' own attention."""
+    """Return the captions of the model's own `generate`, with transformers' own attention."""
     model, language = task.backbone.model, task.language
     switch.fast(model, False)
     start = language.prompt_ids(prompt)
@@ -60,7 +60,7 @@ def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **setting
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 @pytest.mark.parametrize("beams", [1, 3, 5])
 def test_captions_are_those_of_hugging_face_s_generate(backbone, beams, prompt):
-    """Batches of 1 to 4, on hooks and merged; texts end by themselves and where their room does."""
+    """Test batches of 1 to 4, with hooks and merged. Texts end with the end token or at the largest length."""
     inject(backbone)
     task = CaptionTask(backbone, prompt)
     for batch in (1, 2, 3, 4):
@@ -74,7 +74,7 @@ def test_captions_are_those_of_hugging_face_s_generate(backbone, beams, prompt):
 
 @pytest.mark.parametrize("beams", [1, 3, 5])
 def test_answers_to_ragged_questions_are_the_same_with_either_attention(make, beams):
-    """transformers' own attention, which repeats what is read for each beam, is the oracle; see test_vqa for its answers."""
+    """The oracle is transformers' own attention, which repeats the keys for each beam. test_vqa compares the answers."""
     task = VqaTask(make("vqa"), "", Generation(max_new_tokens=8, num_beams=beams))
     inject(task.backbone)
     some, images = examples(), pictures(len(ASKED))
@@ -98,7 +98,7 @@ def test_rows_of_several_adapters_are_the_same_with_either_attention(make, kind,
 
 @pytest.mark.parametrize("kind", ["blip", "vqa"])
 def test_keys_of_what_is_read_are_made_once_an_image(make, kind):
-    """Of two images for five beams and all their tokens; of one image for all the texts that are ranked."""
+    """This holds for two images with five beams and all tokens, and for one image with all ranked texts."""
     task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(max_new_tokens=6, num_beams=5))
     made: list[int] = []
     for block in task.backbone.model.text_decoder.bert.encoder.layer:
@@ -114,7 +114,7 @@ def test_keys_of_what_is_read_are_made_once_an_image(make, kind):
 
 
 def watched(model: Any) -> list[int]:
-    """Filled with how many pictures the ViT is given at each call."""
+    """Return a list that gets the number of images at each call of the ViT."""
     seen: list[int] = []
     model.vision_model.register_forward_pre_hook(lambda _m, _a, k: seen.append(len(k["pixel_values"])), with_kwargs=True)
     return seen
@@ -122,7 +122,7 @@ def watched(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
 def test_questions_about_one_picture_look_at_it_once(make, kind):
-    """Ragged questions, in groups of their own too; the answers are those to each alone."""
+    """The questions have different lengths, also in separate groups. The answers equal those to single questions."""
     task = VqaTask(make(kind), "", Generation(max_new_tokens=6))
     some, images = examples(), pictures(2)[[0, 1, 0, 0]]
     alone = [task.predict(images[n : n + 1], some[n : n + 1])[0] for n in range(4)]
@@ -148,7 +148,7 @@ def test_a_picture_that_two_adapters_look_at_is_looked_at_by_each(make):
 
 
 def test_pictures_are_the_same_to_the_bit_or_not_at_all():
-    """Against a comparison of all with all; one value among many, wherever it is, makes another picture."""
+    """Compare with a comparison of all pairs. Images that differ in one value, at any position, are different."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, 40, 40, generator=generator)[[0, 1, 0, 2, 1, 0]]
     images[2, 1, 7, 9] += 1e-6
@@ -178,7 +178,7 @@ def test_validation_looks_at_each_picture_once_and_finds_the_same(make, kind):
 
 
 class Loader(list):
-    """Stacks as a loader gives them."""
+    """Batches as a loader returns them."""
 
     def __init__(self, host_batches: list[HostBatch], some: list[Example]) -> None:
         super().__init__(host_batches)
@@ -213,7 +213,7 @@ def runner(size: int) -> Runner:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], bool]]:
-    """The pictures that were opened, and a wait for one of them."""
+    """Return the list of opened images, and a function that waits until an image is opened."""
     real, names, change = prefetch.open_example, [], threading.Condition()
 
     def noting(example: Example) -> Any:
@@ -231,7 +231,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], 
 
 
 def test_the_next_batch_is_decoded_while_the_model_is_at_work_and_no_more(photos, monkeypatch):
-    """Each batch waits for the next one's last picture, which nobody has asked for yet."""
+    """Each batch waits until the last image of the next batch is opened, before that batch is requested."""
     names, wait = opened(monkeypatch)
     most: list[int] = []
 
@@ -255,7 +255,7 @@ def test_a_picture_of_two_batches_is_decoded_once(photos, monkeypatch):
 
 
 def test_an_error_of_the_source_waits_for_its_turn(photos):
-    """All that was drawn before it has its result; so it is with an error of the work, and no thread stays behind."""
+    """All examples before the error have results. The same holds for an error of the model. No thread remains."""
 
     def source() -> Iterator[Example]:
         yield from photos[:5]
@@ -275,7 +275,7 @@ def test_an_error_of_the_source_waits_for_its_turn(photos):
 
 
 def test_what_was_announced_for_another_call_is_there_for_it(photos, monkeypatch):
-    """Blocks, each a call of its own, as runs over images have them."""
+    """Call the runner once per block, as a run over many images does."""
     names, wait = opened(monkeypatch)
     one = runner(4)
 

@@ -1,4 +1,4 @@
-"""gallery.html of an inference run: the first images with their texts, with or without references, and bounded in size."""
+"""Test gallery.html: the first images with their texts, with and without references, and with a bounded size."""
 
 import json
 import tarfile
@@ -22,7 +22,7 @@ from tests.support import tiny
 
 @pytest.fixture
 def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InferConfig:
-    """Captions of six photos, the third of which is broken; the current folder is theirs."""
+    """Return settings to caption six photos, the third of which is broken. Change to their folder."""
     monkeypatch.chdir(tmp_path)
     tiny.write_photos(tmp_path, 6)
     Path("photos/2.png").write_bytes(b"broken")
@@ -37,7 +37,7 @@ def lines_of(name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("has_references", [False, True])
 def test_infer_writes_a_card_for_each_image_and_prints_where_the_page_is(config, capsys, has_references):
-    """Without references a card has no score and no mark; with them it has both, and the score has its name."""
+    """A card has a score, its name and a mark only if there are references."""
     if has_references:
         refs = [{"image": f"photos/{n}.png", "text": f"a cube {n}", "group": "even"} for n in (0, 2, 4)]
         Path("refs.jsonl").write_text("\n".join(map(json.dumps, refs)))
@@ -74,7 +74,7 @@ def test_a_page_shows_the_first_of_many_images_and_says_so(config, monkeypatch):
 
 
 def page_of(folder: Path, texts: list[str]) -> Path:
-    """Write the gallery of two images with the texts in every place that a stranger's text reaches."""
+    """Write the gallery of two images with `texts` in every field that may contain untrusted text."""
     folder.mkdir()
     image = picture(folder / "a.png")
     examples = [example_of(image, text) for text in texts]
@@ -93,7 +93,7 @@ def page_of(folder: Path, texts: list[str]) -> Path:
 
 
 def test_texts_of_strangers_add_no_tag_to_a_gallery(tmp_path):
-    """Questions, answers, references, rankings, names: the tags are those of a page of plain texts, the texts come back."""
+    """Questions, answers, references, rankings and names add no tag to the page, and can be read from it unchanged."""
     page, plain = page_of(tmp_path / "odd", NASTY), page_of(tmp_path / "plain", ["a", "b", "c", "d", "e", "f"])
     tags, plain_tags = ([tag for tag, _ in Tags(path.read_text("utf-8")).found if tag != "wbr"] for path in (page, plain))
     assert tags == plain_tags

@@ -1,4 +1,4 @@
-"""Scores equal the official evaluations'; what cannot be had is None with its reason; intervals hold what they claim."""
+"""Test that scores equal the official ones, that a missing score is None with a reason, and that intervals are correct."""
 
 import itertools
 import math
@@ -61,7 +61,7 @@ def package() -> Path:
 
 
 def varied(images: int, odd: float, seed: int = 0, endings: tuple[str, ...] = ODD) -> tuple[list[str], list[list[str]]]:
-    """Predictions and four references each, of one topic by image; a share `odd` of the texts ends in one of `endings`."""
+    """Return predictions and four references for each. A share `odd` of the texts ends in one of `endings`."""
     rng = random.Random(seed)
 
     def near(text: str) -> str:
@@ -87,7 +87,7 @@ OTHER_LOCALE = (
 
 
 def in_another_language(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set a decimal comma, Arabic digits, and an encoding without accents."""
+    """Set a locale with a decimal comma, Arabic digits, and an encoding without accents."""
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", OTHER_LOCALE)
     monkeypatch.setenv("_JAVA_OPTIONS", OTHER_LOCALE)
     monkeypatch.setenv("LC_ALL", "C")
@@ -154,7 +154,7 @@ def test_without_java_scores_stay_within_the_stated_distance(monkeypatch, tmp_pa
 
 @needs_java
 def test_words_without_java_are_ptbtokenizer_s(package):
-    """Of every odd caption and of 2,000 sentences of the toy world."""
+    """Compare the words of unusual captions and of 2,000 sentences of the toy world."""
     rng = random.Random(1)
     texts = [*ODD, *(sentence(rng) for _ in range(2000))]
     assert [plain(text) for text in texts] == java.tokenise(texts, package)
@@ -178,7 +178,7 @@ def test_words_without_java_by_hand(caption, words):
 
 @needs_java
 def test_line_ends_and_emptiness_stay_in_their_caption(package):
-    """A caption that holds line ends of every kind, half a letter or nothing shifts no other caption."""
+    """A caption with any line end, a half surrogate pair or no text does not shift the other captions."""
     texts = ["a\r\nb\u2028c\x0bd\x85e", "", "a ||| b", "x \ud800", ".", "last", ""]
     assert java.tokenise(texts, package) == ["a b c d e", "", "a | | | b", "x", "", "last", ""]
 
@@ -193,7 +193,7 @@ def test_without_pycocoevalcap_there_is_one_reason_and_exact_match(monkeypatch):
 
 @pytest.mark.usefixtures("package")
 def test_several_references_count_by_image(monkeypatch, tmp_path):
-    """A prediction equal to any of its own references is right; another image's references do not help."""
+    """A prediction is right if it equals one of its own references. References of other images do not count."""
     without_java(monkeypatch, tmp_path)
     references = [["a red cube on a table", "one cube"], ["two blue balls in a box", "balls"], ["a dog runs in the park"]]
     right = caption_scores([texts[0] for texts in references], references)
@@ -230,7 +230,7 @@ def test_captions_that_cannot_be_scored_are_refused(predictions, references, why
 
 @pytest.mark.usefixtures("package")
 def test_bleu_from_summed_counts_is_the_scorer_s():
-    """Of random sets, so of resamples too: our formula against BleuScorer's on the same captions."""
+    """Our formula equals BleuScorer on random sets of captions, and so on resamples."""
     from pycocoevalcap.bleu.bleu import Bleu
 
     predictions, references = varied(60, odd=0)
@@ -264,7 +264,7 @@ def test_intervals_and_gains_hold_their_scores(monkeypatch, tmp_path):
 
 
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Puts a `java` first on the PATH."""
+    """Put a script named `java` first on the PATH."""
     fake = tmp_path / "bin" / "java"
     fake.parent.mkdir()
     fake.write_text(f"#!/bin/sh\n{script}\n")
@@ -293,7 +293,7 @@ def test_a_meteor_that_crashes_hangs_or_babbles_is_a_reason_in_bounded_time(tmp_
 
 
 def test_meteor_is_asked_a_line_an_image_whatever_the_captions_hold(tmp_path, monkeypatch):
-    """Bars and line ends inside a caption part no fields; the counts come back in one EVAL line."""
+    """Bars and line ends in a caption do not split fields. The counts are sent in one EVAL line."""
     log = tmp_path / "log"
     play(
         tmp_path,
@@ -318,7 +318,7 @@ def test_a_tokenizer_that_fails_leaves_the_scores_that_need_none(tmp_path, monke
 
 
 def test_spice_without_its_models_is_a_reason_and_with_them_its_f_score(tmp_path, monkeypatch):
-    """Nothing is downloaded or run while a jar is missing; the mean of what SPICE writes, in the images' order, afterwards."""
+    """If a jar is missing, nothing is downloaded or run. Otherwise the mean and the scores by image are returned."""
     play(tmp_path, monkeypatch, "echo ran >> " + str(tmp_path / "log"))
     with pytest.raises(JavaError, match=r"stanford-corenlp-3\.6\.0.*get_stanford_models"):
         java.spice(["a"], [["a"]], tmp_path)
@@ -392,7 +392,7 @@ def test_vqa_answers_are_normalised_as_officially(answer, normalised):
 
 
 def test_the_contractions_are_the_official_114():
-    """Those of the official table that change something once in lower case."""
+    """Return the entries of the official table that change a word in lower case."""
     assert len(vqa.CONTRACTIONS) == 114
     assert vqa.CONTRACTIONS["oclock"] == "o'clock" and vqa.CONTRACTIONS["y'alld've"] == "y'all'd've"
 
@@ -432,7 +432,7 @@ def test_with_fewer_than_four_answers_one_equal_answer_is_right():
 
 
 def brute(scores: np.ndarray, owner: list[int]) -> tuple[list[int], list[int]]:
-    """Ranks by sorting: wrong ones come first among equals; the first right one is found."""
+    """The oracle sorts the candidates, wrong ones first among equal scores, and takes the first right one."""
     by_image, by_text = [], []
     for image, row in enumerate(scores):
         order = sorted(range(len(row)), key=lambda text: (-row[text], owner[text] == image))
@@ -446,7 +446,7 @@ def brute(scores: np.ndarray, owner: list[int]) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_ranks_are_those_of_sorting_with_ties_lost(seed, monkeypatch):
-    """Few different scores, so many ties; several captions an image, and images with none; in blocks too."""
+    """There are few different scores, so many ties, several captions per image, and images without captions."""
     rng = np.random.default_rng(seed)
     scores, owner = rng.integers(0, 6, (17, 40)).astype(np.float32), rng.integers(0, 15, 40).tolist()
     if seed % 2:
@@ -463,7 +463,7 @@ def test_ranks_are_those_of_sorting_with_ties_lost(seed, monkeypatch):
 
 
 def test_recalls_by_hand():
-    """Image 0 has texts 0 and 1, image 1 has text 2: its text is beaten by text 0."""
+    """Image 0 has texts 0 and 1, and image 1 has text 2, which ranks behind text 0."""
     found = recalls([[0.9, 0.1, 0.2], [0.8, 0.0, 0.7]], [0, 0, 1])
     assert (found["image_to_text_r1"], found["image_to_text_mean_rank"]) == (0.5, 1.5)
     assert (found["text_to_image_r1"], found["text_to_image_r5"]) == (1.0, 1.0)
@@ -514,7 +514,7 @@ def test_one_caption_for_most_images_is_a_collapse_unless_the_references_are_so_
 
 
 def test_the_interval_of_a_mean_is_the_closed_form():
-    """Of normals: mean ± 1.96 σ / √n, to a twentieth of its width; by indices as well."""
+    """For normal scores it is mean ± 1.96 σ / √n, up to 5 % of its width, also if computed by indices."""
     values = np.random.default_rng(0).normal(3, 2, 400)
     half = 1.96 * values.std() / 20
     for found in (
@@ -542,7 +542,7 @@ def test_equal_scores_have_an_interval_of_no_width():
 
 
 def test_pairing_narrows_the_interval_of_a_gain():
-    """Images differ much, the gain little: paired, it is seen; the same seed gives the same interval."""
+    """Scores vary much between images, but gains do not: the paired interval is narrow. The seed determines it."""
     rng = np.random.default_rng(2)
     base = rng.uniform(0, 1, 200)
     adapted = base + rng.normal(0.02, 0.01, 200)

@@ -1,4 +1,4 @@
-"""What Java's programs are given, how long they may take, and what is made of their answers; no Java is started."""
+"""Test the inputs, the time limits and the outputs of the Java programs, without starting Java."""
 
 import json
 import math
@@ -19,7 +19,7 @@ PACKAGE = Path("/package")
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The calls of `_run`; each gives the next of `answers`, or calls it with the arguments."""
+    """Replace `_run` and return its calls. Each call returns the next of `answers`, or calls it with the arguments."""
     calls: list[dict[str, Any]] = []
 
     def run(name: str, arguments: list[str], given: str, limit: float) -> str:
@@ -106,7 +106,7 @@ def test_meteor_is_asked_in_its_protocol_and_bounded_in_time(monkeypatch):
 
 
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """A `java` that is a shell script."""
+    """Create a `java` that is a shell script."""
     path = tmp_path / "bin" / "java"
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n")

@@ -1,4 +1,4 @@
-"""Scores at their boundaries: words, exact match, diversity, intervals and ranks, each rule on its own."""
+"""Test each rule of the scores at its boundaries: words, exact match, diversity, intervals and ranks."""
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_a_collapse_takes_eight_predictions_and_more_than_half_of_them():
 
 
 def test_references_that_hold_one_caption_as_often_excuse_it():
-    """At more than half of the images; twice at one image counts once, and the form does not matter."""
+    """The reference belongs to more than half of the images. Two equal references of one image count once."""
     said = ["a cube"] * 8
     for images, warned in ((4, True), (5, False)):
         references = [["A ball.", "a ball"]] * images + [[f"thing {n}"] for n in range(8 - images)]
@@ -115,7 +115,7 @@ def test_predictions_without_words_have_no_variety():
 
 
 def test_an_interval_is_the_percentiles_of_the_resampled_scores():
-    """Resamples that score 0, 1, … 200: 95 % of them lie in 5 … 195, and 50 % in 50 … 150."""
+    """For resamples with the scores 0, 1, … 200, 95 % are in 5 … 195, and 50 % in 50 … 150."""
     for level, low, high in ((0.95, 5, 195), (0.5, 50, 150)):
         scores = iter([*range(201), 77])
         found = bootstrap.of_statistic(lambda _, scores=scores: next(scores), 3, resamples=201, level=level)
@@ -134,7 +134,7 @@ def test_images_are_drawn_with_replacement_from_the_seed():
 
 
 def test_sums_of_counts_are_those_of_drawn_images():
-    """Each resample sums as many images as there are, whole ones; the value is that of all."""
+    """Each resample is the sum of as many images as there are. The value is that of all images."""
     sums = []
     found = bootstrap.of_sums([[1, 0], [0, 10]], lambda s: (sums.append(s), s[..., 0] + s[..., 1])[1], resamples=500, seed=3)
     assert found.value == 11 and sums[0].tolist() == [1, 10]

@@ -1,4 +1,4 @@
-"""VQA answers are normalized as by the official evaluation: github.com/GT-Vision-Lab/VQA, vqaEval.py, typed here."""
+"""Test the VQA accuracy against the rules of github.com/GT-Vision-Lab/VQA, vqaEval.py, written here."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".
 
 
 def official(text: str) -> str:
-    """processPunctuation, then processDigitArticle, of an answer without line ends and outer spaces."""
+    """Return Return processPunctuation, then processDigitArticle, of an answer without line ends and outer spaces."""
     text = out = text.replace("\n", " ").replace("\t", " ").strip()
     for mark in PUNCTUATION:
         if (mark + " " in text or " " + mark in text) or re.search(COMMA, text) is not None:
@@ -37,7 +37,7 @@ def test_an_answer_is_normalized_as_by_the_official_code(answer):
 
 
 def test_marks_numbers_and_full_stops_by_hand():
-    """Each rule on its own: a space before or after a mark, a comma in a number, a decimal point, the 33rd full stop."""
+    """Test each rule alone: a space before or after a mark, a comma in a number, a decimal point, the 33rd full stop."""
     by_hand = {
         "t -shirt": "t shirt",
         "t- shirt": "t shirt",
@@ -56,7 +56,7 @@ def test_marks_numbers_and_full_stops_by_hand():
 
 
 def test_a_difference_from_the_official_accuracy_is_documented_next_to_the_claim():
-    """Case is ignored though all ten answers agree; the official code compares them as written then, which gives 0."""
+    """Case is ignored even if all ten answers are equal. The official code then compares them as written, which gives 0."""
     assert vqa.accuracy("red", ["Red"] * 10) == 1
     official = [min(1, sum(answer == "red" for answer in ["Red"] * 9) / 3) for _ in range(10)]
     assert sum(official) == 0

@@ -1,4 +1,4 @@
-"""loss.png: smoothed training loss with the logged values behind it, and named axes."""
+"""Test loss.png: smoothed training loss, logged values behind it, and labels of the axes."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not inst
 @pytest.mark.plots
 @pytest.mark.parametrize(("steps", "is_smoothed"), [(10, False), (200, True)])
 def test_a_long_curve_is_smoothed_with_the_logged_values_behind(tmp_path: Path, monkeypatch, steps: int, is_smoothed: bool):
-    """The mean of a noisy curve stays, its noise falls; axes and the validation score have their names."""
+    """Smoothing keeps the mean of a noisy curve and reduces its noise. The axes and the validation score have labels."""
     losses = [2.0 + (-1) ** n * 0.5 for n in range(steps)]
     lines = [{"step": n + 1, "loss": loss} for n, loss in enumerate(losses)]
     lines += [{"step": n, "val_loss": 2.0, "val_vqa_accuracy": 0.5} for n in (0, steps)]
@@ -32,7 +32,7 @@ def test_a_long_curve_is_smoothed_with_the_logged_values_behind(tmp_path: Path, 
 
 
 def test_smoothing_keeps_a_line_that_is_straight_on_the_axis() -> None:
-    """Also at both ends: the steep fall at the start of a training is not moved. Without positive values nothing changes."""
+    """This also holds at both ends: the steep fall at the start is not moved. Curves with values ≤ 0 are not changed."""
     line = [2.0**-n for n in range(100)]
     assert plots.smoothed(line) == pytest.approx(line)
     assert [len(plots.smoothed(line[:n])) for n in range(4)] == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""report.html: whole in itself, safe with words of strangers, and it works in a browser (skipped where there is none)."""
+"""Test report.html: no external files, safe with untrusted text, and usable in a browser (skipped if there is none)."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ def picture(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red") -
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The data inside a page; JSON to the letter, without Python's NaN."""
+    """Return the data of a page. It must be strict JSON, without NaN."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
     assert found
 
@@ -59,7 +59,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class Tags(HTMLParser):
-    """Every tag of a page with its attributes."""
+    """Return every tag of a page with its attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 cards: every third is wrong, every fourth changed, of two groups; after six of strangers' words."""
+    """Return 120 cards in two groups, every third wrong and every fourth changed, after six cards with untrusted text."""
     folder = tmp_path_factory.mktemp("report")
     one, other = picture(folder / "one.png"), picture(folder / "other.jpg", (600, 300), "blue")
     cards = [
@@ -92,7 +92,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nothing_is_fetched(page: Path) -> None:
-    """No tag or style refers to anything but data, and the browser is told to refuse it if one did."""
+    """Tags and styles refer only to data: URLs, and the content security policy forbids all others."""
     text = page.read_text("utf-8")
     tags = Tags(text).found
     sources = [
@@ -107,7 +107,7 @@ def test_nothing_is_fetched(page: Path) -> None:
 
 
 def test_words_of_strangers_add_no_tag(page: Path, tmp_path: Path) -> None:
-    """The tags are those of a page of plain words; every caption comes back from the JSON with its controls escaped."""
+    """The page has the tags of a page with plain words. The JSON contains every caption, with escaped control characters."""
     tags = [tag for tag, _ in Tags(page.read_text("utf-8")).found]
     assert tags.count("script") == 2 and not {"img", "i"} & set(tags)
     assert tags.count("b") == 9  # the figures of the score table
@@ -117,7 +117,7 @@ def test_words_of_strangers_add_no_tag(page: Path, tmp_path: Path) -> None:
 
 
 def test_worst_first_and_the_worst_have_the_pictures(tmp_path: Path) -> None:
-    """By score, then by what was lost to the base; none last. An image of two questions is embedded once."""
+    """Cards are sorted by score, then by the loss against the base; no score is last. An image is embedded once."""
     images = [picture(tmp_path / f"{n}.png", (300, 600)) for n in range(4)]
     scores = [(0.5, 0.1), (None, None), (0.5, 0.9), (0.0, None), (float("nan"), 1.0), (0.6, 0.5)]
     cards = [Card(images[min(n, 3)], ["a"], str(n), score=score, base_score=base) for n, (score, base) in enumerate(scores)]
@@ -131,7 +131,7 @@ def test_worst_first_and_the_worst_have_the_pictures(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """A missing, damaged or foreign file costs its own picture and nothing else."""
+    """For a missing, damaged or unknown file, only its own image is missing on the page."""
     (tmp_path / "text.png").write_text("no image")
     whole = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -166,7 +166,7 @@ def test_curves_survive_nan_and_long_runs(tmp_path: Path) -> None:
 
 
 def test_score_table_says_what_is_better() -> None:
-    """adapted − base in points or plain figures; a falling loss is better; overlapping intervals are said; – has its note."""
+    """The gain is adapted − base, in points or as a number. A lower loss is better. Overlapping intervals and – have a note."""
     table = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)) for row in scores_html(ROWS).split("<tr>")[2:]]
     assert "25.0 % 20.0 to 30.0 75.0 % 70.0 to 80.0 +50.0 points better" in table[0]
     assert "0.900 0.800 to 1.000 0.500 0.400 to 0.850 −0.400 worse, intervals overlap" in table[1]
@@ -231,7 +231,7 @@ def show(browser: Any, page: Path, width: int, scheme: str = "light") -> None:
 
 
 def enter(browser: Any, **settings: str | bool) -> str:
-    """Set the filters as a user would; what the page then says is shown."""
+    """Set the filters as a user does, and return the number of cards that the page shows."""
     return browser.execute_script(
         """for (const [name, value] of Object.entries(arguments[0])) {
              const control = document.getElementById("filters").elements[name];
@@ -248,7 +248,7 @@ def shown(browser: Any) -> list[str]:
 
 
 def test_opens_silently_from_disk(opened: Any, page: Path) -> None:
-    """No message on the console, no request but the page and its data, no script of a stranger."""
+    """The page writes nothing to the console, loads nothing else, and runs no untrusted script."""
     events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
     urls = [request["request"]["url"] for request in requests if request["documentURL"] == page.as_uri()]
@@ -265,7 +265,7 @@ def test_strangers_words_are_shown_as_text(opened: Any) -> None:
 
 
 def test_filters_count_what_is_left(opened: Any) -> None:
-    """Words, a phrase, wrong, changed, leaks and a group, alone and together; clearing brings all back."""
+    """Filter by words, phrase, wrong, changed, leaks and group, alone and together. Clearing the filters shows all cards."""
     assert opened.find_element("id", "count").text == "120 cards"
     assert len(shown(opened)) == 48  # the rest as one scrolls
     opened.find_element("name", "query").send_keys("CUBE number 11")
@@ -302,7 +302,7 @@ def test_differences_are_marked_word_by_word(opened: Any) -> None:
 
 
 def test_a_picture_enlarges(opened: Any) -> None:
-    """By click or key; the arrows turn the pages; Escape gives back the focus."""
+    """A click or a key opens a card, the arrows change it, and Escape returns the focus."""
     enter(opened, query="number")
     first = opened.find_element("css selector", "button.frame")
     opened.execute_script("arguments[0].focus()", first)
@@ -341,7 +341,7 @@ def test_axes_curves_and_scores_have_names(opened: Any) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screens_need_no_sideways_scroll(chromium: Any, page: Path, scheme: str) -> None:
-    """At 360 px; and in both schemes every text has a contrast of at least 4.5 to what is behind it (WCAG 2, AA)."""
+    """The page fits 360 px. In both colour schemes, every text has a contrast of at least 4.5 (WCAG 2, AA)."""
     show(chromium, page, 360, scheme)
     assert chromium.execute_script("return document.documentElement.scrollWidth") == 360
     assert chromium.execute_script(CONTRAST) == []

@@ -1,4 +1,4 @@
-"""What the loop does between two steps: the data that is left, checkpoints, signals, validation, rescue; on stand-ins."""
+"""Test what the loop does between two steps, with fake objects: remaining data, checkpoints, signals, validation and rescue."""
 
 import math
 import signal
@@ -22,7 +22,7 @@ from tests.support.runs import settings
 
 
 class Loader:
-    """Seven micro-batches an epoch, named by epoch and number, as the sampler asks for them."""
+    """Yield seven micro-batches per epoch, named by epoch and number, in the order of the sampler."""
 
     def __init__(self) -> None:
         self.batch_sampler = SimpleNamespace(epoch=-1, selected=[])
@@ -38,7 +38,7 @@ class Loader:
 
 
 def walk(progress: Progress, epochs: int = 2, accumulation: int = 3, ranks: Any = ALONE) -> list[list[str]]:
-    """The micro-batches of each step; every step counts as made."""
+    """Return the micro-batches of each step. Count every step as an update."""
     found = []
     for slots, stacks in remaining_steps(Loader(), epochs, accumulation, progress, ranks):
         assert [f"{progress.epoch}.{slot.number}" for slot in slots] == stacks
@@ -59,7 +59,7 @@ def test_every_micro_batch_of_every_epoch_comes_once():
 @pytest.mark.parametrize("done", range(6))
 @pytest.mark.parametrize("slot", [0, 1, 2])
 def test_a_run_continues_with_exactly_what_is_left(done, slot):
-    """From any step, and from any micro-batch inside it."""
+    """A run can continue from any step, and from any micro-batch of a step."""
     slot = min(slot, len(WHOLE[done]) - 1)
     progress = Progress(epoch=done // 3, group=done % 3, slot=slot, step=done, total=6)
     assert walk(progress) == [WHOLE[done][slot:], *WHOLE[done + 1 :]]
@@ -71,7 +71,7 @@ def test_a_run_ends_at_its_total_in_the_middle_of_an_epoch():
 
 
 def test_a_step_that_was_skipped_is_tried_with_the_next_data():
-    """`group` counts steps that were tried: a skipped one is not read again."""
+    """`group` also counts skipped steps: their data are not read again."""
     progress = Progress(group=1, step=0, total=6)
     assert walk(progress, epochs=1) == WHOLE[1:3]
 
@@ -88,7 +88,7 @@ def test_ranks_share_a_step():
 def session_of(
     due: bool = False, number: int = 0, inconsistent: bool = False, fails: Exception | None = None
 ) -> SimpleNamespace:
-    """A session that notes what is asked of its run."""
+    """Return a session that records the calls to its run."""
     happened: list[str] = []
 
     def checkpoint() -> None:
@@ -149,7 +149,7 @@ def test_a_rescue_that_fails_is_reported_and_the_first_error_stays(error, capsys
         raise BrokenPipeError
 
     monkeypatch.setattr("builtins.print", broken)
-    Session.rescue(session_of(fails=error))  # nobody reads any more
+    Session.rescue(session_of(fails=error))  # the reader of stdout has closed the pipe
     monkeypatch.undo()
     with pytest.raises(ZeroDivisionError):
         Session.rescue(session_of(fails=ZeroDivisionError()))
@@ -159,7 +159,7 @@ def test_a_rescue_that_fails_is_reported_and_the_first_error_stays(error, capsys
 
 
 def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[list[str], SimpleNamespace]:
-    """What `validate_if_due` does: its validations and lines."""
+    """Call `validate_if_due`, and return its validations and its printed lines."""
     happened: list[str] = []
     held_out = given.pop("held_out", "held out")
     config = TrainConfig(patience=given.pop("patience", 0), best_by="loss")
@@ -238,7 +238,7 @@ def test_the_number_of_steps_counts_tails_ranks_and_the_limit():
 
 
 def test_the_rate_at_its_corners():
-    """The first update has 1 / warmup of the peak; the peak follows the warm-up; past the total it stays 0."""
+    """The first rate is peak / warmup, the rate after the warm-up is the peak, and the rate after the last step is 0."""
     rates = [loop.learning_rate(step, 10, 4, 8.0) for step in range(13)]
     assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0] and rates[7] == pytest.approx(4.0)
     assert rates[9] == pytest.approx(4 * (1 + math.cos(math.pi * 5 / 6))) and rates[10:] == pytest.approx([0.0] * 3)
@@ -246,12 +246,12 @@ def test_the_rate_at_its_corners():
 
 
 class Enough(BaseException):
-    """Ends a training in the middle."""
+    """Stop a training in the middle."""
 
 
 @pytest.mark.parametrize(("epochs", "given", "every"), [(3, 0, 10), (100, 0, 30), (100, 7, 7)])
 def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, tmp_path, monkeypatch, epochs, given, every):
-    """Three steps an epoch; a number of the user's own is taken. The identity holds what is learned from kept states."""
+    """An epoch has three steps. A number set by the user is used. The identity describes the cached states."""
     seen: list[Any] = []
 
     def validate_if_due(running: Session, *_: Any) -> None:

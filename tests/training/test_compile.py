@@ -1,4 +1,4 @@
-"""torch.compile of the ViT's blocks: no break in their graphs, and the training that there is without it."""
+"""Test torch.compile of the ViT's blocks: no graph breaks, and the same training as without it."""
 
 from functools import partial
 from shutil import which
@@ -24,7 +24,7 @@ STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # of the losses, relative
     [("fp32", 3, "vit[1:2]", 1, "inductor"), ("bf16", 4, "vit", 4, "aot_eager")],
 )
 def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, monkeypatch, precision, batch_size, blocks, graphs, backend):
-    """The losses of twenty steps are equal, and those of the validations between them, which are not compiled.
+    """The losses of twenty steps are equal, and so are the losses of the validations, which are not compiled.
 
     aot_eager captures the same graphs, forward and backward, but executes PyTorch's own kernels: g++ takes seconds a graph.
 
@@ -55,7 +55,7 @@ def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, mo
 
 
 def test_blocks_before_the_first_adapter_are_left_as_they_are(make):
-    """What is kept of them is the same, whether a run was compiled or not."""
+    """The cached states are the same with and without torch.compile."""
     model = make("blip").model
     compile_blocks(model, first=1)
     assert [block._compiled_call_impl is not None for block in model.vision_model.encoder.layers] == [False, True]

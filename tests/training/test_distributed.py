@@ -1,4 +1,4 @@
-"""Several processes are one: the same updates as one process with as many micro-batches a step, one writer, no rank lost."""
+"""Test that several processes equal one process with as many micro-batches per step, and that a lost rank is replaced."""
 
 import importlib
 import os
@@ -38,7 +38,7 @@ def finished(config: TrainConfig) -> Path:
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_every_micro_batch_is_one_ranks_own_once(batches, accumulation, ranks):
-    """All ranks take as many turns in each step, and what they count is the epoch, in its order."""
+    """All ranks have the same number of slots in each step. Together, their micro-batches are those of the epoch, in order."""
     shares = [slots_of_steps(batches, accumulation, rank, ranks) for rank in range(ranks)]
     assert {tuple(len(step) for step in share) for share in shares} == {tuple(len(step) for step in shares[0])}
     assert len(shares[0]) == -(-batches // (accumulation * ranks))
@@ -53,7 +53,7 @@ SLOW_THREE = [pytest.param(kind, 3, marks=pytest.mark.slow) for kind in ("vqa", 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("blip", 2), ("opt", 2), *SLOW_THREE])
 def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
-    """20 steps, uneven captions, tails of one line, dropout, drawn negatives: every loss to 1e-6, the adapters to the bit."""
+    """Compare 20 steps with captions of different lengths, last batches of one line, dropout and sampled negatives."""
     changes = {
         "epochs": 30,
         "max_steps": 20,
@@ -78,7 +78,7 @@ def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
 
 
 def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_path, capfd):
-    """What is exchanged is the adapters' gradients: half of their bytes twice over, between two."""
+    """Two processes exchange the gradients of the adapters: each sends half of their bytes twice."""
     config = config_of(checkpoints, tmp_path, epochs=1, targets="vit,text")
     assert among(2, lambda: train(config)) == [0, 0]
     said = capfd.readouterr().out
@@ -87,7 +87,7 @@ def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_pat
 
 
 def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
-    """DDP's reducer, freed last, would wait for gloo's thread with the GIL, and that thread for the GIL."""
+    """Without the fix, DDP's reducer holds the GIL and waits for gloo's thread, which waits for the GIL."""
     importlib.import_module("torch._dynamo")  # once here, not in each child
 
     def act() -> None:
@@ -104,7 +104,7 @@ def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
 
 @pytest.mark.parametrize("change", ["lines", "lr", "missing"])
 def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkpoints, tmp_path, capfd, change):
-    """Other data, other settings, or an error on one rank alone: all end at once, and the error names the rank."""
+    """If one rank has other data, other settings or an error, all ranks stop at once, and the error names the rank."""
     config = config_of(checkpoints, tmp_path)
     source = Path(config.annotations)
     other = source.with_name("other.jsonl")
@@ -123,7 +123,7 @@ def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkp
 
 
 def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, tmp_path):
-    """In the middle of an accumulation; and a run of two is not gone on with by one."""
+    """The signal comes during an accumulation. One process cannot resume the run of two processes."""
     config = config_of(checkpoints, tmp_path, checkpoint_seconds=1e9, epochs=3)
     assert among(2, lambda: train(config)) == [0, 0]
 
@@ -150,7 +150,7 @@ def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, 
 
 
 def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeypatch):
-    """What each counts of the validations without a better score is gone on with on all of them."""
+    """All ranks resume with the same number of validations without a better score."""
     scores = [score(9), score(2, 0.5), *[score(3, 0.5)] * 9]
     real = Run.log_validation
     monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
@@ -174,7 +174,7 @@ def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5", "itm"])
 def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, kind):
-    """FSDP2 of the frozen blocks: each rank holds half of them, and the adapter is the same, and fits its base."""
+    """With FSDP2, each rank holds half of the frozen blocks. The adapter is the same, and it fits its base."""
     changes = {"epochs": 2, "targets": WHOLE[kind], "batch_size": 4 if kind == "itm" else 2}
     config = config_of(checkpoints, tmp_path, kind, checkpoint_seconds=0.2, **changes)
     assert among(2, lambda: train(config)) == [0, 0]
@@ -233,7 +233,7 @@ DYING = """
 
 
 def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints, tmp_path):
-    """Rank 1 dies in a step, then the writer, then rank 1 again."""
+    """Rank 1 is killed in a step, then rank 0, which writes the files, then rank 1 again."""
     config = config_of(checkpoints, tmp_path, epochs=3)
     assert among(2, lambda: train(config)) == [0, 0]
     deaths = [("1", "0", (0, 1)), ("0", "1", (2, 0)), ("1", "2", (4, 2))]
@@ -256,7 +256,7 @@ def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints,
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_under_torchrun_is_not_missed(checkpoints, tmp_path):
-    """--max-restarts 1: the writer dies in a step; the adapter equals that of a run without deaths."""
+    """With --max-restarts 1, rank 0 is killed in a step. The adapter equals that of a run that is not killed."""
     config = config_of(checkpoints, tmp_path, epochs=3)
     assert among(2, lambda: train(config)) == [0, 0]
     deaths = [(0, 0, (4, 0))]

@@ -1,4 +1,4 @@
-"""A step of the learner: what counts as skipped, what a checkpoint keeps, and how a changed run continues."""
+"""Test the step of the learner: skipped steps, the content of a checkpoint, and resuming with changed settings."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def learner_of(make: Callable[..., Any], **options: Any) -> Learner:
 
 
 def accumulate(learner: Learner, slots: int = 1, of: int = 1) -> None:
-    """The first `slots` micro-batches of a step that has `of`."""
+    """Accumulate the first `slots` micro-batches of a step with `of` micro-batches."""
     batches = [batch_of(learner.task, seed=number) for number in range(of)]
     every = [Slot(number) for number in range(of)]
     learner.begin_step(batches, every)
@@ -62,7 +62,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(learner
 
 
 def test_only_skipped_steps_in_a_row_are_counted(learner):
-    """Two skipped steps, one that is made, one skipped: the count is 1, not 3."""
+    """After two skipped steps, one update and one skipped step, the count is 1, not 3."""
     counts = []
     for loss in (math.nan, math.nan, None, math.nan):
         accumulate(learner)
@@ -74,7 +74,7 @@ def test_only_skipped_steps_in_a_row_are_counted(learner):
 
 
 def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
-    """The mean over the label tokens of all its micro-batches; the next step starts from zero, at the rate it is given."""
+    """The loss is the mean over the label tokens of the step. The next step starts from 0, with its own rate."""
     accumulate(learner, 2, of=2)
     batches = [batch_of(learner.task, seed=number) for number in range(2)]
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
 
 
 def test_idle_slots_of_a_rank_add_nothing(learner):
-    """A rank that has no micro-batch left takes part in the step, and changes neither its loss nor its gradients."""
+    """A rank without a micro-batch takes part in the step, but changes neither the loss nor the gradients."""
     batches = [batch_of(learner.task, seed=1), batch_of(learner.task, seed=2)]
     learner.begin_step(batches, [Slot(0), Slot(0, is_filler=True)])
     assert learner.label_count == batches[0].count and learner.images == batches[0].images
@@ -103,7 +103,7 @@ def test_idle_slots_of_a_rank_add_nothing(learner):
 
 
 def test_gradients_are_clipped_only_if_they_are_to_be(make):
-    """Without max_grad_norm the step of plain SGD is the whole gradient."""
+    """Without max_grad_norm, a step of plain SGD is the whole gradient."""
     for most in (0.0, 1e-3):
         learner = learner_of(make, max_grad_norm=most)
         learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
@@ -131,7 +131,7 @@ def restored(make: Callable[..., Any], kept: tuple[dict, dict]) -> Learner:
 
 
 def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
-    """State after one of two micro-batches; the restored one ends the step with the same adapters, moments and loss."""
+    """The state is saved after one of two micro-batches. After the step, adapters, moments and loss are the same."""
     accumulate(learner)
     update_parameters(learner, 1e-2)
     accumulate(learner, 1, of=2)
@@ -173,7 +173,7 @@ def test_a_fresh_learner_has_done_nothing(learner):
 
 
 def test_a_step_without_a_label_divides_by_one(learner):
-    """Every micro-batch is another rank's: there is nothing to learn from, and no division by zero."""
+    """If no micro-batch of the step belongs to this rank, there is no label and no division by zero."""
     learner.begin_step([batch_of(learner.task)], [Slot(0, is_filler=True)])
     assert (learner.label_count, learner.images) == (1.0, 0)
     accumulate_gradients(learner, batch_of(learner.task), Slot(0, is_filler=True), is_last=True)
@@ -182,7 +182,7 @@ def test_a_step_without_a_label_divides_by_one(learner):
 
 
 def test_a_step_whose_loss_is_not_finite_is_kept_from_its_start(make, learner):
-    """The micro-batch to blame is met again: neither its gradients nor the sum so far are written."""
+    """The gradients and the loss so far are not written, so the resumed run computes the faulty micro-batch again."""
     accumulate(learner, 1, of=2)
     learner.loss.fill_(math.nan)
     tensors, about = learner.state_dict()
@@ -231,7 +231,7 @@ def test_a_seed_decides_what_is_drawn_on_the_cpu():
 
 
 def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
-    """The same slot of the same epoch and seed draws the same; another slot, epoch or seed draws others."""
+    """The same slot, epoch and seed give the same random numbers. Another slot, epoch or seed gives others."""
 
     def loss(seed: int = 0, epoch: int = 0, number: int = 3, before: int = 0) -> float:
         learner = learner_of(make, seed=seed)
@@ -254,7 +254,7 @@ def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
 
 
 def resumed(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[str, Any]) -> Learner:
-    """A new learner that continues from a checkpoint of `learner`, as the run that `now` identifies."""
+    """Return a new learner that resumes from a checkpoint of `learner`, in a run with the identity `now`."""
     then = {"batch_size": 2, "accumulation": 3, "processes": 1, "lr": 0.1}
     tensors, about = learner.state_dict()
     run = folder / "lora_x"
@@ -284,7 +284,7 @@ def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_pat
     ],
 )
 def test_a_changed_run_continues_at_the_start_of_a_step_after_as_many_images(make, learner, tmp_path, now, group):
-    """8 steps of 2 · 3 · 1 images are 48 images; half a step's gradients are dropped; the length is that of the new run."""
+    """8 steps of 2 · 3 · 1 images are 48 images. The unfinished step is discarded, and `total` is the new one."""
     accumulate(learner, 1, of=2)
     learner.progress.group, learner.progress.total = 8, 50
     other = resumed(make, learner, tmp_path, now)

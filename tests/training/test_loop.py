@@ -1,4 +1,4 @@
-"""The loop: accumulation is a batch, frozen is frozen, fp16 scales and skips, a run leaves what it should."""
+"""Test the training loop: accumulation, frozen weights, fp16, and the files of a run."""
 
 import json
 import math
@@ -36,7 +36,7 @@ UNEVEN = ["a", "a red cube", "nothing", "a blue cube on top of a green cube", "t
 
 
 def rows(batch: DeviceBatch, first: int, last: int, task: CaptionTask) -> DeviceBatch:
-    """Some rows of a batch as a micro-batch of its own, padded anew."""
+    """Return some rows of a batch as a separate micro-batch, padded again."""
     texts = [example.text for example in batch.examples[first:last]]
     new = task.language.tokenize([task.prompt] * len(texts), texts)
     return DeviceBatch(batch.examples[first:last], batch.pixel_values[first:last], new.pad(), new.label_tokens)
@@ -60,7 +60,7 @@ def test_accumulation_is_a_batch(make, kind):
 
 
 def test_gradients_are_clipped_unscaled(make):
-    """With a loss scale of 1024, the step taken still has the norm asked for."""
+    """With a loss scale of 1024, the gradient of the update still has the norm `max_grad_norm`."""
     task = CaptionTask(make("blip"))
     inject(task.backbone)
     update, moved = one_step(task, [batch_of(task)], max_grad_norm=0.01, scale=1024.0)
@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_adapter(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("kind", ["blip", "opt"])
 def test_fp16_amp_runs_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path, kind, capsys):
-    """A real GradScaler: its first scale of 65,536 overflows, the step is skipped, the scale halves, training goes on."""
+    """A real GradScaler: its first scale of 65,536 overflows, the step is skipped, the scale halves, training continues."""
     source = tiny.write_photos(tmp_path)
     config = settings(checkpoints[kind], source, precision="fp16", epochs=8, targets=WHOLE[kind], max_skipped=40)
     real = torch.amp.GradScaler
@@ -143,7 +143,7 @@ def test_bf16_trains(checkpoints, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_path, monkeypatch):
-    """A weight that overflows after some steps: the module is named, nothing is updated with NaN, what was learned is kept."""
+    """If a weight overflows after some steps, the error names the module, no update contains NaN, and the adapter is saved."""
 
     def poison(count: int, learner: Learner) -> None:
         if count == 3:
@@ -177,7 +177,7 @@ def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
 
 
 def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_path, monkeypatch):
-    """Exact match is over images: a model that always says one of three right captions scores 1, not a third."""
+    """Exact match is computed by image: a model that always generates one of three right captions has the score 1, not 1/3."""
     source = tiny.write_photos(tmp_path, 4, ["one"] * 4)
     source.write_text(
         source.read_text() + source.read_text().replace("one", "two") + source.read_text().replace("one", "three")
@@ -198,7 +198,7 @@ def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp
 
 
 def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
-    """An image that vanishes during training: its error is raised, and the adapter of the steps before is there."""
+    """If an image is deleted during training, the error is raised, and the adapter of the earlier steps is saved."""
     source = tiny.write_photos(tmp_path)
 
     def vanish(count: int, _: Learner) -> None:
@@ -237,7 +237,7 @@ def test_a_run_is_named_by_its_settings():
     ],
 )
 def test_the_name_of_a_run_is_a_short_file_name_of_plain_characters(base, targets, end):
-    """A strange base or target adds no path, no control character and no length."""
+    """A base or target with unusual characters adds no path and no control character to the name, and does not make it long."""
     assert run_name("vqa", base, targets, datetime(2026, 1, 2)) == f"2026-01-02_000000_vqa_{end}"
 
 
@@ -283,7 +283,7 @@ def test_dropout_of_the_adapter_is_for_training_alone(make):
 def watched(
     monkeypatch: pytest.MonkeyPatch, scores: list[dict[str, float]] | None = None
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Step → copies of the adapter's tensors at each validation, whose scores are replaced in turn by `scores`."""
+    """Return {step: copies of the adapter's tensors at this validation}. `scores` replace the scores of the validations."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
     real = Run.log_validation
 
@@ -322,7 +322,7 @@ def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoints, tmp_path, monkeypatch, capsys, resumed):
-    """The base's score is that before the first step, also in a run that was resumed after it."""
+    """The score of the base is that before the first step, also in a run that was resumed later."""
     watched(monkeypatch, [score(3, 0.125), score(2, 0.5), score(1, 0.75)])
     source = tiny.write_photos(tmp_path)
     config = settings(checkpoints["blip"], source, epochs=9, max_steps=4, validate_every=2)
@@ -341,7 +341,7 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
 
 
 def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
-    """`python project/train.py` names project/infer.py, its default images, and what the task asks for, quoted for a shell."""
+    """`python project/train.py` prints a command with project/infer.py and the flags of the task, quoted for a shell."""
     for name in ("train.py", "infer.py"):
         (tmp_path / name).touch()
     (tmp_path / "image_test").mkdir()
@@ -366,7 +366,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkp
 
 
 def test_a_lower_loss_is_no_improvement_of_another_score(checkpoints, tmp_path, monkeypatch):
-    """Patience counts validations without a better BEST_BY; the lower loss still chooses among equal scores."""
+    """Patience counts validations without a better BEST_BY. Among equal scores, the one with the lower loss is the best."""
     watched(monkeypatch, [score(9, 0.5), *[score(9 - n / 1e6, 0.5) for n in range(1, 20)]])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
     assert adapter_file.read(path).metadata["training"]["steps"] == 4
@@ -384,7 +384,7 @@ def test_patience_counts_gains_above_the_smallest(smallest, stale):
 
 
 def test_patience_goes_on_from_a_checkpoint_of_any_version():
-    """The score of the last improvement is kept; a checkpoint without it counts from its best score."""
+    """A checkpoint contains the score of the last improvement. For an older checkpoint without it, the best score is used."""
     run = Run.__new__(Run)
     run.config, run.best = TrainConfig(best_by="exact_match"), Best("exact_match", min_improvement=1e-4)
     run._restore_scores({"last": {}, "best": {"by": "exact_match", "step": 4, "stale": 2, "rank": [0.5, -1.0]}})
@@ -395,7 +395,7 @@ def test_patience_goes_on_from_a_checkpoint_of_any_version():
 
 
 def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_path, monkeypatch, capsys):
-    """A plot, a tracker and the measured drift: the adapter is saved, the run finished, and its checkpoints are gone."""
+    """If plot, TensorBoard and drift fail, the adapter is saved, the run is finished, and its checkpoints are removed."""
     import torch.utils.tensorboard as board
 
     def fail(*_: object, **__: object) -> None:
@@ -423,7 +423,7 @@ def test_a_run_prints_its_plot_or_why_there_is_none(checkpoints, tmp_path, monke
 
 
 def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
-    """MPLBACKEND names a backend that is not installed; a file needs none, and the variable stays as it was."""
+    """MPLBACKEND names a backend that is not installed. The plot does not need it, and the variable is not changed."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     code = (
         "import os, sys, pathlib; from lora_blip.reports import plots; "
@@ -506,7 +506,7 @@ def test_without_held_out_images_a_run_trains_and_has_no_best(checkpoints, tmp_p
 
 
 def test_tensorboard_holds_the_scalars_of_the_metrics(checkpoints, tmp_path):
-    """Every number of metrics.jsonl at its step, as TensorBoard itself reads the file."""
+    """TensorBoard's own reader returns every number of metrics.jsonl at its step."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), tensorboard=True, epochs=3))
     events = reader.EventAccumulator(str(path.parent))
@@ -519,7 +519,7 @@ def test_tensorboard_holds_the_scalars_of_the_metrics(checkpoints, tmp_path):
 
 @pytest.mark.plots
 def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
-    """Each score that is a share has a line of its own, with its points; what is no number is left out."""
+    """Each score between 0 and 1 has its own line with its points. Values that are not numbers are not drawn."""
     from matplotlib.figure import Figure
 
     drawn = []
@@ -546,7 +546,7 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
 
 
 def test_the_end_is_validated_though_a_step_was_skipped(checkpoints, tmp_path, monkeypatch):
-    """A skipped step leaves a run short of its total; its last adapter is scored all the same."""
+    """A run with a skipped step makes fewer updates than its total. Its last adapter is still validated."""
 
     def spoil(count: int, learner: Learner) -> None:
         if count == 2:

@@ -1,4 +1,4 @@
-"""Preflight: each way in which training would be useless is refused, with the reason."""
+"""Test the preflight checks: each fault that makes training useless is refused with a reason."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_a_tokenizer_of_bert_has_no_token_for_blips_start_of_a_text(checkpoints,
 
 
 def test_a_label_is_below_its_input_token():
-    """Columns that do not fit on a line are on the next two; equal neighbors are one column, and no cell is lost."""
+    """Columns that do not fit are on the next two lines. Equal neighbors are one column. No cell is lost."""
     assert aligned([("[DEC]", "a"), ("a", "blue"), ("[PAD]", "."), ("[PAD]", ".")]) == [
         "  input   [DEC]  a     [PAD] ×2",
         "  label   a      blue  .",
@@ -84,7 +84,7 @@ def test_a_label_is_below_its_input_token():
 
 
 def test_a_blip2_without_placeholders_is_refused(make):
-    """It would train, silently blind: the text has no place where the image stands."""
+    """Without placeholders in the text, the model would train without seeing the image."""
     for kind in ("opt", "t5"):
         backbone = make(kind)
         inject(backbone, "lm", trained=False)
@@ -100,7 +100,7 @@ def test_an_adapter_that_never_fires_is_refused(make, monkeypatch):
     inject(backbone, "vit", trained=False)
     mlp = backbone.model.vision_model.encoder.layers[0].mlp
     monkeypatch.setattr(mlp, "forward", lambda x: mlp.fc2(torch.nn.functional.linear(x, mlp.fc1.weight)))
-    with pytest.raises(PreflightError, match=r"layers\.0\.mlp\.fc1' is not called"):
+    with pytest.raises(PreflightError, match=r"layers\.0\.mlp\.fc1': the model's forward does not call"):
         checked(CaptionTask(backbone))
 
 
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_names_the_first_module(make):
 
 
 def test_the_memory_estimate_counts_what_autograd_keeps(make):
-    """Twice the images, about twice the activations; checkpointing keeps a fraction."""
+    """Twice the images need about twice the activations. Checkpointing saves only a fraction of them."""
     counted = {}
     for name, options, copies in (("one", {}, 1), ("two", {}, 2), ("frugal", {"checkpointing": True}, 1)):
         backbone = make("opt", **options)
@@ -148,7 +148,7 @@ def test_the_memory_estimate_counts_what_autograd_keeps(make):
 
 
 def test_the_checks_draw_nothing_from_the_generator_of_the_run(make):
-    """Dropout inside the checks leaves the random numbers of the training as they are."""
+    """Dropout during the checks does not change the random numbers of the training."""
     backbone = make("blip")
     for adapter in inject(backbone, "vit", trained=False).values():
         adapter.dropout = 0.5
@@ -162,7 +162,7 @@ def test_the_checks_draw_nothing_from_the_generator_of_the_run(make):
 
 
 class Toy(nn.Module):
-    """Two linears with adapters, a tuple as output, and integers."""
+    """A model with two adapted linears, a module that returns a tuple, and integer outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,12 +184,12 @@ def targets_of(*modules: str) -> list[Site]:
 
 
 def toy_task(model: nn.Module, loss, logits=None) -> SimpleNamespace:
-    """As much of a task as the checks of gradients and images use."""
+    """Return an object with the attributes of a task that the checks of gradients and images use."""
     return SimpleNamespace(backbone=SimpleNamespace(model=model), loss=loss, logits=logits, parameters=lambda: ())
 
 
 def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution():
-    """Whatever comes before it or after it; no hook stays."""
+    """This holds for any position of the module. All hooks are removed."""
     x = torch.ones(1, 4)
     for module, poisoned, kind in (("first", "weight", "Linear"), ("second", "bias", "Linear")):
         model = Toy()
@@ -229,7 +229,7 @@ def test_adapters_that_are_not_called_are_counted_and_the_first_is_named():
 
 
 def test_adapters_without_a_gradient_are_counted_and_no_gradient_stays():
-    """B that is not reached, and B whose gradient is zero; a batch of four counts as one of one."""
+    """One B is not used, and one has a zero gradient. A batch of four gives the same result as a batch of one."""
     x, model = torch.ones(1, 4), Toy()
     found = attached.adapters(model)
     batch = SimpleNamespace(count=4)
@@ -256,7 +256,7 @@ def test_the_gradients_of_a_task_s_own_parameters_are_dropped_too():
 
 
 def test_a_gradient_that_only_a_loss_scale_keeps_above_zero_is_seen():
-    """In float16, 1e-8 is zero, and 1024 times that is not."""
+    """In float16, 1e-8 is zero, but 1024 · 1e-8 is not."""
     model = Toy()
     found = attached.adapters(model)
     loss = lambda _: sum((x.B.half() * 1e-4 * 1e-4).sum() for x in found.values())  # noqa: E731
@@ -264,7 +264,7 @@ def test_a_gradient_that_only_a_loss_scale_keeps_above_zero_is_seen():
 
 
 def test_what_autograd_keeps_is_counted_by_storage_without_parameters():
-    """x · w keeps x once though two products share it, exp keeps its output, and w is not counted."""
+    """x · w saves x once for both products, exp saves its output, and the parameter w is not counted."""
     linear = nn.Linear(8, 8, bias=False)
     kept = preflight.KeptBytes(linear)
     x = torch.randn(4, 8)
@@ -274,7 +274,7 @@ def test_what_autograd_keeps_is_counted_by_storage_without_parameters():
 
 
 def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
-    """The flipped batch is compared; if that is the same batch, its negative. What is known of other pictures is not used."""
+    """The batch is compared with the reversed batch, or with its negative if both are equal. Cached states are not used."""
     seen = []
     for pixels in (torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(2, 3, 4, 4)):
         batch = DeviceBatch([], pixels, None, 1.0, cached_states="kept")  # type: ignore[arg-type]
@@ -290,7 +290,7 @@ def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
 
 
 def test_the_memory_of_a_step_adds_up():
-    """2 GiB of float16, 1 GiB of adapters with gradient and two moments, 0.5 GiB kept: 6.5 GiB."""
+    """2 GiB of float16 weights, 4 · 1 GiB for the adapters, and 0.5 GiB of activations are 6.5 GiB."""
     with torch.device("meta"):
         model = nn.Module()
         model.frozen = nn.Parameter(torch.empty(2**30, dtype=torch.float16), requires_grad=False)

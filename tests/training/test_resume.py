@@ -1,4 +1,4 @@
-"""A run that dies goes on as though it had not: N + M steps == N steps, SIGKILL anywhere, resume, M steps, bit for bit."""
+"""Test resuming: N + M steps == N steps, SIGKILL at any point, resume, M steps, bit for bit."""
 
 import errno
 import json
@@ -61,7 +61,7 @@ from tests.support.runs import (
     ],
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(checkpoints, tmp_path, kind, precision, deaths):
-    """Law 6: at whatever micro-batch each life ends, in a step or between two; dropout, augmentation, drawn negatives."""
+    """Law 6 holds for a kill at any micro-batch, within or between steps, with dropout, augmentation and sampled negatives."""
     config = config_of(checkpoints, tmp_path, kind, precision=precision, max_skipped=40, batch_size=4 if kind == "itm" else 2)
     whole = train(config)
     again = elsewhere(config)
@@ -75,7 +75,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(checkpoints
 
 
 def test_what_came_after_the_checkpoint_is_made_again(checkpoints, tmp_path):
-    """Killed 4 steps after the only checkpoint: metrics.jsonl has each line once, and the best adapter is that of its time."""
+    """The run is killed 4 steps after its only checkpoint. In the end, each line of metrics.jsonl is there once."""
     config = config_of(checkpoints, tmp_path, validate_every=1, best_by="loss", epochs=3)
     whole = train(config)
     again = replace(elsewhere(config), checkpoint_seconds=1e9)
@@ -101,7 +101,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 
 @pytest.mark.parametrize("death", [5, 7])
 def test_patience_is_counted_on(checkpoints, tmp_path, monkeypatch, death):
-    """Killed around the first of two stale validations, a run stops early at the step at which it would have."""
+    """A run that is killed near the first of two stale validations stops early at the same step as without the kill."""
     scores = [score(9), score(2, 0.5), score(3, 0.5), score(3, 0.5), score(1, 0.9)]
     real = Run.log_validation
     monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
@@ -114,7 +114,7 @@ def test_patience_is_counted_on(checkpoints, tmp_path, monkeypatch, death):
 
 
 def test_a_finished_run_is_not_gone_on_with(checkpoints, tmp_path):
-    """The same settings twice are two runs."""
+    """Two starts with the same settings are two runs."""
     config = config_of(checkpoints, tmp_path, epochs=1)
     first, second = train(config), train(config)
     assert first.parent != second.parent
@@ -145,7 +145,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(checkpoints, tmp_path, number, code):
-    """In the middle of an accumulation: the gradients so far are kept, nothing is computed twice."""
+    """The signal comes during an accumulation. The accumulated gradients are saved, and nothing is computed twice."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
     before = signal.getsignal(number)
@@ -174,7 +174,7 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
 
 
 def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoints, tmp_path, capfd):
-    """A scheduler's SIGTERM reaches every process of the job; the run still saves where it is, and goes on to the bit."""
+    """A scheduler sends SIGTERM to every process of the job. The run still saves its position, and resumes bit for bit."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9, num_workers=2)
     whole = train(config)
     child = os.fork()
@@ -201,7 +201,7 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
 
 
 def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
-    """Between two batches of a validation the run stops; the validation is made again, and its line is there once."""
+    """The run stops between two batches of a validation. The validation is repeated, and has one line in metrics.jsonl."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
     real, seen = session.validate, []
@@ -234,7 +234,7 @@ def test_a_second_ctrl_c_stops_at_once_but_not_while_saving():
 
 
 def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tmp_path, monkeypatch):
-    """What was half summed up is dropped; with it repaired, the run ends as if nothing had been."""
+    """The accumulated gradients are discarded. After the fix, the run ends as if there had been no error."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
     real, count = loop.accumulate_gradients, 0
@@ -256,7 +256,7 @@ def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tm
 
 @pytest.mark.parametrize("moment", ["update_parameters", "log_step"])
 def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpoints, tmp_path, monkeypatch, moment):
-    """An error inside AdamW's step, or between it and its line: the checkpoint before it is what the run goes on from."""
+    """After an error between the start of AdamW's step and its log line, the run resumes from the checkpoint before it."""
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
     owner: Any = loop if moment == "update_parameters" else Run
@@ -275,7 +275,7 @@ def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpo
 
 
 def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, monkeypatch):
-    """Then half the batch and twice the accumulation go on from there, though not to the bit."""
+    """The run then resumes with half the batch and twice the accumulation, but not bit for bit."""
     config = replace(config_of(checkpoints, tmp_path, batch_size=4, accumulation=1, epochs=2), checkpoint_seconds=1e9)
 
     def exhaust(count: int, _: Learner) -> None:
@@ -302,7 +302,7 @@ def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, m
 
 
 def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_path, capsys):
-    """By a path: an error; by "auto": a run of its own, and why is said."""
+    """With a path, this is an error. With "auto", a new run starts, and the reason is printed."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(5):
         train(config)
@@ -329,7 +329,7 @@ def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_pa
 
 
 def other_pixels(checkpoint: Path, folder: Path) -> Path:
-    """The same weights with another mean of their pixels."""
+    """Return a copy of the checkpoint with another pixel mean in its image processor."""
     shutil.copytree(checkpoint, folder)
     file = folder / "preprocessor_config.json"
     file = file if file.exists() else folder / "processor_config.json"
@@ -380,7 +380,7 @@ def plant(path: Path) -> None:
 
 
 class Bomb:
-    """Whoever unpickles it makes a file."""
+    """Unpickling it creates a file."""
 
     def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
         return os.mkdir, (str(Path(os.environ["PLANTED"])),)
@@ -391,7 +391,7 @@ class Bomb:
 def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
     checkpoints, tmp_path, monkeypatch, capsys, damage, name
 ):
-    """And nothing in it is ever run: law 10."""
+    """No code in it is run: law 10."""
     monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
@@ -406,7 +406,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
 
 
 def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints, tmp_path, monkeypatch):
-    """The second makes its folder while the first does: each has its own settings in it, and ends as if alone."""
+    """The second run creates its folder at the same time as the first. Each folder has its own settings and results."""
     config = config_of(checkpoints, tmp_path, epochs=1)
     alone = train(elsewhere(replace(config, seed=2), "alone"))
     real = Run._fill_folder
@@ -427,7 +427,7 @@ def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints
 
 
 def test_a_checkpoint_is_chosen_under_the_lock(checkpoints, tmp_path, monkeypatch):
-    """Another process makes newer ones between our look and our lock: the newest is gone on with; if it finishes, we say so."""
+    """Another process may write newer checkpoints before the lock: the newest one is used. If it finishes, this is an error."""
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
     with killed_at(3):
@@ -444,7 +444,7 @@ def test_a_checkpoint_is_chosen_under_the_lock(checkpoints, tmp_path, monkeypatc
 
 
 def test_a_backup_is_not_gone_on_with(checkpoints, tmp_path):
-    """A copy of an interrupted run beside it, though it is newer."""
+    """The copy of an interrupted run is not resumed, even if it is newer."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
         train(config)
@@ -464,7 +464,7 @@ def test_an_exact_run_is_preferred_to_a_newer_one_that_changed(checkpoints, tmp_
 
 @pytest.mark.parametrize("changes", [{"best_by": "loss"}, {"targets": "text"}, {"r": 4}, {"targets": "vit.mlp"}])
 def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path, changes):
-    """Another score is judged anew; adapters on other modules or of another rank cannot be gone on with."""
+    """Another BEST_BY starts without a best score. Adapters on other modules or of another rank cannot be resumed."""
     config = config_of(checkpoints, tmp_path, best_by="exact_match")
     with killed_at(6):
         train(config)
@@ -477,7 +477,7 @@ def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path
 
 
 def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, monkeypatch):
-    """fp16: a scale that halved and is about to grow again, in step with the run that was not killed."""
+    """fp16: the loss scale was halved and will grow soon. It stays equal to that of a run that is not killed."""
     real = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda device, enabled: real(device, 2.0**24, enabled=enabled, growth_interval=3)
@@ -492,7 +492,7 @@ def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, m
 
 
 def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkpoints, tmp_path, monkeypatch):
-    """The micro-batch that was not finite came before the kill, in the same step."""
+    """The micro-batch with the loss that is not finite came before the kill, in the same step."""
     real = loop.accumulate_gradients
 
     def accumulate(learner: Learner, batch: Any, slot: Any, is_last: bool) -> None:
@@ -515,7 +515,7 @@ def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkp
 
 @pytest.mark.parametrize("when", ["signal", "error after a signal"])
 def test_what_could_not_be_saved_is_never_called_saved(checkpoints, tmp_path, monkeypatch, when):
-    """SIGTERM and then a full disk, or an error in the update: the error is told, not exit 75."""
+    """After SIGTERM and a full disk, or an error in the update, the error is reported, not exit status 75."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     real = loop.accumulate_gradients
 
@@ -538,7 +538,7 @@ def full(*_: object) -> None:
 
 
 def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatch):
-    """`train.py | tee log` and Ctrl-C: nobody reads what the run says any more, and it saves all the same."""
+    """With `train.py | tee log` and Ctrl-C, the reader of stdout is gone, and the run still saves its progress."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
     real = os.write
@@ -562,7 +562,7 @@ def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatc
 
 
 def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(checkpoints, tmp_path):
-    """Its first checkpoint is whole, but the folder had not got its name yet."""
+    """Its first checkpoint is complete, but the folder still has its temporary name."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
         train(config)
@@ -572,7 +572,7 @@ def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(chec
 
 
 def test_what_a_power_cut_may_not_lose_is_synced_in_order(checkpoints, tmp_path):
-    """The metrics, each file of the new checkpoint, its rename, the folder it is in; only then the old one goes."""
+    """The order is: metrics, each file of the new checkpoint, its rename, its parent folder, removal of the old checkpoint."""
     happened: list[str] = []
     replace_real, rmtree = Path.replace, shutil.rmtree
 
@@ -639,7 +639,7 @@ def test_a_lock_is_refused_to_a_second_process_and_not_left_behind_by_a_crash(tm
 
 
 def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
-    """ "auto" in another terminal finds the run that is still going on, and does not touch it."""
+    """ "auto" in another terminal finds the active run, and does not change it."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
         train(config)
@@ -662,7 +662,7 @@ def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
 
 
 def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, tmp_path, capfd):
-    """No file may grow beyond a limit that one checkpoint fits and the next does not; with room again, the run goes on."""
+    """A file size limit has room for one checkpoint but not for the next. Without the limit, the run resumes."""
     config = config_of(checkpoints, tmp_path, targets="vit,text", r=8)
     whole = train(config)
     again = elsewhere(config)
@@ -695,7 +695,7 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(monkeypatch, capsys):
-    """The benchmark kills a run fifty times and more, in fp32 and bf16. Here it kills one a few times."""
+    """The benchmark kills a run at least fifty times, in fp32 and bf16. This test kills it a few times."""
     monkeypatch.setattr(sys, "argv", ["chaos", "--kills", "4", "--steps", "12"])
     chaos.main()  # its status depends on the number of kills, which depends on the speed of the machine
     printed = capsys.readouterr().out
@@ -704,7 +704,7 @@ def test_sigkill_at_random_moments(monkeypatch, capsys):
 
 @pytest.mark.parametrize("with_images", [True, False])
 def test_the_digest_of_the_lines_sees_the_prompt_and_the_question_id(tmp_path, with_images):
-    """An id of 0 is one too. Lines without both have the digest of earlier versions."""
+    """0 is a valid id. Lines without prompt and id have the digest of earlier versions."""
     (tmp_path / "a.png").write_bytes(b"an image")
     plain = Example(tmp_path / "a.png", "a cube", "a.png", 1)
     lines = [plain, *(replace(plain, **own) for own in ({"prompt": "see"}, {"question_id": 0}, {"question_id": "7"}))]
@@ -721,7 +721,7 @@ def test_the_digest_of_the_weights_sees_what_comes_after_a_trainable_parameter(m
 
 
 def test_the_digest_of_the_weights_sees_every_value(make):
-    """One value of a large matrix, between those that are sampled."""
+    """Change one value of a large matrix, between the sampled values."""
     model = make("blip").model
     before = weights_digest(model)
     weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
