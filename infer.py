@@ -22,7 +22,7 @@ COMPARE = False  # run the base as well, and print both side by side
 # Generation
 MAX_NEW_TOKENS = 0  # largest number of generated tokens; 0: the adapter's setting, or 40
 NUM_BEAMS = 0  # beams of beam search; 0: the adapter's setting, or 1
-SAMPLE = False  # sample tokens at random; False: take the most likely token
+SAMPLE = False  # sample tokens at random; False: greedy or beam search
 SEED = 0  # seed of sampling
 
 # Speed and memory

@@ -182,7 +182,7 @@ class InferConfig:
 
     max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40", group="Generation")
     num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")
-    sample: bool = setting(False, "sample tokens at random; False: take the most likely token")
+    sample: bool = setting(False, "sample tokens at random; False: greedy or beam search")
     seed: int = setting(0, "seed of sampling")
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")

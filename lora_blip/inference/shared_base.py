@@ -57,7 +57,7 @@ class SharedBase:
             return in_use
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a context in which only `adapter` is active. If it is None, all adapters that no captioner loaded are."""
+        """Return a context in which only `adapter` is active. With None, those that no captioner loaded are active."""
         return nullcontext() if adapter is None else use_adapters(model, adapter)
 
 

@@ -15,7 +15,7 @@ from lora_blip.errors import ImageError
 from lora_blip.inference.batch_runner import Runner, is_device_failure
 from tests.support import tiny
 
-FAILING = torch.device("meta")  # stands in for an accelerator: tensors go there, and it is not the CPU
+FAILING = torch.device("meta")  # replaces an accelerator: it can have tensors, and it is not the CPU
 CPU = torch.device("cpu")
 
 

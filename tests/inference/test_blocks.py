@@ -529,7 +529,7 @@ def test_two_processes_never_write_into_one_folder(config):
     assert bytes_of("out") == content
 
 
-# ---------------------------------------------------------------- ends that are told
+# ---------------------------------------------------------------- errors that are reported
 
 
 def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(config):

@@ -36,7 +36,7 @@ ODD = (
     "a café's naïve [sign] at 5:30 pm",
     "they'd've said 'hello' -- wouldn't you?",
 )
-TRIPS = (  # where the words found without Java are known to be others
+TRIPS = (  # texts whose words without Java differ from those of PTBTokenizer
     "an AT&T van",
     "don`t go",
     "US$5 each",

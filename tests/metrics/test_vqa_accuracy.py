@@ -48,7 +48,7 @@ def test_marks_numbers_and_full_stops_by_hand():
         "1,a t-shirt": "1 t shirt",
         "3.5": "3.5",
         "no.": "no",
-        "." * 33 + "x": ".x",  # re.UNICODE, 32, stands in the place of the count
+        "." * 33 + "x": ".x",  # the official code passes re.UNICODE, 32, as the count
         "." * 32 + "x": "x",
     }
     assert {answer: vqa.normal(answer) for answer in by_hand} == by_hand

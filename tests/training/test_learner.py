@@ -141,7 +141,7 @@ def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
     assert other.progress.slot == 1 and float(other.loss) == float(learner.loss)
     updates = []
     for each in (learner, other):
-        each.begin_step([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # what it counts is known already
+        each.begin_step([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # does not count again
         accumulate_gradients(each, batch_of(each.task, seed=1), Slot(1), is_last=True)
         updates.append(update_parameters(each, 1e-2))
     assert updates[0] == updates[1] and all(map(torch.equal, values(learner), values(other)))

@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(checkpoints
     path = train(again)
     assert_same(whole, path)
     assert path.parent == only_run(again)
-    assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never gone on with
+    assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never resumed
 
 
 def test_what_came_after_the_checkpoint_is_made_again(checkpoints, tmp_path):
