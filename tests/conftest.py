@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora_blip_tests_")  # what has been checked on this machine
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora_blip_tests_")  # the record of verified fast paths
 os.environ["MPLCONFIGDIR"] = os.environ.get("MPLCONFIGDIR") or os.path.expanduser("~/.cache/matplotlib")  # noqa: PTH111
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -35,19 +35,19 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no test cuts the power, and a slow disk would take minutes for it
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no test needs it, and it takes minutes on a slow disk
 
 
 @pytest.fixture(autouse=True)
 def _checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process the fast path counts as checked on this machine; tests of the check itself begin without that."""
+    """Treat the fast path as verified, except in the tests of the verification."""
     if request.module.__name__ != "tests.tasks.test_verification":
         monkeypatch.setattr(verification_record, "is_verified", lambda _: True)
 
 
 @pytest.fixture(autouse=True)
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss curve takes longer than most of the trainings here. Tests of it have the marker `plots`."""
+    """Draw no loss curve, because it takes longer than most trainings here. Tests of curves have the marker `plots`."""
     if not request.node.get_closest_marker("plots"):
         monkeypatch.setattr(plots, "draw", lambda _: None)
 
@@ -92,13 +92,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def original(checkpoints: dict[str, Path]) -> Callable[[str], Backbone]:
-    """Each kind loaded once, to be copied: a copy takes a fifth of the time."""
+    """Return a function that loads each kind once. Tests copy the result: a copy takes a fifth of the time."""
     return cache(lambda kind: load_backbone(str(checkpoints[kind]), "cpu"))
 
 
 @pytest.fixture
 def make(checkpoints: dict[str, Path], original: Callable[[str], Backbone]) -> Callable[..., Backbone]:
-    """make("blip", dtype="fp16") → a fresh frozen backbone on the CPU."""
+    """Return a function: make("blip", dtype="fp16") returns a new frozen backbone on the CPU."""
 
     def fresh(kind: str, **options: Any) -> Backbone:
         if options:

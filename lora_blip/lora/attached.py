@@ -70,7 +70,7 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 
 def fast(model: nn.Module, on: bool = True) -> None:
-    """Allow or forbid the update of `fused`, which is allowed by default. Copies and later adapters have the same setting."""
+    """Allow or forbid the fused update (allowed by default). Copies of the model and later adapters have the same setting."""
     for module in model.modules():
         vars(module).pop(FAST, None)  # remove the settings of submodules
     setattr(model, FAST, on)

@@ -1,4 +1,4 @@
-"""Put adapters on a model, and take them off."""
+"""Put adapters on a model, and remove them."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -123,7 +123,7 @@ class TrainingTask(BaseTask, Generic[Rows]):
     """A batch and its loss. `Rows` is the type of the tokenized texts of a batch."""
 
     def prepare_data(self, examples: list[Example]) -> None:
-        """Collect what the loss needs to know about all lines of the data. Called before the first batch."""
+        """Collect the data that the loss needs from all lines. The caller calls it before the first batch."""
 
     @abstractmethod
     def batch(self, host_batch: HostBatch, prefix: Any = None) -> DeviceBatch[Rows]:

@@ -17,16 +17,16 @@ from lora_blip.training.session import Session
 
 
 class Killed(BaseException):
-    """What stands for SIGKILL inside one process: nothing is rescued after it."""
+    """Simulate SIGKILL inside one process: nothing is saved after it."""
 
 
 def nothing(_: Session) -> None:
-    """A dead process rescues nothing."""
+    """Save nothing, as a killed process does."""
 
 
 @contextmanager
 def killed_at(micro_batch: int) -> Iterator[None]:
-    """Every training in the block dies when it comes to its micro-batch of this number, counted from 1."""
+    """Raise Killed in a training inside the block when it reaches this micro-batch, counted from 1."""
     real, count = loop.accumulate_gradients, 0
 
     def accumulate(*given: Any, **named: Any) -> None:
@@ -82,7 +82,7 @@ def forked(act: Callable[[], object]) -> int:
 
 
 def _ends(children: list[int]) -> list[int]:
-    """Their exit codes; those that are stuck are killed after a while."""
+    """Return the exit codes of the processes. Kill those that still run after LONGEST seconds."""
     deadline, codes = time.monotonic() + LONGEST, {}
     while len(codes) < len(children):
         for child in set(children) - codes.keys():
@@ -96,7 +96,7 @@ def _ends(children: list[int]) -> list[int]:
 
 
 def _end(act: Callable[[], object]) -> None:
-    """Leave a forked process without pytest's own end; one that is stuck says where before it is killed.
+    """Run `act` and exit the forked process without pytest's cleanup. A stuck process prints its stack before it is killed.
 
     It exits before the error is freed: gloo sometimes waits forever for a lost process when the frames of an error are freed.
     """

@@ -36,7 +36,7 @@ def ids_of(task: VqaTask, text: str) -> list[int]:
 
 @torch.no_grad()
 def hugging_face(task: VqaTask, image: torch.Tensor, question: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (tokens, vocabulary) that say an answer and its end, and its ids, by the whole model on one unpadded row."""
+    """Return the logits (tokens, vocabulary) of an answer and its end token, and its ids, from one unpadded row."""
     model, tokenizer = task.backbone.model, task.backbone.tokenizer
     prompt = TEMPLATE.replace("{question}", question)
     config = model.config.text_config

@@ -1,4 +1,4 @@
-"""Settings of short trainings, and what they leave."""
+"""Settings of short trainings, and functions that read and compare their files."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def metrics_of(path: Path) -> list[dict]:
 def one_step(
     task: Task, micro_batches: list[DeviceBatch], max_grad_norm: float = 0.0, scale: float = 0.0
 ) -> tuple[Update, list]:
-    """A step of plain SGD at rate 1: what it says of itself, and by how much each parameter moved."""
+    """Take a step of plain SGD at learning rate 1. Return its Update, and the decrease of each parameter."""
     parameters = [p for p in task.backbone.model.parameters() if p.requires_grad]
     learner = Learner(task, max_grad_norm=max_grad_norm, optimizer=torch.optim.SGD(parameters, lr=1.0))
     if scale:
@@ -53,7 +53,7 @@ def one_step(
 
 
 def before_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int, Learner], object]) -> None:
-    """Have `act(number of the step, learner)` called before every step of every training."""
+    """Call `act(step number, learner)` before every step of every training."""
     real, count = Learner.begin_step, 0
 
     def begin_step(learner: Learner, *rest: Any) -> None:
@@ -73,7 +73,7 @@ TIMES = ("seconds", "images_per_s")
 
 
 def config_of(checkpoints: dict[str, Path], folder: Path, kind: str = "blip", **changes: object) -> TrainConfig:
-    """13 lines to train on in micro-batches of 2, three a step: 7 micro-batches and 3 steps an epoch, the last of one."""
+    """Return settings for 13 lines: 7 micro-batches of 2 per epoch, in 3 steps. The last step has one micro-batch."""
     source = questions(folder) if kind == "vqa" else tiny.write_photos(folder, 16)
     defaults = {
         "batch_size": 2,
@@ -99,7 +99,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The same bytes in the adapters, the last and the best, and the same lines of metrics, but for the times."""
+    """Assert that the last and the best adapters have equal bytes, and the metrics equal lines, except times."""
     for name in (ADAPTER_NAME, BEST_NAME):
         assert (one.parent / name).exists() == (other.parent / name).exists()
         if (one.parent / name).exists():
@@ -118,15 +118,15 @@ def only_run(config: TrainConfig) -> Path:
 
 
 def adapter_of(checkpoint: Path, folder: Path, task: str = "", **training: Any) -> Path:
-    """An adapter with random values on every part, saved as a run saves it."""
+    """Save an adapter with random values on every part, as a run does, and return its path."""
     backbone = load_backbone(str(checkpoint), "cpu")
-    found = injection.inject(backbone.model, targets.find(backbone.model, WHOLE[checkpoint.name], 2, 8.0))
+    loras = injection.inject(backbone.model, targets.find(backbone.model, WHOLE[checkpoint.name], 2, 8.0))
     generator = torch.Generator().manual_seed(9)
-    for x in found.values():
-        x.B.data.copy_(0.2 * torch.randn(x.B.shape, generator=generator))
-    made = TASKS[task or natural_task(backbone.architecture)](backbone, "", Generation(max_new_tokens=6))
+    for lora in loras.values():
+        lora.B.data.copy_(0.2 * torch.randn(lora.B.shape, generator=generator))
+    built = TASKS[task or natural_task(backbone.architecture)](backbone, "", Generation(max_new_tokens=6))
     path = folder / "run" / ADAPTER_NAME
-    return adapter_file.save(path, backbone, task=made.metadata(), training={"steps": 3, **training})
+    return adapter_file.save(path, backbone, task=built.metadata(), training={"steps": 3, **training})
 
 
 def train_flags(model: Path, source: Path, **more: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tiny random models of each kind, with real tokenizers, saved as a checkpoint is: what the tests load."""
+"""Save tiny random models of each kind, with real tokenizers, as checkpoints that the tests load."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def qformer(vocab_size: int = 8, **more: Any) -> Blip2QFormerConfig:
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """All that a checkpoint's folder holds."""
+    """Save the model, the tokenizer and the image processor in a folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)
@@ -122,7 +122,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), 
 
 
 def write_photos(folder: Path, count: int = 12, texts: list[str] | None = None) -> Path:
-    """`count` plain pictures and their annotations.jsonl; captions of uneven length."""
+    """Write `count` plain pictures and their annotations.jsonl, with captions of different lengths. Return its path."""
     (folder / "photos").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
