@@ -84,10 +84,10 @@ def sites(backbone: Backbone, where: str = "vit") -> list[Site]:
 
 
 def with_peft(backbone: Backbone, where: str = "vit", r: int = R, alpha: float = ALPHA) -> Any:
-    """Return peft's model with adapters on the same linears. peft cannot adapt a block of a fused one: it adapts all."""
+    """Return peft's model with adapters on the same linears. peft always adapts a whole fused linear."""
     modules = sorted({site.module for site in sites(backbone, where)})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of peft's calls into transformers
+        warnings.simplefilter("ignore", FutureWarning)  # raised in transformers by calls of peft
         return peft.get_peft_model(backbone.model, peft.LoraConfig(r=r, lora_alpha=int(alpha), target_modules=modules))
 
 

@@ -89,8 +89,8 @@ def train(model: Any, data: Dataset[Row], precision: str, batch_size: int, watch
         trainer = Trainer(model, arguments, data_collator=stacked, train_dataset=data, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # else the next one wraps it once more
-        vars(model).pop("_is_accelerate_prepared", None)  # else the next one does not wrap it at all, and trains in fp32
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # otherwise the next Trainer wraps it again
+        vars(model).pop("_is_accelerate_prepared", None)  # otherwise the next Trainer does not wrap it, and trains in fp32
 
 
 def seconds_a_step(model: Any, inputs: Inputs, precision: str, steps: int, device: str) -> float:

@@ -39,7 +39,7 @@ def config_of(folder: Path, precision: str, steps: int, checkpoint_seconds: floa
     )  # fmt: skip
 
 
-def live(config: TrainConfig, die_at: str, rng: random.Random) -> int:
+def start(config: TrainConfig, die_at: str, rng: random.Random) -> int:
     """Start the run in a child process, and return its pid."""
     sys.stdout.flush()
     child = os.fork()
@@ -60,7 +60,7 @@ def live(config: TrainConfig, die_at: str, rng: random.Random) -> int:
 
 
 def wait(child: int, runs: Path, seconds: float, early: float) -> None:
-    """Until a moment of this life: `seconds` after its first new checkpoint, or `early`, while it still reads and checks."""
+    """Wait until `seconds` after the first new checkpoint of the process, or only `early` seconds if that is not 0."""
     before, deadline = newest(runs), time.perf_counter() + (early or 60)
     while (
         newest(runs) == before
@@ -72,11 +72,12 @@ def wait(child: int, runs: Path, seconds: float, early: float) -> None:
 
 
 def newest(runs: Path) -> str:
+    """Return the name of the newest checkpoint, or ""."""
     return max((path.name for path in runs.glob(f"20*/{checkpoint.FOLDER}/0*")), default="")
 
 
 def arm(point: str, rng: random.Random) -> None:
-    """Have this process kill itself at one point of the writing of one of its next checkpoints."""
+    """Change this process so that it kills itself at `point` while it writes one of its next three checkpoints."""
     left = rng.randint(0, 2)
 
     def die() -> None:
@@ -87,9 +88,9 @@ def arm(point: str, rng: random.Random) -> None:
 
     def after(real: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            made = real(*arguments, **named)
+            result = real(*arguments, **named)
             die()
-            return made
+            return result
 
         return wrapped
 
@@ -122,21 +123,23 @@ def arm(point: str, rng: random.Random) -> None:
     else:
         real = files.shutil.rmtree
 
-        def some(folder: Path, **named: Any) -> None:
+        def remove_partly(folder: Path, **named: Any) -> None:
             for path in list(Path(folder).iterdir())[:1]:
                 path.unlink()
                 die()
             real(folder, **named)
 
-        files.shutil.rmtree = some  # type: ignore[assignment]
+        files.shutil.rmtree = remove_partly  # type: ignore[assignment]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+    """Return the lines of metrics.jsonl without times."""
+    records = [json.loads(line) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in records]
 
 
 def same(one: Path, other: Path) -> bool:
+    """Return True if two adapter files have equal tensors, bit for bit."""
     a, b = adapter_file.read(one).tensors, adapter_file.read(other).tensors
     return a.keys() == b.keys() and all(x.numpy().tobytes() == b[key].numpy().tobytes() for key, x in a.items())
 
@@ -144,32 +147,33 @@ def same(one: Path, other: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at least")
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--kills", type=int, default=50, help="least number of SIGKILLs")
+    parser.add_argument("--steps", type=int, default=90, help="optimizer steps of the run")
     parser.add_argument("--seed", type=int, default=0)
-    wanted = parser.parse_args()
-    rng = random.Random(wanted.seed)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         whole, killed = Path(place, "whole"), Path(place, "killed")
         started = time.perf_counter()
-        if status := os.waitpid(live(config_of(whole, wanted.precision, wanted.steps, 0.2), "", rng), 0)[1]:
+        if status := os.waitpid(start(config_of(whole, options.precision, options.steps, 0.2), "", rng), 0)[1]:
             sys.exit(f"the run that is not killed ended with status {status}")
         one = next(iter(whole.glob("20*")))
-        pace = json.loads((one / METRICS_NAME).read_text(encoding="utf-8").splitlines()[-2])["seconds"] / wanted.steps
-        print(f"uninterrupted, {wanted.precision}: {wanted.steps} steps in {time.perf_counter() - started:.1f} s", flush=True)
+        pace = json.loads((one / METRICS_NAME).read_text(encoding="utf-8").splitlines()[-2])["seconds"] / options.steps
+        print(f"uninterrupted, {options.precision}: {options.steps} steps in {time.perf_counter() - started:.1f} s", flush=True)
         ends: Counter[str] = Counter()
         points: Counter[str] = Counter()
-        config = config_of(killed, wanted.precision, wanted.steps, min(0.2, pace / 2))  # so that no life goes far
+        # checkpoints are frequent enough that each process saves before it is killed
+        config = config_of(killed, options.precision, options.steps, min(0.2, pace / 2))
         where: Counter[str] = Counter()
         finished, step = False, 0
         while not finished:
             kills = ends["SIGKILL"]
-            kind = rng.choices(("kill", "inside", "told"), (5, 3, 1))[0] if kills < wanted.kills else "free"
+            kind = rng.choices(("kill", "inside", "signal"), (5, 3, 1))[0] if kills < options.kills else "free"
             point = rng.choice(POINTS) if kind == "inside" else ""
-            child = live(config, point, random.Random(rng.random()))
-            if kind in ("kill", "told"):
-                patience = 0.6 * pace * (wanted.steps - step) / max(1, wanted.kills - kills)  # the rest is for "inside"
+            child = start(config, point, random.Random(rng.random()))
+            if kind in ("kill", "signal"):
+                patience = 0.6 * pace * (options.steps - step) / max(1, options.kills - kills)  # the rest is for "inside"
                 wait(child, killed, rng.uniform(0, 2 * patience), rng.uniform(0.1, 3) if rng.random() < 0.2 else 0)
                 number = signal.SIGKILL if kind == "kill" else rng.choice((signal.SIGTERM, signal.SIGUSR1))
                 os.kill(child, number)
@@ -183,9 +187,9 @@ def main() -> int:
                 step = saved.state["progress"]["step"]
                 where["in a step" if saved.state["progress"]["slot"] else "between steps"] += 1
                 print(f"{sum(ends.values()):4}  {kind:<6} {point:<20} {end:<8} {saved.folder.name}", flush=True)
-            finished = run is not None and not (run / checkpoint.FOLDER).exists()  # though it was killed right after
+            finished = run is not None and not (run / checkpoint.FOLDER).exists()  # even if it was killed after the last step
             if end not in ("exit 0", "SIGKILL", f"exit {signals.SAVED}", "SIGTERM", "SIGUSR1"):
-                sys.exit(f"a life ended with {end}")
+                sys.exit(f"a process of the run ended with {end}")
         runs = sorted(killed.glob("20*"))
         results = {
             "one run folder": list(killed.glob("[!.]*")) == runs and len(runs) == 1,
@@ -193,14 +197,14 @@ def main() -> int:
             "best adapter's bytes": same(one / BEST_NAME, runs[-1] / BEST_NAME),
             "lines of metrics.jsonl": lines(one) == lines(runs[-1]),
         }
-    print(f"ends of {sum(ends.values())} lives: {dict(ends)}")
-    print(f"SIGKILLs inside a checkpoint's writing: {sum(points.values())}, {dict(+points)}")
-    print(f"resumed from a checkpoint {dict(where)}")
+    print(f"{sum(ends.values())} processes ended with: {dict(ends)}")
+    print(f"SIGKILLs while a checkpoint was written: {sum(points.values())}, {dict(+points)}")
+    print(f"resumed from checkpoints: {dict(where)}")
     for name, equal in results.items():
-        print(f"{name:<24}{'the same' if equal else 'NOT THE SAME'}")
-    if ends["SIGKILL"] < wanted.kills:
-        print(f"the run ended after {ends['SIGKILL']} SIGKILLs of {wanted.kills}: give it more --steps")
-    return 0 if all(results.values()) and ends["SIGKILL"] >= wanted.kills else 1
+        print(f"{name:<24}{'equal' if equal else 'DIFFERS'}")
+    if ends["SIGKILL"] < options.kills:
+        print(f"the run ended after {ends['SIGKILL']} of {options.kills} SIGKILLs; set --steps to more than {options.steps}")
+    return 0 if all(results.values()) and ends["SIGKILL"] >= options.kills else 1
 
 
 if __name__ == "__main__":

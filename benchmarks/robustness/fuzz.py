@@ -1,9 +1,9 @@
-"""Hostile files by the thousand: `python -m benchmarks.robustness.fuzz adapters --count 100000` (or annotations, or images).
+"""Read thousands of damaged files: `python -m benchmarks.robustness.fuzz adapters --count 100000` (or annotations, or images).
 
-Good files made by code are damaged: bits flipped, ends cut, parts moved, and values of their JSON or headers replaced
-by awkward ones. Each must be read, or refused with the one kind of error that its reader has; soon; in little memory;
-and without a process, a connection, a pickle or a file outside the temporary folder. `--engine atheris` lets coverage
-choose what to damage further (extra: fuzz). A case is repeated by its number: `--only 4711`.
+The program makes valid files and damages them: it flips bits, cuts ends, moves parts, and replaces values of their JSON or
+headers by unusual ones. The reader must read each file, or raise one of its own errors, within SECONDS and MEGABYTES. It must
+not start a process, open a connection, load a pickle, or change a file outside the temporary folder. With `--engine atheris`
+(extra: fuzz), coverage chooses which files are damaged further. `--only 4711` repeats the case with this number.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from typing import Any
 from lora_blip.cli import report_errors
 from lora_blip.errors import AdapterError, DataError, ImageError
 
-SECONDS, MEGABYTES = 5.0, 256  # what one small file may cost
-ADDRESS_SPACE = 3 * 2**30  # beyond what is there at the start: memory that a file only claims is asked for in vain
+SECONDS, MEGABYTES = 5.0, 256  # most time and memory for one small file
+ADDRESS_SPACE = 3 * 2**30  # bytes that may be added to the start; allocating a falsely claimed size then fails
 SHOWN = 25  # kinds of refusals in the table
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class", "exec.pickle")
 CHANGES = (
@@ -82,7 +82,7 @@ Mutate = Callable[[random.Random, bytes], bytes]
 
 
 def damaged(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
-    """One of the ways in which bytes go wrong."""
+    """Return the bytes with random damage: cut, flipped, mixed with another file, overwritten, moved or inserted."""
     at, until = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
     match rng.randrange(8):
         case 0:
@@ -108,7 +108,7 @@ def damaged(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def changed(rng: random.Random, value: Any) -> Any:
-    """A JSON's value with one part of it, at any depth, replaced, dropped, doubled or renamed."""
+    """Return a JSON value in which one part, at any depth, is replaced, removed, doubled or renamed."""
     inside = value if isinstance(value, dict | list) and value and rng.random() < 0.85 else None
     if inside is None:
         return rng.choice(AWKWARD)
@@ -129,7 +129,7 @@ def changed(rng: random.Random, value: Any) -> Any:
 
 
 def written(rng: random.Random, value: Any) -> str:
-    """JSON, now and then with a key that is there twice, or a number longer than Python takes."""
+    """Return a value as JSON. Sometimes a key is repeated, a number is too long for Python, or brackets are nested deeply."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     match rng.randrange(40):
         case 0:
@@ -141,7 +141,7 @@ def written(rng: random.Random, value: Any) -> str:
     return text
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- targets
 
 
 class Adapters:
@@ -210,7 +210,7 @@ class Adapters:
 
 
 class Annotations:
-    """Each file goes through `annotations.read`, and as a source through what `prepare` does with its entries."""
+    """Reads each file with `annotations.read`, and then with `prepare`."""
 
     largest = 1 << 16
     names = ("x.jsonl", "x.tsv", "x.csv", "Flickr8k.token.txt", "captions_train2017.json", "dataset_x.json", "list.json")
@@ -237,7 +237,9 @@ class Annotations:
         karpathy = {"images": [{"filename": "1.jpg", "filepath": "", "split": "train", "sentences": [{"raw": "a cube ."}]}]}
         texts = (jsonl, "1.jpg\ta cube\n# note\n2.jpg\twhat?\ta|b\n", table.getvalue(), "1.jpg#0\tA cube .\n2.jpg#1\tTwo .\n")
         texts += tuple(map(json.dumps, (coco, karpathy, [{"image": "1.jpg", "caption": ["a", "b"]}])))  # type: ignore[arg-type]
-        self.seeds = [bytes([number]) + text.encode() for number, text in enumerate(texts)]  # the first byte: which name
+        self.seeds = [
+            bytes([number]) + text.encode() for number, text in enumerate(texts)
+        ]  # the first byte is the index of the file name
 
     def mutate(self, rng: random.Random, data: bytes) -> bytes:
         kind, text = data[:1], data[1:]
@@ -272,7 +274,7 @@ class Annotations:
 
 
 class Images:
-    """Each file goes through `open_image`."""
+    """Reads each file with `open_image`."""
 
     largest = 1 << 16
 
@@ -281,7 +283,7 @@ class Images:
 
         from lora_blip.data import images
 
-        images.LARGEST = 2**23  # as large as it is, a picture that claims to be so takes long to be refused
+        images.LARGEST = 2**23  # with the real limit, refusing an image that claims a large size takes long
         self.open_image, self.allowed, self.path = images.open_image, (ImageError,), folder / "case.img"
         noise = Image.effect_noise((24, 16), 60)
         exif = Image.Exif()
@@ -315,7 +317,7 @@ class Images:
 
 
 def repaired(png: bytes) -> bytes:
-    """With the checksums of its chunks right again, so that what is in them is looked at."""
+    """Return a PNG with correct checksums, so that the reader does not stop before it reads the damaged chunks."""
     from zlib import crc32
 
     made, at = bytearray(png[:8]), 8
@@ -334,11 +336,11 @@ INSTRUMENTED = (  # modules whose coverage guides atheris
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- the watch
+# ---------------------------------------------------------------- observation
 
 
 class Watch:
-    """Runs cases, and counts what became of them."""
+    """Runs cases, and counts those that were read, refused or failed."""
 
     def __init__(self, target: Any, folder: Path) -> None:
         self.target, self.folder = target, str(folder)
@@ -387,26 +389,26 @@ class Watch:
 
     def table(self, seconds: float, start: float) -> str:
         rows = [
-            ("tried", f"{self.tried:,} files in {seconds:.0f} s, {self.tried / seconds:,.0f} a second"),
-            ("read well", f"{self.well:,}"),
+            ("cases", f"{self.tried:,} files in {seconds:.0f} s, {self.tried / seconds:,.0f} a second"),
+            ("read", f"{self.well:,}"),
         ]
         rows += [("put on a model", f"{getattr(self.target, 'loaded', 0):,}")] * hasattr(self.target, "loaded")
-        rows += [("refused", f"{self.refused.total():,}, in {len(self.refused)} ways")]
+        rows += [("refused", f"{self.refused.total():,}, with {len(self.refused)} different messages")]
         rows += [("", f"{count:8,}  {kind}") for kind, count in self.refused.most_common(SHOWN)]
         rows += [("slowest", f"{1000 * self.slowest[0]:.0f} ms (case {self.slowest[1]})")]
         rows += [("peak memory", f"{peak_memory():,.0f} MB, of which {start:,.0f} before the first case")]
-        rows += [("crashes", f"{len(self.faults)}" + "".join(f"\n{'':16}{fault}" for fault in self.faults[:SHOWN]))]
+        rows += [("faults", f"{len(self.faults)}" + "".join(f"\n{'':16}{fault}" for fault in self.faults[:SHOWN]))]
         return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
 def kind_of(message: str, folder: str) -> str:
-    """A message less what is particular to its file, so that like ones count together."""
+    """Return a message without names and numbers, so that similar messages are counted together."""
     first = message.replace("\\", "/").split("\n")[0]
     return re.sub(r"'[^']*'|\"[^\"]*\"|[\d,.]*\d", "…", re.sub(rf"{re.escape(folder)}[\w./-]*", "FILE", first))[:100]
 
 
 def overdue(_signal: int, _frame: object) -> None:
-    raise TimeoutError(f"not done in {2 * SECONDS:.0f} s")
+    raise TimeoutError(f"the case did not end in {2 * SECONDS:.0f} s")
 
 
 def peak_memory() -> float:
@@ -421,7 +423,7 @@ def virtual_memory() -> int:
 
 
 def cases(target: Any, what: str, seed: int, numbers: range | list[int]) -> Iterator[tuple[bytes, str]]:
-    """A good file damaged once to three times, from the seed and the case's number alone."""
+    """Yield (damaged file, name of the case). A case depends only on the seed and its number."""
     for number in numbers:
         rng = random.Random(f"{what} {seed} {number}")
         data = rng.choice(target.seeds)
@@ -432,13 +434,15 @@ def cases(target: Any, what: str, seed: int, numbers: range | list[int]) -> Iter
 
 def plain(watch: Watch, what: str, seed: int, numbers: range | list[int]) -> None:
     for data, name in cases(watch.target, what, seed, numbers):
-        faulthandler.dump_traceback_later(60, exit=True)  # a hang that no signal ends; the case lies in the folder
+        faulthandler.dump_traceback_later(
+            60, exit=True
+        )  # ends a hang that no signal ends; the file of the case is still in the folder
         watch.case(data, name)
     faulthandler.cancel_dump_traceback_later()
 
 
 def guided(atheris: Any, watch: Watch, seed: int, count: int, finish: Callable[[], None]) -> None:
-    """Coverage chooses; libFuzzer ends the process by itself, so `finish` is called with the last case."""
+    """Run cases that atheris chooses by coverage. Call `finish` in the last one, because libFuzzer then ends the process."""
     corpus = Path(watch.folder) / "corpus"
     corpus.mkdir()
     for number, data in enumerate(watch.target.seeds):
@@ -460,8 +464,8 @@ def guided(atheris: Any, watch: Watch, seed: int, count: int, finish: Callable[[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=TARGETS)
-    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("what", choices=TARGETS, help="the reader to test")
+    parser.add_argument("--count", type=int, default=10_000, help="number of cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="repeat one case of the plain engine")
     parser.add_argument("--engine", choices=("plain", "atheris"), default="plain")
@@ -472,12 +476,13 @@ def main() -> None:
         target = TARGETS[arguments.what](folder)
     empty = folder / "empty"
     empty.mkdir()
-    os.chdir(empty)  # what a relative path makes lies here
+    os.chdir(empty)  # files with a relative path are written here
     watch = Watch(target, folder)
     start, started = peak_memory(), time.perf_counter()
 
     def finish() -> None:
-        watch.faults += [f"left behind: {path}" for path in empty.iterdir()]
+        """Print the table, and remove the temporary folder. Exit with status 1 if there are faults."""
+        watch.faults += [f"the reader wrote {path}" for path in empty.iterdir()]
         print(watch.table(time.perf_counter() - started, start), flush=True)
         os.chdir("/")
         shutil.rmtree(folder)

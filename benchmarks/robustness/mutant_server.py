@@ -52,7 +52,7 @@ def trace(rc: str, out: Path, file: str, options: list[str]) -> int:
                 seconds[item.nodeid] = round(sum(os.times()[:4]) - before, 3)
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if not report.passed:  # skipped ones are of no use either
+            if not report.passed:  # a skipped test cannot notice a mutant
                 broken.add(report.nodeid)
 
     pytest.main([*OPTIONS, *options, "--basetemp", str(out.with_suffix(".tmp")), file], plugins=[Tracer()])
@@ -182,7 +182,7 @@ def _forked(folder: Path, act: Callable[[], int], limit: float) -> int:
             time.sleep(pause)
             pause = min(0.05, pause * 1.2)
     with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # with whatever the tests left behind
+        os.killpg(child, signal.SIGKILL)  # also ends processes that the tests started
     if code is None:
         os.waitpid(child, 0)
     return 1000 if code in (None, -signal.SIGXCPU, -signal.SIGKILL) else code

@@ -83,7 +83,7 @@ class Tree:
     options: tuple[str, ...] = ("-m", "not gpu and not slow")
     left_out: tuple[str, ...] = SLOW_FILES
     spare: float = 60.0  # CPU seconds that a child may take besides 4 times what its tests take without the fault
-    sources: dict[str, bytes] = field(default_factory=dict)  # as they are at the start
+    sources: dict[str, bytes] = field(default_factory=dict)  # file → content at the start
 
     def source(self, file: str) -> bytes:
         if file not in self.sources:
@@ -91,7 +91,7 @@ class Tree:
         return self.sources[file]
 
     def files(self) -> list[str]:
-        """Return what belongs to the tree: what git knows or does not ignore."""
+        """Return the files of the tree that git tracks or does not ignore."""
         command = ["git", "-C", str(self.root), "ls-files", "-co", "--exclude-standard", "-z"]
         listed = subprocess.run(command, capture_output=True, text=True, check=False)
         if listed.returncode:
@@ -125,7 +125,7 @@ class Tree:
 
 @dataclass
 class Coverage:
-    """`seconds`: test → CPU seconds; `lines`: file → line → the tests that execute it."""
+    """The coverage of the tests. seconds: {test: CPU seconds}. lines: {file: {line: tests that execute it}}."""
 
     seconds: dict[str, float]
     lines: dict[str, dict[int, list[str]]]
@@ -460,7 +460,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the whole run")
-    parser.add_argument("--survivors", type=Path, metavar="RESULT.json", help="test again what survived in an earlier result")
+    parser.add_argument(
+        "--survivors", type=Path, metavar="RESULT.json", help="test again the mutants that survived in an earlier result"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants and test none")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the .json and the .md")
     parser.add_argument("--root", type=Path, default=ROOT, help="tree to test")

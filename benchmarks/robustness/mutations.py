@@ -1,4 +1,4 @@
-"""Small faults in Python source: what `benchmarks.robustness.mutants` plants, one at a time.
+"""Generate small faults in Python source, which `benchmarks.robustness.mutants` plants one at a time.
 
 `mutations` walks a file's syntax tree and returns every fault of the operators below. A fault is a piece of the source and
 the text that replaces it, so that the rest of the file keeps its formatting. Not mutated: docstrings, annotations, text of

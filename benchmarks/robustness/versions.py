@@ -1,4 +1,4 @@
-"""The fast path beside the plain one on each supported version of transformers: `python -m benchmarks.robustness.versions`.
+"""Compare fast and plain computation on each supported version of transformers: `python -m benchmarks.robustness.versions`.
 
 Every version is installed without its dependencies, which are the same for all, into a folder that comes first on
 PYTHONPATH. Each cell of the table compares one embedded base with FAST on and off: captions, answers and rankings must be
@@ -81,7 +81,7 @@ def row(version: str) -> bool:
     import transformers
 
     if transformers.__version__ != version:
-        raise SystemExit(f"transformers {version} was asked for, and {transformers.__version__} is imported")
+        raise SystemExit(f"transformers {version} is needed, but {transformers.__version__} was imported")
     torch.set_num_threads(1)
     good = True
     for base, cells in CELLS.items():
@@ -93,7 +93,7 @@ def row(version: str) -> bool:
 
 
 def overlay(version: str, folder: Path) -> dict[str, str]:
-    """Install one version beside the others' dependencies; return the environment in which it is imported."""
+    """Install one version without its dependencies, and return the environment variables that import it."""
     place = folder / version
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--target", str(place), f"transformers=={version}"], check=True)

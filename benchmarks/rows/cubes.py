@@ -71,14 +71,14 @@ def our_run(config: TrainConfig, enough: float) -> dict[str, float]:
 
 
 def figures_of(at: dict[int, float], good: list[int], moments: list[float]) -> dict[str, float]:
-    """`at`: the seconds from the start to each step. `good`: the steps whose validation reached the goal."""
+    """Return the figures of a run. at: seconds from the start to each step. good: steps whose validation reached the goal."""
     if not good:
-        raise RuntimeError(f"no validation came to an exact match of {ENOUGH:.0%}, so there is no time to compare")
+        raise RuntimeError(f"no validation reached an exact match of {ENOUGH:.0%}, so there is no time to compare")
     return dict(zip(UNITS, (at[good[0]], float(good[0]), median_gap(moments)), strict=True))
 
 
 def median_gap(moments: list[float]) -> float:
-    """Return the median seconds of a step, of those without a validation."""
+    """Return the median seconds of the steps without a validation."""
     return median(after - before for before, after in pairwise(moments))
 
 

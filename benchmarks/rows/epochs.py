@@ -20,8 +20,8 @@ from lora_blip.models.loading import Backbone
 
 Step = Callable[[], None]
 BATCH = 2  # images
-CAPTIONS = 5  # an image; a batch of peft's has a row for each
-# where adapters go, at which size and in which precision: frozen before them is what need not be computed twice
+CAPTIONS = 5  # per image; a batch of peft has a row for each caption
+# (targets, size, precision); the blocks before the first adapter are frozen, so their outputs can be cached
 CACHED = (
     ("text", "base", "fp32"), ("text", "base", "bf16"), ("text", "large", "bf16"),
     ("vit[8:12]", "base", "bf16"), ("qformer", "blip2", "bf16"),

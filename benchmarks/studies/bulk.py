@@ -26,7 +26,7 @@ from lora_blip.inference.output import ERRORS_NAME, FILE_NAME, SETTINGS_NAME
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = 97  # each 97th file is broken: empty, truncated or not an image
 IN_FOLDER = 1000
-GROWTH = 32  # MB of peak memory that the many may take more than the few
+GROWTH = 32  # MB; most extra peak memory of the large run over the small one
 
 
 def draw(folder: Path, count: int) -> list[str]:
@@ -45,10 +45,10 @@ def draw(folder: Path, count: int) -> list[str]:
     return paths
 
 
-def start(images: Path, output: Path, wanted: argparse.Namespace) -> subprocess.Popen[bytes]:
+def start(images: Path, output: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     flags = {
-        "model": wanted.model, "adapter": wanted.adapter, "images": images, "output-dir": output,
-        "max-new-tokens": wanted.max_new_tokens, "batch-size": wanted.batch_size, "device": "cpu",
+        "model": options.model, "adapter": options.adapter, "images": images, "output-dir": output,
+        "max-new-tokens": options.max_new_tokens, "batch-size": options.batch_size, "device": "cpu",
     }  # fmt: skip
     command = [
         sys.executable,
@@ -65,13 +65,13 @@ def finish(child: subprocess.Popen[bytes]) -> float:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"infer.py ended with {child.returncode}")
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KB here
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KB on Linux
 
 
-def whole_run(images: Path, output: Path, wanted: argparse.Namespace, count: int) -> tuple[float, float]:
+def whole_run(images: Path, output: Path, options: argparse.Namespace, count: int) -> tuple[float, float]:
     """Return the seconds and the peak memory in MB of a run that is not killed."""
     started = time.perf_counter()
-    peak = finish(start(images, output, wanted))
+    peak = finish(start(images, output, options))
     seconds = time.perf_counter() - started
     print(
         f"unkilled, {count:,} images: {seconds:.1f} s, {count / seconds:.0f} a second with its start, peak {peak:.0f} MB",
@@ -84,26 +84,33 @@ def written(output: Path) -> int:
     return sum((output / name).stat().st_size for name in (FILE_NAME, ERRORS_NAME) if (output / name).exists())
 
 
-def killed_run(images: Path, output: Path, wanted: argparse.Namespace, seconds: float, size: int) -> Counter[str]:
-    """Lives of one run until it is done, which takes `seconds` and writes `size` bytes; where each of its kills came."""
-    rng, ends = random.Random(wanted.seed), Counter[str]()
-    while sum(ends.values()) < wanted.kills:
-        child, before = start(images, output, wanted), written(output)
-        early = rng.random() < 0.15  # while it still starts
+def killed_run(images: Path, output: Path, options: argparse.Namespace, seconds: float, size: int) -> Counter[str]:
+    """Start the run again after each kill until it is complete. Return how often it was killed in each phase.
+
+    seconds: the time of a run that is not killed. size: the bytes that it writes.
+    """
+    rng, ends = random.Random(options.seed), Counter[str]()
+    while sum(ends.values()) < options.kills:
+        child, before = start(images, output, options), written(output)
+        early = rng.random() < 0.15  # while the process starts
         deadline = time.perf_counter() + (rng.uniform(0, 6) if early else 600)
         while child.poll() is None and time.perf_counter() < deadline and written(output) == before:
             time.sleep(0.005)
         if not early:
             left = 1 - written(output) / size
-            time.sleep(rng.uniform(0, 2 * seconds * left / (wanted.kills - sum(ends.values()) + 1)))
+            time.sleep(rng.uniform(0, 2 * seconds * left / (options.kills - sum(ends.values()) + 1)))
         child.send_signal(signal.SIGKILL)
         if child.wait() != -signal.SIGKILL:
-            sys.exit(f"done before {wanted.kills} kills, with {child.returncode}: give more --images")
+            sys.exit(
+                f"the run ended with status {child.returncode} before {options.kills} kills; set --images to a larger number"
+            )
         torn = (output / FILE_NAME).exists() and not (output / FILE_NAME).read_bytes().endswith(b"\n")
         ends["in a line" if torn else "while captioning" if written(output) > before else "before it wrote"] += 1
         print(f"{sum(ends.values()):4} SIGKILL after {written(output):,} bytes", flush=True)
-    if not json.loads((output / SETTINGS_NAME).read_text(encoding="utf-8"))["finished"]:  # killed as it was leaving
-        finish(start(images, output, wanted))
+    if not json.loads((output / SETTINGS_NAME).read_text(encoding="utf-8"))[
+        "finished"
+    ]:  # the process was killed while it ended
+        finish(start(images, output, options))
     return ends
 
 
@@ -122,15 +129,15 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         few, many = Path(place, "few"), Path(place, "many")
-        draw(few, wanted.few)
-        paths = draw(many, wanted.images)
+        draw(few, options.few)
+        paths = draw(many, options.images)
         outputs = [Path(place, name) for name in ("out_few", "out_whole", "out_killed")]
-        _, low = whole_run(few, outputs[0], wanted, wanted.few)
-        seconds, high = whole_run(many, outputs[1], wanted, wanted.images)
-        ends = killed_run(many, outputs[2], wanted, seconds, written(outputs[1]))
+        _, low = whole_run(few, outputs[0], options, options.few)
+        seconds, high = whole_run(many, outputs[1], options, options.images)
+        ends = killed_run(many, outputs[2], options, seconds, written(outputs[1]))
         found = images_in(outputs[2])
         failed = len((outputs[2] / ERRORS_NAME).read_text(encoding="utf-8").splitlines())
         results = {
@@ -138,7 +145,7 @@ def main() -> int:
             f"both files, as unkilled ({failed:,} lines of errors)": all(
                 (outputs[1] / name).read_bytes() == (outputs[2] / name).read_bytes() for name in (FILE_NAME, ERRORS_NAME)
             ),
-            f"memory flat: {low:.0f} MB for {wanted.few:,} images, {high:.0f} MB for {wanted.images:,}": high - low <= GROWTH,
+            f"memory flat: {low:.0f} MB for {options.few:,} images, {high:.0f} MB for {options.images:,}": high - low <= GROWTH,
         }
     print(f"{sum(ends.values())} SIGKILLs: {dict(ends)}")
     for name, holds in results.items():

@@ -19,7 +19,7 @@ from lora_blip.cli import report_errors
 
 SIDES = (192, 384, 576)  # pixels
 RANKS = (1, 4, 8, 16, 64)
-# peft cannot reach a block of the fused qkv's rows: for the first two it gets the whole of it
+# peft cannot adapt one block of rows of the fused qkv; for the first two targets it adapts the whole qkv
 TARGETS = ("vit.q", "vit.q,vit.v", "vit.attn", "vit", "vit,text")
 CAPTIONS = (1, 2, 5, 10)
 

@@ -26,7 +26,7 @@ WORDS = (
     "a the red blue green cube on top of table man riding wave surfboard in ocean dog with frisbee park street two people "
     "standing near large white building sky under sitting cat laptop pizza"
 ).split()
-KINDS = {  # what the lines are → lines about one image
+KINDS = {  # kind of the lines → number of lines per image
     "captions, 5 an image": 5,
     "captions, 1 an image": 1,
     "questions, 5 an image": 5,
@@ -59,7 +59,7 @@ def measure(kind: str, source: str) -> dict[str, float]:
 
     backbone = backbone_of("tiny")
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](backbone)
-    task.checker.bounds.at_most("a", 0)  # which looks at the tokenizer once
+    task.checker.bounds.at_most("a", 0)  # the first call examines the tokenizer
     before, found = resident(), {}
 
     @contextmanager
@@ -70,7 +70,7 @@ def measure(kind: str, source: str) -> dict[str, float]:
 
     with timed("read and check"):
         examples, _ = annotations.read(source, check=task.check, decode=False, pretokenize=task.pretokenize)
-    with timed("know"):  # which retrieval alone does
+    with timed("know"):  # only retrieval does this
         RetrievalTask.prepare_data(SimpleNamespace(), examples)  # type: ignore[arg-type]
     with timed("split"):
         training, validation = annotations.split_by_image(examples, 0.1, 0)
@@ -95,7 +95,7 @@ def main() -> None:
     if chosen.one:
         print(json.dumps(measure(*chosen.one)))
         return
-    print(f"{platform.machine()}, Python {platform.python_version()}: seconds, and MiB more at the peak\n")
+    print(f"{platform.machine()}, Python {platform.python_version()}: seconds, and MiB of additional peak memory\n")
     print(f"{'lines':>30}", *(f"{name:>14}" for name in (*STAGES, "all", "MiB")))
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:

@@ -1,4 +1,4 @@
-"""How much is measured: all rows, or a quick run on the smallest models."""
+"""Define how much is measured: all rows, or a quick run on the smallest models."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

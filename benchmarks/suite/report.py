@@ -31,7 +31,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
     """
     about: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
     about |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
-    path = fresh(folder, kind)
+    path = unused_path(folder, kind)
     print(f"{described(about)}\n→ {path}\n{MEANT}\n{QUICK * ('quick' in kind)}", flush=True)
     for name, cells in rows.items():
         started = time.perf_counter()
@@ -39,7 +39,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
             for cell in cells:
                 about["cells"].append(cell.as_json())
                 print(cell, flush=True)
-        except Exception as error:  # the other rows of an hour stay valid
+        except Exception as error:  # one failed row must not lose the results of the others
             traceback.print_exc()
             about["failed"][name] = f"{type(error).__name__}: {error}"
         about["seconds"][name] = round(time.perf_counter() - started, 1)
@@ -48,7 +48,7 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
     return path, not about["failed"]
 
 
-def fresh(folder: Path, kind: str = "") -> Path:
+def unused_path(folder: Path, kind: str = "") -> Path:
     """Return a new file name, so that no earlier result is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", str(machine()["name"]).lower()).strip("-")

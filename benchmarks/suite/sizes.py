@@ -51,7 +51,7 @@ SIZES: dict[str, tuple[Settings, Settings | None, Settings]] = {
         {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"vocab_size": 1001},
     ),
-    "blip2": (  # of the true widths, with 4 of 39 and of 32 layers
+    "blip2": (  # the real widths, but 4 layers instead of 39 and 32
         _width(1408, 4, 16, intermediate_size=6144, image_size=224, patch_size=14),
         {"encoder_hidden_size": 1408},
         {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 4, "num_attention_heads": 32}
@@ -101,7 +101,7 @@ def _blip2(vision: Settings, qformer: Settings, text: Settings) -> Any:
         image_token_index=tokenizer_of("blip-2").convert_tokens_to_ids("<image>"),
     )
     model = Blip2ForConditionalGeneration(config)
-    model.query_tokens.data.normal_(std=0.5)  # zeros would make all queries one
+    model.query_tokens.data.normal_(std=0.5)  # with zeros, all queries would be equal
     return model
 
 

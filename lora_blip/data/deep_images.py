@@ -1,4 +1,4 @@
-"""Convert grey images with more than 8 bits per pixel to 8 bits: 16-bit and 32-bit integers, and floats.
+"""Convert grey images with more than 8 bits per pixel (16-bit and 32-bit integers, and floats) to 8 bits.
 
 A value is scaled by the full range of its type, so that equal values have equal brightness in each image of a data set.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 BITS, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF's tags, and the sample format of signed integers
-DARK = 32  # an image without a brighter pixel is nearly black
+DARK = 32  # grey level; an image without a brighter pixel is nearly black
 LISTED = 3  # names in a warning
 
 
@@ -22,6 +22,7 @@ class DarkImages:
         self.lock = threading.Lock()
 
     def add(self, name: str) -> None:
+        """Add the name of an image."""
         with self.lock:
             self.names.append(name)
 
@@ -54,9 +55,9 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def highest_value(image: Image.Image) -> float:
-    """Return the value that becomes white: the largest of the type of the pixels in the file, or 1 for floats.
+    """Return the value that becomes white: the largest value of the pixel type in the file, or 1 for floats.
 
-    An image without a file format has 16 bits in mode I, as a PNG that Pillow writes from it.
+    Mode I means 16 bits if the image was not read from a file, because Pillow writes it to PNG with 16 bits.
     """
     if image.mode == "F":
         return 1.0
@@ -73,8 +74,8 @@ def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -
     Call `on_dark` if no pixel of the result is brighter than DARK.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    clear = image.info.get("transparency")
-    is_clear = values == clear if isinstance(clear, int) else None
+    transparent_value = image.info.get("transparency")
+    is_transparent = values == transparent_value if isinstance(transparent_value, int) else None
     if highest == 2**32 - 1:  # Pillow reads unsigned values as signed
         values = np.where(values < 0, values + 2**32, values)
     values.clip(0, highest, out=values)
@@ -82,6 +83,6 @@ def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -
     grey = values.astype(np.uint8)
     if grey.size and grey.max() < DARK:
         on_dark()
-    if is_clear is not None:
-        grey[is_clear] = 255
+    if is_transparent is not None:
+        grey[is_transparent] = 255
     return Image.fromarray(grey)

@@ -44,18 +44,18 @@ DIGESTS = 2**20  # digests kept in memory, at about 300 bytes each
 
 
 class Store:
-    """A map from keys to tensors, in one folder for each `kind`: a JSON of all that a value depends on besides the image.
+    """A map from keys to tensors on disk, with a folder for each kind. `kind` lists what a value depends on besides the image.
 
-    `limit` bounds the bytes of all kinds together. When it is reached, other kinds that no process has open are removed, the
-    longest unused first. Without that, a run with new settings would find the cache full. If there is still no room, nothing
-    more is stored: each value of this kind is read once in every epoch, so removing one would gain nothing. Any number of
-    processes may read and write at the same time, and may be killed. The folder is created when the first value is stored.
+    `limit` bounds the bytes of all kinds together. When it is reached, other kinds that no process has open are removed,
+    beginning with the longest unused. Otherwise a run with new settings would find the cache full. If there is still no room,
+    nothing more is stored: each value of this kind is read once per epoch, so replacing one by another gains nothing. Any
+    number of processes may read and write at the same time, and may be killed. The first stored value creates the folder.
     """
 
     def __init__(self, folder: Path, kind: dict[str, Any], limit: int) -> None:
         self.root, self.kind, self.limit = Path(folder), kind, limit
         self.values = self.root / hashlib.sha256(self._about.encode()).hexdigest()[:16]
-        self.full = ""  # why nothing more is stored; "" if there is room
+        self.full = ""  # the reason why nothing more is stored; "" if there is room
         self.used = -1  # bytes of all kinds; -1: not counted yet (reading does not need it)
         self.uncounted = 0  # bytes that were written since the count
         self.held: BinaryIO | None = None
@@ -126,7 +126,7 @@ class Store:
                 if path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break
                 file.close()  # another process has removed the file meanwhile
-            file.write(self._about.encode())  # the same as the old content, unless a power failure truncated that
+            file.write(self._about.encode())  # the old content is the same, unless a power failure truncated it
             file.truncate()
             file.flush()
             os.utime(path)
@@ -148,6 +148,7 @@ class Store:
         return self.used + size <= self.limit
 
     def _count(self) -> None:
+        """Count the bytes of all kinds. Delete kinds whose removal was interrupted."""
         for path in self.root.glob(".*.tmp"):  # a kind whose removal was interrupted
             if DOOMED.fullmatch(path.name) and _when(path) < time() - ABANDONED:
                 remove(path)
@@ -193,10 +194,10 @@ def value_of(content: NDArray[np.uint8], key: str) -> Tensor | None:
 
 
 def checksum(data: NDArray[np.uint8]) -> str:
-    """Return the CRC-32 of the sums of the pages and of the tail. It detects changed bits and swapped pages, at 20 GB/s."""
-    whole = len(data) // PAGE * PAGE
-    pages = np.frombuffer(data, dtype=np.uint64, count=whole // 8).reshape(-1, PAGE // 8)
-    return f"{crc32(data[whole:].tobytes(), crc32(pages.sum(1).tobytes())):08x}"
+    """Return a CRC-32 of the sum of each page and of the incomplete last page. It detects changed bits and swapped pages."""
+    end = len(data) // PAGE * PAGE  # of the last complete page
+    pages = np.frombuffer(data, dtype=np.uint64, count=end // 8).reshape(-1, PAGE // 8)
+    return f"{crc32(data[end:].tobytes(), crc32(pages.sum(1).tobytes())):08x}"
 
 
 def bytes_in(folder: Path) -> int:
@@ -213,7 +214,8 @@ def bytes_in(folder: Path) -> int:
 
 
 def _files(folder: str) -> Iterator[os.DirEntry[str]]:
-    with suppress(OSError), os.scandir(folder) as entries:  # another process may have removed it
+    """Yield the files of a folder and its subfolders."""
+    with suppress(OSError), os.scandir(folder) as entries:  # another process may have removed the folder
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(entry.path)
@@ -222,7 +224,7 @@ def _files(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _clear(kind: Path) -> None:
-    """Remove a kind unless a process has it open. It is renamed while it is locked, so no process can open it meanwhile."""
+    """Remove a kind unless a process has it open. Rename it under a lock, so that no process can open it meanwhile."""
     with suppress(OSError):  # already removed
         with (kind / "kind.json").open("rb") as file:
             unused = _flock(file, exclusive=True)
@@ -233,9 +235,9 @@ def _clear(kind: Path) -> None:
 
 
 def _flock(file: BinaryIO, exclusive: bool) -> bool:
-    """Take a lock of flock, which forked workers share, unlike that of `runtime.lock`. Return True if it is taken.
+    """Lock a file by flock, and return True if that succeeds. Also return True on a file system without locks.
 
-    Return True also on a file system without locks.
+    Forked workers share this lock, unlike the lock of `runtime.lock`.
     """
     if fcntl is not None:
         try:
@@ -246,6 +248,7 @@ def _flock(file: BinaryIO, exclusive: bool) -> bool:
 
 
 def _when(path: Path) -> float:
+    """Return the time of the last change, or infinity if the file does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -21,7 +21,7 @@ from lora_blip.runtime.untrusted import printable
 SAME_BYTES, NEARLY = "same bytes", "nearly the same picture"
 SIDE = 12  # height and width of a thumbnail in pixels
 FAR = 0.015  # largest distance (1 − correlation) of two thumbnails of nearly the same picture
-GRAIN = 0.6  # grey levels by which compression changes a thumbnail; it matters if a picture is nearly flat
+GRAIN = 0.6  # grey levels by which compression changes a thumbnail; this matters for nearly flat pictures
 CONTRAST = 0.75  # smallest ratio of the standard deviations of nearly the same pictures
 LIGHT = 26.0  # largest difference of their mean colours, in grey levels
 BLOCK = 1024  # evaluation images that are compared at a time
@@ -83,41 +83,41 @@ def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path])
 
 
 def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
-    """Return a warning of one line: how many of the images are in the training data, of which kind, and the first of them.
+    """Return a one-line warning: the number of leaks of each kind, and the first of them.
 
-    images: their number. what: their split, such as "validation".
+    images: the number of all evaluation images. what: the name of their split, such as "validation".
     """
-    some = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
+    first_leaks = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
     kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks):,} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
-    found = f"{len(leaks):,} of {images:,} {what} images are in the training data ({kinds})"
-    return f"{found}, so the scores are too high: {some}"
+    summary = f"{len(leaks):,} of {images:,} {what} images are in the training data ({kinds})"
+    return f"{summary}, so the scores are too high: {first_leaks}"
 
 
 def nearest(new: ComparedThumbnails, known: ComparedThumbnails) -> NDArray[np.int64]:
     """Return, for each new thumbnail, the index of the most similar known one, or −1 if none is nearly the same picture.
 
     Two patterns p and q with contrasts s and t match if 1 − p·q ≤ FAR + GRAIN² / (s t). The memory is that of a matrix
-    (BLOCK, known).
+    of shape (BLOCK, number of known thumbnails).
     """
-    found = []
+    best_indices = []
     for start in range(0, len(new.pattern), BLOCK):
         block = ComparedThumbnails(*(part[start : start + BLOCK] for part in new))
         similarity = block.pattern @ known.pattern.T  # (block, known)
         grain = np.outer(GRAIN / np.maximum(block.contrast, 1e-6), GRAIN / np.maximum(known.contrast, 1e-6))
-        similarity += np.minimum(grain, 1)  # of a flat picture the pattern is 0, and this term is 1
+        similarity += np.minimum(grain, 1)  # the pattern of a flat picture is 0; this term is then 1
         similarity[similarity < 1 - FAR] = -1
         rows, columns = np.nonzero(similarity >= 0)
         keep = _alike(block, rows, known, columns)
         similarity[rows[~keep], columns[~keep]] = -1
         best = similarity.argmax(1)
-        found.append(np.where(similarity[np.arange(len(best)), best] >= 0, best, -1))
-    return np.concatenate(found)
+        best_indices.append(np.where(similarity[np.arange(len(best)), best] >= 0, best, -1))
+    return np.concatenate(best_indices)
 
 
 def _alike(
     one: ComparedThumbnails, rows: NDArray[np.int64], other: ComparedThumbnails, columns: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Return a boolean for each pair of similar patterns: whether contrast and mean colours are similar too."""
+    """Return True for each pair of similar patterns whose contrasts and mean colours are similar too."""
     first, second = one.contrast[rows] + GRAIN, other.contrast[columns] + GRAIN
     same_contrast = np.minimum(first, second) >= CONTRAST * np.maximum(first, second)
     return same_contrast & (np.abs(one.light[rows] - other.light[columns]) <= LIGHT).all(1)
@@ -156,7 +156,7 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def _fingerprints(paths: list[Path]) -> Iterator[Fingerprint]:
-    """Yield the fingerprints of the files. THREADS threads compute them, at most a few hundred in advance."""
+    """Yield the fingerprints of the files. Compute them in threads, at most 32 · THREADS in advance."""
     iterator = iter(paths)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(iterator, 32 * THREADS)):
@@ -164,4 +164,5 @@ def _fingerprints(paths: list[Path]) -> Iterator[Fingerprint]:
 
 
 def _unique(paths: Iterable[str | Path]) -> list[Path]:
+    """Return each path once, in the order of first occurrence."""
     return list(dict.fromkeys(Path(path) for path in paths))

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Lookahead(Generic[T]):
-    """An iterator that can read its next items in advance. An error of the iterable is raised by the `take` that reaches it."""
+    """An iterator that can read its next items in advance. `take` raises an error of the iterable when it reaches it."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self.items = iter(items)
@@ -56,7 +56,7 @@ class ImagePrefetcher:
         self.decoding: dict[Any, Future[Tensor | ImageError]] = {}  # by `image_key`
 
     def announce(self, examples: Iterable[Example], image_processor: Any) -> None:
-        """Start to decode the images of these examples, and drop all others."""
+        """Start to decode the images of these examples, and discard all other images."""
         pixels = pixels_of(image_processor)
         needed = {image_key(example): example for example in examples}
         for key in [key for key in self.decoding if key not in needed]:
@@ -67,11 +67,11 @@ class ImagePrefetcher:
                 self.decoding[key] = self.pool.submit(decode, example, pixels)
 
     def pictures(self, examples: Iterable[Example]) -> dict[Any, Tensor | ImageError]:
-        """Return `image_key` → pixel values (3, H, W) float32, or the error, for examples that were announced."""
+        """Return {image_key: pixel values (3, H, W) float32, or the error} for examples that were announced."""
         return {key: self.decoding[key].result() for key in {image_key(example) for example in examples}}
 
     def close(self) -> None:
-        """Cancel everything. Do not wait for the threads."""
+        """Cancel all decoding. Do not wait for the threads to end."""
         for future in self.decoding.values():
             future.cancel()
         self.decoding.clear()
@@ -85,4 +85,4 @@ def decode(example: Example, pixels: Callable[[Any], Tensor]) -> Tensor | ImageE
     try:
         return pixels(open_example(example))
     except ImageError as error:
-        return ImageError(str(error))  # a new error: the traceback of the old one would keep a batch of images in memory
+        return ImageError(str(error))  # a new error, because the traceback of the old one keeps a batch of images in memory

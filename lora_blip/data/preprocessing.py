@@ -1,4 +1,4 @@
-"""Compute the input of a ViT from an image: bit for bit as the checkpoint's image processor, but faster."""
+"""Compute the input of a ViT from an image: the same bits as the checkpoint's image processor, but faster."""
 
 from functools import lru_cache
 from typing import Any
@@ -52,7 +52,7 @@ class Pixels:
         return torch.from_numpy(planes).to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def _agrees(self) -> bool:
-        """Return True if our pixel values equal the processor's for all levels, and for images that are enlarged or reduced."""
+        """Return True if the values equal the processor's for all 256 levels, and for an enlarged and a reduced image."""
         levels = self.of_bytes(torch.from_numpy(np.array(EVERY_LEVEL)))
         if not torch.equal(levels, self._by_processor(EVERY_LEVEL, do_resize=False)):
             return False
@@ -62,6 +62,7 @@ class Pixels:
         return all(torch.equal(self.of_bytes(self.resized(probe)), self._by_processor(probe)) for probe in probes)
 
     def _by_processor(self, image: Image.Image, **changed: Any) -> Tensor:
+        """Return the pixel values by the checkpoint's processor, (3, H, W) float32. changed: settings to override."""
         return self.image_processor(image, return_tensors="pt", **changed)["pixel_values"][0]
 
 
@@ -72,7 +73,7 @@ def side_of(image_processor: Any) -> int:
 
 
 def pixels_of(image_processor: Any) -> Pixels:
-    """Return the Pixels of a processor. They are cached for its settings, because testing them takes as long as some images."""
+    """Return the Pixels of a processor. They are cached, because the test takes as long as a few images."""
     return _pixels_of(image_processor, str(vars(image_processor)))
 
 
@@ -82,7 +83,7 @@ def _pixels_of(image_processor: Any, _settings: str) -> Pixels:
 
 
 def _is_plain(image_processor: Any) -> bool:
-    """Return True if it is BLIP's own processor, and its settings only resize an image and scale its bytes."""
+    """Return True for BLIP's own processor, if its settings only resize an image and scale its bytes."""
     if type(image_processor) is not BlipImageProcessorPil:
         return False
     size: Any = image_processor.size

@@ -21,7 +21,7 @@ from lora_blip.runtime.untrusted import cut, open_regular, printable, quoted, wh
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
-EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of extra headers before that of a member: PAX, Solaris, GNU's long names
+EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of extra headers before a member: PAX, Solaris, GNU's long names
 LONGEST_HEADER, LONG_NUMBER = 2**20, re.compile(rb"\d{200}")  # most bytes of an extra header; a number with too many digits
 PADDING = 2**20  # most bytes of zeros after the end of an archive; most programs write less than 10 KB
 
@@ -36,32 +36,32 @@ class ShardImage(Example):
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A tar header that raises an error if it is broken. tarfile would treat it as the end, and drop all later images."""
+    """A tar header that raises ReadError if it is damaged. tarfile treats such a header as the end, and drops later images."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
-            if type(error).__name__ == "EOFHeaderError":  # the block of zeros at the end of every archive
+            if type(error).__name__ == "EOFHeaderError":  # the blocks of zeros at the end of an archive
                 raise
             raise tarfile.ReadError("its end is missing" if not buf else str(error)) from None
 
     def _proc_member(self, archive: Any) -> Any:
-        """Refuse a header that would fill the memory, or take hours: Python < 3.11.10 parses long numbers in O(digits²)."""
+        """Raise ReadError for a header that could fill the memory, or take hours in Python < 3.11.10, which parses slowly."""
         if self.type in EXTENSIONS:
             start = archive.fileobj.tell()
-            sound = 0 <= self.size <= LONGEST_HEADER and not LONG_NUMBER.search(archive.fileobj.read(self.size))
+            is_valid = 0 <= self.size <= LONGEST_HEADER and not LONG_NUMBER.search(archive.fileobj.read(self.size))
             archive.fileobj.seek(start)
-            if not sound:
+            if not is_valid:
                 raise tarfile.ReadError(f"a header in it has {self.size:,} bytes, which no program writes")
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def images_in_shard(shard: str, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a tar file in its order, named `shard.tar/000123.jpg`. Count its other files in `others`.
+    """Yield the images of a tar file in its order, with names such as `shard.tar/000123.jpg`. Count other files in `others`.
 
-    If the shard is damaged, yield a MissingImage that names the last good member. So later images are not lost silently.
+    If the shard is damaged, the last item is a MissingImage whose reason names the last good member.
     """
     last = ""
     try:
@@ -88,7 +88,7 @@ def images_in_shard(shard: str, others: Counter[str]) -> Iterator[Example]:
 
 
 def _first_bytes(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
-    """Return the first bytes of a member. tarfile does not depend on the position of `file`."""
+    """Return the first bytes of a member. Moving the position of `file` does not disturb tarfile."""
     if not info.isreg() or info.issparse():
         return b""
     file.seek(info.offset_data)
@@ -96,6 +96,7 @@ def _first_bytes(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
 
 
 def _shard_image(shard: str, info: tarfile.TarInfo) -> Example:
+    """Return the ShardImage of a member, or a MissingImage if it is a link or a sparse file."""
     name = f"{shard}/{info.name}"
     if not info.isreg() or info.issparse():
         return missing(name, f"{name} is a link or a sparse file; pack the shard again with plain files")
@@ -103,7 +104,7 @@ def _shard_image(shard: str, info: tarfile.TarInfo) -> Example:
 
 
 def _refuse_rest(archive: tarfile.TarFile, file: BinaryIO) -> None:
-    """Raise ReadError if more than padding follows the archive's end: another archive, or a download with a gap."""
+    """Raise ReadError if data follows the end of the archive: another archive, or the rest of a download with a gap."""
     file.seek(archive.offset)
     rest = file.read(PADDING + 1)
     if len(rest) > PADDING or rest.strip(b"\0"):

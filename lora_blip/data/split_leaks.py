@@ -1,6 +1,7 @@
-"""Report validation images that are also in the training data, before the first step and within a few seconds.
+"""Report validation images that are also in the training data. This runs before the first step, for a few seconds.
 
-This happens, for example, if the images are frames of a video: a random split puts neighbouring frames into both parts.
+There are such images if, for example, the images are frames of a video: a random split puts neighbouring frames into training
+and validation.
 """
 
 import random
@@ -30,7 +31,7 @@ from lora_blip.data.paths import in_walking_order
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable
 
-KEPT = 300_000  # most thumbnails in memory, of 432 bytes each
+MOST_THUMBNAILS = 300_000  # in memory; each has 432 bytes
 PAIRS = 5 * 10**7  # most pairs of images that are compared; this takes about 2 s on one core
 BLOCK = 8192  # training images that are compared at a time
 DECODED = 2048  # with more images than this, only a sample is decoded
@@ -41,24 +42,25 @@ GROUP = 16  # validation images of the sample that are decoded together
 
 
 class Thumbnails:
-    """The thumbnails of images that the check of the annotations has decoded, by image file, as bytes."""
+    """The thumbnails of images that were decoded when the annotations were checked: {image file: bytes}."""
 
     def __init__(self) -> None:
         self.by_file: dict[str, bytes] = {}
 
     def add(self, file: str, picture: Image.Image) -> None:
         """Keep the thumbnail of a picture. Threads may call this at the same time."""
-        if len(self.by_file) < KEPT:
+        if len(self.by_file) < MOST_THUMBNAILS:
             self.by_file[file] = packed(picture)
 
 
 def report_split_leaks(
     validation: Iterable[str], training: Iterable[str], kept: Thumbnails, fix: str, report: Callable[[str], object] = print
 ) -> None:
-    """Report how many validation images have the bytes, or nearly the picture, of a training image. Report `fix` too.
+    """Report how many validation images have the same bytes, or nearly the same picture, as a training image.
 
-    Thumbnails that `kept` lacks are computed for at most SECONDS. If not all images can be compared, report how many are
-    compared. If all are compared and none matches, report nothing. Global random generators are not used.
+    kept: thumbnails that already exist. Missing ones are computed for at most SECONDS. fix: advice, added to the warning.
+    If only some images can be compared, report their number. If all are compared and none matches, report nothing. Global
+    random generators are not used.
     """
     new, known = list(dict.fromkeys(validation)), list(dict.fromkeys(training))
     total = len(new), len(known)
@@ -84,7 +86,7 @@ def report_split_leaks(
 
 
 def sample_of(files: Sequence[str], most: int) -> Sequence[str]:
-    """Return a random sample of at most `most` files, and of at least one. Use a separate random generator."""
+    """Return a random sample of at most `most` files, and of at least one. The global random generator is not used."""
     most = max(1, most)
     return files if len(files) <= most else random.Random(0).sample(files, most)
 
@@ -136,13 +138,13 @@ def neighbours(new: Sequence[str], known: Sequence[str]) -> Iterator[tuple[Seque
     keys = np.array([in_walking_order(file) for file in order], dtype=object)
     sample = sample_of(new, SAMPLE)
     for start in range(0, len(sample), GROUP):
-        some = sample[start : start + GROUP]
-        indices = np.searchsorted(keys, np.array([in_walking_order(file) for file in some], dtype=object))
-        yield some, [file for at in indices for file in order[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]]
+        group = sample[start : start + GROUP]
+        indices = np.searchsorted(keys, np.array([in_walking_order(file) for file in group], dtype=object))
+        yield group, [file for at in indices for file in order[max(0, at - NEIGHBOURS) : at + NEIGHBOURS]]
 
 
 def decode(groups: Sequence[tuple[Sequence[str], Sequence[str]]], packed_by_file: dict[str, bytes]) -> int:
-    """Add the thumbnails of groups of images to `packed_by_file`, for SECONDS. Return the number of groups that are done."""
+    """Add the thumbnails of groups of images to `packed_by_file`, for at most SECONDS. Return the number of decoded groups."""
     end = time.monotonic() + SECONDS
 
     def add_thumbnail(file: str) -> None:

@@ -1,4 +1,4 @@
-"""Data: every line is checked and named, pictures come out right, orders depend on the seed alone."""
+"""Test that every line is checked, that images are decoded correctly, and that orders depend only on the seed."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_paths_are_relative_to_the_file_or_to_a_root(photo, tmp_path):
 
 
 def bad_lines(photo: Path) -> dict[str, str]:
-    """What is wrong with a line → the line."""
+    """Return {fault: a line with this fault}."""
     (photo.parent / "text.jpg").write_text("not an image")
     whole = photo.with_suffix(".jpg")
     Image.effect_noise((64, 64), 50).convert("RGB").save(whole)
@@ -136,7 +136,7 @@ def corner(image: Image.Image) -> tuple[int, ...]:
 
 
 def test_every_mode_of_picture_comes_out_right(tmp_path):
-    """EXIF turned upright; palette, grey, alpha and 16 bits seen as a viewer shows them."""
+    """An image is rotated by EXIF. Palette, grey, alpha and 16-bit images look as in an image viewer."""
     upright = Image.new("RGB", (20, 10), "blue")
     upright.paste("red", (0, 0, 10, 10))  # red on the left
     exif = Image.Exif()
@@ -164,7 +164,7 @@ def test_every_mode_of_picture_comes_out_right(tmp_path):
 
 
 def test_pixels_are_exactly_the_processor_s(make, tmp_path):
-    """Ours for one picture equals the Hugging Face processor's for it."""
+    """Our pixel values equal those of the Hugging Face processor, bit for bit."""
     backbone = make("blip")
     Image.effect_noise((50, 41), 60).convert("RGB").save(tmp_path / "n.png")
     image = open_image(tmp_path / "n.png")
@@ -212,7 +212,7 @@ def test_no_line_is_lost_or_repeated_without_shuffling():
 
 
 def test_training_reads_a_csv_and_a_json_document_as_prepare_does(tmp_path):
-    """The same readers serve both; a problem in a document is located by its entry."""
+    """Both use the same readers. A problem in a JSON document names its entry."""
     tiny.write_photos(tmp_path, 2)
     photos = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert len(photos) == 2

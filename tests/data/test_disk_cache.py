@@ -1,4 +1,4 @@
-"""The store: what is read is what was put, or nothing, through kills, damage and a full disk."""
+"""Test that the cache returns the stored value or None, after kills, damage and a full disk."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def kept(tmp_path: Path) -> Store:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (577, 16), (1, 2, 3, 4)])
 def test_what_is_put_is_what_is_got(tmp_path, dtype, shape):
-    """To the bit, of every dtype and shape, through another object, in a file that anyone's safetensors reads."""
+    """A value of each dtype and shape is equal bit for bit, in a new Store too. Its file is a valid safetensors file."""
     kept = Store(tmp_path, {}, PLENTY)
     value = value_of(1, *shape, dtype=dtype) if shape else torch.tensor(7).to(dtype)
     assert KEY not in kept and kept.get(KEY) is None
@@ -73,7 +73,7 @@ def test_a_key_is_no_path(kept, key):
 
 
 def test_every_byte_that_is_changed_and_every_cut_is_seen(tmp_path):
-    """A damaged value is None and gone, never another value. (Where a header says the same in other words, it is the same.)"""
+    """A damaged value is None and its file is deleted. A header with other bytes and the same meaning gives the same value."""
     kept, value = Store(tmp_path, {}, PLENTY), value_of(1, 30, 50, 3)
     kept.put(KEY, value)
     whole, path = file_of(kept).read_bytes(), file_of(kept)
@@ -92,7 +92,7 @@ def test_every_byte_that_is_changed_and_every_cut_is_seen(tmp_path):
 
 
 def test_pages_that_never_reached_the_disk_are_seen(tmp_path):
-    """After a power cut a file may have its size, and zeros or another file's page in it."""
+    """After a power failure, a file of the right size may contain zeros, or a page of another file."""
     kept, value = Store(tmp_path, {}, PLENTY), value_of(1, 4096 * 5 + 77)
     kept.put(KEY, value)
     whole, path = file_of(kept).read_bytes(), file_of(kept)
@@ -129,7 +129,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_stranger_s_file_is_no_value(kept, name):
-    """Nothing is run, waited for or believed."""
+    """No code is executed, no call blocks, and no wrong value is returned."""
     path = file_of(kept)
     path.unlink()
     HEADERS[name](path)
@@ -149,7 +149,7 @@ def write_without_end(folder: Path, ready: int) -> None:
 
 
 def test_a_kill_at_any_moment_leaves_whole_values(tmp_path):
-    """Two processes write the same keys and are killed 8 times: what is there is whole, and nothing half is left for long."""
+    """Two processes write the same keys and are killed 8 times. Values are complete, and temporary files are removed later."""
     rng = random.Random(1)
     found = 0
     for _ in range(4):
@@ -201,7 +201,7 @@ def total(folder: Path) -> int:
 
 
 def fill(kept: Store, first: int = 0) -> int:
-    """How many values it takes."""
+    """Store values until the cache is full, and return their number."""
     return next(n for n in range(10**6) if not kept.put(key_of(first + n), value_of(n)))
 
 
@@ -243,7 +243,7 @@ def test_kinds_that_nobody_has_open_make_room_the_longest_unused_first(tmp_path)
 
 
 def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_path, monkeypatch):
-    """Nobody can open it meanwhile; that another process was quicker is no reason to take nothing more."""
+    """No process can open it meanwhile. If another process has removed it before, the cache still accepts values."""
     limit, real, tried = 60_000, disk_cache.remove, []
 
     def remove(kind: Path) -> None:
@@ -275,7 +275,7 @@ def fill_to(kept: Store, count: int) -> None:
 
 
 def test_what_others_write_counts_too(tmp_path):
-    """Two that fill one kind, each knowing of its own writes alone between two counts, stay near the limit."""
+    """Two processes fill one kind. Each knows only its own writes between two counts, but both stay near the limit."""
     limit = 600_000
     pair = [Store(tmp_path, {"kind": 1}, limit) for _ in range(2)]
     for n in range(1000):

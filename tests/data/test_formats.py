@@ -1,4 +1,4 @@
-"""Every format comes out as lines that lora_blip reads, split by image; what is no good is named by line or entry."""
+"""Test that each format becomes lines that lora_blip reads, split by image, and that faults name their line or entry."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def dump(path: Path, found: object) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., dict[str, Lines]]:
-    """run(source, …) → the lines of each file written; everything goes to train unless `splits` says otherwise."""
+    """Return run(source, …), which returns the lines of each written file. By default, all lines are in train."""
 
     def run(source: Path | str, **settings: object) -> dict[str, Lines]:
         config = PrepareConfig(**{"source": str(source), "output_dir": str(tmp_path / "out"), "splits": "1"} | settings)
@@ -155,7 +155,7 @@ def test_an_answer_may_be_text_a_list_or_vqav2_s_objects():
 
 
 def coco(folder: Path, subset: str, captions: dict[str, list[str]]) -> Path:
-    """captions_<subset>.json, with the keys of the real one."""
+    """Write captions_<subset>.json with the keys of the published file."""
     images = [{"license": 3, "file_name": name, "coco_url": "http://", "id": 900 + n} for n, name in enumerate(captions)]
     pairs = [(900 + n, text) for n, name in enumerate(captions) for text in captions[name]]
     said = [{"image_id": image, "id": 37 + n, "caption": text} for n, (image, text) in enumerate(pairs)]
@@ -181,7 +181,7 @@ def test_a_validation_file_alone_is_split_by_shares(run, tmp_path):
 
 
 def vqa(folder: Path, subset: str, asked: dict[int, list[str]]) -> tuple[Path, Path]:
-    """VQAv2's two files; image id → the answers to one question about it."""
+    """Write VQAv2's two files. asked: {image id: the answers to one question about it}."""
     head = {"info": {}, "license": {}, "data_subtype": subset, "data_type": "mscoco"}
     questions = [{"image_id": image, "question": "What  is it?", "question_id": image * 1000} for image in asked]
     entries = [
@@ -276,7 +276,7 @@ FLICKR8K = """\
 
 
 def flickr8k(folder: Path) -> Path:
-    """The layout of the two zips: Flickr8k_text/ and Flickr8k_Dataset/Flicker8k_Dataset/."""
+    """Write the layout of the two published archives: Flickr8k_text/ and Flickr8k_Dataset/Flicker8k_Dataset/."""
     names = dict.fromkeys(re.findall(r"^\S+?\.jpg", FLICKR8K, re.MULTILINE))
     photo(*(folder / "Flickr8k_Dataset" / "Flicker8k_Dataset" / name for name in names if name != "1.jpg"))
     texts = folder / "Flickr8k_text"
@@ -288,7 +288,7 @@ def flickr8k(folder: Path) -> Path:
 
 
 def test_flickr8k_with_its_oddities_is_read_and_split_by_its_lists(run, tmp_path, capsys):
-    """The .jpg.1, spaces before stops, images that are missing or on no list: nothing of it stops the work."""
+    """A name .jpg.1, spaces before punctuation, and images that are missing or in no list do not stop `prepare`."""
     made = run(flickr8k(tmp_path).parent)
     assert texts(made["train"]) == [
         ("1000268201_693b08cb0e.jpg", "A child in a pink dress is climbing up a set of stairs in an entry way."),
@@ -506,7 +506,7 @@ def test_a_file_without_a_good_line_is_refused_even_when_skipping(run, tmp_path)
 
 
 def broken_jsons(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Which entry is wrong, and how → a file, and the message that it must give."""
+    """Return {fault: (file with this fault, expected message)}."""
     photo(*(folder / f"{n}.jpg" for n in range(3)))
 
     def spoilt(path: Path, spoil: Callable[[dict], object], name: str) -> Path:

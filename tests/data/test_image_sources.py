@@ -1,4 +1,4 @@
-"""Which files are images: by their content, in folders, globs and shards; what is left out is counted or reported."""
+"""Test that the content decides which files are images, in folders, globs and shards, and that other files are counted."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def content(kind: str, **more: object) -> bytes:
 
 
 def phone_folder() -> dict[str, bytes]:
-    """Name → content, as telephones and browsers write them."""
+    """Return {name: content} of files as phones and browsers write them."""
     frames = {"save_all": True, "append_images": [Image.new("RGB", (16, 12), "blue")]}
     found = {
         "D.JPG": content("JPEG"), "a.jpg": content("JPEG"), "b.jfif": content("JPEG"), "noext": content("JPEG"),
@@ -71,7 +71,7 @@ def shard_of(path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.mark.parametrize("where", ["folder", "glob", "shard"])
 def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path, where):
-    """In a folder, in a glob, in a tar: the same images, the same counts, and every image opens."""
+    """A folder, a glob and a tar file give the same images and the same counts, and each image opens."""
     files = phone_folder() | OTHERS
     folder = write(tmp_path / "photos", files)
     (folder / "dir.jpg").mkdir()
@@ -119,7 +119,7 @@ def test_many_suffixes_are_counted_in_little_memory_and_printed_in_a_line(tmp_pa
 
 
 def test_an_image_that_cannot_be_read_is_in_errors_jsonl_with_what_to_do(tmp_path, checkpoints, capsys, monkeypatch):
-    """And so many files as are no images are printed."""
+    """The number of files that are not images is printed."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     folder = write(tmp_path / "photos", {"a.jpg": content("JPEG"), "x.txt": b"x"} | BAD)
     path = infer(InferConfig(str(checkpoints["blip"]), "none", images=str(folder), output_dir=str(tmp_path / "out")))
@@ -147,7 +147,7 @@ def test_a_raw_file_of_a_camera_is_refused_and_not_read_as_its_thumbnail(tmp_pat
 
 
 def test_a_heic_image_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
-    """Its opener is registered when the first such image comes, and for no other file."""
+    """Its opener is registered for the first such image, and not for other files."""
     registered = []
 
     def register() -> None:

@@ -97,7 +97,7 @@ def test_transparent_pixels_are_white_in_each_mode(tmp_path):
 
 
 def test_cmyk_lab_mpo_and_animations_are_read(tmp_path):
-    """CMYK and L*a*b* by their colors; of an MPO or an animation, the first frame."""
+    """CMYK and L*a*b* keep their colors. For an MPO or an animation, the first frame is used."""
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     red.convert("CMYK").save(tmp_path / "c.jpg")
     red.save(tmp_path / "m.mpo", save_all=True, append_images=[blue])

@@ -1,4 +1,4 @@
-"""Evaluation images that training has seen are found through what files go through, and different pictures are not."""
+"""Test that evaluation images in the training data are found after usual changes of files, and other images are not."""
 
 import shutil
 from collections.abc import Callable
@@ -36,7 +36,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_copy_is_found_and_named(tmp_path, change):
-    """JPEG of quality 70, half the size, 10 % of light, or all: each of 62, two of them pale, points to its original of 300."""
+    """After JPEG quality 70, half the size, 10 % more light, or all three, each of 62 images matches its original of 300."""
     alter, suffix = CHANGES[change]
     originals = [*TRAIN[::5], TRAIN[41], TRAIN[107]]
     copies = [tmp_path / f"{path.stem}{suffix}" for path in originals]
@@ -46,7 +46,7 @@ def test_a_changed_copy_is_found_and_named(tmp_path, change):
 
 
 def test_the_shipped_test_images_are_not_in_training():
-    """48,000 pairs of flat, synthetic pictures, of few colours: not one is taken for the other."""
+    """In 48,000 pairs of flat, synthetic pictures with few colours, no pair matches."""
     assert len(TRAIN) == 300 and len(TEST) == 160
     assert find_leaks(TEST, TRAIN) == []
 
@@ -71,7 +71,7 @@ def written(path: Path, pixels: np.ndarray) -> Path:
 
 
 def test_other_colours_other_light_and_a_mirror_are_other_pictures(tmp_path):
-    """The same pattern in other channels, far darker, at a third of the contrast, or mirrored."""
+    """A pattern in other channels, far darker, with a third of the contrast, or mirrored, does not match."""
     pixels = noise(0)
     original = written(tmp_path / "original.png", pixels)
     others = [pixels[..., ::-1], pixels * 0.4, 127 + (pixels - 127) / 3, pixels[:, ::-1], pixels.transpose(1, 0, 2), noise(1)]
@@ -95,7 +95,7 @@ def test_the_most_alike_of_several_is_named(tmp_path):
 
 
 def test_blocks_change_nothing(monkeypatch):
-    """Against the definition written out, pair by pair, on crowded thumbnails; in blocks of 7."""
+    """In blocks of 7, the result equals the definition, computed pair by pair, on similar thumbnails."""
     rng = np.random.default_rng(6)
     centres = rng.uniform(40, 215, (12, leaks.SIDE, leaks.SIDE, 3))
     pictures = [
@@ -110,7 +110,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> float:
-    """p·q + GRAIN² / (s t) where that is at least 1 − FAR and contrast and light agree, else 0."""
+    """Return p·q + GRAIN² / (s t) if it is at least 1 − FAR and contrast and light match, otherwise 0."""
     p, q = (part.astype(np.float64) - part.mean((0, 1), dtype=np.float64) for part in (one, other))
     s, t = p.std(), q.std()
     found = (p * q).mean() / (s * t) + leaks.GRAIN**2 / (s * t)
@@ -134,7 +134,7 @@ def test_nothing_is_in_nothing():
 
 
 def test_many_images_are_compared_in_bounded_memory(monkeypatch):
-    """Never more than BLOCK rows at once: 3,000 × 3,000 thumbnails each find themselves."""
+    """At most BLOCK rows are compared at a time. Each of 3,000 thumbnails matches itself."""
     rng = np.random.default_rng(7)
     pictures = leaks.thumbnails(list(rng.uniform(0, 255, (3000, leaks.SIDE, leaks.SIDE, 3)).astype(np.float32)))
     rows = []

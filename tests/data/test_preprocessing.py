@@ -1,4 +1,4 @@
-"""Pixel values: the checkpoint's own processor's, to the last bit, whatever the picture and the settings."""
+"""Test that pixel values equal those of the checkpoint's processor, bit for bit, for all images and settings."""
 
 import pickle
 
@@ -43,7 +43,7 @@ def theirs(processor: BlipImageProcessorPil, image: Image.Image) -> torch.Tensor
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pixel_values_are_the_processor_s_to_the_last_bit(name):
-    """Up, down, out of shape and of one pixel: by the short way, which is the one taken."""
+    """This holds for enlarged, reduced and distorted images, and for one pixel. The fast path is used."""
     processor = PROCESSORS[name]()
     pixels = Pixels(processor)
     assert pixels.exact
@@ -81,13 +81,13 @@ def test_unusual_settings_are_left_to_the_processor(name):
 
 
 def test_a_processor_that_computes_something_else_is_found_out(monkeypatch):
-    """Not by its name or settings: by what it makes of a probe."""
+    """Its output for test images decides, not its name or its settings."""
     monkeypatch.setattr(BlipImageProcessorPil, "normalize", lambda *given, **_: given[1] * np.float32(2))
     assert not Pixels(BlipImageProcessorPil()).exact
 
 
 def test_bytes_that_were_kept_become_the_same_pixel_values():
-    """The picture, its bytes, the same bytes in another order of memory, and all that after pickling."""
+    """This holds for the image, its bytes, its bytes in another memory order, and all of them after pickling."""
     pixels, image = Pixels(BlipImageProcessorPil()), noise(640, 480)
     levels = pixels.resized(image)
     assert levels.shape == (384, 384, 3) and levels.dtype == torch.uint8
@@ -99,7 +99,7 @@ def test_bytes_that_were_kept_become_the_same_pixel_values():
 
 
 def test_settings_that_change_are_heeded():
-    """A user may ask for another size after the first picture was read."""
+    """A user may change the size after the first image was read."""
     processor, image = BlipImageProcessorPil(size={"height": 20, "width": 20}), Image.new("RGB", (30, 30), "red")
     assert pixels_of(processor)(image).shape == (3, 20, 20) and pixels_of(processor) is pixels_of(processor)
     processor.size = type(processor.size)(height=12, width=16)

@@ -1,4 +1,4 @@
-"""What a line of a data set says is used, or reported: its own prompt, values that are no strings, keys that change nothing."""
+"""Test that all parts of a line are used or reported: its own prompt, values that are not strings, and ignored keys."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ def example(text: str = "", question: str = "", prompt: str = "", question_id: i
 
 
 def test_a_line_s_own_prompt_is_read_instead_of_the_task_s_and_never_learned(backbone):
-    """A batch of mixed prompts has the rows and labels that each line has alone, after its own prompt."""
+    """In a batch of mixed prompts, each line has the same row and labels as alone, after its own prompt."""
     task = CaptionTask(backbone, "a picture of")
     some = [example("a red cube", prompt="the table with"), example("a blue cube"), example("nothing", prompt="a cube on")]
     images = torch.randn(3, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_a_prompt_at_the_start_of_a_text_is_removed_once(text, prompt, rest):
 
 @pytest.mark.parametrize("prompt", ["a picture of", "  a  picture of "])
 def test_captions_that_begin_with_the_prompt_lose_it_and_are_counted_before_the_first_step(folder, make, prompt):
-    """However the prompt is spelled; and the count is printed with an example."""
+    """This holds for each spelling of the prompt. The number of changed lines is printed with an example."""
     said: list[str] = []
     source = captions(folder, "a picture of a red cube", "A picture  of a hat", "a cube")
     task = CaptionTask(make("blip"), prompt)
@@ -125,7 +125,7 @@ def test_an_answer_that_is_nothing_but_the_template_is_a_bad_line(folder, make):
 
 
 def test_an_answer_loses_the_template_it_begins_with_and_a_question_never_does(make):
-    """BLIP's own VQA reads the question apart: an answer that begins with its question's words stays."""
+    """BLIP's VQA encodes the question separately, so an answer that begins with the words of its question is not changed."""
     one = example("", "what is it?", "", "", "Question: what is it? Answer: a cube", "a cube")
     assert VqaTask(make("blip")).trim(one).answers == ("a cube", "a cube")
     red = example("", "red", "", "", "red cube")
@@ -134,7 +134,7 @@ def test_an_answer_loses_the_template_it_begins_with_and_a_question_never_does(m
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "json"])
 def test_a_prompt_in_any_format_reaches_the_examples_through_prepare(folder, suffix):
-    """And so does a file that training reads itself."""
+    """The same holds for a file that training reads directly."""
     table = [["image", "prompt", "caption"], ["a.png", "a shoe,", "red"], ["b.png", "", "blue"]]
     entries = [dict(zip(table[0], row, strict=True)) for row in table[1:]]
     content = {
@@ -149,7 +149,7 @@ def test_a_prompt_in_any_format_reaches_the_examples_through_prepare(folder, suf
 
 
 def test_prompts_and_question_ids_are_part_of_what_a_run_is():
-    """Resume sees that a line's prompt has changed; lines without one have the digest that they always had."""
+    """Resume detects a changed prompt. Lines without a prompt have the same digest as in earlier versions."""
     plain = [example("a cube"), example("", "what?", "", "", "x")]
     digests = {resume.lines_digest([replace(plain[0], prompt=prompt), plain[1]], False) for prompt in ("", "a", "b")}
     digests |= {resume.lines_digest([plain[0], replace(plain[1], question_id=number)], False) for number in (0, 1)}
@@ -170,7 +170,7 @@ def test_a_prompt_that_cannot_be_used_is_one_reason(make):
 
 
 def test_each_prompt_of_an_image_is_asked_and_scored_with_its_own_references(folder, make):
-    """A prediction, its line on the disk, and the references meet again by image and prompt."""
+    """A prediction, its line in the file and its references are matched by image and prompt."""
     task = CaptionTask(make("blip"), "a picture of")
     source = lines(
         folder / "r.jsonl",
@@ -203,7 +203,7 @@ VALUES = {"5": "5", "1.50": "1.50", "-2": "-2", "1e3": "1e3", "true": "yes", "fa
 
 @pytest.mark.parametrize(("written", "text"), VALUES.items())
 def test_a_number_or_boolean_is_a_text_wherever_a_text_is_expected(folder, written, text):
-    """As it is written, in a list of answers, an answer, a question, a caption, a prompt and a group; through prepare too."""
+    """A number is kept as it is written, in answers, questions, captions, prompts and groups. `prepare` keeps it too."""
     source = lines(
         folder / "x.jsonl",
         f'{{"image": "a.png", "question": {written}, "answers": [{written}, {{"answer": {written}}}], "group": {written}}}',
@@ -222,7 +222,7 @@ def test_a_number_or_boolean_is_a_text_wherever_a_text_is_expected(folder, writt
 
 @pytest.mark.parametrize(("written", "text"), VALUES.items())
 def test_published_sets_may_have_numbers_and_booleans_for_texts(folder, written, text):
-    """VQAv2's answers and questions, COCO's captions, Karpathy's sentences, and lists of captions."""
+    """This holds for VQAv2's answers and questions, COCO's captions, Karpathy's sentences, and lists of captions."""
     head = '{"data_subtype": "val2014", '
     documents = {
         "q.json": head + f'"questions": [{{"image_id": 1, "question": {written}, "question_id": 7}}]}}',
@@ -260,7 +260,7 @@ def test_null_and_what_is_no_text_are_named(folder, key, written, reason):
 
 
 def test_a_number_beyond_all_numbers_is_an_error():
-    """It would be written as Infinity, which is no JSON."""
+    """Python would write it as Infinity, which is not JSON."""
     with pytest.raises(ValueError, match="1e999 is too large"):
         STRICT.decode('{"a": 1e999}')
 
@@ -269,7 +269,7 @@ def test_a_number_beyond_all_numbers_is_an_error():
 
 
 def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
-    """By the short way and the long one; and a second name for what another key says is one of them."""
+    """This holds for both paths of the builder. A second name for the value of another key is ignored, too."""
     said: list[str] = []
     source = lines(
         folder / "x.jsonl",
@@ -319,7 +319,7 @@ def test_a_million_keys_are_a_short_report(folder):
 
 
 def vqav2(folder: Path) -> Path:
-    """Two questions of one image, with the same words and other answers, through prepare."""
+    """`prepare` keeps two questions about one image that have the same words and different answers."""
     Image.new("RGB", (8, 6), "red").save(folder / "COCO_val2014_000000000042.jpg")
     asked = [{"image_id": 42, "question": "how many?", "question_id": number} for number in (420, 421)]
     told = [
@@ -335,7 +335,7 @@ def vqav2(folder: Path) -> Path:
 
 
 def test_two_questions_with_the_same_words_are_two(folder, make):
-    """50 % for an answer that is right for one of them; each has its line, its key and its row."""
+    """An answer that is right for one of two questions scores 50 %. Each has its own line, key and row."""
     task = VqaTask(make("blip"))
     examples, _ = annotations.read(vqav2(folder), check=task.check)
     assert [(e.question_id, e.answers[0]) for e in examples] == [(420, "two"), (421, "three")]
@@ -358,7 +358,7 @@ def test_a_question_id_is_the_same_in_a_csv_and_a_json(folder):
 
 
 def test_a_run_that_was_stopped_by_an_older_version_goes_on():
-    """Without prompt and question_id, a key is what it was before there were any."""
+    """Without prompt and question_id, a key is the same as in earlier versions."""
     assert key_of(example("", "what is it?")) == 5285109542600713310
 
 
@@ -375,7 +375,7 @@ def test_no_cell_of_a_csv_is_a_formula_and_numbers_stay_numbers(start):
 
 @pytest.mark.parametrize("before", ["", " ", "\u00a0 ", "\ufeff", "\u200b", "\x00", "a;", "a; ", "a\t", "a\n", "a\r\n", "a\r "])
 def test_no_part_of_a_text_is_a_formula_in_any_spreadsheet(before):
-    """Some trim spaces, some split at semicolons and tabs, some read a wide sign as the plain one."""
+    """Some programs trim spaces, some split at semicolons and tabs, and some treat a wide character as the plain one."""
     text = before.replace("\r\n", "\n").replace("\r", "\n")
     start = text.rstrip(SPACES)
     for sign in SIGNS:
@@ -384,7 +384,7 @@ def test_no_part_of_a_text_is_a_formula_in_any_spreadsheet(before):
 
 
 def test_a_long_text_of_separators_is_written_at_once():
-    """The search for signs is linear."""
+    """The search for such characters takes linear time."""
     start = time.perf_counter()
     for text in ("\t" * 200_000, ";" * 200_000, "\n " * 100_000, " " * 200_000, "; " * 100_000):
         assert len(csv_text([[text]])) >= 200_000

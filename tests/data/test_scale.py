@@ -1,4 +1,4 @@
-"""A million lines: every short way gives what the plain one gives, opens nothing, and keeps little."""
+"""Test that the fast paths for a million lines equal the plain ones, open no image, and need little memory."""
 
 import dataclasses
 import gc
@@ -54,7 +54,7 @@ PIECES = (
 
 
 def some_text(rng: random.Random) -> str:
-    """Tidy, of 1 to 40 pieces with or without spaces between them; half of the texts are of ordinary words."""
+    """Return a random tidy text of 1 to 40 pieces, with or without spaces. Half of all texts have only ordinary words."""
     pool = PIECES[:12] if rng.random() < 0.5 else PIECES
     made = "".join(rng.choice(pool) + rng.choice((" ", " ", " ", "")) for _ in range(rng.choice((1, 2, 5, 9, 14, 40))))
     return " ".join(made.split()) or "a"
@@ -64,7 +64,7 @@ def some_text(rng: random.Random) -> str:
 
 
 def tokenizers(make: Any) -> dict[str, Any]:
-    """The kinds in use, and some whose bounds must not be believed."""
+    """Return the kinds of tokenizers in use, and some for which bounds are not valid."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     poor = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "red", "##s"]  # no digits, no punctuation
     unigram = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁red", -3.0), ("▁the", -3.0)]
@@ -88,7 +88,7 @@ UNDERSTOOD = ("word pieces", "byte-level BPE", "unigram")
 
 
 def test_a_bound_is_never_less_than_the_tokens_there_are(make):
-    """Nor is there a special token, or nothing but unknown ones, in a text that has one."""
+    """A text with a bound contains no special token, and not only unknown tokens."""
     rng, told = random.Random(0), dict.fromkeys(UNDERSTOOD, 0)
     for name, tokenizer in tokenizers(make).items():
         special = special_ids(tokenizer)
@@ -119,7 +119,7 @@ def test_closer_bounds_are_exact_for_word_pieces(make):
      ("itm", "retrieval"), ("itm2", "retrieval")],
 )  # fmt: skip
 def test_a_line_is_judged_as_if_it_were_tokenised(make, monkeypatch, kind, name):
-    """Random lines: the same reason, or none, by the bounds, after `expect`, and token by token; and few are tokenised."""
+    """For random lines, the bounds, `pretokenize` and a plain tokenization give the same reason. Few lines are tokenized."""
     task, rng = TASKS[name](make(kind)), random.Random(2)
     lines = [
         Example(Path("a.png"), "" if name == "vqa" else some_text(rng), "a.png", 1, "", some_text(rng),
@@ -162,7 +162,7 @@ entries = st.dictionaries(
 
 
 def plainly(entry: dict[str, Any], root: Path) -> Example | str:
-    """The Example of an entry, by `canonical` and a Path."""
+    """Return the Example of an entry, computed by `canonical` and a Path."""
     made = canonical(entry, answered=False)
     if isinstance(made, str):
         return made
@@ -208,7 +208,7 @@ def test_a_name_becomes_the_path_that_pathlib_makes_of_it(name, root):
     | st.sampled_from(['{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 2}}', '{"a": ":", "a": 1}', '{"a": NaN}', "[" * 99 + "]" * 99])
 )
 def test_a_json_line_means_what_the_strict_reader_says(line):
-    """Keys that are there twice, constants that are none, brackets without end: refused alike, in the same words."""
+    """Repeated keys, invalid constants and deep brackets give the same message by both decoders."""
     found = []
     for read in (_object, lambda text: parsed(text, STRICT)):
         try:
@@ -219,7 +219,7 @@ def test_a_json_line_means_what_the_strict_reader_says(line):
 
 
 def test_an_example_is_the_dataclass_that_it_was():
-    """Equal, hashed, replaced, pickled and shown by what it says; nothing can be set, and no dict is kept for each."""
+    """An Example is compared, hashed, replaced, pickled and printed by its values. It is immutable and has no __dict__."""
     one = Example(Path("a") / "b.png", "a cube", "b.png", 3, "g", "q", ("x", "y"))
     assert one.image == Path("a/b.png") and isinstance(one.image, Path) and one.file == "a/b.png"
     assert one == Example(Path("a/./b.png"), "a cube", "b.png", 3, "g", "q", ("x", "y")) != dataclasses.replace(one, text="c")
@@ -256,7 +256,7 @@ def test_sides_are_found_where_the_search_finds_them(text):
 
 @pytest.fixture
 def linked(tmp_path: Path) -> list[str]:
-    """A few hundred files by every way to spell them: through links to folders and to files, and through ".."."""
+    """A few hundred files, with paths through links to folders, links to files, and ".."."""
     (tmp_path / "real" / "below").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real")
     for number in range(FEW + 20):
@@ -285,7 +285,7 @@ def test_a_folder_that_cannot_be_listed_is_resolved_file_by_file(linked, monkeyp
 
 
 def split_plainly(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Image by image, with Paths."""
+    """Return the split, computed image by image with Paths."""
     files = {image: image.resolve() for image in {example.image for example in examples}}
     found = sorted(set(files.values()))
     random.Random(seed).shuffle(found)
@@ -295,7 +295,7 @@ def split_plainly(examples: list[Example], fraction: float, seed: int) -> tuple[
 
 
 def test_the_split_is_the_one_that_paths_give(linked):
-    """For folders too whose names sort otherwise as text: a-b/x, a/x."""
+    """The order is also that of Path for names that sort differently as text: a-b/x, a/x."""
     spelled = [*linked, *(f"/{folder}/{name}" for folder in ("a", "a-b", "a.b", "a/c") for name in "xyz")]
     examples = [Example(Path(file), "t", file, number) for number, file in enumerate(spelled) if not file.endswith(".")]
     for seed in range(3):
@@ -303,7 +303,7 @@ def test_the_split_is_the_one_that_paths_give(linked):
 
 
 def test_texts_of_other_lines_are_known_as_before(linked):
-    """Of two rows, whether a text is right for an image: as the plain set of all texts of the image says."""
+    """A text is right for an image if it is in the set of all texts of the image."""
     rng = random.Random(0)
     some = [*rng.sample([file for file in linked if not file.endswith(".")], 60), *linked[:20]]
     examples = [Example(Path(file), rng.choice("abcdefgh"), file, n) for n, file in enumerate([*some, *some])]
@@ -347,7 +347,7 @@ def test_a_picture_that_turns_out_to_be_no_good_stops_the_run_with_its_line(sour
 
 @pytest.mark.slow
 def test_the_command_says_it_in_one_line(source, tmp_path):
-    """From a worker too, whose traceback would say it in twenty."""
+    """This also holds in a worker process, whose traceback would need twenty lines."""
     (tmp_path / "photos" / "7.png").unlink()
     config = lazily(tmp_path, source, val_fraction=0.0)
     flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in ("model", "annotations", "output_dir")]
@@ -370,7 +370,7 @@ def test_bad_lines_are_found_before_the_first_step_all_the_same(source, tmp_path
 
 
 def test_nothing_is_opened_before_it_is_needed(source, monkeypatch, make):
-    """Reading, checking, splitting and the digest of the lines ask nobody about a picture."""
+    """Reading, checking, splitting and the digest of the lines do not access an image file."""
     for path in (source.parent / "photos").iterdir():
         path.unlink()
     monkeypatch.setattr(images, "open_image", lambda *_: pytest.fail("opened"))
@@ -396,7 +396,7 @@ def test_a_digest_tells_lines_apart(source):
 
 
 def test_a_run_is_another_where_pictures_are_checked_in_another_way(source, tmp_path, make):
-    """A digest of lines alone says nothing of pictures that were exchanged."""
+    """A digest of only the lines does not change if an image file is replaced."""
     backbone, (examples, _) = make("blip"), annotations.read(source)
     configs = [lazily(tmp_path, source, check_images=how) for how in ("lazy", "all")]
     now = [resume.identity(config, "fp32", backbone, examples, [], 1) for config in configs]
@@ -418,7 +418,7 @@ def test_workers_hand_over_what_one_process_would(source, make):
 
 
 def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], list[Example]]:
-    """All that a run does with its lines before the first step: read, check, count tokens, split, and digest."""
+    """Do all that a run does with its lines before the first step: read, check, count tokens, split, and digest."""
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
     task.checker.bounds.at_most("a", 0)
     path.write_text("".join(lines_of(kind, count)))
@@ -432,7 +432,7 @@ CALLS = {"captions, 5 an image": 150, "questions, 1 an image": 375}  # 106 and 2
 
 
 def calls_of(act: Callable[[], object]) -> int:
-    """The number of calls of Python and C functions. Unlike seconds, it does not depend on the load of the machine."""
+    """Return the number of calls of Python and C functions. Unlike seconds, it does not depend on the load of the machine."""
     calls = 0
 
     def count(_frame, event: str, _argument) -> None:
@@ -449,7 +449,7 @@ def calls_of(act: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
 def test_the_work_for_a_line_is_constant(kind, tmp_path, make):
-    """Twice the lines take twice the calls, and at most CALLS for each line. `benchmarks.studies.lines` measures seconds."""
+    """Twice as many lines need twice as many calls, and at most CALLS per line. `benchmarks.studies.lines` measures seconds."""
     prepared(kind, 100, tmp_path / "x.jsonl", make)  # the model and the tokens of the words are cached from now on
     few, many = (calls_of(lambda n=n: prepared(kind, n, tmp_path / "x.jsonl", make)) for n in (5_000, 10_000))
     assert (many - few) / 5_000 < CALLS[kind] and many < 2.05 * few
