@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lora_blip.errors import ModelError
+from lora_blip.models.unsupported import refuse_folder, unsupported_kind
+from lora_blip.models.weight_names import without_prefix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
 
 LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
 LARGEST_NUMBER = 2**20  # four times the largest vocabulary of a language model
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 LANGUAGE_MODELS = ("opt", "t5")
-GIVE_BLIP = "give a BLIP or BLIP-2 checkpoint, such as Salesforce/blip-image-captioning-base"
 ATTENTIONS = (None, "eager", "sdpa")
 LARGEST_TOKENIZER = 2**26  # bytes of each file of the tokenizer and the processors; those of known models have 4 MB
 TOKENIZER_FILES = (
@@ -55,6 +56,7 @@ ONES = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys tha
 HARMLESS: tuple[Any, ...] = (None, False, "", [], {})
 UNUSED = ("task_specific_params",)  # transformers stores them and never uses them
 NUMBERED = re.compile(r"(.*\.(?:layers?|block)\.)(\d+)\.")
+POSITIONS = "vision_model.embeddings.position_embedding"
 ADAPTERS = re.compile(r"\.(lora|lora_A|lora_B|base_layer)\.|\.lora_[AB]$")
 SPARE = 2**24  # weights of a model that may be missing in the file, such as those of another task
 AGAIN = "copy config.json and the weights again from one checkpoint"
@@ -62,6 +64,7 @@ AGAIN = "copy config.json and the weights again from one checkpoint"
 
 def check_config(source: str) -> None:
     """Raise ModelError if a configuration file of a checkpoint is broken, too large, or loads more than weights."""
+    refuse_folder(Path(source))
     config = read_json(source, "config.json")
     _check_kind(config, source)
     _check_values(config, source, "config.json")
@@ -126,8 +129,7 @@ def _located(source: str, file_name: str) -> Path | None:
 def _check_kind(config: Mapping[str, Any], source: str) -> None:
     kind = config.get("model_type")
     if kind not in ("blip", "blip-2"):
-        code = "; its own Python code is never run" if config.get("auto_map") else ""
-        raise ModelError(f"{source!r} is a {quoted(kind)} model; {GIVE_BLIP}{code}")
+        raise ModelError(unsupported_kind(kind, source, bool(config.get("auto_map"))))
     for part in ("vision_config", "text_config", "qformer_config"):
         if not isinstance(config.get(part, {}), dict | None):
             raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object; {AGAIN}")
@@ -174,7 +176,7 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
 
     The model is built without memory, on the meta device. Do nothing if there are no safetensors.
     """
-    shapes = weight_shapes(source)
+    shapes = without_prefix(weight_shapes(source))
     if not shapes:
         return
     _check_keys(shapes, source)
@@ -195,8 +197,9 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
         ) from None
     for name, tensor in skeleton.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
+            fix = _image_size_fix(shapes[name], config) if name == POSITIONS else AGAIN
             raise ModelError(
-                f"{source!r}: {name} is {tuple(tensor.shape)} by its config.json, and {shapes[name]} in its weights; {AGAIN}"
+                f"{source!r}: {name} is {tuple(tensor.shape)} by its config.json, and {shapes[name]} in its weights; {fix}"
             )
     _check_layers(skeleton, shapes, source)
     count = sum(map(math.prod, shapes.values()))
@@ -205,6 +208,15 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
         raise ModelError(
             f"{source!r}: its config.json describes {absent:,} weights that are not in its files, which have {count:,}; {AGAIN}"
         )
+
+
+def _image_size_fix(shape: tuple[int, ...], config: Any) -> str:
+    """Return how to correct a config whose image size is not that of the position embeddings (1, 1 + patches, width)."""
+    side = math.isqrt(max(shape[1] - 1, 0)) if len(shape) == 3 else 0
+    if not side or side**2 != shape[1] - 1 or shape[2] != config.vision_config.hidden_size:
+        return AGAIN
+    size = side * config.vision_config.patch_size
+    return f'they are for images of {size}×{size}: set "image_size": {size} in the vision_config of its config.json'
 
 
 def weight_shapes(source: str) -> dict[str, tuple[int, ...]]:

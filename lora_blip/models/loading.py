@@ -1,6 +1,7 @@
 """Load BLIP or BLIP-2 frozen, by hub name or folder, with its tokenizer and image processor."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -26,15 +27,17 @@ from lora_blip.kernels import switch
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
 from lora_blip.lora.routing import checkpoint_context
-from lora_blip.models.base_config import GIVE_BLIP, check_config, check_sizes
+from lora_blip.models.base_config import check_config, check_sizes, weight_shapes
 from lora_blip.models.bin_weights import with_safetensors
 from lora_blip.models.hub import fetch
 from lora_blip.models.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.models.library import Quiet, first_line
 from lora_blip.models.precision import DTYPES, emulated, pick_base_dtype, pick_device, pick_precision, refuse_t5_fp16
 from lora_blip.models.processors import add_image_token, check_vocabulary, load_processors
+from lora_blip.models.unsupported import refuse_file, unsupported_kind
+from lora_blip.models.weight_names import check_names, prefix_of
 from lora_blip.runtime.limits import is_process_limit
-from lora_blip.runtime.untrusted import printable, quoted
+from lora_blip.runtime.untrusted import quoted
 
 # model type → its architectures; the first is used if a config names none
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
@@ -220,6 +223,7 @@ def locate_model(name: str) -> str:
     for root in (PACKAGE, REPOSITORY):
         if (root / name / "config.json").is_file():
             return str(root / name)
+    refuse_file(Path(name))
     if name.startswith(("/", ".", "~", "assets/")):
         raise ModelError(f"model folder {name!r} does not exist; give the folder of a checkpoint, or a hub name")
     return fetch(name)
@@ -227,7 +231,7 @@ def locate_model(name: str) -> str:
 
 def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:
     if config.model_type not in ARCHITECTURES:
-        raise ModelError(f"{name!r} is a {config.model_type!r} model; {GIVE_BLIP}")
+        raise ModelError(unsupported_kind(config.model_type, name))
     known = [kind.__name__ for kind in ARCHITECTURES[config.model_type]]
     if config.architectures and not set(known) & set(config.architectures):
         raise ModelError(
@@ -254,12 +258,15 @@ def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: Pre
     model: Any
     report: Any
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
+    prefix = prefix_of(weight_shapes(source))
+    renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     restart_thread_pool()
     try:
         with Quiet(source):
             model, report = from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-            )
+                source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+                **renamed,
+            )  # fmt: skip
     except Exception as error:  # an untrusted file can fail anywhere in transformers
         if is_process_limit(error):
             raise
@@ -267,16 +274,9 @@ def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: Pre
             f"the weights of {name!r} cannot be loaded: {first_line(error)}\nits folder needs model.safetensors or "
             "pytorch_model.bin; download the checkpoint again"
         ) from None
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
-    unused = sorted(key for key in report["unexpected_keys"] if not key.endswith("position_ids"))
-    if missing:
-        raise ModelError(
-            f"{name!r} lacks {len(missing)} weights of {kind.__name__} ({', '.join(missing[:3])} …), which would be "
-            "random. It is a checkpoint for another task, or its download is incomplete: download it again, or give another one"
-        )
-    if unused:
-        first = ", ".join(unused[:3])
-        print(printable(f"{name!r}: {len(unused)} weights are not part of {kind.__name__} and are not used: {first}"))
+    if prefix:
+        vars(model).pop("_weight_conversions", None)  # otherwise save_pretrained adds the prefix again
+    check_names(model, report["missing_keys"], report["unexpected_keys"], name, prefix)
     return model
 
 

@@ -9,6 +9,7 @@ from lora_blip.errors import AdapterError
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
 ADAPTER_NAME, BEST_NAME, METRICS_NAME = "adapter.safetensors", "best.safetensors", "metrics.jsonl"
 GALLERY_NAME = "gallery.html"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of an adapter of peft
 LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
 
 
@@ -34,6 +35,7 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     """
     path = Path(runs if adapter == "latest" else adapter)
     try:
+        refuse_peft(path)
         if path.is_file():
             return path
         adapters = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
@@ -49,3 +51,12 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     last = max(adapters, key=lambda p: p.stat().st_mtime)
     best = last.with_name(BEST_NAME)
     return best if best.is_file() else last
+
+
+def refuse_peft(path: Path) -> None:
+    """Raise AdapterError if `path` is an adapter of peft: its folder, or its weights."""
+    if (path / PEFT_CONFIG).is_file() or (path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file()):
+        raise AdapterError(
+            f"{path} is an adapter of peft, not of lora_blip; train one here: lora-blip train; or merge it into its base "
+            "in peft (model.merge_and_unload().save_pretrained(folder)), and give that folder as MODEL without an adapter"
+        )
