@@ -72,11 +72,11 @@ def test_each_bad_line_is_named_with_its_reason(photo, tmp_path):
     good = '{"image": "a.png", "text": "good"}'
     broken = bad_lines(photo)
     source = write(tmp_path / "x.jsonl", good, *broken.values(), good)
-    with pytest.raises(DataError) as said:
+    with pytest.raises(DataError) as error:
         annotations.read(source)
     for number, reason in enumerate(broken, 2):
-        assert f"{source}:{number}: " in str(said.value) and reason in str(said.value)
-    assert 'ON_BAD_DATA = "skip"' in str(said.value)
+        assert f"{source}:{number}: " in str(error.value) and reason in str(error.value)
+    assert 'ON_BAD_DATA = "skip"' in str(error.value)
     examples, problems = annotations.read(source, on_bad_data="skip")
     assert [e.line for e in examples] == [1, 2 + len(broken)] and [p.line for p in problems] == list(range(2, 2 + len(broken)))
 
@@ -109,8 +109,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(photo, tmp_path):
 
 
 def test_a_large_photo_is_augmented_at_the_model_s_scale():
-    made = augment(Image.new("RGB", (3000, 2000), "red"), "a cube", random.Random(0), side=100)
-    assert made.size == (300, 200)
+    augmented = augment(Image.new("RGB", (3000, 2000), "red"), "a cube", random.Random(0), side=100)
+    assert augmented.size == (300, 200)
 
 
 def test_the_split_is_by_image_seeded_and_random(tmp_path):
@@ -179,9 +179,9 @@ def test_augmentation_is_gentle_and_mirrors_no_left_or_right():
     for text in ("a cube to the LEFT of it", "the rightmost", "a cube", "alright"):
         sides = []
         for seed in range(40):
-            made = np.asarray(augment(image, text, random.Random(seed)))
-            assert made.shape == (40, 60, 3)
-            sides.append(made[20, 8, 0] > 130)
+            augmented = np.asarray(augment(image, text, random.Random(seed)))
+            assert augmented.shape == (40, 60, 3)
+            sides.append(augmented[20, 8, 0] > 130)
         left_half_red[text] = sum(sides) / 40
     assert left_half_red["a cube to the LEFT of it"] == left_half_red["the rightmost"] == 1
     assert all(0.2 < left_half_red[text] < 0.8 for text in ("a cube", "alright"))

@@ -37,9 +37,9 @@ def file_of(kept: Store, key: str = KEY) -> Path:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Store:
-    made = Store(tmp_path / "cache", {"stage": "pixels", "size": [40, 50]}, PLENTY)
-    assert made.put(KEY, value_of(1))
-    return made
+    store = Store(tmp_path / "cache", {"stage": "pixels", "size": [40, 50]}, PLENTY)
+    assert store.put(KEY, value_of(1))
+    return store
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,8 +215,8 @@ def test_the_limit_holds_for_all_kinds_together(tmp_path, capsys):
     assert all(torch.equal(one.get(key_of(n)), value_of(n)) for n in range(5))  # it is open: not to be taken from
     assert two.put(KEY, value_of(1)) is False and two.put(key_of(0), value_of(0)) is True  # it is there already
     assert all(torch.equal(two.get(key_of(n)), value_of(n)) for n in range(count))  # what is there stays, and is read
-    said = capsys.readouterr().out
-    assert said.count("reached its limit of") == 1 and str(tmp_path) in said
+    output = capsys.readouterr().out
+    assert output.count("reached its limit of") == 1 and str(tmp_path) in output
 
 
 def test_kinds_that_nobody_has_open_make_room_the_longest_unused_first(tmp_path):

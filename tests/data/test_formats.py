@@ -83,11 +83,11 @@ def test_tsv_questions_have_their_answers_apart_at_the_bar(run, tmp_path):
 
 def test_tsv_entries_are_numbered_by_line_and_a_bad_one_is_a_reason(tmp_path):
     path = write(tmp_path / "x.tsv", "# note", "a.png\tone", "", "no tab", "b.png\tq\ta|b", "a\tb\tc\td")
-    found = list(tsv_entries(path))
-    assert found[0] == (2, {"image": "a.png", "text": "one"})
-    assert found[2] == (5, {"image": "b.png", "question": "q", "answers": ["a", "b"]})
-    assert [number for number, _ in found] == [2, 4, 5, 6]
-    assert "1 column between tabs" in found[1][1] and "4 columns between tabs" in found[3][1]
+    entries = list(tsv_entries(path))
+    assert entries[0] == (2, {"image": "a.png", "text": "one"})
+    assert entries[2] == (5, {"image": "b.png", "question": "q", "answers": ["a", "b"]})
+    assert [number for number, _ in entries] == [2, 4, 5, 6]
+    assert "1 column between tabs" in entries[1][1] and "4 columns between tabs" in entries[3][1]
 
 
 def test_only_a_first_line_that_names_columns_is_passed_over(tmp_path):
@@ -112,8 +112,8 @@ def test_imagefolder_s_own_folders_are_its_splits(run, tmp_path):
     for side in ("train", "validation"):
         photo(tmp_path / "set" / side / "1.png")
         write(tmp_path / "set" / side / "metadata.csv", "file_name,text", f"1.png,{side}")
-    made = run(tmp_path / "set")
-    assert {side: [line["text"] for line in lines] for side, lines in made.items()} == {
+    files = run(tmp_path / "set")
+    assert {side: [line["text"] for line in lines] for side, lines in files.items()} == {
         "train": ["train"],
         "val": ["validation"],
     }
@@ -131,9 +131,9 @@ def test_a_csv_of_excel_in_europe_is_read(tmp_path):
 
 def test_an_open_quote_does_not_swallow_the_lines_below(tmp_path):
     path = write(tmp_path / "x.csv", "image,caption", 'a.png,"open', 'b.png,"closed"', "c.png,fine", 'd.png,"never closed')
-    found = list(csv_entries(path))
-    assert [number for number, entry in found if isinstance(entry, str)] == [2, 5]
-    assert found[1] == (4, {"image": "c.png", "text": "fine"})
+    entries = list(csv_entries(path))
+    assert [number for number, entry in entries if isinstance(entry, str)] == [2, 5]
+    assert entries[1] == (4, {"image": "c.png", "text": "fine"})
 
 
 def test_own_jsonl_is_split_and_keeps_its_other_keys(run, tmp_path):
@@ -167,17 +167,17 @@ def test_coco_captions_are_found_beside_the_annotations_folder_and_split_by_file
     photo(tmp_path / "coco" / "train2017" / "000000000009.jpg", tmp_path / "coco" / "val2017" / "000000000025.jpg")
     coco(tmp_path / "coco" / "annotations", "train2017", {"000000000009.jpg": ["A plate . ", "Closeup\nof food"]})
     coco(tmp_path / "coco" / "annotations", "val2017", {"000000000025.jpg": ["A giraffe."]})
-    made = run(tmp_path / "coco" / "annotations")
-    assert texts(made["train"]) == [("000000000009.jpg", "A plate ."), ("000000000009.jpg", "Closeup of food")]
-    assert texts(made["val"]) == [("000000000025.jpg", "A giraffe.")] and set(made) == {"train", "val"}
+    files = run(tmp_path / "coco" / "annotations")
+    assert texts(files["train"]) == [("000000000009.jpg", "A plate ."), ("000000000009.jpg", "Closeup of food")]
+    assert texts(files["val"]) == [("000000000025.jpg", "A giraffe.")] and set(files) == {"train", "val"}
     assert [e.text for e in annotations.read(tmp_path / "out" / "train.jsonl")[0]] == ["A plate .", "Closeup of food"]
 
 
 def test_a_validation_file_alone_is_split_by_shares(run, tmp_path):
     names = [f"{n:012d}.jpg" for n in range(10)]
     photo(*(tmp_path / name for name in names))
-    made = run(coco(tmp_path, "val2017", {name: ["a"] for name in names}), splits="0.8,0.2")
-    assert {side: len(lines) for side, lines in made.items()} == {"train": 8, "val": 2}
+    files = run(coco(tmp_path, "val2017", {name: ["a"] for name in names}), splits="0.8,0.2")
+    assert {side: len(lines) for side, lines in files.items()} == {"train": 8, "val": 2}
 
 
 def vqa(folder: Path, subset: str, asked: dict[int, list[str]]) -> tuple[Path, Path]:
@@ -210,15 +210,15 @@ def test_vqav2_keeps_all_ten_answers_and_names_images_by_subset(run, tmp_path):
     photo(tmp_path / "train2014" / "COCO_train2014_000000458752.jpg", tmp_path / "val2014" / "COCO_val2014_000000000042.jpg")
     vqa(tmp_path, "train2014", {458752: TEN})
     vqa(tmp_path, "val2014", {42: ["yes"] * 9 + [""]})
-    made = run(tmp_path)
-    (line,) = made["train"]
+    files = run(tmp_path)
+    (line,) = files["train"]
     assert line == {
         "image": str(tmp_path / "train2014" / "COCO_train2014_000000458752.jpg"),
         "question": "What is it?",
         "answers": TEN,
         "question_id": 458752000,
     }
-    assert made["val"][0]["answers"] == ["yes"] * 9  # what was left empty is no answer
+    assert files["val"][0]["answers"] == ["yes"] * 9  # what was left empty is no answer
 
 
 def test_vqav2_finds_its_other_file_and_the_renamed_images_of_2017(run, tmp_path):
@@ -254,13 +254,13 @@ def karpathy(folder: Path, splits: dict[str, str]) -> Path:
 def test_karpathy_s_splits_are_kept_and_restval_joins_train(run, tmp_path):
     splits = {"COCO_val2014_000000000001.jpg": "restval", "2.jpg": "train", "3.jpg": "val", "4.jpg": "test"}
     photo(tmp_path / "val2014" / "COCO_val2014_000000000001.jpg", *(tmp_path / f"{n}.jpg" for n in (2, 3, 4)))
-    made = run(karpathy(tmp_path, splits))
-    assert {side: [name for name, _ in texts(lines)] for side, lines in made.items()} == {
+    files = run(karpathy(tmp_path, splits))
+    assert {side: [name for name, _ in texts(lines)] for side, lines in files.items()} == {
         "train": ["COCO_val2014_000000000001.jpg", "2.jpg"],
         "val": ["3.jpg"],
         "test": ["4.jpg"],
     }
-    assert made["test"][0]["text"] == "A dog, 4.jpg."
+    assert files["test"][0]["text"] == "A dog, 4.jpg."
     redrawn = run(tmp_path / "dataset_coco.json", own_splits=False, output_dir=str(tmp_path / "redrawn"))
     assert list(redrawn) == ["train"] and len(redrawn["train"]) == 4
 
@@ -289,14 +289,14 @@ def flickr8k(folder: Path) -> Path:
 
 def test_flickr8k_with_its_oddities_is_read_and_split_by_its_lists(run, tmp_path, capsys):
     """A name .jpg.1, spaces before punctuation, and images that are missing or in no list do not stop `prepare`."""
-    made = run(flickr8k(tmp_path).parent)
-    assert texts(made["train"]) == [
+    files = run(flickr8k(tmp_path).parent)
+    assert texts(files["train"]) == [
         ("1000268201_693b08cb0e.jpg", "A child in a pink dress is climbing up a set of stairs in an entry way."),
         ("1000268201_693b08cb0e.jpg", "A girl going into a wooden building, alone."),
         ("2258277193_586949ec62.jpg", "people waiting for the subway"),
     ]
-    assert texts(made["val"]) == [("1001773457_577c3a7d70.jpg", "A black dog and a spotted dog are fighting")]
-    assert texts(made["test"]) == [("997722733_0cb5439472.jpg", 'A man " climbs " a rock.')]
+    assert texts(files["val"]) == [("1001773457_577c3a7d70.jpg", "A black dog and a spotted dog are fighting")]
+    assert texts(files["test"]) == [("997722733_0cb5439472.jpg", 'A man " climbs " a rock.')]
     assert [(line["at"], line["why"]) for line in dropped(tmp_path)] == [(7, "missing"), (6, "unlisted")]
     printed = capsys.readouterr().out
     assert (
@@ -315,8 +315,8 @@ def test_flickr8k_s_odd_name_is_taken_as_it_is_where_the_file_has_it(run, tmp_pa
 def test_kaggle_s_captions_txt_keeps_commas_and_quotes(run, tmp_path):
     photo(tmp_path / "Images" / "a.jpg", tmp_path / "Images" / "b.jpg")
     lines = ("image,caption", 'a.jpg,"A ""red"" dog , wet , runs ."', "b.jpg,A cat .", "gone.jpg,A cow .")
-    made = run(write(tmp_path / "captions.txt", *lines))
-    assert texts(made["train"]) == [("a.jpg", 'A "red" dog, wet, runs.'), ("b.jpg", "A cat.")]
+    files = run(write(tmp_path / "captions.txt", *lines))
+    assert texts(files["train"]) == [("a.jpg", 'A "red" dog, wet, runs.'), ("b.jpg", "A cat.")]
     assert [(line["at"], line["why"]) for line in dropped(tmp_path)] == [(4, "missing")]
 
 
@@ -326,8 +326,8 @@ def test_blip_s_own_json_lists_are_read_one_caption_or_five(run, tmp_path):
         {"image": "val2014/a.jpg", "caption": ["one", "two"]},
         {"image": "val2014/a.jpg", "caption": "three", "image_id": "7"},
     ]
-    made = run(dump(tmp_path / "coco_karpathy.json", found))["train"]
-    assert [line["text"] for line in made] == ["one", "two", "three"] and made[2]["image_id"] == "7"
+    files = run(dump(tmp_path / "coco_karpathy.json", found))["train"]
+    assert [line["text"] for line in files] == ["one", "two", "three"] and files[2]["image_id"] == "7"
     asked = [{"question_id": 1, "question": "q", "answer": ["a", "b"], "image": "a.jpg", "dataset": "vqa"}]
     (line,) = run(dump(tmp_path / "vqa_train.json", asked), output_dir=str(tmp_path / "vqa"))["train"]
     assert (line["answers"], Path(line["image"])) == (["a", "b"], tmp_path / "val2014" / "a.jpg")
@@ -373,10 +373,10 @@ def sides_of(made: dict[str, Lines]) -> dict[str, set[str]]:
 
 
 def test_all_lines_of_an_image_are_on_one_side_however_they_spell_its_path(run, tmp_path):
-    made = run(manifest(tmp_path, 20, lines=4), splits="0.6,0.2,0.2")
-    sides = sides_of(made)
+    files = run(manifest(tmp_path, 20, lines=4), splits="0.6,0.2,0.2")
+    sides = sides_of(files)
     assert {side: len(images) for side, images in sides.items()} == {"train": 12, "val": 4, "test": 4}
-    assert {side: len(lines) for side, lines in made.items()} == {"train": 48, "val": 16, "test": 16}
+    assert {side: len(lines) for side, lines in files.items()} == {"train": 48, "val": 16, "test": 16}
     assert len(set.union(*sides.values())) == 20
 
 
@@ -412,12 +412,12 @@ def test_a_split_column_is_kept_and_one_image_on_two_sides_is_refused(run, tmp_p
         ("b.png", "5", "x"),
     ]
     source = write(tmp_path / "x.csv", "image,text,split", *map(",".join, rows))
-    with pytest.raises(DataError) as said:
+    with pytest.raises(DataError) as error:
         run(source)
-    assert "x.csv:4: the split of its image is test here and train in an earlier line" in str(said.value)
-    assert "x.csv:5: it has no split" in str(said.value) and "x.csv:6: it has no split" in str(said.value)
-    made = run(source, on_bad_data="skip")
-    assert {side: [line["text"] for line in lines] for side, lines in made.items()} == {"train": ["1"], "val": ["2"]}
+    assert "x.csv:4: the split of its image is test here and train in an earlier line" in str(error.value)
+    assert "x.csv:5: it has no split" in str(error.value) and "x.csv:6: it has no split" in str(error.value)
+    files = run(source, on_bad_data="skip")
+    assert {side: [line["text"] for line in lines] for side, lines in files.items()} == {"train": ["1"], "val": ["2"]}
     assert len(run(source, own_splits=False, output_dir=str(tmp_path / "all"))["train"]) == 5
 
 
@@ -488,11 +488,11 @@ def test_bad_lines_are_named_by_file_and_line_and_left_out_when_asked(run, tmp_p
     }
     source = tmp_path / "x.tsv"
     source.write_text("\n".join(["a.png\tgood", *bad.values(), *["worse"] * 30]), encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(DataError) as said:
+    with pytest.raises(DataError) as error:
         run(source)
     for number, reason in enumerate(bad, 2):
-        assert re.search(rf"{re.escape(str(source))}:{number}: .*{reason}", str(said.value))
-    assert "… and 16 more" in str(said.value) and "--on-bad-data skip" in str(said.value) and "--images" in str(said.value)
+        assert re.search(rf"{re.escape(str(source))}:{number}: .*{reason}", str(error.value))
+    assert "… and 16 more" in str(error.value) and "--on-bad-data skip" in str(error.value) and "--images" in str(error.value)
     assert texts(run(source, on_bad_data="skip")["train"]) == [("a.png", "good")]
     assert [line["at"] for line in dropped(tmp_path)] == list(range(2, 38))
     printed = capsys.readouterr().out
@@ -553,9 +553,9 @@ def broken_jsons(folder: Path) -> dict[str, tuple[Path, str]]:
 
 def test_a_bad_entry_of_a_json_is_named_and_left_out_when_asked(run, tmp_path):
     for name, (path, message) in broken_jsons(tmp_path).items():
-        with pytest.raises(DataError) as said:
+        with pytest.raises(DataError) as error:
             run(path, images=str(tmp_path))
-        assert f"{path}: {message}" in str(said.value), name
+        assert f"{path}: {message}" in str(error.value), name
         assert len(run(path, images=str(tmp_path), on_bad_data="skip", output_dir=str(tmp_path / name))["train"]) >= 2
 
 
@@ -571,7 +571,7 @@ def test_a_bad_entry_of_either_of_vqav2_s_files_is_named(run, tmp_path):
     entries[4]["answers"] = "yes"
     dump(questions, asked)
     dump(answers, said)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error:
         run(questions)
     for message in (
         f'annotations[2] of {answers.name}: the key "question_id" is missing',
@@ -581,7 +581,7 @@ def test_a_bad_entry_of_either_of_vqav2_s_files_is_named(run, tmp_path):
         f"questions[3]: {answers.name} has no answers to question_id 3000",
         f"questions[4]: {answers.name}: annotations[1]: \"answers\" is 'yes', expected list",
     ):
-        assert f"{questions}: {message}" in str(told.value)
+        assert f"{questions}: {message}" in str(error.value)
     assert [line["question_id"] for line in run(questions, on_bad_data="skip")["train"]] == [5000]
 
 
@@ -615,9 +615,9 @@ def test_a_forced_format_is_obeyed(run, tmp_path):
 
 def test_a_folder_of_images_elsewhere_is_one_error_and_not_one_a_line(run, tmp_path):
     for source in (coco(tmp_path, "train2017", {f"{n}.jpg": ["a"] for n in range(50)}), write(tmp_path / "x.tsv", "a.png\ta")):
-        with pytest.raises(DataError, match=r"none of its \d+ image\(s\) is in .*: --images FOLDER") as said:
+        with pytest.raises(DataError, match=r"none of its \d+ image\(s\) is in .*: --images FOLDER") as error:
             run(source)
-        assert len(str(said.value).splitlines()) == 1
+        assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_folder_with_two_data_sets_or_none_is_refused(run, tmp_path):

@@ -56,9 +56,9 @@ def test_the_same_bytes_are_told_from_nearly_the_same_picture(tmp_path):
         shutil.copy(TEST[0], tmp_path / name)
     open_image(TEST[1]).save(tmp_path / "again.png", compress_level=1)
     known = [*TRAIN, *(tmp_path / name for name in ("again.png", "copy.png", "another copy.png"))]
-    found = find_leaks([TEST[2], TEST[0], str(TEST[1]), TEST[0]], known)
-    assert found == [Leak(TEST[0], tmp_path / "copy.png", SAME_BYTES), Leak(TEST[1], tmp_path / "again.png", NEARLY)]
-    assert str(found[0]) == f"{TEST[0]}: same bytes as {tmp_path / 'copy.png'}"
+    matches = find_leaks([TEST[2], TEST[0], str(TEST[1]), TEST[0]], known)
+    assert matches == [Leak(TEST[0], tmp_path / "copy.png", SAME_BYTES), Leak(TEST[1], tmp_path / "again.png", NEARLY)]
+    assert str(matches[0]) == f"{TEST[0]}: same bytes as {tmp_path / 'copy.png'}"
 
 
 def noise(seed: int, low: float = 0, high: float = 255, side: int = 24) -> np.ndarray:
@@ -103,10 +103,10 @@ def test_blocks_change_nothing(monkeypatch):
     ]
     asked, known = pictures[:25], pictures[25:]
     monkeypatch.setattr(leaks, "BLOCK", 7)
-    found = leaks.nearest(leaks.thumbnails(asked), leaks.thumbnails(known))
+    matches = leaks.nearest(leaks.thumbnails(asked), leaks.thumbnails(known))
     expected = [max(range(35), key=lambda k: likeness(one, known[k])) for one in asked]
-    assert found.tolist() == [k if likeness(one, known[k]) > 0 else -1 for one, k in zip(asked, expected, strict=True)]
-    assert -1 in found and (found >= 0).any()
+    assert matches.tolist() == [k if likeness(one, known[k]) > 0 else -1 for one, k in zip(asked, expected, strict=True)]
+    assert -1 in matches and (matches >= 0).any()
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> float:

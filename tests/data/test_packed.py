@@ -99,8 +99,8 @@ def test_a_folder_of_files_keeps_its_splits(run, pa, tmp_path):
     for name, level in (("train-00000-of-00002", 1), ("train-00001-of-00002", 2), ("validation-00000-of-00001", 3)):
         table(folder / "data" / f"{name}.parquet", pa, [{"image": embedded(level), "text": name}])
     (folder / "dataset_infos.json").write_text("{}")
-    found = run(folder)
-    assert [line["level"] for line in found["train"]] == [1, 2] and [line["level"] for line in found["val"]] == [3]
+    files = run(folder)
+    assert [line["level"] for line in files["train"]] == [1, 2] and [line["level"] for line in files["val"]] == [3]
 
 
 def test_a_save_to_disk_folder_is_read(run, pa, tmp_path):
@@ -112,8 +112,8 @@ def test_a_save_to_disk_folder_is_read(run, pa, tmp_path):
             writer.write_table(data)
         (folder / side / "state.json").write_text("{}")
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    found = run(folder)
-    assert {side: pairs(lines) for side, lines in found.items()} == {"train": [(1, "train")], "test": [(2, "test")]}
+    files = run(folder)
+    assert {side: pairs(lines) for side, lines in files.items()} == {"train": [(1, "train")], "test": [(2, "test")]}
 
 
 def test_other_columns_are_named_by_flags(run, pa, tmp_path):

@@ -68,9 +68,9 @@ def test_a_line_s_own_prompt_is_read_instead_of_the_task_s_and_never_learned(bac
         there = rows.attention_mask[row] == 1
         assert torch.equal(rows.input_ids[row][there], alone.rows.padded().input_ids[0])
         assert batch.rows.label_ids()[row] == rows.label_ids()[row] == alone.rows.label_ids()[0]
-    said = task.predict(images, some)
+    predictions = task.predict(images, some)
     for row, prompt in enumerate(("the table with", "a picture of", "a cube on")):
-        assert said[row] == CaptionTask(backbone, prompt).predict(images[row : row + 1], [example()])[0]
+        assert predictions[row] == CaptionTask(backbone, prompt).predict(images[row : row + 1], [example()])[0]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_a_prompt_at_the_start_of_a_text_is_removed_once(text, prompt, rest):
 @pytest.mark.parametrize("prompt", ["a picture of", "  a  picture of "])
 def test_captions_that_begin_with_the_prompt_lose_it_and_are_counted_before_the_first_step(folder, make, prompt):
     """This holds for each spelling of the prompt. The number of changed lines is printed with an example."""
-    said: list[str] = []
+    messages: list[str] = []
     source = captions(folder, "a picture of a red cube", "A picture  of a hat", "a cube")
     task = CaptionTask(make("blip"), prompt)
-    examples, _ = annotations.read(source, check=task.check, trim=task.trim, report=said.append)
+    examples, _ = annotations.read(source, check=task.check, trim=task.trim, report=messages.append)
     assert [e.text for e in examples] == ["a red cube", "a hat", "a cube"]
-    (line,) = said
+    (line,) = messages
     assert "from the start of 2 line(s)" in line and "'a picture of a red cube' is now 'a red cube'" in line
     assert annotations.read(source)[0][0].text == "a picture of a red cube"
 
@@ -143,8 +143,8 @@ def test_a_prompt_in_any_format_reaches_the_examples_through_prepare(folder, suf
     }  # fmt: skip
     source = folder / f"x.{suffix}"
     source.write_text(content[suffix] + "\n")
-    made = prepare(PrepareConfig(source=str(source), output_dir=str(folder / "out"), splits="1"))
-    for path in (made["train"], *([source] if suffix in ("jsonl", "tsv") else [])):
+    files = prepare(PrepareConfig(source=str(source), output_dir=str(folder / "out"), splits="1"))
+    for path in (files["train"], *([source] if suffix in ("jsonl", "tsv") else [])):
         assert [(e.prompt, e.text) for e in annotations.read(path)[0]] == [("a shoe,", "red"), ("", "blue")]
 
 
@@ -254,9 +254,9 @@ def test_null_and_what_is_no_text_are_named(folder, key, written, reason):
         {"text": written} if key == "text" else {"question": '"q"', "answer": '"a"'} | {key: written}
     )
     line = "{" + ", ".join(f'"{name}": {value}' for name, value in entry.items()) + "}"
-    with pytest.raises(DataError) as said:
+    with pytest.raises(DataError) as error:
         annotations.read(lines(folder / "x.jsonl", line))
-    assert reason.format(key) in str(said.value)
+    assert reason.format(key) in str(error.value)
 
 
 def test_a_number_beyond_all_numbers_is_an_error():
@@ -270,7 +270,7 @@ def test_a_number_beyond_all_numbers_is_an_error():
 
 def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
     """This holds for both paths of the builder. A second name for the value of another key is ignored, too."""
-    said: list[str] = []
+    messages: list[str] = []
     source = lines(
         folder / "x.jsonl",
         {"image": "a.png", "text": "t", "group": "g", "prompt": "p"},
@@ -279,8 +279,8 @@ def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
         {"image": "b.png", "question": "q", "answers": ["a"], "question_id": 3, "text": "t"},
         {"image": "b.png", "question": "q", "answers": ["a"], "answer": "b", "prompt": " {question} "},
     )
-    examples, _ = annotations.read(source, report=said.append)
-    assert len(examples) == 5 and len(said) == 2 and "2 of 5 line(s) have their own prompt" in said[1]
+    examples, _ = annotations.read(source, report=messages.append)
+    assert len(examples) == 5 and len(messages) == 2 and "2 of 5 line(s) have their own prompt" in messages[1]
     expected = {
         "split": (2, 2),
         "rat\\x1bing": (1, 2),
@@ -290,15 +290,15 @@ def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
         "answer": (1, 5),
     }
     for key, (count, first) in expected.items():
-        assert f"'{key}' ({count} line(s), first line {first})" in said[0]
-    assert said[0].count("line(s)") == 6 and "\x1b" not in said[0]
+        assert f"'{key}' ({count} line(s), first line {first})" in messages[0]
+    assert messages[0].count("line(s)") == 6 and "\x1b" not in messages[0]
 
 
 @pytest.mark.parametrize("key", ["question_id", "answers"])
 def test_a_question_s_key_on_a_tidy_caption_is_reported(folder, key):
-    said: list[str] = []
-    annotations.read(lines(folder / "x.jsonl", {"image": "a.png", "text": "t", key: 4}), report=said.append)
-    assert said == [f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line(s), first line 1)"]
+    messages: list[str] = []
+    annotations.read(lines(folder / "x.jsonl", {"image": "a.png", "text": "t", key: 4}), report=messages.append)
+    assert messages == [f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line(s), first line 1)"]
 
 
 @pytest.mark.parametrize("number", [True, 4.5, [], {"a": 1}])
@@ -309,10 +309,10 @@ def test_a_question_id_that_is_none_is_a_bad_line(folder, number):
 
 
 def test_a_million_keys_are_a_short_report(folder):
-    said: list[str] = []
+    messages: list[str] = []
     entry = {"image": "a.png", "text": "t"} | {f"key {n}": n for n in range(2000)}
-    annotations.read(lines(folder / "x.jsonl", entry), report=said.append)
-    assert len(said[0]) < 2000 and "and 980 more" in said[0]
+    annotations.read(lines(folder / "x.jsonl", entry), report=messages.append)
+    assert len(messages[0]) < 2000 and "and 980 more" in messages[0]
 
 
 # ---------------------------------------------------------------- questions with an identity
@@ -353,8 +353,8 @@ def test_two_questions_with_the_same_words_are_two(folder, make):
 
 def test_a_question_id_is_the_same_in_a_csv_and_a_json(folder):
     (folder / "x.csv").write_text("image,question,answers,question_id\na.png,q,a|b,420\na.png,q,c,007\nb.png,q,d,\n")
-    made = prepare(PrepareConfig(source=str(folder / "x.csv"), output_dir=str(folder / "out"), splits="1"))
-    assert [e.question_id for e in annotations.read(made["train"])[0]] == [420, "007", ""]
+    files = prepare(PrepareConfig(source=str(folder / "x.csv"), output_dir=str(folder / "out"), splits="1"))
+    assert [e.question_id for e in annotations.read(files["train"])[0]] == [420, "007", ""]
 
 
 def test_a_run_that_was_stopped_by_an_older_version_goes_on():

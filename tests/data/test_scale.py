@@ -209,13 +209,13 @@ def test_a_name_becomes_the_path_that_pathlib_makes_of_it(name, root):
 )
 def test_a_json_line_means_what_the_strict_reader_says(line):
     """Repeated keys, invalid constants and deep brackets give the same message by both decoders."""
-    found = []
+    messages = []
     for read in (_object, lambda text: parsed(text, STRICT)):
         try:
-            found.append(repr(read(line)))
+            messages.append(repr(read(line)))
         except ValueError as error:
-            found.append(f"refused: {error}")
-    assert found[0] == found[1]
+            messages.append(f"refused: {error}")
+    assert messages[0] == messages[1]
 
 
 def test_an_example_is_the_dataclass_that_it_was():
@@ -338,9 +338,9 @@ def source(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
 def test_a_picture_that_turns_out_to_be_no_good_stops_the_run_with_its_line(source, tmp_path, workers, damage):
     path = tmp_path / "photos" / "7.png"
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"annotations\.jsonl:8: .*7\.png (does not exist|cannot be decoded)") as said:
+    with pytest.raises(DataError, match=r"annotations\.jsonl:8: .*7\.png (does not exist|cannot be decoded)") as error:
         loop.train(lazily(tmp_path, source, num_workers=workers, val_fraction=0.0))
-    assert "fix the line" in str(said.value)
+    assert "fix the line" in str(error.value)
     with pytest.raises(DataError, match=r"annotations\.jsonl:8: "):
         loop.train(lazily(tmp_path, source, check_images="all"))
 
