@@ -1,7 +1,7 @@
 """Read thousands of damaged files: `python -m benchmarks.robustness.fuzz adapters --count 100000` (or annotations, or images).
 
 The program makes valid files and damages them: it flips bits, cuts ends, moves parts, and replaces values of their JSON or
-headers by unusual ones. The reader must read each file, or raise one of its own errors, within SECONDS and MEGABYTES. It must
+headers by unusual ones. The reader must read each file or raise an error of a known kind, within SECONDS and MEGABYTES. It must
 not start a process, open a connection, load a pickle, or change a file outside the temporary folder. With `--engine atheris`
 (extra: fuzz), coverage chooses which files are damaged further. `--only 4711` repeats the case with this number.
 """
@@ -198,13 +198,13 @@ class Adapters:
 
     def run(self, data: bytes) -> None:
         self.path.write_bytes(data)
-        found = self.adapter.read(self.path)
+        adapter = self.adapter.read(self.path)
         model = self.backbone.model
         try:
-            self.adapter.load(self.backbone, found)
+            self.adapter.load(self.backbone, adapter)
             self.loaded += 1
-            task = self.predict.task_of(self.backbone, found)
-            self.predict.describe(task, found, 1, "fp32")
+            task = self.predict.task_of(self.backbone, adapter)
+            self.predict.describe(task, adapter, 1, "fp32")
         finally:
             self.lora.eject(model)
 
@@ -302,8 +302,8 @@ class Images:
         for kind, mode, options in ((kind, *one) for kind, some in kinds.items() for one in some):
             picture = Image.new(mode, noise.size, 40_000) if mode == "I;16" else noise.convert("RGB")
             picture = picture if mode == "I;16" else noise.convert("F") if mode == "F" else picture.convert(mode)
-            picture.save(made := io.BytesIO(), kind, **options)
-            self.seeds.append(made.getvalue())
+            picture.save(encoded := io.BytesIO(), kind, **options)
+            self.seeds.append(encoded.getvalue())
 
     def mutate(self, rng: random.Random, data: bytes) -> bytes:
         for _ in range(rng.choice((1, 1, 2, 4))):

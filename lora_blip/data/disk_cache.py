@@ -156,8 +156,8 @@ class Store:
 
     def _kinds(self) -> list[Path]:
         """Return the folders of all kinds, the longest unused first. Other files in the root are ignored."""
-        found = [path for path in self.root.iterdir() if KIND.fullmatch(path.name) and (path / "kind.json").is_file()]
-        return sorted(found, key=lambda path: _when(path / "kind.json"))
+        folders = [path for path in self.root.iterdir() if KIND.fullmatch(path.name) and (path / "kind.json").is_file()]
+        return sorted(folders, key=lambda path: _when(path / "kind.json"))
 
     def _stop(self, reason: str) -> bool:
         """Store nothing more, print the reason, and return False."""
