@@ -23,7 +23,7 @@ from benchmarks.contestants import ours, peers, trainer
 from benchmarks.suite.pairs import OURS, TRAINER, Cell, Turn, compare, freed
 from benchmarks.suite.plan import Plan
 from lora_blip.config import TrainConfig
-from lora_blip.data import annotations
+from lora_blip.data import annotations, splits
 from lora_blip.data.example import Example
 from lora_blip.data.images import augment
 from lora_blip.flags import parse
@@ -89,7 +89,7 @@ def their_run(config: TrainConfig, enough: float) -> dict[str, float]:
     torch.manual_seed(config.seed)
     backbone = load_backbone(str(REPOSITORY / config.model), config.device)
     examples, _ = annotations.read(REPOSITORY / config.annotations)
-    training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
+    training, validation = splits.split_by_image(examples, config.val_fraction, config.seed)
     side = backbone.image_processor.size["height"]
     files = trainer.Files(backbone, pairs_of(training), partial(moved, random.Random(config.seed), side))
     model = peers.with_peft(backbone, config.targets, config.r, config.alpha)

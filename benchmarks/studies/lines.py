@@ -51,7 +51,7 @@ def lines_of(kind: str, count: int) -> Iterator[str]:
 def measure(kind: str, source: str) -> dict[str, float]:
     """Return the seconds and the peak MiB of each stage that a training runs with the lines before it opens an image."""
     from benchmarks.suite.sizes import backbone as backbone_of
-    from lora_blip.data import annotations
+    from lora_blip.data import annotations, splits
     from lora_blip.data.dataset import ImageDataset
     from lora_blip.tasks.registry import TASKS
     from lora_blip.tasks.retrieval import RetrievalTask
@@ -73,7 +73,7 @@ def measure(kind: str, source: str) -> dict[str, float]:
     with timed("know"):  # only retrieval does this
         RetrievalTask.prepare_data(SimpleNamespace(), examples)  # type: ignore[arg-type]
     with timed("split"):
-        training, validation = annotations.split_by_image(examples, 0.1, 0)
+        training, validation = splits.split_by_image(examples, 0.1, 0)
     with timed("digest"):
         lines_digest(training, with_images=False)
         lines_digest(validation, with_images=False)

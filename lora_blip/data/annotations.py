@@ -6,23 +6,20 @@
 
 import gc
 import os
-import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
 from pathlib import Path
 
 from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
-from lora_blip.data.example import FILE, SLOT, Example, ExampleBuilder
+from lora_blip.data.example import SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
-from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.data.prepare.sources import find_sources, usable_entries
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
@@ -31,6 +28,7 @@ from lora_blip.runtime.untrusted import printable, quoted, why
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
 EXPECTED = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
+MANY_MISSING = 3  # if all images are missing, and there are at least this many, they give one error
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
 
 
@@ -120,9 +118,10 @@ def sources_of(
 
     Raise DataError if a file does not exist, cannot be read, or has an unknown format.
     """
-    if not os.path.lexists(source):
+    exists = os.path.lexists(source)
+    if not exists and "," not in str(source):  # or several files
         raise DataError(f"annotations {str(source)!r} do not exist; {EXPECTED}")
-    if source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
+    if exists and source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
         with suppress(OSError):  # `_parsed` reports it
             if encoding := describe_encoding(source, table=False):
                 report(printable(encoding))
@@ -159,6 +158,14 @@ def _find_moved(
         for example in parsed:
             if isinstance(example, Example) and example.file in moved:
                 SLOT.__set__(example, moved[example.file])
+    if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
+        first = next(iter(builder.firsts))
+        raise DataError(
+            printable(
+                f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
+                "does not exist there; set IMAGE_ROOT (--image-root) to the folder of the images"
+            )
+        )
     return missing if decode else {}
 
 
@@ -234,25 +241,6 @@ def listing(problems: list[Problem]) -> str:
     """Return the first problems as one text, a line for each, and the number of further problems."""
     lines = [str(problem) for problem in problems[:LISTED]]
     return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
-
-
-def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return the training examples and the validation examples.
-
-    The validation images are a random sample, drawn with `seed`. Its size is `fraction` of all images, and at least one image
-    if `fraction` is above 0. All lines of an image are in the same part. Raise DataError if no image is left for training.
-    """
-    with many_objects():
-        files = resolved(dict.fromkeys(map(FILE, examples)))  # two lines may spell the path of one image differently
-        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are already sorted
-        random.Random(seed).shuffle(images)
-        count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
-        if count >= len(images):
-            message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none for training"
-            raise DataError(f"{message}; set VAL_FRACTION to a smaller number, or to 0 (--val-fraction 0)")
-        held_out = set(images[:count])
-        is_held_out = [files[file] in held_out for file in map(FILE, examples)]
-        return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))
 
 
 def unreadable(example: Example, error: ImageError) -> DataError:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lora_blip.config import TrainConfig
-from lora_blip.data import annotations
+from lora_blip.data import annotations, splits
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
 from lora_blip.data.formats import Keys
@@ -210,7 +210,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
         task.prepare_data([*training, *validation])
     else:
         task.prepare_data(examples)
-        training, validation = annotations.split_by_image(examples, config.val_fraction, config.seed)
+        training, validation = splits.split_by_image(examples, config.val_fraction, config.seed)
     # put the lines of an image into different batches: they cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
     return training, validation
@@ -229,7 +229,7 @@ def split_by_column(config: TrainConfig, sides: dict[str, list[Example]], count:
     )
     if validation:
         return training, validation
-    return annotations.split_by_image(sides["train"], config.val_fraction, config.seed)
+    return splits.split_by_image(sides["train"], config.val_fraction, config.seed)
 
 
 def read_file(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_blip.data import annotations
+from lora_blip.data import annotations, splits
 from lora_blip.data.dataset import ImageDataset
 from lora_blip.data.images import augment, open_image
 from lora_blip.data.loader import EpochBatches, loader, pixel_values
@@ -118,17 +118,17 @@ def test_the_split_is_by_image_seeded_and_random(tmp_path):
     lines = source.read_text() * 2  # two lines an image
     source.write_text(lines)
     examples, _ = annotations.read(source)
-    train, held_out = annotations.split_by_image(examples, 0.25, seed=1)
+    train, held_out = splits.split_by_image(examples, 0.25, seed=1)
     assert len({e.image for e in held_out}) == 3 and len(train) + len(held_out) == 24
     assert not {e.image for e in train} & {e.image for e in held_out}
-    assert annotations.split_by_image(examples, 0.25, seed=1) == (train, held_out)
-    assert annotations.split_by_image(examples, 0.25, seed=2)[1] != held_out
-    assert annotations.split_by_image(examples, 0.0, seed=1) == (examples, [])
+    assert splits.split_by_image(examples, 0.25, seed=1) == (train, held_out)
+    assert splits.split_by_image(examples, 0.25, seed=2)[1] != held_out
+    assert splits.split_by_image(examples, 0.0, seed=1) == (examples, [])
     spelled = [dataclasses.replace(e, image=e.image.parent / ".." / "photos" / e.image.name) for e in examples[12:]]
-    train, held_out = annotations.split_by_image(examples[:12] + spelled, 0.25, seed=1)
+    train, held_out = splits.split_by_image(examples[:12] + spelled, 0.25, seed=1)
     assert len(held_out) == 6 and not {e.image.resolve() for e in train} & {e.image.resolve() for e in held_out}
     with pytest.raises(DataError, match="leaves none for training"):
-        annotations.split_by_image(examples[:1], 0.5, seed=1)
+        splits.split_by_image(examples[:1], 0.5, seed=1)
 
 
 def corner(image: Image.Image) -> tuple[int, ...]:

@@ -622,7 +622,7 @@ def test_a_folder_of_images_elsewhere_is_one_error_and_not_one_a_line(run, tmp_p
 
 def test_a_folder_with_two_data_sets_or_none_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no annotation file with a known name"):
+    with pytest.raises(DataError, match="contains no annotations; give the file"):
         run(tmp_path / "empty")
     for name in ("train2014", "train2017"):
         coco(tmp_path / "two", name, {"a.jpg": ["a"]})

@@ -115,6 +115,7 @@ def test_train_and_val_above_class_folders_are_splits(tmp_path):
 def test_images_without_captions_say_what_to_do(run, tmp_path):
     folder = photos(tmp_path / "set", "a.png")
     write(folder / "words.json", [])
+    write(folder / "x.json", [])  # the only file would be read
     with pytest.raises(
         DataError, match=r"without captions; write .*a\.txt for a\.png.*words\.json contains the captions: --source "
     ):

@@ -25,7 +25,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from benchmarks.studies.lines import KINDS, STAGES, lines_of, measure
 from lora_blip.config import TrainConfig
-from lora_blip.data import annotations, images
+from lora_blip.data import annotations, images, splits
 from lora_blip.data.dataset import ImageDataset
 from lora_blip.data.entries import as_text, canonical
 from lora_blip.data.example import Example, ExampleBuilder
@@ -299,7 +299,7 @@ def test_the_split_is_the_one_that_paths_give(linked):
     spelled = [*linked, *(f"/{folder}/{name}" for folder in ("a", "a-b", "a.b", "a/c") for name in "xyz")]
     examples = [Example(Path(file), "t", file, number) for number, file in enumerate(spelled) if not file.endswith(".")]
     for seed in range(3):
-        assert annotations.split_by_image(examples, 0.3, seed) == split_plainly(examples, 0.3, seed)
+        assert splits.split_by_image(examples, 0.3, seed) == split_plainly(examples, 0.3, seed)
 
 
 def test_texts_of_other_lines_are_known_as_before(linked):
@@ -376,7 +376,7 @@ def test_nothing_is_opened_before_it_is_needed(source, monkeypatch, make):
     monkeypatch.setattr(images, "open_image", lambda *_: pytest.fail("opened"))
     task = TASKS["caption"](make("blip"))
     examples, _ = annotations.read(source, check=task.check, decode=False, pretokenize=task.pretokenize)
-    training, validation = annotations.split_by_image(examples, 0.25, 0)
+    training, validation = splits.split_by_image(examples, 0.25, 0)
     assert len(training) == 9 and resume.lines_digest(training, False) != resume.lines_digest(validation, False)
     with pytest.raises(OSError, match=r"\.png"):
         resume.lines_digest(training, True)
@@ -423,7 +423,7 @@ def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], li
     task.checker.bounds.at_most("a", 0)
     path.write_text("".join(lines_of(kind, count)))
     examples, _ = annotations.read(path, check=task.check, decode=False, pretokenize=task.pretokenize)
-    training, validation = annotations.split_by_image(examples, 0.1, 0)
+    training, validation = splits.split_by_image(examples, 0.1, 0)
     resume.lines_digest(training, False)
     return training, validation
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lora_blip.config import TrainConfig
-from lora_blip.data import annotations, split_leaks
+from lora_blip.data import annotations, split_leaks, splits
 from lora_blip.data.leaks import find_leaks, leak_warning
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ def warnings_in(text: str) -> list[str]:
 def test_a_random_split_of_video_frames_is_reported_before_the_first_step(config, before_steps, check_images):
     """The warning is the one of `evaluate`, over the images of the split; the fix names the setting."""
     train(replace(config, check_images=check_images))
-    sides = annotations.split_by_image(annotations.read(config.annotations)[0], config.val_fraction, config.seed)
+    sides = splits.split_by_image(annotations.read(config.annotations)[0], config.val_fraction, config.seed)
     training, validation = ([example.image for example in side] for side in sides)
     (warning,) = warnings_in(before_steps[0])
     leaks = find_leaks(sorted(validation), training)
@@ -107,7 +107,7 @@ def test_a_clean_split_is_not_reported_and_no_generator_moves(tmp_path, capsys):
     source = lines(tmp_path / "a.jsonl", frames(tmp_path, 6, 1))
     kept = Thumbnails()
     examples, _ = annotations.read(source, on_decoded=kept.add)
-    training, validation = annotations.split_by_image(examples, 0.4, 0)
+    training, validation = splits.split_by_image(examples, 0.4, 0)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     report_split_leaks([e.file for e in validation], [e.file for e in training], kept, "")
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())

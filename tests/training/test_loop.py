@@ -462,7 +462,7 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     backbone = setup.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
     adapter_file.load(backbone, path)
     task = CaptionTask(backbone, generation=setup.Generation(5))
-    held_out = setup.annotations.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]
+    held_out = setup.splits.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]
     from lora_blip.inference.captioner import Captioner
 
     said = [p.text for p in Captioner(task)([e.image for e in held_out])]

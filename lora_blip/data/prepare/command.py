@@ -168,7 +168,7 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
         )
     image = folder.find(entry["image"])
     if isinstance(image, str):
-        return Dropped(source, at, "missing" if source.downloaded and "does not exist" in image else "fault", image)
+        return Dropped(source, at, "missing" if source.may_lack_images and "does not exist" in image else "fault", image)
     name, split = entry["image"], entry.pop("split", source.split or None)
     data.names[image.identity] = min(name, data.names.get(image.identity, name))
     entry["image"] = str(image.path).removeprefix(data.base).replace(os.sep, "/")
@@ -209,7 +209,8 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
     sizes[largest] += len(images) - sum(sizes)
     if sizes[largest] < 1:
         raise DataError(
-            f"{len(images)} image(s) are too few for splits = {splits!r}; give fewer fractions, such as 1 or 0.8,0.2"
+            f"{len(images)} image(s) are too few for splits = {splits!r}, because each part needs one; for only train.jsonl, "
+            "give --splits 1" + ", and for two parts --splits 0.8,0.2" * (len(images) > 1)
         )
     return dict(zip(images, (split for split, size in zip(SPLIT_NAMES, sizes, strict=True) for _ in range(size)), strict=True))
 

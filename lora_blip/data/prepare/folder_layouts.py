@@ -20,6 +20,7 @@ TEMPLATE = "a photo of a {class}"
 CLASS = "{class}"
 
 NOT_ANNOTATIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")  # written by the datasets library
+TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx")
 META_CAP = "meta_cap.json"  # written by kohya's scripts
 KNOWN_NAMES = {  # format → names of its annotation files; the files of the first name that exists are used
     "flickr30k": ("results_*.token", "results.csv"),
@@ -65,6 +66,14 @@ def known_files(folder: Path, requested: str) -> dict[str, list[Path]]:
     if "flickr30k" in files:
         files.pop("flickr8k", None)  # here, captions.txt is a copy of results.csv's captions
     return files
+
+
+def lone_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that may contain texts, whatever their names. VQAv2's two files count as one."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in TEXT_SUFFIXES and path.is_file())
+    files = [path for path in files if path.name not in NOT_ANNOTATIONS and not path.name.startswith(".")]
+    is_pair = [path.name.lower() for path in files] == ["annotations.json", "questions.json"]
+    return files[:1] if is_pair else [path for path in files if not path.name.endswith("_stats.json")]  # of img2dataset
 
 
 def layout_of(folder: Path) -> Layout:

@@ -18,6 +18,7 @@ from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
+PARTNERS = {"questions.json": "annotations.json", "annotations.json": "questions.json"}  # of a small copy of VQAv2
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
 FLICKR30K = re.compile(r"image(_name)?[|,] ?comment_number[|,] ?comment", re.IGNORECASE)  # a header with "|" or commas
@@ -139,13 +140,14 @@ def subset_of(path: Path, document: Any) -> str:
 
 def with_partner(path: Path) -> list[Path]:
     """Return [path], or both files of VQAv2, questions and answers, if `path` is one and the other is beside it."""
+    partner = PARTNERS.get(path.name.lower(), "")
     if path.name.endswith("_questions.json"):
-        other = path.with_name(re.sub("OpenEnded_|MultipleChoice_", "", path.name).replace("_questions", "_annotations"))
+        partner = re.sub("OpenEnded_|MultipleChoice_", "", path.name).replace("_questions", "_annotations")
     elif path.name.endswith("_annotations.json"):
-        other = path.with_name(path.name.replace("v2_", "v2_OpenEnded_").replace("_annotations", "_questions"))
-    else:
-        return [path]
-    return [path, other] if other.is_file() else [path]
+        questions = path.name.replace("_annotations", "_questions")
+        partner = questions.replace("v2_", "v2_OpenEnded_") if "v2_" in questions else f"OpenEnded_{questions}"
+    other = path.with_name(partner or path.name)
+    return [path, other] if partner and other.is_file() else [path]
 
 
 def _vqa_answers(place: str, entry: Entry) -> list[str] | str:

@@ -1,6 +1,5 @@
-"""Find the files to read, and detect the format of each."""
+"""Find the files to read in a file, a list of files or a folder."""
 
-import codecs
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,48 +8,28 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data import formats, tables
-from lora_blip.data.entries import IMAGE_KEYS, SPLITS
+from lora_blip.data import formats
+from lora_blip.data.entries import SPLITS
 from lora_blip.data.formats import NO_KEYS, Keys, LeftOut, Located, Location
-from lora_blip.data.prepare import exports, published
+from lora_blip.data.prepare import published
+from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
 from lora_blip.data.prepare.folder_layouts import (
     META_CAP,
     captioned_entries,
     class_entries,
     known_files,
     layout_of,
+    lone_files,
     refuse_without_template,
 )
-from lora_blip.data.prepare.json_lists import is_json_list, json_entries
-from lora_blip.data.prepare.packed import PACKED, packed_files, packed_kind, refuse_packed, split_of
-from lora_blip.data.prepare.published import TOKEN, YEAR
-from lora_blip.data.prepare.web_addresses import refuse_addresses
-from lora_blip.data.workbook import SIGNATURES, workbook_entries
+from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
+from lora_blip.data.prepare.published import YEAR
 from lora_blip.errors import DataError
-from lora_blip.runtime.untrusted import cut, open_regular, parsed, printable, why
+from lora_blip.runtime.untrusted import printable
 
-TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
-    "tsv": tables.tsv_entries,
-    "csv": tables.csv_entries,
-    "xlsx": workbook_entries,
-}
-LINES: dict[str, Callable[[Path], Iterator[Located]]] = {
-    "jsonl": formats.jsonl_entries,
-    "flickr8k": published.flickr8k_entries,
-    "flickr30k": published.flickr30k_entries,
-}
-DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
-    "json": json_entries,
-    "coco": published.coco_entries,
-    "karpathy": published.karpathy_entries,
-    "textcaps": exports.textcaps_entries,
-    "llava": exports.llava_entries,
-    "labelstudio": exports.studio_entries,
-    "labelstudio_min": exports.studio_min_entries,
-    "kohya": exports.kohya_entries,
-}
-FORMATS = (*LINES, *TABLES, *DOCUMENTS, *PACKED, "vqa", "folder")
 USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
+PUBLISHED = ("vqa", "karpathy", "flickr8k", "flickr30k", "textcaps")  # data sets whose downloads may lack images
+SHOWN = 5  # files in a message
 MOST_REASONS = 20  # printed reasons why entries are left out
 
 
@@ -85,6 +64,11 @@ class Source:
         return self.format not in USER_FORMATS
 
     @property
+    def may_lack_images(self) -> bool:
+        """True for a published data set. In any other source, a missing image is an error."""
+        return self.format in PUBLISHED or (self.format == "coco" and bool(YEAR.search(self.path.name)))
+
+    @property
     def root(self) -> Path:
         """The default folder of its images: the folder of the file, or the parent of `annotations/` and `Flickr8k_text/`."""
         if self.path.is_dir():
@@ -110,7 +94,7 @@ def find_sources(source: str, requested: str = "auto", keys: Keys = NO_KEYS, tem
     layout_folders = {one.path for one in folders}
     others = (path for path in paths if path not in layout_folders)
     files = chain.from_iterable(_files_in(path, requested) if path.is_dir() else [path] for path in others)
-    loaded = {path: _load(path, requested) for path in dict.fromkeys(chain.from_iterable(map(published.with_partner, files)))}
+    loaded = {path: load(path, requested) for path in dict.fromkeys(chain.from_iterable(map(published.with_partner, files)))}
     vqa_files = {path: document for path, (file_format, document) in loaded.items() if file_format == "vqa"}
     answer_files = {path: document for path, document in vqa_files.items() if "questions" not in document}
     sources = [
@@ -135,7 +119,8 @@ def _layout_source(folder: Path, requested: str, template: str) -> Source | None
     layout = layout_of(folder)
     if layout.captioned and not template:
         return Source(folder, "img2dataset" if layout.downloads else "folder", partial(captioned_entries, layout))
-    if not layout.images or (requested == "auto" and not template and (folder / META_CAP).exists()):
+    has_table = (folder / META_CAP).exists() or len(lone_files(folder)) == 1
+    if not layout.images or (requested == "auto" and not template and has_table):
         return None
     refuse_without_template(layout, template)
     return Source(folder, "folder", partial(class_entries, layout, template))
@@ -187,84 +172,11 @@ def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Itera
             yield at, entry
 
 
-def _load(path: Path, requested: str) -> tuple[str, Any]:
-    """Return (format, parsed JSON document), or (format, None) for a file that is not one JSON document.
-
-    requested: the format; "auto": detect it. Raise DataError if it cannot be detected, or the file cannot be read.
-    """
-    try:
-        with open_regular(path) as file:
-            head = file.read(8192)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({why(error)})") from None
-    if (file_format := packed_kind(path, head)) and requested in ("auto", file_format):
-        return file_format, None
-    if requested == "auto" and head.startswith(SIGNATURES):
-        requested = "xlsx"
-    is_utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    lines = head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").splitlines()
-    if requested == "auto":
-        requested = _line_format(path, next((line.strip() for line in lines if line.strip() and not line.startswith("#")), ""))
-    document = None if requested in LINES or requested in TABLES else published.load_json(path)
-    if requested != "xlsx":
-        refuse_addresses(path, requested, lines, document)
-    if requested in LINES or requested in TABLES:
-        return requested, None
-    file_format = _document_format(document) if requested == "document" else requested
-    if not file_format or (file_format == "vqa" and not isinstance(document, dict)):
-        keys = f"it has the keys {cut(', '.join(list(document)[:8]))}" if isinstance(document, dict) else "it is not an object"
-        raise DataError(f"{path}: the format of this JSON file is unknown ({keys}); {_format_advice()}")
-    return file_format, document
-
-
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # too long for a file name, such as several files separated by commas
         return False
-
-
-def _line_format(path: Path, first: str) -> str:
-    """Return the format of a file by its suffix and first line, or "document" for a file that is one JSON document."""
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return "jsonl"
-    if TOKEN.fullmatch(first):
-        return "flickr8k"
-    if published.FLICKR30K.fullmatch(first):
-        return "flickr30k"
-    if suffix in (".tsv", ".csv"):
-        return suffix[1:]
-    if suffix == ".json" or first.startswith(("{", "[")):
-        return "jsonl" if _is_object(first) else "document"
-    if tables.is_header(re.split(r"[,;\t|]", first)):
-        return "flickr8k" if (path.name, first.lower()) == ("captions.txt", "image,caption") else "csv"
-    if "\t" in first:
-        return "tsv"
-    raise DataError(f"{path}: the format of this file is unknown; its first line is {first[:60]!r}; {_format_advice()}")
-
-
-def _is_object(line: str) -> bool:
-    """Return True if the first line is a complete JSON object with an image, as in JSONL."""
-    try:
-        entry = parsed(line)
-    except ValueError:
-        return False
-    return isinstance(entry, dict) and any(key in entry for key in IMAGE_KEYS)
-
-
-def _document_format(document: Any) -> str:
-    """Return the format of a parsed JSON document, or "" if it is unknown."""
-    if file_format := exports.document_format(document):
-        return file_format
-    if isinstance(document, list):
-        return "json"
-    keys = document.keys() if isinstance(document, dict) else set()
-    if "images" in keys:
-        return "coco" if "annotations" in keys else "karpathy"
-    if is_json_list(document) and "questions" not in keys:
-        return "json"
-    return "vqa" if keys & {"questions", "annotations"} else ""
 
 
 def _files_in(folder: Path, requested: str) -> list[Path]:
@@ -276,9 +188,7 @@ def _files_in(folder: Path, requested: str) -> list[Path]:
         return packed
     names = [path.relative_to(folder).as_posix() for hits in files.values() for path in hits]
     if not names:
-        raise DataError(
-            f"{folder} has no annotation file with a known name; give the file itself: --source {folder}/captions.csv"
-        )
+        return _lone_file(folder)
     if len(files) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
         raise DataError(
             f"{folder} contains several data sets ({', '.join(names)}); give the files of one, separated by "
@@ -287,6 +197,12 @@ def _files_in(folder: Path, requested: str) -> list[Path]:
     return next(iter(files.values()))
 
 
-def _format_advice() -> str:
-    """Return the advice for a file of an unknown format."""
-    return f"set format (--format) to one of {', '.join(FORMATS)}"
+def _lone_file(folder: Path) -> list[Path]:
+    """Return the only file of a folder that may contain texts. Raise DataError if the folder contains none, or several."""
+    files = lone_files(folder)
+    if not files:
+        raise DataError(f"{folder} contains no annotations; give the file that has them: --source {folder}/captions.csv")
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
+        raise DataError(f"{folder} contains several files ({names}); give one of them: --source {files[0]}")
+    return files

@@ -1,0 +1,28 @@
+"""Split examples by image: all lines of an image are on the same side."""
+
+import random
+from itertools import compress
+
+from lora_blip.data.annotations import many_objects
+from lora_blip.data.example import FILE, Example
+from lora_blip.data.paths import in_walking_order, resolved
+from lora_blip.errors import DataError
+
+
+def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return the training examples and the validation examples.
+
+    The validation images are a random sample, drawn with `seed`. Its size is `fraction` of all images, and at least one image
+    if `fraction` is above 0. All lines of an image are in the same part. Raise DataError if no image is left for training.
+    """
+    with many_objects():
+        files = resolved(dict.fromkeys(map(FILE, examples)))  # two lines may spell the path of one image differently
+        images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are already sorted
+        random.Random(seed).shuffle(images)
+        count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
+        if count >= len(images):
+            message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none for training"
+            raise DataError(f"{message}; set VAL_FRACTION to a smaller number, or to 0 (--val-fraction 0)")
+        held_out = set(images[:count])
+        is_held_out = [files[file] in held_out for file in map(FILE, examples)]
+        return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))
