@@ -14,12 +14,15 @@ from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
+from lora_blip.inference import early_checks as inference_checks
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.terminal import TerminalStream, terminal_streams
 from lora_blip.runtime.untrusted import printable_lines
+from lora_blip.training import early_checks as training_checks
 from lora_blip.version import __version__
 
+IMPORTING = "loading torch and transformers, which takes 5 to 20 s, the first time longer"  # the start of most commands
 DEPENDENCIES = ("torch", "transformers", "PIL", "numpy", "safetensors", "tqdm")  # modules of pyproject.toml's dependencies
 
 
@@ -143,35 +146,32 @@ def prepare(config: Any) -> None:
     prepare(config)
 
 
-@heartbeat()
+@heartbeat(IMPORTING)
 def train(config: TrainConfig) -> None:
     from lora_blip.training.loop import train
 
     train(config)
 
 
-@heartbeat()
+@heartbeat(IMPORTING)
 def infer(config: InferConfig) -> None:
     from lora_blip.inference.pipeline import infer
 
     infer(config)
 
 
-@heartbeat()
+@heartbeat(IMPORTING)
 def evaluate(config: EvaluateConfig) -> None:
     from lora_blip.evaluation.comparison import evaluate
 
     evaluate(config)
 
 
-@heartbeat()
+@heartbeat(IMPORTING)
 def doctor(_: DoctorConfig) -> bool:
     from lora_blip.doctor import examine
 
     return examine()
-
-
-LOADING = "Loading torch and transformers (about 5 s, the first time longer) …"
 
 
 class Command(NamedTuple):
@@ -180,28 +180,43 @@ class Command(NamedTuple):
     summary: str
     settings: Callable[[], type]  # returns the dataclass of the settings
     run: Callable[[Any], bool | None]  # called with the settings; False means exit status 1
+    example: str  # a command that works, for the messages about wrong flags
+    check_paths: Callable[[Any], object] = bool  # called with the settings before torch is imported
     slow_to_import: bool = True  # whether `run` imports torch and transformers
 
 
 COMMANDS = {
-    "caption": Command("caption images: lora-blip caption photo.jpg", lambda: commands.CaptionConfig, commands.caption),
-    "ask": Command('answer a question: lora-blip ask photo.jpg "what color is it?"', lambda: commands.AskConfig, commands.ask),
-    "rank": Command('rank texts: lora-blip rank photo.jpg "a cat" "a dog"', lambda: commands.RankConfig, commands.rank),
-    "train": Command("train an adapter on images with texts", lambda: TrainConfig, train),
+    "caption": Command(
+        f"caption images: {commands.COMMAND_OF['caption']}", lambda: commands.CaptionConfig, commands.caption,
+        commands.COMMAND_OF["caption"], commands.check_paths,
+    ),
+    "ask": Command(
+        f"answer a question: {commands.COMMAND_OF['vqa']}", lambda: commands.AskConfig, commands.ask,
+        commands.COMMAND_OF["vqa"], commands.check_paths,
+    ),
+    "rank": Command(
+        f"rank texts: {commands.COMMAND_OF['retrieval']}", lambda: commands.RankConfig, commands.rank,
+        commands.COMMAND_OF["retrieval"], commands.check_paths,
+    ),
+    "train": Command(
+        "train an adapter on images with texts", lambda: TrainConfig, train, "lora-blip train", training_checks.check_paths
+    ),
     "infer": Command(
-        "caption images, answer questions or rank texts, for few or millions of images", lambda: InferConfig, infer
+        "caption images, answer questions or rank texts, for few or millions of images", lambda: InferConfig, infer,
+        "lora-blip infer --images photos", inference_checks.check_inference,
     ),
     "evaluate": Command(
-        "compare the base and the adapter: scores with confidence intervals, and report.html", lambda: EvaluateConfig, evaluate
+        "compare the base and the adapter: scores with confidence intervals, and report.html", lambda: EvaluateConfig,
+        evaluate, "lora-blip evaluate --references test.jsonl", inference_checks.check_evaluation,
     ),
     "prepare": Command(
-        "convert common data formats to train, val and test JSONL, split by image",
-        prepare_settings,
-        prepare,
-        slow_to_import=False,
+        "convert common data formats to train, val and test JSONL, split by image", prepare_settings, prepare,
+        "lora-blip prepare --source captions.csv", slow_to_import=False,
     ),
-    "doctor": Command("print versions and devices, and test the embedded bases", lambda: DoctorConfig, doctor),
-}
+    "doctor": Command(
+        "print versions and devices, and test the embedded bases", lambda: DoctorConfig, doctor, "lora-blip doctor"
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -226,13 +241,14 @@ def start(
 ) -> None:
     """Read the settings with `flags.parse`, and run the command. Raise SystemExit(1) if it returns False.
 
-    Print LOADING first if the command needs torch. The other parameters are passed to `flags.parse`.
+    Check the paths, and print what starts if the command needs torch. The other parameters are passed to `flags.parse`.
     """
-    config: Any = parse(command.settings(), script, arguments, doc, program)
-    if (
-        command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0"
-    ):  # torchrun: only process 0 prints it
-        print(LOADING, file=sys.stderr, flush=True)
+    example = command.example if program else f"python {Path(sys.argv[0]).name}"
+    config: Any = parse(command.settings(), script, arguments, doc, program, example)
+    if "WORLD_SIZE" not in os.environ:  # under torchrun, all processes end together only after they have joined
+        command.check_paths(config)
+    if command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # once under torchrun
+        print(f"{(program or example).split()[1]}: {IMPORTING} …", file=sys.stderr, flush=True)
     if command.run(config) is False:
         raise SystemExit(1)
 

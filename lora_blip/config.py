@@ -5,6 +5,7 @@ from typing import Literal
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import check, require, setting
+from lora_blip.runtime.user_paths import BASE_OF
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
@@ -245,7 +246,7 @@ class EvaluateConfig:
         check(self)
         _check_prediction_settings(self)
         if not self.references:
-            raise ConfigError("references is empty; give the annotations file with the right texts (--references val.jsonl)")
+            raise ConfigError("references is empty; give the annotations file with the right texts: --references test.jsonl")
 
 
 def _check_prediction_settings(config: "InferConfig | EvaluateConfig") -> None:
@@ -254,6 +255,8 @@ def _check_prediction_settings(config: "InferConfig | EvaluateConfig") -> None:
     for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
         require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     if config.adapter in ("", "none") and not config.model:
+        asks, ranks = getattr(config, "question", ""), getattr(config, "texts", "")
+        task = config.task if config.task != "auto" else "vqa" if asks else "retrieval" if ranks else "caption"
         raise ConfigError(
-            "model is empty, and no adapter names a base; set MODEL (--model assets/tiny-blip) or ADAPTER (--adapter latest)"
+            f"model is empty, and no adapter names a base; set MODEL (--model {BASE_OF[task]}) or ADAPTER (--adapter latest)"
         )

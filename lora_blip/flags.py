@@ -3,7 +3,8 @@
 import argparse
 import difflib
 import re
-from dataclasses import Field, fields
+import shlex
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -12,6 +13,7 @@ from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import settings_of
 
 Settings = TypeVar("Settings")
+NAMED = re.compile(r"argument --([a-z-]+)|^(\w+) = |did you mean --([a-z-]+)")  # the flag or setting in a message
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
 
 OTHER_NAMES = {  # name in other libraries → our setting
@@ -32,21 +34,45 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(
-    kind: type[Settings], script: dict[str, Any], arguments: list[str] | None = None, doc: str = "", program: str | None = None
+    kind: type[Settings],
+    script: dict[str, Any],
+    arguments: list[str] | None = None,
+    doc: str = "",
+    program: str | None = None,
+    example: str = "",
 ) -> Settings:
     """Return the settings from the upper-case names of a script, overridden by flags of the same names.
 
     A relative path in a script that has a `__file__` is relative to the script's folder. A path in a flag is relative to the
-    current folder. Raise ConfigError for a name or a flag that is not a setting.
+    current folder. Raise ConfigError for a name or a flag that is not a setting, and for a wrong value. The message ends with
+    `example`, a command that works, and with the flag that was wrong.
     """
     known = settings_of(kind)
     names = [entry.name for entry in known]
     _refuse_unknown_names(script, names)
     values = {entry.name: script.get(entry.name.upper(), entry.default) for entry in known}
-    from_flags, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
-    if unknown:
-        _refuse_flag(unknown[0], [entry.name for entry in known if "metavar" not in entry.metadata])
-    return kind(**_resolve_paths(script, kind, values) | vars(from_flags))
+    try:
+        from_flags, unknown = _parser(known, values, doc, program).parse_known_intermixed_args(arguments)
+        if unknown:
+            _refuse_flag(unknown[0], known)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_example(str(error), known, example)}") from None
+    try:
+        return kind(**_resolve_paths(script, kind, values) | vars(from_flags))
+    except ConfigError as error:
+        end = _example(str(error), known, example) if ": expected " in str(error) else ""
+        raise type(error)(f"{error}{end}") from None
+
+
+def _example(message: str, known: list[Field[Any]], command: str) -> str:
+    """Return the end of a message about a wrong flag: `command`, with the flag and its default value."""
+    named = NAMED.search(message)
+    name = named[named.lastindex or 1].replace("-", "_") if named else ""
+    for entry in known:
+        if entry.name == name and entry.default not in ("", {}, MISSING) and f"{_flag(name)} " not in command:
+            value = str(entry.default).lower() if entry.type is bool else shlex.quote(str(entry.default))
+            command = command and f"{command} {_flag(name)} {value}"
+    return f"; for example: {command}" if command else ""
 
 
 def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: str | None) -> argparse.ArgumentParser:
@@ -132,14 +158,23 @@ def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
             )
 
 
-def _refuse_flag(flag: str, known: list[str]) -> NoReturn:
-    """Raise ConfigError, whose message suggests the most similar flag."""
+def _refuse_flag(flag: str, known: list[Field[Any]]) -> NoReturn:
+    """Raise ConfigError, whose message suggests the most similar flag, or the flag of a path that was given without one."""
     name = flag.partition("=")[0]
+    arguments = [entry for entry in known if "metavar" in entry.metadata]
+    flags = [entry.name for entry in known if entry not in arguments]
     if not name.startswith("-"):
+        path = next((entry.name for entry in known if entry.metadata.get("path") == "always"), "")
         fix = "write a value after its flag (--batch-size 8), and quotes around a text with spaces"
+        if path and not arguments and _exists(Path(flag)):
+            fix = f"did you mean {_flag(path)} {shlex.quote(flag)}?"
         raise ConfigError(f"{flag!r} is not a flag, and does not follow a flag; {fix}")
-    near = nearest(name.lstrip("-").replace("-", "_").lower(), [*known, "help"])
-    raise ConfigError(f"{name} is not a flag; did you mean --{near.replace('_', '-')}? --help lists all flags")
+    word = name.lstrip("-").replace("-", "_").lower()
+    for entry in arguments:
+        if word in (entry.name, entry.name.removesuffix("s")):
+            raise ConfigError(f"{name} is not a flag; write {entry.metadata['metavar']} without a flag")
+    near = nearest(word, [*flags, "help"])
+    raise ConfigError(f"{name} is not a flag; did you mean {_flag(near)}? --help lists all flags")
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -107,6 +107,43 @@ def test_a_mistyped_command_names_the_nearest(monkeypatch, capsys, wrong, neares
     assert f"{wrong!r} is not a command; did you mean {nearest}?" in refused(monkeypatch, capsys, wrong)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [
+        ("ask photo.jpg", 'required: QUESTION; for example: lora-blip ask photo.jpg "what color is it?"'),
+        ("caption", "required: IMAGE; for example: lora-blip caption photo.jpg"),
+        ("train --r", "expected one argument; for example: lora-blip train --r 8"),
+        ("train --r 0", "expected above 0; for example: lora-blip train --r 8"),
+        ("train --augment maybe", "neither true nor false; for example: lora-blip train --augment true"),
+        ("infer --batch 4", "did you mean --batch-size? --help lists all flags; for example: lora-blip infer --images photos "
+         "--batch-size 16"),
+        ("evaluate --references", "for example: lora-blip evaluate --references test.jsonl"),
+        ("evaluate", "the right texts: --references test.jsonl"),
+        ("prepare captions.csv", "for example: lora-blip prepare --source captions.csv"),
+        ("infer --adapter none", "set MODEL (--model assets/tiny-blip) or ADAPTER (--adapter latest)"),
+        ("infer --adapter none --question why?", "set MODEL (--model assets/tiny-blip-vqa) or ADAPTER (--adapter latest)"),
+        ("infer --adapter none --texts a|b", "set MODEL (--model assets/tiny-blip-itm) or ADAPTER (--adapter latest)"),
+        ("doctor --x", "for example: lora-blip doctor"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_ends_with_a_command_to_paste(monkeypatch, capsys, arguments, end):
+    assert refused(monkeypatch, capsys, *arguments.split(" ")).endswith(f"{end}\n")
+
+
+def test_a_path_without_its_flag_is_explained(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("my captions.csv").touch()
+    for command, flag in (("train", "annotations"), ("infer", "images"), ("evaluate", "references"), ("prepare", "source")):
+        assert f"did you mean --{flag} 'my captions.csv'?" in refused(monkeypatch, capsys, command, "my captions.csv")
+
+
+def test_a_wrong_flag_of_a_script_names_the_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--epochs", "x"])
+    with pytest.raises(SystemExit):
+        cli.run_train({}, "")
+    assert capsys.readouterr().err.endswith("; for example: python train.py --epochs 30\n")
+
+
 def test_a_flag_before_the_command_is_explained(monkeypatch, capsys):
     assert "write the command first" in refused(monkeypatch, capsys, "--adapter", "x")
 
@@ -126,7 +163,7 @@ def test_the_first_line_comes_before_the_imports(monkeypatch, capsys):
     monkeypatch.setattr("lora_blip.doctor.examine", lambda: True)
     without_torch = {name: module for name, module in sys.modules.items() if name != "torch"}
     for modules, rank, notice in [
-        (without_torch, "0", f"{cli.LOADING}\n"),
+        (without_torch, "0", f"doctor: {cli.IMPORTING} …\n"),
         (without_torch, "1", ""),
         (without_torch | {"torch": sys}, "0", ""),
     ]:

@@ -142,13 +142,19 @@ def test_texts_are_ranked(here, monkeypatch, capsys):
         (("caption", "photos/0.png"), "tiny-blip-vqa", "use lora-blip ask photo.jpg"),
         (("caption", "photos/0.png"), "tiny-blip-itm", "use lora-blip rank photo.jpg"),
         (("rank", "photos/0.png", "red", "blue"), "tiny-blip-vqa", '--question "what color is it?"'),
-        (("caption", "photos/0.png"), "", "--model assets/tiny-blip"),
+        (("caption", "photos/0.png"), "", "--model assets/tiny-blip\n"),
+        (("ask", "photos/0.png", QUESTION), "", "--model assets/tiny-blip-vqa\n"),
+        (("rank", "photos/0.png", "red", "blue"), "", "--model assets/tiny-blip-itm\n"),
     ],
 )
 @pytest.mark.usefixtures("here")
 def test_a_command_that_the_model_cannot_do_names_the_right_one(monkeypatch, capsys, arguments, base, fix):
     status, lines, errors = run(monkeypatch, capsys, *arguments, *BASE, str(ROOT / "assets" / base) if base else "")
-    assert (status, lines) == (2, []) and fix in errors.splitlines()[-1] and errors.splitlines()[-1].startswith("error: ")
+    assert (
+        (status, lines) == (2, [])
+        and fix in errors.splitlines(keepends=True)[-1]
+        and errors.splitlines()[-1].startswith("error: ")
+    )
 
 
 def test_folders_and_globs_are_expanded(here):
@@ -189,7 +195,7 @@ def test_arguments_of_ask_and_rank():
         (RankConfig, ["a.png"], "required: TEXT"),
         (AskConfig, ["a.png", "what", "color"], "'color' is not a flag, and does not follow a flag"),
         (CaptionConfig, ["a.png", "--adaptr", "x"], "--adaptr is not a flag; did you mean --adapter?"),
-        (CaptionConfig, ["--images", "a.png"], "--images is not a flag; did you mean --model?"),
+        (CaptionConfig, ["--images", "a.png"], "--images is not a flag; write IMAGE without a flag"),
     ],
 )
 def test_wrong_arguments_are_named(command, arguments, message):

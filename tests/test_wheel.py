@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lora_blip import doctor
-from lora_blip.models import loading
+from lora_blip.models import loading, local_base
 from lora_blip.version import __version__
 from tests.support import tiny
 
@@ -35,7 +35,7 @@ def test_an_embedded_base_is_found_in_every_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert loading.locate_model("assets/tiny-blip") == str(ROOT / "assets" / "tiny-blip")
     packaged = tmp_path / "site-packages" / "lora_blip"
-    monkeypatch.setattr(loading, "PACKAGE", packaged)
+    monkeypatch.setattr(local_base, "PACKAGE", packaged)
     (packaged / "assets" / "tiny-blip").mkdir(parents=True)
     (packaged / "assets" / "tiny-blip" / "config.json").touch()
     assert loading.locate_model("assets/tiny-blip") == str(packaged / "assets" / "tiny-blip")
@@ -145,7 +145,7 @@ def test_the_program_is_installed(installed, tmp_path):
     assert "  doctor " in helped.stdout and helped.stderr == ""
     assert output(installed, tmp_path, "lora-blip", "--version").stdout == f"lora_blip {__version__}\n"
     examined = output(installed, tmp_path, "lora-blip", "doctor")
-    assert examined.returncode == 0 and examined.stderr.startswith("Loading torch"), examined.stderr
+    assert examined.returncode == 0 and examined.stderr.startswith("doctor: loading torch"), examined.stderr
     assert all(f"\n{name}: works" in examined.stdout for name in doctor.BASES)
     assert not list(tmp_path.iterdir())
 

@@ -28,7 +28,8 @@ from lora_blip.data.example import Example
 from lora_blip.data.images import augment
 from lora_blip.flags import parse
 from lora_blip.metrics.exact import exact_match
-from lora_blip.models.loading import REPOSITORY, Backbone, load_backbone
+from lora_blip.models.loading import Backbone, load_backbone
+from lora_blip.models.local_base import REPOSITORY
 from lora_blip.models.precision import pick_precision
 from lora_blip.tasks.base import Generation
 from lora_blip.training.setup import default_rate

@@ -24,10 +24,10 @@ from lora_blip.data.prepare.sources import find_sources, usable_entries
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
 from lora_blip.runtime.untrusted import printable, quoted, why
+from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
-EXPECTED = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
 MANY_MISSING = 3  # if all images are missing, and there are at least this many, they give one error
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
 
@@ -107,7 +107,7 @@ def read(
         advice = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
         raise DataError(f"{listing(problems)}\n{advice}")
     if not valid_lines:
-        raise DataError(f"{source}: no usable line\n{listing(problems) or EXPECTED}")
+        raise DataError(f"{source}: no usable line\n{listing(problems) or ANNOTATIONS}")
     return valid_lines, problems
 
 
@@ -120,7 +120,7 @@ def sources_of(
     """
     exists = os.path.lexists(source)
     if not exists and "," not in str(source):  # or several files
-        raise DataError(f"annotations {str(source)!r} do not exist; {EXPECTED}")
+        raise missing_annotations(source)
     if exists and source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
         with suppress(OSError):  # `_parsed` reports it
             if encoding := describe_encoding(source, table=False):
@@ -142,7 +142,7 @@ def _parsed(
     try:
         parsed = [builder.build(entry, number) for number, entry in entries()]
     except OSError as error:
-        raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {EXPECTED}") from None
+        raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {ANNOTATIONS}") from None
     if builder.ignored:
         report(printable(f"{source}: these keys are ignored: {_describe_ignored(builder.ignored)}"))
     return parsed

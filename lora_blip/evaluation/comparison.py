@@ -26,6 +26,7 @@ from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.user_paths import require_folder
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.text_length import CutCount
 
@@ -80,6 +81,7 @@ def output_folder(output_dir: str) -> Path:
 
 def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Example]:
     """Return the valid lines of the references. Print the invalid lines and the unknown tokens."""
+    require_folder("image_root", config.image_root)
     with phase(f"reading {config.references}"):
         examples, problems = annotations.read(
             config.references, config.image_root, config.on_bad_data, task.check, pretokenize=task.pretokenize, trim=task.trim

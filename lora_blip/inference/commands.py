@@ -4,18 +4,21 @@
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-from lora_blip.errors import AdapterError, ConfigError
+from lora_blip.errors import AdapterError, ConfigError, ImageError
+from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
 from lora_blip.runtime.settings import setting
 from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.user_paths import BASE_OF, suggestion
 
 if TYPE_CHECKING:
     from lora_blip.inference.captioner import Captioner
@@ -26,7 +29,6 @@ COMMAND_OF = {  # task of an adapter → the command for it
     "vqa": 'lora-blip ask photo.jpg "what color is it?"',
     "retrieval": 'lora-blip rank photo.jpg "a red cube" "a blue cube"',
 }
-BASE_OF = {"caption": "assets/tiny-blip", "vqa": "assets/tiny-blip-vqa", "retrieval": "assets/tiny-blip-itm"}  # embedded bases
 
 
 def argument(doc: str, metavar: str, several: bool = False) -> Any:
@@ -38,6 +40,8 @@ def argument(doc: str, metavar: str, several: bool = False) -> Any:
 class ModelConfig:
     """The settings that all short commands have."""
 
+    task: ClassVar[str] = "caption"
+
     adapter: str = setting("latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone')
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
@@ -45,7 +49,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:
-            raise ConfigError('adapter is "none", and model is empty; give a base: --model assets/tiny-blip')
+            raise ConfigError(f'adapter is "none", and model is empty; give a base: --model {BASE_OF[self.task]}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class CaptionConfig(ModelConfig):
 class AskConfig(ModelConfig):
     """All settings of `ask`."""
 
+    task: ClassVar[str] = "vqa"
+
     image: str = argument("an image", "IMAGE")
     question: str = argument('a question in quotes, "what color is it?"', "QUESTION")
 
@@ -67,9 +73,33 @@ class AskConfig(ModelConfig):
 class RankConfig(ModelConfig):
     """All settings of `rank`."""
 
+    task: ClassVar[str] = "retrieval"
+
     image: str = argument("an image", "IMAGE")
     texts: list[str] = argument('texts in quotes, "a red cube" "a blue cube"', "TEXT", several=True)
     question: str = setting("", "the question that the texts answer, for an adapter that answers questions")
+
+
+def check_paths(config: Any) -> None:
+    """Raise LoraBlipError if there is no adapter, base or image at the given paths. torch is not imported for it.
+
+    If some of the images exist, or with --json, a missing image is reported beside the results of the others.
+    """
+    try:
+        if config.adapter not in ("", "none"):
+            runs.locate(config.adapter)
+    except AdapterError as error:
+        raise AdapterError(
+            f"{error}; or use a base without an adapter: --adapter none --model {BASE_OF[config.task]}"
+        ) from None
+    if config.model:
+        locate_base(config.model)
+    images = config.images if isinstance(config, CaptionConfig) else [config.image]
+    if not any(map(os.path.lexists, expand(images))) and not config.json:
+        near = suggestion(images[0])
+        raise ImageError(
+            f"{images[0]} does not exist; {near}give an image, a folder of images or a glob such as 'photos/*.jpg'"
+        )
 
 
 def caption(config: CaptionConfig) -> bool:
@@ -126,13 +156,6 @@ def expand(images: list[str]) -> Iterator[str]:
 def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
     """Open the adapter or the base, and print its path on stderr. Raise ConfigError if its task is not `task`."""
     adapter = None if config.adapter in ("", "none") else config.adapter
-    if adapter:
-        try:
-            runs.locate(adapter)  # fail before the imports, which take seconds
-        except AdapterError as error:
-            raise AdapterError(
-                f"{error}; or use a base without an adapter: --adapter none --model {BASE_OF[task or 'retrieval']}"
-            ) from None
     from lora_blip.inference.captioner import Captioner
 
     task_setting = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base

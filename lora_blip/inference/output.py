@@ -20,12 +20,12 @@ from lora_blip.data.example import Example
 from lora_blip.errors import ImageError, OutputError
 from lora_blip.inference.finished import Done, key_of, resume_from
 from lora_blip.inference.prediction import Prediction, line_of, request_of
-from lora_blip.inference.questions import is_file
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.files import refuse_unwritable, room_for, sha256_of, unused_path, write_whole
 from lora_blip.runtime.untrusted import parsed
+from lora_blip.runtime.user_paths import is_file
 from lora_blip.tasks.base import PredictionTask
 
 FILE_NAME, ERRORS_NAME, SETTINGS_NAME = "predictions.jsonl", "errors.jsonl", "run.json"

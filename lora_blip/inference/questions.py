@@ -11,9 +11,8 @@ from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.user_paths import is_file, require_folder
 from lora_blip.tasks.base import PredictionTask
-
-FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,7 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
     """
     if not source:
         return {}
+    require_folder("image_root", root)
     with phase(f"reading {source}"):
         examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
     if problems:
@@ -175,14 +175,3 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
             f"{examples[0].image.resolve()}; set IMAGES (or --images) or IMAGE_ROOT (or --image-root) so that the paths agree"
         )
     return references
-
-
-def is_file(text: str, setting: str) -> bool:
-    """Return True if a setting names an existing file. Raise ConfigError if it ends as in FILES but the file does not exist."""
-    try:
-        exists = Path(text).is_file()
-    except (OSError, ValueError):  # a long question is not a valid path
-        return False
-    if not exists and Path(text).suffix.lower() in FILES:
-        raise ConfigError(f"{setting} = {text!r}: there is no such file; give the path of a file that exists")
-    return exists

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +31,10 @@ from lora_blip.models.bin_weights import with_safetensors
 from lora_blip.models.hub import fetch
 from lora_blip.models.image_size import check_size, fit_processor, own_size, resize_positions
 from lora_blip.models.library import Quiet, first_line
+from lora_blip.models.local_base import locate_base
 from lora_blip.models.precision import DTYPES, emulated, pick_base_dtype, pick_device, pick_precision, refuse_t5_fp16
 from lora_blip.models.processors import add_image_token, check_vocabulary, load_processors
-from lora_blip.models.unsupported import refuse_file, unsupported_kind
+from lora_blip.models.unsupported import unsupported_kind
 from lora_blip.models.weight_names import check_names, prefix_of
 from lora_blip.runtime.limits import is_process_limit
 from lora_blip.runtime.untrusted import quoted
@@ -44,8 +44,6 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip": (BlipForConditionalGeneration, BlipForQuestionAnswering, BlipForImageTextRetrieval),
     "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
 }
-PACKAGE = Path(__file__).resolve().parents[1]
-REPOSITORY = PACKAGE.parent
 _IMPORTED_IN = os.getpid()
 
 
@@ -213,20 +211,11 @@ def load_config(source: str) -> PretrainedConfig:
 
 
 def locate_model(name: str) -> str:
-    """Return the folder of a checkpoint. A relative folder may also be in the installed package or in the repository.
+    """Return the folder of a checkpoint, as `local_base.locate_base` finds it.
 
-    So "assets/tiny-blip" is an embedded base in every working folder, unless the folder has its own assets/tiny-blip.
     The files of a hub name (`user/name` or `user/name@revision`) are downloaded if they are not in the cache.
     """
-    if Path(name).is_dir():
-        return name
-    for root in (PACKAGE, REPOSITORY):
-        if (root / name / "config.json").is_file():
-            return str(root / name)
-    refuse_file(Path(name))
-    if name.startswith(("/", ".", "~", "assets/")):
-        raise ModelError(f"model folder {name!r} does not exist; give the folder of a checkpoint, or a hub name")
-    return fetch(name)
+    return locate_base(name) or fetch(name)
 
 
 def _refuse(config: PretrainedConfig, name: str, dtype: str) -> None:

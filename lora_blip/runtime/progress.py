@@ -125,26 +125,29 @@ class LogStream:
 class Heartbeat:
     """Print the current phase into a log without a line for `SILENCE` seconds. `beat` checks this once."""
 
-    def __init__(self, log: LogStream) -> None:
-        self.log, self.started = log, log.clock()
+    def __init__(self, log: LogStream, first: str = "starting") -> None:
+        self.log, self.first, self.started = log, first, log.clock()
 
     def beat(self) -> None:
         if self.log.clock() - self.log.written < SILENCE:
             return
         with _writing:
-            state = next((describe() for describe in _phases[-1:]), "working" if _begun.is_set() else "starting")
+            state = next((describe() for describe in _phases[-1:]), "working" if _begun.is_set() else self.first)
             self.log.write(printable(f"… {state} ({self.log.clock() - self.started:.0f} s since the start)") + "\n")
 
 
 @contextmanager
-def heartbeat(clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Inside the block, print at least a line every ten seconds to a standard output that is not a terminal."""
+def heartbeat(first: str = "starting", clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """Inside the block, print at least a line every ten seconds to a standard output that is not a terminal.
+
+    first: the name of the work before the first `phase`.
+    """
     stream, stopped = sys.stdout, threading.Event()
     if stream is None or stream.isatty() or isinstance(stream, LogStream) or os.environ.get("RANK", "0") != "0":
         yield
         return
     log = LogStream(stream, clock)
-    pulse = Heartbeat(log)
+    pulse = Heartbeat(log, first)
 
     def watch() -> None:
         while not stopped.wait(BEAT):

@@ -1,15 +1,18 @@
 """The names of runs and of the files in a run folder, and the search for an adapter."""
 
+import os
 import re
 from datetime import datetime
 from pathlib import Path
 
-from lora_blip.errors import AdapterError
+from lora_blip.errors import AdapterError, CheckpointError
+from lora_blip.runtime.user_paths import nearest_path
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
 ADAPTER_NAME, BEST_NAME, METRICS_NAME = "adapter.safetensors", "best.safetensors", "metrics.jsonl"
-GALLERY_NAME = "gallery.html"
+GALLERY_NAME, CHECKPOINTS_NAME = "gallery.html", "checkpoints"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of an adapter of peft
+CHECKPOINT = re.compile(r"(\d{6,})_step\d+")  # the name of a checkpoint's folder
 LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
 
 
@@ -45,8 +48,11 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
         adapters = []
     if not adapters:
         folder = "" if path.is_absolute() else f" in {str(Path.cwd())!r}"
+        near = nearest_run(path, runs)
+        meant = f"did you mean {near!r}? Otherwise " if near else ""
         raise AdapterError(
-            f"no adapter at {str(path)!r}{folder}; train one: lora-blip train (or python train.py); or give the path of one"
+            f"no adapter at {str(path)!r}{folder}; {meant}train one: lora-blip train (or python train.py); or give the path "
+            "of one"
         )
     last = max(adapters, key=lambda p: p.stat().st_mtime)
     best = last.with_name(BEST_NAME)
@@ -60,3 +66,32 @@ def refuse_peft(path: Path) -> None:
             f"{path} is an adapter of peft, not of lora_blip; train one here: lora-blip train; or merge it into its base "
             "in peft (model.merge_and_unload().save_pretrained(folder)), and give that folder as MODEL without an adapter"
         )
+
+
+def nearest_run(path: Path, runs: str | Path) -> str:
+    """Return the existing run folder or file that is most similar to a missing path, or "" if none is similar.
+
+    A name alone may be that of a run in the folder `runs`.
+    """
+    beside = Path(runs) / path
+    if os.path.lexists(path):
+        return ""
+    folders = path.suffix != ".safetensors"
+    return str(beside) if beside.exists() else nearest_path(path, folders=folders) or nearest_path(beside, folders=folders)
+
+
+def run_to_resume(path: Path) -> Path:
+    """Return the folder of the run that RESUME names: the path of a run, or of one of its checkpoints.
+
+    Raise CheckpointError if there is no such folder, or if it has no checkpoints.
+    """
+    is_checkpoint = path.parent.name == CHECKPOINTS_NAME and CHECKPOINT.fullmatch(path.name)
+    run = path.parent.parent if is_checkpoint else path
+    if not run.is_dir():
+        near = nearest_run(run, RUNS)
+        meant = f"did you mean {near!r}? Otherwise " if near else ""
+        raise CheckpointError(
+            f"resume = {str(path)!r}: the folder does not exist; {meant}give the folder of a run, or --resume auto for the "
+            "newest one"
+        )
+    return run

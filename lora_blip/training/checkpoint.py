@@ -11,7 +11,6 @@ JSON and safetensors, so reading a checkpoint runs no code.
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from torch import Tensor
 
 from lora_blip.errors import CheckpointError
 from lora_blip.runtime.files import make_whole, put_beside, remove, sha256_of, sweep
+from lora_blip.runtime.runs import CHECKPOINT, CHECKPOINTS_NAME, run_to_resume
 
-FOLDER, TENSORS, STATE, BEST = "checkpoints", "state.safetensors", "state.json", "best.safetensors"
+FOLDER, TENSORS, STATE, BEST = CHECKPOINTS_NAME, "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
 REMEDY = 'set TARGETS and R to the values of that run, or start a new run with RESUME = "off" (--resume off)'
-NAME = re.compile(r"(\d{6,})_step\d+")
 
 
 @dataclass(frozen=True)
@@ -109,17 +108,12 @@ def locate(path: Path) -> Saved:
 
     If the checkpoint at the path was removed, return the newest one of its run. Raise CheckpointError if there is none.
     """
-    is_checkpoint = path.parent.name == FOLDER and NAME.fullmatch(path.name)
-    run = path.parent.parent if is_checkpoint else path
-    if is_checkpoint and path.is_dir():
+    run = run_to_resume(path)
+    if path != run and path.is_dir():
         try:
             return read(path)
         except CheckpointError as error:
             raise CheckpointError(f"{error}. --resume {run} resumes from its newest undamaged checkpoint") from None
-    if not run.is_dir():
-        raise CheckpointError(
-            f"resume = {str(path)!r}: the folder does not exist; give the folder of a run, or --resume auto for the newest run"
-        )
     saved, problems = newest(run)
     if saved is None:
         reason = "\n".join(problems) or "it has no checkpoint: the run is finished, or this is not the folder of a run"
@@ -146,7 +140,7 @@ def checked_tensor(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tenso
 def _folders(run: Path) -> list[Path]:
     """Return the complete checkpoints, the oldest first. Unfinished ones have temporary names."""
     folders = (run / FOLDER).iterdir() if (run / FOLDER).is_dir() else ()
-    return sorted((p for p in folders if NAME.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[0]))
+    return sorted((p for p in folders if CHECKPOINT.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[0]))
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.seeding import seed_everything
 from lora_blip.runtime.untrusted import printable, printable_lines
+from lora_blip.runtime.user_paths import require_folder
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
@@ -98,6 +99,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     """
     seed_everything(config.seed)
     refuse_unwritable(config.output_dir)
+    require_folder("image_root", config.image_root)
     refuse_impossible(config, ranks)
     device = ranks.device(config.device)
     with phase(f"loading {config.model}"):

@@ -1,0 +1,34 @@
+"""Find the folder of a base on this machine. torch is not imported for it."""
+
+from pathlib import Path
+
+from lora_blip.errors import ModelError
+from lora_blip.models.unsupported import refuse_file
+from lora_blip.runtime.user_paths import suggestion
+
+PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parent
+
+
+def locate_base(name: str) -> str:
+    """Return the folder of a base on this machine, or "" for a hub name. Raise ModelError if a path does not exist.
+
+    A relative folder may also be in the installed package or in the repository. So "assets/tiny-blip" is an embedded base in
+    every working folder, unless the folder has its own assets/tiny-blip.
+    """
+    if Path(name).is_dir():
+        return name
+    for root in (PACKAGE, REPOSITORY):
+        if (root / name / "config.json").is_file():
+            return str(root / name)
+    refuse_file(Path(name))
+    is_path = name.startswith(("/", ".", "~", "assets/")) or "\\" in name
+    has_folders = name.partition("@")[0].count("/") > 1  # a revision may contain a slash, as refs/pr/1 does
+    if is_path or has_folders:
+        embedded = [
+            f"assets/{path.parent.name}" for root in (PACKAGE, REPOSITORY) for path in root.glob("assets/*/config.json")
+        ]
+        near = suggestion(name, embedded, folders=True)
+        problem = "does not exist" if is_path else "does not exist, and it is not a hub name"
+        raise ModelError(f"model folder {name!r} {problem}; {near}give the folder of a checkpoint, or a hub name")
+    return ""

@@ -1,0 +1,93 @@
+"""Paths that a user gives: check that they exist, and suggest the nearest existing name.
+
+A command calls these checks before it imports torch, which takes seconds. The code that reads the files calls them too, so the
+message of an error does not depend on the time at which it is found.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_blip.errors import ConfigError, DataError
+
+BASE_OF = {"caption": "assets/tiny-blip", "vqa": "assets/tiny-blip-vqa", "retrieval": "assets/tiny-blip-itm"}  # embedded bases
+ANNOTATIONS = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
+TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
+MOST_NAMES = 5000  # names of a folder that are compared
+SIMILAR = 0.6  # difflib's ratio of two names that are suggested for each other
+
+
+def require_annotations(source: str | Path) -> None:
+    """Raise DataError if a file or folder of annotations does not exist. Accept several files, separated by commas."""
+    if not os.path.lexists(source) and "," not in str(source):
+        raise missing_annotations(source)
+
+
+def missing_annotations(source: str | Path) -> DataError:
+    """Return the error for annotations that do not exist."""
+    return DataError(f"annotations {str(source)!r} do not exist{_searched(source)}; {suggestion(source)}{ANNOTATIONS}")
+
+
+def require_folder(setting: str, folder: str | Path) -> None:
+    """Raise ConfigError if the folder of images that a setting names does not exist. Accept an empty setting."""
+    if folder and not Path(folder).is_dir():
+        problem = "it is not a folder" if os.path.lexists(folder) else f"the folder does not exist{_searched(folder)}"
+        fix = f"give the folder that contains the images (--{setting.replace('_', '-')})"
+        raise ConfigError(f"{setting} = {str(folder)!r}: {problem}; {suggestion(folder, folders=True)}{fix}")
+
+
+def is_file(text: str, setting: str) -> bool:
+    """Return True if a setting names a file. Raise ConfigError if it ends like a file name and there is no such file."""
+    try:
+        exists = Path(text).is_file()
+    except (OSError, ValueError):  # a long question is not a valid path
+        return False
+    if not exists and Path(text).suffix.lower() in TEXT_FILES:
+        fix = "give the path of a file that exists"
+        raise ConfigError(f"{setting} = {text!r}: there is no such file{_searched(text)}; {suggestion(text)}{fix}")
+    return exists
+
+
+def suggestion(path: str | Path, others: Iterable[str] = (), folders: bool = False) -> str:
+    """Return "did you mean '…'? Otherwise " with the nearest existing path, or "" if none is similar.
+
+    others: more paths that may be meant. folders: suggest only folders.
+    """
+    near = nearest_path(path, others, folders)
+    return f"did you mean {near!r}? Otherwise " if near else ""
+
+
+def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = False) -> str:
+    """Return the existing path that is most similar to a missing one, or "" if none is similar.
+
+    One part of the path is replaced: the first that does not exist. `others` are compared as whole texts.
+    """
+    start, missing = Path(path), list[str]()
+    while start.name and not os.path.lexists(start):
+        missing.insert(0, start.name)
+        start = start.parent
+    candidates: list[str] = []
+    if missing:
+        replaced = [Path(start, name, *missing[1:]) for name in _similar(missing[0], _names(start), 3)]
+        candidates = [str(each) for each in replaced if each.is_dir() or (each.exists() and not folders)]
+    return next(iter(candidates), "") or next(iter(_similar(str(path), list(others), 1)), "")
+
+
+def _similar(name: str, names: Iterable[str], most: int) -> list[str]:
+    """Return up to `most` of the names that are similar, the most similar first. Ignore upper and lower case."""
+    folded = {other.casefold(): other for other in names}
+    return [folded[near] for near in difflib.get_close_matches(name.casefold(), folded, most, SIMILAR)]
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder that are not hidden; none if it cannot be listed."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))[:MOST_NAMES]  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def _searched(path: str | Path) -> str:
+    """Return " in '…'" with the current folder, for a relative path."""
+    return "" if Path(path).is_absolute() else f" in {str(Path.cwd())!r}"

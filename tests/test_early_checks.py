@@ -1,0 +1,134 @@
+"""A wrong path is one error before torch is imported, with the text that the later code has, and the nearest existing name."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import lora_blip
+from lora_blip.cli import main
+from lora_blip.config import InferConfig, TrainConfig
+from lora_blip.errors import LoraBlipError
+from lora_blip.inference.setup import read_inputs
+from lora_blip.models.loading import locate_model
+from lora_blip.runtime import runs
+from lora_blip.runtime.runs import ADAPTER_NAME, CHECKPOINTS_NAME
+from lora_blip.runtime.user_paths import nearest_path
+from lora_blip.training import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = "2026-11-28_120000_caption_tiny-blip_vit"
+BASE = ["--adapter", "none", "--model", "assets/tiny-blip"]
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from lora_blip.cli import main
+errors = []
+for arguments in json.load(sys.stdin):
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(SystemExit):
+        main()
+    errors.append(stderr.getvalue())
+print(json.dumps(errors))
+"""
+CASES: list[tuple[list[str], str, Callable[[], object]]] = [  # arguments, the suggestion, and the code that finds it later
+    (["train", "--annotations", "annotation.jsonl"], "'annotations.jsonl'",
+     lambda: lora_blip.train(TrainConfig(annotations="annotation.jsonl"))),
+    (["train", "--val-annotations", "Annotations.json"], "'annotations.jsonl'",
+     lambda: lora_blip.train(TrainConfig(val_annotations="Annotations.json"))),
+    (["train", "--image-root", "fotos"], "'photos'", lambda: lora_blip.train(TrainConfig(image_root="fotos"))),
+    (["train", "--model", "assets/tiny-blp"], "'assets/tiny-blip'", lambda: locate_model("assets/tiny-blp")),
+    (["train", "--model", "./my_bse"], "'my_base'", lambda: locate_model("./my_bse")),
+    (["train", "--model", "models/blip/base"], "", lambda: locate_model("models/blip/base")),
+    (["train", "--resume", f"lora_blip_output/{RUN[:-4]}"], f"'lora_blip_output/{RUN}'",
+     lambda: checkpoint.locate(Path(f"lora_blip_output/{RUN[:-4]}"))),
+    (["train", "--output-dir", "annotations.jsonl"], "", lambda: lora_blip.train(TrainConfig(output_dir="annotations.jsonl"))),
+    (["infer", "--images", "fotos"], "", lambda: read_inputs(InferConfig(images="fotos"))),
+    (["infer", "--images", "photos", "--adapter", RUN], f"'lora_blip_output/{RUN}'", lambda: runs.locate(RUN)),
+    (["infer", "--images", "photos", "--texts", "words.txt", *BASE], "",
+     lambda: read_inputs(InferConfig(images="photos", texts="words.txt"))),
+    (["infer", "--images", "photos", "--references", "refs.jsonl", *BASE], "",
+     lambda: read_inputs(InferConfig(images="photos", references="refs.jsonl"))),
+    (["evaluate", "--references", "anotations.jsonl", *BASE], "'annotations.jsonl'",
+     lambda: lora_blip.train(TrainConfig(annotations="anotations.jsonl"))),
+    (["evaluate", "--references", "annotations.jsonl", "--adapter", "lora_blip_outputs"], "'lora_blip_output'",
+     lambda: runs.locate("lora_blip_outputs")),
+    (["caption", "photos/0.pgn", *BASE], "'photos/0.png'", lambda: None),
+    (["ask", "photos/00.png", "what is it?", *BASE], "'photos/0.png'", lambda: None),
+    (["rank", "photos/0.png", "a", "b", "--adapter", "runs"], "", lambda: None),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("photos", "my_base", f"lora_blip_output/{RUN}/{CHECKPOINTS_NAME}"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "photos" / "0.png")
+    (folder / "annotations.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
+    (folder / "lora_blip_output" / RUN / ADAPTER_NAME).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def errors(folder: Path) -> list[str]:
+    """Return the stderr of each case, from a Python that cannot import torch."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    arguments = json.dumps([case[0] for case in CASES])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], input=arguments, cwd=folder, env=environment, text=True, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    result: list[str] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_a_wrong_path_is_found_before_torch_is_imported(number, errors, folder, monkeypatch):
+    """It is one line, with a suggestion if a name is similar. The code that needs the path raises the same text."""
+    _, near, later = CASES[number]
+    message = errors[number]
+    assert message.startswith("error: ") and message.count("\n") == 1 and "torch" not in message, message
+    assert f"did you mean {near}? Otherwise " in message if near else "did you mean" not in message
+    monkeypatch.chdir(folder)
+    try:
+        later()
+    except LoraBlipError as error:
+        assert message == f"error: {error}\n"
+    else:
+        assert number >= len(CASES) - 3
+
+
+def test_a_missing_image_among_others_is_reported_beside_their_captions(folder, monkeypatch, capsys):
+    """And with --json it is an object, even if it is the only one."""
+    monkeypatch.chdir(folder)
+    for arguments in (["photos/0.png", "gone.png"], ["gone.png", "--json"]):
+        monkeypatch.setattr(sys, "argv", ["lora-blip", "caption", *arguments, "--device", "cpu", *BASE])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert stopped.value.code == 1 and printed.out.count("\n") == 1, printed
+
+
+def test_under_torchrun_the_processes_end_together(folder, monkeypatch):
+    """The main process does not end before it has joined the others: they would wait for it."""
+    monkeypatch.chdir(folder)
+    called = []
+    monkeypatch.setattr("lora_blip.training.loop.train", lambda config: called.append(config.annotations))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["lora-blip", "train", "--annotations", "gone.jsonl"])
+    main()
+    assert called == ["gone.jsonl"]
+
+
+def test_the_nearest_path_replaces_one_part(folder):
+    """Of a deeper path, the rest must exist. Hidden and different names are never suggested."""
+    assert nearest_path(folder / "Photo" / "0.png") == str(folder / "photos" / "0.png")
+    assert nearest_path(folder / "Photo" / "1.png") == nearest_path(folder / "zebra") == nearest_path(folder / "photos") == ""
+    assert nearest_path("photoz", ["a photo", "photos"]) == "photos"
+    assert nearest_path(folder / "annotations", folders=True) == ""
