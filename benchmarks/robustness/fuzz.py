@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,15 @@ def repaired(png: bytes) -> bytes:
     return bytes(made)
 
 
+def reader(kind: str, folder: Path) -> Any:
+    from benchmarks.robustness.fuzz_readers import Readers
+
+    return Readers(folder, kind)
+
+
+READERS = ("tables", "xlsx", "json", "flickr30k", "exports", "kohya", "img2dataset", "shard", "parquet")
 TARGETS: dict[str, Callable[[Path], Any]] = {"adapters": Adapters, "annotations": Annotations, "images": Images}
+TARGETS |= {kind: partial(reader, kind) for kind in READERS}
 INSTRUMENTED = (  # modules whose coverage guides atheris
     "lora.adapter_file", "lora.header", "lora.fingerprint", "runtime.untrusted", "data", "data.formats", "data.entries",
     "data.annotations", "data.prepare.published",
@@ -357,8 +366,9 @@ class Watch:
         """Whatever Python does to the world passes here."""
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         beneath = event in CHANGES and isinstance(arguments[-1], int) and arguments[-1] >= 0  # of a folder that passed here
-        outside = (writes or (event in CHANGES and not beneath)) and not str(arguments[0]).startswith(self.folder)
-        if outside or event in FORBIDDEN:
+        outside = (writes or (event in CHANGES and not beneath)) and not str(arguments[0]).startswith((self.folder, os.devnull))
+        is_child = event == "subprocess.Popen" and getattr(self.target, "may_start_processes", False)
+        if outside or (event in FORBIDDEN and not is_child):
             self.trespass.append(f"{event} {arguments!r}"[:200])
 
     def case(self, data: bytes, name: str) -> None:

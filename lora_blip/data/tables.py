@@ -53,6 +53,9 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
     """Yield the entries of the rows of a table. Raise DataError if the columns are unknown."""
     first = list(islice(rows, SAMPLE))
     number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
+    if not header:  # no valid row
+        yield from chain(first, rows)  # the reasons
+        return
     names = _names(header)
     below = [row for at, row in first if isinstance(row, list) and at != number and len(row) == len(header)]
     if not (keys.named or is_header(names)) and not _is_header_row(header, below, needs_header):
@@ -158,6 +161,11 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
             taken.add(ours)
     if "image" not in taken or not ("text" in taken or has_question):
         what = "image" if "image" not in taken else "text"
+        if len(header) == 1:
+            raise DataError(
+                f"{path}:{number}: the table has only one column, {quoted(header[0].strip())}; it needs columns of images and "
+                "of texts, with a comma, a semicolon, a tab or | between them"
+            )
         raise DataError(
             f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{_described(header, below)}\n"
             f"name the columns: {_flags(header, result, below)}"

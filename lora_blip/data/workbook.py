@@ -28,12 +28,13 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
             if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
                 raise DataError(f"{path}: the unpacked workbook has more than {LARGEST:,} bytes; {SAVE_AS}")
         workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        sheet = workbook.worksheets[0]
     except DataError:
         raise
     except Exception as error:  # openpyxl raises errors of many types for a damaged file
         raise DataError(f"{path} is not a readable Excel workbook ({cut(str(error))}); {SAVE_AS}") from None
     try:
-        yield from entries_of_rows(path, _rows(path, workbook.worksheets[0]), keys, needs_header=True)
+        yield from entries_of_rows(path, _rows(path, sheet), keys, needs_header=True)
     finally:
         workbook.close()
 

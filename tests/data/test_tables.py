@@ -162,9 +162,9 @@ def test_an_excel_workbook_is_read_as_a_table(folder, monkeypatch):
         ("1.png", "a cat", 3.0, None),
         ("2.png", 5, None, None),
     ]
-    sheet = types.SimpleNamespace(iter_rows=lambda **_: iter(rows))
-    book = types.SimpleNamespace(worksheets=[sheet], close=lambda: None)
-    monkeypatch.setitem(sys.modules, "openpyxl", types.SimpleNamespace(load_workbook=lambda *_, **__: book))
+    sheet = types.types.SimpleNamespace(iter_rows=lambda **_: iter(rows))
+    book = types.types.SimpleNamespace(worksheets=[sheet], close=lambda: None)
+    monkeypatch.setitem(sys.modules, "openpyxl", types.types.SimpleNamespace(load_workbook=lambda *_, **__: book))
     with zipfile.ZipFile(folder / "x.xlsx", "w") as archive:
         archive.writestr("a", "b")
     assert [(e.name, e.text, e.line) for e in annotations.read(folder / "x.xlsx")[0]] == [
@@ -188,3 +188,24 @@ def test_a_real_workbook_gives_its_cells(folder):
         ("1.png", "crème brûlée", 2),
         ("2.png", "7", 4),
     ]
+
+
+def test_a_table_without_a_valid_row_or_with_one_column_is_one_error(folder):
+    """Fuzzing found both: a reader without a row looked for the longest column, and the flags named one column twice."""
+    for content in ('"1.png,a\n', ""):
+        (folder / "x.csv").write_text(content or "\n\n")
+        with pytest.raises(DataError, match=r"x\.csv.*(not valid CSV|no usable line)"):
+            annotations.read(folder / "x.csv")
+    (folder / "x.csv").write_text("caption\na cat\n")
+    with pytest.raises(DataError, match=r"x\.csv:1: the table has only one column, 'caption'"):
+        annotations.read(folder / "x.csv")
+
+
+def test_a_workbook_without_a_sheet_is_an_error(folder, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "openpyxl", types.SimpleNamespace(load_workbook=lambda *_, **__: types.SimpleNamespace(worksheets=[]))
+    )
+    with zipfile.ZipFile(folder / "x.xlsx", "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(DataError, match="not a readable Excel workbook"):
+        annotations.read(folder / "x.xlsx")
