@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, T5Tokenizer
+from transformers import AutoProcessor
 
 from lora_blip.data.example import Example
 from lora_blip.models.loading import Backbone, load_backbone
 from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.registry import TASKS, natural_task
 from tests.support import tiny
+from tests.support.tokenizers import CHINESE, save_bert, save_t5
 
 KINDS = ("blip", "vqa", "itm", "opt", "opt of 2023", "t5")  # the six kinds of published checkpoints
 IMAGE = Image.new("RGB", (8, 8))
-CHINESE = "红色的立方体日本語"
 TEXTS = {
     "words": "a red cube on top of a blue cube",
     "accents": "Café à la crème, naïve Ångström ÉÎÕÜ",
@@ -43,39 +42,6 @@ TEXTS = {
 SPECIAL = ("a<image>b", "</s> end", "[SEP] x", "<pad>", "[DEC]", "[CLS][CLS]", "<extra_id_0>", "<s>")
 
 
-def save_bert(folder: Path, rows: int) -> None:
-    """Write a vocabulary as the real ones are: vocab.txt without a token for [DEC], whose id is in the config."""
-    letters = string.ascii_lowercase + string.digits
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *string.punctuation]
-    pieces += [*CHINESE, *"€½“”", "red", "cube", "blue", "##be"]
-    assert len(pieces) == len(set(pieces)) <= rows - 2
-    pieces += [f"[unused{number}]" for number in range(rows - 2 - len(pieces))]
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    settings = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "tokenize_chinese_chars": True,
-        "strip_accents": None,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {"bos_token_id": rows - 2, "sep_token_id": 3, "pad_token_id": 0}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def save_t5(folder: Path) -> None:
-    """Write a unigram tokenizer as SentencePiece's are: ▁ for a space, unknown characters, and <extra_id_0>."""
-    words = ["▁", "▁a", "▁red", "▁cube", "▁blue", "▁on", "▁top", "▁of", "cu", "be", "é", "’", "½"]
-    pieces = [("<filler>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -3.0) for word in words)]
-    pieces += [(chr(code), -6.0) for code in range(33, 127)]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=4)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture
 def pair(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[str], tuple[Backbone, Any]]:
     """Return our backbone and transformers' processor of a checkpoint."""
@@ -88,8 +54,6 @@ def pair(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[str], tuple[
             (folder / "tokenizer.json").unlink()
             save_bert(folder, config["text_config"]["vocab_size"])
         elif kind == "t5":
-            for path in folder.glob("*token*"):
-                path.unlink()
             save_t5(folder)
         elif kind == "opt of 2023":
             tokenizer = json.loads((folder / "tokenizer.json").read_text())
