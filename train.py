@@ -56,6 +56,7 @@ PATIENCE = 0  # stop after this many validations without a better BEST_BY; 0: ne
 MIN_IMPROVEMENT = 0.0001  # smallest gain in BEST_BY that counts as better for PATIENCE
 MAX_NEW_TOKENS = 0  # largest number of generated tokens, stored in the adapter; 0: the longest text plus a margin
 NUM_BEAMS = 1  # beams of beam search, for validation and stored in the adapter; 1: greedy search
+GENERATION = {}  # more options, stored in the adapter: {"repetition_penalty": 1.2}; see docs/generation.md
 
 # More: speed and memory
 FAST = True  # faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison

@@ -1,10 +1,10 @@
 """The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from lora_blip.errors import ConfigError
-from lora_blip.runtime.settings import check, require, setting
+from lora_blip.runtime.settings import Options, check, require, setting
 from lora_blip.runtime.user_paths import BASE_OF
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
@@ -103,6 +103,9 @@ class TrainConfig:
         0, "largest number of generated tokens, stored in the adapter; 0: the longest text plus a margin"
     )
     num_beams: int = setting(1, "beams of beam search, for validation and stored in the adapter; 1: greedy search")
+    generation: dict[str, Any] = setting(
+        Options(), 'more options, stored in the adapter: {"repetition_penalty": 1.2}; see docs/generation.md'
+    )
 
     fast: bool = setting(
         True, "faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison",
@@ -130,6 +133,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens"})
         require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a share from 0 to below 1")
         require(self.task in ("auto", *TASK_NAMES), "task", self.task, f"one of auto, {', '.join(TASK_NAMES)}")
@@ -185,6 +189,9 @@ class InferConfig:
     num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")
     sample: bool = setting(False, "sample tokens at random; False: greedy or beam search")
     seed: int = setting(0, "seed of sampling")
+    generation: dict[str, Any] = setting(
+        Options(), 'more options: {"top_p": 0.9, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter\'s'
+    )
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
@@ -198,6 +205,7 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens", "do_sample": "sample"})
         _check_prediction_settings(self)
 
 
@@ -232,8 +240,11 @@ class EvaluateConfig:
     prompt: str = setting("", 'start of every caption; empty: the adapter\'s prompt; "none": no prompt', group="Generation")
     max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40")
     num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")
+    generation: dict[str, Any] = setting(
+        Options(), 'more options: {"repetition_penalty": 1.2}; see docs/generation.md; empty: the adapter\'s'
+    )
     image_size: int = setting(0, "side of the square images in pixels; 0: the adapter's setting, or the model's size")
-    seed: int = setting(0, "seed of the bootstrap")
+    seed: int = setting(0, "seed of the bootstrap and of sampling")
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
@@ -244,9 +255,35 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens"})
         _check_prediction_settings(self)
         if not self.references:
             raise ConfigError("references is empty; give the annotations file with the right texts: --references test.jsonl")
+
+
+def share_options(config: Any, settings: dict[str, str]) -> None:
+    """Give the options of GENERATION that are also settings to these settings, so that each has one value.
+
+    settings: {option: setting}. Raise ConfigError if both have a value, and these differ. A setting has no value if it is at
+    its default. `false` and null stay options: they replace the adapter's value, and the settings have no such values.
+    """
+    options = dict(config.generation)
+    defaults = {entry.name: entry.default for entry in fields(config)}
+    for option, name in settings.items():
+        if option not in options:
+            continue
+        value, own = options[option], getattr(config, name)
+        if own not in (defaults[name], value):
+            raise ConfigError(
+                f"{name} = {own!r}, but generation has {option} = {value!r}; remove {option} from GENERATION (--generation), "
+                f"or {name.upper()} (--{name.replace('_', '-')})"
+            )
+        if value is None or value is False:
+            continue
+        expected = "true or false" if option == "do_sample" else "a whole number above 0"
+        require(type(value) is type(own) and value > 0, f"generation: {option}", value, expected)
+        object.__setattr__(config, name, options.pop(option))
+    object.__setattr__(config, "generation", Options(options))
 
 
 def _check_prediction_settings(config: "InferConfig | EvaluateConfig") -> None:

@@ -11,8 +11,10 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import settings_of
+from lora_blip.runtime.untrusted import parsed
 
 Settings = TypeVar("Settings")
+WORD = re.compile(r"[A-Za-z][\w-]*")
 NAMED = re.compile(r"argument --([a-z-]+)|^(\w+) = |did you mean --([a-z-]+)")  # the flag or setting in a message
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
 
@@ -89,18 +91,69 @@ def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: 
         if entry.metadata["group"]:
             group = parser.add_argument_group(entry.metadata["group"])
         flag = _flag(entry.name)
-        current = f" (now: {values[entry.name]})" if values[entry.name] != "" else ""
+        current = f" (now: {values[entry.name]})" if values[entry.name] not in ("", {}) else ""
         text = f"{_with_flags(entry.metadata['doc'], known)}{current}".replace("%", "%%")
         if entry.type is bool and without_flag:  # `--flag photo.jpg`: the path is an argument, not the value of the flag
             group.add_argument(flag, action="store_true", help=text)
         elif entry.type is bool:
             group.add_argument(flag, nargs="?", const=True, type=_bool, help=text, metavar="true|false")
             group.add_argument(f"--no-{flag[2:]}", dest=entry.name, action="store_false", help=argparse.SUPPRESS)
+        elif get_origin(entry.type) is dict:
+            group.add_argument(flag, type=options, help=text, metavar="NAME=VALUE,…")
         elif get_origin(entry.type) is Literal:
             group.add_argument(flag, choices=get_args(entry.type), help=text)
         else:
             group.add_argument(flag, type=entry.type, help=text, metavar=type(entry.default).__name__)
     return parser
+
+
+def options(text: str) -> dict[str, Any]:
+    """Return the options of a flag: num_beams=3,top_p=0.9 or a JSON object. A value is JSON, or a word without quotes.
+
+    Raise ArgumentTypeError for a part that is not NAME=VALUE, and for a name that is given twice.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(parsed(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write num_beams=3,top_p=0.9") from None
+    result: dict[str, Any] = {}
+    for part in filter(str.strip, _parts(text)):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE; write num_beams=3,top_p=0.9")
+        if name in result:
+            raise argparse.ArgumentTypeError(f"{name} is given twice; keep one")
+        result[name] = _value(name, value)
+    return result
+
+
+def _parts(text: str) -> list[str]:
+    """Return the parts between the commas that are not in brackets or quotes."""
+    parts, depth, quoted = [""], 0, False
+    for index, character in enumerate(text):
+        if character == '"' and text[index - 1] != "\\":
+            quoted = not quoted
+        depth += 0 if quoted else (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _value(name: str, text: str) -> Any:
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return parsed(text)
+    except ValueError:
+        if WORD.fullmatch(text):
+            return text
+        raise argparse.ArgumentTypeError(
+            f"{name}={text}: the value is not JSON; write a number, true, false, null, a list such as [[5,7]], or a word"
+        ) from None
 
 
 def _flag(name: str) -> str:

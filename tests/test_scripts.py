@@ -55,6 +55,64 @@ def test_a_wrong_setting_is_named(wrong, message):
         parse(TrainConfig, wrong, [])
 
 
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("num_beams=3,top_p=0.9", {"top_p": 0.9}),
+        ("do_sample=true, temperature=1e-1", {"do_sample": True, "temperature": 0.1}),
+        ("early_stopping=never,renormalize_logits=FALSE", {"early_stopping": "never", "renormalize_logits": False}),
+        ("bad_words_ids=[[5],[7,8]],top_k=null", {"bad_words_ids": [[5], [7, 8]], "top_k": None}),
+        ('watermarking_config={"bias": 2.0, "a": "b,c"},min_length=3', {
+            "watermarking_config": {"bias": 2.0, "a": "b,c"}, "min_length": 3}),
+        ('{"num_beams": 3, "sequence_bias": [[[5], -1.0]]}', {"sequence_bias": [[[5], -1.0]]}),
+    ],
+)  # fmt: skip
+def test_generation_options_in_a_flag(flag, options):
+    """JSON values and words. Options that are settings too go to these settings."""
+    config = parse(TrainConfig, {"GENERATION": {"top_p": 0.1}}, ["--generation", flag])
+    assert config.generation == options and config.num_beams == (3 if "num_beams" in flag else 1)
+    assert config == TrainConfig(generation=options, num_beams=config.num_beams)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("num_beams", "'num_beams' is not NAME=VALUE; write num_beams=3,top_p=0.9"),
+        ("top_p=", "is not NAME=VALUE"),
+        ("top_p=0.9,top_p=0.8", "top_p is given twice"),
+        ("top_p=__import__('os')", "top_p=__import__('os'): the value is not JSON"),
+        ("bad_words_ids=[[5]", "the value is not JSON"),
+        ('{"top_p": 0.9', "is not JSON"),
+        ('{"top_p": 1, "top_p": 2}', "occurs twice"),
+        ("num_beams=0", "generation: num_beams = 0: expected a whole number above 0"),
+        ("num_beams=three", "generation: num_beams = 'three': expected a whole number above 0"),
+        ("max_new_tokens=true", "generation: max_new_tokens = True"),
+    ],
+)
+def test_wrong_generation_options_in_a_flag_are_one_error(flag, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(TrainConfig, {}, ["--generation", flag])
+
+
+def test_an_option_and_its_setting_have_one_value():
+    """Equal values are one value, and a setting at its default has none. Two different values are an error."""
+    for kind in (TrainConfig, InferConfig):
+        assert kind(generation={"num_beams": 3, "max_new_tokens": 9}) == kind(num_beams=3, max_new_tokens=9)
+        assert kind(generation={"num_beams": 3}, num_beams=3).num_beams == 3
+        assert kind(generation={"num_beams": None, "top_k": None}).generation == {"num_beams": None, "top_k": None}
+        with pytest.raises(ConfigError, match=r"num_beams = 5, but generation has num_beams = 3; remove num_beams from"):
+            kind(generation={"num_beams": 3}, num_beams=5)
+        with pytest.raises(ConfigError, match=r"num_beams = 5, but generation has num_beams = None"):
+            kind(generation={"num_beams": None}, num_beams=5)
+    assert InferConfig(generation={"do_sample": True}) == InferConfig(sample=True)
+    assert InferConfig(generation={"do_sample": False}).generation == {"do_sample": False}  # against an adapter that samples
+    with pytest.raises(ConfigError, match=r"sample = True, but generation has do_sample = False"):
+        InferConfig(generation={"do_sample": False}, sample=True)
+    for wrong in ("num_beams=3", ["num_beams"], {1: 2}, {"a": {1, 2}}, {"a": math.nan}):
+        with pytest.raises(ConfigError, match="expected names and values"):
+            TrainConfig(generation=wrong)
+
+
 def told(capsys, run, flags: list[str], monkeypatch) -> str:
     """What a user sees of an error: one message on stderr, exit status 2, no traceback."""
     monkeypatch.setattr(sys, "argv", ["script", *flags])

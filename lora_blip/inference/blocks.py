@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import torch
 from tqdm import tqdm  # comes with transformers
 
 from lora_blip.data.example import Example
@@ -34,12 +33,12 @@ Block = tuple[int, list[Example], list[bool]]  # number, examples, and for each 
 class BlockScheduler:
     """Assign block b to rank b % count. Only the main rank reads the examples. It collects the predictions of all ranks.
 
-    Each block has its own seed, and the same examples after a resume. If only a part of a block is done, the whole block is
-    predicted again, and only the missing part is written. So no text depends on where a run was stopped, even with sampling.
+    Each block has the same examples after a resume. If only a part of a block is done, the whole block is predicted again, and
+    only the missing part is written. So no text depends on where a run was stopped, even with sampling.
     """
 
-    def __init__(self, ranks: Ranks, runner: Runner, seed: int, stop_request: StopRequest, out: Output) -> None:
-        self.ranks, self.runner, self.seed, self.stop_request, self.out = ranks, runner, seed, stop_request, out
+    def __init__(self, ranks: Ranks, runner: Runner, stop_request: StopRequest, out: Output) -> None:
+        self.ranks, self.runner, self.stop_request, self.out = ranks, runner, stop_request, out
         self.size = runner.size  # fixed: the runner halves its own size if the memory runs out
 
     def run(self, examples: Iterable[Example], work: Work, handle: Callable[[Results], None]) -> None:
@@ -102,9 +101,7 @@ class BlockScheduler:
         return blocks[self.ranks.rank] if self.ranks.rank < len(blocks) else (0, [], [])
 
     def _predict_block(self, block: Block, following: Block, work: Work) -> list[Prediction | ImageError]:
-        number, examples, _ = block
-        torch.manual_seed(self.seed + number)
-        return [_truncated(result) for _, result in self.runner.each(examples, work, following[1])]
+        return [_truncated(result) for _, result in self.runner.each(block[1], work, following[1])]
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Call `action` on the main rank, and return its result there. If it raises an error, stop the other ranks too."""

@@ -1,6 +1,6 @@
 """Define `Captioner`, the Python interface for captions, answers and rankings. Several threads can share one."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -70,6 +70,8 @@ class Captioner:
         prompt: str = "",
         max_new_tokens: int = 0,
         num_beams: int = 0,
+        generation: Mapping[str, Any] | None = None,
+        seed: int = 0,
         image_size: int = 0,
         merge: bool = True,
         fast: bool = True,
@@ -81,6 +83,8 @@ class Captioner:
         of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels: the
         adapter is not merged, and is active only in calls of this captioner. If `adapter` is None, the adapters that are
         already on a loaded base are active.
+        generation: options of text generation by name, such as {"num_beams": 3}; see docs/generation.md. They replace those of
+        the adapter. seed: of random draws, if `generation` has `do_sample`.
         device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
 
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
@@ -97,7 +101,7 @@ class Captioner:
         config = InferConfig(
             model=str(base) if is_name else "loaded", adapter="latest" if content else "none", device=device,
             precision=precision, batch_size=batch_size, task=task, prompt=prompt, max_new_tokens=max_new_tokens,
-            num_beams=num_beams, image_size=image_size, merge=merge, fast=fast,
+            num_beams=num_beams, generation=dict(generation or {}), seed=seed, image_size=image_size, merge=merge, fast=fast,
         )  # fmt: skip
         if not is_name:
             return cls._on_loaded_base(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)

@@ -180,10 +180,9 @@ def show(prediction: "Prediction", as_json: bool, results: TextIO) -> bool:
         name = "" if str(prediction.image) in prediction.error else f"{prediction.image}: "
         print(printable(f"error: {name}{prediction.error}"), file=sys.stderr, flush=True)
     else:
-        print(
-            printable(f"{prediction.image}: {'' if prediction.ranking else prediction.text}".rstrip()), file=results, flush=True
-        )
-        for text, probability in prediction.ranking:
+        several = prediction.ranking or prediction.alternatives
+        print(printable(f"{prediction.image}: {'' if several else prediction.text}".rstrip()), file=results, flush=True)
+        for text, probability in several:
             print(printable(f"{probability:8.1%}  {text}"), file=results, flush=True)
     return not prediction.error
 
@@ -196,6 +195,8 @@ def json_object(prediction: "Prediction") -> dict[str, Any]:
     if prediction.error:
         return value | {"error": prediction.error}
     value |= {"text": prediction.text, "score": prediction.score}
+    if prediction.alternatives:
+        value["alternatives"] = [{"text": text, "score": score} for text, score in prediction.alternatives]
     if prediction.ranking:
         value["ranking"] = [{"text": text, "probability": probability} for text, probability in prediction.ranking]
     return value

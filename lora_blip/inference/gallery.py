@@ -57,11 +57,12 @@ def cards_of(folder: Path, task: PredictionTask, examples: list[Example], refere
         text = str(line.get("text", ""))
         score = task.correctness(text, known_lines) if known_lines and "text" in line else None
         ranking = [(str(entry["text"]), float(entry["probability"])) for entry in line.get("ranking", ())]
+        alternatives = [(str(entry["text"]), float(entry["score"])) for entry in line.get("alternatives", ())]
         cards.append(
             Card(
                 example.image, list(dict.fromkeys(a for known in known_lines for a in (known.answers or (known.text,)))), text,
                 str(line.get("base_text", "")), example.question, score, group=known_lines[0].group if known_lines else "",
-                right=None if score is None else score == 1, ranking=ranking,
+                right=None if score is None else score == 1, ranking=ranking, alternatives=alternatives,
             )
         )  # fmt: skip
     return cards

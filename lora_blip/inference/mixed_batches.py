@@ -1,7 +1,7 @@
 """Predict with several adapters in one batch. Each row uses the adapter of its request."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.prediction import Prediction
+from lora_blip.inference.prediction import Prediction, generated, prediction_of
 from lora_blip.tasks.base import PredictionTask
 
 
@@ -43,11 +43,14 @@ def mixed(
             )
         return replace(example_of(image, question), group=name)
 
-    def generate(task: Any, pictures: Tensor, examples: list[Example]) -> list[str]:
+    def generate(task: Any, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
         prompts = [cast(Any, tasks[e.group]).prompt_of(e) for e in examples]
-        adapters = [e.group or None for e in examples]
-        texts: list[str] = task.language.generate(pictures, prompts, adapters, **asdict(task.generation))
-        return texts
+        rows = pictures, prompts, [e.group or None for e in examples]
+        if task.generation.texts > 1:
+            scored = task.language.generate_scored(*rows, **task.generation.arguments())
+            return [generated(e, texts) for e, texts in zip(examples, scored, strict=True)]
+        texts = task.language.generate(*rows, **task.generation.arguments())
+        return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
 
-    for predicted, text in Runner(first, batch_size, precision).run(map(example, requests), generate):
-        yield Prediction(predicted.image, text, predicted.question)
+    for _, prediction in Runner(first, batch_size, precision).run(map(example, requests), generate):
+        yield prediction

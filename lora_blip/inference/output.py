@@ -10,7 +10,6 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -161,7 +160,7 @@ def identity(
     settings = {
         "model": task.backbone.name, "adapter": _digest(adapter.path) if adapter else "none", "task": task.name,
         "images": config.images, "question": _content(config.question, "question"), "texts": _content(config.texts, "texts"),
-        "prompt": task.prompt, **asdict(task.generation), "compare": config.compare, "precision": precision,
+        "prompt": task.prompt, **task.generation.stored(), "compare": config.compare, "precision": precision,
         "image_size": task.backbone.chosen_size,
     }  # fmt: skip
     if by_references or (task.takes_question and not config.question):  # the questions are in the references

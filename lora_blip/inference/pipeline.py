@@ -68,7 +68,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     start_line = printable(f"{folder}: {out.describe_start() if out else ''}")
     print(describe(task, adapter, remaining, precision), start_line, sep="\n", flush=True)
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, adapted=False, device="cpu")[0])
-    scheduler = BlockScheduler(ranks, runner, config.seed, stop_request, out)
+    scheduler = BlockScheduler(ranks, runner, stop_request, out)
     base: dict[int, str] = {}
     cut = {"base": CutCount(), "texts": CutCount()}
     if config.compare and adapter:

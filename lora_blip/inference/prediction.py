@@ -1,6 +1,6 @@
 """Define `Prediction`, the caption, answer or ranking of an image, and write, print and score predictions."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ class Prediction:
     """The predicted text of an image: a caption, an answer, or the best of the ranked texts. In peft: none.
 
     The `score` of a generated text is exp(mean log p) over its tokens and the end token: the geometric mean of their
-    probabilities. The score of a ranking is the probability of the best text. `infer` computes no scores.
+    probabilities. The score of a ranking is the probability of the best text. `infer` computes scores only if the generation
+    option `num_return_sequences` asks for several texts. `alternatives` then has all of them; the first is `text`.
 
     >>> prediction = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip")("nowhere.jpg")
     >>> prediction
@@ -31,6 +32,7 @@ class Prediction:
     question_id: int | str = ""  # as in the line of the question
     prompt: str = ""  # as in the line of the references
     score: float | None = None  # 0 to 1
+    alternatives: Ranking = field(default_factory=list)  # (text, score) of all texts, if several are asked for
     error: str = ""  # why there is no text: the image or the question cannot be used
 
     def __repr__(self) -> str:
@@ -42,6 +44,11 @@ class Prediction:
 def prediction_of(example: Example, text: str, ranking: Ranking | None = None) -> Prediction:
     """Return a prediction with this text, and with the image, question and prompt of an example."""
     return Prediction(example.image, text, example.question, ranking or [], example.question_id, example.prompt)
+
+
+def generated(example: Example, texts: Ranking) -> Prediction:
+    """Return the prediction for an example with these texts and scores, the best first."""
+    return replace(prediction_of(example, texts[0][0]), score=texts[0][1], alternatives=texts if len(texts) > 1 else [])
 
 
 def request_of(example: Example | Prediction) -> dict[str, Any]:
@@ -56,6 +63,8 @@ def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
     line["text"] = prediction.text
     if base is not None:
         line["base_text"] = base
+    if prediction.alternatives:
+        line["alternatives"] = [{"text": text, "score": score} for text, score in prediction.alternatives]
     if prediction.ranking:
         line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKING_LENGTH]]
     return line
@@ -73,7 +82,9 @@ def format_prediction(prediction: Prediction, base: str | None = None) -> str:
     if prediction.ranking:
         rows += [("Fits" if not n else "", f"{p:6.1%}  {text}") for n, (text, p) in enumerate(prediction.ranking[:3])]
     else:
-        rows.append(("Answer" if prediction.question else "Caption", prediction.text))
+        name = "Answer" if prediction.question else "Caption"
+        several = [(name if not n else "", f"{score:6.1%}  {text}") for n, (text, score) in enumerate(prediction.alternatives)]
+        rows += several or [(name, prediction.text)]
     return "\n".join(f"{f'{name}:' if name else '':<10}{printable(text)}" for name, text in rows) + "\n"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_blip.data.example import Example
-from lora_blip.inference.prediction import Prediction, prediction_of
+from lora_blip.inference.prediction import Prediction, generated, prediction_of
 from lora_blip.inference.shared_base import SharedBase
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import PredictionTask
@@ -28,12 +28,18 @@ class Predictor:
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
         """Return one prediction per image. pictures has the shape (images, 3, H, W)."""
         if not self.texts:
+            if task.generation.texts > 1:
+                return self._scored(task, pictures, examples)
             texts = task.predict(pictures, examples)
             return [prediction_of(e, text) for e, text in zip(examples, texts, strict=True)]
         if self.device != task.backbone.device:
             self.encoded, self.device = task.encode_texts(self.texts), task.backbone.device
         rankings = [self._ranking(row) for row in task.rank(pictures, examples, self.encoded).cpu().tolist()]
         return [prediction_of(e, order[0][0], order) for e, order in zip(examples, rankings, strict=True)]
+
+    def _scored(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
+        """Return one prediction per image, with its score and its other texts."""
+        return [generated(e, texts) for e, texts in zip(examples, task.predict_scored(pictures, examples), strict=True)]
 
     def _ranking(self, row: list[float]) -> list[tuple[str, float]]:
         """Return (text, probability) for each text, the most probable first. row: the probability of each text."""
@@ -55,5 +61,4 @@ class AdapterPredictor(Predictor):
         with torch.no_grad(), self.base.active(task.backbone.model, self.adapter):
             if self.texts:
                 return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]
-            scored = task.predict_scored(pictures, examples)
-            return [replace(prediction_of(e, text), score=score) for e, (text, score) in zip(examples, scored, strict=True)]
+            return self._scored(task, pictures, examples)

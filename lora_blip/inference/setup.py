@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import validation_score
 from lora_blip.models import weights
+from lora_blip.models.generation import OPTIONS, check_generation, generation_fault, ignored_lines
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
@@ -115,6 +116,8 @@ def open_task(
     adapted: whether to merge the adapter into the backbone. Otherwise, only its task and image size are used.
     device: if not empty, it replaces the setting `device`, and the precision is fp32.
     """
+    own = adapter.task if adapter and config.task in ("auto", adapter.task.get("name")) else {}
+    generation_of(own, config, str(adapter.path) if adapter else "")  # an error before the model is loaded
     name = config.model or (adapter.base if adapter else "")
     requested_precision = "fp32" if device else config.precision
     size = config.image_size or (adapter.image_size if adapter else 0)
@@ -149,15 +152,10 @@ def task_of(
     metadata: dict[str, Any] = adapter.task if adapter else {}
     name = config.task if config and config.task != "auto" else metadata.get("name") or natural_task(backbone.architecture)
     own = metadata if metadata.get("name") == name else {}
-    known = {key: value for key, value in own.get("generation", {}).items() if key in Generation.__dataclass_fields__}
-    generation = Generation(**known)
-    if config:
-        chosen: dict[str, Any] = {
-            "max_new_tokens": config.max_new_tokens,
-            "num_beams": config.num_beams,
-            "do_sample": getattr(config, "sample", False),
-        }
-        generation = replace(generation, **{key: value for key, value in chosen.items() if value})
+    generation = generation_of(own, config, str(adapter.path) if adapter else "")
+    if unknown := own.get("generation", {}).keys() - OPTIONS.keys():
+        print(printable(f"ignored generation options of the adapter, unknown here: {', '.join(sorted(unknown))}"))
+    print("".join(f"{line}\n" for line in ignored_lines(generation.stored())), end="")
     prompt = (config.prompt if config else "") or str(own.get("prompt", ""))
     if name not in TASKS:
         raise ConfigError(
@@ -167,6 +165,26 @@ def task_of(
     if adapter and attached.adapters(backbone.model):
         task.load_metadata(own)
     return task
+
+
+def generation_of(own: dict[str, Any], config: InferConfig | EvaluateConfig | None, path: str = "") -> Generation:
+    """Return the generation settings of an adapter, with those of `config` that are set in their place.
+
+    own: the task in the adapter file. Its unknown options are ignored. Raise ConfigError for an option of `config` that cannot
+    be used, and AdapterError for one of the adapter.
+    """
+    chosen: dict[str, Any] = {}
+    if config:
+        settings = {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams}
+        settings["do_sample"] = getattr(config, "sample", False)
+        chosen = {name: value for name, value in settings.items() if value} | config.generation
+    known = {name: value for name, value in own.get("generation", {}).items() if name in OPTIONS}
+    if generation_fault(known | chosen) and (fault := generation_fault(known)):
+        wrong = [name for name in known if not generation_fault({n: v for n, v in known.items() if n != name})]
+        fix = f"to use the adapter without it: --generation {wrong[0]}=null" if wrong else "train the adapter again"
+        raise AdapterError(f"{path}: {fault}; {fix}")
+    check_generation(known | chosen)
+    return Generation.of(known | chosen, config.seed if config else 0)
 
 
 def describe(task: PredictionTask, adapter: Adapter | None, count: int, precision: str) -> str:

@@ -1,5 +1,6 @@
 """Check the header of an adapter file before it is used: the file may be untrusted."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,6 +13,7 @@ FORMAT_VERSION = 1
 LARGEST = 8 * 2**20  # bytes; 700 adapted modules need less than one million
 LONGEST_TEXT = 10_000  # characters of a prompt or name
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is not Unicode
+OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 BLOCK = re.compile(r"[\w-]{0,64}")
 MISSING = object()
 AGAIN = "copy the file again, or train the adapter again"
@@ -31,6 +33,24 @@ def is_object(value: Any) -> bool:
 
 def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
+
+
+def is_generation(value: Any) -> bool:
+    """Return True for an object of at most 64 options with small values, whatever their names: later versions have more."""
+    if not is_object(value) or len(value) > 64 or not all(OPTION.fullmatch(name) for name in value):
+        return False
+    return len(repr(value)) <= LONGEST_TEXT and all(map(_is_value, value.values()))
+
+
+def _is_value(value: Any) -> bool:
+    """Return True for a value of JSON without infinite numbers, control characters, or integers of more than 32 bits."""
+    if isinstance(value, list):
+        return all(map(_is_value, value))
+    if isinstance(value, dict):
+        return all(is_text(key) and _is_value(each) for key, each in value.items())
+    if isinstance(value, str):
+        return is_text(value)
+    return value is None or is_flag(value) or (abs(value) < 2**31 if type(value) is int else math.isfinite(value))
 
 
 def whole(least: int, most: int) -> Callable[[Any], bool]:
@@ -55,7 +75,7 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task": (is_object, "an object"),
     "task.name": (is_text, "a text"),
     "task.prompt": (is_text, "a text"),
-    "task.generation": (is_object, "an object"),
+    "task.generation": (is_generation, "an object of at most 64 options with small values"),
     "task.generation.max_new_tokens": (whole(1, 2**31), "a number from 1"),
     "task.generation.num_beams": (whole(1, 1024), "a number from 1 to 1024"),
     "task.generation.do_sample": (is_flag, "true or false"),

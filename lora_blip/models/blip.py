@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_blip.kernels.linear import as_autocast
 from lora_blip.kernels.text_attention import reading
-from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named, new_tokens
+from lora_blip.models.generated_ids import new_tokens
+from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import PackedRows, PaddedRows, TokenRows, pack, plain_ids, take_rows
@@ -17,11 +18,17 @@ from lora_blip.models.token_rows import PackedRows, PaddedRows, TokenRows, pack,
 class BlipLanguage(DecoderLanguage[PackedRows]):
     """BLIP's text decoder: [DEC] prompt text [SEP]."""
 
+    reads_encoder_ids = True  # transformers takes the prompt's ids for those of an encoder
+
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
         text = backbone.model.config.text_config
         self.start_id, self.end_id, self.pad_id = text.bos_token_id, text.sep_token_id, text.pad_token_id
         self.max_tokens = text.max_position_embeddings
+
+    @property
+    def generator(self) -> Any:
+        return self.model.text_decoder
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return [self.start_id, *plain_ids(self.tokenizer, prompt)]
@@ -75,6 +82,8 @@ class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
     The forward of transformers does not shift the labels, and its decoder attends to the padding of shorter questions. Here the
     decoder's input and the targets are separate, and `repair_cross_attention` masks the padding.
     """
+
+    pads_left = reads_encoder_ids = False
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
-from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named, new_tokens
+from lora_blip.models.generated_ids import new_tokens
+from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
@@ -25,6 +26,10 @@ class Blip2Language(Language[PaddedRows]):
         end = language.generation_config.eos_token_id or config.text_config.eos_token_id
         self.end_id = end[0] if isinstance(end, list) else end
         self.max_tokens = getattr(config.text_config, "max_position_embeddings", 512) - len(self.image_ids)
+
+    @property
+    def generator(self) -> Any:
+        return self.model.language_model
 
     def project_vision(self, states: Tensor) -> Tensor:
         model = self.model

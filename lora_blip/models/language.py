@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +14,10 @@ from lora_blip.errors import ConfigError
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.routing import use_adapters
 from lora_blip.models.distinct_images import distinct
+from lora_blip.models.generated_ids import mean_probabilities
+from lora_blip.models.generation import reads_prompt
 from lora_blip.models.library import call
+from lora_blip.models.sampling import RowSampling, image_keys
 from lora_blip.models.token_rows import (
     PackedRows,
     PaddedRows,
@@ -28,6 +32,7 @@ from lora_blip.models.token_rows import (
 
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
 Named = dict[str, Any]  # arguments by name
+Scored = tuple[str, float]  # a generated text and its score
 SCORED: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
 TrainedRows = TypeVar("TrainedRows", bound=PaddedRows | PackedRows)  # the form in which a language model trains fastest
 
@@ -51,6 +56,13 @@ class Language(ABC, Generic[TrainedRows]):
     start_id: int  # the token that a decoder starts from
     end_id: int  # the token that ends every text
     max_tokens: int  # the largest number of tokens in a row, without those of the image
+    pads_left = False  # True if padding of a shorter prompt comes before it in generation
+    reads_encoder_ids = False  # True if options that read the ids of the encoder's input, the prompt, have an effect
+
+    @property
+    @abstractmethod
+    def generator(self) -> Any:
+        """Return the module whose `generate` writes the texts."""
 
     @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -111,9 +123,9 @@ class Language(ABC, Generic[TrainedRows]):
         """Return `room` for a prompt of `tokens` tokens."""
         return self.max_tokens - tokens - 2
 
-    def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
-        """Return the indices of the prompts that are generated together: those of one length, which need no padding."""
-        return by_length(starts)
+    @abstractmethod
+    def generation_groups(self, prompts: list[str], starts: list[list[int]], settings: Named) -> Iterable[list[int]]:
+        """Return the indices of the prompts that are generated together, given their tokens."""
 
     @abstractmethod
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
@@ -129,54 +141,69 @@ class Language(ABC, Generic[TrainedRows]):
         """Return a generated text for each image (rows, 3, H, W) and prompt, without the prompt.
 
         adapters: the adapter of each row. A text ends after `max_new_tokens`, or at the model's last position.
+        settings: other options of transformers' `generate`, and the `seed` of random draws. Of several texts for a row
+        (`num_return_sequences`), the result has the first.
         """
-        return self.generate_from_features(
-            self.encode_unique_images(pixel_values, adapters), prompts, adapters, max_new_tokens, **settings
-        )
+        images = image_keys(pixel_values) if settings.get("do_sample") else None
+        features = self.encode_unique_images(pixel_values, adapters)
+        return self.generate_from_features(features, prompts, adapters, max_new_tokens, images, **settings)
 
     @torch.no_grad()
     def generate_from_features(
-        self, features: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
-    ) -> list[str]:
+        self, features: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40,
+        images: Sequence[str] | None = None, **settings: Any,
+    ) -> list[str]:  # fmt: skip
         """Return what `generate` does, given the features of each row (rows, states, width).
 
+        images: a name of the image of each row. Random draws depend on it. Sampling needs it.
         A text without its end token is a CutText. Raise ConfigError if the model has no room for a text after a prompt.
         """
-        return [text for text, _ in self._generate(features, prompts, adapters, max_new_tokens, settings)]
+        return [texts[0][0] for texts in self._generate(features, prompts, adapters, max_new_tokens, images, settings)]
 
     @torch.no_grad()
     def generate_scored(
         self, pixel_values: Tensor, prompts: list[str], adapters: Adapters = None, max_new_tokens: int = 40, **settings: Any
-    ) -> list[tuple[str, float]]:
-        """Return each text of `generate` with its score from 0 to 1: the geometric mean of its tokens' probabilities.
+    ) -> list[list[Scored]]:
+        """Return the texts of each row with their scores. There are `num_return_sequences` texts, or one.
 
-        The end token counts as a token. The logits of all steps are kept until the batch is finished.
+        A score is from 0 to 1: the geometric mean of the probabilities of the text's tokens, without the effect of the other
+        options. The end token counts as a token. A beam search returns its best beam first. Sampled texts are sorted by score.
+        The logits of all steps are kept until the batch is finished.
         """
+        images = image_keys(pixel_values) if settings.get("do_sample") else None
         features = self.encode_unique_images(pixel_values, adapters)
-        return self._generate(features, prompts, adapters, max_new_tokens, settings | SCORED)
+        return self._generate(features, prompts, adapters, max_new_tokens, images, settings | SCORED)
 
     def _generate(
-        self, features: Tensor, prompts: list[str], adapters: Adapters, max_new_tokens: int, settings: Named
-    ) -> list[tuple[str, float]]:
-        """Return the generated texts with their scores, which are NaN if SCORED is not in the settings."""
-        starts, texts = [self.prompt_ids(prompt) for prompt in prompts], [("", math.nan)] * len(prompts)
-        for group in self.generation_groups(starts):
+        self, features: Tensor, prompts: list[str], adapters: Adapters, max_new_tokens: int, images: Sequence[str] | None,
+        settings: Named,
+    ) -> list[list[Scored]]:  # fmt: skip
+        """Return the generated texts of each row with their scores, which are NaN if SCORED is not in the settings."""
+        starts, results = [self.prompt_ids(prompt) for prompt in prompts], [list[Scored]() for _ in prompts]
+        seed, settings = settings.get("seed", 0), {name: value for name, value in settings.items() if name != "seed"}
+        beams, copies = (settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        settings |= SCORED if copies > 1 else {}
+        if settings.get("do_sample") and images is None:
+            raise ValueError("random draws depend on the image of each row; pass `images`")
+        for group in self.generation_groups(prompts, starts, settings | {"max_new_tokens": max_new_tokens}):
             own, device = [starts[index] for index in group], features.device
-            ids, mask = pad(own, self.pad_id).to(device), mask_of(own).to(device)
+            ids, mask = pad(own, self.pad_id, self.pads_left).to(device), mask_of(own, self.pads_left).to(device)
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
             if most < 1:
                 longest = max((prompts[i] for i in group), key=len)
                 raise ConfigError(f"a prompt has too many tokens for this model: {longest!r}; shorten it")
             active = adapters and [adapters[index] for index in group]
-            with use_adapters(self.model, active, settings.get("num_beams", 1)):
+            keys = [(images[index], prompts[index]) for index in group] if images else []
+            draws = RowSampling(seed, keys, 1 if beams > 1 else copies) if settings.get("do_sample") else nullcontext()
+            with use_adapters(self.model, active, max(beams, copies)), draws:
                 output = self.generate_ids(features[group], ids, mask, settings | {"max_new_tokens": most})
-            new, scores = output, [math.nan] * len(group)
+            new, scores = output, [math.nan] * len(output if isinstance(output, Tensor) else output.sequences)
             if not isinstance(output, Tensor):
                 new, scores = output.sequences, mean_probabilities(output, self.end_id).tolist()
-            for index, text, row, score in zip(group, self.texts_of(new), new.tolist(), scores, strict=True):
+            for row, (text, tokens, score) in enumerate(zip(self.texts_of(new), new.tolist(), scores, strict=True)):
                 text = " ".join(text.split())
-                texts[index] = text if self.end_id in row else CutText(text), score
-        return texts
+                results[group[row // copies]].append((text if self.end_id in tokens else CutText(text), score))
+        return [sorted(texts, key=lambda each: -each[1]) for texts in results] if copies > 1 and beams == 1 else results
 
     def texts_of(self, ids: Tensor) -> list[str]:
         """Return the texts of ids (rows, tokens), without structural and unknown tokens. Tokens that a user added are kept."""
@@ -194,33 +221,6 @@ class Language(ABC, Generic[TrainedRows]):
         return self.structural_ids | {self.tokenizer.unk_token_id}
 
 
-def new_tokens(output: Any, start: int) -> Any:
-    """Return the ids (rows, tokens) after the first `start`. In a dict of results, only `sequences` is changed."""
-    if isinstance(output, Tensor):
-        return output[:, start:]
-    output.sequences = output.sequences[:, start:]
-    return output
-
-
-def mean_probabilities(output: Any, end_id: int) -> Tensor:
-    """Return exp(mean log p) (rows,) over the generated tokens of each row, up to and with its end token.
-
-    output: transformers' dict of results, with `output_logits`. A beam search also gives the beam of each token.
-    """
-    beams = getattr(output, "beam_indices", None)  # (rows, steps), -1 after the end
-    steps = len(output.logits) if beams is None else int((beams >= 0).sum(1).max())
-    ids = output.sequences[:, -steps:]
-    rows = torch.arange(len(ids), device=ids.device)
-    total, count = torch.zeros(len(ids), device=ids.device), torch.zeros(len(ids), device=ids.device)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for step in range(steps):
-        logits = output.logits[step][rows if beams is None else beams[:, step].clamp_min(0)]  # (rows, vocabulary)
-        total += logits.float().log_softmax(-1)[rows, ids[:, step]].masked_fill(ended, 0)
-        count += ~ended
-        ended = ended | (ids[:, step] == end_id)
-    return (total / count).exp()
-
-
 def rows_are_named(model: nn.Module) -> bool:
     """Return True inside a block of `use_adapters` that names the adapter of each row. Then no row may be left out."""
     return any(isinstance(module, AdapterStack) and module.routing.active.count for module in model.modules())
@@ -229,12 +229,27 @@ def rows_are_named(model: nn.Module) -> bool:
 class DecoderLanguage(Language[TrainedRows]):
     """The base of BLIP and OPT: a row is the prompt, the text and the end token. Only text and end are labels."""
 
+    pads_left = True
+
     def tokenize(self, prompts: list[str], texts: list[str], example: list[int] | None = None) -> TokenRows:
         starts = [self.prompt_ids(prompt) for prompt in prompts]
         numbers = example or list(range(len(texts)))
         ids = [[*starts[i], *self.text_ids(prompts[i], text), self.end_id] for i, text in zip(numbers, texts, strict=True)]
         targets = [next_tokens(row, len(starts[i])) for i, row in zip(numbers, ids, strict=True)]
         return TokenRows(ids, targets, numbers, self.pad_id)
+
+    def generation_groups(self, prompts: list[str], starts: list[list[int]], settings: Named) -> Iterable[list[int]]:
+        """Return one group for prompts of different lengths, with padding before the shorter ones.
+
+        The padding changes no text: it is masked, and transformers counts positions from the first token after it. But the
+        options in READ_PROMPT would read the padding as a part of the prompt. Then each group has prompts of one length. So
+        has a group of prompts that leave room for less than `max_new_tokens`, because a group shares one limit.
+        """
+        if reads_prompt(settings, self.generator.generation_config):
+            return by_length(starts)
+        roomy = [index for index, prompt in enumerate(prompts) if self.room(prompt) + 1 >= settings["max_new_tokens"]]
+        others = sorted(set(range(len(prompts))) - set(roomy))
+        return filter(None, [roomy, *([others[n] for n in group] for group in by_length([starts[index] for index in others]))])
 
     def text_ids(self, prompt: str, text: str) -> list[int]:
         """Return the tokens of a text. After a prompt it has a space before it, which matters for a byte-level BPE."""
@@ -254,5 +269,5 @@ class EncoderLanguage(Language[TrainedRows]):
         left = super().room_after(tokens)
         return self.max_tokens - 2 if left >= 0 else left  # the text has its own positions, in the decoder
 
-    def generation_groups(self, starts: list[list[int]]) -> Iterable[list[int]]:
+    def generation_groups(self, prompts: list[str], starts: list[list[int]], settings: Named) -> Iterable[list[int]]:  # noqa: ARG002
         return [list(range(len(starts)))]  # an encoder masks the padding of shorter prompts

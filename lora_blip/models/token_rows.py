@@ -176,15 +176,17 @@ def weight_tensor(weights: list[float]) -> Tensor:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    """Pad rows at the end: return (rows, longest)."""
+def pad(rows: list[list[int]], value: int, left: bool = False) -> Tensor:
+    """Pad rows at the end, or at the start if `left`: return (rows, longest)."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
+    padding = [[value] * (longest - len(row)) for row in rows]
+    padded = [more + row if left else row + more for row, more in zip(rows, padding, strict=True)]
+    return torch.tensor(padded, dtype=torch.long)
 
 
-def mask_of(rows: list[list[int]]) -> Tensor:
-    """Return the mask of padded rows, (rows, longest): 1 for tokens, 0 for padding."""
-    return pad([[1] * len(row) for row in rows], 0)
+def mask_of(rows: list[list[int]], left: bool = False) -> Tensor:
+    """Return the mask of rows that `pad` pads, (rows, longest): 1 for tokens, 0 for padding."""
+    return pad([[1] * len(row) for row in rows], 0, left)
 
 
 def next_tokens(row: list[int], start: int) -> list[int]:
@@ -226,6 +228,6 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def by_length(rows: list[list[int]]) -> Iterator[list[int]]:
-    """Yield the indices of the rows of each length. A decoder continues rows of one length together without padding."""
+    """Yield the indices of the rows of each length. A decoder continues rows of one length without padding."""
     for length in sorted({len(row) for row in rows}):
         yield [index for index, row in enumerate(rows) if len(row) == length]

@@ -50,6 +50,7 @@ class Card:
     leaked: str = ""  # the reason why this image may also be in the training data
     right: bool | None = None  # True if `adapted` is right; None: right if it equals a reference (metrics.exact)
     ranking: Sequence[tuple[str, float]] = ()  # (text, probability), the most probable first
+    alternatives: Sequence[tuple[str, float]] = ()  # (generated text, score), the best first
 
 
 def write(
@@ -134,6 +135,7 @@ def entry(card: Card, index: Mapping[Path, int]) -> dict[str, Any]:
         "leaked": card.leaked or None,
         "right": right,
         "ranking": list(card.ranking) or None,
+        "alternatives": list(card.alternatives) or None,
         "changed": True if card.base and normal(card.base) != normal(card.adapted) else None,
     }
     return {key: value for key, value in fields.items() if value is not None}

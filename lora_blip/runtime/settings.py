@@ -1,8 +1,9 @@
 """The fields of a config class that are settings: declare them with `setting`, and check their values with `check`."""
 
+import json
 import math
 import os
-from dataclasses import Field, field, fields
+from dataclasses import Field, asdict, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from lora_blip.errors import ConfigError
@@ -12,6 +13,13 @@ LARGEST = {  # largest sensible values, by setting
     "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
 }  # fmt: skip
+
+
+class Options(dict[str, Any]):
+    """The value of a setting with names and values of its own. It is hashable, because defaults of a dataclass must be."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 def setting(default: Any, doc: str, group: str = "", path: Literal["", "always", "if it exists"] = "") -> Any:
@@ -46,6 +54,8 @@ def check(config: Any) -> None:
         elif entry.type is float and type(value) is int:
             require(abs(value) < 1e30, entry.name, value, "a smaller number")
             object.__setattr__(config, entry.name, float(value))
+        elif get_origin(entry.type) is dict:
+            object.__setattr__(config, entry.name, options_of(value, entry.name))
         elif type(value) is not entry.type:
             raise ConfigError(f"{entry.name} = {value!r}: expected {type(entry.default).__name__}")
         if isinstance(value, str):
@@ -57,6 +67,21 @@ def check(config: Any) -> None:
             require(math.isfinite(value), entry.name, value, "a finite number")
             largest = LARGEST.get(entry.name, LARGEST_INT)
             require(value <= largest, entry.name, value, f"at most {largest:,}")
+
+
+def stored_settings(config: Any) -> dict[str, Any]:
+    """Return the settings for an adapter file: all but options that are empty, which earlier versions did not have."""
+    return {name: value for name, value in asdict(config).items() if value != {}}
+
+
+def options_of(value: Any, name: str) -> Options:
+    """Return a copy of an object, as JSON stores it. Raise ConfigError if it is not an object of names and JSON values."""
+    try:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return Options(json.loads(json.dumps(value, allow_nan=False)))
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f'{name} = {value!r}: expected names and values, such as {{"num_beams": 3, "top_p": 0.9}}')
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

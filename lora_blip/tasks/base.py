@@ -5,6 +5,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -16,19 +17,46 @@ from lora_blip.data.example import Example
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.errors import ConfigError
 from lora_blip.metrics.exact import exact_match
+from lora_blip.models.generation import without_effect
 from lora_blip.models.loading import Backbone
 from lora_blip.models.text_check import TextChecker
+from lora_blip.runtime.settings import Options
 
 Rows = TypeVar("Rows", default=Any)  # the tokenized texts of a batch
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How texts are generated. An adapter file contains the settings that the adapter was validated with."""
+    """How texts are generated. An adapter file contains the settings that the adapter was validated with, but not the seed."""
 
     max_new_tokens: int = 40
     num_beams: int = 1
     do_sample: bool = False
+    options: Options = Options()  # other fields of transformers' GenerationConfig
+    seed: int = 0  # of random draws
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], seed: int = 0) -> "Generation":
+        """Return the settings in `values`, as `stored` returns them. An option that is None counts as missing."""
+        given = {name: value for name, value in values.items() if value is not None}
+        named = {name: given.pop(name) for name in ("max_new_tokens", "num_beams", "do_sample") if name in given}
+        return cls(**named, options=Options(given), seed=seed)
+
+    def stored(self) -> dict[str, Any]:
+        """Return the settings for an adapter file."""
+        return {
+            "max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": self.do_sample, **self.options
+        }  # fmt: skip
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Language.generate`, without options that have no effect."""
+        ignored = without_effect(Options(self.stored())) if self.options else {}
+        return {name: value for name, value in self.stored().items() if name not in ignored} | {"seed": self.seed}
+
+    @property
+    def texts(self) -> int:
+        """Return the number of texts for each image."""
+        return int(self.options.get("num_return_sequences", 1))
 
 
 class ImageEncoder(Protocol):
@@ -170,9 +198,12 @@ class PredictionTask(BaseTask):
 
     def predict_scored(
         self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
-    ) -> list[tuple[Any, float]]:
-        """Return what `predict` does, each prediction with its score from 0 to 1; NaN if the task computes none."""
-        return [(prediction, math.nan) for prediction in self.predict(pixel_values, examples, adapters)]
+    ) -> list[list[tuple[Any, float]]]:
+        """Return the predictions for each example with their scores from 0 to 1; NaN if the task computes none.
+
+        The first one for each example is that of `predict`.
+        """
+        return [[(prediction, math.nan)] for prediction in self.predict(pixel_values, examples, adapters)]
 
     @abstractmethod
     def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -229,7 +228,7 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     def metadata(self) -> dict[str, Any]:
         return {
-            "name": self.name, "prompt": "", "generation": asdict(self.generation), "temperature": self.temperature.item(),
+            "name": self.name, "prompt": "", "generation": self.generation.stored(), "temperature": self.temperature.item(),
         }  # fmt: skip
 
     def load_metadata(self, metadata: dict[str, Any]) -> None:

@@ -95,8 +95,8 @@ def fit_generation(
     if len(examples) >= MANY:
         print(f"counting the tokens of the texts of {len(examples):,} lines")
     if not limit:
-        longest = longest_text(task, examples)
-        chosen = max(1, min(longest + max(MARGIN, longest // 4), room))
+        longest, least = longest_text(task, examples), task.generation.options.get("min_new_tokens", 0)
+        chosen = max(1, min(max(longest + max(MARGIN, longest // 4), least), room))
         fix = "The model has no room for more after the prompt: shorten the texts or the prompt"
     if (limit or longest > chosen) and (cut := longer_texts(task, examples, chosen))[0]:
         longer, most, total = cut

@@ -2,7 +2,7 @@
 
 import unicodedata
 from abc import abstractmethod
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -19,6 +19,7 @@ from lora_blip.kernels.head_loss import head_loss, is_plain_head
 from lora_blip.kernels.plain import is_plain
 from lora_blip.models.blip import BlipLanguage, BlipVqaLanguage
 from lora_blip.models.blip2 import OptLanguage, T5Language
+from lora_blip.models.generation import check_for_model
 from lora_blip.models.language import Language
 from lora_blip.models.loading import Backbone
 from lora_blip.models.text_check import ONLY_UNKNOWN, TextChecker
@@ -39,6 +40,8 @@ class TextTask(Task[TextRows]):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.language = self.encoder = language_of(backbone)
+        options, vocabulary = self.generation.options, self.language.head.weight.shape[0]
+        check_for_model(options, backbone.architecture, vocabulary, self.language.reads_encoder_ids)
         self.checker = TextChecker(backbone.tokenizer, self.language.structural_ids)
 
     @abstractmethod
@@ -99,20 +102,21 @@ class TextTask(Task[TextRows]):
     @torch.no_grad()
     def predict(self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None) -> list[str]:
         prompts = [self.prompt_of(example) for example in examples]
-        return self.language.generate(pixel_values, prompts, adapters, **asdict(self.generation))
+        return self.language.generate(pixel_values, prompts, adapters, **self.generation.arguments())
 
     @torch.no_grad()
     def predict_scored(
         self, pixel_values: Tensor, examples: list[Example], adapters: list[str | None] | None = None
-    ) -> list[tuple[str, float]]:
-        """Return what `predict` does, each text with its score as `Language.generate_scored` defines it."""
+    ) -> list[list[tuple[str, float]]]:
+        """Return the texts for each example with their scores, as `Language.generate_scored` defines them."""
         prompts = [self.prompt_of(example) for example in examples]
-        return self.language.generate_scored(pixel_values, prompts, adapters, **asdict(self.generation))
+        return self.language.generate_scored(pixel_values, prompts, adapters, **self.generation.arguments())
 
     @torch.no_grad()
     def predict_from_features(self, features: Tensor, examples: list[Example]) -> list[str]:
         prompts = [self.prompt_of(example) for example in examples]
-        return self.language.generate_from_features(features, prompts, **asdict(self.generation))
+        images = [example.name for example in examples]
+        return self.language.generate_from_features(features, prompts, images=images, **self.generation.arguments())
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str]) -> Tensor:
@@ -184,7 +188,7 @@ class TextTask(Task[TextRows]):
         return "\n".join(lines)
 
     def metadata(self) -> dict[str, Any]:
-        return {"name": self.name, "prompt": self.prompt, "generation": asdict(self.generation)}
+        return {"name": self.name, "prompt": self.prompt, "generation": self.generation.stored()}
 
 
 def aligned(pairs: list[tuple[str, str]]) -> list[str]:

@@ -26,7 +26,7 @@ from lora_blip.models.library import first_line
 from lora_blip.models.precision import DTYPES, autocasting
 from lora_blip.runtime.distributed import ALONE, Ranks
 from lora_blip.tasks import verification_record
-from lora_blip.tasks.base import BaseTask, PredictionTask, Task, TrainingTask
+from lora_blip.tasks.base import BaseTask, Generation, PredictionTask, Task, TrainingTask
 from lora_blip.tasks.differences import (
     Difference,
     distance,
@@ -282,10 +282,10 @@ def evaluating(task: BaseTask) -> Iterator[None]:
 
 @contextmanager
 def short(task: PredictionTask, beams: int) -> Iterator[None]:
-    """Generate short texts inside the block, without sampling."""
+    """Generate short texts inside the block, without sampling and without other options."""
     kept = task.generation
     most = min(TOKENS, kept.max_new_tokens)
-    task.generation = replace(kept, do_sample=False, num_beams=beams, max_new_tokens=most)
+    task.generation = Generation(most, beams)
     try:
         yield
     finally:

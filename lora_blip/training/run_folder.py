@@ -22,6 +22,7 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, room_for, sweep, unused_path, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
+from lora_blip.runtime.settings import stored_settings
 from lora_blip.runtime.untrusted import printable
 from lora_blip.training import checkpoint
 from lora_blip.training.best import Best
@@ -222,7 +223,7 @@ class Run:
             )
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
-        summary = {"steps": step, **extra, **self.last_scores, "settings": asdict(self.config)}
+        summary = {"steps": step, **extra, **self.last_scores, "settings": stored_settings(self.config)}
         task = self.learner.task
         with room_for(self.folder, CheckpointError, INTACT):
             return adapter_file.save(

@@ -21,6 +21,7 @@ from lora_blip.errors import ConfigError
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models import sharding, weights
 from lora_blip.models.compilation import compile_blocks
+from lora_blip.models.generation import check_generation, ignored_lines
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime import distributed
@@ -165,6 +166,8 @@ def preflight_report(config: TrainConfig, task: Task, first: DeviceBatch, autoca
 
 def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ConfigError if settings contradict each other or need something that is missing."""
+    limit = {"max_new_tokens": config.max_new_tokens} if config.max_new_tokens else {}
+    check_generation(config.generation | {"num_beams": config.num_beams} | limit)
     if config.shard and ranks.count == 1:
         raise ConfigError(
             "shard = True needs several processes: start them with torchrun --nproc-per-node 2 train.py, or set SHARD = False"
@@ -185,7 +188,9 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:
     """Return the task that the settings name. Raise ConfigError if it has no score named `best_by`."""
     name = natural_task(backbone.architecture) if config.task == "auto" else config.task
-    task = TASKS[name](backbone, config.prompt, Generation(config.max_new_tokens or 1, config.num_beams))
+    values = config.generation | {"max_new_tokens": config.max_new_tokens or 1, "num_beams": config.num_beams}
+    task = TASKS[name](backbone, config.prompt, Generation.of(values, config.seed))
+    print("".join(f"{line}\n" for line in ignored_lines(task.generation.stored())), end="")
     task.require_score(config.best_by)
     return task
 

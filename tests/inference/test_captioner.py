@@ -231,7 +231,7 @@ def test_texts_with_scores_are_the_texts_without(make, photos):
     task = CaptionTask(make("blip"), "", FEW)
     pixels = torch.stack([task.backbone.image_processor(Image.open(p), return_tensors="pt")["pixel_values"][0] for p in photos])
     examples = [lora_blip.inference.captioner.example_of(photo) for photo in photos]
-    assert [text for text, _ in task.predict_scored(pixels, examples)] == task.predict(pixels, examples)
+    assert [text for ((text, _),) in task.predict_scored(pixels, examples)] == task.predict(pixels, examples)
 
 
 # ---------------------------------------------------------------- questions and rankings

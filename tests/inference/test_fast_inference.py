@@ -25,36 +25,11 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.vqa import VqaTask
 from lora_blip.training.validation import validate
 from tests.support import tiny
+from tests.support.hugging_face import hugging_face
 from tests.support.models import EACH, PROMPTS, carry, inject
 from tests.support.questions import ASKED, examples, pictures
 
 PROMPT = "a picture of"
-
-
-def written(task: CaptionTask, made: torch.Tensor, after: int) -> list[str]:
-    texts = task.backbone.tokenizer.batch_decode(made[:, after:], skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
-
-
-@torch.no_grad()
-def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **settings: Any) -> list[str]:
-    """Return the captions of the model's own `generate`, with transformers' own attention."""
-    model, language = task.backbone.model, task.language
-    switch.fast(model, False)
-    start = language.prompt_ids(prompt)
-    ids = torch.tensor([start] * len(images))
-    settings |= {"eos_token_id": language.end_id, "pad_token_id": language.pad_id}
-    if task.backbone.family == "blip":
-        settings = {key: value for key, value in settings.items() if "token_id" not in key}
-        ids = torch.cat([ids, ids[:, :1]], dim=1)  # it drops the last token
-        made, after = model.generate(pixel_values=images, input_ids=ids, **settings), len(start)
-    else:
-        if not model.config.use_decoder_only_language_model:
-            settings["decoder_start_token_id"] = language.start_id
-        made = model.generate(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        after = len(start) if made[0, : len(start)].tolist() == start else 0
-    switch.fast(model)
-    return written(task, made, after)
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
