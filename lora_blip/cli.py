@@ -245,7 +245,7 @@ def start(
     """
     example = command.example if program else f"python {Path(sys.argv[0]).name}"
     config: Any = parse(command.settings(), script, arguments, doc, program, example)
-    if "WORLD_SIZE" not in os.environ:  # under torchrun, all processes end together only after they have joined
+    if "WORLD_SIZE" not in os.environ:  # not under torchrun: if one process ended here, the others would wait for it
         command.check_paths(config)
     if command.slow_to_import and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":  # once under torchrun
         print(f"{(program or example).split()[1]}: {IMPORTING} …", file=sys.stderr, flush=True)

@@ -148,7 +148,7 @@ class TrainConfig:
 class InferConfig:
     """All settings of inference: captions, answers, or a ranking of texts.
 
-    Raise ConfigError for an invalid value. In peft: none.
+    Raise ConfigError for an invalid value. In peft: no equivalent.
 
     >>> config = lora_blip.InferConfig(images="photos", adapter="latest")
     >>> config.batch_size
@@ -213,7 +213,7 @@ class InferConfig:
 class EvaluateConfig:
     """All settings of an evaluation, which compares the base and the adapter on images with reference texts.
 
-    Raise ConfigError for an invalid value, or if there are no references. In peft: none.
+    Raise ConfigError for an invalid value, or if there are no references. In peft: no equivalent.
 
     >>> config = lora_blip.EvaluateConfig(references="annotations.jsonl")
     >>> config.adapter

@@ -17,7 +17,7 @@ from lora_blip.models.loading import load_backbone
 from lora_blip.models.precision import DTYPES, emulated
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable, printable_lines
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.version import __version__
 
 CORE = ("torch", "transformers", "pillow", "numpy", "safetensors")
@@ -110,7 +110,7 @@ def run_test(name: str, check: Callable[[str], str]) -> bool:
 def check_hooks(name: str) -> str:
     """Check that adapters on the ViT of an embedded base change its logits exactly if B is not zero. Return the result."""
     backbone = load_backbone(name, "cpu")
-    task = TASKS[natural_task(backbone.architecture)](backbone)
+    task = TASKS[default_task(backbone.architecture)](backbone)
     side = backbone.model.config.vision_config.image_size
     pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     examples = [Example(Path(text), text, text, 1, "", "what is it?", (text,)) for text in ("a red cube", "a blue cube")]

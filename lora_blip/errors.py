@@ -5,8 +5,8 @@ Catch `LoraBlipError` for all of them. The commands print the message and exit w
 
 
 class LoraBlipError(Exception):
-    """The base class of the errors below. In peft: none. It raises ValueError, the second base class of most
-    errors below.
+    """The base class of the errors below. In peft: no equivalent; peft raises ValueError, which is also a base
+    class of most errors below.
 
     >>> try: lora_blip.load_backbone("./no_such_folder")
     ... except lora_blip.LoraBlipError as error: print(error)

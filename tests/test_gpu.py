@@ -140,7 +140,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(checkpoints):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     try:
-        said = Runner(task, 512)._attempt(pictures, examples, lambda task, some, asked: task.predict(some, asked))
+        said = Runner(task, 512)._compute_with_fallback(pictures, examples, lambda task, some, asked: task.predict(some, asked))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     on_cpu = CaptionTask(load_backbone(str(checkpoints["blip"]), "cpu"), "", Generation(max_new_tokens=3))

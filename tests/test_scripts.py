@@ -582,7 +582,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
     cases = [
         (vqa, [], "there is no question; set QUESTION (or --question) to 'what color is it?'"),
         (vqa, ["--question", "others.jsonl"], "has no line for any of the 2 images"),
-        (vqa, ["--question", "captions.jsonl"], "line 1 of the questions has no question"),
+        (vqa, ["--question", "captions.jsonl"], "captions.jsonl:1: no question; add"),
         (vqa, ["--question", "what is it? " * 60], "the question has too many tokens"),
         (vqa, ["--question", "what is [SEP] it?"], "which the model uses as a special token"),
         (itm, [], "the task retrieval ranks texts; set TEXTS (or --texts) to 'a red cube|a blue cube'"),

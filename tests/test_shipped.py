@@ -12,7 +12,7 @@ import torch
 
 from lora_blip.data.example import Example
 from lora_blip.models.loading import load_backbone
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from toyworld.cubes import cube_scene, ten_answers
 from toyworld.pretrain import pixels
 from toyworld.questions import finetuning_questions, pretraining_questions, sentences
@@ -39,7 +39,7 @@ def test_a_base_is_small_and_knows_its_own_world(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6_000_000
     backbone = load_backbone(str(folder), "cpu")
     assert backbone.architecture == BASES[name]
-    task = TASKS[natural_task(backbone.architecture)](backbone)
+    task = TASKS[default_task(backbone.architecture)](backbone)
     rng = random.Random(5)
     scenes = [flat_scene(rng) for _ in range(40)]
     pictures = pixels([np.asarray(render_flat(scene, rng)[0]) for scene in scenes], backbone)

@@ -41,11 +41,11 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
     from lora_blip.lora import injection, targets
     from lora_blip.models.loading import load_backbone
     from lora_blip.tasks.base import Generation
-    from lora_blip.tasks.registry import TASKS, natural_task
+    from lora_blip.tasks.registry import TASKS, default_task
 
     torch.manual_seed(0)
     backbone = load_backbone(str(ROOT / "assets" / base), "cpu", fast=fast)
-    name = "vqa" if what == "answer" else natural_task(backbone.architecture)
+    name = "vqa" if what == "answer" else default_task(backbone.architecture)
     task: Any = TASKS[name](backbone, "", Generation(12, 3 if what == "caption" else 1))
     paths = sorted((ROOT / "image_test").glob("*.png"))[:IMAGES]
     pixels = torch.stack([pixel_values(open_image(path), backbone.image_processor) for path in paths])

@@ -38,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Score an adapter and its base. Return the folder with metrics.json, comparison.csv and report.html.
 
     Each prediction is written to base.jsonl or adapted.jsonl immediately, so a later error does not lose it. Raise
-    ConfigError, ModelError, AdapterError, ImageError or DataError before the first prediction. In peft: none.
+    ConfigError, ModelError, AdapterError, ImageError or DataError before the first prediction. In peft: no equivalent.
 
     >>> folder = lora_blip.evaluate(lora_blip.EvaluateConfig(references="annotations.jsonl", train_annotations="none"))
     >>> assert (folder / "report.html").is_file()

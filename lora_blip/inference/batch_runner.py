@@ -41,19 +41,19 @@ class Runner:
         self.warned: set[str] = set()
         self.prefetcher = ImagePrefetcher()
         self.fast: bool = getattr(task.backbone, "fast", False)
-        self.base = verification_record.base_of(task.backbone) if self.fast else ""
+        self.base_digest = verification_record.base_of(task.backbone) if self.fast else ""
         self.checked = not self.fast  # True if the fast path has been compared with the plain one
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
         """Yield each example with its result, in order. Print each unreadable image once, and leave it out."""
-        for example, result in self.each(examples, work):
+        for example, result in self.run_with_errors(examples, work):
             if not isinstance(result, ImageError):
                 yield example, result
             elif str(result) not in self.warned:
                 self.warned.add(str(result))
                 tqdm.write(printable(f"left out: {result}"))
 
-    def each(
+    def run_with_errors(
         self, examples: Iterable[Example], work: Work, next_examples: Iterable[Example] = ()
     ) -> Iterator[tuple[Example, Any]]:
         """Yield each example with its result, or with the ImageError if its image cannot be read, in order.
@@ -80,7 +80,7 @@ class Runner:
         readable, stacked = [e for e, _ in good], [picture for _, picture in good]
         if good:
             self.check(torch.stack(stacked[: verification.ROWS]), readable[: verification.ROWS], work)
-        results = self._attempt(torch.stack(stacked), readable, work) if good else iter(())
+        results = self._compute_with_fallback(torch.stack(stacked), readable, work) if good else iter(())
         for e in examples:
             picture = pictures[image_key(e)]
             yield e, picture if isinstance(picture, ImageError) else next(results)
@@ -89,7 +89,7 @@ class Runner:
         """Return the results for decoded images (images, 3, H, W). Restore the mode (train or eval) of the model."""
         with verification.evaluating(self.task):
             self.check(pictures[: verification.ROWS], examples[: verification.ROWS], work)
-            return list(self._attempt(pictures, examples, work))
+            return list(self._compute_with_fallback(pictures, examples, work))
 
     def check(self, pictures: Tensor, examples: list[Example], work: Work) -> None:
         """Compare the fast path with the plain one on a few images, once. Disable the fast path if the results differ."""
@@ -100,10 +100,10 @@ class Runner:
         pictures = pictures.to(task.backbone.device)
         kind = "ranking" if getattr(work, "texts", ()) else "prediction"
         run = lambda: list(for_check()(task, pictures, examples))  # noqa: E731
-        verification.before_prediction(task, self.base, self.precision, run, kind, tqdm.write)
+        verification.before_prediction(task, self.base_digest, self.precision, run, kind, tqdm.write)
 
-    def check_first(self, examples: list[Example], work: Work) -> None:
-        """Check the fast path with the images of a block, before the block is predicted."""
+    def check_with_images_of(self, examples: list[Example], work: Work) -> None:
+        """Check the fast path with the first readable images of these examples, before they are predicted."""
         self.prefetcher.announce(examples, self.task.backbone.image_processor)
         pictures = self.prefetcher.pictures(examples)
         good = [(e, picture) for e in examples if isinstance(picture := pictures[image_key(e)], Tensor)][: verification.ROWS]
@@ -111,7 +111,7 @@ class Runner:
             self.task.backbone.model.eval()
             self.check(torch.stack([picture for _, picture in good]), [e for e, _ in good], work)
 
-    def _attempt(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
+    def _compute_with_fallback(self, pictures: Tensor, examples: list[Example], work: Work) -> Iterator[Any]:
         """Yield the results. If the device fails, compute two half batches. If it fails for a single image, use the CPU.
 
         The results of the first half are yielded before the second half is computed.
@@ -132,12 +132,12 @@ class Runner:
             self._warn("half", f"{device} failed ({reason}); continuing with batches of at most {half}; {fix}")
             self.size = min(self.size, half)
             release(device)
-            yield from self._attempt(pictures[:half], examples[:half], work)
-            yield from self._attempt(pictures[half:], examples[half:], work)
+            yield from self._compute_with_fallback(pictures[:half], examples[:half], work)
+            yield from self._compute_with_fallback(pictures[half:], examples[half:], work)
         else:
             self._warn("cpu", f"{device} failed for a single image ({reason}); continuing on the CPU, which is slower")
             self._move_to_cpu()
-            yield from self._attempt(pictures, examples, work)
+            yield from self._compute_with_fallback(pictures, examples, work)
 
     def _move_to_cpu(self) -> None:
         """Move the task to the CPU in fp32, or load it again if the weights cannot be copied."""

@@ -31,7 +31,9 @@ Block = tuple[int, list[Example], list[bool]]  # number, examples, and for each 
 
 
 class BlockScheduler:
-    """Assign block b to rank b % count. Only the main rank reads the examples. It collects the predictions of all ranks.
+    """Predict blocks of examples in rounds. In a round, each rank predicts one block: block b belongs to rank b % count.
+
+    Only the main rank reads the examples. It collects the predictions of all ranks.
 
     Each block has the same examples after a resume. If only a part of a block is done, the whole block is predicted again, and
     only the missing part is written. So no text depends on where a run was stopped, even with sampling.
@@ -80,10 +82,10 @@ class BlockScheduler:
         self._stop_if_requested(self.ranks.all_gather(self.stop_request.signal))
 
     def _check(self, block: Block, work: Work) -> None:
-        """Check the fast path on the main rank, and use its result on all ranks. A single process checks in `Runner.each`."""
+        """Check the fast path on the main rank, and use the result on all ranks. A single process checks in the runner."""
         if self.ranks.count == 1 or self.runner.checked:
             return
-        self._on_main(lambda: self.runner.check_first(block[1], work))
+        self._on_main(lambda: self.runner.check_with_images_of(block[1], work))
         self.runner.checked = True
         if not self.ranks.broadcast(self.runner.task.backbone.fast):
             verification.disable(self.runner.task)
@@ -101,7 +103,7 @@ class BlockScheduler:
         return blocks[self.ranks.rank] if self.ranks.rank < len(blocks) else (0, [], [])
 
     def _predict_block(self, block: Block, following: Block, work: Work) -> list[Prediction | ImageError]:
-        return [_truncated(result) for _, result in self.runner.each(block[1], work, following[1])]
+        return [_truncated(result) for _, result in self.runner.run_with_errors(block[1], work, following[1])]
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Call `action` on the main rank, and return its result there. If it raises an error, stop the other ranks too."""
@@ -131,11 +133,11 @@ class ProgressDisplay(ProgressMeter):
         super().__init__(name, count, "image", out.lines if out else 0, is_shown=out is not None, clock=clock)
         self.out, self.shown = out, 0
 
-    def move(self, results: Results) -> None:
+    def count_results(self, results: Results) -> None:
         """Count the results without printing them."""
         self.update(len(results))
 
-    def pace(self) -> str:
+    def speed_line(self) -> str:
         """Return a line with the number of images, the time and the speed; "" if this run predicted no image."""
         done = self.done - self.before
         return f"{done:,} images in {self.seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
@@ -150,4 +152,4 @@ class ProgressDisplay(ProgressMeter):
         if self.shown <= SHOWN < self.shown + len(results) and self.out:
             tqdm.write(printable(f"the other predictions are written to {self.out.path} and not printed"))
         self.shown += len(results)
-        self.move(results)
+        self.count_results(results)

@@ -39,7 +39,7 @@ class Captioner:
     `strict=True` raises ImageError. Raise InputError, with the position, for anything that is not an image.
 
     Threads and asyncio tasks can share a captioner. Images are decoded in parallel, and the model computes one batch at a time.
-    Several captioners can share a base: load it once and give it as `base`. In peft: none; it has no inference of its own.
+    Several captioners can share a base: load it once and give it as `base`. In peft: no equivalent; it has no inference.
 
     >>> captioner = lora_blip.Captioner.from_adapter("latest")
     >>> prediction = captioner("image_test/000.png")
@@ -114,7 +114,7 @@ class Captioner:
 
     @classmethod
     def _on_loaded_base(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
-        """Return a captioner on a base that the caller has loaded and may also use otherwise."""
+        """Return a captioner on a base that the caller has loaded. The caller may also use the base without the captioner."""
         shared_adapter = shared(backbone.model).load(backbone, adapter) if adapter else None
         base_dtype = next(backbone.model.parameters()).dtype
         own_precision = next((name for name, dtype in DTYPES.items() if dtype == base_dtype), "fp32")

@@ -83,7 +83,8 @@ class RankConfig(ModelConfig):
 def check_paths(config: Any) -> None:
     """Raise LoraBlipError if there is no adapter, base or image at the given paths. torch is not imported for it.
 
-    If some of the images exist, or with --json, a missing image is reported beside the results of the others.
+    A missing image is not an error here if another image exists, or with --json. The command then prints an error for it, and
+    the results of the other images.
     """
     try:
         if config.adapter not in ("", "none"):

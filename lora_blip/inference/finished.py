@@ -16,17 +16,18 @@ from lora_blip.errors import OutputError
 CHUNK = 2**16  # bytes that are read at once, from the end of a file
 
 
-class Done:
-    """The number of lines of each image and question in the files of a run. Each number needs 12 bytes, with its hash."""
+class FinishedExamples:
+    """The examples that have a line in the files of a run, as hashes with the number of their lines, 12 bytes for each."""
 
     def __init__(self, keys: "array[int]") -> None:
         self.keys, counts = np.unique(np.frombuffer(keys, np.uint64), return_counts=True)
         self.counts = counts.astype(np.uint32)
 
     def matcher(self) -> Callable[[Example], bool]:
-        """Return a function that returns True if an example is done.
+        """Return a function that returns True if an example is finished.
 
-        Call it once per example: each True uses one line, so that an image with two lines is done twice.
+        Call it once per example: each True uses up one line. If the input contains an image three times, and the files have
+        two lines for it, the function returns True, True and False.
         """
         remaining = self.counts.copy()
 
@@ -51,7 +52,7 @@ def _key_of_line(line: dict[str, Any]) -> int:
 
 
 def _key(image: str, question: str, question_id: int | str, prompt: str) -> int:
-    """Return a hash of 64 bits. With ten million images, two of them collide in one of 400,000 runs."""
+    """Return a hash of 64 bits. For ten million images, the probability that any two have the same hash is 1 in 400,000."""
     suffix = f"\0{question_id}\0{prompt}" if prompt or question_id != "" else ""
     digest = hashlib.blake2b(f"{image}\0{question}{suffix}".encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")

@@ -111,11 +111,11 @@ def open_input(image: Any, name: str) -> Image.Image:
     if isinstance(image, bytes | bytearray | memoryview):
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):
-        return _loaded(image, name)
-    return to_rgb(Image.fromarray(_bytes_of(image)))
+        return _rgb_copy(image, name)
+    return to_rgb(Image.fromarray(_uint8_array(image)))
 
 
-def _loaded(image: Image.Image, name: str) -> Image.Image:
+def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
     """Return a copy of a PIL image in RGB, as `open_image` does for its file."""
     if not 0 < image.width * image.height <= LARGEST:
         raise ImageError(f"{name} has {image.width} × {image.height} pixels; expected 1 to {LARGEST:,}")
@@ -129,7 +129,7 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None
 
 
-def _bytes_of(image: Any) -> Any:
+def _uint8_array(image: Any) -> Any:
     """Return the pixel values of an array or tensor as uint8, shape (height, width) or (height, width, 3 or 4)."""
     if isinstance(image, Tensor):
         image = image.detach().cpu()

@@ -17,7 +17,7 @@ from typing import IO, Any
 from lora_blip.config import InferConfig
 from lora_blip.data.example import Example
 from lora_blip.errors import ImageError, OutputError
-from lora_blip.inference.finished import Done, key_of, resume_from
+from lora_blip.inference.finished import FinishedExamples, key_of, resume_from
 from lora_blip.inference.prediction import Prediction, line_of, request_of
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
@@ -38,7 +38,7 @@ class Output:
         self.folder, self.settings = folder, settings
         keys = array("Q")
         self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # lines
-        self.done, self.lines_before = Done(keys), self.lines
+        self.done, self.lines_before = FinishedExamples(keys), self.lines
         self.files: dict[str, IO[bytes]] = {}
         self.synced = time.monotonic()
 
@@ -169,6 +169,7 @@ def identity(
 
 
 def _content(text: str, setting: str) -> str:
+    """Return the value of a setting. If it names a file, add the digest of the file."""
     return f"{text} ({_digest(Path(text))})" if is_file(text, setting) else text
 
 
@@ -212,7 +213,7 @@ def _write_settings(folder: Path, settings: dict[str, Any], finished: bool) -> N
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the content of run.json, or None if there is no such file.
 
-    If `infer` did not write the file, return the content of a finished run: the folder is then not reused.
+    If the file is not from `infer`, return what a finished run has, so that the caller does not reuse the folder.
     """
     try:
         content = parsed((folder / SETTINGS_NAME).read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ def infer(config: InferConfig) -> Path:
     An image that cannot be read has a line in errors.jsonl. To resume a stopped run, use the same settings and output_dir.
     Memory does not grow with the number of images, except for the texts of the base with `compare`. Raise ConfigError,
     ModelError, AdapterError, ImageError or DataError before the first image, ConfigError if the disk is full, and
-    signals.Stopped after Ctrl-C or a signal of a scheduler, as soon as the current batch is written. In peft: none.
+    signals.Stopped after Ctrl-C or a signal of a scheduler, as soon as the current batch is written. In peft: no equivalent.
 
     >>> predictions = lora_blip.infer(lora_blip.InferConfig(adapter="latest", images="image_test"))
     >>> predictions.name
@@ -47,7 +47,10 @@ def infer(config: InferConfig) -> Path:
 
 
 def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
-    """Run inference in one process, alone or under torchrun. The main process reads the images and writes the files."""
+    """Run inference in one process, alone or under torchrun. The main process reads the images and writes the files.
+
+    closing: the output files and the signal handlers are closed when it is closed.
+    """
     seed_everything(config.seed)
     inputs = ranks.together(lambda: read_inputs(config))
     adapter, texts = inputs.adapter, inputs.texts
@@ -82,7 +85,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     with ProgressDisplay(task.name, count, out) as display:
         scheduler.run(examples, Predictor(texts), partial(write_results, out, base, display, cut["texts"]))
     if ranks.main:
-        print(display.pace(), end="")
+        print(display.speed_line(), end="")
         for name, count_of_cut in (("texts of the base", cut["base"]), ("texts", cut["texts"])):
             if line := count_of_cut.report(task, name):
                 print(f"warning: {line}")
@@ -113,7 +116,7 @@ def record_base_texts(base: dict[int, str], display: ProgressDisplay, cut: CutCo
     """Record the texts of the base in `base`. They are printed and written next to those of the adapter."""
     cut.add([result.text for _, result in results if isinstance(result, Prediction)])
     base |= {finished.key_of(example): result.text for example, result in results if isinstance(result, Prediction)}
-    display.move(results)
+    display.count_results(results)
 
 
 def write_results(out: Output, base: dict[int, str], display: ProgressDisplay, cut: CutCount, results: Results) -> None:

@@ -14,7 +14,7 @@ Ranking = list[tuple[str, float]]  # (text, probability), the most probable firs
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted text of an image: a caption, an answer, or the best of the ranked texts. In peft: none.
+    """The predicted text of an image: a caption, an answer, or the best of the ranked texts. In peft: no equivalent.
 
     The `score` of a generated text is exp(mean log p) over its tokens and the end token: the geometric mean of their
     probabilities. The score of a ranking is the probability of the best text. `infer` computes scores only if the generation
@@ -101,8 +101,8 @@ def report(task: PredictionTask, references: dict[Path, list[Example]], texts: d
     scored = [key for key in lines if key in last]
     if not scored:
         if references:
-            kind = "answers to these questions" if task.takes_question else "texts of these images"
-            print(f"no score: the references contain no {kind}")
+            kind = 'answers to these questions; add "answers"' if task.takes_question else 'texts of these images; add "text"'
+            print(f"no score: the references contain no {kind} to their lines in the file of REFERENCES (--references)")
         return
     label = "VQA accuracy" if task.takes_question else "exact match"
     print(f"{label:<24}{'images':>8}" + "".join(f"{name:>9} " for name in texts))

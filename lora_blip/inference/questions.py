@@ -67,6 +67,7 @@ def examples_to_predict(
     If the questions come from a file, return a list. Otherwise return an iterable that reads the images one by one.
     Raise ConfigError if the task needs questions or texts and there are none, or if it cannot use them.
     """
+    # the task checks whole examples, so each text gets a question, which is not used
     ranked = [replace(example_of("", "?"), text=text, answers=(text,), line=line) for line, text in enumerate(texts, 1)]
     task.pretokenize(ranked)
     for example in ranked:
@@ -135,8 +136,8 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
     for example in examples:
         if not example.question:
             raise ConfigError(
-                f'line {example.line} of the questions has no question; add "question": "what color is it?" to the line, or '
-                "remove the line"
+                f'{printable(example.source)}:{example.line}: no question; add "question": "what color is it?" to this line, '
+                "or remove it"
             )
         if reason := cast(Any, task).check_question(example):
             raise ConfigError(f"question {example.question!r}: {reason}")

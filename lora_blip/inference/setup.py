@@ -26,7 +26,7 @@ from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, PredictionTask
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 COMPARED_IMAGES = 8  # the processes compare the pixels of the first images before the first prediction
@@ -34,7 +34,7 @@ COMPARED_IMAGES = 8  # the processes compare the pixels of the first images befo
 
 @dataclass
 class Inputs:
-    """The content of the input files. No model has checked it yet."""
+    """The content of the input files. It is read before the model is loaded, and the model may not accept all of it."""
 
     images: ImageSource
     references: dict[Path, list[Example]]
@@ -150,7 +150,7 @@ def task_of(
     Non-empty settings of `config` replace them. Without an adapter, return the task that the backbone was trained for.
     """
     metadata: dict[str, Any] = adapter.task if adapter else {}
-    name = config.task if config and config.task != "auto" else metadata.get("name") or natural_task(backbone.architecture)
+    name = config.task if config and config.task != "auto" else metadata.get("name") or default_task(backbone.architecture)
     own = metadata if metadata.get("name") == name else {}
     generation = generation_of(own, config, str(adapter.path) if adapter else "")
     if unknown := own.get("generation", {}).keys() - OPTIONS.keys():

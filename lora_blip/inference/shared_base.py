@@ -27,7 +27,8 @@ class SharedBase:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # held while the model or its tokenizer is used
         self.names: dict[str, str] = {}  # adapter, as JSON → its name on the model
-        self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()  # with the keys of `names`
+        # key of `names` → adapter; an entry disappears when its last captioner is deleted
+        self.in_use: WeakValueDictionary[str, SharedAdapter] = WeakValueDictionary()
 
     def load(self, backbone: Backbone, adapter: Adapter) -> SharedAdapter:
         """Load an adapter on the model, unless a captioner has already loaded it. Eject adapters whose captioners are deleted.
@@ -37,7 +38,7 @@ class SharedBase:
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata], default=str)
         model = backbone.model
         with self.lock:
-            in_use = self.in_use.get(key)  # kept alive until it is returned
+            in_use = self.in_use.get(key)  # this reference keeps it in `self.in_use`
             for unused in [other for other in self.names if other not in self.in_use]:
                 name = self.names.pop(unused)
                 if name in attached.names(model):
@@ -57,7 +58,7 @@ class SharedBase:
             return in_use
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a context in which only `adapter` is active. With None, those that no captioner loaded are active."""
+        """Return a context in which only `adapter` is active. If it is None, the caller's own adapters are active."""
         return nullcontext() if adapter is None else use_adapters(model, adapter)
 
 

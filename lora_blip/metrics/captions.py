@@ -24,7 +24,7 @@ NAMES = ("exact match", *COCO)
 MEANS = ("exact match", "ROUGE-L", "CIDEr", "SPICE")  # each is the mean of its scores by image
 MISSING = 'pycocoevalcap is not installed: pip install "lora_blip[metrics]"'
 PTB, PLAIN = "PTBTokenizer (Stanford CoreNLP 3.4.1)", "lora_blip's own, without Java"  # names of the tokenizers
-NOTHING_RARE = (
+ALL_WEIGHTS_ZERO = (
     "0 by definition: every n-gram is in the references of every image, so all weights are 0 "
     "(log(images / images with the n-gram)); CIDEr needs several images with different references"
 )
@@ -66,7 +66,7 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     Raise ValueError for lists of different lengths, no predictions, or an image without references.
     """
     check(predictions, references)
-    matches = [exact_match([text], [captions]) for text, captions in zip(predictions, references, strict=True)]
+    matches = [exact_match([text], [texts]) for text, texts in zip(predictions, references, strict=True)]
     values: dict[str, float | None] = dict.fromkeys(NAMES)
     values["exact match"] = sum(matches) / len(matches)
     per_image = {"exact match": matches}
@@ -74,31 +74,32 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     if package is None:
         return Scores(values, per_image, dict.fromkeys(COCO, MISSING))
 
-    predicted, right, tokenizer, no_java = tokenised(predictions, references, package)
+    predicted, captions, tokenizer, no_java = tokenized(predictions, references, package)
     reasons = dict.fromkeys(("METEOR", "SPICE"), no_java) if no_java else {}
-    counts = bleu_counts(predicted, right)
+    counts = bleu_counts(predicted, captions)
     for place, name in enumerate(BLEU):
         values[name] = float(bleu(counts.sum(0), place + 1))
         per_image[name] = bleu(counts, place + 1).tolist()
-    values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(predicted, right)
-    values["CIDEr"], per_image["CIDEr"], nothing_rare = cider(predicted, right)
-    if nothing_rare:
-        reasons["CIDEr"] = NOTHING_RARE
+    values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(predicted, captions)
+    values["CIDEr"], per_image["CIDEr"], all_zero = cider(predicted, captions)
+    if all_zero:
+        reasons["CIDEr"] = ALL_WEIGHTS_ZERO
     for name, score in (("METEOR", java.meteor), ("SPICE", java.spice)):
         if name in names and name not in reasons:
             try:
-                whole, by_image = score(predicted, right, package)
+                of_set, by_image = score(predicted, captions, package)
             except JavaError as error:
                 reasons[name] = str(error)
                 continue
-            if np.isfinite([whole, *by_image]).all():
-                values[name], per_image[name] = whole, by_image
+            if np.isfinite([of_set, *by_image]).all():
+                values[name], per_image[name] = of_set, by_image
             else:
                 reasons[name] = f"{name} is not a number for {int((~np.isfinite(by_image)).sum())} image(s)"
     return Scores(values, {name: per_image[name] for name in NAMES if name in per_image}, reasons, tokenizer, counts)
 
 
 def check(predictions: list[str], references: list[list[str]]) -> None:
+    """Raise ValueError as `caption_scores` does."""
     if not predictions:
         raise ValueError("no predictions to score")
     if len(predictions) != len(references):
@@ -120,13 +121,13 @@ def package_folder() -> Path | None:
     return Path(str(scorer.__file__)).parent.parent
 
 
-def tokenised(
+def tokenized(
     predictions: list[str], references: list[list[str]], package: Path
 ) -> tuple[list[str], list[list[str]], str, str]:
     """Return the tokenized predictions and references, the name of the tokenizer, and the error of Java's tokenizer or ""."""
     texts = [*predictions, *(text for captions in references for text in captions)]
     try:
-        words, name, why = java.tokenise(texts, package), PTB, ""
+        words, name, why = java.tokenize(texts, package), PTB, ""
     except JavaError as error:
         words, name, why = [plain(text) for text in texts], PLAIN, str(error)
     remaining = iter(words[len(predictions) :])

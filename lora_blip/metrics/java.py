@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"_JAVA_OPTIONS": " ".join([os.environ.get("_JAVA_OPTIONS", ""), *OPTIONS]).strip()}
 
 
-def tokenise(captions: list[str], package: Path) -> list[str]:
+def tokenize(captions: list[str], package: Path) -> list[str]:
     """Tokenize captions with PTBTokenizer (Stanford CoreNLP 3.4.1): lower case, no punctuation, words joined by spaces.
 
     package: the folder of pycocoevalcap. Raise JavaError on failure.
@@ -79,8 +79,8 @@ def meteor(predictions: list[str], references: list[list[str]], package: Path) -
         for prediction, texts in zip(predictions, references, strict=True):
             fields = [" ".join(one_line(text).replace("|||", " ").split()) for text in [*texts, prediction]]
             counts.append(ask("SCORE ||| " + " ||| ".join(fields), 1)[0])
-        *by_image, whole = (float(line) for line in ask("EVAL ||| " + " ||| ".join(counts), len(counts) + 1))
-    return whole, by_image
+        *by_image, of_set = (float(line) for line in ask("EVAL ||| " + " ||| ".join(counts), len(counts) + 1))
+    return of_set, by_image
 
 
 def spice(predictions: list[str], references: list[list[str]], package: Path) -> tuple[float, list[float]]:
@@ -133,7 +133,7 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
 
     The process is ended after the block. Raise JavaError if the process fails or runs longer than `limit` seconds.
     """
-    late = threading.Event()
+    timed_out = threading.Event()
     with (
         tempfile.TemporaryFile() as errors
     ):  # a file, because nothing reads stderr until the end, and a full pipe would block Java
@@ -152,7 +152,7 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
             return [stdout.readline().decode().strip() for _ in range(answers)]
 
         def stop() -> None:
-            late.set()
+            timed_out.set()
             process.kill()  # `readline` then returns ""
 
         timer = threading.Timer(limit, stop)
@@ -164,7 +164,7 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
             process.kill()
             process.wait()
             errors.seek(0)
-            why = f"was stopped after {limit:.0f} s" if late.is_set() else f"failed ({error}): {_last_line(errors.read())}"
+            why = f"was stopped after {limit:.0f} s" if timed_out.is_set() else f"failed ({error}): {_last_line(errors.read())}"
             raise JavaError(f"METEOR {why}") from None
         finally:
             timer.cancel()

@@ -151,7 +151,7 @@ def _wait_for_release() -> None:
 def joined() -> Iterator[Ranks]:
     """Join the process group if torchrun started this process, and leave it after the block. Only the main rank prints.
 
-    After the loss of another process, `cli.end_at_once` ends the commands without Python's teardown.
+    After the loss of another process, `cli.end_at_once` ends the process of a command with os._exit.
     """
     if distributed.is_available() and distributed.is_initialized():  # the caller has initialized a group
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))

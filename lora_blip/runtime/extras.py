@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 def attempt(what: str, act: Callable[[], Result]) -> Result | None:
-    """Return the result of `act`, or None after one printed line if it fails."""
+    """Return the result of `act`. If it fails, print a warning that starts "no {what}", and return None."""
     try:
         return act()
     except Exception as error:

@@ -119,8 +119,8 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def put_beside(source: Path, target: Path) -> None:
-    """Give a file a second name: a hard link, or a copy if the file system has none."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create `target` with the content of `source`: a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -26,7 +26,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def phase(state: str | Callable[[], str]) -> Iterator[None]:
-    """Name the work inside the block. `state` returns the name with the current figures, or is the name."""
+    """Name the work inside the block. state: the name, or a function that returns the name with the current numbers."""
     describe = state if callable(state) else lambda: state
     _begun.set()
     _phases.append(describe)
@@ -74,7 +74,7 @@ class ProgressMeter:
         self.bar.close()
 
     def update(self, count: int = 1) -> None:
-        """Count. In a log, print a line if the last one is nine seconds old."""
+        """Add `count` to what is done. In a log, print a line if the last one is at least SILENCE seconds old."""
         self.bar.update(count)
         self.done += count
         if self.is_shown and self.bar.disable and self.clock() - self.printed >= SILENCE:

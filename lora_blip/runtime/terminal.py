@@ -97,7 +97,7 @@ class TerminalStream:
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self.stream.write(self._encodable(for_terminal(text))))
+        self._discard_on_failure(lambda: self.stream.write(self._encodable(for_terminal(text))))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -105,7 +105,7 @@ class TerminalStream:
             self.write(line)
 
     def flush(self) -> None:
-        self._attempt(self.stream.flush)
+        self._discard_on_failure(self.stream.flush)
 
     def _encodable(self, text: str) -> str:
         encoding = getattr(self.stream, "encoding", None)
@@ -115,7 +115,7 @@ class TerminalStream:
             return text.encode(encoding, ERRORS).decode(encoding)
         return text
 
-    def _attempt(self, write: Callable[[], object]) -> None:
+    def _discard_on_failure(self, write: Callable[[], object]) -> None:
         """Call `write`. If it fails, send this and all later output nowhere."""
         try:
             write()

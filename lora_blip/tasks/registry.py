@@ -8,6 +8,6 @@ from lora_blip.tasks.vqa import VqaTask
 TASKS: dict[str, type[Task]] = {"caption": CaptionTask, "vqa": VqaTask, "retrieval": RetrievalTask}
 
 
-def natural_task(architecture: str) -> str:
-    """Return the task that a checkpoint was made for."""
+def default_task(architecture: str) -> str:
+    """Return the name of the task that checkpoints of this architecture were trained for."""
     return next(name for name, task in TASKS.items() if architecture in task.architectures)

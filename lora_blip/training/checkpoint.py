@@ -20,7 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lora_blip.errors import CheckpointError
-from lora_blip.runtime.files import make_whole, put_beside, remove, sha256_of, sweep
+from lora_blip.runtime.files import link_or_copy, make_whole, remove, sha256_of, sweep
 from lora_blip.runtime.runs import CHECKPOINT, CHECKPOINTS_NAME, run_to_resume
 
 FOLDER, TENSORS, STATE, BEST = CHECKPOINTS_NAME, "state.safetensors", "state.json", "best.safetensors"
@@ -59,7 +59,7 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
     def fill(new: Path) -> None:
         (new / TENSORS).write_bytes(serialize(tensors))
         if best.exists():
-            put_beside(best, new / BEST)
+            link_or_copy(best, new / BEST)
         digests = {path.name: sha256_of(path) for path in sorted(new.iterdir())}
         content = {"format_version": FORMAT_VERSION, "sha256": digests} | state
         (new / STATE).write_text(

@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> Path:
     if too many steps in a row are not finite, or if the device runs out of memory. Each message contains a fix.
 
     After an error, Ctrl-C or a scheduler's signal, the progress is saved. Start again with the same settings to resume.
-    In peft: none; transformers' `Trainer` trains its models.
+    In peft: no equivalent; `Trainer` of transformers trains the models of peft.
 
     >>> path = lora_blip.train(lora_blip.TrainConfig(max_steps=1, val_fraction=0, batch_size=4))
     >>> path.name

@@ -48,38 +48,38 @@ def identity(
     }  # fmt: skip
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(earlier: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return a sentence for each difference between two identities, such as "lr was 0.1 and is 0.2".
 
-    then, now: the identities of the interrupted run and of this start. A setting that is missing in `then` counts as its
-    default: an older version without this setting started the run.
+    earlier, current: the identities of the interrupted run and of this start. A setting that is missing in `earlier` counts as
+    its default: an older version without this setting started the run.
     """
-    if "training lines" in then:
-        then = {entry.name: entry.default for entry in fields(TrainConfig)} | then
-    return changes(then, now)
+    if "training lines" in earlier:
+        earlier = {entry.name: entry.default for entry in fields(TrainConfig)} | earlier
+    return changes(earlier, current)
 
 
-def with_automatic_length(config: TrainConfig, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity `now`. If MAX_NEW_TOKENS is automatic, use the value of the identity `then` of the interrupted run.
+def with_automatic_length(config: TrainConfig, earlier: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity `current`. If MAX_NEW_TOKENS is automatic, take its value from `earlier`, the interrupted run.
 
     Another version of lora_blip may have started the run and chosen another value.
     """
-    automatic = not config.max_new_tokens and "max_new_tokens" in then
-    return now | {"max_new_tokens": then["max_new_tokens"]} if automatic else now
+    automatic = not config.max_new_tokens and "max_new_tokens" in earlier
+    return current | {"max_new_tokens": earlier["max_new_tokens"]} if automatic else current
 
 
-def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
+def find(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | None, list[str]]:
     """Return the checkpoint to resume from, or None to start a new run. Also return notes for the user.
 
-    If resume is "auto", take the newest interrupted run in output_dir with the identity `now`. Raise CheckpointError if resume
-    is a path without a checkpoint, or if its run has another identity and allow_changed is False.
+    If resume is "auto", take the newest interrupted run in output_dir with the identity `current`. Raise CheckpointError if
+    resume is a path without a checkpoint, or if its run has another identity and allow_changed is False.
     """
     if config.resume == "off":
         return None, []
     if config.resume == "auto":
-        return _find_newest(config, now)
+        return _find_newest(config, current)
     saved = checkpoint.locate(Path(config.resume))
-    changed = _changes_since(saved, config, now)
+    changed = _changes_since(saved, config, current)
     if changed and not config.allow_changed:
         raise CheckpointError(
             f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change, or set "
@@ -88,12 +88,12 @@ def find(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[s
     return saved, _notes_on_changes(changed)
 
 
-def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tuple[Saved | None, list[str]]:
+def acquire(config: TrainConfig, current: dict[str, Any], closing: ExitStack) -> tuple[Saved | None, list[str]]:
     """Return the results of `find`. Lock the folder of the run until `closing` is closed.
 
     Raise LockedError if another process writes into the folder, or CheckpointError if another process has just finished it.
     """
-    saved, notes = find(config, now)
+    saved, notes = find(config, current)
     if saved is None:
         return saved, notes
     closing.enter_context(lock.held(saved.run))
@@ -105,8 +105,8 @@ def acquire(config: TrainConfig, now: dict[str, Any], closing: ExitStack) -> tup
     return latest, notes
 
 
-def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None, list[str]]:
-    """Return the newest interrupted run with the identity `now`, or None if there is none, and notes for the user.
+def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | None, list[str]]:
+    """Return the newest interrupted run with the identity `current`, or None if there is none, and notes for the user.
 
     If there is none and allow_changed is set, return the newest interrupted run.
     """
@@ -118,7 +118,7 @@ def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None
         notes += problems
         if saved is None or saved.state["run"]["name"] != folder.parent.name:  # a copy, such as a backup
             continue
-        changed = _changes_since(saved, config, now)
+        changed = _changes_since(saved, config, current)
         if not changed:
             return saved, notes
         others.append((saved, changed))
@@ -132,10 +132,10 @@ def _find_newest(config: TrainConfig, now: dict[str, Any]) -> tuple[Saved | None
     ]
 
 
-def _changes_since(saved: Saved, config: TrainConfig, now: dict[str, Any]) -> list[str]:
+def _changes_since(saved: Saved, config: TrainConfig, current: dict[str, Any]) -> list[str]:
     """Return the differences between the identity of a checkpoint and that of this start."""
-    then = saved.state.get("identity", {})
-    return differences(then, with_automatic_length(config, then, now))
+    earlier = saved.state.get("identity", {})
+    return differences(earlier, with_automatic_length(config, earlier, current))
 
 
 def _notes_on_changes(changed: list[str]) -> list[str]:
@@ -158,7 +158,10 @@ def lines_digest(examples: list[Example], with_images: bool) -> str:
 
 
 def _rare_fields(example: Example) -> list[dict[str, Any]]:
-    """Return the fields that few lines have, or [] if this line has none. Its digest is then that of earlier versions."""
+    """Return the fields that few lines have, or [] if this line has none.
+
+    Older versions did not have these fields. A line without them still has the same digest.
+    """
     rare = {"prompt": example.prompt, "question_id": example.question_id}
     return [rare] if example.prompt or example.question_id != "" else []
 
@@ -171,7 +174,7 @@ def _samples_of(image: Path) -> list[str]:
     return [str(size), *(hashlib.sha256(part).hexdigest()[:16] for part in parts)]
 
 
-def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
+def resume_from(learner: Learner, saved: Saved, current: dict[str, Any]) -> None:
     """Load the state of a checkpoint into the learner.
 
     If the identity has changed, discard the unfinished step, continue after the same number of images, and use the total
@@ -180,8 +183,8 @@ def resume_from(learner: Learner, saved: Saved, now: dict[str, Any]) -> None:
     total, ranks = learner.progress.total, learner.ranks
     tensors = ranks.broadcast(ranks.on_main(saved.tensors))
     ranks.together(lambda: learner.load_state_dict(tensors, saved.state))
-    then = saved.state["identity"]
-    if differences(then, now):
-        images = [run["batch_size"] * run["accumulation"] * run["processes"] for run in (then, now)]  # images per step
+    earlier = saved.state["identity"]
+    if differences(earlier, current):
+        images = [run["batch_size"] * run["accumulation"] * run["processes"] for run in (earlier, current)]  # images per step
         learner.rewind()
         learner.progress.group, learner.progress.total = learner.progress.group * images[0] // images[1], total

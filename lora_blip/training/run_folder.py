@@ -149,8 +149,8 @@ class Run:
             return
         now = time.perf_counter()
         entry = {
-            "step": step, "epoch": epoch, "loss": digits(update.loss), "lr": rate,
-            "grad_norm": digits(update.grad_norm), "images_per_s": round(self.images / (now - self.logged), 2),
+            "step": step, "epoch": epoch, "loss": rounded(update.loss), "lr": rate,
+            "grad_norm": rounded(update.grad_norm), "images_per_s": round(self.images / (now - self.logged), 2),
             "seconds": round(now - self.started, 3),
         }  # fmt: skip
         if update.scale != 1:
@@ -283,6 +283,6 @@ class Run:
         self.closing.close()
 
 
-def digits(value: float) -> float:
-    """Return a number rounded to 8 significant digits, the precision of float32."""
+def rounded(value: float) -> float:
+    """Return the number rounded to 8 significant digits, the precision of float32."""
     return float(f"{value:.8g}")

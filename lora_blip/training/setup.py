@@ -36,7 +36,7 @@ from lora_blip.runtime.user_paths import require_folder
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.diagnostics import describe_error
@@ -187,7 +187,7 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
 
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:
     """Return the task that the settings name. Raise ConfigError if it has no score named `best_by`."""
-    name = natural_task(backbone.architecture) if config.task == "auto" else config.task
+    name = default_task(backbone.architecture) if config.task == "auto" else config.task
     values = config.generation | {"max_new_tokens": config.max_new_tokens or 1, "num_beams": config.num_beams}
     task = TASKS[name](backbone, config.prompt, Generation.of(values, config.seed))
     print("".join(f"{line}\n" for line in ignored_lines(task.generation.stored())), end="")

@@ -142,7 +142,7 @@ def test_plain_captions_and_answers_are_not_tokenised_at_all(make, monkeypatch):
     for task in tasks:
         line = Example(Path("a.png"), texts[0], "a.png", 1, "", *texts[1:])
         assert task.check(line) == ""  # which looks at the tokenizer once
-        monkeypatch.setattr(type(task.backbone.tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
+        monkeypatch.setattr(type(task.backbone.tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenized"))
         task.pretokenize([line])
         assert task.check(line) == ""
         monkeypatch.undo()

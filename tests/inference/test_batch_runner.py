@@ -170,8 +170,9 @@ def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_plac
     """It is among the other results. It has no traceback, whose frames would keep the images of the batch in memory."""
     photos[3].image.write_bytes(b"broken")
     task: Any = Fragile(most=2)
-    found = list(Runner(task, 4).each([e for e in photos for _ in range(2)], lambda task, *some: task.predict(*some)))
-    assert [example for example, _ in found] == [e for e in photos for _ in range(2)]
+    twice = [e for e in photos for _ in range(2)]
+    found = list(Runner(task, 4).run_with_errors(twice, lambda task, *some: task.predict(*some)))
+    assert [example for example, _ in found] == twice
     errors = [said for _, said in found if isinstance(said, ImageError)]
     assert [said for _, said in found if isinstance(said, str)] == [f"meta {n}" for n in range(11) if n != 3 for _ in range(2)]
     assert len(errors) == 2 and all("3.png is not a usable image" in str(error) for error in errors)

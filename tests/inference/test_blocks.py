@@ -27,7 +27,7 @@ from lora_blip.data.shards import expanded
 from lora_blip.errors import ConfigError, ImageError, LockedError, OutputError
 from lora_blip.inference import blocks, output
 from lora_blip.inference.captioner import Captioner
-from lora_blip.inference.finished import Done, key_of
+from lora_blip.inference.finished import FinishedExamples, key_of
 from lora_blip.inference.pipeline import infer
 from lora_blip.inference.setup import open_task
 from lora_blip.lora import injection
@@ -410,7 +410,7 @@ def test_what_is_done_is_counted_as_a_multiset():
     examples = [e for e in _examples(60) for _ in range(rng.randrange(4))]
     rng.shuffle(examples)
     keys = [key_of(e) for e in examples[:50]]
-    take, left = Done(output.array("Q", keys)).matcher(), Counter(keys)
+    take, left = FinishedExamples(output.array("Q", keys)).matcher(), Counter(keys)
     for example in [*examples, *_examples(80)]:
         key = key_of(example)
         assert take(example) == (left[key] > 0)

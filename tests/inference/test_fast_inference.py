@@ -259,7 +259,7 @@ def test_what_was_announced_for_another_call_is_there_for_it(photos, monkeypatch
         return some
 
     for block, following in ((photos[:4], photos[4:8]), (photos[4:8], [])):
-        assert [said for _, said in one.each(block, work, following)] == block
+        assert [said for _, said in one.run_with_errors(block, work, following)] == block
     assert sorted(names, key=int) == [str(n) for n in range(8)] and one.prefetcher.pool is None
 
 
@@ -271,6 +271,6 @@ def test_ahead_gives_what_there_is_in_order():
 
 def test_a_picture_that_cannot_be_read_ahead_is_told_in_its_place(photos):
     photos[2] = replace(photos[2], image=photos[2].image.with_name("gone.png"))
-    found = list(runner(2).each(photos[:5], lambda _t, _p, some: [e.image.stem for e in some]))
+    found = list(runner(2).run_with_errors(photos[:5], lambda _t, _p, some: [e.image.stem for e in some]))
     assert [said for _, said in found if isinstance(said, str)] == ["0", "1", "3", "4"]
     assert isinstance(found[2][1], ImageError) and found[2][0] == photos[2]

@@ -14,6 +14,7 @@ from lora_blip.data.image_folders import example_of
 from lora_blip.inference import gallery
 from lora_blip.inference.output import ERRORS_NAME, FILE_NAME
 from lora_blip.inference.pipeline import infer
+from lora_blip.inference.prediction import report
 from lora_blip.runtime.runs import GALLERY_NAME
 from lora_blip.runtime.untrusted import printable
 from tests.reports.test_report import NASTY, Tags, picture, read
@@ -102,3 +103,12 @@ def test_texts_of_strangers_add_no_tag_to_a_gallery(tmp_path):
         assert card["question"] == card["adapted"] == card["base"] == text
         assert card["references"] == [text] and card["ranking"] == [[text, 1.0]]
     assert data["score_name"] == "VQA accuracy" and data["cards"][0]["score"] == 0.5
+
+
+@pytest.mark.parametrize(("takes_question", "key"), [(False, "text"), (True, "answers")])
+def test_a_missing_score_is_explained_with_the_key_to_add(capsys, takes_question, key):
+    task: Any = SimpleNamespace(takes_question=takes_question, writes_text=True, subject=lambda example: example.image)
+    example = example_of("a.png", "what is it?")
+    report(task, {example.image: [example]}, {"adapted": {example.image: "a cube"}})
+    printed = capsys.readouterr().out
+    assert f'add "{key}" to their lines in the file of REFERENCES (--references)' in printed

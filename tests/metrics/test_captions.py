@@ -157,7 +157,7 @@ def test_words_without_java_are_ptbtokenizer_s(package):
     """Compare the words of unusual captions and of 2,000 sentences of the toy world."""
     rng = random.Random(1)
     texts = [*ODD, *(sentence(rng) for _ in range(2000))]
-    assert [plain(text) for text in texts] == java.tokenise(texts, package)
+    assert [plain(text) for text in texts] == java.tokenize(texts, package)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_words_without_java_by_hand(caption, words):
 def test_line_ends_and_emptiness_stay_in_their_caption(package):
     """A caption with any line end, a half surrogate pair or no text does not shift the other captions."""
     texts = ["a\r\nb\u2028c\x0bd\x85e", "", "a ||| b", "x \ud800", ".", "last", ""]
-    assert java.tokenise(texts, package) == ["a b c d e", "", "a | | | b", "x", "", "last", ""]
+    assert java.tokenize(texts, package) == ["a b c d e", "", "a | | | b", "x", "", "last", ""]
 
 
 def test_without_pycocoevalcap_there_is_one_reason_and_exact_match(monkeypatch):
@@ -209,7 +209,7 @@ def test_several_references_count_by_image(monkeypatch, tmp_path):
 def test_cider_of_one_image_or_of_uniform_references_is_0_and_says_why(monkeypatch, tmp_path, images):
     without_java(monkeypatch, tmp_path)
     scores = caption_scores(["a red cube"] * images, [["a red cube"]] * images)
-    assert scores.values["CIDEr"] == 0 and scores.reasons["CIDEr"] == captions.NOTHING_RARE
+    assert scores.values["CIDEr"] == 0 and scores.reasons["CIDEr"] == captions.ALL_WEIGHTS_ZERO
     assert "CIDEr" not in caption_scores(["a", "b"], [["a"], ["b"]]).reasons
     assert caption_scores(["...", "."], [["."], ["!"]]).values["CIDEr"] == 0
 
@@ -340,7 +340,7 @@ def test_words_are_those_of_english_whatever_language_java_is_set_to(package, mo
     """Turkish has another lower case of I. The scores are compared in `test_with_java_every_score_is_that_of_pycocoevalcap`."""
     in_another_language(monkeypatch)
     texts = ["a white cube on a café TABLE I", "IN ISTANBUL 1.5"]
-    assert java.tokenise(texts, package) == ["a white cube on a café table i", "in istanbul 1.5"]
+    assert java.tokenize(texts, package) == ["a white cube on a café table i", "in istanbul 1.5"]
 
 
 def test_every_java_program_gets_the_locale_last(tmp_path, monkeypatch, package):
@@ -351,7 +351,7 @@ def test_every_java_program_gets_the_locale_last(tmp_path, monkeypatch, package)
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     for name in java.SPICE_MODELS:
         (tmp_path / "spice" / "lib" / name).touch()
-    for run in (java.meteor, java.spice, lambda said, _, folder: java.tokenise(said, folder)):
+    for run in (java.meteor, java.spice, lambda said, _, folder: java.tokenize(said, folder)):
         with pytest.raises(JavaError, match="it wrote nothing"):  # Java's own notice is no reason
             run(["a"], [["a"]], tmp_path if run is java.spice else package)
     given = log.read_text().splitlines()

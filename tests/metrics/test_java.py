@@ -34,7 +34,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_the_tokenizer_gets_a_line_a_caption_and_its_marks_are_left_out(ran):
     ran.answers.append("a red , cube .\n\n-lrb- b\n")
-    found = java.tokenise(["A red,\ncube.", "\t", "( B\udc80"], PACKAGE)
+    found = java.tokenize(["A red,\ncube.", "\t", "( B\udc80"], PACKAGE)
     assert found == ["a red cube", "", "-lrb- b"]
     (call,) = ran.calls
     assert (
@@ -46,7 +46,7 @@ def test_the_tokenizer_gets_a_line_a_caption_and_its_marks_are_left_out(ran):
     ]  # fmt: skip
     ran.answers.append("a\nb\n")
     with pytest.raises(JavaError, match="returned 2 lines for 1 captions"):
-        java.tokenise(["a b"], PACKAGE)
+        java.tokenize(["a b"], PACKAGE)
 
 
 def spice_answers(scores: list[Any]) -> Any:

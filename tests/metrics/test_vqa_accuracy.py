@@ -62,4 +62,4 @@ def test_a_difference_from_the_official_accuracy_is_documented_next_to_the_claim
     assert sum(official) == 0
     text = " ".join((Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text().split())
     claim = text.index("VQA accuracy follows the official evaluation")
-    assert "rule for rule" not in text and "Case is always ignored" in text[claim : claim + 300]
+    assert "rule for rule" not in text and "case is always ignored" in text[claim : claim + 300]

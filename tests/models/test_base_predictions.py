@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from lora_blip.models.loading import ARCHITECTURES, load_backbone
 from lora_blip.models.matching import cosines
 from lora_blip.models.precision import DTYPES
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.retrieval import TEMPERATURE
 from tests.support import tiny
 from tests.support.tokenizers import save_t5
@@ -41,7 +41,7 @@ def opened(folder: Path, dtype: str, fast: bool) -> tuple[Any, Any, Any]:
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     if backbone.family == "blip-2":
         processor.num_query_tokens = tiny.QUERIES
-    return TASKS[natural_task(backbone.architecture)](backbone), model, processor
+    return TASKS[default_task(backbone.architecture)](backbone), model, processor
 
 
 def processed(processor: Any, image: Image.Image, text: str, dtype: str) -> dict[str, Any]:

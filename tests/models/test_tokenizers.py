@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from lora_blip.data.example import Example
 from lora_blip.models.loading import Backbone, load_backbone
 from lora_blip.models.token_rows import IGNORE
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from tests.support import tiny
 from tests.support.tokenizers import CHINESE, save_bert, save_t5
 
@@ -78,7 +78,7 @@ def processed(processor: Any, text: str) -> list[int]:
 def test_every_text_is_encoded_as_the_processor_does(pair, kind):
     """The prompt that our model reads is what transformers' `generate` gets. Its caption starts from [DEC], without [SEP]."""
     backbone, processor = pair(kind)
-    task = TASKS[natural_task(backbone.architecture)](backbone)
+    task = TASKS[default_task(backbone.architecture)](backbone)
     for what, text in (TEXTS | {text: text for text in SPECIAL}).items():
         expected = processed(processor, text)
         if kind == "itm":
@@ -93,7 +93,7 @@ def test_every_text_is_encoded_as_the_processor_does(pair, kind):
 def test_every_text_is_decoded_as_the_processor_does(pair, kind):
     """The ids of the texts, and random ids with special and unknown ones."""
     backbone, processor = pair(kind)
-    language, draw = TASKS[natural_task(backbone.architecture)](backbone).language, random.Random(0)
+    language, draw = TASKS[default_task(backbone.architecture)](backbone).language, random.Random(0)
     rows = [processed(processor, text) for text in TEXTS.values()]
     rows += [[draw.randrange(len(backbone.tokenizer)) for _ in range(12)] for _ in range(200)]
     assert language.texts_of(torch.tensor(rows[0])[None]) == ["a red cube on top of a blue cube"]
@@ -106,7 +106,7 @@ def test_every_text_is_decoded_as_the_processor_does(pair, kind):
 def test_labels_are_the_tokens_of_the_text_after_its_prompt(pair, kind, prompt):
     """A decoder's row is the encoding of prompt, space and text; an encoder-decoder's labels are the text's own encoding."""
     backbone, processor = pair(kind)
-    language = TASKS[natural_task(backbone.architecture)](backbone).language
+    language = TASKS[default_task(backbone.architecture)](backbone).language
     for what, text in TEXTS.items():
         text = " ".join(text.split())  # as every text of a data file
         rows = language.tokenize([prompt], [text])
@@ -128,7 +128,7 @@ def test_labels_are_the_tokens_of_the_text_after_its_prompt(pair, kind, prompt):
 def test_a_text_with_a_special_token_is_refused_with_its_name(pair, kind, text):
     """transformers encodes it as the special token, which would end the text or take the place of an image."""
     backbone, _ = pair(kind)
-    task = TASKS[natural_task(backbone.architecture)](backbone)
+    task = TASKS[default_task(backbone.architecture)](backbone)
     asked = {"question": "what?", "answers": (f"a {text} b",)} if kind == "vqa" else {"text": f"a {text} b"}
     message = task.check(Example(**{"image": Path("a.png"), "text": "", "name": "a.png", "line": 1} | asked))
     assert f"contains {text!r}, which the model uses as a special token; remove it" in message
@@ -137,7 +137,7 @@ def test_a_text_with_a_special_token_is_refused_with_its_name(pair, kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_that_is_too_long_is_refused_with_its_number_of_tokens(pair, kind):
     backbone, processor = pair(kind)
-    task = TASKS[natural_task(backbone.architecture)](backbone)
+    task = TASKS[default_task(backbone.architecture)](backbone)
     text = TEXTS["a very long text"].strip()
     tokens = len(processor.tokenizer(text, add_special_tokens=False).input_ids)
     asked = {"question": "what?", "answers": (text,)} if kind == "vqa" else {"text": text}

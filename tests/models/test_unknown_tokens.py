@@ -102,10 +102,10 @@ def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind)
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "vqa", "itm"])
 def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypatch):
-    """Of a million lines of ASCII none is tokenised for this, and the report does not go through them."""
+    """Of a million lines of ASCII none is tokenized for this, and the report does not go through them."""
     task = tasks[kind]
     task.pretokenize([])
-    monkeypatch.setattr("lora_blip.models.text_check.many_ids", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("lora_blip.models.text_check.many_ids", lambda *_: pytest.fail("tokenized"))
     task.pretokenize(lines(task, ["a red cube on top of a blue cube", "a white t-shirt, it's new", "an odd " * 20]))
     assert task.checker.unknown.report(iter(lambda: pytest.fail("read"), None)) == ""
 

@@ -10,7 +10,7 @@ from lora_blip.lora import adapter_file, injection, sites
 from lora_blip.lora.sites import Site
 from lora_blip.models import weights
 from lora_blip.models.precision import DTYPES, autocasting
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from tests.support.models import WHOLE, batch_of, inject
 
 
@@ -24,7 +24,7 @@ def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
         if cast:
             weights.cast_once(backbone, precision)
             weights.cast_once(backbone, precision)
-        task = TASKS[natural_task(backbone.architecture)](backbone)
+        task = TASKS[default_task(backbone.architecture)](backbone)
         batch = batch_of(task) if task.name == "caption" else None
         with autocasting(backbone.device, precision)():
             if batch is not None:

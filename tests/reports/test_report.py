@@ -275,7 +275,7 @@ def test_filters_count_what_is_left(opened: Any) -> None:
     assert enter(opened, query="", group="", wrong=True) == "44 of 120 cards"
     assert enter(opened, changed=True) == "16 of 120 cards"
     assert enter(opened, wrong=False, changed=False, leaked=True) == "1 of 120 cards"
-    assert enter(opened, query="no such words") == "None of 120 cards is like this"
+    assert enter(opened, query="no such words") == "None of 120 cards matches the filters"
     opened.find_element("css selector", "[type=reset]").click()
     assert (
         opened.execute_async_script("setTimeout(() => arguments[0](document.getElementById('count').textContent), 50)")

@@ -93,8 +93,8 @@ def test_the_progress_of_inference_is_printed_in_a_log(capsys) -> None:
     for out in (Written(), None):
         with ProgressDisplay("caption", 50, out, clock) as screen:  # type: ignore[arg-type]
             clock.now += 9
-            screen.move([None] * 18)  # type: ignore[list-item]
-            assert screen.pace() == "18 images in 9.0 s, 2.0 images/s\n"
+            screen.count_results([None] * 18)  # type: ignore[list-item]
+            assert screen.speed_line() == "18 images in 9.0 s, 2.0 images/s\n"
     assert capsys.readouterr().out == "caption: 23 of 50 images, 2.0 a second\n"
 
 

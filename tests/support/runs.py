@@ -15,7 +15,7 @@ from lora_blip.lora import adapter_file, injection, targets
 from lora_blip.models.loading import load_backbone
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
 from lora_blip.tasks.base import Generation, Task
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.loop import accumulate_gradients, update_parameters
 from tests.support import tiny
@@ -124,7 +124,7 @@ def adapter_of(checkpoint: Path, folder: Path, task: str = "", **training: Any) 
     generator = torch.Generator().manual_seed(9)
     for lora in loras.values():
         lora.B.data.copy_(0.2 * torch.randn(lora.B.shape, generator=generator))
-    built = TASKS[task or natural_task(backbone.architecture)](backbone, "", Generation(max_new_tokens=6))
+    built = TASKS[task or default_task(backbone.architecture)](backbone, "", Generation(max_new_tokens=6))
     path = folder / "run" / ADAPTER_NAME
     return adapter_file.save(path, backbone, task=built.metadata(), training={"steps": 3, **training})
 

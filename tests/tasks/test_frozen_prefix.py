@@ -15,7 +15,7 @@ from lora_blip.data.loader import CachedStates, HostBatch, loader
 from lora_blip.lora import injection, targets
 from lora_blip.lora.routing import disable_adapters
 from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.loop import train
 from lora_blip.training.preflight import check_image_matters
 from tests.support import tiny
@@ -32,7 +32,7 @@ def task_for(make, kind: str, where: str) -> Any:
     backbone = make(kind)
     for x in injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0)).values():
         x.B.data.normal_(std=0.05)
-    return TASKS[natural_task(backbone.architecture)](backbone)
+    return TASKS[default_task(backbone.architecture)](backbone)
 
 
 @pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)

@@ -33,7 +33,7 @@ from lora_blip.models.token_rows import IGNORE
 from lora_blip.runtime.distributed import ALONE, Ranks, joined
 from lora_blip.tasks import retrieval
 from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import accumulate_gradients
 from tests.support import tiny
@@ -264,7 +264,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
     backbone, precision = open_backbone(
         str(base), "cpu", case.precision, case.base_dtype, checkpointing=case.checkpointing, fast=case.fast
     )
-    task, model = TASKS[natural_task(backbone.architecture)](backbone), backbone.model
+    task, model = TASKS[default_task(backbone.architecture)](backbone), backbone.model
     put_on(model, case)
     for name in attached.names(model):
         for x in attached.adapters(model, name).values():
@@ -353,7 +353,7 @@ class Oracle:
         self.case, self.record = case, record
         dtype = load_backbone(str(base), "cpu", opened_dtype(case), fast=False)
         self.first: tuple[int, bool] = (0, False)
-        self.task: Any = TASKS[natural_task(dtype.architecture)](dtype)
+        self.task: Any = TASKS[default_task(dtype.architecture)](dtype)
         dtype.fast = True  # only for the form of the batch
         self.model = dtype.model
         put_on(self.model, case)

@@ -22,7 +22,7 @@ from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.models.token_rows import IGNORE, PackedRows
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.tasks.registry import natural_task
+from lora_blip.tasks.registry import default_task
 from lora_blip.tasks.retrieval import RetrievalTask
 from lora_blip.tasks.text_task import HEADING
 from lora_blip.tasks.vqa import TEMPLATE, VqaTask
@@ -328,9 +328,9 @@ def test_a_checkpoint_for_another_task_is_refused_with_one_to_give(make, kind, t
         task(make(kind))
 
 
-def test_the_natural_task_of_each_checkpoint(make):
-    natural = {kind: natural_task(make(kind).architecture) for kind in ("blip", "opt", "t5", "vqa", "itm", "itm2")}
-    assert natural == dict.fromkeys(("blip", "opt", "t5"), "caption") | {"vqa": "vqa", "itm": "retrieval", "itm2": "retrieval"}
+def test_the_default_task_of_each_checkpoint(make):
+    names = {kind: default_task(make(kind).architecture) for kind in ("blip", "opt", "t5", "vqa", "itm", "itm2")}
+    assert names == dict.fromkeys(("blip", "opt", "t5"), "caption") | {"vqa": "vqa", "itm": "retrieval", "itm2": "retrieval"}
 
 
 def test_scores_are_votes(task):
