@@ -17,6 +17,10 @@ OUTPUT_DIR = ""  # folder of predictions.jsonl; empty: a new folder in lora_blip
 RESUME = True  # continue an interrupted run in the same OUTPUT_DIR; False: stop if the folder has a run
 REFERENCES = ""  # annotations with the right texts; the task's score is then printed
 IMAGE_ROOT = ""  # folder that the references' image paths are relative to; empty: their folder
+IMAGE_KEY = ""  # column or key of the image path; empty: a common name, such as image or file_name
+TEXT_KEY = ""  # column or key of the text; empty: a common name, such as text or caption
+QUESTION_KEY = ""  # column or key of the question; empty: question
+ANSWER_KEY = ""  # column or key of the answers; empty: answers or answer
 COMPARE = False  # run the base as well, and print both side by side
 
 # Generation

@@ -183,6 +183,10 @@ class InferConfig:
     resume: bool = setting(True, "continue an interrupted run in the same OUTPUT_DIR; False: stop if the folder has a run")
     references: str = setting("", "annotations with the right texts; the task's score is then printed", path="always")
     image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder", path="always")
+    image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
+    text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
+    question_key: str = setting("", "column or key of the question; empty: question")
+    answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     compare: bool = setting(False, "run the base as well, and print both side by side")
 
     max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40", group="Generation")
@@ -222,6 +226,10 @@ class EvaluateConfig:
 
     references: str = setting("", "annotations with the right texts, in the format of training", group="Data", path="always")
     image_root: str = setting("", "folder that image paths are relative to; empty: the references' folder", path="always")
+    image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
+    text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
+    question_key: str = setting("", "column or key of the question; empty: question")
+    answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     train_annotations: str = setting(
         "", 'training data to search for the same images; empty: the adapter\'s; "none": no search', path="always"
     )

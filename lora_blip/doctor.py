@@ -27,6 +27,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "excel": ("openpyxl",),
     "parquet": ("pyarrow",),
+    "heic": ("pillow-heif",),
     "dev": ("pytest", "peft", "selenium", "ruff", "mypy"),
 }
 BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "assets/tiny-blip-itm")

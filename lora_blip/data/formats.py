@@ -50,6 +50,11 @@ class Keys:
 NO_KEYS = Keys()
 
 
+def keys_of(config: Any) -> Keys:
+    """Return the names of the columns in the settings of a command."""
+    return Keys(config.image_key, config.text_key, config.question_key, config.answer_key)
+
+
 def open_text(path: Path, newline: str | None = None, encoding: str = "") -> TextIO:
     """Open a text file in UTF-8, or in UTF-16 with a byte order mark. Raise OSError if it cannot be opened.
 

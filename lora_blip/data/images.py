@@ -16,6 +16,7 @@ import PIL
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value, is_deep, to_grey
+from lora_blip.data.unreadable_formats import RAW, RAW_ADVICE, described
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
@@ -36,21 +37,6 @@ SUFFIXES = {
     ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
 }  # fmt: skip
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
-RAW = {  # raw files of cameras
-    ".3fr",
-    ".arw",
-    ".cr2",
-    ".cr3",
-    ".dng",
-    ".nef",
-    ".nrw",
-    ".orf",
-    ".pef",
-    ".raf",
-    ".raw",
-    ".rw2",
-    ".srw",
-}
 OTHER_SUFFIXES = {".emf", ".eps", ".ico", ".jxl", ".pcx", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".wmf"}
 PICTURES = SUFFIXES | HEIC | RAW | OTHER_SUFFIXES  # files that a user calls images; each that cannot be read is reported
 NO_PICTURES = {  # common files next to images; they are not opened
@@ -205,16 +191,18 @@ def _heif_reader() -> bool:
 def _refuse_raw(path: str | Path, kind: str) -> None:
     """Raise UnreadableError for a raw file of a camera. Pillow would return its thumbnail without a warning."""
     if kind == "TIFF" and Path(path).suffix.lower() in RAW:
-        raise UnreadableError("it is a raw file of a camera; export it as JPEG or PNG")
+        raise UnreadableError(RAW_ADVICE)
 
 
 def _unknown(path: str | Path, kind: str) -> str:
     """Return the end of the message about a file that Pillow cannot identify: its kind, and the fix."""
     suffix = Path(path).suffix.lower()
     if kind == "HEIF" or (suffix in HEIC and not _heif_reader()):
-        return "a HEIC image, which needs another package: pip install pillow-heif (or save it as JPEG)"
+        return 'a HEIC image, which needs another package: pip install "lora_blip[heic]" (or save it as JPEG)'
     if kind in FORMATS and kind not in _formats(kind):
         return f"a {kind} image, which Pillow {PIL.__version__} cannot read: pip install --upgrade pillow"
+    if kind not in FORMATS and (description := described(path)):
+        return description
     return f"not a usable image: it has no supported format ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 

@@ -52,10 +52,12 @@ def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
 def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: bool) -> Iterator[Located]:
     """Yield the entries of the rows of a table. Raise DataError if the columns are unknown."""
     first = list(islice(rows, SAMPLE))
-    number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
-    if not header:  # no valid row
-        yield from chain(first, rows)  # the reasons
+    while first and all(isinstance(row, str) for _, row in first):  # no valid row yet
+        yield from ((number, str(row)) for number, row in first)
+        first = list(islice(rows, SAMPLE))
+    if not first:
         return
+    number, header = next(((number, row) for number, row in first if isinstance(row, list)), (0, []))
     names = _names(header)
     below = [row for at, row in first if isinstance(row, list) and at != number and len(row) == len(header)]
     if not (keys.named or is_header(names)) and not _is_header_row(header, below, needs_header):

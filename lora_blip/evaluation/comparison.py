@@ -9,6 +9,7 @@ from typing import Any
 from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
+from lora_blip.data.formats import keys_of
 from lora_blip.data.leaks import leak_warning
 from lora_blip.errors import ConfigError
 from lora_blip.evaluation import outputs
@@ -84,7 +85,13 @@ def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Exampl
     require_folder("image_root", config.image_root)
     with phase(f"reading {config.references}"):
         examples, problems = annotations.read(
-            config.references, config.image_root, config.on_bad_data, task.check, pretokenize=task.pretokenize, trim=task.trim
+            config.references,
+            config.image_root,
+            config.on_bad_data,
+            task.check,
+            pretokenize=task.pretokenize,
+            trim=task.trim,
+            keys=keys_of(config),
         )
     if problems:
         print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
+from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
 from lora_blip.errors import DataError
 from lora_blip.lora.adapter_file import Adapter
@@ -27,16 +28,18 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
     settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
     source = config.train_annotations or str(settings.get("annotations", ""))
     root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
+    keys = Keys(*(str(settings.get(f"{name}_key", "")) for name in ("image", "text", "question", "answer")))
+    keys = keys_of(config) if config.train_annotations else keys
     if source in ("", "none"):
         return LeakSearch([], "not searched: the training data are unknown; give them with --train-annotations")
-    if not Path(source).is_file():
+    if not (Path(source).exists() or "," in source):  # or several files
         if config.train_annotations:
             raise DataError(
                 f"train_annotations = {source!r}: the file does not exist; give a file that exists, or --train-annotations none"
             )
         return LeakSearch([], f"not searched: {source} does not exist; give the file with --train-annotations")
     try:
-        training, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None)
+        training, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys)
     except DataError as error:
         if config.train_annotations:
             raise

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from lora_blip.config import InferConfig
 from lora_blip.data.example import Example
+from lora_blip.data.formats import keys_of
 from lora_blip.errors import ImageError, OutputError
 from lora_blip.inference.finished import FinishedExamples, key_of, resume_from
 from lora_blip.inference.prediction import Prediction, line_of, request_of
@@ -165,6 +166,8 @@ def identity(
     }  # fmt: skip
     if by_references or (task.takes_question and not config.question):  # the questions are in the references
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
+    if named := keys_of(config).named:
+        settings |= {"keys": named}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from lora_blip.data import annotations
 from lora_blip.data.example import Example
+from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.progress import phase
@@ -60,7 +61,12 @@ def read_texts(texts: str) -> list[str]:
 
 
 def examples_to_predict(
-    task: PredictionTask, images: Iterable[Example], question: str, references: dict[Path, list[Example]], texts: list[str]
+    task: PredictionTask,
+    images: Iterable[Example],
+    question: str,
+    references: dict[Path, list[Example]],
+    texts: list[str],
+    keys: Keys = NO_KEYS,
 ) -> Iterable[Example]:
     """Return the examples to predict: each image with its questions or prompts.
 
@@ -90,7 +96,7 @@ def examples_to_predict(
         question = annotations.plain(question)
         check_questions(task, [example_of("", question)])
         return WithQuestion(images, question)
-    lines = read_references(question, "", images) if question else references
+    lines = read_references(question, "", images, keys) if question else references
     unique = list({task.subject(example): example for group in lines.values() for example in group}.values())
     if not unique:
         raise ConfigError(
@@ -145,7 +151,7 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
         print(report)
 
 
-def read_references(source: str, root: str, images: Iterable[Example]) -> dict[Path, list[Example]]:
+def read_references(source: str, root: str, images: Iterable[Example], keys: Keys = NO_KEYS) -> dict[Path, list[Example]]:
     """Return {image: its lines in an annotations file}, without images that have no line. Raise DataError if none has a line.
 
     The memory grows with the file, not with the number of images.
@@ -154,7 +160,7 @@ def read_references(source: str, root: str, images: Iterable[Example]) -> dict[P
         return {}
     require_folder("image_root", root)
     with phase(f"reading {source}"):
-        examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False)
+        examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys)
     if problems:
         print(f"{printable(source)}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.data.example import Example
+from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.inference import output
@@ -45,7 +46,7 @@ class Inputs:
 def read_inputs(config: InferConfig) -> Inputs:
     """Read the image paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
     images = ImageSource(config.images)
-    references = read_references(config.references, config.image_root, images)
+    references = read_references(config.references, config.image_root, images, keys_of(config))
     return Inputs(images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.runs))
 
 
@@ -53,7 +54,7 @@ def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, st
     """Load the model, and return the task, the precision, the examples to predict and the identity of the run."""
     task, precision = open_task(config, inputs.adapter)
     inputs.references = trim_references(task, config.references, inputs.references)
-    examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts)
+    examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts, keys_of(config))
     run_identity = output.identity(config, task, inputs.adapter, precision, by_references=isinstance(examples, WithPrompts))
     return task, precision, examples, run_identity
 

@@ -14,7 +14,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, splits
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.formats import Keys
+from lora_blip.data.formats import keys_of
 from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
@@ -261,7 +261,7 @@ def read_file(
             task.pretokenize,
             task.trim,
             on_decoded=keep,
-            keys=Keys(config.image_key, config.text_key, config.question_key, config.answer_key),
+            keys=keys_of(config),
             splits=sides,
         )
     if problems:

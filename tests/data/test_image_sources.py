@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import PIL.features
 import pytest
 from PIL import Image, features
 
@@ -127,8 +128,10 @@ def test_an_image_that_cannot_be_read_is_in_errors_jsonl_with_what_to_do(tmp_pat
     assert len(path.read_text().splitlines()) == 1 and len(errors) == len(BAD)
     told = dict(zip(sorted(BAD), errors, strict=True))
     for name in ("f.heic", "m.heic"):
-        assert "pip install pillow-heif" in told[name]
-    assert "it is empty" in told["zero.png"] and "save it as JPEG or PNG" in told["n.jpg"] and "save it as" in told["o.eps"]
+        assert r"pip install \"lora_blip[heic]\"" in told[name]
+    assert (
+        "it is empty" in told["zero.png"] and "save it as JPEG or PNG" in told["n.jpg"] and "export it as PNG" in told["o.eps"]
+    )
     assert "not images, left out: 1 file(s) (1 .txt)" in capsys.readouterr().out
 
 
@@ -182,3 +185,31 @@ def test_brands_tell_avif_from_heic_from_films():
     assert kind_of(box(b"avif", b"mif1")) == kind_of(box(b"mif1", b"miaf", b"avif")) == "AVIF"
     assert kind_of(box(b"heic")) == kind_of(box(b"mif1", b"heic")) == "HEIF"
     assert kind_of(box(b"isom", b"mp41")) == kind_of(box(b"qt  ")) == kind_of(b"\0\0\0\x08ftyp") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.svg", "a vector drawing, which has no pixels; export it as PNG"),
+        ("a b.mp4", 'a video; save some of its frames as images: ffmpeg -i "a b.mp4" -vf fps=1 "a b_%05d.jpg"'),
+        ("a.PDF", 'a PDF document; save its pages as images: pdftoppm -png "a.PDF" "a"'),
+        ("a.cr3", "it is a raw file of a camera; export it as JPEG or PNG"),
+        ("a.psd", "a file of an image editor; export it as PNG"),
+        ("a.jxl", 'a JPEG XL image; convert it: djxl "a.jxl" "a.png"'),
+        ("a.heic", 'a HEIC image, which needs another package: pip install "lora_blip[heic]"'),
+    ],
+)
+def test_a_file_of_an_unreadable_format_is_named_with_the_fix(tmp_path, monkeypatch, name, message):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / name).write_bytes(b"no image\n" * 20)
+    with pytest.raises(ImageError) as error:
+        open_image(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name} is ") and message in str(error.value)
+    (tmp_path / name).write_bytes(content("JPEG"))  # the content decides, whatever the name says
+    assert open_image(tmp_path / name).size == (16, 12)
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read(tmp_path):
+    (tmp_path / "a.avif").write_bytes(content("AVIF"))
+    assert open_image(tmp_path / "a.avif").size == (16, 12)

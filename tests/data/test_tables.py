@@ -162,9 +162,9 @@ def test_an_excel_workbook_is_read_as_a_table(folder, monkeypatch):
         ("1.png", "a cat", 3.0, None),
         ("2.png", 5, None, None),
     ]
-    sheet = types.types.SimpleNamespace(iter_rows=lambda **_: iter(rows))
-    book = types.types.SimpleNamespace(worksheets=[sheet], close=lambda: None)
-    monkeypatch.setitem(sys.modules, "openpyxl", types.types.SimpleNamespace(load_workbook=lambda *_, **__: book))
+    sheet = types.SimpleNamespace(iter_rows=lambda **_: iter(rows))
+    book = types.SimpleNamespace(worksheets=[sheet], close=lambda: None)
+    monkeypatch.setitem(sys.modules, "openpyxl", types.SimpleNamespace(load_workbook=lambda *_, **__: book))
     with zipfile.ZipFile(folder / "x.xlsx", "w") as archive:
         archive.writestr("a", "b")
     assert [(e.name, e.text, e.line) for e in annotations.read(folder / "x.xlsx")[0]] == [
@@ -196,6 +196,8 @@ def test_a_table_without_a_valid_row_or_with_one_column_is_one_error(folder):
         (folder / "x.csv").write_text(content or "\n\n")
         with pytest.raises(DataError, match=r"x\.csv.*(not valid CSV|no usable line)"):
             annotations.read(folder / "x.csv")
+    (folder / "x.csv").write_text('"a"b,c\n' * 60 + "image,caption\n1.png,a\n")  # more invalid rows than the sample has
+    assert [e.text for e in annotations.read(folder / "x.csv", on_bad_data="skip")[0]] == ["a"]
     (folder / "x.csv").write_text("caption\na cat\n")
     with pytest.raises(DataError, match=r"x\.csv:1: the table has only one column, 'caption'"):
         annotations.read(folder / "x.csv")

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from lora_blip.data.annotations import many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
-from lora_blip.data.formats import Keys, LeftOut, Location
+from lora_blip.data.formats import LeftOut, Location, keys_of
 from lora_blip.data.prepare.dropped import Dropped, first_lines, print_dropped
 from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
@@ -113,11 +113,6 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
         files = write(output, rows, data.dropped)
     report(files, rows, data)
     return {split: files[split] for split in SPLIT_NAMES if split in files}
-
-
-def keys_of(config: PrepareConfig) -> Keys:
-    """Return the names of the columns or keys that the settings give."""
-    return Keys(config.image_key, config.text_key, config.question_key, config.answer_key)
 
 
 def refuse_existing(output: Path) -> None:
