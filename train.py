@@ -70,6 +70,7 @@ SHARD = False  # shard the frozen weights over torchrun's processes (FSDP2), for
 CHECKPOINT_SECONDS = 60.0  # seconds between checkpoints; 0: after every micro-batch
 KEEP_CHECKPOINTS = 2  # number of newest checkpoints to keep
 ALLOW_CHANGED = False  # resume even if settings, data or base have changed; the result then differs
+INIT_ADAPTER = ""  # continue from the weights of an adapter, with a new schedule: a run folder, a file or "latest"
 LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 TENSORBOARD = False  # also write TensorBoard event files: pip install "lora_blip[tensorboard]"
 

@@ -128,6 +128,11 @@ class TrainConfig:
     )
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep")
     allow_changed: bool = setting(False, "resume even if settings, data or base have changed; the result then differs")
+    init_adapter: str = setting(
+        "",
+        'continue from the weights of an adapter, with a new schedule: a run folder, a file or "latest"',
+        path="if it exists",
+    )
     log_every: int = setting(10, "optimizer steps between lines of metrics.jsonl")
     tensorboard: bool = setting(False, 'also write TensorBoard event files: pip install "lora_blip[tensorboard]"')
 

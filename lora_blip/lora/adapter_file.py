@@ -237,7 +237,7 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     model, adapter = model_of(backbone), path if isinstance(path, Adapter) else read(locate(path))
     if attached.adapters(model, name):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
-    _check_fit(model, adapter)
+    check_fit(model, adapter)
     _check_image_size(backbone, adapter)
     for address, lora in injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name).items():
         lora.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
@@ -245,7 +245,7 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     return adapter
 
 
-def _check_fit(model: nn.Module, adapter: Adapter) -> None:
+def check_fit(model: nn.Module, adapter: Adapter) -> None:
     """Raise AdapterError if a module is missing, has another shape, or has other weights than the base of the training."""
     modules = dict(model.named_modules())
     remedy = f"the adapter was trained on {quoted(adapter.base)}; load that base"

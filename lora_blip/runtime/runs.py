@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lora_blip.errors import AdapterError, CheckpointError
+from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.user_paths import nearest_path
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
@@ -59,6 +60,19 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     return best if best.is_file() else last
 
 
+def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
+    """Return the file that INIT_ADAPTER names, as `locate` does, but "latest" is the newest finished run in the folder `runs`.
+
+    An interrupted run has checkpoints. It may be the run that the training resumes. Raise AdapterError if there is no adapter.
+    """
+    if adapter != "latest":
+        return locate(adapter, runs)
+    finished = [path for path in Path(runs).glob(f"*/{ADAPTER_NAME}") if not path.with_name(CHECKPOINTS_NAME).exists()]
+    if not finished:
+        raise AdapterError(f"init_adapter = 'latest': {str(runs)!r} has no finished run; give the path of an adapter")
+    return locate(max(finished, key=lambda path: path.stat().st_mtime).parent)
+
+
 def refuse_peft(path: Path) -> None:
     """Raise AdapterError if `path` is an adapter of peft: its folder, or its weights."""
     if (path / PEFT_CONFIG).is_file() or (path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file()):
@@ -83,7 +97,7 @@ def nearest_run(path: Path, runs: str | Path) -> str:
 def run_to_resume(path: Path) -> Path:
     """Return the folder of the run that RESUME names: the path of a run, or of one of its checkpoints.
 
-    Raise CheckpointError if there is no such folder, or if it has no checkpoints.
+    Raise CheckpointError if there is no such folder, or if the run is finished: a finished run has no checkpoints.
     """
     is_checkpoint = path.parent.name == CHECKPOINTS_NAME and CHECKPOINT.fullmatch(path.name)
     run = path.parent.parent if is_checkpoint else path
@@ -93,5 +107,11 @@ def run_to_resume(path: Path) -> Path:
         raise CheckpointError(
             f"resume = {str(path)!r}: the folder does not exist; {meant}give the folder of a run, or --resume auto for the "
             "newest one"
+        )
+    if (run / ADAPTER_NAME).is_file() and not (run / CHECKPOINTS_NAME).exists():
+        command = this_command(without=("--resume", "--init-adapter"), added=("--resume", "off", "--init-adapter", str(run)))
+        settings = f'RESUME = "off" and INIT_ADAPTER = {str(run)!r}'
+        raise CheckpointError(
+            f"resume = {str(path)!r}: the run is finished; to train its adapter further, in a new run: {command or settings}"
         )
     return run

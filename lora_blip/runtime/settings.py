@@ -70,8 +70,8 @@ def check(config: Any) -> None:
 
 
 def stored_settings(config: Any) -> dict[str, Any]:
-    """Return the settings for an adapter file: all but options that are empty, which earlier versions did not have."""
-    return {name: value for name, value in asdict(config).items() if value != {}}
+    """Return the settings for an adapter file: all but empty options and INIT_ADAPTER, which earlier versions did not have."""
+    return {name: value for name, value in asdict(config).items() if value != {} and (value or name != "init_adapter")}
 
 
 def options_of(value: Any, name: str) -> Options:

@@ -5,7 +5,7 @@ from pathlib import Path
 from lora_blip.config import TrainConfig
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime.files import refuse_unwritable
-from lora_blip.runtime.runs import run_to_resume
+from lora_blip.runtime.runs import locate_initial, run_to_resume
 from lora_blip.runtime.user_paths import require_annotations, require_folder
 
 
@@ -18,3 +18,5 @@ def check_paths(config: TrainConfig) -> None:
     locate_base(config.model)
     if config.resume not in ("auto", "off"):
         run_to_resume(Path(config.resume))
+    if config.init_adapter:
+        locate_initial(config.init_adapter, config.output_dir)

@@ -65,7 +65,7 @@ def check_image_matters(task: Task, batch: DeviceBatch) -> None:
 
 def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
     """Raise PreflightError if a B gets no gradient from this batch. Return the number of bytes that autograd saves."""
-    adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
+    adapters = [m for m in task.backbone.model.modules() if isinstance(m, LoRA) and m.B.requires_grad]
     kept = KeptBytes(task.backbone.model)
     with autocast(), torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         loss = task.loss(batch) / batch.count

@@ -21,10 +21,10 @@ from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner
 
 # Settings that may change before a run is resumed, because they change no update. Model and annotations are in the list
-# because the identity compares their content, not their paths.
+# because the identity compares their content, not their paths; so does `initial_adapter.source_of` for init_adapter.
 FREE = (
     "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
-    "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb",
+    "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb", "init_adapter",
 )  # fmt: skip
 SAMPLE = 4096  # bytes that are read at the start, the middle and the end of an image file
 CHUNK = 1024  # lines that are encoded in one call: a third faster than one call for each line

@@ -224,6 +224,8 @@ class Run:
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
         summary = {"steps": step, **extra, **self.last_scores, "settings": stored_settings(self.config)}
+        if source := self.identity.get("init_adapter"):
+            summary["init_adapter"] = {"path": self.config.init_adapter, "sha256": source}
         task = self.learner.task
         with room_for(self.folder, CheckpointError, INTACT):
             return adapter_file.save(

@@ -222,7 +222,10 @@ class Session:
     def finish(self) -> None:
         """Print the adapter, its score and the next command, draw the loss curve, and remove the checkpoints."""
         run = self.run
-        print(f"saved {printable(run.adapter_path)}", *filter(None, [summary.score_line(run.folder, run.best)]), sep="\n")
+        start = "initial adapter" if self.config.init_adapter else "base"
+        print(
+            f"saved {printable(run.adapter_path)}", *filter(None, [summary.score_line(run.folder, run.best, start)]), sep="\n"
+        )
         if self.learner.ranks.main and (plot := attempt("loss curve", lambda: plots.draw(run.folder) or NO_PLOT)):
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         dataset: Any = self.batches.dataset

@@ -18,7 +18,7 @@ from lora_blip.data.formats import keys_of
 from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
-from lora_blip.lora import attached, injection, targets
+from lora_blip.lora import attached, targets
 from lora_blip.models import sharding, weights
 from lora_blip.models.compilation import compile_blocks
 from lora_blip.models.generation import check_generation, ignored_lines
@@ -40,6 +40,7 @@ from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.diagnostics import describe_error
+from lora_blip.training.initial_adapter import freeze_others, inject_adapters, restore_task, source_of
 from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
 
@@ -117,8 +118,11 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
         with phase(search):
             attempt(search, partial(warn_of_leaks, config, training, validation, thumbnails))
     fitted = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
-    injection.inject(backbone.model, targets.find(backbone.model, config.targets, config.r, config.alpha), config.dropout)
+    if initial := inject_adapters(config, backbone):
+        restore_task(task, initial)
+        config = replace(config, init_adapter=str(initial.path))
     identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
+    identity["init_adapter"] = source_of(initial) if initial else ""
     return RunInputs(config, task, precision, training, validation, identity)
 
 
@@ -136,6 +140,7 @@ def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches,
         weights.cast_once(backbone, inputs.precision)
     if config.shard:
         sharding.shard(backbone, ranks.count)
+    freeze_others(config, backbone, attached.adapters(backbone.model))
     return caches, prefix
 
 

@@ -17,15 +17,18 @@ DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
-def score_line(folder: Path, best: Best) -> str:
-    """Return a line with the base's validation score and the adapter's best one. Return "" if the run had no validation."""
+def score_line(folder: Path, best: Best, start: str = "base") -> str:
+    """Return a line with the validation score at the start and the best one. Return "" if the run had no validation.
+
+    start: what the run started from, the base or the initial adapter.
+    """
     value = abs(best.rank[0])
     if not math.isfinite(value):
         return ""
     base = base_score(folder / METRICS_NAME, best.by)
-    line = f"validation {score_name(best.by)}: " + (f"base {score_value(best.by, base)}, " if base is not None else "")
+    line = f"validation {score_name(best.by)}: " + (f"{start} {score_value(best.by, base)}, " if base is not None else "")
     if not best.step:
-        return f"{line}and no later validation was better: the adapter does not improve on the base"
+        return f"{line}and no later validation was better: the adapter does not improve on the {start}"
     return printable(f"{line}best adapter {score_value(best.by, value)}, after step {best.step}: {folder / BEST_NAME}")
 
 

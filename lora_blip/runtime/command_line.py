@@ -1,0 +1,40 @@
+"""The command that started this process, as a line to paste."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_blip.runtime.untrusted import printable
+
+SCRIPTS = ("train.py", "infer.py")
+
+
+def program() -> list[str]:
+    """Return the words that start this program: `python train.py` or `lora-blip`; [] if it is another program."""
+    path = Path(sys.argv[0])
+    if path.name in SCRIPTS:
+        return ["python", str(path)]
+    if path.parts[-2:] == ("lora_blip", "__main__.py"):
+        return ["python", "-m", "lora_blip"]
+    return ["lora-blip"] if path.stem == "lora-blip" else []
+
+
+def this_command(without: Sequence[str] = (), added: Sequence[str] = ()) -> str:
+    """Return the command of this process, or "" if the package was called from another program, or by torchrun.
+
+    without: flags that are left out with their values. added: words at the end.
+    """
+    start = program()
+    if not start or "WORLD_SIZE" in os.environ:
+        return ""
+    words, skipped = list[str](), False
+    for word in sys.argv[1:]:
+        if word.partition("=")[0] in without:
+            skipped = "=" not in word  # the next word is its value
+        elif skipped:
+            skipped = False
+        else:
+            words.append(word)
+    return printable(shlex.join([*start, *words, *added]))

@@ -1,0 +1,129 @@
+"""Start a training from the values of an existing adapter (INIT_ADAPTER), with a new schedule and a new optimizer.
+
+Modules of the adapter that are not in TARGETS keep their values: they act in every forward and are saved, but are not trained.
+Modules that are in TARGETS but not in the adapter begin as in a new adapter: their update is zero.
+"""
+
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from lora_blip.config import TrainConfig
+from lora_blip.errors import AdapterError
+from lora_blip.lora import adapter_file, injection, targets
+from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.layer import LoRA
+from lora_blip.lora.sites import Site
+from lora_blip.models.loading import Backbone
+from lora_blip.runtime import runs
+from lora_blip.runtime.untrusted import printable, quoted
+from lora_blip.tasks.base import Task
+
+
+def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
+    """Put the adapters of TARGETS on the backbone, with the values of the initial adapter. Return it, or None if there is none.
+
+    Raise AdapterError, with the settings that fit, if it has another base, image size, rank or alpha.
+    """
+    sites = targets.find(backbone.model, config.targets, config.r, config.alpha)
+    if not config.init_adapter:
+        injection.inject(backbone.model, sites, config.dropout)
+        return None
+    adapter = adapter_file.read(runs.locate_initial(config.init_adapter, config.output_dir))
+    check_base(adapter, backbone)
+    check_sites(adapter, sites)
+    trained = {site.address for site in sites}
+    every = [*sites, *(site for site in adapter.sites if site.address not in trained)]
+    for address, lora in injection.inject(backbone.model, every, config.dropout).items():
+        if f"{address}.lora_A" in adapter.tensors:
+            lora.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
+            lora.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
+    print(printable(describe(adapter, sites)))
+    return adapter
+
+
+def freeze_others(config: TrainConfig, backbone: Backbone, loras: dict[str, LoRA]) -> None:
+    """Do not train the adapters that are not in TARGETS. Call this after the digest of the frozen weights was computed."""
+    if config.init_adapter:
+        trained = {site.address for site in targets.find(backbone.model, config.targets, config.r, config.alpha)}
+        for address, lora in loras.items():
+            lora.requires_grad_(address in trained)
+
+
+def check_base(adapter: Adapter, backbone: Backbone) -> None:
+    """Raise AdapterError if the adapter was trained on another base, or at an image size that the settings do not choose."""
+    try:
+        adapter_file.check_fit(backbone.model, adapter)
+    except AdapterError as error:
+        raise AdapterError(f"init_adapter: {error}: --model {shlex.quote(adapter.base)}") from None
+    if adapter.image_size not in (0, backbone.image_size) and not backbone.chose_image_size:
+        raise AdapterError(
+            f"init_adapter: {adapter.path} was trained on images of {adapter.image_size}×{adapter.image_size}, and this "
+            f"training uses {backbone.image_size}×{backbone.image_size}; set IMAGE_SIZE = {adapter.image_size} (--image-size "
+            f"{adapter.image_size}), or --image-size {backbone.image_size} to continue at that size"
+        )
+
+
+def check_sites(adapter: Adapter, sites: list[Site]) -> None:
+    """Raise AdapterError if a target has another r or alpha than in the adapter, or other rows of the same linear."""
+    own = {site.address: site for site in adapter.sites}
+    whole = {site.module for site in (*sites, *own.values()) if not site.block}
+    for site in sites:
+        same = own.get(site.address)
+        if same and (same.r, same.alpha) != (site.r, site.alpha):
+            raise AdapterError(
+                f"init_adapter: {adapter.path} has r = {same.r} and alpha = {same.alpha:g} at {quoted(site.address)}, and this "
+                f"training has r = {site.r} and alpha = {site.alpha:g}; use those of the adapter: {fitting_flags(adapter)}"
+            )
+    for site in (*sites, *own.values()):
+        if site.block and site.module in whole:
+            raise AdapterError(
+                f"init_adapter: {adapter.path} and TARGETS do not agree on {quoted(site.module)}: one has all of its rows, the "
+                f"other only those of {quoted(site.block)}; use the targets of the adapter: {fitting_flags(adapter, full=True)}"
+            )
+
+
+def fitting_flags(adapter: Adapter, full: bool = False) -> str:
+    """Return the flags for a training with the sites of the adapter: r and alpha, and the targets if they are needed."""
+    pairs = {(site.r, site.alpha) for site in adapter.sites}
+    settings: Any = adapter.metadata.get("training", {}).get("settings", {})
+    if len(pairs) == 1 and not full:
+        ((r, alpha),) = pairs
+        return f"--r {r} --alpha {alpha:g}"
+    known = {name: settings[name] for name in ("targets", "r", "alpha") if isinstance(settings.get(name), str | int | float)}
+    if len(known) == 3:
+        return shlex.join(part for name, value in known.items() for part in (f"--{name}", f"{value}"))
+    return f"--targets {shlex.quote(','.join(_target(site) for site in adapter.sites))}"
+
+
+def _target(site: Site) -> str:
+    return f"{site.address}:r={site.r}:alpha={site.alpha:g}"
+
+
+def describe(adapter: Adapter, sites: Iterable[Site]) -> str:
+    """Return a line with the number of modules that continue, that keep their values, and that are new."""
+    trained, own = {site.address for site in sites}, {site.address for site in adapter.sites}
+    line = f"continuing from {adapter.path}: {len(trained & own)} adapted modules begin with its values"
+    if kept := own - trained:
+        line += f"; {len(kept)} of its modules, such as {quoted(min(kept))}, are not in TARGETS: they keep their values"
+    if new := trained - own:
+        line += f"; {len(new)} modules, such as {quoted(min(new))}, are not in it: they begin as in a new adapter"
+    return line
+
+
+def restore_task(task: Task, adapter: Adapter) -> None:
+    """Load the temperature of a retrieval adapter. Print a note if its task or prompt was another one."""
+    name, prompt = adapter.task.get("name", ""), str(adapter.task.get("prompt", ""))
+    if name != task.name:
+        message = f"the initial adapter was trained for the task {quoted(name)}, and this training is for {task.name}"
+        print(printable(f"note: {message}"))
+        return
+    task.load_metadata(adapter.task)
+    if prompt != task.prompt:
+        message = f"the initial adapter was trained with PROMPT = {quoted(prompt)}, and this training has {quoted(task.prompt)}"
+        print(printable(f"note: {message}"))
+
+
+def source_of(adapter: Adapter) -> str:
+    """Return the identity of an adapter: the start of the SHA-256 of its values."""
+    return adapter_file.digest(adapter.tensors)[:16]

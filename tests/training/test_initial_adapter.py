@@ -1,0 +1,213 @@
+"""INIT_ADAPTER: a training that begins with the values of an adapter, with a new schedule and a new optimizer."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_blip.config import TrainConfig
+from lora_blip.errors import AdapterError, CheckpointError
+from lora_blip.lora import adapter_file, injection
+from lora_blip.runtime.distributed import ALONE
+from lora_blip.runtime.runs import ADAPTER_NAME, CHECKPOINTS_NAME, locate_initial, run_to_resume
+from lora_blip.training import initial_adapter
+from lora_blip.training.loop import train
+from lora_blip.training.session import Session, start_session
+from lora_blip.training.validation import validate
+from tests.support import tiny
+from tests.support.runs import assert_same, before_each_step, config_of, lines, metrics_of
+
+
+@pytest.fixture(scope="module")
+def first(checkpoints, tmp_path_factory) -> tuple[TrainConfig, Path]:
+    """A finished run on the ViT and the text model, with its settings."""
+    config = config_of(checkpoints, tmp_path_factory.mktemp("first"), targets="vit,text", epochs=1, dropout=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_blip.reports.plots.draw", lambda _: None)
+        return config, train(config)
+
+
+def further(first: tuple[TrainConfig, Path], tmp_path: Path, **changes: object) -> TrainConfig:
+    config, path = first
+    return replace(config, **({"init_adapter": str(path), "output_dir": str(tmp_path / "runs"), "seed": 5} | changes))
+
+
+def held(path: Path) -> dict[str, torch.Tensor]:
+    return adapter_file.read(path).tensors
+
+
+@pytest.mark.parametrize("targets", ["vit,text", "vit"])
+def test_the_loss_at_step_0_is_that_of_the_loaded_adapter(first, tmp_path, make, targets):
+    """Of all validation lines, also if only a part of the adapter is trained further."""
+    config = further(first, tmp_path, targets=targets)
+    path = train(config)
+    with started(config) as session:
+        backbone = make("blip")
+        adapter_file.load(backbone, config.init_adapter)
+        loaded = type(session.task)(backbone, session.task.prompt, session.task.generation)
+        scores = validate(loaded, session.held_out, session.autocast, "loss", session.learner.ranks)
+    assert lines(path)[0]["step"] == 0 and lines(path)[0]["val_loss"] == pytest.approx(scores["loss"], abs=1e-6)
+
+
+@contextmanager
+def started(config: TrainConfig) -> Iterator[Session]:
+    """Yield the session of a run that makes no step."""
+    with ExitStack() as closing:
+        session = start_session(ALONE, replace(config, output_dir=f"{config.output_dir}_2"), closing)
+        closing.callback(session.run.close)
+        yield session
+
+
+def test_a_part_of_the_adapter_is_trained_and_the_rest_is_saved_unchanged(first, tmp_path, capsys):
+    """And what is not in the adapter is new: its update is zero at the start."""
+    before = held(first[1])
+    assert {key.split(".")[0] for key in before} == {"vision_model", "text_decoder"}
+    after = held(train(further(first, tmp_path, targets="vit")))
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) is not key.startswith("vision_model"), key
+    count = sum(key.endswith("lora_A") and not key.startswith("vision_model") for key in before)
+    printed = capsys.readouterr().out
+    assert f"; {count} of its modules, such as 'text_decoder" in printed and "they keep their values" in printed
+    small = train(replace(first[0], targets="vit", output_dir=str(tmp_path / "small")))
+    initial = {}
+
+    def note(count, learner):
+        if count == 1:
+            initial.update({name: p.detach().clone() for name, p in learner.parameters.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        before_each_step(patch, note)
+        train(further(first, tmp_path, init_adapter=str(small.parent), output_dir=str(tmp_path / "larger")))
+    best = held(small.with_name("best.safetensors")) if small.with_name("best.safetensors").exists() else held(small)
+    assert all(torch.equal(initial[key], value) for key, value in best.items())
+    assert not any(value.any() for key, value in initial.items() if key.endswith("lora_B") and key not in best)
+    assert "are not in it: they begin as in a new adapter" in capsys.readouterr().out
+
+
+def test_training_continues_as_a_new_run_whose_adapters_have_these_values(first, tmp_path, monkeypatch):
+    """Bit for bit: adapters, best adapters and metrics. The metadata has the source, and the settings have the path."""
+    path = train(further(first, tmp_path))
+    config = further(first, tmp_path, init_adapter="", output_dir=str(tmp_path / "oracle"))
+    tensors = held(first[1])
+    real = injection.inject
+
+    def inject(model, sites, dropout):
+        loras = real(model, sites, dropout)
+        for address, lora in loras.items():
+            lora.A.data.copy_(tensors[f"{address}.lora_A"])
+            lora.B.data.copy_(tensors[f"{address}.lora_B"])
+        return loras
+
+    with monkeypatch.context() as patch:
+        patch.setattr(initial_adapter.injection, "inject", inject)
+        oracle = train(config)
+    assert_same(path, oracle)
+    assert [entry["lr"] for entry in metrics_of(path) if "lr" in entry] == [
+        entry["lr"] for entry in metrics_of(oracle) if "lr" in entry
+    ]
+    training, plain = (adapter_file.read(each).metadata["training"] for each in (path, oracle))
+    source = {"path": str(first[1]), "sha256": adapter_file.digest(tensors)[:16]}
+    assert training["init_adapter"] == source and training["settings"]["init_adapter"] == str(first[1])
+    assert "init_adapter" not in plain and "init_adapter" not in plain["settings"]  # the metadata of earlier versions
+
+
+def test_an_interrupted_run_resumes_with_its_initial_adapter(first, tmp_path):
+    """Bit for bit; with "latest" too, which is never the interrupted run. Without the adapter it is another run."""
+    whole = train(further(first, tmp_path, output_dir=str(tmp_path / "whole")))
+    config = further(first, tmp_path, init_adapter="latest")
+    finished = tmp_path / "runs" / "finished" / ADAPTER_NAME
+    finished.parent.mkdir(parents=True)
+    finished.write_bytes(first[1].read_bytes())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        before_each_step(patch, lambda count, _: 1 // (2 - count))
+        train(config)
+    (run,) = (path.parent for path in (tmp_path / "runs").glob(f"*/{CHECKPOINTS_NAME}"))
+    other = train(replace(config, init_adapter="", max_steps=1, epochs=1))
+    other.unlink()
+    assert other.parent != run
+    path = train(config)
+    assert path.parent == run
+    assert_same(path, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 4}, r"has r = 2 and alpha = 4 at .*this training has r = 4 .*use those of the adapter: --r 2 --alpha 4$"),
+        ({"alpha": 8.0}, r"this training has r = 2 and alpha = 8; use those of the adapter: --r 2 --alpha 4$"),
+        ({"targets": "vit.q"}, r"do not agree on .*the targets of the adapter: --targets vit,text --r 2 --alpha 4.0$"),
+        ({"model": "other"}, r"are not those of the training; the adapter was trained on .*: --model \S*blip$"),
+        ({"model": "opt", "targets": "vit"}, r"this model has no linear .*: --model \S*blip$"),
+        ({"init_adapter": "nowhere"}, "no adapter at 'nowhere'"),
+        ({"init_adapter": "latest"}, "has no finished run; give the path of an adapter"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoints, tmp_path, changes, message):
+    """Before the first step, and without a run folder."""
+    if changes.get("model") == "other":
+        from transformers import BlipForConditionalGeneration
+
+        tiny.save_blip(tmp_path / "base")
+        model = BlipForConditionalGeneration.from_pretrained(tmp_path / "base")
+        model.vision_model.encoder.layers[0].mlp.fc1.weight.data.mul_(1.5)
+        model.save_pretrained(tmp_path / "base")
+        changes = {"model": str(tmp_path / "base")}
+    elif "model" in changes:
+        changes = changes | {"model": str(checkpoints[changes["model"]])}
+    with pytest.raises(AdapterError, match=message):
+        train(further(first, tmp_path, **changes))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_image_size_is_an_error_unless_it_is_chosen(first, tmp_path):
+    config = further(first, tmp_path, image_size=48)
+    with pytest.raises(AdapterError, match=r"trained on images of 48×48.*uses 32×32; set IMAGE_SIZE = 48 \(--image-size 48\)"):
+        train(replace(config, init_adapter=str(train(config)), image_size=0, max_steps=1))
+
+
+def test_the_temperature_of_a_retrieval_adapter_continues(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path, "itm", dropout=0.0, accumulation=1, batch_size=4, max_steps=3, lr=0.5)
+    path = train(config)
+    temperature = adapter_file.read(path).task["temperature"]
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        before_each_step(patch, lambda _, learner: started.append(learner.task.temperature.item()))
+        train(replace(config, init_adapter=str(path), output_dir=str(tmp_path / "second")))
+    assert started[0] == pytest.approx(temperature) and temperature != pytest.approx(0.07)
+
+
+def test_the_resume_of_a_finished_run_prints_the_command_that_continues(first, monkeypatch):
+    """It is the command of the user with INIT_ADAPTER instead of RESUME; from Python, it is the settings."""
+    run = first[1].parent
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run), "--epochs", "3"])
+    with pytest.raises(CheckpointError) as caught:
+        run_to_resume(run)
+    command = f"python train.py --epochs 3 --resume off --init-adapter {run}"
+    assert (
+        str(caught.value)
+        == f"resume = {str(run)!r}: the run is finished; to train its adapter further, in a new run: {command}"
+    )
+    monkeypatch.setattr(sys, "argv", ["service.py"])
+    with pytest.raises(CheckpointError, match='RESUME = "off" and INIT_ADAPTER = '):
+        train(replace(first[0], resume=str(run)))
+
+
+def test_latest_is_the_newest_finished_run(tmp_path):
+    for name in ("older", "newer", "interrupted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ADAPTER_NAME).touch()
+    (tmp_path / "interrupted" / CHECKPOINTS_NAME).mkdir()
+    os.utime(tmp_path / "older" / ADAPTER_NAME, (1, 1))
+    assert locate_initial("latest", tmp_path) == tmp_path / "newer" / ADAPTER_NAME
+    assert locate_initial(str(tmp_path / "older")) == tmp_path / "older" / ADAPTER_NAME
+
+
+def test_the_end_compares_with_the_initial_adapter(first, tmp_path, capsys):
+    train(further(first, tmp_path, max_steps=1))
+    assert ": initial adapter " in capsys.readouterr().out
