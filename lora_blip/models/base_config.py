@@ -133,6 +133,14 @@ def _check_kind(config: Mapping[str, Any], source: str) -> None:
     for part in ("vision_config", "text_config", "qformer_config"):
         if not isinstance(config.get(part, {}), dict | None):
             raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object; {AGAIN}")
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
+        raise ModelError(f"config.json of {source!r}: architectures is {quoted(named)}, expected a list of names; {AGAIN}")
+    if kind == "blip" and (config.get("text_config") or {}).get("is_decoder", True) is not True:
+        raise ModelError(
+            f"config.json of {source!r}: is_decoder of text_config is not true, so its text model would not read the "
+            "image; set it to true"
+        )
     language = (config.get("text_config") or {}).get("model_type", "opt")
     if kind == "blip-2" and language not in LANGUAGE_MODELS:
         raise ModelError(

@@ -7,6 +7,7 @@ program reads `vision_config.image_size`, and no forward needs `interpolate_pos_
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -73,6 +74,7 @@ def fit_processor(image_processor: Any, size: int, name: str) -> str:
     square, or if the output has another size after the change.
     """
     _check_sizes(image_processor, name)
+    _check_values(image_processor, name)
     try:
         sizes = _sides(image_processor)
     except Exception:  # its size may be missing or invalid
@@ -119,6 +121,23 @@ def _check_sizes(image_processor: Any, name: str) -> None:
                 f"{name!r}: {setting} of its image processor is {height}×{width} (height×width), and the model needs square "
                 "images; set both to the same number in preprocessor_config.json"
             )
+
+
+def _check_values(image_processor: Any, name: str) -> None:
+    """Raise ModelError if the pixels of a processor are not finite, as with an image_std of 0."""
+    try:
+        with np.errstate(all="ignore"):
+            pixels = image_processor(Image.new("RGB", (8, 8), (0, 128, 255)), return_tensors="pt")["pixel_values"]
+        finite = bool(torch.isfinite(pixels).all())
+    except Exception:  # `fit_processor` reports its sizes
+        return
+    if not finite:
+        keys = ("image_mean", "image_std", "rescale_factor")
+        values = ", ".join(f"{key} {quoted(getattr(image_processor, key, None))}" for key in keys)
+        raise ModelError(
+            f"{name!r}: its image processor makes pixels that are not finite ({values}); copy preprocessor_config.json again "
+            "from the checkpoint"
+        )
 
 
 def _described(image_processor: Any, sizes: set[tuple[int, int]]) -> str:

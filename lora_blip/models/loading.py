@@ -45,6 +45,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], ...]] = {
     "blip-2": (Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval),
 }
 _IMPORTED_IN = os.getpid()
+UNREAD = {"output_attentions": False, "output_hidden_states": False, "chunk_size_feed_forward": 0}  # no effect on results
 
 
 @dataclass
@@ -155,7 +156,7 @@ def _load(
     if image_size:
         check_size(image_size, config)
     size = image_size or own
-    _silence_dropout(config)
+    _plain_settings(config)
     weights = with_safetensors(source, name)
     with Quiet(source):
         check_sizes(_architecture(config), config, weights)
@@ -236,11 +237,15 @@ def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
     return next((kind for kind in kinds if kind.__name__ in named), kinds[0])
 
 
-def _silence_dropout(config: PretrainedConfig) -> None:
+def _plain_settings(config: PretrainedConfig) -> None:
+    """Set the dropout of all parts to 0, and settings that have no effect on results to their defaults."""
     for part in [config, *(getattr(config, key, None) for key in ("text_config", "vision_config", "qformer_config"))]:
         for key, value in list(vars(part).items()) if part is not None else []:
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+        for key, value in UNREAD.items() if part is not None else ():
+            if getattr(part, key, value) != value:  # other configs stay as they are: runs and adapters contain their digest
+                setattr(part, key, value)
 
 
 def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:

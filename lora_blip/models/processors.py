@@ -15,9 +15,20 @@ from lora_blip.errors import ModelError
 from lora_blip.models.library import Quiet, first_line
 from lora_blip.runtime.untrusted import quoted
 
+LONGEST_REASON = 300  # characters; transformers lists every class that it knows
 SMALLEST_VOCABULARY = 100  # transformers creates an empty tokenizer if the files are missing
 IMAGE_TOKEN = "<image>"
 WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # names of the tables that token ids select from
+NEEDED_IDS = {  # architecture → token ids of text_config without which it cannot generate
+    "BlipForConditionalGeneration": ("bos_token_id", "sep_token_id", "pad_token_id"),
+    "BlipForQuestionAnswering": ("bos_token_id", "sep_token_id", "pad_token_id"),
+    "Blip2ForConditionalGeneration": ("pad_token_id", "eos_token_id"),
+}
+NEEDED_TOKENS = {  # architecture → tokens of the tokenizer that enclose or pad a text
+    "BlipForQuestionAnswering": ("cls_token", "sep_token"),
+    "BlipForImageTextRetrieval": ("cls_token", "sep_token", "pad_token"),
+    "Blip2ForImageTextRetrieval": ("cls_token", "sep_token", "pad_token"),
+}
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
 
@@ -27,9 +38,10 @@ def load_processors(source: str) -> tuple[Any, Any]:
         with Quiet(source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+            tokenizer("a photo", add_special_tokens=False)  # fails here if a setting has another type
     except Exception as error:  # an untrusted file can fail anywhere in transformers
         raise ModelError(
-            f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)}\n"
+            f"the tokenizer or image processor of {source!r} cannot be loaded: {first_line(error)[:LONGEST_REASON]}\n"
             "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json again from the checkpoint"
         ) from None
     if len(tokenizer) < SMALLEST_VOCABULARY:
@@ -60,11 +72,17 @@ def add_image_token(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise ModelError if a token of the tokenizer or a token id of the config has no row in the text embeddings.
+    """Raise ModelError if a needed token is missing, or if a token or a token id has no row in the text embeddings.
 
     There may be more rows than tokens. In a model that matches images with texts, the image token may have no row, because that
     model never embeds it.
     """
+    for token in NEEDED_TOKENS.get(type(model).__name__, ()):
+        if getattr(tokenizer, f"{token}_id") is None:
+            raise ModelError(
+                f"{name!r}: its tokenizer has no {token}, and the model needs one; copy tokenizer_config.json again from the "
+                "checkpoint"
+            )
     tables = [part for path, part in model.named_modules() if path.rpartition(".")[2] in WORD_EMBEDDINGS]
     rows = min(table.num_embeddings for table in tables)
     generates = not isinstance(model, Blip2ForImageTextRetrieval)  # that one has a text_config that it does not use
@@ -83,7 +101,8 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     for key in TOKEN_IDS:
         value = getattr(model.config.text_config, key, None)
         for id_ in value if isinstance(value, list) else [value]:
-            if id_ is not None and not is_id(id_, rows):
+            needed = key in NEEDED_IDS.get(type(model).__name__, ())
+            if not is_id(id_, rows) and (needed or id_ is not None):
                 raise ModelError(no_embedding(name, f"{key} of text_config", id_, rows))
 
 
