@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from lora_blip.inference import commands
 from lora_blip.inference import early_checks as inference_checks
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
+from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell
 from lora_blip.runtime.terminal import TerminalStream, terminal_streams
 from lora_blip.runtime.untrusted import printable_lines
 from lora_blip.training import early_checks as training_checks
@@ -69,6 +69,8 @@ def _report_errors(run: Callable[[], None]) -> None:
             raise SystemExit(2) from None
         if isinstance(error, LoraBlipError):
             stop(error)
+        if is_system_error(error):
+            stop(file_error(error))
         if isinstance(error, ModuleNotFoundError) and error.name in DEPENDENCIES:
             stop(RuntimeError(missing_dependency(str(error.name))))
         if is_lost_worker(error) or is_process_limit(error):
@@ -84,11 +86,11 @@ def missing_dependency(module: str) -> str:
     """Return a message that names the missing library, and the command that installs all dependencies into this Python."""
     repository = Path(__file__).resolve().parents[1]
     is_checkout = (repository / "pyproject.toml").is_file()
-    project = f"-e {shlex.quote(str(repository))}" if is_checkout else "lora_blip"
-    venv_python = repository / ".venv" / "bin" / "python"
+    project = f"-e {quoted_for_shell(str(repository))}" if is_checkout else "lora_blip"
+    venv_python = repository / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     has_venv = is_checkout and venv_python.exists() and venv_python != Path(sys.executable)
-    other = f", or use the Python that `make` installed: {shlex.quote(str(venv_python))}" if has_venv else ""
-    return f"{module} is not installed; install it: {shlex.quote(sys.executable)} -m pip install {project}{other}"
+    other = f", or use the Python that `make` installed: {quoted_for_shell(str(venv_python))}" if has_venv else ""
+    return f"{module} is not installed; install it: {quoted_for_shell(sys.executable)} -m pip install {project}{other}"
 
 
 def print_traceback(*error: Any) -> None:
@@ -267,7 +269,7 @@ def refuse_command(name: str) -> NoReturn:
     if name.startswith("-"):
         raise ConfigError(f"{name} comes before the command; write the command first: lora-blip caption photo.jpg {name} …")
     if os.path.lexists(name):
-        raise ConfigError(f"{name!r} is a file, not a command; did you mean lora-blip caption {shlex.quote(name)}?")
+        raise ConfigError(f"{name!r} is a file, not a command; did you mean lora-blip caption {quoted_for_shell(name)}?")
     raise ConfigError(
         f"{name!r} is not a command; did you mean {nearest(name, list(COMMANDS))}? "
         f"Commands are {', '.join(COMMANDS)}; each has --help"

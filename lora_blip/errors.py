@@ -26,6 +26,16 @@ class OutputError(ConfigError):
     """An output folder cannot be written, or contains the output of another run."""
 
 
+class FileError(LoraBlipError, OSError):
+    """The system refused to read or write a file or folder. The message names its path, the reason, and a fix.
+
+    `errno` and `strerror` are those of the system's error.
+    """
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class PeerError(ConfigError):
     """Another process of this run failed. The main process prints the error; this process exits silently."""
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import sys
 import time
 from datetime import datetime
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lora_blip.cli import report_errors
 from lora_blip.metrics.exact import exact_match
+from lora_blip.runtime.system_errors import command_line
 
 NOUN = re.compile(r"\b(cube|block|circle|square|triangle|shape)\b")
 REFERENCES = Path("image_test/annotations.jsonl")
@@ -106,7 +106,7 @@ def next_commands(task: str, folder: Path) -> str:
     }
     if task != "caption":
         del commands["score it with intervals"]  # the demo has done this
-    return "\n".join(f"  {what + ':':<26}{shlex.join(command)}" for what, command in commands.items())
+    return "\n".join(f"  {what + ':':<26}{command_line(command)}" for what, command in commands.items())
 
 
 def main() -> None:

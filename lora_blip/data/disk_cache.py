@@ -88,9 +88,9 @@ class Store:
         content = content_of(key, value)
         if self.full:
             return False
-        if not self._has_room(len(content)):
-            return self._stop(f"it has reached its limit of {self.limit / 1e9:.1f} GB")
         try:
+            if not self._has_room(len(content)):
+                return self._stop(f"it has reached its limit of {self.limit / 1e9:.1f} GB")
             write_whole(self._path(key), content, synced=False)
         except OSError as error:
             return self._stop("the disk is full" if error.errno in FULL else why(error))

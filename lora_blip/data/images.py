@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value, is_deep, to_grey
 from lora_blip.data.unreadable_formats import RAW, RAW_ADVICE, described
 from lora_blip.errors import ImageError
+from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
 
 # the formats that Pillow may read; some of its other formats start a program
@@ -113,6 +114,8 @@ def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImag
             printable(f"{path} is not a usable image: it has more than {LARGEST:,} pixels; make it smaller")
         ) from None
     except OSError as error:
+        if reason := reason_and_fix(error, path):
+            raise ImageError(printable(f"{path} cannot be read: {reason}")) from None
         raise ImageError(printable(f"{path} cannot be decoded ({cut(why(error))})")) from None
     except Exception as error:  # decoders raise any error on damaged files: struct.error, KeyError, MemoryError …
         reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))

@@ -21,10 +21,11 @@ from lora_blip.inference.prediction import line_of, prediction_of
 from lora_blip.inference.setup import apply_adapter, describe, open_task, read_optional_adapter
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import distributed
-from lora_blip.runtime.files import refuse_unwritable, unused_path
+from lora_blip.runtime.files import make_folder, open_to_append, refuse_unwritable, unused_path
 from lora_blip.runtime.progress import phase, track
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.seeding import seed_everything
+from lora_blip.runtime.system_errors import writing
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import require_folder
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     examples = read_references(config, task)
     with phase("searching the training data for these images"):
         leak_search = search_leaks(config, adapter, examples)
-    folder.mkdir(parents=True, exist_ok=bool(config.output_dir))  # now, so that no other run uses this name
+    make_folder(folder, exist_ok=bool(config.output_dir))  # now, so that no other run uses this name
     print(describe(task, adapter, len(set(map(task.subject, examples))), precision))
 
     runner = Runner(task, config.batch_size, precision, lambda: open_task(config, adapter, device="cpu")[0])
@@ -61,8 +62,9 @@ def evaluate(config: EvaluateConfig) -> Path:
         rows = outputs.score_rows(comparison, runner.task, config.seed)
     facts = outputs.facts_of(config, adapter, runner, comparison.main, examples) | {"leaks": leak_search.note}
     warnings = warnings_of(comparison, leak_search, runner.task, examples)
+    print(f"\n{outputs.score_table(rows, warnings)}\n")  # first: the files may not be written, on a full disk
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)
-    print(f"\n{outputs.score_table(rows, warnings)}\n\nwrote {printable(', '.join(map(str, files)))}")
+    print(f"wrote {printable(', '.join(map(str, files)))}")
     return folder
 
 
@@ -124,8 +126,8 @@ def progress_into(folder: Path, name: str) -> Progress:
         for example, result in track(results, name, count):
             if isinstance(result, str):  # not in retrieval, which predicts features
                 line = line_of(prediction_of(example, result))
-                with (folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                with open_to_append(folder / f"{name}.jsonl") as file, writing(folder / f"{name}.jsonl"):
+                    file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             yield example, result
 
     return write_each

@@ -53,10 +53,11 @@ def write(
     folder: Path, config: EvaluateConfig, comparison: Comparison, rows: list[ReportRow], facts: dict[str, str],
     warnings: list[str], leaks: list[Leak], adapter: Adapter | None,
 ) -> list[Path]:  # fmt: skip
-    """Write the files of an evaluation and return their paths. If report.html cannot be written, print why."""
+    """Write the files of an evaluation and return their paths. If the table or report.html cannot be written, print why."""
     metrics, table, page = (folder / name for name in FILES)
     write_whole(metrics, metrics_json(rows, facts, warnings, leaks, config).encode("utf-8", "backslashreplace"))
-    write_whole(table, comparison_csv(comparison).encode("utf-8-sig", "replace"))  # Excel needs the byte order mark
+    rows_of_texts = comparison_csv(comparison).encode("utf-8-sig", "replace")  # Excel needs the byte order mark
+    attempt(table.name, lambda: write_whole(table, rows_of_texts))
     title = f"{facts['task']} on {config.references}"
     cards, curves = cards_of(comparison, leaks), read_curves(adapter)
     model, score = "adapted" if comparison.adapted else "base", comparison.main.main_score

@@ -17,6 +17,7 @@ from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
 from lora_blip.runtime.settings import setting
+from lora_blip.runtime.system_errors import reading
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import BASE_OF, suggestion
 
@@ -146,6 +147,8 @@ def expand(images: list[str]) -> Iterator[str]:
     for name in images:
         files = [name]
         if Path(name).is_dir():
+            with reading(name):
+                os.scandir(name).close()  # `walk` would yield a folder that cannot be listed as an image
             files = [str(example.image) for example in walk(name, Counter())]
         elif set("*?[") & set(name) and not Path(name).exists():
             files = globbed(name)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_blip.data.example import Example
 from lora_blip.errors import OutputError
+from lora_blip.runtime.system_errors import reading, writing
 
 CHUNK = 2**16  # bytes that are read at once, from the end of a file
 
@@ -60,7 +61,7 @@ def _key(image: str, question: str, question_id: int | str, prompt: str) -> int:
 
 def _remove_incomplete_line(path: Path) -> None:
     """Remove an incomplete last line, which a killed process may have written."""
-    with path.open("r+b") as file:
+    with writing(path), path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
             start = max(0, end - CHUNK)
@@ -75,7 +76,9 @@ def _remove_incomplete_line(path: Path) -> None:
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a file. Raise OutputError, with the line number, if a line is not a prediction of `infer`."""
-    with path.open("rb") as file:
+    with reading(path):
+        file = path.open("rb")
+    with file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)

@@ -23,7 +23,16 @@ from lora_blip.inference.prediction import Prediction, line_of, request_of
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
-from lora_blip.runtime.files import refuse_unwritable, room_for, sha256_of, unused_path, write_whole
+from lora_blip.runtime.files import (
+    make_folder,
+    open_to_append,
+    refuse_unwritable,
+    room_for,
+    sha256_of,
+    unused_path,
+    write_whole,
+)
+from lora_blip.runtime.system_errors import reading, sync, writing
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.runtime.user_paths import is_file
 from lora_blip.tasks.base import PredictionTask
@@ -87,16 +96,18 @@ class Output:
         if name not in self.files:
             if not lines and name == ERRORS_NAME:
                 return
-            self.files[name] = (self.folder / name).open("ab", buffering=0)
+            self.files[name] = open_to_append(self.folder / name)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         content = text.encode("utf-8", "backslashreplace")
-        if content and self.files[name].write(content) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with writing(self.folder / name):
+            if content and self.files[name].write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Write the lines to the disk, so that a power failure does not lose them."""
-        for file in self.files.values():
-            os.fsync(file.fileno())
+        with writing(self.folder):
+            for file in self.files.values():
+                sync(file.fileno())
         self.synced = time.monotonic()
 
     def finish(self) -> None:
@@ -186,12 +197,9 @@ def opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[Out
 
     Raise OutputError if the folder belongs to another run, or if the disk is full.
     """
-    advice = (
-        "; the written lines are safe. Free some space, then start again with the same settings and "
-        f"--output-dir {folder} to resume"
-    )
+    advice = f"; the written lines are safe: {{first}}start again with the same settings and --output-dir {folder} to resume"
     with room_for(folder, OutputError, advice):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with lock.held(folder):
             stopped = _unfinished_run(folder, resume)
             if stopped is not None and (changed := changes(stopped["run"], settings)):
@@ -219,10 +227,13 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     If the file is not from `infer`, return what a finished run has, so that the caller does not reuse the folder.
     """
     try:
-        content = parsed((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
+        with reading(folder / SETTINGS_NAME):
+            content = parsed((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EISDIR, errno.ELOOP):
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENOENT:
+            return None
         content = None
     is_run_file = isinstance(content, dict) and isinstance(content.get("run"), dict)
     return content if is_run_file else {"finished": True, "run": {}}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_blip.errors import ModelError
 from lora_blip.models.base_config import LARGEST_INDEX, read_json
-from lora_blip.runtime.files import cache_folder, make_whole, room_for
+from lora_blip.runtime.files import cache_folder, make_folder, make_whole, room_for, write_new
 from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quoted, why
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -85,7 +85,7 @@ def _convert(files: list[Path], configs: list[Path], copy: Path, name: str) -> N
     )
     advice = "; free some space, or set XDG_CACHE_HOME to a folder on another disk"
     with room_for(copy.parent, ModelError, advice):
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(copy.parent)
 
         def fill(folder: Path) -> None:
             _read(files, folder, size, name)
@@ -139,4 +139,4 @@ def _index(files: list[Path], folder: Path, name: str) -> None:
         except SafetensorError as error:
             raise ModelError(_unreadable(name, files, cut(str(error)))) from None
     index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / SAFE_INDEX).write_text(json.dumps(index), encoding="utf-8")
+    write_new(folder / SAFE_INDEX, json.dumps(index).encode())

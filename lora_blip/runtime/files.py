@@ -10,15 +10,22 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
-from lora_blip.errors import ConfigError
+from lora_blip.errors import ConfigError, FileError
+from lora_blip.runtime import system_errors
+from lora_blip.runtime.system_errors import sync, sync_folder, writing
 from lora_blip.runtime.untrusted import UNPRINTABLE
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk or in the quota, or the limit of the file size
+
+FREE_SPACE = "free some space, then "
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds before Windows is asked again to rename a file that is open
 
 # The places at which a spreadsheet may start a cell: the start of the text or of a line in it, and after a separator that some
 # countries use. Spaces and invisible characters may come before the sign.
@@ -33,17 +40,19 @@ def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
     Without `synced`, the file is not synced: it may be incomplete after a power failure, but not after a killed process. Use
     that only for content with a checksum.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _unfinished(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                if synced:
+                    file.flush()
+                    sync(file.fileno())
+            _replace(temporary, path)
+        finally:
+            with suppress(OSError):  # it has been renamed, or the disk is gone
+                temporary.unlink()
     if synced:
         sync_folder(path.parent)
 
@@ -88,30 +97,63 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     Raise OSError (EEXIST or ENOTEMPTY) if the folder exists; it is not changed.
     """
     temporary = _unfinished(folder)
-    try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        for path in filter(Path.is_file, temporary.iterdir()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(temporary)
-        temporary.replace(folder)
-    finally:
-        remove(temporary)
+    with writing(folder):
+        try:
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            for path in filter(Path.is_file, temporary.iterdir()):
+                with path.open("rb") as file:
+                    sync(file.fileno())
+            sync_folder(temporary)
+            _replace(temporary, folder)
+        finally:
+            remove(temporary)
     sync_folder(folder.parent)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a file or folder. Windows refuses this for a moment if a virus scanner or a reader has it open: try again."""
+    for seconds in (*PAUSES, None):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if seconds is None or not system_errors.WINDOWS:
+                raise
+            time.sleep(seconds)
+
+
+def make_folder(folder: Path, exist_ok: bool = True) -> None:
+    """Create a folder and those above it. Raise FileError if the system refuses it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that has no reader yet, such as one in the temporary folder of `make_whole`."""
+    with writing(path):
+        path.write_bytes(content)
+
+
+def open_to_append(path: Path) -> FileIO:
+    """Open a file whose lines are each appended by one system call. Raise FileError if the system refuses it."""
+    with writing(path):
+        return path.open("ab", buffering=0)
 
 
 def remove(folder: Path) -> None:
     """Remove a folder. It is renamed first, so that no process finds an incomplete folder under the name."""
     if folder.exists():
-        doomed = folder if folder.name.startswith(".") else folder.replace(_unfinished(folder))
+        with writing(folder):
+            doomed = folder if folder.name.startswith(".") else folder.replace(_unfinished(folder))
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of killed processes from a folder. No other process may write in the folder."""
     for path in folder.glob(".*.tmp") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _unfinished(path: Path) -> Path:
@@ -125,16 +167,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder, which puts a rename on the disk. Windows has no such call."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def unused_path(path: Path) -> Path:
@@ -178,10 +210,16 @@ def _with_status(path: Path) -> tuple[Path, os.stat_result] | None:
 
 @contextmanager
 def room_for(folder: Path, error_class: type[Exception], advice: str) -> Iterator[None]:
-    """Raise `error_class`, with a message that ends with `advice`, if the disk or the quota is full inside the block."""
+    """Raise `error_class`, with a message that ends with `advice`, if the system refuses to write, as on a full disk.
+
+    In `advice`, "{first}" becomes "free some space, then " for a full disk or quota.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise error_class(f"no room left to write in {folder} ({error.strerror}){advice}") from None
+        if error.errno in FULL:
+            message = f"no room left to write in {folder} ({error.strerror}){advice.replace('{first}', FREE_SPACE)}"
+            raise error_class(message) from None
+        if isinstance(error, FileError):  # its message has a fix
+            raise error_class(f"{error}{advice.replace('{first}', '')}") from None
+        raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_blip.errors import LockedError
+from lora_blip.runtime.system_errors import writing
 
 NAME = ".lock"
 
@@ -16,7 +17,9 @@ NAME = ".lock"
 def held(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder inside the block. Raise LockedError if another process holds it."""
     path = folder / NAME
-    with path.open("a+b") as file:
+    with writing(path):
+        file = path.open("a+b")
+    with file:
         if not _lock(file):
             raise LockedError(
                 f"another run is writing into {folder}; wait until it ends, or give another output_dir (--output-dir)"

@@ -1,5 +1,6 @@
 """The names of runs and of the files in a run folder, and the search for an adapter."""
 
+import errno
 import os
 import re
 from datetime import datetime
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from lora_blip.errors import AdapterError, CheckpointError
 from lora_blip.runtime.command_line import this_command
+from lora_blip.runtime.system_errors import file_error
 from lora_blip.runtime.user_paths import nearest_path
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
@@ -45,7 +47,9 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
         adapters = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
         if not adapters and (path / BEST_NAME).is_file():
             return path / BEST_NAME  # of a run that was killed before its end
-    except OSError:  # the name is too long for the file system
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise file_error(error, path, "read") from None
         adapters = []
     if not adapters:
         folder = "" if path.is_absolute() else f" in {str(Path.cwd())!r}"

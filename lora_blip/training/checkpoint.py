@@ -9,22 +9,26 @@ RNG state, because each random draw is seeded by its position in the data (see `
 JSON and safetensors, so reading a checkpoint runs no code.
 """
 
+import errno
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lora_blip.errors import CheckpointError
-from lora_blip.runtime.files import link_or_copy, make_whole, remove, sha256_of, sweep
+from lora_blip.runtime.files import link_or_copy, make_whole, remove, sha256_of, sweep, write_new
 from lora_blip.runtime.runs import CHECKPOINT, CHECKPOINTS_NAME, run_to_resume
+from lora_blip.runtime.system_errors import file_error, is_system_error, reading
 
 FOLDER, TENSORS, STATE, BEST = CHECKPOINTS_NAME, "state.safetensors", "state.json", "best.safetensors"
 FORMAT_VERSION = 1
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # a file of the checkpoint is not there
 REMEDY = 'set TARGETS and R to the values of that run, or start a new run with RESUME = "off" (--resume off)'
 
 
@@ -42,7 +46,8 @@ class Saved:
 
     def tensors(self) -> dict[str, Tensor]:
         """Read state.safetensors."""
-        return load_file(self.folder / TENSORS)
+        with reading(self.folder / TENSORS):
+            return load((self.folder / TENSORS).read_bytes())  # some network shares cannot map a file into memory
 
 
 def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], best: Path, keep: int) -> Path:
@@ -57,18 +62,17 @@ def write(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
     folder = run / FOLDER / f"{number:06d}_step{step}"
 
     def fill(new: Path) -> None:
-        (new / TENSORS).write_bytes(serialize(tensors))
+        write_new(new / TENSORS, serialize(tensors))
         if best.exists():
             link_or_copy(best, new / BEST)
         digests = {path.name: sha256_of(path) for path in sorted(new.iterdir())}
         content = {"format_version": FORMAT_VERSION, "sha256": digests} | state
-        (new / STATE).write_text(
-            json.dumps(content | {"sha256 of the rest": _digest(content)}, indent=1) + "\n", encoding="utf-8"
-        )
+        write_new(new / STATE, (json.dumps(content | {"sha256 of the rest": _digest(content)}, indent=1) + "\n").encode())
 
     make_whole(folder, fill)
     for old in [*older, folder][:-keep]:
-        remove(old)
+        with suppress(OSError):  # the new checkpoint is complete; the next one tries again
+            remove(old)
     return folder
 
 
@@ -84,7 +88,10 @@ def newest(run: Path) -> tuple[Saved | None, list[str]]:
 
 
 def read(folder: Path) -> Saved:
-    """Read a checkpoint and check its digests. Raise CheckpointError if a byte has changed since it was written."""
+    """Read a checkpoint and check its digests. Raise CheckpointError if a byte has changed since it was written.
+
+    Raise FileError if the system refuses to read it: the checkpoint may be intact.
+    """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         changed = [STATE] if state.pop("sha256 of the rest") != _digest(state) else []
@@ -92,6 +99,8 @@ def read(folder: Path) -> Saved:
         changed += [name for name, digest in digests.items() if sha256_of(folder / Path(name).name) != digest]
         has_tensors = TENSORS in digests
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if is_system_error(error) and error.errno not in MISSING:
+            raise file_error(error, folder, "read") from None
         raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
     if changed or not has_tensors:
         raise CheckpointError(f"{folder} is damaged: {', '.join(changed) or TENSORS} has changed since it was written")

@@ -19,11 +19,12 @@ from lora_blip.lora import adapter_file
 from lora_blip.metrics.names import named_score
 from lora_blip.runtime import lock
 from lora_blip.runtime.extras import attempt
-from lora_blip.runtime.files import FULL, make_whole, room_for, sweep, unused_path, write_whole
+from lora_blip.runtime.files import FULL, make_whole, open_to_append, room_for, sweep, unused_path, write_new, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
 from lora_blip.runtime.settings import stored_settings
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.system_errors import sync, writing
+from lora_blip.runtime.untrusted import printable, why
 from lora_blip.training import checkpoint
 from lora_blip.training.best import Best
 from lora_blip.training.checkpoint import Saved
@@ -31,7 +32,7 @@ from lora_blip.training.learner import Learner, Update
 from lora_blip.training.tensorboard import summary_writer
 
 INTACT = (  # ends the message of a full disk
-    ". The existing checkpoints are intact: free some space, then start again with the same settings to resume from the newest"
+    ". The existing checkpoints are intact: {first}start again with the same settings to resume from the newest"
 )
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # entries of metrics.jsonl that TensorBoard does not show
 
@@ -83,12 +84,13 @@ class Run:
         """Create or restore the folder, lock it, and open metrics.jsonl and TensorBoard."""
         with room_for(self.folder, CheckpointError, INTACT):
             if saved:  # `resume.acquire` holds the lock
-                self._restore_files(saved)
+                with writing(self.folder):
+                    self._restore_files(saved)
                 write_whole(self.folder / "config.json", self._settings())
             else:
                 self._create_folder()
                 closing.enter_context(lock.held(self.folder))
-            self.metrics = self.closing.enter_context((self.folder / METRICS_NAME).open("ab", buffering=0))
+            self.metrics = self.closing.enter_context(open_to_append(self.folder / METRICS_NAME))
             if self.config.tensorboard:
                 # TensorBoard drops the entries of the interrupted run from `next_step` on
                 next_step = self.learner.progress.step + 1 if saved else None
@@ -112,8 +114,8 @@ class Run:
                 self.folder = unused_path(self.folder)  # another run started in the same second
 
     def _fill_folder(self, folder: Path) -> None:
-        (folder / "config.json").write_bytes(self._settings())
-        (folder / METRICS_NAME).touch()
+        write_new(folder / "config.json", self._settings())
+        write_new(folder / METRICS_NAME, b"")
         self._write_checkpoint(folder, 0)
 
     def _settings(self) -> bytes:
@@ -187,7 +189,7 @@ class Run:
         entry = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         if self.board and attempt("TensorBoard from here on", lambda: self._write_scalars(entry)) is None:
             self.board = None
-        with room_for(self.folder, CheckpointError, INTACT):
+        with room_for(self.folder, CheckpointError, INTACT), writing(self.folder / METRICS_NAME):
             line = (json.dumps(entry) + "\n").encode()
             if self.metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -244,8 +246,8 @@ class Run:
         if not self.main:
             self.learner.state_dict()  # a collective: the main process gathers the gradients of all processes
             return
-        with room_for(self.folder, CheckpointError, INTACT):
-            os.fsync(self.metrics.fileno())
+        with room_for(self.folder, CheckpointError, INTACT), writing(self.folder):
+            sync(self.metrics.fileno())
             self._write_checkpoint(self.folder, os.fstat(self.metrics.fileno()).st_size)
 
     def _write_checkpoint(self, folder: Path, metrics: int) -> None:
@@ -263,9 +265,13 @@ class Run:
     def delete_checkpoints(self) -> None:
         """Sync metrics.jsonl to the disk, then remove the checkpoints of a finished run."""
         if self.main:
-            with (self.folder / METRICS_NAME).open("rb") as metrics:
-                os.fsync(metrics.fileno())
-            checkpoint.delete_all(self.folder)
+            try:
+                with (self.folder / METRICS_NAME).open("rb") as metrics:
+                    sync(metrics.fileno())
+                checkpoint.delete_all(self.folder)
+            except OSError as error:  # the run is complete
+                folder = self.folder / checkpoint.FOLDER
+                print(printable(f"warning: the checkpoints cannot be removed: {why(error)}; remove {folder} yourself"))
 
     # ---------------------------------------------------------------- lines for the terminal
 

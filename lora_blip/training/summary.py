@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.runs import BEST_NAME, METRICS_NAME
+from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import printable
 from lora_blip.training.best import Best
 
@@ -61,4 +61,4 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     has_images = (script.with_name(DEFAULT_IMAGES) if is_script else Path(DEFAULT_IMAGES)).is_dir()
     if not has_images and examples:
         command += ["--images", str(examples[0].image.parent)]
-    return printable(shlex.join([*command, *TASK_FLAGS.get(task, [])]))
+    return printable(command_line([*command, *TASK_FLAGS.get(task, [])]))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -245,9 +246,17 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
     files = {DROPPED: b"".join(json.dumps(one).encode() + b"\n" for one in reasons)}
     files |= {f"{split}.jsonl": b"".join(row.line + b"\n" for row in rows[split]) for split in SPLIT_NAMES}
     refuse_existing(output)  # again: another run may have written files since the first check
-    for name, content in files.items():
-        if content:
-            write_whole(output / name, content)
+    written = []
+    try:
+        for name, content in files.items():
+            if content:
+                write_whole(output / name, content)
+                written.append(output / name)
+    except BaseException:
+        for path in written:  # a part of the splits would look like the whole data set
+            with suppress(OSError):
+                path.unlink()
+        raise
     return {name.removesuffix(".jsonl"): output / name for name, content in files.items() if content}
 
 

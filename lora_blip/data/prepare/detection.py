@@ -16,6 +16,7 @@ from lora_blip.data.prepare.published import TOKEN
 from lora_blip.data.prepare.web_addresses import refuse_addresses
 from lora_blip.data.workbook import SIGNATURES, workbook_entries
 from lora_blip.errors import DataError
+from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
 
 TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
@@ -50,7 +51,7 @@ def load(path: Path, requested: str) -> tuple[str, Any]:
         with open_regular(path) as file:
             head = file.read(8192)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({why(error)})") from None
+        raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or why(error)}") from None
     if (file_format := packed_kind(path, head)) and requested in ("auto", file_format):
         return file_format, None
     if requested == "auto" and head.startswith(SIGNATURES):

@@ -17,14 +17,17 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys, LeftOut, Located
 from lora_blip.data.images import LARGEST_FILE, is_picture
+from lora_blip.data.prepare.parquet_reader import UNWRITABLE
 from lora_blip.data.shards import StrictTarInfo
-from lora_blip.errors import DataError
+from lora_blip.errors import DataError, FileError
+from lora_blip.runtime.files import make_folder, write_new
+from lora_blip.runtime.system_errors import file_error
+from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.untrusted import cut, open_regular, parsed, printable, quoted, why
 
 READER = Path(__file__).with_name("parquet_reader.py")
@@ -85,7 +88,7 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
     """
     if find_spec("pyarrow") is None:
         raise DataError(f'{path} is a Parquet or Arrow file; to read it, install pyarrow: pip install "lora_blip[parquet]"')
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     command = [sys.executable, "-P", str(READER), str(target.absolute()), str(path), keys.image]
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
@@ -102,6 +105,9 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
         if status:
             errors.seek(0)
             reason = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+            if reason.startswith(UNWRITABLE):
+                number = int(reason.removeprefix(UNWRITABLE))
+                raise file_error(OSError(number, os.strerror(number)), target, "written")
             if status < 0:
                 reason = f"the process that read the file ended with {signal.Signals(-status).name}"
             advice = "" if "--image-key" in reason else "; download it again"
@@ -134,7 +140,7 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
 
 def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  # noqa: ARG001  # one signature for all
     """Yield an entry for each image of a tar shard, such as 000000017.jpg, with its caption in 000000017.txt or .json."""
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     last = ""
     try:
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as archive:
@@ -143,6 +149,8 @@ def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  #
                 files = {member.name.rpartition(".")[2].lower(): member for member in members}
                 yield key, _sample(archive, files, target)
                 last = key
+    except FileError:
+        raise  # an image could not be written
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         reason = why(error) if isinstance(error, OSError) else cut(str(error))
         yield f"after {quoted(last)}", f"the rest of the shard cannot be read ({reason}); download it again"
@@ -175,7 +183,7 @@ def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target:
     content = _content(archive, files[image])
     path = target.absolute() / f"{hashlib.sha256(content).hexdigest()[:24]}.{image}"
     if not path.exists() or path.stat().st_size != len(content):
-        path.write_bytes(content)
+        write_new(path, content)
     return {"image": str(path), "text": text}
 
 

@@ -17,6 +17,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_path", "file_name"
 LARGEST_IMAGE = 2**28  # bytes
 LONGEST = 2**20  # characters of a text
 MOST_ITEMS = 1000  # items of a list, such as the captions of an image
+UNWRITABLE = "UNWRITABLE"  # starts the message, before an errno, if an image cannot be written
 SPARE_MEMORY = 2**32  # bytes that reading a small file may need
 SIGNATURES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp", b"II*\0": ".tif"}
 
@@ -107,7 +108,11 @@ def write_image(content: bytes, target: Path) -> Path:
     suffix = next((suffix for start, suffix in SIGNATURES.items() if content.startswith(start)), "")
     path = target / f"{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
     if not path.exists() or path.stat().st_size != len(content):
-        path.write_bytes(content)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            sys.exit(f"{UNWRITABLE} {error.errno}")
     return path
 
 

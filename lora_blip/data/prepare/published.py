@@ -16,6 +16,7 @@ from lora_blip.data.entries import SPLITS, Entry, WrittenFloat, as_text
 from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered_lines, open_text, with_slashes
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
+from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
 
 PARTNERS = {"questions.json": "annotations.json", "annotations.json": "questions.json"}  # of a small copy of VQAv2
@@ -43,7 +44,7 @@ def load_json(path: Path) -> Any:
             text = file.read()
         return parsed(text, _COMPACT)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({why(error)})") from None
+        raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or why(error)}") from None
     except ValueError as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 0
         where = f":{line}" * bool(line)

@@ -3,12 +3,12 @@
 import re
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS
 from lora_blip.data.images import SUFFIXES
 from lora_blip.errors import DataError
+from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.untrusted import parsed
 
 ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
