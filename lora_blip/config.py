@@ -1,10 +1,10 @@
 """The settings of train.py, infer.py and the commands. All are checked once, before any work."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_blip.errors import ConfigError
-from lora_blip.runtime.settings import Options, check, require, setting
+from lora_blip.runtime.settings import Options, check, require, setting, share_options
 from lora_blip.runtime.user_paths import BASE_OF
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
@@ -272,31 +272,6 @@ class EvaluateConfig:
         _check_prediction_settings(self)
         if not self.references:
             raise ConfigError("references is empty; give the annotations file with the right texts: --references test.jsonl")
-
-
-def share_options(config: Any, settings: dict[str, str]) -> None:
-    """Give the options of GENERATION that are also settings to these settings, so that each has one value.
-
-    settings: {option: setting}. Raise ConfigError if both have a value, and these differ. A setting has no value if it is at
-    its default. `false` and null stay options: they replace the adapter's value, and the settings have no such values.
-    """
-    options = dict(config.generation)
-    defaults = {entry.name: entry.default for entry in fields(config)}
-    for option, name in settings.items():
-        if option not in options:
-            continue
-        value, own = options[option], getattr(config, name)
-        if own not in (defaults[name], value):
-            raise ConfigError(
-                f"{name} = {own!r}, but generation has {option} = {value!r}; remove {option} from GENERATION (--generation), "
-                f"or {name.upper()} (--{name.replace('_', '-')})"
-            )
-        if value is None or value is False:
-            continue
-        expected = "true or false" if option == "do_sample" else "a whole number above 0"
-        require(type(value) is type(own) and value > 0, f"generation: {option}", value, expected)
-        object.__setattr__(config, name, options.pop(option))
-    object.__setattr__(config, "generation", Options(options))
 
 
 def _check_prediction_settings(config: "InferConfig | EvaluateConfig") -> None:

@@ -84,6 +84,31 @@ def options_of(value: Any, name: str) -> Options:
     raise ConfigError(f'{name} = {value!r}: expected names and values, such as {{"num_beams": 3, "top_p": 0.9}}')
 
 
+def share_options(config: Any, settings: dict[str, str]) -> None:
+    """Give the options of GENERATION that are also settings to these settings, so that each has one value.
+
+    settings: {option: setting}. Raise ConfigError if both have a value, and these differ. A setting has no value if it is at
+    its default. `false` and null stay options: they replace the adapter's value, and the settings have no such values.
+    """
+    options = dict(config.generation)
+    defaults = {entry.name: entry.default for entry in fields(config)}
+    for option, name in settings.items():
+        if option not in options:
+            continue
+        value, own = options[option], getattr(config, name)
+        if own not in (defaults[name], value):
+            raise ConfigError(
+                f"{name} = {own!r}, but generation has {option} = {value!r}; remove {option} from GENERATION (--generation), "
+                f"or {name.upper()} (--{name.replace('_', '-')})"
+            )
+        if value is None or value is False:
+            continue
+        expected = "true or false" if option == "do_sample" else "a whole number above 0"
+        require(type(value) is type(own) and value > 0, f"generation: {option}", value, expected)
+        object.__setattr__(config, name, options.pop(option))
+    object.__setattr__(config, "generation", Options(options))
+
+
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
     """Raise ConfigError, with the name and the value of the setting, if `holds` is False."""
     if not holds:

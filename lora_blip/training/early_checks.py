@@ -1,16 +1,22 @@
-"""Check the paths of a training before torch is imported, which takes seconds."""
+"""Check the paths and the settings of a training before torch is imported, which takes seconds."""
 
+import os
 from pathlib import Path
+from shutil import which
 
 from lora_blip.config import TrainConfig
+from lora_blip.errors import ConfigError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.runs import locate_initial, run_to_resume
 from lora_blip.runtime.user_paths import require_annotations, require_folder
 
+COMPILERS = ("c++", "g++", "clang++", "cl")
+
 
 def check_paths(config: TrainConfig) -> None:
-    """Raise the error that the training would raise if a path of its settings does not exist or cannot be written."""
+    """Raise the error that the training would raise if a path cannot be used or settings contradict each other."""
+    refuse_contradictions(config)
     refuse_unwritable(config.output_dir)
     for source in filter(None, (config.annotations, config.val_annotations)):
         require_annotations(source)
@@ -20,3 +26,16 @@ def check_paths(config: TrainConfig) -> None:
         run_to_resume(Path(config.resume))
     if config.init_adapter:
         locate_initial(config.init_adapter, config.output_dir)
+
+
+def refuse_contradictions(config: TrainConfig) -> None:
+    """Raise ConfigError if settings contradict each other, or if torch.compile has no compiler."""
+    if config.compile and not ("CXX" in os.environ or any(map(which, COMPILERS))):
+        raise ConfigError("compile = True needs a C++ compiler, but none is installed: apt install g++, or set COMPILE = False")
+    needs_validation = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
+    if not (config.val_fraction or config.val_annotations):
+        for name in (name for name, is_set in needs_validation.items() if is_set):
+            raise ConfigError(
+                f"{name} = {getattr(config, name)!r} needs validation data, but val_fraction is 0: set VAL_FRACTION = 0.1 or "
+                'VAL_ANNOTATIONS = "val.jsonl"'
+            )

@@ -1,11 +1,9 @@
 """Prepare a training run: settings, task, data, adapters, and the checks before the first step."""
 
-import os
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from shutil import which
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -40,11 +38,11 @@ from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.diagnostics import describe_error
+from lora_blip.training.early_checks import refuse_contradictions
 from lora_blip.training.initial_adapter import freeze_others, inject_adapters, restore_task, source_of
 from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
 
-COMPILERS = ("c++", "g++", "clang++", "cl")
 TINY = 20_000_000  # parameters; a smaller base gets a higher learning rate
 VALIDATION_FACTOR = 4  # a validation batch may be larger than a training batch: it keeps no activations for backward
 
@@ -177,17 +175,9 @@ def refuse_impossible(config: TrainConfig, ranks: Ranks) -> None:
         raise ConfigError(
             "shard = True needs several processes: start them with torchrun --nproc-per-node 2 train.py, or set SHARD = False"
         )
-    if config.compile and not ("CXX" in os.environ or any(map(which, COMPILERS))):
-        raise ConfigError("compile = True needs a C++ compiler, but none is installed: apt install g++, or set COMPILE = False")
     if config.tensorboard:
         summary_writer()
-    needs_validation = {"best_by": config.best_by not in ("auto", ""), "patience": config.patience > 0}
-    if not (config.val_fraction or config.val_annotations):
-        for name in (name for name, is_set in needs_validation.items() if is_set):
-            raise ConfigError(
-                f"{name} = {getattr(config, name)!r} needs validation data, but val_fraction is 0: set VAL_FRACTION = 0.1 or "
-                'VAL_ANNOTATIONS = "val.jsonl"'
-            )
+    refuse_contradictions(config)
 
 
 def task_for(config: TrainConfig, backbone: Backbone) -> Task:

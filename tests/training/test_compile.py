@@ -8,7 +8,7 @@ import torch
 
 from lora_blip.errors import ConfigError
 from lora_blip.models.compilation import compile_blocks
-from lora_blip.training import setup
+from lora_blip.training import early_checks
 from lora_blip.training.loop import train
 from tests.support import tiny
 from tests.support.runs import metrics_of, settings
@@ -48,7 +48,7 @@ def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, monkeypatch, p
 
 
 def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "which", lambda _: None)
+    monkeypatch.setattr(early_checks, "which", lambda _: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match="compiler"):
         train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True))
