@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import re
-import shlex
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import settings_of
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import parsed
 
 Settings = TypeVar("Settings")
@@ -72,7 +72,7 @@ def _example(message: str, known: list[Field[Any]], command: str) -> str:
     name = named[named.lastindex or 1].replace("-", "_") if named else ""
     for entry in known:
         if entry.name == name and entry.default not in ("", {}, MISSING) and f"{_flag(name)} " not in command:
-            value = str(entry.default).lower() if entry.type is bool else shlex.quote(str(entry.default))
+            value = str(entry.default).lower() if entry.type is bool else quoted_for_shell(str(entry.default))
             command = command and f"{command} {_flag(name)} {value}"
     return f"; for example: {command}" if command else ""
 
@@ -220,7 +220,7 @@ def _refuse_flag(flag: str, known: list[Field[Any]]) -> NoReturn:
         path = next((entry.name for entry in known if entry.metadata.get("path") == "always"), "")
         fix = "write a value after its flag (--batch-size 8), and quotes around a text with spaces"
         if path and not arguments and _exists(Path(flag)):
-            fix = f"did you mean {_flag(path)} {shlex.quote(flag)}?"
+            fix = f"did you mean {_flag(path)} {quoted_for_shell(flag)}?"
         raise ConfigError(f"{flag!r} is not a flag, and does not follow a flag; {fix}")
     word = name.lstrip("-").replace("-", "_").lower()
     for entry in arguments:

@@ -1,11 +1,11 @@
 """The command that started this process, as a line to paste."""
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import printable
 
 SCRIPTS = ("train.py", "infer.py")
@@ -37,4 +37,4 @@ def this_command(without: Sequence[str] = (), added: Sequence[str] = ()) -> str:
             skipped = False
         else:
             words.append(word)
-    return printable(shlex.join([*start, *words, *added]))
+    return printable(command_line([*start, *words, *added]))

@@ -4,7 +4,6 @@ Modules of the adapter that are not in TARGETS keep their values: they act in ev
 Modules that are in TARGETS but not in the adapter begin as in a new adapter: their update is zero.
 """
 
-import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime import runs
+from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Task
 
@@ -55,7 +55,7 @@ def check_base(adapter: Adapter, backbone: Backbone) -> None:
     try:
         adapter_file.check_fit(backbone.model, adapter)
     except AdapterError as error:
-        raise AdapterError(f"init_adapter: {error}: --model {shlex.quote(adapter.base)}") from None
+        raise AdapterError(f"init_adapter: {error}: --model {quoted_for_shell(adapter.base)}") from None
     if adapter.image_size not in (0, backbone.image_size) and not backbone.chose_image_size:
         raise AdapterError(
             f"init_adapter: {adapter.path} was trained on images of {adapter.image_size}×{adapter.image_size}, and this "
@@ -92,8 +92,8 @@ def fitting_flags(adapter: Adapter, full: bool = False) -> str:
         return f"--r {r} --alpha {alpha:g}"
     known = {name: settings[name] for name in ("targets", "r", "alpha") if isinstance(settings.get(name), str | int | float)}
     if len(known) == 3:
-        return shlex.join(part for name, value in known.items() for part in (f"--{name}", f"{value}"))
-    return f"--targets {shlex.quote(','.join(_target(site) for site in adapter.sites))}"
+        return command_line([part for name, value in known.items() for part in (f"--{name}", f"{value}")])
+    return f"--targets {quoted_for_shell(','.join(_target(site) for site in adapter.sites))}"
 
 
 def _target(site: Site) -> str:
