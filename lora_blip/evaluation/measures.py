@@ -22,7 +22,7 @@ from lora_blip.metrics.diversity import diversity
 from lora_blip.metrics.vqa import vqa_accuracies
 from lora_blip.models.matching import cosines
 from lora_blip.tasks.base import PredictionTask
-from lora_blip.tasks.retrieval import RERANKED, belongs
+from lora_blip.tasks.retrieval import RERANKED, relevance
 from lora_blip.tasks.vqa import every_answer
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # (results, number of results) → the results, with a progress bar
@@ -153,7 +153,7 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
     task: Any = runner.task
     text_features = task.encode_texts(texts).features
     logits = cosines_in_blocks(torch.stack(list(features.values())), text_features) / task.temperature.item()
-    is_pair = belongs(examples, images, texts)  # (images, texts)
+    is_pair = relevance(examples, images, texts)  # (images, texts)
     by_image, by_text = rerank(runner, [first[image] for image in images], texts, logits, progress)
     ranks = retrieval.ranks(by_image, is_pair)[0], retrieval.ranks(by_text, is_pair)[1]
     lines: dict[Path, list[Example]] = {image: [] for image in images}

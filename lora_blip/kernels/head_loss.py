@@ -59,9 +59,10 @@ class FrozenHead(torch.autograd.Function):
 
 
 def to_fp16_range(p: Tensor) -> Tensor:
-    """Scale the rows of p (labels, vocabulary) in place to a sum of at most LARGE. Return the factors (labels,) to undo it.
+    """Scale the rows of p (labels, vocabulary) in place. Return the factors (labels,) that undo it.
 
-    The factors are powers of two, so no digit is lost. A product with W is then at most LARGE · max |W|.
+    The absolute values of a row then sum to at most LARGE, so a product with W is at most LARGE · max |W|. The factors are
+    powers of two, so no digit is lost.
     """
     exponents = p.norm(1, dim=1).clamp(min=2.0**-100).log2().ceil() - math.log2(LARGE)
     p *= torch.exp2(-exponents)[:, None]

@@ -1,4 +1,4 @@
-"""Matrix products in float32 on a CPU, by the fastest kernel.
+"""Matrix products by the fastest kernel for float32 on a CPU.
 
 PyTorch computes float32 products by MKL. On processors that are not from Intel, MKL uses only half of AVX-512. oneDNN uses all
 of it; PyTorch calls oneDNN for convolutions and 16-bit products only. Both libraries sum in float32, in different orders.
@@ -80,7 +80,7 @@ def can_bypass(linear: Any, own_hooks: int = 0) -> bool:
 
 
 def in_transform() -> bool:
-    """Return True inside torch.func or forward-mode differentiation. They do not work with our autograd functions."""
+    """Return True inside torch.func or forward-mode differentiation, which do not support this package's autograd functions."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -98,8 +98,7 @@ class QuickLinear(nn.Linear):
 
     def _plain_backward(self, x: Tensor) -> bool:
         """Return True if W and b are frozen, and neither autocast nor torch.func is active."""
-        other = in_transform() or torch.is_autocast_enabled(x.device.type)
-        return is_frozen(self) and not other
+        return is_frozen(self) and not in_transform() and not torch.is_autocast_enabled(x.device.type)
 
 
 class FrozenProduct(torch.autograd.Function):

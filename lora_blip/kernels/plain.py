@@ -1,4 +1,7 @@
-"""Decide whether a fast module runs the library's own method: inside `plain`, or for a call that it does not support."""
+"""Decide whether a fast module runs the method of transformers that it replaces.
+
+It does so inside a block of `plain`, and for a call with arguments that it does not support.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +26,7 @@ def plain(on: bool = True) -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Return True inside `plain`. Code that torch.compile has compiled stays fast."""
+    """Return True inside a block of `plain`; False in compiled code, which stays fast."""
     return not torch.compiler.is_compiling() and PLAIN.get()
 
 

@@ -1,4 +1,4 @@
-"""Check that fast modules fit the signatures of the library's methods that they replace.
+"""Check that each fast module has the signature of the method of transformers or PyTorch that it replaces.
 
 A fast module replaces the `forward` of a library class. If a new version of the library renames an argument, `**kwargs`
 swallows the new name and the result is wrong without an error. So each fast class lists in `WRITTEN_FOR` the

@@ -26,7 +26,7 @@ class ImageStates:
 
     def __init__(self, states: Tensor, mask: Tensor | None) -> None:
         self.states, self.mask = states, mask  # (images, n, width), (images, 1, 1, n) to be added to the scores
-        self.pair: tuple[Tensor, Tensor] | None = None
+        self.pair: tuple[Tensor, Tensor] | None = None  # keys and values, (images, heads, n, d) each
 
     def repeated(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Return states and mask for `rows` rows, as transformers expects them. Those of one image are adjacent."""
@@ -41,8 +41,8 @@ class ImageStates:
         if self.pair is None:
             k, v = (layer.by_heads(project(self.states)).contiguous() for project in (layer.key, layer.value))
             self.pair = k, v
-        together = queries.reshape(len(self.states), -1, queries.shape[-1])  # all tokens of all rows of an image
-        return attend(layer.by_heads(together), *self.pair, self.mask).transpose(1, 2).reshape(queries.shape)
+        by_image = queries.reshape(len(self.states), -1, queries.shape[-1])  # (images, rows of an image · tokens, width)
+        return attend(layer.by_heads(by_image), *self.pair, self.mask).transpose(1, 2).reshape(queries.shape)
 
 
 class ActiveSources(threading.local):
@@ -85,8 +85,8 @@ class TextAttention(BlipTextSelfAttention):
                 "the decoder has no image states, because it was called or recomputed outside its `reading` block or thread; "
                 "call the decoder inside the block and in the same thread; with checkpointing, run the backward pass there too"
             )
-        drops = self.training and self.dropout.p  # load_backbone sets the dropout to 0
-        if drops or needs_library(kwargs, CACHE[0]):
+        uses_dropout = self.training and self.dropout.p  # load_backbone sets the dropout to 0
+        if uses_dropout or needs_library(kwargs, CACHE[0]):
             if crosses and source:
                 encoder_hidden_states, encoder_attention_mask = source.repeated(len(hidden_states))
             cached = () if cache is None else (cache,)  # by position, because its name depends on the version
@@ -104,20 +104,23 @@ class TextAttention(BlipTextSelfAttention):
         return attend(self.by_heads(queries), k, v, mask).transpose(1, 2).flatten(2), None
 
     def _keys_and_values(self, own: Tensor, encoder: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values (rows, heads, keys, d), those of earlier tokens and of the encoder from the cache."""
-        states, crosses, pair = own if encoder is None else encoder, encoder is not None, cache
-        if isinstance(pair, EncoderDecoderCache):  # a cache for self-attention, and one for cross-attention
-            if crosses and pair.is_updated.get(self.layer_idx):
-                kept = pair.cross_attention_cache.layers[self.layer_idx]
-                return kept.keys, kept.values
-            cache = pair.cross_attention_cache if crosses else pair.self_attention_cache
+        """Return keys and values (rows, heads, keys, d). Those of earlier tokens and of the encoder come from the cache."""
+        states, crosses, both_caches = own if encoder is None else encoder, encoder is not None, cache
+        if isinstance(both_caches, EncoderDecoderCache):  # a cache for self-attention, and one for cross-attention
+            if crosses and both_caches.is_updated.get(self.layer_idx):
+                layer = both_caches.cross_attention_cache.layers[self.layer_idx]
+                return layer.keys, layer.values
+            cache = both_caches.cross_attention_cache if crosses else both_caches.self_attention_cache
             if crosses:
-                pair.is_updated[self.layer_idx] = True
+                both_caches.is_updated[self.layer_idx] = True
         k, v = self.by_heads(self.key(states)), self.by_heads(self.value(states))
         return (k, v) if cache is None else cache.update(k, v, self.layer_idx)
 
     def _absorbs(self, queries: Tensor, states: Any) -> bool:
-        """Return True if `_absorbed` is faster: few queries compared with the width, and no hooks on key and value."""
+        """Return True if `_absorbed` can be used and is faster.
+
+        It is faster for few queries and a small width. It cannot be used if key or value have hooks, such as an adapter's.
+        """
         plain = all(
             type(linear) in PLAIN_LINEARS
             and type(linear.weight) in PLAIN_TENSORS

@@ -4,8 +4,9 @@ Attention: 577 × 577 scores for each head are most of the memory of a step, and
 times for the backward pass. `attend` stores none. `by_heads` computes large attentions in 16 bits on a CPU: it stores the
 probabilities once, and computes few heads at a time, so that their scores stay in the processor's cache.
 
-MLP: fc2 has an adapter, and the gradient of its A needs the input of fc2, which is the output of the GELU. Autograd keeps the
-input of the GELU in any case. So `fused` computes the GELU again and does not keep its output, a quarter of a block's memory.
+MLP: if fc2 has an adapter, the gradient of its A needs the input of fc2, which is the output of the GELU. Autograd keeps the
+input of the GELU in any case. So `fused` does not keep the output: the backward pass computes the GELU again. This saves a
+quarter of the memory of a block.
 """
 
 from typing import Any
@@ -18,9 +19,9 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2MLP
 
 from lora_blip.kernels.linear import GELU_INPUT
 from lora_blip.kernels.plain import is_plain, needs_library
-from lora_blip.kernels.sdpa import attend, by_hand
+from lora_blip.kernels.sdpa import attend, prefers_separate
 
-LARGE = 2**22  # scores
+LARGE = 2**22  # scores in one call; fewer are computed at once
 
 
 class VitAttention(nn.Module):
@@ -30,33 +31,33 @@ class VitAttention(nn.Module):
     """
 
     WRITTEN_FOR = ("(self, hidden_states, **kwargs)",)
-    UNUSED = ("output_attentions", "output_hidden_states", "return_dict")  # arguments of the model, without effect here
+    UNUSED = ("output_attentions", "output_hidden_states", "return_dict")  # arguments that a model passes down; no effect here
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Return (output, None), the output with the shape of hidden_states (images, states, width)."""
         model: Any = self
-        drops = self.training and self.drops  # load_backbone sets the dropout to 0
-        if drops or needs_library(kwargs, *self.UNUSED):
+        uses_dropout = self.training and self.has_dropout  # load_backbone sets the dropout to 0
+        if uses_dropout or needs_library(kwargs, *self.UNUSED):
             return super().forward(hidden_states, **kwargs)
         qkv = model.qkv(hidden_states)  # (images, states, 3 · width)
-        large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and by_hand(qkv)
+        large = len(qkv) * model.num_heads * qkv.shape[1] ** 2 >= LARGE and prefers_separate(qkv)
         return model.projection((by_heads if large else attend_at_once)(qkv, model.num_heads)), None
 
     @property
-    def drops(self) -> bool:
-        """Return True if probabilities are dropped in training."""
+    def has_dropout(self) -> bool:
+        """Return True if the attention has dropout."""
         raise NotImplementedError
 
 
 class BlipVitAttention(VitAttention, BlipAttention):
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         return self.dropout.p > 0
 
 
 class Blip2VitAttention(VitAttention, Blip2Attention):
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         return self.attention_dropout > 0
 
 
@@ -120,6 +121,7 @@ def by_heads_forward(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, Tenso
 
 @torch.library.custom_op("lora_blip::by_heads_backward", mutates_args=())
 def by_heads_backward(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:
+    """Return the gradient of qkv. kept: the probabilities (images, heads, states, states) of the forward pass."""
     q, k, v = scaled(qkv, heads)
     d_out = d_context.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
     d_qkv = torch.empty_like(qkv)
@@ -145,7 +147,7 @@ def _(d_context: Tensor, qkv: Tensor, kept: Tensor, heads: int) -> Tensor:  # no
     return torch.empty_like(qkv)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # otherwise autograd creates zeros as the gradient of the probabilities
     ctx.save_for_backward(inputs[0], output[1])
     ctx.heads = inputs[1]
@@ -155,7 +157,7 @@ def _gradient(ctx: Any, d_context: Tensor | None, _d_kept: None) -> tuple[Tensor
     return None if d_context is None else by_heads_backward(d_context, *ctx.saved_tensors, ctx.heads), None, None
 
 
-by_heads_forward.register_autograd(_gradient, setup_context=_keep)
+by_heads_forward.register_autograd(_gradient, setup_context=_save_for_backward)
 
 
 def scaled(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

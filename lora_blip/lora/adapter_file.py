@@ -1,7 +1,7 @@
 """Save and load an adapter file: one .safetensors that contains everything about the adapter.
 
-Tensors: `<address>.lora_A` (r, in) and `<address>.lora_B` (rows, r), float32. Header: JSON under "lora_blip" with the ranks,
-the task, the base with samples of its weights, versions and a summary of the training. Reading a file never runs code from it.
+Tensors: `<address>.lora_A` and `<address>.lora_B`, float32. An address is a module path, with ".q" for a block of its features.
+Header: JSON under "lora_blip": ranks, task, base with samples of its weights, versions, summary of the training. No code runs.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class Adapter:
 
     @property
     def image_size(self) -> int:
-        """Return the height and width of the training images; 0 if the file does not contain them: the base's own size."""
+        """Return the height and width of the training images. 0: the file does not name a size, so it is that of the base."""
         size: int = self.metadata["base"].get("image_size", 0)
         return size
 
@@ -199,7 +199,7 @@ def _check_keys(path: Path, sites: list[Site], file: Any) -> None:
         )
     for key, site in expected.items():
         tensor = file.get_slice(key)
-        shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")
+        shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")  # shape[is_b] is r: A (r, …), B (…, r)
         rows = site.rows[1] - site.rows[0] if site.rows and is_b else None
         if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
             needed = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
@@ -216,8 +216,8 @@ def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> 
             raise AdapterError(
                 f"{path}: {quoted(key)} contains NaN or infinity: the training diverged. Use a lower lr, or bf16 or fp32"
             )
-    for site in sites:
-        if not site.alpha * largest[f"{site.address}.lora_A"] * largest[f"{site.address}.lora_B"] < FLOAT32_MAX:  # ≥ |ΔW|
+    for site in sites:  # each |ΔW| is at most (alpha / r) · r · max |A| · max |B|
+        if not site.alpha * largest[f"{site.address}.lora_A"] * largest[f"{site.address}.lora_B"] < FLOAT32_MAX:
             raise AdapterError(f"{path}: the update of {quoted(site.address)} overflows float32; train again with a lower lr")
     if not any(value for key, value in largest.items() if key.endswith(".lora_B")):
         raise AdapterError(f"{path}: every lora_B is zero, so the adapter has no effect; train it before it is saved")
@@ -275,7 +275,7 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:
-    """Raise AdapterError if the image size of the base is another one, and was not chosen by the user."""
+    """Raise AdapterError if a backbone has another image size, unless the user chose it. For a plain model, only warn."""
     size = _image_size(model_of(backbone)).get("image_size", 0)
     if not adapter.image_size or not size or size == adapter.image_size:
         return

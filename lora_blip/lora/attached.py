@@ -18,7 +18,7 @@ from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
 from lora_blip.lora.sites import Site, name_of
 
-FAST = "fast_update"  # attribute of a model: whether its adapters may use `fused`
+FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
 
 
 @runtime_checkable
@@ -93,12 +93,12 @@ def share_routing(model: nn.Module) -> AdapterRouting:
     """Make all linears of a model share one routing, and return it. Parts of the model may have had their own."""
     stacks = [linear.lora for linear in adapted_linears(model).values()]
     routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [AdapterRouting()]
-    busy = [routing for routing in routings if routing.blocks]
-    if len(busy) > 1:
+    in_block = [routing for routing in routings if routing.blocks]
+    if len(in_block) > 1:
         raise LoRAError(
             "two parts of this model are each in a block of `use_adapters` or `disable_adapters`; leave these blocks first"
         )
-    routing: AdapterRouting = (busy or routings)[0]
+    routing: AdapterRouting = (in_block or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(getattr(module, FAST, True) for module in model.modules())
     routing.used, routing.recorded = any(each.used for each in routings), any(each.recorded for each in routings)
     routing.dormant = frozenset().union(*(each.dormant for each in routings))
@@ -168,10 +168,10 @@ def clear_if_bare(model: nn.Module) -> None:
 
 def remove_hooks(module: nn.Module) -> None:
     """Remove our hooks from a module. They are compared by identity, so this works on a deepcopy and after unpickling too."""
-    of: Any = module
+    m: Any = module
     for hooks, *flags in (
-        (of._forward_pre_hooks, of._forward_pre_hooks_with_kwargs),
-        (of._forward_hooks, of._forward_hooks_with_kwargs, of._forward_hooks_always_called),
+        (m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs),
+        (m._forward_hooks, m._forward_hooks_with_kwargs, m._forward_hooks_always_called),
     ):
         for number in [number for number, hook in hooks.items() if hook in OURS]:
             for table in (hooks, *flags):

@@ -1,7 +1,7 @@
 """The batch size of the current call of a model. Adapters that are chosen for each row need it.
 
 A linear cannot read the batch size from its input: OPT flattens (rows, tokens, width) into (rows · tokens, width) before its
-MLP. So hooks on the outer modules of a model store the batch size of the outermost call, for the current thread or task.
+MLP. So hooks on the outer modules of a model store the batch size of the outermost call, for each thread and asyncio task.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-DEPTH = 3  # such as `language_model.model.decoder`: the modules that users call, without their layers
+DEPTH = 3  # users call modules down to this depth, such as `language_model.model.decoder`; layers are deeper
 CALL: ContextVar[tuple[Any, "CallBatch"] | None] = ContextVar("lora_blip_call", default=None)
 
 

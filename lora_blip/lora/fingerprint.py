@@ -28,7 +28,10 @@ def settings_of(part: Any) -> dict[str, Any]:
 
 
 def sampled(model: nn.Module, adapters: Iterable[LoRA]) -> list[str]:
-    """Return the paths of the linears with adapters and, for the rest of the base, the last untied linear of each part."""
+    """Return the paths of the linears to sample: those with adapters, and the last linear of each child of the model.
+
+    The second group shows whether the rest of the base is the same. A linear that shares its weight is not in it.
+    """
     paths, shared = [lora.site.module for lora in adapters], tied(model)
     for part, child in model.named_children():
         inside = [f"{part}.{path}" for path, module in child.named_modules() if path and is_linear(module)]
@@ -54,7 +57,10 @@ def sample(linear: Any) -> dict[str, Any]:
 
 
 def same_weights(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
-    """Return True if two fingerprints are equal, up to one rounding if the dtypes differ. Accept a quantized weight."""
+    """Return True if two fingerprints are equal, or differ by one rounding if the dtypes differ.
+
+    A quantized weight has no fingerprint ({}), and is equal to any.
+    """
     if not expected or not actual:
         return True
     a, b = (torch.tensor(sample["values"], dtype=torch.float32) for sample in (expected, actual))

@@ -7,9 +7,10 @@ Here s = alpha / r, and dy is the gradient of y. Autograd alone keeps more: x tw
 after the factor s. It also adds the two terms of dx in an extra pass over memory. Here, a pre-hook gives the linear x without
 its graph, so that autograd does not record the frozen product. Only x and h are kept, and h has r columns.
 
-Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ: with dropout, rows of
-several adapters, quantized or merged weights, or a subclass of LoRA, and in torch.func's transforms. It also runs under
-torch.compile, which fuses kernels itself. For second derivatives, call `attached.fast(model, False)`.
+Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ: if there is
+dropout, if the rows of a batch have different adapters, if a weight is quantized or merged, for a subclass of LoRA, and inside
+a transform of torch.func. It also runs under torch.compile, which fuses kernels itself. The fused update has no second
+derivatives: to compute them, call `attached.fast(model, False)`.
 """
 
 import threading
@@ -23,7 +24,7 @@ from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can
 from lora_blip.kernels.plain import is_plain
 from lora_blip.lora.layer import LoRA, lora_hook
 
-SMALL = 2**20  # bytes; a smaller activation is kept instead of computed again
+SMALL = 2**20  # bytes; a smaller output of a GELU is kept for the backward pass, a larger one is computed again
 
 
 class PendingInput(threading.local):
@@ -42,10 +43,10 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     stack.pending.x = None  # a forward that ended with an error may have left it
     if not (torch.is_grad_enabled() and routing.fast) or torch.compiler.is_compiling() or is_plain():
         return None
-    if routing.used and not routing.everyone:
+    if routing.used and not routing.all_act_on_all_rows:
         return None
     if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
-        return None  # own_hooks: one pre-hook and one hook are ours
+        return None  # can_bypass allows one pre-hook and one hook: ours
     if any(type(lora) is not LoRA or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
         return None
     x = args[0]
@@ -77,13 +78,21 @@ def updated(linear: Any, output: Tensor) -> Tensor:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """A frozen linear and its adapters. `reach` has (s, start, stop) of each adapter, and `halves` are its A and B in turn."""
+    """A frozen linear and its adapters.
+
+    reach: (s, start, stop) of each adapter: its factor, and the output features that it changes. halves: A and B of each
+    adapter, one after the other.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cast: Tensor, before: Tensor, output: Tensor, weight: Tensor, reach: Any, *halves: Tensor
     ) -> Tensor:
-        """Return `output` with the updates. cast: x as the linear read it. before: the input of the GELU before it, or cast."""
+        """Return `output` with the updates.
+
+        cast: x in the dtype in which the linear read it. before: what is kept for the backward pass. This is the input of
+        the GELU whose output is x, or else `cast`.
+        """
         flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
         kept = []
         for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
@@ -99,7 +108,7 @@ class FrozenLinear(torch.autograd.Function):
         ctx.save_for_backward(before, weight, *kept)
         ctx.reach, ctx.gelu = reach, before is not cast
         ctx.like, ctx.halves = (x.shape, x.dtype), [half.dtype for half in halves]
-        return output.data  # the same values, not a view: a view could not be changed in place
+        return output.data  # not a view of the output, because autograd forbids in-place changes of such a view
 
     @staticmethod
     @once_differentiable

@@ -12,11 +12,11 @@ from lora_blip.runtime.untrusted import WITH_NAN, is_path, parsed, quoted
 FORMAT_VERSION = 1
 LARGEST = 8 * 2**20  # bytes; 700 adapted modules need less than one million
 LONGEST_TEXT = 10_000  # characters of a prompt or name
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # moves a terminal's cursor, or is not Unicode
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # terminal control codes, lone surrogates
 OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 BLOCK = re.compile(r"[\w-]{0,64}")
 MISSING = object()
-AGAIN = "copy the file again, or train the adapter again"
+FIX = "copy the file again, or train the adapter again"
 
 
 class HeaderError(ValueError):
@@ -61,7 +61,7 @@ def number(least: float, most: float) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and least <= value <= most
 
 
-# the parts of a header that are used → (check, expected value); an object comes before its entries
+# part of a header that the program uses → (check, description of a valid value); an object comes before its entries
 KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "": (is_object, "an object"),
     "format_version": (whole(1, 2**31), "a number from 1"),
@@ -92,11 +92,11 @@ NEEDED = ("", "format_version", "lora", "lora.modules", "base", "base.name", "ba
 
 
 def parse_header(text: str) -> dict[str, Any]:
-    """Return the header as an object. Raise HeaderError, with the part, if a part that is used has a wrong type."""
+    """Return the header as a dict. Raise HeaderError, which names the part, if a part in KNOWN is not valid."""
     try:
         metadata: dict[str, Any] = parsed(text, WITH_NAN)  # a loss may be NaN
     except ValueError as error:
-        raise HeaderError(f"its header cannot be understood ({error}); {AGAIN}") from None
+        raise HeaderError(f"its header cannot be understood ({error}); {FIX}") from None
     version = metadata.get("format_version") if is_object(metadata) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise HeaderError(
@@ -110,7 +110,7 @@ def parse_header(text: str) -> dict[str, Any]:
         if not fits(value):
             actual = "missing" if value is MISSING else quoted(value)
             raise HeaderError(
-                f"its header cannot be understood ({place or 'the header'} is {actual}, expected {expected}); {AGAIN}"
+                f"its header cannot be understood ({place or 'the header'} is {actual}, expected {expected}); {FIX}"
             )
     samples, modules = metadata["base"]["samples"], metadata["lora"]["modules"]
     wrong = [path for path, sample in samples.items() if not is_sample(sample)]

@@ -11,11 +11,11 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all other parameters. By default (`FAST`), a pre-hook and a hook of `fused`
-replace `lora_hook`: in training without dropout they need less memory, and otherwise they call it. Tests compare the two.
+`inject` does this for every target, and freezes all other parameters. If the setting FAST is true (the default), two hooks of
+`fused` replace `lora_hook`. They need less memory in training without dropout; otherwise they call `lora_hook`.
 
 Read next: `injection` (put adapters on a model), `targets` (which linears), `merging` (write the update into W),
-`routing` (which adapter acts on which row), `fused` (the same update, with less memory), `adapter_file` (save and load).
+`routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (save and load).
 """
 
 from typing import Any, cast
@@ -86,7 +86,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 class AdapterStack(nn.ModuleDict):
     """The adapters of one linear, by name. The output gets the sum of their updates.
 
-    A key is the adapter's name. For a block of output features, ":" and its name follow: "default:q" is for q of a fused qkv.
+    A key is an adapter's name, or "name:block" if it changes only a block of output features: "default:q" for q of a fused qkv.
     """
 
     merged: frozenset[str] = frozenset()  # keys of the adapters whose update is in W
@@ -95,6 +95,7 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
+        """The names of the adapters in the state_dict. Those of a `Captioner` are not in it."""
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:
@@ -112,8 +113,8 @@ class AdapterStack(nn.ModuleDict):
         return destination
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Keep adapters that `state_dict` leaves out as they are, if their tensors are not in the state_dict."""
+        """Load as usual, but allow that the tensors of adapters that `state_dict` leaves out are missing."""
         super()._load_from_state_dict(state, prefix, *args)
         for key in filter(self.is_left_out, self):
-            for half, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
-                state.setdefault(half, value)
+            for parameter, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():
+                state.setdefault(parameter, value)

@@ -83,9 +83,9 @@ def _check_forward(path: str, linear: Any) -> None:
 @torch.no_grad()
 def _check_hooks(path: str, linear: Any) -> None:
     """Raise LoRAError if another hook changes the output before ours. After a merge, it would change the update too."""
-    own = list(linear._forward_hooks.items())
-    ours = next((place for place, (_, hook) in enumerate(own) if hook in OURS), 0)
-    earlier = [*_global_forward_hooks.items(), *own[:ours]]
+    hooks = list(linear._forward_hooks.items())
+    first = next((place for place, (_, hook) in enumerate(hooks) if hook in OURS), 0)  # the first hook of this package
+    earlier = [*_global_forward_hooks.items(), *hooks[:first]]
     if not earlier:
         return
     x = _probe(linear)
@@ -115,7 +115,7 @@ def _largest(values: Tensor) -> float:
 
 # ---------------------------------------------------------------- memory that two tensors share
 
-Span = tuple[int, int, str]  # first byte, end, and the name of a tensor
+Span = tuple[int, int, str]  # address of the first byte, address after the last byte, name of the tensor
 
 
 def _memory(modules: Mapping[str, nn.Module]) -> dict[int, list[Span]]:

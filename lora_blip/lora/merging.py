@@ -16,13 +16,13 @@ from lora_blip.lora.sites import name_of
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
-    """Replace W by W + Σ ΔW of the named adapters (of all but those of captioners, if no name is given).
+    """Replace W by W + Σ ΔW of the named adapters. If no name is given, of all adapters that do not belong to a `Captioner`.
 
     A second merge changes nothing. ΔW is what `LoRA.delta_weight` returns, and the sum is computed in float32. The original W
     is kept for `restore`, and every merge starts from it, not from a merged weight. If a merge fails, for example out of
     memory, every weight is put back.
-    Raise LoRAError for an unknown name, for a weight that cannot take the update (see `mergeable`), and for a sum that is not
-    finite. Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
+    Raise LoRAError for an unknown name, for a weight into which no update can be written (see `mergeable`), and for a sum that
+    is not finite. Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
@@ -32,7 +32,7 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     with writing(model) as hooked:
         chosen = names or set(attached.names(model)) - share_routing(model).dormant
         keys = {p: m.lora.merged | {k for k in m.lora if name_of(k) in chosen} for p, m in hooked.items()}
-        keys = {path: some for path, some in keys.items() if some}
+        keys = {path: own for path, own in keys.items() if own}
         check_mergeable(model, keys)
         fold_all(hooked, keys)
 
@@ -54,7 +54,7 @@ def restore(model: nn.Module | Loaded) -> None:
 def bake(model: nn.Module | Loaded) -> None:
     """Merge all adapters and remove them, with their hooks and the original weights. The model is then a plain one.
 
-    The adapters of captioners are removed without a merge; these captioners then raise LoRAError.
+    The adapters of a `Captioner` are removed without a merge. The captioner then raises LoRAError if it is used.
     The originals are kept in the CPU's memory until the last weight is written. If this fails, every weight is put back.
     Raise LoRAError as `merge` does. In peft: `merge_and_unload`.
 
@@ -65,7 +65,7 @@ def bake(model: nn.Module | Loaded) -> None:
     with writing(model) as hooked:
         dormant = share_routing(model).dormant
         keys = {path: frozenset(k for k in linear.lora if name_of(k) not in dormant) for path, linear in hooked.items()}
-        keys = {path: some for path, some in keys.items() if some}
+        keys = {path: own for path, own in keys.items() if own}
         check_mergeable(model, keys)
         fold_all(hooked, keys, torch.device("cpu"))
         for linear in hooked.values():

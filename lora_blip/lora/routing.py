@@ -1,4 +1,4 @@
-"""Choose the active adapters: one alone, one for each row of a batch, or none.
+"""Choose which adapters act: only one, one for each row of a batch, or none.
 
 `use_adapters` and `disable_adapters` apply to the current thread or asyncio task only. `checkpoint_context` makes the same
 adapters active while a layer is computed again in the backward pass.
@@ -56,7 +56,7 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
         if isinstance(names, str):
             return ActiveAdapters(off, alone=names)
         device = next((lora.A.device for _, lora in every_adapter(model)), None)
-        rows = {name: [row for row, own in enumerate(each) if own == name] for name in each if name is not None}
+        rows = {name: [row for row, chosen in enumerate(each) if chosen == name] for name in each if name is not None}
         return ActiveAdapters(off, "", {n: torch.tensor(r, device=device) for n, r in rows.items()}, len(each), beams)
 
     if not isinstance(names, str):
@@ -76,9 +76,9 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     """
     model = model_of(model)
     check_names(model, names)
-    more = frozenset(names or (name for name, _ in every_adapter(model)))
+    disabled = frozenset(names or (name for name, _ in every_adapter(model)))
     routing = share_routing(model)
-    with _block(model, "disabled", lambda off: replace(routing.active, off=off | more)):
+    with _block(model, "disabled", lambda off: replace(routing.active, off=off | disabled)):
         yield
 
 

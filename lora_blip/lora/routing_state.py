@@ -32,7 +32,10 @@ ALL: Any = Everywhere.ALL
 
 @dataclass(frozen=True)
 class ActiveAdapters:
-    """The active adapters: all but those in `off`. If `alone` is a name, only this one. If `count` > 0, each on its `rows`."""
+    """Which adapters act: all that are not in `off`.
+
+    If `alone` is not empty, only the adapter of that name acts. If `count` > 0, each adapter acts only on its `rows`.
+    """
 
     off: frozenset[str] = frozenset()
     alone: str = ""
@@ -66,17 +69,18 @@ class AdapterRouting:
     def block(self) -> Optional["Block"]:
         """The innermost block of this model in the current context."""
         block = CURRENT.get() if self.used else None
-        while block is not None and (block.routing is not self or block.left):
+        while block is not None and (block.routing is not self or block.ended):
             block = block.outer
         return block
 
     @property
     def active(self) -> ActiveAdapters:
+        """The active adapters of the current thread or task."""
         block = self.block
         return ALL_ACTIVE if block is None else block.active
 
     @property
-    def everyone(self) -> bool:
+    def all_act_on_all_rows(self) -> bool:
         """Return True if every adapter acts on every row."""
         block = self.block
         self._check(block)
@@ -131,7 +135,7 @@ class Block:
     outer: Optional["Block"]  # the block of any model around it
     recomputes: bool = False  # True while a layer is computed again, see `checkpoint_context`
     batch: CallBatch | None = None  # the batch of the call that is recomputed
-    left: bool = False  # True if the block ended while another block or another context was current
+    ended: bool = False  # True if the block ended while another block or another context was current
 
 
 CURRENT: ContextVar[Block | None] = ContextVar("lora_blip_block", default=None)
@@ -179,7 +183,7 @@ def leave(block: Block) -> None:
     if CURRENT.get() is block:
         CURRENT.set(block.outer)
     else:
-        block.left = True
+        block.ended = True
 
 
 @contextmanager

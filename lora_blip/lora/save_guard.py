@@ -43,7 +43,7 @@ def unguard(model: nn.Module) -> None:
 
 
 def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
-    """Raise LoRAError if `save_pretrained` is among the callers: that of a model that contains this one and has no guard."""
+    """Raise LoRAError if a `save_pretrained` calls this function: that of a larger model, which has no guard."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == NAME:

@@ -19,7 +19,7 @@ BLOCK = re.compile(r"[\w-]{1,64}")
 MOST_DROPOUT = 0.999_999
 MOST_RANK = 2**16  # the limit of the setting `r`; a larger value is a mistake, and fills the memory
 R, ALPHA = 8, 32.0  # the defaults of the settings `r` and `alpha` too
-TIED = "tied_to"  # attribute of a head: the module that shared its weight before `weights.cast_once`
+TIED = "tied_to"  # name of an attribute of a head: the path of the module that shared its weight before `cast_once`
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def _tied(modules: dict[str, nn.Module]) -> dict[str, str]:
     return earlier | {path: next(p for p in paths if p != path) for paths in shared for path in paths}
 
 
-def compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Return True if a model or a part of it was compiled by torch.compile, which ignores hooks that are added later."""
-    return _compiled(model.modules())
+    return _any_compiled(model.modules())
 
 
-def _compiled(modules: Iterable[nn.Module]) -> bool:
+def _any_compiled(modules: Iterable[nn.Module]) -> bool:
     return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
 
@@ -112,7 +112,7 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
         raise LoRAError(
             "the list of sites is empty, so there is nothing to train; give targets, such as lora_blip.inject(model, 'vit')"
         )
-    if _compiled(modules.values()):
+    if _any_compiled(modules.values()):
         raise LoRAError(
             "this model was compiled by torch.compile, which would ignore adapters; inject them before it is compiled"
         )
@@ -158,7 +158,7 @@ def _check_place(site: Site, linear: Any) -> None:
             f"{site.address!r}: rows=({start}, {stop}): expected two whole numbers, 0 ≤ start < stop ≤ {linear.out_features}"
         )
     if linear.in_features < 1 or any(map(is_lazy, linear.parameters(recurse=False))):
-        raise LoRAError(f"{site.module!r} has no shape yet; run the model on one batch, and inject then")
+        raise LoRAError(f"{site.module!r} has no shape yet; run the model on one batch first, then call inject")
     other = getattr(linear, "lora", None)
     if other is not None and not (isinstance(other, nn.ModuleDict) and hasattr(other, "merged")):
         raise LoRAError(f"{site.module!r} already has another attribute 'lora'; leave this module out of the targets")

@@ -1,7 +1,7 @@
 """Select the linears that get an adapter: presets, exact names, regexes, layer ranges, and r or alpha for each target.
 
 vit                     every linear of the ViT's blocks
-vit.q, vit.v            row blocks of its fused qkv
+vit.q, vit.v            only q, only v of the linear that computes q, k and v together (the fused qkv)
 text.cross              the cross-attention of the text model; see PRESETS
 vit[8:12]               blocks 8 to 11
 qformer:r=4:alpha=8     with its own rank and alpha, instead of those of the settings
@@ -23,9 +23,9 @@ VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
 QFORMER = r"qformer\.encoder\.layer\.\d+\."
 LM = r"language_model\..*(?:layers|block)\.\d+\.(?:layer\.\d+\.)?"
-Q, K, V = ("q", 0), ("k", 1), ("v", 2)  # the row blocks of a fused qkv
+Q, K, V = ("q", 0), ("k", 1), ("v", 2)  # name and number of the thirds of W in a fused qkv
 
-# preset → (regex over the module path, row block of a fused qkv or None)
+# preset → (regex over the module path, the third of a fused qkv or None)
 PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
     "vit": (VIT + r".*", None),
     "vit.q": (VIT + r"self_attn\.qkv", Q),
@@ -73,7 +73,7 @@ class Pattern:
 
 
 def parse(target: str, r: int, alpha: float) -> Pattern:
-    """Return the parts of a target such as `vit[8:12]:r=4`. With r but without alpha, alpha / r is that of the settings."""
+    """Return the parts of a target such as `vit[8:12]:r=4`. With r but no alpha, it keeps the ratio of the settings."""
     match = GRAMMAR.fullmatch(target.strip())
     if match is None:
         raise TargetError(f"target {target!r} is empty; remove the extra comma, or give a preset, such as 'vit'")
@@ -160,7 +160,7 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
 
 
 def table(model: nn.Module, name: str = "default") -> str:
-    """Return a table by part: linears with an adapter, adapter parameters, and their share of the model."""
+    """Return a table with a line for each part of the model: its linears with an adapter, and their LoRA parameters."""
     loras = adapters(model, name)
     base = sum(p.numel() for n, p in model.named_parameters() if ".lora." not in f".{n}")
     rows = []

@@ -20,7 +20,7 @@ from lora_blip.models.weight_names import without_prefix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
 
 LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
-LARGEST_NUMBER = 2**20  # four times the largest vocabulary of a language model
+LARGEST_NUMBER = 2**20  # of any number in a config; four times the largest vocabulary of known language models
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 LANGUAGE_MODELS = ("opt", "t5")
 ATTENTIONS = (None, "eager", "sdpa")
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 # keys that make transformers load code, a kernel, a quantizer or other files
-LOADED = (
+FORBIDDEN = (
     "quantization_config", "compression_config", "kernel_config", "use_kernels", "fusion_config", "per_layer_config",
     "transformers_weights", "configuration_files", "distributed_config", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal", "custom_generate", "constraints", "force_words_ids",
@@ -49,17 +49,17 @@ GENERATION_KEYS = (
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "_from_model_config", "transformers_version",
 )  # fmt: skip
-# all other keys, including those of later versions of transformers: they limit the time, or change the search or the cache
+# all other keys, including those of later versions of transformers; they change how texts are searched, the cache, or the time
 OTHER_GENERATION = frozenset(vars(GenerationConfig())) - {*GENERATION_KEYS}
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-ONES = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys that have no effect if they are 1
+NO_EFFECT_IF_ONE = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys
 HARMLESS: tuple[Any, ...] = (None, False, "", [], {})
 UNUSED = ("task_specific_params",)  # transformers stores them and never uses them
 NUMBERED = re.compile(r"(.*\.(?:layers?|block)\.)(\d+)\.")
 POSITIONS = "vision_model.embeddings.position_embedding"
 ADAPTERS = re.compile(r"\.(lora|lora_A|lora_B|base_layer)\.|\.lora_[AB]$")
-SPARE = 2**24  # weights of a model that may be missing in the file, such as those of another task
-AGAIN = "copy config.json and the weights again from one checkpoint"
+SPARE = 2**24  # how many weights of the model may be missing in the files, such as those of a head
+FIX = "copy config.json and the weights again from one checkpoint"
 
 
 def check_config(source: str) -> None:
@@ -132,10 +132,10 @@ def _check_kind(config: Mapping[str, Any], source: str) -> None:
         raise ModelError(unsupported_kind(kind, source, bool(config.get("auto_map"))))
     for part in ("vision_config", "text_config", "qformer_config"):
         if not isinstance(config.get(part, {}), dict | None):
-            raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object; {AGAIN}")
+            raise ModelError(f"config.json of {source!r}: {part} is {quoted(config[part])}, expected an object; {FIX}")
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
-        raise ModelError(f"config.json of {source!r}: architectures is {quoted(named)}, expected a list of names; {AGAIN}")
+        raise ModelError(f"config.json of {source!r}: architectures is {quoted(named)}, expected a list of names; {FIX}")
     if kind == "blip" and (config.get("text_config") or {}).get("is_decoder", True) is not True:
         raise ModelError(
             f"config.json of {source!r}: is_decoder of text_config is not true, so its text model would not read the "
@@ -153,8 +153,8 @@ def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> Non
         where = f"{file_name} of {source!r}: {quoted(place)[1:-1]} is {quoted(value)}"
         if key in ATTENTION_KEYS and not (value is None or (isinstance(value, str) and value in ATTENTIONS)):
             raise ModelError(f"{where}, which may load a kernel; remove the key")
-        default = value in HARMLESS or (key in ONES and value == 1)
-        if key in LOADED and not default:
+        default = value in HARMLESS or (key in NO_EFFECT_IF_ONE and value == 1)
+        if key in FORBIDDEN and not default:
             raise ModelError(f"{where}, which lora_blip does not load; remove the key, or give a plain checkpoint")
         if key in OTHER_GENERATION and not default:
             raise ModelError(f"{where}, and lora_blip does not generate in this way; remove the key")
@@ -165,7 +165,7 @@ def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> Non
 
 
 def _entries(config: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield (path, key, value) of every entry, of entries within entries too."""
+    """Yield (path, key, value) of every entry, including nested ones."""
     items = config.items() if isinstance(config, Mapping) else enumerate(config)
     for key, value in items:
         if key in UNUSED:
@@ -193,7 +193,7 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
             layers = getattr(part, key, None)
             if layers is not None and not 0 < layers <= len(shapes):
                 raise ModelError(
-                    f"config.json of {source!r}: {key} is {layers}, and its weights have {len(shapes)} tensors in all; {AGAIN}"
+                    f"config.json of {source!r}: {key} is {layers}, and its weights have {len(shapes)} tensors in all; {FIX}"
                 )
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -201,11 +201,11 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
     except Exception as error:  # transformers does not check that sizes fit each other
         message = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"config.json of {source!r} does not describe a model ({type(error).__name__}: {quoted(message)}); {AGAIN}"
+            f"config.json of {source!r} does not describe a model ({type(error).__name__}: {quoted(message)}); {FIX}"
         ) from None
     for name, tensor in skeleton.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
-            fix = _image_size_fix(shapes[name], config) if name == POSITIONS else AGAIN
+            fix = _image_size_fix(shapes[name], config) if name == POSITIONS else FIX
             raise ModelError(
                 f"{source!r}: {name} is {tuple(tensor.shape)} by its config.json, and {shapes[name]} in its weights; {fix}"
             )
@@ -214,7 +214,7 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
     absent = sum(tensor.numel() for name, tensor in skeleton.items() if name not in shapes)
     if absent > count + SPARE:
         raise ModelError(
-            f"{source!r}: its config.json describes {absent:,} weights that are not in its files, which have {count:,}; {AGAIN}"
+            f"{source!r}: its config.json describes {absent:,} weights that are not in its files, which have {count:,}; {FIX}"
         )
 
 
@@ -222,7 +222,7 @@ def _image_size_fix(shape: tuple[int, ...], config: Any) -> str:
     """Return how to correct a config whose image size is not that of the position embeddings (1, 1 + patches, width)."""
     side = math.isqrt(max(shape[1] - 1, 0)) if len(shape) == 3 else 0
     if not side or side**2 != shape[1] - 1 or shape[2] != config.vision_config.hidden_size:
-        return AGAIN
+        return FIX
     size = side * config.vision_config.patch_size
     return f'they are for images of {size}×{size}: set "image_size": {size} in the vision_config of its config.json'
 
@@ -268,7 +268,7 @@ def _check_keys(shapes: Mapping[str, Any], source: str) -> None:
 
 
 def _check_layers(skeleton: Mapping[str, Any], shapes: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError if the weights have more layers than the config: the others would be ignored."""
+    """Raise ModelError if the weights have more layers than the config, because the extra layers would be ignored."""
     described: dict[str, int] = {}
     for match in filter(None, map(NUMBERED.match, skeleton)):
         described[match[1]] = max(described.get(match[1], 0), int(match[2]) + 1)
@@ -277,5 +277,5 @@ def _check_layers(skeleton: Mapping[str, Any], shapes: Mapping[str, Any], source
         if numbered and int(numbered[2]) >= described.get(numbered[1], 2**63):
             raise ModelError(
                 f"{source!r}: its weights contain {quoted(name)}, but its config.json describes {described[numbered[1]]} "
-                f"such layers; {AGAIN}"
+                f"such layers; {FIX}"
             )

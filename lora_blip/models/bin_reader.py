@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-SPARE = 2**31  # bytes that a file of a few tensors may need
+SPARE = 2**31  # bytes of memory in addition to the size of the files
 
 
 def main(target: Path, files: list[Path]) -> None:
@@ -23,32 +23,32 @@ def main(target: Path, files: list[Path]) -> None:
         with file.open("rb") as opened:
             if opened.read(2) == b"PK":
                 refuse_compressed(file)
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             else:  # the format before PyTorch 1.6
                 opened.seek(0)
-                found = torch.load(opened, map_location="cpu", weights_only=True)
-        tensors = checked(found, size)
-        if again := names & tensors.keys():
-            raise ValueError(f"{min(again)!r} is in two files")
+                content = torch.load(opened, map_location="cpu", weights_only=True)
+        tensors = checked(content, size)
+        if repeated := names & tensors.keys():
+            raise ValueError(f"{min(repeated)!r} is in two files")
         names |= tensors.keys()
         save_file(tensors, target / f"{file.stem}.safetensors", metadata={"format": "pt"})
 
 
 def refuse_compressed(file: Path) -> None:
-    """Raise ValueError if a zip file is compressed. PyTorch does not compress. A small file could fill the memory."""
+    """Raise ValueError if a zip file is compressed: PyTorch does not compress, and a small file could fill the memory."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is a compressed archive, not a file that PyTorch wrote")
 
 
-def checked(found: object, size: int) -> dict:
-    """Return name → a copy of the tensor. Raise ValueError if `found` is not the weights of a model."""
+def checked(content: object, size: int) -> dict:
+    """Return {name: copy of the tensor}. Raise ValueError if `content` is not the weights of a model."""
     import torch
 
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"it contains a {type(found).__name__}, not the weights of a model")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"it contains a {type(content).__name__}, not the weights of a model")
     total = 0
-    for name, tensor in found.items():
+    for name, tensor in content.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > 500:
             raise ValueError("a weight has no usable name")
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -56,7 +56,7 @@ def checked(found: object, size: int) -> dict:
         total += tensor.numel() * tensor.element_size()
         if total > 2 * size:  # tied weights share their memory; a tensor with stride 0 can claim any size
             raise ValueError(f"{name!r} is larger than the file")
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
 
 
 def limit(size: int) -> None:
@@ -90,7 +90,7 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
     except MemoryError:
-        sys.exit("it needs more memory than its size explains")
+        sys.exit("it needs more than three times its size in memory")
     except Exception as error:
         message = (str(error).splitlines() or [type(error).__name__])[0][:300]
         sys.exit("it contains more than tensors" if message.startswith("Weights only load failed") else message)

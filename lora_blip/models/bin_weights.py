@@ -23,7 +23,7 @@ from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quot
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
-COPIED = ("config.json", "generation_config.json")  # what transformers reads beside the weights
+COPIED = ("config.json", "generation_config.json")  # files that transformers reads together with the weights
 BYTES_PER_SECOND = 2**27  # an estimate, only for the message
 READER = Path(__file__).with_name("bin_reader.py")
 
@@ -96,7 +96,7 @@ def _convert(files: list[Path], configs: list[Path], copy: Path, name: str) -> N
         try:
             make_whole(copy, fill)
         except OSError:
-            if not copy.is_dir():  # else another process has created the same in the meantime, as each one of torchrun does
+            if not copy.is_dir():  # if it exists, another process of torchrun has created it in the meantime
                 raise
 
 

@@ -125,6 +125,6 @@ class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
 
 
 def label_positions(rows: PaddedRows) -> Tensor:
-    """Return the positions (labels,) of the labels in the flattened (texts · tokens,)."""
+    """Return the positions (labels,) of the labels in the flattened rows (texts · tokens,)."""
     assert rows.labels is not None  # as in all rows of `arrange`
     return rows.labels.positions

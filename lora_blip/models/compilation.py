@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lora_blip.lora.sites import compiled
+from lora_blip.lora.sites import is_compiled
 
 
 def compile_blocks(model: Any, first: int = 0) -> None:
@@ -16,4 +16,4 @@ def compile_blocks(model: Any, first: int = 0) -> None:
 
 def uncompiled(model: Any) -> AbstractContextManager[Any]:
     """Run a compiled model uncompiled inside the block, for other shapes, added hooks or merged weights."""
-    return torch.compiler.set_stance("force_eager") if compiled(model) else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()

@@ -15,7 +15,7 @@ def new_tokens(output: Any, start: int) -> Any:
 
 
 def mean_probabilities(output: Any, end_id: int) -> Tensor:
-    """Return exp(mean log p) (rows,) over the generated tokens of each row, up to and with its end token.
+    """Return exp(mean log p) (rows,) over the generated tokens of each row, including its end token.
 
     output: transformers' dict of results, with `output_logits`. A beam search also gives the beam of each token.
     """

@@ -28,7 +28,8 @@ from lora_blip.runtime.files import write_whole
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
 ANY_WEIGHTS = (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
-OURS = "lora_blip"  # the folder of our references: a converted checkpoint is another commit than that of its revision
+# folder in `refs`, with the commit that was downloaded for each revision: it may be the commit of a conversion
+OURS = "lora_blip"
 SECONDS = 10  # the hub must answer within this time, or the cache is used
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 EXAMPLE = "give a folder that contains config.json, or a hub name such as Salesforce/blip-image-captioning-large"
@@ -78,7 +79,7 @@ def _downloaded(repository: str, revision: str) -> str:
         repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT
     )
     if ".." in Path(revision).parts or Path(revision).is_absolute():
-        return folder  # no name of git
+        return folder  # git allows no such name
     with suppress(OSError):  # the cache may be read-only
         write_whole(_root(repository) / "refs" / OURS / revision, commit.encode())
     return folder
@@ -132,7 +133,8 @@ def _cached(repository: str, revision: str, name: str, reason: str) -> str:
 def _snapshots(root: Path, revision: str) -> Iterator[Path]:
     """Yield the folders of a cached repository: that of the revision, then those of other references, the newest first.
 
-    Without a revision, main comes first. `_downloaded` writes which commit a revision was, and so do the hub's own programs.
+    Without a revision, main comes first. A file in `refs` names the commit of a revision. `_downloaded` and the hub's own
+    programs write these files.
     """
     yield from (folder for folder in [root / "snapshots" / revision] if revision and folder.is_dir())
     references = sorted((path for path in (root / "refs").rglob("*") if path.is_file()), key=_modified, reverse=True)

@@ -54,7 +54,7 @@ def check_size(size: int, config: Any) -> None:
 def resize_positions(model: Any, size: int) -> None:
     """Interpolate the ViT's position embeddings to images of `size` × `size`, as `interpolate_pos_encoding=True` does.
 
-    transformers' own method computes them, in the dtype of the weights, so the result is equal to the bit.
+    The method of transformers computes them in the dtype of the weights, so the result has the same bits.
     """
     embeddings = model.vision_model.embeddings
     positions = embeddings.position_embedding  # (1, 1 + patches, width)
@@ -68,7 +68,7 @@ def resize_positions(model: Any, size: int) -> None:
 
 
 def fit_processor(image_processor: Any, size: int, name: str) -> str:
-    """Make an image processor resize every image to `size` × `size`. Return what it did before, "" if nothing changes.
+    """Make an image processor resize every image to `size` × `size`. Return what it did before, or "" if nothing changes.
 
     A processor that crops still crops: its size and its crop size change by the same factor. Raise ModelError if a size is not
     square, or if the output has another size after the change.

@@ -33,7 +33,7 @@ from lora_blip.models.token_rows import (
 Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
 Named = dict[str, Any]  # arguments by name
 Scored = tuple[str, float]  # a generated text and its score
-SCORED: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
+WITH_LOGITS: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
 TrainedRows = TypeVar("TrainedRows", bound=PaddedRows | PackedRows)  # the form in which a language model trains fastest
 
 
@@ -131,7 +131,7 @@ class Language(ABC, Generic[TrainedRows]):
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
         """Return the generated ids that follow `ids` (rows, tokens) over the features (rows, states, width).
 
-        With SCORED in the settings, return transformers' dict of results, in which `sequences` are these ids.
+        With WITH_LOGITS in the settings, return transformers' dict of results, in which `sequences` are these ids.
         """
 
     @torch.no_grad()
@@ -172,22 +172,25 @@ class Language(ABC, Generic[TrainedRows]):
         """
         images = image_keys(pixel_values) if settings.get("do_sample") else None
         features = self.encode_unique_images(pixel_values, adapters)
-        return self._generate(features, prompts, adapters, max_new_tokens, images, settings | SCORED)
+        return self._generate(features, prompts, adapters, max_new_tokens, images, settings | WITH_LOGITS)
 
     def _generate(
         self, features: Tensor, prompts: list[str], adapters: Adapters, max_new_tokens: int, images: Sequence[str] | None,
         settings: Named,
     ) -> list[list[Scored]]:  # fmt: skip
-        """Return the generated texts of each row with their scores, which are NaN if SCORED is not in the settings."""
+        """Return the generated texts of each row with their scores, which are NaN if WITH_LOGITS is not in the settings."""
         starts, results = [self.prompt_ids(prompt) for prompt in prompts], [list[Scored]() for _ in prompts]
         seed, settings = settings.get("seed", 0), {name: value for name, value in settings.items() if name != "seed"}
         beams, copies = (settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
-        settings |= SCORED if copies > 1 else {}
+        settings |= WITH_LOGITS if copies > 1 else {}
         if settings.get("do_sample") and images is None:
             raise ValueError("random draws depend on the image of each row; pass `images`")
         for group in self.generation_groups(prompts, starts, settings | {"max_new_tokens": max_new_tokens}):
-            own, device = [starts[index] for index in group], features.device
-            ids, mask = pad(own, self.pad_id, self.pads_left).to(device), mask_of(own, self.pads_left).to(device)
+            prompt_rows, device = [starts[index] for index in group], features.device
+            ids, mask = (
+                pad(prompt_rows, self.pad_id, self.pads_left).to(device),
+                mask_of(prompt_rows, self.pads_left).to(device),
+            )
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
             if most < 1:
                 longest = max((prompts[i] for i in group), key=len)
@@ -207,8 +210,8 @@ class Language(ABC, Generic[TrainedRows]):
 
     def texts_of(self, ids: Tensor) -> list[str]:
         """Return the texts of ids (rows, tokens), without structural and unknown tokens. Tokens that a user added are kept."""
-        kept = [[id for id in row if id not in self.hidden_ids] for row in ids.tolist()]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+        visible = [[id for id in row if id not in self.hidden_ids] for row in ids.tolist()]
+        return self.tokenizer.batch_decode(visible, skip_special_tokens=False)
 
     @cached_property
     def structural_ids(self) -> set[Any]:
@@ -266,8 +269,8 @@ class EncoderLanguage(Language[TrainedRows]):
         return TokenRows(inputs, labels, example or list(range(len(texts))), self.pad_id, decoder_inputs)
 
     def room_after(self, tokens: int) -> int:
-        left = super().room_after(tokens)
-        return self.max_tokens - 2 if left >= 0 else left  # the text has its own positions, in the decoder
+        rest = super().room_after(tokens)
+        return self.max_tokens - 2 if rest >= 0 else rest  # the text has its own positions, in the decoder
 
     def generation_groups(self, prompts: list[str], starts: list[list[int]], settings: Named) -> Iterable[list[int]]:  # noqa: ARG002
         return [list(range(len(starts)))]  # an encoder masks the padding of shorter prompts

@@ -1,4 +1,4 @@
-"""Call transformers: modules by argument name, and loading without its messages."""
+"""Call modules of transformers with checked argument names, and suppress its messages."""
 
 import inspect
 import warnings
@@ -13,11 +13,11 @@ from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import version_of
 from lora_blip.runtime.untrusted import printable
 
-UNCHECKED = {"use_cache"}  # has no effect on results, and a model may pass it to its language model
+UNCHECKED = {"use_cache"}  # changes no result; a model may accept it in **kwargs and pass it to its language model
 
 
 def call(module: Any, **named: Any) -> Any:
-    """Return module(**named). Raise ModelError if the module's `forward` does not have one of these arguments.
+    """Return module(**named). Raise ModelError if one of these arguments is not in the signature of the module's `forward`.
 
     Without this check, the `**kwargs` of transformers accept a name that it has changed, and ignore the value.
     """

@@ -57,10 +57,10 @@ class Backbone:
     image_processor: Any
     name: str
     device: torch.device
-    samples: dict[str, Any] | None = None  # fingerprints of the weights, taken before they are cast or sharded
+    samples: dict[str, Any] | None = None  # fingerprints of the weights before they were cast or sharded; None: compute them
     fast: bool = True  # use the fast kernels and packed texts; false: transformers' own computation
     own_image_size: int = 0  # pixels; the size in the checkpoint, even if another one was chosen
-    chose_image_size: bool = False  # true: load adapters that were trained at another size
+    chose_image_size: bool = False  # True if the user chose the size; adapters of another size can then be loaded
 
     @property
     def image_size(self) -> int:

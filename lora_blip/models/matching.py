@@ -16,7 +16,7 @@ from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import mask_of, pad, plain_ids
 
-BLOCK = 64  # images whose cosines with all texts are computed at a time: each has views × texts cosines
+BLOCK = 64  # images in one matrix product with all texts, because each image has views × texts cosines
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
     cosine, divided by a temperature of 0.07, is 0.05.
     """
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([(some @ texts.T).amax(1) for some in images.split(BLOCK)])
+        return torch.cat([(block @ texts.T).amax(1) for block in images.split(BLOCK)])
 
 
 def log_odds(logits: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def log_odds(logits: Tensor) -> Tensor:
 def projected(head: Any, states: Tensor) -> Tensor:
     """Return a head's output, float32, computed in the dtype of its weights.
 
-    Autocast is off, because its rounding makes different odds equal.
+    Autocast is off: after its rounding, different log-odds would be equal.
     """
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(head.weight.dtype)).float()

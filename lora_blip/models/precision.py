@@ -59,7 +59,7 @@ def pick_base_dtype(base_dtype: str, config: PretrainedConfig, precision: str) -
 
 
 def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return a function that creates the context of a forward: autocast, or nothing in fp32."""
+    """Return a function that creates the context of a forward pass: autocast, or a context without effect in fp32."""
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, DTYPES[precision])

@@ -55,7 +55,8 @@ def add_image_token(model: Any, tokenizer: Any, name: str) -> None:
     """Add the token `<image>` to a BLIP-2 checkpoint of 2023. Newer revisions of these checkpoints have it.
 
     Image features replace this token, so the model never embeds it. It gets the first id after the tokenizer's, which becomes
-    `image_token_index` in the config. If the embeddings have no row for it, a row with their mean is added: no extreme logit.
+    `image_token_index` in the config. If the embeddings have no row for it, lora_blip adds the mean of the other rows,
+    so that its logit is not extreme.
     """
     if type(model) is not Blip2ForConditionalGeneration or model.config.image_token_index is not None:
         return

@@ -1,6 +1,6 @@
 """Check that a model can use a text: its number of tokens, special tokens, and tokens that the tokenizer does not know.
 
-`TokenBounds` bounds the number of tokens without tokenizing, because a file may have a million lines.
+`TokenBounds` computes upper bounds of the number of tokens without tokenizing, because a file may have a million lines.
 """
 
 import json
@@ -15,7 +15,7 @@ from lora_blip.models.unknown_tokens import REMEDY, UnknownTokens
 from lora_blip.runtime.untrusted import quoted
 
 PRINTABLE = string.digits + string.ascii_letters + string.punctuation
-NORMALIZERS = {None, "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}  # none makes ASCII longer
+NORMALIZERS = {None, "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}  # these never lengthen ASCII
 UNBOUNDED = sys.maxsize  # no bound
 WORDS_KEPT = 2**17  # words whose number of tokens is stored
 ONLY_UNKNOWN = f"has only tokens that this model's tokenizer does not know; {REMEDY}"
@@ -38,8 +38,8 @@ class TextChecker:
         """Tokenize the texts of some lines in one call, for the next calls of `ids`. Skip the texts that need no check."""
         if longest := self.bounds.longest_word:
             lines = [texts for texts in lines if not (joined := "".join(texts)).isascii() or len(joined) > longest]
-        doubtful = sorted({text for texts in lines for text in texts if text and not self.bounds.has_no_unknown(text)})
-        self.pretokenized = many_ids(self.tokenizer, doubtful) if doubtful else {}
+        unsure = sorted({text for texts in lines for text in texts if text and not self.bounds.has_no_unknown(text)})
+        self.pretokenized = many_ids(self.tokenizer, unsure) if unsure else {}
         self.unknown.note(self.pretokenized)
         self.lengths |= {text: len(ids) for text, ids in self.pretokenized.items()}
 
@@ -49,10 +49,10 @@ class TextChecker:
 
     def problem(self, text: str, room: int) -> str:
         """Return why a text cannot be used if the model has room for `room` tokens, or ""."""
-        if self.bounds.at_most(text, room) <= room:
+        if self.bounds.upper_bound(text, room) <= room:
             return ""
         ids = self.ids(text)
-        if self.unknown.nothing_left(ids):
+        if self.unknown.only_unknown(ids):
             return f"the text {quoted(text)} {ONLY_UNKNOWN}"
         if len(ids) > room:
             return f"the text has {len(ids)} tokens, and the model has room for {room}; shorten it"
@@ -77,13 +77,16 @@ class TokenBounds:
     def __init__(self, tokenizer: Any, special: Iterable[Any]) -> None:
         self.tokenizer = tokenizer
         tokens = list(filter(None, tokenizer.convert_ids_to_tokens(sorted(special))))  # BLIP's [DEC] has no token
-        # the first characters of special tokens
-        self.marks = {case for token in tokens for case in (token[:1].lower(), token[:1].upper())}
+        # of special tokens; a text without these characters contains no special token
+        self.first_characters = {case for token in tokens for case in (token[:1].lower(), token[:1].upper())}
         self.longest_word = longest_known_word(tokenizer, frozenset(special)) if all(map(str.isascii, tokens)) else 0
         self.counts: dict[str, tuple[int, int]] = {}  # word → its number of tokens at the start of a text, and after a space
 
-    def at_most(self, text: str, enough: int = UNBOUNDED) -> int:
-        """Return an upper bound of a text's tokens. If it exceeds `enough`, compute a closer bound, which takes longer."""
+    def upper_bound(self, text: str, enough: int = UNBOUNDED) -> int:
+        """Return an upper bound of the number of tokens of a text.
+
+        The bound is the number of characters + 1 if that is at most `enough`. Otherwise it is closer, and takes longer.
+        """
         if not self._plain(text, text.find(" ") if len(text) > self.longest_word else 0):
             return UNBOUNDED
         most = len(text) + 1
@@ -91,18 +94,18 @@ class TokenBounds:
 
     def count(self, text: str, spaced: bool = False) -> int:
         """Return the number of tokens of a text, or of a text after a space; UNBOUNDED if this needs the tokenizer."""
-        if self.at_most(text) == UNBOUNDED:
+        if self.upper_bound(text) == UNBOUNDED:
             return UNBOUNDED
         first, *rest = map(self._counts, text.split(" "))
         return first[spaced] + sum(after for _, after in rest)
 
     def has_no_unknown(self, text: str) -> bool:
         """Return True if the text certainly has no unknown and no special token."""
-        if self.at_most(text) == UNBOUNDED:
+        if self.upper_bound(text) == UNBOUNDED:
             return False
         return len(text) <= self.longest_word or max(map(len, text.split(" "))) <= self.longest_word
 
-    def at_most_of(self, texts: Collection[str]) -> int:
+    def upper_bound_of_longest(self, texts: Collection[str]) -> int:
         """Return an upper bound of the tokens of the longest of some texts."""
         longest = max(map(len, texts))
         known = min(texts) >= "!" and self._plain(" ".join(texts), longest)
@@ -110,8 +113,8 @@ class TokenBounds:
 
     def _plain(self, text: str, word: int) -> bool:
         """Return True for printable ASCII without special tokens. word: the length of the first word, which must be known."""
-        for mark in self.marks:
-            if mark in text:
+        for character in self.first_characters:
+            if character in text:
                 return False
         return text.isascii() and text.isprintable() and text >= "!" and 0 <= word <= self.longest_word
 

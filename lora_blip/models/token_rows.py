@@ -26,7 +26,7 @@ PLACEHOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, B
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The tokenized texts of a batch, as lists without padding, on the host."""
+    """The tokenized texts of a batch, as lists without padding."""
 
     inputs: list[list[int]]  # one for each text; in an encoder-decoder the encoder's input, one for each example
     targets: list[list[int]]  # one for each text, as long as the decoder's input
@@ -163,8 +163,8 @@ def labels_of(targets: Tensor, text: Tensor, weights: list[float] | None) -> Lab
     text: (rows, tokens), the number of each token's text. weights: the weight of each text.
     """
     positions = (targets != IGNORE).flatten().nonzero().flatten()
-    each = None if weights is None else weight_tensor(weights)[text.flatten()[positions]]
-    return Labels(positions, targets.flatten()[positions], each)
+    per_label = None if weights is None else weight_tensor(weights)[text.flatten()[positions]]
+    return Labels(positions, targets.flatten()[positions], per_label)
 
 
 def take_rows(values: Tensor, index: Tensor | None) -> Tensor:
@@ -220,7 +220,7 @@ def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids that the model uses as structure: start, end, padding, masks and placeholders.
 
     A token that a user added is a word, even with `special_tokens=True`. BERT's [UNK] replaces a word, so it is not one of
-    these. OPT uses its end token as the unknown token, so OPT's is.
+    these. In OPT, one token is both the end token and the unknown token; it is in the set.
     """
     named = {tokenizer.special_tokens_map.get(f"{name}_token") for name in STRUCTURAL} - {None}
     ids = set(tokenizer.convert_tokens_to_ids(sorted(map(str, named))))

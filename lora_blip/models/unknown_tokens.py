@@ -23,8 +23,8 @@ class UnknownTokens:
         if self.id is not None:
             self.counts |= {text: (row.count(self.id), len(row)) for text, row in ids.items() if self.id in row}
 
-    def nothing_left(self, ids: list[int]) -> bool:
-        """Return True if no text is left without the unknown ids. T5's token for a space is no text."""
+    def only_unknown(self, ids: list[int]) -> bool:
+        """Return True if the ids contain only unknown tokens and spaces. T5 has a token for a space."""
         known = [i for i in ids if i != self.id]
         return not known or (len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip())
 
@@ -43,9 +43,9 @@ class UnknownTokens:
                 affected.append((line, unknown_texts))
         if not affected:
             return ""
-        counts = [self.counts[text] for text in chain.from_iterable(some for _, some in affected)]
+        counts = [self.counts[text] for text in chain.from_iterable(lost for _, lost in affected)]
         unknown, tokens = (sum(column) for column in zip(*counts, strict=True))
-        shown = [f"{what} {line}: {quoted(some[0])}" if line else quoted(some[0]) for line, some in affected[:SHOWN]]
+        shown = [f"{what} {line}: {quoted(lost[0])}" if line else quoted(lost[0]) for line, lost in affected[:SHOWN]]
         return "\n  ".join(
             [
                 f"warning: {len(affected):,} of {total:,} {what}{'s' * (total != 1)} ({len(affected) / total:.1%}) contain "

@@ -11,7 +11,7 @@ from lora_blip.runtime.untrusted import printable, quoted
 
 ANCHOR = "vision_model.embeddings.class_embedding"  # a weight of every BLIP and BLIP-2
 HEAD = "text_decoder.cls.predictions"
-SHARED = {f"{HEAD}.decoder.bias": f"{HEAD}.bias", f"{HEAD}.bias": f"{HEAD}.decoder.bias"}  # one weight before transformers 5
+SHARED = {f"{HEAD}.decoder.bias": f"{HEAD}.bias", f"{HEAD}.bias": f"{HEAD}.decoder.bias"}  # one bias before transformers 5
 HEADS = (f"{HEAD}.decoder.weight", "language_model.lm_head.weight")
 SHOWN = 3  # names in a message
 Value = TypeVar("Value")

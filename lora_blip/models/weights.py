@@ -21,8 +21,9 @@ def cast_once(backbone: Backbone, precision: str) -> None:
     """Cast the linears of a float32 base. Do nothing in fp32 or to weights in 16 bits. Repeating a call changes nothing.
 
     The head of a decoder is cast too, so it no longer shares its memory with the embeddings. Direct children of the model are
-    not cast: retrieval computes similarities and ITM in their dtype (`matching.projected`). Unmerged adapters are not cast. If
-    adapters are merged before the cast, ΔW is rounded together with W. The fingerprint of the base is taken before the cast.
+    not cast: they are the heads of retrieval, which compute similarities and ITM in float32 (`matching.projected`). Unmerged
+    adapters are not cast. If adapters are merged before the cast, ΔW is rounded together with W. The fingerprint of the base is
+    taken before the cast.
     """
     if precision == "fp32":
         return

@@ -79,7 +79,7 @@ class BaseTask(ABC):
     example_checkpoint: ClassVar[str]  # one of them, for messages
     takes_question: ClassVar[bool] = False  # True: an example has a question, and its prediction is an answer
     writes_text: ClassVar[bool] = True  # True: a prediction is a generated text
-    needs_negatives: ClassVar[bool] = False  # True: the loss compares the lines of a batch, so each image has one line in it
+    needs_negatives: ClassVar[bool] = False  # True: the loss compares the lines of a batch; an image has one line in a batch
     score_names: ClassVar[tuple[str, ...]]  # names of `scores`; higher is better; the first selects the best adapter
     encoder: ImageEncoder
     checker: TextChecker
@@ -118,7 +118,7 @@ class BaseTask(ABC):
         """Return the key of an example's prediction. Examples with the same subject share one prediction."""
 
     def trim(self, example: Example) -> Example:
-        """Return the example without a prompt at the start of its texts; the same object if there is none."""
+        """Return the example with the prompt removed from the start of its texts; the same object if no text starts with it."""
         return example
 
     @abstractmethod
@@ -138,7 +138,7 @@ class BaseTask(ABC):
         return (example.text,)
 
     def pretokenize(self, examples: list[Example]) -> None:
-        """Tokenize together the texts of these lines that `check` needs. This takes half the time and changes no result."""
+        """Tokenize the texts that `check` needs for these lines, in one call. This halves the time, and is never required."""
         self.checker.pretokenize([self.texts_to_check(example) for example in examples])
 
     def unknown_report(self, examples: list[Example]) -> str:
@@ -210,7 +210,7 @@ class PredictionTask(BaseTask):
         """Return what `predict` does, given the features of each example's image (examples, states, width)."""
 
     def encode_texts(self, texts: list[str]) -> Any:
-        """Return the texts for `rank`, with everything computed that needs no image. Call it again if the adapters change."""
+        """Return the texts encoded for `rank`, as far as no image is needed. Encode them again if the adapters change."""
         return texts
 
     @abstractmethod
@@ -229,7 +229,7 @@ class PredictionTask(BaseTask):
         """Return scores by name. predictions: {subject: prediction}. extra: a score that is not computed by default."""
 
     def correctness(self, text: str, examples: list[Example]) -> float:
-        """Return the score of one text for a subject with these lines, 0 to 1. 1: it is equal to one of their texts."""
+        """Return the score of a predicted text, 0 to 1, given the lines of its subject. 1: it equals a text of a line."""
         return exact_match([text], [[example.text for example in examples]])
 
 

@@ -30,7 +30,7 @@ class CaptionTask(TextTask):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.require_room(self.prompt)
-        self.faults: dict[str, str] = {}  # prompt of a line → why it cannot be used, or ""; a cache
+        self.prompt_problems: dict[str, str] = {}  # prompt of a line → why it cannot be used, or ""; a cache
         self.rooms: dict[str, int] = {}  # prompt → the most tokens of a caption after it; a cache
 
     def prompt_of(self, example: Example) -> str:
@@ -52,9 +52,9 @@ class CaptionTask(TextTask):
 
     def check_prompt(self, example: Example) -> str:
         """Return why the prompt of a line cannot be used, or ""."""
-        if example.prompt not in self.faults:
-            self.faults[example.prompt] = self.prompt_fault(example.prompt) if example.prompt else ""
-        return self.faults[example.prompt]
+        if example.prompt not in self.prompt_problems:
+            self.prompt_problems[example.prompt] = self.prompt_problem(example.prompt) if example.prompt else ""
+        return self.prompt_problems[example.prompt]
 
     def subject(self, example: Example) -> Path | tuple[Path, str]:
         """Return the image, with the line's prompt if there is one: each prompt of an image has its own caption."""

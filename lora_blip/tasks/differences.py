@@ -1,4 +1,4 @@
-"""Measure the difference between two computations of one result."""
+"""Measure how much the results of the fast path and of the plain path differ."""
 
 import math
 from collections.abc import Sequence
@@ -33,28 +33,28 @@ def failure(error: Exception) -> Difference:
     return Difference(f"{type(error).__name__}: {first_line(error)}:", math.nan, 0.0)
 
 
-def stepwise(fast: list[Tensor], slow: list[Tensor], written: bool) -> float:
+def difference_per_call(fast: list[Tensor], slow: list[Tensor], generated: bool) -> float:
     """Return the largest relative difference of the outputs of two runs, call by call.
 
-    written: the outputs are logits of generated texts. A row is then left out after its likeliest tokens differ, because the
-    two runs continue with different texts.
+    generated: True if the outputs are logits of generated texts. A row is not compared any more after its most probable tokens
+    differ, because the two runs then continue with different texts.
     """
     worst = 0.0
-    alive = torch.empty(0, dtype=torch.bool)
+    compared = torch.empty(0, dtype=torch.bool)
     for one, other in zip(fast, slow, strict=False):
         if one.shape != other.shape:
-            return worst if written and not alive.all() else math.inf
-        if len(alive) != len(one) or one.shape[1:-1] != (1,):  # the first call for another group of rows
-            alive = torch.ones(len(one), dtype=torch.bool, device=one.device)
-        worst = max(worst, relative(one[alive], other[alive]))
+            return worst if generated and not compared.all() else math.inf
+        if len(compared) != len(one) or one.shape[1:-1] != (1,):  # the first call for another group of rows
+            compared = torch.ones(len(one), dtype=torch.bool, device=one.device)
+        worst = max(worst, relative(one[compared], other[compared]))
         if not worst < math.inf:
             return math.inf
-        if written:
+        if generated:
             tokens = [logits.reshape(len(logits), -1, logits.shape[-1])[:, -1].argmax(-1) for logits in (one, other)]
-            alive = alive & (tokens[0] == tokens[1])
-            if not alive.any():
+            compared = compared & (tokens[0] == tokens[1])
+            if not compared.any():
                 return worst
-    return worst if len(fast) == len(slow) or (written and not alive.all()) else math.inf
+    return worst if len(fast) == len(slow) or (generated and not compared.all()) else math.inf
 
 
 def relative(one: Tensor, other: Tensor) -> float:

@@ -31,7 +31,7 @@ class Prefix:
         self.first, self.skips_vision = first_adapted_block(encoder.model)
 
     @property
-    def worthwhile(self) -> bool:
+    def skips_blocks(self) -> bool:
         """Return True if a block of the ViT comes before the first adapter."""
         return self.first > 0
 

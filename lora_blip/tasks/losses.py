@@ -25,10 +25,10 @@ def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float)
 def hard_negatives(
     similarity: Tensor, positives: Tensor, temperature: Tensor | float, sampled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return a wrong text for the image of each row and a wrong image for its text, (rows,) each; −1 if there is none.
+    """Return the row of a wrong text for each image, and the row of a wrong image for each text, (rows,) each; −1: none.
 
-    They are drawn with probability softmax(similarity / temperature) over the negatives, so pairs that the contrast confuses
-    are frequent (Li et al. 2021, arXiv:2107.07651, section 3.2). If `sampled` is false, they are the likeliest ones.
+    They are drawn with probability softmax(similarity / temperature) over the negatives, so similar pairs
+    are drawn often (Li et al. 2021, arXiv:2107.07651, section 3.2). If `sampled` is false, they are the most probable ones.
     """
 
     def draw(logits: Tensor, positives: Tensor) -> Tensor:

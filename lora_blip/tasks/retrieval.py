@@ -31,6 +31,8 @@ CHUNK = 64  # pairs in one forward of ITM
 
 
 class Features(NamedTuple):
+    """An image and a text in the joint space."""
+
     image: Tensor  # (views, width)
     text: Tensor  # (width,)
 
@@ -45,8 +47,8 @@ class EncodedTexts(NamedTuple):
 class RetrievalTask(Task[TokenizedTexts]):
     """Lines are {"image": …, "text": …}. An image matches the texts of all its lines.
 
-    The temperature of the contrast is trained with the adapters and saved in their file. Negatives come from the micro-batch:
-    a larger batch_size makes the contrast harder, and more accumulation does not.
+    The temperature of the contrast is trained with the adapters and saved in their file. Negatives (wrong pairs) come from the
+    micro-batch of one process: a larger batch_size gives more of them, and more accumulation or more processes do not.
     """
 
     name = "retrieval"
@@ -121,7 +123,7 @@ class RetrievalTask(Task[TokenizedTexts]):
         likely = similarity if drawn else torch.zeros_like(similarity)  # not drawn: the first negatives
         text, image = hard_negatives(likely, right, self.temperature, sampled=drawn and self.backbone.model.training)
         every = torch.arange(len(texts), device=text.device)
-        images = torch.cat([every, every[text >= 0], image[image >= 0]])  # (pairs,), the right ones first
+        images = torch.cat([every, every[text >= 0], image[image >= 0]])  # image of each pair, (pairs,); right pairs first
         odds = matcher.matching(states[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
         labels = (torch.arange(len(odds), device=odds.device) < len(texts)).float()
         matching = F.binary_cross_entropy_with_logits(odds, labels)  # equal to the cross-entropy of two logits
@@ -140,9 +142,9 @@ class RetrievalTask(Task[TokenizedTexts]):
         right = positives(batch.examples, self.texts_of_image)
         lines = ["the first texts, and the images of this batch that each of them describes"]
         for row in range(min(rows, len(batch.examples))):
-            kept = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
+            ids = batch.rows.ids[row][batch.rows.mask[row] == 1].tolist()
             names = dict.fromkeys(batch.examples[i].name for i in right[:, row].nonzero().flatten().tolist())
-            text = " ".join(token_names(self.backbone.tokenizer, kept))
+            text = " ".join(token_names(self.backbone.tokenizer, ids))
             lines += [printable(f"  text    {text}"), printable(f"  images  {', '.join(names)}")]
         return "\n".join(lines)
 
@@ -187,7 +189,7 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
-        """Return the softmax of ITC's logits. ITC and ITM together rank the RERANKED likeliest texts."""
+        """Return the softmax of ITC's logits. The RERANKED most probable texts share their sum by ITC and ITM together."""
         rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
         states, device = self.matcher.encode_images(pixel_values), self.backbone.device
         logits = cosines(self.matcher.image_features(states), text_features.to(device)) / self.temperature
@@ -219,7 +221,7 @@ class RetrievalTask(Task[TokenizedTexts]):
         by_image = {example.image: predictions[self.subject(example)].image for example in examples}
         by_text = {example.text: predictions[self.subject(example)].text for example in examples}
         similarity = cosines(torch.stack([by_image[i] for i in images]), torch.stack([by_text[text] for text in texts]))
-        all_scores = recalls(similarity.float().cpu().numpy(), belongs(examples, images, texts))
+        all_scores = recalls(similarity.float().cpu().numpy(), relevance(examples, images, texts))
         keys = [key for key in dict.fromkeys(("image_to_text_r1", "text_to_image_r1", extra)) if key in all_scores]
         mean = (all_scores["image_to_text_r1"] + all_scores["text_to_image_r1"]) / 2
         return {"recall_at_1": mean, **{key: all_scores[key] for key in keys}}
@@ -248,10 +250,10 @@ def positives(examples: list[Example], known: Mapping[str, Collection[str]] = Ma
     texts: dict[str, set[str]] = {}
     for example in examples:
         texts.setdefault(example.file, set(known.get(example.file, ()))).add(example.text)
-    return torch.tensor([[other.text in own for other in examples] for own in (texts[one.file] for one in examples)])
+    return torch.tensor([[other.text in right for other in examples] for right in (texts[one.file] for one in examples)])
 
 
-def belongs(examples: list[Example], images: list[Path], texts: list[str]) -> Any:
+def relevance(examples: list[Example], images: list[Path], texts: list[str]) -> Any:
     """Return (images, texts), True if the text describes the image."""
     rows, columns = ({item: number for number, item in enumerate(items)} for items in (images, texts))
     right = np.zeros((len(images), len(texts)), dtype=np.bool_)

@@ -19,8 +19,8 @@ MANY = 200_000  # lines whose texts take some seconds to count
 def token_counts(task: BaseTask, texts: Collection[str], spaced: bool = False) -> dict[str, int]:
     """Return the number of tokens that the model must generate for each text, with its end token.
 
-    spaced: the text follows a prompt in a decoder, so it has a space before it. `TokenBounds` or
-    the check of the data has most of the numbers; the other texts are tokenized here.
+    spaced: the text follows a prompt in a decoder, so it has a space before it. Most numbers are known from `TokenBounds` or
+    from the check of the data. The other texts are tokenized here.
     """
     counts, lengths = {text: task.checker.bounds.count(text, spaced) for text in texts}, task.checker.lengths
     if not spaced:
@@ -28,9 +28,9 @@ def token_counts(task: BaseTask, texts: Collection[str], spaced: bool = False) -
     rest = [text for text in texts if counts[text] == UNBOUNDED]
     for start in range(0, len(rest), CHUNK):
         part = rest[start : start + CHUNK]
-        written = [f" {text}" if spaced else text for text in part]
-        ids = many_ids(task.backbone.tokenizer, written)
-        counts |= {text: len(ids[one]) for text, one in zip(part, written, strict=True)}
+        inputs = [f" {text}" if spaced else text for text in part]
+        ids = many_ids(task.backbone.tokenizer, inputs)
+        counts |= {text: len(ids[one]) for text, one in zip(part, inputs, strict=True)}
     return {text: tokens + 1 for text, tokens in counts.items()}
 
 
@@ -44,13 +44,13 @@ def texts_by_space(task: BaseTask, examples: Iterable[Example]) -> dict[bool, Co
 
 
 def longer_texts(task: BaseTask, examples: Iterable[Example], limit: int) -> tuple[Counter[str], int, int]:
-    """Return the texts of more than `limit` tokens with their counts, the tokens of the longest, and the number of all texts.
+    """Return how often each text of more than `limit` tokens occurs, the tokens of the longest, and the number of all texts.
 
     If no text is longer than `limit`, the second value is 0. Each text of a line counts.
     """
     texts, longer, most = texts_by_space(task, examples), Counter[str](), 0
     for spaced, counts in texts.items():
-        may_be = [text for text in counts if task.checker.bounds.at_most(text) + 1 > limit]
+        may_be = [text for text in counts if task.checker.bounds.upper_bound(text) + 1 > limit]
         too_long = {text: n for text, n in token_counts(task, may_be, spaced).items() if n > limit}
         longer.update({text: counts[text] for text in too_long})
         most = max(most, *too_long.values()) if too_long else most
@@ -58,12 +58,12 @@ def longer_texts(task: BaseTask, examples: Iterable[Example], limit: int) -> tup
 
 
 def longest_text(task: BaseTask, examples: Iterable[Example]) -> int:
-    """Return the tokens of the longest text, with its end token. Only texts that may be the longest are tokenized."""
+    """Return the number of tokens of the longest text, with its end token. Only texts that may be the longest are tokenized."""
     longest = 0
     for spaced, counts in texts_by_space(task, examples).items():
         others = []
         for text in counts:
-            most = task.checker.bounds.at_most(text, longest - 1)
+            most = task.checker.bounds.upper_bound(text, longest - 1)
             if most == UNBOUNDED:
                 others.append(text)
             elif most + 1 > longest:

@@ -141,7 +141,7 @@ class TextTask(Task[TextRows]):
     def require_room(self, prompt: str) -> None:
         """Raise ConfigError if `prompt` has a special token or only unknown ones, or leaves too few positions for a text."""
         ids = plain_ids(self.backbone.tokenizer, prompt)
-        only_unknown = prompt.strip() and self.checker.unknown.nothing_left(ids)
+        only_unknown = prompt.strip() and self.checker.unknown.only_unknown(ids)
         if reason := self.checker.special_token_problem(prompt, ids) or (ONLY_UNKNOWN if only_unknown else ""):
             raise ConfigError(f"prompt = {quoted(prompt)}: {reason}")
         self.checker.unknown.note({prompt: ids})
@@ -157,7 +157,7 @@ class TextTask(Task[TextRows]):
         """Return how many tokens the model has room for after a prompt, with the end token."""
         return self.language.room(prompt) + 1
 
-    def prompt_fault(self, prompt: str) -> str:
+    def prompt_problem(self, prompt: str) -> str:
         """Return why the prompt of a line cannot be used, or ""."""
         if self.language.room(prompt) < 1:
             return f"the prompt has too many tokens for this model: {quoted(prompt)}; shorten it"
@@ -192,7 +192,7 @@ class TextTask(Task[TextRows]):
 
 
 def aligned(pairs: list[tuple[str, str]]) -> list[str]:
-    """Return (input token, label) pairs as two lines of columns, or four and more if they are longer than WIDTH.
+    """Return (input token, label) pairs as columns in two lines. Start two new lines if a line is longer than WIDTH.
 
     Equal neighbors, such as padding, are one column.
     """
@@ -233,8 +233,8 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -
     flat = logits.flatten(0, 1).float(), targets.flatten()
     if weights is None:
         return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
-    each = F.cross_entropy(*flat, ignore_index=IGNORE, reduction="none").view(targets.shape)
-    return (each.sum(1) * weights).sum()
+    losses = F.cross_entropy(*flat, ignore_index=IGNORE, reduction="none").view(targets.shape)
+    return (losses.sum(1) * weights).sum()
 
 
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:

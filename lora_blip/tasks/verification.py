@@ -2,8 +2,8 @@
 
 The fast modules compute the same results as transformers, in another order of sums. A new version of a library, another device
 or another base can break that without an error. So each new combination is checked once on each machine, with one real
-micro-batch. Before training, both ways compute logits, loss and the gradients of the adapters. Before prediction, they compute
-tokens and their logits, ranked texts and features. If they differ by more than rounding, the fast path is off for the run.
+micro-batch. Before training, both paths compute logits, loss and the gradients of the adapters. Before prediction, they compute
+tokens and their logits, ranked texts and features. If results differ by more than rounding, the fast path is off for the run.
 """
 
 import time
@@ -29,13 +29,13 @@ from lora_blip.tasks import verification_record
 from lora_blip.tasks.base import BaseTask, Generation, PredictionTask, Task, TrainingTask
 from lora_blip.tasks.differences import (
     Difference,
+    difference_per_call,
     distance,
     failure,
     gradient_difference,
     is_texts,
     numbers,
     relative,
-    stepwise,
     texts,
 )
 
@@ -43,11 +43,11 @@ from lora_blip.tasks.differences import (
 # 2e-2 in bfloat16, over all kinds of models), and much less than the effect of a wrong mask, cache or scale.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # A factor of the bound for gradients, which pass through the model twice, and for probabilities with a small temperature.
-LOOSER = 4
+LOOSER = 4  # so their bound is four times as large
 ROWS = 4  # examples of a batch that are predicted both ways
 TOKENS = 16  # the most tokens of each generated text
 TEXTS = 8  # texts that are ranked
-SIZE_OF_B = 0.02  # a new B is zero, and then the gradient of A is zero too
+SIZE_OF_B = 0.02  # standard deviation of B during the check: if B were zero, the gradient of A would be zero too
 LOSS_SCALE = 1024.0  # keeps fp16 gradients above zero
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -108,7 +108,7 @@ def check(
         return
     report("comparing the fast path with transformers' own computation on one batch, once on this machine")
     start, differences, problem = time.perf_counter(), list[Difference](), ""
-    with untouched(task.backbone.device):
+    with restored_random_state(task.backbone.device):
         try:
             differences = compare()
         except UncheckedError as error:
@@ -121,7 +121,7 @@ def check(
         except Exception as error:  # the other ranks wait for the result of this one
             differences = [failure(error)]
     wrong = [each for each in differences if each.too_large]
-    bad, unchecked = ranks.sum(len(wrong), bool(problem))
+    bad, unchecked = ranks.sum(len(wrong), bool(problem))  # over all processes
     seconds = f"{time.perf_counter() - start:.1f} s"
     if bad:
         disable(task)
@@ -172,7 +172,7 @@ def training_differences(task: TrainingTask, batch: DeviceBatch, autocast: Autoc
             p.grad = None
         return logits, loss.detach(), gradients
 
-    with filled(adapters), without_gradients(trained):
+    with nonzero_b(adapters), without_gradients(trained):
         fast, slow = both_ways(task, run)
     if not torch.isfinite(slow[1]):
         raise UncheckedError("the loss is not finite")
@@ -204,11 +204,11 @@ def prediction_differences(
     beams = task.generation.num_beams if task.writes_text else 1
     with short(task, 1):
         fast, slow = both_ways(task, recorded)
-    written = is_texts(slow[1])
+    generated = is_texts(slow[1])
     if slow[0]:
         what = "logits" if task.writes_text else "features"
-        differences.append(Difference(f"{what} of a prediction", stepwise(fast[0], slow[0], written), bound))
-    if not written:
+        differences.append(Difference(f"{what} of a prediction", difference_per_call(fast[0], slow[0], generated), bound))
+    if not generated:
         one, other = (torch.from_numpy(np.concatenate(numbers(each[1]) or [np.zeros(1)])) for each in (fast, slow))
         differences.append(Difference("predictions", distance(one, other), LOOSER * bound))
     elif beams > 1:
@@ -230,7 +230,7 @@ def prediction_differences(
 
 
 @contextmanager
-def untouched(device: torch.device) -> Iterator[None]:
+def restored_random_state(device: torch.device) -> Iterator[None]:
     """Restore the random generators after the block."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -238,9 +238,9 @@ def untouched(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def filled(adapters: list[LoRA]) -> Iterator[None]:
+def nonzero_b(adapters: list[LoRA]) -> Iterator[None]:
     """Give every B small values, the same on every rank, and set the dropout to 0. Restore both after the block."""
-    kept = [(each.B.detach().clone(), each.dropout) for each in adapters]
+    before = [(each.B.detach().clone(), each.dropout) for each in adapters]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for each in adapters:
@@ -250,7 +250,7 @@ def filled(adapters: list[LoRA]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for each, (b, dropout) in zip(adapters, kept, strict=True):
+            for each, (b, dropout) in zip(adapters, before, strict=True):
                 each.B.copy_(b)
                 each.dropout = dropout
 
@@ -258,19 +258,19 @@ def filled(adapters: list[LoRA]) -> Iterator[None]:
 @contextmanager
 def without_gradients(parameters: list[Any]) -> Iterator[None]:
     """Remove the gradients of the parameters inside the block. Restore them after it."""
-    kept = [p.grad for p in parameters]
+    before = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     try:
         yield
     finally:
-        for p, gradient in zip(parameters, kept, strict=True):
+        for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient
 
 
 @contextmanager
 def evaluating(task: BaseTask) -> Iterator[None]:
-    """Put the model into eval mode inside the block. Each module then has its own mode again."""
+    """Put the model into eval mode inside the block. Restore the mode of each module after it."""
     training = [module for module in task.backbone.model.modules() if module.training]
     task.backbone.model.eval()
     try:
@@ -283,13 +283,13 @@ def evaluating(task: BaseTask) -> Iterator[None]:
 @contextmanager
 def short(task: PredictionTask, beams: int) -> Iterator[None]:
     """Generate short texts inside the block, without sampling and without other options."""
-    kept = task.generation
-    most = min(TOKENS, kept.max_new_tokens)
+    before = task.generation
+    most = min(TOKENS, before.max_new_tokens)
     task.generation = Generation(most, beams)
     try:
         yield
     finally:
-        task.generation = kept
+        task.generation = before
 
 
 def bound_of(task: BaseTask, precision: str) -> float:

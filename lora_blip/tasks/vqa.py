@@ -55,8 +55,8 @@ class VqaTask(TextTask):
             return 'no question: expected a line {"image": …, "question": …, "answers": […]}'
         if not example.answers:
             return 'no answer: expected the key "answers", such as "answers": ["red"]'
-        if fault := self.check_prompt(example):
-            return fault
+        if problem := self.check_prompt(example):
+            return problem
         if self._surely_fits(example):
             return ""
         room = self.room(example)
@@ -73,23 +73,23 @@ class VqaTask(TextTask):
     def _surely_fits(self, example: Example) -> bool:
         """Return True if upper bounds show, without tokenizing, that the rest of `check` finds no problem."""
         bounds, prompt, room = self.checker.bounds, self.prompt_of(example), self.language.room_after
-        longest = bounds.at_most_of((prompt, *example.answers))
+        longest = bounds.upper_bound_of_longest((prompt, *example.answers))
         if longest != UNBOUNDED and room(longest) >= longest:
             return True
-        needed = bounds.at_most_of(example.answers)
+        needed = bounds.upper_bound_of_longest(example.answers)
         if needed == UNBOUNDED:
             return False
         # the prompt contains the question
-        return room(bounds.at_most(prompt)) >= needed or room(bounds.at_most(prompt, 0)) >= needed
+        return room(bounds.upper_bound(prompt)) >= needed or room(bounds.upper_bound(prompt, 0)) >= needed
 
     def check_question(self, example: Example) -> str:
         """Return why a question cannot be used, or ""."""
-        if fault := self.check_prompt(example):
-            return fault
+        if problem := self.check_prompt(example):
+            return problem
         if self.room(example) < 1:
             return f"the question has too many tokens for this model: {example.question[:60]!r}; shorten it"
         ids = self.checker.ids(example.question)
-        if self.checker.unknown.nothing_left(ids):
+        if self.checker.unknown.only_unknown(ids):
             return f"the question {quoted(example.question)} {ONLY_UNKNOWN}"
         return self.checker.special_token_problem(example.question, ids)
 
@@ -106,11 +106,11 @@ class VqaTask(TextTask):
 
     def subject(self, example: Example) -> tuple[Path | str, ...]:
         """Return the image, the question, and the question_id and template of the line if it has them."""
-        own = (str(example.question_id), example.prompt)
-        return (example.image, example.question, *own) if any(own) else (example.image, example.question)
+        extra = (str(example.question_id), example.prompt)
+        return (example.image, example.question, *extra) if any(extra) else (example.image, example.question)
 
     def likelihood(self, tokens: Tensor) -> Tensor:
-        """Return log p(answer), the sum over its tokens. A ranking is then the posterior over the list."""
+        """Return log p(answer), the sum over its tokens. So a ranking gives the probability of each answer, given the list."""
         return tokens.nansum(1)
 
     def scores(self, predictions: dict[Any, Any], examples: list[Example], extra: str = "") -> dict[str, float]:  # noqa: ARG002

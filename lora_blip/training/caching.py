@@ -34,7 +34,7 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
     }
     pixels = Store(folder, {"of": "pictures", **decoding}, limit)
     prefix = Prefix(task.encoder)
-    if not prefix.worthwhile or config.shard:  # with sharded weights, all processes must run the same forwards
+    if not prefix.skips_blocks or config.shard:  # with sharded weights, all processes must run the same forwards
         return Caches(pixels), None
     computed: dict[str, Any] = {
         "base": identity["base weights"], "settings": identity["base processors"], "precision": precision,

@@ -97,7 +97,7 @@ def test_a_bound_is_never_less_than_the_tokens_there_are(make):
         for _ in range(600):
             text = some_text(rng)
             ids = plain_ids(tokenizer, text)
-            for most in (bounds.at_most(text), bounds.at_most(text, 0), bounds.at_most_of([text, "a"])):
+            for most in (bounds.upper_bound(text), bounds.upper_bound(text, 0), bounds.upper_bound_of_longest([text, "a"])):
                 assert len(ids) <= most, (name, text)
                 if most < UNBOUNDED:
                     assert not special & {*ids} and {*ids} - {tokenizer.unk_token_id}, (name, text)
@@ -110,7 +110,7 @@ def test_closer_bounds_are_exact_for_word_pieces(make):
     bounds, rng = TokenBounds(tokenizer, special_ids(tokenizer)), random.Random(1)
     for _ in range(200):
         text = " ".join(rng.choices(PIECES[:12], k=rng.randint(1, 30)))
-        assert bounds.at_most(text, 0) == len(plain_ids(tokenizer, text))
+        assert bounds.upper_bound(text, 0) == len(plain_ids(tokenizer, text))
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_a_line_is_judged_as_if_it_were_tokenised(make, monkeypatch, kind, name)
     task.pretokenize(lines)
     assert [task.check(line) for line in lines] == quick
     task.pretokenize([])
-    monkeypatch.setattr(TokenBounds, "at_most", lambda *_: UNBOUNDED)
-    monkeypatch.setattr(TokenBounds, "at_most_of", lambda *_: UNBOUNDED)
+    monkeypatch.setattr(TokenBounds, "upper_bound", lambda *_: UNBOUNDED)
+    monkeypatch.setattr(TokenBounds, "upper_bound_of_longest", lambda *_: UNBOUNDED)
     assert [task.check(line) for line in lines] == quick
     assert sum(not reason for reason in quick) > 20 and len({reason[:20] for reason in quick}) > 3
 
@@ -420,7 +420,7 @@ def test_workers_hand_over_what_one_process_would(source, make):
 def prepared(kind: str, count: int, path: Path, make) -> tuple[list[Example], list[Example]]:
     """Do all that a run does with its lines before the first step: read, check, count tokens, split, and digest."""
     task = TASKS["caption" if kind.startswith("captions") else "vqa"](make("blip"))
-    task.checker.bounds.at_most("a", 0)
+    task.checker.bounds.upper_bound("a", 0)
     path.write_text("".join(lines_of(kind, count)))
     examples, _ = annotations.read(path, check=task.check, decode=False, pretokenize=task.pretokenize)
     training, validation = splits.split_by_image(examples, 0.1, 0)
