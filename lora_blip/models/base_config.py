@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lora_blip.errors import ModelError
+from lora_blip.models.generation import OPTIONS
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
 from lora_blip.models.weight_names import without_prefix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
@@ -157,6 +158,8 @@ def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> Non
         if key in FORBIDDEN and not default:
             raise ModelError(f"{where}, which lora_blip does not load; remove the key, or give a plain checkpoint")
         if key in OTHER_GENERATION and not default:
+            if key in OPTIONS:  # a user may set it; in a checkpoint, it would change texts without a message
+                raise ModelError(f"{where}; remove the key, and set it in GENERATION (--generation {key}=…)")
             raise ModelError(f"{where}, and lora_blip does not generate in this way; remove the key")
         if key == "auto_map" and place != "auto_map":
             raise ModelError(f"{where}: code of a checkpoint is never run; remove the key")

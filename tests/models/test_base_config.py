@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lora_blip.errors import ModelError
 from lora_blip.lora import attached
 from lora_blip.models import base_config
+from lora_blip.models.generation import OPTIONS
 from lora_blip.models.loading import load_backbone
 from tests.support.models import inject
 
@@ -182,6 +183,19 @@ def test_a_generation_config_that_generates_in_another_way_is_refused(key, value
     folder = base()
     (folder / "generation_config.json").write_text(json.dumps({key: value}))
     assert key in refused(folder)
+
+
+@pytest.mark.parametrize("key", sorted(OPTIONS))
+def test_an_option_of_a_user_is_read_from_a_checkpoint_or_refused_with_the_setting(key, base):
+    """A checkpoint may not choose the number of texts, or mark them: that is a user's option only."""
+    folder = base()
+    if key in base_config.GENERATION_KEYS:
+        (folder / "generation_config.json").write_text(json.dumps({key: None}))
+        load_backbone(str(folder), "cpu")
+    else:
+        assert key in ("num_return_sequences", "sequence_bias", "watermarking_config")
+        (folder / "generation_config.json").write_text(json.dumps({key: 7}))
+        assert f"set it in GENERATION (--generation {key}=…)" in refused(folder)
 
 
 @pytest.mark.parametrize("key", sorted(base_config.OTHER_GENERATION))
