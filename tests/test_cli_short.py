@@ -177,7 +177,7 @@ def test_folders_and_globs_are_expanded(here):
         ["--adapter=x", "--json", "a.png", "b.png"],
     ],
 )
-def test_flags_stand_anywhere_among_the_images(arguments):
+def test_flags_may_be_anywhere_among_the_images(arguments):
     assert parse(CaptionConfig, {}, arguments) == CaptionConfig(images=["a.png", "b.png"], adapter="x", json=True)
 
 

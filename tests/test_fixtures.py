@@ -71,7 +71,7 @@ def test_a_base_is_rebuilt_to_the_bit(here, kind):
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_of_version_one_says_what_it_said(name):
+def test_an_adapter_of_version_one_gives_the_same_texts(name):
     """The same texts (on hooks) and rankings within 1e-5 (merged), with the base, prompt and beams that the file names."""
     (path,) = (V1 / "adapters" / name).rglob(ADAPTER_NAME)
     base = Path(adapter_file.read(path).base)

@@ -64,7 +64,7 @@ def test_merged_is_hooked_on_the_gpu(checkpoints, dtype, bound):
     assert (merged - hooked).abs().max() <= bound * hooked.abs().max()
 
 
-def test_the_memory_foretold_is_the_memory_taken(checkpoints):
+def test_the_memory_estimate_is_close_to_the_measured_memory(checkpoints):
     backbone = load_backbone(str(checkpoints["opt"]), "cuda")
     inject(backbone, trained=False)
     task = CaptionTask(backbone)
@@ -77,7 +77,7 @@ def test_the_memory_foretold_is_the_memory_taken(checkpoints):
     assert 0.5 * taken <= kept <= 1.5 * taken
 
 
-def test_a_run_goes_on_on_the_gpu(checkpoints, tmp_path):
+def test_a_run_resumes_on_the_gpu(checkpoints, tmp_path):
     """Killed in the middle of a step: all that decides the run is restored; kernels may differ in the last digits."""
     config = config_of(checkpoints, tmp_path, device=DEVICE, precision="fp16", max_skipped=40, epochs=3)
     whole = train(config)
@@ -90,7 +90,7 @@ def test_a_run_goes_on_on_the_gpu(checkpoints, tmp_path):
     assert [e.get("step") for e in metrics_of(whole)] == [e.get("step") for e in metrics_of(again)]
 
 
-def test_a_training_out_of_memory_says_what_helps_and_goes_on(checkpoints, tmp_path):
+def test_a_training_out_of_memory_prints_advice_and_resumes(checkpoints, tmp_path):
     """A real shortage in the middle of a run, then room again."""
     config = config_of(checkpoints, tmp_path, device=DEVICE, epochs=2, batch_size=12, val_fraction=0.0)
     total = torch.cuda.get_device_properties(DEVICE).total_memory

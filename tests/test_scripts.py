@@ -171,7 +171,7 @@ def test_an_unreadable_image_is_reported_and_the_rest_is_captioned(checkpoints, 
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_costs_no_work(checkpoints, here):
+def test_a_broken_pipe_does_not_stop_a_run(checkpoints, here):
     """`train.py | head -1`: the pipe breaks at the second line, and the run ends as it would have."""
     flags = train_flags(checkpoints["blip"], tiny.write_photos(here))
     code = "import sys; from lora_blip.cli import run_train; sys.argv[0] = 'train.py'; run_train({}, '')"
@@ -573,7 +573,7 @@ def test_scores_of_the_base_alone_are_not_called_adapted(checkpoints, here, monk
     assert re.search(r"exact match +images +base\s*\nall +3 +0\.0%", capsys.readouterr().out)
 
 
-def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys):
+def test_a_missing_question_is_named(checkpoints, here, monkeypatch, capsys):
     tiny.write_photos(here, 2)
     vqa, itm, blip = (as_it_is(checkpoints[kind]) for kind in ("vqa", "itm", "blip"))
     (here / "one.txt").write_text("a cube\n")
@@ -607,7 +607,7 @@ def test_what_is_missing_to_ask_is_named(checkpoints, here, monkeypatch, capsys)
     assert not (here / "lora_blip_output").exists()
 
 
-def test_what_was_said_before_it_blew_up_is_on_the_disk(checkpoints, here, monkeypatch):
+def test_predictions_printed_before_an_error_are_in_the_file(checkpoints, here, monkeypatch):
     """Killed in the middle, or by an error for good: every prediction that was printed is a whole line of the file."""
     from lora_blip.tasks.caption import CaptionTask
 

@@ -21,7 +21,7 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.training import setup
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
-from tests.support.kill import among, killed_at
+from tests.support.kill import killed_at, run_processes
 from tests.support.runs import assert_same, metrics_of, only_run, settings
 
 
@@ -221,6 +221,6 @@ def test_of_several_processes_the_main_one_searches_and_prints(config, capfd, mo
         real(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(setup, "warn_of_leaks", warn)
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
     printed = capfd.readouterr().out
     assert len(warnings_in(printed)) == 1 and "AssertionError" not in printed

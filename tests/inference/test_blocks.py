@@ -34,7 +34,7 @@ from lora_blip.lora import injection
 from lora_blip.runtime import lock, signals
 from lora_blip.tasks.caption import CaptionTask
 from tests.support import tiny
-from tests.support.kill import among, forked
+from tests.support.kill import forked, run_processes
 from tests.support.shards import packed
 
 FILES = (output.FILE_NAME, output.ERRORS_NAME)
@@ -584,21 +584,21 @@ def test_several_processes_write_what_one_writes(config, ranks, changes):
     """This holds for a new run, and for a resume after any byte, with several processes or one."""
     config = replace(config, **changes)
     content = whole(config)
-    assert among(ranks, lambda: infer(config)) == [0] * ranks
+    assert run_processes(ranks, lambda: infer(config)) == [0] * ranks
     assert bytes_of("out") == content
     for part in (0.4, 0.9):
         killed(config, {name: int(part * len(text)) for name, text in content.items()})
-        assert among(ranks, lambda: infer(config)) == [0] * ranks
+        assert run_processes(ranks, lambda: infer(config)) == [0] * ranks
         assert bytes_of("out") == content
 
 
 def test_several_processes_end_together(config, capfd):
     """An error on one rank stops all. A signal to one rank stops all after their batches. Without a folder, no run starts."""
     content = whole(config)
-    assert among(2, lambda: infer(replace(config, output_dir=""))) == [1, 1]
+    assert run_processes(2, lambda: infer(replace(config, output_dir=""))) == [1, 1]
     assert "set OUTPUT_DIR (or --output-dir) to a new folder" in capfd.readouterr().err
     killed(config, {output.FILE_NAME: 100})
-    assert among(2, lambda: infer(replace(config, max_new_tokens=6))) == [1, 1]
+    assert run_processes(2, lambda: infer(replace(config, max_new_tokens=6))) == [1, 1]
     assert capfd.readouterr().err.count("max_new_tokens was 5 and is 6") == 2
 
     def told() -> None:
@@ -612,9 +612,9 @@ def test_several_processes_end_together(config, capfd):
             CaptionTask.predict = predict  # type: ignore[method-assign]
         infer(config)
 
-    assert among(2, told) == [signals.SAVED] * 2
+    assert run_processes(2, told) == [signals.SAVED] * 2
     assert 0 < len(lines_of("out")) < COUNT
-    assert among(2, lambda: infer(config)) == [0, 0] and bytes_of("out") == content
+    assert run_processes(2, lambda: infer(config)) == [0, 0] and bytes_of("out") == content
 
 
 def test_a_rank_that_is_killed_is_not_missed(config, capfd):
@@ -634,6 +634,6 @@ def test_a_rank_that_is_killed_is_not_missed(config, capfd):
         CaptionTask.predict = predict  # type: ignore[method-assign]
         infer(config)
 
-    assert among(2, act, restarts=2) == [0, 0]
+    assert run_processes(2, act, restarts=2) == [0, 0]
     printed = capfd.readouterr().out
     assert printed.count("resuming after") == 2 and "already done" not in printed and bytes_of("out") == content

@@ -112,7 +112,7 @@ def test_without_the_kernel_it_is_pytorch_s_own(monkeypatch):
     assert torch.equal(product(x, plain.weight, plain.bias), plain(x)) and torch.equal(model(x), plain(x))
 
 
-def test_a_kernel_that_errs_or_is_gone_is_not_used(monkeypatch):
+def test_a_wrong_or_missing_kernel_is_not_used(monkeypatch):
     """What is private in a library may change: it is tried on numbers first."""
 
     class Gone:

@@ -77,14 +77,14 @@ def test_values_and_gradients_are_transformers_own(crosses, masked, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_that_may_look_at_nothing_are_no_nan(dtype):
+def test_rows_that_are_fully_masked_are_not_nan(dtype):
     """Under a float32 mask too, whose least number 16 bits do not hold."""
     q, k = (torch.randn(2, HEADS, count, 8).to(dtype) for count in (3, 5))
     found = attend(q, k, k, torch.full((2, 1, 3, 5), torch.finfo(torch.float32).min))
     torch.testing.assert_close(found.float(), k.float().mean(2, keepdim=True).expand_as(found), rtol=0.02, atol=0.02)
 
 
-def test_dropout_of_attention_falls_as_it_did():
+def test_attention_dropout_is_that_of_transformers():
     plain, x = layer(dropout=0.5).train(), torch.randn(2, 5, WIDTH)
     twin = quick(plain)
     found = []
@@ -134,7 +134,7 @@ def keys_of(decoder: BlipTextLMHeadModel) -> list[int]:
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.no_grad()
-def test_rows_of_an_image_read_what_they_would_read_apart(decoder, rows, fast):
+def test_rows_of_an_image_equal_separate_rows(decoder, rows, fast):
     """Whichever attention is on; keys are made once an image where it is the fast one."""
     ids, states = torch.randint(50, (2 * rows, 5)), torch.randn(2, 6, SEEN)
     expected = decoder(input_ids=ids, encoder_hidden_states=states.repeat_interleave(rows, 0)).logits
@@ -150,7 +150,7 @@ def test_rows_of_an_image_read_what_they_would_read_apart(decoder, rows, fast):
 
 
 @torch.no_grad()
-def test_padding_of_what_is_read_is_not_read(decoder):
+def test_padding_of_the_encoder_states_is_ignored(decoder):
     """A mask of ragged questions: each row as it reads without its padding."""
     switch.fast(decoder)
     ids, states, mask = torch.randint(50, (2, 4)), torch.randn(2, 6, SEEN), torch.ones(2, 6, dtype=torch.long)
@@ -163,7 +163,7 @@ def test_padding_of_what_is_read_is_not_read(decoder):
         torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_copy_made_while_it_reads_reads_nothing(decoder):
+def test_a_copy_made_inside_reading_has_no_states(decoder):
     switch.fast(decoder)
     ids, states = torch.randint(50, (1, 4)), torch.randn(2, 1, 6, SEEN)
     with torch.no_grad(), reading(decoder, states[0]):
@@ -177,7 +177,7 @@ def decoder_of(states: torch.Tensor, decoder: Any, ids: torch.Tensor) -> torch.T
         return decoder(input_ids=ids, **source).logits
 
 
-def test_what_is_computed_again_when_reading_is_over_is_an_error(decoder):
+def test_a_recomputation_after_reading_is_an_error(decoder):
     """The handle that `reading` gives stands for nothing by itself."""
     switch.fast(decoder)
     with reading(decoder, torch.randn(1, 6, SEEN)) as source:
@@ -187,7 +187,7 @@ def test_what_is_computed_again_when_reading_is_over_is_an_error(decoder):
 
 
 @torch.no_grad()
-def test_threads_read_each_its_own_picture(decoder):
+def test_each_thread_reads_its_own_image(decoder):
     """Two threads inside of `reading` at once, of one decoder."""
     switch.fast(decoder)
     ids, states, meet = torch.randint(50, (1, 4)), torch.randn(2, 1, 6, SEEN), threading.Barrier(2, timeout=20)
@@ -229,7 +229,7 @@ def test_a_few_queries_go_through_the_weights_and_not_every_state(dtype, masked,
 
 
 @pytest.mark.parametrize("where", ["key", "value"])
-def test_a_hook_on_a_projection_is_never_passed_by(where):
+def test_a_hook_on_key_or_value_is_always_called(where):
     """With an adapter on keys or values, or anybody's hook, every state goes through it."""
     fast, x, states = quick(reader(torch.float32)), torch.randn(2, 5, 32), torch.randn(2, 40, 64)
     seen: list[int] = []

@@ -24,7 +24,7 @@ def by_hand(qkv: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_heads_one_after_another_are_attention_by_the_book(threads):
+def test_attention_computed_by_heads_equals_the_formula(threads):
     """`by_heads` and its gradient in float64, with head widths whose root is not a whole number and uneven parts."""
     torch.set_num_threads(threads)
     qkv = torch.randn(2, 7, 3 * 4 * 6, dtype=torch.float64, requires_grad=True)
@@ -129,7 +129,7 @@ def test_no_scores_are_kept(make):
     assert kept(True) == 0 < kept(False)
 
 
-def test_dropout_of_its_own_goes_transformers_way(make):
+def test_a_vit_with_dropout_runs_the_method_of_transformers(make):
     """A ViT that was given attention dropout draws it, which the fast kinds would not."""
     model = make("blip").model.train()
     layer = model.vision_model.encoder.layers[0].self_attn
@@ -138,7 +138,7 @@ def test_dropout_of_its_own_goes_transformers_way(make):
     assert not torch.equal(layer(x)[0], layer(x)[0]) and layer(x)[1] is not None
 
 
-def test_an_activation_that_somebody_hooks_is_kept_as_it_came_out(make, monkeypatch):
+def test_the_output_of_a_hooked_gelu_is_kept(make, monkeypatch):
     """fc2 computes its input again from fc1's output only where that is all there is between them."""
     monkeypatch.setattr(fused_update, "SMALL", 0)
     found = []

@@ -48,7 +48,7 @@ def test_a_loaded_adapter_gives_the_logits_of_the_saved_one(backbone, make, tmp_
     assert all(torch.equal(x.A, found[address].A) for address, x in attached.adapters(other.model).items())
 
 
-def test_slices_and_ranks_of_their_own_come_back(make, tmp_path):
+def test_blocks_and_ranks_are_saved_and_loaded(make, tmp_path):
     backbone = make("blip")
     inject(backbone, "vit.q,vit.v:r=2:alpha=3,text[1:]")
     expected = logits_of(backbone)
@@ -136,7 +136,7 @@ def key_of(path: Path, half: str) -> str:
     return next(key for key in adapter_file.read(path).tensors if key.endswith(half))
 
 
-def test_damage_is_refused_by_name(make, saved):
+def test_a_damaged_file_is_refused_with_the_reason(make, saved):
     backbone, whole = make("blip"), saved.read_bytes()
     a, b = key_of(saved, "lora_A"), key_of(saved, "lora_B")
     shape_a = tuple(adapter_file.read(saved).tensors[a].shape)

@@ -75,7 +75,7 @@ def test_flattened_tokens_belong_to_the_rows_of_the_model_s_call(by):
     assert call_batch() is None
 
 
-def test_rows_that_only_look_like_the_batch_are_refused():
+def test_rows_that_only_have_the_size_of_the_batch_are_refused():
     """Three windows of one row are not three rows, though their number is that of the names."""
     model = Windows(line("a", "b"))
     with use_adapters(model, ["a", None, "b"]):
@@ -107,7 +107,7 @@ class Seeing(nn.Module):
         return self.inner(pixel_values.flatten(1)[:, :20].view(len(pixel_values), 5, 4))
 
 
-def test_no_search_repeats_images():
+def test_a_beam_search_does_not_repeat_images():
     """Nine images for three names are a mistake, with beams = 3 too; nine texts may be those of a search."""
     inner = line("a", "b")
     model = Seeing(inner)
@@ -152,7 +152,7 @@ def tiny_width(model: Any) -> int:
     return model.config.vision_config.hidden_size
 
 
-def test_the_hooks_that_watch_come_once_and_go_with_the_adapters():
+def test_batch_hooks_are_added_once_and_removed_with_the_adapters():
     model, x = Flattening(line("a")), torch.randn(2, 3, 4)
 
     def watching() -> list[int]:

@@ -80,7 +80,7 @@ def test_twenty_steps_by_it_are_twenty_plain_steps(kind, precision, make):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
 
 
-def test_it_stands_back_where_it_would_be_another_thing(monkeypatch):
+def test_the_fused_update_is_not_used_if_results_could_differ(monkeypatch):
     """With dropout, rows of their own, merged or 16-bit weights, or where no gradients are taken."""
     taken, x = used(monkeypatch), torch.randn(2, 6, requires_grad=True)
     model = network(dropout=0.5).train()
@@ -118,7 +118,7 @@ OTHERS = {  # what else may look at a linear, or be learned of it
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_who_else_looks_at_a_linear_sees_what_the_plain_way_shows(what):
+def test_other_hooks_see_the_same_values_as_without_the_fused_update(what):
     """The same outputs and gradients, those of a base that is trained as well among them."""
     model, x = network(), torch.randn(4, 6)
     OTHERS[what](model[0])
@@ -159,7 +159,7 @@ def patched_plain(kind: type[nn.Linear]) -> Iterator[None]:
         yield
 
 
-def test_an_error_in_between_leaves_nothing_behind(monkeypatch):
+def test_an_error_between_the_hooks_leaves_no_pending_input(monkeypatch):
     """A linear that fails leaves its input in hand; the next forward is not misled, and a copy has none."""
     model = network()
     monkeypatch.setitem(model[0]._parameters, "bias", nn.Parameter(torch.zeros(7), requires_grad=False))

@@ -36,7 +36,7 @@ def test_a_global_hook_sees_what_the_plain_update_shows_it(what, monkeypatch):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_gelu_read_is_kept_instead_of_what_it_gave_only_in_the_dtype_of_the_product(autocast, dtype, monkeypatch):
+def test_the_input_of_gelu_is_kept_only_in_the_dtype_of_the_product(autocast, dtype, monkeypatch):
     """The gradients of A are those of the input that the linear read, whatever dtype the input of gelu has."""
     monkeypatch.setattr(fused, "SMALL", 0)
     model = network(sites=[Site("2", 4, 2.0)])
@@ -70,7 +70,7 @@ def test_the_frozen_product_records_no_graph(monkeypatch):
         assert reads[0] is not fast
 
 
-def test_an_input_without_a_gradient_costs_no_product(monkeypatch):
+def test_no_product_is_computed_for_an_input_without_gradient(monkeypatch):
     """Its gradient is not computed: of the first layer's images, say."""
     products: list[int] = []
     model = network(sites=[Site("2", 4, 2.0)])

@@ -304,7 +304,7 @@ def test_only_float32_is_read(dtype, tmp_path):
             adapter_file.read(tmp_path / "a")
 
 
-def test_what_is_no_file_is_no_adapter_and_nothing_hangs(tmp_path):
+def test_a_path_that_is_no_regular_file_is_an_adapter_error(tmp_path):
     """A pipe, a folder, a device, /proc, a loop of links, names that cannot be: AdapterError from `read` and `locate`."""
     for what, path in no_file(tmp_path).items():
         with pytest.raises(AdapterError):
@@ -314,7 +314,7 @@ def test_what_is_no_file_is_no_adapter_and_nothing_hangs(tmp_path):
                 runs.locate(path)
 
 
-def test_the_newest_is_found_beside_what_is_no_file(tmp_path):
+def test_the_newest_run_is_found_among_links_folders_and_pipes(tmp_path):
     """A link to nowhere, a folder and a pipe of the adapter's name are passed over."""
     for name in "abcd":
         (tmp_path / name).mkdir()
@@ -409,7 +409,7 @@ BACKBONE: dict[str, Any] = {}
     offsets=st.lists(st.integers(-1, 2**64), max_size=3) | st.sampled_from([[0, 32], [32, 56], [0, 56]]),
     dtype=st.sampled_from(["F32", "I64", "", "F8_E4M3"]),
 )
-def test_any_tensor_that_is_claimed_is_there_or_refused(key, shape, offsets, dtype, tmp_path):
+def test_a_tensor_that_the_header_claims_exists_or_is_refused(key, shape, offsets, dtype, tmp_path):
     """Keys, shapes, offsets and dtypes at will: AdapterError."""
     tensors = entries() | {key: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
     (tmp_path / "a").write_bytes(packed(about(), tensors))
@@ -516,7 +516,7 @@ def test_no_picture_starts_a_program(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_file_is_no_picture_and_nothing_hangs(tmp_path):
+def test_a_path_that_is_no_regular_file_is_an_image_error(tmp_path):
     """A pipe, a folder, a device, /proc, a loop of links, names that cannot be: ImageError."""
     for path in no_file(tmp_path).values():
         with pytest.raises(ImageError, match=r"is not a usable image|does not exist|cannot be decoded"):
@@ -557,7 +557,7 @@ def test_odd_pictures_are_read_as_a_viewer_shows_them(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_numbers_that_are_none_are_black_or_white(tmp_path):
+def test_nan_and_infinity_are_black_or_white(tmp_path):
     """A TIFF of floats with NaN and infinity becomes a picture, without a warning."""
     grey = np.array([[np.nan, np.inf, -np.inf, 100.0]], dtype=np.float32)
     Image.fromarray(grey).save(tmp_path / "a.tif")
@@ -651,7 +651,7 @@ def test_a_hostile_line_is_a_listed_problem_and_its_neighbours_are_read(what, tm
     assert "\x1b" not in str(told.value) and "\0" not in str(told.value)
 
 
-def test_what_is_no_file_is_no_annotations_and_nothing_hangs(tmp_path):
+def test_a_path_that_is_no_regular_file_is_a_data_error(tmp_path):
     """A pipe, a folder, a device, /proc, a loop of links, names that cannot be: DataError, from `read` and as a source."""
     for what, path in no_file(tmp_path).items():
         with pytest.raises(DataError, match=r"annotations|in this folder|does not exist|cannot be read"):

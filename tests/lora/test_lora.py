@@ -127,7 +127,7 @@ def plus(weight: torch.Tensor, x: LoRA) -> torch.Tensor:
     return weight + x.delta_weight()
 
 
-def test_two_adapters_add_and_part_again():
+def test_two_adapters_add_up_and_one_can_be_ejected():
     """Updates add: hooked with both equals W + ΔW₁ + ΔW₂; ejecting one of two merged leaves exactly the other."""
     model = nn.Sequential(nn.Linear(5, 4))
     weight = model[0].weight.detach().clone()
@@ -240,7 +240,7 @@ def test_a_site_that_cannot_be_is_refused_before_anything_changes(site):
     assert not attached.names(model) and not model[0]._forward_hooks
 
 
-def test_unfired_names_a_linear_whose_weight_is_used_behind_its_back():
+def test_unfired_lists_a_linear_that_is_never_called():
     """Law 3: F.linear(x, self.weight) never calls the module, and an adapter there would do nothing."""
 
     class Sly(nn.Module):
@@ -276,7 +276,7 @@ def test_checkpointed_layers_keep_their_adapters_alive(make):
             assert plain.any(), address
 
 
-def test_an_unknown_name_is_an_error_and_not_a_silence(make):
+def test_an_unknown_name_is_an_error(make):
     backbone = make("blip")
     inject(backbone, "vit")
     for act in (merging.merge, injection.eject):
@@ -294,7 +294,7 @@ def test_an_odd_adapter_name_is_refused_before_anything_changes(name):
     assert not model[0]._forward_hooks and not hasattr(model[0], "lora")
 
 
-def test_merging_again_takes_up_what_was_learned_since():
+def test_a_second_merge_uses_the_current_values():
     model = nn.Sequential(nn.Linear(3, 4))
     before = model[0].weight.detach().clone()
     found = injection.inject(model, [Site("0", r=2)])["0"]

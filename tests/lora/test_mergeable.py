@@ -363,7 +363,7 @@ def test_a_sum_beyond_float16_is_refused_and_one_below_is_written(write):
             assert model[0].weight.item() == 1 and model[1].weight.item() == base
 
 
-def test_two_adapters_that_fit_together_alone_are_not_parted():
+def test_one_of_two_merged_adapters_is_not_ejected_if_the_other_overflows():
     """Ejecting one of two merged adapters writes the other's sum, so that is checked before as well."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).half()
     for name, value in (("up", 40000.0), ("down", -40000.0)):

@@ -61,7 +61,7 @@ def mixed_and_apart(backbone: Backbone, each: list[str | None]) -> tuple[torch.T
     return mixed, torch.cat(apart)
 
 
-def test_every_row_of_a_mixed_batch_is_what_it_is_apart(many):
+def test_each_row_of_a_mixed_batch_equals_its_own_batch(many):
     mixed, apart = mixed_and_apart(many, EACH)
     torch.testing.assert_close(mixed, apart, rtol=1e-5, atol=1e-6 * float(apart.abs().max()))
     _, same = mixed_and_apart(many, ["caption"] * len(EACH))
@@ -83,7 +83,7 @@ def test_rows_without_an_adapter_are_the_base_to_the_bit(many):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_every_text_of_a_mixed_batch_is_what_it_is_apart(many, beams):
+def test_each_text_of_a_mixed_batch_equals_its_own_batch(many, beams):
     """Ragged prompts, greedily and with beams: the same words as an image at a time with one adapter on the model."""
     language: Any = CaptionTask(many).language
     images = torch.randn(len(EACH), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(5))
@@ -126,7 +126,7 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
             list(predict_mixed(wrong, [*requests, (photos[0], "none", "")]))
 
 
-def test_gradients_reach_the_adapters_of_their_rows_alone(many):
+def test_gradients_reach_only_the_adapters_of_their_rows(many):
     """A mixed batch's gradients are the sums over its rows apart, and an adapter of no row gets none."""
     task = CaptionTask(many)
     each = ["vqa", "caption", None]
@@ -171,7 +171,7 @@ def test_a_switch_reads_no_file_and_copies_no_weight(many, monkeypatch):
     assert {name: value._version for name, value in many.model.state_dict().items()} == versions
 
 
-def test_threads_choose_each_for_itself():
+def test_each_thread_has_its_own_adapters():
     """Two inside `use_adapters` at once, that leave in the order in which they came: each has its own, and nothing stays."""
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     for name in ("a", "b"):
@@ -197,7 +197,7 @@ def test_threads_choose_each_for_itself():
     assert torch.equal(model(x), both)
 
 
-def test_of_nested_blocks_the_inner_one_counts_and_the_outer_one_is_back_after_it():
+def test_the_inner_of_two_nested_blocks_applies():
     model, x = line("a", "b"), torch.randn(2, 4)
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(model(x), plus(model, x, "a", "b"))
@@ -232,7 +232,7 @@ def test_of_nested_blocks_the_inner_one_counts_and_the_outer_one_is_back_after_i
         (["a", "b"], 0, "a batch has 0 rows"),
     ],
 )
-def test_what_cannot_be_chosen_is_an_error_with_a_remedy(names, rows, message):
+def test_adapters_that_cannot_be_chosen_are_an_error_with_the_fix(names, rows, message):
     model = line("a", "b")
     x = torch.randn(rows, 4)
     before = model(x)
@@ -281,7 +281,7 @@ def test_merged_adapters_cannot_be_chosen_nor_chosen_ones_merged():
     merging.merge(model)
 
 
-def test_a_copy_chooses_for_itself(many):
+def test_a_copy_of_a_model_has_its_own_routing(many):
     """deepcopy and pickle, also from inside a block: the copy starts with every adapter acting, and shares no choice."""
     task = CaptionTask(many)
     batch = batch_of(task, TEXTS[:2])
@@ -314,7 +314,7 @@ def test_parts_that_were_injected_one_by_one_choose_together():
         ))  # fmt: skip
 
 
-def test_an_adapter_that_comes_during_a_block_serves_no_row_of_it():
+def test_an_adapter_injected_inside_a_block_is_not_active_in_it():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
     injection.inject(model, [Site("0", r=2)], name="a")["0"].B.data.normal_()
     with use_adapters(model, ["a", None]):
@@ -324,7 +324,7 @@ def test_an_adapter_that_comes_during_a_block_serves_no_row_of_it():
     assert not torch.equal(model(x), before)
 
 
-def test_dropout_falls_on_the_rows_of_its_adapter_alone(make):
+def test_dropout_applies_only_to_the_rows_of_its_adapter(make):
     backbone = carry(make("blip"), dropout=0.5)
     task = CaptionTask(backbone)
     batch = batch_of(task, TEXTS[:3])
@@ -334,7 +334,7 @@ def test_dropout_falls_on_the_rows_of_its_adapter_alone(make):
     assert [torch.equal(a, b) for a, b in zip(one, two, strict=True)] == [False, True, False]
 
 
-def test_under_autocast_mixed_is_apart_within_the_grain_of_bf16(many):
+def test_mixed_and_separate_batches_agree_within_bf16_rounding_under_autocast(many):
     with torch.autocast("cpu", torch.bfloat16):
         mixed, apart = mixed_and_apart(many, EACH)
         other, _ = mixed_and_apart(many, [None] * len(EACH))
@@ -366,7 +366,7 @@ def test_checkpointed_layers_are_computed_again_with_the_adapters_that_acted(mak
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_that_cannot_know_who_acted_is_refused(reentrant):
+def test_a_recomputation_without_known_adapters_is_refused(reentrant):
     model, x = line("a", "b"), torch.randn(2, 4, requires_grad=True)
     with use_adapters(model, "a"):
         y = checkpoint(model, x, use_reentrant=reentrant)

@@ -23,7 +23,7 @@ from tests.support.networks import line, plus
 CLOSE = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
-def test_coroutines_choose_each_for_itself():
+def test_each_asyncio_task_has_its_own_adapters():
     """Two tasks of one thread inside `use_adapters` at once, which leave in the order in which they came; nothing stays."""
     model, x, found = line("a", "b"), torch.randn(2, 4), {}
     both = model(x)
@@ -142,7 +142,7 @@ def test_a_block_waits_for_a_merge_and_then_says_that_adapters_are_merged():
         request.result(20)
 
 
-def test_an_adapter_that_a_request_asked_for_is_not_ejected_under_it():
+def test_an_adapter_in_use_by_a_request_is_not_ejected():
     model, x = line("a", "b"), torch.randn(2, 4)
     for names in ("a", ["a", None]):
         with use_adapters(model, names):
@@ -198,7 +198,7 @@ def test_two_models_in_one_context_do_not_share_a_choice():
         merging.merge(two)
 
 
-def test_parts_with_blocks_of_their_own_are_not_joined_under_them():
+def test_parts_inside_blocks_are_not_joined():
     parts = nn.Sequential(line("a"), line("a"))
     x = torch.randn(3, 4)
     with ExitStack() as blocks:
@@ -223,7 +223,7 @@ def test_an_adapter_before_the_others_joins_the_block_that_is_in_force():
 
 
 @pytest.mark.parametrize("names", ["a", ["a", "b"]])
-def test_a_recomputation_in_another_thread_acts_as_the_forward_did(names):
+def test_a_recomputation_in_another_thread_uses_the_adapters_of_the_forward(names):
     """Autograd computes checkpointed layers again in a thread of its own for each device."""
     model, x = line("a", "b"), torch.randn(2, 4)
     with use_adapters(model, names):

@@ -90,7 +90,7 @@ def test_a_model_on_the_meta_device_takes_no_adapter():
     assert not attached.names(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_what_is_no_target_is_named_with_the_fix():
+def test_an_invalid_target_is_an_error_with_the_fix():
     """Nothing is frozen by a call that fails."""
     for wrong in (None, 3, [nn.Linear(2, 2)], [Site("0"), "0"]):
         model = net()
@@ -111,7 +111,7 @@ def test_names_are_targets_as_their_sites_are():
     assert injection.inject(net(), "1")["1"].site == Site("1")  # one default of r and alpha
 
 
-def test_the_ends_of_what_is_allowed_are_allowed():
+def test_the_smallest_and_largest_values_are_accepted():
     """One row, one rank, the whole of the rows, the largest dropout."""
     sites = [Site("0", 1, 1e-3, "first", (0, 1)), Site("0", 1, 1e3, "last", (5, 6)), Site("1", 6, 1, "all", (0, 6))]
     found = injection.inject(net(), sites, 0.999_999)
@@ -127,7 +127,7 @@ def test_a_block_that_is_called_as_a_module_is_refused():
         injection.inject(model, [Site("0", block="q", rows=(0, 2))])
 
 
-def test_a_linear_that_has_something_called_lora_keeps_it():
+def test_a_linear_with_another_attribute_lora_is_refused():
     for own in (nn.Linear(2, 2), nn.ModuleDict(), SimpleNamespace()):
         model = net()
         model[0].lora = own
@@ -209,7 +209,7 @@ def test_a_linear_may_be_called_by_keyword(fast):
             linear()
 
 
-def test_copies_and_pickles_keep_the_plain_way():
+def test_copies_and_pickles_keep_the_setting_of_fast():
     """`attached.fast(model, False)` is for gradients of gradients, which a copy then has too."""
     model = line("a")
     attached.fast(model, False)

@@ -198,7 +198,7 @@ def test_an_adapter_keeps_the_size_it_was_trained_at_and_inference_takes_it(trai
     assert sizes == {0: 16, 48: 48}
 
 
-def test_inference_says_what_a_forward_at_that_size_says(trained, tmp_path):
+def test_inference_equals_a_forward_at_that_size(trained, tmp_path):
     """infer.py's captions are those of the hooked model at 16×16, and not those of its own 32×32."""
     images = sorted((trained.parents[2] / "photos").glob("*.png"))
     written = infer(

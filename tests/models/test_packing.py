@@ -91,14 +91,14 @@ def test_loss_and_gradients_are_those_of_rows_apart(kind, name, make):
 
 
 @pytest.mark.parametrize(("kind", "name"), TASKS)
-def test_each_picture_is_looked_at_once(kind, name, make):
+def test_each_image_is_encoded_once(kind, name, make):
     task, seen = task_of(make(kind), name), []
     task.backbone.model.vision_model.embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     task.loss(task.batch(stack_of(name)))
     assert seen == [3]
 
 
-def test_a_row_holds_its_picture_s_texts_and_each_begins_anew(make):
+def test_a_packed_row_contains_the_texts_of_its_image(make):
     """By hand: tokens side by side, positions from 0, labels only past the prompt, no text sees another."""
     task = CaptionTask(make("blip"), "a")
     host_batch = stack_of("caption")

@@ -101,7 +101,7 @@ def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind)
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "vqa", "itm"])
-def test_plain_english_costs_no_tokens_and_no_second_look(tasks, kind, monkeypatch):
+def test_plain_english_is_not_tokenized_for_the_check(tasks, kind, monkeypatch):
     """Of a million lines of ASCII none is tokenized for this, and the report does not go through them."""
     task = tasks[kind]
     task.pretokenize([])

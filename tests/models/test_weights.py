@@ -37,7 +37,7 @@ def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
     assert len(found[0]) == len(found[1]) > 2 and all(map(torch.equal, *found))
 
 
-def test_what_autocast_leaves_alone_stays_in_float32(make):
+def test_modules_that_autocast_does_not_cast_stay_in_float32(make):
     """Linears are in 16 bits, adapters and all else as they were; names of the weights too."""
     backbone = make("blip")
     inject(backbone)
@@ -54,7 +54,7 @@ def test_what_autocast_leaves_alone_stays_in_float32(make):
     assert not any(p.requires_grad for n, p in backbone.model.named_parameters() if ".lora." not in n)
 
 
-def test_a_head_that_was_tied_is_still_no_target(make):
+def test_a_head_that_was_tied_before_the_cast_is_refused(make):
     """Cast, it no longer shares the embeddings' memory; an adapter there is refused as before."""
     backbone = make("blip")
     head = "text_decoder.cls.predictions.decoder"
@@ -86,7 +86,7 @@ def test_in_fp32_and_for_weights_in_16_bits_nothing_changes(make):
 
 
 @pytest.mark.parametrize("kind", ["itm", "itm2"])
-def test_what_retrieval_computes_in_float32_it_still_does(kind, make):
+def test_retrieval_still_computes_its_heads_in_float32(kind, make):
     """Cosines and odds under autocast are the bits that they are without casting: ten odds would be one in 16 bits."""
     found = []
     for cast in (False, True):

@@ -24,7 +24,7 @@ from lora_blip.training import resume, session, setup
 from lora_blip.training.loop import train
 from lora_blip.training.run_folder import Run
 from tests.support import tiny
-from tests.support.kill import among
+from tests.support.kill import run_processes
 from tests.support.models import inject
 from tests.support.runs import config_of
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def ends(ranks: int, act: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> tuple[list[int], list[str]]:
     """The exit codes of processes that `act` as the command line does, and their error messages."""
     start = time.monotonic()
-    codes = among(ranks, lambda: report_errors(act))
+    codes = run_processes(ranks, lambda: report_errors(act))
     assert time.monotonic() - start < 60, "they waited for each other"
     return codes, [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
 
@@ -227,7 +227,7 @@ def test_a_peer_raises_an_error_that_python_code_can_catch():
             ranks.together(lambda: {}["x"] if ranks.rank == 1 else None)
         assert isinstance(caught.value, PeerError) == (ranks.rank > 0)
 
-    assert among(3, act) == [0, 0, 0]
+    assert run_processes(3, act) == [0, 0, 0]
 
 
 AFTER_A_LOST_PEER = """

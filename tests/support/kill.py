@@ -46,21 +46,21 @@ def killed_at(micro_batch: int) -> Iterator[None]:
 LONGEST = 90  # seconds that processes may take before they count as stuck
 
 
-def among(count: int, act: Callable[[], object], restarts: int = 0) -> list[int]:
+def run_processes(count: int, act: Callable[[], object], restarts: int = 0) -> list[int]:
     """Execute `act` in `count` processes, with torchrun's environment variables. Return their exit codes.
 
     If one fails, all of them start again, up to `restarts` times, as torchrun's `--max-restarts` does.
     """
     for life in range(restarts + 1):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life)
-        codes = _among(count, act)
+        codes = _run_once(count, act)
         if not any(codes):
             break
     del os.environ["TORCHELASTIC_RESTART_COUNT"]
     return codes
 
 
-def _among(count: int, act: Callable[[], object]) -> list[int]:
+def _run_once(count: int, act: Callable[[], object]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,18 +70,18 @@ def _among(count: int, act: Callable[[], object]) -> list[int]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         act()
 
-    return _ends([forked(partial(act_as, rank)) for rank in range(count)])
+    return _exit_codes([forked(partial(act_as, rank)) for rank in range(count)])
 
 
 def forked(act: Callable[[], object]) -> int:
     """Start `act` in a forked process and return its pid."""
     child = os.fork()
     if not child:
-        _end(act)
+        _run_and_exit(act)
     return child
 
 
-def _ends(children: list[int]) -> list[int]:
+def _exit_codes(children: list[int]) -> list[int]:
     """Return the exit codes of the processes. Kill those that still run after LONGEST seconds."""
     deadline, codes = time.monotonic() + LONGEST, {}
     while len(codes) < len(children):
@@ -95,7 +95,7 @@ def _ends(children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
-def _end(act: Callable[[], object]) -> None:
+def _run_and_exit(act: Callable[[], object]) -> None:
     """Run `act` and exit the forked process without pytest's cleanup. A stuck process prints its stack before it is killed.
 
     It exits before the error is freed: gloo sometimes waits forever for a lost process when the frames of an error are freed.

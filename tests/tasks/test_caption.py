@@ -33,7 +33,7 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
         assert labels[-1] == task.language.end_id and backbone.tokenizer.decode(labels[:-1]).strip() == text
 
 
-def test_padding_is_told_by_its_place_and_never_by_its_id(backbone):
+def test_padding_is_recognized_by_position_not_by_id(backbone):
     """A token of the padding's id inside a caption would still count (data with one is refused earlier on)."""
     pad = backbone.tokenizer.pad_token
     rows = CaptionTask(backbone).language.tokenize(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"]).pad()

@@ -52,7 +52,7 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
 
 
 @pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
-def test_going_on_from_fp16_is_within_its_rounding_of_looking(kind, where, first, beyond, make):  # noqa: ARG001
+def test_features_from_fp16_states_agree_within_rounding(kind, where, first, beyond, make):  # noqa: ARG001
     task = task_for(make, kind, where)
     prefix, pixels = Prefix(task.encoder), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_pat
     assert all(map(torch.equal, pixels(2, store), pixels(2, None)))
 
 
-def test_states_of_another_configuration_are_not_gone_on_from(checkpoints, tmp_path):
+def test_states_of_another_configuration_are_not_used(checkpoints, tmp_path):
     """The same weights with another epsilon in their config.json: other states, in a kind of their own."""
     source, folder = tiny.write_photos(tmp_path, 4), tmp_path / "base"
     shutil.copytree(checkpoints["blip"], folder)

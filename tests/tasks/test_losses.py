@@ -38,7 +38,7 @@ def test_the_token_loss_is_a_weighted_sum_over_what_counts(dtype, weights):
     assert loss.dtype == torch.float32 and float(loss) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_label_that_does_not_count_is_the_libraries():
+def test_ignore_is_the_ignored_label_of_pytorch_and_transformers():
     """PyTorch's cross-entropy and transformers' models ignore −100."""
     assert nn.CrossEntropyLoss().ignore_index == IGNORE
 
@@ -214,7 +214,7 @@ def test_a_gradient_of_the_heads_gradient_is_an_error_not_a_wrong_number():
         gradient.sum().backward()
 
 
-def test_only_a_frozen_linear_without_hooks_is_passed_by():
+def test_only_a_frozen_linear_without_hooks_can_be_bypassed():
     def frozen() -> nn.Linear:
         return nn.Linear(5, 7).requires_grad_(False)
 

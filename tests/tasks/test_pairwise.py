@@ -37,7 +37,7 @@ from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import accumulate_gradients
 from tests.support import tiny
-from tests.support.kill import among
+from tests.support.kill import run_processes
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kind": ("blip", "opt", "t5", "vqa", "itm", "itm2"),
@@ -313,7 +313,7 @@ def learn_among_ranks(case: Case, base: Path, folder: Path) -> tuple[float, dict
         with joined() as ranks:
             torch.save(learn(case, base, ranks), folder / str(ranks.rank))
 
-    assert among(case.ranks, act) == [0] * case.ranks
+    assert run_processes(case.ranks, act) == [0] * case.ranks
     parts = [torch.load(folder / str(rank), weights_only=False) for rank in range(case.ranks)]
     whole = Record()
     for loss, gradients, record in parts:

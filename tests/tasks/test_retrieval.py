@@ -128,7 +128,7 @@ def test_itc_is_symmetric_cross_entropy_with_shared_positives():
     assert itc_loss(similarity.T, right.T, 0.3).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_positives_are_what_some_line_says():
+def test_positives_are_the_pairs_of_all_lines():
     """Row 1 is the second caption of picture 0, whose first caption is picture 2's as well: no wrong pair for row 1."""
     right = positives(examples())
     lines = set(LINES)
@@ -224,7 +224,7 @@ def test_a_batch_of_one_image_is_refused_with_a_remedy(task):
             preflight.check(task, batch_of(task, lines), nullcontext)
 
 
-def test_the_tail_of_an_epoch_may_be_one_row(task):
+def test_the_last_micro_batch_may_have_one_row(task):
     """It has nothing to be told from: loss and gradients are 0, where a yes to everything would lower ITM's loss."""
     inject(task.backbone)
     loss = task.loss(batch_of(task, LINES[:2]))
@@ -315,7 +315,7 @@ def test_chunks_change_nothing(task, monkeypatch):
         torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-4, atol=1e-5)
 
 
-def test_texts_read_beforehand_rank_the_same(task):
+def test_texts_encoded_beforehand_rank_the_same(task):
     """What `read` keeps is the text side alone: any image may be ranked with it."""
     texts = [f"a {colour} cube" for colour in ("red", "green", "blue")]
     some = examples()
@@ -499,7 +499,7 @@ def test_checkpointing_gives_the_same_gradients(make, kind):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_what_another_batch_says_of_an_image_is_no_negative_in_this_one(task):
+def test_a_positive_of_another_batch_is_no_negative(task):
     """(A, "red"), (A, "a cube"), (B, "red"): in a batch without its first line, "red" is still right for A."""
     a, b = Path("folder/a.png"), Path("folder/b.png")
     lines = [(a, "a red cube"), (Path("folder/../folder/a.png"), "a cube"), (b, "a red cube")]

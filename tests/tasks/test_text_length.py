@@ -23,7 +23,7 @@ from lora_blip.tasks.text_length import MARGIN, CutCount, fit_generation, longer
 from lora_blip.tasks.vqa import VqaTask
 from lora_blip.training.loop import train
 from tests.support import tiny
-from tests.support.kill import among, killed_at
+from tests.support.kill import killed_at, run_processes
 from tests.support.runs import assert_same, config_of, elsewhere, only_run
 
 WORDS = [
@@ -186,7 +186,7 @@ def test_infer_reports_the_texts_that_were_cut(config, make, capfd, ranks):
     if ranks == 1:
         infer(config)
     else:
-        assert among(ranks, lambda: infer(config)) == [0] * ranks
+        assert run_processes(ranks, lambda: infer(config)) == [0] * ranks
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "were cut" in line]
     assert line.startswith(f"warning: {cut} of 7 texts were cut after 4 tokens") and "--max-new-tokens 8" in line
 

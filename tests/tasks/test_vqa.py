@@ -145,7 +145,7 @@ def test_accumulation_is_a_batch(make, kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_seen_once_is_the_whole_forward(task):
+def test_images_encoded_once_give_the_logits_of_the_whole_forward(task):
     """`see` and `logits` give the gradients of the model's own forward, run on every row by itself."""
     found = inject(task.backbone)
     batch = batch_of(task)
@@ -164,7 +164,7 @@ def test_what_is_seen_once_is_the_whole_forward(task):
         torch.testing.assert_close(ours[key], x.B.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_an_image_is_looked_at_once_however_many_answers_it_has(task):
+def test_an_image_is_encoded_once_for_any_number_of_answers(task):
     """And so is a question that an encoder reads by itself."""
     model, seen, read = task.backbone.model, [], []
     model.vision_model.register_forward_pre_hook(lambda _m, _a, k: seen.append(len(k["pixel_values"])), with_kwargs=True)
@@ -375,7 +375,7 @@ def test_merged_is_hooked(task):
         torch.testing.assert_close(task.logits(batch), hooked, rtol=1e-4, atol=1e-4)
 
 
-def test_the_mask_is_handed_over_once_and_survives_copies(make):
+def test_the_encoder_mask_hook_is_added_once_and_survives_copies(make):
     """Two tasks on one backbone, a deepcopy and a pickle: one hook a layer, and the same logits."""
     backbone = make("vqa")
     task = VqaTask(backbone)

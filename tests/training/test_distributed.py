@@ -25,7 +25,7 @@ from lora_blip.training import checkpoint, loop
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
 from lora_blip.training.run_folder import Run
-from tests.support.kill import among
+from tests.support.kill import run_processes
 from tests.support.models import WHOLE
 from tests.support.runs import assert_same, before_each_step, config_of, elsewhere, metrics_of, only_run, score
 
@@ -64,7 +64,7 @@ def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
     config = config_of(checkpoints, tmp_path, kind, accumulation=ranks, checkpoint_seconds=1e9, **changes)
     one = train(config)
     several = replace(elsewhere(config), accumulation=1)
-    assert among(ranks, lambda: train(several)) == [0] * ranks
+    assert run_processes(ranks, lambda: train(several)) == [0] * ranks
     many = finished(several)
     alone, together = metrics_of(one), metrics_of(many)
     assert [entry["step"] for entry in alone] == [entry["step"] for entry in together] and len(alone) > 20
@@ -80,7 +80,7 @@ def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
 def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_path, capfd):
     """Two processes exchange the gradients of the adapters: each sends half of their bytes twice."""
     config = config_of(checkpoints, tmp_path, epochs=1, targets="vit,text")
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
     said = capfd.readouterr().out
     bytes_ = sum(tensor.numel() * 4 for tensor in adapter_file.read(finished(config)).tensors.values())
     assert said.count("saved ") == 1 and f"2 processes, each sends {bytes_ / 1e6:.2f} MB of gradients per step" in said
@@ -99,7 +99,7 @@ def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
         del model
 
     for _ in range(12):  # one time in four it was stuck
-        assert among(2, act) == [0, 0]
+        assert run_processes(2, act) == [0, 0]
 
 
 @pytest.mark.parametrize("change", ["lines", "lr", "missing"])
@@ -111,7 +111,7 @@ def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkp
     other.write_text("\n".join(source.read_text().splitlines()[:8]))
     changed = {"lines": {"annotations": str(other)}, "lr": {"lr": 0.5}, "missing": {"annotations": "gone.jsonl"}}[change]
     start = time.monotonic()
-    codes = among(2, lambda: train(replace(config, **(changed if os.environ["RANK"] == "1" else {}))))
+    codes = run_processes(2, lambda: train(replace(config, **(changed if os.environ["RANK"] == "1" else {}))))
     assert codes == [1, 1] and time.monotonic() - start < 60
     said = capfd.readouterr().err
     expected = {
@@ -125,7 +125,7 @@ def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkp
 def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, tmp_path):
     """The signal comes during an accumulation. One process cannot resume the run of two processes."""
     config = config_of(checkpoints, tmp_path, checkpoint_seconds=1e9, epochs=3)
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
 
     def stopped() -> None:
         real = loop.accumulate_gradients
@@ -138,14 +138,14 @@ def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, 
         loop.accumulate_gradients = accumulate
         train(elsewhere(config))
 
-    assert among(2, stopped) == [75, 75]
+    assert run_processes(2, stopped) == [75, 75]
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
     assert saved is not None and saved.state["progress"]["slot"] == 2
     gradients = [{k: v for k, v in saved.tensors().items() if k.startswith(f"gradient/{rank}/")} for rank in (0, 1)]
     assert len(gradients[0]) == len(gradients[1]) > 0
     with pytest.raises(CheckpointError, match="processes was 2 and is 1"):
         train(replace(elsewhere(config), resume=str(saved.run)))
-    assert among(2, lambda: train(elsewhere(config))) == [0, 0]
+    assert run_processes(2, lambda: train(elsewhere(config))) == [0, 0]
     assert_same(finished(config), finished(elsewhere(config)))
 
 
@@ -155,7 +155,7 @@ def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeyp
     real = Run.log_validation
     monkeypatch.setattr(Run, "log_validation", lambda run, step, epoch, _: real(run, step, epoch, scores[step]))
     config = config_of(checkpoints, tmp_path, epochs=9, validate_every=1, patience=4, accumulation=1, checkpoint_seconds=1e9)
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
     assert metrics_of(finished(config))[-1]["step"] == 5
 
     def stopped() -> None:
@@ -167,8 +167,8 @@ def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeyp
             before_each_step(patch, tell)
             train(elsewhere(config))
 
-    assert among(2, stopped) == [75, 75]
-    assert among(2, lambda: train(elsewhere(config))) == [0, 0]
+    assert run_processes(2, stopped) == [75, 75]
+    assert run_processes(2, lambda: train(elsewhere(config))) == [0, 0]
     assert_same(finished(config), finished(elsewhere(config)))
 
 
@@ -177,7 +177,7 @@ def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, k
     """With FSDP2, each rank holds half of the frozen blocks. The adapter is the same, and it fits its base."""
     changes = {"epochs": 2, "targets": WHOLE[kind], "batch_size": 4 if kind == "itm" else 2}
     config = config_of(checkpoints, tmp_path, kind, checkpoint_seconds=0.2, **changes)
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
     spread = replace(elsewhere(config), shard=True)
 
     def halved() -> None:
@@ -198,7 +198,7 @@ def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, k
         sharding.shard = shard
         train(spread)
 
-    assert among(2, halved) == [0, 0]
+    assert run_processes(2, halved) == [0, 0]
     if kind == "t5":  # its autograd graph adds up the decoder's gradients in another order
         a, b = adapter_file.read(finished(config)).tensors, adapter_file.read(finished(spread)).tensors
         assert all((a[key] - b[key]).abs().max() <= 1e-4 * a[key].abs().max() for key in a)
@@ -235,7 +235,7 @@ DYING = """
 def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints, tmp_path):
     """Rank 1 is killed in a step, then rank 0, which writes the files, then rank 1 again."""
     config = config_of(checkpoints, tmp_path, epochs=3)
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
     deaths = [("1", "0", (0, 1)), ("0", "1", (2, 0)), ("1", "2", (4, 2))]
 
     def act() -> None:
@@ -250,7 +250,7 @@ def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints,
         loop.accumulate_gradients = accumulate
         train(elsewhere(config))
 
-    assert among(2, act, restarts=3) == [0, 0]
+    assert run_processes(2, act, restarts=3) == [0, 0]
     assert_same(finished(config), finished(elsewhere(config)))
 
 
@@ -258,7 +258,7 @@ def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints,
 def test_a_rank_that_is_killed_under_torchrun_is_not_missed(checkpoints, tmp_path):
     """With --max-restarts 1, rank 0 is killed in a step. The adapter equals that of a run that is not killed."""
     config = config_of(checkpoints, tmp_path, epochs=3)
-    assert among(2, lambda: train(config)) == [0, 0]
+    assert run_processes(2, lambda: train(config)) == [0, 0]
     deaths = [(0, 0, (4, 0))]
     script = tmp_path / "dying.py"
     settings = vars(elsewhere(config))
