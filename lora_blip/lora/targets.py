@@ -8,6 +8,7 @@ qformer:r=4:alpha=8     with its own rank and alpha, instead of those of the set
 .*\\.mlp\\.fc1            a regex over the whole module path
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,9 +155,19 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
     shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in linears)
     listed = "\n  ".join(list(shapes)[:24])
     return (
-        f"target {target.strip()!r} matches no linear of {type(model).__name__}; "
+        f"target {target.strip()!r} matches no linear of {type(model).__name__}; {_nearest(target, counts, linears)}"
         f"presets that match: {presets or 'none'}\nits linears are\n  {listed}"
     )
+
+
+def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
+    """Return "did you mean 'vit'? " with the preset, or the regex of a module's last names, that is nearest to a target."""
+    match = GRAMMAR.fullmatch(target.strip())
+    name = match["body"] if match else target.strip()
+    if any(path.endswith(f".{name}") for path in linears):
+        return f"did you mean '.*{re.escape('.' + name)}'? "
+    near = difflib.get_close_matches(name.lower(), [preset for preset, count in counts.items() if count], 1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def table(model: nn.Module, name: str = "default") -> str:

@@ -18,6 +18,7 @@ from lora_blip.errors import AdapterError, CheckpointError, ConfigError
 from lora_blip.lora import adapter_file
 from lora_blip.metrics.names import named_score
 from lora_blip.runtime import lock
+from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, open_to_append, room_for, sweep, unused_path, write_new, write_whole
 from lora_blip.runtime.progress import phase
@@ -219,10 +220,10 @@ class Run:
                 result = f" the current adapter is {self.save(step, finished=False)};"
             except AdapterError as error:  # B is zero, or a value is NaN
                 result = f" the current adapter is not saved: {error};"
+        command = this_command(without=["--resume"], added=["--resume", str(self.folder)])
+        how = f"to resume: {command}" if command else "start again with the same settings to resume"
         with suppress(OSError):  # the terminal may be closed
-            print(
-                "\n" + printable(f"stopped after {step} of {total} steps;{result} start again with the same settings to resume")
-            )
+            print("\n" + printable(f"stopped after {step} of {total} steps;{result} {how}"))
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
         summary = {"steps": step, **extra, **self.last_scores, "settings": stored_settings(self.config)}

@@ -48,6 +48,20 @@ def base_score(metrics: Path, by: str) -> float | None:
     return None
 
 
+def evaluate_command(folder: Path, annotations: str, val_annotations: str) -> str:
+    """Return the command that compares the adapter with its base, on images that were not trained on.
+
+    The references are the validation file, or the test.jsonl or val.jsonl beside the annotations; otherwise the name of a file
+    to write.
+    """
+    beside = [Path(annotations).with_name(name) for name in ("test.jsonl", "val.jsonl")]
+    found = [path for path in beside if path.is_file() and path != Path(annotations)]
+    references = val_annotations or str(found[0] if found else "test.jsonl")
+    start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]
+    adapter = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    return printable(command_line([*start, "evaluate", "--adapter", adapter, "--references", references]))
+
+
 def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     """Return the command that runs inference with the adapter in `folder`.
 

@@ -85,3 +85,26 @@ def test_true_sizes_on_the_meta_device():
     counts = {part: len(addresses(blip2, part)) for part in ("vit", "qformer", "lm")}
     assert counts == {"vit": 156, "qformer": 96, "lm": 192}
     assert len(addresses(blip2, "vit,qformer")) == 252
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("vitt", "'vit'"),
+        ("Vit", "'vit'"),
+        ("vit.qk[0:1]", "'vit.qkv'"),
+        ("text.croos:r=4", "'text.cross'"),
+        ("fc1", r"'.*\.fc1'"),
+    ],
+)
+def test_a_wrong_target_suggests_the_nearest(make, wrong, near):
+    """A preset that the model has, or a regex for the last names of a module, as peft takes them."""
+    with pytest.raises(TargetError) as caught:
+        targets.find(make("blip").model, wrong)
+    assert f"; did you mean {near}? presets that match" in str(caught.value)
+
+
+def test_a_target_that_resembles_nothing_has_no_suggestion(make):
+    with pytest.raises(TargetError) as caught:
+        targets.find(make("blip").model, "zzz")
+    assert "did you mean" not in str(caught.value)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,7 +338,10 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
     best = path.parent / BEST_NAME
     assert f"saved {path}" in printed
     assert f"validation exact match: base 12.5%, best adapter 75.0%, after step 4: {best}" in printed
-    assert printed[-1] == f"next: lora-blip infer --adapter {path.parent.relative_to(tmp_path)} --images {source.parent}/photos"
+    run = path.parent.relative_to(tmp_path)
+    assert printed[-2] == f"next: lora-blip infer --adapter {run} --images {source.parent}/photos"
+    end = "scores on images that were not trained on: lora-blip evaluate --adapter"
+    assert printed[-1] == f"{end} {run} --references test.jsonl"
 
 
 def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
@@ -350,6 +354,33 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
     command = f"python {tmp_path}/infer.py --adapter 'a run'"
     assert summary.next_command("caption", tmp_path / "a run", []) == command
     assert summary.next_command("vqa", tmp_path / "a run", []) == f"{command} --question 'what color is it?'"
+
+
+def test_the_command_that_evaluates_names_the_file_that_was_held_out(tmp_path, monkeypatch):
+    """VAL_ANNOTATIONS, or what `prepare` wrote beside the training lines, or a file to write."""
+    monkeypatch.chdir(tmp_path)
+    lines = str(tmp_path / "train.jsonl")
+    command = "lora-blip evaluate --adapter run --references "
+    assert summary.evaluate_command(tmp_path / "run", lines, "") == f"{command}test.jsonl"
+    (tmp_path / "val.jsonl").touch()
+    assert summary.evaluate_command(tmp_path / "run", lines, "") == f"{command}{tmp_path}/val.jsonl"
+    assert summary.evaluate_command(tmp_path / "run", lines, "a b.csv") == f"{command}'a b.csv'"
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert summary.evaluate_command(tmp_path / "run", lines, "").startswith("python -m lora_blip evaluate ")
+
+
+def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
+    run = object.__new__(Run)
+    run.folder = tmp_path / "a run"
+    run.learner = SimpleNamespace(progress=SimpleNamespace(step=0, total=9))
+    run.bar = SimpleNamespace(close=lambda: None)
+    for argv, end in (
+        (["x/lora-blip", "train", "--resume", "old", "--lr=1"], f"to resume: lora-blip train --lr=1 --resume '{run.folder}'"),
+        (["service.py"], "start again with the same settings to resume"),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        run.save_unfinished()
+        assert capsys.readouterr().out == f"\nstopped after 0 of 9 steps; {end}\n"
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkpoints, tmp_path, monkeypatch, capsys):
