@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_blip.errors import ModelError
 from lora_blip.models.loading import load_backbone
-from lora_blip.tasks.registry import TASKS, natural_task
+from lora_blip.tasks.registry import TASKS, default_task
 
 NAN = float("nan")
 Entry = Callable[[str, str, str, Any], Path]
@@ -80,7 +80,7 @@ HARMLESS = [
 def test_a_setting_without_a_use_changes_no_caption(file, key, value, with_entry, make):
     captions = []
     for backbone in (make("blip"), load_backbone(str(with_entry("blip", file, key, value)), "cpu")):
-        task = TASKS[natural_task(backbone.architecture)](backbone)
+        task = TASKS[default_task(backbone.architecture)](backbone)
         pixels = backbone.image_processor(Image.new("RGB", (40, 30), (200, 10, 10)), return_tensors="pt")["pixel_values"]
         rows = task.language.tokenize(["a red"], ["cube on a table"])
         captions.append([task.language.generate(pixels, ["a red"], max_new_tokens=6), rows.inputs, pixels.sum().item()])
