@@ -8,6 +8,7 @@ TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the task that the chec
 ANNOTATIONS = "annotations.jsonl"  # lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
 IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' folder
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
+GROUP_BY = ""  # keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\d+)"
 PROMPT = ""  # text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"
 
 # Adapter

@@ -41,6 +41,9 @@ class TrainConfig:
     )  # fmt: skip
     image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' folder", path="always")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
+    group_by: str = setting(
+        "", 'keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\\d+)"'
+    )
     prompt: str = setting("", 'text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"')
 
     targets: str = setting(

@@ -18,6 +18,7 @@ from PIL import Image
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
+from lora_blip.data.grouping import Groups
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.prepare.sources import find_sources, usable_entries
@@ -61,6 +62,7 @@ def read(
     on_decoded: Callable[[str, Image.Image], object] | None = None,
     keys: Keys = NO_KEYS,
     splits: dict[str, list[Example]] | None = None,
+    groups: Groups | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Return the valid lines as Examples, and the invalid lines as Problems.
 
@@ -76,6 +78,7 @@ def read(
     on_decoded: called with each image file and its decoded image, from several threads.
     keys: the names of the columns or keys, if they are not common names.
     splits: a dict to which valid lines are added by split (train, val, test), if they have the key or column `split`.
+    groups: collects the group of each image file.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
@@ -85,7 +88,7 @@ def read(
     with many_objects():
         for path, root, entries in sources_of(source, keys, report):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
-            parsed = _parsed(path, entries, builder, report)
+            parsed = _parsed(path, entries if groups is None else partial(observed, entries, builder, groups), builder, report)
             if trim:
                 parsed = trimmed(path, parsed, trim, report)
             broken = _find_moved(parsed, builder, decode, report)
@@ -96,6 +99,9 @@ def read(
             if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
                 message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
                 report(printable(f"{path}: {message}"))
+            if groups:
+                for example in valid:
+                    groups.add(example.file, example.name, example.file, builder.group_entries.get(example.line))
             if splits is not None:
                 for example in valid:
                     if split := builder.splits.get(example.line):
@@ -109,6 +115,15 @@ def read(
     if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems) or ANNOTATIONS}")
     return valid_lines, problems
+
+
+def observed(entries: Callable[[], Iterator[Located]], builder: ExampleBuilder, groups: Groups) -> Iterator[Located]:
+    """Yield the entries. Store the column of the groups of each."""
+    for at, entry in entries():
+        if groups.column and isinstance(entry, dict):
+            groups.columns = groups.columns or dict.fromkeys(entry)
+            builder.group_entries[at] = {groups.column: entry.get(groups.column)}
+        yield at, entry
 
 
 def sources_of(

@@ -75,6 +75,7 @@ class ExampleBuilder:
         self.shared: dict[str, str] = {}  # answers, groups and prompts that are tidy (see `is_tidy`)
         self.prompts = 0  # number of lines with their own prompt
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
+        self.group_entries: dict[Location, Entry] = {}  # line or entry → the column that names its group
         self.ignored: dict[str, tuple[int, Location]] = {}  # unused key → number of lines, first line
 
     def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:

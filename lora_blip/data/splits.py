@@ -1,28 +1,45 @@
-"""Split examples by image: all lines of an image are on the same side."""
+"""Split examples by image or by group of images: all lines of an image are on the same side."""
 
 import random
 from itertools import compress
 
 from lora_blip.data.annotations import many_objects
 from lora_blip.data.example import FILE, Example
+from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.errors import DataError
 
+ONE_GROUP = "choose another column or regex (--group-by), or set VAL_ANNOTATIONS to a file of other images"
 
-def split_by_image(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+
+def split_by_image(
+    examples: list[Example], fraction: float, seed: int, groups: Groups | None = None, compare_bytes: bool = False
+) -> tuple[list[Example], list[Example]]:
     """Return the training examples and the validation examples.
 
     The validation images are a random sample, drawn with `seed`. Its size is `fraction` of all images, and at least one image
-    if `fraction` is above 0. All lines of an image are in the same part. Raise DataError if no image is left for training.
+    if `fraction` is above 0. All lines of an image are in the same part, and so are images of one group.
+
+    groups: the groups of image files. compare_bytes: read the files, and keep those with equal bytes in the same part.
+    Raise DataError if no image is left for training.
     """
     with many_objects():
         files = resolved(dict.fromkeys(map(FILE, examples)))  # two lines may spell the path of one image differently
         images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are already sorted
-        random.Random(seed).shuffle(images)
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):
             message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none for training"
             raise DataError(f"{message}; set VAL_FRACTION to a smaller number, or to 0 (--val-fraction 0)")
-        held_out = set(images[:count])
+        links = [(files[file], group) for file, group in (groups.links if groups else ()) if file in files]
+        equal = equal_files((image, image) for image in images) if compare_bytes and count else []
+        if (links or equal) and count:
+            together = joined(images, links, equal, 2)
+            random.Random(seed).shuffle(together)
+            held_out = set(draw(together, count)[0])
+        else:
+            random.Random(seed).shuffle(images)
+            held_out = set(images[:count])
+        if len(held_out) == len(images):
+            raise DataError(f"group_by = {groups.group_by if groups else ''!r} gives one group of all images; {ONE_GROUP}")
         is_held_out = [files[file] in held_out for file in map(FILE, examples)]
         return list(compress(examples, (not out for out in is_held_out))), list(compress(examples, is_held_out))

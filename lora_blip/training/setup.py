@@ -1,6 +1,5 @@
 """Prepare a training run: settings, task, data, adapters, and the checks before the first step."""
 
-import random
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,10 +8,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lora_blip.config import TrainConfig
-from lora_blip.data import annotations, splits
 from lora_blip.data.dataset import NO_CACHES, Caches, ImageDataset
 from lora_blip.data.example import FILE, Example
-from lora_blip.data.formats import keys_of
 from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
@@ -29,7 +26,7 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.seeding import seed_everything
-from lora_blip.runtime.untrusted import printable, printable_lines
+from lora_blip.runtime.untrusted import printable_lines
 from lora_blip.runtime.user_paths import require_folder
 from lora_blip.tasks import verification
 from lora_blip.tasks.base import Generation, Task
@@ -39,6 +36,7 @@ from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.diagnostics import describe_error
 from lora_blip.training.early_checks import refuse_contradictions
+from lora_blip.training.examples import read_examples
 from lora_blip.training.initial_adapter import freeze_others, inject_adapters, restore_task, source_of
 from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
@@ -196,83 +194,13 @@ def default_rate(model: Any) -> float:
     return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
 
-def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
-    """Return the checked training lines and validation lines. Shuffle the validation lines with the seed.
-
-    Take the validation lines from `val_annotations` if it is set. Otherwise use the column `split`. Without that column, draw a
-    random fraction of the images, and take all their lines. `thumbnails` stores a thumbnail of each decoded image.
-    """
-    sides: dict[str, list[Example]] = {}
-    examples = read_file(config, task, config.annotations, thumbnails, sides)
-    if config.val_annotations:
-        training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
-        task.prepare_data([*training, *validation])
-    elif sides.get("train"):
-        training, validation = split_by_column(config, sides, len(examples))
-        task.prepare_data([*training, *validation])
-    else:
-        task.prepare_data(examples)
-        training, validation = splits.split_by_image(examples, config.val_fraction, config.seed)
-    # put the lines of an image into different batches: they cannot be negatives of each other
-    random.Random(config.seed).shuffle(validation)
-    return training, validation
-
-
-def split_by_column(config: TrainConfig, sides: dict[str, list[Example]], count: int) -> tuple[list[Example], list[Example]]:
-    """Return the lines whose column `split` is train, and those whose column is val. Print the number of each.
-
-    If no line is in val, draw the validation images at random from train. count: number of all lines.
-    """
-    training, validation = sides["train"], sides.get("val", [])
-    others = count - len(training) - len(validation)
-    print(
-        f"{printable(config.annotations)}: the column `split` divides the lines: {len(training):,} train, "
-        f"{len(validation):,} val, {others:,} left out (test, or no split)"
-    )
-    if validation:
-        return training, validation
-    return splits.split_by_image(sides["train"], config.val_fraction, config.seed)
-
-
-def read_file(
-    config: TrainConfig,
-    task: Task,
-    source: str,
-    thumbnails: Thumbnails | None,
-    sides: dict[str, list[Example]] | None = None,
-) -> list[Example]:
-    """Return the valid lines of an annotations file. Print its invalid lines and the tokens that the model does not know.
-
-    sides: if given, the lines are also added to it by the value of their column `split`.
-    """
-    decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
-    with phase(f"reading {source}"):
-        examples, problems = annotations.read(
-            source,
-            config.image_root,
-            config.on_bad_data,
-            task.check,
-            decode,
-            task.pretokenize,
-            task.trim,
-            on_decoded=keep,
-            keys=keys_of(config),
-            splits=sides,
-        )
-    if problems:
-        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
-    if report := task.unknown_report(examples):
-        print(report)
-    return examples
-
-
 def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
     """Print the validation images that have an equal or similar image in the training data, and how to fix the split."""
     fix = (
         f"Remove them from {config.val_annotations} or from {config.annotations}"
         if config.val_annotations
-        else "Keep all images of a video or scene on one side: move the lines of some of them to another file, and set "
-        'VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+        else 'Keep the images of a video or scene on one side: set GROUP_BY = "folder" (--group-by folder) or a column, '
+        'or move the lines of some of them to another file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
     )
     report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)
 

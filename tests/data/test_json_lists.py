@@ -10,7 +10,7 @@ from lora_blip.config import TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
-from lora_blip.training.setup import split_by_column
+from lora_blip.training.examples import split_by_column
 
 TWO = [("1.png", "a one"), ("1.png", "a two"), ("2.png", "a one"), ("2.png", "a two")]
 LISTED = [{"image": name, "captions": ["a one", "a two"]} for name in ("1.png", "2.png")]

@@ -24,7 +24,7 @@ from lora_blip.lora.routing import disable_adapters
 from lora_blip.reports import plots
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.training import session, setup, summary, validation
+from lora_blip.training import examples, session, setup, summary, validation
 from lora_blip.training.best import Best
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import learning_rate, train
@@ -186,7 +186,9 @@ def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_p
     task = CaptionTask(make("blip"))
     asked = []
     monkeypatch.setattr(task, "predict_from_features", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
-    held_out = setup.loader_of(setup.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False)
+    held_out = setup.loader_of(
+        examples.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False
+    )
     assert validation.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
 
 
@@ -493,7 +495,7 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     backbone = setup.open_backbone(str(checkpoints["blip"]), "cpu", "fp32")[0]
     adapter_file.load(backbone, path)
     task = CaptionTask(backbone, generation=setup.Generation(5))
-    held_out = setup.splits.split_by_image(setup.annotations.read(source)[0], 0.5, 0)[1]
+    held_out = examples.splits.split_by_image(examples.annotations.read(source)[0], 0.5, 0)[1]
     from lora_blip.inference.captioner import Captioner
 
     said = [p.text for p in Captioner(task)([e.image for e in held_out])]

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from lora_blip.data.annotations import many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import LeftOut, Location, keys_of
+from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, first_lines, print_dropped
 from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
@@ -53,6 +54,9 @@ class PrepareConfig:
     question_key: str = setting("", "column or key of the question; empty: question")
     answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     splits: str = setting("0.9,0.05,0.05", "fractions of the images for train, val and test; 1: only train")
+    group_by: str = setting(
+        "", 'keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\\d+)"'
+    )
     own_splits: bool = setting(True, "use the splits of the data set, if it has any; false: draw random splits")
     seed: int = setting(0, "seed of the random splits")
     on_bad_data: Literal["stop", "skip"] = setting("stop", "what to do if a line or entry is invalid")
@@ -86,6 +90,7 @@ class PreparedData:
     rows: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     names: dict[object, str] = field(default_factory=dict)  # image identity → its alphabetically first name
+    groups: Groups = field(default_factory=lambda: Groups(""))
     kind: str = ""  # "captions" or "questions"; a source with both is an error
 
 
@@ -101,13 +106,14 @@ def prepare(config: PrepareConfig) -> dict[str, Path]:
 
 def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     print(printable(f"reading {config.source} …"), flush=True)
-    data = PreparedData(f"{output.absolute()}{os.sep}")
+    data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
         folder = Folder(Path(config.images) if config.images else source.root)
         with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # called before the next source
             read_source(source, folder, data)
     split_of_image = published_splits(data) if config.own_splits else {}
     refuse_faults(data, config.on_bad_data)
+    data.groups.require_found()
     split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
     with phase(f"writing {len(data.rows):,} lines to {output}"):
@@ -167,6 +173,7 @@ def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: F
         return Dropped(source, at, "missing" if source.may_lack_images and "does not exist" in image else "fault", image)
     name, split = entry["image"], entry.pop("split", source.split or None)
     data.names[image.identity] = min(name, data.names.get(image.identity, name))
+    data.groups.add(image.identity, name, image.path, entry_or_reason if isinstance(entry_or_reason, dict) else None)
     entry["image"] = str(image.path).removeprefix(data.base).replace(os.sep, "/")
     try:
         line = encode(entry).encode()
@@ -199,7 +206,6 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
     """Return {image identity: a random split}. It depends on the seed, not on the order of lines or the spelling of paths."""
     paths = {row.image.identity: row.image.path for row in data.rows}
     images = sorted(paths, key=lambda image: (data.names[image], paths[image]))
-    random.Random(seed).shuffle(images)
     sizes = [max(1, round(fraction * len(images))) if fraction else 0 for fraction in split_fractions(splits)]
     largest = max(range(len(sizes)), key=lambda n: sizes[n])
     sizes[largest] += len(images) - sum(sizes)
@@ -208,7 +214,18 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
             f"{len(images)} image(s) are too few for splits = {splits!r}, because each part needs one; for only train.jsonl, "
             "give --splits 1" + ", and for two parts --splits 0.8,0.2" * (len(images) > 1)
         )
-    return dict(zip(images, (split for split, size in zip(SPLIT_NAMES, sizes, strict=True) for _ in range(size)), strict=True))
+    equal = equal_files(paths.items()) if sum(map(bool, sizes)) > 1 else []
+    groups = joined(images, data.groups.links, equal, sum(map(bool, sizes)))
+    random.Random(seed).shuffle(groups)
+    groups.reverse()
+    result: dict[object, str] = {}
+    for split, size in list(zip(SPLIT_NAMES, sizes, strict=True))[:0:-1]:  # the first part gets the rest
+        drawn, groups = draw(groups, size)
+        result |= dict.fromkeys(drawn, split)
+    result |= dict.fromkeys((image for group in groups for image in group), SPLIT_NAMES[0])
+    if empty := {split for split, size in zip(SPLIT_NAMES, sizes, strict=True) if size} - set(result.values()):
+        raise DataError(f"splits = {splits!r}: no group is left for {', '.join(sorted(empty))}; give --splits 1")
+    return result
 
 
 def split_fractions(splits: str) -> list[float]:

@@ -1,0 +1,143 @@
+"""Keep images that belong together on one side of a split: those of a group, such as a video, and those with equal bytes."""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_blip.data.entries import as_text
+from lora_blip.errors import ConfigError, DataError
+from lora_blip.runtime.files import sha256_of
+from lora_blip.runtime.untrusted import quoted
+
+FOLDER = "folder"
+ENDS = 4096  # bytes at the start and at the end of a file that are compared before the whole file is
+SHOWN = 12  # columns in a message
+Image = TypeVar("Image", bound=Hashable)
+Link = tuple[Image, Hashable]  # an image, and the group or the bytes that it shares with others
+
+
+class Groups:
+    """Collects the group of each image by the setting `group_by`: "folder", a column, or a regex with parentheses."""
+
+    def __init__(self, group_by: str) -> None:
+        """Raise ConfigError if `group_by` is not a valid regex."""
+        self.group_by = group_by.strip()
+        try:
+            self.pattern = re.compile(self.group_by) if "(" in self.group_by else None
+        except re.error as error:
+            raise ConfigError(
+                f'group_by = {group_by!r} is not a valid regex ({error}); for example, --group-by "(video\\d+)"'
+            ) from None
+        self.column = "" if self.pattern or self.group_by == FOLDER else self.group_by
+        self.links: list[tuple[Any, Hashable]] = []
+        self.columns: dict[str, None] = {}  # the columns of the first entry, for the message
+
+    def add(self, image: Hashable, name: str, path: str | Path, entry: dict[str, Any] | None = None) -> None:
+        """Store the group of an image, if it has one. name: its path as written. entry: its line, for a column."""
+        if self.pattern:
+            match = self.pattern.search(name.replace("\\", "/"))
+            group: Hashable = next(filter(None, match.groups()), match[0]) if match else None
+        elif self.column:
+            self.columns = self.columns or dict.fromkeys(entry or ())
+            group = as_text((entry or {}).get(self.column)) or None
+        else:
+            group = str(Path(path).parent) if self.group_by else None
+        if group is not None:
+            self.links.append((image, ("group", group)))
+
+    def require_found(self) -> None:
+        """Raise DataError if `group_by` is set and no image has a group."""
+        if not self.group_by or self.links:
+            return
+        if self.pattern:
+            raise DataError(f"group_by = {self.group_by!r}: the regex matches no image path; change it (--group-by)")
+        columns = ", ".join(quoted(column) for column in list(self.columns)[:SHOWN])
+        raise DataError(
+            f"group_by = {self.group_by!r}: no line has this column; the columns of the first line are {columns}; give one of "
+            "them, folder, or a regex with parentheses (--group-by folder)"
+        )
+
+
+def components(images: Sequence[Image], links: Iterable[tuple[Image, Hashable]]) -> list[list[Image]]:
+    """Return lists of images that are connected by equal links, in the order of their first images."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(node: Hashable) -> Hashable:
+        while (above := parent.setdefault(node, node)) != node:
+            parent[node] = node = parent[above]
+        return node
+
+    for image, link in links:
+        parent[root(("image", image))] = root(link)
+    result: dict[Hashable, list[Image]] = {}
+    for image in images:
+        result.setdefault(root(("image", image)), []).append(image)
+    return list(result.values())
+
+
+def equal_files(files: Iterable[tuple[Image, str | Path]]) -> list[tuple[Image, Hashable]]:
+    """Return a link for each image whose file has the bytes of another one. A file that cannot be read is left out.
+
+    Only files of one size with equal ends are read as a whole.
+    """
+    groups: dict[Hashable, list[tuple[Image, str | Path]]] = {0: list(files)}
+    for key_of in (lambda path: os.stat(path).st_size, _ends_of, lambda path: sha256_of(Path(path))):  # noqa: PTH116  # a str or a Path
+        narrower: dict[Hashable, list[tuple[Image, str | Path]]] = defaultdict(list)
+        for key, members in groups.items():
+            for image, path in members if len(members) > 1 else ():
+                try:
+                    narrower[key, key_of(path)].append((image, path))
+                except OSError:
+                    continue
+        groups = narrower
+    return [(image, ("bytes", key)) for key, members in groups.items() if len(members) > 1 for image, _ in members]
+
+
+def _ends_of(path: str | Path) -> bytes:
+    """Return a digest of the first and the last bytes of a file."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        digest = hashlib.sha256(file.read(ENDS))
+        file.seek(max(ENDS, os.fstat(file.fileno()).st_size - ENDS))
+        digest.update(file.read(ENDS))
+    return digest.digest()
+
+
+def draw(groups: Sequence[list[Image]], size: int) -> tuple[list[Image], list[list[Image]]]:
+    """Take groups in their order for a part of about `size` images. Return the images of the part, and the other groups.
+
+    A group is taken if the number of images is then closer to `size`. If no group is, the smallest is taken.
+    """
+    taken: list[Image] = []
+    rest: list[list[Image]] = []
+    for group in groups:
+        if len(taken) < size and abs(len(taken) + len(group) - size) < size - len(taken):
+            taken += group
+        else:
+            rest.append(group)
+    if not taken and size and rest:
+        smallest = min(range(len(rest)), key=lambda index: len(rest[index]))
+        taken = rest.pop(smallest)
+    return taken, rest
+
+
+def joined(
+    images: Sequence[Image], links: list[tuple[Image, Hashable]], equal: list[tuple[Image, Hashable]], parts: int,
+    report: Callable[[str], object] = print,
+) -> list[list[Image]]:  # fmt: skip
+    """Return the groups of images for a split into `parts` parts, and report their numbers.
+
+    equal: links of images with equal bytes. They are ignored, with a message, if the groups would be fewer than the parts.
+    """
+    groups = components(images, [*links, *equal])
+    if len(groups) < parts and equal:
+        report(f"WARNING: {len(equal):,} images have the same bytes as another one, and cannot all be on one side of the split")
+        equal, groups = [], components(images, links)
+    if equal:
+        report(f"{len(equal):,} images have the same bytes as another one; copies are on one side of the split")
+    if links:
+        report(f"the split keeps {len(components(images, links)):,} groups of {len(images):,} images together")
+    return groups

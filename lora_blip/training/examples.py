@@ -1,0 +1,96 @@
+"""Read the training and validation lines of a run, and split them."""
+
+import random
+
+from lora_blip.config import TrainConfig
+from lora_blip.data import annotations, splits
+from lora_blip.data.example import Example
+from lora_blip.data.formats import keys_of
+from lora_blip.data.grouping import Groups
+from lora_blip.data.split_leaks import Thumbnails
+from lora_blip.runtime.progress import phase
+from lora_blip.runtime.untrusted import printable
+from lora_blip.tasks.base import Task
+
+NO_GROUPS = Groups("")
+
+
+def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None = None) -> tuple[list[Example], list[Example]]:
+    """Return the checked training lines and validation lines. Shuffle the validation lines with the seed.
+
+    Take the validation lines from `val_annotations` if it is set. Otherwise use the column `split`. Without that column, draw a
+    random fraction of the images, and take all their lines. `thumbnails` stores a thumbnail of each decoded image.
+    """
+    sides: dict[str, list[Example]] = {}
+    groups = Groups(config.group_by)
+    examples = read_file(config, task, config.annotations, thumbnails, sides, groups if config.group_by else None)
+    groups.require_found()
+    if config.val_annotations:
+        training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
+        task.prepare_data([*training, *validation])
+    elif sides.get("train"):
+        training, validation = split_by_column(config, sides, len(examples), groups)
+        task.prepare_data([*training, *validation])
+    else:
+        task.prepare_data(examples)
+        training, validation = split(config, examples, groups)
+    # put the lines of an image into different batches: they cannot be negatives of each other
+    random.Random(config.seed).shuffle(validation)
+    return training, validation
+
+
+def split_by_column(
+    config: TrainConfig, sides: dict[str, list[Example]], count: int, groups: Groups = NO_GROUPS
+) -> tuple[list[Example], list[Example]]:
+    """Return the lines whose column `split` is train, and those whose column is val. Print the number of each.
+
+    If no line is in val, draw the validation images at random from train. count: number of all lines.
+    """
+    training, validation = sides["train"], sides.get("val", [])
+    others = count - len(training) - len(validation)
+    print(
+        f"{printable(config.annotations)}: the column `split` divides the lines: {len(training):,} train, "
+        f"{len(validation):,} val, {others:,} left out (test, or no split)"
+    )
+    if validation:
+        return training, validation
+    return split(config, sides["train"], groups)
+
+
+def split(config: TrainConfig, examples: list[Example], groups: Groups) -> tuple[list[Example], list[Example]]:
+    """Return the training lines and the validation lines, drawn at random by group. Files are compared only if all are read."""
+    return splits.split_by_image(examples, config.val_fraction, config.seed, groups, config.check_images == "all")
+
+
+def read_file(
+    config: TrainConfig,
+    task: Task,
+    source: str,
+    thumbnails: Thumbnails | None,
+    sides: dict[str, list[Example]] | None = None,
+    groups: Groups | None = None,
+) -> list[Example]:
+    """Return the valid lines of an annotations file. Print its invalid lines and the tokens that the model does not know.
+
+    sides: if given, the lines are also added to it by the value of their column `split`.
+    """
+    decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
+    with phase(f"reading {source}"):
+        examples, problems = annotations.read(
+            source,
+            config.image_root,
+            config.on_bad_data,
+            task.check,
+            decode,
+            task.pretokenize,
+            task.trim,
+            on_decoded=keep,
+            keys=keys_of(config),
+            splits=sides,
+            groups=groups,
+        )
+    if problems:
+        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+    if report := task.unknown_report(examples):
+        print(report)
+    return examples

@@ -1,0 +1,153 @@
+"""Groups of images, and images with equal bytes, are on one side of each split."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_blip.data import annotations, splits
+from lora_blip.data.grouping import Groups, components, draw, equal_files
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.errors import ConfigError, DataError
+
+
+def transitive_closure(images: list[int], links: list[tuple[int, str]]) -> set[frozenset[int]]:
+    """Return the groups by repeated comparison of all pairs: the oracle of `components`."""
+    groups = [{image} for image in images]
+    labels = [{link for image, link in links if image in group} for group in groups]
+    changed = True
+    while changed:
+        changed = False
+        for one in range(len(groups)):
+            for other in range(one + 1, len(groups)):
+                if not changed and labels[one] & labels[other]:
+                    groups[one] |= groups.pop(other)
+                    labels[one] |= labels.pop(other)
+                    changed = True
+    return set(map(frozenset, groups))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_components_are_the_transitive_closure_in_the_order_of_their_first_images(seed):
+    rng = random.Random(seed)
+    images = rng.sample(range(100), rng.randint(1, 12))
+    links = [(rng.choice(images), rng.choice("abcdefg")) for _ in range(rng.randint(0, 14))]
+    found = components(images, links)
+    assert set(map(frozenset, found)) == transitive_closure(images, links)
+    assert [group[0] for group in found] == sorted((group[0] for group in found), key=images.index)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_part_has_whole_groups_and_about_the_size(seed):
+    rng = random.Random(seed)
+    groups = [[(number, image) for image in range(rng.randint(1, 6))] for number in range(rng.randint(2, 15))]
+    size = rng.randint(1, sum(map(len, groups)))
+    taken, rest = draw(groups, size)
+    assert taken and sorted(taken + [image for group in rest for image in group]) == sorted(i for g in groups for i in g)
+    assert not {number for number, _ in taken} & {number for group in rest for number, _ in group}
+    assert abs(len(taken) - size) <= 6
+
+
+def frames(folder: Path, videos: int = 6, count: int = 5) -> Path:
+    """Write frames of several videos, each with other bytes, and lines with a column `video`."""
+    lines = []
+    for video in range(videos):
+        for frame in range(count):
+            path = folder / f"clip{video}" / f"vid{video}_{frame}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (2, 2), (video, frame, 9)).save(path)
+            lines.append({"image": str(path.relative_to(folder)), "text": "a", "video": f"v{video}"})
+    (folder / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "x.jsonl"
+
+
+def videos_of(names: list[str]) -> set[str]:
+    return {Path(name).parent.name for name in names}
+
+
+@pytest.mark.parametrize("by", ["folder", "video", r"vid(\d+)_", r"(clip\d)"])
+def test_groups_stay_on_one_side_in_training_and_in_prepare(tmp_path, by):
+    source = frames(tmp_path)
+    groups = Groups(by)
+    examples, _ = annotations.read(source, groups=groups)
+    training, validation = splits.split_by_image(examples, 0.3, 0, groups, compare_bytes=True)
+    sides = [videos_of([example.name for example in side]) for side in (training, validation)]
+    assert all(sides) and not sides[0] & sides[1] and len(training) + len(validation) == 30 and len(validation) == 10
+    files = prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out"), splits="0.6,0.2,0.2", group_by=by))
+    parts = [videos_of([json.loads(line)["image"] for line in path.read_text().splitlines()]) for path in files.values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 6 and len(parts) == 3
+
+
+def test_a_csv_column_names_the_groups(tmp_path):
+    frames(tmp_path)
+    (tmp_path / "x.csv").write_text(
+        "file;caption;Series\n" + "".join(f"clip{v}/vid{v}_{f}.png;a;{v // 2}\n" for v in range(6) for f in range(5))
+    )
+    groups = Groups("series")
+    examples, _ = annotations.read(tmp_path / "x.csv", groups=groups)
+    training, validation = splits.split_by_image(examples, 0.3, 1, groups)
+    assert len(validation) == 10 and len(training) == 20
+
+
+def test_without_groups_and_copies_the_split_is_the_old_one(tmp_path):
+    """The images are drawn as before, whether or not their bytes are compared."""
+    examples, _ = annotations.read(frames(tmp_path))
+    assert splits.split_by_image(examples, 0.3, 5, Groups(""), True) == splits.split_by_image(examples, 0.3, 5)
+
+
+def test_images_with_equal_bytes_are_on_one_side_and_counted(tmp_path, capsys):
+    source = frames(tmp_path)
+    copies = []
+    for number in range(10):
+        original = tmp_path / "clip0" / f"vid0_{number % 5}.png"
+        copy = tmp_path / f"copy{number}.png"
+        copy.write_bytes(original.read_bytes())
+        copies.append({"image": copy.name, "text": "b"})
+    with source.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in copies)
+    examples, _ = annotations.read(source)
+    for seed in range(10):
+        sides = splits.split_by_image(examples, 0.3, seed, compare_bytes=True)
+        training, validation = ({example.image.read_bytes() for example in side} for side in sides)
+        assert training and validation and not training & validation
+    assert "15 images have the same bytes as another one; copies are on one side" in capsys.readouterr().out
+    prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
+    assert "15 images have the same bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_equal_files_are_those_of_equal_bytes(tmp_path, seed):
+    """The oracle compares all pairs. Sizes and ends are often equal, so that each stage of the comparison decides."""
+    rng = random.Random(seed)
+    contents = [bytes([rng.randrange(2)]) * 5000 + bytes([rng.randrange(2)]) + bytes(rng.choice((1, 5000))) for _ in range(12)]
+    paths = []
+    for number, content in enumerate(contents):
+        paths.append((number, tmp_path / str(number)))
+        paths[-1][1].write_bytes(content)
+    links = equal_files([*paths, (99, tmp_path / "missing")])
+    equal = {(a, b) for a, link in links for b, other in links if a < b and link == other}
+    assert equal == {(a, b) for a in range(12) for b in range(a + 1, 12) if contents[a] == contents[b]}
+
+
+def test_an_impossible_group_by_names_the_columns_and_the_fix(tmp_path):
+    source = frames(tmp_path, 2, 2)
+    with pytest.raises(ConfigError, match="not a valid regex"):
+        Groups("(vid")
+    for by, message in (
+        ("scene", "first line are 'image', 'text', 'video'"),
+        ("(xyz)", "matches no image path"),
+    ):
+        groups = Groups(by)
+        annotations.read(source, groups=groups)
+        with pytest.raises(DataError, match=message):
+            groups.require_found()
+        with pytest.raises(DataError, match=message):
+            prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out"), group_by=by))
+    groups = Groups("(clip)")
+    examples, _ = annotations.read(source, groups=groups)
+    with pytest.raises(DataError, match="one group of all images; choose another column or regex"):
+        splits.split_by_image(examples, 0.3, 0, groups)
+    with pytest.raises(DataError, match=r"no group is left for .*; give --splits 1"):
+        prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out"), group_by="(clip)"))
