@@ -8,7 +8,6 @@ TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the task that the chec
 ANNOTATIONS = "annotations.jsonl"  # lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
 IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' folder
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
-GROUP_BY = ""  # keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\d+)"
 PROMPT = ""  # text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"
 
 # Adapter
@@ -36,6 +35,7 @@ IMAGE_SIZE = 0  # side of the square images in pixels, with interpolated positio
 AUGMENT = True  # shift, scale and brighten images a little at random; also mirror, unless a text contains left or right
 VIEWS = 0  # number of augmented versions of each image, cached and used in turn; 0: a new version in every epoch
 VAL_ANNOTATIONS = ""  # annotations of the validation images; empty: VAL_FRACTION of the images
+GROUP_BY = ""  # keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\d+)"
 IMAGE_KEY = ""  # column or key of the image path; empty: a common name, such as image or file_name
 TEXT_KEY = ""  # column or key of the text; empty: a common name, such as text or caption
 QUESTION_KEY = ""  # column or key of the question; empty: question

@@ -41,9 +41,6 @@ class TrainConfig:
     )  # fmt: skip
     image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' folder", path="always")
     val_fraction: float = setting(0.1, "share of the images held out for validation; 0: none")
-    group_by: str = setting(
-        "", 'keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\\d+)"'
-    )
     prompt: str = setting("", 'text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"')
 
     targets: str = setting(
@@ -78,6 +75,9 @@ class TrainConfig:
         0, "number of augmented versions of each image, cached and used in turn; 0: a new version in every epoch"
     )
     val_annotations: str = setting("", "annotations of the validation images; empty: VAL_FRACTION of the images", path="always")
+    group_by: str = setting(
+        "", 'keep groups of images on one side: "folder", a column such as "video", or a regex such as "(video\\d+)"'
+    )
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
     question_key: str = setting("", "column or key of the question; empty: question")
