@@ -18,7 +18,7 @@ from PIL import Image
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
-from lora_blip.data.grouping import Groups
+from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.prepare.sources import find_sources, usable_entries
@@ -88,7 +88,9 @@ def read(
     with many_objects():
         for path, root, entries in sources_of(source, keys, report):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
-            parsed = _parsed(path, entries if groups is None else partial(observed, entries, builder, groups), builder, report)
+            parsed = _parsed(
+                path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
+            )
             if trim:
                 parsed = trimmed(path, parsed, trim, report)
             broken = _find_moved(parsed, builder, decode, report)
@@ -99,13 +101,7 @@ def read(
             if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
                 message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
                 report(printable(f"{path}: {message}"))
-            if groups:
-                for example in valid:
-                    groups.add(example.file, example.name, example.file, builder.group_entries.get(example.line))
-            if splits is not None:
-                for example in valid:
-                    if split := builder.splits.get(example.line):
-                        splits.setdefault(split, []).append(example)
+            _collect(valid, builder, splits, groups)
             valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
     if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
@@ -117,13 +113,15 @@ def read(
     return valid_lines, problems
 
 
-def observed(entries: Callable[[], Iterator[Located]], builder: ExampleBuilder, groups: Groups) -> Iterator[Located]:
-    """Yield the entries. Store the column of the groups of each."""
-    for at, entry in entries():
-        if groups.column and isinstance(entry, dict):
-            groups.columns = groups.columns or dict.fromkeys(entry)
-            builder.group_entries[at] = {groups.column: entry.get(groups.column)}
-        yield at, entry
+def _collect(
+    valid: list[Example], builder: ExampleBuilder, splits: dict[str, list[Example]] | None, groups: Groups | None
+) -> None:
+    """Add the valid lines to their splits, and their images to their groups."""
+    for example in valid if splits is not None or groups else ():
+        if groups:
+            groups.add(example.file, example.name, example.file, builder.group_entries.get(example.line))
+        if splits is not None and (split := builder.splits.get(example.line)):
+            splits.setdefault(split, []).append(example)
 
 
 def sources_of(

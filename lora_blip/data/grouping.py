@@ -4,11 +4,12 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_blip.data.entries import as_text
+from lora_blip.data.formats import Located, Location
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import sha256_of
 from lora_blip.runtime.untrusted import quoted
@@ -60,6 +61,17 @@ class Groups:
             f"group_by = {self.group_by!r}: no line has this column; the columns of the first line are {columns}; give one of "
             "them, folder, or a regex with parentheses (--group-by folder)"
         )
+
+
+def observed(
+    entries: Callable[[], Iterator[Located]], columns: dict[Location, dict[str, Any]], groups: Groups
+) -> Iterator[Located]:
+    """Yield the entries. Store the column that names the group of each in `columns`."""
+    for at, entry in entries():
+        if groups.column and isinstance(entry, dict):
+            groups.columns = groups.columns or dict.fromkeys(entry)
+            columns[at] = {groups.column: entry.get(groups.column)}
+        yield at, entry
 
 
 def components(images: Sequence[Image], links: Iterable[tuple[Image, Hashable]]) -> list[list[Image]]:

@@ -38,6 +38,9 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "labelstudio": exports.studio_entries,
     "labelstudio_min": exports.studio_min_entries,
     "kohya": exports.kohya_entries,
+    "visual_genome": exports.genome_entries,
+    "gqa": exports.gqa_entries,
+    "aokvqa": exports.aokvqa_entries,
 }
 FORMATS = (*LINES, *TABLES, *DOCUMENTS, *PACKED, "vqa", "folder")
 

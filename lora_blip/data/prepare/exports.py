@@ -22,10 +22,16 @@ def document_format(document: Any) -> str:
         if isinstance(first, dict) and ("caption_str" in first or "reference_strs" in first):
             return "textcaps"
         values = list(document.values())[:1]
+        if values and isinstance(values[0], dict) and values[0].keys() >= {"imageId", "question"}:
+            return "gqa"
         return "kohya" if values and isinstance(values[0], dict) and values[0].keys() & {"caption", "tags"} else ""
     first = document[0] if isinstance(document, list) and document else None
     if not isinstance(first, dict):
         return ""
+    if first.keys() >= {"id", "regions"}:
+        return "visual_genome"
+    if first.keys() >= {"image_id", "direct_answers"}:
+        return "aokvqa"
     if "conversations" in first:
         return "llava"
     if isinstance(first.get("data"), dict) and "annotations" in first:
@@ -134,3 +140,39 @@ def _split(name: Any) -> dict[str, str]:
     """Return {"split": "train", "val" or "test"}, or {} if the name is not one of a split."""
     split = SPLITS.get(name.lower()) if isinstance(name, str) else None
     return {"split": split} if split else {}
+
+
+def genome_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read Visual Genome's region descriptions: [{id, regions[{image_id, phrase}]}]. Each phrase is an entry."""
+    for index, entry in enumerate(document if isinstance(document, list) else ()):
+        regions = entry.get("regions") if isinstance(entry, dict) else None
+        if not isinstance(regions, list):
+            yield f"[{index}]", 'expected an object with a list "regions"'
+            continue
+        for number, region in enumerate(regions):
+            name = as_text(region.get("image_id", entry.get("id"))) if isinstance(region, dict) else None
+            place = f"[{index}].regions[{number}]"
+            yield place, {"image": f"{name}.jpg", "text": region.get("phrase")} if name else 'expected an object with "phrase"'
+
+
+def gqa_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read GQA's questions: {question id: {imageId, question, answer}}."""
+    for number, entry in document.items() if isinstance(document, dict) else ():
+        name = as_text(entry.get("imageId")) if isinstance(entry, dict) else None
+        if name is None or "answer" not in entry:
+            yield quoted(number), 'expected an object with "imageId", "question" and "answer"'
+        else:
+            question = {"question": entry.get("question"), "answers": [entry["answer"]], "question_id": number}
+            yield quoted(number), {"image": f"{name}.jpg"} | question
+
+
+def aokvqa_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
+    """Read A-OKVQA: [{image_id, question, direct_answers, split}]. The images are those of COCO 2017."""
+    for index, entry in enumerate(document if isinstance(document, list) else ()):
+        number = entry.get("image_id") if isinstance(entry, dict) else None
+        if type(number) is not int or not 0 <= number < 10**12:
+            yield f"[{index}]", 'expected an object with a whole number "image_id"'
+        else:
+            question = {"question": entry.get("question"), "answers": entry.get("direct_answers")}
+            extra = {"question_id": entry["question_id"]} if "question_id" in entry else {}
+            yield f"[{index}]", {"image": f"{number:012d}.jpg"} | question | extra | _split(entry.get("split"))

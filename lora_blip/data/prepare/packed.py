@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry
+from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, first_key
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys, LeftOut, Located
 from lora_blip.data.images import LARGEST_FILE, is_picture
 from lora_blip.data.prepare.parquet_reader import UNWRITABLE
@@ -179,7 +179,7 @@ def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target:
     text: Any = _content(archive, files[caption]).decode(errors="surrogateescape")
     if caption == "json":
         metadata = parsed(text)
-        text = metadata.get("caption") if isinstance(metadata, dict) else None
+        text = metadata.get(first_key(metadata, ("caption", *TEXT_KEYS)) or "caption") if isinstance(metadata, dict) else None
     content = _content(archive, files[image])
     path = target.absolute() / f"{hashlib.sha256(content).hexdigest()[:24]}.{image}"
     if not path.exists() or path.stat().st_size != len(content):
