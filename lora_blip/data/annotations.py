@@ -91,8 +91,7 @@ def read(
             parsed = _parsed(
                 path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
             )
-            if trim:
-                parsed = trimmed(path, parsed, trim, report)
+            parsed = trimmed(path, parsed, trim, report) if trim else parsed
             broken = _find_moved(parsed, builder, decode, report)
             if decode:
                 files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
