@@ -83,11 +83,11 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     task = TASKS["caption"](backbone, "", Generation(6))
     images = [here / "eval" / f"{n}.png" for n in range(6)]
     right = [[f"a red cube on cube {n}", "a blue cube"] for n in range(6)]
-    said = {"base": [p.text for p in Captioner(task)(images)]}
+    generated = {"base": [p.text for p in Captioner(task)(images)]}
     apply_adapter(task, adapter_file.read(path), merge=True)
-    said["adapted"] = [p.text for p in Captioner(task)(images)]
-    assert said["base"] != said["adapted"]
-    for who, texts in said.items():
+    generated["adapted"] = [p.text for p in Captioner(task)(images)]
+    assert generated["base"] != generated["adapted"]
+    for who, texts in generated.items():
         expected = captions.caption_scores(texts, right)
         assert [row[who] for row in rows] == texts
         for name in ("exact match", "BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"):
@@ -123,7 +123,7 @@ def test_a_score_that_is_no_number_is_null():
 def test_a_score_that_has_no_interval_is_still_json(checkpoints, tmp_path, monkeypatch):
     """METEOR of a set is not the mean of its images: it has a value, and null for both ends of its interval."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(captions.java, "meteor", lambda said, _right, _package: (0.25, [0.5] * len(said)))
+    monkeypatch.setattr(captions.java, "meteor", lambda generated, _right, _package: (0.25, [0.5] * len(generated)))
     found, _, page = evaluated(references(tmp_path, 3), adapter=str(adapter_of(checkpoints["blip"], tmp_path)))
     meteor = found["scores"]["METEOR"]
     assert meteor["adapted"] == {"value": 0.25, "low": None, "high": None} and meteor["gain"] is None
@@ -152,7 +152,7 @@ def test_the_base_alone_and_the_adapter_alone(checkpoints, here):
     assert 'data-name="base"' not in page and "adapter" not in base["facts"]
 
 
-def test_leaks_are_found_and_said_before_the_scores(checkpoints, here, capsys):
+def test_leaks_are_found_and_printed_before_the_scores(checkpoints, here, capsys):
     """The leaks are a copy and a JPEG of half the size. The adapter file names the training data."""
     refs = references(here)
     for n, name in enumerate(("x", "y", "z")):
@@ -188,7 +188,7 @@ def test_leaks_are_found_and_said_before_the_scores(checkpoints, here, capsys):
         ),
     ],
 )
-def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, here, lines, why):
+def test_missing_training_data_is_a_note_and_not_an_error(checkpoints, here, lines, why):
     if lines is not None:
         write_lines(here / "train.jsonl", lines)
     path = adapter_of(checkpoints["blip"], here, settings={"annotations": "train.jsonl"})
@@ -199,7 +199,7 @@ def test_training_data_that_is_not_here_is_said_and_not_an_error(checkpoints, he
             evaluated(refs, adapter=str(path), train_annotations="train.jsonl")
 
 
-def test_what_is_there_is_never_written_over_nor_work_lost(checkpoints, here, monkeypatch):
+def test_existing_files_are_never_overwritten_and_predictions_survive_an_error(checkpoints, here, monkeypatch):
     refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
     monkeypatch.setattr(comparison, "open_task", lambda *_, **__: pytest.fail("a model was loaded"))
     for name in outputs.FILES:
@@ -216,7 +216,7 @@ def test_what_is_there_is_never_written_over_nor_work_lost(checkpoints, here, mo
         EvaluateConfig()
 
 
-def test_lines_that_are_no_good_stop_it_or_are_left_out(checkpoints, here, capsys):
+def test_invalid_lines_stop_evaluate_or_are_left_out(checkpoints, here, capsys):
     refs, path = references(here, 3), adapter_of(checkpoints["blip"], here)
     (here / "eval" / "broken.png").write_bytes(b"broken")
     refs.write_text(
@@ -232,7 +232,7 @@ def test_lines_that_are_no_good_stop_it_or_are_left_out(checkpoints, here, capsy
     assert len(rows) == 3 and found["facts"]["scored"] == "3 of 3 images" and "left out 4 line(s)" in capsys.readouterr().out
 
 
-def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
+def test_an_image_deleted_during_the_evaluation_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
     """An image is deleted after the lines are checked. The other images are scored and paired."""
     refs, path = references(here, 4), adapter_of(checkpoints["blip"], here)
     real = comparison.search_leaks
@@ -248,7 +248,7 @@ def test_an_image_that_vanishes_meanwhile_is_left_out_of_both(checkpoints, here,
     assert "a red cube on cube 1" not in page
 
 
-def test_when_no_image_can_be_read_any_more_one_message_says_so(checkpoints, here, monkeypatch):
+def test_if_no_image_can_be_read_there_is_one_error(checkpoints, here, monkeypatch):
     refs, path = references(here, 2), adapter_of(checkpoints["blip"], here)
     monkeypatch.setattr(
         comparison,
@@ -269,8 +269,8 @@ def test_answers_are_scored_by_question(checkpoints, here):
     task = TASKS["vqa"](load_backbone(str(checkpoints["vqa"]), "cpu"), "", Generation(6))
     apply_adapter(task, adapter_file.read(path), merge=True)
     asked = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
-    said = [p.text for p in Captioner(task).answer(*map(list, zip(*asked, strict=True)))]
-    votes = [[said[0]] * 2 + ["zebra"] * 8, [said[1]] * 10, ["zebra"] * 10]
+    generated = [p.text for p in Captioner(task).answer(*map(list, zip(*asked, strict=True)))]
+    votes = [[generated[0]] * 2 + ["zebra"] * 8, [generated[1]] * 10, ["zebra"] * 10]
     lines = [{"image": i, "question": q, "answers": v} for (i, q), v in zip(asked, votes, strict=True)]
     found, rows, _ = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
     accuracy = (2 * (1 / 3) + 8 * (2 / 3)) / 10
@@ -278,7 +278,7 @@ def test_answers_are_scored_by_question(checkpoints, here):
     score = found["scores"]["VQA accuracy"]
     assert score["adapted"]["value"] == pytest.approx((accuracy + 1) / 3) and score["base"]["value"] == 0
     assert score["gain"]["value"] == pytest.approx(score["adapted"]["value"] - score["base"]["value"])
-    assert [(row["question"], row["adapted"]) for row in rows] == [(q, s) for (_, q), s in zip(asked, said, strict=True)]
+    assert [(row["question"], row["adapted"]) for row in rows] == [(q, s) for (_, q), s in zip(asked, generated, strict=True)]
     assert found["facts"]["scored"] == "2 of 2 images, 3 questions"
 
 
@@ -349,24 +349,24 @@ def test_on_the_embedded_base(here, capsys):
     scene(here / "a.png", 1)
     base = str(ROOT / "assets" / "tiny-blip")
     task = TASKS["caption"](load_backbone(base, "cpu"))
-    (said,) = Captioner(task)([here / "a.png"])
-    refs = write_lines(here / "refs.jsonl", [{"image": "a.png", "text": said.text}])
+    (generated,) = Captioner(task)([here / "a.png"])
+    refs = write_lines(here / "refs.jsonl", [{"image": "a.png", "text": generated.text}])
     found, rows, _ = evaluated(refs, adapter="none", model=base)
-    assert found["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == said.text
+    assert found["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == generated.text
     assert "CIDEr" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [[], ["--help"], ["evalute"], ["evaluate", "--help"], ["prepare", "--help"], ["evaluate"]])
-def test_the_command_line_says_what_there_is(command):
+def test_the_help_lists_the_commands_and_their_flags(command):
     done = subprocess.run([sys.executable, "-m", "lora_blip", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
-    assert "Traceback" not in said and done.returncode == (2 if command in (["evalute"], ["evaluate"]) else 0)
+    output = done.stdout + done.stderr
+    assert "Traceback" not in output and done.returncode == (2 if command in (["evalute"], ["evaluate"]) else 0)
     if len(command) == 2:
-        assert (f"lora-blip {command[0]}" in done.stdout and "--on-bad-data" in said) or command[0] == "prepare"
+        assert (f"lora-blip {command[0]}" in done.stdout and "--on-bad-data" in output) or command[0] == "prepare"
     elif command == ["evaluate"]:
         assert done.stderr.startswith("error: references is empty")
     else:
-        assert all(name in said for name in ("prepare", "evaluate", "doctor"))
+        assert all(name in output for name in ("prepare", "evaluate", "doctor"))
         assert done.stderr.startswith("error: 'evalute' is not a command") == (command == ["evalute"])
 
 

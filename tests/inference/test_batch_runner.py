@@ -60,14 +60,14 @@ def photos(tmp_path: Path) -> list[Example]:
 
 def ran(runner: Runner, examples: Any) -> list[tuple[str, str]]:
     found = runner.run(examples, lambda task, pictures, some: task.predict(pictures, some))
-    return [(example.image.stem, said) for example, said in found]
+    return [(example.image.stem, result) for example, result in found]
 
 
 def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_the_next_ones_are_smaller(photos, capsys):
+def test_a_batch_too_large_for_the_memory_is_halved_and_so_are_later_batches(photos, capsys):
     task: Any = Fragile(most=2)
     assert ran(Runner(task, 8), photos) == [(str(n), f"meta {n}") for n in range(11)]
     assert [size for _, size in task.sizes] == [8, 4, 2, 2, 4, 2, 2, 2, 1]  # 8 halved to 2s, then batches of 2
@@ -77,7 +77,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_next_ones_are_smaller(photo
     )
 
 
-def test_a_device_that_cannot_do_one_image_is_left_for_the_cpu(photos, capsys):
+def test_a_device_that_fails_for_one_image_is_replaced_by_the_cpu(photos, capsys):
     task: Any = Fragile(most=0)
     runner = Runner(task, 4, "fp32")
     assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
@@ -87,23 +87,23 @@ def test_a_device_that_cannot_do_one_image_is_left_for_the_cpu(photos, capsys):
     assert "batches of at most 2" in half and "for a single image" in cpu and runner.task is task and runner.precision == "fp32"
 
 
-def test_a_device_that_does_not_give_its_weights_back_has_the_task_opened_anew(photos, capsys):
+def test_if_weights_cannot_be_copied_from_the_device_the_task_is_loaded_again(photos, capsys):
     """After a CUDA error, no CUDA call works in the process, not even `.to("cpu")`."""
     task: Any = Fragile(most=0, stuck=True)
     task.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    anew: Any = Fragile(most=0, device=CPU)
-    anew.backbone.model.train()
-    runner = Runner(task, 4, "bf16", reload_on_cpu=lambda: anew)
+    reloaded: Any = Fragile(most=0, device=CPU)
+    reloaded.backbone.model.train()
+    runner = Runner(task, 4, "bf16", reload_on_cpu=lambda: reloaded)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_blip.inference.batch_runner.autocasting", lambda *_: torch.no_grad)  # meta has no autocast
         assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
-    assert runner.task is anew and runner.precision == "fp32" and not anew.backbone.model.training
+    assert runner.task is reloaded and runner.precision == "fp32" and not reloaded.backbone.model.training
     assert len(warnings(capsys)) == 2
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         ran(Runner(Fragile(most=0, stuck=True), 4), photos)  # without reload_on_cpu, the device's own error
 
 
-def test_what_is_predicted_is_neither_lost_nor_repeated_when_it_blows_up_for_good(photos):
+def test_an_error_neither_loses_nor_repeats_earlier_predictions(photos):
     """The results of the first half are yielded before the second half fails."""
     task: Any = Fragile(most=2, stuck=True)
     fine = task.predict
@@ -114,11 +114,11 @@ def test_what_is_predicted_is_neither_lost_nor_repeated_when_it_blows_up_for_goo
         return fine(pictures, examples)
 
     task.predict = predict
-    seen = []
+    recorded = []
     with pytest.raises(RuntimeError, match="illegal memory access"):
         for example, _ in Runner(task, 8).run(photos, lambda task, *some: task.predict(*some)):
-            seen.append(example.image.stem)
-    assert seen == [str(n) for n in range(6)]
+            recorded.append(example.image.stem)
+    assert recorded == [str(n) for n in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_errors_that_are_not_the_devices_pass_through_unchanged(photos, error):
     assert caught.value is error and task.sizes == [("meta", 4)]
 
 
-def test_on_the_cpu_nothing_is_tried_again(photos):
+def test_an_error_on_the_cpu_is_not_retried(photos):
     task: Any = Fragile(most=0, device=CPU)
     task.predict = lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: not enough memory: out of memory"))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
@@ -149,7 +149,7 @@ def test_on_the_cpu_nothing_is_tried_again(photos):
     ["CUDA out of memory. Tried …", "MPS backend out of memory (…)", "CUDA error: device-side assert triggered",
      "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"],
 )  # fmt: skip
-def test_what_devices_say_when_they_give_out(message):
+def test_errors_of_a_device_are_recognized(message):
     assert is_device_failure(RuntimeError(message), torch.device("cuda")) and not is_device_failure(RuntimeError(message), CPU)
 
 
@@ -160,9 +160,9 @@ def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, caps
     runner = Runner(task, 4)
     expected = [(str(n), f"meta {n}") for n in range(11) if n not in (3, 7)]
     assert ran(runner, [e for e in photos for _ in range(2)]) == [pair for pair in expected for _ in range(2)]
-    assert ran(runner, photos) == expected  # the base, then the adapted: the same two are not told again
-    told = warnings(capsys)
-    assert len(told) == 2 and "3.png is not a usable image" in told[0] and "7.png does not exist" in told[1]
+    assert ran(runner, photos) == expected  # the base, then the adapted: the same two errors are not printed again
+    warned = warnings(capsys)
+    assert len(warned) == 2 and "3.png is not a usable image" in warned[0] and "7.png does not exist" in warned[1]
     assert ran(runner, photos[3:4]) == []
 
 
@@ -173,8 +173,10 @@ def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_plac
     twice = [e for e in photos for _ in range(2)]
     found = list(Runner(task, 4).run_with_errors(twice, lambda task, *some: task.predict(*some)))
     assert [example for example, _ in found] == twice
-    errors = [said for _, said in found if isinstance(said, ImageError)]
-    assert [said for _, said in found if isinstance(said, str)] == [f"meta {n}" for n in range(11) if n != 3 for _ in range(2)]
+    errors = [result for _, result in found if isinstance(result, ImageError)]
+    assert [result for _, result in found if isinstance(result, str)] == [
+        f"meta {n}" for n in range(11) if n != 3 for _ in range(2)
+    ]
     assert len(errors) == 2 and all("3.png is not a usable image" in str(error) for error in errors)
     assert all(error.__traceback__ is None and error.__context__ is None for error in errors)
 

@@ -120,7 +120,7 @@ def test_images_are_found_by_file_folder_and_glob(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_folder_is_walked_in_the_order_of_its_paths(tmp_path, seed):
+def test_images_of_a_folder_are_in_the_order_of_their_paths(tmp_path, seed):
     """The order is that of sorted(rglob), also for names that sort before or after the separator, and for link cycles."""
     rng = random.Random(seed)
     folders = [tmp_path]
@@ -140,7 +140,7 @@ def test_a_folder_is_walked_in_the_order_of_its_paths(tmp_path, seed):
     assert names(tmp_path) == [str(path) for path in expected]
 
 
-def test_no_more_than_a_folder_is_kept_of_a_walk(tmp_path):
+def test_the_search_for_images_keeps_one_folder_in_memory(tmp_path):
     """There are 6,000 images in 30 folders. A list of all examples would need 3 MB."""
     for number in range(6000):
         folder = tmp_path / f"{number // 200:02}"
@@ -155,7 +155,7 @@ def test_no_more_than_a_folder_is_kept_of_a_walk(tmp_path):
     assert min(peaks) < 300_000
 
 
-def test_a_folder_that_cannot_be_listed_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_reported_and_the_others_are_read(tmp_path, monkeypatch):
     for name in ("a/1.png", "b/2.png", "c/3.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
@@ -169,7 +169,7 @@ def _closed() -> None:
     raise PermissionError(13, "Permission denied")
 
 
-def test_a_list_gives_its_lines_relative_to_itself(tmp_path):
+def test_paths_in_a_list_are_relative_to_the_list(tmp_path):
     odd = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     (tmp_path / "list.txt").write_bytes("\ufeffa.png\r\n\n  b.png \na.png\n/tmp/c.png\n".encode() + b"caf\xe9.png\n")
     expected = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), str(tmp_path / "a.png"), "/tmp/c.png", str(tmp_path / odd)]
@@ -212,7 +212,7 @@ def test_the_images_of_a_shard_are_those_that_webdataset_reads(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_shard_that_is_cut_off_or_damaged_is_never_silently_shorter(tmp_path, seed):
+def test_a_truncated_or_damaged_shard_is_an_error(tmp_path, seed):
     """A shard that is cut or has a broken header gives its complete members, and an error that names the position."""
     rng = random.Random(seed)
     path = packed(tmp_path / "0.tar", {f"{n}.png": png(n) + b"\0" * rng.randrange(2000) for n in range(6)})
@@ -238,7 +238,7 @@ def test_a_shard_that_is_cut_off_or_damaged_is_never_silently_shorter(tmp_path, 
     assert names(path) == every[:3] and "data follows its end" in reasons(path)[0]
 
 
-def test_what_shards_hold_beside_images_is_never_decoded(config, tmp_path):
+def test_other_files_in_shards_are_never_decoded(config, tmp_path):
     """The shards contain a pickle that would create a file, a link, an empty image, and the files of img2dataset."""
     evil = pickle.dumps(Mark(tmp_path / "mark"))
     files = {"0.png": png(1), "0.pyd": evil, "0.pickle": evil, "0.pth": evil, "0.txt": b"x", "1.png": b"", "__key__": evil}
@@ -282,7 +282,7 @@ class Mark:
         return Path.touch, (self.path,)
 
 
-def test_shards_say_what_their_folder_says(config):
+def test_shards_give_the_same_predictions_as_their_folder(config):
     """The same images in shards of 5 give the same lines. A damaged shard loses only its remaining images."""
     one = whole(config)
     paths = names("photos")
@@ -332,7 +332,7 @@ def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, ca
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_a_run_that_died_at_any_byte_goes_on_to_the_same_bytes(config, sample):
+def test_a_run_killed_at_any_byte_resumes_to_the_same_files(config, sample):
     """The files may end within a line or a character. Sampled texts are also the same after the resume."""
     config = replace(config, sample=sample)
     Path("photos/ünï.png").write_bytes(png(3))
@@ -379,7 +379,7 @@ def zip_files(one: dict[str, bytes], other: dict[str, bytes]) -> list[tuple[byte
     return [(one[name], other[name]) for name in other]
 
 
-def test_a_line_that_comes_twice_in_a_list_is_done_twice(config):
+def test_an_image_that_is_listed_twice_is_predicted_twice(config):
     paths = [path.removeprefix("photos/") for path in names("photos")]
     Path("photos/list.txt").write_text("\n".join(paths[:6] + paths[:3] + paths[2:9] + ["gone.png"] * 2))
     config = replace(config, images="photos/list.txt")
@@ -391,7 +391,7 @@ def test_a_line_that_comes_twice_in_a_list_is_done_twice(config):
         assert bytes_of("out") == content
 
 
-def test_images_that_were_added_while_it_was_stopped_are_done_and_no_other_twice(config):
+def test_images_added_before_a_resume_are_predicted_and_no_image_twice(config):
     content = whole(config)
     killed(config, {output.FILE_NAME: len(content[output.FILE_NAME]) // 2})
     for name in ("0000.png", "15b.png", "99.png", "deeper/0.png"):
@@ -404,7 +404,7 @@ def test_images_that_were_added_while_it_was_stopped_are_done_and_no_other_twice
     assert bytes_of("out")[output.FILE_NAME].startswith(before[: before.rfind(b"\n") + 1])
 
 
-def test_what_is_done_is_counted_as_a_multiset():
+def test_finished_examples_are_counted_as_a_multiset():
     """Compare with collections.Counter, with examples in any order."""
     rng = random.Random(0)
     examples = [e for e in _examples(60) for _ in range(rng.randrange(4))]
@@ -423,7 +423,7 @@ def _examples(count: int) -> list:
     return [example_of(f"{n // 2}.png", "what?" * (n % 2)) for n in range(count)]
 
 
-def test_scores_and_the_base_stand_beside_images_that_were_done_before(config, checkpoints, capsys):
+def test_after_a_resume_scores_and_base_texts_include_earlier_images(config, checkpoints, capsys):
     """With COMPARE and REFERENCES, the table of a killed and resumed run is that of a run that was not killed."""
     from lora_blip.lora import adapter_file, targets
     from lora_blip.models.loading import load_backbone
@@ -447,7 +447,7 @@ def test_scores_and_the_base_stand_beside_images_that_were_done_before(config, c
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_run_of_other_settings_is_not_gone_on_with(config, checkpoints):
+def test_a_run_with_other_settings_is_not_resumed(config, checkpoints):
     content = whole(config)
     killed(config, {output.FILE_NAME: 300})
     before = bytes_of("out")
@@ -471,7 +471,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(config, checkpoints):
     }
 
 
-def test_a_run_that_has_finished_has_nothing_left_to_do_but_what_is_new(config, capsys):
+def test_a_second_start_of_a_finished_run_predicts_only_new_images(config, capsys):
     """A second start adds no line, a new image is added, and an error names changed settings."""
     whole(config)
     before = bytes_of("whole")
@@ -488,7 +488,7 @@ def test_a_run_that_has_finished_has_nothing_left_to_do_but_what_is_new(config, 
         infer(replace(same, resume=False))
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(config):
+def test_a_folder_with_files_of_another_program_is_not_used(config):
     content = whole(config)
     old = {output.FILE_NAME: b"{}\n"}  # of a version that knew no run.json
     for files in (old, {output.SETTINGS_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
@@ -532,7 +532,7 @@ def test_two_processes_never_write_into_one_folder(config):
 # ---------------------------------------------------------------- errors that are reported
 
 
-def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(config):
+def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(config):
     content = whole(config)
 
     def run() -> None:
@@ -555,7 +555,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(confi
     ("number", "status"),
     [(signal.SIGTERM, signals.SAVED), (signal.SIGUSR1, signals.SAVED), (signal.SIGINT, signals.INTERRUPTED)],
 )
-def test_a_signal_ends_it_after_the_batch(config, number, status):
+def test_a_signal_stops_inference_after_the_batch(config, number, status):
     content = whole(config)
 
     def run() -> None:
@@ -617,7 +617,7 @@ def test_several_processes_end_together(config, capfd):
     assert run_processes(2, lambda: infer(config)) == [0, 0] and bytes_of("out") == content
 
 
-def test_a_rank_that_is_killed_is_not_missed(config, capfd):
+def test_after_a_rank_is_killed_the_output_is_complete(config, capfd):
     """Rank 1 is killed in a batch, then rank 0. All ranks restart each time, and every image is in the output once."""
     content = whole(config)
     deaths = [("1", "0", 2), ("0", "1", 1)]

@@ -87,7 +87,7 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("image", "message"), NOT_IMAGES.values(), ids=NOT_IMAGES)
-def test_what_is_no_image_is_an_error_with_its_position(captioner, photos, image, message, monkeypatch):
+def test_an_input_that_is_no_image_is_an_error_with_its_position(captioner, photos, image, message, monkeypatch):
     """The error is raised before any computation, also without `strict`, because it is a mistake in the caller's code."""
     monkeypatch.setattr(captioner.runner, "compute", None)
     with pytest.raises(InputError, match=rf"images\[1\] .*{message}"):
@@ -226,7 +226,7 @@ def test_a_score_is_that_of_transformers(make, photos, kind, beams, monkeypatch)
     assert len({p.score for p in found}) > 1
 
 
-def test_texts_with_scores_are_the_texts_without(make, photos):
+def test_computing_scores_changes_no_text(make, photos):
     """Computing a score changes no text."""
     task = CaptionTask(make("blip"), "", FEW)
     pixels = torch.stack([task.backbone.image_processor(Image.open(p), return_tensors="pt")["pixel_values"][0] for p in photos])

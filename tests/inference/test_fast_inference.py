@@ -72,7 +72,7 @@ def test_rows_of_several_adapters_are_the_same_with_either_attention(make, kind,
 
 
 @pytest.mark.parametrize("kind", ["blip", "vqa"])
-def test_keys_of_what_is_read_are_made_once_an_image(make, kind):
+def test_the_keys_of_an_encoded_image_are_computed_once(make, kind):
     """This holds for two images with five beams and all tokens, and for one image with all ranked texts."""
     task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(max_new_tokens=6, num_beams=5))
     made: list[int] = []
@@ -85,44 +85,46 @@ def test_keys_of_what_is_read_are_made_once_an_image(make, kind):
     assert made == [1] * tiny.LAYERS
 
 
-# ---------------------------------------------------------------- seen once
+# ---------------------------------------------------------------- each image is encoded once
 
 
 def watched(model: Any) -> list[int]:
     """Return a list that gets the number of images at each call of the ViT."""
-    seen: list[int] = []
-    model.vision_model.register_forward_pre_hook(lambda _m, _a, k: seen.append(len(k["pixel_values"])), with_kwargs=True)
-    return seen
+    encoded_rows: list[int] = []
+    model.vision_model.register_forward_pre_hook(
+        lambda _m, _a, k: encoded_rows.append(len(k["pixel_values"])), with_kwargs=True
+    )
+    return encoded_rows
 
 
 @pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
-def test_questions_about_one_picture_look_at_it_once(make, kind):
+def test_several_questions_about_an_image_encode_it_once(make, kind):
     """The questions have different lengths, also in separate groups. The answers equal those to single questions."""
     task = VqaTask(make(kind), "", Generation(max_new_tokens=6))
     some, images = examples(), pictures(2)[[0, 1, 0, 0]]
     alone = [task.predict(images[n : n + 1], some[n : n + 1])[0] for n in range(4)]
-    seen = watched(task.backbone.model)
-    assert task.predict(images, some) == alone and seen == [2]
+    encoded_rows = watched(task.backbone.model)
+    assert task.predict(images, some) == alone and encoded_rows == [2]
     texts = ["red", "no", "two cubes"]
     found = task.rank(images, some, texts)
-    assert seen == [2, 2]
+    assert encoded_rows == [2, 2]
     for n in range(4):
         torch.testing.assert_close(task.rank(images[n : n + 1], some[n : n + 1], texts)[0], found[n], rtol=1e-4, atol=1e-6)
 
 
-def test_a_picture_that_two_adapters_look_at_is_looked_at_by_each(make):
+def test_an_image_in_rows_of_two_adapters_is_encoded_by_each(make):
     backbone = carry(make("blip"))
     language: Any = CaptionTask(backbone).language
     images, each = pictures(1)[[0, 0, 0, 0]], ["vqa", None, "vqa", "caption"]
     settings = {"max_new_tokens": 8, "do_sample": False}
     apart = [language.generate(images[:1], [""], [name], **settings)[0] for name in each]
-    seen = watched(backbone.model)
-    assert language.generate(images, [""] * 4, each, **settings) == apart and seen == [3] and len(set(apart)) == 3
+    encoded_rows = watched(backbone.model)
+    assert language.generate(images, [""] * 4, each, **settings) == apart and encoded_rows == [3] and len(set(apart)) == 3
     with use_adapters(backbone.model, each):  # rows that a block around it names are not left out
-        assert language.generate(images, [""] * 4, **settings) == apart and seen == [3, 4]
+        assert language.generate(images, [""] * 4, **settings) == apart and encoded_rows == [3, 4]
 
 
-def test_pictures_are_the_same_to_the_bit_or_not_at_all():
+def test_images_are_equal_only_if_all_bits_are_equal():
     """Compare with a comparison of all pairs. Images that differ in one value, at any position, are different."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, 40, 40, generator=generator)[[0, 1, 0, 2, 1, 0]]
@@ -137,19 +139,21 @@ def test_pictures_are_the_same_to_the_bit_or_not_at_all():
 
 
 @pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
-def test_validation_looks_at_each_picture_once_and_finds_the_same(make, kind):
+def test_validation_encodes_each_image_once_with_the_same_scores(make, kind):
     task = VqaTask(make(kind), "", Generation(max_new_tokens=5))
     some, images = examples(), pictures(4)
     host_batches = [HostBatch(some[:3], images[:3]), HostBatch(some[3:], images[3:])]
     batches = [task.batch(host_batch) for host_batch in host_batches]
     with torch.no_grad():
         loss = sum(float(task.loss(batch)) for batch in batches) / sum(batch.count for batch in batches)
-    said = {task.subject(e): text for e, text in zip(some, task.predict(images, some), strict=True)}
-    seen = watched(task.backbone.model)
+    predicted = {task.subject(e): text for e, text in zip(some, task.predict(images, some), strict=True)}
+    encoded_rows = watched(task.backbone.model)
     loader: Any = Loader(host_batches, some)
     found = validate(task, loader, torch.no_grad)
-    assert seen == [3, 1]
-    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["vqa_accuracy"] == task.scores(said, some)["vqa_accuracy"]
+    assert encoded_rows == [3, 1]
+    assert (
+        found["loss"] == pytest.approx(loss, rel=1e-5) and found["vqa_accuracy"] == task.scores(predicted, some)["vqa_accuracy"]
+    )
 
 
 class Loader(list):
@@ -160,7 +164,7 @@ class Loader(list):
         self.batch_sampler, self.dataset = SimpleNamespace(), SimpleNamespace(examples=some)
 
 
-def test_a_question_is_encoded_once_however_many_answers_it_has(make):
+def test_a_question_with_many_answers_is_encoded_once(make):
     task = VqaTask(make("t5"))
     some = examples()
     batch = task.batch(HostBatch(some, pictures(len(some))))
@@ -205,7 +209,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[[str], 
     return names, wait
 
 
-def test_the_next_batch_is_decoded_while_the_model_is_at_work_and_no_more(photos, monkeypatch):
+def test_only_the_next_batch_is_decoded_while_the_model_computes(photos, monkeypatch):
     """Each batch waits until the last image of the next batch is opened, before that batch is requested."""
     names, wait = opened(monkeypatch)
     most: list[int] = []
@@ -216,7 +220,7 @@ def test_the_next_batch_is_decoded_while_the_model_is_at_work_and_no_more(photos
         most.append(len(names) - int(last) - 1)
         return [e.image.stem for e in some]
 
-    found = [said for _, said in runner(3).run(iter(photos), work)]
+    found = [predicted for _, predicted in runner(3).run(iter(photos), work)]
     assert found == [str(n) for n in range(11)] and max(most) == 3 and sorted(names, key=int) == found
 
 
@@ -229,18 +233,18 @@ def test_a_picture_of_two_batches_is_decoded_once(photos, monkeypatch):
     assert sorted(names) == ["0", "0", "1", "2"]  # 0 was let go between the first batch and the last
 
 
-def test_an_error_of_the_source_waits_for_its_turn(photos):
+def test_an_error_of_the_source_is_raised_after_the_examples_before_it(photos):
     """All examples before the error have results. The same holds for an error of the model. No thread remains."""
 
     def source() -> Iterator[Example]:
         yield from photos[:5]
         raise OSError("the list ends here")
 
-    seen = []
+    encoded_rows = []
     with pytest.raises(OSError, match="the list ends here"):
         for example, _ in runner(2).run(source(), lambda _t, _p, some: some):
-            seen.append(example.image.stem)
-    assert seen == ["0", "1", "2", "3", "4"]
+            encoded_rows.append(example.image.stem)
+    assert encoded_rows == ["0", "1", "2", "3", "4"]
     with pytest.raises(KeyError):
         list(runner(2).run(photos, lambda *_: {}["x"]))
     for thread in threading.enumerate():
@@ -249,7 +253,7 @@ def test_an_error_of_the_source_waits_for_its_turn(photos):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pictures")]
 
 
-def test_what_was_announced_for_another_call_is_there_for_it(photos, monkeypatch):
+def test_images_prefetched_for_the_next_call_are_used_by_it(photos, monkeypatch):
     """Call the runner once per block, as a run over many images does."""
     names, wait = opened(monkeypatch)
     one = runner(4)
@@ -259,18 +263,18 @@ def test_what_was_announced_for_another_call_is_there_for_it(photos, monkeypatch
         return some
 
     for block, following in ((photos[:4], photos[4:8]), (photos[4:8], [])):
-        assert [said for _, said in one.run_with_errors(block, work, following)] == block
+        assert [predicted for _, predicted in one.run_with_errors(block, work, following)] == block
     assert sorted(names, key=int) == [str(n) for n in range(8)] and one.prefetcher.pool is None
 
 
-def test_ahead_gives_what_there_is_in_order():
+def test_lookahead_returns_the_items_in_order():
     numbers = Lookahead(iter(range(7)))
     assert numbers.peek(3) == [0, 1, 2] and numbers.take(2) == [0, 1] and numbers.peek(4) == [2, 3, 4, 5]
     assert numbers.take(3) == [2, 3, 4] and numbers.take(9) == [5, 6] and numbers.take(1) == [] == numbers.peek(2)
 
 
-def test_a_picture_that_cannot_be_read_ahead_is_told_in_its_place(photos):
+def test_an_error_of_a_prefetched_image_keeps_its_position(photos):
     photos[2] = replace(photos[2], image=photos[2].image.with_name("gone.png"))
     found = list(runner(2).run_with_errors(photos[:5], lambda _t, _p, some: [e.image.stem for e in some]))
-    assert [said for _, said in found if isinstance(said, str)] == ["0", "1", "3", "4"]
+    assert [predicted for _, predicted in found if isinstance(predicted, str)] == ["0", "1", "3", "4"]
     assert isinstance(found[2][1], ImageError) and found[2][0] == photos[2]

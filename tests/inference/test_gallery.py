@@ -93,7 +93,7 @@ def page_of(folder: Path, texts: list[str]) -> Path:
     return gallery.write_gallery(folder, task, examples, references, facts, "adapted", len(texts))
 
 
-def test_texts_of_strangers_add_no_tag_to_a_gallery(tmp_path):
+def test_untrusted_texts_add_no_tag_to_a_gallery(tmp_path):
     """Questions, answers, references, rankings and names add no tag to the page, and can be read from it unchanged."""
     page, plain = page_of(tmp_path / "odd", NASTY), page_of(tmp_path / "plain", ["a", "b", "c", "d", "e", "f"])
     tags, plain_tags = ([tag for tag, _ in Tags(path.read_text("utf-8")).found if tag != "wbr"] for path in (page, plain))

@@ -206,7 +206,7 @@ def test_several_references_count_by_image(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.usefixtures("package")
-def test_cider_of_one_image_or_of_uniform_references_is_0_and_says_why(monkeypatch, tmp_path, images):
+def test_cider_of_one_image_or_of_equal_references_is_0_with_a_reason(monkeypatch, tmp_path, images):
     without_java(monkeypatch, tmp_path)
     scores = caption_scores(["a red cube"] * images, [["a red cube"]] * images)
     assert scores.values["CIDEr"] == 0 and scores.reasons["CIDEr"] == captions.ALL_WEIGHTS_ZERO
@@ -284,7 +284,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         ("read -r line; echo '1.0 2.0'", 1, "METEOR failed"),
     ],
 )
-def test_a_meteor_that_crashes_hangs_or_babbles_is_a_reason_in_bounded_time(tmp_path, monkeypatch, script, said, why):
+def test_a_failure_of_meteor_is_reported_as_a_reason_within_the_time_limit(tmp_path, monkeypatch, script, said, why):
     play(tmp_path, monkeypatch, script)
     began = time.monotonic()
     with pytest.raises(JavaError, match=why):
@@ -336,7 +336,7 @@ def test_spice_without_its_models_is_a_reason_and_with_them_its_f_score(tmp_path
 
 
 @needs_java
-def test_words_are_those_of_english_whatever_language_java_is_set_to(package, monkeypatch):
+def test_java_runs_in_english_in_every_locale(package, monkeypatch):
     """Turkish has another lower case of I. The scores are compared in `test_with_java_every_score_is_that_of_pycocoevalcap`."""
     in_another_language(monkeypatch)
     texts = ["a white cube on a café TABLE I", "IN ISTANBUL 1.5"]
@@ -412,7 +412,7 @@ def test_vqa_accuracy_by_hand(equal, by_hand):
     assert vqa.accuracy("2", ["two"] * equal + [f"other{k}" for k in range(10 - equal)]) == pytest.approx(by_hand)
 
 
-def test_where_all_ten_agree_answers_are_compared_as_written_but_for_case():
+def test_if_all_ten_answers_are_equal_only_case_is_ignored():
     assert vqa.accuracy("Yes", ["yes"] * 10) == 1
     assert vqa.accuracy("two", ["2"] * 10) == 0
     assert vqa.accuracy("two", ["2"] * 9 + ["3"]) == 1
@@ -445,7 +445,7 @@ def brute(scores: np.ndarray, owner: list[int]) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_ranks_are_those_of_sorting_with_ties_lost(seed, monkeypatch):
+def test_ranks_equal_those_of_sorting_with_ties_counted_as_errors(seed, monkeypatch):
     """There are few different scores, so many ties, several captions per image, and images without captions."""
     rng = np.random.default_rng(seed)
     scores, owner = rng.integers(0, 6, (17, 40)).astype(np.float32), rng.integers(0, 15, 40).tolist()
@@ -469,7 +469,7 @@ def test_recalls_by_hand():
     assert (found["text_to_image_r1"], found["text_to_image_r5"]) == (1.0, 1.0)
 
 
-def test_a_constant_score_finds_nothing():
+def test_constant_scores_have_a_recall_of_zero():
     found = recalls(np.zeros((50, 100)), np.arange(100) // 2)
     assert found["image_to_text_r10"] == found["text_to_image_r10"] == 0
     assert found["image_to_text_mean_rank"] == 99 and found["text_to_image_mean_rank"] == 50
@@ -567,6 +567,6 @@ def test_many_images_are_resampled_in_blocks_to_the_same_law(monkeypatch):
         lambda: bootstrap.of_mean([1.0], resamples=0),
     ],
 )  # fmt: skip
-def test_what_cannot_be_resampled_is_refused(refused):
+def test_invalid_inputs_of_the_bootstrap_are_errors(refused):
     with pytest.raises(ValueError):
         refused()

@@ -132,7 +132,7 @@ def test_a_program_s_output_is_text_and_its_last_line_of_error_is_the_reason(tmp
         java._run("X", [], "", 0.6)
 
 
-def test_a_process_to_talk_with_is_gone_after_the_block(tmp_path, monkeypatch):
+def test_a_conversation_ends_its_process_after_the_block(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, 'while read -r line; do echo "$line!"; echo " two "; done')
     with java._conversation([java.java()], 5.0) as ask:
         assert ask("é", 2) == ["é!", "two"] and ask("b", 1) == ["b!"]

@@ -65,7 +65,7 @@ def test_every_mark_of_the_coco_list_is_left_out_and_no_other():
         ("snake_case", "snake_case"),
     ],
 )
-def test_what_a_tokenizer_cannot_write_back_does_not_count(text, expected):
+def test_exact_match_ignores_what_a_tokenizer_does_not_keep(text, expected):
     assert normal(text) == expected
 
 
@@ -80,10 +80,10 @@ def test_exact_match_is_a_share():
 # ---- diversity
 
 
-def test_a_collapse_takes_eight_predictions_and_more_than_half_of_them():
+def test_mode_collapse_needs_eight_predictions_and_more_than_half_equal():
     for same, others, warned in ((7, 0, False), (8, 0, True), (4, 4, False), (5, 4, True), (5, 5, False), (6, 5, True)):
-        said = ["a cube"] * same + [f"thing {number}" for number in range(others)]
-        found = diversity(said)
+        repeated = ["a cube"] * same + [f"thing {number}" for number in range(others)]
+        found = diversity(repeated)
         assert bool(found.warning) == warned, (same, others)
         assert (found.times, found.distinct) == (same, 1 + others)
     assert diversity(["a cube"] * 8).warning == (
@@ -91,22 +91,22 @@ def test_a_collapse_takes_eight_predictions_and_more_than_half_of_them():
     )
 
 
-def test_references_that_hold_one_caption_as_often_excuse_it():
+def test_no_collapse_if_the_references_repeat_the_caption_as_often():
     """The reference belongs to more than half of the images. Two equal references of one image count once."""
-    said = ["a cube"] * 8
+    repeated = ["a cube"] * 8
     for images, warned in ((4, True), (5, False)):
         references = [["A ball.", "a ball"]] * images + [[f"thing {n}"] for n in range(8 - images)]
-        assert bool(diversity(said, references).warning) == warned
+        assert bool(diversity(repeated, references).warning) == warned
     many = [["a ball", "A ball."]] * 3 + [[f"thing {n}"] for n in range(5)]
-    assert diversity(said, many).warning.endswith(
+    assert diversity(repeated, many).warning.endswith(
         "but no reference belongs to more than 3 images: the model has collapsed onto one caption"
     )
-    assert "more than 0 images" in diversity(said, [[]] * 8).warning
+    assert "more than 0 images" in diversity(repeated, [[]] * 8).warning
     with pytest.raises(ValueError, match="8 predictions for 7"):
-        diversity(said, [["a"]] * 7)
+        diversity(repeated, [["a"]] * 7)
 
 
-def test_predictions_without_words_have_no_variety():
+def test_predictions_without_words_have_a_type_token_ratio_of_zero():
     found = diversity(["", "."])
     assert (found.type_token_ratio, found.distinct, found.share, found.most_common, found.times) == (0.0, 1, 0.5, "", 2)
 
@@ -123,14 +123,14 @@ def test_an_interval_is_the_percentiles_of_the_resampled_scores():
 
 
 def test_images_are_drawn_with_replacement_from_the_seed():
-    seen: dict[int, list[list[int]]] = {}
+    recorded: dict[int, list[list[int]]] = {}
     for seed in (0, 0, 1):
         drawn: list[list[int]] = []
         bootstrap.of_statistic(lambda index, drawn=drawn: drawn.append(index.tolist()) or 0.0, 4, resamples=50, seed=seed)
         assert len(drawn) == 51 and drawn[-1] == [0, 1, 2, 3]  # the images themselves come last
         assert {number for each in drawn[:-1] for number in each} == {0, 1, 2, 3} and all(len(each) == 4 for each in drawn)
-        assert any(len(set(each)) < 4 for each in drawn) and seen.setdefault(seed, drawn) == drawn
-    assert seen[0] != seen[1]
+        assert any(len(set(each)) < 4 for each in drawn) and recorded.setdefault(seed, drawn) == drawn
+    assert recorded[0] != recorded[1]
 
 
 def test_sums_of_counts_are_those_of_drawn_images():
@@ -178,7 +178,7 @@ def test_blocks_bound_the_memory_and_add_up(monkeypatch):
         (lambda: bootstrap.of_statistic(lambda _: 0.0, 0), "at least one image"),
     ],
 )
-def test_what_has_no_interval_is_refused(act, message):
+def test_inputs_without_an_interval_are_errors(act, message):
     with pytest.raises(ValueError, match=message):
         act()
     assert bootstrap.of_mean([1.0], resamples=1) == (1, 1, 1) and bootstrap.of_statistic(lambda _: 2.0, 1) == (2, 2, 2)
@@ -213,12 +213,12 @@ def test_ranks_of_one_image_and_of_the_last_one():
 
 
 def test_rows_are_ranked_in_blocks_of_bounded_size(monkeypatch):
-    seen = []
+    recorded = []
     real = np.isnan
     monkeypatch.setattr(retrieval, "BLOCK", 10)
-    monkeypatch.setattr(np, "isnan", lambda rows: seen.append(rows.shape) or real(rows))
+    monkeypatch.setattr(np, "isnan", lambda rows: recorded.append(rows.shape) or real(rows))
     found = retrieval.row_ranks(np.arange(20.0).reshape(5, 4), np.eye(5, 4, dtype=bool) | (np.arange(4) == 0))
-    assert seen == [(2, 4), (2, 4), (1, 4)] and found.tolist() == [4, 3, 2, 1, 4]
+    assert recorded == [(2, 4), (2, 4), (1, 4)] and found.tolist() == [4, 3, 2, 1, 4]
 
 
 def test_the_summary_names_every_recall_and_rank():

@@ -106,7 +106,7 @@ def test_nothing_is_fetched(page: Path) -> None:
     assert not re.search(r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|fetch|XMLHttpRequest)\b", text)
 
 
-def test_words_of_strangers_add_no_tag(page: Path, tmp_path: Path) -> None:
+def test_untrusted_texts_add_no_tag_to_the_report(page: Path, tmp_path: Path) -> None:
     """The page has the tags of a page with plain words. The JSON contains every caption, with escaped control characters."""
     tags = [tag for tag, _ in Tags(page.read_text("utf-8")).found]
     assert tags.count("script") == 2 and not {"img", "i"} & set(tags)
@@ -130,7 +130,7 @@ def test_worst_first_and_the_worst_have_the_pictures(tmp_path: Path) -> None:
         assert thumbnail.format == "JPEG" and list(thumbnail.size) == shot["size"] == [128, 256]
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_on_the_page(tmp_path: Path) -> None:
     """For a missing, damaged or unknown file, only its own image is missing on the page."""
     (tmp_path / "text.png").write_text("no image")
     whole = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "right" not in data["cards"][0]  # nothing to compare with
 
 
-def test_right_is_exact_match_unless_it_is_told(tmp_path: Path) -> None:
+def test_a_card_is_right_by_exact_match_unless_right_is_given(tmp_path: Path) -> None:
     gone = tmp_path / "gone.png"
     cards = [Card(gone, ["A cube."], "a cube"), Card(gone, ["two"], "2", right=True), Card(gone, ["a"], "b", "B")]
     said = read(report.write(tmp_path / "page.html", "t", [], cards))["cards"]
@@ -178,7 +178,7 @@ def test_score_table_says_what_is_better() -> None:
     assert "base</th>" not in alone and "gain" not in alone and "nan" not in alone
 
 
-def test_warnings_stand_above_the_scores(page: Path) -> None:
+def test_warnings_are_above_the_scores(page: Path) -> None:
     text = page.read_text("utf-8")
     assert 0 < text.index("2 images are in the training data &lt;b&gt;") < text.index(">Scores<") < text.index(">Pictures<")
 
@@ -258,7 +258,7 @@ def test_opens_silently_from_disk(opened: Any, page: Path) -> None:
     assert opened.title == NASTY[1]
 
 
-def test_strangers_words_are_shown_as_text(opened: Any) -> None:
+def test_untrusted_texts_are_shown_as_text(opened: Any) -> None:
     assert enter(opened, query="pwned") == "2 of 120 cards"
     assert shown(opened) == [text + "!" for text in NASTY[:2]]
     assert "gone.png does not exist" in opened.find_element("css selector", ".missing").text
@@ -283,7 +283,7 @@ def test_filters_count_what_is_left(opened: Any) -> None:
     )
 
 
-def test_orders(opened: Any) -> None:
+def test_cards_can_be_sorted(opened: Any) -> None:
     enter(opened, query="number")
     assert shown(opened)[0] == "a blue ball number 0"
     enter(opened, order="best")

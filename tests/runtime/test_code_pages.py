@@ -229,7 +229,7 @@ class Broken(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EINVAL])  # as on POSIX and on Windows
-def test_a_reader_that_is_gone_ends_nothing(monkeypatch, capsys, number):
+def test_a_closed_reader_of_stdout_does_not_stop_the_command(monkeypatch, capsys, number):
     """`| head -1`: no error, status 0, and the command does all its work."""
     monkeypatch.setattr(sys, "stdout", stream := Broken(number))
     done = []

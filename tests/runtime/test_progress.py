@@ -98,7 +98,7 @@ def test_the_progress_of_inference_is_printed_in_a_log(capsys) -> None:
     assert capsys.readouterr().out == "caption: 23 of 50 images, 2.0 a second\n"
 
 
-def test_what_is_tracked_passes_unchanged_and_leaves_no_phase() -> None:
+def test_track_yields_the_items_unchanged_and_leaves_no_phase() -> None:
     assert list(track(iter("abc"), "letters", 3)) == ["a", "b", "c"] and not progress._phases
     with pytest.raises(ZeroDivisionError), phase("dividing"):
         print(1 // 0)

@@ -72,19 +72,19 @@ def test_an_error_of_one_process_before_the_first_step_stops_all_with_one_messag
     checkpoints, tmp_path, capfd, owner, name, error, rank
 ):
     patch, config = raising(owner, name, rank, error), config_of(checkpoints, tmp_path)
-    codes, said = ends(2, lambda: (patch(), train(config)), capfd)
+    codes, error_lines = ends(2, lambda: (patch(), train(config)), capfd)
     expected = f"error: process 1 failed, and all stop: {type(error).__name__}: no room" if rank else "error: no room"
-    assert codes == [2, 2] and said == [expected]
+    assert codes == [2, 2] and error_lines == [expected]
     assert not list(Path(config.output_dir).glob("20*"))
 
 
 def test_an_unknown_error_of_another_process_keeps_its_traceback(checkpoints, tmp_path, capfd):
     """A fault of the program is reported by the process that has it, too."""
     patch, config = raising(setup.preflight, "check", 1, ZeroDivisionError("a bug")), config_of(checkpoints, tmp_path)
-    codes, said = ends(2, lambda: (patch(), train(config)), capfd)
+    codes, error_lines = ends(2, lambda: (patch(), train(config)), capfd)
     assert codes == [2, 2]
-    said = sorted(line for line in said if not line.startswith(" "))
-    assert said == ["ZeroDivisionError: a bug", "error: process 1 failed, and all stop: ZeroDivisionError: a bug"]
+    error_lines = sorted(line for line in error_lines if not line.startswith(" "))
+    assert error_lines == ["ZeroDivisionError: a bug", "error: process 1 failed, and all stop: ZeroDivisionError: a bug"]
 
 
 def test_a_failing_comparison_on_one_process_switches_the_fast_path_off_on_all(checkpoints, tmp_path, capfd):
@@ -97,8 +97,8 @@ def test_a_failing_comparison_on_one_process_switches_the_fast_path_off_on_all(c
         train(config)
 
     config = config_of(checkpoints, tmp_path, epochs=1)
-    codes, said = ends(2, act, capfd)
-    assert codes == [0, 0] and not said
+    codes, error_lines = ends(2, act, capfd)
+    assert codes == [0, 0] and not error_lines
 
 
 def test_a_process_that_dies_before_the_first_step_is_named_as_lost(checkpoints, tmp_path, capfd):
@@ -108,9 +108,9 @@ def test_a_process_that_dies_before_the_first_step_is_named_as_lost(checkpoints,
         train(config)
 
     config = config_of(checkpoints, tmp_path)
-    codes, said = ends(2, act, capfd)
+    codes, error_lines = ends(2, act, capfd)
     assert codes == [2, 9]
-    assert said == ["error: another process ended before the first step; see its own error message"]
+    assert error_lines == ["error: another process ended before the first step; see its own error message"]
 
 
 # ---------------------------------------------------------------- inference
@@ -167,8 +167,8 @@ def test_processes_that_would_predict_something_else_stop_before_a_caption(confi
         os.chdir(tmp_path / "a")
         infer(replace(config, **(changes if on_rank(1) else {})))
 
-    codes, said = ends(2, act, capfd)
-    assert codes == [2, 2] and len(said) == 1 and message in said[0], said
+    codes, error_lines = ends(2, act, capfd)
+    assert codes == [2, 2] and len(error_lines) == 1 and message in error_lines[0], error_lines
     assert not (tmp_path / "out" / output.FILE_NAME).exists()
 
 
@@ -185,15 +185,15 @@ def test_processes_that_find_other_pictures_under_one_name_stop_before_a_caption
         os.chdir(tmp_path / ("b" if on_rank(1) else "a"))
         infer(config)
 
-    codes, said = ends(2, act, capfd)
+    codes, error_lines = ends(2, act, capfd)
     assert (
         codes == [2, 2]
-        and len(said) == 1
-        and "photos/3.png has other pixels on process 1 than on process 0; copy the file" in said[0]
-    ), said
+        and len(error_lines) == 1
+        and "photos/3.png has other pixels on process 1 than on process 0; copy the file" in error_lines[0]
+    ), error_lines
     (tmp_path / "b" / "photos" / "3.png").write_bytes((tmp_path / "a" / "photos" / "3.png").read_bytes())
-    codes, said = ends(2, act, capfd)
-    assert codes == [0, 0] and not said
+    codes, error_lines = ends(2, act, capfd)
+    assert codes == [0, 0] and not error_lines
 
 
 @pytest.mark.parametrize(("owner", "name"), [(pipeline, "apply_adapter"), (output, "opened"), (output, "folder_of")])
@@ -208,15 +208,17 @@ def test_an_error_of_one_process_before_the_first_caption_stops_all_with_one_mes
         patch()
         infer(config)
 
-    codes, said = ends(2, act, capfd)
-    assert codes == [2, 2] and said == [
+    codes, error_lines = ends(2, act, capfd)
+    assert codes == [2, 2] and error_lines == [
         "error: process 1 failed, and all stop: ConfigError: no room" if rank else "error: no room"
     ]
 
 
 def test_evaluate_is_refused_under_torchrun_with_one_message(tmp_path, capfd):
-    codes, said = ends(2, lambda: evaluate(EvaluateConfig(references=str(tmp_path / "x.jsonl"))), capfd)
-    assert codes == [2, 2] and said == ["error: evaluate runs in one process; start it without torchrun: lora-blip evaluate …"]
+    codes, error_lines = ends(2, lambda: evaluate(EvaluateConfig(references=str(tmp_path / "x.jsonl"))), capfd)
+    assert codes == [2, 2] and error_lines == [
+        "error: evaluate runs in one process; start it without torchrun: lora-blip evaluate …"
+    ]
 
 
 def test_a_peer_raises_an_error_that_python_code_can_catch():

@@ -51,8 +51,8 @@ def run(command: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
         command()
     except SystemExit as ended:
         assert ended.code == 2
-    said = capsys.readouterr()
-    return said.out + said.err
+    printed = capsys.readouterr()
+    return printed.out + printed.err
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def hostile_images(folder: Path) -> None:
 
 @given(st.text(st.characters(codec=None)))
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
-def test_an_escaped_text_controls_nothing_and_loses_nothing(text):
+def test_an_escaped_text_has_no_control_and_keeps_its_content(text):
     """No control is left; escaping twice is escaping once; what is printable stays as it is."""
     shown = printable(text)
     assert not unsafe(shown, "") and printable(shown) == shown
@@ -133,12 +133,12 @@ def test_names_of_images_and_members_are_escaped(checkpoints, here, monkeypatch,
     settings |= {"output_dir": "out", "max_new_tokens": 3}
     if by_command:
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-        said = run(lambda: run_infer({}, ""), monkeypatch, capsys, *flags)
+        printed = run(lambda: run_infer({}, ""), monkeypatch, capsys, *flags)
     else:
         infer(InferConfig(**settings))
-        said = "".join(capsys.readouterr())
-    assert not unsafe(said) and "\nerror: forged" not in said
-    assert said.count("left out: ") + said.count("Image:  ") == min(20, 2 * len(NAMES)) and r"\x1b[2J" in said
+        printed = "".join(capsys.readouterr())
+    assert not unsafe(printed) and "\nerror: forged" not in printed
+    assert printed.count("left out: ") + printed.count("Image:  ") == min(20, 2 * len(NAMES)) and r"\x1b[2J" in printed
     written = [json.loads(line) for line in (here / "out" / "predictions.jsonl").read_bytes().splitlines()]
     assert all(line["image"].startswith(source) for line in written)
     assert any(line["image"] == f"{source}/{HOSTILE[1]}.png" for line in written)  # the file has the name itself
@@ -148,21 +148,21 @@ def test_texts_questions_and_groups_are_escaped(checkpoints, here, monkeypatch, 
     tiny.write_photos(here, 2)
     texts = "|".join(["a red cube", *(f"a {text} cube" for text in HOSTILE)])
     base = ["--adapter", "none", "--images", "photos", "--device", "cpu"]
-    said = run(lambda: run_infer({}, ""), monkeypatch, capsys, *base, "--model", checkpoints["itm"], "--texts", texts)
-    assert not unsafe(said) and r"\x1b" in said
+    printed = run(lambda: run_infer({}, ""), monkeypatch, capsys, *base, "--model", checkpoints["itm"], "--texts", texts)
+    assert not unsafe(printed) and r"\x1b" in printed
     lines = [
         {"image": f"photos/{n % 2}.png", "text": f"a red cube {text}", "group": f"{n % 2}{text}"}
         for n, text in enumerate(HOSTILE)
     ]
     (here / "refs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     model = ["--model", checkpoints["opt"], "--max-new-tokens", 3]
-    said = run(lambda: run_infer({}, ""), monkeypatch, capsys, *base, *model, "--references", "refs.jsonl")
-    assert not unsafe(said) and r"0\x1b[2J" in said  # the group's row
+    printed = run(lambda: run_infer({}, ""), monkeypatch, capsys, *base, *model, "--references", "refs.jsonl")
+    assert not unsafe(printed) and r"0\x1b[2J" in printed  # the group's row
 
     monkeypatch.setattr("shutil.which", lambda _: None)  # no Java
     flags = ["evaluate", "--references", "refs.jsonl", "--adapter", "none", *model, "--output-dir", "page"]
-    said = run(main, monkeypatch, capsys, *flags, "--device", "cpu")
-    assert not unsafe(said) and r"0\x1b[2J" in said
+    printed = run(main, monkeypatch, capsys, *flags, "--device", "cpu")
+    assert not unsafe(printed) and r"0\x1b[2J" in printed
     assert not unsafe((here / "page" / "report.html").read_text("utf-8"))
 
     asked = ["--model", checkpoints["vqa"], "--max-new-tokens", 3, "--question", f"what {SCREEN}\u202e is it?"]
@@ -175,16 +175,16 @@ def test_captions_tokens_and_folders_of_a_training_are_escaped(checkpoints, here
     flags: dict[str, Any] = {"model": checkpoints["opt"], "annotations": source, "output-dir": f"out{HOSTILE[4]}", "epochs": 1}
     flags |= {"batch-size": 4, "r": 2, "val-fraction": 0.25, "device": "cpu", "targets": "vit,qformer", "max-new-tokens": 4}
     command = [part for key, value in flags.items() for part in (f"--{key}", value)]
-    said = run(lambda: run_train({}, ""), monkeypatch, capsys, *command)
-    assert "saved " in said and not unsafe(said)
+    printed = run(lambda: run_train({}, ""), monkeypatch, capsys, *command)
+    assert "saved " in printed and not unsafe(printed)
     (here / "bad.jsonl").write_text("".join(json.dumps({"image": name, "text": "x"}) + "\n" for name in HOSTILE))
     flags["annotations"] = here / "bad.jsonl"
     command = [part for key, value in flags.items() for part in (f"--{key}", value)]
-    said = run(lambda: run_train({}, ""), monkeypatch, capsys, *command)
-    assert said.startswith("error: ") and not unsafe(said) and "\nerror: forged" not in said
+    printed = run(lambda: run_train({}, ""), monkeypatch, capsys, *command)
+    assert printed.startswith("error: ") and not unsafe(printed) and "\nerror: forged" not in printed
 
 
-def test_what_an_adapter_says_of_itself_is_escaped(checkpoints, here, monkeypatch, capsys):
+def test_texts_from_an_adapter_are_escaped(checkpoints, here, monkeypatch, capsys):
     """Controls in its header are refused; what is left, such as a text that runs backwards, is escaped."""
     tiny.write_photos(here, 1)
     path = adapter_of(checkpoints["blip"], here)
@@ -204,7 +204,7 @@ def test_what_an_adapter_says_of_itself_is_escaped(checkpoints, here, monkeypatc
 
 
 @pytest.mark.parametrize("key", ["model_type", "architectures"])
-def test_what_a_checkpoint_says_of_itself_is_escaped(checkpoints, here, monkeypatch, capsys, key):
+def test_texts_from_a_checkpoint_are_escaped(checkpoints, here, monkeypatch, capsys, key):
     tiny.write_photos(here, 1)
     about = json.loads((checkpoints["opt"] / "config.json").read_text())
     folder = here / f"model{HOSTILE[3]}"
@@ -213,15 +213,15 @@ def test_what_a_checkpoint_says_of_itself_is_escaped(checkpoints, here, monkeypa
         (folder / file.name).symlink_to(file)
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(about | {key: [SCREEN] if key == "architectures" else SCREEN}))
-    said = run(lambda: run_infer({}, ""), monkeypatch, capsys, "--adapter", "none", "--model", folder, "--images", "photos")
-    assert "error" in said and not unsafe(said)
+    printed = run(lambda: run_infer({}, ""), monkeypatch, capsys, "--adapter", "none", "--model", folder, "--images", "photos")
+    assert "error" in printed and not unsafe(printed)
 
 
 @pytest.mark.usefixtures("here")
 def test_settings_and_names_of_commands_are_escaped(monkeypatch, capsys):
     for flags in (["--precision", SCREEN], [f"--no-such{SCREEN}", 1], ["--r", SCREEN], ["--annotations", f"{SCREEN}.jsonl"]):
-        said = run(lambda: run_train({}, ""), monkeypatch, capsys, *flags)
-        assert said and not unsafe(said)
+        printed = run(lambda: run_train({}, ""), monkeypatch, capsys, *flags)
+        assert printed and not unsafe(printed)
     assert not unsafe(run(main, monkeypatch, capsys, SCREEN)) and "prepare" in COMMANDS
 
 
@@ -234,9 +234,9 @@ def test_a_prepared_data_set_is_reported_in_safe_lines(here, monkeypatch, capsys
     ]
     (here / f"data{HOSTILE[4]}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["prepare", "--source", f"data{HOSTILE[4]}.jsonl", "--splits", "1", "--on-bad-data", "skip"]
-    said = run(main, monkeypatch, capsys, *flags)
-    assert "are invalid:" in said and not unsafe(said)
-    assert prepare.DROPPED in said
+    printed = run(main, monkeypatch, capsys, *flags)
+    assert "are invalid:" in printed and not unsafe(printed)
+    assert prepare.DROPPED in printed
 
 
 def test_an_unknown_error_is_printed_escaped(monkeypatch):

@@ -58,7 +58,7 @@ def test_every_micro_batch_of_every_epoch_comes_once():
 
 @pytest.mark.parametrize("done", range(6))
 @pytest.mark.parametrize("slot", [0, 1, 2])
-def test_a_run_continues_with_exactly_what_is_left(done, slot):
+def test_a_resumed_run_reads_exactly_the_remaining_data(done, slot):
     """A run can continue from any step, and from any micro-batch of a step."""
     slot = min(slot, len(WHOLE[done]) - 1)
     progress = Progress(epoch=done // 3, group=done % 3, slot=slot, step=done, total=6)
@@ -70,7 +70,7 @@ def test_a_run_ends_at_its_total_in_the_middle_of_an_epoch():
         assert walk(Progress(total=total)) == WHOLE[:total]
 
 
-def test_a_step_that_was_skipped_is_tried_with_the_next_data():
+def test_after_a_skipped_step_the_next_data_are_used():
     """`group` also counts skipped steps: their data are not read again."""
     progress = Progress(group=1, step=0, total=6)
     assert walk(progress, epochs=1) == WHOLE[1:3]
@@ -116,22 +116,22 @@ def test_nothing_is_saved_between_two_micro_batches_unless_it_is_due():
     ("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED), (signal.SIGUSR1, signals.SAVED)]
 )
 @pytest.mark.parametrize("due", [True, False])
-def test_a_run_that_is_told_to_stop_saves_and_stops(number, code, due):
+def test_a_run_that_receives_a_signal_saves_and_stops(number, code, due):
     running = session_of(due, number)
-    with pytest.raises(signals.Stopped) as told:
+    with pytest.raises(signals.Stopped) as stopped_with:
         Session.checkpoint_if_due(running)
-    assert told.value.code == code and running.happened == ["checkpoint", "adapter"] and running.stop_request.saving
+    assert stopped_with.value.code == code and running.happened == ["checkpoint", "adapter"] and running.stop_request.saving
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, signals.INTERRUPTED), (signal.SIGTERM, signals.SAVED)])
-def test_before_there_is_a_run_a_signal_stops_and_saves_nothing(number, code):
+def test_a_signal_before_the_run_is_created_saves_nothing(number, code):
     session.stop_if_requested(ALONE, SimpleNamespace(signal=0))
-    with pytest.raises(signals.Stopped) as told:
+    with pytest.raises(signals.Stopped) as stopped_with:
         session.stop_if_requested(ALONE, SimpleNamespace(signal=number))
-    assert told.value.code == code
+    assert stopped_with.value.code == code
 
 
-def test_an_error_keeps_what_was_learned():
+def test_an_error_saves_the_progress():
     running = session_of()
     Session.rescue(running)
     assert running.happened == ["rewind", "checkpoint", "adapter"]
@@ -203,7 +203,7 @@ def test_a_validation_is_due_every_so_many_steps_at_the_total_and_at_the_end(mon
     assert validated(Progress(step=9, total=37), monkeypatch, at_the_end=True)[0] == ["validate", "9 0 7.0"]
 
 
-def test_what_was_validated_or_cannot_be_is_not_validated(monkeypatch):
+def test_a_step_is_validated_once_and_only_with_validation_data(monkeypatch):
     assert validated(Progress(step=10, validated=10, total=37), monkeypatch, at_the_end=True)[0] == []
     assert validated(Progress(step=10, total=10), monkeypatch, held_out=None, at_the_end=True)[0] == []
     known = validated(Progress(step=10, total=37), monkeypatch, scores={"loss": 3.0})[0]
@@ -216,8 +216,8 @@ def test_patience_ends_a_run_before_its_total(monkeypatch, capsys):
         progress = Progress(step=10, total=37)
         validated(progress, monkeypatch, patience=patience, stale=stale)
         assert progress.total == total
-        said = capsys.readouterr().out
-        assert said == (
+        output = capsys.readouterr().out
+        assert output == (
             "stopped early: loss has not improved since step 3; PATIENCE = 0 trains to the end\n" if total == 10 else ""
         )
     progress = Progress(step=37, total=37)
@@ -237,7 +237,7 @@ def test_the_number_of_steps_counts_tails_ranks_and_the_limit():
     assert total_steps(TrainConfig(epochs=2, accumulation=1), 3) == 6
 
 
-def test_the_rate_at_its_corners():
+def test_the_learning_rate_at_the_start_the_peak_and_the_end():
     """The first rate is peak / warmup, the rate after the warm-up is the peak, and the rate after the last step is 0."""
     rates = [loop.learning_rate(step, 10, 4, 8.0) for step in range(13)]
     assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0] and rates[7] == pytest.approx(4.0)
@@ -252,18 +252,18 @@ class Enough(BaseException):
 @pytest.mark.parametrize(("epochs", "given", "every"), [(3, 0, 10), (100, 0, 30), (100, 7, 7)])
 def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, tmp_path, monkeypatch, epochs, given, every):
     """An epoch has three steps. A number set by the user is used. The identity describes the cached states."""
-    seen: list[Any] = []
+    recorded: list[Any] = []
 
     def validate_if_due(running: Session, *_: Any) -> None:
-        seen.append(running.validate_every)
+        recorded.append(running.validate_every)
         raise Enough
 
     acquire = resume.acquire
     monkeypatch.setattr(
-        resume, "acquire", lambda config, identity, *rest: seen.append(identity) or acquire(config, identity, *rest)
+        resume, "acquire", lambda config, identity, *rest: recorded.append(identity) or acquire(config, identity, *rest)
     )
     monkeypatch.setattr(Session, "validate_if_due", validate_if_due)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=epochs, validate_every=given)
     with pytest.raises(Enough):
         loop.train(config)
-    assert seen[1] == every and "learned from" in seen[0] and seen[0]["epochs"] == epochs
+    assert recorded[1] == every and "learned from" in recorded[0] and recorded[0]["epochs"] == epochs

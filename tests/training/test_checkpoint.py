@@ -69,7 +69,7 @@ def test_the_newest_run_with_the_same_settings_is_continued_and_the_others_are_n
     assert saved is not None and saved.run.name == "lora_changed" and notes == ["continuing although lr was 0.5 and is 0.1"]
 
 
-def test_a_copy_of_a_runs_folder_is_not_continued_though_it_is_newer(tmp_path):
+def test_a_newer_copy_of_a_run_folder_is_not_resumed(tmp_path):
     write(tmp_path / "lora_a", age=60)
     shutil.copytree(tmp_path / "lora_a", tmp_path / "backup")
     os.utime(tmp_path / "backup" / FOLDER)
@@ -79,12 +79,12 @@ def test_a_copy_of_a_runs_folder_is_not_continued_though_it_is_newer(tmp_path):
     assert find(tmp_path) == (None, [])
 
 
-def test_a_folder_that_was_never_finished_being_made_is_not_continued(tmp_path):
+def test_an_incomplete_run_folder_is_not_resumed(tmp_path):
     write(tmp_path / ".lora_a")
     assert find(tmp_path) == (None, [])
 
 
-def test_off_continues_nothing(tmp_path):
+def test_resume_off_finds_no_checkpoint(tmp_path):
     write(tmp_path / "lora_a")
     assert find(tmp_path, "off") == (None, [])
 
@@ -134,7 +134,7 @@ def test_a_path_to_a_checkpoint_that_is_gone_gives_the_newest_of_its_run(tmp_pat
         checkpoint.locate(tmp_path / "lora_a")
 
 
-def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_path, monkeypatch):
+def test_the_checkpoint_read_under_the_lock_is_the_newest_or_the_named_one(tmp_path, monkeypatch):
     """The folder of the run is locked until `held` is closed."""
     locked: list[Path] = []
 
@@ -157,9 +157,9 @@ def test_what_is_read_under_the_lock_is_the_newest_or_the_one_that_is_named(tmp_
 
 def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, monkeypatch):
     write(tmp_path / "lora_a")
-    seen = find(tmp_path)
+    found_before = find(tmp_path)
     checkpoint.delete_all(tmp_path / "lora_a")
-    monkeypatch.setattr(resume, "find", lambda *_: seen)
+    monkeypatch.setattr(resume, "find", lambda *_: found_before)
     with ExitStack() as held, pytest.raises(CheckpointError, match=r"another process has just finished .*lora_a"):
         resume.acquire(TrainConfig(output_dir=str(tmp_path)), IDENTITY, held)
 
@@ -234,7 +234,7 @@ def test_one_changed_byte_is_damage(tmp_path, name):
         ({"format_version": None}, f"{STATE} has changed"),
     ],
 )
-def test_a_changed_state_is_damage(tmp_path, change, message):
+def test_a_changed_state_file_is_reported_as_damaged(tmp_path, change, message):
     folder = write(tmp_path / "lora_a")
     about = json.loads((folder / STATE).read_text())
     (folder / STATE).write_text(json.dumps({**about, **change}))
@@ -263,7 +263,7 @@ def test_a_state_without_its_tensors_is_damage(tmp_path):
         checkpoint.read(folder)
 
 
-def test_a_sum_of_a_file_elsewhere_does_not_lead_there(tmp_path):
+def test_a_digest_with_a_path_does_not_open_a_file_outside_the_checkpoint(tmp_path):
     """The names in the state are file names in the folder. A path in the state is not opened."""
     folder = write(tmp_path / "lora_a")
     (tmp_path / "secret").write_text("x")
@@ -276,7 +276,7 @@ def test_a_sum_of_a_file_elsewhere_does_not_lead_there(tmp_path):
 def test_a_tensor_of_another_shape_or_none_is_named():
     like = torch.zeros(2, 3)
     assert checkpoint.checked_tensor(TENSOR, "parameter/a", like) is TENSOR["parameter/a"]
-    for name, wanted, message in (
+    for name, expected_tensor, message in (
         ("parameter/b", like, r"'parameter/b' is missing in the checkpoint; set TARGETS and R to the values of that run"),
         (
             "parameter/a",
@@ -285,7 +285,7 @@ def test_a_tensor_of_another_shape_or_none_is_named():
         ),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.checked_tensor(TENSOR, name, wanted)
+            checkpoint.checked_tensor(TENSOR, name, expected_tensor)
 
 
 # ---------------------------------------------------------------- what identifies a run
@@ -302,7 +302,7 @@ def line(tmp_path: Path) -> Example:
 
 
 @pytest.mark.parametrize("place", [0, resume.SAMPLE - 1, SIZE // 2, SIZE // 2 + resume.SAMPLE - 1, -resume.SAMPLE, -1])
-def test_a_changed_byte_at_the_start_middle_or_end_of_an_image_is_another_data_set(line, place):
+def test_a_changed_byte_at_the_start_middle_or_end_of_an_image_changes_the_digest(line, place):
     before = resume.lines_digest([line], True), resume.lines_digest([line], False)
     content = bytearray(SIZE)
     content[place] = 1
@@ -361,7 +361,7 @@ def identity(
     return resume.identity(config, given["precision"], backbone or backbone_of(), training, validation, given["ranks"])
 
 
-def test_what_decides_an_update_identifies_a_run_and_nothing_else_does(line):
+def test_the_identity_contains_exactly_what_determines_an_update(line):
     config, other = TrainConfig(check_images="all"), replace(line, text="other")
     now = identity(config, [line], [other])
     json.dumps(now)
@@ -392,7 +392,7 @@ def test_what_decides_an_update_identifies_a_run_and_nothing_else_does(line):
         assert resume.differences(before, identity(config, [line], [line])) == expected
 
 
-def test_a_base_and_its_processor_may_move_and_nothing_else_of_them_may_change():
+def test_the_path_of_a_base_may_change_but_not_its_content():
     before = processors_digest(backbone_of())
     moved = {"transformers_version": "6", "hidden_size": 32, "folder": Path("x"), "_name_or_path": "/there"}
     assert processors_digest(backbone_of(moved)) == before
@@ -406,7 +406,7 @@ def test_a_base_and_its_processor_may_move_and_nothing_else_of_them_may_change()
         assert processors_digest(changed) != before
 
 
-def test_differences_name_the_setting_or_what_is_not_the_same():
+def test_differences_name_the_changed_setting_or_content():
     then = {"lr": 0.1, "training lines": "a", "base weights": "b", "base processors": "c", "seed": 3, "gone": 1}
     now = {"lr": 0.2, "training lines": "x", "base weights": "y", "base processors": "z", "seed": 3, "new": 5}
     assert resume.differences(then, now) == [
@@ -451,7 +451,7 @@ def test_values_dtypes_shapes_and_names_of_what_is_frozen_identify_a_base(change
     assert weights_digest(model) != before
 
 
-def test_what_is_trained_does_not_identify_a_base():
+def test_trained_parameters_are_not_part_of_the_digest_of_a_base():
     model = torch.nn.Linear(4, 3)
     model.bias.requires_grad_(False)
     before = weights_digest(model)
@@ -459,7 +459,7 @@ def test_what_is_trained_does_not_identify_a_base():
     assert weights_digest(model) == before
 
 
-def test_two_values_that_change_places_are_another_base():
+def test_two_swapped_values_change_the_digest_of_a_base():
     """The exclusive or of all values does not change, but the samples of a small weight do."""
     model = torch.nn.Linear(4, 3).requires_grad_(False)
     before = weights_digest(model)

@@ -23,7 +23,9 @@ STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # of the losses, relative
     ("precision", "batch_size", "blocks", "graphs", "backend"),
     [("fp32", 3, "vit[1:2]", 1, "inductor"), ("bf16", 4, "vit", 4, "aot_eager")],
 )
-def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, monkeypatch, precision, batch_size, blocks, graphs, backend):
+def test_compiled_blocks_train_as_uncompiled_ones(
+    checkpoints, tmp_path, monkeypatch, precision, batch_size, blocks, graphs, backend
+):
     """The losses of twenty steps are equal, and so are the losses of the validations, which are not compiled.
 
     aot_eager captures the same graphs, forward and backward, but executes PyTorch's own kernels: g++ takes seconds a graph.
@@ -47,7 +49,7 @@ def test_compiled_blocks_train_as_they_are(checkpoints, tmp_path, monkeypatch, p
     assert losses[True] == pytest.approx(losses[False], rel=BOUND[precision])
 
 
-def test_no_compiler_is_told_before_anything_is_loaded(checkpoints, tmp_path, monkeypatch):
+def test_a_missing_compiler_is_an_error_before_the_model_is_loaded(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(early_checks, "which", lambda _: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match="compiler"):

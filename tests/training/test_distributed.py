@@ -52,7 +52,7 @@ SLOW_THREE = [pytest.param(kind, 3, marks=pytest.mark.slow) for kind in ("vqa", 
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("blip", 2), ("opt", 2), *SLOW_THREE])
-def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
+def test_several_ranks_train_as_one_process(checkpoints, tmp_path, kind, ranks):
     """Compare 20 steps with captions of different lengths, last batches of one line, dropout and sampled negatives."""
     changes = {
         "epochs": 30,
@@ -77,16 +77,16 @@ def test_ranks_are_one_process(checkpoints, tmp_path, kind, ranks):
     assert {p.name for p in one.parent.iterdir()} == {p.name for p in many.parent.iterdir()}
 
 
-def test_only_the_main_rank_prints_and_it_tells_the_traffic(checkpoints, tmp_path, capfd):
+def test_only_the_main_rank_prints_and_it_reports_the_bytes_sent(checkpoints, tmp_path, capfd):
     """Two processes exchange the gradients of the adapters: each sends half of their bytes twice."""
     config = config_of(checkpoints, tmp_path, epochs=1, targets="vit,text")
     assert run_processes(2, lambda: train(config)) == [0, 0]
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     bytes_ = sum(tensor.numel() * 4 for tensor in adapter_file.read(finished(config)).tensors.values())
-    assert said.count("saved ") == 1 and f"2 processes, each sends {bytes_ / 1e6:.2f} MB of gradients per step" in said
+    assert printed.count("saved ") == 1 and f"2 processes, each sends {bytes_ / 1e6:.2f} MB of gradients per step" in printed
 
 
-def test_a_rank_that_is_done_ends_though_gloo_still_holds_a_tensor():
+def test_a_finished_rank_ends_while_gloo_still_holds_a_tensor():
     """Without the fix, DDP's reducer holds the GIL and waits for gloo's thread, which waits for the GIL."""
     importlib.import_module("torch._dynamo")  # once here, not in each child
 
@@ -113,16 +113,16 @@ def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkp
     start = time.monotonic()
     codes = run_processes(2, lambda: train(replace(config, **(changed if os.environ["RANK"] == "1" else {}))))
     assert codes == [1, 1] and time.monotonic() - start < 60
-    said = capfd.readouterr().err
+    printed = capfd.readouterr().err
     expected = {
         "lines": "process 1 would train something else than process 0: training lines are not the same",
         "lr": "lr is 0.5 there and",
         "missing": "process 1 failed, and all stop: DataError",
     }[change]
-    assert expected in said and not list(Path(config.output_dir).glob("20*"))
+    assert expected in printed and not list(Path(config.output_dir).glob("20*"))
 
 
-def test_two_ranks_that_are_told_to_stop_keep_both_their_gradients(checkpoints, tmp_path):
+def test_two_ranks_that_receive_a_signal_save_both_their_gradients(checkpoints, tmp_path):
     """The signal comes during an accumulation. One process cannot resume the run of two processes."""
     config = config_of(checkpoints, tmp_path, checkpoint_seconds=1e9, epochs=3)
     assert run_processes(2, lambda: train(config)) == [0, 0]
@@ -173,7 +173,7 @@ def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5", "itm"])
-def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, kind):
+def test_sharded_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, kind):
     """With FSDP2, each rank holds half of the frozen blocks. The adapter is the same, and it fits its base."""
     changes = {"epochs": 2, "targets": WHOLE[kind], "batch_size": 4 if kind == "itm" else 2}
     config = config_of(checkpoints, tmp_path, kind, checkpoint_seconds=0.2, **changes)
@@ -207,7 +207,7 @@ def test_spread_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, k
     adapter_file.load(make(kind), finished(spread))
 
 
-def test_spread_weights_want_several_processes(checkpoints, tmp_path):
+def test_sharded_weights_need_several_processes(checkpoints, tmp_path):
     with pytest.raises(ConfigError, match="torchrun"):
         train(config_of(checkpoints, tmp_path, shard=True))
 
@@ -255,7 +255,7 @@ def test_any_rank_may_be_killed_and_all_restart_to_the_same_adapter(checkpoints,
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_under_torchrun_is_not_missed(checkpoints, tmp_path):
+def test_after_a_rank_is_killed_torchrun_restarts_to_the_same_adapter(checkpoints, tmp_path):
     """With --max-restarts 1, rank 0 is killed in a step. The adapter equals that of a run that is not killed."""
     config = config_of(checkpoints, tmp_path, epochs=3)
     assert run_processes(2, lambda: train(config)) == [0, 0]

@@ -162,7 +162,7 @@ def test_between_two_steps_no_gradient_is_kept(make, learner):
     assert (other.label_count, other.images, float(other.loss)) == (1.0, 0, 0.0)
 
 
-def test_a_fresh_learner_has_done_nothing(learner):
+def test_a_new_learner_has_no_progress(learner):
     assert learner.progress == Progress(epoch=0, group=0, slot=0, step=0, skipped=0, validated=-1, total=0)
     assert not learner.inconsistent and (learner.images, learner.label_count, learner.traffic, float(learner.loss)) == (
         0,
@@ -181,7 +181,7 @@ def test_a_step_without_a_label_divides_by_one(learner):
     assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
 
 
-def test_a_step_whose_loss_is_not_finite_is_kept_from_its_start(make, learner):
+def test_a_step_whose_loss_is_not_finite_is_saved_at_its_start(make, learner):
     """The gradients and the loss so far are not written, so the resumed run computes the faulty micro-batch again."""
     accumulate(learner, 1, of=2)
     learner.loss.fill_(math.nan)
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_other_adapters_is_refused_before_anything_changes(make,
         assert all((parameter == 0.5).all() for parameter in other.parameters.values()) and other.progress == Progress()
 
 
-def test_a_block_that_ends_by_an_error_leaves_the_learner_torn(learner):
+def test_an_error_in_a_transaction_leaves_the_learner_inconsistent(learner):
     with learner.transaction():
         assert learner.inconsistent
     assert not learner.inconsistent
@@ -221,7 +221,7 @@ def test_a_block_that_ends_by_an_error_leaves_the_learner_torn(learner):
     assert learner.inconsistent
 
 
-def test_a_seed_decides_what_is_drawn_on_the_cpu():
+def test_reseed_determines_the_random_numbers_of_the_cpu():
     reseed(torch.device("cpu"), 5)
     first = torch.rand(4)
     reseed(torch.device("cpu"), 6)
@@ -283,7 +283,7 @@ def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_pat
         ({"batch_size": 3, "accumulation": 5, "processes": 2}, 1),
     ],
 )
-def test_a_changed_run_continues_at_the_start_of_a_step_after_as_many_images(make, learner, tmp_path, now, group):
+def test_a_run_with_changed_settings_continues_after_the_same_number_of_images(make, learner, tmp_path, now, group):
     """8 steps of 2 · 3 · 1 images are 48 images. The unfinished step is discarded, and `total` is the new one."""
     accumulate(learner, 1, of=2)
     learner.progress.group, learner.progress.total = 8, 50

@@ -94,7 +94,7 @@ def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, m
 
 
 @pytest.mark.plots
-def test_a_run_leaves_its_settings_its_metrics_and_falls(checkpoints, tmp_path):
+def test_a_run_writes_its_settings_and_metrics_and_its_loss_falls(checkpoints, tmp_path):
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=6, accumulation=2, validate_every=3)
     path = train(config)
     entries = metrics_of(path)
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
     }  # fmt: skip
 
 
-def test_ctrl_c_saves_what_there_is(checkpoints, tmp_path, monkeypatch):
+def test_ctrl_c_saves_the_progress(checkpoints, tmp_path, monkeypatch):
 
     def interrupt(count: int, _: Learner) -> None:
         if count == 4:
@@ -200,7 +200,7 @@ def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp
     assert setup.default_rate(torch.nn.Linear(5000, 5000)) == 1e-4
 
 
-def test_a_crash_keeps_what_was_learned(checkpoints, tmp_path):
+def test_a_crash_saves_the_adapter_of_the_earlier_steps(checkpoints, tmp_path):
     """If an image is deleted during training, the error is raised, and the adapter of the earlier steps is saved."""
     source = tiny.write_photos(tmp_path)
 
@@ -416,7 +416,7 @@ def test_patience_counts_gains_above_the_smallest(smallest, stale):
     assert (best.stale, best.step) == (stale, 4)
 
 
-def test_patience_goes_on_from_a_checkpoint_of_any_version():
+def test_patience_continues_from_a_checkpoint_of_any_version():
     """A checkpoint contains the score of the last improvement. For an older checkpoint without it, the best score is used."""
     run = Run.__new__(Run)
     run.config, run.best = TrainConfig(best_by="exact_match"), Best("exact_match", min_improvement=1e-4)
@@ -470,7 +470,7 @@ def test_a_plot_is_drawn_whatever_backend_a_notebook_names(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "loss.png"), backend], done.stderr
 
 
-def test_when_the_base_was_never_beaten_no_adapter_is_called_the_best(checkpoints, tmp_path, monkeypatch, capsys):
+def test_without_an_improvement_on_the_base_no_adapter_is_the_best(checkpoints, tmp_path, monkeypatch, capsys):
     watched(monkeypatch, [score(1, 1), score(2), score(2)])
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2))
     assert adapter_file.read(path).metadata["training"]["steps"] == 4 and not (path.parent / BEST_NAME).exists()
@@ -503,7 +503,7 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     assert adapter_file.read(path).metadata["training"]["settings"]["best_by"] == "cider"
 
 
-def test_what_validation_cannot_give_is_refused_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
+def test_an_impossible_best_by_is_an_error_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
     import builtins
 
     from lora_blip.metrics import captions

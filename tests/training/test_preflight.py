@@ -32,13 +32,13 @@ def checked(task: CaptionTask, **changes: object) -> str:
     return preflight.check(task, replace(batch, rows=rows), nullcontext)
 
 
-def test_a_sound_model_passes_and_leaves_no_trace(backbone):
+def test_a_correct_model_passes_the_checks_unchanged(backbone):
     inject(backbone, trained=False)
     task = CaptionTask(backbone)
     before = torch.get_rng_state()
-    said = checked(task)
+    report_text = checked(task)
     assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in backbone.model.parameters())
-    heading, *table, _, memory = said.splitlines()
+    heading, *table, _, memory = report_text.splitlines()
     assert heading == HEADING and memory.startswith("a step needs about ")
     inputs, labels = ([line[10:] for line in table if line.startswith(f"  {name} ")] for name in ("input", "label"))
     assert len(inputs) == len(labels) and "cube" in "".join(labels) and any(label.endswith(" .") for label in labels)
@@ -69,7 +69,7 @@ def test_a_tokenizer_of_bert_has_no_token_for_blips_start_of_a_text(checkpoints,
     assert (f"[{backbone.model.config.text_config.bos_token_id}]" in table) == (kind != "itm")
 
 
-def test_a_label_is_below_its_input_token():
+def test_each_label_is_printed_below_its_input_token():
     """Columns that do not fit are on the next two lines. Equal neighbors are one column. No cell is lost."""
     assert aligned([("[DEC]", "a"), ("a", "blue"), ("[PAD]", "."), ("[PAD]", ".")]) == [
         "  input   [DEC]  a     [PAD] ×2",
@@ -194,8 +194,8 @@ def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution(
     for module, poisoned, kind in (("first", "weight", "Linear"), ("second", "bias", "Linear")):
         model = Toy()
         getattr(getattr(model, module), poisoned).data.fill_(torch.inf)
-        said = preflight.first_nonfinite(model, lambda model=model: model(x))
-        assert said == f"the first output that is not finite is that of {module!r} ({kind}, torch.float32)"
+        report_text = preflight.first_nonfinite(model, lambda model=model: model(x))
+        assert report_text == f"the first output that is not finite is that of {module!r} ({kind}, torch.float32)"
         assert not any(m._forward_hooks for name, m in model.named_modules() if name not in ("first", "second"))
     model = Toy()
     attached.adapters(model)["first"].B.data.fill_(torch.nan)  # the linear with its update is named, not the adapter
@@ -205,9 +205,9 @@ def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution(
     model.pair.register_forward_hook(lambda *_: (torch.tensor([1]), torch.full((1, 4), torch.nan)))
     attached.adapters(model)["first"].B.data.zero_()
     assert "that of 'pair' (Pair, torch.int64)" in preflight.first_nonfinite(model, lambda: model(x))
-    seen = []
-    preflight.first_nonfinite(Toy(), lambda: seen.append(torch.is_grad_enabled()))
-    assert seen == [False]
+    recorded = []
+    preflight.first_nonfinite(Toy(), lambda: recorded.append(torch.is_grad_enabled()))
+    assert recorded == [False]
 
 
 def test_hooks_of_the_search_are_removed_after_an_error_too():
@@ -255,7 +255,7 @@ def test_the_gradients_of_a_task_s_own_parameters_are_dropped_too():
     assert own.grad is None
 
 
-def test_a_gradient_that_only_a_loss_scale_keeps_above_zero_is_seen():
+def test_a_gradient_that_underflows_without_a_loss_scale_is_detected():
     """In float16, 1e-8 is zero, but 1024 · 1e-8 is not."""
     model = Toy()
     found = attached.adapters(model)
@@ -263,7 +263,7 @@ def test_a_gradient_that_only_a_loss_scale_keeps_above_zero_is_seen():
     preflight.check_gradients(toy_task(model, loss), SimpleNamespace(count=1))
 
 
-def test_what_autograd_keeps_is_counted_by_storage_without_parameters():
+def test_saved_tensors_are_counted_once_per_storage_without_parameters():
     """x · w saves x once for both products, exp saves its output, and the parameter w is not counted."""
     linear = nn.Linear(8, 8, bias=False)
     kept = preflight.KeptBytes(linear)
@@ -275,18 +275,18 @@ def test_what_autograd_keeps_is_counted_by_storage_without_parameters():
 
 def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
     """The batch is compared with the reversed batch, or with its negative if both are equal. Cached states are not used."""
-    seen = []
+    recorded = []
     for pixels in (torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(2, 3, 4, 4)):
         batch = DeviceBatch([], pixels, None, 1.0, cached_states="kept")  # type: ignore[arg-type]
 
         def logits(given: DeviceBatch) -> torch.Tensor:
-            seen.append((given.cached_states, torch.is_grad_enabled()))
+            recorded.append((given.cached_states, torch.is_grad_enabled()))
             return given.pixel_values.sum((1, 2, 3))
 
         preflight.check_image_matters(toy_task(Toy(), None, logits), batch)
         with pytest.raises(PreflightError, match="other images give the same logits"):
             preflight.check_image_matters(toy_task(Toy(), None, lambda given: given.pixel_values.abs().sum()), batch)
-    assert set(seen) == {(None, False)} and len(seen) == 6
+    assert set(recorded) == {(None, False)} and len(recorded) == 6
 
 
 def test_the_memory_of_a_step_adds_up():

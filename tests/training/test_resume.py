@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(checkpoints
     assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never resumed
 
 
-def test_what_came_after_the_checkpoint_is_made_again(checkpoints, tmp_path):
+def test_steps_after_the_checkpoint_are_repeated(checkpoints, tmp_path):
     """The run is killed 4 steps after its only checkpoint. In the end, each line of metrics.jsonl is there once."""
     config = config_of(checkpoints, tmp_path, validate_every=1, best_by="loss", epochs=3)
     whole = train(config)
@@ -100,7 +100,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("death", [5, 7])
-def test_patience_is_counted_on(checkpoints, tmp_path, monkeypatch, death):
+def test_patience_continues_to_count_after_a_resume(checkpoints, tmp_path, monkeypatch, death):
     """A run that is killed near the first of two stale validations stops early at the same step as without the kill."""
     scores = [score(9), score(2, 0.5), score(3, 0.5), score(3, 0.5), score(1, 0.9)]
     real = Run.log_validation
@@ -113,7 +113,7 @@ def test_patience_is_counted_on(checkpoints, tmp_path, monkeypatch, death):
     assert_same(whole, train(elsewhere(config)))
 
 
-def test_a_finished_run_is_not_gone_on_with(checkpoints, tmp_path):
+def test_a_finished_run_is_not_resumed(checkpoints, tmp_path):
     """Two starts with the same settings are two runs."""
     config = config_of(checkpoints, tmp_path, epochs=1)
     first, second = train(config), train(config)
@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_gone_on_with(checkpoints, tmp_path):
         train(replace(config, resume=str(first.parent)))
 
 
-def test_off_begins_anew(checkpoints, tmp_path):
+def test_resume_off_starts_a_new_run(checkpoints, tmp_path):
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
         train(config)
@@ -131,7 +131,7 @@ def test_off_begins_anew(checkpoints, tmp_path):
     assert len(list(Path(config.output_dir).glob("20*"))) == 2
 
 
-def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):
+def test_the_newest_keep_checkpoints_checkpoints_are_kept(checkpoints, tmp_path):
     config = config_of(checkpoints, tmp_path, keep_checkpoints=3)
     with killed_at(9):
         train(config)
@@ -140,7 +140,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(checkpoints, tmp_path):
     assert [checkpoint.read(folder).state["progress"]["slot"] for folder in folders] == [0, 0, 1]
 
 
-# ---------------------------------------------------------------- told to stop
+# ---------------------------------------------------------------- stopped by a signal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -160,9 +160,9 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "accumulate_gradients", accumulate)
-        with pytest.raises(SystemExit) as told:
+        with pytest.raises(SystemExit) as stopped_with:
             train(elsewhere(config))
-        assert told.value.code == code and len(done) == 5
+        assert stopped_with.value.code == code and len(done) == 5
         run = only_run(elsewhere(config))
         saved = checkpoint.newest(run)[0]
         assert saved is not None and (saved.state["progress"]["step"], saved.state["progress"]["slot"]) == (1, 2)
@@ -173,7 +173,7 @@ def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoints, tmp_path, capfd):
+def test_a_signal_to_the_process_group_does_not_end_the_loader_workers(checkpoints, tmp_path, capfd):
     """A scheduler sends SIGTERM to every process of the job. The run still saves its position, and resumes bit for bit."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9, num_workers=2)
     whole = train(config)
@@ -191,8 +191,8 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
         loop.accumulate_gradients = accumulate
         try:
             train(elsewhere(config))
-        except SystemExit as told:
-            os._exit(int(told.code or 0))
+        except SystemExit as stopped_with:
+            os._exit(int(stopped_with.code or 0))
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signals.SAVED, capfd.readouterr().err
     saved = checkpoint.newest(only_run(elsewhere(config)))[0]
@@ -200,7 +200,7 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers(checkpoint
     assert_same(whole, train(elsewhere(config)))
 
 
-def test_a_signal_is_heard_in_a_long_validation(checkpoints, tmp_path):
+def test_a_signal_stops_a_long_validation(checkpoints, tmp_path):
     """The run stops between two batches of a validation. The validation is repeated, and has one line in metrics.jsonl."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
@@ -233,7 +233,7 @@ def test_a_second_ctrl_c_stops_at_once_but_not_while_saving():
 # ---------------------------------------------------------------- errors
 
 
-def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tmp_path, monkeypatch):
+def test_after_an_error_within_a_step_the_run_resumes_at_its_start(checkpoints, tmp_path, monkeypatch):
     """The accumulated gradients are discarded. After the fix, the run ends as if there had been no error."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
@@ -255,7 +255,7 @@ def test_an_error_in_the_middle_of_a_step_goes_on_from_its_start(checkpoints, tm
 
 
 @pytest.mark.parametrize("moment", ["update_parameters", "log_step"])
-def test_an_update_that_was_made_in_part_or_not_written_down_is_not_kept(checkpoints, tmp_path, monkeypatch, moment):
+def test_a_partial_or_unlogged_update_is_not_saved(checkpoints, tmp_path, monkeypatch, moment):
     """After an error between the start of AdamW's step and its log line, the run resumes from the checkpoint before it."""
     config = config_of(checkpoints, tmp_path)
     whole = train(config)
@@ -301,7 +301,7 @@ def test_out_of_memory_names_what_helps_and_saves_first(checkpoints, tmp_path, m
 # ---------------------------------------------------------------- not the same run
 
 
-def test_what_would_not_go_on_as_it_began_is_refused_by_name(checkpoints, tmp_path, capsys):
+def test_a_changed_run_is_refused_with_the_name_of_the_change(checkpoints, tmp_path, capsys):
     """With a path, this is an error. With "auto", a new run starts, and the reason is printed."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(5):
@@ -388,7 +388,7 @@ class Bomb:
 
 @pytest.mark.parametrize("damage", [cut, flip, remove, plant])
 @pytest.mark.parametrize("name", [TENSORS, STATE])
-def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(
+def test_if_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     checkpoints, tmp_path, monkeypatch, capsys, damage, name
 ):
     """No code in it is run: law 10."""
@@ -443,7 +443,7 @@ def test_a_checkpoint_is_chosen_under_the_lock(checkpoints, tmp_path, monkeypatc
             train(elsewhere(config))
 
 
-def test_a_backup_is_not_gone_on_with(checkpoints, tmp_path):
+def test_a_backup_of_a_run_is_not_resumed(checkpoints, tmp_path):
     """The copy of an interrupted run is not resumed, even if it is newer."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
@@ -463,7 +463,7 @@ def test_an_exact_run_is_preferred_to_a_newer_one_that_changed(checkpoints, tmp_
 
 
 @pytest.mark.parametrize("changes", [{"best_by": "loss"}, {"targets": "text"}, {"r": 4}, {"targets": "vit.mlp"}])
-def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path, changes):
+def test_with_allow_changed_a_run_resumes_or_names_the_reason(checkpoints, tmp_path, changes):
     """Another BEST_BY starts without a best score. Adapters on other modules or of another rank cannot be resumed."""
     config = config_of(checkpoints, tmp_path, best_by="exact_match")
     with killed_at(6):
@@ -476,7 +476,7 @@ def test_what_is_allowed_to_change_goes_on_or_says_why_not(checkpoints, tmp_path
             train(changed)
 
 
-def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, monkeypatch):
+def test_the_loss_scale_and_its_growth_are_restored(checkpoints, tmp_path, monkeypatch):
     """fp16: the loss scale was halved and will grow soon. It stays equal to that of a run that is not killed."""
     real = torch.amp.GradScaler
     monkeypatch.setattr(
@@ -491,7 +491,7 @@ def test_the_loss_scale_and_its_growth_are_gone_on_with(checkpoints, tmp_path, m
     assert_same(whole, train(elsewhere(config)))
 
 
-def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkpoints, tmp_path, monkeypatch):
+def test_after_a_kill_a_skipped_step_names_the_same_module(checkpoints, tmp_path, monkeypatch):
     """The micro-batch with the loss that is not finite came before the kill, in the same step."""
     real = loop.accumulate_gradients
 
@@ -514,7 +514,7 @@ def test_a_step_that_is_skipped_is_blamed_on_the_same_module_after_a_kill(checkp
 
 
 @pytest.mark.parametrize("when", ["signal", "error after a signal"])
-def test_what_could_not_be_saved_is_never_called_saved(checkpoints, tmp_path, monkeypatch, when):
+def test_a_failed_save_is_never_reported_as_saved(checkpoints, tmp_path, monkeypatch, when):
     """After SIGTERM and a full disk, or an error in the update, the error is reported, not exit status 75."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     real = loop.accumulate_gradients
@@ -537,7 +537,7 @@ def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatch):
+def test_a_closed_terminal_does_not_prevent_saving(checkpoints, tmp_path, monkeypatch):
     """With `train.py | tee log` and Ctrl-C, the reader of stdout is gone, and the run still saves its progress."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     whole = train(config)
@@ -561,7 +561,7 @@ def test_a_terminal_that_is_gone_costs_nothing(checkpoints, tmp_path, monkeypatc
     assert_same(whole, train(elsewhere(config)))
 
 
-def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(checkpoints, tmp_path):
+def test_a_run_killed_while_its_folder_was_created_is_not_resumed(checkpoints, tmp_path):
     """Its first checkpoint is complete, but the folder still has its temporary name."""
     config = config_of(checkpoints, tmp_path)
     with killed_at(4):
@@ -571,7 +571,7 @@ def test_a_run_folder_that_was_killed_while_it_was_made_is_not_gone_on_with(chec
     assert train(config).parent == only_run(config)
 
 
-def test_what_a_power_cut_may_not_lose_is_synced_in_order(checkpoints, tmp_path):
+def test_files_are_synced_in_the_order_that_survives_a_power_failure(checkpoints, tmp_path):
     """The order is: metrics, each file of the new checkpoint, its rename, its parent folder, removal of the old checkpoint."""
     happened: list[str] = []
     replace_real, rmtree = Path.replace, shutil.rmtree
@@ -599,7 +599,7 @@ def test_what_a_power_cut_may_not_lose_is_synced_in_order(checkpoints, tmp_path)
     assert order == sorted(order) and second.index(f"sync {STATE}") < order[2]
 
 
-def test_a_folder_that_is_not_filled_is_never_met_under_its_name(tmp_path):
+def test_an_incomplete_folder_never_has_its_final_name(tmp_path):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("a")
         raise OSError
@@ -661,7 +661,7 @@ def test_a_second_run_beside_the_first_is_refused(checkpoints, tmp_path):
 # ---------------------------------------------------------------- a full disk
 
 
-def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, tmp_path, capfd):
+def test_a_full_disk_is_an_error_and_the_old_checkpoint_is_unchanged(checkpoints, tmp_path, capfd):
     """A file size limit has room for one checkpoint but not for the next. Without the limit, the run resumes."""
     config = config_of(checkpoints, tmp_path, targets="vit,text", r=8)
     whole = train(config)
@@ -683,8 +683,8 @@ def test_a_full_disk_is_told_before_the_old_checkpoint_is_touched(checkpoints, t
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    said = capfd.readouterr().err
-    assert f"no room left to write in {only_run(again)}" in said and "existing checkpoints are intact" in said
+    stderr = capfd.readouterr().err
+    assert f"no room left to write in {only_run(again)}" in stderr and "existing checkpoints are intact" in stderr
     folders = sorted((only_run(again) / checkpoint.FOLDER).iterdir())
     assert len(folders) == 2 and all(checkpoint.read(folder) for folder in folders)
     assert_same(whole, train(again))
