@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_resumed(checkpoints, tmp_path):
     first, second = train(config), train(config)
     assert first.parent != second.parent
     assert_same(first, second)
-    with pytest.raises(CheckpointError, match="it has no checkpoint: the run is finished"):
+    with pytest.raises(CheckpointError, match="the run is finished; to train its adapter further"):
         train(replace(config, resume=str(first.parent)))
 
 
