@@ -403,6 +403,7 @@ def test_an_ascii_terminal_prints_escapes(environment):
     assert r"\u4e2d\u6587" in done.stdout and r"error: \xe7\xe0" in done.stderr and "[--SETTING VALUE] ..." in done.stdout
 
 
+@pytest.mark.loads
 def test_a_limit_of_processes_is_named(monkeypatch, capsys):
     """`ulimit -u`: the advice is about threads and processes, whatever was being done."""
     from lora_blip.cli import report_errors

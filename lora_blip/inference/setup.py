@@ -18,7 +18,7 @@ from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import validation_score
 from lora_blip.models import weights
-from lora_blip.models.generation import OPTIONS, check_generation, generation_fault, ignored_lines
+from lora_blip.models.generation import OPTIONS, check_generation, generation_fault, ignored_lines, unused_lines
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
@@ -156,7 +156,9 @@ def task_of(
     generation = generation_of(own, config, str(adapter.path) if adapter else "")
     if unknown := own.get("generation", {}).keys() - OPTIONS.keys():
         print(printable(f"ignored generation options of the adapter, unknown here: {', '.join(sorted(unknown))}"))
-    print("".join(f"{line}\n" for line in ignored_lines(generation.stored())), end="")
+    generates = not getattr(config, "texts", "") and (name not in TASKS or TASKS[name].writes_text)
+    lines = ignored_lines(generation.stored()) if generates else unused_lines(config)
+    print("".join(f"{line}\n" for line in lines), end="")
     prompt = (config.prompt if config else "") or str(own.get("prompt", ""))
     if name not in TASKS:
         raise ConfigError(

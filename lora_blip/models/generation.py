@@ -76,7 +76,7 @@ OPTIONS: dict[str, Check] = {
 BASIC = {"max_new_tokens", "num_beams", "do_sample"}  # they have settings of their own, and need no further check
 READ_PROMPT = frozenset((  # options that depend on the ids or the number of the prompt's tokens, and so on its padding
     "min_length", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "bad_words_ids", "sequence_bias",
+    "bad_words_ids", "sequence_bias", "watermarking_config",
 ))  # fmt: skip
 READ_ENCODER = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")  # transformers ignores them without prompt ids
 WITH_IDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias")
@@ -202,6 +202,16 @@ def _tiny_model(vocabulary: int) -> Any:
 def ignored_lines(generation: Mapping[str, Any]) -> list[str]:
     """Return a line for each option that has no effect."""
     return [f"generation: {name} has no effect: {reason}" for name, reason in without_effect(Options(generation)).items()]
+
+
+def unused_lines(config: Any) -> list[str]:
+    """Return a line with the settings of generation that a config sets, for a run that ranks texts and generates none."""
+    least = {"num_beams": 2, "max_new_tokens": 1, "sample": 1}
+    names = [name for name, value in least.items() if getattr(config, name, 0) >= value] + list(
+        getattr(config, "generation", ())
+    )
+    effect = "has no effect" if len(names) == 1 else "have no effect"
+    return [f"generation: {', '.join(names)} {effect}: texts are ranked, and none is generated"] if names else []
 
 
 @lru_cache(maxsize=64)

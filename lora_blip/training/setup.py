@@ -16,7 +16,7 @@ from lora_blip.errors import ConfigError
 from lora_blip.lora import attached, targets
 from lora_blip.models import sharding, weights
 from lora_blip.models.compilation import compile_blocks
-from lora_blip.models.generation import check_generation, ignored_lines
+from lora_blip.models.generation import check_generation, ignored_lines, unused_lines
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.runtime import distributed
@@ -183,7 +183,8 @@ def task_for(config: TrainConfig, backbone: Backbone) -> Task:
     name = default_task(backbone.architecture) if config.task == "auto" else config.task
     values = config.generation | {"max_new_tokens": config.max_new_tokens or 1, "num_beams": config.num_beams}
     task = TASKS[name](backbone, config.prompt, Generation.of(values, config.seed))
-    print("".join(f"{line}\n" for line in ignored_lines(task.generation.stored())), end="")
+    lines = ignored_lines(task.generation.stored()) if task.writes_text else unused_lines(config)
+    print("".join(f"{line}\n" for line in lines), end="")
     task.require_score(config.best_by)
     return task
 

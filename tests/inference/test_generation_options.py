@@ -23,6 +23,7 @@ from lora_blip.lora.adapter_file import Adapter
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training.loop import train
+from lora_blip.training.setup import task_for
 from tests.support import tiny
 from tests.support.models import carry
 from tests.support.runs import settings
@@ -148,6 +149,21 @@ def test_validation_uses_the_options(checkpoints, tmp_path, monkeypatch):
     train(settings(checkpoints["opt"], tiny.write_photos(tmp_path), generation=options, max_new_tokens=0, epochs=1, seed=3))
     assert calls and all(call.items() >= (options | {"seed": 3}).items() for call in calls)
     assert all(name.endswith(".png") for call in calls for name in call["images"])
+
+
+def test_options_of_generation_are_reported_if_texts_are_ranked(checkpoints, make, tmp_path, capsys):
+    """In a ranking of texts, in retrieval and in its training. A ranking without such settings reports nothing."""
+    line = "generation: {} no effect: texts are ranked, and none is generated\n"
+    task_of(make("blip"), None, InferConfig(model="x", adapter="none", texts="a|b", sample=True, generation={"top_p": 0.5}))
+    assert line.format("sample, top_p have") in capsys.readouterr().out
+    task_of(make("itm"), None, InferConfig(model="x", adapter="none", num_beams=3))
+    assert line.format("num_beams has") in capsys.readouterr().out
+    task_of(make("itm"), None, InferConfig(model="x", adapter="none"))
+    assert "no effect" not in capsys.readouterr().out
+    source = tiny.write_photos(tmp_path)
+    config = settings(checkpoints["itm"], source, generation={"do_sample": True, "top_k": 5}, task="retrieval")
+    task_for(replace(config, max_new_tokens=0, best_by="auto"), make("itm"))
+    assert line.format("do_sample, top_k have") in capsys.readouterr().out
 
 
 def test_wrong_options_are_an_error_before_the_model_is_loaded(checkpoints, tmp_path):

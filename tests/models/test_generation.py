@@ -92,7 +92,7 @@ def test_prompts_of_different_lengths_are_one_batch(make, kind, beams):
     alone = [language.generate_scored(images[row : row + 1], PROMPTS[row : row + 1], **named)[0][0] for row in range(5)]
     assert [text for ((text, _),) in found] == [text for text, _ in alone] and len({text for text, _ in alone}) > 2
     assert [score for ((_, score),) in found] == pytest.approx([score for _, score in alone], rel=1e-4)
-    for more in ({"no_repeat_ngram_size": 2}, {"min_length": 9}):
+    for more in ({"no_repeat_ngram_size": 2}, {"min_length": 9}, {"watermarking_config": {"bias": 8.0, "context_width": 2}}):
         calls.clear()
         texts = language.generate(images, PROMPTS, **named, **more)
         lengths = [len(group) for group in by_length([language.prompt_ids(prompt) for prompt in PROMPTS])]
