@@ -12,11 +12,13 @@ from lora_blip.data.entries import as_text
 from lora_blip.data.formats import Located, Location
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import sha256_of
-from lora_blip.runtime.untrusted import quoted
+from lora_blip.runtime.signals import search_within
+from lora_blip.runtime.untrusted import printable, quoted
 
 FOLDER = "folder"
 ENDS = 4096  # bytes at the start and at the end of a file that are compared before the whole file is
 SHOWN = 12  # columns in a message
+SECONDS = 60.0  # for the matches of a regex in all paths
 Image = TypeVar("Image", bound=Hashable)
 Link = tuple[Image, Hashable]  # an image, and the group or the bytes that it shares with others
 
@@ -33,22 +35,50 @@ class Groups:
             raise ConfigError(
                 f'group_by = {group_by!r} is not a valid regex ({error}); for example, --group-by "(video\\d+)"'
             ) from None
+        self.seconds = SECONDS
         self.column = "" if self.pattern or self.group_by == FOLDER else self.group_by
+        self.folders: dict[str, str] = {}  # folder → its real path: two lines may spell it differently
         self.links: list[tuple[Any, Hashable]] = []
         self.columns: dict[str, None] = {}  # the columns of the first entry, for the message
 
     def add(self, image: Hashable, name: str, path: str | Path, entry: dict[str, Any] | None = None) -> None:
         """Store the group of an image, if it has one. name: its path as written. entry: its line, for a column."""
         if self.pattern:
-            match = self.pattern.search(name.replace("\\", "/"))
+            match = self._search(self.pattern, name.replace("\\", "/"))
             group: Hashable = next(filter(None, match.groups()), match[0]) if match else None
         elif self.column:
             self.columns = self.columns or dict.fromkeys(entry or ())
-            group = as_text((entry or {}).get(self.column)) or None
+            group = self.value_in(entry or {}) or None
         else:
-            group = str(Path(path).parent) if self.group_by else None
+            group = self._folder_of(path) if self.group_by else None
         if group is not None:
             self.links.append((image, ("group", group)))
+
+    def value_in(self, entry: dict[str, Any]) -> str:
+        """Return the value of the column in a line without the spaces around it, or "". A table has its names in lower case."""
+        in_table = re.sub(r"[\s-]+", "_", self.column.lower())
+        return (as_text(entry.get(self.column, entry.get(in_table))) or "").strip()
+
+    def _search(self, pattern: re.Pattern[str], name: str) -> re.Match[str] | None:
+        try:
+            match, self.seconds = search_within(pattern, name, self.seconds)
+        except TimeoutError:
+            raise ConfigError(
+                f"group_by = {self.group_by!r}: the regex takes more than {SECONDS:g} s, at the path {quoted(name)}; change it "
+                "so that it has no repetition inside a repetition, such as (a+)+ (--group-by)"
+            ) from None
+        return match
+
+    def _folder_of(self, path: str | Path) -> str:
+        folder = os.path.dirname(path)  # noqa: PTH120  # a str or a Path
+        if folder not in self.folders:
+            self.folders[folder] = os.path.realpath(folder)
+        return self.folders[folder]
+
+    def note_unused(self, reason: str) -> None:
+        """Print a line if `group_by` is set, for data that are not split at random."""
+        if self.group_by:
+            print(printable(f"group_by = {self.group_by!r} has no effect: {reason}"))
 
     def require_found(self) -> None:
         """Raise DataError if `group_by` is set and no image has a group."""
@@ -58,8 +88,8 @@ class Groups:
             raise DataError(f"group_by = {self.group_by!r}: the regex matches no image path; change it (--group-by)")
         columns = ", ".join(quoted(column) for column in list(self.columns)[:SHOWN])
         raise DataError(
-            f"group_by = {self.group_by!r}: no line has this column; the columns of the first line are {columns}; give one of "
-            "them, folder, or a regex with parentheses (--group-by folder)"
+            f"group_by = {self.group_by!r}: no line has a value in this column; the columns of the first line are {columns}; "
+            "give one of them, folder, or a regex with parentheses (--group-by folder)"
         )
 
 
@@ -150,6 +180,8 @@ def joined(
         equal, groups = [], components(images, links)
     if equal:
         report(f"{len(equal):,} images have the same bytes as another one; copies are on one side of the split")
+    if links and (alone := len(set(images) - {image for image, _ in links})):
+        report(f"WARNING: {alone:,} of {len(images):,} images have no group (--group-by), and are split one by one")
     if links:
         report(f"the split keeps {len(components(images, links)):,} groups of {len(images):,} images together")
     return groups

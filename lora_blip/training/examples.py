@@ -26,6 +26,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     examples = read_file(config, task, config.annotations, thumbnails, sides, groups if config.group_by else None)
     groups.require_found()
     if config.val_annotations:
+        groups.note_unused(f"the validation lines are those of {config.val_annotations}")
         training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
         task.prepare_data([*training, *validation])
     elif sides.get("train"):
@@ -53,12 +54,15 @@ def split_by_column(
         f"{len(validation):,} val, {others:,} left out (test, or no split)"
     )
     if validation:
+        groups.note_unused("the column `split` divides the lines")
         return training, validation
     return split(config, sides["train"], groups)
 
 
 def split(config: TrainConfig, examples: list[Example], groups: Groups) -> tuple[list[Example], list[Example]]:
     """Return the training lines and the validation lines, drawn at random by group. Files are compared only if all are read."""
+    if not config.val_fraction:
+        groups.note_unused("VAL_FRACTION is 0, so no image is held out")
     return splits.split_by_image(examples, config.val_fraction, config.seed, groups, config.check_images == "all")
 
 

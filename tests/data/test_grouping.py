@@ -2,15 +2,20 @@
 
 import json
 import random
+import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from lora_blip.data import annotations, splits
+from lora_blip.config import TrainConfig
+from lora_blip.data import annotations, grouping, splits
 from lora_blip.data.grouping import Groups, components, draw, equal_files
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.training.examples import read_examples
 
 
 def transitive_closure(images: list[int], links: list[tuple[int, str]]) -> set[frozenset[int]]:
@@ -151,3 +156,59 @@ def test_an_impossible_group_by_names_the_columns_and_the_fix(tmp_path):
         splits.split_by_image(examples, 0.3, 0, groups)
     with pytest.raises(DataError, match=r"no group is left for .*; give --splits 1"):
         prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out"), group_by="(clip)"))
+
+
+def test_two_spellings_of_a_folder_or_of_a_value_are_one_group(tmp_path):
+    """A link, "..", spaces around a value, and the name of a table's column in capitals."""
+    frames(tmp_path, 1, 1)
+    (tmp_path / "link").symlink_to(tmp_path / "clip0")
+    by_folder, by_column = Groups("folder"), Groups("Video ID")
+    for number, folder in enumerate(("clip0", "clip0/../clip0", "link")):
+        by_folder.add(number, f"{folder}/x.png", tmp_path / folder / "x.png")
+    for number, value in enumerate(("v1", " v1", "v1 ")):
+        by_column.add(number, "x.png", "x.png", {"video_id": value})
+    for groups in (by_folder, by_column):
+        assert len({group for _, group in groups.links}) == 1 and len(groups.links) == 3
+
+
+def test_images_without_a_group_are_counted(tmp_path, capsys):
+    """An empty value is no group; otherwise all images without a value would be one group."""
+    source = frames(tmp_path, 4, 3)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    empty = ["", "  ", None, []]
+    changed = [line | {"video": empty[number]} if number < 4 else line for number, line in enumerate(lines)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    groups = Groups("video")
+    examples, _ = annotations.read(source, groups=groups)
+    assert len(groups.links) == 8
+    splits.split_by_image(examples, 0.3, 0, groups)
+    assert "WARNING: 4 of 12 images have no group (--group-by), and are split one by one" in capsys.readouterr().out
+
+
+def test_group_by_without_an_effect_is_reported(tmp_path, capsys):
+    """With validation lines of their own, with the column `split`, without validation, and in prepare."""
+    source = frames(tmp_path, 4, 3)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    divided = [line | {"split": "val" if number < 2 else "train"} for number, line in enumerate(lines)]
+    (tmp_path / "split.jsonl").write_text("".join(json.dumps(line) + "\n" for line in divided))
+    task = SimpleNamespace(check=None, pretokenize=None, trim=None, unknown_report=lambda _: "", prepare_data=lambda _: None)
+    config = TrainConfig(annotations=str(source), group_by="video")
+    for changes, reason in (
+        ({"val_annotations": str(source)}, "the validation lines are those of"),
+        ({"annotations": str(tmp_path / "split.jsonl")}, "the column `split` divides the lines"),
+        ({"val_fraction": 0.0}, "VAL_FRACTION is 0"),
+        ({}, ""),
+    ):
+        read_examples(replace(config, **changes), task)
+        printed = capsys.readouterr().out
+        assert f"group_by = 'video' has no effect: {reason}" in printed if reason else "no effect" not in printed
+    prepare(PrepareConfig(source=str(tmp_path / "split.jsonl"), output_dir=str(tmp_path / "out"), group_by="video"))
+    assert "group_by = 'video' has no effect: the data have splits of their own" in capsys.readouterr().out
+
+
+def test_a_regex_that_takes_years_is_one_error(monkeypatch):
+    monkeypatch.setattr(grouping, "SECONDS", 0.3)
+    groups, before = Groups("(a+)+b"), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(ConfigError, match=r"takes more than 0.3 s, at the path 'aaa.*no repetition inside a repetition"):
+        groups.add(0, "a" * 60, "x.png")
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -114,6 +114,8 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     split_of_image = published_splits(data) if config.own_splits else {}
     refuse_faults(data, config.on_bad_data)
     data.groups.require_found()
+    if split_of_image:
+        data.groups.note_unused("the data have splits of their own; to draw random ones, give --own-splits false")
     split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
     with phase(f"writing {len(data.rows):,} lines to {output}"):
