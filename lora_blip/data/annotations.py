@@ -24,7 +24,7 @@ from lora_blip.data.images import open_image
 from lora_blip.data.prepare.sources import find_sources, usable_entries
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
-from lora_blip.runtime.untrusted import printable, quoted, why
+from lora_blip.runtime.untrusted import os_error_reason, printable, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 LISTED = 20  # problems printed before "and N more"
@@ -154,7 +154,7 @@ def _parsed(
     try:
         parsed = [builder.build(entry, number) for number, entry in entries()]
     except OSError as error:
-        raise DataError(f"annotations {str(source)!r} cannot be read ({why(error)}); {ANNOTATIONS}") from None
+        raise DataError(f"annotations {str(source)!r} cannot be read ({os_error_reason(error)}); {ANNOTATIONS}") from None
     if builder.ignored:
         report(printable(f"{source}: these keys are ignored: {_describe_ignored(builder.ignored)}"))
     return parsed

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lora_blip.data.images import LARGEST_FILE
 from lora_blip.errors import ImageError
 from lora_blip.runtime.files import FULL, remove, write_whole
-from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, printable, why
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, printable
 
 try:
     import fcntl
@@ -93,7 +93,7 @@ class Store:
                 return self._stop(f"it has reached its limit of {self.limit / 1e9:.1f} GB")
             write_whole(self._path(key), content, synced=False)
         except OSError as error:
-            return self._stop("the disk is full" if error.errno in FULL else why(error))
+            return self._stop("the disk is full" if error.errno in FULL else os_error_reason(error))
         self.used, self.uncounted = self.used + len(content), self.uncounted + len(content)
         return True
 
@@ -131,7 +131,7 @@ class Store:
             file.flush()
             os.utime(path)
         except OSError as error:
-            self._stop("the disk is full" if error.errno in FULL else why(error))
+            self._stop("the disk is full" if error.errno in FULL else os_error_reason(error))
             return None
         return file
 
@@ -271,7 +271,9 @@ def image_digest(path: Path) -> str:
     except UnreadableError as error:
         raise ImageError(printable(f"{path} is not a usable image: {error}")) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        raise ImageError(printable(f"{path} cannot be read ({why(error) if isinstance(error, OSError) else error})")) from None
+        raise ImageError(
+            printable(f"{path} cannot be read ({os_error_reason(error) if isinstance(error, OSError) else error})")
+        ) from None
 
 
 @lru_cache(maxsize=DIGESTS)

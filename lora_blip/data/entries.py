@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lora_blip.runtime.untrusted import cut, is_path, quoted
+from lora_blip.runtime.untrusted import is_path, quoted, shorten
 
 # names of keys and columns; if an entry has several of them, the first in this order is used
 IMAGE_KEYS = (
@@ -37,7 +37,7 @@ class WrittenFloat(float):
     def __new__(cls, spelling: str) -> "WrittenFloat":
         number = super().__new__(cls, spelling)
         if math.isinf(number):
-            raise ValueError(f"{cut(spelling)} is too large for a number")
+            raise ValueError(f"{shorten(spelling)} is too large for a number")
         number.spelling = spelling
         return number
 
@@ -66,7 +66,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
         corrected = image.translate(LETTERS)
         if corrected != image and "\n\n" not in image and is_path(corrected):
             first = first_key(entry, IMAGE_KEYS) or "image"
-            return UNESCAPED.format(cut(json.dumps(entry | {first: corrected}, ensure_ascii=False, default=str)))
+            return UNESCAPED.format(shorten(json.dumps(entry | {first: corrected}, ensure_ascii=False, default=str)))
         return f"the image is not a valid path: {quoted(image)}"
     try:
         result = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest

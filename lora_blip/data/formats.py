@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS, UNESCAPED, Entry, WrittenFloat, first_key
-from lora_blip.runtime.untrusted import DEEPEST, cut, no_constant, once, open_regular, parsed
+from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant, shorten, unique_keys
 
 LONGEST = 2**20  # most characters of a line; a line with a caption has about a hundred
 TOO_LONG = f"it has more than {LONGEST:,} characters; put each example on its own line"
@@ -18,8 +18,8 @@ IMAGE_PATH = re.compile(rf'("(?:{"|".join(IMAGE_KEYS)})"\s*:\s*")([^"]*)', re.IG
 
 ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]")  # invalid bytes, and all characters but ASCII
 
-QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=no_constant)  # five times as fast; ignores repeated keys
-STRICT = json.JSONDecoder(object_pairs_hook=once, parse_float=WrittenFloat, parse_constant=no_constant)
+QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)  # five times as fast; ignores repeated keys
+STRICT = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=WrittenFloat, parse_constant=refuse_constant)
 
 Location = int | str  # the number of a line, or the place of an entry in a JSON document: "annotations[17]"
 Located = tuple[Location, Entry | str]  # an entry, or the reason why it is invalid
@@ -152,7 +152,7 @@ def with_slashes(text: str, line: int = 1) -> str:
         valid = corrected != text and parsed(corrected, STRICT)
     except ValueError:
         return ""
-    return UNESCAPED.format(cut(corrected.split("\n")[line - 1].strip())) if isinstance(valid, dict | list) else ""
+    return UNESCAPED.format(shorten(corrected.split("\n")[line - 1].strip())) if isinstance(valid, dict | list) else ""
 
 
 def _object(line: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_blip.data.example import Example
 from lora_blip.data.images import HEAD, SUFFIXES, is_picture
 from lora_blip.errors import ImageError
-from lora_blip.runtime.untrusted import open_regular, printable, why
+from lora_blip.runtime.untrusted import open_regular, os_error_reason, printable
 
 SHARD = ".tar"
 MAX_SUFFIXES = 100  # most suffixes that are counted separately
@@ -51,7 +51,7 @@ def _entries(folder: str, others: Counter[str]) -> Iterator[Example | str]:
     try:
         images, shards, folders, rest = list_folder(folder)
     except OSError as error:
-        yield missing(folder, f"{folder} cannot be listed ({why(error)})")
+        yield missing(folder, f"{folder} cannot be listed ({os_error_reason(error)})")
         return
     others.update(rest + Counter({SHARD: len(shards)}))
     inner = set(folders)

@@ -19,7 +19,7 @@ from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value
 from lora_blip.data.unreadable_formats import RAW, RAW_ADVICE, described
 from lora_blip.errors import ImageError
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, printable, why
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, printable, shorten
 
 # the formats that Pillow may read; some of its other formats start a program
 FORMATS = (
@@ -116,9 +116,9 @@ def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImag
     except OSError as error:
         if reason := reason_and_fix(error, path):
             raise ImageError(printable(f"{path} cannot be read: {reason}")) from None
-        raise ImageError(printable(f"{path} cannot be decoded ({cut(why(error))})")) from None
+        raise ImageError(printable(f"{path} cannot be decoded ({shorten(os_error_reason(error))})")) from None
     except Exception as error:  # decoders raise any error on damaged files: struct.error, KeyError, MemoryError …
-        reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
+        reason = ": ".join(filter(None, (type(error).__name__, shorten(str(error)))))
         raise ImageError(printable(f"{path} cannot be decoded ({reason})")) from None
 
 

@@ -17,7 +17,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.image_folders import count_other, missing
 from lora_blip.data.images import HEAD, LARGEST_FILE, is_picture, open_image
 from lora_blip.errors import ImageError
-from lora_blip.runtime.untrusted import cut, open_regular, printable, quoted, why
+from lora_blip.runtime.untrusted import open_regular, os_error_reason, printable, quoted, shorten
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
@@ -83,7 +83,7 @@ def images_in_shard(shard: str, others: Counter[str]) -> Iterator[Example]:
                 last = info.name
             _refuse_rest(archive, file)
     except Exception as error:  # a broken header can raise any error
-        reason = why(error) if isinstance(error, OSError) else cut(str(error))
+        reason = os_error_reason(error) if isinstance(error, OSError) else shorten(str(error))
         yield missing(shard, f"{shard} cannot be read {f'after {quoted(last)}' if last else 'as a tar archive'} ({reason})")
 
 
@@ -121,7 +121,7 @@ def open_shard_image(member: ShardImage) -> Image.Image:
             shard.seek(member.offset)
             content = shard.read(member.size)
     except OSError as error:
-        raise ImageError(printable(f"{member.image} cannot be read ({why(error)})")) from None
+        raise ImageError(printable(f"{member.image} cannot be read ({os_error_reason(error)})")) from None
     return open_image(member.image, BytesIO(content))
 
 

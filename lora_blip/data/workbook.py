@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, Located
 from lora_blip.data.tables import Row, entries_of_rows
 from lora_blip.errors import DataError
-from lora_blip.runtime.untrusted import cut
+from lora_blip.runtime.untrusted import shorten
 
 SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx, and of .xls
 LARGEST = 2**30  # bytes of the unpacked workbook
@@ -32,7 +32,7 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     except DataError:
         raise
     except Exception as error:  # openpyxl raises errors of many types for a damaged file
-        raise DataError(f"{path} is not a readable Excel workbook ({cut(str(error))}); {SAVE_AS}") from None
+        raise DataError(f"{path} is not a readable Excel workbook ({shorten(str(error))}); {SAVE_AS}") from None
     try:
         yield from entries_of_rows(path, _rows(path, sheet), keys, needs_header=True)
     finally:
@@ -51,7 +51,7 @@ def _rows(path: Path, sheet: object) -> Iterator[Row]:
         except StopIteration:
             return
         except Exception as error:  # openpyxl reads a row only when it is needed, and raises errors of many types
-            raise DataError(f"{path}:{number}: the workbook is damaged ({cut(str(error))}); {SAVE_AS}") from None
+            raise DataError(f"{path}:{number}: the workbook is damaged ({shorten(str(error))}); {SAVE_AS}") from None
         cells = ["" if value is None else _text(value) for value in row]
         if not any(cell.strip() for cell in cells):
             continue

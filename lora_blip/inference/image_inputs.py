@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_blip.data.images import LARGEST, open_image, to_rgb, upright
 from lora_blip.errors import ImageError, InputError
-from lora_blip.runtime.untrusted import cut, printable
+from lora_blip.runtime.untrusted import printable, shorten
 
 ImageInput: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any] | Tensor"
 
@@ -125,7 +125,7 @@ def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
             turned = upright(image)  # Pillow parses EXIF at its first use, and another thread could read half of it
         return to_rgb(turned)
     except Exception as error:  # decoders raise any error on damaged files
-        reason = ": ".join(filter(None, (type(error).__name__, cut(str(error)))))
+        reason = ": ".join(filter(None, (type(error).__name__, shorten(str(error)))))
         raise ImageError(printable(f"{name} cannot be decoded ({reason})")) from None
 
 

@@ -28,7 +28,7 @@ from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import locate
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quoted, why
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, quoted, shorten
 from lora_blip.version import __version__
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -152,7 +152,7 @@ def read(path: str | Path) -> Adapter:
     except (safetensors.SafetensorError, OSError) as error:
         if reason := reason_and_fix(error, path):
             raise AdapterError(f"{path} cannot be read: {reason}") from None
-        reason = why(error) if isinstance(error, OSError) else cut(str(error))
+        reason = os_error_reason(error) if isinstance(error, OSError) else shorten(str(error))
         raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); copy it again") from None
     _check_values(path, tensors, sites)
     if metadata.get("sha256", "") not in ("", digest(tensors)):

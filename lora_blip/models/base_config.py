@@ -18,7 +18,7 @@ from lora_blip.errors import ModelError
 from lora_blip.models.generation import OPTIONS
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
 from lora_blip.models.weight_names import without_prefix
-from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted, why
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, quoted
 
 LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
 LARGEST_NUMBER = 2**20  # of any number in a config; four times the largest vocabulary of known language models
@@ -90,7 +90,7 @@ def check_tokenizer_files(source: str) -> None:
                 open_regular(path, LARGEST_TOKENIZER).close()
         except OSError as error:
             raise ModelError(
-                f"model {source!r} cannot be loaded: {path.name}: {why(error)}; copy it again from the checkpoint"
+                f"model {source!r} cannot be loaded: {path.name}: {os_error_reason(error)}; copy it again from the checkpoint"
             ) from None
 
 
@@ -111,7 +111,7 @@ def read_json(source: str, file_name: str, needed: bool = True, largest: int = L
     except UnreadableError as error:
         raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {error}; {remedy}") from None
     except OSError as error:
-        raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {why(error)}; {remedy}") from None
+        raise ModelError(f"model {source!r} cannot be loaded: {file_name}: {os_error_reason(error)}; {remedy}") from None
     except ValueError as error:
         raise ModelError(
             f"model {source!r} cannot be loaded: {file_name} is not JSON ({quoted(str(error))}); {remedy}"

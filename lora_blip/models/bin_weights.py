@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from lora_blip.errors import ModelError
 from lora_blip.models.base_config import LARGEST_INDEX, read_json
 from lora_blip.runtime.files import cache_folder, make_folder, make_whole, room_for, write_new
-from lora_blip.runtime.untrusted import UnreadableError, cut, open_regular, quoted, why
+from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, quoted, shorten
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,7 +61,7 @@ def bin_files(folder: str, name: str) -> list[Path]:
             open_regular(root / each).close()
         except (OSError, UnreadableError) as error:
             raise ModelError(
-                f"the weights of {name!r} cannot be read: {quoted(each)}: {why(error)}; download it again"
+                f"the weights of {name!r} cannot be read: {quoted(each)}: {os_error_reason(error)}; download it again"
             ) from None
     return [root / each for each in names]
 
@@ -114,7 +114,7 @@ def _read(files: list[Path], target: Path, size: int, name: str) -> None:
         reason = (done.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
         if done.returncode < 0:
             reason = f"the process that read it ended with {signal.Signals(-done.returncode).name}"
-        raise ModelError(_unreadable(name, files, cut(reason)))
+        raise ModelError(_unreadable(name, files, shorten(reason)))
 
 
 def _unreadable(name: str, files: list[Path], reason: str) -> str:
@@ -137,6 +137,6 @@ def _index(files: list[Path], folder: Path, name: str) -> None:
             with safe_open(path, "pt") as opened:
                 places |= dict.fromkeys(opened.keys(), path.name)
         except SafetensorError as error:
-            raise ModelError(_unreadable(name, files, cut(str(error)))) from None
+            raise ModelError(_unreadable(name, files, shorten(str(error)))) from None
     index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": places}
     write_new(folder / SAFE_INDEX, json.dumps(index).encode())

@@ -65,7 +65,7 @@ def _refuse_irregular(status: os.stat_result, largest: int | None) -> None:
         raise UnreadableError(f"it has {status.st_size:,} bytes, more than {largest:,}")
 
 
-def why(error: OSError) -> str:
+def os_error_reason(error: OSError) -> str:
     """Return the reason of an OSError without the path, which the caller adds."""
     return error.strerror or str(error)
 
@@ -99,8 +99,8 @@ def parsed(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     return value
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs. Raise ValueError for a repeated key, which is ambiguous."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return these pairs of a JSON object as a dict. Raise ValueError if a key occurs twice, because its value is ambiguous."""
     entry = dict(pairs)
     if len(entry) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -108,13 +108,13 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entry
 
 
-def no_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
     """Raise ValueError for NaN or Infinity, which Python reads and writes but JSON does not have."""
     raise ValueError(f"{name} is not JSON; write null")
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=once, parse_constant=no_constant)
-WITH_NAN = json.JSONDecoder(object_pairs_hook=once)
+STRICT = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+WITH_NAN = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def _deeper(value: Any, levels: int) -> bool:
@@ -163,6 +163,6 @@ def quoted(value: object) -> str:
     return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]} …"
 
 
-def cut(text: str) -> str:
-    """Return another program's message as `quoted` does, but without the quotes."""
+def shorten(text: str) -> str:
+    """Return a text as one line, shortened and escaped as by `quoted`, but without quotes: for messages of other programs."""
     return quoted(text)[1:-1]

@@ -25,7 +25,7 @@ from lora_blip.runtime.progress import phase
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
 from lora_blip.runtime.settings import stored_settings
 from lora_blip.runtime.system_errors import sync, writing
-from lora_blip.runtime.untrusted import printable, why
+from lora_blip.runtime.untrusted import os_error_reason, printable
 from lora_blip.training import checkpoint
 from lora_blip.training.best import Best
 from lora_blip.training.checkpoint import Saved
@@ -272,7 +272,9 @@ class Run:
                 checkpoint.delete_all(self.folder)
             except OSError as error:  # the run is complete
                 folder = self.folder / checkpoint.FOLDER
-                print(printable(f"warning: the checkpoints cannot be removed: {why(error)}; remove {folder} yourself"))
+                print(
+                    printable(f"warning: the checkpoints cannot be removed: {os_error_reason(error)}; remove {folder} yourself")
+                )
 
     # ---------------------------------------------------------------- lines for the terminal
 

@@ -17,7 +17,7 @@ from lora_blip.data.prepare.web_addresses import refuse_addresses
 from lora_blip.data.workbook import SIGNATURES, workbook_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import cut, open_regular, parsed, why
+from lora_blip.runtime.untrusted import open_regular, os_error_reason, parsed, shorten
 
 TABLES: dict[str, Callable[[Path, Keys], Iterator[Located]]] = {
     "tsv": tables.tsv_entries,
@@ -54,7 +54,7 @@ def load(path: Path, requested: str) -> tuple[str, Any]:
         with open_regular(path) as file:
             head = file.read(8192)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or why(error)}") from None
+        raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or os_error_reason(error)}") from None
     if (file_format := packed_kind(path, head)) and requested in ("auto", file_format):
         return file_format, None
     if requested == "auto" and head.startswith(SIGNATURES):
@@ -70,7 +70,9 @@ def load(path: Path, requested: str) -> tuple[str, Any]:
         return requested, None
     file_format = _document_format(document) if requested == "document" else requested
     if not file_format or (file_format == "vqa" and not isinstance(document, dict)):
-        keys = f"it has the keys {cut(', '.join(list(document)[:8]))}" if isinstance(document, dict) else "it is not an object"
+        keys = (
+            f"it has the keys {shorten(', '.join(list(document)[:8]))}" if isinstance(document, dict) else "it is not an object"
+        )
         raise DataError(f"{path}: the format of this JSON file is unknown ({keys}); {_format_advice()}")
     return file_format, document
 

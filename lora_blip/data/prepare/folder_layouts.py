@@ -11,7 +11,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, open_tex
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.errors import DataError
-from lora_blip.runtime.untrusted import parsed, printable, why
+from lora_blip.runtime.untrusted import os_error_reason, parsed, printable
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
 DEEPEST_FOLDER = 20  # levels of subfolders
@@ -113,7 +113,7 @@ def captioned_entries(layout: Layout) -> Iterator[Located]:
             with open_text(layout.folder / name) as file:
                 text = file.read(LONGEST + 1)
         except OSError as error:
-            yield name, f"this file cannot be read ({why(error)}); it should contain the caption of {image}"
+            yield name, f"this file cannot be read ({os_error_reason(error)}); it should contain the caption of {image}"
         else:
             yield name, {"image": image, "text": text} if len(text) <= LONGEST else TOO_LONG
     for stem in sorted(layout.downloads):

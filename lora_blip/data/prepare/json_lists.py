@@ -8,7 +8,7 @@ from lora_blip.data.entries import IMAGE_KEYS
 from lora_blip.data.formats import Located, several
 from lora_blip.data.tables import IMAGE_NAME
 from lora_blip.errors import DataError
-from lora_blip.runtime.untrusted import cut, quoted
+from lora_blip.runtime.untrusted import quoted, shorten
 
 
 def json_entries(path: Path, document: Any) -> Iterator[Located]:
@@ -18,7 +18,7 @@ def json_entries(path: Path, document: Any) -> Iterator[Located]:
     """
     if is_mapping(document):
         for name, texts in document.items():
-            yield from several(cut(name), {"image": name, "text": texts})
+            yield from several(shorten(name), {"image": name, "text": texts})
         return
     key = "" if isinstance(document, list) else list_key(document)
     if not isinstance(document, list) and not key:

@@ -28,7 +28,7 @@ from lora_blip.errors import DataError, FileError
 from lora_blip.runtime.files import make_folder, write_new
 from lora_blip.runtime.system_errors import file_error
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
-from lora_blip.runtime.untrusted import cut, open_regular, parsed, printable, quoted, why
+from lora_blip.runtime.untrusted import open_regular, os_error_reason, parsed, printable, quoted, shorten
 
 READER = Path(__file__).with_name("parquet_reader.py")
 SUFFIXES = {".parquet": "parquet", ".arrow": "parquet", ".tar": "shard"}
@@ -111,7 +111,7 @@ def parquet_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:
             if status < 0:
                 reason = f"the process that read the file ended with {signal.Signals(-status).name}"
             advice = "" if "--image-key" in reason else "; download it again"
-            raise DataError(printable(f"{path} cannot be read: {cut(reason)}{advice}"))
+            raise DataError(printable(f"{path} cannot be read: {shorten(reason)}{advice}"))
 
 
 def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
@@ -152,7 +152,7 @@ def shard_entries(path: Path, keys: Keys, target: Path) -> Iterator[Located]:  #
     except FileError:
         raise  # an image could not be written
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        reason = why(error) if isinstance(error, OSError) else cut(str(error))
+        reason = os_error_reason(error) if isinstance(error, OSError) else shorten(str(error))
         yield f"after {quoted(last)}", f"the rest of the shard cannot be read ({reason}); download it again"
 
 

@@ -17,7 +17,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import no_constant, once, parsed, quoted, why
+from lora_blip.runtime.untrusted import os_error_reason, parsed, quoted, refuse_constant, unique_keys
 
 PARTNERS = {"questions.json": "annotations.json", "annotations.json": "questions.json"}  # of a small copy of VQAv2
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
@@ -44,7 +44,7 @@ def load_json(path: Path) -> Any:
             text = file.read()
         return parsed(text, _COMPACT)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or why(error)}") from None
+        raise DataError(f"{path} cannot be read: {reason_and_fix(error, path) or os_error_reason(error)}") from None
     except ValueError as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 0
         where = f":{line}" * bool(line)
@@ -225,13 +225,14 @@ def _flickr8k_splits(folder: Path) -> dict[str, str]:
         return {line.strip(): split for split, lines in existing_lists.items() for _, line in lines if line}
     except OSError as error:
         raise DataError(
-            f"{folder}: one of {', '.join(FLICKR8K_LISTS.values())} cannot be read ({why(error)}); download it again"
+            f"{folder}: one of {', '.join(FLICKR8K_LISTS.values())} cannot be read ({os_error_reason(error)}); "
+            "download it again"
         ) from None
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
     """Return an object of a JSON file, or the answer or sentence in it as a string: millions of dicts would fill the memory."""
-    entry = once(pairs)
+    entry = unique_keys(pairs)
     if "answer" in entry and entry.keys() <= VQA_ANSWER and (answer := as_text(entry["answer"])) is not None:
         return sys.intern(answer)
     if "raw" in entry and entry.keys() <= KARPATHY_SENTENCE and isinstance(entry["raw"], str):
@@ -239,7 +240,7 @@ def _compact(pairs: list[tuple[str, Any]]) -> Any:
     return entry
 
 
-_COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_float=WrittenFloat, parse_constant=no_constant)
+_COMPACT = json.JSONDecoder(object_pairs_hook=_compact, parse_float=WrittenFloat, parse_constant=refuse_constant)
 
 
 def _text_of(entry: Any, key: str) -> str | None:
