@@ -11,10 +11,10 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all other parameters. If the setting FAST is true (the default), two hooks of
-`fused` replace `lora_hook`. They need less memory in training without dropout; otherwise they call `lora_hook`.
+`inject` does this for every target, and freezes all other parameters. Unless the setting FAST is False, two hooks of `fused`
+replace `lora_hook`. They need less memory in training without dropout; otherwise they call `lora_hook`.
 
-Read next: `injection` (put adapters on a model), `targets` (which linears), `merging` (write the update into W),
+Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W),
 `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (save and load).
 """
 
@@ -86,7 +86,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 class AdapterStack(nn.ModuleDict):
     """The adapters of one linear, by name. The output gets the sum of their updates.
 
-    A key is an adapter's name, or "name:block" if it changes only a block of output features: "default:q" for q of a fused qkv.
+    A key is an adapter's name, or "name:block" if it changes only a block of output features: "default:q" for q of q, k and v.
     """
 
     merged: frozenset[str] = frozenset()  # keys of the adapters whose update is in W

@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> Path:
                 if not is_last:
                     session.checkpoint_if_due()
             with learner.transaction():  # no checkpoint is written in the middle of an update
-                rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)
+                rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)  # LR = 0: the default
                 update = update_parameters(learner, rate)
                 session.log(update, rate, batches)
             session.stop_after_skipped_steps()
