@@ -29,6 +29,7 @@ from lora_blip.data.images import is_picture, open_image
 from lora_blip.data.shards import BRACES, ShardImage, expanded, images_in_shard, open_shard_image
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable, quoted
+from lora_blip.runtime.user_paths import suggestion
 
 MAX_LISTED = 8  # most suffixes in the message about other files
 
@@ -56,8 +57,8 @@ class ImageSource:
             problem = problem or f" ({example.reason})"
         problem = problem or f" ({self.others_line()})" * bool(self.others)
         raise ImageError(
-            f"no image found at {self.setting!r}{printable(problem)}; give a file, a folder, a glob such as 'photos/*.jpg', a "
-            "list (.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
+            f"no image found at {self.setting!r}{printable(problem)}; {suggestion(self.setting)}give a file, a folder, a glob "
+            "such as 'photos/*.jpg', a list (.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
         )
 
     def __iter__(self) -> Iterator[Example]:

@@ -1,7 +1,8 @@
 """Check and open the images that Python callers pass: paths, PIL images, arrays, tensors or the bytes of a file."""
 
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +28,8 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
     """Return [(name, image)], and True if `images` is one image and not a list. Raise InputError as `check_input` does."""
-    single = isinstance(images, SINGLE) or not isinstance(images, Iterable) or hasattr(images, "read")
+    no_list = isinstance(images, Mapping | Set) or hasattr(images, "read")  # iterable, but `check_input` refuses them
+    single = no_list or isinstance(images, SINGLE) or not isinstance(images, Iterable)
     is_iterator = not single and not isinstance(images, list | tuple)
     listed = [images] if single else [snapshot(image) if is_iterator else image for image in images]
     names = [name_of(image, None if single else position) for position, image in enumerate(listed)]
@@ -60,6 +62,7 @@ def check_input(image: Any, name: str) -> str:
     """Return `name`. Raise InputError with a fix if the type, shape, dtype or range of the image is not accepted."""
     if not isinstance(image, SINGLE):
         fix = "; give file.read()" if hasattr(image, "read") else ""
+        fix = "; give a list of its images: list(images.values())" if isinstance(image, Mapping) else fix
         raise InputError(f"{name} is of type {type(image).__name__}; expected {ACCEPTED}{fix}")
     if isinstance(image, np.ndarray | Tensor):
         _check_shape(image, name)
@@ -107,12 +110,25 @@ def open_input(image: Any, name: str) -> Image.Image:
             raise ImageError(
                 printable(f"{image} is a web address, and lora_blip downloads no images; download it first: curl -O {image}")
             )
+        _check_path(str(image))
         return open_image(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return open_image(name, BytesIO(image))
     if isinstance(image, Image.Image):
         return _rgb_copy(image, name)
     return to_rgb(Image.fromarray(_uint8_array(image)))
+
+
+def _check_path(path: str) -> None:
+    """Raise ImageError with a fix if a text is not the path of one file: empty, a data URL, a folder or a glob."""
+    if not path:
+        raise ImageError("the path of the image is empty; give the path of a file")
+    if path.startswith("data:"):
+        raise ImageError("the image is a data URL; give its bytes: base64.b64decode(url.partition(',')[2])")
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises OSError for a path that is too long)
+    if is_folder or ("*" in path and not os.path.lexists(path)):
+        pattern, kind = (f"{path.rstrip('/')}/*", "a folder") if is_folder else (path, "a glob")
+        raise ImageError(printable(f"{path} is {kind}, not an image; give its images: sorted(glob.glob({pattern!r}))"))
 
 
 def _rgb_copy(image: Image.Image, name: str) -> Image.Image:

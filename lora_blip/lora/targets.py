@@ -183,5 +183,19 @@ def table(model: nn.Module, name: str = "default") -> str:
     return "\n".join(lines + [f"{p:<15}{n:>8}{size:>17,}{size / base:>14.2%}" for p, n, size in rows])
 
 
+def too_large_ranks(model: nn.Module, name: str = "default") -> str:
+    """Return a warning if a rank is larger than a side of its update, which has no higher rank than that; otherwise ""."""
+    sides = {address: min(lora.A.shape[1], lora.B.shape[0]) for address, lora in adapters(model, name).items()}
+    large = {address: lora for address, lora in adapters(model, name).items() if lora.site.r > sides[address]}
+    if not large:
+        return ""
+    address = min(large, key=lambda each: sides[each])
+    return (
+        f"warning: r = {large[address].site.r} is larger than the smaller side of the update of {len(large)} linears, such as "
+        f"{address} ({large[address].B.shape[0]} × {large[address].A.shape[1]}). A rank above {sides[address]} costs time and "
+        f"memory there and adds nothing; a usual value is R = {R} (--r {R})"
+    )
+
+
 def _part(address: str) -> str:
     return next((part for part, prefix in PARTS.items() if re.match(prefix, address)), "other")

@@ -77,6 +77,8 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
     require_same(ranks, inputs.identity)
     config, task = inputs.config, inputs.task
     print(f"\n{targets.table(task.backbone.model)}\n")
+    if warning := targets.too_large_ranks(task.backbone.model):
+        print(f"{warning}\n")
     caches, prefix = apply_performance_settings(ranks, inputs)
     autocast = autocasting(task.backbone.device, inputs.precision)
     batches = loader_of(inputs.training, task, config, shuffle=True, caches=caches)

@@ -303,6 +303,7 @@ def test_flickr8k_with_its_oddities_is_read_and_split_by_its_lists(run, tmp_path
         "7 entries (flickr8k)" in printed
         and re.search(r"train +3 captions of 2 images", printed)
         and re.search(r"dropped +2 of 7", printed)
+        and printed.endswith(f"train --annotations {tmp_path}/out/train.jsonl --val-annotations {tmp_path}/out/val.jsonl\n")
     )
 
 

@@ -213,3 +213,9 @@ def test_a_file_of_an_unreadable_format_is_named_with_the_fix(tmp_path, monkeypa
 def test_avif_is_read(tmp_path):
     (tmp_path / "a.avif").write_bytes(content("AVIF"))
     assert open_image(tmp_path / "a.avif").size == (16, 12)
+
+
+def test_a_missing_folder_of_images_suggests_the_nearest(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ImageError, match=r"no image found at '.*foto'.*; did you mean '.*photos'\? Otherwise give a file"):
+        ImageSource(tmp_path / "foto")

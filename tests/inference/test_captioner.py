@@ -74,6 +74,8 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "None": (None, "is of type NoneType; expected a path, a PIL image"),
     "a number": (3, "is of type int; expected a path"),
     "a list": ([1, 2], "is of type list; expected a path"),
+    "a dict": ({"image": "a.jpg"}, r"is of type dict; .*; give a list of its images: list\(images\.values\(\)\)"),
+    "a set": ({"a.jpg"}, "is of type set; expected a path"),
     "an open file": (io.BytesIO(b""), r"is of type BytesIO; .*; give file\.read\(\)"),
     "a batch": (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\); for a batch, give a list of images: list\(images\)"),
     "channels first": (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); .*; give image\.transpose\(1, 2, 0\)"),
@@ -106,6 +108,9 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
     broken = [
         ("nowhere.jpg", "does not exist"), (b"no image", "supported format"), (truncated, "cannot be decoded"),
         (torn, "cannot be decoded"), ("https://x.org/a.png", "download it first: curl -O"),
+        ("", "path of the image is empty"), ("data:image/png;base64,AA", "give its bytes: base64.b64decode"),
+        (str(tmp_path), "is a folder, not an image; give its images: sorted(glob.glob("),
+        (str(tmp_path / "*.png"), "is a glob, not an image; give its images: sorted(glob.glob("),
     ]  # fmt: skip
     mixed: list[tuple[Any, str]] = [broken[0], (photos[0], ""), (photos[1], ""), *broken[1:], (photos[2], "")]
     found = captioner([image for image, _ in mixed])

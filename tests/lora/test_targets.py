@@ -108,3 +108,16 @@ def test_a_target_that_resembles_nothing_has_no_suggestion(make):
     with pytest.raises(TargetError) as caught:
         targets.find(make("blip").model, "zzz")
     assert "did you mean" not in str(caught.value)
+
+
+def test_a_rank_above_the_side_of_an_update_is_a_warning_with_a_usual_value(make):
+    """The update of a block of rows has the number of these rows as its side."""
+    model = make("blip").model
+    width = model.config.vision_config.hidden_size
+    injection.inject(model, "vit.q", r=width)
+    assert targets.too_large_ranks(model) == ""
+    injection.eject(model)
+    injection.inject(model, "vit.q,vit.mlp:r=4", r=width + 1)
+    warning = targets.too_large_ranks(model)
+    assert f"r = {width + 1} is larger than the smaller side of the update of 2 linears, such as vision_model." in warning
+    assert f"({width} × {width})" in warning and warning.endswith("(--r 8)")

@@ -19,9 +19,11 @@ from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.runtime.command_line import program
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import check, require, setting
+from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 
@@ -280,12 +282,16 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
 
 
 def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData) -> None:
-    """Print the numbers of lines and images of each split, and the dropped lines with their reasons."""
+    """Print the numbers of lines and images of each split, the dropped lines with their reasons, and the next command."""
     for split in (split for split in SPLIT_NAMES if rows[split]):
         images = len({row.image.identity for row in rows[split]})
         print(printable(f"{split:7} {len(rows[split]):9,} {data.kind} of {images:,} images → {files[split]}"))
     if data.dropped:
         print_dropped(data.dropped, len(data.rows), files["dropped"])
+    flags = {"train": "--annotations", "val": "--val-annotations"}
+    words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
+    if rows["train"]:
+        print(printable(f"next: {command_line([*(program() or ['lora-blip']), 'train', *words])}"))
 
 
 def _split_of(row: Row) -> str | None:

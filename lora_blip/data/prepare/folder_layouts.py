@@ -150,7 +150,7 @@ def refuse_without_template(layout: Layout, template: str) -> None:
         raise DataError(
             f"{folder} has {len(layout.images):,} image(s) without captions; write each caption to a text file next "
             f"to its image ({Path(first).with_suffix('.txt').as_posix()} for {first}), "
-            f"or give a file that contains the captions as source{table_advice}"
+            f"or give a file that contains the captions instead of the folder{table_advice}"
         )
     if not template:
         name = first.split("/")[-2].replace("_", " ")
