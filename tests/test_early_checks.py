@@ -132,3 +132,4 @@ def test_the_nearest_path_replaces_one_part(folder):
     assert nearest_path(folder / "Photo" / "1.png") == nearest_path(folder / "zebra") == nearest_path(folder / "photos") == ""
     assert nearest_path("photoz", ["a photo", "photos"]) == "photos"
     assert nearest_path(folder / "annotations", folders=True) == ""
+    assert nearest_path(folder / "Photo" / ("x" * 300)) == ""  # too long for a file name

@@ -95,7 +95,9 @@ def nearest_run(path: Path, runs: str | Path) -> str:
     if os.path.lexists(path):
         return ""
     folders = path.suffix != ".safetensors"
-    return str(beside) if beside.exists() else nearest_path(path, folders=folders) or nearest_path(beside, folders=folders)
+    if os.path.exists(beside):  # noqa: PTH110 — False for a name that is too long, for which Path.exists raises OSError
+        return str(beside)
+    return nearest_path(path, folders=folders) or nearest_path(beside, folders=folders)
 
 
 def run_to_resume(path: Path) -> Path:

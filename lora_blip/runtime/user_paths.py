@@ -70,7 +70,8 @@ def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = F
     candidates: list[str] = []
     if missing:
         replaced = [Path(start, name, *missing[1:]) for name in _similar(missing[0], _names(start), 3)]
-        candidates = [str(each) for each in replaced if each.is_dir() or (each.exists() and not folders)]
+        present = os.path.isdir if folders else os.path.exists  # False for a name that is too long, unlike Path.exists
+        candidates = [str(each) for each in replaced if present(each)]
     return next(iter(candidates), "") or next(iter(_similar(str(path), list(others), 1)), "")
 
 
