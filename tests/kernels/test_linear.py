@@ -1,4 +1,4 @@
-"""Products by oneDNN are PyTorch's own within float32's rounding, and where there is no such kernel, PyTorch's own."""
+"""Products of the oneDNN kernel equal those of PyTorch within float32 rounding. Without the kernel, PyTorch computes them."""
 
 import copy
 from contextlib import contextmanager
@@ -15,21 +15,21 @@ from lora_blip.kernels.linear import FrozenProduct, QuickLinear, has_kernel, pro
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    """However small: the kernel is taken for small ones too."""
+    """Use the kernel for small products too."""
     monkeypatch.setattr(products, "LARGE", 1)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (0,), (2, 3, 4)])
-def test_a_product_is_that_of_float64(shape, transposed):
-    """Relative to the largest value within 1e-6, for any number of rows, none too, and for a view as weight."""
+def test_a_product_equals_that_in_float64(shape, transposed):
+    """The error is at most 1e-6 of the largest value, for any number of rows, also zero, and for a transposed weight."""
     torch.manual_seed(0)
     x, bias = torch.randn(*shape, 33), torch.randn(17)
     weight = torch.randn(33, 17).t() if transposed else torch.randn(17, 33)
     truth = x.double() @ weight.double().t() + bias.double()
-    found = product(x, weight, bias)
-    assert found.shape == truth.shape and found.dtype == torch.float32
-    assert ((found - truth).abs() <= 1e-6 * truth.abs().max()).all() if x.numel() else True
+    actual = product(x, weight, bias)
+    assert actual.shape == truth.shape and actual.dtype == torch.float32
+    assert ((actual - truth).abs() <= 1e-6 * truth.abs().max()).all() if x.numel() else True
 
 
 def linear() -> nn.Linear:
@@ -37,32 +37,32 @@ def linear() -> nn.Linear:
     return nn.Linear(6, 5).requires_grad_(False)
 
 
-def test_a_frozen_linear_gives_its_input_a_gradient():
-    """By finite differences in float64; in float32 as autograd's, to 1e-6."""
+def test_the_gradient_of_the_input_of_a_frozen_linear_is_correct():
+    """It equals finite differences in float64, and that of autograd in float32 within 1e-6."""
     plain = linear()
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: FrozenProduct.apply(x, plain.weight.double(), plain.bias.double()), (x,))
-    found = []
+    results = []
     for on in (False, True):
         model = nn.Sequential(copy.deepcopy(plain))
         switch.fast(model, on)
         assert (type(model[0]) is QuickLinear) is on
         y = torch.ones(2, 6).requires_grad_()
         model(y).square().sum().backward()
-        found.append([model(y).detach(), y.grad])
-    for one, other in zip(*found, strict=True):
+        results.append([model(y).detach(), y.grad])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_a_weight_that_learns_still_does():
-    """A linear whose weight is trained goes PyTorch's way, by which it gets its gradient."""
+def test_a_trainable_weight_gets_a_gradient():
+    """A linear with a trainable weight uses the forward of PyTorch."""
     model = nn.Sequential(nn.Linear(6, 5))
     switch.fast(model)
     model(torch.randn(2, 6)).sum().backward()
     assert model[0].weight.grad is not None and model[0].bias.grad is not None
 
 
-def test_a_bias_that_learns_beside_a_frozen_weight_does_too():
+def test_a_trainable_bias_with_a_frozen_weight_gets_a_gradient():
     model = nn.Sequential(linear())
     model[0].bias.requires_grad_()
     switch.fast(model)
@@ -70,10 +70,10 @@ def test_a_bias_that_learns_beside_a_frozen_weight_does_too():
     assert torch.equal(model[0].bias.grad, torch.full((5,), 2.0))
 
 
-def test_derivatives_of_other_kinds_are_pytorch_s():
-    """Forward mode, torch.func's transforms, and a gradient of a gradient: as without the class."""
+def test_other_derivatives_equal_those_of_pytorch():
+    """Forward mode, torch.func transforms and second derivatives are equal with and without QuickLinear."""
     x, tangent = torch.randn(3, 6), torch.randn(3, 6)
-    found = []
+    derivatives = []
     for on in (False, True):
         model = nn.Sequential(linear(), nn.Tanh(), linear_back())
         switch.fast(model, on)
@@ -82,8 +82,8 @@ def test_derivatives_of_other_kinds_are_pytorch_s():
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), leaf)
-        found.append([*forward, each, first.detach(), second])
-    for one, other in zip(*found, strict=True):
+        derivatives.append([*forward, each, first.detach(), second])
+    for one, other in zip(*derivatives, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -93,10 +93,10 @@ def linear_back() -> nn.Linear:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_and_autocast_go_pytorch_s_way(dtype, monkeypatch):
-    """To the bit: the kernel is for float32 alone."""
+def test_other_dtypes_and_autocast_use_pytorch(dtype, monkeypatch):
+    """The kernel is used only in float32, so the outputs equal those of PyTorch bit for bit."""
     plain, x = linear(), torch.randn(4, 6)
-    monkeypatch.setattr(products, "product", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(products, "product", lambda *_: pytest.fail("the kernel was used"))
     model = nn.Sequential(copy.deepcopy(plain))
     switch.fast(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +104,7 @@ def test_other_dtypes_and_autocast_go_pytorch_s_way(dtype, monkeypatch):
     assert torch.equal(model.to(dtype)(x.to(dtype)), plain.to(dtype)(x.to(dtype)))
 
 
-def test_without_the_kernel_it_is_pytorch_s_own(monkeypatch):
+def test_without_the_kernel_pytorch_computes_the_product(monkeypatch):
     monkeypatch.setattr(products, "has_kernel", lambda: False)
     plain, x = linear(), torch.randn(4, 6)
     model = nn.Sequential(copy.deepcopy(plain))
@@ -113,7 +113,7 @@ def test_without_the_kernel_it_is_pytorch_s_own(monkeypatch):
 
 
 def test_a_wrong_or_missing_kernel_is_not_used(monkeypatch):
-    """What is private in a library may change: it is tried on numbers first."""
+    """The private operator of PyTorch is checked on an example first, because it may change."""
 
     class Gone:
         @staticmethod
@@ -154,12 +154,12 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_probe_says_the_same_in_every_mode_of_its_caller(mode, monkeypatch):
-    """It runs in the first product that is large enough, which may be in an autocast block: it computes outside of it."""
+def test_the_probe_of_the_kernel_does_not_depend_on_the_mode_of_the_caller(mode, monkeypatch):
+    """The probe runs in the first large product, which may be inside autocast. Its result is the same in every mode."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     has_kernel.cache_clear()
     expected = has_kernel()
-    assert expected  # oneDNN computes it right on every CPU
+    assert expected  # oneDNN is correct on every CPU
     has_kernel.cache_clear()
     with MODES[mode]():
         assert has_kernel() == expected
@@ -168,14 +168,14 @@ def test_the_probe_says_the_same_in_every_mode_of_its_caller(mode, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_doctor_says_the_same_in_every_mode_of_its_caller(mode):
+def test_the_doctor_reports_the_same_precisions_in_every_mode_of_the_caller(mode):
     expected = precisions(torch.device("cpu"))
     with MODES[mode]():
         assert precisions(torch.device("cpu")) == expected
 
 
-def test_training_in_bf16_over_float32_weights_probes_the_kernel(monkeypatch):
-    """A linear's first large product under autocast is on a CPU with AVX-512 where the kernel is tried."""
+def test_the_first_product_may_be_under_autocast(monkeypatch):
+    """The first large product of a float32 linear under autocast probes the kernel on AVX-512, and its output is bf16."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(products, "LARGE", 1)
     has_kernel.cache_clear()

@@ -1,4 +1,4 @@
-"""A fast module runs only where the library still has the method that it replaces; other calls get the library's own."""
+"""A fast module is used only if transformers has the method that it replaces. Other calls use the method of transformers."""
 
 import copy
 import inspect
@@ -31,15 +31,15 @@ LINES = [Example(Path(f"{n}.png"), "", f"{n}.png", n) for n in range(3)]
 
 
 def rename_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do what transformers 5.24 did: give the cache of BLIP's text attention another name, in callers too."""
+    """Rename the cache argument of the text attention of BLIP, also in its caller, as transformers 5.24 did."""
     library = BlipTextSelfAttention.forward
     old = "cache" if "cache" in inspect.signature(library).parameters else "past_key_values"
 
     def inner(
         self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, memory=None, **kwargs
     ) -> Any:  # fmt: skip
-        given = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, memory
-        return library(self, *given, **kwargs)
+        args = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, memory
+        return library(self, *args, **kwargs)
 
     def outer(self: Any, hidden_states, attention_mask=None, encoder_hidden_states=None, **kwargs: Any) -> Any:
         context, probabilities = self.self(
@@ -54,7 +54,7 @@ def rename_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("switched", ["before", "after"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_renamed_keyword_changes_no_caption(make, monkeypatch, capsys, switched, beams):
-    """Captions stay equal to transformers' own if the cache gets a third name, whenever the model became fast."""
+    """If the cache gets a third name, captions stay equal, whether `fast` was called before or after the change."""
     backbone = make("blip")
     inject(backbone)
     task = CaptionTask(backbone, "a picture of", Generation(max_new_tokens=8, num_beams=beams))
@@ -70,15 +70,15 @@ def test_a_renamed_keyword_changes_no_caption(make, monkeypatch, capsys, switche
 
 
 @pytest.mark.parametrize("library", switch.KINDS)
-def test_every_fast_kind_was_written_for_the_installed_library(library, monkeypatch, capsys):
-    """It fits; with one argument more it does not, the module stays the library's own, and one line says so."""
+def test_every_fast_class_fits_the_installed_library(library, monkeypatch, capsys):
+    """With another signature, the module keeps the class of the library, and one line reports it."""
     assert signatures.fits_library(switch.KINDS[library], library)
-    given = inspect.signature(library.forward)
-    more = [*list(given.parameters.values())[:2], inspect.Parameter("more", inspect.Parameter.KEYWORD_ONLY)]
+    signature = inspect.signature(library.forward)
+    more = [*list(signature.parameters.values())[:2], inspect.Parameter("more", inspect.Parameter.KEYWORD_ONLY)]
 
     def changed(self: nn.Module, *args: Any, **kwargs: Any) -> None: ...
 
-    changed.__signature__ = given.replace(parameters=more)  # type: ignore[attr-defined]
+    changed.__signature__ = signature.replace(parameters=more)  # type: ignore[attr-defined]
     monkeypatch.setattr(library, "forward", changed)
     module = library.__new__(library)
     nn.Module.__init__(module)
@@ -86,8 +86,8 @@ def test_every_fast_kind_was_written_for_the_installed_library(library, monkeypa
     assert type(module) is library and f"{library.__name__} is off" in capsys.readouterr().out
 
 
-def test_a_call_with_an_unknown_argument_is_the_library_s(make, monkeypatch):
-    """An argument that the fast attention does not know is never ignored; one that is None is no argument."""
+def test_a_call_with_an_unknown_argument_uses_the_library(make, monkeypatch):
+    """The fast attention does not ignore an unknown argument, unless it is None."""
     vit, text = (make("blip").model.get_submodule(path) for path in (
         "vision_model.encoder.layers.0.self_attn", "text_decoder.bert.encoder.layer.0.attention.self"
     ))  # fmt: skip
@@ -105,22 +105,22 @@ def test_a_call_with_an_unknown_argument_is_the_library_s(make, monkeypatch):
 
 
 def attentions(model: Any, **named: Any) -> list[torch.Tensor]:
-    """What each tower with a fast attention gives of its probabilities, and what it computes beside."""
+    """Return outputs and attention probabilities of each tower with a fast attention."""
     pixels, ids = pictures(2), torch.tensor([[5, 6, 7], [8, 9, 3]])
-    seen = model.vision_model(pixel_values=pixels, **named)
-    found = [seen.last_hidden_state, *seen.attentions]
+    vision = model.vision_model(pixel_values=pixels, **named)
+    results = [vision.last_hidden_state, *vision.attentions]
     for name in ("text_decoder", "text_encoder"):
         if hasattr(model, name):
-            read = getattr(model, name)(input_ids=ids, encoder_hidden_states=seen.last_hidden_state, **named)
-            found += [read[0], *read.attentions, *read.cross_attentions]
-    return found
+            text = getattr(model, name)(input_ids=ids, encoder_hidden_states=vision.last_hidden_state, **named)
+            results += [text[0], *text.attentions, *text.cross_attentions]
+    return results
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["argument", "configuration"])
 @pytest.mark.parametrize("kind", ["blip", "vqa", "itm", "opt"])
-def test_attentions_are_transformers_eager_ones(make, kind, how):
-    """`output_attentions` gives the bits of transformers' eager attention; without it the fast one runs again."""
+def test_attentions_equal_those_of_transformers_eager_attention(make, kind, how):
+    """`output_attentions` gives eager attention bit for bit. A call without it uses the fast attention again."""
     model = make(kind).model
     model.set_attn_implementation("eager")
     named = {"output_attentions": True} if how == "argument" else {}
@@ -137,22 +137,22 @@ def test_attentions_are_transformers_eager_ones(make, kind, how):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2])
-def test_attentions_of_rows_that_share_an_image_are_those_of_rows_apart(make, rows):
-    """Inside `reading` a call for attentions reads every state, masked as it should be."""
+def test_attentions_of_rows_that_share_an_image_are_masked(make, rows):
+    """Inside `reading`, `output_attentions` returns probabilities of every state, and zero for masked states."""
     decoder = make("vqa").model.text_decoder
     ids, states, mask = torch.randint(5, 50, (2 * rows, 4)), torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
     with reading(decoder, states, mask, rows) as source:
         quick = decoder(input_ids=ids, **source).logits
-        found = decoder(input_ids=ids, output_attentions=True, **source)
-    torch.testing.assert_close(found.logits, quick, rtol=1e-4, atol=1e-5)
-    for each in found.cross_attentions:
+        output = decoder(input_ids=ids, output_attentions=True, **source)
+    torch.testing.assert_close(output.logits, quick, rtol=1e-4, atol=1e-5)
+    for each in output.cross_attentions:
         torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:-1]))
         assert each.shape[-1] == 6 and not each[rows:, ..., 4:].any() and each[:rows].all()
 
 
 @torch.no_grad()
-def test_generated_attentions_are_transformers_own(make):
+def test_attentions_of_generate_equal_those_of_transformers(make):
     decoder = make("blip").model.text_decoder
     named = {"encoder_hidden_states": torch.randn(2, 6, 32), "max_new_tokens": 4, "min_new_tokens": 4}
     named |= {
@@ -162,11 +162,11 @@ def test_generated_attentions_are_transformers_own(make):
         "eos_token_id": 3,
         "pad_token_id": 0,
     }
-    ids, found = torch.full((2, 1), 4), []
+    ids, outputs = torch.full((2, 1), 4), []
     for on in (True, False):
         switch.fast(decoder, on)
-        found.append(decoder.generate(input_ids=ids, **named))
-    fast, expected = found
+        outputs.append(decoder.generate(input_ids=ids, **named))
+    fast, expected = outputs
     assert torch.equal(fast.sequences, expected.sequences) and len(fast.attentions) == 4
     for one, other in zip(fast.attentions, expected.attentions, strict=True):
         assert len(one) == len(other) > 0 and all(map(torch.equal, one, other))
@@ -175,8 +175,8 @@ def test_generated_attentions_are_transformers_own(make):
 # ---------------------------------------------------------------- the switches
 
 
-def test_plain_is_transformers_own_to_the_bit_and_ends_with_its_block(make):
-    """Inside `plain` a fast model computes what a model that never was fast does, in its own thread."""
+def test_plain_equals_transformers_bit_for_bit_and_ends_with_its_block(make):
+    """Inside `plain`, logits and texts equal those of a model without fast. After the block, the model is fast again."""
     backbone = make("blip")
     inject(backbone)
     slow = copy.deepcopy(backbone)
@@ -193,11 +193,11 @@ def test_plain_is_transformers_own_to_the_bit_and_ends_with_its_block(make):
 
 
 def test_plain_reaches_the_recomputation_of_a_checkpoint(make):
-    """Gradients under activation checkpointing are those of the plain model, though the backward pass is outside of `plain`."""
-    found = []
+    """A backward pass outside `plain` recomputes the layers as inside it, so the gradients are those of the plain model."""
+    gradients = []
     for on in (True, False):
         backbone = make("blip", checkpointing=True, fast=on)
-        backbone.fast = False  # the same texts
+        backbone.fast = False  # both models encode texts in the same way
         adapters = inject(backbone)
         attached.fast(backbone.model, False)
         task = CaptionTask(backbone)
@@ -205,29 +205,29 @@ def test_plain_reaches_the_recomputation_of_a_checkpoint(make):
         with plain():
             loss = task.loss(batch_of(task))
         loss.backward()
-        found.append([x.A.grad for x in adapters.values()])
-    assert all(map(torch.equal, *found))
+        gradients.append([x.A.grad for x in adapters.values()])
+    assert all(map(torch.equal, *gradients))
 
 
-def test_fast_off_is_off_everywhere(checkpoints, monkeypatch):
-    """load_backbone(fast=False) leaves no fast kind and no fused update, for adapters that come later too."""
-    taken = used(monkeypatch)
+def test_fast_off_disables_fast_modules_and_the_fused_update(checkpoints, monkeypatch):
+    """After load_backbone(fast=False), no module is fast, and adapters injected later do not use the fused update."""
+    fused_linears = used(monkeypatch)
     backbone = load_backbone(str(checkpoints["blip"]), "cpu", fast=False)
     inject(backbone)
     assert not {type(module) for module in backbone.model.modules()} & set(switch.KINDS.values())
     task = CaptionTask(backbone)
     batch = batch_of(task)
     task.loss(batch).backward()
-    assert batch.rows.labels is None and not taken
+    assert batch.rows.labels is None and not fused_linears
     attached.fast(backbone.model)
     task.loss(batch).backward()
-    assert taken
+    assert fused_linears
 
 
 @pytest.mark.parametrize("kind", [InferConfig, EvaluateConfig])
 @pytest.mark.parametrize("on", [True, False])
-def test_infer_and_evaluate_have_the_setting(checkpoints, kind, on):
-    """FAST reaches the backbone, its modules and the hooks of an adapter that is not merged."""
+def test_infer_and_evaluate_pass_fast_to_the_backbone(checkpoints, kind, on):
+    """FAST applies to the backbone, its modules and the hooks of an adapter that is not merged."""
     config = kind(**{"references": "x.jsonl"} if kind is EvaluateConfig else {}, model=str(checkpoints["blip"]), adapter="none",
                   fast=on, device="cpu")  # fmt: skip
     backbone = open_task(config, None)[0].backbone
@@ -236,8 +236,8 @@ def test_infer_and_evaluate_have_the_setting(checkpoints, kind, on):
     assert backbone.fast is on and (TextAttention in kinds) is on and attached.share_routing(backbone.model).fast is on
 
 
-def test_an_argument_that_a_model_no_longer_has_is_an_error(make):
-    """transformers' `**kwargs` would accept it and ignore the value."""
+def test_an_argument_that_a_model_does_not_have_is_an_error(make):
+    """`call` raises ModelError, because `**kwargs` of transformers would ignore the argument."""
     model = make("blip").model
     with pytest.raises(ModelError, match=r"BlipVisionModel of transformers 5\.\d+\.\d+ has no argument 'pictures'"):
         call(model.vision_model, pixel_values=pictures(1), pictures=1)

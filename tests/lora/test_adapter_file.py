@@ -1,4 +1,4 @@
-"""The adapter file: what is saved comes back, alone and to the bit; what does not fit is refused by name."""
+"""The adapter file: saved tensors and settings are loaded bit for bit; a file that does not fit raises AdapterError."""
 
 import json
 import re
@@ -27,25 +27,25 @@ def saved(make, tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, tensors=None, header=None) -> Path:
-    """The same file with some tensors (None drops one) or parts of its header replaced."""
+    """Replace tensors (None removes one) and parts of the header in a file."""
     with safetensors.safe_open(path, "pt") as file:
-        kept = {key: file.get_tensor(key) for key in file.keys()}
-        about = json.loads(file.metadata()["lora_blip"])
-    kept = {key: value for key, value in (kept | (tensors or {})).items() if value is not None}
-    safetensors.torch.save_file(kept, path, {"lora_blip": json.dumps(about | (header or {}))})
+        old = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = json.loads(file.metadata()["lora_blip"])
+    new = {key: value for key, value in (old | (tensors or {})).items() if value is not None}
+    safetensors.torch.save_file(new, path, {"lora_blip": json.dumps(metadata | (header or {}))})
     return path
 
 
 def test_a_loaded_adapter_gives_the_logits_of_the_saved_one(backbone, make, tmp_path):
-    found = inject(backbone, r=3)
+    adapters = inject(backbone, r=3)
     expected = logits_of(backbone)
     path = adapter_file.save(tmp_path / "a.safetensors", backbone)
-    moved = shutil.copy(path, tmp_path / "moved.safetensors")  # it stands alone wherever it is copied
+    moved = shutil.copy(path, tmp_path / "moved.safetensors")  # a copy of the file is sufficient
     path.unlink()
     other = make(Path(backbone.name).name)
     adapter_file.load(other, moved)
     assert torch.equal(logits_of(other), expected)
-    assert all(torch.equal(x.A, found[address].A) for address, x in attached.adapters(other.model).items())
+    assert all(torch.equal(x.A, adapters[address].A) for address, x in attached.adapters(other.model).items())
 
 
 def test_blocks_and_ranks_are_saved_and_loaded(make, tmp_path):
@@ -54,12 +54,12 @@ def test_blocks_and_ranks_are_saved_and_loaded(make, tmp_path):
     expected = logits_of(backbone)
     path = adapter_file.save(tmp_path / "a.safetensors", backbone)
     other = make("blip")
-    adapter_file.load(other.model, path)  # a bare model will do
+    adapter_file.load(other.model, path)  # a model without Backbone
     assert torch.equal(logits_of(other), expected)
 
 
-def test_the_dropout_and_the_name_of_the_base_are_in_the_file_and_come_back(make, tmp_path):
-    """Training that continues from a file drops as much as before; of a bare model, its own name is kept."""
+def test_the_dropout_and_the_name_of_the_base_are_saved_and_loaded(make, tmp_path):
+    """The file has the name of the backbone, or `name_or_path` if a model is saved. An existing file is not overwritten."""
     backbone = make("blip")
     for x in inject(backbone, "vit").values():
         x.dropout = 0.25
@@ -76,7 +76,7 @@ def test_the_dropout_and_the_name_of_the_base_are_in_the_file_and_come_back(make
         adapter_file.save(path, backbone)
 
 
-def test_an_adapter_saved_while_merged_is_the_same(make, tmp_path):
+def test_saving_while_merged_writes_the_same_bytes(make, tmp_path):
     backbone = make("blip")
     inject(backbone)
     hooked = adapter_file.save(tmp_path / "hooked.safetensors", backbone).read_bytes()
@@ -84,23 +84,26 @@ def test_an_adapter_saved_while_merged_is_the_same(make, tmp_path):
     assert adapter_file.save(tmp_path / "merged.safetensors", backbone).read_bytes() == hooked
 
 
-def test_the_file_holds_what_is_needed_and_nothing_that_runs(make, tmp_path):
+def test_the_file_has_float32_tensors_the_task_and_versions(make, tmp_path):
+    """The file has lora_A and lora_B in float32, the base, the task, the training record and the library versions."""
     backbone = make("opt", dtype="fp16")
     inject(backbone, "vit")
     task = CaptionTask(backbone, "a photo of", Generation(17, 3))
     path = adapter_file.save(tmp_path / "a.safetensors", backbone, task=task.metadata(), training={"steps": 9})
     with safetensors.safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    about = adapter_file.read(path).metadata
+    metadata = adapter_file.read(path).metadata
     assert {key.rsplit(".", 1)[1] for key in tensors} == {"lora_A", "lora_B"} and len(tensors) == 16
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    assert about["format_version"] == 1 and about["base"]["name"] == backbone.name and about["training"] == {"steps": 9}
-    assert set(about["versions"]) == {"lora_blip", "torch", "transformers"}
+    assert (
+        metadata["format_version"] == 1 and metadata["base"]["name"] == backbone.name and metadata["training"] == {"steps": 9}
+    )
+    assert set(metadata["versions"]) == {"lora_blip", "torch", "transformers"}
     again = task_of(backbone, adapter_file.read(path))
     assert (again.prompt, again.generation) == (task.prompt, task.generation)
 
 
-def test_it_fits_its_base_in_every_dtype(make, tmp_path):
+def test_an_adapter_loads_on_its_base_in_every_dtype(make, tmp_path):
     for trained in ("fp32", "bf16", "fp16"):
         backbone = make("blip", dtype=trained)
         inject(backbone, "vit")
@@ -110,7 +113,7 @@ def test_it_fits_its_base_in_every_dtype(make, tmp_path):
 
 
 def test_another_base_is_refused_even_with_equal_shapes(make, saved):
-    """A near copy: one weight in a thousand moved by a per cent."""
+    """A copy of the base with one linear scaled by 2 % raises AdapterError, and so does another architecture."""
     other = make("blip")
     linear = other.model.vision_model.encoder.layers[1].mlp.fc2
     linear.weight.data *= 1.02
@@ -121,8 +124,8 @@ def test_another_base_is_refused_even_with_equal_shapes(make, saved):
         adapter_file.load(make("opt"), saved)
 
 
-def test_a_base_that_differs_elsewhere_alone_is_refused(make, tmp_path):
-    """The ViT is shared by several BLIP-2s: an adapter of the ViT alone still knows its own."""
+def test_a_base_that_differs_only_outside_the_adapted_part_is_refused(make, tmp_path):
+    """Several BLIP-2 models share one ViT, so an adapter of the ViT also has a fingerprint of the language model."""
     backbone = make("opt")
     inject(backbone, "vit")
     path = adapter_file.save(tmp_path / "a.safetensors", backbone)
@@ -173,7 +176,7 @@ def test_a_damaged_file_is_refused_with_the_reason(make, saved):
         assert not attached.names(backbone.model)
 
 
-def test_files_of_other_kinds_are_refused(tmp_path, saved):
+def test_a_missing_incomplete_or_foreign_file_is_refused(tmp_path, saved):
     with pytest.raises(AdapterError, match="does not exist"):
         adapter_file.read(tmp_path / "none.safetensors")
     for content in (b"", b"text", saved.read_bytes()[:-10], saved.read_bytes()[:100]):
@@ -185,7 +188,7 @@ def test_files_of_other_kinds_are_refused(tmp_path, saved):
         adapter_file.read(tmp_path / "y.safetensors")
 
 
-def test_a_fresh_adapter_is_not_saved_and_nothing_is_written_over(make, tmp_path):
+def test_an_untrained_adapter_is_not_saved_and_no_file_is_overwritten(make, tmp_path):
     backbone = make("blip")
     with pytest.raises(AdapterError, match="has no adapter"):
         adapter_file.save(tmp_path / "a.safetensors", backbone)
@@ -193,13 +196,13 @@ def test_a_fresh_adapter_is_not_saved_and_nothing_is_written_over(make, tmp_path
     with pytest.raises(AdapterError, match="every lora_B is zero"):
         adapter_file.save(tmp_path / "a.safetensors", backbone)
     inject(backbone, "vit")
-    (tmp_path / "a.safetensors").write_text("mine")
+    (tmp_path / "a.safetensors").write_text("existing")
     with pytest.raises(AdapterError, match="exists already"):
         adapter_file.save(tmp_path / "a.safetensors", backbone)
-    assert (tmp_path / "a.safetensors").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_text() == "existing" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_second_adapter_needs_a_name_of_its_own(make, saved):
+def test_a_second_adapter_needs_another_name(make, saved):
     backbone = make("blip")
     adapter_file.load(backbone, saved)
     with pytest.raises(AdapterError, match="another name"):
@@ -208,7 +211,8 @@ def test_a_second_adapter_needs_a_name_of_its_own(make, saved):
     assert attached.names(backbone.model) == ["default", "second"]
 
 
-def test_the_newest_is_found(tmp_path, saved, monkeypatch):
+def test_locate_latest_returns_the_newest_adapter(tmp_path, saved, monkeypatch):
+    """`locate` also accepts the folder of a run or the path of a file."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterError, match="train one"):
         runs.locate("latest")
@@ -222,8 +226,8 @@ def test_the_newest_is_found(tmp_path, saved, monkeypatch):
     assert runs.locate(saved) == saved
 
 
-def test_a_run_has_its_best_weights_by_validation_if_there_are_any(tmp_path, saved):
-    """`locate` prefers best.safetensors of the newest run; a run without validation has its last weights, a file is itself."""
+def test_locate_prefers_the_best_adapter_of_a_run(tmp_path, saved):
+    """`locate` returns best.safetensors of a run, or the last adapter if there is none, and the path of a file unchanged."""
     import os
 
     folder = tmp_path / "runs"

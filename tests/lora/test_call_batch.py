@@ -1,4 +1,4 @@
-"""Adapters that are chosen row by row fit the batch of the model's call, whatever shape a linear sees, or it is an error."""
+"""Adapters chosen row by row must match the batch size of the call of the model, whatever the shape at the linear."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ CLOSE = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 class Flattening(nn.Module):
-    """As OPT: the linear sees (rows · tokens, width)."""
+    """A model whose linear gets (rows · tokens, width), as in OPT."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Flattening(nn.Module):
 
 
 class Windows(Flattening):
-    """As Swin: the linear sees (rows · windows, tokens, width)."""
+    """A model whose linear gets (rows · windows, tokens, width), as in Swin."""
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
         rows, tokens, width = states.shape
@@ -39,12 +39,12 @@ class Windows(Flattening):
 
 @pytest.mark.parametrize("shape", [(9, 4), (1, 4), (2, 4), (4, 4), (9, 5, 4), (6, 5, 4), (1, 5, 4), (9, 2, 2, 4), (0, 4), (4,)])
 def test_a_batch_of_another_size_is_an_error_for_every_shape(shape):
-    """Nine rows with three names gave three neighbours one adapter."""
+    """A batch whose rows differ from the number of names raises LoRAError, also a multiple of it."""
     model, before = line("a", "b"), line("a")
     for call in (model, model[0]):
         with use_adapters(model, ["a", None, None]), pytest.raises(LoRAError, match="adapters were chosen"):
             call(torch.randn(shape))
-    for names in (["a"], ["a", None, None, None]):  # as many as the vector has elements
+    for names in (["a"], ["a", None, None, None]):  # one name, and one per element of the vector
         with use_adapters(before, names), pytest.raises(LoRAError, match=r"adapters were chosen.*give x\[None\]"):
             before(torch.randn(4))
 
@@ -71,12 +71,12 @@ def test_flattened_tokens_belong_to_the_rows_of_the_model_s_call(by):
         for rows, tokens in ((3, 4), (4, 1), (1, 2), (6, 2)):
             with pytest.raises(LoRAError, match=f"a batch has {rows} rows, but adapters were chosen for 2"):
                 call(torch.randn(rows, tokens, 4))
-        CLOSE(call(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # an error in between leaves nothing
+        CLOSE(call(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # an error between calls has no effect
     assert call_batch() is None
 
 
-def test_rows_that_only_have_the_size_of_the_batch_are_refused():
-    """Three windows of one row are not three rows, though their number is that of the names."""
+def test_windows_are_not_counted_as_rows():
+    """One row with three windows raises LoRAError, although there are three names."""
     model = Windows(line("a", "b"))
     with use_adapters(model, ["a", None, "b"]):
         for rows in (1, 3):
@@ -89,15 +89,15 @@ def test_beams_repeat_rows_of_flattened_tokens_side_by_side():
     model, x = Flattening(inner), torch.randn(4, 3, 4)
     with use_adapters(model, ["a", None], beams=2):
         CLOSE(model(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1], "a"), plus(inner, x[2]), plus(inner, x[3])]))
-        CLOSE(model(x[:2]), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # what comes before the beams
+        CLOSE(model(x[:2]), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # calls before the beam search
         with pytest.raises(LoRAError, match="a batch has 3 rows"):
             model(x[:3])
     with pytest.raises(LoRAError, match="beams"), use_adapters(model, ["a", None], beams=0):
         pass
 
 
-class Seeing(nn.Module):
-    """As BLIP's forward: images, flattened to patches, and a mask."""
+class PixelModel(nn.Module):
+    """A model that gets images and flattens them to patches, as in the forward of BLIP."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ class Seeing(nn.Module):
 
 
 def test_a_beam_search_does_not_repeat_images():
-    """Nine images for three names are a mistake, with beams = 3 too; nine texts may be those of a search."""
+    """Nine images with three names raise LoRAError also with beams=3, but nine texts are allowed."""
     inner = line("a", "b")
-    model = Seeing(inner)
+    model = PixelModel(inner)
     with use_adapters(model, ["a", None, "b"], beams=3):
         assert model(torch.randn(3, 3, 4, 4)).shape == (3, 5, 3)
         assert inner(torch.randn(9, 5, 4)).shape == (9, 5, 3)
@@ -122,8 +122,8 @@ def test_a_beam_search_does_not_repeat_images():
 @pytest.mark.parametrize("part", ["the model", "its encoder", "its text", "ViT", "Q-Former"])
 @pytest.mark.parametrize("kind", ["opt", "blip"])
 @torch.no_grad()
-def test_every_part_of_a_backbone_refuses_other_rows(make, kind, part):
-    """Nine rows, or two, with three names: through the ViT, the Q-Former, the language model and `generate`."""
+def test_every_part_of_a_backbone_refuses_another_batch_size(make, kind, part):
+    """Nine or two rows with three names raise LoRAError in the ViT, the Q-Former, the language model and `generate`."""
     backbone = make(kind)
     inject(backbone)
     model, language = backbone.model, CaptionTask(backbone).language
@@ -155,22 +155,22 @@ def tiny_width(model: Any) -> int:
 def test_batch_hooks_are_added_once_and_removed_with_the_adapters():
     model, x = Flattening(line("a")), torch.randn(2, 3, 4)
 
-    def watching() -> list[int]:
+    def count_hooks() -> list[int]:
         hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
         return [hooks.count(note_batch), hooks.count(forget_batch)]
 
-    assert watching() == [0, 0]
+    assert count_hooks() == [0, 0]
     for _ in range(2):
         with use_adapters(model, ["a", None]):
             model(x)
-    assert watching() == [2, 2]
+    assert count_hooks() == [2, 2]
     injection.eject(model)
     left = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called]
-    assert watching() == [0, 0] and not left
+    assert count_hooks() == [0, 0] and not left
 
 
-def test_a_call_that_was_interrupted_is_forgotten_at_the_next_block():
-    """Ctrl-C in a notebook leaves no batch size behind."""
+def test_an_interrupted_call_does_not_affect_the_next_block():
+    """After KeyboardInterrupt in a call, the next block does not use the batch size of that call."""
 
     class Interrupted(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The fused update is `layer.lora_hook`: in value and gradient, in every arithmetic; where it would not be, it stands back."""
+"""The fused update equals `layer.lora_hook` in values and gradients. It is not used if results could differ."""
 
 import copy
 import io
@@ -23,8 +23,8 @@ from tests.support.models import WHOLE, batch_of, inject, twenty_steps
 from tests.support.networks import gradients, network, used
 
 
-def test_its_gradients_are_those_of_finite_differences():
-    """gradcheck in float64, for x, A and B of two blocks of rows; the plain update agrees to 1e-12."""
+def test_gradients_of_the_fused_update_equal_finite_differences():
+    """`gradcheck` in float64 for x, A and B of two blocks of rows. The plain update agrees within 1e-12."""
     model = network(torch.float64)
     for x in attached.adapters(model).values():
         x.double()
@@ -43,27 +43,27 @@ def test_its_gradients_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_it_is_the_plain_update_in_every_arithmetic(precision, monkeypatch):
-    """fp32 to 1e-6 of the largest value; in 16 bits closer to float64 than twice as far as the plain one is."""
-    taken = used(monkeypatch)
+def test_the_fused_update_equals_the_plain_update_in_every_precision(precision, monkeypatch):
+    """In fp32 the error against float64 is at most 1e-6; in 16 bits it is at most twice that of the plain update plus 1e-3."""
+    fused_linears = used(monkeypatch)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     context = (lambda: torch.autocast("cpu", dtype)) if dtype else nullcontext
     model, x = network(), torch.randn(4, 7, 6)
     exact = copy.deepcopy(model).double()
     truth = gradients(exact, x.double(), fast=False)
-    assert not taken
+    assert not fused_linears
     fast, plain = (gradients(model, x, way, context) for way in (True, False))
-    assert taken == [model[0], model[2]]
+    assert fused_linears == [model[0], model[2]]
     for one, other, true in zip(fast, plain, truth, strict=True):
         assert one.dtype == other.dtype
-        error, theirs = ((value.double() - true).abs().max() / true.abs().max() for value in (one, other))
-        assert error <= (2 * theirs + 1e-3 if dtype else 1e-6)
+        error, plain_error = ((value.double() - true).abs().max() / true.abs().max() for value in (one, other))
+        assert error <= (2 * plain_error + 1e-3 if dtype else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["blip", "vqa", "opt", "t5"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_twenty_steps_by_it_are_twenty_plain_steps(kind, precision, make):
-    """The losses of 20 steps of AdamW, every part adapted: within 1e-5 of the plain ones in fp32, 2 % in bf16."""
+def test_twenty_steps_with_the_fused_update_equal_twenty_plain_steps(kind, precision, make):
+    """The losses of 20 AdamW steps with every part adapted differ by at most 1e-5 in fp32 and 2 % in bf16."""
     from lora_blip.tasks.caption import CaptionTask
     from lora_blip.tasks.vqa import VqaTask
     from tests.support.questions import batch_of as questions_of
@@ -71,24 +71,24 @@ def test_twenty_steps_by_it_are_twenty_plain_steps(kind, precision, make):
     losses = []
     for fast in (True, False):
         backbone = make(kind)
-        found = inject(backbone, WHOLE[kind], trained=False)
+        adapters = inject(backbone, WHOLE[kind], trained=False)
         attached.fast(backbone.model, fast)
         task = VqaTask(backbone) if kind == "vqa" else CaptionTask(backbone)
         batch = questions_of(task) if kind == "vqa" else batch_of(task)
-        losses.append(twenty_steps(found, lambda task=task, batch=batch: task.loss(batch) / batch.count, precision))
+        losses.append(twenty_steps(adapters, lambda task=task, batch=batch: task.loss(batch) / batch.count, precision))
     assert losses[0][-1] < 0.97 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 2e-2)
 
 
 def test_the_fused_update_is_not_used_if_results_could_differ(monkeypatch):
-    """With dropout, rows of their own, merged or 16-bit weights, or where no gradients are taken."""
-    taken, x = used(monkeypatch), torch.randn(2, 6, requires_grad=True)
+    """The fused update is not used with dropout, adapters by row, merged or 16-bit weights, or without gradients."""
+    fused_linears, x = used(monkeypatch), torch.randn(2, 6, requires_grad=True)
     model = network(dropout=0.5).train()
     model(x)
-    assert not taken
+    assert not fused_linears
     model.eval()(x)
-    assert len(taken) == 2
-    taken.clear()
+    assert len(fused_linears) == 2
+    fused_linears.clear()
     model = network()
     with torch.no_grad():
         model(x)
@@ -99,39 +99,40 @@ def test_the_fused_update_is_not_used_if_results_could_differ(monkeypatch):
     merged(x)
     half = network(torch.bfloat16)
     half(x.bfloat16())
-    assert not taken
+    assert not fused_linears
 
 
 def doubled(_linear: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (2 * args[0],)
 
 
-OTHERS = {  # what else may look at a linear, or be learned of it
+CHANGES = {  # changes of a linear that the fused update must respect
     "weight": lambda linear: linear.weight.requires_grad_(),
     "bias": lambda linear: linear.bias.requires_grad_(),
     "a pre-hook": lambda linear: linear.register_forward_pre_hook(doubled),
     "a hook": lambda linear: linear.register_forward_hook(lambda _m, _a, y: 2 * y),
     "a hook before": lambda linear: linear.register_forward_hook(lambda _m, _a, y: 2 * y, prepend=True),
     "a backward hook": lambda linear: linear.register_full_backward_hook(lambda _m, dx, _dy: (2 * dx[0],)),
-    "a forward of its own": lambda linear: setattr(linear, "forward", lambda x: 2 * nn.functional.linear(x, linear.weight)),
+    "a replaced forward": lambda linear: setattr(linear, "forward", lambda x: 2 * nn.functional.linear(x, linear.weight)),
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_other_hooks_see_the_same_values_as_without_the_fused_update(what):
-    """The same outputs and gradients, those of a base that is trained as well among them."""
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_linear_gives_the_results_of_the_plain_update(change):
+    """With hooks or a trained base, outputs and gradients equal those of the plain update."""
     model, x = network(), torch.randn(4, 6)
-    OTHERS[what](model[0])
+    CHANGES[change](model[0])
     for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_linear_returns_may_be_changed_in_place(monkeypatch):
-    taken = used(monkeypatch)
+def test_the_output_of_a_linear_may_be_changed_in_place(monkeypatch):
+    """With an in-place ReLU after the linear, outputs and gradients equal those of the plain update."""
+    fused_linears = used(monkeypatch)
     model, x = nn.Sequential(network(), nn.ReLU(inplace=True)), torch.randn(4, 6)
     for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert len(taken) == 2
+    assert len(fused_linears) == 2
 
 
 def test_a_vector_without_a_batch_is_updated_too():
@@ -141,15 +142,15 @@ def test_a_vector_without_a_batch_is_updated_too():
 
 
 def test_threads_may_share_a_model():
-    """What one of them hands over between the hooks is not another's: here both stand between them at once."""
-    model, meet = network(), threading.Barrier(2, timeout=20)
+    """Each thread stores its own input between pre-hook and hook. Here both threads are between the hooks at the same time."""
+    model, barrier = network(), threading.Barrier(2, timeout=20)
     inputs = torch.randn(2, 3, 6)
     alone = [model(x.requires_grad_()).detach() for x in inputs]
     real = model[0].forward
-    model[0].__class__ = type("Meeting", (nn.Linear,), {"forward": lambda _self, x: (meet.wait(), real(x))[1]})
+    model[0].__class__ = type("Meeting", (nn.Linear,), {"forward": lambda _self, x: (barrier.wait(), real(x))[1]})
     with patched_plain(type(model[0])), ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda x: model(x.requires_grad_()).detach(), inputs))
-    assert all(map(torch.equal, found, alone))
+        outputs = list(pool.map(lambda x: model(x.requires_grad_()).detach(), inputs))
+    assert all(map(torch.equal, outputs, alone))
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def patched_plain(kind: type[nn.Linear]) -> Iterator[None]:
 
 
 def test_an_error_between_the_hooks_leaves_no_pending_input(monkeypatch):
-    """A linear that fails leaves its input in hand; the next forward is not misled, and a copy has none."""
+    """After an error in a linear, its stored input does not change the next forward, and a copy does not contain it."""
     model = network()
     monkeypatch.setitem(model[0]._parameters, "bias", nn.Parameter(torch.zeros(7), requires_grad=False))
     with pytest.raises(RuntimeError):
@@ -176,46 +177,46 @@ def test_an_error_between_the_hooks_leaves_no_pending_input(monkeypatch):
         assert torch.equal(model(x), once)
 
 
-def test_checkpointing_computes_the_same_again(monkeypatch):
-    """Non-reentrant activation checkpointing gives the bits that there are without it."""
-    taken, model, x = used(monkeypatch), network(), torch.randn(3, 6)
+def test_checkpointing_gives_the_same_bits(monkeypatch):
+    """Outputs and gradients with non-reentrant activation checkpointing equal those without it, bit for bit."""
+    fused_linears, model, x = used(monkeypatch), network(), torch.randn(3, 6)
     plain = gradients(model, x, fast=True)
     inside = nn.Sequential(model)
     inside.forward = lambda x: checkpoint(model, x, use_reentrant=False)  # type: ignore[method-assign]
-    assert all(map(torch.equal, gradients(inside, x, fast=True), plain)) and len(taken) == 6
+    assert all(map(torch.equal, gradients(inside, x, fast=True), plain)) and len(fused_linears) == 6
 
 
-def test_a_backward_pass_inside_autocast_is_the_one_outside():
-    """The forward was in fp32, so its gradients are."""
-    model, found = network(), []
+def test_a_backward_pass_inside_autocast_equals_one_outside():
+    """After a forward in fp32, the gradients are those in fp32, bit for bit."""
+    model, results = network(), []
     for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         x = torch.linspace(-1, 1, 18).view(3, 6).requires_grad_()
         y = model(x)
         with context:
             y.square().sum().backward()
-        found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        results.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
         model.zero_grad(set_to_none=True)
-    assert len(found[0]) == 7 and all(map(torch.equal, *found))
+    assert len(results[0]) == 7 and all(map(torch.equal, *results))
 
 
-def test_gradients_of_each_sample_by_torch_func_are_those_one_by_one():
-    """vmap(grad) over the adapters, which looks into every operation."""
+def test_per_sample_gradients_by_torch_func_equal_separate_gradients():
+    """vmap(grad) over the adapters gives the gradients of each sample alone."""
     model, x = network(), torch.randn(4, 6)
     halves = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(halves: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(model, halves, (row[None],)).square().sum()
 
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(halves, x)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(halves, x)
     for number, row in enumerate(x):
         one = gradients(model, row[None], fast=True)[2:]
-        for (name, each), other in zip(found.items(), one, strict=True):
+        for (name, each), other in zip(per_sample.items(), one, strict=True):
             torch.testing.assert_close(each[number], other, msg=name)
 
 
-def test_an_activation_whose_input_a_hook_changes_is_not_computed_again(make):
-    """Its pre-hook halves what gelu reads: the gradient of fc2's A is of what fc2 did read."""
-    backbone, found = make("blip"), []
+def test_an_activation_whose_input_a_hook_changes_is_not_recomputed(make):
+    """A pre-hook halves the input of GELU. The gradient of A of fc2 is that of the real input of fc2."""
+    backbone, results = make("blip"), []
     switch.fast(backbone.model)
     layer = backbone.model.vision_model.encoder.layers[0].mlp
     layer.activation_fn.register_forward_pre_hook(lambda _module, args: (args[0] / 2,))
@@ -223,30 +224,30 @@ def test_an_activation_whose_input_a_hook_changes_is_not_computed_again(make):
     for fast in (True, False):
         attached.fast(backbone.model, fast)
         layer(torch.linspace(-3, 3, 4 * layer.fc1.in_features).view(1, 4, -1)).square().sum().backward()
-        found.append(adapter.A.grad)
+        results.append(adapter.A.grad)
         adapter.A.grad = None
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*results)
 
 
-def test_eject_takes_both_hooks_off():
+def test_eject_removes_both_hooks():
     model = network()
     injection.eject(model)
     assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_as_they_are(monkeypatch):
-    """torch.compile traces the plain hook, without a break: the same outputs and gradients to 1e-5."""
-    taken, model, x = used(monkeypatch), network(), torch.randn(3, 6)
+def test_compiled_layers_train_like_eager_layers(monkeypatch):
+    """torch.compile traces the plain hook without a graph break. Outputs and gradients agree within 1e-5."""
+    fused_linears, model, x = used(monkeypatch), network(), torch.randn(3, 6)
     plain = gradients(model, x, fast=False)
     compiled = torch.compile(model, fullgraph=True)
     for one, other in zip(gradients(compiled, x, fast=True), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert not taken
+    assert not fused_linears
 
 
-def test_adapters_come_before_torch_compile_or_not_at_all():
-    """Hooks that are added later would be ignored without a word."""
+def test_inject_into_a_compiled_model_is_refused():
+    """`inject` raises LoRAError, because a compiled model silently ignores hooks that are added later."""
     for compiled in (torch.compile(nn.Sequential(nn.Linear(6, 12))), nn.Sequential(nn.Linear(6, 12))):
         if not hasattr(compiled, "_orig_mod"):
             compiled[0].compile()

@@ -1,4 +1,4 @@
-"""When the fused update may be used, and what it reads: conditions that no other test takes away one at a time."""
+"""Conditions for the use of the fused update, tested one at a time, and the tensors that it reads and saves."""
 
 import pytest
 import torch
@@ -18,47 +18,47 @@ GLOBAL = {
 }
 
 
-@pytest.mark.parametrize("what", GLOBAL)
-def test_a_global_hook_sees_what_the_plain_update_shows_it(what, monkeypatch):
-    """A hook on all modules may change what goes in or out of a linear: the fused update is not used while it is there."""
-    taken, x = used(monkeypatch), torch.randn(4, 6)
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_the_fused_update_is_not_used_with_a_global_hook(kind, monkeypatch):
+    """A hook on all modules may change inputs and outputs, so the plain update is used until the hook is removed."""
+    fused_linears, x = used(monkeypatch), torch.randn(4, 6)
     model = network()
-    handle = GLOBAL[what](model[0])
+    handle = GLOBAL[kind](model[0])
     try:
         for one, other in zip(gradients(model, x, True), gradients(model, x, False), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-        assert not taken
+        assert not fused_linears
     finally:
         handle.remove()
     gradients(model, x, True)
-    assert len(taken) == 2
+    assert len(fused_linears) == 2
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_input_of_gelu_is_kept_only_in_the_dtype_of_the_product(autocast, dtype, monkeypatch):
-    """The gradients of A are those of the input that the linear read, whatever dtype the input of gelu has."""
+def test_the_input_of_gelu_is_saved_only_in_the_dtype_of_the_product(autocast, dtype, monkeypatch):
+    """The gradient of A is that of the input of the linear, whatever the dtype of the input of GELU."""
     monkeypatch.setattr(fused, "SMALL", 0)
     model = network(sites=[Site("2", 4, 2.0)])
     linear = model[2]
-    found = []
+    gradients = []
     for fast in (True, False):
         attached.fast(model, fast)
-        before = torch.linspace(-3, 3, 48).reshape(4, 12).to(dtype)
-        after = nn.functional.gelu(before.float()).requires_grad_()
-        setattr(after, GELU_INPUT, before)
+        gelu_input = torch.linspace(-3, 3, 48).reshape(4, 12).to(dtype)
+        gelu_output = nn.functional.gelu(gelu_input.float()).requires_grad_()
+        setattr(gelu_output, GELU_INPUT, gelu_input)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            linear(after).float().square().sum().backward()
+            linear(gelu_output).float().square().sum().backward()
         adapter = attached.adapters(model)["2"]
-        found.append([after.grad, adapter.A.grad.clone(), adapter.B.grad.clone()])
+        gradients.append([gelu_output.grad, adapter.A.grad.clone(), adapter.B.grad.clone()])
         adapter.A.grad = adapter.B.grad = None
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*gradients, strict=True):
         bound = 3e-2 * float(other.abs().max()) if autocast else 1e-5
         torch.testing.assert_close(one, other, rtol=0, atol=bound)
 
 
 def test_the_frozen_product_records_no_graph(monkeypatch):
-    """The linear reads its input without a graph; the plain way reads it with one."""
+    """With the fused update, F.linear gets an input without a graph; with the plain update, one with a graph."""
     reads: list[bool] = []
     real = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: reads.append(x.requires_grad) or real(x, *rest))
@@ -70,13 +70,13 @@ def test_the_frozen_product_records_no_graph(monkeypatch):
         assert reads[0] is not fast
 
 
-def test_no_product_is_computed_for_an_input_without_gradient(monkeypatch):
-    """Its gradient is not computed: of the first layer's images, say."""
+def test_the_gradient_of_an_input_that_needs_none_is_not_computed(monkeypatch):
+    """The backward pass computes one product less if the input requires no gradient."""
     products: list[int] = []
     model = network(sites=[Site("2", 4, 2.0)])
     outputs = [model[2](torch.randn(4, 12, requires_grad=needed)) for needed in (True, False)]
     real = fused.product
-    monkeypatch.setattr(fused, "product", lambda *given: products.append(1) or real(*given))
+    monkeypatch.setattr(fused, "product", lambda *args: products.append(1) or real(*args))
     counts = []
     for output in outputs:
         products.clear()
@@ -85,7 +85,7 @@ def test_no_product_is_computed_for_an_input_without_gradient(monkeypatch):
     assert counts[0] == counts[1] + 1
 
 
-def test_adapters_are_float32_whatever_the_default_dtype_is():
+def test_adapters_are_float32_whatever_the_default_dtype():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -1,4 +1,4 @@
-"""The heart: a fresh adapter does nothing, a merged one does what the hooked one did, and everything can be undone."""
+"""Injection, hooks, merging and ejection: outputs equal the formula of LoRA, and each operation can be undone."""
 
 import copy
 import io
@@ -19,42 +19,42 @@ from tests.support.models import inject, logits_of
 
 
 def test_a_fresh_adapter_changes_no_bit(backbone):
-    """Law 1: B = 0, so every logit is bit-identical to the base's."""
+    """Law 1: a fresh adapter has B = 0, so the logits equal those of the base bit for bit. A is Kaiming-uniform."""
     before = logits_of(backbone)
-    found = inject(backbone, trained=False)
+    adapters = inject(backbone, trained=False)
     assert torch.equal(logits_of(backbone), before)
-    for x in found.values():
+    for x in adapters.values():
         bound = 1 / x.A.shape[1] ** 0.5  # Kaiming-uniform with a = sqrt(5)
         assert x.A.abs().max() <= bound and x.A.std() > 0.4 * bound and not x.B.any()
 
 
-def test_the_hook_adds_what_the_equation_says():
-    """y = W x + b + (alpha / r) B A x, against float64 matrices written out; also for a row block."""
+def test_the_hook_adds_the_update_of_the_equation():
+    """The output equals W x + b + (alpha / r) B A x, computed in float64, for an adapter on a block of rows."""
     linear = nn.Linear(6, 9).double()
     model = nn.Sequential(linear)
-    found = injection.inject(model, [Site("0", r=2, alpha=3.0, block="k", rows=(3, 6))])["0.k"]
-    found.B.data.normal_()
+    adapter = injection.inject(model, [Site("0", r=2, alpha=3.0, block="k", rows=(3, 6))])["0.k"]
+    adapter.B.data.normal_()
     x = torch.randn(5, 6, dtype=torch.float64)
     delta = torch.zeros(9, 6, dtype=torch.float64)
-    delta[3:6] = (3.0 / 2) * found.B.double() @ found.A.double()
+    delta[3:6] = (3.0 / 2) * adapter.B.double() @ adapter.A.double()
     expected = x @ (linear.weight + delta).T + linear.bias
     torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.delta_weight().double(), delta, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(adapter.delta_weight().double(), delta, rtol=1e-6, atol=1e-6)
 
 
-def test_blocks_of_a_fused_qkv_touch_their_rows_alone(make):
+def test_an_adapter_on_a_block_of_a_fused_qkv_changes_only_its_rows(make):
     backbone = make("blip")
-    found = inject(backbone, "vit.q,vit.v")
+    adapters = inject(backbone, "vit.q,vit.v")
     width = backbone.model.config.vision_config.hidden_size
-    for address, x in found.items():
+    for address, x in adapters.items():
         delta = x.delta_weight().view(3, width, width)
-        own = "qkv".index(address[-1])
-        assert delta[own].any() and not delta[[i for i in range(3) if i != own]].any()
+        block = "qkv".index(address[-1])
+        assert delta[block].any() and not delta[[i for i in range(3) if i != block]].any()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-5), ("bf16", 0.15), ("fp16", 0.02)])
-def test_merged_is_hooked(make, dtype, bound):
-    """Law 5: logits agree within the bound (relative to the largest), with an update that is far larger than it."""
+def test_merged_logits_equal_hooked_logits(make, dtype, bound):
+    """Law 5: the difference is within the bound, relative to the largest logit, and far smaller than the update."""
     for kind in ("blip", "opt") + (("t5",) if dtype != "fp16" else ()):
         backbone = make(kind, dtype=dtype)
         with torch.autocast("cpu", getattr(torch, {"fp16": "float16"}.get(dtype, "bfloat16")), enabled=dtype != "fp32"):
@@ -67,7 +67,7 @@ def test_merged_is_hooked(make, dtype, bound):
         assert (hooked - base).abs().max() > 2 * (merged - hooked).abs().max()
 
 
-def test_merging_twice_is_merging_once_and_restore_gives_the_same_bits(backbone):
+def test_merge_and_restore_are_idempotent_and_restore_is_exact(backbone):
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     inject(backbone)
     merging.merge(backbone.model)
@@ -81,7 +81,7 @@ def test_merging_twice_is_merging_once_and_restore_gives_the_same_bits(backbone)
 
 
 def test_half_precision_weights_survive_merge_and_restore_to_the_bit(make):
-    """A merge undone by subtraction changes a fifth of fp16 weights; the kept original changes none."""
+    """`restore` is exact in fp16, because it copies the original. Subtracting ΔW would change a fifth of the weights."""
     backbone = make("blip", dtype="fp16")
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     inject(backbone)
@@ -91,10 +91,10 @@ def test_half_precision_weights_survive_merge_and_restore_to_the_bit(make):
     assert all(torch.equal(backbone.model.state_dict()[key], before[key]) for key in before)
 
 
-def test_eject_leaves_the_base_as_it_was(backbone):
+def test_eject_restores_the_base_exactly(backbone):
     before, keys = logits_of(backbone), list(backbone.model.state_dict())
     inject(backbone)
-    assert set(keys) <= set(backbone.model.state_dict())  # the base's own names never change
+    assert set(keys) <= set(backbone.model.state_dict())  # injection does not rename keys of the base
     merging.merge(backbone.model)
     injection.eject(backbone.model)
     injection.eject(backbone.model)
@@ -112,7 +112,7 @@ def test_bake_keeps_the_merged_weights_and_nothing_else(make):
     assert list(backbone.model.state_dict()) == keys and torch.equal(logits_of(backbone), merged)
 
 
-def test_injecting_twice_is_injecting_once(make):
+def test_inject_is_idempotent(make):
     backbone = make("blip")
     inject(backbone)
     once = logits_of(backbone)
@@ -123,12 +123,12 @@ def test_injecting_twice_is_injecting_once(make):
 
 
 def plus(weight: torch.Tensor, x: LoRA) -> torch.Tensor:
-    """W + ΔW, as a merge has it."""
+    """Return W + ΔW, computed as in a merge."""
     return weight + x.delta_weight()
 
 
-def test_two_adapters_add_up_and_one_can_be_ejected():
-    """Updates add: hooked with both equals W + ΔW₁ + ΔW₂; ejecting one of two merged leaves exactly the other."""
+def test_updates_of_two_adapters_add_and_one_can_be_ejected():
+    """The output is that of W + ΔW₁ + ΔW₂. Ejecting one of two merged adapters leaves exactly W + ΔW of the other."""
     model = nn.Sequential(nn.Linear(5, 4))
     weight = model[0].weight.detach().clone()
     for name in ("one", "two"):
@@ -138,7 +138,7 @@ def test_two_adapters_add_up_and_one_can_be_ejected():
     both = x @ (weight + deltas["one"] + deltas["two"]).T + model[0].bias
     torch.testing.assert_close(model(x), both)
     merging.merge(model, "one")
-    torch.testing.assert_close(model(x), both)  # one in the weights, two on the hook
+    torch.testing.assert_close(model(x), both)  # "one" is in the weights, "two" is on the hook
     merging.merge(model)
     torch.testing.assert_close(model(x), both)
     injection.eject(model, "one")
@@ -147,7 +147,7 @@ def test_two_adapters_add_up_and_one_can_be_ejected():
     assert torch.equal(model[0].weight, weight)
 
 
-def test_disabled_is_the_base_and_ends_even_by_an_error(make):
+def test_disabled_adapters_give_the_base_and_return_after_an_error(make):
     backbone = make("blip")
     before = logits_of(backbone)
     inject(backbone)
@@ -162,8 +162,8 @@ def test_disabled_is_the_base_and_ends_even_by_an_error(make):
         pass
 
 
-def test_a_copy_has_adapters_of_its_own(make):
-    """deepcopy and pickle: closures would share the adapter, or fail."""
+def test_a_copied_model_has_separate_adapters(make):
+    """A deepcopy or pickle of a model has its own adapters: changing them does not change the original."""
     backbone = make("blip")
     inject(backbone)
     before = logits_of(backbone)
@@ -181,7 +181,7 @@ def test_a_copy_has_adapters_of_its_own(make):
     assert torch.equal(logits_of(backbone), before)
 
 
-def test_adapters_are_fp32_whatever_the_base(make):
+def test_adapters_are_fp32_on_an_fp16_base(make):
     backbone = make("opt", dtype="fp16")
     assert {half.dtype for x in inject(backbone).values() for half in (x.A, x.B)} == {torch.float32}
 
@@ -192,7 +192,7 @@ def test_only_adapters_are_trainable(backbone):
 
 
 class Int8Linear(nn.Module):
-    """A linear as bitsandbytes keeps it: an int8 weight and a scale, called like any other."""
+    """A linear with an int8 weight and a scale, like that of bitsandbytes."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -204,14 +204,15 @@ class Int8Linear(nn.Module):
         return x @ (self.weight.float() * self.scale).T
 
 
-def test_a_quantised_base_is_trained_by_hook_and_refuses_to_merge():
+def test_a_quantized_base_runs_the_hook_and_cannot_be_merged():
+    """The output is that of the base plus the update, and `merge` raises ValueError."""
     for quantised in (Int8Linear(nn.Linear(8, 4)), _dynamic_quantised()):
         model = nn.Sequential(quantised)
         x = torch.randn(3, 8)
         before = model(x)
-        found = injection.inject(model, [Site("0", r=2)])["0"]
-        found.B.data.normal_()
-        torch.testing.assert_close(model(x), before + x @ found.delta_weight().T)
+        adapter = injection.inject(model, [Site("0", r=2)])["0"]
+        adapter.B.data.normal_()
+        torch.testing.assert_close(model(x), before + x @ adapter.delta_weight().T)
         with pytest.raises(ValueError, match="'0' is quantized"):
             merging.merge(model)
 
@@ -224,16 +225,16 @@ def _dynamic_quantised() -> nn.Module:
     return quantised.Linear.from_float(linear)
 
 
-def test_a_tied_head_is_refused(backbone):
+def test_a_head_that_shares_its_weight_is_refused(backbone):
     head = "text_decoder.cls.predictions.decoder" if backbone.family == "blip" else "language_model.lm_head"
     if head not in tied(backbone.model):
-        pytest.skip("this T5 has a head of its own, as Flan-T5 does")
+        pytest.skip("the head of this T5 has a separate weight, as in Flan-T5")
     with pytest.raises(ValueError, match="shares its weight with"):
         injection.inject(backbone.model, targets.find(backbone.model, head))
 
 
 @pytest.mark.parametrize("site", [Site("nowhere"), Site("1"), Site("0", rows=(2, 9)), Site("0", r=0)])
-def test_a_site_that_cannot_be_is_refused_before_anything_changes(site):
+def test_an_invalid_site_is_refused_before_anything_changes(site):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with pytest.raises(ValueError, match=f"'{site.module}"):
         injection.inject(model, [Site("0"), site] if site.module != "0" else [site])
@@ -241,23 +242,23 @@ def test_a_site_that_cannot_be_is_refused_before_anything_changes(site):
 
 
 def test_unfired_lists_a_linear_that_is_never_called():
-    """Law 3: F.linear(x, self.weight) never calls the module, and an adapter there would do nothing."""
+    """Law 3: a module that calls F.linear with the weight bypasses the hook of the linear. `unfired` returns its path."""
 
-    class Sly(nn.Module):
+    class Bypassing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.honest, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.called, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(self.honest(x), self.bypassed.weight)
+            return nn.functional.linear(self.called(x), self.bypassed.weight)
 
-    model = Sly()
-    injection.inject(model, [Site("honest"), Site("bypassed")])
+    model = Bypassing()
+    injection.inject(model, [Site("called"), Site("bypassed")])
     assert attached.unfired(model, lambda: model(torch.randn(2, 4))) == ["bypassed"]
 
 
-def test_checkpointed_layers_keep_their_adapters_alive(make):
-    """Non-reentrant checkpointing: the gradients are those without it, on every adapter."""
+def test_activation_checkpointing_does_not_change_adapter_gradients(make):
+    """With non-reentrant checkpointing, the gradient of every B equals that without checkpointing."""
     from lora_blip.tasks.caption import CaptionTask
     from tests.support.models import batch_of
 
@@ -265,18 +266,18 @@ def test_checkpointed_layers_keep_their_adapters_alive(make):
         gradients = []
         for checkpointing in (False, True):
             backbone = make(kind, checkpointing=checkpointing)
-            found = inject(backbone)
+            adapters = inject(backbone)
             backbone.model.train()
             task = CaptionTask(backbone)
             task.loss(batch_of(task)).backward()
-            gradients.append({address: x.B.grad for address, x in found.items()})
+            gradients.append({address: x.B.grad for address, x in adapters.items()})
         assert any(getattr(m, "gradient_checkpointing", False) for m in backbone.model.modules())
         for address, plain in gradients[0].items():
             torch.testing.assert_close(gradients[1][address], plain, rtol=1e-4, atol=2e-6 * float(plain.abs().max()))
             assert plain.any(), address
 
 
-def test_an_unknown_name_is_an_error(make):
+def test_an_unknown_adapter_name_is_an_error(make):
     backbone = make("blip")
     inject(backbone, "vit")
     for act in (merging.merge, injection.eject):
@@ -287,7 +288,7 @@ def test_an_unknown_name_is_an_error(make):
 
 
 @pytest.mark.parametrize("name", ["merged", "original", "training", "a.b", "", "keys"])
-def test_an_odd_adapter_name_is_refused_before_anything_changes(name):
+def test_an_invalid_adapter_name_is_refused_before_anything_changes(name):
     model = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(LoRAError, match="adapter name"):
         injection.inject(model, [Site("0")], name=name)
@@ -295,14 +296,15 @@ def test_an_odd_adapter_name_is_refused_before_anything_changes(name):
 
 
 def test_a_second_merge_uses_the_current_values():
+    """After B has changed, `merge` writes the new W + ΔW. `restore` gives the original weight, also in another dtype."""
     model = nn.Sequential(nn.Linear(3, 4))
     before = model[0].weight.detach().clone()
-    found = injection.inject(model, [Site("0", r=2)])["0"]
+    adapter = injection.inject(model, [Site("0", r=2)])["0"]
     for _ in range(2):
-        found.B.data.normal_()
+        adapter.B.data.normal_()
         merging.merge(model)
-        assert torch.equal(model[0].weight, plus(before, found))
-        torch.testing.assert_close(model[0].weight, before + found.delta_weight())
+        assert torch.equal(model[0].weight, plus(before, adapter))
+        torch.testing.assert_close(model[0].weight, before + adapter.delta_weight())
     model.double()
     merging.merge(model)
     merging.restore(model)
@@ -310,7 +312,7 @@ def test_a_second_merge_uses_the_current_values():
 
 
 def two_adapters(fast: bool) -> nn.Sequential:
-    """Two linears with two adapters, one of them on a block of rows."""
+    """Return two linears: the first with adapters a and b, the second with a on a block of rows."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
     attached.fast(model, fast)
@@ -323,12 +325,12 @@ def two_adapters(fast: bool) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("merged", [(), ("b",)])
-@pytest.mark.parametrize("way", ["FAST = False", "without fused", "after a block"])
-def test_every_hook_is_the_plain_hook_if_every_adapter_acts_on_every_row(way, merged):
-    """Outputs and gradients have equal bits: with FAST = False, without `fused`, and once `use_adapters` was used."""
-    model = two_adapters(fast=way == "without fused")
+@pytest.mark.parametrize("case", ["FAST = False", "without fused", "after a block"])
+def test_every_hook_equals_lora_hook_if_every_adapter_acts_on_every_row(case, merged):
+    """Outputs and gradients equal those of `lora_hook` bit for bit: with FAST off, without `fused`, after `use_adapters`."""
+    model = two_adapters(fast=case == "without fused")
     attached.fast(model, False)
-    if way == "after a block":
+    if case == "after a block":
         with use_adapters(model, ["a"] * 5):
             model(torch.randn(5, 6))
     if merged:
@@ -348,8 +350,8 @@ def test_every_hook_is_the_plain_hook_if_every_adapter_acts_on_every_row(way, me
     torch.testing.assert_close(written_out(plain[2], hidden), outputs[1], rtol=1e-6, atol=1e-6)
 
 
-def test_the_three_lines_of_layer_py_are_what_inject_does_without_fast():
-    """`inject` registers `lora_hook` and nothing else. `attached.fast` adds the hooks of `fused`, at the same place."""
+def test_inject_registers_only_lora_hook_and_fast_adds_the_fused_hooks():
+    """Without fast, `inject` does the three lines of layer.py. `attached.fast` puts the fused hooks before foreign hooks."""
     linear, model = nn.Linear(6, 8), two_adapters(fast=False)
     linear.load_state_dict({name: value for name, value in model[0].state_dict().items() if name in ("weight", "bias")})
     linear.lora = AdapterStack()
@@ -372,7 +374,7 @@ def test_the_three_lines_of_layer_py_are_what_inject_does_without_fast():
 
 
 class Doubled(LoRA):
-    """A variant of LoRA: twice the update."""
+    """A variant of LoRA with twice the update."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -382,8 +384,8 @@ class Doubled(LoRA):
 
 
 @pytest.mark.parametrize("write", [merging.merge, merging.bake])
-def test_a_variant_is_hooked_trained_merged_and_baked_by_its_own_update(write):
-    """ΔW has one source, `delta_weight`, and the hook adds what `forward` returns, also where `fused` is on."""
+def test_a_subclass_of_lora_is_hooked_trained_merged_and_baked_with_its_own_update(write):
+    """The hook calls `forward` of the subclass, also with `fused` on. `merge` and `bake` call its `delta_weight`."""
     model, x = two_adapters(fast=True), torch.randn(5, 6)
     plain = copy.deepcopy(model)
     for linear in attached.adapted_linears(model).values():
@@ -403,7 +405,7 @@ def test_a_variant_is_hooked_trained_merged_and_baked_by_its_own_update(write):
 
 
 def unmerged_halves(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The A and B that act by a hook."""
+    """Yield A and B of every adapter that is not merged."""
     for linear in attached.adapted_linears(model).values():
         for key, lora in linear.lora.items():
             if key not in linear.lora.merged:
@@ -411,6 +413,6 @@ def unmerged_halves(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def written_out(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """y = (W + Σ ΔW) x + b, with the original W."""
+    """Return y = (W + Σ ΔW) x + b, with the original W."""
     weight = linear.weight if linear.lora.original is None else linear.lora.original
     return nn.functional.linear(x, weight + sum(lora.delta_weight() for lora in linear.lora.values()), linear.bias)

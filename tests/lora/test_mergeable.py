@@ -29,7 +29,7 @@ def adapt(model: nn.Module, paths: tuple[str, ...] = ("0", "1"), name: str = "de
 
 
 class ScaledInt8(torch.Tensor):
-    """A weight as torchao keeps it: it says float32 and (out, in), and holds int8 values with a scale."""
+    """A weight like that of torchao: dtype float32 and shape (out, in) outside, int8 values and a scale inside."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -95,14 +95,14 @@ def overlap(model: nn.Sequential) -> None:
 
 
 class Doubled(nn.Linear):
-    """Computes 2 (W x + b): in the weight, an update would be doubled too."""
+    """Return 2 (W x + b). An update in the weight would be doubled too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return 2 * super().forward(x)
 
 
 class Float8(nn.Linear):
-    """A plain float8 parameter with a scale of its own, as transformers keeps it."""
+    """A linear with a plain float8 parameter and a separate scale, like that of transformers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return nn.functional.linear(x, self.weight.float() * 0.1, self.bias)
@@ -117,11 +117,11 @@ def kind_of_linear(kind: type[nn.Linear], dtype: torch.dtype = torch.float32) ->
     return change
 
 
-def forward_of_its_own(model: nn.Sequential) -> None:
+def replace_forward(model: nn.Sequential) -> None:
     model[1].forward = lambda x: x.sin()
 
 
-UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {  # case → (change of the model, error message)
     "weight_norm": (computed_weight(parametrizations.weight_norm), "'1' computes its weight"),
     "orthogonal": (computed_weight(parametrizations.orthogonal), "'1' computes its weight"),
     "the older weight_norm": (computed_weight(weight_norm), "'1' computes its weight"),
@@ -133,20 +133,20 @@ UNMERGEABLE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
     "an expanded weight": (expand, "'1' has an expanded weight"),
     "a weight that overlaps itself": (overlap, "'1' has an expanded weight"),
     "a linear that scales": (kind_of_linear(Doubled), r"'1' \(Doubled\) computes something other than W x \+ b"),
-    "a forward of its own": (forward_of_its_own, r"'1' \(Linear\) computes something other than W x \+ b"),
+    "a replaced forward": (replace_forward, r"'1' \(Linear\) computes something other than W x \+ b"),
     "float8 with a scale": (kind_of_linear(Float8, torch.float8_e4m3fn), r"'1' is quantized \(Float8, Parameter\)"),
     "int8 behind float32": (lambda model: int8_weight(model[1]), r"'1' is quantized \(Linear, ScaledInt8\)"),
     "NaN in A": (lambda model: model[1].lora["default"].A.data.fill_(float("nan")), "'1' would be NaN"),
     "inf in B": (lambda model: model[1].lora["default"].B.data[0, 0].fill_(float("inf")), "'1' would be NaN"),
     "NaN in the base": (lambda model: model[1].weight.data[3, 3].fill_(float("nan")), "'1' would be NaN"),
 }
-PRECISE = {"NaN in A", "inf in B", "NaN in the base"}
+NOT_FINITE = {"NaN in A", "inf in B", "NaN in the base"}
 
 
-@pytest.mark.parametrize("what", UNMERGEABLE)
-def test_a_weight_that_cannot_take_the_update_is_named_and_nothing_is_changed(what):
-    """merge and bake check the last linear before they write the first one."""
-    model, (change, message) = adapt(net()), UNMERGEABLE[what]
+@pytest.mark.parametrize("case", UNMERGEABLE)
+def test_a_linear_that_cannot_be_merged_is_named_and_nothing_is_changed(case):
+    """`merge` and `bake` check every linear before they write the first one. The hook still works on such a linear."""
+    model, (change, message) = adapt(net()), UNMERGEABLE[case]
     change(model)
     model.requires_grad_(False)
     first, x = model[0].weight.clone(), torch.randn(3, 4)
@@ -155,18 +155,18 @@ def test_a_weight_that_cannot_take_the_update_is_named_and_nothing_is_changed(wh
         with pytest.raises(LoRAError, match=message):
             write(model)
         assert torch.equal(model[0].weight, first) and not model[0].lora.merged and model[0].lora.original is None
-        assert what in PRECISE or torch.equal(model(x), before)
-    if what not in PRECISE:  # the hook acts on what the linear computes, whatever its weight is
+        assert case in NOT_FINITE or torch.equal(model(x), before)
+    if case not in NOT_FINITE:  # the hook adds to the output, so any kind of weight works
         x = x.requires_grad_()
         model(x).sum().backward()
         assert x.grad.isfinite().all()
 
 
-def test_a_weight_of_another_kind_takes_the_plain_way_forward_and_backward(monkeypatch):
-    """Outputs and gradients are those of the dequantised base with the same adapter."""
-    taken: list[Any] = []
+def test_a_tensor_subclass_as_weight_uses_the_plain_update(monkeypatch):
+    """Only the dequantized twin uses the fused update. The gradients of both models are equal."""
+    fused_linears: list[Any] = []
     updated = fused.updated
-    monkeypatch.setattr(fused, "updated", lambda linear, output: taken.append(linear) or updated(linear, output))
+    monkeypatch.setattr(fused, "updated", lambda linear, output: fused_linears.append(linear) or updated(linear, output))
     model = adapt(net())
     twin = copy.deepcopy(model)
     for linear in model:
@@ -175,20 +175,20 @@ def test_a_weight_of_another_kind_takes_the_plain_way_forward_and_backward(monke
     for own, other in zip(model, twin, strict=True):
         other.weight.data.copy_(own.weight.values.float() * own.weight.scale)
     model.requires_grad_(False)
-    found = []
+    gradients = []
     for each in (model, twin):
         for half in (p for _, p in each.named_parameters() if p.shape in ((2, 4), (4, 2))):
             half.requires_grad_()
         x = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
         each(x).square().sum().backward()
-        found.append([x.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
-    assert len(found[0]) == 5 and [linear in twin for linear in taken] == [True, True]
-    for one, other in zip(*found, strict=True):
+        gradients.append([x.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == 5 and [linear in twin for linear in fused_linears] == [True, True]
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_kind_of_linear_that_computes_w_x_plus_b_is_merged():
-    """A subclass with another forward and the same result, in each dtype."""
+def test_a_subclass_of_linear_that_computes_w_x_plus_b_is_merged():
+    """A subclass whose forward gives the same result can be merged, in each dtype."""
 
     class Same(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -205,8 +205,8 @@ def test_a_kind_of_linear_that_computes_w_x_plus_b_is_merged():
 
 @pytest.mark.parametrize("write", [merging.merge, merging.bake])
 @pytest.mark.parametrize("earlier", [(), ("a",)])
-def test_a_merge_or_bake_that_fails_halfway_puts_every_weight_back(monkeypatch, earlier, write):
-    """Out of memory at the last linear: weights are those before the call, merged or not, and outputs too."""
+def test_a_merge_or_bake_that_fails_halfway_restores_every_weight(monkeypatch, earlier, write):
+    """After MemoryError at the last linear, weights, outputs and the set of merged adapters are those before the call."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
     if earlier:
         merging.merge(model, *earlier)
@@ -228,8 +228,8 @@ def test_a_merge_or_bake_that_fails_halfway_puts_every_weight_back(monkeypatch, 
     torch.testing.assert_close(model(x), hooked, rtol=1e-4, atol=1e-4)
 
 
-def test_an_eject_that_fails_halfway_puts_every_weight_back(monkeypatch):
-    """Ejecting one of two merged adapters writes the other's sum: all of the linears or none."""
+def test_an_eject_that_fails_halfway_restores_every_weight(monkeypatch):
+    """Ejecting one of two merged adapters writes W + ΔW of the other, to all linears or to none."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
     merging.merge(model)
     before, sums = [linear.weight.clone() for linear in model], []
@@ -249,7 +249,7 @@ def test_an_eject_that_fails_halfway_puts_every_weight_back(monkeypatch):
 
 
 class Scaling:
-    """A forward hook of somebody else."""
+    """A foreign forward hook that changes the output."""
 
     def __call__(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * 2 + 1
@@ -264,8 +264,8 @@ def watch_only(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("when", ["before the adapter", "after the adapter"])
-def test_a_foreign_hook_sees_the_update_whenever_it_was_registered(when):
-    """Merged is hooked, also if a hook scales what the linear returns: W + ΔW is scaled."""
+def test_a_foreign_hook_receives_the_update_whenever_it_was_registered(when):
+    """A hook that scales the output of the linear also scales the update, before and after a merge."""
     model, plain, x = net(), net(), torch.randn(3, 4)
     if when == "before the adapter":
         model[1].register_forward_hook(Scaling())
@@ -281,19 +281,19 @@ def test_a_foreign_hook_sees_the_update_whenever_it_was_registered(when):
 
 @pytest.mark.parametrize("write", [merging.merge, merging.bake])
 @pytest.mark.parametrize("where", ["prepended", "prepended, with keywords", "of all modules"])
-def test_a_foreign_hook_before_the_adapter_s_may_watch_and_not_change(where, write):
-    """One that changes the output first is named, since a merge would change the update; a watcher is let through."""
-    for hook, sound in ((watch_only, True), (Scaling(), False)):
+def test_a_foreign_hook_before_the_adapter_hook_must_not_change_the_output(where, write):
+    """A hook that changes the output before the adapter hook makes `merge` and `bake` raise LoRAError. A reader is allowed."""
+    for hook, allowed in ((watch_only, True), (Scaling(), False)):
         model, x = adapt(net()), torch.randn(3, 4)
         if where == "of all modules":
             handle = nn.modules.module.register_module_forward_hook(hook)
-        elif where == "prepended" or sound:
+        elif where == "prepended" or allowed:
             handle = model[1].register_forward_hook(hook, prepend=True)
         else:
             handle = model[1].register_forward_hook(scale_in_place, prepend=True, with_kwargs=True)
         try:
             hooked, before = model(x), model[0].weight.clone()
-            if sound:
+            if allowed:
                 write(model)
                 torch.testing.assert_close(model(x), hooked, rtol=1e-5, atol=1e-5)
             else:
@@ -304,20 +304,20 @@ def test_a_foreign_hook_before_the_adapter_s_may_watch_and_not_change(where, wri
             handle.remove()
 
 
-def test_a_quick_linear_and_the_cast_of_weights_leave_other_kinds_alone(make):
-    """Neither oneDNN's product nor `cast_once` reads a weight that is no plain tensor."""
+def test_quick_linear_and_cast_once_ignore_tensor_subclasses(make):
+    """`cast_once` does not cast a weight that is a tensor subclass, and `QuickLinear` does not use its fast paths for it."""
     backbone = make("blip")
     quick = backbone.model.vision_model.encoder.layers[0].mlp.fc1
     assert type(quick) is QuickLinear
     int8_weight(quick)
-    kept = quick.weight
+    weight = quick.weight
     weights.cast_once(backbone, "bf16")
-    assert quick.weight is kept and backbone.model.vision_model.encoder.layers[0].mlp.fc2.weight.dtype == torch.bfloat16
+    assert quick.weight is weight and backbone.model.vision_model.encoder.layers[0].mlp.fc2.weight.dtype == torch.bfloat16
     assert not can_bypass(quick) and not quick._plain_backward(torch.randn(2, 4))
 
 
-def test_neighbours_in_one_storage_are_merged_each_by_itself():
-    """Weights that lie side by side in one tensor, as a flat buffer keeps them, do not overlap."""
+def test_weights_in_one_storage_that_do_not_overlap_are_merged():
+    """Weights that are separate rows of one flat buffer can be merged."""
     model, both = net(), torch.randn(8, 4)
     model[0].weight, model[1].weight = nn.Parameter(both[:4]), nn.Parameter(both[4:])
     x = torch.randn(3, 4)
@@ -339,8 +339,8 @@ def test_one_module_under_two_parents_is_merged_once():
 
 
 @pytest.mark.parametrize("write", [merging.merge, merging.bake])
-def test_a_sum_beyond_float16_is_refused_and_one_below_is_written(write):
-    """65504 is the largest; W + ΔW counts, and not ΔW alone."""
+def test_a_merged_weight_beyond_float16_is_refused_and_one_within_is_written(write):
+    """The limit, 65504, applies to W + ΔW and not to ΔW."""
     for base, update, fits in (
         (60000.0, 60000.0, False),
         (-60000.0, 120000.0, True),
@@ -364,7 +364,7 @@ def test_a_sum_beyond_float16_is_refused_and_one_below_is_written(write):
 
 
 def test_one_of_two_merged_adapters_is_not_ejected_if_the_other_overflows():
-    """Ejecting one of two merged adapters writes the other's sum, so that is checked before as well."""
+    """Ejecting one of two merged adapters writes W + ΔW of the other. `eject` checks it before it writes."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).half()
     for name, value in (("up", 40000.0), ("down", -40000.0)):
         adapter = injection.inject(model, [Site("0", 1, 1.0)], name=name)["0"]
@@ -380,7 +380,7 @@ def test_one_of_two_merged_adapters_is_not_ejected_if_the_other_overflows():
 
 
 def test_an_update_is_summed_in_float32_and_rounded_once():
-    """Law 5: a merged fp16 weight is float64's W + ΔW within half a unit in the last place, and one float32 rounding."""
+    """Law 5: a merged fp16 weight is W + ΔW of float64 within half a unit in the last place and one float32 rounding."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64)).half()
     weight = model[0].weight.detach().double()
@@ -403,7 +403,7 @@ def test_delta_weight_is_float32_inside_autocast():
     assert inside.dtype == torch.float32 and torch.equal(inside, outside)
 
 
-def test_a_merge_inside_autocast_is_one_outside_of_it():
+def test_a_merge_inside_autocast_equals_one_outside():
     merged = []
     for autocast in (False, True):
         torch.manual_seed(0)
@@ -415,8 +415,8 @@ def test_a_merge_inside_autocast_is_one_outside_of_it():
     assert torch.equal(*merged)
 
 
-def test_a_merge_between_forward_and_backward_is_an_error_and_no_wrong_gradient():
-    """Autograd kept W for the gradient of x, and would read the merged one."""
+def test_a_backward_pass_after_a_merge_raises_an_error():
+    """Autograd saved W for the gradient of x. A merge after the forward pass changes W, so `backward` raises RuntimeError."""
     model = adapt(net())
     x = torch.randn(3, 4, requires_grad=True)
     y = model(x)
@@ -425,8 +425,8 @@ def test_a_merge_between_forward_and_backward_is_an_error_and_no_wrong_gradient(
         y.sum().backward()
 
 
-def test_two_threads_may_merge_at_once():
-    """Merging twice at the same time is merging once."""
+def test_threads_may_merge_at_the_same_time():
+    """Concurrent merges in four threads give the weights of one merge."""
     model = adapt(net())
     once = copy.deepcopy(model)
     merging.merge(once)
@@ -439,17 +439,18 @@ def test_two_threads_may_merge_at_once():
     merging.restore(model)
 
 
-def test_a_model_on_the_meta_device_is_one_clear_error(tmp_path):
+def test_a_model_on_the_meta_device_raises_lora_error(tmp_path):
+    """`load`, `merge`, `bake` and `save` raise LoRAError that names the module."""
     from lora_blip.lora import adapter_file as adapter
 
     path = adapter.save(tmp_path / "a.safetensors", adapt(net()))
     bare, carrying = net().to("meta"), adapt(net()).to("meta")
-    for act in (
+    for operation in (
         lambda: adapter.load(bare, path),
         lambda: merging.merge(carrying),
         lambda: merging.bake(carrying),
         lambda: adapter.save(tmp_path / "b.safetensors", carrying),
     ):
         with pytest.raises(LoRAError, match=r"'0' is on the meta device.*load"):
-            act()
+            operation()
     assert not attached.names(bare)

@@ -1,4 +1,4 @@
-"""Law 12: with the same A and B, logits, gradients and twenty AdamW steps are `peft`'s."""
+"""Law 12: with the same A and B, logits, gradients and the losses of twenty AdamW steps equal those of `peft`."""
 
 import pytest
 import torch
@@ -11,18 +11,18 @@ from tests.support.models import batch_of, inject, kind_of
 peft = pytest.importorskip("peft")
 
 
-def twins(make, kind: str):
-    """Our hooked model and peft's, with equal A and B: two tasks and (our, their) pairs of tensors."""
+def our_and_peft_tasks(make, kind: str):
+    """Return a task with our adapters, a task with those of peft, and pairs (our tensor, tensor of peft) of equal A or B."""
     ours, theirs = make(kind), make(kind)
-    found = inject(ours, r=4, alpha=8.0)
-    modules = list(found)
+    adapters = inject(ours, r=4, alpha=8.0)
+    modules = list(adapters)
     wrapped = peft.get_peft_model(theirs.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, lora_dropout=0.0))
     pairs = []
-    for address, x in found.items():
+    for address, x in adapters.items():
         layer = wrapped.base_model.model.get_submodule(address)
-        for mine, other in ((x.A, layer.lora_A["default"].weight), (x.B, layer.lora_B["default"].weight)):
-            other.data.copy_(mine.data)
-            pairs.append((mine, other))
+        for our, other in ((x.A, layer.lora_A["default"].weight), (x.B, layer.lora_B["default"].weight)):
+            other.data.copy_(our.data)
+            pairs.append((our, other))
     theirs.model = wrapped.base_model.model
     return CaptionTask(ours), CaptionTask(theirs), pairs
 
@@ -33,9 +33,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("fast", "bound"), [(False, 1e-6), (True, 5e-6)])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
-def test_logits_and_gradients_are_those_of_peft(make, kind, fast, bound):
-    """Within 1e-6 relative, in fp32, on every adapter tensor; by the fast ways, which sum in another order, 5e-6."""
-    ours, theirs, pairs = twins(make, kind)
+def test_logits_and_gradients_equal_those_of_peft(make, kind, fast, bound):
+    """The relative difference of each tensor in fp32 is at most 1e-6, and 5e-6 with the fast paths (another order of sums)."""
+    ours, theirs, pairs = our_and_peft_tasks(make, kind)
     for task, on in ((ours, fast), (theirs, False)):
         task.backbone.fast = on
         switch.fast(task.backbone.model, on)
@@ -44,30 +44,30 @@ def test_logits_and_gradients_are_those_of_peft(make, kind, fast, bound):
     assert kind_of(ours.backbone) == kind and relative(a, b) <= bound
     for task in (ours, theirs):
         task.loss(batch_of(task)).backward()
-    assert all(mine.grad.any() for mine, _ in pairs)
-    assert max(relative(mine.grad, other.grad) for mine, other in pairs) <= bound
+    assert all(our.grad.any() for our, _ in pairs)
+    assert max(relative(our.grad, other.grad) for our, other in pairs) <= bound
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_twenty_adamw_steps_give_the_losses_of_peft(make, kind):
-    ours, theirs, pairs = twins(make, kind)
+    ours, theirs, pairs = our_and_peft_tasks(make, kind)
     losses = []
     for task, parameters in ((ours, [p for p, _ in pairs]), (theirs, [p for _, p in pairs])):
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        mine = []
+        step_losses = []
         for step in range(20):
             batch = batch_of(task, seed=step)
             loss = task.loss(batch) / batch.count
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            mine.append(loss.item())
-        losses.append(torch.tensor(mine))
+            step_losses.append(loss.item())
+        losses.append(torch.tensor(step_losses))
     assert losses[0][-1] < losses[0][0] and relative(*losses) <= 1e-5
 
 
-def test_a_merged_model_is_peft_s_merged_model(make):
-    ours, theirs, _ = twins(make, "blip")
+def test_merged_logits_equal_those_of_a_merged_peft_model(make):
+    ours, theirs, _ = our_and_peft_tasks(make, "blip")
     merging.merge(ours.backbone.model)
     for module in theirs.backbone.model.modules():
         if hasattr(module, "get_delta_weight"):

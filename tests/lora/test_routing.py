@@ -1,4 +1,4 @@
-"""One backbone, many adapters: each row of a batch gets what it would get alone, and a switch costs nothing."""
+"""Several adapters on one backbone: each row of a mixed batch has the result of a separate batch with only its adapter."""
 
 import copy
 import io
@@ -40,36 +40,36 @@ def many(request: pytest.FixtureRequest, make: Any) -> Backbone:
 
 
 def alone(batch: DeviceBatch, row: int) -> DeviceBatch:
-    """A row of a batch by itself, as wide as in the batch, so that its numbers are added in the same order."""
+    """Return one row as a batch with the same padding, so that sums have the same order."""
     padded = batch.rows.padded()
     rows = {key: value[row : row + 1] for key, value in vars(padded).items() if isinstance(value, torch.Tensor)}
     return DeviceBatch(batch.examples[row : row + 1], batch.pixel_values[row : row + 1], type(padded)(**rows), 1.0)
 
 
 @torch.no_grad()
-def mixed_and_apart(backbone: Backbone, each: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a mixed batch, and those of its rows each with its adapter as the only one on the model."""
+def mixed_and_separate(backbone: Backbone, each: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of a mixed batch, and those of each row alone with all other adapters disabled."""
     task = CaptionTask(backbone)
     batch = batch_of(task, TEXTS[: len(each)])
     with use_adapters(backbone.model, each):
         mixed = task.logits(batch)
-    apart = []
+    separate = []
     for row, name in enumerate(each):
         others = [other for other in attached.names(backbone.model) if other != name]
         with disable_adapters(backbone.model, *others):
-            apart.append(task.logits(alone(batch, row)))
-    return mixed, torch.cat(apart)
+            separate.append(task.logits(alone(batch, row)))
+    return mixed, torch.cat(separate)
 
 
-def test_each_row_of_a_mixed_batch_equals_its_own_batch(many):
-    mixed, apart = mixed_and_apart(many, EACH)
-    torch.testing.assert_close(mixed, apart, rtol=1e-5, atol=1e-6 * float(apart.abs().max()))
-    _, same = mixed_and_apart(many, ["caption"] * len(EACH))
-    assert (apart - same).abs().amax((1, 2)).gt(0.01)[[0, 1, 3, 4]].all()  # each adapter says something else
+def test_each_row_of_a_mixed_batch_equals_a_separate_batch(many):
+    mixed, separate = mixed_and_separate(many, EACH)
+    torch.testing.assert_close(mixed, separate, rtol=1e-5, atol=1e-6 * float(separate.abs().max()))
+    _, same = mixed_and_separate(many, ["caption"] * len(EACH))
+    assert (separate - same).abs().amax((1, 2)).gt(0.01)[[0, 1, 3, 4]].all()  # the adapters differ
 
 
-def test_rows_without_an_adapter_are_the_base_to_the_bit(many):
-    """No number of a row is touched by the adapters of the others: index_add leaves it alone."""
+def test_rows_without_an_adapter_equal_the_base_bit_for_bit(many):
+    """Adapters of other rows do not change a row without an adapter."""
     task = CaptionTask(many)
     batch = batch_of(task, TEXTS)
     with torch.no_grad():
@@ -83,42 +83,44 @@ def test_rows_without_an_adapter_are_the_base_to_the_bit(many):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_each_text_of_a_mixed_batch_equals_its_own_batch(many, beams):
-    """Ragged prompts, greedily and with beams: the same words as an image at a time with one adapter on the model."""
+def test_each_text_of_a_mixed_batch_equals_that_of_a_separate_batch(many, beams):
+    """Prompts of different lengths give the text of each image generated alone, greedily and with beam search."""
     language: Any = CaptionTask(many).language
     images = torch.randn(len(EACH), 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(5))
     settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
     with torch.no_grad():
         mixed = language.generate(images, PROMPTS, adapters=EACH, **settings)
-        apart = []
+        separate = []
         for row, name in enumerate(EACH):
             with disable_adapters(many.model, *(other for other in attached.names(many.model) if other != name)):
-                apart += language.generate(images[row : row + 1], [PROMPTS[row]], **settings)
-    assert mixed == apart
+                separate += language.generate(images[row : row + 1], [PROMPTS[row]], **settings)
+    assert mixed == separate
     assert mixed != language.generate(images, PROMPTS, adapters=[None] * len(EACH), **settings)
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt"])
-def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_path, kind):
-    """`mixed` predicts what `Captioner` does with one adapter at a time, in the order of the requests."""
+def test_mixed_batches_predict_captions_and_answers_in_one_call(make, tmp_path, kind):
+    """`mixed` returns the predictions of `Captioner` with one adapter at a time, in the order of the requests."""
     backbone = carry(make(kind))
-    alike = Generation(max_new_tokens=6)
-    asking, plain = VqaTask(backbone, "Question: {question} Answer:", alike), CaptionTask(backbone, "", alike)
-    tasks: dict[str, Task] = {"vqa": asking, "third": CaptionTask(backbone, "a photo of", alike), "": plain}
+    generation = Generation(max_new_tokens=6)
+    vqa, plain = VqaTask(backbone, "Question: {question} Answer:", generation), CaptionTask(backbone, "", generation)
+    tasks: dict[str, Task] = {"vqa": vqa, "third": CaptionTask(backbone, "a photo of", generation), "": plain}
     tiny.write_photos(tmp_path, 4)
     photos = [tmp_path / "photos" / f"{n}.png" for n in (0, 1, 2, 3, 0)]
     rows = [("vqa", "what is it?"), ("", ""), ("third", ""), ("vqa", "what colour is the cube?"), ("third", "")]
     requests = [(photo, name, question) for photo, (name, question) in zip(photos, rows, strict=True)]
-    found = list(predict_mixed(tasks, iter(requests), batch_size=3))
+    predictions = list(predict_mixed(tasks, iter(requests), batch_size=3))
     expected = []
     for photo, name, question in requests:
         with use_adapters(backbone.model, name) if name else disable_adapters(backbone.model):
             captioner = Captioner(tasks[name])
             expected.append(captioner.answer(photo, question) if question else captioner(photo))
-    assert found == [replace(prediction, score=None) for prediction in expected] and len({p.text for p in found}) > 2
+    assert (
+        predictions == [replace(prediction, score=None) for prediction in expected] and len({p.text for p in predictions}) > 2
+    )
     for wrong, message in (
         ({**tasks, "caption": CaptionTask(backbone)}, "the same `task.generation`"),
-        ({**tasks, "caption": CaptionTask(make(kind), "", alike)}, "need the same backbone"),
+        ({**tasks, "caption": CaptionTask(make(kind), "", generation)}, "need the same backbone"),
         ({"vqa": tasks["vqa"]}, "names the adapter ''"),
         ({**tasks, "none": plain}, "no adapter 'none'"),
     ):
@@ -127,35 +129,37 @@ def test_captions_and_answers_of_several_adapters_come_in_one_call(make, tmp_pat
 
 
 def test_gradients_reach_only_the_adapters_of_their_rows(many):
-    """A mixed batch's gradients are the sums over its rows apart, and an adapter of no row gets none."""
+    """Gradients of a mixed batch are the sums over separate rows. An adapter that no row uses has no gradient."""
     task = CaptionTask(many)
     each = ["vqa", "caption", None]
     batch = batch_of(task, TEXTS[:3])
 
     def gradients(step: Any) -> dict[str, torch.Tensor | None]:
         step()
-        found = {n: p.grad for n, p in many.model.named_parameters() if p.requires_grad}
+        result = {n: p.grad for n, p in many.model.named_parameters() if p.requires_grad}
         many.model.zero_grad(set_to_none=True)
-        return found
+        return result
 
     def mixed() -> None:
         with use_adapters(many.model, each):
             loss = task.loss(batch)
         loss.backward()  # outside of the block, as loops do
 
-    def apart() -> None:
+    def separate() -> None:
         for row, name in enumerate(each[:2]):
             with disable_adapters(many.model, *(other for other in attached.names(many.model) if other != name)):
                 task.loss(alone(batch, row)).backward()
 
-    found, expected = gradients(mixed), gradients(apart)
-    for name, gradient in found.items():
+    actual, expected = gradients(mixed), gradients(separate)
+    for name, gradient in actual.items():
         owner = name.split(".lora.")[1].split(".")[0].split(":")[0]
         assert (gradient is None) == (owner == "third"), name
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_switch_reads_no_file_and_copies_no_weight(many, monkeypatch):
+    """`use_adapters` opens no file, copies or clones no tensor, and changes no entry of the state_dict."""
+
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a switch opened a file or copied a tensor")
 
@@ -172,7 +176,7 @@ def test_a_switch_reads_no_file_and_copies_no_weight(many, monkeypatch):
 
 
 def test_each_thread_has_its_own_adapters():
-    """Two inside `use_adapters` at once, that leave in the order in which they came: each has its own, and nothing stays."""
+    """Two threads inside `use_adapters` at the same time each use their own adapter. Afterwards both adapters act again."""
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     for name in ("a", "b"):
         injection.inject(model, [Site("0", 2)], name=name)["0"].B.data.normal_()
@@ -180,24 +184,25 @@ def test_each_thread_has_its_own_adapters():
     for name in ("a", "b"):
         with use_adapters(model, name):
             alone[name] = model(x)
-    came, left = threading.Barrier(2, timeout=20), threading.Event()
+    both_inside, first_left = threading.Barrier(2, timeout=20), threading.Event()
 
-    def ask(name: str) -> torch.Tensor:
+    def request(name: str) -> torch.Tensor:
         with use_adapters(model, name):
-            came.wait()
-            said = model(x)
+            both_inside.wait()
+            output = model(x)
             if name == "b":
-                assert left.wait(20)
-        left.set()
-        return said
+                assert first_left.wait(20)
+        first_left.set()
+        return output
 
     with ThreadPoolExecutor(2) as pool:
-        said = dict(zip("ab", pool.map(ask, "ab"), strict=True))
-    assert all(torch.equal(said[name], alone[name]) for name in "ab") and not torch.equal(alone["a"], alone["b"])
+        outputs = dict(zip("ab", pool.map(request, "ab"), strict=True))
+    assert all(torch.equal(outputs[name], alone[name]) for name in "ab") and not torch.equal(alone["a"], alone["b"])
     assert torch.equal(model(x), both)
 
 
-def test_the_inner_of_two_nested_blocks_applies():
+def test_the_innermost_of_nested_blocks_applies():
+    """The innermost `use_adapters` applies, and the outer one after it ends. A disabled adapter stays disabled inside."""
     model, x = line("a", "b"), torch.randn(2, 4)
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(model(x), plus(model, x, "a", "b"))
@@ -213,7 +218,7 @@ def test_the_inner_of_two_nested_blocks_applies():
                 raise KeyError
             close(model(x), torch.cat([plus(model, x[:1], "b"), plus(model, x[1:])]))
         close(model(x), plus(model, x, "a"))
-    with disable_adapters(model, "a"), use_adapters(model, ["a", "b"]):  # what is disabled stays so
+    with disable_adapters(model, "a"), use_adapters(model, ["a", "b"]):  # a disabled adapter stays disabled
         close(model(x), torch.cat([plus(model, x[:1]), plus(model, x[1:], "b")]))
     close(model(x), plus(model, x, "a", "b"))
 
@@ -232,7 +237,8 @@ def test_the_inner_of_two_nested_blocks_applies():
         (["a", "b"], 0, "a batch has 0 rows"),
     ],
 )
-def test_adapters_that_cannot_be_chosen_are_an_error_with_the_fix(names, rows, message):
+def test_an_invalid_choice_of_adapters_raises_lora_error(names, rows, message):
+    """An unknown name or a wrong number of names raises LoRAError. After it, the output is that before the block."""
     model = line("a", "b")
     x = torch.randn(rows, 4)
     before = model(x)
@@ -241,8 +247,8 @@ def test_adapters_that_cannot_be_chosen_are_an_error_with_the_fix(names, rows, m
     assert torch.equal(model(x), before)
 
 
-def test_only_beams_that_were_declared_repeat_rows():
-    """A wrong list must not give rows to the wrong adapter, with gradients or without."""
+def test_rows_are_repeated_only_for_declared_beams():
+    """Four rows with two names raise LoRAError unless beams=2 is passed, with and without gradients."""
     model, x = line("a", "b"), torch.randn(4, 5, 4)
     with use_adapters(model, ["a", "b"]):
         for mode in (torch.enable_grad, torch.no_grad):
@@ -252,8 +258,8 @@ def test_only_beams_that_were_declared_repeat_rows():
         torch.testing.assert_close(model(x), torch.cat([plus(model, x[:2], "a"), plus(model, x[2:], "b")]))
 
 
-def test_ranking_texts_under_a_list_of_adapters_is_refused(make):
-    """The texts of one image are no rows of a batch: half of them would be ranked by another adapter."""
+def test_ranking_with_a_list_of_adapters_is_refused(make):
+    """The rows of `rank` are the texts of one image, so adapters cannot be chosen row by row."""
     backbone = make("blip")
     inject(backbone, "vit,text")
     task, some = CaptionTask(backbone), [Example(Path(f"{n}.png"), "", f"{n}.png", 1) for n in range(2)]
@@ -262,7 +268,7 @@ def test_ranking_texts_under_a_list_of_adapters_is_refused(make):
         task.rank(pictures, some, ["a", "b", "c", "d"])
 
 
-def test_merged_adapters_cannot_be_chosen_nor_chosen_ones_merged():
+def test_a_merged_adapter_cannot_be_chosen_and_a_chosen_one_cannot_be_merged():
     model = line("a", "b")
     merging.merge(model, "a")
     for names in ("b", ["a", None]):
@@ -282,7 +288,7 @@ def test_merged_adapters_cannot_be_chosen_nor_chosen_ones_merged():
 
 
 def test_a_copy_of_a_model_has_its_own_routing(many):
-    """deepcopy and pickle, also from inside a block: the copy starts with every adapter acting, and shares no choice."""
+    """A deepcopy or pickle made inside a block starts with all adapters active. Its choices do not affect the original."""
     task = CaptionTask(many)
     batch = batch_of(task, TEXTS[:2])
     stored = io.BytesIO()
@@ -303,7 +309,7 @@ def test_a_copy_of_a_model_has_its_own_routing(many):
     assert not torch.equal(chosen, everything)
 
 
-def test_parts_that_were_injected_one_by_one_choose_together():
+def test_a_choice_on_a_model_applies_to_parts_that_were_injected_separately():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
     for part in model:
         injection.inject(part, [Site("0", r=2)], name="a")["0"].B.data.normal_()
@@ -324,7 +330,7 @@ def test_an_adapter_injected_inside_a_block_is_not_active_in_it():
     assert not torch.equal(model(x), before)
 
 
-def test_dropout_applies_only_to_the_rows_of_its_adapter(make):
+def test_dropout_applies_only_to_rows_with_an_adapter(make):
     backbone = carry(make("blip"), dropout=0.5)
     task = CaptionTask(backbone)
     batch = batch_of(task, TEXTS[:3])
@@ -336,14 +342,14 @@ def test_dropout_applies_only_to_the_rows_of_its_adapter(make):
 
 def test_mixed_and_separate_batches_agree_within_bf16_rounding_under_autocast(many):
     with torch.autocast("cpu", torch.bfloat16):
-        mixed, apart = mixed_and_apart(many, EACH)
-        other, _ = mixed_and_apart(many, [None] * len(EACH))
-    far = (mixed - apart).abs().max()
-    assert far <= 0.03 * apart.abs().max() and (mixed - other).abs().max() > 3 * far
+        mixed, separate = mixed_and_separate(many, EACH)
+        other, _ = mixed_and_separate(many, [None] * len(EACH))
+    far = (mixed - separate).abs().max()
+    assert far <= 0.03 * separate.abs().max() and (mixed - other).abs().max() > 3 * far
 
 
-def test_checkpointed_layers_are_computed_again_with_the_adapters_that_acted(make):
-    """The backward pass runs outside of the blocks, and its gradients are those without checkpointing."""
+def test_checkpointed_layers_are_recomputed_with_the_adapters_of_the_forward(make):
+    """A backward pass outside the blocks gives the gradients of a model without checkpointing."""
     for kind in KINDS:
         gradients = []
         for checkpointing in (False, True):
@@ -366,7 +372,8 @@ def test_checkpointed_layers_are_computed_again_with_the_adapters_that_acted(mak
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recomputation_without_known_adapters_is_refused(reentrant):
+def test_a_recomputation_with_other_adapters_is_refused(reentrant):
+    """Without `context_fn`, a backward pass in another block raises LoRAError. With it, the adapters of the forward act."""
     model, x = line("a", "b"), torch.randn(2, 4, requires_grad=True)
     with use_adapters(model, "a"):
         y = checkpoint(model, x, use_reentrant=reentrant)

@@ -1,4 +1,4 @@
-"""Every thread and asyncio task has its own choice of adapters, and no weight changes while any of them has one."""
+"""Each thread and asyncio task has its own choice of adapters. `merge` is refused while any of them is inside a block."""
 
 import asyncio
 import gc
@@ -24,31 +24,31 @@ CLOSE = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 def test_each_asyncio_task_has_its_own_adapters():
-    """Two tasks of one thread inside `use_adapters` at once, which leave in the order in which they came; nothing stays."""
-    model, x, found = line("a", "b"), torch.randn(2, 4), {}
+    """Two tasks of one thread inside `use_adapters` at the same time each use their own adapter. Afterwards both act again."""
+    model, x, outputs = line("a", "b"), torch.randn(2, 4), {}
     both = model(x)
 
-    async def ask(name: str, came: asyncio.Event, other: asyncio.Event) -> None:
+    async def request(name: str, entered: asyncio.Event, other: asyncio.Event) -> None:
         with use_adapters(model, name):
-            came.set()
+            entered.set()
             await other.wait()
-            found[name] = model(x)
+            outputs[name] = model(x)
             await asyncio.sleep(0.002 if name == "b" else 0.001)
-            assert torch.equal(model(x), found[name])
+            assert torch.equal(model(x), outputs[name])
 
     async def serve() -> None:
         one, two = asyncio.Event(), asyncio.Event()
-        await asyncio.gather(ask("a", one, two), ask("b", two, one))
+        await asyncio.gather(request("a", one, two), request("b", two, one))
 
     asyncio.run(serve())
     for name in "ab":
-        CLOSE(found[name], plus(model, x, name))
+        CLOSE(outputs[name], plus(model, x, name))
     assert torch.equal(model(x), both)
     merging.merge(model)
 
 
-def test_a_task_that_is_started_inside_a_block_keeps_its_choice():
-    """As with any ContextVar: it has the choice of the place where it was made, also in a thread of `to_thread`."""
+def test_a_task_started_inside_a_block_uses_the_adapters_of_the_block():
+    """A task or `to_thread` call copies the context in which it is created, so it uses that choice after the block too."""
     model, x = line("a", "b"), torch.randn(2, 4)
 
     async def later() -> torch.Tensor:
@@ -62,11 +62,11 @@ def test_a_task_that_is_started_inside_a_block_keeps_its_choice():
         with use_adapters(model, "b"):
             return [inside, await task]
 
-    for found in asyncio.run(serve()):
-        CLOSE(found, plus(model, x, "a"))
+    for output in asyncio.run(serve()):
+        CLOSE(output, plus(model, x, "a"))
 
 
-def test_a_merge_that_a_started_task_does_not_know_of_is_an_error_there():
+def test_a_task_whose_adapters_are_merged_after_it_started_raises_lora_error():
     model, x = line("a", "b"), torch.randn(2, 4)
 
     async def serve() -> None:
@@ -129,8 +129,8 @@ def test_nothing_is_merged_while_another_task_is_inside_a_block():
     assert not torch.equal(model[0].weight, weight)
 
 
-def test_a_block_waits_for_a_merge_and_then_says_that_adapters_are_merged():
-    """No request gets in between the check and the last weight that is written."""
+def test_a_block_waits_for_a_running_merge_and_is_then_refused():
+    """`use_adapters` waits for the lock that `merge` holds, then raises LoRAError because the adapter is merged."""
     model = line("a")
     pool = ThreadPoolExecutor(1)
     with model[0].lora.routing.lock:
@@ -142,7 +142,7 @@ def test_a_block_waits_for_a_merge_and_then_says_that_adapters_are_merged():
         request.result(20)
 
 
-def test_an_adapter_in_use_by_a_request_is_not_ejected():
+def test_an_adapter_that_a_block_names_is_not_ejected():
     model, x = line("a", "b"), torch.randn(2, 4)
     for names in ("a", ["a", None]):
         with use_adapters(model, names):
@@ -152,12 +152,12 @@ def test_an_adapter_in_use_by_a_request_is_not_ejected():
                     injection.eject(model, name)
             assert torch.equal(model(x), before)
     with use_adapters(model, "a"):
-        injection.eject(model, "b")  # nobody asked for it
+        injection.eject(model, "b")  # no block names "b"
         assert attached.names(model) == ["a"]
 
 
 def test_blocks_may_end_in_any_order():
-    """Two generators of one thread, each inside a block, the older one closed first; then one closed in another thread."""
+    """Blocks in generators may be closed oldest first, in another thread, or by garbage collection."""
     model, x = line("a", "b"), torch.randn(2, 4)
     both = model(x)
 
@@ -186,7 +186,7 @@ def test_blocks_may_end_in_any_order():
 
 
 def test_two_models_in_one_context_do_not_share_a_choice():
-    """Blocks of different models nest in any way, and each model has its innermost one."""
+    """Blocks of two models may be nested. For each model, the innermost of its own blocks applies."""
     one, two, x = line("a", "b"), line("a", "b"), torch.randn(2, 4)
     with use_adapters(one, "a"), use_adapters(two, "b"):
         CLOSE(one(x), plus(one, x, "a")), CLOSE(two(x), plus(two, x, "b"))
@@ -198,7 +198,8 @@ def test_two_models_in_one_context_do_not_share_a_choice():
         merging.merge(two)
 
 
-def test_parts_inside_blocks_are_not_joined():
+def test_parts_with_open_blocks_cannot_share_a_choice():
+    """`use_adapters` on a model raises LoRAError if its parts have separate routings with open blocks."""
     parts = nn.Sequential(line("a"), line("a"))
     x = torch.randn(3, 4)
     with ExitStack() as blocks:
@@ -210,8 +211,8 @@ def test_parts_inside_blocks_are_not_joined():
         assert torch.equal(parts[0](x), before)
 
 
-def test_an_adapter_before_the_others_joins_the_block_that_is_in_force():
-    """The first linear of the model gets its adapter last, inside a block and with the fast way switched off."""
+def test_an_adapter_injected_on_an_earlier_linear_is_not_active_in_the_open_block():
+    """The first linear gets an adapter inside a block of the second linear. It shares the routing, with fast off."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
     injection.inject(model, [Site("1", 2)], name="a")["1"].B.data.normal_()
     attached.fast(model, False)
@@ -224,7 +225,7 @@ def test_an_adapter_before_the_others_joins_the_block_that_is_in_force():
 
 @pytest.mark.parametrize("names", ["a", ["a", "b"]])
 def test_a_recomputation_in_another_thread_uses_the_adapters_of_the_forward(names):
-    """Autograd computes checkpointed layers again in a thread of its own for each device."""
+    """Autograd recomputes checkpointed layers in a separate thread per device. `checkpoint_context` sets the adapters there."""
     model, x = line("a", "b"), torch.randn(2, 4)
     with use_adapters(model, names):
         expected = model(x)
@@ -237,14 +238,14 @@ def test_a_recomputation_in_another_thread_uses_the_adapters_of_the_forward(name
             return model(x)
 
     with ThreadPoolExecutor(1) as pool, disable_adapters(model):
-        found = pool.submit(recompute).result(20)
+        recomputed = pool.submit(recompute).result(20)
         CLOSE(model(x), plus(model, x))
-    CLOSE(found, expected)
+    CLOSE(recomputed, expected)
     assert checkpoint_context(nn.Linear(2, 2))
 
 
-def test_a_checkpoint_inside_a_checkpoint_knows_its_batch():
-    """A layer that flattens its tokens, as OPT's does, is computed again with the rows of the call it was part of."""
+def test_nested_checkpoints_recompute_with_the_batch_size_of_the_call():
+    """A layer that flattens tokens, as in OPT, is recomputed with the number of rows of the call of the model."""
 
     class Flat(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -266,8 +267,8 @@ def test_a_checkpoint_inside_a_checkpoint_knows_its_batch():
 
 
 @pytest.mark.slow
-def test_compiled_models_follow_the_choice():
-    """Of one adapter, of rows, and of none, also when the choice changes after the first compiled call."""
+def test_compiled_models_use_the_chosen_adapters():
+    """A compiled model equals the eager model, also if the choice of adapters changes between calls."""
     model, x = line("a", "b"), torch.randn(2, 4)
     compiled = torch.compile(model, backend="eager")
     for names in (None, "a", ["a", None], None, "b", [None, "b"]):

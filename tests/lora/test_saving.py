@@ -1,4 +1,4 @@
-"""A merged model is saved as a plain checkpoint; an unmerged one is not saved as one by mistake."""
+"""A merged model is saved as a plain checkpoint. `save_pretrained` of an unmerged model raises LoRAError."""
 
 import copy
 import io
@@ -30,8 +30,8 @@ def adapt(model: nn.Module, *names: str) -> nn.Module:
     return model
 
 
-def test_a_merged_model_has_exactly_the_base_s_keys(make, tmp_path):
-    """state_dict, torch.save, safetensors and transformers, of BLIP; the saved folder gives the merged logits by itself."""
+def test_a_merged_model_has_exactly_the_keys_of_the_base(make, tmp_path):
+    """Keys are equal in state_dict, torch.save and safetensors. A folder of save_pretrained loads with the merged logits."""
     backbone = make("blip")
     model, keys = backbone.model, list(backbone.model.state_dict())
     inject(backbone)
@@ -66,19 +66,20 @@ def test_a_merged_model_has_exactly_the_base_s_keys(make, tmp_path):
             assert set(file.keys()) <= set(keys)
 
 
-@pytest.mark.parametrize("how", ["a part", "the whole around a part", "a state_dict of its own", "a copy", "a pickle"])
-def test_no_way_to_save_pretrained_loses_an_adapter(make, tmp_path, how):
+@pytest.mark.parametrize("how", ["a part", "the model around an adapted part", "a passed state_dict", "a copy", "a pickle"])
+def test_save_pretrained_of_an_adapted_model_is_refused(make, tmp_path, how):
+    """Parts, copies and pickles of an adapted model raise LoRAError too. Parts without adapters are saved."""
     model = make("blip").model
-    what: Any = model.vision_model if how == "the whole around a part" else model
-    site = "vision_model.encoder.layers.0.mlp.fc1".removeprefix("" if what is model else "vision_model.")
-    injection.inject(what, [Site(site, 2)])
+    target: Any = model.vision_model if how == "the model around an adapted part" else model
+    site = "vision_model.encoder.layers.0.mlp.fc1".removeprefix("" if target is model else "vision_model.")
+    injection.inject(target, [Site(site, 2)])
     saved = {"a part": model.vision_model, "a copy": copy.deepcopy(model), "a pickle": None}.get(how, model)
     saved = pickle.loads(pickle.dumps(model)) if saved is None else saved
-    given = {"state_dict": model.state_dict()} if how == "a state_dict of its own" else {}
+    options = {"state_dict": model.state_dict()} if how == "a passed state_dict" else {}
     with pytest.raises(LoRAError, match=r"adapter 'default'.*" + FIX):
-        saved.save_pretrained(tmp_path / "lost", **given)
-    if how != "the whole around a part":
-        model.text_decoder.save_pretrained(tmp_path / "text")  # nothing of it is adapted
+        saved.save_pretrained(tmp_path / "lost", **options)
+    if how != "the model around an adapted part":
+        model.text_decoder.save_pretrained(tmp_path / "text")  # this part has no adapter
     if how == "a copy":
         injection.eject(saved)
         saved.save_pretrained(tmp_path / "base")
@@ -86,8 +87,8 @@ def test_no_way_to_save_pretrained_loses_an_adapter(make, tmp_path, how):
             model.save_pretrained(tmp_path / "lost")
 
 
-def test_a_folder_that_holds_adapters_beside_the_weights_is_refused(make, tmp_path):
-    """Today's load gave the captions of the base without a word."""
+def test_a_folder_with_adapters_in_its_weights_file_is_refused(make, tmp_path):
+    """`load_backbone` raises ModelError, because transformers would ignore the keys of the adapters."""
     backbone = make("blip")
     keys = backbone.model.state_dict()
     injection.inject(backbone.model, [Site("vision_model.encoder.layers.0.mlp.fc1", 2)])
@@ -100,8 +101,8 @@ def test_a_folder_that_holds_adapters_beside_the_weights_is_refused(make, tmp_pa
         load_backbone(str(tmp_path), "cpu")
 
 
-def test_a_state_dict_has_the_adapters_that_are_not_in_the_weights():
-    """Of two adapters with one merged, the other's tensors stay: together they are the model, and they load again."""
+def test_a_state_dict_has_only_the_adapters_that_are_not_merged():
+    """If one of two adapters is merged, the state_dict has only the tensors of the other. It loads into the same outputs."""
     model = adapt(net(), "a", "b")
     every = set(model.state_dict())
     assert {"0.lora.a.A", "0.lora.b.B"} <= every

@@ -1,4 +1,4 @@
-"""What cannot be injected, or could not be saved and loaded again, is refused before anything changes."""
+"""`inject` refuses invalid sites, targets and models before it changes anything, and accepts the limits of each value."""
 
 import copy
 import pickle
@@ -24,14 +24,14 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6))
 
 
-WRONG: dict[str, tuple[list[Any], str]] = {
+WRONG: dict[str, tuple[list[Any], str]] = {  # case → (sites, part of the error message)
     "no site": ([], "list of sites is empty"),
     "alpha NaN": ([Site("0", alpha=NAN)], "'0': alpha=nan"),
     "alpha infinite": ([Site("0", alpha=INF)], "'0': alpha=inf"),
     "alpha a boolean": ([Site("0", alpha=True)], "'0': alpha=True"),
     "alpha zero": ([Site("0", alpha=0.0)], "'0': alpha=0.0"),
     "alpha negative": ([Site("0", alpha=-2.0)], "'0': alpha=-2.0"),
-    "alpha that no JSON holds": ([Site("0", alpha=np.float32(2))], "'0': alpha="),  # type: ignore[arg-type]
+    "alpha that is not a JSON number": ([Site("0", alpha=np.float32(2))], "'0': alpha="),  # type: ignore[arg-type]
     "scale beyond float32": ([Site("0", 1, 1e39)], "'0': alpha / r = 1e[+]39 / 1 is"),
     "scale below float32": ([Site("0", 8, 1e-38)], "'0': alpha / r"),
     "alpha of many digits": ([Site("0", alpha=10**5000)], "'0': alpha / r = int of many digits / 8"),
@@ -54,10 +54,10 @@ WRONG: dict[str, tuple[list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_site_that_makes_no_sound_update_is_named_and_nothing_changes(what):
-    """The sound site that comes first is not touched, and nothing is frozen."""
-    model, (sites, message) = net(), WRONG[what]
+@pytest.mark.parametrize("case", WRONG)
+def test_an_invalid_site_is_named_and_nothing_changes(case):
+    """The valid site before it is not changed, and no parameter is frozen."""
+    model, (sites, message) = net(), WRONG[case]
     before = dict(vars(model[1]))
     with pytest.raises(LoRAError, match=message.replace(".", r"\.")):
         injection.inject(model, [Site("1"), *sites] if sites else [])
@@ -66,7 +66,8 @@ def test_a_site_that_makes_no_sound_update_is_named_and_nothing_changes(what):
 
 
 @pytest.mark.parametrize("dropout", [NAN, -0.1, 1.0, 1.5, INF, None, "0.1"])
-def test_dropout_is_a_share_below_one_at_the_first_inject_and_at_the_next(dropout):
+def test_a_dropout_outside_0_to_1_is_refused_by_every_inject(dropout):
+    """The first and the second `inject` raise LoRAError. The dropout of an existing adapter does not change."""
     model = net()
     with pytest.raises(LoRAError, match="dropout"):
         injection.inject(model, [Site("0")], dropout)
@@ -77,12 +78,12 @@ def test_dropout_is_a_share_below_one_at_the_first_inject_and_at_the_next(dropou
     assert attached.adapters(model)["0"].dropout == 0.25
 
 
-def test_the_largest_rank_is_that_of_the_setting():
+def test_the_largest_rank_equals_the_limit_of_the_setting():
     assert LARGEST["r"] == MOST_RANK
 
 
-def test_a_model_on_the_meta_device_takes_no_adapter():
-    """`to_empty` would leave A and B with whatever is in the memory."""
+def test_inject_on_the_meta_device_is_refused():
+    """`to_empty` would leave A and B uninitialized, so `inject` raises LoRAError."""
     with torch.device("meta"):
         model = net()
     with pytest.raises(LoRAError, match=r"'1' is on the meta device, so the model has no weights yet; load them first"):
@@ -101,26 +102,26 @@ def test_an_invalid_target_is_an_error_with_the_fix():
         injection.inject(net(), "vit")
 
 
-def test_names_are_targets_as_their_sites_are():
-    """`inject(model, "0,1")` and lists of names are `inject(model, find(model, "0,1"))`, with r and alpha."""
+def test_inject_accepts_names_in_place_of_sites():
+    """`inject(model, "0,1")` and lists of names equal `inject(model, find(model, "0,1"))`, with r and alpha."""
     expected = {address: lora.site for address, lora in injection.inject(net(), targets.find(net(), "0,1", 2, 3.0)).items()}
     assert list(expected) == ["0", "1"]
     for names in ("0,1", ["0", "1"], ("0", "1"), iter(["0", "1"])):
-        found = injection.inject(net(), names, r=2, alpha=3.0)
-        assert {address: lora.site for address, lora in found.items()} == expected
-    assert injection.inject(net(), "1")["1"].site == Site("1")  # one default of r and alpha
+        adapters = injection.inject(net(), names, r=2, alpha=3.0)
+        assert {address: lora.site for address, lora in adapters.items()} == expected
+    assert injection.inject(net(), "1")["1"].site == Site("1")  # the same defaults of r and alpha
 
 
 def test_the_smallest_and_largest_values_are_accepted():
-    """One row, one rank, the whole of the rows, the largest dropout."""
+    """One row, rank one, all rows and a dropout close to 1 are accepted."""
     sites = [Site("0", 1, 1e-3, "first", (0, 1)), Site("0", 1, 1e3, "last", (5, 6)), Site("1", 6, 1, "all", (0, 6))]
-    found = injection.inject(net(), sites, 0.999_999)
-    assert list(found) == ["0.first", "0.last", "1.all"]
-    assert [tuple(x.B.shape) for x in found.values()] == [(1, 1), (1, 1), (6, 6)]
+    adapters = injection.inject(net(), sites, 0.999_999)
+    assert list(adapters) == ["0.first", "0.last", "1.all"]
+    assert [tuple(x.B.shape) for x in adapters.values()] == [(1, 1), (1, 1), (6, 6)]
 
 
-def test_a_block_that_is_called_as_a_module_is_refused():
-    """The address "0.q" of a file would name two places."""
+def test_a_block_with_the_name_of_a_submodule_is_refused():
+    """The address "0.q" in a file would be ambiguous."""
     model = net()
     model[0].add_module("q", nn.Linear(4, 6))
     with pytest.raises(LoRAError, match=r"'0\.q' is named twice, by two sites or by a site and a module"):
@@ -128,15 +129,15 @@ def test_a_block_that_is_called_as_a_module_is_refused():
 
 
 def test_a_linear_with_another_attribute_lora_is_refused():
-    for own in (nn.Linear(2, 2), nn.ModuleDict(), SimpleNamespace()):
+    for attribute in (nn.Linear(2, 2), nn.ModuleDict(), SimpleNamespace()):
         model = net()
-        model[0].lora = own
+        model[0].lora = attribute
         with pytest.raises(LoRAError, match="'0' already has another attribute 'lora'"):
             injection.inject(model, [Site("0")])
-        assert model[0].lora is own
+        assert model[0].lora is attribute
 
 
-def test_a_base_whose_own_names_say_lora_is_frozen_too():
+def test_a_base_with_lora_in_its_module_names_is_frozen_too():
     model = nn.ModuleDict({"lora": net(), "head": nn.Linear(6, 2)})
     injection.inject(model, [Site("head")])
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.lora.default.A", "head.lora.default.B"]
@@ -151,7 +152,7 @@ def test_a_lazy_linear_is_refused_until_it_has_a_shape():
 
 
 def test_a_second_inject_sets_the_dropout_and_changes_nothing_else():
-    """The adapter keeps its values, and drops from then on with the new share, in training alone."""
+    """The adapter keeps A and B, and uses the new dropout in training mode only."""
     model, x = net(), torch.ones(2, 4)
     adapter = injection.inject(model, [Site("0", 4)], 0.0)["0"]
     adapter.B.data.normal_()
@@ -166,7 +167,7 @@ def test_a_second_inject_sets_the_dropout_and_changes_nothing_else():
 
 
 def test_dropout_keeps_the_mean():
-    """E[update] is the update without dropout: what is kept is scaled up."""
+    """The mean of the update over many rows equals the update without dropout, because dropout rescales its output."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.ones(20_000, 4)
     injection.inject(model, [Site("0", 2)], 0.5)["0"].B.data.normal_()
@@ -175,7 +176,7 @@ def test_dropout_keeps_the_mean():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_fresh_adapter_is_in_the_mode_of_its_linear(training):
-    """One that is put on a model in training drops; one on a model in eval mode does not, until train() is called."""
+    """An adapter injected in training mode applies dropout. One injected in eval mode applies it only after `train()`."""
     model, x = net().train(training), torch.ones(3, 4)
     adapter = injection.inject(model, [Site("0", 4)], 0.5)["0"]
     adapter.B.data.normal_()
@@ -186,7 +187,7 @@ def test_a_fresh_adapter_is_in_the_mode_of_its_linear(training):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_linear_may_be_called_by_keyword(fast):
-    """`linear(input=x)` is `linear(x)`, with gradients, for rows of their own and under any name of a kind of linear."""
+    """`linear(input=x)` equals `linear(x)` in values and gradients, also with adapters by row and other argument names."""
 
     class Scaled(nn.Linear):
         def forward(self, states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:  # type: ignore[override]
@@ -210,7 +211,7 @@ def test_a_linear_may_be_called_by_keyword(fast):
 
 
 def test_copies_and_pickles_keep_the_setting_of_fast():
-    """`attached.fast(model, False)` is for gradients of gradients, which a copy then has too."""
+    """A copy of a model with fast off supports gradients of gradients too. Adapters injected later inherit the setting."""
     model = line("a")
     attached.fast(model, False)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -225,7 +226,7 @@ def test_copies_and_pickles_keep_the_setting_of_fast():
     injection.inject(bare, [Site("0")])
     assert bare[0].lora.routing.fast is False
     whole = nn.Sequential(net())
-    attached.fast(whole[0], False)  # of a part
+    attached.fast(whole[0], False)  # of a part of the model
     injection.inject(whole, [Site("0.0")])
     assert whole[0][0].lora.routing.fast is False
     attached.fast(whole)

@@ -1,4 +1,4 @@
-"""Targets: presets, slices, ranges, ranks of their own, and what is said when nothing matches."""
+"""Targets: presets, row blocks, layer ranges, regular expressions, rank per target, and the errors for wrong targets."""
 
 import pytest
 import torch
@@ -8,22 +8,22 @@ from lora_blip.errors import TargetError
 from lora_blip.lora import injection, targets
 
 
-def addresses(model, what, **options):
-    return [site.address for site in targets.find(model, what, **options)]
+def addresses(model, target, **options):
+    return [site.address for site in targets.find(model, target, **options)]
 
 
-def test_presets_find_every_linear_of_their_part(backbone):
+def test_presets_match_every_linear_of_their_part(backbone):
     linears = {path for path, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear)}
     parts = "vit,text" if backbone.family == "blip" else "vit,qformer,lm"
-    left = linears - set(addresses(backbone.model, parts))
+    unmatched = linears - set(addresses(backbone.model, parts))
     expected = {
         "blip": {"text_decoder.cls.predictions.transform.dense", "text_decoder.cls.predictions.decoder"},
         "blip-2": {"language_projection", "language_model.lm_head"},
     }
-    assert left == expected[backbone.family]
+    assert unmatched == expected[backbone.family]
 
 
-def test_parts_of_a_preset_make_up_the_whole(backbone):
+def test_the_parts_of_a_preset_match_the_linears_of_the_preset(backbone):
     for whole, parts in (
         ("vit", "vit.attn,vit.mlp"), ("text", "text.attn,text.cross,text.mlp"),
         ("qformer", "qformer.attn,qformer.cross,qformer.mlp"), ("lm", "lm.attn,lm.mlp"),
@@ -32,7 +32,7 @@ def test_parts_of_a_preset_make_up_the_whole(backbone):
             assert addresses(backbone.model, whole) == addresses(backbone.model, parts)
 
 
-def test_slices_are_the_row_blocks_of_the_fused_qkv(make):
+def test_q_and_v_are_row_blocks_of_the_fused_qkv(make):
     model = make("blip").model
     sites = targets.find(model, "vit.q,vit.v")
     width = model.config.vision_config.hidden_size
@@ -41,7 +41,8 @@ def test_slices_are_the_row_blocks_of_the_fused_qkv(make):
         targets.find(model, "vit,vit.q")
 
 
-def test_ranges_names_regexes_and_ranks_of_their_own(make):
+def test_ranges_names_regexes_and_ranks_per_target(make):
+    """A range selects layers. A name or regex selects modules. The last target that matches a module sets its r and alpha."""
     model = make("blip").model
     assert addresses(model, "vit[1:]") == [a for a in addresses(model, "vit") if ".layers.1." in a]
     one = "vision_model.encoder.layers.0.mlp.fc1"
@@ -51,15 +52,15 @@ def test_ranges_names_regexes_and_ranks_of_their_own(make):
     assert ranks.pop(one) == (6, 5.0) and set(ranks.values()) == {(2, 4.0)}
 
 
-def test_nothing_matched_lists_what_there_is(make):
-    with pytest.raises(TargetError, match=r"'qformer' matches no linear of BlipForConditionalGeneration") as said:
+def test_the_error_for_an_unmatched_target_lists_presets_and_modules(make):
+    with pytest.raises(TargetError, match=r"'qformer' matches no linear of BlipForConditionalGeneration") as raised:
         targets.find(make("blip").model, "qformer")
-    assert "vit (8)" in str(said.value) and "vision_model.encoder.layers.N.self_attn.qkv" in str(said.value)
+    assert "vit (8)" in str(raised.value) and "vision_model.encoder.layers.N.self_attn.qkv" in str(raised.value)
     with pytest.raises(TargetError, match="regex"):
         targets.find(make("blip").model, "vit(")
 
 
-def test_the_table_counts_by_part(make):
+def test_the_table_counts_linears_and_parameters_by_part(make):
     model = make("opt").model
     sites = targets.find(model, "vit,qformer", r=4)
     injection.inject(model, sites)
@@ -69,8 +70,8 @@ def test_the_table_counts_by_part(make):
     assert lines[-1][2] == f"{trained:,}"
 
 
-def test_true_sizes_on_the_meta_device():
-    """blip-image-captioning-large: 96 ViT linears, 3,145,728 parameters at r=8. blip2-opt-2.7b: 156 + 96."""
+def test_presets_match_the_expected_number_of_linears_in_real_sizes():
+    """blip-image-captioning-large has 96 ViT linears, 3,145,728 parameters at r=8. blip2-opt-2.7b has 156 + 96 linears."""
     large = BlipConfig(
         vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     )
@@ -80,8 +81,8 @@ def test_true_sizes_on_the_meta_device():
     with torch.device("meta"):
         blip = BlipForConditionalGeneration(large)
         blip2 = Blip2ForConditionalGeneration(Blip2Config(text_config=opt, image_token_index=50265))
-    found = [(site.r, blip.get_submodule(site.module)) for site in targets.find(blip, "vit", r=8)]
-    assert len(found) == 96 and sum(r * (linear.in_features + linear.out_features) for r, linear in found) == 3_145_728
+    linears = [(site.r, blip.get_submodule(site.module)) for site in targets.find(blip, "vit", r=8)]
+    assert len(linears) == 96 and sum(r * (linear.in_features + linear.out_features) for r, linear in linears) == 3_145_728
     counts = {part: len(addresses(blip2, part)) for part in ("vit", "qformer", "lm")}
     assert counts == {"vit": 156, "qformer": 96, "lm": 192}
     assert len(addresses(blip2, "vit,qformer")) == 252
@@ -98,13 +99,13 @@ def test_true_sizes_on_the_meta_device():
     ],
 )
 def test_a_wrong_target_suggests_the_nearest(make, wrong, near):
-    """A preset that the model has, or a regex for the last names of a module, as peft takes them."""
+    """The error suggests a preset of the model, or a regex if the target is the last part of a module name, as in peft."""
     with pytest.raises(TargetError) as caught:
         targets.find(make("blip").model, wrong)
     assert f"; did you mean {near}? presets that match" in str(caught.value)
 
 
-def test_a_target_that_resembles_nothing_has_no_suggestion(make):
+def test_the_error_for_an_unlike_target_has_no_suggestion(make):
     with pytest.raises(TargetError) as caught:
         targets.find(make("blip").model, "zzz")
     assert "did you mean" not in str(caught.value)
