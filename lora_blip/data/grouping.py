@@ -1,4 +1,4 @@
-"""Keep images that belong together on one side of a split: those of a group, such as a video, and those with equal bytes."""
+"""Keep images that belong together in one part of a split: those of a group, such as a video, and those with equal bytes."""
 
 import hashlib
 import os
@@ -176,10 +176,10 @@ def joined(
     """
     groups = components(images, [*links, *equal])
     if len(groups) < parts and equal:
-        report(f"WARNING: {len(equal):,} images have the same bytes as another one, and cannot all be on one side of the split")
+        report(f"WARNING: {len(equal):,} images have the same bytes as another one, and cannot all be in one part of the split")
         equal, groups = [], components(images, links)
     if equal:
-        report(f"{len(equal):,} images have the same bytes as another one; copies are on one side of the split")
+        report(f"{len(equal):,} images have the same bytes as another one; copies are in one part of the split")
     if links and (alone := len(set(images) - {image for image, _ in links})):
         report(f"WARNING: {alone:,} of {len(images):,} images have no group (--group-by), and are split one by one")
     if links:

@@ -202,7 +202,7 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
     fix = (
         f"Remove them from {config.val_annotations} or from {config.annotations}"
         if config.val_annotations
-        else 'Keep the images of a video or scene on one side: set GROUP_BY = "folder" (--group-by folder) or a column, '
+        else 'Keep the images of a video or scene together: set GROUP_BY = "folder" (--group-by folder) or a column, '
         'or move the lines of some of them to another file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
     )
     report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)

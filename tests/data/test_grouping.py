@@ -1,4 +1,4 @@
-"""Groups of images, and images with equal bytes, are on one side of each split."""
+"""Groups of images, and images with equal bytes, are in one part of each split."""
 
 import json
 import random
@@ -117,7 +117,7 @@ def test_images_with_equal_bytes_are_on_one_side_and_counted(tmp_path, capsys):
         sides = splits.split_by_image(examples, 0.3, seed, compare_bytes=True)
         training, validation = ({example.image.read_bytes() for example in side} for side in sides)
         assert training and validation and not training & validation
-    assert "15 images have the same bytes as another one; copies are on one side" in capsys.readouterr().out
+    assert "15 images have the same bytes as another one; copies are in one part" in capsys.readouterr().out
     prepare(PrepareConfig(source=str(source), output_dir=str(tmp_path / "out")))
     assert "15 images have the same bytes" in capsys.readouterr().out
 
