@@ -5,6 +5,7 @@ Modules that are in TARGETS but not in the adapter begin as in a new adapter: th
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lora_blip.config import TrainConfig
@@ -17,7 +18,9 @@ from lora_blip.models.loading import Backbone
 from lora_blip.runtime import runs
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.tasks.base import Task
+from lora_blip.tasks.base import Generation, Task
+
+SPLITTING = ("annotations", "val_annotations", "val_fraction", "seed", "group_by")  # settings that choose the held-out lines
 
 
 def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
@@ -111,17 +114,48 @@ def describe(adapter: Adapter, sites: Iterable[Site]) -> str:
     return line
 
 
-def restore_task(task: Task, adapter: Adapter) -> None:
-    """Load the temperature of a retrieval adapter. Print a note if its task or prompt was another one."""
+def restore_task(task: Task, adapter: Adapter, config: TrainConfig) -> None:
+    """Load the temperature of a retrieval adapter. Print a note for each setting of the adapter that this training replaces."""
     name, prompt = adapter.task.get("name", ""), str(adapter.task.get("prompt", ""))
+    notes = [lines_note(adapter, config)]
     if name != task.name:
-        message = f"the initial adapter was trained for the task {quoted(name)}, and this training is for {task.name}"
-        print(printable(f"note: {message}"))
-        return
-    task.load_metadata(adapter.task)
-    if prompt != task.prompt:
-        message = f"the initial adapter was trained with PROMPT = {quoted(prompt)}, and this training has {quoted(task.prompt)}"
-        print(printable(f"note: {message}"))
+        notes.append(f"the initial adapter was trained for the task {quoted(name)}, and this training is for {task.name}")
+    else:
+        task.load_metadata(adapter.task)
+        if prompt != task.prompt:
+            own = f"this training has {quoted(task.prompt)}"
+            notes.append(f"the initial adapter was trained with PROMPT = {quoted(prompt)}, and {own}")
+        notes.append(generation_note(adapter, task.generation.stored()) if task.writes_text else "")
+    print("".join(printable(f"note: {note}\n") for note in notes if note), end="")
+
+
+def generation_note(adapter: Adapter, current: dict[str, Any]) -> str:
+    """Return a note if the adapter was validated with other options of generation, or "". MAX_NEW_TOKENS is not compared."""
+    before = Generation().stored() | adapter.task.get("generation", {})
+    names = sorted(name for name in before | current if before.get(name) != current.get(name) and name != "max_new_tokens")
+    if not names:
+        return ""
+    old, new = ({name: values.get(name) for name in names} for values in (before, current))
+    return f"the initial adapter was validated with GENERATION = {quoted(old)}, and this training has {quoted(new)}"
+
+
+def lines_note(adapter: Adapter, config: TrainConfig) -> str:
+    """Return a note if the adapter may have learned from lines that this training holds out, or ""."""
+    settings: Any = adapter.metadata.get("training", {}).get("settings", {})
+    names = [name for name in SPLITTING if name in settings and _spelled(settings, name) != _spelled(vars(config), name)]
+    if not names or not (config.val_fraction or config.val_annotations):
+        return ""
+    differences = [f"{name.upper()} was {quoted(settings[name])} and is {quoted(getattr(config, name))}" for name in names]
+    return (
+        f"the initial adapter was trained on other lines ({', '.join(differences)}). If it has learned from images that are "
+        "now held out, their scores are too high"
+    )
+
+
+def _spelled(settings: dict[str, Any], name: str) -> Any:
+    """Return the value of a setting. A path is absolute."""
+    value = settings[name]
+    return str(Path(value).absolute()) if name.endswith("annotations") and isinstance(value, str) and value else value
 
 
 def source_of(adapter: Adapter) -> str:

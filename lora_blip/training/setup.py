@@ -117,7 +117,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
             attempt(search, partial(warn_of_leaks, config, training, validation, thumbnails))
     fitted = replace(config, max_new_tokens=fit_generation(task, [*training, *validation], config.max_new_tokens))
     if initial := inject_adapters(config, backbone):
-        restore_task(task, initial)
+        restore_task(task, initial, config)
         config = replace(config, init_adapter=str(initial.path))
     identity = resume.identity(fitted, precision, backbone, training, validation, ranks.count)
     identity["init_adapter"] = source_of(initial) if initial else ""

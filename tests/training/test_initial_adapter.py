@@ -211,3 +211,16 @@ def test_latest_is_the_newest_finished_run(tmp_path):
 def test_the_end_compares_with_the_initial_adapter(first, tmp_path, capsys):
     train(further(first, tmp_path, max_steps=1))
     assert ": initial adapter " in capsys.readouterr().out
+
+
+def test_settings_of_the_initial_adapter_that_are_replaced_are_named(first, tmp_path, capsys):
+    """Its options of generation, and other held-out lines. The same settings give no note."""
+    config = further(first, tmp_path, seed=first[0].seed, output_dir=str(tmp_path / "same"), max_steps=1)
+    path = train(replace(config, init_adapter="", generation={"num_beams": 2, "no_repeat_ngram_size": 2}))
+    capsys.readouterr()
+    train(replace(config, init_adapter=str(path), num_beams=2, generation={"no_repeat_ngram_size": 2}))
+    assert "note:" not in capsys.readouterr().out
+    train(replace(config, init_adapter=str(path), seed=7))
+    printed = capsys.readouterr().out
+    assert "validated with GENERATION = {'no_repeat_ngram_size': 2, 'num_beams': 2}, and this training has" in printed
+    assert f"note: the initial adapter was trained on other lines (SEED was {config.seed} and is 7). If it has" in printed
