@@ -97,6 +97,8 @@ class Captioner:
         is_name = isinstance(base, str | Path)
         if adapter is None and is_name and not str(base):
             raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
+        if not isinstance(generation, Mapping | None):
+            raise InputError(f'generation is {generation!r}; give a dict, such as generation={{"num_beams": 3}}')
         content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
         config = InferConfig(
             model=str(base) if is_name else "loaded", adapter="latest" if content else "none", device=device,

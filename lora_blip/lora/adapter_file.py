@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Adapter:
     """The content of a file."""
 
     path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)  # a notebook prints the result of `load_adapter`
+    metadata: dict[str, Any] = field(repr=False)
 
     @property
     def sites(self) -> list[Site]:

@@ -10,7 +10,7 @@ import torch
 
 import lora_blip
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
-from lora_blip.errors import AdapterError, ConfigError
+from lora_blip.errors import AdapterError, ConfigError, InputError
 from lora_blip.evaluation.comparison import evaluate
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.commands import json_object
@@ -202,3 +202,8 @@ def test_several_texts_in_a_mixed_call(make, tmp_path):
 def test_options_are_a_part_of_a_run_to_resume() -> None:
     """A config with other options is another run, and a config is hashable with them."""
     assert TrainConfig(generation={"top_k": 3}) != TrainConfig() and hash(TrainConfig(generation={"top_k": 3}))
+
+
+def test_options_in_python_that_are_no_dict_are_an_error_with_an_example():
+    with pytest.raises(InputError, match=r"generation is 'num_beams=3'; give a dict, such as generation=\{"):
+        Captioner.from_adapter("latest", generation="num_beams=3")  # type: ignore[arg-type]

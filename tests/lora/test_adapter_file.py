@@ -240,3 +240,8 @@ def test_locate_prefers_the_best_adapter_of_a_run(tmp_path, saved):
     assert runs.locate(old) == old / runs.ADAPTER_NAME and runs.locate(new / runs.ADAPTER_NAME) == new / runs.ADAPTER_NAME
     os.utime(old / runs.ADAPTER_NAME, (2000, 2000))
     assert runs.locate("latest", folder) == old / runs.ADAPTER_NAME
+
+
+def test_a_printed_adapter_is_its_path_without_its_tensors(saved):
+    adapter = adapter_file.read(saved)
+    assert repr(adapter) == f"Adapter(path={saved!r})" and adapter.tensors
