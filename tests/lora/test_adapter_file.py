@@ -140,6 +140,7 @@ def key_of(path: Path, half: str) -> str:
 
 
 def test_a_damaged_file_is_refused_with_the_reason(make, saved):
+    """`load` raises AdapterError that names the defect, and injects no adapter."""
     backbone, whole = make("blip"), saved.read_bytes()
     a, b = key_of(saved, "lora_A"), key_of(saved, "lora_B")
     shape_a = tuple(adapter_file.read(saved).tensors[a].shape)
@@ -189,6 +190,7 @@ def test_a_missing_incomplete_or_foreign_file_is_refused(tmp_path, saved):
 
 
 def test_an_untrained_adapter_is_not_saved_and_no_file_is_overwritten(make, tmp_path):
+    """`save` raises AdapterError for a model without adapters, for B = 0, and if the file exists."""
     backbone = make("blip")
     with pytest.raises(AdapterError, match="has no adapter"):
         adapter_file.save(tmp_path / "a.safetensors", backbone)

@@ -39,7 +39,7 @@ class Windows(Flattening):
 
 @pytest.mark.parametrize("shape", [(9, 4), (1, 4), (2, 4), (4, 4), (9, 5, 4), (6, 5, 4), (1, 5, 4), (9, 2, 2, 4), (0, 4), (4,)])
 def test_a_batch_of_another_size_is_an_error_for_every_shape(shape):
-    """A batch whose rows differ from the number of names raises LoRAError, also a multiple of it."""
+    """A batch whose number of rows is not the number of names raises LoRAError, also if it is a multiple."""
     model, before = line("a", "b"), line("a")
     for call in (model, model[0]):
         with use_adapters(model, ["a", None, None]), pytest.raises(LoRAError, match="adapters were chosen"):
@@ -58,7 +58,8 @@ def test_a_batch_of_the_right_size_gets_its_adapters_for_every_shape(shape):
 
 
 @pytest.mark.parametrize("by", ["position", "keyword", "mapping"])
-def test_flattened_tokens_belong_to_the_rows_of_the_model_s_call(by):
+def test_flattened_tokens_use_the_rows_of_the_call_of_the_model(by):
+    """The linear gets (rows · tokens, width). The batch size is that of a positional, keyword or mapping argument."""
     inner = line("a", "b")
     model, x = Flattening(inner), torch.randn(2, 3, 4)
     if by == "mapping":
@@ -84,7 +85,8 @@ def test_windows_are_not_counted_as_rows():
                 model(torch.randn(rows, 6, 4))
 
 
-def test_beams_repeat_rows_of_flattened_tokens_side_by_side():
+def test_each_beam_of_a_row_uses_the_adapter_of_the_row():
+    """With beams=2, rows 0 and 1 use the first adapter and rows 2 and 3 the second, also if tokens are flattened."""
     inner = line("a", "b")
     model, x = Flattening(inner), torch.randn(4, 3, 4)
     with use_adapters(model, ["a", None], beams=2):

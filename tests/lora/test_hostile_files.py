@@ -314,7 +314,7 @@ def test_a_hostile_adapter_is_refused_in_a_short_message_and_leaves_the_model_al
 
 
 def test_a_tied_head_in_a_file_raises_adapter_error(tmp_path):
-    """`load` raises AdapterError where `inject` raises LoRAError."""
+    """`load` raises AdapterError for a head that shares its weight, although `inject` raises LoRAError."""
     metadata = json.loads(json.dumps(valid_header()).replace(MODULE, "part.head"))
     metadata["base"]["samples"]["part.head"] = {}
     (tmp_path / "a").write_bytes(

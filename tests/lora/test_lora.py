@@ -54,7 +54,7 @@ def test_an_adapter_on_a_block_of_a_fused_qkv_changes_only_its_rows(make):
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-5), ("bf16", 0.15), ("fp16", 0.02)])
 def test_merged_logits_equal_hooked_logits(make, dtype, bound):
-    """Law 5: the difference is within the bound, relative to the largest logit, and far smaller than the update."""
+    """Law 5: merged and hooked logits differ by at most `bound` of the largest logit, and by less than half of the update."""
     for kind in ("blip", "opt") + (("t5",) if dtype != "fp16" else ()):
         backbone = make(kind, dtype=dtype)
         with torch.autocast("cpu", getattr(torch, {"fp16": "float16"}.get(dtype, "bfloat16")), enabled=dtype != "fp32"):
@@ -68,6 +68,7 @@ def test_merged_logits_equal_hooked_logits(make, dtype, bound):
 
 
 def test_merge_and_restore_are_idempotent_and_restore_is_exact(backbone):
+    """A second `merge` or `restore` changes nothing. After `restore`, all weights equal those before the merge bit for bit."""
     before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
     inject(backbone)
     merging.merge(backbone.model)
@@ -92,6 +93,7 @@ def test_half_precision_weights_survive_merge_and_restore_to_the_bit(make):
 
 
 def test_eject_restores_the_base_exactly(backbone):
+    """After `merge` and `eject`, the keys and logits are those of the base, and no hook is left."""
     before, keys = logits_of(backbone), list(backbone.model.state_dict())
     inject(backbone)
     assert set(keys) <= set(backbone.model.state_dict())  # injection does not rename keys of the base
@@ -102,7 +104,8 @@ def test_eject_restores_the_base_exactly(backbone):
     assert not any(hook in attached.OURS for m in backbone.model.modules() for hook in m._forward_hooks.values())
 
 
-def test_bake_keeps_the_merged_weights_and_nothing_else(make):
+def test_bake_leaves_a_plain_model_with_the_merged_weights(make):
+    """After `bake`, the keys are those of the base and the logits are those of the merged model."""
     backbone = make("blip")
     keys = list(backbone.model.state_dict())
     inject(backbone)
@@ -113,6 +116,7 @@ def test_bake_keeps_the_merged_weights_and_nothing_else(make):
 
 
 def test_inject_is_idempotent(make):
+    """A second `inject` on the same modules keeps A and B. One on other modules raises ValueError."""
     backbone = make("blip")
     inject(backbone)
     once = logits_of(backbone)
@@ -147,7 +151,8 @@ def test_updates_of_two_adapters_add_and_one_can_be_ejected():
     assert torch.equal(model[0].weight, weight)
 
 
-def test_disabled_adapters_give_the_base_and_return_after_an_error(make):
+def test_disabled_adapters_give_the_base_and_are_active_again_after_an_error(make):
+    """`disable_adapters` gives the logits of the base, ends with an exception too, and is refused on a merged model."""
     backbone = make("blip")
     before = logits_of(backbone)
     inject(backbone)
@@ -384,7 +389,7 @@ class Doubled(LoRA):
 
 
 @pytest.mark.parametrize("write", [merging.merge, merging.bake])
-def test_a_subclass_of_lora_is_hooked_trained_merged_and_baked_with_its_own_update(write):
+def test_a_subclass_of_lora_is_hooked_trained_merged_and_baked(write):
     """The hook calls `forward` of the subclass, also with `fused` on. `merge` and `bake` call its `delta_weight`."""
     model, x = two_adapters(fast=True), torch.randn(5, 6)
     plain = copy.deepcopy(model)

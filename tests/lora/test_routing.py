@@ -202,7 +202,7 @@ def test_each_thread_has_its_own_adapters():
 
 
 def test_the_innermost_of_nested_blocks_applies():
-    """The innermost `use_adapters` applies, and the outer one after it ends. A disabled adapter stays disabled inside."""
+    """The innermost block applies until it ends, then the block around it. A disabled adapter stays disabled inside."""
     model, x = line("a", "b"), torch.randn(2, 4)
     close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     close(model(x), plus(model, x, "a", "b"))
@@ -269,6 +269,7 @@ def test_ranking_with_a_list_of_adapters_is_refused(make):
 
 
 def test_a_merged_adapter_cannot_be_chosen_and_a_chosen_one_cannot_be_merged():
+    """`use_adapters` raises LoRAError on a merged model. `merge` and `bake` raise LoRAError inside a block."""
     model = line("a", "b")
     merging.merge(model, "a")
     for names in ("b", ["a", None]):

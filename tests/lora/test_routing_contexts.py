@@ -186,7 +186,7 @@ def test_blocks_may_end_in_any_order():
 
 
 def test_two_models_in_one_context_do_not_share_a_choice():
-    """Blocks of two models may be nested. For each model, the innermost of its own blocks applies."""
+    """Blocks of two models may be nested. The innermost block of a model applies to it."""
     one, two, x = line("a", "b"), line("a", "b"), torch.randn(2, 4)
     with use_adapters(one, "a"), use_adapters(two, "b"):
         CLOSE(one(x), plus(one, x, "a")), CLOSE(two(x), plus(two, x, "b"))
