@@ -195,7 +195,7 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
 
     Without an adapter, return only the second line.
     """
-    work = f"{task.name}: {count:,} to predict with {task.backbone.name}, {precision}"
+    work = f"{task.name}: {count:,} {'prediction' if count == 1 else 'predictions'} with {task.backbone.name}, {precision}"
     if adapter is None:
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})

@@ -230,8 +230,7 @@ class Session:
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         dataset: Any = self.batches.dataset
         print(f"next: {summary.next_command(self.task.name, run.folder, dataset.examples)}")
-        score = summary.evaluate_command(run.folder, self.config.annotations, self.config.val_annotations)
-        print(f"scores on images that were not trained on: {score}")
+        print(summary.evaluate_line(self.task.name, run.folder, self.config.annotations, self.config.val_annotations))
         run.delete_checkpoints()  # last: a run that is killed before this line can be resumed
 
 

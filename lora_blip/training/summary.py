@@ -14,6 +14,7 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.training.best import Best
 
 DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
+REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
 
@@ -48,18 +49,22 @@ def base_score(metrics: Path, by: str) -> float | None:
     return None
 
 
-def evaluate_command(folder: Path, annotations: str, val_annotations: str) -> str:
-    """Return the command that compares the adapter with its base, on images that were not trained on.
+def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str) -> str:
+    """Return a line with the command that compares the adapter with its base, on images that were not trained on.
 
-    The references are the validation file, or the test.jsonl or val.jsonl beside the annotations; otherwise the name of a file
-    to write.
+    The references are the validation file, the test.jsonl or val.jsonl beside the annotations, or the file of the task in the
+    folder image_test beside them. If none of them exists, the line asks the user to write test.jsonl.
     """
-    beside = [Path(annotations).with_name(name) for name in ("test.jsonl", "val.jsonl")]
-    found = [path for path in beside if path.is_file() and path != Path(annotations)]
-    references = val_annotations or str(found[0] if found else "test.jsonl")
+    source = Path(annotations)
+    candidates = [source.with_name("test.jsonl"), source.with_name("val.jsonl")]
+    candidates += [source.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
+    existing = [path for path in candidates if path.is_file() and path != source]
+    references = val_annotations or str(existing[0] if existing else "test.jsonl")
     start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]
     adapter = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    return printable(command_line([*start, "evaluate", "--adapter", adapter, "--references", references]))
+    command = command_line([*start, "evaluate", "--adapter", adapter, "--references", references])
+    missing = "" if val_annotations or existing else " (write their images and texts to test.jsonl first)"
+    return printable(f"to score it on images that were not trained on{missing}: {command}")
 
 
 def next_command(task: str, folder: Path, examples: list[Example]) -> str:

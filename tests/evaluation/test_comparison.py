@@ -108,7 +108,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     )
     assert "exact match" in page and "a red cube on cube 3" in page
     printed = capsys.readouterr().out
-    assert "caption: 6 to predict" in printed and "-0.0" not in printed
+    assert "caption: 6 predictions" in printed and "-0.0" not in printed
     assert re.search(r"\n\[95 % interval\] +base +adapted +gain\n", printed)
     assert re.search(r"ROUGE-L .*\[.*\[.*\[", printed) and "wrote out/metrics.json, out/comparison.csv" in printed
 

@@ -342,8 +342,8 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
     assert f"validation exact match: base 12.5%, best adapter 75.0%, after step 4: {best}" in printed
     run = path.parent.relative_to(tmp_path)
     assert printed[-2] == f"next: lora-blip infer --adapter {run} --images {source.parent}/photos"
-    end = "scores on images that were not trained on: lora-blip evaluate --adapter"
-    assert printed[-1] == f"{end} {run} --references test.jsonl"
+    start = "to score it on images that were not trained on (write their images and texts to test.jsonl first): "
+    assert printed[-1] == f"{start}lora-blip evaluate --adapter {run} --references test.jsonl"
 
 
 def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
@@ -358,17 +358,22 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
     assert summary.next_command("vqa", tmp_path / "a run", []) == f"{command} --question 'what color is it?'"
 
 
-def test_the_command_that_evaluates_names_the_file_that_was_held_out(tmp_path, monkeypatch):
-    """VAL_ANNOTATIONS, or what `prepare` wrote beside the training lines, or a file to write."""
+def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypatch):
+    """The references are VAL_ANNOTATIONS, a file of `prepare`, or that of image_test. Without them, a file is to be written."""
     monkeypatch.chdir(tmp_path)
-    lines = str(tmp_path / "train.jsonl")
-    command = "lora-blip evaluate --adapter run --references "
-    assert summary.evaluate_command(tmp_path / "run", lines, "") == f"{command}test.jsonl"
+    run, lines = tmp_path / "run", str(tmp_path / "train.jsonl")
+    start, command = "to score it on images that were not trained on", ": lora-blip evaluate --adapter run --references "
+    write_first = " (write their images and texts to test.jsonl first)"
+    assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{write_first}{command}test.jsonl"
+    (tmp_path / "image_test").mkdir()
+    (tmp_path / "image_test/questions.jsonl").touch()
+    assert summary.evaluate_line("caption", run, lines, "") == f"{start}{write_first}{command}test.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{command}{tmp_path}/image_test/questions.jsonl"
     (tmp_path / "val.jsonl").touch()
-    assert summary.evaluate_command(tmp_path / "run", lines, "") == f"{command}{tmp_path}/val.jsonl"
-    assert summary.evaluate_command(tmp_path / "run", lines, "a b.csv") == f"{command}'a b.csv'"
+    assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{command}{tmp_path}/val.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "a b.csv") == f"{start}{command}'a b.csv'"
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert summary.evaluate_command(tmp_path / "run", lines, "").startswith("python -m lora_blip evaluate ")
+    assert "not trained on: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "a b.csv")
 
 
 def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
