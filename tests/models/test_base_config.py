@@ -1,4 +1,4 @@
-"""A checkpoint's files may be a stranger's: they are loaded as weights, or refused in one message before anything is built."""
+"""A base loads as weights only. A checkpoint with code, wrong sizes or broken files raises one ModelError."""
 
 import json
 import os
@@ -25,21 +25,21 @@ PLANTED = "import pathlib; pathlib.Path({path!r}).write_text('ran')"
 
 @pytest.fixture
 def base(checkpoints, tmp_path) -> Callable[..., Path]:
-    """base("blip", change) → a copy of a checkpoint, whose config.json was changed."""
+    """Return a function: base("blip", change) copies a checkpoint and applies `change` to its config.json."""
 
     def copy(kind: str = "blip", change: Callable[[dict[str, Any]], object] = dict) -> Path:
         folder = tmp_path / kind
         shutil.copytree(checkpoints[kind], folder)
-        about = json.loads((folder / "config.json").read_text())
-        change(about)
-        (folder / "config.json").write_text(json.dumps(about))
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
         return folder
 
     return copy
 
 
 def refused(folder: Path) -> str:
-    """The message, which is short, comes soon and moves no cursor."""
+    """Assert that loading raises a short ModelError within a minute, without control characters. Return its message."""
     start = time.perf_counter()
     with pytest.raises(ModelError) as caught:
         load_backbone(str(folder), "cpu")
@@ -53,7 +53,7 @@ def refused(folder: Path) -> str:
 
 
 def plant(folder: Path) -> Path:
-    """Python that writes a file when it is run, in every place from which transformers can load some."""
+    """Write Python code that creates a file when it runs, in every place where transformers can load code. Return that file."""
     ran = folder.parent / "ran"
     code = PLANTED.format(path=str(ran))
     for name in ("planted.py", "custom_generate/generate.py"):
@@ -63,7 +63,7 @@ def plant(folder: Path) -> Path:
 
 
 class Yes:
-    """A standard input that agrees to everything; asking it at all is a failure."""
+    """A standard input that answers "y" to every question and counts the reads."""
 
     asked = 0
 
@@ -102,7 +102,7 @@ def remote_opt(about: dict[str, Any]) -> None:
     ("kind", "change"), [("blip", unknown_type), ("blip", no_type), ("opt", remote_text), ("opt", remote_opt)]
 )
 def test_python_in_a_checkpoint_is_neither_run_nor_asked_about(kind, change, base, monkeypatch):
-    """`yes | infer.py` gets one error and runs nothing."""
+    """A checkpoint that needs its own Python code raises ModelError. The code does not run, and nothing asks for consent."""
     yes = Yes()
     monkeypatch.setattr(sys, "stdin", yes)
     monkeypatch.setattr("builtins.input", lambda *_: yes.readline())
@@ -114,7 +114,7 @@ def test_python_in_a_checkpoint_is_neither_run_nor_asked_about(kind, change, bas
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_a_known_type_is_loaded_by_transformers_own_code(kind, base, monkeypatch):
-    """Its auto_map is not followed: in no file, and not to generate."""
+    """`auto_map` in any file of a checkpoint of a known type is ignored, also for `generate`."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     folder = base(kind, lambda about: about.update(auto_map=MAP))
     ran = plant(folder)
@@ -161,7 +161,7 @@ LOADS = {
 
 @pytest.mark.parametrize("what", LOADS)
 def test_a_config_that_loads_more_than_weights_is_refused(what, base):
-    """The message names the key, and transformers never reads it."""
+    """A config key that makes transformers load more than weights raises ModelError, which names the key."""
 
     def change(about: dict[str, Any]) -> None:
         for key, value in LOADS[what].items():
@@ -187,7 +187,7 @@ def test_a_generation_config_that_generates_in_another_way_is_refused(key, value
 
 @pytest.mark.parametrize("key", sorted(OPTIONS))
 def test_an_option_of_a_user_is_read_from_a_checkpoint_or_refused_with_the_setting(key, base):
-    """A checkpoint may not choose the number of texts, or mark them: that is a user's option only."""
+    """A checkpoint may set every option of GENERATION except the number of texts, a token bias and a watermark."""
     folder = base()
     if key in base_config.GENERATION_KEYS:
         (folder / "generation_config.json").write_text(json.dumps({key: None}))
@@ -200,7 +200,7 @@ def test_an_option_of_a_user_is_read_from_a_checkpoint_or_refused_with_the_setti
 
 @pytest.mark.parametrize("key", sorted(base_config.OTHER_GENERATION))
 def test_another_way_to_generate_in_the_config_of_the_text_model_is_refused(key, base):
-    """Every key of this transformers' GenerationConfig that is not in GENERATION_KEYS; without the check, it acts silently."""
+    """A generation key in text_config that is not in GENERATION_KEYS raises ModelError, because transformers would apply it."""
 
     def change(about: dict[str, Any]) -> None:
         about["text_config"][key] = 1e-9
@@ -221,7 +221,7 @@ def test_a_tokenizer_file_that_is_too_large_is_refused_before_it_is_read(name, b
 
 @pytest.mark.parametrize("name", LARGE_FILES)
 def test_a_tokenizer_file_that_is_a_pipe_is_refused(name, base):
-    """A pipe would wait for a writer without an end."""
+    """A tokenizer file that is a pipe raises ModelError. Reading it would block forever."""
     folder = base()
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -230,8 +230,8 @@ def test_a_tokenizer_file_that_is_a_pipe_is_refused(name, base):
 
 def test_a_generation_config_with_its_defaults_written_out_is_read(base):
     folder = base()
-    written = {"num_return_sequences": 1, "num_beam_groups": 1, "penalty_alpha": None, "constraints": None, "num_beams": 3}
-    (folder / "generation_config.json").write_text(json.dumps(written))
+    options = {"num_return_sequences": 1, "num_beam_groups": 1, "penalty_alpha": None, "constraints": None, "num_beams": 3}
+    (folder / "generation_config.json").write_text(json.dumps(options))
     load_backbone(str(folder), "cpu")
 
 
@@ -263,8 +263,8 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("part", "key", "value"), SIZES)
-def test_sizes_that_are_not_the_weights_are_one_error_in_bounded_time(part, key, value, base):
-    """Before anything of that size is built: the shapes are in the headers of the weights."""
+def test_sizes_that_do_not_fit_the_weights_are_one_error_in_bounded_time(part, key, value, base):
+    """A size in config.json that differs from the weights raises ModelError before a module of that size is built."""
     if (part, key) in (("text_config", "model_type"),):
         folder = base("opt", lambda about: about[part].update({key: value}))
     else:
@@ -277,12 +277,13 @@ def test_sizes_that_are_not_the_weights_are_one_error_in_bounded_time(part, key,
                        ("qformer_config", 7),
                        ("text_config", "opt"), ("vision_config", [])]
 )  # fmt: skip
-def test_blip2_s_own_sizes_too(key, value, base):
+def test_a_blip2_size_that_does_not_fit_the_weights_is_one_error(key, value, base):
+    """A BLIP-2 size or sub-config that does not fit the weights raises ModelError."""
     refused(base("opt", lambda about: about.update({key: value})))
 
 
-def test_a_skeleton_draws_no_random_numbers(base):
-    """A run's seed gives what it gave."""
+def test_loading_draws_no_random_numbers(base):
+    """Loading a base does not change the state of the random generator."""
     folder = base()
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -361,11 +362,11 @@ def test_weights_in_several_files_are_compared_and_loaded(base):
 
 
 def test_weights_with_adapters_among_them_are_refused_with_the_fix(base):
-    """What save_pretrained writes of a model with unmerged adapters: as a base, it would say what the base says."""
+    """A saved model with unmerged adapters raises ModelError. As a base, it would ignore the adapters."""
     folder = base()
     backbone = load_backbone(str(folder), "cpu")
-    kept = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     inject(backbone, "vit")
     (path,) = list(attached.adapters(backbone.model))[:1]
-    save_file(kept | {f"{path}.lora.default.A": torch.ones(4, 32)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors | {f"{path}.lora.default.A": torch.ones(4, 32)}, folder / "model.safetensors", {"format": "pt"})
     assert "lora_blip.bake" in refused(folder)

@@ -1,4 +1,4 @@
-"""Captions, answers and rankings of a base without an adapter are those of transformers' own classes and processors."""
+"""Captions, answers and rankings of a base without an adapter equal those of transformers."""
 
 import random
 import shutil
@@ -45,8 +45,8 @@ def opened(folder: Path, dtype: str, fast: bool) -> tuple[Any, Any, Any]:
 
 
 def processed(processor: Any, image: Image.Image, text: str, dtype: str) -> dict[str, Any]:
-    given = dict(processor(images=image, return_tensors="pt", **({"text": text} if text else {})))
-    return given | {"pixel_values": given["pixel_values"].to(DTYPES[dtype])}
+    inputs = dict(processor(images=image, return_tensors="pt", **({"text": text} if text else {})))
+    return inputs | {"pixel_values": inputs["pixel_values"].to(DTYPES[dtype])}
 
 
 def untie_head(folder: Path) -> None:
@@ -60,7 +60,7 @@ def untie_head(folder: Path) -> None:
 @EVERY
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa"])
 def test_texts_are_those_of_generate(checkpoints, tmp_path, kind, dtype, fast):
-    """Each image and prompt alone, since transformers attends to the padding of shorter prompts."""
+    """Texts equal those of `generate` for each image and prompt alone, because transformers attends to padding."""
     folder = shutil.copytree(checkpoints[kind], tmp_path / "checkpoint")
     if kind == "t5":
         save_t5(folder)
@@ -69,16 +69,16 @@ def test_texts_are_those_of_generate(checkpoints, tmp_path, kind, dtype, fast):
     answers, beams = set(), 3 if fast else 1
     for image in photos():
         for prompt in PROMPTS[kind == "vqa" :]:
-            given = processed(processor, image, prompt, dtype)
-            ids = model.generate(**given, max_new_tokens=8, num_beams=beams)[0]
-            start = len(given.get("input_ids", [[]])[0]) or 1 + tiny.QUERIES * (kind == "opt")
+            inputs = processed(processor, image, prompt, dtype)
+            ids = model.generate(**inputs, max_new_tokens=8, num_beams=beams)[0]
+            start = len(inputs.get("input_ids", [[]])[0]) or 1 + tiny.QUERIES * (kind == "opt")
             if kind == "blip" and prompt:
                 start -= 1  # `generate` removes [SEP]
             if kind in ("blip", "opt"):  # the prompt comes first
                 ids = ids[start:]
             expected = " ".join(processor.decode(ids, skip_special_tokens=True).split())
             pixels = task.backbone.image_processor(image, return_tensors="pt")["pixel_values"]
-            assert torch.equal(pixels.to(DTYPES[dtype]), given["pixel_values"])
+            assert torch.equal(pixels.to(DTYPES[dtype]), inputs["pixel_values"])
             assert task.language.generate(pixels, [prompt], max_new_tokens=8, num_beams=beams) == [expected]
             answers.add(expected)
     assert len(answers) > 1
@@ -87,20 +87,20 @@ def test_texts_are_those_of_generate(checkpoints, tmp_path, kind, dtype, fast):
 @EVERY
 @pytest.mark.parametrize("kind", ["itm", "itm2"])
 def test_rankings_are_those_of_the_two_heads(checkpoints, kind, dtype, fast):
-    """The log-odds of ITM, the cosines of ITC, and the order of the texts by both."""
+    """The log-odds of ITM, the cosines of ITC and the order of the texts equal those of transformers."""
     task, model, processor = opened(checkpoints[kind], dtype, fast)
     head = {"itm": "use_itm_head", "itm2": "use_image_text_matching_head"}[kind]
     output = {"itm": "itm_score", "itm2": "logits_per_image"}[kind]
     bound = {"rtol": 0, "atol": 1e-5 if dtype == "fp32" else 0.02}
     for image in photos():
         texts = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
-        given = {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
+        inputs = {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"]}
         pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
         states = {"pixel_values": pixels.to(DTYPES[dtype])}
         with torch.no_grad():
             every = {"pixel_values": states["pixel_values"].expand(len(TEXTS), -1, -1, -1)}
-            logits = getattr(model(**given, **every, **{head: True}), output).float()
-            contrast = getattr(model(**given, **states, **{head: False}), output).float().reshape(-1)
+            logits = getattr(model(**inputs, **every, **{head: True}), output).float()
+            contrast = getattr(model(**inputs, **states, **{head: False}), output).float().reshape(-1)
             matcher, rows = task.matcher, task.encode_texts(TEXTS)
             ours = cosines(matcher.image_features(matcher.encode_images(pixels)), rows.features)[0]
         odds = logits[:, 1] - logits[:, 0]

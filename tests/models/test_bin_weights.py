@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, checkpoints) -> Path:
-    """A checkpoint without weights."""
+    """Return a copy of a checkpoint without weights."""
     shutil.copytree(checkpoints["itm"], tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     return tmp_path / "model"
@@ -54,7 +54,7 @@ def test_a_bin_loads_as_its_safetensors_and_is_converted_once(folder, checkpoint
 
 
 def test_a_conversion_that_another_process_ends_first_is_used(folder, cache, monkeypatch):
-    """As under torchrun, where each process converts the same files, and one is last."""
+    """A conversion uses the file that another process of torchrun finished first."""
     (folder / WEIGHTS).write_bytes(b"weights")
     first = [True]
 
@@ -177,6 +177,6 @@ def test_safetensors_have_priority(checkpoints, folder):
 
 
 def test_the_reader_imports_nothing_of_the_package():
-    """It runs with few rights, and a module of this folder must not shadow one of the libraries."""
+    """The reader runs in a restricted process and imports only libraries, because a module of its folder could shadow one."""
     reader = Path(sys.modules[with_safetensors.__module__].__file__ or "").with_name("bin_reader.py")
     assert "lora_blip" not in reader.read_text().replace("It imports nothing of lora_blip.", "")

@@ -1,4 +1,4 @@
-"""Checkpoints of older versions and of other training programs load as transformers loads them, or one message says why not."""
+"""Checkpoints of older versions and other training programs load as in transformers, or raise one error with the reason."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ HEADS = {  # the embeddings and the head of each kind that has both
 
 @pytest.fixture
 def changed(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[str, Change], Path]:
-    """changed("blip", change) → a copy of a checkpoint whose weights and config were changed."""
+    """Return a function: changed("blip", change) copies a checkpoint and changes its weights and config."""
 
     def copy(kind: str, change: Change) -> Path:
         folder = tmp_path / kind
@@ -100,7 +100,7 @@ def test_weights_in_16_bits_with_position_ids_and_the_names_of_tensorflow(change
 
 
 def test_weights_in_several_files(changed, checkpoints):
-    """`test_bin_weights` has the same for .bin files."""
+    """Weights in several safetensors files load as those in one file."""
     folder = changed("t5", lambda _weights, _config: None)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -144,7 +144,7 @@ def test_a_prefix_of_all_names_is_removed_and_reported(changed, checkpoints, kin
 
 
 def test_a_head_without_ties_of_older_transformers_keeps_its_bias(changed, capsys):
-    """They saved its one bias under one name; transformers 5 would set the copy to zeros."""
+    """A checkpoint of an older version stores the head bias once. Both names of the bias get its values."""
 
     def change(weights: Weights, config: Config) -> None:
         head_saved(weights, "blip", 1.0)

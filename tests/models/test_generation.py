@@ -32,13 +32,13 @@ SETS: list[dict[str, Any]] = [
 
 
 def several(task: Any, images: torch.Tensor, prompts: list[str], **settings: Any) -> list[str]:
-    """All texts of all rows, in the order of transformers."""
+    """Return all texts of all rows, in the order of transformers."""
     return [str(text) for texts in task.language.generate_scored(images, prompts, **settings) for text, _ in texts]
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_captions_with_options_are_those_of_transformers(make, kind):
-    """A batch of one prompt, with adapters; `predict` gives the first of several texts."""
+    """Captions with generation options equal those of transformers. `predict` returns the first of several texts."""
     task, images = CaptionTask(make(kind)), pictures(2)
     inject(task.backbone)
     plain = {prompt: task.language.generate(images, [prompt] * 2, **LENGTHS) for prompt in ("", "a picture of")}
@@ -55,7 +55,7 @@ def test_captions_with_options_are_those_of_transformers(make, kind):
 
 
 def test_answers_with_options_are_those_of_transformers(make):
-    """Several questions about one image in one batch, against each question alone."""
+    """Answers with generation options, for several questions about one image, equal those for each question alone."""
     task, images = VqaTask(make("vqa")), pictures(2)[[0, 1, 0, 0]]
     inject(task.backbone)
     questions = [question for question, _ in ASKED]
@@ -66,32 +66,35 @@ def test_answers_with_options_are_those_of_transformers(make):
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_options_in_a_mixed_batch_are_those_of_each_adapter_alone(make, kind):
-    """Rows of several adapters with prompts of several lengths, and two rows for one image."""
+    """Options act in a batch of mixed adapters and prompt lengths as they act for each adapter alone."""
     backbone = carry(make(kind))
     task, images = CaptionTask(backbone), pictures(4)[[0, 1, 0, 2, 3]]
     for options in (SETS[0], SETS[2], {"do_sample": True, "num_return_sequences": 2, "temperature": 2.0, **LENGTHS}):
-        found = task.language.generate_scored(images, PROMPTS, EACH, **options)
+        scored = task.language.generate_scored(images, PROMPTS, EACH, **options)
         for row, name in enumerate(EACH):
             with disable_adapters(backbone.model, *(other for other in attached.names(backbone.model) if other != name)):
                 alone = task.language.generate_scored(images[row : row + 1], PROMPTS[row : row + 1], **options)[0]
-            assert [text for text, _ in found[row]] == [text for text, _ in alone]
-            assert [score for _, score in found[row]] == pytest.approx([score for _, score in alone], rel=1e-3)
+            assert [text for text, _ in scored[row]] == [text for text, _ in alone]
+            assert [score for _, score in scored[row]] == pytest.approx([score for _, score in alone], rel=1e-3)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["blip", "opt"])
 def test_prompts_of_different_lengths_are_one_batch(make, kind, beams):
-    """Left padding changes no text and no score; a prompt with little room, and an option that reads prompts, are apart."""
+    """Prompts of different lengths are one left-padded batch with unchanged texts and scores.
+
+    Prompts with little room, or with an option that reads the prompt, are batched separately.
+    """
     language, images = CaptionTask(carry(make(kind))).language, pictures(5)
     calls: list[int] = []
     real = language.generate_ids
     language.generate_ids = lambda features, *rest: (calls.append(len(features)), real(features, *rest))[1]
     named = {"max_new_tokens": 8, "num_beams": beams}
-    found = language.generate_scored(images, PROMPTS, **named)
+    scored = language.generate_scored(images, PROMPTS, **named)
     assert calls == [5]
     alone = [language.generate_scored(images[row : row + 1], PROMPTS[row : row + 1], **named)[0][0] for row in range(5)]
-    assert [text for ((text, _),) in found] == [text for text, _ in alone] and len({text for text, _ in alone}) > 2
-    assert [score for ((_, score),) in found] == pytest.approx([score for _, score in alone], rel=1e-4)
+    assert [text for ((text, _),) in scored] == [text for text, _ in alone] and len({text for text, _ in alone}) > 2
+    assert [score for ((_, score),) in scored] == pytest.approx([score for _, score in alone], rel=1e-4)
     for more in ({"no_repeat_ngram_size": 2}, {"min_length": 9}, {"watermarking_config": {"bias": 8.0, "context_width": 2}}):
         calls.clear()
         texts = language.generate(images, PROMPTS, **named, **more)
@@ -148,7 +151,7 @@ def test_a_wrong_option_is_one_error(options, message):
 
 
 def test_an_option_without_effect_is_reported_and_not_passed_on(capfd):
-    """transformers would log a warning in each call. The option stays in the adapter, and acts if sampling is set later."""
+    """An option without effect is reported once and not passed to transformers. The adapter stores it for later sampling."""
     generation = Generation.of({"num_beams": 3, "repetition_penalty": 1.2, "top_p": 0.9})
     (line,) = ignored_lines(generation.stored())
     assert line.startswith("generation: top_p has no effect: `do_sample` is not set")

@@ -1,4 +1,4 @@
-"""Settings of a tokenizer, an image processor or a config that cannot be used are one error, or have no effect."""
+"""An unusable setting of a tokenizer, image processor or config raises one error, or has no effect."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ Entry = Callable[[str, str, str, Any], Path]
 
 @pytest.fixture
 def with_entry(checkpoints: dict[str, Path], tmp_path: Path) -> Entry:
-    """with_entry("blip", "config.json", "text_config.dtype", "x") → a copy of a checkpoint with this entry."""
+    """Return a function: with_entry("blip", "config.json", "text_config.dtype", "x") copies a checkpoint and sets an entry."""
 
     def copy(kind: str, file: str, key: str, value: Any) -> Path:
         folder = Path(shutil.copytree(checkpoints[kind], tmp_path / "copy"))

@@ -19,7 +19,7 @@ NAME = "user/tiny"
 
 @pytest.fixture
 def served(tmp_path, checkpoints, monkeypatch):
-    """serve(conversion=…) → the hub with a checkpoint that may have only a .bin."""
+    """Return a function that serves a checkpoint as a hub repository: serve(conversion=…, only_bin=…)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -33,13 +33,13 @@ def served(tmp_path, checkpoints, monkeypatch):
             if only_bin:
                 torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
                 (folder / "model.safetensors").unlink()
-            made = Hub(NAME, folder, **options)
-            address = stack.enter_context(serving(made))
+            hub_server = Hub(NAME, folder, **options)
+            address = stack.enter_context(serving(hub_server))
             monkeypatch.setattr(constants, "ENDPOINT", address)
             monkeypatch.setattr(
                 constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             )
-            return made
+            return hub_server
 
         yield serve
 
@@ -72,7 +72,7 @@ def test_without_a_network_the_cache_is_used_with_one_line(served, checkpoints, 
 
 
 def test_without_a_network_each_revision_has_its_own_weights(served, monkeypatch, tmp_path):
-    """Also if another revision is newer in the cache than main."""
+    """Without a network, a name loads the cached commit of its revision, also if another revision was cached later."""
     web = served()
     shutil.copytree(tmp_path / "served", tmp_path / "older")
     web.commits["v1"] = ("c" * 40, tmp_path / "older")

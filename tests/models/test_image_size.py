@@ -1,4 +1,4 @@
-"""Images have the size that the ViT's positions were made for, or another one that was chosen, with interpolated positions."""
+"""Images have the size of the ViT's positions, or the size in image_size, with interpolated positions."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def pixels(side: int) -> torch.Tensor:
 
 
 def with_processor(checkpoint: Path, folder: Path, processor: Any, **changed: object) -> str:
-    """A copy of a checkpoint with another image processor, as its file says it."""
+    """Copy a checkpoint and replace its image processor, with changes to preprocessor_config.json. Return the folder."""
     shutil.copytree(checkpoint, folder)
     processor.save_pretrained(folder)
     where = folder / "preprocessor_config.json"
@@ -57,33 +57,33 @@ def with_processor(checkpoint: Path, folder: Path, processor: Any, **changed: ob
 @pytest.mark.parametrize("size", OTHERS)
 @pytest.mark.parametrize("kind", WHOLE)
 def test_another_size_is_transformers_with_interpolated_positions(kind, size, checkpoints):
-    """Equal to the bit to `interpolate_pos_encoding=True`, for every kind of model; the flag itself changes nothing more."""
-    found = load_backbone(str(checkpoints[kind]), "cpu", fast=False, image_size=size)
-    theirs = type(found.model).from_pretrained(checkpoints[kind], dtype=torch.float32).eval()
+    """image_size gives the bits of transformers with `interpolate_pos_encoding=True`. The flag has no further effect."""
+    backbone = load_backbone(str(checkpoints[kind]), "cpu", fast=False, image_size=size)
+    theirs = type(backbone.model).from_pretrained(checkpoints[kind], dtype=torch.float32).eval()
     expected = theirs.vision_model(pixel_values=pixels(size), interpolate_pos_encoding=True).last_hidden_state
-    assert torch.equal(found.model.vision_model(pixel_values=pixels(size)).last_hidden_state, expected)
-    with_flag = found.model.vision_model(pixel_values=pixels(size), interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(backbone.model.vision_model(pixel_values=pixels(size)).last_hidden_state, expected)
+    with_flag = backbone.model.vision_model(pixel_values=pixels(size), interpolate_pos_encoding=True).last_hidden_state
     assert torch.equal(with_flag, expected)
-    assert found.image_size == size and found.own_image_size == tiny.SIDE
-    assert not found.model.vision_model.embeddings.position_embedding.requires_grad
+    assert backbone.image_size == size and backbone.own_image_size == tiny.SIDE
+    assert not backbone.model.vision_model.embeddings.position_embedding.requires_grad
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_positions_keep_the_dtype_of_the_weights(dtype, checkpoints):
-    found = load_backbone(str(checkpoints["blip"]), "cpu", dtype, image_size=64)
+    backbone = load_backbone(str(checkpoints["blip"]), "cpu", dtype, image_size=64)
     theirs = BlipForConditionalGeneration.from_pretrained(
-        checkpoints["blip"], dtype=found.model.vision_model.embeddings.class_embedding.dtype
+        checkpoints["blip"], dtype=backbone.model.vision_model.embeddings.class_embedding.dtype
     )
     embeddings = theirs.vision_model.embeddings
     expected = embeddings.interpolate_pos_encoding(torch.empty(1, 65, tiny.WIDTH), 64, 64)
-    assert torch.equal(found.model.vision_model.embeddings.position_embedding, expected)
+    assert torch.equal(backbone.model.vision_model.embeddings.position_embedding, expected)
 
 
 def test_the_checkpoint_s_own_size_changes_nothing(checkpoints, capsys):
-    found = load_backbone(str(checkpoints["blip"]), "cpu", image_size=tiny.SIDE)
-    kept = load_file(checkpoints["blip"] / "model.safetensors")
+    backbone = load_backbone(str(checkpoints["blip"]), "cpu", image_size=tiny.SIDE)
+    weights = load_file(checkpoints["blip"] / "model.safetensors")
     assert torch.equal(
-        found.model.vision_model.embeddings.position_embedding, kept["vision_model.embeddings.position_embedding"]
+        backbone.model.vision_model.embeddings.position_embedding, weights["vision_model.embeddings.position_embedding"]
     )
     assert not capsys.readouterr().out
 
@@ -129,33 +129,33 @@ PROCESSORS = {  # that do not make images of the model's size, and what is print
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_images_are_resized_to_the_model_s_size_and_one_line_names_both(name, checkpoints, tmp_path, capsys):
-    """Whatever its file says, a picture of any shape comes out at the size of the positions."""
+    """Images get the model's size, whatever the processor's file says. One printed line names both sizes."""
     processor, changed, before = PROCESSORS[name]
-    found = load_backbone(with_processor(checkpoints["blip"], tmp_path / "base", processor, **changed), "cpu")
+    backbone = load_backbone(with_processor(checkpoints["blip"], tmp_path / "base", processor, **changed), "cpu")
     (line,) = capsys.readouterr().out.splitlines()
     assert "32×32" in line and before in line
     examples = _examples(tmp_path)
-    loaded = loader_of(examples, CaptionTask(found), settings(Path(found.name), tmp_path, augment=True), shuffle=True)
+    loaded = loader_of(examples, CaptionTask(backbone), settings(Path(backbone.name), tmp_path, augment=True), shuffle=True)
     assert all(host_batch.pixel_values.shape[1:] == (3, tiny.SIDE, tiny.SIDE) for host_batch in loaded)
-    Captioner(CaptionTask(found))([e.image for e in examples])
+    Captioner(CaptionTask(backbone))([e.image for e in examples])
 
 
-def test_pixels_of_a_processor_that_was_resized_are_those_of_one_that_was_right(checkpoints, tmp_path):
-    """A 48×48 processor on a 32×32 model makes what a 32×32 processor makes."""
+def test_a_resized_processor_gives_the_pixels_of_a_fitting_one(checkpoints, tmp_path):
+    """A 48×48 processor on a 32×32 model gives the pixels of a 32×32 processor."""
     other = with_processor(checkpoints["blip"], tmp_path / "base", BlipImageProcessorPil(size={"height": 48, "width": 48}))
     image = Image.effect_noise((70, 50), 60).convert("RGB")
-    made = [
+    pixel_values = [
         load_backbone(name, "cpu").image_processor(image, return_tensors="pt")["pixel_values"]
         for name in (other, str(checkpoints["blip"]))
     ]
-    assert torch.equal(*made)
+    assert torch.equal(*pixel_values)
 
 
 def test_a_crop_stays_a_crop_of_the_same_part(checkpoints, tmp_path, capsys):
-    """256 pixels cut to 224 are 37 cut to 32: the middle, and not the whole picture squeezed."""
+    """A centre crop is scaled with the model: resize to 256 and crop to 224 becomes resize to 37 and crop to 32."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
-    found = load_backbone(with_processor(checkpoints["blip"], tmp_path / "base", processor), "cpu").image_processor
-    assert (found.size.shortest_edge, found.crop_size.height, found.crop_size.width) == (37, 32, 32)
+    scaled = load_backbone(with_processor(checkpoints["blip"], tmp_path / "base", processor), "cpu").image_processor
+    assert (scaled.size.shortest_edge, scaled.crop_size.height, scaled.crop_size.width) == (37, 32, 32)
     right = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE)
     capsys.readouterr()
     load_backbone(with_processor(checkpoints["blip"], tmp_path / "right", right), "cpu")
@@ -184,35 +184,36 @@ def _examples(folder: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def trained(checkpoints, tmp_path_factory):
-    """An adapter of every part, trained on images of 16×16."""
+    """Train an adapter on every part of BLIP with 16×16 images. Return its path."""
     folder = tmp_path_factory.mktemp("trained")
     return train(settings(checkpoints["blip"], tiny.write_photos(folder), image_size=16, targets=WHOLE["blip"], epochs=4))
 
 
 def test_an_adapter_keeps_the_size_it_was_trained_at_and_inference_takes_it(trained):
-    """Its metadata name it; 0 is the adapter's own size, another number is taken instead."""
+    """The metadata contain the image size of the training. Inference uses it if image_size is 0, else the setting."""
     with safe_open(trained, "pt") as file:
         assert json.loads(file.metadata()["lora_blip"])["base"]["image_size"] == 16
-    wanted = read_optional_adapter(str(trained))
-    sizes = {size: open_task(InferConfig(image_size=size, device="cpu"), wanted)[0].backbone.image_size for size in (0, 48)}
+    adapter = read_optional_adapter(str(trained))
+    sizes = {size: open_task(InferConfig(image_size=size, device="cpu"), adapter)[0].backbone.image_size for size in (0, 48)}
     assert sizes == {0: 16, 48: 48}
 
 
 def test_inference_equals_a_forward_at_that_size(trained, tmp_path):
-    """infer.py's captions are those of the hooked model at 16×16, and not those of its own 32×32."""
+    """The captions of `infer` equal those of the adapted model at 16×16."""
     images = sorted((trained.parents[2] / "photos").glob("*.png"))
-    written = infer(
+    predictions_file = infer(
         InferConfig(adapter=str(trained), images=str(images[0].parent), output_dir=str(tmp_path / "out"), device="cpu")
     )
-    said = {Path(line["image"]): line["text"] for line in map(json.loads, written.read_text().splitlines())}
-    wanted = adapter_file.read(trained)
-    found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
-    adapter_file.load(found, wanted)
-    task = CaptionTask(found, generation=replace(CaptionTask(found).generation, max_new_tokens=5))
-    assert said == {p.image: p.text for p in Captioner(task)(images)}
+    texts = {Path(line["image"]): line["text"] for line in map(json.loads, predictions_file.read_text().splitlines())}
+    adapter = adapter_file.read(trained)
+    backbone = load_backbone(adapter.base, "cpu", fast=False, image_size=16)
+    adapter_file.load(backbone, adapter)
+    task = CaptionTask(backbone, generation=replace(CaptionTask(backbone).generation, max_new_tokens=5))
+    assert texts == {p.image: p.text for p in Captioner(task)(images)}
 
 
-def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):
+def test_an_evaluation_reports_the_image_size(trained, tmp_path, monkeypatch):
+    """metrics.json and the report of an evaluation contain the image size."""
     monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
     source = trained.parents[2] / "annotations.jsonl"
     folder = evaluate(
@@ -223,28 +224,28 @@ def test_an_evaluation_at_that_size_says_so(trained, tmp_path, monkeypatch):
 
 
 def test_an_adapter_on_a_backbone_of_another_size_is_refused_unless_that_was_chosen(trained):
-    wanted = adapter_file.read(trained)
+    adapter = adapter_file.read(trained)
     with pytest.raises(AdapterError, match=r"trained on images of 16×16.* has 32×32.*image_size=16"):
-        adapter_file.load(load_backbone(wanted.base, "cpu"), wanted)
-    adapter_file.load(load_backbone(wanted.base, "cpu", image_size=tiny.SIDE), wanted)
+        adapter_file.load(load_backbone(adapter.base, "cpu"), adapter)
+    adapter_file.load(load_backbone(adapter.base, "cpu", image_size=tiny.SIDE), adapter)
     with pytest.warns(UserWarning, match="16×16"):
-        adapter_file.load(load_backbone(wanted.base, "cpu").model, wanted)
+        adapter_file.load(load_backbone(adapter.base, "cpu").model, adapter)
     with warnings.catch_warnings(action="error"):
-        adapter_file.load(load_backbone(wanted.base, "cpu", image_size=16).model, wanted)
+        adapter_file.load(load_backbone(adapter.base, "cpu", image_size=16).model, adapter)
 
 
 def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, tmp_path):
-    """As files were before there was this setting."""
+    """An older adapter file without an image size uses the base's size."""
     with safe_open(trained, "pt") as file:
         about = json.loads(file.metadata()["lora_blip"])
     del about["base"]["image_size"]
     save_file(load_file(trained), tmp_path / "old.safetensors", {"lora_blip": json.dumps(about)})
-    wanted = read_optional_adapter(str(tmp_path / "old.safetensors"))
-    assert open_task(InferConfig(device="cpu"), wanted, adapted=True)[0].backbone.image_size == tiny.SIDE
+    adapter = read_optional_adapter(str(tmp_path / "old.safetensors"))
+    assert open_task(InferConfig(device="cpu"), adapter, adapted=True)[0].backbone.image_size == tiny.SIDE
 
 
 @pytest.mark.parametrize("size", [0, -16, 10**9, "16", 16.5, None, [16, 16]])
-def test_a_size_in_a_header_that_is_none_is_refused(size, trained, tmp_path):
+def test_an_invalid_image_size_in_a_header_is_refused(size, trained, tmp_path):
     with safe_open(trained, "pt") as file:
         about = json.loads(file.metadata()["lora_blip"])
     about["base"]["image_size"] = size
@@ -254,21 +255,21 @@ def test_a_size_in_a_header_that_is_none_is_refused(size, trained, tmp_path):
 
 
 def test_a_merged_model_that_is_saved_is_a_checkpoint_of_that_size(trained, tmp_path):
-    """transformers loads it with all its weights, and says the same; so do we, at its own size."""
-    wanted = adapter_file.read(trained)
-    found = load_backbone(wanted.base, "cpu", fast=False, image_size=16)
-    adapter_file.load(found, wanted)
-    merging.bake(found.model)
-    for part in (found.model, found.tokenizer, found.image_processor):
+    """transformers loads the saved merged model with equal logits, and load_backbone reads its image size."""
+    adapter = adapter_file.read(trained)
+    backbone = load_backbone(adapter.base, "cpu", fast=False, image_size=16)
+    adapter_file.load(backbone, adapter)
+    merging.bake(backbone.model)
+    for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
         part.save_pretrained(tmp_path / "merged")
     theirs = BlipForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     batch = {"pixel_values": pixels(16), "input_ids": torch.tensor([[5, 6, 7]] * 2)}
-    assert torch.equal(theirs(**batch).logits, found.model(**batch).logits)
+    assert torch.equal(theirs(**batch).logits, backbone.model(**batch).logits)
     assert load_backbone(str(tmp_path / "merged"), "cpu").image_size == 16
 
 
-def test_runs_of_two_sizes_share_no_states_and_no_pictures(checkpoints, tmp_path):
-    """In one output folder, with all caches, each run's losses are those of a run without any."""
+def test_runs_of_two_image_sizes_share_no_cache_entries(checkpoints, tmp_path):
+    """Two runs with different image sizes and one cache folder have the losses of runs without a cache."""
     source = tiny.write_photos(tmp_path, 6)
     common = {"targets": "text", "max_steps": 3, "batch_size": 2, "val_fraction": 0.0, "resume": "off"}
 
@@ -276,15 +277,15 @@ def test_runs_of_two_sizes_share_no_states_and_no_pictures(checkpoints, tmp_path
         path = train(settings(checkpoints["blip"], source, **common, image_size=size, cache_gb=gigabytes))
         return [line["loss"] for line in metrics_of(path)]
 
-    kept = {size: losses(size, 1.0) for size in (16, 32)}
+    cached = {size: losses(size, 1.0) for size in (16, 32)}
     assert (tmp_path / "runs" / caching.FOLDER).exists()
-    for size in kept:
-        assert kept[size] == pytest.approx(losses(size, 0.0), rel=1e-3)
-    assert kept[16] != kept[32] and kept[16] == losses(16, 1.0)
+    for size in cached:
+        assert cached[size] == pytest.approx(losses(size, 0.0), rel=1e-3)
+    assert cached[16] != cached[32] and cached[16] == losses(16, 1.0)
 
 
 def test_a_run_is_not_resumed_at_another_size(checkpoints, tmp_path):
-    """Its own size is 0 or that number, and no number in a checkpoint made before there was this setting."""
+    """Resuming at another image size raises CheckpointError. 0, the base's size and a missing key are equal."""
     source = tiny.write_photos(tmp_path, 8)
     config = settings(checkpoints["blip"], source, checkpoint_seconds=0, max_steps=3, batch_size=2)
     with killed_at(3):
@@ -297,19 +298,19 @@ def test_a_run_is_not_resumed_at_another_size(checkpoints, tmp_path):
 
 
 def test_out_of_memory_names_the_size_of_the_images(checkpoints, tmp_path):
-    """For processors of every kind: CLIP's has no height."""
+    """The message for a lack of memory names the image size, also for CLIP's processor, which has no height."""
     name = with_processor(checkpoints["blip"], tmp_path / "base", CLIPImageProcessorPil())
     task = CaptionTask(load_backbone(name, "cpu"))
-    told = describe_error(RuntimeError("CUDA out of memory"), settings(tmp_path, tmp_path / "a.jsonl"), task)
-    assert "images of 32×32" in str(told)
+    advice = describe_error(RuntimeError("CUDA out of memory"), settings(tmp_path, tmp_path / "a.jsonl"), task)
+    assert "images of 32×32" in str(advice)
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])
-def test_a_text_is_as_long_as_before_at_any_size(kind, checkpoints):
-    """A Q-Former's queries are as many whatever it reads: the logits of a batch have the same shape."""
-    found = load_backbone(str(checkpoints[kind]), "cpu", image_size=64)
-    inject(found)
-    task = CaptionTask(found)
+def test_the_image_size_does_not_change_the_shape_of_the_logits(kind, checkpoints):
+    """The logits of BLIP-2 have the same shape at every image size, because the Q-Former has a fixed number of queries."""
+    backbone = load_backbone(str(checkpoints[kind]), "cpu", image_size=64)
+    inject(backbone)
+    task = CaptionTask(backbone)
     batch = batch_of(task)
     large = replace(batch, pixel_values=pixels(64)[:1].expand(3, -1, -1, -1))
     assert task.logits(large).shape == CaptionTask(load_backbone(str(checkpoints[kind]), "cpu")).logits(batch).shape

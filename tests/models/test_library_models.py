@@ -1,4 +1,4 @@
-"""Our models (fast kernels, hooks with adapters) compute what transformers' own classes with the merged weights compute."""
+"""Our models with fast kernels and hooked adapters compute what transformers' classes with merged weights compute."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,9 +30,9 @@ def pair(make: Callable[..., Backbone], checkpoints: dict[str, Path]) -> Callabl
 
     def both(kind: str) -> tuple[Any, Any]:
         ours = make(kind)
-        found = inject(ours)
+        adapters = inject(ours)
         plain = type(ours.model).from_pretrained(checkpoints[kind]).eval()
-        for name, adapter in found.items():
+        for name, adapter in adapters.items():
             path = name.partition("[")[0]
             weight = plain.get_submodule(path).weight
             delta = adapter.scale * adapter.B.detach() @ adapter.A.detach()
@@ -66,16 +66,16 @@ def forward_inputs(model: Any, kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", CAPTIONS)
 def test_generation_is_transformers_own(pair, kind, mode):
-    """Each mode gives the tokens of the plain model, and scores within rounding."""
+    """Each generation mode gives the tokens of transformers' model with merged weights, and scores within rounding."""
     results = []
     for model in pair(kind):
         torch.manual_seed(4)
         named = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True} | MODES[mode]
-        given = inputs(model, kind)
+        model_inputs = inputs(model, kind)
         if kind == "blip":
-            given = {"pixel_values": given["pixel_values"]}
+            model_inputs = {"pixel_values": model_inputs["pixel_values"]}
         named |= {"decoder_start_token_id": 1} if kind == "t5" else {}
-        results.append(model.generate(**given, **named))
+        results.append(model.generate(**model_inputs, **named))
     ours, plain = results
     assert torch.equal(ours.sequences, plain.sequences)
     for one, other in zip(ours.scores, plain.scores, strict=True):
@@ -85,7 +85,7 @@ def test_generation_is_transformers_own(pair, kind, mode):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", WHOLE)
 def test_hidden_states_of_the_vision_tower_are_transformers_own(pair, kind):
-    """Every hidden state agrees, and a row of a batch equals the row alone."""
+    """Every hidden state of the ViT equals that of transformers, and a row of a batch equals the row alone."""
     (ours, plain), images = pair(kind), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     one, other = (model.vision_model(pixel_values=images, output_hidden_states=True) for model in (ours, plain))
     for a, b in zip(one.hidden_states, other.hidden_states, strict=True):
@@ -97,15 +97,15 @@ def test_hidden_states_of_the_vision_tower_are_transformers_own(pair, kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CAPTIONS)
 def test_logits_and_the_saved_merged_model_are_transformers_own(pair, kind, tmp_path):
-    """The whole model agrees on left-padded texts; so does what `save_pretrained` writes after a merge."""
+    """Logits of left-padded texts equal those of transformers, also after a merge and `save_pretrained`."""
     ours, plain = pair(kind)
-    given = forward_inputs(ours, kind)
-    expected = plain(**given).logits
-    torch.testing.assert_close(ours(**given).logits, expected, rtol=1e-3, atol=1e-4)
+    model_inputs = forward_inputs(ours, kind)
+    expected = plain(**model_inputs).logits
+    torch.testing.assert_close(ours(**model_inputs).logits, expected, rtol=1e-3, atol=1e-4)
     merging.merge(ours)
     ours.save_pretrained(tmp_path)
     again = type(plain).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(**given).logits, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(again(**model_inputs).logits, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "recomputed", "recomputed by a reentrant autograd"])
@@ -117,19 +117,19 @@ def test_gradients_are_autograd_s_of_the_plain_model(pair, kind, reentrant):
     attention does not normalize its probabilities in the backward pass.
     """
     ours, plain = pair(kind)
-    given = forward_inputs(ours, kind)
-    found = attached.adapters(ours)
-    counts = torch.ones(2, 3, 1) if kind == "t5" else given["attention_mask"][..., None]
-    for address in found:
+    model_inputs = forward_inputs(ours, kind)
+    adapters = attached.adapters(ours)
+    counts = torch.ones(2, 3, 1) if kind == "t5" else model_inputs["attention_mask"][..., None]
+    for address in adapters:
         plain.get_submodule(address).weight.requires_grad_()
-    (plain(**given).logits.square() * counts).mean().backward()
+    (plain(**model_inputs).logits.square() * counts).mean().backward()
     if reentrant is not None:
         context = {} if reentrant else {"context_fn": partial(recompute_contexts, ours)}
         ours.gradient_checkpointing_enable({"use_reentrant": reentrant, **context})
-        given["pixel_values"].requires_grad_()  # a reentrant checkpoint without such an input has no gradients
+        model_inputs["pixel_values"].requires_grad_()  # a reentrant checkpoint without such an input has no gradients
     ours.train()
-    (ours(**given).logits.square() * counts).mean().backward()
-    for address, adapter in found.items():
+    (ours(**model_inputs).logits.square() * counts).mean().backward()
+    for address, adapter in adapters.items():
         d_weight, a, b = plain.get_submodule(address).weight.grad, adapter.A.detach(), adapter.B.detach()
         bound = {"rtol": 1e-3, "atol": 1e-5 * float(d_weight.abs().max())}
         torch.testing.assert_close(adapter.B.grad, adapter.scale * d_weight @ a.t(), **bound)
@@ -139,17 +139,19 @@ def test_gradients_are_autograd_s_of_the_plain_model(pair, kind, reentrant):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", WHOLE)
 def test_every_tensor_of_the_output_is_transformers_own(pair, kind):
-    """Hidden states of all towers, scores, embeddings and losses."""
+    """Hidden states of all towers, scores, embeddings and losses equal those of transformers."""
     ours, plain = pair(kind)
-    given = forward_inputs(ours, kind)
+    model_inputs = forward_inputs(ours, kind)
     forms: list[dict[str, Any]] = [{}]
     if kind in ("vqa", "blip"):
-        forms = [{"labels": given["input_ids"]}]
+        forms = [{"labels": model_inputs["input_ids"]}]
     elif kind in ("itm", "itm2"):
         head = "use_itm_head" if kind == "itm" else "use_image_text_matching_head"
         forms = [{head: True}, {head: False}]
     for form in forms:
-        one, other = ([*tensors_in(m(**given, **form, output_hidden_states=True, return_dict=True))] for m in (ours, plain))
+        one, other = (
+            [*tensors_in(m(**model_inputs, **form, output_hidden_states=True, return_dict=True))] for m in (ours, plain)
+        )
         assert len(one) == len(other) > 1
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -165,7 +167,7 @@ def test_answers_are_transformers_own(pair):
 
 @torch.no_grad()
 def test_a_padded_row_is_the_row_alone(pair):
-    """OPT pads prompts on the left: logits and generated tokens are those of the prompt without padding."""
+    """Logits and generated tokens of a left-padded OPT prompt equal those of the prompt without padding."""
     ours, _ = pair("opt")
     both = inputs(ours, "opt")
     at = tiny.QUERIES
@@ -175,7 +177,7 @@ def test_a_padded_row_is_the_row_alone(pair):
     padded["input_ids"][0] = torch.cat([torch.full((2,), ours.config.text_config.pad_token_id), keep[0]])
     padded["attention_mask"][0] = torch.cat([torch.zeros(2, dtype=torch.long), torch.ones_like(keep[0])])
     torch.testing.assert_close(ours(**padded).logits[:1, -3:], ours(**alone).logits[:, -3:], rtol=1e-3, atol=1e-4)
-    one, other = (ours.generate(**given, max_new_tokens=6, min_new_tokens=6) for given in (padded, alone))
+    one, other = (ours.generate(**model_inputs, max_new_tokens=6, min_new_tokens=6) for model_inputs in (padded, alone))
     assert torch.equal(one[0, -6:], other[0, -6:])
 
 
@@ -185,22 +187,22 @@ def test_a_padded_row_is_the_row_alone(pair):
     [*((kind, torch.bfloat16) for kind in CAPTIONS), ("blip", torch.float16), ("opt", torch.float16)],
 )
 def test_16_bits_are_as_close_to_float32_as_transformers_own_are(pair, kind, dtype):
-    """The largest error of the logits is at most twice that of the plain model in the same dtype."""
+    """In 16 bits, the largest error of the logits is at most twice that of the plain model in the same dtype."""
     ours, plain = pair(kind)
-    given = forward_inputs(ours, kind)
-    truth = plain(**given).logits
-    given["pixel_values"] = given["pixel_values"].to(dtype)
+    model_inputs = forward_inputs(ours, kind)
+    truth = plain(**model_inputs).logits
+    model_inputs["pixel_values"] = model_inputs["pixel_values"].to(dtype)
     merging.merge(ours)
-    mine, theirs = ((model.to(dtype)(**given).logits.float() - truth).abs().max() for model in (ours, plain))
-    assert 0 < mine <= 2 * theirs
+    our_error, plain_error = ((model.to(dtype)(**model_inputs).logits.float() - truth).abs().max() for model in (ours, plain))
+    assert 0 < our_error <= 2 * plain_error
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["blip", "opt"])
 def test_a_merged_model_exports_as_the_plain_model_does(pair, kind):
-    """torch.export captures the whole graph, and the exported program gives the same logits."""
+    """torch.export captures the merged model, and the exported program gives the same logits."""
     ours, plain = pair(kind)
     merging.merge(ours)
-    given: dict[str, Any] = inputs(ours, kind) | ({"use_cache": False} if kind == "opt" else {})  # a cache is no tensor
-    program = torch.export.export(ours, (), given, strict=False)
-    torch.testing.assert_close(program.module()(**given).logits, plain(**given).logits, rtol=1e-3, atol=1e-4)
+    model_inputs: dict[str, Any] = inputs(ours, kind) | ({"use_cache": False} if kind == "opt" else {})  # a cache is no tensor
+    program = torch.export.export(ours, (), model_inputs, strict=False)
+    torch.testing.assert_close(program.module()(**model_inputs).logits, plain(**model_inputs).logits, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Reading a base from disk."""
+"""A base is read from disk, also in a forked process."""
 
 import os
 import sys
@@ -52,7 +52,7 @@ def two_threads():
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.loads
 def test_a_base_loads_in_a_process_that_was_forked_after_torch_had_run(capfd):
-    """PyTorch's thread pool is created again before several threads ask for it ("Invalid thread pool")."""
+    """A base loads in a process that was forked after torch started its threads ("Invalid thread pool")."""
     for _ in range(FORKS):
         child = os.fork()
         if not child:

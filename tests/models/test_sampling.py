@@ -22,7 +22,7 @@ SAMPLED = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 6, "min_new_
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3, "temperature": 6.0}, {"num_return_sequences": 3}])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa"])
 def test_a_draw_depends_on_seed_and_image_and_not_on_the_batch(make, kind, more):
-    """Alone, in a batch, in another order and twice: the same texts. Another seed or image gives another text."""
+    """Sampled texts depend on the seed and the image, and not on the batch or its order."""
     task: Any = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation.of(SAMPLED | more))
     some, images = examples(), pictures(4)
 
@@ -53,7 +53,7 @@ def test_draws_of_a_question_differ_from_those_of_another(make):
 
 
 def test_validation_draws_by_the_name_of_the_image(make):
-    """Cached states have no pixels. The draws are those of the image's name, in any batch."""
+    """Cached states have no pixels, so validation seeds each draw with the name of the image."""
     task, images = CaptionTask(make("blip"), "", Generation.of(SAMPLED)), pictures(3)
     some = [Example(e.image, "", e.name, 0) for e in examples()[:3]]
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_validation_draws_by_the_name_of_the_image(make):
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_sampled_texts_are_those_of_transformers_with_these_draws(make, kind):
-    """The whole model's `generate` inside `RowSampling`: temperature, top-k and top-p are transformers' own."""
+    """Sampled texts equal those of transformers' `generate` inside `RowSampling`, with temperature, top-k and top-p."""
     task, images = CaptionTask(make(kind)), pictures(3)
     for more in ({"top_p": 0.7}, {"top_k": 5, "num_beams": 2}, {"num_return_sequences": 2, "min_p": 0.05}):
         options = SAMPLED | more
@@ -74,11 +74,11 @@ def test_sampled_texts_are_those_of_transformers_with_these_draws(make, kind):
         copies = more.get("num_return_sequences", 1)
         with RowSampling(4, keys, int(copies)):
             expected = hugging_face(task, images, "", **options)
-        found = task.language.generate_scored(images, [""] * 3, seed=4, **options)
-        assert [sorted(text for text, _ in row) for row in found] == [
+        scored = task.language.generate_scored(images, [""] * 3, seed=4, **options)
+        assert [sorted(text for text, _ in row) for row in scored] == [
             sorted(expected[n : n + int(copies)]) for n in range(0, len(expected), int(copies))
         ]
-        assert all(row == sorted(row, key=lambda each: -each[1]) for row in found if not more.get("num_beams"))
+        assert all(row == sorted(row, key=lambda each: -each[1]) for row in scored if not more.get("num_beams"))
 
 
 def test_the_global_generator_is_not_used(make):
@@ -92,7 +92,7 @@ def test_the_global_generator_is_not_used(make):
 
 
 def test_draws_have_the_distribution_of_multinomial() -> None:
-    """First draws by their weights; pairs without replacement by p(i) · p(j) / (1 - p(i))."""
+    """First draws follow the weights. Pairs without replacement have the probability p(i) · p(j) / (1 - p(i))."""
     p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
     count = 40_000
     uniform = torch.from_numpy(np.random.default_rng(0).random((count, 2)))
@@ -118,7 +118,10 @@ def test_edges_of_a_draw() -> None:
 
 
 def test_a_library_that_samples_in_another_way_is_an_error() -> None:
-    """Then draws would depend on the batch. An error inside the block stays what it is."""
+    """A library that samples by another function raises an error, because draws would depend on the batch.
+
+    Other errors pass unchanged.
+    """
     with pytest.raises(ModelError, match=r"samples in a way that lora_blip does not know"), RowSampling(0, [("image", "")]):
         torch.rand(3)
     with pytest.raises(KeyError), RowSampling(0, [("image", "")]):

@@ -76,7 +76,7 @@ def processed(processor: Any, text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_text_is_encoded_as_the_processor_does(pair, kind):
-    """The prompt that our model reads is what transformers' `generate` gets. Its caption starts from [DEC], without [SEP]."""
+    """The prompt ids equal those that transformers' `generate` gets. A BLIP caption starts with [DEC] and has no [SEP]."""
     backbone, processor = pair(kind)
     task = TASKS[default_task(backbone.architecture)](backbone)
     for what, text in (TEXTS | {text: text for text in SPECIAL}).items():
@@ -91,7 +91,7 @@ def test_every_text_is_encoded_as_the_processor_does(pair, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "itm"])
 def test_every_text_is_decoded_as_the_processor_does(pair, kind):
-    """The ids of the texts, and random ids with special and unknown ones."""
+    """Decoding equals that of the processor, for the ids of texts and for random ids with special and unknown tokens."""
     backbone, processor = pair(kind)
     language, draw = TASKS[default_task(backbone.architecture)](backbone).language, random.Random(0)
     rows = [processed(processor, text) for text in TEXTS.values()]
@@ -126,11 +126,11 @@ def test_labels_are_the_tokens_of_the_text_after_its_prompt(pair, kind, prompt):
                        ("opt of 2023", "<image>"), ("t5", "<extra_id_0>"), ("t5", "<image>"), ("t5", "<pad>")]
 )  # fmt: skip
 def test_a_text_with_a_special_token_is_refused_with_its_name(pair, kind, text):
-    """transformers encodes it as the special token, which would end the text or take the place of an image."""
+    """A text that contains a special token is refused. transformers would encode it as the token itself."""
     backbone, _ = pair(kind)
     task = TASKS[default_task(backbone.architecture)](backbone)
-    asked = {"question": "what?", "answers": (f"a {text} b",)} if kind == "vqa" else {"text": f"a {text} b"}
-    message = task.check(Example(**{"image": Path("a.png"), "text": "", "name": "a.png", "line": 1} | asked))
+    fields = {"question": "what?", "answers": (f"a {text} b",)} if kind == "vqa" else {"text": f"a {text} b"}
+    message = task.check(Example(**{"image": Path("a.png"), "text": "", "name": "a.png", "line": 1} | fields))
     assert f"contains {text!r}, which the model uses as a special token; remove it" in message
 
 
@@ -140,6 +140,6 @@ def test_a_text_that_is_too_long_is_refused_with_its_number_of_tokens(pair, kind
     task = TASKS[default_task(backbone.architecture)](backbone)
     text = TEXTS["a very long text"].strip()
     tokens = len(processor.tokenizer(text, add_special_tokens=False).input_ids)
-    asked = {"question": "what?", "answers": (text,)} if kind == "vqa" else {"text": text}
-    message = task.check(Example(**{"image": Path("a.png"), "text": "", "name": "a.png", "line": 1} | asked))
+    fields = {"question": "what?", "answers": (text,)} if kind == "vqa" else {"text": text}
+    message = task.check(Example(**{"image": Path("a.png"), "text": "", "name": "a.png", "line": 1} | fields))
     assert f"the text has {tokens} tokens, and the model has room for" in message

@@ -1,4 +1,4 @@
-"""Texts that a tokenizer does not know: refused if nothing is left of them, counted and reported if a part is lost."""
+"""A text with only unknown tokens is refused. A text with some unknown tokens is counted and reported."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ TEXTS = ["a red cube", HALF, "a blue cube", f"a {LONG} cube", "café", "a 红 an
 
 
 def with_t5(backbone: Backbone) -> Backbone:
-    """A backbone with a unigram tokenizer, as Flan-T5's: every text has its mark of a space, and Chinese is unknown."""
+    """Return a backbone whose unigram tokenizer, like that of Flan-T5, has no Chinese tokens."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return replace(backbone, tokenizer=T5Tokenizer(vocab=[*vocabulary, *((chr(c), -5.0) for c in range(33, 127))]))
 
@@ -45,17 +45,18 @@ def tasks(make: Any) -> dict[str, Task]:
 
 
 def lines(task: Task, texts: list[str]) -> list[Example]:
-    """A line each: a caption, or a question with the text as its answer."""
-    asked = "what is it?" if task.name == "vqa" else ""
+    """Return one example for each text: a caption, or a question with the text as its answer."""
+    question = "what is it?" if task.name == "vqa" else ""
     return [
-        Example(Path("a.png"), "" if asked else t, "a.png", n, "", asked, (t,) * bool(asked)) for n, t in enumerate(texts, 1)
+        Example(Path("a.png"), "" if question else t, "a.png", n, "", question, (t,) * bool(question))
+        for n, t in enumerate(texts, 1)
     ]
 
 
 @pytest.mark.parametrize("kind", ["blip", "t5", "vqa", "itm"])
 @pytest.mark.parametrize("text", [CHINESE, KOREAN, "😀"])
 def test_a_text_of_which_nothing_is_left_is_refused_with_its_line(tasks, tmp_path, kind, text):
-    """Flan-T5 keeps the mark of a space before each unknown word, so that every label row would be the same."""
+    """A text with only unknown tokens is refused, and the error names its line."""
     task = tasks[kind]
     assert not task.backbone.tokenizer.decode(
         [i for i in plain_ids(task.backbone.tokenizer, text) if i != task.backbone.tokenizer.unk_token_id]
@@ -78,7 +79,7 @@ def test_a_byte_level_tokenizer_takes_every_text(tasks):
 
 @pytest.mark.parametrize("kind", ["blip", "t5", "vqa", "itm"])
 def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind):
-    """Lines, tokens, per cent and three examples; the texts that were not looked at have none."""
+    """The report has the number of lines and tokens, the share and three examples, equal to a count over every text."""
     task = tasks[kind]
     some, tokenizer = lines(task, TEXTS * 3), task.backbone.tokenizer
     task.pretokenize(some)
@@ -102,7 +103,7 @@ def test_the_share_of_unknown_tokens_is_that_of_counting_every_text(tasks, kind)
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "vqa", "itm"])
 def test_plain_english_is_not_tokenized_for_the_check(tasks, kind, monkeypatch):
-    """Of a million lines of ASCII none is tokenized for this, and the report does not go through them."""
+    """ASCII texts are not tokenized for the check, and the report does not read them."""
     task = tasks[kind]
     task.pretokenize([])
     monkeypatch.setattr("lora_blip.models.text_check.many_ids", lambda *_: pytest.fail("tokenized"))
@@ -132,7 +133,7 @@ def test_a_part_that_is_lost_of_a_question_prompt_or_text_is_reported(tasks, mak
     examples_to_predict(tasks["vqa"], images, "what 红 is it?", {}, [])
     assert "1 of 1 line (100.0%)" in capsys.readouterr().out
     examples_to_predict(tasks["itm"], images, "", {}, ["a cube", HALF])
-    assert "1 of 2 lines (50.0%)" in (said := capsys.readouterr().out) and "line 2: " in said
+    assert "1 of 2 lines (50.0%)" in (printed := capsys.readouterr().out) and "line 2: " in printed
     examples_to_predict(CaptionTask(make("blip"), "a 红 picture"), images, "", {}, [])
     assert "1 of 1 prompt (100.0%)" in capsys.readouterr().out
     examples_to_predict(CaptionTask(make("blip"), "a picture"), images, "", {}, [])
@@ -147,12 +148,12 @@ def test_training_reports_the_share_before_the_first_step(checkpoints, tmp_path,
     monkeypatch.chdir(tmp_path)
     source = tiny.write_photos(tmp_path, len(TEXTS), TEXTS)
     train(parse(TrainConfig, {}, train_flags(checkpoints["blip"], source, **{"max-steps": 1})))
-    said = capsys.readouterr().out
-    assert 0 < said.index("3 of 6 lines (50.0%)") < said.index(HEADING)
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("3 of 6 lines (50.0%)") < printed.index(HEADING)
 
 
 def test_only_texts_with_unknown_tokens_are_kept():
-    """Memory grows with what is lost, not with the data; an unknown token that is the end token is none."""
+    """The checker stores only texts with unknown tokens. An unknown token that is also the end token does not count."""
     tokens = UnknownTokens(type("Tokenizer", (), {"unk_token_id": 3})(), set())
     tokens.note({"a": [3, 4], "b": [5]})
     assert tokens.counts == {"a": (1, 2)} and UnknownTokens(tokens.tokenizer, {3}).id is None

@@ -1,4 +1,4 @@
-"""Frozen weights that are cast once give the bits that autocast gives, casting them at every use."""
+"""Frozen weights that are cast once give the bits of autocast, which casts them at every use."""
 
 import copy
 
@@ -16,8 +16,8 @@ from tests.support.models import WHOLE, batch_of, inject
 
 @pytest.mark.parametrize(("kind", "precision"), [(kind, "bf16") for kind in WHOLE] + [(k, "fp16") for k in WHOLE if k != "t5"])
 def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
-    """FrozenProduct every linear and the head; gradients of the adapters too."""
-    found = []
+    """Outputs and adapter gradients with weights cast once equal those of autocast, bit for bit."""
+    results = []
     for cast in (False, True):
         backbone = make(kind)
         halves = inject(backbone)
@@ -33,12 +33,12 @@ def test_outputs_are_the_bits_of_autocast_s_own_casting(kind, precision, make):
                 logits = task.encoder.encode_images(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
                 loss = logits.float().square().mean()
         loss.backward()
-        found.append([logits, loss, *(x.A.grad for x in halves.values() if x.A.grad is not None)])
-    assert len(found[0]) == len(found[1]) > 2 and all(map(torch.equal, *found))
+        results.append([logits, loss, *(x.A.grad for x in halves.values() if x.A.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 2 and all(map(torch.equal, *results))
 
 
 def test_modules_that_autocast_does_not_cast_stay_in_float32(make):
-    """Linears are in 16 bits, adapters and all else as they were; names of the weights too."""
+    """`cast_once` casts only the frozen linears to 16 bits. Adapters, other modules and parameter names do not change."""
     backbone = make("blip")
     inject(backbone)
     before = copy.deepcopy(backbone.model.state_dict())
@@ -55,7 +55,7 @@ def test_modules_that_autocast_does_not_cast_stay_in_float32(make):
 
 
 def test_a_head_that_was_tied_before_the_cast_is_refused(make):
-    """Cast, it no longer shares the embeddings' memory; an adapter there is refused as before."""
+    """An adapter on a tied head is refused also after the cast, when the head no longer shares memory with the embeddings."""
     backbone = make("blip")
     head = "text_decoder.cls.predictions.decoder"
     assert head in sites.tied(backbone.model)
@@ -65,8 +65,8 @@ def test_a_head_that_was_tied_before_the_cast_is_refused(make):
         injection.inject(backbone.model, [Site(head)])
 
 
-def test_the_adapter_remembers_the_base_as_it_was_loaded(make, tmp_path):
-    """The fingerprint is of the weights before they were cast, so that another base is told to the bit."""
+def test_the_fingerprint_is_that_of_the_weights_before_the_cast(make, tmp_path):
+    """The adapter's fingerprint is that of the weights before the cast, so another base is detected."""
     backbone = make("blip")
     inject(backbone)
     exact = adapter_file.save(tmp_path / "exact.safetensors", backbone)
@@ -87,8 +87,8 @@ def test_in_fp32_and_for_weights_in_16_bits_nothing_changes(make):
 
 @pytest.mark.parametrize("kind", ["itm", "itm2"])
 def test_retrieval_still_computes_its_heads_in_float32(kind, make):
-    """Cosines and odds under autocast are the bits that they are without casting: ten odds would be one in 16 bits."""
-    found = []
+    """Cosines and match scores under autocast are the same bits with and without cast weights."""
+    results = []
     for cast in (False, True):
         backbone = make(kind)
         inject(backbone)
@@ -98,6 +98,6 @@ def test_retrieval_still_computes_its_heads_in_float32(kind, make):
         pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         texts = matcher.tokenize(["a red cube", "a blue cube on a cube"])
         with torch.no_grad(), autocasting(backbone.device, "bf16")():
-            seen = matcher.encode_images(pixels)
-            found.append([matcher.image_features(seen), matcher.text_features(texts), matcher.matching(seen, texts)])
-    assert all(map(torch.equal, *found)) and all(value.dtype == torch.float32 for value in found[1])
+            states = matcher.encode_images(pixels)
+            results.append([matcher.image_features(states), matcher.text_features(texts), matcher.matching(states, texts)])
+    assert all(map(torch.equal, *results)) and all(value.dtype == torch.float32 for value in results[1])

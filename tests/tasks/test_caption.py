@@ -25,7 +25,7 @@ ANY = Example(Path("x.png"), "", "x.png", 1)
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
-    """Law 8: not the image, the prompt or padding."""
+    """Law 8: the labels are the caption and its end token, without image, prompt or padding."""
     task = CaptionTask(backbone, prompt)
     rows = task.language.tokenize([prompt] * len(TEXTS), TEXTS).pad()
     for targets, text in zip(rows.targets, TEXTS, strict=True):
@@ -34,14 +34,14 @@ def test_labels_are_the_caption_and_the_end_and_nothing_else(backbone, prompt):
 
 
 def test_padding_is_recognized_by_position_not_by_id(backbone):
-    """A token of the padding's id inside a caption would still count (data with one is refused earlier on)."""
+    """A pad token inside a caption is a label, because padding is recognized by its position."""
     pad = backbone.tokenizer.pad_token
     rows = CaptionTask(backbone).language.tokenize(["", ""], [f"a {pad} cube", "a red cube on top of a blue cube"]).pad()
     assert backbone.tokenizer.pad_token_id in rows.targets[0].tolist()
 
 
 def test_captions_are_padded_to_the_longest_and_no_further(backbone):
-    """The width is the longest caption's own; every caption is there whole, and its padding is not attended to."""
+    """A batch is as wide as its longest caption. Every caption is complete, and its padding is masked."""
     language = CaptionTask(backbone).language
     rows = language.tokenize([""] * len(TEXTS), TEXTS).pad()
     lengths = [len(plain_ids(backbone.tokenizer, text)) + 1 for text in TEXTS]  # with the end token
@@ -56,7 +56,7 @@ def test_captions_are_padded_to_the_longest_and_no_further(backbone):
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_the_loss_is_cross_entropy_by_definition(backbone, prompt):
-    """Against float64: −Σ log softmax at every target, written out."""
+    """The loss is −Σ log softmax at every target, in float64."""
     task = CaptionTask(backbone, prompt)
     batch = batch_of(task)
     logits = task.logits(batch).double()
@@ -103,9 +103,9 @@ def test_generated_text_is_the_likeliest_continuation_without_the_prompt(backbon
     """Against the argmax of teacher-forced logits, step by step; beams are compared in test_fast_inference."""
     task = CaptionTask(backbone, prompt, Generation(max_new_tokens=6))
     images = torch.randn(3, 3, 32, 32)
-    said = task.predict(images, [ANY] * 3)
-    assert len(said) == 3 and all(said) and not any(text.startswith(PROMPT) for text in said)
-    for row, text in enumerate(said):
+    texts = task.predict(images, [ANY] * 3)
+    assert len(texts) == 3 and all(texts) and not any(text.startswith(PROMPT) for text in texts)
+    for row, text in enumerate(texts):
         assert text == greedy(task, images[row : row + 1], prompt, 6)
 
 
@@ -136,8 +136,8 @@ def test_generation_stops_at_its_length(backbone):
     """With room for 20 tokens, the same images have longer texts."""
     images, found = torch.randn(2, 3, 32, 32), {}
     for most in (2, 20):
-        said = CaptionTask(backbone, "", Generation(max_new_tokens=most)).predict(images, [ANY, ANY])
-        found[most] = [len(backbone.tokenizer(text, add_special_tokens=False).input_ids) for text in said]
+        texts = CaptionTask(backbone, "", Generation(max_new_tokens=most)).predict(images, [ANY, ANY])
+        found[most] = [len(backbone.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     assert max(found[2]) <= 3 < max(found[20])
 
 
@@ -215,9 +215,9 @@ def test_the_longest_generated_text_is_the_longest_of_the_data_and_a_margin(make
     task = CaptionTask(make(kind))
     texts = ["a cube", "a red cube on top of a blue cube " * 2, "two cubes", "two cubes"]
     examples = [Example(Path("x.png"), text, "x.png", 1) for text in texts]
-    found = fit_generation(task, examples, 0)
-    assert found == task.generation.max_new_tokens
-    assert found >= max(len(task.checker.ids(text.strip())) + 1 for text in texts) + 8 or found == task.language.room("")
+    limit = fit_generation(task, examples, 0)
+    assert limit == task.generation.max_new_tokens
+    assert limit >= max(len(task.checker.ids(text.strip())) + 1 for text in texts) + 8 or limit == task.language.room("")
     assert not capsys.readouterr().out
     least = len(task.checker.ids("two cubes")) + 2
     assert fit_generation(task, examples, least) == least

@@ -1,4 +1,4 @@
-"""What comes before the first adapter, kept and read again, is what is computed: whatever is in the cache, to the bit."""
+"""Cached states of the frozen blocks before the first adapter equal computed states."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def task_for(make, kind: str, where: str) -> Any:
 
 @pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
 def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, where, first, beyond, make):
-    """Everything before it gives the same bits with and without the adapters; what comes next does not."""
+    """The states before the first adapted block are the same bits with and without adapters. The states after it are not."""
     task = task_for(make, kind, where)
     model = task.backbone.model
     assert first_adapted_block(model) == (first, beyond)
@@ -45,10 +45,10 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     with torch.no_grad(), disable_adapters(model):
         base = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
     with torch.no_grad():
-        mine = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
-    assert torch.equal(base[0], mine[0])
+        adapted = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
+    assert torch.equal(base[0], adapted[0])
     if where.startswith("vit"):
-        assert not torch.equal(base[1], mine[1])
+        assert not torch.equal(base[1], adapted[1])
 
 
 @pytest.mark.parametrize(("kind", "where", "first", "beyond"), PLACES)
@@ -56,8 +56,8 @@ def test_features_from_fp16_states_agree_within_rounding(kind, where, first, bey
     task = task_for(make, kind, where)
     prefix, pixels = Prefix(task.encoder), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
-        looked, kept = task.encoder.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels).float())
-    torch.testing.assert_close(kept, looked, rtol=2e-3, atol=2e-3 * float(looked.abs().max()))
+        computed, from_states = task.encoder.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels).float())
+    torch.testing.assert_close(from_states, computed, rtol=2e-3, atol=2e-3 * float(computed.abs().max()))
 
 
 def losses_of(path: Path) -> list[float]:
@@ -68,15 +68,18 @@ def losses_of(path: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "where"), [("blip", "text"), ("blip", "vit[1:2]"), ("opt", "qformer"), ("t5", "lm"), ("itm", "text")]
 )
-def test_ten_steps_from_the_cache_are_ten_from_the_pixels(kind, where, checkpoints, tmp_path):
-    """Losses within 1e-3 of those without a cache; with a cache that is empty, full or half full they are the same bits."""
+def test_ten_steps_with_a_cache_have_the_losses_without_one(kind, where, checkpoints, tmp_path):
+    """Ten steps with a cache have the losses of ten steps without one, within 1e-3.
+
+    Empty, full and partial caches give equal bits.
+    """
     source = tiny.write_photos(tmp_path, 8)
     common = {"targets": where, "augment": False, "max_steps": 10, "epochs": 20, "batch_size": 3, "val_fraction": 0.2}
     plain = losses_of(train(settings(checkpoints[kind], source, **common, cache_gb=0.0)))
     runs = [train(settings(checkpoints[kind], source, **common, cache_gb=1.0)) for _ in range(2)]
     root = Path(settings(checkpoints[kind], source).output_dir) / ".cache"
-    kept = sorted(root.rglob("*/??/*.safetensors"))
-    states = [path for path in kept if "states" in (path.parent.parent / "kind.json").read_text()]
+    cached = sorted(root.rglob("*/??/*.safetensors"))
+    states = [path for path in cached if "states" in (path.parent.parent / "kind.json").read_text()]
     assert len(states) >= 8
     for path in states[::2]:
         path.unlink()
@@ -89,7 +92,7 @@ def test_ten_steps_from_the_cache_are_ten_from_the_pixels(kind, where, checkpoin
 
 
 def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tmp_path):
-    """Neither is a picture opened again: its states are all that is read."""
+    """From the second epoch on, neither the blocks before the first adapter run nor are the images opened."""
     task = task_for(make, "blip", "vit[1:2]")
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 4))
     prefix = Prefix(task.encoder, Store(tmp_path / "cache", {"of": "states"}, 10**8))
@@ -108,7 +111,7 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
 
 
 def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
-    """A backbone whose states overflow 16 bits goes on in its own dtype."""
+    """States that overflow fp16 stay in the dtype of the backbone and are not clipped."""
     task = task_for(make, "blip", "vit[1:2]")
     task.backbone.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
     prefix, pixels = Prefix(task.encoder), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
@@ -116,8 +119,8 @@ def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
     assert entered.dtype == torch.float32 and torch.equal(prefix.continue_from(entered), task.encoder.encode_images(pixels))
 
 
-def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_path):
-    """VIEWS = 2: two versions of a picture in turn, the same whichever line asks; without it, nothing is kept."""
+def test_augmented_images_are_cached_only_with_views(make, tmp_path):
+    """With VIEWS = 2, an image has two cached versions in turn. Without VIEWS, augmented images are not cached."""
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 3))
     processor = make("blip").image_processor
 
@@ -137,7 +140,7 @@ def test_augmented_pictures_are_kept_only_as_views_that_come_again(make, tmp_pat
 
 
 def test_states_of_another_configuration_are_not_used(checkpoints, tmp_path):
-    """The same weights with another epsilon in their config.json: other states, in a kind of their own."""
+    """The same weights with another layer_norm_eps in config.json do not use the cached states."""
     source, folder = tiny.write_photos(tmp_path, 4), tmp_path / "base"
     shutil.copytree(checkpoints["blip"], folder)
     common = {"targets": "text", "augment": False, "max_steps": 4, "batch_size": 2, "val_fraction": 0.0, "resume": "off"}
@@ -150,8 +153,8 @@ def test_states_of_another_configuration_are_not_used(checkpoints, tmp_path):
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[2], rel=1e-3)
 
 
-def test_the_checks_before_a_run_keep_no_picture_under_another_s_key(make, tmp_path):
-    """One that overflows fp16 is not kept, and the one that is put in its place, to see whether it matters, is not either."""
+def test_the_preflight_check_writes_no_states_to_the_cache(make, tmp_path):
+    """The preflight check, which swaps the images of a batch, writes no states to the cache."""
     task = task_for(make, "blip", "text")
     prefix = Prefix(task.encoder, Store(tmp_path / "kept", {"of": "states"}, 10**9))
     examples, _ = annotations.read(tiny.write_photos(tmp_path, 2))

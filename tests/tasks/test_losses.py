@@ -1,4 +1,4 @@
-"""The losses as pure functions, against sums that are written out in float64; packed rows, and the loss of a frozen head."""
+"""The loss functions, packed rows and the frozen head equal sums that are computed by hand in float64."""
 
 import math
 from dataclasses import replace
@@ -28,8 +28,8 @@ def token_loss_by_hand(logits: torch.Tensor, targets: torch.Tensor, weights: lis
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weights", [None, [0.25, 2.0, 0.0]])
-def test_the_token_loss_is_a_weighted_sum_over_what_counts(dtype, weights):
-    """Σ w · −log p, computed and returned in float32 also for half-precision logits."""
+def test_the_token_loss_is_a_weighted_sum_over_the_labels(dtype, weights):
+    """The token loss is Σ w · −log p over the labels, computed and returned in float32."""
     torch.manual_seed(0)
     logits = (20 * torch.randn(3, 4, 9)).to(dtype)
     targets = torch.tensor([[1, 2, IGNORE, 0], [IGNORE] * 4, [8, IGNORE, 3, 4]])
@@ -59,7 +59,7 @@ def test_the_contrast_is_computed_in_float32_for_every_dtype_and_divides_by_the_
 
 
 def test_a_hard_negative_is_the_most_similar_wrong_one_each_way():
-    """Not sampled: the text for an image by its row, the image for a text by its column; −1 where all are right."""
+    """Without sampling, a negative is the most similar wrong text or image, or −1 if there is none."""
     similarity = torch.tensor([[9.0, 1.0, 3.0], [7.0, 8.0, 2.0], [4.0, 6.0, 5.0]])
     right = torch.eye(3, dtype=torch.bool)
     text, image = hard_negatives(similarity, right, 1.0, sampled=False)
@@ -72,8 +72,8 @@ def test_a_hard_negative_is_the_most_similar_wrong_one_each_way():
     assert (text.tolist(), image.tolist()) == ([-1, 0, 0], [1, -1, 1])
 
 
-def test_every_wrong_one_has_a_chance_and_the_temperature_decides_how_much():
-    """At temperature 1 a gap of ln 3 is three to one; however cold, none has less than one in a million of the rest."""
+def test_every_wrong_text_can_be_drawn_and_the_temperature_sets_the_shares():
+    """Every wrong text can be drawn. The temperature sets the shares, and the smallest weight is 1e-6 of the largest."""
     torch.manual_seed(0)
     draws = 4000
     right = torch.tensor([True, False, False]).expand(draws, 3)
@@ -84,7 +84,7 @@ def test_every_wrong_one_has_a_chance_and_the_temperature_decides_how_much():
     chances = []
     real = torch.multinomial
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", lambda given, *rest: chances.append(given) or real(given, *rest))
+        patch.setattr(torch, "multinomial", lambda weights, *rest: chances.append(weights) or real(weights, *rest))
         hard_negatives(torch.tensor([[9.0, 5.0, 0.0]] * 3), torch.eye(3, dtype=torch.bool), 0.01)
     assert chances[0][0].tolist() == pytest.approx([0, 1, 1e-6]) and len(chances) == 2
     sampled = {tuple(hard_negatives(torch.zeros(4, 4), torch.eye(4, dtype=torch.bool), 1.0)[0].tolist()) for _ in range(20)}
@@ -95,7 +95,7 @@ def test_every_wrong_one_has_a_chance_and_the_temperature_decides_how_much():
 
 
 def tokens_of() -> TokenRows:
-    """Texts of 3, 1 and 2 tokens; the first and the last are about picture 0."""
+    """Return texts of 3, 1 and 2 tokens. The first and the last are about image 0."""
     targets = [[IGNORE, 7, 3], [IGNORE], [4, 3]]
     return TokenRows([[5, 6, 7], [8], [9, 4]], targets, [0, 1, 2], pad_id=1, weights=[0.5, 2.0, 3.0])
 
@@ -118,7 +118,7 @@ def test_packed_rows_by_hand():
 
 
 def test_an_encoder_s_input_is_padded_and_its_decoder_s_texts_are_packed():
-    """The first two answers are to one question. Without weights each label counts 1."""
+    """An encoder-decoder's questions are padded, and the answers to one question are packed into one row."""
     answers, targets = [[5, 6], [8], [9, 4, 2]], [[6, 7], [8], [9, 4, 3]]
     tokens = TokenRows([[2, 3], [4]], targets, [0, 0, 1], pad_id=1, decoder_inputs=answers)
     packed = pack(tokens, tokens.example)
@@ -128,7 +128,7 @@ def test_an_encoder_s_input_is_padded_and_its_decoder_s_texts_are_packed():
 
 
 def test_padded_rows_by_hand():
-    """Padding has the tokenizer's id in the input, IGNORE in the targets and 0 in the mask. Labels are found if asked for."""
+    """Padding has the pad id in the input, IGNORE in the targets and 0 in the mask. Labels are computed only on request."""
     rows = tokens_of().pad(with_labels=True)
     assert rows.input_ids.tolist() == [[5, 6, 7], [8, 1, 1], [9, 4, 1]]
     assert rows.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
@@ -168,14 +168,14 @@ def test_the_loss_of_a_frozen_head_is_the_token_loss_of_its_logits(bias, weights
     x = torch.randn(4, 5).to(getattr(torch, states)).requires_grad_()
     targets, w = torch.tensor([0, 6, 3, 3]), None if weights is None else torch.tensor(weights)
     loss = head_loss(x, head, targets, w)
-    (mine,) = torch.autograd.grad(2 * loss, x)
+    (gradient,) = torch.autograd.grad(2 * loss, x)
     wide = x.detach().to(head.weight.dtype).double().requires_grad_()
     plain = token_loss_double(wide, head, targets, w)
-    (theirs,) = torch.autograd.grad(2 * plain, wide)
+    (expected,) = torch.autograd.grad(2 * plain, wide)
     bound = 1e-5 if "16" not in states + weight else 3e-2
-    assert loss.dtype == torch.float32 and mine.dtype == x.dtype
+    assert loss.dtype == torch.float32 and gradient.dtype == x.dtype
     assert float(loss) == pytest.approx(float(plain), rel=bound)
-    torch.testing.assert_close(mine.double(), theirs, rtol=bound, atol=bound)
+    torch.testing.assert_close(gradient.double(), expected, rtol=bound, atol=bound)
 
 
 def token_loss_double(x: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -186,7 +186,7 @@ def token_loss_double(x: torch.Tensor, head: nn.Linear, targets: torch.Tensor, w
 
 
 def test_fp16_keeps_small_gradients_beside_large_ones():
-    """A value down to 2⁻³⁴ of its row's sum survives fp16, and so does a row whose values are all small."""
+    """Values down to 2⁻³⁴ of their row's sum survive the cast to fp16, also in a row of small values."""
     p = torch.tensor([[1.0, -1.0, 2.0**-33, 0.0], [2.0**-40, 2.0**-70, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     scaled = p.clone()
     factors = heads.to_fp16_range(scaled)
@@ -194,16 +194,16 @@ def test_fp16_keeps_small_gradients_beside_large_ones():
 
 
 def test_the_head_computes_in_autocasts_dtype_and_reads_no_gradient_that_nobody_needs(monkeypatch):
-    seen = []
+    dtypes = []
     real = heads.product
-    monkeypatch.setattr(heads, "product", lambda a, b, *rest: seen.append((a.dtype, b.dtype)) or real(a, b, *rest))
+    monkeypatch.setattr(heads, "product", lambda a, b, *rest: dtypes.append((a.dtype, b.dtype)) or real(a, b, *rest))
     head = nn.Linear(5, 7).requires_grad_(False)
     for autocast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         for grad, products in ((True, 2), (False, 1)):
-            seen.clear()
+            dtypes.clear()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = head_loss(torch.randn(4, 5, requires_grad=grad), head, torch.zeros(4, dtype=torch.long))
-            assert seen == [(dtype, dtype)] * products and loss.requires_grad == grad
+            assert dtypes == [(dtype, dtype)] * products and loss.requires_grad == grad
 
 
 def test_a_gradient_of_the_heads_gradient_is_an_error_not_a_wrong_number():

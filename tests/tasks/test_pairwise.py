@@ -103,9 +103,9 @@ class Case:
         return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in vars(self).values())
 
 
-def allowed(given: dict[str, Any]) -> bool:
-    """Whether values go together; factors that are not given yet forbid nothing."""
-    has = given.get
+def allowed(values: dict[str, Any]) -> bool:
+    """Return whether the values may be combined. Factors without a value exclude nothing."""
+    has = values.get
     return not (
         (has("kind") == "t5" and has("precision") == "fp16")  # refused: T5 gives NaN
         or (has("prefix") and has("targets", "late") != "late")  # nothing comes before the first adapter
@@ -121,13 +121,13 @@ def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
 
 
 def wanted() -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """Every pair of values that some allowed case has."""
+    """Return every pair of values that occurs in an allowed case."""
     some = {pair for a, b in combinations(FACTORS, 2) for pair in [((a, x), (b, y)) for x in FACTORS[a] for y in FACTORS[b]]}
     return {pair for pair in some if allowed(dict(pair)) and filled(dict(pair), random.Random(0))}
 
 
 def filled(given: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """The rest of a case, drawn; {} if there is none."""
+    """Return `given` completed to an allowed case with drawn values, or {} if there is none."""
     for _ in range(20):
         case = dict(given)
         for name in rng.sample([*FACTORS], len(FACTORS)):
@@ -142,7 +142,7 @@ def filled(given: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def covering(seed: int = 1, candidates: int = 30) -> list[Case]:
-    """Cases that have every wanted pair: the best of some drawn candidates for the first missing pair, again and again."""
+    """Return cases that cover every allowed pair. Each is the best of some drawn candidates for the first missing pair."""
     rng, missing, cases = random.Random(seed), wanted(), []
     for first in sorted(missing, key=str):
         if first not in missing:
@@ -158,7 +158,7 @@ CASES = covering()
 
 
 def test_every_allowed_pair_of_values_is_in_a_case():
-    """At most 40 cases, and each of them is allowed."""
+    """The cases cover every allowed pair. There are at most 40 cases."""
     covered = {pair for case in CASES for pair in pairs(vars(case))}
     assert wanted() <= covered and all(allowed(vars(case)) for case in CASES)
     assert len(CASES) <= 40
@@ -168,40 +168,40 @@ def test_every_allowed_pair_of_values_is_in_a_case():
 
 
 def host_batches(case: Case) -> list[HostBatch]:
-    """The micro-batches of a step: pictures with one or three texts, answers with unequal votes."""
+    """Return the micro-batches of a step: images with one or three texts, answers with unequal votes."""
     count = case.accumulation * case.ranks
     size = (12 if case.kind in MATCHING else 6) // count
     pixels = torch.randn(count * size, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(3))
-    made = []
+    batches = []
     for number in range(count):
-        mine = range(number * size, (number + 1) * size)
-        rows = [(place, text) for place in mine for text in range(case.texts if place % 2 == 0 else 1)]
+        places = range(number * size, (number + 1) * size)
+        rows = [(place, text) for place in places for text in range(case.texts if place % 2 == 0 else 1)]
         examples = [example(case, place, text) for place, text in rows]
         if case.kind in MATCHING:  # whose rows have a picture each
-            made.append(HostBatch(examples, pixels[[place for place, _ in rows]]))
+            batches.append(HostBatch(examples, pixels[[place for place, _ in rows]]))
         else:
-            picture = None if len(rows) == size else [place - mine[0] for place, _ in rows]
-            made.append(HostBatch(examples, pixels[mine.start : mine.stop], picture))
-    return made
+            picture = None if len(rows) == size else [place - places[0] for place, _ in rows]
+            batches.append(HostBatch(examples, pixels[places.start : places.stop], picture))
+    return batches
 
 
 def example(case: Case, place: int, text: int) -> Example:
-    said = f"{WORDS[(place + text) % len(WORDS)]}{' on a table' * text}"
+    caption = f"{WORDS[(place + text) % len(WORDS)]}{' on a table' * text}"
     image = Path(f"{place}.png")
     if case.kind != "vqa":
-        return Example(image, said, str(image), 1)
-    answers = ("red", "blue", "blue") if place % 3 == 0 and case.adapters != "each" else (said,)
+        return Example(image, caption, str(image), 1)
+    answers = ("red", "blue", "blue") if place % 3 == 0 and case.adapters != "each" else (caption,)
     return Example(image, answers[0], str(image), 1, question=f"what is {WORDS[text]}?", answers=answers)
 
 
 def names_of(case: Case, host_batch: HostBatch) -> list[str | None] | None:
-    """The adapter of each row of a micro-batch."""
+    """Return the adapter of each row of a micro-batch."""
     some = ["default", "other", "default", None]
     return [some[row % 4] for row in range(len(host_batch.examples))] if case.adapters == "each" else None
 
 
 def put_on(model: Any, case: Case) -> None:
-    """Adapters whose halves are drawn by their address, so that every process and the oracle have the same."""
+    """Inject adapters whose values depend only on their address, so that every process and the oracle have the same."""
     where = TARGETS[case.kind][case.targets]
     injection.inject(model, targets.find(model, where, 2, 4.0), case.dropout)
     if case.adapters != "one":
@@ -218,7 +218,7 @@ def put_on(model: Any, case: Case) -> None:
 
 @dataclass
 class Record:
-    """What one process drew: masks by micro-batch, adapter and address in the order of calls, negatives, kept states."""
+    """The random draws of one process: dropout masks by micro-batch, adapter and address; negatives; cached states."""
 
     masks: dict[tuple[int, str, str], list[Tensor]] = field(default_factory=dict)
     negatives: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -228,7 +228,7 @@ class Record:
 
 @contextmanager
 def recording(record: Record) -> Iterator[None]:
-    """Inside the block every mask and every negative that is drawn is kept; those of a recomputation are not."""
+    """Record every dropout mask and negative that is drawn inside the block, without those of a recomputation."""
     real_dropout, real_forward, real_negatives = F.dropout, LoRA.forward, retrieval.hard_negatives
     acting: list[LoRA] = []
 
@@ -248,8 +248,8 @@ def recording(record: Record) -> Iterator[None]:
             record.masks.setdefault(key, []).append(mask.double())
         return x * mask
 
-    def negatives(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        record.negatives[record.slot] = drawn = real_negatives(*given, **named)
+    def negatives(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        record.negatives[record.slot] = drawn = real_negatives(*arguments, **named)
         return drawn
 
     with pytest.MonkeyPatch.context() as patch:
@@ -260,7 +260,7 @@ def recording(record: Record) -> Iterator[None]:
 
 
 def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str, Tensor], Record]:
-    """The loss of a step, the gradients of the adapters, unscaled, and what was drawn, by the code of a training."""
+    """Return the loss of a training step, the unscaled gradients of the adapters, and the recorded draws."""
     backbone, precision = open_backbone(
         str(base), "cpu", case.precision, case.base_dtype, checkpointing=case.checkpointing, fast=case.fast
     )
@@ -328,7 +328,7 @@ def learn_among_ranks(case: Case, base: Path, folder: Path) -> tuple[float, dict
 
 
 class Written(nn.Module):
-    """A linear in float64 with its adapters written out: y = (W + Σ s B A) x + b; with masks or rows, summand by summand."""
+    """A float64 linear that computes y = (W + Σ s B A) x + b, or each update separately if masks or rows need it."""
 
     def __init__(self, linear: Any, parts: list[tuple[str, str, Any, Tensor, Tensor]], oracle: "Oracle") -> None:
         super().__init__()
@@ -347,7 +347,7 @@ class Written(nn.Module):
 
 
 class Oracle:
-    """The whole step in float64."""
+    """The training step in float64."""
 
     def __init__(self, case: Case, base: Path, record: Record) -> None:
         self.case, self.record = case, record
@@ -397,7 +397,7 @@ class Oracle:
         return prompts, [of[i] for i in prompts]
 
     def seen(self) -> Tensor:
-        """What the language side reads of each picture, from the states that were kept if there are such."""
+        """Return the image states that the language side reads, computed from the cached states if there are any."""
         if not self.case.prefix:
             return self.task.encoder.encode_images(self.batch.pixel_values.double())
         first, beyond = self.first
@@ -417,7 +417,7 @@ class Oracle:
         return self.task.encoder.project_vision(vision.post_layernorm(x) if first < len(vision.encoder.layers) else x)
 
     def said(self) -> Tensor:
-        """Σ w · −log p over the label tokens."""
+        """Return Σ w · −log p over the label tokens."""
         rows = self.batch.rows.padded()
         logits = self.task.language.logits(self.batch.per_example(self.seen()), rows)
         assert logits.dtype == torch.float64
@@ -427,7 +427,7 @@ class Oracle:
         return (each if rows.weights is None else each * rows.weights.double()).sum()
 
     def matched(self) -> Tensor:
-        """Rows × (mean ITC + mean ITM) with the negatives that were drawn."""
+        """Return rows × (mean ITC + mean ITM) with the recorded negatives."""
         texts, matcher, seen = self.batch.rows, self.task.matcher, self.batch.per_example(self.seen())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(matching, "projected", lambda head, states: head(states))  # ours rounds to float32
@@ -445,7 +445,7 @@ class Oracle:
         return contrast + len(texts) * -F.logsigmoid(signs * odds).mean()
 
     def dropped(self, x: Tensor, name: str, address: str) -> Tensor:
-        """x of the rows on which an adapter acts, 0 elsewhere, under the mask that was drawn."""
+        """Return x under the recorded dropout mask, with 0 in the rows on which the adapter does not act."""
         rows = None
         if self.names:
             repeats = len(x) // len(self.names)
@@ -466,7 +466,7 @@ class Oracle:
         return x * self.fitted(self.record.masks[key][call], x, address, rows)
 
     def fitted(self, mask: Tensor, x: Tensor, address: str, rows: Tensor | None) -> Tensor:
-        """A mask as the plain forward pass needs it: of packed texts, of one picture for all its texts, of some rows."""
+        """Return the mask in the shape of the plain forward pass."""
         if rows is not None:
             return torch.zeros_like(x).index_copy(0, rows, mask)
         if mask.shape == x.shape:
@@ -480,7 +480,7 @@ class Oracle:
 
 
 def opened_dtype(case: Case) -> str:
-    """The dtype in which a training loads the base."""
+    """Return the dtype in which training loads the base."""
     if case.base != "auto":
         return case.base_dtype
     return case.precision if case.kind in ("opt", "t5", "itm2") else "fp32"
@@ -491,8 +491,8 @@ def opened_dtype(case: Case) -> str:
 
 @pytest.mark.filterwarnings("ignore")  # of emulated 16 bits
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step_is_that_of_a_model_written_out_in_float64(checkpoints, tmp_path, monkeypatch, case):
-    """Loss and gradients of every adapter, within a number of roundings of the coarsest dtype in the case."""
+def test_a_step_equals_the_float64_oracle(checkpoints, tmp_path, monkeypatch, case):
+    """Loss and adapter gradients of a step equal the float64 oracle within a number of roundings of the coarsest dtype."""
     if case.large:
         monkeypatch.setattr(products, "LARGE", 1)
         monkeypatch.setattr(fused, "SMALL", 0)

@@ -60,8 +60,8 @@ def test_probabilities_are_the_softmax_of_likelihoods_in_float64(task):
     """Of the mean over a caption's tokens, of the sum over an answer's; text by text, unpadded, by Hugging Face."""
     task.backbone.model.double()
     some, images = examples()[:3], pictures(3).double()
-    found = task.rank(images, some, TEXTS)
-    for row, image, example in zip(found, images, some, strict=True):
+    rankings = task.rank(images, some, TEXTS)
+    for row, image, example in zip(rankings, images, some, strict=True):
         each = [log_likelihoods(task, image, example, said) for said in TEXTS]
         scores = torch.stack([x.sum() if isinstance(task, VqaTask) else x.mean() for x in each])
         torch.testing.assert_close(row.double(), scores.softmax(0), rtol=1e-4, atol=1e-7)
@@ -88,10 +88,10 @@ def test_ranking_under_autocast_is_a_distribution_in_float32(task):
     exact, images = task.rank(pictures(2), examples()[:2], TEXTS), pictures(2)
     for precision in ("bf16", "fp16"):
         with autocasting(task.backbone.device, precision)():
-            found = task.rank(images, examples()[:2], TEXTS)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.sum(1), torch.ones(2), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found, exact, rtol=0.3, atol=0.05)
+            rankings = task.rank(images, examples()[:2], TEXTS)
+        assert rankings.dtype == torch.float32
+        torch.testing.assert_close(rankings.sum(1), torch.ones(2), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rankings, exact, rtol=0.3, atol=0.05)
 
 
 def test_likelihoods_are_nan_where_nothing_counts():

@@ -1,4 +1,4 @@
-"""Retrieval: features and heads are Hugging Face's, losses are their definitions, negatives are wrong, ranks are right."""
+"""Retrieval features and heads equal those of transformers; losses, negatives and ranks equal their definitions."""
 
 import json
 import math
@@ -44,9 +44,9 @@ def examples(lines=None) -> list[Example]:
 
 
 def pictures(some: list[Example], dtype=torch.float32) -> torch.Tensor:
-    """The same pixels for the same name."""
-    made = {e.image: torch.Generator().manual_seed(int(e.image.stem)) for e in some}
-    drawn = {image: torch.randn(3, tiny.SIDE, tiny.SIDE, generator=generator) for image, generator in made.items()}
+    """Return one tensor (3, H, W) for each example. Examples of the same image have the same pixels."""
+    generators = {e.image: torch.Generator().manual_seed(int(e.image.stem)) for e in some}
+    drawn = {image: torch.randn(3, tiny.SIDE, tiny.SIDE, generator=generator) for image, generator in generators.items()}
     return torch.stack([drawn[e.image] for e in some]).to(dtype)
 
 
@@ -57,7 +57,7 @@ def batch_of(task: RetrievalTask, lines=None, dtype=torch.float32) -> DeviceBatc
 
 @torch.no_grad()
 def hugging_face(task: RetrievalTask, image: torch.Tensor, text: str, itm: bool) -> torch.Tensor:
-    """The library's own score of one image (3, H, W) and one unpadded text: the cosine, or ITM's two logits."""
+    """Return transformers' score of one image (3, H, W) and one unpadded text: the cosine, or the two logits of ITM."""
     model = task.backbone.model
     ids = task.backbone.tokenizer(text, return_tensors="pt").input_ids
     if task.backbone.family == "blip":
@@ -65,8 +65,8 @@ def hugging_face(task: RetrievalTask, image: torch.Tensor, text: str, itm: bool)
     if model.config.image_token_index is not None:  # its processor puts placeholders first, and forward cuts them off
         queries = torch.full((1, model.config.num_query_tokens), model.config.image_token_index)
         ids = torch.cat([queries, ids], dim=1)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_image_text_matching_head": itm}
-    return model(image[None], **given).logits_per_image[0]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_image_text_matching_head": itm}
+    return model(image[None], **inputs).logits_per_image[0]
 
 
 # ---------------------------------------------------------------- features and heads
@@ -75,25 +75,25 @@ def hugging_face(task: RetrievalTask, image: torch.Tensor, text: str, itm: bool)
 @pytest.mark.parametrize("placeholder", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cosines_and_matching_are_hugging_face_s(task, dtype, placeholder):
-    """Every pair of an image and a padded text, against the library's forward on that pair alone, unpadded."""
+    """Cosines and ITM odds of a padded batch equal those of transformers for each pair of image and text alone."""
     if task.backbone.family == "blip-2":
         task.backbone.model.config.image_token_index = placeholder
     task.backbone.model.to(dtype)
     batch = batch_of(task, dtype=dtype)
-    matcher, seen = task.matcher, task.matcher.encode_images(batch.pixel_values)
+    matcher, states = task.matcher, task.matcher.encode_images(batch.pixel_values)
     assert (batch.rows.mask == 0).any()
-    found = cosines(matcher.image_features(seen), matcher.text_features(batch.rows))
-    for i in range(len(seen)):
-        odds = matcher.matching(seen[i].expand(len(seen), *seen[i].shape), batch.rows)
+    similarity = cosines(matcher.image_features(states), matcher.text_features(batch.rows))
+    for i in range(len(states)):
+        odds = matcher.matching(states[i].expand(len(states), *states[i].shape), batch.rows)
         for j, example in enumerate(batch.examples):
             cosine = hugging_face(task, batch.pixel_values[i], example.text, itm=False)
             two = hugging_face(task, batch.pixel_values[i], example.text, itm=True)
-            assert float(found[i, j]) == pytest.approx(float(cosine), abs=2e-6)
+            assert float(similarity[i, j]) == pytest.approx(float(cosine), abs=2e-6)
             assert float(odds[j]) == pytest.approx(float(two[1] - two[0]), abs=1e-5)
             assert float(odds[j].sigmoid()) == pytest.approx(float(two.softmax(0)[1]), abs=1e-5)
 
 
-def test_padding_may_hold_anything(task):
+def test_token_ids_in_the_padding_change_no_logits(task):
     batch = batch_of(task)
     other = replace(batch.rows, ids=batch.rows.ids.masked_fill(batch.rows.mask == 0, 77))
     logits = task.logits(batch)
@@ -104,9 +104,9 @@ def test_padding_may_hold_anything(task):
 
 
 def by_definition(similarity: list[list[float]], right: list[list[bool]], temperature: float) -> list[float]:
-    """The two cross-entropies of each row and column, written out with loops."""
+    """Return the mean of the image-to-text and text-to-image cross-entropies of each row, computed with loops."""
     rows = range(len(similarity))
-    found = []
+    losses = []
     for i in rows:
         both = 0.0
         for scores, positive in (
@@ -115,12 +115,12 @@ def by_definition(similarity: list[list[float]], right: list[list[bool]], temper
         ):
             total = math.log(sum(math.exp(score) for score in scores))
             both -= sum((score - total) / sum(positive) for score, yes in zip(scores, positive, strict=True) if yes)
-        found.append(both / 2)
-    return found
+        losses.append(both / 2)
+    return losses
 
 
 def test_itc_is_symmetric_cross_entropy_with_shared_positives():
-    """Two captions of one image, and one caption of two images, share the target; float64 by hand."""
+    """Captions that share an image, and images that share a caption, divide the target of the ITC loss."""
     right = positives(examples())
     similarity = torch.rand(len(right), len(right), generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = by_definition(similarity.double().tolist(), right.tolist(), 0.3)
@@ -129,7 +129,7 @@ def test_itc_is_symmetric_cross_entropy_with_shared_positives():
 
 
 def test_positives_are_the_pairs_of_all_lines():
-    """Row 1 is the second caption of picture 0, whose first caption is picture 2's as well: no wrong pair for row 1."""
+    """An image and a text are a positive pair if any line of the data has both."""
     right = positives(examples())
     lines = set(LINES)
     expected = [[(image, text) in lines for _, text in LINES] for image, _ in LINES]
@@ -139,12 +139,12 @@ def test_positives_are_the_pairs_of_all_lines():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_loss_is_itc_and_itm_by_definition(task, training):
-    """ITM: −log p of the right class, mean over the right pairs and the negatives drawn, for as many rows."""
+    """The loss is ITC plus ITM. ITM is the mean of −log p of the right class over positive pairs and drawn negatives."""
     task.backbone.model.train(training)
     batch = batch_of(task)
     n, right, matcher = len(batch.examples), positives(batch.examples), task.matcher
-    seen = matcher.encode_images(batch.pixel_values)
-    similarity = cosines(matcher.image_features(seen), matcher.text_features(batch.rows))
+    states = matcher.encode_images(batch.pixel_values)
+    similarity = cosines(matcher.image_features(states), matcher.text_features(batch.rows))
     torch.manual_seed(5)
     text, image = hard_negatives(similarity, right, task.temperature, sampled=training)
     torch.manual_seed(5)
@@ -162,8 +162,8 @@ def test_the_temperature_gets_autograd_s_gradient_in_float64(task):
     batch = batch_of(task)
     task.backbone.model.eval()
     task.loss(batch).backward()
-    seen = task.matcher.encode_images(batch.pixel_values)
-    similarity = cosines(task.matcher.image_features(seen), task.matcher.text_features(batch.rows)).double().detach()
+    states = task.matcher.encode_images(batch.pixel_values)
+    similarity = cosines(task.matcher.image_features(states), task.matcher.text_features(batch.rows)).double().detach()
     log = torch.tensor(math.log(TEMPERATURE), dtype=torch.float64, requires_grad=True)
     targets_ = positives(batch.examples).double()
     for logits, y in ((similarity / log.exp(), targets_), (similarity.T / log.exp(), targets_.T)):
@@ -174,7 +174,7 @@ def test_the_temperature_gets_autograd_s_gradient_in_float64(task):
 # ---------------------------------------------------------------- negatives
 
 
-def test_no_negative_is_a_positive_and_rows_without_one_say_so():
+def test_no_negative_is_a_positive_and_rows_without_one_have_minus_one():
     right = positives(examples([*LINES, ("0.png", "cubes"), ("1.png", "a red cube")]))
     for seed in range(50):
         torch.manual_seed(seed)
@@ -190,7 +190,7 @@ def test_no_negative_is_a_positive_and_rows_without_one_say_so():
 
 
 def test_negatives_are_drawn_as_often_as_their_softmax():
-    """20,000 draws for the same image: each share within five standard deviations of softmax(similarity / temperature)."""
+    """The shares of 20,000 drawn negatives are within five standard deviations of softmax(similarity / temperature)."""
     draws, wrong = 20_000, torch.tensor([0.1, 0.5, 0.3])
     similarity = torch.cat([torch.tensor([0.9]), wrong]).expand(draws, 4)
     right = torch.tensor([True, False, False, False]).expand(draws, 4)
@@ -210,7 +210,7 @@ def test_the_likeliest_negatives_are_the_same_at_every_call():
 
 
 def test_scores_that_are_not_finite_still_give_negatives():
-    """The loss is not finite then, and training says why; drawing must not be what fails."""
+    """Drawing negatives from NaN or inf scores does not fail. Training then reports that the loss is not finite."""
     right = torch.eye(3, dtype=torch.bool)
     for value in (math.nan, math.inf):
         text, _ = hard_negatives(torch.full((3, 3), value), right, 0.07)
@@ -224,17 +224,17 @@ def test_a_batch_of_one_image_is_refused_with_a_remedy(task):
             preflight.check(task, batch_of(task, lines), nullcontext)
 
 
-def test_the_last_micro_batch_may_have_one_row(task):
-    """It has nothing to be told from: loss and gradients are 0, where a yes to everything would lower ITM's loss."""
+def test_a_micro_batch_of_one_image_has_no_loss(task):
+    """A micro-batch of one image has no negatives, so its loss and gradients are 0."""
     inject(task.backbone)
     loss = task.loss(batch_of(task, LINES[:2]))
     loss.backward()
-    found = attached.adapters(task.backbone.model)
-    assert loss == 0 and not any(x.B.grad is not None and x.B.grad.any() for x in found.values())
+    adapters = attached.adapters(task.backbone.model)
+    assert loss == 0 and not any(x.B.grad is not None and x.B.grad.any() for x in adapters.values())
 
 
 def test_a_row_without_a_negative_of_its_own_learns_from_the_others(task):
-    """Picture 0 is said to be all three texts, so that it has no wrong text; the rest has."""
+    """A row without a wrong text is left out of the negatives. The loss of the batch is finite."""
     batch = batch_of(task, [("0.png", "a red cube"), ("0.png", "nothing"), ("1.png", "nothing")])
     right = positives(batch.examples)
     text, image = hard_negatives(torch.zeros(3, 3), right, 0.07)
@@ -250,34 +250,34 @@ def features(task: RetrievalTask, some: list[Example]) -> dict:
 
 
 def test_recall_at_1_is_that_of_brute_force(task):
-    """Captions of two pictures count for both; a picture with two captions is found by either; ties count against."""
+    """Recall@1 in both directions equals a search over all pairs, with shared captions and images of two captions."""
     some = examples()
-    said = features(task, some)
+    predictions = features(task, some)
     images, texts = list(dict.fromkeys(e.image for e in some)), list(dict.fromkeys(e.text for e in some))
     lines = {(e.image, e.text) for e in some}
-    seen = {image: pictures([e for e in some if e.image == image][:1])[0] for image in images}
-    table = {(i, t): float(hugging_face(task, seen[i], t, itm=False)) for i in images for t in texts}
+    pixels = {image: pictures([e for e in some if e.image == image][:1])[0] for image in images}
+    table = {(i, t): float(hugging_face(task, pixels[i], t, itm=False)) for i in images for t in texts}
     to_text = [(i, max(texts, key=lambda t: table[i, t])) in lines for i in images]
     to_image = [(max(images, key=lambda i: table[i, t]), t) in lines for t in texts]
-    found = task.scores(said, some)
-    assert found["image_to_text_r1"] == pytest.approx(sum(to_text) / len(images))
-    assert found["text_to_image_r1"] == pytest.approx(sum(to_image) / len(texts))
-    assert found["recall_at_1"] == pytest.approx((sum(to_text) / len(images) + sum(to_image) / len(texts)) / 2)
-    assert "image_to_text_r5" in task.scores(said, some, "image_to_text_r5")
+    scores = task.scores(predictions, some)
+    assert scores["image_to_text_r1"] == pytest.approx(sum(to_text) / len(images))
+    assert scores["text_to_image_r1"] == pytest.approx(sum(to_image) / len(texts))
+    assert scores["recall_at_1"] == pytest.approx((sum(to_text) / len(images) + sum(to_image) / len(texts)) / 2)
+    assert "image_to_text_r5" in task.scores(predictions, some, "image_to_text_r5")
 
 
 def test_equal_captions_of_different_images_are_right_for_both(task):
-    """Whichever of the two pictures a shared caption finds, it is right."""
+    """A caption that two images share counts as correct for both images."""
     some = examples([("0.png", "a red cube"), ("1.png", "a red cube")])
     assert task.scores(features(task, some), some)["recall_at_1"] == 1
 
 
 def test_ranking_few_texts_is_itc_and_itm_of_each_pair(task):
-    """Against Hugging Face pair by pair: softmax of cosine / temperature + log-odds, over all of them."""
+    """The ranking of a few texts is softmax(cosine / temperature + ITM log-odds), computed by transformers for each pair."""
     some, texts = examples()[:3], list(dict.fromkeys(text for _, text in LINES))
     images = pictures(some)
-    found = task.rank(images, some, texts)
-    for row, image in zip(found, images, strict=True):
+    rankings = task.rank(images, some, texts)
+    for row, image in zip(rankings, images, strict=True):
         scores = []
         for text in texts:
             two = hugging_face(task, image, text, itm=True).double()
@@ -291,17 +291,17 @@ MANY = [f"{colour} cube number {n}" for colour in ("red", "blue") for n in range
 def test_texts_beyond_the_reranked_keep_the_order_and_mass_of_the_contrast(task, monkeypatch):
     some = examples()[:2]
     images = pictures(some)
-    seen, rows = task.matcher.encode_images(images), task.matcher.tokenize(MANY)
-    itc = cosines(task.matcher.image_features(seen), task.matcher.text_features(rows)) / task.temperature
+    states, rows = task.matcher.encode_images(images), task.matcher.tokenize(MANY)
+    itc = cosines(task.matcher.image_features(states), task.matcher.text_features(rows)) / task.temperature
     monkeypatch.setattr(retrieval, "RERANKED", 6)
-    found = task.rank(images, some, MANY)
-    torch.testing.assert_close(found.sum(1), torch.ones(2))
-    for n, (row, logits) in enumerate(zip(found, itc, strict=True)):
+    rankings = task.rank(images, some, MANY)
+    torch.testing.assert_close(rankings.sum(1), torch.ones(2))
+    for n, (row, logits) in enumerate(zip(rankings, itc, strict=True)):
         top = logits.topk(6).indices
         rest = [j for j in range(len(MANY)) if j not in top.tolist()]
         torch.testing.assert_close(row[rest], logits.softmax(0)[rest])
         torch.testing.assert_close(row[top].sum(), logits.softmax(0)[top].sum())
-        odds = task.matcher.matching(seen[n].expand(6, *seen[n].shape), rows[top])
+        odds = task.matcher.matching(states[n].expand(6, *states[n].shape), rows[top])
         assert row[top].argsort().tolist() == (logits[top] + odds).argsort().tolist()
 
 
@@ -316,7 +316,7 @@ def test_chunks_change_nothing(task, monkeypatch):
 
 
 def test_texts_encoded_beforehand_rank_the_same(task):
-    """What `read` keeps is the text side alone: any image may be ranked with it."""
+    """Texts that `encode_texts` encoded give the same ranking as texts that `rank` encodes."""
     texts = [f"a {colour} cube" for colour in ("red", "green", "blue")]
     some = examples()
     read = task.encode_texts(texts)
@@ -326,9 +326,9 @@ def test_texts_encoded_beforehand_rank_the_same(task):
 def test_matching_is_hugging_face_s_for_texts_of_each_image(task):
     some = examples()[:2]
     images, texts = pictures(some), [["a red cube", "nothing"], ["two blue cubes on top of a table"]]
-    for image, mine, found in zip(images, texts, task.match(images, texts), strict=True):
-        two = [hugging_face(task, image, text, itm=True) for text in mine]
-        assert found.tolist() == pytest.approx([float(t[1] - t[0]) for t in two], abs=1e-5)
+    for image, own_texts, odds in zip(images, texts, task.match(images, texts), strict=True):
+        two = [hugging_face(task, image, text, itm=True) for text in own_texts]
+        assert odds.tolist() == pytest.approx([float(t[1] - t[0]) for t in two], abs=1e-5)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -343,15 +343,15 @@ def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
     lines = [{"text": "a cube"}, *(line for line, _ in bad)]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(json.dumps({"image": "photos/0.png", **line}) for line in lines))
-    found, problems = annotations.read(path, on_bad_data="skip", check=task.check)
-    assert len(found) == 1 and [p.line for p in problems] == [2, 3, 4, 5]
+    examples_read, problems = annotations.read(path, on_bad_data="skip", check=task.check)
+    assert len(examples_read) == 1 and [p.line for p in problems] == [2, 3, 4, 5]
     for problem, (_, reason) in zip(problems, bad, strict=True):
         assert reason in str(problem) and str(problem).startswith(f"{path}:") and "\n" not in str(problem)
 
 
 @pytest.mark.parametrize("text", ["a [SEP] cube", "<image> a cube", " ".join(["cube"] * 600)])
 def test_a_text_that_cannot_be_matched_is_one_error_from_python_too(task, text):
-    """Such a text gave an IndexError, or the score of another text."""
+    """A text with a special token or too many tokens raises ConfigError in every method that takes texts."""
     task.backbone.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     task.checker.special.add(task.backbone.tokenizer.convert_tokens_to_ids("<image>"))
     pixels = torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
@@ -381,7 +381,7 @@ def test_a_prompt_is_refused(make):
 
 
 def photos(folder: Path) -> Path:
-    """Eight plain pictures, two lines each."""
+    """Write eight images with two lines each. Return the annotation file."""
     path = tiny.write_photos(folder, 8)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     more = [{**line, "text": f"{line['text']}, number {n}"} for n, line in enumerate(lines)]
@@ -392,14 +392,17 @@ def photos(folder: Path) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints, make, tmp_path, kind, precision, monkeypatch):
-    """Law 2, in each precision; BLIP-2's frozen weights are then of 16 bits. The saved temperature is taken up again."""
-    kept = {}
+    """Law 2, in each precision: training changes the adapters and the temperature only.
+
+    Inference loads the saved temperature.
+    """
+    opened = {}
     real = setup.open_backbone
-    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: opened.setdefault("opened", real(*a, **k)))
     path = train(settings(checkpoints[kind], photos(tmp_path), targets=WHOLE[kind], precision=precision, epochs=1))
     dtype = precision if kind == "itm2" else "fp32"
     fresh = make(kind, dtype=dtype).model.state_dict()
-    after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
+    after = {key: value for key, value in opened["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
     saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
@@ -422,7 +425,7 @@ def test_training_moves_every_b_and_the_temperature_and_nothing_else(checkpoints
 def test_no_weight_decay_pulls_at_the_temperature(checkpoints, tmp_path, monkeypatch):
     groups = []
     real = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda found, **k: (groups.extend(found), real(found, **k))[1])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **k: (groups.extend(parameters), real(parameters, **k))[1])
     train(settings(checkpoints["itm"], photos(tmp_path), targets="vit.q", max_steps=1, weight_decay=0.3, val_fraction=0.0))
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sorted(set(decay.values())) == [0.0, 0.3] and list(decay.values()).count(0.0) == 1
@@ -431,7 +434,7 @@ def test_no_weight_decay_pulls_at_the_temperature(checkpoints, tmp_path, monkeyp
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_merged_is_hooked(make, kind, precision):
-    """Law 5: in float32 to 1e-5, and within a few of the last bits in 16."""
+    """Law 5: merged logits equal hooked logits within 1e-5 in float32, and within a few last bits in 16 bits."""
     task = RetrievalTask(make(kind, dtype=precision if kind == "itm2" else "fp32"))
     inject(task.backbone)
     batch = batch_of(task)
@@ -447,18 +450,18 @@ def test_merged_is_hooked(make, kind, precision):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_ranks_and_predicts_in_float32(make, kind, precision):
-    """Under autocast, with a base of 16 bits: rows sum to 1, features are unit vectors, cosines near those of float32."""
+    """Under autocast, rankings sum to 1, features are float32 unit vectors, and cosines are near those of float32."""
     exact, half = RetrievalTask(make(kind)), RetrievalTask(make(kind, dtype=precision if kind == "itm2" else "fp32"))
     some = examples()
     images, texts = pictures(some), [text for _, text in LINES]
     with autocasting(half.backbone.device, precision)():
-        found, said = half.rank(images, some, texts), half.predict(images, some)
+        rankings, predictions = half.rank(images, some, texts), half.predict(images, some)
         again = half.match(images, [texts] * len(some))
-        near = cosines(torch.stack([f.image for f in said]), torch.stack([f.text for f in said]))
-    assert found.dtype == near.dtype == torch.float32 and again[0].dtype == "float32"
-    torch.testing.assert_close(found.sum(1), torch.ones(len(some)), rtol=1e-5, atol=1e-5)
-    assert all(f.image.dtype == f.text.dtype == torch.float32 for f in said)
-    assert all(float(f.text.norm()) == pytest.approx(1, abs=1e-5) for f in said)
+        near = cosines(torch.stack([f.image for f in predictions]), torch.stack([f.text for f in predictions]))
+    assert rankings.dtype == near.dtype == torch.float32 and again[0].dtype == "float32"
+    torch.testing.assert_close(rankings.sum(1), torch.ones(len(some)), rtol=1e-5, atol=1e-5)
+    assert all(f.image.dtype == f.text.dtype == torch.float32 for f in predictions)
+    assert all(float(f.text.norm()) == pytest.approx(1, abs=1e-5) for f in predictions)
     sure = exact.predict(images, some)
     far = cosines(torch.stack([f.image for f in sure]), torch.stack([f.text for f in sure]))
     torch.testing.assert_close(near, far, rtol=0, atol=0.05 if precision == "bf16" else 0.01)
@@ -472,13 +475,13 @@ def test_cosines_are_of_the_best_view_and_keep_float32_under_autocast(monkeypatc
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found = cosines(images, texts)
-        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+            similarity = cosines(images, texts)
+        torch.testing.assert_close(similarity, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_preflight_passes_with_every_target_of_the_architecture(make, kind):
-    """Each linear is reached by one of the two heads, and learns from their loss."""
+    """Adapters on every target pass the preflight check, because one of the two heads reaches each linear."""
     for what in every_target(make(kind).model, kind):
         task = RetrievalTask(make(kind))
         inject(task.backbone, what, trained=False)
@@ -490,17 +493,17 @@ def test_checkpointing_gives_the_same_gradients(make, kind):
     gradients = []
     for frugal in (False, True):
         task = RetrievalTask(make(kind, checkpointing=frugal))
-        found = inject(task.backbone)
+        adapters = inject(task.backbone)
         task.backbone.model.train()
         torch.manual_seed(0)
         task.loss(batch_of(task)).backward()
-        gradients.append([x.B.grad for x in found.values()])
+        gradients.append([x.B.grad for x in adapters.values()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_positive_of_another_batch_is_no_negative(task):
-    """(A, "red"), (A, "a cube"), (B, "red"): in a batch without its first line, "red" is still right for A."""
+    """A pair of the data that is split over two batches is not used as a negative in either batch."""
     a, b = Path("folder/a.png"), Path("folder/b.png")
     lines = [(a, "a red cube"), (Path("folder/../folder/a.png"), "a cube"), (b, "a red cube")]
     some = [Example(image, text, image.name, n) for n, (image, text) in enumerate(lines)]

@@ -1,4 +1,4 @@
-"""How long a generated text may be is chosen from the data, and texts that were cut are counted and reported."""
+"""The length of generated texts is chosen from the data; cut texts are counted and reported."""
 
 import json
 import pickle
@@ -60,7 +60,7 @@ def example(text: str = "", **more: object) -> Example:
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_tokens_are_counted_as_the_tokenizer_does(make, kind, checked):
-    """Plain words, other alphabets, marks and long words, with and without a space before them; the end token counts."""
+    """`token_counts` equals the number of tokens of each text plus the end token, with and without a space before it."""
     task, texts = CaptionTask(make(kind)), texts_of_words()
     if checked:
         task.pretokenize([example(text) for text in texts])
@@ -74,7 +74,7 @@ def test_tokens_are_counted_as_the_tokenizer_does(make, kind, checked):
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_the_texts_that_a_limit_cuts_are_counted_with_all_their_lines(make, kind):
-    """Against the tokens of every row as the model is trained on it, with a prompt of its own on some lines."""
+    """`longer_texts` equals a count over the tokenized training rows, also for lines with their own prompt."""
     task, texts = CaptionTask(make(kind)), [*texts_of_words(60), "a cube", "a cube", "two red cubes", "two red cubes"]
     examples = [example(text, prompt="a photo of" if number % 3 == 0 else "") for number, text in enumerate(texts)]
     rows = task.language.tokenize([task.prompt_of(e) for e in examples], texts).pad()
@@ -87,7 +87,7 @@ def test_the_texts_that_a_limit_cuts_are_counted_with_all_their_lines(make, kind
 
 @pytest.mark.parametrize("kind", ["vqa", "blip", "opt", "t5"])
 def test_answers_get_room_for_the_longest_of_any_line(make, kind):
-    """Of several answers each counts; the question does not."""
+    """The automatic length has room for the longest answer of any line. Questions do not count."""
     task = VqaTask(make(kind))
     answers = [("red", "dark red"), ("a red cube on a blue cube", "red"), ("no",)]
     examples = [example(question="what is on top of the table, and of which colour is it?", answers=each) for each in answers]
@@ -97,14 +97,14 @@ def test_answers_get_room_for_the_longest_of_any_line(make, kind):
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_a_text_that_fills_the_model_has_room_for_its_end(make, kind):
-    """The automatic length is never more than what an adapter may be opened with, and never less than a usable text."""
+    """The automatic length is at most the model's room, also for a text that fills it."""
     task = CaptionTask(make(kind))
     task.language.max_tokens = 40
     room = task.language.room("")
     text = " ".join(["a"] * room)
     assert len(task.checker.ids(text)) == room and not task.check(example(text))
-    found = fit_generation(task, [example(text)], 0)
-    assert found == room + 1
+    limit = fit_generation(task, [example(text)], 0)
+    assert limit == room + 1
     task.require_room("")
 
 
@@ -114,21 +114,21 @@ def test_a_text_that_fills_the_model_has_room_for_its_end(make, kind):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa"])
 def test_a_text_without_its_end_token_is_a_cut_text(make, kind, beams):
-    """Against a longer generation of the same images: a text is cut if and only if that one goes on after the limit."""
+    """A text is a CutText if and only if a generation with more tokens continues it."""
     task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(4, beams))
-    language, found = task.language, []
+    language, has_end = task.language, []
     real = language.generate_ids
 
-    def continued(*given: object) -> torch.Tensor:
-        made = real(*given)
-        found.extend(language.end_id in row for row in made.tolist())
-        return made
+    def continued(*arguments: object) -> torch.Tensor:
+        ids = real(*arguments)
+        has_end.extend(language.end_id in row for row in ids.tolist())
+        return ids
 
     language.generate_ids = continued  # type: ignore[method-assign]
     images = torch.randn(6, 3, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(1))
     examples = [example(question="what is it?" if kind == "vqa" else "")] * 6
     texts = task.predict(images, examples)
-    assert [isinstance(text, CutText) for text in texts] == [not ended for ended in found]
+    assert [isinstance(text, CutText) for text in texts] == [not ended for ended in has_end]
     if beams == 1:
         task.generation = Generation(20)
         longer = task.predict(images, examples)
@@ -144,7 +144,7 @@ def test_a_cut_text_is_a_text():
 
 
 def test_the_fix_is_a_number_that_the_model_has_room_for(make):
-    """Twice the tokens, at most the model's room; if the data is not longer, another number would not help."""
+    """The suggested limit is twice the tokens, at most the model's room. Data of short texts gets no such suggestion."""
     task = CaptionTask(make("blip"), "", Generation(10))
     count = CutCount().add([CutText("a"), "b", CutText("c")])
     assert count.report(task, "texts") == (
@@ -180,7 +180,7 @@ def cut_among(config: InferConfig, make) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_infer_reports_the_texts_that_were_cut(config, make, capfd, ranks):
-    """One line with the number and the fix, from one process or several."""
+    """`infer` prints one line with the number of cut texts and the fix, with one process or several."""
     cut = cut_among(config, make)
     assert cut
     if ranks == 1:
@@ -192,7 +192,7 @@ def test_infer_reports_the_texts_that_were_cut(config, make, capfd, ranks):
 
 
 def test_evaluate_warns_of_texts_that_were_cut(config, capsys, monkeypatch):
-    """On the terminal and in the report."""
+    """`evaluate` reports cut texts on the terminal and in metrics.json."""
     monkeypatch.setattr("shutil.which", lambda _: None)  # no Java, which takes seconds to start
     arguments = {"references": "annotations.jsonl", "model": config.model, "adapter": "none", "device": "cpu"}
     folder = evaluate(EvaluateConfig(**arguments, max_new_tokens=2, output_dir="scores"))
@@ -202,7 +202,7 @@ def test_evaluate_warns_of_texts_that_were_cut(config, capsys, monkeypatch):
 
 
 def test_validation_reports_the_texts_that_were_cut(checkpoints, tmp_path, capsys):
-    """A limit below the data's texts: reported before training, and with each validation."""
+    """A limit below the data's texts is reported before training and with each validation."""
     train(config_of(checkpoints, tmp_path, max_new_tokens=2, epochs=1))
     printed = capsys.readouterr().out
     assert re.search(
@@ -215,7 +215,7 @@ def test_validation_reports_the_texts_that_were_cut(checkpoints, tmp_path, capsy
 
 
 def test_a_run_that_began_with_another_length_continues_with_it(checkpoints, tmp_path, capsys):
-    """Older versions chose 40; "automatic" continues their runs as they began, and another number is another run."""
+    """A run of an older version with a fixed length of 40 resumes with 40 if the setting is automatic."""
     config = config_of(checkpoints, tmp_path, max_new_tokens=40)
     whole = train(config)
     again = elsewhere(config)
@@ -231,7 +231,7 @@ def test_a_run_that_began_with_another_length_continues_with_it(checkpoints, tmp
 
 
 def test_an_automatic_length_is_stored_and_found_again(checkpoints, tmp_path):
-    """Killed and started again with the same settings, also by path; a fixed number is another run."""
+    """A run with an automatic length resumes with the same settings, also by path. A fixed number starts another run."""
     config = config_of(checkpoints, tmp_path, max_new_tokens=0)
     with killed_at(5):
         train(config)

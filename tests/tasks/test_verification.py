@@ -1,4 +1,4 @@
-"""Before the fast path is first used on a machine, one batch is computed both ways; a path that differs is switched off."""
+"""The fast and the plain path compute one batch before the first use on a machine; a difference switches the fast path off."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def learned(kind: str, make: Any, **options: Any) -> tuple[Any, Any]:
-    """A task with adapters on every part, and a batch whose texts are ragged and share images."""
+    """Return a task with adapters on every part, and a batch of texts of different lengths that share images."""
     backbone = make(kind, **options)
     inject(backbone, trained=False)
     task = TASKS[kind](backbone)
@@ -77,38 +77,38 @@ def files() -> list[Path]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_the_fast_path_is_equal_and_is_checked_once(make, capsys, kind, precision):
-    """Logits, loss and gradients of every kind of model are within the bound; the second time nothing is computed."""
+    """Logits, loss and gradients of the fast path are within the bound for every model. A second check computes nothing."""
     task, batch = learned(kind, make)
     check_training(task, batch, precision)
-    said = capsys.readouterr().out
-    assert "equal up to rounding" in said and "gradients" in said and task.backbone.fast and len(files()) == 1
+    printed = capsys.readouterr().out
+    assert "equal up to rounding" in printed and "gradients" in printed and task.backbone.fast and len(files()) == 1
     if precision == "fp32":
-        assert max(map(float, re.findall(r"\d+e[-+]\d+", said))) < 1e-4
+        assert max(map(float, re.findall(r"\d+e[-+]\d+", printed))) < 1e-4
     check_training(task, batch, precision)
     assert capsys.readouterr().out == ""
 
 
 def test_the_check_leaves_no_trace(make):
-    """Adapters, gradients of a step under way, modes, settings and random generators are what they were, to the bit."""
+    """The check does not change adapters, gradients, modes, settings or random generators."""
     task, batch = learned("blip", make)
     adapters = attached.adapters(task.backbone.model)
     for number, x in enumerate(adapters.values()):
         x.B.data.normal_()
         x.dropout = 0.1
         x.A.grad = torch.full_like(x.A, number)
-    kept = [(x.A.clone(), x.B.clone(), x.A.grad) for x in adapters.values()]
+    before = [(x.A.clone(), x.B.clone(), x.A.grad) for x in adapters.values()]
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     check_training(task, batch)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
-    for x, (a, b, gradient) in zip(adapters.values(), kept, strict=True):
+    for x, (a, b, gradient) in zip(adapters.values(), before, strict=True):
         assert torch.equal(x.A, a) and torch.equal(x.B, b) and x.A.grad is gradient and x.B.grad is None and x.dropout == 0.1
     assert task.backbone.model.training and task.generation == Generation() and kinds(task.backbone.model)
 
 
 def wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed texts see the texts before them in their row."""
+    """Let packed texts attend to the texts before them in their row."""
     real = PackedRows.mask
 
     def mask(self: PackedRows, dtype: torch.dtype) -> torch.Tensor:
@@ -119,7 +119,7 @@ def wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text attention ignores its mask."""
+    """Let text attention ignore its mask."""
     real = text_attention.attend
     monkeypatch.setattr(
         text_attention, "attend", lambda q, k, v, mask=None: real(q, k, v, mask and None if mask is None else None)
@@ -127,19 +127,19 @@ def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scores of the ViT are a tenth too large."""
+    """Multiply the attention scores of the ViT by 1.1."""
     real = vit.attend
     monkeypatch.setattr(vit, "attend", lambda q, k, v: real(1.1 * q, k, v))
 
 
 def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused update forgets its scale in the gradient of A."""
+    """Halve one gradient of the fused update."""
     real = fused.FrozenLinear.gradients
 
     def gradients(ctx: Any, dy: torch.Tensor) -> Any:
-        found = list(real(ctx, dy))
-        found[6] = found[6] / 2
-        return tuple(found)
+        results = list(real(ctx, dy))
+        results[6] = results[6] / 2
+        return tuple(results)
 
     monkeypatch.setattr(fused.FrozenLinear, "gradients", staticmethod(gradients))
 
@@ -148,8 +148,8 @@ def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     ("blip", wrong_mask), ("blip", no_mask), ("blip", wrong_scale), ("blip", wrong_gradient), ("vqa", no_mask),
     ("vqa", wrong_scale), ("opt", wrong_scale), ("t5", wrong_gradient), ("itm", no_mask), ("itm2", wrong_scale),
 ])  # fmt: skip
-def test_a_fast_path_that_computes_something_else_does_not_train(make, monkeypatch, capsys, kind, fault):
-    """One wrong part of it switches all of it off for the run, in one line, and nothing is remembered."""
+def test_a_wrong_fast_path_is_off_in_training(make, monkeypatch, capsys, kind, fault):
+    """A fault in one part of the fast path switches all of it off for the run, with one warning and no stored record."""
     fault(monkeypatch)
     task, batch = learned(kind, make)
     check_training(task, batch)
@@ -170,7 +170,7 @@ def again(task: Any, batch: Any) -> Any:
 
 
 def ignored_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As before transformers 5.24 was known: the keys of earlier tokens are not read."""
+    """Let text attention ignore the keys of earlier tokens, as with an unsupported cache of transformers."""
     real = text_attention.TextAttention._keys_and_values
     monkeypatch.setattr(
         text_attention.TextAttention, "_keys_and_values", lambda self, own, encoder, _cache: real(self, own, encoder, None)
@@ -178,7 +178,7 @@ def ignored_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mixed_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read of an image is that of the first one."""
+    """Let every row attend to the states of the first image."""
     real = text_attention.ImageStates.__init__
     monkeypatch.setattr(
         text_attention.ImageStates, "__init__", lambda self, states, mask: real(self, states[:1].expand_as(states), mask)
@@ -191,20 +191,20 @@ def predict(kind: str, make: Any, tmp_path: Path, **generation: Any) -> tuple[Ru
     for n in range(3):
         noise = np.random.default_rng(n).integers(0, 255, (tiny.SIDE, tiny.SIDE, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{n}.png")
-    asked = [
+    questions = [
         Example(tmp_path / f"{n}.png", "", f"{n}.png", n, "", q) for n, q in enumerate(("what is it?", "why?", "is it red?"))
     ]
     runner = Runner(task, 2)
     rank = kind.startswith("itm") or bool(generation.get("ranked"))
-    return runner, [found for _, found in runner.run(asked, Predictor(TEXTS if rank else []))]
+    return runner, [prediction for _, prediction in runner.run(questions, Predictor(TEXTS if rank else []))]
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_predictions_are_checked_before_the_first_one(make, tmp_path, capsys, kind):
-    """Captions, answers and rankings; a second run on the same machine is not checked again."""
-    _, found = predict(kind, make, tmp_path)
+    """The first run of captions, answers or rankings checks the fast path. A second run does not check it again."""
+    _, predictions = predict(kind, make, tmp_path)
     assert capsys.readouterr().out.count("equal up to rounding") == 1 and len(files()) == 1
-    assert predict(kind, make, tmp_path)[1] == found and capsys.readouterr().out == ""
+    assert predict(kind, make, tmp_path)[1] == predictions and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("kind", "fault"), [
@@ -213,23 +213,23 @@ def test_predictions_are_checked_before_the_first_one(make, tmp_path, capsys, ki
     ("itm2", wrong_scale),
 ])  # fmt: skip
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_fast_path_that_computes_something_else_predicts_nothing(make, monkeypatch, tmp_path, capsys, kind, fault, beams):
-    """Every prediction of the run is the one of the plain path."""
+def test_a_wrong_fast_path_is_off_in_inference(make, monkeypatch, tmp_path, capsys, kind, fault, beams):
+    """A fault in the fast path is found before the first prediction. All predictions equal those of the plain path."""
     fault(monkeypatch)
-    runner, found = predict(kind, make, tmp_path, num_beams=beams)
+    runner, predictions = predict(kind, make, tmp_path, num_beams=beams)
     assert "WARNING: they differ" in capsys.readouterr().out and not runner.task.backbone.fast and not files()
     monkeypatch.undo()
     slow = TASKS[kind](make(kind, fast=False), "", runner.task.generation)
     inject(slow.backbone)
     texts = TEXTS if kind.startswith("itm") else []
-    asked = [Example(p.image, "", p.image.name, 1, "", p.question) for p in found]
-    for (_, expected), p in zip(Runner(slow, 2).run(asked, Predictor(texts)), found, strict=True):
+    examples_again = [Example(p.image, "", p.image.name, 1, "", p.question) for p in predictions]
+    for (_, expected), p in zip(Runner(slow, 2).run(examples_again, Predictor(texts)), predictions, strict=True):
         assert p.text == expected.text and dict(p.ranking) == pytest.approx(dict(expected.ranking), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["blip", "vqa"])
 def test_a_ranking_of_texts_by_a_wrong_path_is_the_plain_one(make, monkeypatch, capsys, kind):
-    """`rank` of a model that writes: the texts of one image read it together."""
+    """A fault in the attention to the image is found before a ranking, which then equals that of the plain path."""
     mixed = text_attention.ImageStates.attend_to_image
     monkeypatch.setattr(text_attention.ImageStates, "attend_to_image", lambda *args: 1.1 * mixed(*args))
     task = TASKS[kind](make(kind))
@@ -237,9 +237,9 @@ def test_a_ranking_of_texts_by_a_wrong_path_is_the_plain_one(make, monkeypatch, 
     work = Predictor(TEXTS)
     runner.check(images, examples()[:2], work)
     assert "WARNING: they differ" in capsys.readouterr().out and not task.backbone.fast
-    found = work(task, images, examples()[:2])
+    predictions = work(task, images, examples()[:2])
     slow = TASKS[kind](make(kind, fast=False))
-    assert Predictor(TEXTS)(slow, images, examples()[:2]) == found
+    assert Predictor(TEXTS)(slow, images, examples()[:2]) == predictions
 
 
 def test_an_error_of_the_fast_path_is_no_error_of_the_run(make, monkeypatch, tmp_path, capsys):
@@ -247,12 +247,12 @@ def test_an_error_of_the_fast_path_is_no_error_of_the_run(make, monkeypatch, tmp
         raise TypeError("forward() got an unexpected keyword")
 
     monkeypatch.setattr(text_attention.TextAttention, "_keys_and_values", broken)
-    _, found = predict("blip", make, tmp_path)
-    assert len(found) == 3 and "TypeError: forward() got an unexpected keyword" in capsys.readouterr().out
+    _, predictions = predict("blip", make, tmp_path)
+    assert len(predictions) == 3 and "TypeError: forward() got an unexpected keyword" in capsys.readouterr().out
 
 
-def test_what_changes_the_computation_is_checked_apart(make):
-    """Another base, precision, task, target, setting or library version is another key; a path on the disk is not."""
+def test_a_change_of_the_computation_gives_another_key(make):
+    """A change of base, precision, task, target, setting or library version gives another key. A path on the disk does not."""
     task, _ = learned("blip", make)
 
     def key(precision: str = "fp32", **settings: Any) -> str:
@@ -289,7 +289,7 @@ def test_a_damaged_record_is_no_record(content):
 
 
 def test_without_a_place_to_remember_it_is_checked_each_time(make, monkeypatch, tmp_path, capsys):
-    """An unwritable cache folder is nobody's error."""
+    """An unwritable cache folder is no error. The fast path is checked in each run."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
@@ -299,7 +299,7 @@ def test_without_a_place_to_remember_it_is_checked_each_time(make, monkeypatch, 
 
 
 def test_too_little_memory_for_the_plain_path_is_reported(make, monkeypatch, capsys):
-    """The fast path stays on: it is what fits."""
+    """If the plain path runs out of memory, the fast path stays on and one line reports that they were not compared."""
 
     @functools.wraps(BlipTextSelfAttention.forward)
     def full(*_: Any, **__: Any) -> None:
@@ -308,12 +308,12 @@ def test_too_little_memory_for_the_plain_path_is_reported(make, monkeypatch, cap
     monkeypatch.setattr(BlipTextSelfAttention, "forward", full)
     task, batch = learned("blip", make)
     check_training(task, batch)
-    said = capsys.readouterr().out
-    assert "could not be compared (CUDA out of memory" in said and task.backbone.fast and not files()
+    printed = capsys.readouterr().out
+    assert "could not be compared (CUDA out of memory" in printed and task.backbone.fast and not files()
 
 
 def test_one_process_that_differs_decides_for_all(make, capsys):
-    """Ranks take one decision, or their gradients would be of two paths."""
+    """A difference on one rank switches the fast path off on all ranks."""
 
     class Two(verification.Ranks):
         def sum(self, *values: float) -> list[float]:
@@ -332,7 +332,10 @@ def test_fast_off_is_not_checked(make, capsys):
 
 @pytest.mark.parametrize("fault", [None, wrong_scale])
 def test_a_training_run_is_checked_before_its_first_step(checkpoints, tmp_path, monkeypatch, capsys, fault):
-    """Its losses are those of FAST = False if the fast path is wrong, and otherwise the bits of a run without the check."""
+    """A run with a wrong fast path has the losses of FAST = False.
+
+    A run with a correct one has the losses of an unchecked run.
+    """
     data = tiny.write_photos(tmp_path, 8)
 
     def run(name: str, **more: Any) -> list[str]:
@@ -346,11 +349,13 @@ def test_a_training_run_is_checked_before_its_first_step(checkpoints, tmp_path, 
 
     if fault:
         fault(monkeypatch)
-    found = run("checked")
-    said = capsys.readouterr().out
-    assert ("WARNING: they differ" in said) is bool(fault) and said.index("comparing the fast path") < said.index("saved ")
+    losses = run("checked")
+    printed = capsys.readouterr().out
+    assert ("WARNING: they differ" in printed) is bool(fault) and printed.index("comparing the fast path") < printed.index(
+        "saved "
+    )
     monkeypatch.setattr(verification_record, "is_verified", lambda _: True)
-    assert found == run("other", fast=not fault)
+    assert losses == run("other", fast=not fault)
 
 
 def test_captions_from_python_are_checked_too(make, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Question answering: only answers are learned, by their votes; logits and answers are Hugging Face's."""
+"""Question answering learns only the answers, weighted by votes. Logits and answers equal those of transformers."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def task(request, make) -> VqaTask:
 
 
 def answered(some: list[Example]) -> list[tuple[int, str]]:
-    """(example, answer), each distinct answer once, in order."""
+    """Return (example, answer) for each distinct answer of each example, in order."""
     return [(n, answer) for n, e in enumerate(some) for answer in dict.fromkeys(e.answers)]
 
 
@@ -49,7 +49,7 @@ def answered(some: list[Example]) -> list[tuple[int, str]]:
 
 
 def test_labels_are_the_answers_and_their_ends_and_nothing_else(task):
-    """Law 8: never the image, the question, the template or padding; each distinct answer is a row."""
+    """Law 8: the labels are the answers and their end tokens. Each distinct answer is a row."""
     batch = batch_of(task)
     pairs = answered(batch.examples)
     assert len(batch.rows.padded().targets) == len(pairs)
@@ -75,7 +75,7 @@ def test_labels_that_are_not_the_answers_are_noticed(task):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_are_those_of_hugging_face_row_by_row_unpadded(task, dtype):
-    """Ragged questions and ragged answers, padded together, with an image seen once: no row is changed by another."""
+    """Logits of a padded batch equal those of transformers for each unpadded row alone."""
     task.backbone.model.to(dtype)
     batch = batch_of(task, dtype=dtype)
     logits = task.logits(batch)
@@ -88,7 +88,7 @@ def test_logits_are_those_of_hugging_face_row_by_row_unpadded(task, dtype):
 
 
 def test_the_loss_is_votes_times_log_likelihood(task):
-    """Σ over answers of votes / all votes × −log p(answer), in float64 from Hugging Face's logits."""
+    """The loss is Σ over answers of votes / all votes × −log p(answer), from transformers' logits in float64."""
     task.backbone.model.double()
     some = examples([("what is it?", ("a red cube",) * 7 + ("a cube",) * 2 + ("nothing",)), *ASKED])
     batch = batch_of(task, some, dtype=torch.float64)
@@ -103,8 +103,8 @@ def test_the_loss_is_votes_times_log_likelihood(task):
     assert batch.count == pytest.approx(count, rel=1e-6)
 
 
-def test_every_question_weighs_one(task):
-    """7, 2 and 1 of ten votes are 0.7, 0.2 and 0.1; the shares of each question sum to 1."""
+def test_the_weights_of_a_question_sum_to_one(task):
+    """The weights of the answers are their shares of the votes, and sum to 1 for each question."""
     votes = ("red",) * 7 + ("blue",) * 2 + ("green",)
     rows = batch_of(task, examples([("what colour?", votes), ("how many?", ("one", "two")), ("red?", ("no",))])).rows.padded()
     assert rows.weights.tolist() == pytest.approx([0.7, 0.2, 0.1, 0.5, 0.5, 1])
@@ -113,8 +113,8 @@ def test_every_question_weighs_one(task):
     assert single.weights is None and single.example is None
 
 
-def test_padding_may_hold_anything(task):
-    """Other ids behind the end of questions and answers change no logit that counts."""
+def test_token_ids_in_the_padding_change_no_logits(task):
+    """The token ids in the padding do not change the logits of the labels."""
     batch = batch_of(task)
     logits, rows = task.logits(batch), batch.rows.padded()
     scribbled = {"input_ids": rows.input_ids.masked_fill(rows.attention_mask == 0, 77)}
@@ -146,11 +146,11 @@ def test_accumulation_is_a_batch(make, kind):
 
 
 def test_images_encoded_once_give_the_logits_of_the_whole_forward(task):
-    """`see` and `logits` give the gradients of the model's own forward, run on every row by itself."""
-    found = inject(task.backbone)
+    """Adapter gradients with images encoded once equal those of the model's own forward on each row."""
+    adapters = inject(task.backbone)
     batch = batch_of(task)
     task.loss(batch).backward()
-    ours = {key: x.B.grad.clone() for key, x in found.items()}
+    ours = {key: x.B.grad.clone() for key, x in adapters.items()}
     task.backbone.model.zero_grad()
     loss = torch.zeros(())
     with torch.enable_grad():
@@ -160,19 +160,25 @@ def test_images_encoded_once_give_the_logits_of_the_whole_forward(task):
             weight = 1.0 if batch.rows.padded().weights is None else float(batch.rows.padded().weights[row])
             loss = loss - weight * logits[: len(ids)].log_softmax(-1).gather(1, ids[:, None]).sum()
     loss.backward()
-    for key, x in found.items():
+    for key, x in adapters.items():
         torch.testing.assert_close(ours[key], x.B.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_an_image_is_encoded_once_for_any_number_of_answers(task):
-    """And so is a question that an encoder reads by itself."""
-    model, seen, read = task.backbone.model, [], []
-    model.vision_model.register_forward_pre_hook(lambda _m, _a, k: seen.append(len(k["pixel_values"])), with_kwargs=True)
+    """A batch encodes each image once, and a text encoder encodes each question once."""
+    model, image_counts, question_counts = task.backbone.model, [], []
+    model.vision_model.register_forward_pre_hook(
+        lambda _m, _a, k: image_counts.append(len(k["pixel_values"])), with_kwargs=True
+    )
     if hasattr(model, "text_encoder"):
-        model.text_encoder.register_forward_pre_hook(lambda _m, _a, k: read.append(len(k["input_ids"])), with_kwargs=True)
+        model.text_encoder.register_forward_pre_hook(
+            lambda _m, _a, k: question_counts.append(len(k["input_ids"])), with_kwargs=True
+        )
     batch = batch_of(task)
     task.logits(batch)
-    assert len(batch.rows.padded().targets) > len(ASKED) and seen == [len(ASKED)] and read in ([], [len(ASKED)])
+    assert (
+        len(batch.rows.padded().targets) > len(ASKED) and image_counts == [len(ASKED)] and question_counts in ([], [len(ASKED)])
+    )
 
 
 # ---------------------------------------------------------------- generation
@@ -189,26 +195,26 @@ def test_ragged_questions_in_a_batch_are_answered_as_each_alone(task, beams):
 
 
 def test_greedy_answers_are_the_argmax_of_hugging_face_s_logits(task):
-    """Token after token, by the whole model; so the prompt is not glued on either."""
+    """Greedy answers are the argmax of transformers' logits, token by token, and do not contain the prompt."""
     task.generation = Generation(max_new_tokens=5)
     some, images = examples(), pictures(len(ASKED))
     tokenizer, end = task.backbone.tokenizer, task.language.end_id
-    for n, said in enumerate(task.predict(images, some)):
+    for n, answer in enumerate(task.predict(images, some)):
         ids: list[int] = []
         for _ in range(5):
             token = int(argmax_after(task, images[n], some[n].question, ids))
             if token == end:
                 break
             ids.append(token)
-        assert said == " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+        assert answer == " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
 def argmax_after(task: VqaTask, image: torch.Tensor, question: str, ids: list[int]) -> torch.Tensor:
-    """The likeliest next token after a question and some ids: the oracle's row, with the ids put in place of its text."""
+    """Return the likeliest next token after a question and `ids`, from transformers' logits."""
     tokenizer = task.backbone.tokenizer
 
     class Fixed:
-        """A tokenizer that gives these ids for the text "…"."""
+        """A tokenizer that returns `ids` for the text "…"."""
 
         def __getattr__(self, name):
             return getattr(tokenizer, name)
@@ -226,26 +232,26 @@ def argmax_after(task: VqaTask, image: torch.Tensor, question: str, ids: list[in
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_answer_is_that_of_hugging_face_s_own_generate(make, beams):
-    """For one question, unpadded, as the library's own example calls it."""
+    """An answer equals that of transformers' `generate` for one unpadded question."""
     task = VqaTask(make("vqa"), "", Generation(max_new_tokens=8, num_beams=beams))
     model, tokenizer = task.backbone.model, task.backbone.tokenizer
     some, images = examples(), pictures(len(ASKED))
     expected = []
     for n, example in enumerate(some):
-        asked = tokenizer(example.question, return_tensors="pt")
-        made = model.generate(asked.input_ids, images[n : n + 1], asked.attention_mask, max_new_tokens=8, num_beams=beams)
-        expected.append(" ".join(tokenizer.decode(made[0], skip_special_tokens=True).split()))
+        question = tokenizer(example.question, return_tensors="pt")
+        ids = model.generate(question.input_ids, images[n : n + 1], question.attention_mask, max_new_tokens=8, num_beams=beams)
+        expected.append(" ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split()))
     assert task.predict(images, some) == expected
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("kind", ["blip", "opt", "vqa"])
 def test_a_long_question_is_answered_in_the_room_that_is_left(make, kind, beams):
-    """The longest question that is let through: writing ends where the model's positions do, and not in an error."""
+    """The longest accepted question is answered up to the model's last position. A longer one raises ConfigError."""
     task = VqaTask(make(kind), "", Generation(max_new_tokens=20, num_beams=beams))
     task.language.end_id = -1  # nothing ends an answer before its room does
-    asked = (examples([("a " * count, ("no",))]) for count in range(64, 0, -1))
-    longest = next(some for some in asked if not task.check(some[0]))
+    candidates = (examples([("a " * count, ("no",))]) for count in range(64, 0, -1))
+    longest = next(some for some in candidates if not task.check(some[0]))
     assert task.language.room(task.prompt_of(longest[0])) < 20 or kind == "vqa"
     assert isinstance(task.predict(pictures(1), longest)[0], str)
     with pytest.raises(ConfigError, match="too many tokens"):
@@ -274,8 +280,8 @@ def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
     lines = [good, *({"image": "x.png", **line} for line, _ in bad)]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    found, problems = annotations.read(path, on_bad_data="skip", check=task.check)
-    assert len(found) == 1 and [problem.line for problem in problems] == list(range(2, len(lines) + 1))
+    examples_read, problems = annotations.read(path, on_bad_data="skip", check=task.check)
+    assert len(examples_read) == 1 and [problem.line for problem in problems] == list(range(2, len(lines) + 1))
     for problem, (_, reason) in zip(problems, bad, strict=True):
         assert reason in str(problem) and str(problem).startswith(f"{path}:") and "\n" not in str(problem)
     with pytest.raises(DataError, match=r"lines\.jsonl:2: "):
@@ -284,16 +290,16 @@ def test_bad_lines_are_one_clear_reason_with_file_and_line(task, tmp_path):
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_the_end_token_written_out_is_refused(make, kind):
-    """OPT's </s> is its unknown token too, and would end the answer in the middle."""
+    """A question or answer that contains </s> is refused, because it would end the answer early."""
     task = VqaTask(make(kind))
     assert "special token" in task.check(examples([("what?", ("a </s> cube",))])[0])
     assert "special token" in task.check(examples([("what </s>?", ("a cube",))])[0])
 
 
-def test_a_line_without_question_or_answers_says_what_is_missing(task):
-    (asked,) = examples([("what is it?", ())])
-    (silent,) = examples([("", ("a cube",))])
-    assert "no answer" in task.check(asked) and "no question" in task.check(silent)
+def test_a_line_without_question_or_answers_is_refused(task):
+    (without_answers,) = examples([("what is it?", ())])
+    (without_question,) = examples([("", ("a cube",))])
+    assert "no answer" in task.check(without_answers) and "no question" in task.check(without_question)
     assert task.check(examples()[0]) == ""
 
 
@@ -348,7 +354,7 @@ def test_scores_are_votes(task):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_row_is_answered_by_the_adapter_it_names(make, beams):
-    """A batch of mixed rows, ragged questions among them, gives each row what it gets apart."""
+    """A batch of mixed adapters gives each row the answer of its own adapter."""
     for kind in KINDS:
         task = VqaTask(make(kind), "", Generation(max_new_tokens=6, num_beams=beams))
         inject(task.backbone, name="one")
@@ -356,17 +362,17 @@ def test_each_row_is_answered_by_the_adapter_it_names(make, beams):
             x.B.data.mul_(-3)
         some, images = examples(), pictures(len(ASKED))
         mixed: list[str | None] = ["two", None, "one", "two"]
-        said = task.predict(images, some, mixed)
+        texts = task.predict(images, some, mixed)
         apart = {}
         for name in ("one", "two", None):
             with use_adapters(task.backbone.model, name) if name else disable_adapters(task.backbone.model):
                 apart[name] = [task.predict(images[n : n + 1], some[n : n + 1])[0] for n in range(len(some))]
-        assert said == [apart[name][n] for n, name in enumerate(mixed)]
+        assert texts == [apart[name][n] for n, name in enumerate(mixed)]
         assert len({tuple(answers) for answers in apart.values()}) > 1
 
 
 def test_merged_is_hooked(task):
-    """Law 5, in float32."""
+    """Law 5: merged logits equal hooked logits in float32."""
     inject(task.backbone)
     batch = batch_of(task)
     with torch.no_grad():
@@ -389,21 +395,21 @@ def test_the_encoder_mask_hook_is_added_once_and_survives_copies(make):
 
 
 def test_checkpointing_gives_the_same_gradients(make):
-    """Activations that are computed again see the question's mask again."""
+    """Gradient checkpointing gives the same gradients: recomputed activations use the question's mask."""
     gradients = []
     for frugal in (False, True):
         task = VqaTask(make("vqa", checkpointing=frugal))
-        found = inject(task.backbone)
+        adapters = inject(task.backbone)
         task.backbone.model.train()
         task.loss(batch_of(task)).backward()
-        gradients.append([x.B.grad for x in found.values()])
+        gradients.append([x.B.grad for x in adapters.values()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_preflight_passes_with_every_target_of_the_architecture(make, kind):
-    """Each linear is called, and learns from the loss; so does each row block of the fused ones."""
+    """Adapters on every target pass the preflight check, also on each row block of fused linears."""
     for what in every_target(make(kind).model, kind):
         task = VqaTask(make(kind))
         inject(task.backbone, what, trained=False)
@@ -411,13 +417,13 @@ def test_preflight_passes_with_every_target_of_the_architecture(make, kind):
 
 
 def questions(folder: Path) -> Path:
-    """Eight plain pictures, a question each, of uneven length, with one to ten answers."""
+    """Write eight images with a question of uneven length and one to five answers each. Return the annotation file."""
     path = tiny.write_photos(folder, 8)
     lines = []
     for n, line in enumerate(map(json.loads, path.read_text().splitlines())):
-        asked = "what is it?" if n % 2 else "what is the colour of the picture on the table?"
+        question = "what is it?" if n % 2 else "what is the colour of the picture on the table?"
         answers = [line["text"]] * (1 + n % 3) + ["a picture"] * (n % 4)
-        lines.append(json.dumps({"image": line["image"], "question": asked, "answers": answers}))
+        lines.append(json.dumps({"image": line["image"], "question": question, "answers": answers}))
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -426,10 +432,10 @@ def questions(folder: Path) -> Path:
     ("kind", "precision"), [("vqa", "fp32"), ("vqa", "bf16"), ("vqa", "fp16"), ("opt", "fp16"), ("t5", "bf16")]
 )
 def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, kind, precision, monkeypatch):
-    """Law 2, in each precision; the template stands in the adapter, and inference takes it up again."""
-    kept = {}
+    """Law 2, in each precision: training changes only the adapters. The adapter file stores the template for inference."""
+    opened = {}
     real = setup.open_backbone
-    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: opened.setdefault("opened", real(*a, **k)))
     template = "" if kind == "vqa" else "Q: {question} A:"
     path = loop.train(
         settings(
@@ -443,7 +449,7 @@ def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, ki
         )
     )
     fresh = make(kind, dtype="fp32" if kind == "vqa" else precision).model.state_dict()
-    after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
+    after = {key: value for key, value in opened["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
     saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
@@ -452,10 +458,10 @@ def test_training_moves_every_b_and_nothing_else(checkpoints, make, tmp_path, ki
 
 
 def test_answers_on_lines_of_their_own_are_answers_to_one_question(make):
-    """Ten lines of one answer each are one question with ten answers."""
+    """Lines with the same image and question score as one question with all their answers."""
     task = VqaTask(make("vqa"))
     together = Example(Path("a.png"), "", "a.png", 1, "", "how many?", ("two", "two", "two", "one"))
     apart = [replace(together, answers=(answer,)) for answer in together.answers]
-    for said in ("two", "one", "three"):
-        found = [task.scores({task.subject(together): said}, lines) for lines in ([together], apart)]
-        assert found[0] == found[1] == {"vqa_accuracy": task.correctness(said, apart)}
+    for prediction in ("two", "one", "three"):
+        scores = [task.scores({task.subject(together): prediction}, lines) for lines in ([together], apart)]
+        assert scores[0] == scores[1] == {"vqa_accuracy": task.correctness(prediction, apart)}
