@@ -1,4 +1,4 @@
-"""Adapters, run folders and checkpoints that earlier versions wrote: the same texts, and the same final adapter."""
+"""Adapters, run folders and checkpoints of earlier versions load, resume and give the recorded results."""
 
 import json
 import platform
@@ -49,7 +49,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def same_machine() -> bool:
-    """Whether sums are made in the same order as on the machine that wrote the files."""
+    """Return whether the libraries and the CPU equal those that wrote the files."""
     recorded = json.loads((V1 / "made_with.json").read_text())
     name = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ":").split(":")[1]
     now = {
@@ -61,18 +61,18 @@ def same_machine() -> bool:
 
 @pytest.mark.parametrize("kind", bases.TOKENIZER_OF)
 def test_a_base_is_rebuilt_to_the_bit(here, kind):
-    """The weights have the recorded digest, whatever the versions of torch and NumPy, and the model loads them all."""
+    """A rebuilt base has the recorded weights, bit for bit, with any version of torch and NumPy."""
     folder = bases.build(kind, here / "bases" / kind)
     loaded = load_backbone(str(folder), "cpu").model.state_dict()
     recorded = json.loads((bases.BASES / kind / "weights.json").read_text())["weights"]
-    for name, given in recorded.items():
-        assert torch.equal(loaded[name], torch.from_numpy(bases.weight(name, *given))), name
+    for name, arguments in recorded.items():
+        assert torch.equal(loaded[name], torch.from_numpy(bases.weight(name, *arguments))), name
 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_version_one_gives_the_same_texts(name):
-    """The same texts (on hooks) and rankings within 1e-5 (merged), with the base, prompt and beams that the file names."""
+    """An adapter of version 1 gives the recorded texts, and rankings within 1e-5."""
     (path,) = (V1 / "adapters" / name).rglob(ADAPTER_NAME)
     base = Path(adapter_file.read(path).base)
     bases.build(base.name, base)
@@ -92,7 +92,7 @@ def test_an_adapter_of_version_one_gives_the_same_texts(name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_version_one_is_saved_as_it_was(here, name):
-    """Loaded and saved again, the tensors, the ranks, the task and the samples of the base are those of the file."""
+    """An adapter of version 1 that is loaded and saved has the file's tensors, ranks and samples of the base."""
     (path,) = (V1 / "adapters" / name).rglob(ADAPTER_NAME)
     base = Path(adapter_file.read(path).base)
     backbone = load_backbone(str(bases.build(base.name, base)), "cpu")
@@ -108,7 +108,7 @@ def test_an_adapter_of_version_one_is_saved_as_it_was(here, name):
 
 
 def test_a_run_folder_of_version_one_is_found_and_read(here):
-    """`latest` finds the run that finished; its settings are settings still, and its best adapter loads."""
+    """`latest` finds a finished run of version 1. Its settings and its best adapter load."""
     (source,) = (V1 / "adapters" / "caption_blip").glob("lora_*")
     shutil.copytree(source, here / "lora_blip_output" / source.name)
     bases.build("blip", here / "bases" / "blip")
@@ -122,7 +122,9 @@ def test_a_run_folder_of_version_one_is_found_and_read(here):
 @pytest.mark.loads
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter(here, name, capsys):
-    """Law 6 across versions: bit for bit with the same libraries on the same CPU, else within a bound of each tensor's norm."""
+    """Law 6 across versions: a resumed run of version 1 ends in the recorded adapter.
+
+    Bit for bit with the same libraries and CPU, else within a bound of the norm of each tensor."""
     (source,) = (V1 / "interrupted" / name).glob("lora_*")
     config = settings_of(source)
     bases.build(Path(config.model).name, Path(config.model))
@@ -141,8 +143,8 @@ def test_a_run_that_version_one_left_in_the_middle_of_a_step_ends_in_its_adapter
     temperatures = [each.task.get("temperature", 1.0) for each in (now, then)]  # retrieval's
     assert temperatures[0] == pytest.approx(temperatures[1], rel=0 if exact else bound)
     recorded = lines((V1 / "interrupted" / name / "final_metrics.jsonl").read_text())
-    found = lines((run / "metrics.jsonl").read_text())
-    for one, other in zip(recorded, found, strict=True):
+    resumed = lines((run / "metrics.jsonl").read_text())
+    for one, other in zip(recorded, resumed, strict=True):
         assert {key: other[key] for key in one if key not in TIMES} == pytest.approx(
             {key: value for key, value in one.items() if key not in TIMES}, rel=0 if exact else bound
         )

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: real fp16 and bf16, merging there, and the memory that was foretold."""
+"""Training, merging, resuming and memory estimates on a CUDA device, with real fp16 and bf16."""
 
 import json
 import os
@@ -30,11 +30,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def questions(folder: Path) -> Path:
-    """Every photo asked what it shows."""
+    """Write photos with the question "what is it?" for each. Return the annotation file."""
     source = tiny.write_photos(folder)
     lines = [json.loads(line) for line in source.read_text().splitlines()]
-    asked = [{"image": line["image"], "question": "what is it?", "answers": [line["text"], "a picture"]} for line in lines]
-    source.write_text("\n".join(map(json.dumps, asked)))
+    examples = [{"image": line["image"], "question": "what is it?", "answers": [line["text"], "a picture"]} for line in lines]
+    source.write_text("\n".join(map(json.dumps, examples)))
     return source
 
 
@@ -72,13 +72,13 @@ def test_the_memory_estimate_is_close_to_the_measured_memory(checkpoints):
     task.loss(batch).backward()  # workspaces of the libraries are there now
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = preflight.check_gradients(task, batch)
+    estimate = preflight.check_gradients(task, batch)
     taken = torch.cuda.max_memory_allocated() - before
-    assert 0.5 * taken <= kept <= 1.5 * taken
+    assert 0.5 * taken <= estimate <= 1.5 * taken
 
 
 def test_a_run_resumes_on_the_gpu(checkpoints, tmp_path):
-    """Killed in the middle of a step: all that decides the run is restored; kernels may differ in the last digits."""
+    """A run that was killed in the middle of a step resumes with the same steps. Weights may differ in the last digits."""
     config = config_of(checkpoints, tmp_path, device=DEVICE, precision="fp16", max_skipped=40, epochs=3)
     whole = train(config)
     with killed_at(12):
@@ -91,7 +91,7 @@ def test_a_run_resumes_on_the_gpu(checkpoints, tmp_path):
 
 
 def test_a_training_out_of_memory_prints_advice_and_resumes(checkpoints, tmp_path):
-    """A real shortage in the middle of a run, then room again."""
+    """A run that has too little memory raises TrainingError with the batch size, and resumes when memory is free again."""
     config = config_of(checkpoints, tmp_path, device=DEVICE, epochs=2, batch_size=12, val_fraction=0.0)
     total = torch.cuda.get_device_properties(DEVICE).total_memory
 
@@ -112,7 +112,7 @@ def test_a_training_out_of_memory_prints_advice_and_resumes(checkpoints, tmp_pat
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU alone")
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_gpus_are_one(checkpoints, tmp_path, shard):
-    """nccl: the losses of one GPU with two micro-batches a step."""
+    """Two GPUs with nccl have the losses of one GPU with two micro-batches a step."""
     config = config_of(checkpoints, tmp_path, device=DEVICE, accumulation=2, precision="fp32", base_dtype="fp32")
     one = metrics_of(train(config))
     script = tmp_path / "two.py"
@@ -130,7 +130,7 @@ def test_two_gpus_are_one(checkpoints, tmp_path, shard):
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(checkpoints):
-    """A real shortage: the process may have little more than the weights; every answer is as on the CPU."""
+    """With little free memory, inference halves the batch and returns all texts, equal to those on the CPU."""
     from lora_blip.inference.batch_runner import Runner
 
     examples = [Example(Path(f"{n}.png"), "", f"{n}.png", 1) for n in range(512)]
@@ -140,8 +140,10 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(checkpoints):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     try:
-        said = Runner(task, 512)._compute_with_fallback(pictures, examples, lambda task, some, asked: task.predict(some, asked))
+        texts = Runner(task, 512)._compute_with_fallback(
+            pictures, examples, lambda task, some, asked: task.predict(some, asked)
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     on_cpu = CaptionTask(load_backbone(str(checkpoints["blip"]), "cpu"), "", Generation(max_new_tokens=3))
-    assert len(said) == 512 and said[:8] == on_cpu.predict(pictures[:8], examples[:8])
+    assert len(texts) == 512 and texts[:8] == on_cpu.predict(pictures[:8], examples[:8])

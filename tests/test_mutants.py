@@ -57,18 +57,21 @@ def toy(tmp_path: Path) -> Tree:
 
 
 def test_the_survivors_are_the_faults_that_no_test_notices(toy: Tree) -> None:
-    """A boundary and a line that no test executes survive; subprocesses see the fault; a loop without end is killed."""
+    """Mutants of an untested boundary and an unexecuted line survive.
+
+    One in a subprocess is killed, and an endless loop times out.
+    """
     operators = ("GtE to Gt", "50 to 51", "50 to 49", "3 to 4", "delete assignment")
-    wanted = [m for m in mutants.candidates(toy, ["toy/grade.py"]) if m.operator in operators]
-    found = {each.mutant.key.split(" | ", 1)[1]: each for each in mutants.run(toy, wanted, workers=1)}
-    survivors = {key: each.status for key, each in found.items() if each.status in mutants.SURVIVED}
+    chosen = [m for m in mutants.candidates(toy, ["toy/grade.py"]) if m.operator in operators]
+    results = {each.mutant.key.split(" | ", 1)[1]: each for each in mutants.run(toy, chosen, workers=1)}
+    survivors = {key: each.status for key, each in results.items() if each.status in mutants.SURVIVED}
     assert survivors == {
         'grade | return "pass" if points >= 50 else "fail" | 50 to 49': "survived",
         "unused | return 3 | 3 to 4": "uncovered",
     }
-    in_child = found['grade | return "pass" if points >= 50 else "fail" | GtE to Gt']
+    in_child = results['grade | return "pass" if points >= 50 else "fail" | GtE to Gt']
     assert in_child.killer == "tests/test_grade.py::test_pass_in_a_subprocess"
-    assert found["count | points -= 1 | delete assignment"].status == "timeout"
+    assert results["count | points -= 1 | delete assignment"].status == "timeout"
     assert (toy.root / "toy" / "grade.py").read_text() == GRADE
 
 
@@ -81,27 +84,27 @@ def f(x: int = 1) -> str:
     print("less than", 5)
     return f"{x + 6}"
 '''
-    found = mutations("f.py", source.encode())
-    changed = {(m.line, m.operator) for m in found}
+    mutants_found = mutations("f.py", source.encode())
+    changed = {(m.line, m.operator) for m in mutants_found}
     assert {(2, "1 to 2"), (4, "Gt to GtE"), (4, "if False"), (5, "delete raise"), (7, "return None")} <= changed
-    assert not any(re.search("[2456]", m.operator) for m in found if m.line in (3, 5, 6, 7))
-    for mutant in found:
+    assert not any(re.search("[2456]", m.operator) for m in mutants_found if m.line in (3, 5, 6, 7))
+    for mutant in mutants_found:
         compile(mutant.apply(source.encode()), "f.py", "exec")
 
 
 def test_a_draw_changes_only_where_the_code_does(toy: Tree) -> None:
-    """The same seed draws the same mutants of the lines that stay as they are."""
+    """A draw with the same seed has the same mutants for all unchanged lines."""
     parts = {"grade": ["toy/grade.py"]}
     before = {m.key for m in mutants.drawn(toy, parts, 8, seed=1)}
     toy.sources["toy/grade.py"] = ("import math\n\n" + GRADE.replace("return 3", "return math.pi")).encode()
     after = {m.key for m in mutants.drawn(toy, parts, 8, seed=1)}
-    kept = {key for key in before if "return 3" not in key}
-    assert len(before) == 8 and kept <= after
+    unchanged = {key for key in before if "return 3" not in key}
+    assert len(before) == 8 and unchanged <= after
     assert before != {m.key for m in mutants.drawn(toy, parts, 8, seed=2)}
 
 
 def test_every_named_mutant_is_in_the_code() -> None:
-    """A named mutant whose text is gone would silently test nothing."""
+    """The source text of every named mutant exists. Otherwise, the mutant would test nothing."""
     assert len(mutants.named(Tree())) == len(mutants.NAMED)
 
 

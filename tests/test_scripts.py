@@ -118,9 +118,9 @@ def told(capsys, run, flags: list[str], monkeypatch) -> str:
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     with pytest.raises(SystemExit) as stopped:
         run({}, "")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("error: ") and "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.startswith("error: ") and "Traceback" not in message
+    return message
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
@@ -455,9 +455,9 @@ def test_a_loading_process_that_is_killed_is_one_error_with_the_setting(capsys):
 
     with pytest.raises(SystemExit) as stopped:
         report_errors(lambda: print(*DataLoader(Ending(), num_workers=1)))
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("error: a process that loads images was ended")
-    assert "--num-workers 0" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.startswith("error: a process that loads images was ended")
+    assert "--num-workers 0" in printed and printed.count("\n") == 1
 
 
 def test_the_doctor_reports(capsys, monkeypatch):
@@ -465,7 +465,7 @@ def test_the_doctor_reports(capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["lora_blip", "doctor"])
     main()  # SystemExit if a base does not work
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for expected in (
         "Python",
         "torch 2",
@@ -475,7 +475,7 @@ def test_the_doctor_reports(capsys, monkeypatch):
         "assets/tiny-blip: works",
         "assets/tiny-blip2: works",
     ):
-        assert expected in said
+        assert expected in printed
 
 
 def test_nothing_reads_or_writes_pickles():

@@ -1,4 +1,4 @@
-"""What is shipped is what its generators make: bases that know their own world, and words that are true of the pictures."""
+"""The shipped bases and annotation files equal what their generators produce."""
 
 import json
 import random
@@ -34,7 +34,7 @@ RED_ON_BLUE = Scene((Thing("cube", "red"), Thing("cube", "blue")), "on top of")
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_base_is_small_and_knows_its_own_world(name):
-    """Of new pictures of flat shapes it says, answers or finds nearly all to the letter."""
+    """A shipped base predicts at least 38 of 40 texts of new drawn images exactly."""
     folder = ROOT / "assets" / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6_000_000
     backbone = load_backbone(str(folder), "cpu")
@@ -48,11 +48,11 @@ def test_a_base_is_small_and_knows_its_own_world(name):
     examples = [example(text, question) for text, (question, _) in zip(texts, pairs, strict=True)]
     if name == "tiny-blip-itm":
         choices = list(dict.fromkeys(texts))
-        said = [choices[best] for best in task.rank(pictures, examples, choices).argmax(1).tolist()]
+        predicted = [choices[best] for best in task.rank(pictures, examples, choices).argmax(1).tolist()]
     else:
-        said = task.predict(pictures, examples)
-    known = [answer for _, answer in pairs] if name == "tiny-blip-vqa" else texts
-    assert sum(a == b for a, b in zip(said, known, strict=True)) >= 38
+        predicted = task.predict(pictures, examples)
+    expected = [answer for _, answer in pairs] if name == "tiny-blip-vqa" else texts
+    assert sum(a == b for a, b in zip(predicted, expected, strict=True)) >= 38
 
 
 def example(text: str, question: str) -> Example:
@@ -84,7 +84,7 @@ def test_questions_and_sentences_are_true_of_the_scene():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_question_has_two_answers(seed):
-    """A question that fits both things of a scene would be learned as noise."""
+    """A generated question has one answer, because a second one would be noise in training."""
     rng = random.Random(seed)
     for scene in (flat_scene(rng), cube_scene(rng, unseen=False)):
         pairs = (
@@ -101,7 +101,7 @@ def test_ten_people_answer():
 
 
 def test_a_base_answers_alike_whatever_the_batch():
-    """Ragged questions in one batch are answered as they are alone."""
+    """Questions of different lengths in one batch get the answers of each alone."""
     backbone = load_backbone(str(ROOT / "assets/tiny-blip-vqa"), "cpu")
     task, rng = TASKS["vqa"](backbone), random.Random(1)
     scene = flat_scene(rng, share_single=0, share_empty=0)

@@ -1,4 +1,4 @@
-"""A log has a line at least every ten seconds, whatever runs; the time in these tests is that of a clock of their own."""
+"""A log gets a line at least every ten seconds; the tests use a fake clock."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ from lora_blip.runtime.progress import BEAT, SILENCE, Heartbeat, LogStream, Prog
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that changes only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -28,7 +28,7 @@ def gaps(times: list[float]) -> list[float]:
 
 
 def test_two_lines_of_a_log_are_less_than_ten_seconds_apart() -> None:
-    """Loading for a minute, then work that prints by itself, then a merge: the log never waits ten seconds."""
+    """The log gets a line at least every ten seconds while loading, printing work and merging run."""
     clock, times = Clock(), []
 
     class Noting(io.StringIO):
@@ -84,7 +84,7 @@ def test_work_that_is_counted_prints_a_line_in_a_log_and_a_bar_on_a_terminal(cap
 
 
 def test_the_progress_of_inference_is_printed_in_a_log(capsys) -> None:
-    """Its lines come from the main rank alone."""
+    """The main rank prints progress lines of inference. The other ranks print none."""
     clock = Clock()
 
     class Written:
@@ -106,7 +106,7 @@ def test_track_yields_the_items_unchanged_and_leaves_no_phase() -> None:
 
 
 def test_the_heartbeat_watches_only_a_log_of_the_main_process(monkeypatch) -> None:
-    """A terminal and torchrun's other processes keep their stream; each line reaches the log at once; all is put back."""
+    """The heartbeat prints only to a log of the main process. Other streams stay unchanged, and the stream is restored."""
     for is_terminal, rank, is_watched in ((False, "0", True), (True, "0", False), (False, "1", False)):
         stream = io.TextIOWrapper(raw := io.BytesIO(), write_through=False)
         stream.isatty = lambda answer=is_terminal: answer  # type: ignore[method-assign]
@@ -127,7 +127,7 @@ def test_the_heartbeat_watches_only_a_log_of_the_main_process(monkeypatch) -> No
 
 @pytest.mark.parametrize("name", ["train", "infer", "evaluate", "prepare", "doctor"])
 def test_each_command_with_a_log_has_a_heartbeat(name: str, monkeypatch) -> None:
-    """Its standard output is watched from the start of its imports on."""
+    """Each command starts the heartbeat before its imports."""
     watched = []
 
     def refuse(module: str, *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Processes that differ, and a process that fails, end all of them with one message, before the first step or caption."""
+"""A difference between processes, or an error of one, ends all with one message before the first step or caption."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ends(ranks: int, act: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> tuple[list[int], list[str]]:
-    """The exit codes of processes that `act` as the command line does, and their error messages."""
+    """Run `act` in several processes as a command does. Return the exit codes and the error messages."""
     start = time.monotonic()
     codes = run_processes(ranks, lambda: report_errors(act))
     assert time.monotonic() - start < 60, "they waited for each other"
@@ -44,7 +44,7 @@ def on_rank(number: int) -> bool:
 
 
 def raising(owner: Any, name: str, rank: int, error: Exception) -> Callable[[], None]:
-    """Have a function fail on one rank, in a forked process."""
+    """Return a patch that makes a function raise `error` on one rank."""
 
     def patch() -> None:
         def fail(*_: object, **__: object) -> None:
@@ -79,7 +79,7 @@ def test_an_error_of_one_process_before_the_first_step_stops_all_with_one_messag
 
 
 def test_an_unknown_error_of_another_process_keeps_its_traceback(checkpoints, tmp_path, capfd):
-    """A fault of the program is reported by the process that has it, too."""
+    """An unexpected error of another process is reported by that process with its traceback, and by the main process."""
     patch, config = raising(setup.preflight, "check", 1, ZeroDivisionError("a bug")), config_of(checkpoints, tmp_path)
     codes, error_lines = ends(2, lambda: (patch(), train(config)), capfd)
     assert codes == [2, 2]
@@ -88,7 +88,7 @@ def test_an_unknown_error_of_another_process_keeps_its_traceback(checkpoints, tm
 
 
 def test_a_failing_comparison_on_one_process_switches_the_fast_path_off_on_all(checkpoints, tmp_path, capfd):
-    """Of whatever kind the error is: no process waits for the answer of another."""
+    """An error in the fast-path check of one process switches the fast path off on all. The run ends without an error."""
 
     def act() -> None:
         verification_record.is_verified = lambda _: False
@@ -153,7 +153,7 @@ def adapter_in(folder: Path, make: Callable[..., Any], seed: float) -> str:
     ],
 )
 def test_processes_that_would_predict_something_else_stop_before_a_caption(config, make, capfd, tmp_path, changes, message):
-    """Settings, texts, adapter and base are compared; an error of one process is all of theirs."""
+    """Processes with other settings, texts, adapters or bases stop with one message before the first caption."""
     if changes.get("model"):
         backbone = make("blip")
         backbone.model.vision_model.post_layernorm.bias.data[3] += 0.5
@@ -174,7 +174,7 @@ def test_processes_that_would_predict_something_else_stop_before_a_caption(confi
 
 @pytest.mark.parametrize("change", ["other picture", "missing"])
 def test_processes_that_find_other_pictures_under_one_name_stop_before_a_caption(config, capfd, tmp_path, change):
-    """As two machines with folders of the same name; and each reads its own folder if the pictures are equal."""
+    """Processes whose folders have different images of one name stop before the first caption. Equal images are accepted."""
     picture = tmp_path / "b" / "photos" / "3.png"
     if change == "missing":
         picture.unlink()
@@ -222,7 +222,7 @@ def test_evaluate_is_refused_under_torchrun_with_one_message(tmp_path, capfd):
 
 
 def test_a_peer_raises_an_error_that_python_code_can_catch():
-    """Every rank gets an exception with the message, though only the main one prints."""
+    """An error of one process raises an exception with its message on every rank."""
 
     def act() -> None:
         with joined() as ranks, pytest.raises(ConfigError, match="process 1 failed, and all stop: KeyError: 'x'") as caught:
@@ -271,7 +271,7 @@ report_errors(run)
     ],
 )
 def test_a_process_that_lost_a_peer_reports_and_ends_without_freeing_the_error(run, status, printed):
-    """Python would free the frames of the error at its end, and gloo would wait there for the lost process."""
+    """A process that lost a peer prints its error and exits. Freeing the frames of the error would block in gloo."""
     environment = os.environ | {"WORLD_SIZE": "2"}
     command = [sys.executable, "-c", AFTER_A_LOST_PEER.format(run=run)]
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
