@@ -73,22 +73,22 @@ def as_json(text: str) -> Any:
 def record(folder: Path, scripts: Path, adapters: Path | None) -> None:
     for case, flags in CASES.items():
         print(f"{case}: training, predictions and evaluation, about a minute", flush=True)
-        kept = folder / case
-        kept.mkdir(parents=True, exist_ok=True)
+        case_folder = folder / case
+        case_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as place:
             out, texts = Path(place), Path(place) / "texts.txt"
             texts.write_text("a red cube\na blue cube\nnothing\n", encoding="utf-8")
             run(scripts, "train.py", *TRAIN.split(), *flags.split(), "--output-dir", str(out / "run"))
             (trained,) = (out / "run").glob("*/adapter.safetensors")
-            (kept / "adapter.txt").write_text(tensors(trained), encoding="utf-8")
-            (kept / "metrics.jsonl").write_text(json_lines(trained.parent / "metrics.jsonl"), encoding="utf-8")
-            shutil.copy(trained, kept / "adapter.safetensors")
+            (case_folder / "adapter.txt").write_text(tensors(trained), encoding="utf-8")
+            (case_folder / "metrics.jsonl").write_text(json_lines(trained.parent / "metrics.jsonl"), encoding="utf-8")
+            shutil.copy(trained, case_folder / "adapter.safetensors")
             adapter = str((adapters or folder) / case / "adapter.safetensors")
             task = ["--texts", str(texts)] if case == "retrieval" else []
             task = ["--question", "what color is the cube?"] if case == "vqa" else task
             infer = ["infer.py", "--adapter", adapter, "--device", "cpu", "--compare", *task]
             run(scripts, *infer, "--output-dir", str(out / "predictions"))
-            (kept / "predictions.jsonl").write_text(json_lines(out / "predictions/predictions.jsonl"), encoding="utf-8")
+            (case_folder / "predictions.jsonl").write_text(json_lines(out / "predictions/predictions.jsonl"), encoding="utf-8")
             references = REFERENCES.get(case, "image_test/annotations.jsonl")
             evaluate = ["-m", "lora_blip", "evaluate", "--adapter", adapter, "--references", references, "--device", "cpu"]
             run(scripts, *evaluate, "--output-dir", str(out / "evaluation"))
@@ -96,9 +96,9 @@ def record(folder: Path, scripts: Path, adapters: Path | None) -> None:
                 if path.suffix in (".json", ".jsonl"):
                     text = path.read_text(encoding="utf-8")
                     value = json_lines(path) if path.suffix == ".jsonl" else json.dumps(steady(json.loads(text)))
-                    (kept / f"evaluation_{path.name}").write_text(value, encoding="utf-8")
+                    (case_folder / f"evaluation_{path.name}").write_text(value, encoding="utf-8")
                 elif path.suffix == ".csv":
-                    shutil.copy(path, kept / f"evaluation_{path.name}")
+                    shutil.copy(path, case_folder / f"evaluation_{path.name}")
 
 
 def compare(one: Path, other: Path) -> bool:
@@ -108,10 +108,10 @@ def compare(one: Path, other: Path) -> bool:
     for name in names:
         if name.suffix == ".safetensors":
             continue  # adapter.txt has its tensors
-        there = [root / name for root in (one, other) if (root / name).is_file()]
-        equal = len(there) == 2 and there[0].read_bytes() == there[1].read_bytes()
+        existing = [root / name for root in (one, other) if (root / name).is_file()]
+        equal = len(existing) == 2 and existing[0].read_bytes() == existing[1].read_bytes()
         good = good and equal
-        print(f"{'equal' if equal else 'DIFFERS' if len(there) == 2 else 'MISSING':8} {name}")
+        print(f"{'equal' if equal else 'DIFFERS' if len(existing) == 2 else 'MISSING':8} {name}")
     return good
 
 

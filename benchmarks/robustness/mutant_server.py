@@ -63,26 +63,26 @@ def trace(rc: str, out: Path, file: str, options: list[str]) -> int:
 
 
 class Checkpoints:
-    """Plugin that makes the session fixture `checkpoints` once per server: no code of the package is in it."""
+    """Creates the session fixture `checkpoints` once per server. It does not depend on the code of the package."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
         if fixturedef.argname != "checkpoints":
             return (yield)
-        kept = Path.cwd().with_name(f"{Path.cwd().name}_checkpoints")
-        if kept.exists():
-            known = {path.name: path for path in kept.iterdir()}
+        stored = Path.cwd().with_name(f"{Path.cwd().name}_checkpoints")
+        if stored.exists():
+            known = {path.name: path for path in stored.iterdir()}
             real, fixturedef.func = fixturedef.func, lambda **_: known
             try:
                 return (yield)
             finally:
                 fixturedef.func = real
-        made = yield
-        whole = kept.with_name(f"{kept.name}_{os.getpid()}")
-        for name, folder in made.items():
+        checkpoints = yield
+        whole = stored.with_name(f"{stored.name}_{os.getpid()}")
+        for name, folder in checkpoints.items():
             shutil.copytree(folder, whole / name)
-        whole.rename(kept)
-        return made
+        whole.rename(stored)
+        return checkpoints
 
 
 # ---------------------------------------------------------------- the server: forks a child per mutant
@@ -144,8 +144,8 @@ def _answer(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     finally:
         path.write_bytes(was)
         os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-    told = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    return {"code": code, "seconds": round(time.time() - started, 2), **told}
+    result_of_tests = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    return {"code": code, "seconds": round(time.time() - started, 2), **result_of_tests}
 
 
 def _forked(folder: Path, act: Callable[[], int], limit: float) -> int:
@@ -191,7 +191,7 @@ def _forked(folder: Path, act: Callable[[], int], limit: float) -> int:
 def _test(tests: list[str], result: Path) -> int:
     """Execute the tests in this order up to the first failure; write its name."""
     order = {test: number for number, test in enumerate(tests)}
-    told: dict[str, Any] = {"passed": 0}
+    outcome: dict[str, Any] = {"passed": 0}
 
     class Runner(Checkpoints):
         @pytest.hookimpl(trylast=True)
@@ -199,17 +199,17 @@ def _test(tests: list[str], result: Path) -> int:
             items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if report.failed and "killer" not in told:
-                told["killer"] = report.nodeid
+            if report.failed and "killer" not in outcome:
+                outcome["killer"] = report.nodeid
                 crash = getattr(report.longrepr, "reprcrash", None)
-                told["why"] = str(crash.message if crash else report.longrepr).strip().split("\n")[0][:200]
-            told["passed"] += report.passed and report.when == "call"
-            result.write_text(json.dumps(told), encoding="utf-8")
+                outcome["why"] = str(crash.message if crash else report.longrepr).strip().split("\n")[0][:200]
+            outcome["passed"] += report.passed and report.when == "call"
+            result.write_text(json.dumps(outcome), encoding="utf-8")
 
         def pytest_collectreport(self, report: pytest.CollectReport) -> None:
             if report.failed:
-                told["killer"] = f"{report.nodeid} (not collected)"
-                result.write_text(json.dumps(told), encoding="utf-8")
+                outcome["killer"] = f"{report.nodeid} (not collected)"
+                result.write_text(json.dumps(outcome), encoding="utf-8")
 
     files = list(dict.fromkeys(test.split("::")[0] for test in tests))
     return int(pytest.main([*OPTIONS, "-x", "--basetemp", str(result.with_suffix(".tmp")), *files], plugins=[Runner()]))

@@ -82,7 +82,7 @@ class Tree:
     work: Path = ROOT / ".mutants"
     options: tuple[str, ...] = ("-m", "not gpu and not slow")
     left_out: tuple[str, ...] = SLOW_FILES
-    spare: float = 60.0  # CPU seconds that a child may take besides 4 times what its tests take without the fault
+    spare: float = 60.0  # a child may take this many CPU seconds, plus 4 times the CPU seconds of its tests without the fault
     sources: dict[str, bytes] = field(default_factory=dict)  # file → content at the start
 
     def source(self, file: str) -> bytes:
@@ -179,8 +179,8 @@ def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
     server.ask({"rc": str(out / "coveragerc"), "out": str(out / "tests.json"), "file": file, "limit": 3600})
     if not (out / "tests.json").exists():
         raise RuntimeError(f"the coverage of {file} was not measured; see {server.folder.name}.log in {tree.work}")
-    told = json.loads((out / "tests.json").read_text(encoding="utf-8"))
-    seconds = {test: cpu for test, cpu in told["seconds"].items() if test not in told["broken"]}
+    measurement = json.loads((out / "tests.json").read_text(encoding="utf-8"))
+    seconds = {test: cpu for test, cpu in measurement["seconds"].items() if test not in measurement["broken"]}
     lines: dict[str, dict[int, set[str]]] = {}
     for path in out.glob("data.*"):
         data = CoverageData(str(path))
@@ -191,14 +191,15 @@ def _trace(tree: Tree, file: str, cache: Path, server: "Server") -> None:
         for measured in data.measured_files():
             known = lines.setdefault(str(Path(measured).relative_to(server.folder)), {})
             for line, contexts in data.contexts_by_lineno(measured).items():
-                tests = {told["tests"][int(number)] for number in contexts if number}
+                tests = {measurement["tests"][int(number)] for number in contexts if number}
                 known.setdefault(line, set()).update(tests & seconds.keys())
     used = {name: {line: sorted(tests) for line, tests in known.items() if tests} for name, known in sorted(lines.items())}
-    cache.write_text(json.dumps({"seconds": seconds, "lines": used, "broken": told["broken"]}), encoding="utf-8")
+    cache.write_text(json.dumps({"seconds": seconds, "lines": used, "broken": measurement["broken"]}), encoding="utf-8")
     shutil.rmtree(out)
     took, needed = time.time() - started, sum(seconds.values())
     print(
-        f"{file}: {len(seconds)} tests, {needed:.0f} s of CPU, {took:.0f} s; without a fault fail {told['broken']}", flush=True
+        f"{file}: {len(seconds)} tests, {needed:.0f} s of CPU, {took:.0f} s; without a fault fail {measurement['broken']}",
+        flush=True,
     )
 
 
@@ -221,7 +222,7 @@ def drawn(tree: Tree, parts: dict[str, list[str]], count: int, seed: int) -> lis
 
 
 def named(tree: Tree) -> list[Mutant]:
-    """Return the named mutants. Raises SystemExit if the text of one is in none of the files: the list must follow the code."""
+    """Return the named mutants. Raise SystemExit if no file contains the text of one: the list is then out of date."""
     return [_named(tree, name, part, pairs) for name, part, pairs in NAMED]
 
 
@@ -248,17 +249,17 @@ def covering(tree: Tree, coverage: Coverage, mutant: Mutant) -> list[str]:
     """
     source = tree.source(mutant.file)
     bodies = list(functions(source))
-    wanted = coverage.tests(mutant.file, range(mutant.lines[0], mutant.lines[1] + 1))
+    tests = coverage.tests(mutant.file, range(mutant.lines[0], mutant.lines[1] + 1))
     if not any(mutant.line in body for _, body in bodies):
-        mine = [body for whole, body in bodies if mutant.line in whole]
-        wanted = coverage.tests(mutant.file, (line for body in mine for line in body))
-        if not mine:
+        own_bodies = [body for whole, body in bodies if mutant.line in whole]
+        tests = coverage.tests(mutant.file, (line for body in own_bodies for line in body))
+        if not own_bodies:
             for file in coverage.lines:
-                wanted |= coverage.tests(file, uses(tree.source(file), assigned(source, mutant.line)))
-        if not wanted:
-            wanted = coverage.tests(mutant.file, (line for _, body in bodies for line in body))
+                tests |= coverage.tests(file, uses(tree.source(file), assigned(source, mutant.line)))
+        if not tests:
+            tests = coverage.tests(mutant.file, (line for _, body in bodies for line in body))
     own = f"test_{Path(mutant.file).stem}.py"
-    return sorted(wanted, key=lambda test: (coverage.seconds[test] * (0.2 if f"/{own}::" in test else 1), test))
+    return sorted(tests, key=lambda test: (coverage.seconds[test] * (0.2 if f"/{own}::" in test else 1), test))
 
 
 # ---------------------------------------------------------------- running
@@ -334,18 +335,18 @@ def _try(tree: Tree, coverage: Coverage, outcome: Outcome, server: "Server") -> 
         tests.append(test)
         needed += coverage.seconds[test]
     source = outcome.mutant.apply(tree.source(outcome.mutant.file)).decode()
-    told = server.ask({"file": outcome.mutant.file, "source": source, "tests": tests, "limit": 4 * needed + tree.spare})
-    outcome.seconds = round(outcome.seconds + told["seconds"], 2)
-    outcome.killer, outcome.why = told.get("killer", ""), told.get("why", "")
-    if told["code"] == 1000:
-        outcome.status, outcome.killer = "timeout", outcome.killer or tests[min(told.get("passed", 0), len(tests) - 1)]
-    elif told["code"] in (0, 5):  # 5: the tests have other parameters now, so that none is left
+    answer = server.ask({"file": outcome.mutant.file, "source": source, "tests": tests, "limit": 4 * needed + tree.spare})
+    outcome.seconds = round(outcome.seconds + answer["seconds"], 2)
+    outcome.killer, outcome.why = answer.get("killer", ""), answer.get("why", "")
+    if answer["code"] == 1000:
+        outcome.status, outcome.killer = "timeout", outcome.killer or tests[min(answer.get("passed", 0), len(tests) - 1)]
+    elif answer["code"] in (0, 5):  # 5: the tests have other parameters now, so that none is left
         outcome.done, outcome.passes = outcome.done + len(tests), outcome.passes + 1
         outcome.status = "survived" if outcome.done == len(outcome.tests) else "unfinished"
-    elif told["code"] in (1, 2, 3, 4) or told["code"] < 0:  # a failure, or our code cannot be imported, or crashes
-        outcome.status, outcome.killer = "killed", outcome.killer or f"exit status {told['code']}"
+    elif answer["code"] in (1, 2, 3, 4) or answer["code"] < 0:  # a failure, or our code cannot be imported, or crashes
+        outcome.status, outcome.killer = "killed", outcome.killer or f"exit status {answer['code']}"
     else:
-        raise RuntimeError(f"{outcome.mutant.key}: exit status {told['code']}; see the logs in {tree.work}")
+        raise RuntimeError(f"{outcome.mutant.key}: exit status {answer['code']}; see the logs in {tree.work}")
 
 
 def _tell(outcomes: list[Outcome], last: Outcome) -> None:
@@ -444,8 +445,8 @@ def page(result: dict[str, Any]) -> str:
     if there:
         lines += ["", "## Named mutants", "", "| mutant | file | status | test |", "|---|---|---|---|"]
         lines += [f"| {m['name']} | {m['file']} | {m['status']} | {m['killer'].split('/')[-1]} |" for m in there]
-    for title, wanted in (("Survivors", SURVIVED), ("Equivalent mutants", ("equivalent",))):
-        some = [mutant for mutant in result["mutants"] if mutant["status"] in wanted]
+    for title, statuses in (("Survivors", SURVIVED), ("Equivalent mutants", ("equivalent",))):
+        some = [mutant for mutant in result["mutants"] if mutant["status"] in statuses]
         lines += ["", f"## {title}", ""] if some else []
         for m in some:
             about = m.get("reason") or f"{m['status']}, {m['passed']} of {m['covering']} covering tests pass"

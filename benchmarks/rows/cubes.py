@@ -132,16 +132,16 @@ class Validating(trainer.Watch):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         step = state.global_step
         self.steps.append(perf_counter())
-        if (step % self.every == 0 or step == self.total) and exact_match(self.said(), self.texts) >= self.enough:
+        if (step % self.every == 0 or step == self.total) and exact_match(self.captions(), self.texts) >= self.enough:
             self.good.append(step)
             control.should_training_stop = True
 
     @torch.no_grad()
-    def said(self) -> list[str]:
-        model, tokenizer, found = self.backbone.model, self.backbone.tokenizer, []
+    def captions(self) -> list[str]:
+        model, tokenizer, texts = self.backbone.model, self.backbone.tokenizer, []
         model.eval()
         for pixels in self.pixels.split(self.config.batch_size):
             ids = model.generate(pixel_values=pixels, max_new_tokens=self.config.max_new_tokens or Generation().max_new_tokens)
-            found += tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
         model.train()
-        return found
+        return texts

@@ -41,8 +41,8 @@ def epoch(plan: Plan) -> Iterator[Cell]:
             def our_epochs() -> dict[str, float]:
                 with tempfile.TemporaryDirectory() as output:
                     settings: dict[str, Any] = {"batch_size": BATCH, "num_workers": plan.workers, "precision": precision}
-                    found = ours.epochs(model, annotations, Path(output), 2, **settings)
-                return {"first epoch": found[0] / BATCH, "second epoch": found[1] / BATCH}
+                    seconds_of_epochs = ours.epochs(model, annotations, Path(output), 2, **settings)
+                return {"first epoch": seconds_of_epochs[0] / BATCH, "second epoch": seconds_of_epochs[1] / BATCH}
 
             def their_epochs(model: Any) -> float:
                 watch = trainer.Watch()
@@ -83,8 +83,8 @@ def _cached(plan: Plan, root: Path, where: str, name: str, precision: str) -> Ce
     def our_epochs() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as output:
             settings: dict[str, Any] = {"batch_size": BATCH, "num_workers": plan.workers, "precision": precision}
-            found = ours.epochs(model, annotations, Path(output), 3, targets=where, **settings)
-        return {"first epoch": found[0] / BATCH, "later epochs": mean(found[1:]) / BATCH}
+            seconds_of_epochs = ours.epochs(model, annotations, Path(output), 3, targets=where, **settings)
+        return {"first epoch": seconds_of_epochs[0] / BATCH, "later epochs": mean(seconds_of_epochs[1:]) / BATCH}
 
     turns: dict[str, Turn] = {OURS: our_epochs}
     turns |= {side: partial(_an_epoch, some, images) for side, some in loops.items()}

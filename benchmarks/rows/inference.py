@@ -63,10 +63,10 @@ def merge(plan: Plan) -> Iterator[Cell]:
     for name in ("base",) if plan.quick else ("base", "large"):
         with freed(), tempfile.TemporaryDirectory() as folder:
             base = backbone(plan.size(name), plan.device)
-            mine = ours.save_adapter(base, Path(folder) / "adapter.safetensors")
+            adapter_file = ours.save_adapter(base, Path(folder) / "adapter.safetensors")
             theirs = peers.save_adapter(copy_of(base), f"{folder}/peft")
             turns: dict[str, Turn] = {
-                OURS: partial(fresh, ours.opened(base, "fp32"), partial(ours.load_and_merge, path=mine)),
+                OURS: partial(fresh, ours.opened(base, "fp32"), partial(ours.load_and_merge, path=adapter_file)),
                 PEFT: partial(fresh, base, partial(peers.load_and_merge, folder=theirs)),
             }
             yield compare("merge", f"{name} fp32, load and merge", turns, PEFT, 2 * plan.rounds)

@@ -67,18 +67,18 @@ def kept_bytes(model: Any, forward: Callable[[], Tensor]) -> int:
     The graph keeps each tensor until the count ends, so no address is used twice.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
+    bytes_at: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+            bytes_at[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # detached: a graph that holds its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = forward()
     del loss
-    return sum(found.values())
+    return sum(bytes_at.values())
 
 
 def own_bytes(model: Any) -> int:
@@ -117,9 +117,9 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 def resident(what: str) -> int:
     """Return the bytes in a line of /proc/self/status."""
-    found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def main() -> None:

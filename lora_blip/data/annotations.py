@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
-from lora_blip.data.example import SLOT, Example, ExampleBuilder
+from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
@@ -169,7 +169,7 @@ def _find_moved(
     if moved:
         for example in parsed:
             if isinstance(example, Example) and example.file in moved:
-                SLOT.__set__(example, moved[example.file])
+                IMAGE_SLOT.__set__(example, moved[example.file])
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
         first = next(iter(builder.firsts))
         raise DataError(

@@ -32,10 +32,10 @@ except ImportError:  # Windows: a folder with an open file cannot be renamed, wh
     fcntl = None  # type: ignore[assignment]
 
 KIND = re.compile(r"[0-9a-f]{16}")  # the name of a kind's folder
-DOOMED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # such a folder while it is removed
+BEING_REMOVED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # such a folder while it is removed
 KEY = re.compile(r"[0-9a-f]{2}[0-9a-z_-]{0,120}")
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-LARGEST = 2**28  # bytes of a value; images and states have about one million
+LARGEST = 2**28  # most bytes of a value; an image or the states of an image have about one million
 LONGEST_HEADER = 4096
 PAGE = 4096
 ABANDONED = 3600  # seconds after which an unfinished temporary file is removed
@@ -44,7 +44,9 @@ DIGESTS = 2**20  # digests kept in memory, at about 300 bytes each
 
 
 class Store:
-    """A map from keys to tensors on disk, with a folder for each kind. `kind` lists what a value depends on besides the image.
+    """A map from keys to tensors on disk. A kind is a group of values with the same settings, and has its own folder.
+
+    `kind` contains everything that a value depends on besides the image, such as the stage and the size.
 
     `limit` bounds the bytes of all kinds together. When it is reached, other kinds that no process has open are removed,
     beginning with the longest unused. Otherwise a run with new settings would find the cache full. If there is still no room,
@@ -54,11 +56,11 @@ class Store:
 
     def __init__(self, folder: Path, kind: dict[str, Any], limit: int) -> None:
         self.root, self.kind, self.limit = Path(folder), kind, limit
-        self.values = self.root / hashlib.sha256(self._about.encode()).hexdigest()[:16]
+        self.values = self.root / hashlib.sha256(self._kind_json.encode()).hexdigest()[:16]
         self.full = ""  # the reason why nothing more is stored; "" if there is room
         self.used = -1  # bytes of all kinds; -1: not counted yet (reading does not need it)
         self.uncounted = 0  # bytes that were written since the count
-        self.held: BinaryIO | None = None
+        self.lock_file: BinaryIO | None = None
 
     def get(self, key: str) -> Tensor | None:
         """Return the stored value, or None. Delete a damaged value."""
@@ -73,7 +75,7 @@ class Store:
             whole = False
         except OSError:
             return None
-        self.held = self.held or self._hold()
+        self.lock_file = self.lock_file or self._open_lock_file()
         value = value_of(content, key) if whole else None
         if value is None:
             with suppress(OSError):
@@ -84,7 +86,7 @@ class Store:
         """Store a value if there is room, and return True if it is stored. Raise no error: it can be computed again."""
         if self.full or key in self:
             return key in self
-        self.held = self.held or self._hold()
+        self.lock_file = self.lock_file or self._open_lock_file()
         content = content_of(key, value)
         if self.full:
             return False
@@ -101,13 +103,13 @@ class Store:
         return self._path(key).is_file()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"held": None}
+        return vars(self) | {"lock_file": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
     @property
-    def _about(self) -> str:
+    def _kind_json(self) -> str:
         return json.dumps(self.kind, sort_keys=True, indent=1)
 
     def _path(self, key: str) -> Path:
@@ -115,7 +117,7 @@ class Store:
             raise ValueError(f"{key!r} is not a valid key: expected two hex digits, then at most 120 of 0-9 a-z _ -")
         return self.values / key[:2] / f"{key}.safetensors"
 
-    def _hold(self) -> BinaryIO | None:
+    def _open_lock_file(self) -> BinaryIO | None:
         """Open and lock kind.json while this object exists. Other processes do not remove a locked kind."""
         path = self.values / "kind.json"
         try:
@@ -126,7 +128,7 @@ class Store:
                 if path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break
                 file.close()  # another process has removed the file meanwhile
-            file.write(self._about.encode())  # the old content is the same, unless a power failure truncated it
+            file.write(self._kind_json.encode())  # the old content is the same, unless a power failure truncated it
             file.truncate()
             file.flush()
             os.utime(path)
@@ -150,14 +152,14 @@ class Store:
     def _count(self) -> None:
         """Count the bytes of all kinds. Delete kinds whose removal was interrupted."""
         for path in self.root.glob(".*.tmp"):  # a kind whose removal was interrupted
-            if DOOMED.fullmatch(path.name) and _when(path) < time() - ABANDONED:
+            if BEING_REMOVED.fullmatch(path.name) and _modification_time(path) < time() - ABANDONED:
                 remove(path)
         self.used, self.uncounted = sum(map(bytes_in, self._kinds())), 0
 
     def _kinds(self) -> list[Path]:
         """Return the folders of all kinds, the longest unused first. Other files in the root are ignored."""
         folders = [path for path in self.root.iterdir() if KIND.fullmatch(path.name) and (path / "kind.json").is_file()]
-        return sorted(folders, key=lambda path: _when(path / "kind.json"))
+        return sorted(folders, key=lambda path: _modification_time(path / "kind.json"))
 
     def _stop(self, reason: str) -> bool:
         """Store nothing more, print the reason, and return False."""
@@ -247,7 +249,7 @@ def _flock(file: BinaryIO, exclusive: bool) -> bool:
     return True
 
 
-def _when(path: Path) -> float:
+def _modification_time(path: Path) -> float:
     """Return the time of the last change, or infinity if the file does not exist."""
     try:
         return path.stat().st_mtime

@@ -10,7 +10,7 @@ from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, SPLITS, TEXT_KEYS, E
 from lora_blip.data.formats import Location
 from lora_blip.runtime.untrusted import is_path
 
-MOST_SHARED = 2**17  # most answers, groups and prompts that are shared_answers, so that equal texts share memory
+MOST_SHARED = 2**17  # most answers, groups and prompts that are stored, so that equal texts share memory
 MOST_KEYS = 1000  # most unknown keys that are counted: an invalid file may have a new key in each line
 CAPTION = frozenset(("image", "text", "group", "prompt"))
 QUESTION = frozenset(("image", "question", "answers", "group", "prompt", "question_id"))
@@ -60,9 +60,9 @@ class Example:
 
 
 SETTERS = [vars(Example)[each.name].__set__ for each in fields(Example)]  # they work although the class is frozen
-SLOT = vars(Example)["image"]
-FILE: Callable[[Example], str] = SLOT.__get__
-Example.image = PathStoredAsText(SLOT)  # type: ignore[assignment,misc]  # set here, because in the class it would conflict with the slot
+IMAGE_SLOT = vars(Example)["image"]
+FILE: Callable[[Example], str] = IMAGE_SLOT.__get__
+Example.image = PathStoredAsText(IMAGE_SLOT)  # type: ignore[assignment,misc]  # set here, because in the class it would conflict with the slot
 
 
 class ExampleBuilder:
@@ -72,7 +72,7 @@ class ExampleBuilder:
         self.source, self.root, self.use_splits = str(source), root, use_splits
         self.prefix = "" if str(root) == "." else str(root / "_")[:-1]  # the text before the name in the path of an image
         self.firsts: dict[str, Example] = {}  # image path as written → its first Example
-        self.shared: dict[str, str] = {}  # answers, groups and prompts that are tidy (see `is_tidy`)
+        self.shared: dict[str, str] = {}  # text → the same text: tidy answers, groups and prompts (see `is_tidy`)
         self.prompts = 0  # number of lines with their own prompt
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
         self.group_entries: dict[Location, Entry] = {}  # line or entry → the column that names its group

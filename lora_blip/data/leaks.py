@@ -72,13 +72,15 @@ def find_leaks(evaluation: Iterable[str | Path], training: Iterable[str | Path])
         return []
     new_prints, known_prints = list(_fingerprints(new)), list(_fingerprints(known))
     first = {one.digest: path for path, one in reversed(list(zip(known, known_prints, strict=True)))}
-    twins = nearest(thumbnails([one.thumbnail for one in new_prints]), thumbnails([one.thumbnail for one in known_prints]))
+    nearest_indices = nearest(
+        thumbnails([one.thumbnail for one in new_prints]), thumbnails([one.thumbnail for one in known_prints])
+    )
     leaks = []
-    for path, one, twin in zip(new, new_prints, twins, strict=True):
+    for path, one, nearest_index in zip(new, new_prints, nearest_indices, strict=True):
         if one.digest in first:
             leaks.append(Leak(path, first[one.digest], SAME_BYTES))
-        elif twin >= 0:
-            leaks.append(Leak(path, known[twin], NEARLY))
+        elif nearest_index >= 0:
+            leaks.append(Leak(path, known[nearest_index], NEARLY))
     return leaks
 
 

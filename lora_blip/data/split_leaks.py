@@ -31,7 +31,7 @@ from lora_blip.data.paths import in_walking_order
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable
 
-MOST_THUMBNAILS = 300_000  # in memory; each has 432 bytes
+MOST_THUMBNAILS = 300_000  # most thumbnails in memory; each has 432 bytes
 PAIRS = 5 * 10**7  # most pairs of images that are compared; this takes about 2 s on one core
 BLOCK = 8192  # training images that are compared at a time
 DECODED = 2048  # with more images than this, only a sample is decoded
@@ -66,23 +66,23 @@ def report_split_leaks(
     total = len(new), len(known)
     if not all(total):
         return
-    which, packed_by_file = "", kept.by_file
+    selection_note, packed_by_file = "", kept.by_file
     if not all(file in packed_by_file for file in (*new, *known)):
         report(f"comparing validation images with training images, for at most {SECONDS:.0f} s")
         groups: list[tuple[Sequence[str], Sequence[str]]] = [(new, known)]
         packed_by_file = dict(packed_by_file)
         if sum(total) > DECODED:
-            groups, which = list(neighbours(new, known)), " (those with the nearest names)"
+            groups, selection_note = list(neighbours(new, known)), " (those with the nearest names)"
         done = groups[: decode(groups, packed_by_file)]
         new, known = ([f for f in dict.fromkeys(chain(*side)) if f in packed_by_file] for side in zip(*done, strict=True))
     sample = sample_of(new, PAIRS // max(1, len(known)))
     is_partial = (len(sample), len(known)) != total
     if is_partial:
         compared = f"{len(sample):,} of {total[0]:,} validation images with {len(known):,} of {total[1]:,} training images"
-        report(f"comparing {compared}{which}")
+        report(f"comparing {compared}{selection_note}")
     if leaks := compare(new, sample, known, packed_by_file):
-        count = "at least " * is_partial + leak_warning(leaks, total[0], "validation")
-        report(printable(f"WARNING: {count}. {fix}"))
+        warning = "at least " * is_partial + leak_warning(leaks, total[0], "validation")
+        report(printable(f"WARNING: {warning}. {fix}"))
 
 
 def sample_of(files: Sequence[str], most: int) -> Sequence[str]:

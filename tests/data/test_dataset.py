@@ -32,7 +32,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("image", ["image", "image_path", "file_name"])
 @pytest.mark.parametrize("text", ["text", "caption"])
-def test_every_name_in_use_is_read(photo, image, text):
+def test_every_common_key_name_is_read(photo, image, text):
     source = write(photo.parent / "x.jsonl", json.dumps({image: "a.png", text: " a  red thing "}), "", "")
     (example,), problems = annotations.read(source)
     assert (example.image, example.text, example.line, problems) == (photo, "a red thing", 1, [])

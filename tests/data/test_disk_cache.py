@@ -31,12 +31,12 @@ def key_of(number: int) -> str:
     return f"{number % 256:02x}{number:030x}"
 
 
-def file_of(kept: Store, key: str = KEY) -> Path:
-    return kept.values / key[:2] / f"{key}.safetensors"
+def file_of(cache: Store, key: str = KEY) -> Path:
+    return cache.values / key[:2] / f"{key}.safetensors"
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Store:
+def cache(tmp_path: Path) -> Store:
     store = Store(tmp_path / "cache", {"stage": "pixels", "size": [40, 50]}, PLENTY)
     assert store.put(KEY, value_of(1))
     return store
@@ -44,65 +44,65 @@ def kept(tmp_path: Path) -> Store:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (577, 16), (1, 2, 3, 4)])
-def test_what_is_put_is_what_is_got(tmp_path, dtype, shape):
+def test_get_returns_the_value_that_put_stored(tmp_path, dtype, shape):
     """A value of each dtype and shape is equal bit for bit, in a new Store too. Its file is a valid safetensors file."""
-    kept = Store(tmp_path, {}, PLENTY)
+    cache = Store(tmp_path, {}, PLENTY)
     value = value_of(1, *shape, dtype=dtype) if shape else torch.tensor(7).to(dtype)
-    assert KEY not in kept and kept.get(KEY) is None
-    assert kept.put(KEY, value.T if len(shape) == 2 else value) and KEY in kept
+    assert KEY not in cache and cache.get(KEY) is None
+    assert cache.put(KEY, value.T if len(shape) == 2 else value) and KEY in cache
     found = Store(tmp_path, {}, PLENTY).get(KEY)
     expected = value.T if len(shape) == 2 else value
     assert torch.equal(found, expected) and found.dtype == dtype and found.shape == expected.shape
-    assert torch.equal(load_file(file_of(kept))["value"], expected)
+    assert torch.equal(load_file(file_of(cache))["value"], expected)
     found.zero_()  # the caller's own
-    assert torch.equal(kept.get(KEY), expected)
+    assert torch.equal(cache.get(KEY), expected)
 
 
-def test_kinds_do_not_meet_and_say_what_they_are(kept, tmp_path):
+def test_kinds_are_separate_and_their_folders_describe_them(cache, tmp_path):
     other = Store(tmp_path / "cache", {"stage": "states", "size": [40, 50]}, PLENTY)
     again = Store(tmp_path / "cache", {"size": [40, 50], "stage": "pixels"}, PLENTY)  # in whatever order
     assert other.get(KEY) is None and torch.equal(again.get(KEY), value_of(1))
-    assert json.loads((kept.values / "kind.json").read_text()) == kept.kind
+    assert json.loads((cache.values / "kind.json").read_text()) == cache.kind
 
 
 @pytest.mark.parametrize("key", ["", "a", "../../etc/passwd", "AB00", "ab/cd", "ab.", "ab" + "0" * 200, "zz00"])
-def test_a_key_is_no_path(kept, key):
-    for act in (kept.get, kept.__contains__, lambda key: kept.put(key, value_of(1))):
+def test_a_key_that_is_a_path_is_an_error(cache, key):
+    for act in (cache.get, cache.__contains__, lambda key: cache.put(key, value_of(1))):
         with pytest.raises(ValueError, match="is not a valid key"):
             act(key)
 
 
-def test_every_byte_that_is_changed_and_every_cut_is_seen(tmp_path):
+def test_every_changed_byte_and_every_truncation_is_detected(tmp_path):
     """A damaged value is None and its file is deleted. A header with other bytes and the same meaning gives the same value."""
-    kept, value = Store(tmp_path, {}, PLENTY), value_of(1, 30, 50, 3)
-    kept.put(KEY, value)
-    whole, path = file_of(kept).read_bytes(), file_of(kept)
+    cache, value = Store(tmp_path, {}, PLENTY), value_of(1, 30, 50, 3)
+    cache.put(KEY, value)
+    whole, path = file_of(cache).read_bytes(), file_of(cache)
     rng = random.Random(0)
     places = [*range(0, 300), *(rng.randrange(len(whole)) for _ in range(300)), *range(len(whole) - 20, len(whole))]
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
-        found = kept.get(KEY)
+        found = cache.get(KEY)
         assert found is None and not path.exists(), place
     for size in (0, 1, 7, 8, 20, 200, len(whole) - 1, len(whole) + 1, len(whole) + 4096):
         path.write_bytes((whole + bytes(4096))[:size])
-        assert kept.get(KEY) is None and not path.exists(), size
+        assert cache.get(KEY) is None and not path.exists(), size
     swapped = whole[:-8192] + whole[-4096:] + whole[-8192:-4096] if len(whole) > 9000 else whole[::-1]
     path.write_bytes(swapped)
-    assert kept.get(KEY) is None
+    assert cache.get(KEY) is None
 
 
-def test_pages_that_never_reached_the_disk_are_seen(tmp_path):
+def test_pages_that_never_reached_the_disk_are_detected(tmp_path):
     """After a power failure, a file of the right size may contain zeros, or a page of another file."""
-    kept, value = Store(tmp_path, {}, PLENTY), value_of(1, 4096 * 5 + 77)
-    kept.put(KEY, value)
-    whole, path = file_of(kept).read_bytes(), file_of(kept)
+    cache, value = Store(tmp_path, {}, PLENTY), value_of(1, 4096 * 5 + 77)
+    cache.put(KEY, value)
+    whole, path = file_of(cache).read_bytes(), file_of(cache)
     start = len(whole) - len(value)
     pages = [whole[at : at + 4096] for at in range(start, len(whole), 4096)]
     for order in ([1, 0, 2, 3, 4, 5], [0, 1, 2, 2, 4, 5], [4, 1, 2, 3, 0, 5]):
         path.write_bytes(whole[:start] + b"".join(pages[number] for number in order))
-        assert kept.get(KEY) is None, order
+        assert cache.get(KEY) is None, order
     path.write_bytes(whole[: start + 4096] + bytes(4096) + whole[start + 8192 :])
-    assert kept.get(KEY) is None
+    assert cache.get(KEY) is None
 
 
 HEADERS = {
@@ -128,32 +128,32 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_stranger_s_file_is_no_value(kept, name):
+def test_a_file_that_the_cache_did_not_write_is_not_a_value(cache, name):
     """No code is executed, no call blocks, and no wrong value is returned."""
-    path = file_of(kept)
+    path = file_of(cache)
     path.unlink()
     HEADERS[name](path)
-    assert kept.get(KEY) is None
+    assert cache.get(KEY) is None
     if name != "a folder":
-        assert kept.put(KEY, value_of(2)) and torch.equal(kept.get(KEY), value_of(2))
+        assert cache.put(KEY, value_of(2)) and torch.equal(cache.get(KEY), value_of(2))
 
 
 def write_without_end(folder: Path, ready: int) -> None:
-    kept = Store(folder, {"a": 1}, 10**9)
+    cache = Store(folder, {"a": 1}, 10**9)
     os.write(ready, b".")
     for number in range(10**9):
-        kept.put(key_of(number % 50), value_of(number % 50, 300, 300, 3))
+        cache.put(key_of(number % 50), value_of(number % 50, 300, 300, 3))
         if number % 50 == 49:
-            for path in kept.values.glob("*/*.safetensors"):
+            for path in cache.values.glob("*/*.safetensors"):
                 path.unlink(missing_ok=True)
 
 
-def test_a_kill_at_any_moment_leaves_whole_values(tmp_path):
+def test_a_kill_at_any_moment_leaves_only_complete_values(tmp_path):
     """Two processes write the same keys and are killed 8 times. Values are complete, and temporary files are removed later."""
     rng = random.Random(1)
     found = 0
     for _ in range(4):
-        told, ready = os.pipe()
+        read_end, ready = os.pipe()
         both = []
         for _ in range(2):
             child = os.fork()
@@ -164,35 +164,35 @@ def test_a_kill_at_any_moment_leaves_whole_values(tmp_path):
                     os._exit(1)
             both.append(child)
         for _ in both:
-            assert os.read(told, 1) == b"."
+            assert os.read(read_end, 1) == b"."
         time.sleep(rng.uniform(0.01, 0.15))
         for child in both:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        os.close(told)
+        os.close(read_end)
         os.close(ready)
-        kept = Store(tmp_path, {"a": 1}, 10**9)
-        there = [number for number in range(50) if key_of(number) in kept]
+        cache = Store(tmp_path, {"a": 1}, 10**9)
+        there = [number for number in range(50) if key_of(number) in cache]
         found += len(there)
         for number in there:
-            assert torch.equal(kept.get(key_of(number)), value_of(number, 300, 300, 3)), number
-    assert found  # else they were killed too early to show anything
+            assert torch.equal(cache.get(key_of(number)), value_of(number, 300, 300, 3)), number
+    assert found  # otherwise all processes were killed before they stored a value
     half = list(tmp_path.rglob("*.tmp"))
     for path in half:
         os.utime(path, (0, 0))  # long ago
-    assert kept.put(key_of(99), value_of(1)) and not list(tmp_path.rglob("*.tmp"))
+    assert cache.put(key_of(99), value_of(1)) and not list(tmp_path.rglob("*.tmp"))
 
 
 def write_all(folder: Path, first: int) -> int:
-    kept = Store(folder, {"a": 1}, PLENTY)
-    return sum(kept.put(key_of(n), value_of(n)) for n in [*range(first, 30), *range(first)])
+    cache = Store(folder, {"a": 1}, PLENTY)
+    return sum(cache.put(key_of(n), value_of(n)) for n in [*range(first, 30), *range(first)])
 
 
 def test_processes_that_write_the_same_keys_at_once_agree(tmp_path):
     with get_context("fork").Pool(2) as pool:
         assert pool.starmap(write_all, [(tmp_path, 0), (tmp_path, 15)]) == [30, 30]
-    kept = Store(tmp_path, {"a": 1}, PLENTY)
-    assert all(torch.equal(kept.get(key_of(n)), value_of(n)) for n in range(30))
+    cache = Store(tmp_path, {"a": 1}, PLENTY)
+    assert all(torch.equal(cache.get(key_of(n)), value_of(n)) for n in range(30))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 30 and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -200,9 +200,9 @@ def total(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def fill(kept: Store, first: int = 0) -> int:
+def fill(cache: Store, first: int = 0) -> int:
     """Store values until the cache is full, and return their number."""
-    return next(n for n in range(10**6) if not kept.put(key_of(first + n), value_of(n)))
+    return next(n for n in range(10**6) if not cache.put(key_of(first + n), value_of(n)))
 
 
 def test_the_limit_holds_for_all_kinds_together(tmp_path, capsys):
@@ -219,30 +219,30 @@ def test_the_limit_holds_for_all_kinds_together(tmp_path, capsys):
     assert output.count("reached its limit of") == 1 and str(tmp_path) in output
 
 
-def test_kinds_that_nobody_has_open_make_room_the_longest_unused_first(tmp_path):
+def test_kinds_that_no_process_has_open_are_removed_the_longest_unused_first(tmp_path):
     limit = 60_000
     for number in range(3):
         old = Store(tmp_path, {"kind": number}, limit)
         assert old.put(key_of(0), value_of(0)) and old.put(key_of(1), value_of(1))
         os.utime(old.values / "kind.json", (number + 1, number + 1))
         del old
-    mine = tmp_path / "notes"
-    mine.mkdir()
-    (mine / "kind.json").write_text("a user's own")
+    foreign = tmp_path / "notes"
+    foreign.mkdir()
+    (foreign / "kind.json").write_text("a user's own")
     again = Store(tmp_path, {"kind": 0}, limit)  # the oldest, and now the newest
     assert again.get(key_of(0)) is not None
     del again
     new = Store(tmp_path, {"kind": 9}, limit)
     for n in range(5):
         assert new.put(key_of(n), value_of(n))
-    left = {json.loads(p.read_text()).get("kind") for p in tmp_path.glob("*/kind.json") if p.parent != mine}
-    assert left == {0, 2, 9} and mine.exists()
+    left = {json.loads(p.read_text()).get("kind") for p in tmp_path.glob("*/kind.json") if p.parent != foreign}
+    assert left == {0, 2, 9} and foreign.exists()
     fill(new, 100)
-    left = {json.loads(p.read_text()).get("kind") for p in tmp_path.glob("*/kind.json") if p.parent != mine}
+    left = {json.loads(p.read_text()).get("kind") for p in tmp_path.glob("*/kind.json") if p.parent != foreign}
     assert left == {9} and total(tmp_path) - 12 <= limit
 
 
-def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_path, monkeypatch):
+def test_a_kind_is_removed_under_its_lock_and_interrupted_removals_are_completed(tmp_path, monkeypatch):
     """No process can open it meanwhile. If another process has removed it before, the cache still accepts values."""
     limit, real, tried = 60_000, disk_cache.remove, []
 
@@ -258,23 +258,27 @@ def test_a_kind_is_taken_away_under_its_lock_and_what_died_at_it_is_swept(tmp_pa
         old = Store(tmp_path, {"kind": number}, limit)
         fill_to(old, 3)
         del old
-    dead, fresh, mine = tmp_path / f".{'a' * 16}.1.00000000.tmp", tmp_path / f".{'b' * 16}.1.00000000.tmp", tmp_path / ".my.tmp"
-    for folder in (dead, fresh, mine):
+    dead, fresh, foreign = (
+        tmp_path / f".{'a' * 16}.1.00000000.tmp",
+        tmp_path / f".{'b' * 16}.1.00000000.tmp",
+        tmp_path / ".my.tmp",
+    )
+    for folder in (dead, fresh, foreign):
         folder.mkdir()
         (folder / "x").write_bytes(bytes(1000))
-    for folder in (dead, mine):
+    for folder in (dead, foreign):
         os.utime(folder, (1, 1))
     monkeypatch.setattr(disk_cache, "remove", remove)
     new = Store(tmp_path, {"kind": 9}, limit)
     assert fill(new, 100) >= 6 and len(tried) == 2 and not any(tried)
-    assert not dead.exists() and fresh.exists() and mine.exists()
+    assert not dead.exists() and fresh.exists() and foreign.exists()
 
 
-def fill_to(kept: Store, count: int) -> None:
-    assert all(kept.put(key_of(n), value_of(n)) for n in range(count))
+def fill_to(cache: Store, count: int) -> None:
+    assert all(cache.put(key_of(n), value_of(n)) for n in range(count))
 
 
-def test_what_others_write_counts_too(tmp_path):
+def test_bytes_written_by_other_processes_count(tmp_path):
     """Two processes fill one kind. Each knows only its own writes between two counts, but both stay near the limit."""
     limit = 600_000
     pair = [Store(tmp_path, {"kind": 1}, limit) for _ in range(2)]
@@ -284,40 +288,40 @@ def test_what_others_write_counts_too(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_full_disk_is_told_once_and_is_no_error(kept, monkeypatch, capsys, number):
+def test_a_full_disk_is_reported_once_and_is_no_error(cache, monkeypatch, capsys, number):
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(disk_cache, "write_whole", fails)
-    assert [kept.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3
+    assert [cache.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3
     assert capsys.readouterr().out.count("nothing more is cached") == 1
-    assert torch.equal(kept.get(KEY), value_of(1))
+    assert torch.equal(cache.get(KEY), value_of(1))
 
 
-def test_a_folder_that_cannot_be_made_is_told_once_and_is_no_error(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_reported_once_and_is_no_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     nowhere = Store(tmp_path / "file" / "cache", {}, PLENTY)
     assert [nowhere.put(key_of(n), value_of(n)) for n in range(3)] == [False] * 3 and nowhere.get(key_of(1)) is None
     assert capsys.readouterr().out.count("nothing more is cached") == 1
 
 
-def test_nothing_is_made_before_there_is_something_to_keep(tmp_path):
+def test_no_folder_is_created_before_the_first_value_is_stored(tmp_path):
     empty = Store(tmp_path / "cache", {}, PLENTY)
     assert empty.get(KEY) is None and KEY not in empty and not (tmp_path / "cache").exists()
     assert empty.put(KEY, value_of(1)) and (empty.values / "kind.json").exists()
 
 
-def test_what_cannot_be_kept_is_said(kept, monkeypatch):
+def test_a_value_that_cannot_be_cached_is_an_error(cache, monkeypatch):
     monkeypatch.setattr(disk_cache, "LARGEST", 1000)
     for value in (torch.empty(0), torch.zeros(3, dtype=torch.complex64), torch.zeros(1001, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="cannot be cached"):
-            kept.put(key_of(1), value)
+            cache.put(key_of(1), value)
 
 
-def test_a_pickled_store_is_the_same_store(kept, tmp_path):
-    again = pickle.loads(pickle.dumps(kept))
-    assert torch.equal(again.get(KEY), value_of(1)) and again.put(key_of(3), value_of(3)) and key_of(3) in kept
-    del kept
+def test_a_pickled_store_is_the_same_store(cache, tmp_path):
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(again.get(KEY), value_of(1)) and again.put(key_of(3), value_of(3)) and key_of(3) in cache
+    del cache
     other = Store(tmp_path / "cache", {"kind": "other"}, 20_000)  # 12 KB are there
     assert not other.put(key_of(1), value_of(1, 10_000)) and again.get(KEY) is not None  # still in use
 
@@ -340,6 +344,6 @@ def test_a_digest_is_of_the_bytes_and_is_computed_once(tmp_path, monkeypatch):
 def test_an_image_that_is_not_there_has_no_digest(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
-    for name, told in (("gone.png", "does not exist"), ("empty.png", "is empty"), ("folder.png", "a folder")):
-        with pytest.raises(ImageError, match=told):
+    for name, read_end in (("gone.png", "does not exist"), ("empty.png", "is empty"), ("folder.png", "a folder")):
+        with pytest.raises(ImageError, match=read_end):
             image_digest(tmp_path / name)

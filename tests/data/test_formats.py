@@ -32,8 +32,8 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def dump(path: Path, found: object) -> Path:
-    return write(path, json.dumps(found))
+def dump(path: Path, document: object) -> Path:
+    return write(path, json.dumps(document))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_tsv_captions_with_comments_blank_lines_bom_and_windows_ends_read_back(r
     ] and not problems
 
 
-def test_tsv_questions_have_their_answers_apart_at_the_bar(run, tmp_path):
+def test_the_answers_of_a_tsv_question_are_separated_by_a_bar(run, tmp_path):
     photo(tmp_path / "a.png")
     write(tmp_path / "x.tsv", "image\tquestion\tanswer", "a.png\twhat is  it?\ta cube | cube", "a.png\thow many?\t2")
     lines = run(tmp_path / "x.tsv")["train"]
@@ -96,12 +96,12 @@ def test_only_a_first_line_that_names_columns_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["text", "caption"])
-def test_imagefolder_metadata_in_jsonl_and_csv_say_the_same(run, tmp_path, text):
+def test_imagefolder_metadata_in_jsonl_and_csv_give_the_same_lines(run, tmp_path, text):
     photo(tmp_path / "1.png", tmp_path / "2.png")
-    said = {"1.png": "a dog, running", "2.png": 'says "hi"\non two lines'}
-    write(tmp_path / "j" / "metadata.jsonl", *(json.dumps({"file_name": name, text: said[name]}) for name in said))
+    captions = {"1.png": "a dog, running", "2.png": 'says "hi"\non two lines'}
+    write(tmp_path / "j" / "metadata.jsonl", *(json.dumps({"file_name": name, text: captions[name]}) for name in captions))
     with (tmp_path / "j" / "metadata.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file_name", text), *said.items()])
+        csv.writer(file).writerows([("file_name", text), *captions.items()])
     ways = {}
     for kind in ("jsonl", "csv"):
         ways[kind] = run(tmp_path / "j" / f"metadata.{kind}", images=str(tmp_path), output_dir=str(tmp_path / kind))["train"]
@@ -158,9 +158,9 @@ def coco(folder: Path, subset: str, captions: dict[str, list[str]]) -> Path:
     """Write captions_<subset>.json with the keys of the published file."""
     images = [{"license": 3, "file_name": name, "coco_url": "http://", "id": 900 + n} for n, name in enumerate(captions)]
     pairs = [(900 + n, text) for n, name in enumerate(captions) for text in captions[name]]
-    said = [{"image_id": image, "id": 37 + n, "caption": text} for n, (image, text) in enumerate(pairs)]
-    found = {"info": {}, "images": images, "licenses": [], "annotations": said}
-    return dump(folder / f"captions_{subset}.json", found)
+    annotations = [{"image_id": image, "id": 37 + n, "caption": text} for n, (image, text) in enumerate(pairs)]
+    document = {"info": {}, "images": images, "licenses": [], "annotations": annotations}
+    return dump(folder / f"captions_{subset}.json", document)
 
 
 def test_coco_captions_are_found_beside_the_annotations_folder_and_split_by_file(run, tmp_path):
@@ -173,7 +173,7 @@ def test_coco_captions_are_found_beside_the_annotations_folder_and_split_by_file
     assert [e.text for e in annotations.read(tmp_path / "out" / "train.jsonl")[0]] == ["A plate .", "Closeup of food"]
 
 
-def test_a_validation_file_alone_is_split_by_shares(run, tmp_path):
+def test_a_validation_file_alone_is_split_by_fractions(run, tmp_path):
     names = [f"{n:012d}.jpg" for n in range(10)]
     photo(*(tmp_path / name for name in names))
     files = run(coco(tmp_path, "val2017", {name: ["a"] for name in names}), splits="0.8,0.2")
@@ -225,11 +225,11 @@ def test_vqav2_finds_its_other_file_and_the_renamed_images_of_2017(run, tmp_path
     photo(tmp_path / "train2017" / "000000000007.jpg")
     questions, answers = vqa(tmp_path / "here", "train2014", {7: TEN})
     settings = {"images": str(tmp_path)}
-    made = [run(source, output_dir=str(tmp_path / source.stem), **settings)["train"] for source in (questions, answers)]
-    assert made[0] == made[1] and Path(made[0][0]["image"]) == tmp_path / "train2017" / "000000000007.jpg"
+    results = [run(source, output_dir=str(tmp_path / source.stem), **settings)["train"] for source in (questions, answers)]
+    assert results[0] == results[1] and Path(results[0][0]["image"]) == tmp_path / "train2017" / "000000000007.jpg"
     (tmp_path / "there").mkdir()
     apart = answers.rename(tmp_path / "there" / answers.name)
-    assert run(f"{questions},{apart}", **settings)["train"] == made[0]
+    assert run(f"{questions},{apart}", **settings)["train"] == results[0]
     with pytest.raises(DataError, match="has VQAv2's questions, but no answers"):
         run(questions, output_dir=str(tmp_path / "no"), **settings)
     with pytest.raises(DataError, match="has VQAv2's answers, but no questions"):
@@ -307,7 +307,7 @@ def test_flickr8k_with_its_oddities_is_read_and_split_by_its_lists(run, tmp_path
     )
 
 
-def test_flickr8k_s_odd_name_is_taken_as_it_is_where_the_file_has_it(run, tmp_path):
+def test_flickr8k_s_name_jpg_1_is_used_if_an_image_has_it(run, tmp_path):
     source = flickr8k(tmp_path)
     photo(tmp_path / "Flickr8k_Dataset" / "Flicker8k_Dataset" / "2258277193_586949ec62.jpg.1")
     assert texts(run(source)["train"])[2][0] == "2258277193_586949ec62.jpg.1"
@@ -323,11 +323,11 @@ def test_kaggle_s_captions_txt_keeps_commas_and_quotes(run, tmp_path):
 
 def test_blip_s_own_json_lists_are_read_one_caption_or_five(run, tmp_path):
     photo(tmp_path / "val2014" / "a.jpg")
-    found = [
+    entries = [
         {"image": "val2014/a.jpg", "caption": ["one", "two"]},
         {"image": "val2014/a.jpg", "caption": "three", "image_id": "7"},
     ]
-    files = run(dump(tmp_path / "coco_karpathy.json", found))["train"]
+    files = run(dump(tmp_path / "coco_karpathy.json", entries))["train"]
     assert [line["text"] for line in files] == ["one", "two", "three"] and files[2]["image_id"] == "7"
     asked = [{"question_id": 1, "question": "q", "answer": ["a", "b"], "image": "a.jpg", "dataset": "vqa"}]
     (line,) = run(dump(tmp_path / "vqa_train.json", asked), output_dir=str(tmp_path / "vqa"))["train"]
@@ -336,25 +336,25 @@ def test_blip_s_own_json_lists_are_read_one_caption_or_five(run, tmp_path):
 
 def test_a_large_json_is_held_without_a_dict_for_each_answer(tmp_path):
     _, answers = vqa(tmp_path, "train2014", {7: TEN})
-    kept = load_json(answers)["annotations"][0]["answers"]
-    assert kept == TEN and kept[0] is kept[1]
+    loaded = load_json(answers)["annotations"][0]["answers"]
+    assert loaded == TEN and loaded[0] is loaded[1]
 
 
-def test_sentences_and_answers_with_keys_of_their_own_beside_are_read_too(run, tmp_path):
+def test_sentences_and_answers_with_additional_keys_are_read(run, tmp_path):
     photo(tmp_path / "a.jpg", tmp_path / "000000000007.jpg")
-    found = json.loads(karpathy(tmp_path, {"a.jpg": "train"}).read_text())
-    found["images"][0]["sentences"][0]["lang"] = "en"
-    assert texts(run(dump(tmp_path / "dataset_coco.json", found))["train"]) == [("a.jpg", "A dog, a.jpg.")]
+    document = json.loads(karpathy(tmp_path, {"a.jpg": "train"}).read_text())
+    document["images"][0]["sentences"][0]["lang"] = "en"
+    assert texts(run(dump(tmp_path / "dataset_coco.json", document))["train"]) == [("a.jpg", "A dog, a.jpg.")]
     questions, answers = vqa(tmp_path, "train2014", {7: TEN})
-    said = json.loads(answers.read_text())
-    said["annotations"][0]["answers"][0]["lang"] = "en"
-    dump(answers, said)
+    answers_document = json.loads(answers.read_text())
+    answers_document["annotations"][0]["answers"][0]["lang"] = "en"
+    dump(answers, answers_document)
     assert run(questions, output_dir=str(tmp_path / "vqa"))["train"][0]["answers"] == TEN
-    kept = {"image": "a.jpg", "caption": "one", "raw": "One!"}  # the user's own key is no sentence of Karpathy's
-    assert run(dump(tmp_path / "x.json", [kept]), output_dir=str(tmp_path / "own"))["train"][0]["raw"] == "One!"
+    entry = {"image": "a.jpg", "caption": "one", "raw": "One!"}  # the user's own key is no sentence of Karpathy's
+    assert run(dump(tmp_path / "x.json", [entry]), output_dir=str(tmp_path / "own"))["train"][0]["raw"] == "One!"
 
 
-def test_only_the_space_before_a_stop_goes():
+def test_only_spaces_before_punctuation_are_removed():
     assert detokenized("a , b . c .5 ?") == "a, b. c .5?" and detokenized("... so") == "... so"
 
 
@@ -373,7 +373,7 @@ def sides_of(made: dict[str, Lines]) -> dict[str, set[str]]:
     return {side: {line["text"].split()[0] for line in lines} for side, lines in made.items()}
 
 
-def test_all_lines_of_an_image_are_on_one_side_however_they_spell_its_path(run, tmp_path):
+def test_all_lines_of_an_image_are_in_one_split_however_they_spell_its_path(run, tmp_path):
     files = run(manifest(tmp_path, 20, lines=4), splits="0.6,0.2,0.2")
     sides = sides_of(files)
     assert {side: len(images) for side, images in sides.items()} == {"train": 12, "val": 4, "test": 4}
@@ -394,7 +394,7 @@ def test_the_split_depends_on_the_seed_and_the_images_alone(run, tmp_path):
     assert sides_of(turned) == sides_of(again) and turned != again
 
 
-def test_every_share_gets_an_image_or_the_split_is_refused(run, tmp_path):
+def test_every_split_gets_an_image_or_it_is_an_error(run, tmp_path):
     source = manifest(tmp_path, 3)
     with pytest.raises(DataError, match="too few"):
         run(write(tmp_path / "two.tsv", "photos/0.png\ta", "photos/1.png\tb"), splits="0.9,0.05,0.05")
@@ -403,7 +403,7 @@ def test_every_share_gets_an_image_or_the_split_is_refused(run, tmp_path):
     )
 
 
-def test_a_split_column_is_kept_and_one_image_on_two_sides_is_refused(run, tmp_path):
+def test_a_split_column_is_used_and_one_image_in_two_splits_is_refused(run, tmp_path):
     photo(tmp_path / "a.png", tmp_path / "b.png")
     rows = [
         ("a.png", "1", "train"),
@@ -434,7 +434,7 @@ def test_paths_are_relative_below_the_output_and_absolute_elsewhere_and_always_r
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "test.jsonl", "dropped.jsonl"])
-def test_nothing_there_is_written_over_and_nothing_is_read_first(run, tmp_path, name):
+def test_an_existing_file_is_an_error_before_the_source_is_read(run, tmp_path, name):
     write(tmp_path / "out" / name, "mine")
     with pytest.raises(ConfigError, match=f"{name} already exists.*--output-dir"):
         run(tmp_path / "no such source.tsv")
@@ -461,12 +461,12 @@ def test_a_refusal_leaves_no_file_and_no_folder(run, tmp_path):
         ({"format": "xml"}, "one of auto"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(settings, message):
+def test_an_invalid_setting_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         PrepareConfig(**{"source": "x"} | settings)
 
 
-def test_shares_may_leave_parts_out():
+def test_a_split_fraction_may_be_zero_or_missing():
     assert (
         split_fractions("1") == [1, 0, 0]
         and split_fractions(" 0.8 , 0.2") == [0.8, 0.2, 0]
@@ -511,10 +511,10 @@ def broken_jsons(folder: Path) -> dict[str, tuple[Path, str]]:
     photo(*(folder / f"{n}.jpg" for n in range(3)))
 
     def spoilt(path: Path, spoil: Callable[[dict], object], name: str) -> Path:
-        found = json.loads(path.read_text())
-        spoil(found)
+        document = json.loads(path.read_text())
+        spoil(document)
         path.unlink()
-        return dump(folder / name / path.name, found)
+        return dump(folder / name / path.name, document)
 
     def of_coco(name: str, spoil: Callable[[dict], object]) -> Path:
         return spoilt(coco(folder, "train2017", {f"{n}.jpg": ["a", "b"] for n in range(3)}), spoil, name)
@@ -563,15 +563,17 @@ def test_a_bad_entry_of_a_json_is_named_and_left_out_when_asked(run, tmp_path):
 def test_a_bad_entry_of_either_of_vqav2_s_files_is_named(run, tmp_path):
     photo(*(tmp_path / f"{n:012d}.jpg" for n in range(6)))
     questions, answers = vqa(tmp_path, "train2014", {n: ["a"] * 10 for n in range(6)})
-    asked, said = json.loads(questions.read_text()), json.loads(answers.read_text())
-    del asked["questions"][0]["question"]
-    entries = {entry["image_id"]: entry for entry in said["annotations"]}  # the file's order is reversed: image 5 is [0]
+    questions_document, answers_document = json.loads(questions.read_text()), json.loads(answers.read_text())
+    del questions_document["questions"][0]["question"]
+    entries = {
+        entry["image_id"]: entry for entry in answers_document["annotations"]
+    }  # the file's order is reversed: image 5 is [0]
     del entries[1]["answers"][3]["answer"]
     entries[2]["answers"] = [{"answer": " ", "answer_id": 1}]
     del entries[3]["question_id"]
     entries[4]["answers"] = "yes"
-    dump(questions, asked)
-    dump(answers, said)
+    dump(questions, questions_document)
+    dump(answers, answers_document)
     with pytest.raises(DataError) as error:
         run(questions)
     for message in (
@@ -604,7 +606,7 @@ def test_a_file_that_is_cut_short_or_of_no_known_kind_says_so(run, tmp_path):
             run(tmp_path / name)
 
 
-def test_a_forced_format_is_obeyed(run, tmp_path):
+def test_the_setting_format_overrides_the_detection(run, tmp_path):
     photo(tmp_path / "a.png")
     odd = write(tmp_path / "x.lst", "a.png#1\tone")
     assert find_sources(str(odd))[0].format == "flickr8k"

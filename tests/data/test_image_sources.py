@@ -71,7 +71,7 @@ def shard_of(path: Path, files: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("where", ["folder", "glob", "shard"])
-def test_images_are_told_by_content_and_the_rest_is_counted(tmp_path, where):
+def test_images_are_detected_by_content_and_other_files_are_counted(tmp_path, where):
     """A folder, a glob and a tar file give the same images and the same counts, and each image opens."""
     files = phone_folder() | OTHERS
     folder = write(tmp_path / "photos", files)
@@ -97,7 +97,7 @@ def test_a_list_and_training_lines_read_every_kind(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_what_is_no_file_is_never_opened(tmp_path):
+def test_a_path_that_is_not_a_regular_file_is_never_opened(tmp_path):
     folder = write(tmp_path / "photos", {"a.jpg": content("JPEG")})
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to(tmp_path)
@@ -126,11 +126,13 @@ def test_an_image_that_cannot_be_read_is_in_errors_jsonl_with_what_to_do(tmp_pat
     path = infer(InferConfig(str(checkpoints["blip"]), "none", images=str(folder), output_dir=str(tmp_path / "out")))
     errors = (path.parent / "errors.jsonl").read_text().splitlines()
     assert len(path.read_text().splitlines()) == 1 and len(errors) == len(BAD)
-    told = dict(zip(sorted(BAD), errors, strict=True))
+    error_of = dict(zip(sorted(BAD), errors, strict=True))
     for name in ("f.heic", "m.heic"):
-        assert r"pip install \"lora_blip[heic]\"" in told[name]
+        assert r"pip install \"lora_blip[heic]\"" in error_of[name]
     assert (
-        "it is empty" in told["zero.png"] and "save it as JPEG or PNG" in told["n.jpg"] and "export it as PNG" in told["o.eps"]
+        "it is empty" in error_of["zero.png"]
+        and "save it as JPEG or PNG" in error_of["n.jpg"]
+        and "export it as PNG" in error_of["o.eps"]
     )
     assert "not images, left out: 1 file(s) (1 .txt)" in capsys.readouterr().out
 
@@ -178,7 +180,7 @@ def test_the_first_bytes_tell_what_pillow_writes(kind):
     assert kind_of(content(kind)[:64]) == ("JPEG" if kind == "MPO" else kind)
 
 
-def test_brands_tell_avif_from_heic_from_films():
+def test_brands_distinguish_avif_heic_and_videos():
     def box(major: bytes, *others: bytes) -> bytes:
         return (16 + 4 * len(others)).to_bytes(4) + b"ftyp" + major + bytes(4) + b"".join(others)
 

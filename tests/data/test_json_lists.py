@@ -69,7 +69,7 @@ SPLIT = [("1.png", "train"), ("2.png", "Validation"), ("3.png", "test"), ("3.png
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "json"])
-def test_the_split_of_a_line_decides_its_side_of_the_training(folder, suffix, capsys):
+def test_the_split_of_a_line_decides_between_training_and_validation(folder, suffix, capsys):
     path = folder / f"x.{suffix}"
     entries = [{"image": name, "text": "a", "split": split} for name, split in SPLIT]
     path.write_text(

@@ -150,8 +150,8 @@ def test_vizwiz_s_rejected_and_canned_captions_are_counted_and_left_out(run, tmp
         flags = {"is_rejected": False, "is_precanned": False}
         captions = [{"caption": "good"} | flags, {"caption": "spam"} | flags | {"is_rejected": True}]
         captions += [{"caption": "Quality issues"} | flags | {"is_precanned": True}]
-        found = {"images": [{"id": number, "file_name": f"V_{number}.jpg"}]}
-        write(folder / "annotations" / f"{side}.json", found | {"annotations": [c | {"image_id": number} for c in captions]})
+        document = {"images": [{"id": number, "file_name": f"V_{number}.jpg"}]}
+        write(folder / "annotations" / f"{side}.json", document | {"annotations": [c | {"image_id": number} for c in captions]})
     assert pairs(run(folder)) == [("V_1.jpg", "good")]
     out = capsys.readouterr().out
     assert "2 × " in out and "rejected" in out and "standard caption" in out and "4 are not usable examples" in out

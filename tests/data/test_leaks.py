@@ -51,7 +51,7 @@ def test_the_shipped_test_images_are_not_in_training():
     assert find_leaks(TEST, TRAIN) == []
 
 
-def test_the_same_bytes_are_told_from_nearly_the_same_picture(tmp_path):
+def test_the_same_bytes_and_nearly_the_same_picture_are_distinguished(tmp_path):
     for name in ("copy.png", "another copy.png"):
         shutil.copy(TEST[0], tmp_path / name)
     open_image(TEST[1]).save(tmp_path / "again.png", compress_level=1)
@@ -80,7 +80,7 @@ def test_other_colours_other_light_and_a_mirror_are_other_pictures(tmp_path):
     assert find_leaks([written(tmp_path / "grain.png", pixels + noise(2, -6, 6))], [original])
 
 
-def test_flat_pictures_are_alike_when_their_colours_are(tmp_path):
+def test_flat_pictures_match_if_their_colours_are_similar(tmp_path):
     flat = written(tmp_path / "flat.png", np.full((20, 20, 3), (90, 120, 150)))
     near = written(tmp_path / "near.png", np.full((40, 30, 3), (92, 119, 150)) + noise(3, -1, 1, 20).mean())
     far = written(tmp_path / "far.png", np.full((20, 20, 3), (150, 120, 90)))
@@ -94,7 +94,7 @@ def test_the_most_alike_of_several_is_named(tmp_path):
     assert find_leaks([asked], known) == [Leak(asked, known[1], NEARLY)]
 
 
-def test_blocks_change_nothing(monkeypatch):
+def test_the_block_size_does_not_change_the_result(monkeypatch):
     """In blocks of 7, the result equals the definition, computed pair by pair, on similar thumbnails."""
     rng = np.random.default_rng(6)
     centres = rng.uniform(40, 215, (12, leaks.SIDE, leaks.SIDE, 3))
@@ -113,10 +113,10 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
     """Return p·q + GRAIN² / (s t) if it is at least 1 − FAR and contrast and light match, otherwise 0."""
     p, q = (part.astype(np.float64) - part.mean((0, 1), dtype=np.float64) for part in (one, other))
     s, t = p.std(), q.std()
-    found = (p * q).mean() / (s * t) + leaks.GRAIN**2 / (s * t)
+    similarity = (p * q).mean() / (s * t) + leaks.GRAIN**2 / (s * t)
     light = np.abs(one.mean((0, 1)) - other.mean((0, 1))).max()
     low, high = sorted((s + leaks.GRAIN, t + leaks.GRAIN))
-    return found if found >= 1 - leaks.FAR and light <= leaks.LIGHT and low / high >= leaks.CONTRAST else 0.0
+    return similarity if similarity >= 1 - leaks.FAR and light <= leaks.LIGHT and low / high >= leaks.CONTRAST else 0.0
 
 
 def test_an_image_that_cannot_be_decoded_is_compared_by_its_bytes(tmp_path):
@@ -129,7 +129,7 @@ def test_an_image_that_cannot_be_decoded_is_compared_by_its_bytes(tmp_path):
         find_leaks([tmp_path / "missing.png"], TEST[:1])
 
 
-def test_nothing_is_in_nothing():
+def test_empty_lists_have_no_leaks():
     assert find_leaks([], TRAIN[:1]) == find_leaks(TEST[:1], []) == []
 
 

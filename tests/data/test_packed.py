@@ -45,11 +45,11 @@ def run(tmp_path: Path):
     def run(source: Path, **settings: object) -> dict[str, Lines]:
         output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
         files = prepare(PrepareConfig(**{"source": str(source), "output_dir": str(output), "splits": "1"} | settings))
-        found = {side: [json.loads(line) for line in path.read_text().splitlines()] for side, path in files.items()}
-        for line in (line for lines in found.values() for line in lines):
+        lines_by_split = {side: [json.loads(line) for line in path.read_text().splitlines()] for side, path in files.items()}
+        for line in (line for lines in lines_by_split.values() for line in lines):
             with Image.open(output / line["image"]) as image:
                 line["level"] = image.getpixel((0, 0))
-        return found
+        return lines_by_split
 
     return run
 

@@ -49,9 +49,9 @@ def test_pixel_values_are_the_processor_s_to_the_last_bit(name):
     assert pixels.exact
     for size in SIZES:
         image = noise(*size)
-        made = pixels(image)
-        assert torch.equal(made, theirs(processor, image)) and made.dtype == torch.float32 and made.is_contiguous()
-        assert torch.equal(pixel_values(image, processor), made)
+        values = pixels(image)
+        assert torch.equal(values, theirs(processor, image)) and values.dtype == torch.float32 and values.is_contiguous()
+        assert torch.equal(pixel_values(image, processor), values)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
@@ -60,12 +60,12 @@ def test_every_mode_comes_out_as_the_processor_makes_it(mode):
     deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
     image = to_rgb(deep if mode == "I;16" else noise(60, 45).convert(mode))
     assert torch.equal(Pixels(processor)(image), theirs(processor, image))
-    if mode in ("L", "P", "RGBA", "LA"):  # what was not made RGB before
+    if mode in ("L", "P", "RGBA", "LA"):  # these modes were not converted to RGB before
         image = noise(60, 45).convert(mode)
         assert torch.equal(Pixels(processor)(image), theirs(processor, image))
 
 
-def test_a_colour_that_stands_for_transparent_is_left_to_the_processor():
+def test_an_image_with_a_transparent_colour_is_left_to_the_processor():
     processor, image = BlipImageProcessorPil(), noise(30, 20)
     image.info["transparency"] = image.getpixel((0, 0))
     assert torch.equal(Pixels(processor)(image), theirs(processor, image))
@@ -80,13 +80,13 @@ def test_unusual_settings_are_left_to_the_processor(name):
         pixels.resized(image)
 
 
-def test_a_processor_that_computes_something_else_is_found_out(monkeypatch):
+def test_a_processor_that_computes_other_values_is_detected(monkeypatch):
     """Its output for test images decides, not its name or its settings."""
     monkeypatch.setattr(BlipImageProcessorPil, "normalize", lambda *given, **_: given[1] * np.float32(2))
     assert not Pixels(BlipImageProcessorPil()).exact
 
 
-def test_bytes_that_were_kept_become_the_same_pixel_values():
+def test_cached_bytes_give_the_same_pixel_values():
     """This holds for the image, its bytes, its bytes in another memory order, and all of them after pickling."""
     pixels, image = Pixels(BlipImageProcessorPil()), noise(640, 480)
     levels = pixels.resized(image)
@@ -98,7 +98,7 @@ def test_bytes_that_were_kept_become_the_same_pixel_values():
     assert torch.equal(pickle.loads(pickle.dumps(pixels))(image), pixels(image))
 
 
-def test_settings_that_change_are_heeded():
+def test_changed_settings_of_the_processor_are_used():
     """A user may change the size after the first image was read."""
     processor, image = BlipImageProcessorPil(size={"height": 20, "width": 20}), Image.new("RGB", (30, 30), "red")
     assert pixels_of(processor)(image).shape == (3, 20, 20) and pixels_of(processor) is pixels_of(processor)

@@ -148,7 +148,7 @@ def test_a_prompt_in_any_format_reaches_the_examples_through_prepare(folder, suf
         assert [(e.prompt, e.text) for e in annotations.read(path)[0]] == [("a shoe,", "red"), ("", "blue")]
 
 
-def test_prompts_and_question_ids_are_part_of_what_a_run_is():
+def test_changed_prompts_and_question_ids_make_another_run():
     """Resume detects a changed prompt. Lines without a prompt have the same digest as in earlier versions."""
     plain = [example("a cube"), example("", "what?", "", "", "x")]
     digests = {resume.lines_digest([replace(plain[0], prompt=prompt), plain[1]], False) for prompt in ("", "a", "b")}
@@ -157,7 +157,7 @@ def test_prompts_and_question_ids_are_part_of_what_a_run_is():
     assert resume.lines_digest(plain, False) == "bef35a7bf4c96c1eadd85aa96a0c354a575609d517740b8981fd36b16a5ce9b1"
 
 
-def test_a_prompt_that_cannot_be_used_is_one_reason(make):
+def test_an_invalid_prompt_gives_one_reason(make):
     task = CaptionTask(make("blip"))
     assert "too many tokens" in task.check(example("a cube", prompt="cube " * 80))
     assert "[SEP]" in task.check(example("a cube", prompt="a [SEP] b"))
@@ -249,7 +249,7 @@ def test_published_sets_may_have_numbers_and_booleans_for_texts(folder, written,
     ("written", "reason"),
     [("null", "the {} is null"), ("[[1]]", "], expected a text"), ('{"a": 1}', "}}, expected a text")],
 )
-def test_null_and_what_is_no_text_are_named(folder, key, written, reason):
+def test_null_and_values_that_are_not_texts_are_named(folder, key, written, reason):
     entry = {"image": '"a.png"'} | (
         {"text": written} if key == "text" else {"question": '"q"', "answer": '"a"'} | {key: written}
     )
@@ -259,7 +259,7 @@ def test_null_and_what_is_no_text_are_named(folder, key, written, reason):
     assert reason.format(key) in str(error.value)
 
 
-def test_a_number_beyond_all_numbers_is_an_error():
+def test_a_number_that_is_too_large_for_a_float_is_an_error():
     """Python would write it as Infinity, which is not JSON."""
     with pytest.raises(ValueError, match="1e999 is too large"):
         STRICT.decode('{"a": 1e999}')
@@ -302,13 +302,13 @@ def test_a_question_s_key_on_a_tidy_caption_is_reported(folder, key):
 
 
 @pytest.mark.parametrize("number", [True, 4.5, [], {"a": 1}])
-def test_a_question_id_that_is_none_is_a_bad_line(folder, number):
+def test_an_invalid_question_id_is_a_bad_line(folder, number):
     entry = {"image": "a.png", "question": "q", "answers": ["a"], "question_id": number}
     with pytest.raises(DataError, match=r"x\.jsonl:1: the question_id is .*expected a whole number or a text"):
         annotations.read(lines(folder / "x.jsonl", entry))
 
 
-def test_a_million_keys_are_a_short_report(folder):
+def test_the_report_of_a_million_ignored_keys_is_short(folder):
     messages: list[str] = []
     entry = {"image": "a.png", "text": "t"} | {f"key {n}": n for n in range(2000)}
     annotations.read(lines(folder / "x.jsonl", entry), report=messages.append)
@@ -322,19 +322,19 @@ def vqav2(folder: Path) -> Path:
     """`prepare` keeps two questions about one image that have the same words and different answers."""
     Image.new("RGB", (8, 6), "red").save(folder / "COCO_val2014_000000000042.jpg")
     asked = [{"image_id": 42, "question": "how many?", "question_id": number} for number in (420, 421)]
-    told = [
+    answers = [
         {"question_id": number, "answers": [{"answer": text, "answer_id": n} for n in range(10)]}
         for number, text in ((420, "two"), (421, "three"))
     ]
     (folder / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
-    (folder / "a.json").write_text(json.dumps({"data_subtype": "val2014", "annotations": told}))
+    (folder / "a.json").write_text(json.dumps({"data_subtype": "val2014", "annotations": answers}))
     source = f"{folder / 'q.json'},{folder / 'a.json'}"
     return prepare(
         PrepareConfig(source=source, images=str(folder), output_dir=str(folder / "out"), splits="1", own_splits=False)
     )["train"]
 
 
-def test_two_questions_with_the_same_words_are_two(folder, make):
+def test_two_questions_with_the_same_words_are_scored_separately(folder, make):
     """An answer that is right for one of two questions scores 50 %. Each has its own line, key and row."""
     task = VqaTask(make("blip"))
     examples, _ = annotations.read(vqav2(folder), check=task.check)
@@ -357,7 +357,7 @@ def test_a_question_id_is_the_same_in_a_csv_and_a_json(folder):
     assert [e.question_id for e in annotations.read(files["train"])[0]] == [420, "007", ""]
 
 
-def test_a_run_that_was_stopped_by_an_older_version_goes_on():
+def test_a_run_that_was_stopped_by_an_older_version_resumes():
     """Without prompt and question_id, a key is the same as in earlier versions."""
     assert key_of(example("", "what is it?")) == 5285109542600713310
 
@@ -383,7 +383,7 @@ def test_no_part_of_a_text_is_a_formula_in_any_spreadsheet(before):
         assert row == [f"{start}'{text[len(start) :]}{sign}1+1", "b"]
 
 
-def test_a_long_text_of_separators_is_written_at_once():
+def test_a_long_text_of_separators_is_written_in_linear_time():
     """The search for such characters takes linear time."""
     start = time.perf_counter()
     for text in ("\t" * 200_000, ";" * 200_000, "\n " * 100_000, " " * 200_000, "; " * 100_000):
@@ -401,7 +401,7 @@ def test_a_sign_within_a_text_is_left_alone():
         assert list(csv.reader(io.StringIO(csv_text([[text]]), newline=""))) == [[text]]
 
 
-def test_a_comparison_holds_no_formula(make):
+def test_a_comparison_contains_no_formula(make):
     one = replace(example("=cmd|' /C calc'!A0", prompt="@p"), image=Path("+a.png"), group="-g")
     task = CaptionTask(make("blip"))
     scores = ModelScores([task.subject(one)], [[one]], ["=1"], [-1.0], [False], "CIDEr")

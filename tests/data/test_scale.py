@@ -87,7 +87,7 @@ def tokenizers(make: Any) -> dict[str, Any]:
 UNDERSTOOD = ("word pieces", "byte-level BPE", "unigram")
 
 
-def test_a_bound_is_never_less_than_the_tokens_there_are(make):
+def test_a_bound_is_at_least_the_number_of_tokens(make):
     """A text with a bound contains no special token, and not only unknown tokens."""
     rng, told = random.Random(0), dict.fromkeys(UNDERSTOOD, 0)
     for name, tokenizer in tokenizers(make).items():
@@ -102,7 +102,7 @@ def test_a_bound_is_never_less_than_the_tokens_there_are(make):
                 if most < UNBOUNDED:
                     assert not special & {*ids} and {*ids} - {tokenizer.unk_token_id}, (name, text)
                     told[name] += 1
-    assert min(told.values()) > 600  # it is not by silence that they are right
+    assert min(told.values()) > 600  # bounds exist for most texts, so the test compares something
 
 
 def test_closer_bounds_are_exact_for_word_pieces(make):
@@ -118,7 +118,7 @@ def test_closer_bounds_are_exact_for_word_pieces(make):
     [("blip", "caption"), ("opt", "caption"), ("t5", "caption"), ("vqa", "vqa"), ("blip", "vqa"), ("opt", "vqa"), ("t5", "vqa"),
      ("itm", "retrieval"), ("itm2", "retrieval")],
 )  # fmt: skip
-def test_a_line_is_judged_as_if_it_were_tokenised(make, monkeypatch, kind, name):
+def test_a_line_is_accepted_or_refused_as_if_it_were_tokenized(make, monkeypatch, kind, name):
     """For random lines, the bounds, `pretokenize` and a plain tokenization give the same reason. Few lines are tokenized."""
     task, rng = TASKS[name](make(kind)), random.Random(2)
     lines = [
@@ -136,7 +136,7 @@ def test_a_line_is_judged_as_if_it_were_tokenised(make, monkeypatch, kind, name)
     assert sum(not reason for reason in quick) > 20 and len({reason[:20] for reason in quick}) > 3
 
 
-def test_plain_captions_and_answers_are_not_tokenised_at_all(make, monkeypatch):
+def test_ordinary_captions_and_answers_are_not_tokenized(make, monkeypatch):
     tasks = [TASKS["caption"](make("blip")), TASKS["vqa"](make("vqa"))]
     texts = ("a red cube", "what is it?", ("a red cube", "red"))
     for task in tasks:
@@ -176,7 +176,7 @@ def plainly(entry: dict[str, Any], root: Path) -> Example | str:
 
 @often
 @given(found=st.lists(entries, min_size=1, max_size=4), root=st.sampled_from(["", ".", "/", "a/b", "/a//b/", "../c"]))
-def test_a_line_is_the_same_example_by_the_short_way(found, root):
+def test_the_quick_path_of_the_builder_gives_the_same_example(found, root):
     builder = ExampleBuilder(Path("x.jsonl"), Path(root))
     for entry in found:
         made = builder.build(dict(entry), 1)
@@ -184,7 +184,7 @@ def test_a_line_is_the_same_example_by_the_short_way(found, root):
 
 
 @pytest.mark.parametrize("group", [0, 0.0, False, None, [], {}, "", "g"])
-def test_a_group_of_any_kind_is_the_same_by_either_way(group):
+def test_both_paths_of_the_builder_give_the_same_group(group):
     entry = {"image": "a.png", "text": "a cube", "group": group}
     assert ExampleBuilder(Path("x.jsonl"), Path()).build(dict(entry), 1) == plainly(dict(entry), Path())
 
@@ -218,7 +218,7 @@ def test_a_json_line_means_what_the_strict_reader_says(line):
     assert messages[0] == messages[1]
 
 
-def test_an_example_is_the_dataclass_that_it_was():
+def test_an_example_behaves_as_a_frozen_dataclass():
     """An Example is compared, hashed, replaced, pickled and printed by its values. It is immutable and has no __dict__."""
     one = Example(Path("a") / "b.png", "a cube", "b.png", 3, "g", "q", ("x", "y"))
     assert one.image == Path("a/b.png") and isinstance(one.image, Path) and one.file == "a/b.png"
@@ -226,7 +226,7 @@ def test_an_example_is_the_dataclass_that_it_was():
     moved = dataclasses.replace(one, image=Path("c.png"))
     assert moved.image == Path("c.png") and one.image == Path("a/b.png")
     assert pickle.loads(pickle.dumps(one)) == one and len({one, dataclasses.replace(one)}) == 1
-    assert one == dataclasses.replace(one, source="elsewhere.jsonl")  # where it was read is not what it says
+    assert one == dataclasses.replace(one, source="elsewhere.jsonl")  # `source` is not part of the comparison
     assert repr(one).startswith("Example(image=PosixPath('a/b.png'), text='a cube', name='b.png', line=3")
     for name in ("image", "text", "new"):
         with pytest.raises((dataclasses.FrozenInstanceError, TypeError, AttributeError)):
@@ -247,7 +247,7 @@ def test_images_in_shards_are_examples_too():
 @given(
     st.text(alphabet="lefTrighİıſ\u212a -x", max_size=12) | st.sampled_from(["on the LEFT", "upright", "a rightmost", "bright"])
 )
-def test_sides_are_found_where_the_search_finds_them(text):
+def test_the_quick_search_for_left_and_right_equals_the_regex(text):
     assert names_side(text) is (LEFT_OR_RIGHT.search(text) is not None)
 
 
@@ -270,7 +270,7 @@ def linked(tmp_path: Path) -> list[str]:
     return [f"{tmp_path}/{way}/{name}" if way else name for way in ways for name in names]
 
 
-def test_where_files_are_is_what_resolve_says(linked, tmp_path, monkeypatch):
+def test_resolved_paths_equal_those_of_pathlib(linked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "link")
     relative = [*linked, "3.png", "./3.png", "../real/again.png", "below/up/3.png", ".."]
     assert resolved(relative) == {file: str(Path(file).resolve()) for file in relative}
@@ -294,7 +294,7 @@ def split_plainly(examples: list[Example], fraction: float, seed: int) -> tuple[
     return train, [example for example in examples if files[example.image] in held_out]
 
 
-def test_the_split_is_the_one_that_paths_give(linked):
+def test_the_split_equals_one_computed_with_pathlib(linked):
     """The order is also that of Path for names that sort differently as text: a-b/x, a/x."""
     spelled = [*linked, *(f"/{folder}/{name}" for folder in ("a", "a-b", "a.b", "a/c") for name in "xyz")]
     examples = [Example(Path(file), "t", file, number) for number, file in enumerate(spelled) if not file.endswith(".")]
@@ -302,7 +302,7 @@ def test_the_split_is_the_one_that_paths_give(linked):
         assert splits.split_by_image(examples, 0.3, seed) == split_plainly(examples, 0.3, seed)
 
 
-def test_texts_of_other_lines_are_known_as_before(linked):
+def test_positives_are_all_texts_of_the_same_image(linked):
     """A text is right for an image if it is in the set of all texts of the image."""
     rng = random.Random(0)
     some = [*rng.sample([file for file in linked if not file.endswith(".")], 60), *linked[:20]]
@@ -335,7 +335,7 @@ def source(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_picture_that_turns_out_to_be_no_good_stops_the_run_with_its_line(source, tmp_path, workers, damage):
+def test_a_broken_image_stops_a_lazy_run_with_its_line(source, tmp_path, workers, damage):
     path = tmp_path / "photos" / "7.png"
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DataError, match=r"annotations\.jsonl:8: .*7\.png (does not exist|cannot be decoded)") as error:
@@ -346,7 +346,7 @@ def test_a_picture_that_turns_out_to_be_no_good_stops_the_run_with_its_line(sour
 
 
 @pytest.mark.slow
-def test_the_command_says_it_in_one_line(source, tmp_path):
+def test_the_command_prints_the_error_of_a_broken_image_in_one_line(source, tmp_path):
     """This also holds in a worker process, whose traceback would need twenty lines."""
     (tmp_path / "photos" / "7.png").unlink()
     config = lazily(tmp_path, source, val_fraction=0.0)
@@ -358,18 +358,18 @@ def test_the_command_says_it_in_one_line(source, tmp_path):
     assert ended.returncode == 2 and len(told) == 1 and "annotations.jsonl:8: " in told[0] and "Traceback" not in ended.stderr
 
 
-def test_looking_late_trains_the_same_adapter(source, tmp_path):
+def test_lazy_image_checks_train_the_same_adapter(source, tmp_path):
     late, early = (load_file(loop.train(lazily(tmp_path, source, check_images=how))) for how in ("lazy", "all"))
     assert late.keys() == early.keys() and all(torch.equal(late[key], early[key]) for key in late)
 
 
-def test_bad_lines_are_found_before_the_first_step_all_the_same(source, tmp_path):
+def test_lazy_image_checks_find_bad_lines_before_the_first_step(source, tmp_path):
     source.write_text(source.read_text() + '{"image": "photos/1.png"}\n')
     with pytest.raises(DataError, match=r"annotations\.jsonl:13: no text"):
         loop.train(lazily(tmp_path, source))
 
 
-def test_nothing_is_opened_before_it_is_needed(source, monkeypatch, make):
+def test_lazy_image_checks_open_no_image_before_it_is_needed(source, monkeypatch, make):
     """Reading, checking, splitting and the digest of the lines do not access an image file."""
     for path in (source.parent / "photos").iterdir():
         path.unlink()
@@ -382,7 +382,7 @@ def test_nothing_is_opened_before_it_is_needed(source, monkeypatch, make):
         resume.lines_digest(training, True)
 
 
-def test_a_digest_tells_lines_apart(source):
+def test_different_lines_have_different_digests(source):
     examples, _ = annotations.read(source)
     whole = resume.lines_digest(examples, False)
     assert resume.lines_digest(list(examples), False) == whole
@@ -392,10 +392,10 @@ def test_a_digest_tells_lines_apart(source):
     plain = hashlib.sha256()
     for e in examples:
         plain.update(json.dumps([e.name, e.text, e.question, e.answers, *resume._samples_of(e.image)]).encode())
-    assert resume.lines_digest(examples, True) == plain.hexdigest()  # as checkpoints that are there have it
+    assert resume.lines_digest(examples, True) == plain.hexdigest()  # the digest in existing checkpoints
 
 
-def test_a_run_is_another_where_pictures_are_checked_in_another_way(source, tmp_path, make):
+def test_another_value_of_check_images_makes_another_run(source, tmp_path, make):
     """A digest of only the lines does not change if an image file is replaced."""
     backbone, (examples, _) = make("blip"), annotations.read(source)
     configs = [lazily(tmp_path, source, check_images=how) for how in ("lazy", "all")]
@@ -407,7 +407,7 @@ def test_a_run_is_another_where_pictures_are_checked_in_another_way(source, tmp_
     assert changed == [[], ["training lines are not the same"]]
 
 
-def test_workers_hand_over_what_one_process_would(source, make):
+def test_workers_return_the_same_items_as_one_process(source, make):
     examples, _ = annotations.read(source, decode=False)
     pictures = ImageDataset(examples, make("blip").image_processor, True, 1)
     stacks = [torch.cat([s.pixel_values for s in loader(pictures, 4, False, 1, workers, False)]) for workers in (0, 2)]

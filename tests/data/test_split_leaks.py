@@ -41,7 +41,7 @@ def frames(folder: Path, scenes: int, each: int) -> list[str]:
 def lines(path: Path, names: list[str], kind: str = "blip") -> Path:
     texts = [f"{number} pictures" for number in range(len(names))]
     asked = [{"question": "what is it?", "answers": [text]} if kind == "vqa" else {"text": text} for text in texts]
-    path.write_text("\n".join(json.dumps({"image": name, **said}) for name, said in zip(names, asked, strict=True)))
+    path.write_text("\n".join(json.dumps({"image": name, **messages}) for name, messages in zip(names, asked, strict=True)))
     return path
 
 
@@ -88,7 +88,7 @@ def test_a_random_split_of_video_frames_is_reported_before_the_first_step(config
     [("blip", "same path"), ("blip", "hard link"), ("blip", "other spelling"), ("vqa", "same path"), ("itm", "copy")],
 )
 def test_an_image_of_the_validation_file_that_is_trained_on_is_reported(checkpoints, tmp_path, before_steps, kind, how):
-    """In every task, under its own name or another one."""
+    """This holds for every task, and for a copy of the image with another name."""
     names = frames(tmp_path, 6, 1)
     other = {"same path": names[0], "other spelling": f"frames/../{names[0]}"}.get(how, "frames/other.png")
     if how in ("copy", "hard link"):
@@ -105,13 +105,13 @@ def test_an_image_of_the_validation_file_that_is_trained_on_is_reported(checkpoi
 def test_a_clean_split_is_not_reported_and_no_generator_moves(tmp_path, capsys):
     """Six scenes, one frame each: nothing is printed, and every global generator is as before."""
     source = lines(tmp_path / "a.jsonl", frames(tmp_path, 6, 1))
-    kept = Thumbnails()
-    examples, _ = annotations.read(source, on_decoded=kept.add)
+    stored = Thumbnails()
+    examples, _ = annotations.read(source, on_decoded=stored.add)
     training, validation = splits.split_by_image(examples, 0.4, 0)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    report_split_leaks([e.file for e in validation], [e.file for e in training], kept, "")
+    report_split_leaks([e.file for e in validation], [e.file for e in training], stored, "")
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert not capsys.readouterr().out and len(kept.by_file) == 6
+    assert not capsys.readouterr().out and len(stored.by_file) == 6
 
 
 def test_the_search_changes_no_result(config, monkeypatch):
@@ -150,48 +150,48 @@ def test_a_large_split_is_compared_in_part_and_the_number_is_printed(tmp_path, m
     validation, training = split_of(tmp_path)
     shutil.copy(training[0], tmp_path / "frames" / "zz_copy.png")
     validation.append(str(tmp_path / "frames" / "zz_copy.png"))
-    kept, said = Thumbnails(), []
+    stored, messages = Thumbnails(), []
     for file in (*validation, *training):
-        kept.add(file, Image.open(file))
+        stored.add(file, Image.open(file))
     monkeypatch.setattr(split_leaks, "PAIRS", 3 * len(training))
     monkeypatch.setattr(split_leaks, "BLOCK", 7)
-    report_split_leaks(validation, training, kept, "", said.append)
-    assert said[0] == "comparing 3 of 11 validation images with 50 of 50 training images"
-    (found,) = re.findall(r"WARNING: at least (\d) of 11 validation", said[1])
-    assert int(found) in (3, 4) and "1 same bytes" in said[1]
+    report_split_leaks(validation, training, stored, "", messages.append)
+    assert messages[0] == "comparing 3 of 11 validation images with 50 of 50 training images"
+    (count,) = re.findall(r"WARNING: at least (\d) of 11 validation", messages[1])
+    assert int(count) in (3, 4) and "1 same bytes" in messages[1]
 
 
 def test_images_that_are_not_decoded_yet_are_compared_with_their_neighbours(tmp_path, monkeypatch):
-    """At most so many are decoded, those with the nearest names; frames of one scene are found."""
+    """If there are too many images, only those with the nearest names are decoded. Frames of one scene are reported."""
     validation, training = split_of(tmp_path)
-    opened, said, real = [], [], split_leaks.open_image
+    opened, messages, real = [], [], split_leaks.open_image
     monkeypatch.setattr(split_leaks, "open_image", lambda file: (opened.append(file), real(file))[1])
     monkeypatch.setattr(split_leaks, "DECODED", 20)
     monkeypatch.setattr(split_leaks, "SAMPLE", 4)
     monkeypatch.setattr(split_leaks, "NEIGHBOURS", 1)
-    report_split_leaks(validation, training, Thumbnails(), "", said.append)
-    assert said[0] == "comparing validation images with training images, for at most 5 s"
-    assert said[1] == "comparing 4 of 10 validation images with 8 of 50 training images (those with the nearest names)"
-    assert said[2].startswith("WARNING: at least 4 of 10 validation images") and len(opened) == 12
+    report_split_leaks(validation, training, Thumbnails(), "", messages.append)
+    assert messages[0] == "comparing validation images with training images, for at most 5 s"
+    assert messages[1] == "comparing 4 of 10 validation images with 8 of 50 training images (those with the nearest names)"
+    assert messages[2].startswith("WARNING: at least 4 of 10 validation images") and len(opened) == 12
 
 
 @pytest.mark.parametrize("decoded", [20, 2048])
 def test_decoding_ends_when_its_time_is_over(tmp_path, monkeypatch, decoded):
-    """What was not compared is counted in what is printed."""
+    """The printed line contains the numbers of compared images and of all images."""
     validation, training = split_of(tmp_path)
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(split_leaks, "DECODED", decoded)
     monkeypatch.setattr(split_leaks, "SECONDS", 0.0)
-    report_split_leaks(validation, training, Thumbnails(), "", said.append)
-    assert said[1].startswith("comparing 0 of 10 validation images with 0 of 50 training images") and len(said) == 2
+    report_split_leaks(validation, training, Thumbnails(), "", messages.append)
+    assert messages[1].startswith("comparing 0 of 10 validation images with 0 of 50 training images") and len(messages) == 2
 
 
 def test_an_image_that_cannot_be_read_is_left_to_training(tmp_path):
     validation, training = split_of(tmp_path, 2)
     Path(training[0]).write_bytes(b"broken")
-    said: list[str] = []
-    report_split_leaks(validation, training, Thumbnails(), "the fix", said.append)
-    assert said[1] == "comparing 2 of 2 validation images with 9 of 10 training images" and said[2].endswith("the fix")
+    messages: list[str] = []
+    report_split_leaks(validation, training, Thumbnails(), "the fix", messages.append)
+    assert messages[1] == "comparing 2 of 2 validation images with 9 of 10 training images" and messages[2].endswith("the fix")
 
 
 # ---------------------------------------------------------------- the validation file

@@ -192,7 +192,7 @@ WRITERS = {"write_text", "write_bytes", "mkdir", "makedirs", "touch", "save_file
 OWNERS = {"write_text", "write_bytes", "mkdir", "touch", "unlink", "rmdir"}  # methods of Path alone
 ALLOWED = {  # file: function → why its write is not in `writing`
     "data/disk_cache.py:get": "a damaged value is removed; an error is ignored",
-    "data/disk_cache.py:_hold": "an error ends the cache with one line",
+    "data/disk_cache.py:_open_lock_file": "an error ends the cache with one line",
     "data/disk_cache.py:bytes_in": "an error is ignored",
     "data/prepare/packed.py:parquet_entries": "a temporary file in memory or in the system's folder",
     "data/prepare/packed.py:removed_on_error": "after an error, which is reported",
