@@ -126,6 +126,6 @@ def test_a_heic_image_is_named_with_the_fix(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "_heif_reader", lambda: False)
     images._formats.cache_clear()
     (tmp_path / "f.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
-    with pytest.raises(ImageError, match=re.escape("pip install pillow-heif")):
+    with pytest.raises(ImageError, match=re.escape('pip install "lora_blip[heic]"')):
         open_image(tmp_path / "f.heic")
     images._formats.cache_clear()
