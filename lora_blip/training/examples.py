@@ -21,16 +21,16 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     Take the validation lines from `val_annotations` if it is set. Otherwise use the column `split`. Without that column, draw a
     random fraction of the images, and take all their lines. `thumbnails` stores a thumbnail of each decoded image.
     """
-    sides: dict[str, list[Example]] = {}
+    lines_by_split: dict[str, list[Example]] = {}
     groups = Groups(config.group_by)
-    examples = read_file(config, task, config.annotations, thumbnails, sides, groups if config.group_by else None)
+    examples = read_file(config, task, config.annotations, thumbnails, lines_by_split, groups if config.group_by else None)
     groups.require_found()
     if config.val_annotations:
         groups.note_unused(f"the validation lines are those of {config.val_annotations}")
         training, validation = examples, read_file(config, task, config.val_annotations, thumbnails)
         task.prepare_data([*training, *validation])
-    elif sides.get("train"):
-        training, validation = split_by_column(config, sides, len(examples), groups)
+    elif lines_by_split.get("train"):
+        training, validation = split_by_column(config, lines_by_split, len(examples), groups)
         task.prepare_data([*training, *validation])
     else:
         task.prepare_data(examples)
@@ -41,13 +41,13 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
 
 
 def split_by_column(
-    config: TrainConfig, sides: dict[str, list[Example]], count: int, groups: Groups = NO_GROUPS
+    config: TrainConfig, lines_by_split: dict[str, list[Example]], count: int, groups: Groups = NO_GROUPS
 ) -> tuple[list[Example], list[Example]]:
     """Return the lines whose column `split` is train, and those whose column is val. Print the number of each.
 
     If no line is in val, draw the validation images at random from train. count: number of all lines.
     """
-    training, validation = sides["train"], sides.get("val", [])
+    training, validation = lines_by_split["train"], lines_by_split.get("val", [])
     others = count - len(training) - len(validation)
     print(
         f"{printable(config.annotations)}: the column `split` divides the lines: {len(training):,} train, "
@@ -56,7 +56,7 @@ def split_by_column(
     if validation:
         groups.note_unused("the column `split` divides the lines")
         return training, validation
-    return split(config, sides["train"], groups)
+    return split(config, lines_by_split["train"], groups)
 
 
 def split(config: TrainConfig, examples: list[Example], groups: Groups) -> tuple[list[Example], list[Example]]:
@@ -71,12 +71,12 @@ def read_file(
     task: Task,
     source: str,
     thumbnails: Thumbnails | None,
-    sides: dict[str, list[Example]] | None = None,
+    lines_by_split: dict[str, list[Example]] | None = None,
     groups: Groups | None = None,
 ) -> list[Example]:
     """Return the valid lines of an annotations file. Print its invalid lines and the tokens that the model does not know.
 
-    sides: if given, the lines are also added to it by the value of their column `split`.
+    lines_by_split: if given, the lines are also added to it by the value of their column `split`.
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     with phase(f"reading {source}"):
@@ -90,7 +90,7 @@ def read_file(
             task.trim,
             on_decoded=keep,
             keys=keys_of(config),
-            splits=sides,
+            splits=lines_by_split,
             groups=groups,
         )
     if problems:
