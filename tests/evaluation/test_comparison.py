@@ -77,7 +77,7 @@ def evaluated(refs: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[st
 def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, capsys):
     """The texts are those of each model, the scores those of the metrics, and the gains their differences, with intervals."""
     refs, path = references(here), adapter_of(checkpoints["blip"], here)
-    found, rows, page = evaluated(refs, adapter=str(path), output_dir="out")
+    figures, rows, page = evaluated(refs, adapter=str(path), output_dir="out")
     assert '"score_name":"CIDEr"' in page.replace(" ", "")  # each card names its score
     backbone = load_backbone(str(checkpoints["blip"]), "cpu")
     task = TASKS["caption"](backbone, "", Generation(6))
@@ -91,20 +91,21 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
         expected = captions.caption_scores(texts, right)
         assert [row[who] for row in rows] == texts
         for name in ("exact match", "BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"):
-            assert found["scores"][name][who]["value"] == pytest.approx(expected.values[name])
+            assert figures["scores"][name][who]["value"] == pytest.approx(expected.values[name])
     assert [row["references"] for row in rows] == [" | ".join(texts) for texts in right]
     assert [row["group"] for row in rows] == ["a", "b"] * 3 and {row["question"] for row in rows} == {""}
-    for name, score in found["scores"].items():
+    for name, score in figures["scores"].items():
         if score["gain"]:
             assert score["gain"]["value"] == pytest.approx(score["adapted"]["value"] - score["base"]["value"])
             assert score["gain"]["low"] <= score["gain"]["value"] <= score["gain"]["high"], name
-    assert found["scores"]["ROUGE-L"]["gain"] and found["scores"]["exact match: a (3)"]["gain"]
-    assert found["scores"]["METEOR"] == {"base": None, "adapted": None, "gain": None, "note": found["scores"]["METEOR"]["note"]}
-    assert "java" in found["scores"]["METEOR"]["note"] and found["scores"]["CIDEr"]["note"] == ""
-    assert found["facts"]["scored"] == "6 of 6 images" and found["settings"]["references"] == str(refs)
+    assert figures["scores"]["ROUGE-L"]["gain"] and figures["scores"]["exact match: a (3)"]["gain"]
+    meteor = figures["scores"]["METEOR"]
+    assert meteor == {"base": None, "adapted": None, "gain": None, "note": meteor["note"]}
+    assert "java" in meteor["note"] and figures["scores"]["CIDEr"]["note"] == ""
+    assert figures["facts"]["scored"] == "6 of 6 images" and figures["settings"]["references"] == str(refs)
     assert (
-        found["facts"]["leaks"] == "not searched: the training data are unknown; give them with --train-annotations"
-        and found["leaks"] == []
+        figures["facts"]["leaks"] == "not searched: the training data are unknown; give them with --train-annotations"
+        and figures["leaks"] == []
     )
     assert "exact match" in page and "a red cube on cube 3" in page
     printed = capsys.readouterr().out
@@ -121,11 +122,11 @@ def test_a_score_that_is_no_number_is_null():
 
 
 def test_a_score_that_has_no_interval_is_still_json(checkpoints, tmp_path, monkeypatch):
-    """METEOR of a set is not the mean of its images: it has a value, and null for both ends of its interval."""
+    """METEOR of a set is not the mean over its images. So both ends of its interval are null."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(captions.java, "meteor", lambda generated, _right, _package: (0.25, [0.5] * len(generated)))
-    found, _, page = evaluated(references(tmp_path, 3), adapter=str(adapter_of(checkpoints["blip"], tmp_path)))
-    meteor = found["scores"]["METEOR"]
+    figures, _, page = evaluated(references(tmp_path, 3), adapter=str(adapter_of(checkpoints["blip"], tmp_path)))
+    meteor = figures["scores"]["METEOR"]
     assert meteor["adapted"] == {"value": 0.25, "low": None, "high": None} and meteor["gain"] is None
     assert "no interval" in page
 
@@ -133,13 +134,13 @@ def test_a_score_that_has_no_interval_is_still_json(checkpoints, tmp_path, monke
 def test_without_the_scorers_exact_match_comes_with_the_reasons(checkpoints, here, monkeypatch, capsys):
     real = builtins.__import__
     monkeypatch.setattr(captions, "import_module", lambda name: real("nowhere_" + name))
-    found, rows, _ = evaluated(references(here, 3), adapter=str(adapter_of(checkpoints["blip"], here)))
-    assert found["scores"]["exact match"]["adapted"]["value"] == 0
-    assert all('pip install "lora_blip[metrics]"' in found["scores"][name]["note"] for name in captions.COCO)
+    figures, rows, _ = evaluated(references(here, 3), adapter=str(adapter_of(checkpoints["blip"], here)))
+    assert figures["scores"]["exact match"]["adapted"]["value"] == 0
+    assert all('pip install "lora_blip[metrics]"' in figures["scores"][name]["note"] for name in captions.COCO)
     assert "exact match" in rows[0] and 'pip install "lora_blip[metrics]"' in capsys.readouterr().out
 
 
-def test_the_base_alone_and_the_adapter_alone(checkpoints, here):
+def test_evaluate_can_score_the_base_alone_or_the_adapter_alone(checkpoints, here):
     refs, path = references(here, 3), adapter_of(checkpoints["blip"], here)
     both, rows, _ = evaluated(refs, adapter=str(path))
     base, base_rows, _ = evaluated(refs, adapter="none", model=str(checkpoints["blip"]), max_new_tokens=6)
@@ -162,19 +163,19 @@ def test_leaks_are_found_and_printed_before_the_scores(checkpoints, here, capsys
     names = ("x.png", "y.jpg", "z.png", "gone.png")
     source = write_lines(here / "train.jsonl", [{"image": f"train/{name}", "text": "a"} for name in names])
     path = adapter_of(checkpoints["blip"], here, settings={"annotations": "train.jsonl", "image_root": ""})
-    found, _, page = evaluated(refs, adapter=str(path))
-    assert [(Path(x["evaluation"]).name, Path(x["training"]).name, x["kind"]) for x in found["leaks"]] == [
+    figures, _, page = evaluated(refs, adapter=str(path))
+    assert [(Path(x["evaluation"]).name, Path(x["training"]).name, x["kind"]) for x in figures["leaks"]] == [
         ("2.png", "x.png", "same bytes"),
         ("4.png", "y.jpg", "nearly the same picture"),
     ]
-    (warning,) = [text for text in found["warnings"] if "training data" in text]
+    (warning,) = [text for text in figures["warnings"] if "training data" in text]
     assert warning.startswith("2 of 6 evaluation images are in the training data")
-    assert found["facts"]["leaks"] == "2 found among the 3 images of train.jsonl"
+    assert figures["facts"]["leaks"] == "2 found among the 3 images of train.jsonl"
     printed = capsys.readouterr().out
     assert printed.index("WARNING: 2 of 6") < printed.index("adapted  ") and "Read " in page and warning[:40] in page
     assert page.count("same bytes as") >= 1 and evaluated(refs, adapter=str(path), train_annotations="none")[0]["leaks"] == []
-    given = evaluated(refs, adapter="none", model=str(checkpoints["blip"]), train_annotations=str(source))[0]
-    assert len(given["leaks"]) == 2
+    with_flag = evaluated(refs, adapter="none", model=str(checkpoints["blip"]), train_annotations=str(source))[0]
+    assert len(with_flag["leaks"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -228,12 +229,12 @@ def test_invalid_lines_stop_evaluate_or_are_left_out(checkpoints, here, capsys):
     ):
         evaluated(refs, adapter=str(path))
     assert not (here / "lora_blip_output").exists()
-    found, rows, _ = evaluated(refs, adapter=str(path), on_bad_data="skip")
-    assert len(rows) == 3 and found["facts"]["scored"] == "3 of 3 images" and "left out 4 line(s)" in capsys.readouterr().out
+    figures, rows, _ = evaluated(refs, adapter=str(path), on_bad_data="skip")
+    assert len(rows) == 3 and figures["facts"]["scored"] == "3 of 3 images" and "left out 4 line(s)" in capsys.readouterr().out
 
 
 def test_an_image_deleted_during_the_evaluation_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
-    """An image is deleted after the lines are checked. The other images are scored and paired."""
+    """The image is deleted after the lines are checked. The other images are scored and paired."""
     refs, path = references(here, 4), adapter_of(checkpoints["blip"], here)
     real = comparison.search_leaks
 
@@ -242,9 +243,9 @@ def test_an_image_deleted_during_the_evaluation_is_left_out_of_both(checkpoints,
         return real(*arguments)
 
     monkeypatch.setattr(comparison, "search_leaks", vanishing)
-    found, rows, page = evaluated(refs, adapter=str(path))
-    assert [Path(row["image"]).name for row in rows] == ["0.png", "2.png", "3.png"] and found["scores"]["CIDEr"]["gain"]
-    assert found["facts"]["scored"] == "3 of 4 images" and capsys.readouterr().out.count("left out: ") == 1
+    figures, rows, page = evaluated(refs, adapter=str(path))
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "2.png", "3.png"] and figures["scores"]["CIDEr"]["gain"]
+    assert figures["facts"]["scored"] == "3 of 4 images" and capsys.readouterr().out.count("left out: ") == 1
     assert "a red cube on cube 1" not in page
 
 
@@ -263,28 +264,30 @@ def test_if_no_image_can_be_read_there_is_one_error(checkpoints, here, monkeypat
 
 
 def test_answers_are_scored_by_question(checkpoints, here):
-    """The official accuracy, written out: with ten answers, a third for each that agrees, leaving one out at a time."""
+    """The oracle is the official accuracy: the mean over the subsets of nine answers of min(equal answers / 3, 1)."""
     scene(here / "a.png", 1), scene(here / "b.png", 2)
     path = adapter_of(checkpoints["vqa"], here)
     task = TASKS["vqa"](load_backbone(str(checkpoints["vqa"]), "cpu"), "", Generation(6))
     apply_adapter(task, adapter_file.read(path), merge=True)
-    asked = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
-    generated = [p.text for p in Captioner(task).answer(*map(list, zip(*asked, strict=True)))]
+    questions = [("a.png", "what is it?"), ("a.png", "what colour?"), ("b.png", "what is it?")]
+    generated = [p.text for p in Captioner(task).answer(*map(list, zip(*questions, strict=True)))]
     votes = [[generated[0]] * 2 + ["zebra"] * 8, [generated[1]] * 10, ["zebra"] * 10]
-    lines = [{"image": i, "question": q, "answers": v} for (i, q), v in zip(asked, votes, strict=True)]
-    found, rows, _ = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
+    lines = [{"image": i, "question": q, "answers": v} for (i, q), v in zip(questions, votes, strict=True)]
+    figures, rows, _ = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
     accuracy = (2 * (1 / 3) + 8 * (2 / 3)) / 10
     assert [float(row["VQA accuracy"]) for row in rows] == pytest.approx([accuracy, 1, 0])
-    score = found["scores"]["VQA accuracy"]
+    score = figures["scores"]["VQA accuracy"]
     assert score["adapted"]["value"] == pytest.approx((accuracy + 1) / 3) and score["base"]["value"] == 0
     assert score["gain"]["value"] == pytest.approx(score["adapted"]["value"] - score["base"]["value"])
-    assert [(row["question"], row["adapted"]) for row in rows] == [(q, s) for (_, q), s in zip(asked, generated, strict=True)]
-    assert found["facts"]["scored"] == "2 of 2 images, 3 questions"
+    assert [(row["question"], row["adapted"]) for row in rows] == [
+        (q, s) for (_, q), s in zip(questions, generated, strict=True)
+    ]
+    assert figures["facts"]["scored"] == "2 of 2 images, 3 questions"
 
 
 @pytest.mark.parametrize("kind", ["itm", "itm2"])
 @pytest.mark.parametrize("again", [2, 99])
-def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
+def test_retrieval_equals_brute_force(checkpoints, here, monkeypatch, kind, again):
     """The oracle sorts all pairs: the `again` most probable by ITC are sorted by ITC + ITM, and the others follow."""
     monkeypatch.setattr(measures, "RERANKED", again)
     texts = ["a red cube", "a blue cube", "a green cube on a red cube", "two cubes", "nothing", "a white cube"]
@@ -294,7 +297,7 @@ def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
     refs = write_lines(here / "refs.jsonl", [{"image": f"{i}.png", "text": texts[t], "group": "ab"[i % 2]} for i, t in owners])
     task: Any = TASKS["retrieval"](load_backbone(str(checkpoints[kind]), "cpu"))
     examples = annotations.read(refs)[0]
-    made = measures.measure(Runner(task, 3), examples, 0, lambda found, _: found)
+    measured = measures.measure(Runner(task, 3), examples, 0, lambda results, _: results)
 
     processor = task.backbone.image_processor
     files = dict.fromkeys(example.image for example in examples)
@@ -303,10 +306,10 @@ def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
         similarity, odds = torch.zeros(5, 6), torch.zeros(5, 6)
         for i, picture in enumerate(pixels):
             for t, text in enumerate(texts):
-                seen, read = task.matcher.encode_images(picture[None]), task.matcher.tokenize([text])
-                views, word = task.matcher.image_features(seen)[0], task.matcher.text_features(read)[0]
+                states, tokens = task.matcher.encode_images(picture[None]), task.matcher.tokenize([text])
+                views, word = task.matcher.image_features(states)[0], task.matcher.text_features(tokens)[0]
                 similarity[i, t] = max(float(view @ word) for view in views) / 0.07
-                odds[i, t] = task.matcher.matching(seen, read)[0]
+                odds[i, t] = task.matcher.matching(states, tokens)[0]
 
     def rank(row: int, table: torch.Tensor, bonus: torch.Tensor, right: set[int]) -> int:
         order = sorted(range(table.shape[1]), key=lambda j: -float(table[row, j]))
@@ -318,10 +321,10 @@ def test_retrieval_is_brute_force(checkpoints, here, monkeypatch, kind, again):
     for way, ranks in (("image→text", by_image), ("text→image", by_text)):
         for most in (1, 5, 10):
             value = sum(r <= most for r in ranks) / len(ranks)
-            assert made.scores[f"R@{most} {way}"].value == pytest.approx(value), (way, most, ranks)
-        assert made.scores[f"mean rank {way}"].value == pytest.approx(sum(ranks) / len(ranks))
-        assert made.scores[f"median rank {way}"].value == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
-    assert made.points == pytest.approx([1 / r for r in by_image])
+            assert measured.scores[f"R@{most} {way}"].value == pytest.approx(value), (way, most, ranks)
+        assert measured.scores[f"mean rank {way}"].value == pytest.approx(sum(ranks) / len(ranks))
+        assert measured.scores[f"median rank {way}"].value == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
+    assert measured.points == pytest.approx([1 / r for r in by_image])
     assert len({*by_image, *by_text}) > 1
 
 
@@ -330,29 +333,29 @@ def test_retrieval_is_reported_both_ways_with_gains(checkpoints, here):
         scene(here / f"{n}.png", n)
     lines = [{"image": f"{n}.png", "text": text} for n, text in enumerate(["a red cube", "a cube", "two cubes", "nothing"])]
     path = adapter_of(checkpoints["itm"], here)
-    found, rows, page = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
+    figures, rows, page = evaluated(write_lines(here / "refs.jsonl", lines), adapter=str(path))
     for name in ("R@1 image→text", "R@10 text→image", "mean rank image→text", "median rank text→image"):
-        assert found["scores"][name]["base"] and found["scores"][name]["adapted"]
+        assert figures["scores"][name]["base"] and figures["scores"][name]["adapted"]
     assert (
-        found["scores"]["R@10 text→image"]["adapted"]["value"] == 1
-        and "by ITC alone" in found["scores"]["R@1 image→text"]["note"]
+        figures["scores"]["R@10 text→image"]["adapted"]["value"] == 1
+        and "by ITC alone" in figures["scores"]["R@1 image→text"]["note"]
     )
-    assert found["scores"]["R@1 image→text"]["gain"] and len(rows) == 4 and "R@1" in page
-    assert found["facts"]["candidates"].startswith("4 texts, 4 images")
+    assert figures["scores"]["R@1 image→text"]["gain"] and len(rows) == 4 and "R@1" in page
+    assert figures["facts"]["candidates"].startswith("4 texts, 4 images")
 
 
 # ---------------------------------------------------------------- on the embedded base, and the command line
 
 
-def test_on_the_embedded_base(here, capsys):
-    """tiny-blip knows flat shapes, so one of its texts is right."""
+def test_evaluate_runs_on_the_embedded_base(here, capsys):
+    """The reference is the caption that tiny-blip generates, so the exact match of the base is 1."""
     scene(here / "a.png", 1)
     base = str(ROOT / "assets" / "tiny-blip")
     task = TASKS["caption"](load_backbone(base, "cpu"))
     (generated,) = Captioner(task)([here / "a.png"])
     refs = write_lines(here / "refs.jsonl", [{"image": "a.png", "text": generated.text}])
-    found, rows, _ = evaluated(refs, adapter="none", model=base)
-    assert found["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == generated.text
+    figures, rows, _ = evaluated(refs, adapter="none", model=base)
+    assert figures["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == generated.text
     assert "CIDEr" in capsys.readouterr().out
 
 

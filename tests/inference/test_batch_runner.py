@@ -59,8 +59,8 @@ def photos(tmp_path: Path) -> list[Example]:
 
 
 def ran(runner: Runner, examples: Any) -> list[tuple[str, str]]:
-    found = runner.run(examples, lambda task, pictures, some: task.predict(pictures, some))
-    return [(example.image.stem, result) for example, result in found]
+    results = runner.run(examples, lambda task, pictures, some: task.predict(pictures, some))
+    return [(example.image.stem, result) for example, result in results]
 
 
 def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -167,14 +167,14 @@ def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, caps
 
 
 def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_place(photos):
-    """It is among the other results. It has no traceback, whose frames would keep the images of the batch in memory."""
+    """The error is among the other results. It has no traceback: the frames would keep the images of the batch in memory."""
     photos[3].image.write_bytes(b"broken")
     task: Any = Fragile(most=2)
     twice = [e for e in photos for _ in range(2)]
-    found = list(Runner(task, 4).run_with_errors(twice, lambda task, *some: task.predict(*some)))
-    assert [example for example, _ in found] == twice
-    errors = [result for _, result in found if isinstance(result, ImageError)]
-    assert [result for _, result in found if isinstance(result, str)] == [
+    results = list(Runner(task, 4).run_with_errors(twice, lambda task, *some: task.predict(*some)))
+    assert [example for example, _ in results] == twice
+    errors = [result for _, result in results if isinstance(result, ImageError)]
+    assert [result for _, result in results if isinstance(result, str)] == [
         f"meta {n}" for n in range(11) if n != 3 for _ in range(2)
     ]
     assert len(errors) == 2 and all("3.png is not a usable image" in str(error) for error in errors)
@@ -182,20 +182,20 @@ def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_plac
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 300), (3, 3), (5000, 2)])
-def test_a_picture_of_any_size_is_a_picture(tmp_path, size):
-    """A side of three pixels is not mistaken for three channels."""
+def test_an_image_of_any_size_is_accepted(tmp_path, size):
+    """The runner does not confuse a side of three pixels with three channels."""
     Image.new("RGB", size, "red").save(tmp_path / "odd.png")
     task: Any = Fragile(most=1)
     assert ran(Runner(task, 1), [Example(tmp_path / "odd.png", "", "", 0)]) == [("odd", "meta odd")]
 
 
 def test_examples_are_drawn_as_they_are_needed(photos):
-    """An endless source is predicted batch by batch."""
+    """The runner predicts an endless source batch by batch."""
 
     def endless() -> Iterator[Example]:
         while True:
             yield from photos
 
     task: Any = Fragile(most=99)
-    found = Runner(task, 4).run(endless(), lambda task, *some: task.predict(*some))
-    assert [next(found)[1] for _ in range(25)][-1] == "meta 2" and len(task.sizes) == 7
+    results = Runner(task, 4).run(endless(), lambda task, *some: task.predict(*some))
+    assert [next(results)[1] for _ in range(25)][-1] == "meta 2" and len(task.sizes) == 7

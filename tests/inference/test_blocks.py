@@ -65,7 +65,7 @@ def lines_of(folder: str | Path) -> list[dict]:
     return [json.loads(line) for content in bytes_of(folder).values() for line in content.splitlines()]
 
 
-def whole(config: InferConfig) -> dict[str, bytes]:
+def uninterrupted(config: InferConfig) -> dict[str, bytes]:
     """Return both output files of a run that is not killed."""
     return bytes_of(infer(replace(config, output_dir="whole")).parent)
 
@@ -74,8 +74,8 @@ def killed(config: InferConfig, keep: dict[str, int]) -> None:
     """Turn the folder of a finished run into that of a run that was killed when its files had the lengths `keep`."""
     shutil.rmtree(config.output_dir, ignore_errors=True)
     shutil.copytree("whole", config.output_dir)
-    about = Path(config.output_dir, output.SETTINGS_NAME)
-    about.write_text(about.read_text().replace('"finished": true', '"finished": false'))
+    settings_file = Path(config.output_dir, output.SETTINGS_NAME)
+    settings_file.write_text(settings_file.read_text().replace('"finished": true', '"finished": false'))
     for name, length in keep.items():
         os.truncate(Path(config.output_dir, name), length)
 
@@ -177,8 +177,8 @@ def test_paths_in_a_list_are_relative_to_the_list(tmp_path):
     lines = ['{"image": "a.png", "text": "x"}', "{", '{"text": "x"}', '{"file_name": "b.png"}', '["a.png"]']
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     assert names(tmp_path / "list.jsonl") == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    said = reasons(tmp_path / "list.jsonl")
-    assert [reason.removeprefix(f"{tmp_path}/").split(":")[:2] for reason in said] == [["list.jsonl", n] for n in "235"]
+    messages = reasons(tmp_path / "list.jsonl")
+    assert [reason.removeprefix(f"{tmp_path}/").split(":")[:2] for reason in messages] == [["list.jsonl", n] for n in "235"]
 
 
 def test_braces_are_expanded_as_webdataset_does():
@@ -205,15 +205,15 @@ def test_the_images_of_a_shard_are_those_that_webdataset_reads(tmp_path):
             key = f"{'long/' * (30 * (number % 2))}{number:06}"
             sink.write({"__key__": key, "png": png(number), "txt": "a cube", "json": {"n": number}, "pyd": {"n": number}})
     with path.open("rb") as file:
-        found = [s for s in webdataset.tariterators.tar_file_iterator(file) if s["fname"].endswith(".png")]
-    assert names(path) == [f"{path}/{sample['fname']}" for sample in found] and len(found) == 5
-    for example, sample in zip(ImageSource(path), found, strict=True):
+        samples = [s for s in webdataset.tariterators.tar_file_iterator(file) if s["fname"].endswith(".png")]
+    assert names(path) == [f"{path}/{sample['fname']}" for sample in samples] and len(samples) == 5
+    for example, sample in zip(ImageSource(path), samples, strict=True):
         assert open_example(example).tobytes() == Image.open(io.BytesIO(sample["data"])).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_truncated_or_damaged_shard_is_an_error(tmp_path, seed):
-    """A shard that is cut or has a broken header gives its complete members, and an error that names the position."""
+    """A truncated or damaged shard yields its complete members and then an error that names the position."""
     rng = random.Random(seed)
     path = packed(tmp_path / "0.tar", {f"{n}.png": png(n) + b"\0" * rng.randrange(2000) for n in range(6)})
     content, every = path.read_bytes(), names(path)
@@ -223,9 +223,9 @@ def test_a_truncated_or_damaged_shard_is_an_error(tmp_path, seed):
     padded = [-(-end // 512) * 512 for end in ends]
     for length in [*(rng.randrange(1, padded[-1] + 1) for _ in range(60)), *padded, 512]:
         path.write_bytes(content[:length])
-        whole = sum(end <= length for end in ends)
-        if whole:
-            assert names(path) == every[:whole] and len(reasons(path)) == 1
+        complete = sum(end <= length for end in ends)
+        if complete:
+            assert names(path) == every[:complete] and len(reasons(path)) == 1
         else:
             with pytest.raises(ImageError, match="cannot be read"):
                 ImageSource(path)
@@ -251,13 +251,13 @@ def test_other_files_in_shards_are_never_decoded(config, tmp_path):
     infer(replace(config, images="shards"))
     assert [line["image"] for line in lines_of("out")] == ["shards/0.tar/0.png", "shards/0.tar/1.png", "shards/0.tar/2.png"]
     assert not (tmp_path / "mark").exists()
-    said = [line["error"] for line in lines_of("out") if "error" in line]
-    assert said[0] == "shards/0.tar/1.png is not a usable image: it is empty" and "is a link" in said[1]
+    errors = [line["error"] for line in lines_of("out") if "error" in line]
+    assert errors[0] == "shards/0.tar/1.png is not a usable image: it is empty" and "is a link" in errors[1]
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
-def test_headers_that_take_hours_or_the_memory_are_one_error_at_once(tmp_path, kind):
-    """The time of Python's own reader is quadratic in the digits: 10 s for 64 kB, hours for a megabyte."""
+def test_headers_that_would_need_hours_or_all_memory_are_an_error_at_once(tmp_path, kind):
+    """Python's own reader takes a time that is quadratic in the digits: 10 s for 64 kB, hours for a megabyte."""
 
     def header(kind: bytes, content: bytes) -> bytes:
         info = tarfile.TarInfo("a.png")
@@ -284,7 +284,7 @@ class Mark:
 
 def test_shards_give_the_same_predictions_as_their_folder(config):
     """The same images in shards of 5 give the same lines. A damaged shard loses only its remaining images."""
-    one = whole(config)
+    one = uninterrupted(config)
     paths = names("photos")
     for start in range(0, COUNT, 5):
         packed(Path(f"shards/{start // 5:04}.tar"), {path: Path(path).read_bytes() for path in paths[start : start + 5]})
@@ -308,26 +308,26 @@ def test_shards_give_the_same_predictions_as_their_folder(config):
 # ---------------------------------------------------------------- every image has its line
 
 
-def test_every_image_has_one_line_and_says_what_the_api_says(config, capsys):
-    content = whole(config)
+def test_every_image_has_one_line_with_the_text_of_the_api(config, capsys):
+    content = uninterrupted(config)
     paths = names("photos")
     task, _ = open_task(config, None)
     expected = [(str(p.image), p.text) for p in Captioner(task, 4)(paths) if not p.error]
-    said = [json.loads(line) for line in content[output.FILE_NAME].splitlines()]
+    predictions = [json.loads(line) for line in content[output.FILE_NAME].splitlines()]
     left_out = [json.loads(line) for line in content[output.ERRORS_NAME].splitlines()]
-    assert [(line["image"], line["text"]) for line in said] == expected
-    assert Counter(line["image"] for line in said + left_out) == Counter(paths) and len(left_out) == len(BROKEN)
+    assert [(line["image"], line["text"]) for line in predictions] == expected
+    assert Counter(line["image"] for line in predictions + left_out) == Counter(paths) and len(left_out) == len(BROKEN)
     assert all("is not a usable image" in line["error"] for line in left_out)
     assert "3 could not be read, see whole/errors.jsonl" in capsys.readouterr().out
 
 
-def test_the_terminal_shows_the_first_and_names_the_file_for_the_rest(config, capsys):
+def test_the_terminal_shows_the_first_predictions_and_names_the_file_of_all(config, capsys):
     infer(config)
-    said = capsys.readouterr().out
-    assert said.count("Image:") + said.count("left out:") == blocks.SHOWN < COUNT
+    printed = capsys.readouterr().out
+    assert printed.count("Image:") + printed.count("left out:") == blocks.SHOWN < COUNT
     assert (
-        "the other predictions are written to out/predictions.jsonl" in said
-        and "--output-dir out with the same settings resumes it" in said
+        "the other predictions are written to out/predictions.jsonl" in printed
+        and "--output-dir out with the same settings resumes it" in printed
     )
 
 
@@ -336,7 +336,7 @@ def test_a_run_killed_at_any_byte_resumes_to_the_same_files(config, sample):
     """The files may end within a line or a character. Sampled texts are also the same after the resume."""
     config = replace(config, sample=sample)
     Path("photos/ünï.png").write_bytes(png(3))
-    content = whole(config)
+    content = uninterrupted(config)
     rng = random.Random(int(sample))
     lengths = [{name: rng.randrange(len(text) + 1) for name, text in content.items()} for _ in range(8)]
     lengths += [dict.fromkeys(content, 0), {name: len(text) for name, text in content.items()}]
@@ -347,16 +347,16 @@ def test_a_run_killed_at_any_byte_resumes_to_the_same_files(config, sample):
         assert bytes_of("out") == content, keep
 
 
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
+def test_a_run_that_is_killed_several_times_writes_the_same_bytes(config):
     """The run is killed at random moments until it is finished."""
-    content = whole(config)
+    content = uninterrupted(config)
     rng, kills = random.Random(0), 0
 
     def run() -> None:
         slowly(0.15)
         infer(config)
 
-    while not (about := output._read_settings(Path("out"))) or not about["finished"]:
+    while not (settings := output._read_settings(Path("out"))) or not settings["finished"]:
         before = length_of("out")
         child = forked(run)
         if kills == 0:
@@ -367,7 +367,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(config):
             time.sleep(rng.uniform(0, 0.3))
         os.kill(child, signal.SIGKILL)
         kills += ended(child) == -signal.SIGKILL
-        assert all(whole.startswith(part[: part.rfind(b"\n") + 1]) for whole, part in zip_files(content, bytes_of("out")))
+        assert all(full.startswith(part[: part.rfind(b"\n") + 1]) for full, part in zip_files(content, bytes_of("out")))
     assert kills > 1 and bytes_of("out") == content
 
 
@@ -383,7 +383,7 @@ def test_an_image_that_is_listed_twice_is_predicted_twice(config):
     paths = [path.removeprefix("photos/") for path in names("photos")]
     Path("photos/list.txt").write_text("\n".join(paths[:6] + paths[:3] + paths[2:9] + ["gone.png"] * 2))
     config = replace(config, images="photos/list.txt")
-    content = whole(config)
+    content = uninterrupted(config)
     assert Counter(line["image"] for line in lines_of("whole")) == Counter(names("photos/list.txt"))
     for part in (0.3, 0.7):
         killed(config, {name: int(part * len(text)) for name, text in content.items()})
@@ -392,15 +392,15 @@ def test_an_image_that_is_listed_twice_is_predicted_twice(config):
 
 
 def test_images_added_before_a_resume_are_predicted_and_no_image_twice(config):
-    content = whole(config)
+    content = uninterrupted(config)
     killed(config, {output.FILE_NAME: len(content[output.FILE_NAME]) // 2})
     for name in ("0000.png", "15b.png", "99.png", "deeper/0.png"):
         Path("photos", name).write_bytes(png(4))
     before = bytes_of("out")[output.FILE_NAME]
     Path("photos/7.png").unlink()  # whether it is done or not, it takes nothing with it
     infer(config)
-    found = Counter(line["image"] for line in lines_of("out"))
-    assert set(found) - {"photos/7.png"} == set(names("photos")) and set(found.values()) == {1}
+    counts = Counter(line["image"] for line in lines_of("out"))
+    assert set(counts) - {"photos/7.png"} == set(names("photos")) and set(counts.values()) == {1}
     assert bytes_of("out")[output.FILE_NAME].startswith(before[: before.rfind(b"\n") + 1])
 
 
@@ -436,7 +436,7 @@ def test_after_a_resume_scores_and_base_texts_include_earlier_images(config, che
         "".join(json.dumps({"image": path, "text": "a cube", "group": path[7]}) + "\n" for path in names("photos"))
     )
     config = replace(config, adapter="a.safetensors", compare=True, references="refs.jsonl")
-    content = whole(config)
+    content = uninterrupted(config)
     table = capsys.readouterr().out.split("exact match")[1].split("wrote")[0]
     killed(config, {name: len(text) // 2 for name, text in content.items()})
     infer(config)
@@ -448,7 +448,7 @@ def test_after_a_resume_scores_and_base_texts_include_earlier_images(config, che
 
 
 def test_a_run_with_other_settings_is_not_resumed(config, checkpoints):
-    content = whole(config)
+    content = uninterrupted(config)
     killed(config, {output.FILE_NAME: 300})
     before = bytes_of("out")
     for change, name in (
@@ -473,7 +473,7 @@ def test_a_run_with_other_settings_is_not_resumed(config, checkpoints):
 
 def test_a_second_start_of_a_finished_run_predicts_only_new_images(config, capsys):
     """A second start adds no line, a new image is added, and an error names changed settings."""
-    whole(config)
+    uninterrupted(config)
     before = bytes_of("whole")
     same = replace(config, output_dir="whole")
     infer(same)
@@ -489,7 +489,7 @@ def test_a_second_start_of_a_finished_run_predicts_only_new_images(config, capsy
 
 
 def test_a_folder_with_files_of_another_program_is_not_used(config):
-    content = whole(config)
+    content = uninterrupted(config)
     old = {output.FILE_NAME: b"{}\n"}  # of a version that knew no run.json
     for files in (old, {output.SETTINGS_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
         shutil.rmtree("out", ignore_errors=True)
@@ -509,18 +509,18 @@ def test_a_folder_with_files_of_another_program_is_not_used(config):
 
 
 def test_two_processes_never_write_into_one_folder(config):
-    """The second process is refused while the first one runs, and resumes the run after the first one is killed."""
-    content = whole(config)
+    """The second process raises LockedError while the first one runs. After the first one is killed, it resumes the run."""
+    content = uninterrupted(config)
     killed(config, {output.FILE_NAME: 100})
-    ready, told = os.pipe()
+    read_end, write_end = os.pipe()
 
     def hold() -> None:
         with lock.held(Path("out")):
-            os.write(told, b"x")
+            os.write(write_end, b"x")
             time.sleep(60)
 
     child = forked(hold)
-    os.read(ready, 1)
+    os.read(read_end, 1)
     with pytest.raises(LockedError):
         infer(config)
     os.kill(child, signal.SIGKILL)
@@ -533,19 +533,19 @@ def test_two_processes_never_write_into_one_folder(config):
 
 
 def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(config):
-    content = whole(config)
+    content = uninterrupted(config)
 
     def run() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open("said", "w", buffering=1)  # noqa: PTH123, SIM115
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open("stderr.txt", "w", buffering=1)  # noqa: PTH123, SIM115
         flags = {"output_dir": "out", **{name: getattr(config, name) for name in ("model", "adapter", "images", "device")}}
         flags |= {"batch_size": config.batch_size, "max_new_tokens": config.max_new_tokens}
         sys.argv = ["infer.py", *(part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value)))]
         run_infer({}, "")
 
     assert ended(forked(run)) == 2
-    said = Path("said").read_text()
-    assert said.startswith("error: no room left to write in out (") and "to resume" in said and said.count("\n") == 1
+    stderr = Path("stderr.txt").read_text()
+    assert stderr.startswith("error: no room left to write in out (") and "to resume" in stderr and stderr.count("\n") == 1
     assert 0 < len(bytes_of("out")[output.FILE_NAME]) <= 1000
     infer(config)
     assert bytes_of("out") == content
@@ -556,7 +556,7 @@ def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(config):
     [(signal.SIGTERM, signals.SAVED), (signal.SIGUSR1, signals.SAVED), (signal.SIGINT, signals.INTERRUPTED)],
 )
 def test_a_signal_stops_inference_after_the_batch(config, number, status):
-    content = whole(config)
+    content = uninterrupted(config)
 
     def run() -> None:
         real, calls = CaptionTask.predict, []
@@ -580,10 +580,10 @@ def test_a_signal_stops_inference_after_the_batch(config, number, status):
 
 
 @pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (3, {"sample": True}), (2, {"texts": "a cube|two cubes|nothing"})])
-def test_several_processes_write_what_one_writes(config, ranks, changes):
-    """This holds for a new run, and for a resume after any byte, with several processes or one."""
+def test_several_processes_write_the_files_of_one_process(config, ranks, changes):
+    """A new run and a run that resumes after any byte write the same files, with several processes or one."""
     config = replace(config, **changes)
-    content = whole(config)
+    content = uninterrupted(config)
     assert run_processes(ranks, lambda: infer(config)) == [0] * ranks
     assert bytes_of("out") == content
     for part in (0.4, 0.9):
@@ -594,14 +594,14 @@ def test_several_processes_write_what_one_writes(config, ranks, changes):
 
 def test_several_processes_end_together(config, capfd):
     """An error on one rank stops all. A signal to one rank stops all after their batches. Without a folder, no run starts."""
-    content = whole(config)
+    content = uninterrupted(config)
     assert run_processes(2, lambda: infer(replace(config, output_dir=""))) == [1, 1]
     assert "set OUTPUT_DIR (or --output-dir) to a new folder" in capfd.readouterr().err
     killed(config, {output.FILE_NAME: 100})
     assert run_processes(2, lambda: infer(replace(config, max_new_tokens=6))) == [1, 1]
     assert capfd.readouterr().err.count("max_new_tokens was 5 and is 6") == 2
 
-    def told() -> None:
+    def send_signal() -> None:
         if os.environ["RANK"] == "1":
             real = CaptionTask.predict
 
@@ -612,14 +612,14 @@ def test_several_processes_end_together(config, capfd):
             CaptionTask.predict = predict  # type: ignore[method-assign]
         infer(config)
 
-    assert run_processes(2, told) == [signals.SAVED] * 2
+    assert run_processes(2, send_signal) == [signals.SAVED] * 2
     assert 0 < len(lines_of("out")) < COUNT
     assert run_processes(2, lambda: infer(config)) == [0, 0] and bytes_of("out") == content
 
 
 def test_after_a_rank_is_killed_the_output_is_complete(config, capfd):
     """Rank 1 is killed in a batch, then rank 0. All ranks restart each time, and every image is in the output once."""
-    content = whole(config)
+    content = uninterrupted(config)
     deaths = [("1", "0", 2), ("0", "1", 1)]
 
     def act() -> None:

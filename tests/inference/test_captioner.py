@@ -50,7 +50,7 @@ def captioner(make: Any) -> Captioner:
 
 
 def test_every_kind_of_image_has_the_caption_and_the_score_of_its_file(captioner, photos):
-    """The inputs are paths, PIL images, uint8 and float arrays and tensors, and the bytes of a file, alone and in a list."""
+    """Test paths, PIL images, uint8 and float arrays and tensors, and the bytes of a file, alone and in a list."""
     file, pixels = photos[0], np.asarray(Image.open(photos[0]).convert("RGB"))
     opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
     channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -61,8 +61,8 @@ def test_every_kind_of_image_has_the_caption_and_the_score_of_its_file(captioner
     expected = captioner(file)
     assert expected.text and 0 < expected.score < 1 and not expected.error and expected.image == file
     for image in kinds:
-        found = captioner(image)
-        assert (found.text, found.error) == (expected.text, "") and found.score == pytest.approx(expected.score)
+        prediction = captioner(image)
+        assert (prediction.text, prediction.error) == (expected.text, "") and prediction.score == pytest.approx(expected.score)
     many = captioner(kinds)
     assert [each.text for each in many] == [expected.text] * len(kinds)
     assert [str(each.image) for each in many[1:4]] == [str(file), "images[2]", "images[3]"]
@@ -100,7 +100,7 @@ def test_an_input_that_is_no_image_is_an_error_with_its_position(captioner, phot
 
 
 def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos, tmp_path):
-    """This holds at every position of a batch and for a single image. `strict` raises ImageError."""
+    """Test every position of a batch, and a single image. `strict` raises ImageError."""
     (tmp_path / "torn.png").write_bytes(photos[1].read_bytes()[:60])
     truncated = Image.open(io.BytesIO(photos[1].read_bytes()[:60]))
     alone = {photo: captioner(photo).text for photo in photos}
@@ -113,9 +113,9 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
         (str(tmp_path / "*.png"), "is a glob, not an image; give its images: sorted(glob.glob("),
     ]  # fmt: skip
     mixed: list[tuple[Any, str]] = [broken[0], (photos[0], ""), (photos[1], ""), *broken[1:], (photos[2], "")]
-    found = captioner([image for image, _ in mixed])
-    assert len(found) == len(mixed)
-    for (image, reason), prediction in zip(mixed, found, strict=True):
+    predictions = captioner([image for image, _ in mixed])
+    assert len(predictions) == len(mixed)
+    for (image, reason), prediction in zip(mixed, predictions, strict=True):
         if reason:
             assert (prediction.text, prediction.score) == ("", None) and reason in prediction.error
         else:
@@ -127,7 +127,7 @@ def test_a_broken_image_keeps_its_position_and_has_the_reason(captioner, photos,
 
 
 def test_a_list_keeps_its_order_and_one_image_is_one_prediction(captioner, photos):
-    """This holds across batches, for tuples, for iterators and for an empty list."""
+    """Test several batches, tuples, iterators and an empty list."""
     images = [photos[n] for n in (3, 0, 2, 1, 0, 3, 1)]
     expected = [(image, captioner(image).text) for image in images]
     assert len({text for _, text in expected}) > 1
@@ -182,7 +182,7 @@ def test_an_iterator_may_write_each_image_into_the_same_object(captioner, photos
     assert [p.text for p in captioner(animation)] == expected
 
 
-def test_threads_that_share_an_image_see_its_orientation(monkeypatch):
+def test_threads_that_share_an_image_use_its_orientation(monkeypatch):
     """Pillow parses EXIF at its first use. A second thread must not see the image without its EXIF meanwhile."""
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
@@ -204,10 +204,10 @@ def test_threads_that_share_an_image_see_its_orientation(monkeypatch):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_a_score_is_that_of_transformers(make, photos, kind, beams, monkeypatch):
-    """exp(mean log p): the transition scores of `generate`, and for beams exp of its `sequences_scores`."""
+    """The oracle is exp(mean log p) of the transition scores of `generate`, or exp of its `sequences_scores` for beams."""
     backbone = make(kind)
     task = CaptionTask(backbone, "", Generation(max_new_tokens=6, num_beams=beams))
-    found = Captioner(task)(photos)
+    predictions = Captioner(task)(photos)
     outputs: list[Any] = []
     model = backbone.model.text_decoder if kind == "blip" else backbone.model.language_model
     real = model.generate
@@ -217,22 +217,22 @@ def test_a_score_is_that_of_transformers(make, photos, kind, beams, monkeypatch)
         return outputs[-1]
 
     monkeypatch.setattr(model, "generate", generate)
-    assert Captioner(task)(photos) == found
+    assert Captioner(task)(photos) == predictions
     (output,) = outputs
     indices = getattr(output, "beam_indices", None)
     transitions = model.compute_transition_scores(output.sequences, output.scores, indices, normalize_logits=beams == 1)
     new = output.sequences[:, -transitions.shape[1] :]
-    for row, prediction in enumerate(found):
+    for row, prediction in enumerate(predictions):
         ends = (new[row] == task.language.end_id).nonzero()
         length = int(ends[0]) + 1 if len(ends) else new.shape[1]
         assert prediction.score == pytest.approx(float(transitions[row, :length].mean().exp()), rel=1e-4)
         if beams > 1:
             assert prediction.score == pytest.approx(float(output.sequences_scores[row].exp()), rel=1e-4)
-    assert len({p.score for p in found}) > 1
+    assert len({p.score for p in predictions}) > 1
 
 
 def test_computing_scores_changes_no_text(make, photos):
-    """Computing a score changes no text."""
+    """The generated texts are the same with and without scores."""
     task = CaptionTask(make("blip"), "", FEW)
     pixels = torch.stack([task.backbone.image_processor(Image.open(p), return_tensors="pt")["pixel_values"][0] for p in photos])
     examples = [lora_blip.inference.captioner.example_of(photo) for photo in photos]
@@ -251,15 +251,17 @@ def test_questions_and_images_are_paired(make, photos):
         (photos[0], QUESTIONS, [(photos[0], QUESTIONS[0]), (photos[0], QUESTIONS[1])]),
         (photos[:2], QUESTIONS, list(zip(photos[:2], QUESTIONS, strict=True))),
     ):
-        found = captioner.answer(images, questions)
-        assert [(p.image, p.question) for p in found] == pairs and [p.text for p in found] == [alone[pair] for pair in pairs]
+        predictions = captioner.answer(images, questions)
+        assert [(p.image, p.question) for p in predictions] == pairs and [p.text for p in predictions] == [
+            alone[pair] for pair in pairs
+        ]
     with pytest.raises(InputError, match="2 images and 3 questions"):
         captioner.answer(photos[:2], [*QUESTIONS, "why?"])
     with pytest.raises(InputError, match="question 1 is ''"):
         captioner.answer(photos[0], [QUESTIONS[0], ""])
     long = "what is " + "a cube and " * 100 + "?"
-    found = captioner.answer(photos[0], [QUESTIONS[0], long])
-    assert found[0].text == alone[photos[0], QUESTIONS[0]] and "too many tokens" in found[1].error
+    predictions = captioner.answer(photos[0], [QUESTIONS[0], long])
+    assert predictions[0].text == alone[photos[0], QUESTIONS[0]] and "too many tokens" in predictions[1].error
     ranked = captioner.rank(photos[0], ["red", "blue", "red"], question=QUESTIONS[1])
     assert sorted(text for text, _ in ranked.ranking) == ["blue", "red"]
 
@@ -270,13 +272,13 @@ def test_a_ranking_is_a_distribution_with_the_best_text_first(make, photos, kind
     name = "caption" if kind == "blip" else "retrieval"
     captioner = Captioner(TASKS[name](make(kind)), batch_size=3)
     texts = ["a red cube", "a single blue cube on top of the table", "nothing"]
-    for image, found in zip(photos, captioner.rank(photos, texts), strict=True):
-        chances = [chance for _, chance in found.ranking]
+    for image, prediction in zip(photos, captioner.rank(photos, texts), strict=True):
+        chances = [chance for _, chance in prediction.ranking]
         assert sum(chances) == pytest.approx(1) and chances == sorted(chances, reverse=True)
-        assert found.score == chances[0] and found.text == found.ranking[0][0]
-        assert sorted(text for text, _ in found.ranking) == sorted(texts)
+        assert prediction.score == chances[0] and prediction.text == prediction.ranking[0][0]
+        assert sorted(text for text, _ in prediction.ranking) == sorted(texts)
         alone = captioner.rank(image, texts)
-        assert dict(alone.ranking) == pytest.approx(dict(found.ranking), rel=1e-4)
+        assert dict(alone.ranking) == pytest.approx(dict(prediction.ranking), rel=1e-4)
     for wrong, message in (
         ("a red cube", "give a list"),
         ([], "texts is empty"),
@@ -320,19 +322,21 @@ def test_an_adapter_predicts_what_infer_writes(workplace, monkeypatch):
     """A run folder, its file and "latest" give the texts of predictions.jsonl, merged or with hooks."""
     monkeypatch.chdir(workplace)
     run = Path("lora_blip_output", "caption_tiny-blip_vit")
-    written = lora_blip.infer(lora_blip.InferConfig(adapter=str(run), images="image_test", output_dir=f"out{run.name}"))
-    lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    predictions_file = lora_blip.infer(
+        lora_blip.InferConfig(adapter=str(run), images="image_test", output_dir=f"out{run.name}")
+    )
+    lines = [json.loads(line) for line in predictions_file.read_text(encoding="utf-8").splitlines()]
     assert {tuple(line) for line in lines} == {("image", "text")}  # a score would be another format
     for adapter, merge in ((run, True), ("latest", True), (str(run / "adapter.safetensors"), False)):
         captioner = Captioner.from_adapter(adapter, merge=merge)
-        found = captioner([line["image"] for line in lines])
-        assert [p.text for p in found] == [line["text"] for line in lines]
+        predictions = captioner([line["image"] for line in lines])
+        assert [p.text for p in predictions] == [line["text"] for line in lines]
         assert bool(attached.names(captioner.backbone.model)) is not merge
         assert str(run) in repr(captioner) and captioner.task == "caption"
 
 
 def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypatch):
-    """Its weights, classes and image processor are not changed, and its adapter is active only in the captioner."""
+    """The captioner does not change the weights, classes and image processor. Its adapter is active only in the captioner."""
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
 
     monkeypatch.chdir(workplace)
@@ -346,9 +350,9 @@ def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypa
     images = ["image_test/000.png", "image_test/001.png"]
     for adapter in (None, Path("adapter1")):
         expected = Captioner.from_adapter(adapter, base=base if adapter is None else "", fast=False)(images)
-        found = Captioner.from_adapter(adapter, base=model, processor=processor)(images)
-        assert [p.text for p in found] == [p.text for p in expected]
-        assert [p.score for p in found] == pytest.approx([p.score for p in expected], rel=1e-3)
+        predictions = Captioner.from_adapter(adapter, base=model, processor=processor)(images)
+        assert [p.text for p in predictions] == [p.text for p in expected]
+        assert [p.score for p in predictions] == pytest.approx([p.score for p in expected], rel=1e-3)
     assert dict(image_processor.size) == {"height": 48, "width": 48}
     lora_blip.eject(model)
     assert [type(module) for module in model.modules()] == kinds
@@ -357,26 +361,26 @@ def test_a_model_of_transformers_predicts_as_its_folder_does(workplace, monkeypa
 
 
 def test_captioners_share_a_base_and_each_has_its_own_adapter(workplace, monkeypatch):
-    """The results equal those on separate bases. An adapter is loaded once. None is the base with the caller's own adapters."""
+    """The results equal those on separate bases. An adapter is loaded once. adapter=None uses the adapters of the caller."""
     monkeypatch.chdir(workplace)
     images = [f"image_test/{n:03}.png" for n in range(4)]
     paths = ["adapter1", "adapter2", "lora_blip_output"]
-    apart = [[p.text for p in Captioner.from_adapter(path, merge=False)(images)] for path in paths]
-    assert len(set(map(tuple, apart))) == 3
+    separate = [[p.text for p in Captioner.from_adapter(path, merge=False)(images)] for path in paths]
+    assert len(set(map(tuple, separate))) == 3
     base = load_backbone("assets/tiny-blip", "cpu")
     plain = Captioner.from_adapter(None, base=base)
     alone = [p.text for p in plain(images)]
     captioners = [Captioner.from_adapter(path, base=base) for path in paths]
     again = Captioner.from_adapter(paths[0], base=base)
     assert len(attached.names(base.model)) == 3 and again.adapter_name == captioners[0].adapter_name
-    assert [[p.text for p in captioner(images)] for captioner in captioners] == apart
+    assert [[p.text for p in captioner(images)] for captioner in captioners] == separate
     assert [p.text for p in plain(images)] == alone
     lora_blip.load_adapter(base, paths[1], name="mine")
-    assert [p.text for p in plain(images)] == apart[1]
+    assert [p.text for p in plain(images)] == separate[1]
 
 
 def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, monkeypatch):
-    """It does not change the outputs, gradients, state_dict, trained parameters or modes, also of a copy or after a merge."""
+    """A captioner changes no output, gradient, state_dict, trained parameter or mode of the base. Test a copy and a merge."""
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     model, x = base.model, torch.randn(1, 3, 96, 96)
@@ -412,7 +416,7 @@ def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, m
 
 
 def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_captioners(workplace, monkeypatch):
-    """A service that often replaces its adapter does not grow. A changed adapter is not mistaken for the earlier one."""
+    """The adapters of deleted captioners are removed. An adapter with other weights has another name."""
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     content = adapter_file.read("adapter1/adapter.safetensors")
@@ -446,9 +450,11 @@ def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monke
 
     def work(thread: int) -> bool:
         number = thread % len(captioners)
-        found = [[(p.text, p.error) for p in captioners[number](images)] for _ in range(2)]
-        found += [[(p.text, p.error) for p in map(captioners[number], images)]]
-        return all([text for text, _ in each] == [text for text, _ in expected[number]] and bool(each[1][1]) for each in found)
+        results = [[(p.text, p.error) for p in captioners[number](images)] for _ in range(2)]
+        results += [[(p.text, p.error) for p in map(captioners[number], images)]]
+        return all(
+            [text for text, _ in each] == [text for text, _ in expected[number]] and bool(each[1][1]) for each in results
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
@@ -456,8 +462,8 @@ def test_eight_threads_with_a_broken_image_and_several_adapters(workplace, monke
     async def tasks() -> list[Any]:
         return await asyncio.gather(*(asyncio.to_thread(captioners[n % 4], images) for n in range(8)))
 
-    for number, found in enumerate(asyncio.run(tasks())):
-        assert [(p.text, p.error) for p in found] == expected[number % 4]
+    for number, results in enumerate(asyncio.run(tasks())):
+        assert [(p.text, p.error) for p in results] == expected[number % 4]
 
 
 def test_a_model_in_training_stays_in_training(make, photos):

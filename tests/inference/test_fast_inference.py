@@ -62,27 +62,27 @@ def test_answers_to_ragged_questions_are_the_same_with_either_attention(make, be
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
 def test_rows_of_several_adapters_are_the_same_with_either_attention(make, kind, beams):
     backbone = carry(make(kind))
-    language, found = CaptionTask(backbone).language, []
+    language, texts = CaptionTask(backbone).language, []
     settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
     for on in (True, False):
         switch.fast(backbone.model, on)
-        found.append(language.generate(pictures(len(EACH), 5), PROMPTS, EACH, **settings))
-    assert found[0] == found[1]
-    assert found[0] != language.generate(pictures(len(EACH), 5), PROMPTS, [None] * len(EACH), **settings)
+        texts.append(language.generate(pictures(len(EACH), 5), PROMPTS, EACH, **settings))
+    assert texts[0] == texts[1]
+    assert texts[0] != language.generate(pictures(len(EACH), 5), PROMPTS, [None] * len(EACH), **settings)
 
 
 @pytest.mark.parametrize("kind", ["blip", "vqa"])
 def test_the_keys_of_an_encoded_image_are_computed_once(make, kind):
-    """This holds for two images with five beams and all tokens, and for one image with all ranked texts."""
+    """Test two images with five beams and all tokens, and one image with all ranked texts."""
     task = (VqaTask if kind == "vqa" else CaptionTask)(make(kind), "", Generation(max_new_tokens=6, num_beams=5))
-    made: list[int] = []
+    row_counts: list[int] = []
     for block in task.backbone.model.text_decoder.bert.encoder.layer:
-        block.crossattention.self.key.register_forward_hook(lambda _m, args, _o: made.append(len(args[0])))
+        block.crossattention.self.key.register_forward_hook(lambda _m, args, _o: row_counts.append(len(args[0])))
     task.predict(pictures(2), examples()[:2])
-    assert made == [2] * tiny.LAYERS
-    made.clear()
+    assert row_counts == [2] * tiny.LAYERS
+    row_counts.clear()
     task.rank(pictures(1), examples()[:1], ["red", "two cubes", "nothing", "no", "yes"])
-    assert made == [1] * tiny.LAYERS
+    assert row_counts == [1] * tiny.LAYERS
 
 
 # ---------------------------------------------------------------- each image is encoded once
@@ -106,10 +106,10 @@ def test_several_questions_about_an_image_encode_it_once(make, kind):
     encoded_rows = watched(task.backbone.model)
     assert task.predict(images, some) == alone and encoded_rows == [2]
     texts = ["red", "no", "two cubes"]
-    found = task.rank(images, some, texts)
+    rankings = task.rank(images, some, texts)
     assert encoded_rows == [2, 2]
     for n in range(4):
-        torch.testing.assert_close(task.rank(images[n : n + 1], some[n : n + 1], texts)[0], found[n], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(task.rank(images[n : n + 1], some[n : n + 1], texts)[0], rankings[n], rtol=1e-4, atol=1e-6)
 
 
 def test_an_image_in_rows_of_two_adapters_is_encoded_by_each(make):
@@ -117,11 +117,11 @@ def test_an_image_in_rows_of_two_adapters_is_encoded_by_each(make):
     language: Any = CaptionTask(backbone).language
     images, each = pictures(1)[[0, 0, 0, 0]], ["vqa", None, "vqa", "caption"]
     settings = {"max_new_tokens": 8, "do_sample": False}
-    apart = [language.generate(images[:1], [""], [name], **settings)[0] for name in each]
+    separate = [language.generate(images[:1], [""], [name], **settings)[0] for name in each]
     encoded_rows = watched(backbone.model)
-    assert language.generate(images, [""] * 4, each, **settings) == apart and encoded_rows == [3] and len(set(apart)) == 3
+    assert language.generate(images, [""] * 4, each, **settings) == separate and encoded_rows == [3] and len(set(separate)) == 3
     with use_adapters(backbone.model, each):  # rows that a block around it names are not left out
-        assert language.generate(images, [""] * 4, **settings) == apart and encoded_rows == [3, 4]
+        assert language.generate(images, [""] * 4, **settings) == separate and encoded_rows == [3, 4]
 
 
 def test_images_are_equal_only_if_all_bits_are_equal():
@@ -149,10 +149,11 @@ def test_validation_encodes_each_image_once_with_the_same_scores(make, kind):
     predicted = {task.subject(e): text for e, text in zip(some, task.predict(images, some), strict=True)}
     encoded_rows = watched(task.backbone.model)
     loader: Any = Loader(host_batches, some)
-    found = validate(task, loader, torch.no_grad)
+    scores = validate(task, loader, torch.no_grad)
     assert encoded_rows == [3, 1]
     assert (
-        found["loss"] == pytest.approx(loss, rel=1e-5) and found["vqa_accuracy"] == task.scores(predicted, some)["vqa_accuracy"]
+        scores["loss"] == pytest.approx(loss, rel=1e-5)
+        and scores["vqa_accuracy"] == task.scores(predicted, some)["vqa_accuracy"]
     )
 
 
@@ -220,21 +221,21 @@ def test_only_the_next_batch_is_decoded_while_the_model_computes(photos, monkeyp
         most.append(len(names) - int(last) - 1)
         return [e.image.stem for e in some]
 
-    found = [predicted for _, predicted in runner(3).run(iter(photos), work)]
-    assert found == [str(n) for n in range(11)] and max(most) == 3 and sorted(names, key=int) == found
+    predictions = [predicted for _, predicted in runner(3).run(iter(photos), work)]
+    assert predictions == [str(n) for n in range(11)] and max(most) == 3 and sorted(names, key=int) == predictions
 
 
 def test_a_picture_of_two_batches_is_decoded_once(photos, monkeypatch):
     names, _ = opened(monkeypatch)
     some = [photos[n] for n in (0, 1, 1, 1, 2, 1, 0)]
-    found = runner(2).run(some, lambda _t, pictures, _s: [float(p.sum()) for p in pictures])
-    sums = [value for _, value in found]
+    results = runner(2).run(some, lambda _t, pictures, _s: [float(p.sum()) for p in pictures])
+    sums = [value for _, value in results]
     assert sums[1] == sums[2] == sums[3] == sums[5] != sums[4] and sums[0] == sums[6]
     assert sorted(names) == ["0", "0", "1", "2"]  # 0 was let go between the first batch and the last
 
 
 def test_an_error_of_the_source_is_raised_after_the_examples_before_it(photos):
-    """All examples before the error have results. The same holds for an error of the model. No thread remains."""
+    """All examples before the error have results, also if the model raises the error. No thread remains."""
 
     def source() -> Iterator[Example]:
         yield from photos[:5]
@@ -275,6 +276,6 @@ def test_lookahead_returns_the_items_in_order():
 
 def test_an_error_of_a_prefetched_image_keeps_its_position(photos):
     photos[2] = replace(photos[2], image=photos[2].image.with_name("gone.png"))
-    found = list(runner(2).run_with_errors(photos[:5], lambda _t, _p, some: [e.image.stem for e in some]))
-    assert [predicted for _, predicted in found if isinstance(predicted, str)] == ["0", "1", "3", "4"]
-    assert isinstance(found[2][1], ImageError) and found[2][0] == photos[2]
+    results = list(runner(2).run_with_errors(photos[:5], lambda _t, _p, some: [e.image.stem for e in some]))
+    assert [predicted for _, predicted in results if isinstance(predicted, str)] == ["0", "1", "3", "4"]
+    assert isinstance(results[2][1], ImageError) and results[2][0] == photos[2]

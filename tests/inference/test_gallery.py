@@ -62,7 +62,7 @@ def test_infer_writes_a_card_for_each_image_and_prints_where_the_page_is(config,
         assert list(cards) == [f"photos/{n}.png" for n in range(6)]
 
 
-def test_a_page_shows_the_first_of_many_images_and_says_so(config, monkeypatch):
+def test_a_page_shows_the_first_of_many_images_and_their_number(config, monkeypatch):
     """The page does not grow with the number of images, also if they are in shards."""
     monkeypatch.setattr(gallery, "SHOWN", 4)
     with tarfile.open("shard.tar", "w") as shard:
@@ -96,7 +96,7 @@ def page_of(folder: Path, texts: list[str]) -> Path:
 def test_untrusted_texts_add_no_tag_to_a_gallery(tmp_path):
     """Questions, answers, references, rankings and names add no tag to the page, and can be read from it unchanged."""
     page, plain = page_of(tmp_path / "odd", NASTY), page_of(tmp_path / "plain", ["a", "b", "c", "d", "e", "f"])
-    tags, plain_tags = ([tag for tag, _ in Tags(path.read_text("utf-8")).found if tag != "wbr"] for path in (page, plain))
+    tags, plain_tags = ([tag for tag, _ in Tags(path.read_text("utf-8")).tags if tag != "wbr"] for path in (page, plain))
     assert tags == plain_tags
     data = read(page)
     for card, text in zip(data["cards"][:-1], map(printable, NASTY), strict=False):

@@ -33,7 +33,7 @@ OPTIONS = {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.5,
 
 @pytest.fixture(scope="module")
 def adapter(checkpoints, tmp_path_factory) -> Path:
-    """An adapter that was trained with OPTIONS."""
+    """Return the file of an adapter that was trained with OPTIONS."""
     folder = tmp_path_factory.mktemp("trained")
     config = settings(checkpoints["blip"], tiny.write_photos(folder), generation=OPTIONS, epochs=1)
     return train(config)
@@ -41,10 +41,10 @@ def adapter(checkpoints, tmp_path_factory) -> Path:
 
 def test_an_adapter_contains_its_options_and_one_without_has_none(adapter, checkpoints, tmp_path, capsys):
     """Without GENERATION, the file is that of earlier versions, which have no such setting."""
-    found = adapter_file.read(adapter)
+    loaded = adapter_file.read(adapter)
     stored = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
-    assert found.task["generation"] == stored | {k: v for k, v in OPTIONS.items() if k != "num_beams"}
-    assert found.metadata["training"]["settings"]["generation"] == {k: v for k, v in OPTIONS.items() if k != "num_beams"}
+    assert loaded.task["generation"] == stored | {k: v for k, v in OPTIONS.items() if k != "num_beams"}
+    assert loaded.metadata["training"]["settings"]["generation"] == {k: v for k, v in OPTIONS.items() if k != "num_beams"}
     capsys.readouterr()
     plain = adapter_file.read(train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), num_beams=3, epochs=1)))
     assert plain.task["generation"] == stored and "generation" not in plain.metadata["training"]["settings"]
@@ -95,13 +95,13 @@ def test_evaluation_scores_the_first_text(adapter, tmp_path, monkeypatch):
 
 
 def test_hostile_and_unknown_options_of_an_adapter(adapter, make, capsys):
-    """An unknown one is named and ignored; a wrong value is an error with the flag that replaces it."""
-    backbone, found = make("blip"), adapter_file.read(adapter)
+    """An unknown option is reported and ignored. A wrong value is an error that names the flag that replaces it."""
+    backbone, loaded = make("blip"), adapter_file.read(adapter)
 
     def opened(options: dict[str, Any], **named: Any) -> Generation:
-        metadata = found.metadata | {"task": found.task | {"generation": options}}
+        metadata = loaded.metadata | {"task": loaded.task | {"generation": options}}
         config = InferConfig(adapter=str(adapter), **named)
-        return task_of(backbone, Adapter(found.path, found.tensors, metadata), config).generation
+        return task_of(backbone, Adapter(loaded.path, loaded.tensors, metadata), config).generation
 
     assert opened({"top_k": 5, "cache_implementation": "static", "brilliance": 9}) == Generation.of({"top_k": 5})
     printed = capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_hostile_and_unknown_options_of_an_adapter(adapter, make, capsys):
 
 
 def test_sampling_in_the_api_depends_on_the_seed_and_the_image(adapter, tmp_path):
-    """In a list, alone, as a path and as bytes: one text. Another seed gives others."""
+    """An image has the same text in a list, alone, as a path and as bytes. Another seed gives other texts."""
     photos = sorted((tiny.write_photos(tmp_path, 3).parent / "photos").iterdir())
     options = {"do_sample": True, "num_beams": 1, "num_return_sequences": None, "temperature": 3.0}
     seeded = {seed: Captioner.from_adapter(adapter, generation=options, seed=seed, device="cpu") for seed in (0, 1)}
@@ -124,7 +124,7 @@ def test_sampling_in_the_api_depends_on_the_seed_and_the_image(adapter, tmp_path
     assert [prediction.text for prediction in seeded[1](photos)] != together
 
 
-def test_sampled_texts_of_a_run_are_those_of_other_batches(checkpoints, tmp_path, monkeypatch):
+def test_sampled_texts_of_a_run_do_not_depend_on_the_batches(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write_photos(tmp_path, 5)
     config = InferConfig(
@@ -138,7 +138,7 @@ def test_sampled_texts_of_a_run_are_those_of_other_batches(checkpoints, tmp_path
 
 
 def test_validation_uses_the_options(checkpoints, tmp_path, monkeypatch):
-    """Also for sampling, in which the first text has the best score."""
+    """The sampling options, the seed of the run and the names of the images are passed to every generation."""
     calls: list[dict[str, Any]] = []
     real = lora_blip.models.language.Language.generate_from_features  # type: ignore[attr-defined]
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_validation_uses_the_options(checkpoints, tmp_path, monkeypatch):
 
 
 def test_options_of_generation_are_reported_if_texts_are_ranked(checkpoints, make, tmp_path, capsys):
-    """In a ranking of texts, in retrieval and in its training. A ranking without such settings reports nothing."""
+    """The warning is printed for a ranking, for retrieval and for training of retrieval, but not if no option is set."""
     line = "generation: {} no effect: texts are ranked, and none is generated\n"
     task_of(make("blip"), None, InferConfig(model="x", adapter="none", texts="a|b", sample=True, generation={"top_p": 0.5}))
     assert line.format("sample, top_p have") in capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_wrong_options_are_an_error_before_the_model_is_loaded(checkpoints, tmp_
             kind(replace(named, model="nowhere", generation={"num_beam": 3}))  # type: ignore[operator]
 
 
-def test_several_texts_are_printed_and_in_json(make, tmp_path):
+def test_several_texts_are_printed_and_written_to_json(make, tmp_path):
     tiny.write_photos(tmp_path, 1)
     task = CaptionTask(make("blip"), "", Generation.of({"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4}))
     prediction = Captioner(task)(tmp_path / "photos" / "0.png")
@@ -184,15 +184,15 @@ def test_several_texts_are_printed_and_in_json(make, tmp_path):
 
 
 def test_several_texts_in_a_mixed_call(make, tmp_path):
-    """Each request has the texts that its adapter generates without the others."""
+    """Each request has the texts that its adapter generates for this request alone."""
     backbone = carry(make("opt"))
     generation = Generation.of({"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6})
     tasks = {"vqa": CaptionTask(backbone, "", generation), "third": CaptionTask(backbone, "a photo of", generation)}
     tiny.write_photos(tmp_path, 3)
     photos = sorted((tmp_path / "photos").iterdir())
     requests = [(photo, name, "") for photo in photos for name in tasks]
-    found = list(mixed(tasks, requests, batch_size=4))
-    for prediction, (photo, name, _) in zip(found, requests, strict=True):
+    predictions = list(mixed(tasks, requests, batch_size=4))
+    for prediction, (photo, name, _) in zip(predictions, requests, strict=True):
         with lora_blip.use_adapters(backbone, name), torch.no_grad():
             alone = Captioner(tasks[name])(photo)
         assert [text for text, _ in prediction.alternatives] == [text for text, _ in alone.alternatives]
@@ -200,7 +200,7 @@ def test_several_texts_in_a_mixed_call(make, tmp_path):
 
 
 def test_options_are_a_part_of_a_run_to_resume() -> None:
-    """A config with other options is another run, and a config is hashable with them."""
+    """A config with other options belongs to another run. A config with options is hashable."""
     assert TrainConfig(generation={"top_k": 3}) != TrainConfig() and hash(TrainConfig(generation={"top_k": 3}))
 
 

@@ -22,8 +22,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Replace `_run` and return its calls. Each call returns the next of `answers`, or calls it with the arguments."""
     calls: list[dict[str, Any]] = []
 
-    def run(name: str, arguments: list[str], given: str, limit: float) -> str:
-        calls.append({"name": name, "arguments": arguments, "given": given, "limit": limit})
+    def run(name: str, arguments: list[str], stdin: str, limit: float) -> str:
+        calls.append({"name": name, "arguments": arguments, "stdin": stdin, "limit": limit})
         answer = answers.pop(0)
         return answer(arguments) if callable(answer) else answer
 
@@ -32,13 +32,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(calls=calls, answers=answers)
 
 
-def test_the_tokenizer_gets_a_line_a_caption_and_its_marks_are_left_out(ran):
+def test_the_tokenizer_gets_one_line_per_caption_and_its_marks_are_removed(ran):
     ran.answers.append("a red , cube .\n\n-lrb- b\n")
-    found = java.tokenize(["A red,\ncube.", "\t", "( B\udc80"], PACKAGE)
-    assert found == ["a red cube", "", "-lrb- b"]
+    texts = java.tokenize(["A red,\ncube.", "\t", "( B\udc80"], PACKAGE)
+    assert texts == ["a red cube", "", "-lrb- b"]
     (call,) = ran.calls
     assert (
-        call["given"] == "A red, cube.\n\n( B?\n" and call["limit"] == pytest.approx(180.3) and call["name"] == "PTBTokenizer"
+        call["stdin"] == "A red, cube.\n\n( B?\n" and call["limit"] == pytest.approx(180.3) and call["name"] == "PTBTokenizer"
     )
     assert call["arguments"] == [
         "-cp", "/package/tokenizer/stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer",
@@ -51,8 +51,8 @@ def test_the_tokenizer_gets_a_line_a_caption_and_its_marks_are_left_out(ran):
 
 def spice_answers(scores: list[Any]) -> Any:
     def answer(arguments: list[str]) -> str:
-        given = json.loads(Path(arguments[arguments.index("-silent") - 3]).read_text(encoding="utf-8"))
-        assert given == [
+        requests = json.loads(Path(arguments[arguments.index("-silent") - 3]).read_text(encoding="utf-8"))
+        assert requests == [
             {"image_id": 0, "test": "é", "refs": ["a", "b"]}, {"image_id": 1, "test": "c", "refs": ["d"]}
         ]  # fmt: skip
         items = [{"image_id": place, "scores": {"All": {"f": score}}} for place, score in scores]
@@ -62,7 +62,7 @@ def spice_answers(scores: list[Any]) -> Any:
     return answer
 
 
-def test_spice_gets_every_image_with_its_references_and_time_for_each(ran, tmp_path):
+def test_spice_gets_every_image_with_its_references_and_a_time_limit(ran, tmp_path):
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     for name in java.SPICE_MODELS:
         with pytest.raises(JavaError, match=name.replace(".", r"\.")):
@@ -71,7 +71,7 @@ def test_spice_gets_every_image_with_its_references_and_time_for_each(ran, tmp_p
     ran.answers.append(spice_answers([(1, 0.25), (0, 0.75)]))
     assert java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path) == (0.5, [0.75, 0.25])
     (call,) = ran.calls
-    assert (call["name"], call["given"], call["limit"]) == ("SPICE", "", pytest.approx(182.0))  # ten captions' time an image
+    assert (call["name"], call["stdin"], call["limit"]) == ("SPICE", "", pytest.approx(182.0))  # ten captions' time an image
     assert call["arguments"][:3] == ["-Xmx8G", "-jar", str(tmp_path / "spice" / "spice-1.0.jar")]
     ran.answers.append(spice_answers([(1, None), (0, 0.75)]))
     mean, by_image = java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)
@@ -82,13 +82,13 @@ def test_spice_gets_every_image_with_its_references_and_time_for_each(ran, tmp_p
             java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)
 
 
-def test_meteor_is_asked_in_its_protocol_and_bounded_in_time(monkeypatch):
-    asked: list[tuple[str, int]] = []
+def test_meteor_is_called_by_its_protocol_with_a_time_limit(monkeypatch):
+    requests: list[tuple[str, int]] = []
     started: list[tuple[list[str], float]] = []
 
     def ask(line: str, answers: int) -> list[str]:
-        asked.append((line, answers))
-        return [f"{len(asked)} {n}" for n in range(answers)] if line.startswith("SCORE") else ["0.25", "0.5", "0.75"]
+        requests.append((line, answers))
+        return [f"{len(requests)} {n}" for n in range(answers)] if line.startswith("SCORE") else ["0.25", "0.5", "0.75"]
 
     @contextmanager
     def talking(command: list[str], limit: float) -> Iterator[Any]:
@@ -98,7 +98,7 @@ def test_meteor_is_asked_in_its_protocol_and_bounded_in_time(monkeypatch):
     monkeypatch.setattr(java, "_conversation", talking)
     monkeypatch.setattr(java, "java", lambda: "/bin/java")
     assert java.meteor(["a  b", "c"], [["d|||e", "f"], ["g"]], PACKAGE) == (0.75, [0.25, 0.5])
-    assert asked == [("SCORE ||| d e ||| f ||| a b", 1), ("SCORE ||| g ||| c", 1), ("EVAL ||| 1 0 ||| 2 0", 3)]
+    assert requests == [("SCORE ||| d e ||| f ||| a b", 1), ("SCORE ||| g ||| c", 1), ("EVAL ||| 1 0 ||| 2 0", 3)]
     ((command, limit),) = started
     assert limit == pytest.approx(180.2) and command[0] == "/bin/java"
     tail = ["-Xmx2G", "-jar", "/package/meteor/meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]

@@ -11,7 +11,7 @@ def test_captioning_metrics_have_their_published_names() -> None:
     assert {key: score_name(key) for key in COCO_KEYS} == COCO_KEYS
 
 
-def test_no_score_of_a_task_is_shown_by_its_key_alone() -> None:
+def test_every_score_of_a_task_has_a_name_for_people() -> None:
     names = {score_name(key) for task in TASKS.values() for key in task.score_names}
     assert {"exact match", "CIDEr", "VQA accuracy", "R@1", "R@5 image→text", "R@10 text→image"} <= names
     assert not [name for name in names if "_" in name]
@@ -26,7 +26,7 @@ def test_a_score_is_shown_with_its_name_and_its_unit(key: str, value: float, tex
 
 
 def test_the_score_of_an_adapter_is_the_one_that_selected_it() -> None:
-    """A header may contain anything, and older adapters lack some entries."""
+    """The score is that of `best_by`. Missing and invalid entries give an empty text."""
     scores = {"val_loss": 0.1, "val_exact_match": 0.5, "val_cider": 2.0}
     assert validation_score({**scores, "settings": {"best_by": "cider"}}) == "CIDEr 2.0000"
     assert validation_score({**scores, "settings": {"best_by": "loss"}}) == "loss 0.1000"

@@ -40,7 +40,7 @@ WORDS = {
 
 
 def test_words_by_hand():
-    """Brackets, signs, contractions, abbreviations, addresses, smileys, marks: each as PTBTokenizer writes it."""
+    """Brackets, signs, contractions, abbreviations, addresses, smileys and marks are tokenized as by PTBTokenizer."""
     assert {text: plain(text) for text in WORDS} == WORDS
 
 
@@ -69,7 +69,7 @@ def test_exact_match_ignores_what_a_tokenizer_does_not_keep(text, expected):
     assert normal(text) == expected
 
 
-def test_exact_match_is_a_share():
+def test_exact_match_is_the_share_of_right_predictions():
     assert exact_match(["A cube.", "a ball", "x"], [["a cube"], ["ball", "a Ball!"], ["y", "X"]]) == 2 / 3
     assert exact_match(["a"], [[]]) == 0
     for predictions, references in (([], []), (["a"], []), (["a"], [["a"], ["b"]])):
@@ -83,16 +83,16 @@ def test_exact_match_is_a_share():
 def test_mode_collapse_needs_eight_predictions_and_more_than_half_equal():
     for same, others, warned in ((7, 0, False), (8, 0, True), (4, 4, False), (5, 4, True), (5, 5, False), (6, 5, True)):
         repeated = ["a cube"] * same + [f"thing {number}" for number in range(others)]
-        found = diversity(repeated)
-        assert bool(found.warning) == warned, (same, others)
-        assert (found.times, found.distinct) == (same, 1 + others)
+        measured = diversity(repeated)
+        assert bool(measured.warning) == warned, (same, others)
+        assert (measured.times, measured.distinct) == (same, 1 + others)
     assert diversity(["a cube"] * 8).warning == (
         "8 of 8 predictions (100%) are 'a cube': the model may have collapsed onto one caption"
     )
 
 
 def test_no_collapse_if_the_references_repeat_the_caption_as_often():
-    """The reference belongs to more than half of the images. Two equal references of one image count once."""
+    """More than half of the images have the caption as a reference. Two equal references of one image count once."""
     repeated = ["a cube"] * 8
     for images, warned in ((4, True), (5, False)):
         references = [["A ball.", "a ball"]] * images + [[f"thing {n}"] for n in range(8 - images)]
@@ -107,19 +107,20 @@ def test_no_collapse_if_the_references_repeat_the_caption_as_often():
 
 
 def test_predictions_without_words_have_a_type_token_ratio_of_zero():
-    found = diversity(["", "."])
-    assert (found.type_token_ratio, found.distinct, found.share, found.most_common, found.times) == (0.0, 1, 0.5, "", 2)
+    measured = diversity(["", "."])
+    assert (measured.type_token_ratio, measured.distinct, measured.share) == (0.0, 1, 0.5)
+    assert (measured.most_common, measured.times) == ("", 2)
 
 
 # ---- intervals
 
 
 def test_an_interval_is_the_percentiles_of_the_resampled_scores():
-    """For resamples with the scores 0, 1, … 200, 95 % are in 5 … 195, and 50 % in 50 … 150."""
+    """Of resamples with the scores 0, 1, …, 200, 95 % are in 5 … 195, and 50 % are in 50 … 150."""
     for level, low, high in ((0.95, 5, 195), (0.5, 50, 150)):
         scores = iter([*range(201), 77])
-        found = bootstrap.of_statistic(lambda _, scores=scores: next(scores), 3, resamples=201, level=level)
-        assert found == pytest.approx((77, low, high)) and str(found) == f"77.000 [{low}.000, {high}.000]"
+        interval = bootstrap.of_statistic(lambda _, scores=scores: next(scores), 3, resamples=201, level=level)
+        assert interval == pytest.approx((77, low, high)) and str(interval) == f"77.000 [{low}.000, {high}.000]"
 
 
 def test_images_are_drawn_with_replacement_from_the_seed():
@@ -136,17 +137,17 @@ def test_images_are_drawn_with_replacement_from_the_seed():
 def test_sums_of_counts_are_those_of_drawn_images():
     """Each resample is the sum of as many images as there are. The value is that of all images."""
     sums = []
-    found = bootstrap.of_sums([[1, 0], [0, 10]], lambda s: (sums.append(s), s[..., 0] + s[..., 1])[1], resamples=500, seed=3)
-    assert found.value == 11 and sums[0].tolist() == [1, 10]
+    interval = bootstrap.of_sums([[1, 0], [0, 10]], lambda s: (sums.append(s), s[..., 0] + s[..., 1])[1], resamples=500, seed=3)
+    assert interval.value == 11 and sums[0].tolist() == [1, 10]
     drawn = sums[1]
     assert drawn.shape == (500, 2) and set((drawn[:, 0] + drawn[:, 1] / 10).tolist()) == {2}
-    assert 0.2 < (drawn[:, 0] == 2).mean() < 0.3 and (found.low, found.high) == (2, 20)
-    assert found == bootstrap.of_sums([[1, 0], [0, 10]], lambda s: s[..., 0] + s[..., 1], resamples=500, seed=3)
+    assert 0.2 < (drawn[:, 0] == 2).mean() < 0.3 and (interval.low, interval.high) == (2, 20)
+    assert interval == bootstrap.of_sums([[1, 0], [0, 10]], lambda s: s[..., 0] + s[..., 1], resamples=500, seed=3)
     other = [bootstrap.of_mean([1.0, 2.0, 4.0, 8.0], resamples=40, seed=seed) for seed in range(4)]
     assert len({each.low for each in other}) > 1 and {each.value for each in other} == {3.75}
 
 
-def test_levels_resamples_and_seeds_reach_every_interval():
+def test_level_resamples_and_seed_change_every_interval():
     values, base = np.arange(20.0), np.zeros(20)
     for of in (bootstrap.of_mean, lambda v, **k: bootstrap.of_difference(v, base, **k)):
         wide, narrow = of(values, level=0.99), of(values, level=0.5)
@@ -201,7 +202,7 @@ def test_inputs_without_an_interval_are_errors(act, message):
         ([[0.0, np.nan]], [0, 0], "a score is NaN"),
     ],
 )
-def test_scores_that_cannot_be_ranked_say_why(scores, owner, message):
+def test_scores_that_cannot_be_ranked_are_an_error_with_a_reason(scores, owner, message):
     with pytest.raises(ValueError, match=message):
         retrieval.recalls(scores, owner)
 
@@ -217,10 +218,10 @@ def test_rows_are_ranked_in_blocks_of_bounded_size(monkeypatch):
     real = np.isnan
     monkeypatch.setattr(retrieval, "BLOCK", 10)
     monkeypatch.setattr(np, "isnan", lambda rows: recorded.append(rows.shape) or real(rows))
-    found = retrieval.row_ranks(np.arange(20.0).reshape(5, 4), np.eye(5, 4, dtype=bool) | (np.arange(4) == 0))
-    assert recorded == [(2, 4), (2, 4), (1, 4)] and found.tolist() == [4, 3, 2, 1, 4]
+    ranks = retrieval.row_ranks(np.arange(20.0).reshape(5, 4), np.eye(5, 4, dtype=bool) | (np.arange(4) == 0))
+    assert recorded == [(2, 4), (2, 4), (1, 4)] and ranks.tolist() == [4, 3, 2, 1, 4]
 
 
 def test_the_summary_names_every_recall_and_rank():
-    found = retrieval.summary("x", np.array([1, 2, 5, 6, 10, 11]))
-    assert found == {"x_r1": 1 / 6, "x_r5": 0.5, "x_r10": 5 / 6, "x_mean_rank": pytest.approx(35 / 6), "x_median_rank": 5.5}
+    summary = retrieval.summary("x", np.array([1, 2, 5, 6, 10, 11]))
+    assert summary == {"x_r1": 1 / 6, "x_r5": 0.5, "x_r10": 5 / 6, "x_mean_rank": pytest.approx(35 / 6), "x_median_rank": 5.5}

@@ -49,13 +49,13 @@ def picture(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red") -
 
 def read(path: Path) -> dict[str, Any]:
     """Return the data of a page. It must be strict JSON, without NaN."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
-    assert found
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)
+    assert match
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
 
-    return json.loads(found[1], parse_constant=refuse)
+    return json.loads(match[1], parse_constant=refuse)
 
 
 class Tags(HTMLParser):
@@ -63,16 +63,16 @@ class Tags(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return 120 cards in two groups, every third wrong and every fourth changed, after six cards with untrusted text."""
+    """Return a page with six cards of untrusted text, and 114 in two groups, every third wrong and every fourth changed."""
     folder = tmp_path_factory.mktemp("report")
     one, other = picture(folder / "one.png"), picture(folder / "other.jpg", (600, 300), "blue")
     cards = [
@@ -81,20 +81,20 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for n in range(114):
         right = f"a red cube number {n}"
-        said = right if n % 3 else right.replace("red cube", "blue ball")
-        base = said if n % 4 else "a thing"
+        text = right if n % 3 else right.replace("red cube", "blue ball")
+        base = text if n % 4 else "a thing"
         group = "even" if n % 2 == 0 else "odd"
         cards.append(
-            Card(other, [right], said, base, score=n / 114, base_score=0.5, group=group, leaked="copy" if n == 7 else "")
+            Card(other, [right], text, base, score=n / 114, base_score=0.5, group=group, leaked="copy" if n == 7 else "")
         )
     facts = {"base <b>": NASTY[0], "adapter": "a/very/long/path_" * 20}
     return report.write(folder / "report.html", NASTY[1], ROWS, cards, METRICS, facts, [WARNING])
 
 
-def test_nothing_is_fetched(page: Path) -> None:
+def test_a_page_loads_nothing_from_the_network(page: Path) -> None:
     """Tags and styles refer only to data: URLs, and the content security policy forbids all others."""
     text = page.read_text("utf-8")
-    tags = Tags(text).found
+    tags = Tags(text).tags
     sources = [
         attributes[key] for _, attributes in tags for key in ("src", "href", "srcset", "action", "data") if key in attributes
     ]
@@ -108,7 +108,7 @@ def test_nothing_is_fetched(page: Path) -> None:
 
 def test_untrusted_texts_add_no_tag_to_the_report(page: Path, tmp_path: Path) -> None:
     """The page has the tags of a page with plain words. The JSON contains every caption, with escaped control characters."""
-    tags = [tag for tag, _ in Tags(page.read_text("utf-8")).found]
+    tags = [tag for tag, _ in Tags(page.read_text("utf-8")).tags]
     assert tags.count("script") == 2 and not {"img", "i"} & set(tags)
     assert tags.count("b") == 9  # the figures of the score table
     assert [card["references"][0] for card in read(page)["cards"] if "score" not in card] == list(map(printable, NASTY))
@@ -116,8 +116,8 @@ def test_untrusted_texts_add_no_tag_to_the_report(page: Path, tmp_path: Path) ->
     assert read(odd)["cards"][0]["references"] == [r"half \ud83d"]
 
 
-def test_worst_first_and_the_worst_have_the_pictures(tmp_path: Path) -> None:
-    """Cards are sorted by score, then by the loss against the base; no score is last. An image is embedded once."""
+def test_the_worst_cards_are_first_and_have_the_images(tmp_path: Path) -> None:
+    """Cards are sorted by score, then by loss against the base. Those without a score are last. An image is embedded once."""
     images = [picture(tmp_path / f"{n}.png", (300, 600)) for n in range(4)]
     scores = [(0.5, 0.1), (None, None), (0.5, 0.9), (0.0, None), (float("nan"), 1.0), (0.6, 0.5)]
     cards = [Card(images[min(n, 3)], ["a"], str(n), score=score, base_score=base) for n, (score, base) in enumerate(scores)]
@@ -131,10 +131,10 @@ def test_worst_first_and_the_worst_have_the_pictures(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_image_is_named_on_the_page(tmp_path: Path) -> None:
-    """For a missing, damaged or unknown file, only its own image is missing on the page."""
+    """The page names a missing, damaged or unknown file, and shows the other images."""
     (tmp_path / "text.png").write_text("no image")
-    whole = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    complete = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(complete[: len(complete) // 2])
     names = ["gone.png", "text.png", "cut.png", "whole.png"]
     data = read(report.write(tmp_path / "page.html", "t", [], [Card(tmp_path / name, [], "a") for name in names]))
     for name, shot in zip(names[:3], data["pictures"], strict=False):
@@ -146,13 +146,13 @@ def test_an_unreadable_image_is_named_on_the_page(tmp_path: Path) -> None:
 def test_a_card_is_right_by_exact_match_unless_right_is_given(tmp_path: Path) -> None:
     gone = tmp_path / "gone.png"
     cards = [Card(gone, ["A cube."], "a cube"), Card(gone, ["two"], "2", right=True), Card(gone, ["a"], "b", "B")]
-    said = read(report.write(tmp_path / "page.html", "t", [], cards))["cards"]
-    assert [card["right"] for card in said] == [True, True, False]
-    assert "changed" not in said[2]  # case is no change
+    shown = read(report.write(tmp_path / "page.html", "t", [], cards))["cards"]
+    assert [card["right"] for card in shown] == [True, True, False]
+    assert "changed" not in shown[2]  # case is no change
 
 
 def test_curves_survive_nan_and_long_runs(tmp_path: Path) -> None:
-    """Every n-th step, the last one, all validations and skipped steps; NaN becomes null."""
+    """The page has every n-th step, the last step, and all validations and skipped steps. NaN becomes null."""
     lines: list[dict[str, Any]] = [{"step": n, "loss": 1.0, "lr": 0.1} for n in range(1, 7002)]
     lines.insert(4, {"step": 4, "val_loss": float("nan")})
     lines.insert(5, {"step": 4, "skipped": "x", "loss_scale": float("inf")})
@@ -165,7 +165,7 @@ def test_curves_survive_nan_and_long_runs(tmp_path: Path) -> None:
     assert read(report.write(tmp_path / "few.html", "t", [], [], lines[:30]))["every"] == 1
 
 
-def test_score_table_says_what_is_better() -> None:
+def test_the_score_table_shows_which_model_is_better() -> None:
     """The gain is adapted − base, in points or as a number. A lower loss is better. Overlapping intervals and – have a note."""
     table = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)) for row in scores_html(ROWS).split("<tr>")[2:]]
     assert "25.0 % 20.0 to 30.0 75.0 % 70.0 to 80.0 +50.0 points better" in table[0]
@@ -183,7 +183,7 @@ def test_warnings_are_above_the_scores(page: Path) -> None:
     assert 0 < text.index("2 images are in the training data &lt;b&gt;") < text.index(">Scores<") < text.index(">Pictures<")
 
 
-def test_an_older_page_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_older_page_is_replaced_completely(tmp_path: Path) -> None:
     for title in ("first", "second"):
         path = report.write(tmp_path / "deep" / "page.html", title, [], [])
     assert '<h1 dir="auto">second</h1>' in path.read_text("utf-8")
@@ -247,7 +247,7 @@ def shown(browser: Any) -> list[str]:
     return browser.execute_script("return [...document.querySelectorAll('.card dd.adapted')].map(text => text.textContent)")
 
 
-def test_opens_silently_from_disk(opened: Any, page: Path) -> None:
+def test_a_page_opens_from_disk_without_messages(opened: Any, page: Path) -> None:
     """The page writes nothing to the console, loads nothing else, and runs no untrusted script."""
     events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
@@ -265,7 +265,7 @@ def test_untrusted_texts_are_shown_as_text(opened: Any) -> None:
 
 
 def test_filters_count_what_is_left(opened: Any) -> None:
-    """Filter by words, phrase, wrong, changed, leaks and group, alone and together. Clearing the filters shows all cards."""
+    """Test the filters words, phrase, wrong, changed, leaks and group, alone and together. Clearing them shows all cards."""
     assert opened.find_element("id", "count").text == "120 cards"
     assert len(shown(opened)) == 48  # the rest as one scrolls
     opened.find_element("name", "query").send_keys("CUBE number 11")
@@ -327,7 +327,7 @@ def test_curves_can_be_read_by_key(opened: Any) -> None:
 
 
 def test_axes_curves_and_scores_have_names(opened: Any) -> None:
-    """The score of each card, its order and each axis; the smoothed curve has the logged values behind it."""
+    """The score of each card, the order of the cards and each axis have a name. A smoothed curve is above its logged values."""
     texts = opened.execute_script("return [...document.querySelectorAll('.axis-name')].map(text => text.textContent)")
     names = {"loss, log scale", "exact match", "CIDEr", "learning rate", "gradient norm, log scale"}
     assert set(texts) == names | {"optimizer step"} and len(texts) == 2 * len(names)

@@ -128,7 +128,7 @@ def test_token_ids_in_the_padding_change_no_logits(task):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_is_a_batch(make, kind):
+def test_accumulated_gradients_equal_those_of_one_batch(make, kind):
     """Law 7: micro-batches of 1, 2 and 1 questions with uneven answers and votes equal one batch of 4."""
     results = []
     for cuts in ((0, 4), (0, 1, 3, 4)):

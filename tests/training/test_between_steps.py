@@ -39,12 +39,12 @@ class Loader:
 
 def walk(progress: Progress, epochs: int = 2, accumulation: int = 3, ranks: Any = ALONE) -> list[list[str]]:
     """Return the micro-batches of each step. Count every step as an update."""
-    found = []
+    steps = []
     for slots, stacks in remaining_steps(Loader(), epochs, accumulation, progress, ranks):
         assert [f"{progress.epoch}.{slot.number}" for slot in slots] == stacks
-        found.append(stacks)
+        steps.append(stacks)
         progress.step, progress.group, progress.slot = progress.step + 1, progress.group + 1, 0
-    return found
+    return steps
 
 
 WHOLE = [["0.0", "0.1", "0.2"], ["0.3", "0.4", "0.5"], ["0.6"], ["1.0", "1.1", "1.2"], ["1.3", "1.4", "1.5"], ["1.6"]]
@@ -158,11 +158,11 @@ def test_a_rescue_that_fails_is_reported_and_the_first_error_stays(error, capsys
 # ---------------------------------------------------------------- validation
 
 
-def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[list[str], SimpleNamespace]:
+def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], SimpleNamespace]:
     """Call `validate_if_due`, and return its validations and its printed lines."""
     happened: list[str] = []
-    held_out = given.pop("held_out", "held out")
-    config = TrainConfig(patience=given.pop("patience", 0), best_by="loss")
+    held_out = options.pop("held_out", "held out")
+    config = TrainConfig(patience=options.pop("patience", 0), best_by="loss")
 
     def validate(*arguments: Any) -> dict[str, float]:
         happened.append("validate")
@@ -185,13 +185,13 @@ def validated(progress: Progress, monkeypatch: pytest.MonkeyPatch, **given: Any)
         assert entered == ["in"]
 
     learner = SimpleNamespace(progress=progress, task="task", ranks=ALONE, transaction=Transaction)
-    best = SimpleNamespace(stale=given.pop("stale", 0), improved=3)
+    best = SimpleNamespace(stale=options.pop("stale", 0), improved=3)
     running: Any = SimpleNamespace(
         learner=learner, config=config, task="task", held_out=held_out, autocast="autocast",
-        validate_every=given.pop("every", 10), checkpoint_if_due=lambda: None,
+        validate_every=options.pop("every", 10), checkpoint_if_due=lambda: None,
         run=SimpleNamespace(log_validation=log, best=best), prefix=None,
     )  # fmt: skip
-    Session.validate_if_due(running, **given)
+    Session.validate_if_due(running, **options)
     return happened, running
 
 
@@ -249,8 +249,8 @@ class Enough(BaseException):
     """Stop a training in the middle."""
 
 
-@pytest.mark.parametrize(("epochs", "given", "every"), [(3, 0, 10), (100, 0, 30), (100, 7, 7)])
-def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, tmp_path, monkeypatch, epochs, given, every):
+@pytest.mark.parametrize(("epochs", "setting", "every"), [(3, 0, 10), (100, 0, 30), (100, 7, 7)])
+def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, tmp_path, monkeypatch, epochs, setting, every):
     """An epoch has three steps. A number set by the user is used. The identity describes the cached states."""
     recorded: list[Any] = []
 
@@ -263,7 +263,7 @@ def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, t
         resume, "acquire", lambda config, identity, *rest: recorded.append(identity) or acquire(config, identity, *rest)
     )
     monkeypatch.setattr(Session, "validate_if_due", validate_if_due)
-    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=epochs, validate_every=given)
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=epochs, validate_every=setting)
     with pytest.raises(Enough):
         loop.train(config)
     assert recorded[1] == every and "learned from" in recorded[0] and recorded[0]["epochs"] == epochs

@@ -28,8 +28,8 @@ TENSOR = {"parameter/a": torch.arange(6.0).reshape(2, 3)}
 
 def write(run: Path, step: int = 1, age: float = 0.0, keep: int = 2, best: Path | None = None, **identity: Any) -> Path:
     """Write a checkpoint of `run`. age: seconds since the checkpoint folder was last changed."""
-    about = {"identity": {**IDENTITY, **identity}, "run": {"name": run.name}, "progress": {"step": step}}
-    folder = checkpoint.write(run, step, TENSOR, about, best or run / "none", keep)
+    state = {"identity": {**IDENTITY, **identity}, "run": {"name": run.name}, "progress": {"step": step}}
+    folder = checkpoint.write(run, step, TENSOR, state, best or run / "none", keep)
     when = 1_700_000_000 - age
     os.utime(folder.parent, (when, when))
     return folder
@@ -113,7 +113,7 @@ def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
     assert saved is not None and saved.folder == older and notes == []
 
 
-def test_a_path_to_a_checkpoint_that_is_gone_gives_the_newest_of_its_run(tmp_path):
+def test_a_path_to_a_removed_checkpoint_gives_the_newest_of_its_run(tmp_path):
     older, newer = write(tmp_path / "lora_a", keep=1), write(tmp_path / "lora_a", step=2, keep=1)
     assert not older.exists() and checkpoint.locate(older).folder == newer
     (tmp_path / "lora_b").mkdir()
@@ -167,7 +167,7 @@ def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, mon
 # ---------------------------------------------------------------- the folders
 
 
-def test_a_checkpoint_is_what_was_written(tmp_path):
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     """Tensors, state and best adapter are equal bit for bit. The name contains a counter and the step."""
     best = tmp_path / "best"
     best.write_bytes(b"best")
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [TENSORS, BEST])
-def test_one_changed_byte_is_damage(tmp_path, name):
+def test_one_changed_byte_is_reported_as_damage(tmp_path, name):
     best = tmp_path / "best"
     best.write_bytes(b"best")
     folder = write(tmp_path / "lora_a", best=best)
@@ -236,17 +236,17 @@ def test_one_changed_byte_is_damage(tmp_path, name):
 )
 def test_a_changed_state_file_is_reported_as_damaged(tmp_path, change, message):
     folder = write(tmp_path / "lora_a")
-    about = json.loads((folder / STATE).read_text())
-    (folder / STATE).write_text(json.dumps({**about, **change}))
+    state = json.loads((folder / STATE).read_text())
+    (folder / STATE).write_text(json.dumps({**state, **change}))
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(folder)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
     """Change the state, and update its digest."""
-    about = {**json.loads((folder / STATE).read_text()), **changes}
-    about.pop("sha256 of the rest")
-    (folder / STATE).write_text(json.dumps({**about, "sha256 of the rest": checkpoint._digest(about)}))
+    state = {**json.loads((folder / STATE).read_text()), **changes}
+    state.pop("sha256 of the rest")
+    (folder / STATE).write_text(json.dumps({**state, "sha256 of the rest": checkpoint._digest(state)}))
 
 
 def test_another_format_is_refused_by_its_number(tmp_path):
@@ -256,7 +256,7 @@ def test_another_format_is_refused_by_its_number(tmp_path):
         checkpoint.read(folder)
 
 
-def test_a_state_without_its_tensors_is_damage(tmp_path):
+def test_a_state_without_its_tensors_is_reported_as_damage(tmp_path):
     folder = write(tmp_path / "lora_a")
     rewrite(folder, sha256={})
     with pytest.raises(CheckpointError, match=f"damaged: {TENSORS} has changed since it was written"):
@@ -273,7 +273,7 @@ def test_a_digest_with_a_path_does_not_open_a_file_outside_the_checkpoint(tmp_pa
         checkpoint.read(folder)
 
 
-def test_a_tensor_of_another_shape_or_none_is_named():
+def test_a_missing_tensor_or_one_of_another_shape_is_named():
     like = torch.zeros(2, 3)
     assert checkpoint.checked_tensor(TENSOR, "parameter/a", like) is TENSOR["parameter/a"]
     for name, expected_tensor, message in (
@@ -357,8 +357,8 @@ def backbone_of(config: dict = BASE_CONFIG, processor: dict = PROCESSOR, vocabul
 def identity(
     config: TrainConfig, training: list[Example], validation: list[Example], backbone: Any = None, **other: Any
 ) -> dict:
-    given = {"precision": "fp32", "ranks": 2, **other}
-    return resume.identity(config, given["precision"], backbone or backbone_of(), training, validation, given["ranks"])
+    values = {"precision": "fp32", "ranks": 2, **other}
+    return resume.identity(config, values["precision"], backbone or backbone_of(), training, validation, values["ranks"])
 
 
 def test_the_identity_contains_exactly_what_determines_an_update(line):
@@ -419,7 +419,7 @@ def test_differences_name_the_changed_setting_or_content():
     assert resume.differences(now, now) == []
 
 
-def test_a_setting_that_an_older_version_did_not_know_had_its_default():
+def test_a_setting_that_an_older_version_did_not_have_has_its_default():
     """The default is used for the settings of a training run, and for the image size of every run."""
     now = {"training lines": "a", "dropout": TrainConfig().dropout, "image_size": 0}
     assert resume.differences({"training lines": "a"}, now) == []
@@ -440,7 +440,7 @@ def test_a_setting_that_an_older_version_did_not_know_had_its_default():
         lambda model: setattr(model, "fd", model.__delattr__("fc") or torch.nn.Linear(4, 3).requires_grad_(False)),
     ],
 )
-def test_values_dtypes_shapes_and_names_of_what_is_frozen_identify_a_base(change):
+def test_values_dtypes_shapes_and_names_of_frozen_weights_identify_a_base(change):
     torch.manual_seed(0)
     model = torch.nn.Module()
     model.fc = torch.nn.Linear(4, 3).requires_grad_(False)
@@ -460,7 +460,7 @@ def test_trained_parameters_are_not_part_of_the_digest_of_a_base():
 
 
 def test_two_swapped_values_change_the_digest_of_a_base():
-    """The exclusive or of all values does not change, but the samples of a small weight do."""
+    """Swapped values have the same exclusive or. The digest also contains samples of each weight, and these change."""
     model = torch.nn.Linear(4, 3).requires_grad_(False)
     before = weights_digest(model)
     model.weight.data = model.weight.data.flip(0)

@@ -39,9 +39,9 @@ def test_compiled_blocks_train_as_uncompiled_ones(
     for compiled in (False, True):
         torch._dynamo.reset()  # earlier tests may have used up the compilations of the same code
         torch._dynamo.utils.counters.clear()
-        given = {"max_steps": STEPS, "epochs": STEPS, "validate_every": 7, "precision": precision, "lr": 1e-3}
-        given["batch_size"] = batch_size
-        path = train(settings(checkpoints["blip"], source, compile=compiled, targets=f"{blocks},text", **given))
+        options = {"max_steps": STEPS, "epochs": STEPS, "validate_every": 7, "precision": precision, "lr": 1e-3}
+        options["batch_size"] = batch_size
+        path = train(settings(checkpoints["blip"], source, compile=compiled, targets=f"{blocks},text", **options))
         losses[compiled] = [line["loss"] for line in metrics_of(path) if "loss" in line]
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] == graphs and not counted["graph_break"]

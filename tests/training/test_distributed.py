@@ -37,7 +37,7 @@ def finished(config: TrainConfig) -> Path:
 @pytest.mark.parametrize("batches", [1, 2, 5, 6, 13])
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_every_micro_batch_is_one_ranks_own_once(batches, accumulation, ranks):
+def test_every_micro_batch_belongs_to_one_rank(batches, accumulation, ranks):
     """All ranks have the same number of slots in each step. Together, their micro-batches are those of the epoch, in order."""
     shares = [slots_of_steps(batches, accumulation, rank, ranks) for rank in range(ranks)]
     assert {tuple(len(step) for step in share) for share in shares} == {tuple(len(step) for step in shares[0])}

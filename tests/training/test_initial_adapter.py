@@ -25,7 +25,7 @@ from tests.support.runs import assert_same, before_each_step, config_of, lines, 
 
 @pytest.fixture(scope="module")
 def first(checkpoints, tmp_path_factory) -> tuple[TrainConfig, Path]:
-    """A finished run on the ViT and the text model, with its settings."""
+    """Return a finished run on the ViT and the text model, with its settings."""
     config = config_of(checkpoints, tmp_path_factory.mktemp("first"), targets="vit,text", epochs=1, dropout=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_blip.reports.plots.draw", lambda _: None)
@@ -43,7 +43,7 @@ def held(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("targets", ["vit,text", "vit"])
 def test_the_loss_at_step_0_is_that_of_the_loaded_adapter(first, tmp_path, make, targets):
-    """Of all validation lines, also if only a part of the adapter is trained further."""
+    """The loss is that of all validation lines, also if only a part of the adapter is trained further."""
     config = further(first, tmp_path, targets=targets)
     path = train(config)
     with started(config) as session:
@@ -64,7 +64,7 @@ def started(config: TrainConfig) -> Iterator[Session]:
 
 
 def test_a_part_of_the_adapter_is_trained_and_the_rest_is_saved_unchanged(first, tmp_path, capsys):
-    """And what is not in the adapter is new: its update is zero at the start."""
+    """A target that is not in the initial adapter gets a new adapter, whose update is zero at the start."""
     before = held(first[1])
     assert {key.split(".")[0] for key in before} == {"vision_model", "text_decoder"}
     after = held(train(further(first, tmp_path, targets="vit")))
@@ -91,7 +91,7 @@ def test_a_part_of_the_adapter_is_trained_and_the_rest_is_saved_unchanged(first,
 
 
 def test_training_continues_as_a_new_run_whose_adapters_have_these_values(first, tmp_path, monkeypatch):
-    """Bit for bit: adapters, best adapters and metrics. The metadata has the source, and the settings have the path."""
+    """The adapters, best adapters and metrics are equal bit for bit. The metadata names the source, the settings the path."""
     path = train(further(first, tmp_path))
     config = further(first, tmp_path, init_adapter="", output_dir=str(tmp_path / "oracle"))
     tensors = held(first[1])
@@ -118,8 +118,8 @@ def test_training_continues_as_a_new_run_whose_adapters_have_these_values(first,
 
 
 def test_an_interrupted_run_resumes_with_its_initial_adapter(first, tmp_path):
-    """Bit for bit; with "latest" too, which is never the interrupted run. Without the adapter it is another run."""
-    whole = train(further(first, tmp_path, output_dir=str(tmp_path / "whole")))
+    """The result is equal bit for bit, also with "latest", which is never the interrupted run. Without it, a new run starts."""
+    uninterrupted = train(further(first, tmp_path, output_dir=str(tmp_path / "whole")))
     config = further(first, tmp_path, init_adapter="latest")
     finished = tmp_path / "runs" / "finished" / ADAPTER_NAME
     finished.parent.mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_an_interrupted_run_resumes_with_its_initial_adapter(first, tmp_path):
     assert other.parent != run
     path = train(config)
     assert path.parent == run
-    assert_same(path, whole)
+    assert_same(path, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_an_interrupted_run_resumes_with_its_initial_adapter(first, tmp_path):
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoints, tmp_path, changes, message):
-    """Before the first step, and without a run folder."""
+    """The error is raised before the first step and before the run folder is created."""
     if changes.get("model") == "other":
         from transformers import BlipForConditionalGeneration
 
@@ -183,7 +183,7 @@ def test_the_temperature_of_a_retrieval_adapter_continues(checkpoints, tmp_path)
 
 
 def test_the_resume_of_a_finished_run_prints_the_command_that_continues(first, monkeypatch):
-    """It is the command of the user with INIT_ADAPTER instead of RESUME; from Python, it is the settings."""
+    """The message has the user's command with INIT_ADAPTER instead of RESUME. In Python, it has the settings."""
     run = first[1].parent
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run), "--epochs", "3"])
     with pytest.raises(CheckpointError) as caught:

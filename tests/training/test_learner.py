@@ -102,8 +102,8 @@ def test_idle_slots_of_a_rank_add_nothing(learner):
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, learner.parameters.values(), strict=True))
 
 
-def test_gradients_are_clipped_only_if_they_are_to_be(make):
-    """Without max_grad_norm, a step of plain SGD is the whole gradient."""
+def test_gradients_are_clipped_only_if_max_grad_norm_is_set(make):
+    """Without max_grad_norm, a step of plain SGD subtracts the full gradient."""
     for most in (0.0, 1e-3):
         learner = learner_of(make, max_grad_norm=most)
         learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
@@ -114,29 +114,29 @@ def test_gradients_are_clipped_only_if_they_are_to_be(make):
         assert float(moved.norm()) == pytest.approx(most or update.grad_norm, rel=1e-3) and update.grad_norm > 0.01
 
 
-def test_weight_decay_pulls_at_the_adapters(make):
+def test_weight_decay_shrinks_the_adapters(make):
     """AdamW at rate lr shrinks every adapter by lr · weight_decay, however small its gradient."""
     learner = learner_of(make, weight_decay=0.5, lr=0.1)
     (group,) = learner.optimizer.param_groups
     assert (group["weight_decay"], group["lr"], len(group["params"])) == (0.5, 0.1, len(learner.parameters))
 
 
-# ---------------------------------------------------------------- kept and restored
+# ---------------------------------------------------------------- the state is saved and restored
 
 
-def restored(make: Callable[..., Any], kept: tuple[dict, dict]) -> Learner:
+def restored(make: Callable[..., Any], state: tuple[dict, dict]) -> Learner:
     other = learner_of(make)
-    other.load_state_dict(*kept)
+    other.load_state_dict(*state)
     return other
 
 
-def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
+def test_a_learner_resumes_bit_for_bit_in_the_middle_of_a_step(make, learner):
     """The state is saved after one of two micro-batches. After the step, adapters, moments and loss are the same."""
     accumulate(learner)
     update_parameters(learner, 1e-2)
     accumulate(learner, 1, of=2)
-    kept = learner.state_dict()
-    other = restored(make, ({key: value.clone() for key, value in kept[0].items()}, kept[1]))
+    state = learner.state_dict()
+    other = restored(make, ({key: value.clone() for key, value in state[0].items()}, state[1]))
     assert (other.progress, other.label_count, other.images) == (learner.progress, learner.label_count, learner.images)
     assert other.progress.slot == 1 and float(other.loss) == float(learner.loss)
     updates = []
@@ -155,9 +155,9 @@ def test_a_learner_in_the_middle_of_a_step_continues_to_the_bit(make, learner):
 def test_between_two_steps_no_gradient_is_kept(make, learner):
     accumulate(learner)
     update_parameters(learner, 1e-2)
-    tensors, about = learner.state_dict()
-    assert not any(key.startswith("gradient/") for key in tensors) and about["step"] == {}
-    other = restored(make, (tensors, about))
+    tensors, state = learner.state_dict()
+    assert not any(key.startswith("gradient/") for key in tensors) and state["step"] == {}
+    other = restored(make, (tensors, state))
     assert all(parameter.grad is None for parameter in other.parameters.values())
     assert (other.label_count, other.images, float(other.loss)) == (1.0, 0, 0.0)
 
@@ -185,30 +185,30 @@ def test_a_step_whose_loss_is_not_finite_is_saved_at_its_start(make, learner):
     """The gradients and the loss so far are not written, so the resumed run computes the faulty micro-batch again."""
     accumulate(learner, 1, of=2)
     learner.loss.fill_(math.nan)
-    tensors, about = learner.state_dict()
-    assert about["progress"]["slot"] == 0 and about["step"] == {} and learner.progress.slot == 1
+    tensors, state = learner.state_dict()
+    assert state["progress"]["slot"] == 0 and state["step"] == {} and learner.progress.slot == 1
     assert not any(key.startswith("gradient/") for key in tensors)
-    other = restored(make, (tensors, about))
+    other = restored(make, (tensors, state))
     assert float(other.loss) == 0 and other.progress.slot == 0
 
 
 def test_a_checkpoint_of_other_adapters_is_refused_before_anything_changes(make, learner):
-    tensors, about = learner.state_dict()
+    tensors, state = learner.state_dict()
     some = next(key for key in tensors if key.startswith("parameter/"))
     broken = [
-        ({**tensors, "parameter/vision_model.other.lora_A": torch.zeros(1)}, about, "also has adapters on other modules"),
-        ({key: value for key, value in tensors.items() if key != some}, about, "is missing in the checkpoint"),
-        ({**tensors, some: torch.zeros(1, 3)}, about, r"has the shape \(1, 3\) in the checkpoint"),
-        (tensors, {**about, "progress": {"epoch": 1, "dance": 2}}, r"state.json has an invalid entry \(TypeError"),
-        (tensors, {key: value for key, value in about.items() if key != "step"}, r"state.json has an invalid entry \(KeyError"),
-        (tensors, {**about, "step": {"count": "many"}}, r"state.json has an invalid entry \(ValueError"),
+        ({**tensors, "parameter/vision_model.other.lora_A": torch.zeros(1)}, state, "also has adapters on other modules"),
+        ({key: value for key, value in tensors.items() if key != some}, state, "is missing in the checkpoint"),
+        ({**tensors, some: torch.zeros(1, 3)}, state, r"has the shape \(1, 3\) in the checkpoint"),
+        (tensors, {**state, "progress": {"epoch": 1, "dance": 2}}, r"state.json has an invalid entry \(TypeError"),
+        (tensors, {key: value for key, value in state.items() if key != "step"}, r"state.json has an invalid entry \(KeyError"),
+        (tensors, {**state, "step": {"count": "many"}}, r"state.json has an invalid entry \(ValueError"),
     ]
     other = learner_of(make)
     for parameter in other.parameters.values():
         parameter.data.fill_(0.5)
-    for wrong_tensors, wrong_about, message in broken:
+    for wrong_tensors, wrong_state, message in broken:
         with pytest.raises(CheckpointError, match=message):
-            other.load_state_dict(wrong_tensors, wrong_about)
+            other.load_state_dict(wrong_tensors, wrong_state)
         assert all((parameter == 0.5).all() for parameter in other.parameters.values()) and other.progress == Progress()
 
 
@@ -256,12 +256,12 @@ def test_dropout_depends_on_the_place_of_a_micro_batch_alone(make):
 def resumed(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[str, Any]) -> Learner:
     """Return a new learner that resumes from a checkpoint of `learner`, in a run with the identity `now`."""
     then = {"batch_size": 2, "accumulation": 3, "processes": 1, "lr": 0.1}
-    tensors, about = learner.state_dict()
+    tensors, state = learner.state_dict()
     run = folder / "lora_x"
-    written = checkpoint.write(run, 1, tensors, {**about, "identity": then, "run": {"name": run.name}}, run / "none", 1)
+    path = checkpoint.write(run, 1, tensors, {**state, "identity": then, "run": {"name": run.name}}, run / "none", 1)
     other = learner_of(make)
     other.progress.total = 70
-    resume.resume_from(other, Saved(written, checkpoint.read(written).state), {**then, **now})
+    resume.resume_from(other, Saved(path, checkpoint.read(path).state), {**then, **now})
     return other
 
 

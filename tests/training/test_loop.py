@@ -44,14 +44,14 @@ def rows(batch: DeviceBatch, first: int, last: int, task: CaptionTask) -> Device
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
-def test_accumulation_is_a_batch(make, kind):
-    """Law 7: micro-batches of 2, 2 and a tail of 1, captions of 1 to 10 tokens, equal one batch of 5."""
+def test_accumulated_gradients_equal_those_of_one_batch(make, kind):
+    """Law 7: micro-batches of 2, 2 and 1 lines have the gradient of one batch of 5. The captions have 1 to 10 tokens."""
     gradients = []
     for cuts in ((0, 5), (0, 2, 4, 5)):
         task = CaptionTask(make(kind))
         inject(task.backbone)
-        whole = batch_of(task, UNEVEN)
-        micro = [rows(whole, a, b, task) for a, b in pairwise(cuts)]
+        batch = batch_of(task, UNEVEN)
+        micro = [rows(batch, a, b, task) for a, b in pairwise(cuts)]
         update, moved = one_step(task, micro)
         gradients.append((update.loss, moved))
     (one_loss, one), (many_loss, many) = gradients
@@ -77,14 +77,14 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
-def test_frozen_is_frozen_and_every_b_moves(checkpoints, make, tmp_path, kind, monkeypatch):
+def test_training_changes_every_b_and_no_frozen_weight(checkpoints, make, tmp_path, kind, monkeypatch):
     """Law 2: after training, the base is `torch.equal` to what was loaded, under the same names."""
-    kept = {}
+    captured = {}
     real = setup.open_backbone
-    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: kept.setdefault("opened", real(*a, **k)))
+    monkeypatch.setattr(setup, "open_backbone", lambda *a, **k: captured.setdefault("opened", real(*a, **k)))
     path = train(settings(checkpoints[kind], tiny.write_photos(tmp_path), targets=WHOLE[kind], prompt="a photo of"))
     fresh = make(kind).model.state_dict()
-    after = {key: value for key, value in kept["opened"][0].model.state_dict().items() if ".lora." not in key}
+    after = {key: value for key, value in captured["opened"][0].model.state_dict().items() if ".lora." not in key}
     assert list(after) == list(fresh) and all(torch.equal(after[key], fresh[key].to(after[key].dtype)) for key in fresh)
     saved = adapter_file.read(path)
     assert all(saved.tensors[key].any() for key in saved.tensors)
@@ -116,8 +116,8 @@ def test_the_same_seed_gives_the_same_adapter(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt"])
-def test_fp16_amp_runs_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path, kind, capsys):
-    """A real GradScaler: its first scale of 65,536 overflows, the step is skipped, the scale halves, training continues."""
+def test_fp16_amp_trains_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path, kind, capsys):
+    """The first scale of a real GradScaler, 65,536, overflows. The step is skipped, the scale is halved, training continues."""
     source = tiny.write_photos(tmp_path)
     config = settings(checkpoints[kind], source, precision="fp16", epochs=8, targets=WHOLE[kind], max_skipped=40)
     real = torch.amp.GradScaler
@@ -177,19 +177,21 @@ def test_ctrl_c_saves_the_progress(checkpoints, tmp_path, monkeypatch):
     assert stopped.value.code == 130 and adapter_file.read(path).metadata["training"]["steps"] == 3
 
 
-def test_an_image_with_several_texts_is_right_if_it_says_one_of_them(make, tmp_path, monkeypatch):
+def test_a_caption_is_right_if_it_equals_one_of_several_texts(make, tmp_path, monkeypatch):
     """Exact match is computed by image: a model that always generates one of three right captions has the score 1, not 1/3."""
     source = tiny.write_photos(tmp_path, 4, ["one"] * 4)
     source.write_text(
         source.read_text() + source.read_text().replace("one", "two") + source.read_text().replace("one", "three")
     )
     task = CaptionTask(make("blip"))
-    asked = []
-    monkeypatch.setattr(task, "predict_from_features", lambda seen, some: asked.append(len(seen)) or ["two"] * len(some))
+    counts = []
+    monkeypatch.setattr(
+        task, "predict_from_features", lambda features, some: counts.append(len(features)) or ["two"] * len(some)
+    )
     held_out = setup.loader_of(
         examples.annotations.read(source)[0], task, TrainConfig(batch_size=3, num_workers=0), shuffle=False
     )
-    assert validation.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(asked) == 4
+    assert validation.validate(task, held_out, nullcontext)["exact_match"] == 1 and sum(counts) == 4
 
 
 def test_the_rate_fits_the_size_of_the_base_and_warm_up_the_run(checkpoints, tmp_path):
@@ -287,16 +289,16 @@ def watched(
     monkeypatch: pytest.MonkeyPatch, scores: list[dict[str, float]] | None = None
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Return {step: copies of the adapter's tensors at this validation}. `scores` replace the scores of the validations."""
-    kept: dict[int, dict[str, torch.Tensor]] = {}
+    snapshots: dict[int, dict[str, torch.Tensor]] = {}
     real = Run.log_validation
 
-    def log(run: Run, step: int, epoch: int, found: dict[str, float]) -> None:
+    def log(run: Run, step: int, epoch: int, computed: dict[str, float]) -> None:
         halves = attached.adapters(run.learner.task.backbone.model).items()
-        kept[step] = {f"{a}.lora_{h}": getattr(x, h).detach().clone() for a, x in halves for h in "AB"}
-        real(run, step, epoch, scores[len(kept) - 1] if scores else found)
+        snapshots[step] = {f"{a}.lora_{h}": getattr(x, h).detach().clone() for a, x in halves for h in "AB"}
+        real(run, step, epoch, scores[len(snapshots) - 1] if scores else computed)
 
     monkeypatch.setattr(Run, "log_validation", log)
-    return kept
+    return snapshots
 
 
 @pytest.mark.parametrize(
@@ -310,14 +312,14 @@ def watched(
 def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
     checkpoints, tmp_path, monkeypatch, capsys, by, scores, best
 ):
-    kept = watched(monkeypatch, scores)
+    snapshots = watched(monkeypatch, scores)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_steps=8, validate_every=2, best_by=by)
     path = train(config)
-    found, last = adapter_file.read(path.parent / BEST_NAME), adapter_file.read(path)
-    assert list(kept) == [0, 2, 4, 6, 8] and found.metadata["training"]["steps"] == best
-    assert all(torch.equal(found.tensors[key], value) for key, value in kept[best].items())
-    assert all(torch.equal(last.tensors[key], value) for key, value in kept[8].items())
-    assert "finished" not in found.metadata["training"] and last.metadata["training"]["finished"] is True
+    best_adapter, last = adapter_file.read(path.parent / BEST_NAME), adapter_file.read(path)
+    assert list(snapshots) == [0, 2, 4, 6, 8] and best_adapter.metadata["training"]["steps"] == best
+    assert all(torch.equal(best_adapter.tensors[key], value) for key, value in snapshots[best].items())
+    assert all(torch.equal(last.tensors[key], value) for key, value in snapshots[8].items())
+    assert "finished" not in best_adapter.metadata["training"] and last.metadata["training"]["finished"] is True
     assert f"after step {best}: {path.parent / BEST_NAME}" in capsys.readouterr().out
     for line in (path.parent / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -325,7 +327,7 @@ def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoints, tmp_path, monkeypatch, capsys, resumed):
-    """The score of the base is that before the first step, also in a run that was resumed later."""
+    """The score of the base is the score before the first step, also in a resumed run."""
     watched(monkeypatch, [score(3, 0.125), score(2, 0.5), score(1, 0.75)])
     source = tiny.write_photos(tmp_path)
     config = settings(checkpoints["blip"], source, epochs=9, max_steps=4, validate_every=2)
@@ -390,14 +392,14 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch,
         assert capsys.readouterr().out == f"\nstopped after 0 of 9 steps; {end}\n"
 
 
-def test_patience_ends_a_run_that_gets_no_better_and_its_adapter_is_whole(checkpoints, tmp_path, monkeypatch, capsys):
-    kept = watched(monkeypatch, [score(9), score(2, 0.5), score(3, 0.5), score(1, 0.6), score(1, 0.6), score(1, 0.2)])
+def test_patience_ends_a_run_that_does_not_improve_and_its_adapter_is_complete(checkpoints, tmp_path, monkeypatch, capsys):
+    snapshots = watched(monkeypatch, [score(9), score(2, 0.5), score(3, 0.5), score(1, 0.6), score(1, 0.6), score(1, 0.2)])
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=20, validate_every=2, patience=2)
     path = train(config)
-    assert list(kept) == [0, 2, 4, 6, 8, 10]
+    assert list(snapshots) == [0, 2, 4, 6, 8, 10]
     summary = adapter_file.read(path).metadata["training"]
     assert (summary["steps"], summary["finished"]) == (10, True) and adapter_file.read(path).metadata["merge_drift"]
-    assert all(torch.equal(adapter_file.read(path).tensors[key], value) for key, value in kept[10].items())
+    assert all(torch.equal(adapter_file.read(path).tensors[key], value) for key, value in snapshots[10].items())
     assert adapter_file.read(path.parent / BEST_NAME).metadata["training"]["steps"] == 6
     assert "exact_match has not improved since step 6" in capsys.readouterr().out
     assert [e["step"] for e in metrics_of(path) if "loss" in e] == list(range(1, 11))
@@ -427,9 +429,9 @@ def test_patience_continues_from_a_checkpoint_of_any_version():
     run.config, run.best = TrainConfig(best_by="exact_match"), Best("exact_match", min_improvement=1e-4)
     run._restore_scores({"last": {}, "best": {"by": "exact_match", "step": 4, "stale": 2, "rank": [0.5, -1.0]}})
     assert run.best == Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 4, 0.5)
-    kept = Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 2, 0.49995)
-    run._restore_scores({"last": {}, "best": json.loads(json.dumps(vars(kept)))})
-    assert run.best == kept
+    saved = Best("exact_match", 4, 2, (0.5, -1.0), 1e-4, 2, 0.49995)
+    run._restore_scores({"last": {}, "best": json.loads(json.dumps(vars(saved)))})
+    assert run.best == saved
 
 
 def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_path, monkeypatch, capsys):
@@ -442,9 +444,9 @@ def test_an_extra_that_fails_prints_a_line_and_the_run_is_done(checkpoints, tmp_
     for module, name in ((plots, "draw"), (session, "merge_drift"), (board.SummaryWriter, "add_scalar")):
         monkeypatch.setattr(module, name, fail)
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, tensorboard=True))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for what in ("loss curve", "merge drift", "TensorBoard from here on"):
-        assert said.count(f"warning: no {what} (ValueError: no such backend); nothing else is affected\n") == 1
+        assert printed.count(f"warning: no {what} (ValueError: no such backend); nothing else is affected\n") == 1
     assert adapter_file.read(path).metadata["training"]["finished"] is True and not (path.parent / "checkpoints").exists()
     monkeypatch.setattr(board.SummaryWriter, "__init__", fail)
     monkeypatch.setattr(board.SummaryWriter, "close", fail, raising=False)
@@ -484,8 +486,8 @@ def test_without_an_improvement_on_the_base_no_adapter_is_the_best(checkpoints, 
 
 def test_the_best_of_equal_scores_has_the_lower_loss():
     best = Best("cider")
-    given = [(1.0, 2.0), (1.0, 2.0), (1.0, 1.5), (0.9, 0.1), (math.nan, 0.0), (1.1, 9.0)]
-    better = [best.record(n, {"cider": cider, "loss": loss}) for n, (cider, loss) in enumerate(given)]
+    validations = [(1.0, 2.0), (1.0, 2.0), (1.0, 1.5), (0.9, 0.1), (math.nan, 0.0), (1.1, 9.0)]
+    better = [best.record(n, {"cider": cider, "loss": loss}) for n, (cider, loss) in enumerate(validations)]
     assert better == [True, False, True, False, False, True] and (best.step, best.stale) == (5, 0)
 
 
@@ -503,8 +505,8 @@ def test_validation_by_cider_is_that_of_the_scorer(checkpoints, tmp_path, monkey
     held_out = examples.splits.split_by_image(examples.annotations.read(source)[0], 0.5, 0)[1]
     from lora_blip.inference.captioner import Captioner
 
-    said = [p.text for p in Captioner(task)([e.image for e in held_out])]
-    assert last["val_cider"] == pytest.approx(caption_scores(said, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
+    texts = [p.text for p in Captioner(task)([e.image for e in held_out])]
+    assert last["val_cider"] == pytest.approx(caption_scores(texts, [[e.text] for e in held_out]).values["CIDEr"], abs=1e-6)
     assert adapter_file.read(path).metadata["training"]["settings"]["best_by"] == "cider"
 
 
@@ -549,10 +551,10 @@ def test_tensorboard_holds_the_scalars_of_the_metrics(checkpoints, tmp_path):
     path = train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), tensorboard=True, epochs=3))
     events = reader.EventAccumulator(str(path.parent))
     events.Reload()
-    found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    scalars = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
     numbers = ("loss", "lr", "grad_norm", "images_per_s", "val_loss", "val_exact_match")
     expected = {(key, entry["step"]): entry[key] for entry in metrics_of(path) for key in numbers if key in entry}
-    assert found == pytest.approx(expected, rel=1e-6) and ("val_loss", 0) in found and ("loss", 9) in found
+    assert scalars == pytest.approx(expected, rel=1e-6) and ("val_loss", 0) in scalars and ("loss", 9) in scalars
 
 
 @pytest.mark.plots
@@ -583,7 +585,7 @@ def test_the_curves_show_whatever_was_validated(tmp_path, monkeypatch):
     assert not drawn[1].axes[1].get_visible()
 
 
-def test_the_end_is_validated_though_a_step_was_skipped(checkpoints, tmp_path, monkeypatch):
+def test_the_last_adapter_is_validated_though_a_step_was_skipped(checkpoints, tmp_path, monkeypatch):
     """A run with a skipped step makes fewer updates than its total. Its last adapter is still validated."""
 
     def spoil(count: int, learner: Learner) -> None:

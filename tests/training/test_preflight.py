@@ -59,9 +59,9 @@ def test_a_tokenizer_of_bert_has_no_token_for_blips_start_of_a_text(checkpoints,
     assert backbone.tokenizer.convert_ids_to_tokens(dropped[:1]) == [None]
     inject(backbone, trained=False)
     task = TASKS[{"vqa": "vqa", "itm": "retrieval"}.get(kind, "caption")](backbone)
-    asked = {"question": "what color is it?"} if kind == "vqa" else {}
+    question = {"question": "what color is it?"} if kind == "vqa" else {}
     examples = [
-        Example(Path(f"{n}.png"), "" if asked else text, f"{n}.png", n, **asked, answers=(text,) if asked else ())
+        Example(Path(f"{n}.png"), "" if question else text, f"{n}.png", n, **question, answers=(text,) if question else ())
         for n, text in enumerate(TEXTS)
     ]
     images = torch.randn(len(TEXTS), 3, tiny.SIDE, tiny.SIDE)
@@ -95,7 +95,7 @@ def test_a_blip2_without_placeholders_is_refused(make):
             checked(task, input_ids=ids.masked_fill(ids == image, 5))
 
 
-def test_an_adapter_that_never_fires_is_refused(make, monkeypatch):
+def test_an_adapter_that_is_never_called_is_refused(make, monkeypatch):
     backbone = make("blip")
     inject(backbone, "vit", trained=False)
     mlp = backbone.model.vision_model.encoder.layers[0].mlp
@@ -162,7 +162,7 @@ def test_the_checks_draw_nothing_from_the_generator_of_the_run(make):
 
 
 class Toy(nn.Module):
-    """A model with two adapted linears, a module that returns a tuple, and integer outputs."""
+    """A model with two adapted linears, a module that returns a tuple, and a module with integer outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def toy_task(model: nn.Module, loss, logits=None) -> SimpleNamespace:
 
 
 def test_the_first_module_that_is_not_finite_is_named_in_the_order_of_execution():
-    """This holds for any position of the module. All hooks are removed."""
+    """Test every position of the module. The search removes all its hooks."""
     x = torch.ones(1, 4)
     for module, poisoned, kind in (("first", "weight", "Linear"), ("second", "bias", "Linear")):
         model = Toy()
@@ -231,7 +231,7 @@ def test_adapters_that_are_not_called_are_counted_and_the_first_is_named():
 def test_adapters_without_a_gradient_are_counted_and_no_gradient_stays():
     """One B is not used, and one has a zero gradient. A batch of four gives the same result as a batch of one."""
     x, model = torch.ones(1, 4), Toy()
-    found = attached.adapters(model)
+    adapters = attached.adapters(model)
     batch = SimpleNamespace(count=4)
     assert preflight.check_gradients(toy_task(model, lambda _: model(x).sum()), batch) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -239,7 +239,7 @@ def test_adapters_without_a_gradient_are_counted_and_no_gradient_stays():
         (lambda _: model.first(x).sum(), 1, "second"),
         (lambda _: model.second(x).sum(), 1, "first"),
         (lambda _: model.first(x).sum() + 0 * model.second(x).sum(), 1, "second"),
-        (lambda _: 0 * found["first"].A.sum(), 2, "first"),
+        (lambda _: 0 * adapters["first"].A.sum(), 2, "first"),
     ]
     for loss, count, name in cases:
         with pytest.raises(PreflightError, match=rf"^{count} adapter\(s\) get no gradient, such as '{name}'"):
@@ -258,19 +258,19 @@ def test_the_gradients_of_a_task_s_own_parameters_are_dropped_too():
 def test_a_gradient_that_underflows_without_a_loss_scale_is_detected():
     """In float16, 1e-8 is zero, but 1024 · 1e-8 is not."""
     model = Toy()
-    found = attached.adapters(model)
-    loss = lambda _: sum((x.B.half() * 1e-4 * 1e-4).sum() for x in found.values())  # noqa: E731
+    adapters = attached.adapters(model)
+    loss = lambda _: sum((x.B.half() * 1e-4 * 1e-4).sum() for x in adapters.values())  # noqa: E731
     preflight.check_gradients(toy_task(model, loss), SimpleNamespace(count=1))
 
 
 def test_saved_tensors_are_counted_once_per_storage_without_parameters():
     """x · w saves x once for both products, exp saves its output, and the parameter w is not counted."""
     linear = nn.Linear(8, 8, bias=False)
-    kept = preflight.KeptBytes(linear)
+    counter = preflight.KeptBytes(linear)
     x = torch.randn(4, 8)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
         ((linear(x) + linear(x[:2]).sum()).exp()).sum().backward()
-    assert kept.bytes == 2 * 4 * 8 * 4
+    assert counter.bytes == 2 * 4 * 8 * 4
 
 
 def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
@@ -279,13 +279,15 @@ def test_images_that_change_nothing_are_refused_and_one_image_is_enough():
     for pixels in (torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(2, 3, 4, 4)):
         batch = DeviceBatch([], pixels, None, 1.0, cached_states="kept")  # type: ignore[arg-type]
 
-        def logits(given: DeviceBatch) -> torch.Tensor:
-            recorded.append((given.cached_states, torch.is_grad_enabled()))
-            return given.pixel_values.sum((1, 2, 3))
+        def logits(device_batch: DeviceBatch) -> torch.Tensor:
+            recorded.append((device_batch.cached_states, torch.is_grad_enabled()))
+            return device_batch.pixel_values.sum((1, 2, 3))
 
         preflight.check_image_matters(toy_task(Toy(), None, logits), batch)
         with pytest.raises(PreflightError, match="other images give the same logits"):
-            preflight.check_image_matters(toy_task(Toy(), None, lambda given: given.pixel_values.abs().sum()), batch)
+            preflight.check_image_matters(
+                toy_task(Toy(), None, lambda device_batch: device_batch.pixel_values.abs().sum()), batch
+            )
     assert set(recorded) == {(None, False)} and len(recorded) == 6
 
 
