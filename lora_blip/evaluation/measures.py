@@ -199,7 +199,8 @@ def cosines_in_blocks(image_features: torch.Tensor, text_features: torch.Tensor)
 def rerank(runner: Runner, examples: list[Example], texts: list[str], logits: Any, progress: Progress) -> tuple[Any, Any]:
     """Return two arrays of scores (images, texts): one to rank the texts of each image, one to rank the images of each text.
 
-    A reranked pair has the score ITC + ITM. The other pairs keep the order of ITC, below all reranked pairs.
+    logits: the ITC scores (images, texts). The best RERANKED texts of each image, and the best RERANKED images of each text,
+    get the score ITC + ITM. All other pairs get ITC − FAR: they keep their order and rank after the reranked pairs.
     """
     by_image, by_text = logits - FAR, logits - FAR
     most = min(RERANKED, len(texts)), min(RERANKED, len(examples))

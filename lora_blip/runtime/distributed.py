@@ -22,11 +22,12 @@ from lora_blip.runtime.limits import follows_lost_peer
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=2)  # how long a rank waits for the slowest, which may generate a whole block of texts
 
-# Tensors that gloo may still use. A thread of gloo may hold the last reference to a tensor long after its collective has ended.
-# It needs the GIL to release the tensor. If Python has ended by then, the process aborts ("terminate called without an active
-# exception"). If DistributedDataParallel's reducer waits for that thread, both wait forever.
-# So a process waits at its end until gloo has released these tensors. Objects are sent with two private helpers of torch and
-# not by `all_gather_object`, whose tensors cannot be recorded here.
+# Tensors that gloo may still use. A thread of gloo can hold the last reference to a tensor after the collective has ended.
+# The thread needs the GIL to release the tensor. This causes two problems at the end of a process:
+# - If Python ends first, the process aborts ("terminate called without an active exception").
+# - If the reducer of DistributedDataParallel holds the GIL and waits for the thread, both wait forever.
+# So each process waits at its end until gloo has released these tensors. Objects are encoded with two private helpers of torch
+# because the tensors of `all_gather_object` cannot be recorded here.
 IN_USE: list[weakref.ref[Tensor]] = []
 CPU = torch.device("cpu")
 RELEASE_TIME = 5.0  # seconds that a process waits at its end until gloo has released its tensors

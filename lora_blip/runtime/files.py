@@ -27,8 +27,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk or in t
 FREE_SPACE = "free some space, then "
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds before Windows is asked again to rename a file that is open
 
-# The places at which a spreadsheet may start a cell: the start of the text or of a line in it, and after a separator that some
-# countries use. Spaces and invisible characters may come before the sign.
+# A spreadsheet may start a cell at the start of a text or of a line, and after a semicolon or tab. Each match of START
+# is such a place. Its group is the first character of the cell after spaces and invisible characters.
 INVISIBLE = f"\\s\u00ad\u180e\u200b-\u200d\u2060{UNPRINTABLE}"
 START = re.compile(f"(?:^(?![;\t\n])|[;\t\n])(?=(?:(?![\t\n])[{INVISIBLE}])*(.?))")
 SIGNS = "=+-\u2212@"  # also as ＝, ﹢ or ⁻, which some programs read as the plain sign
@@ -58,10 +58,10 @@ def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Return rows as CSV in which no text is a formula. A text that starts like one gets an apostrophe.
+    """Return rows as CSV that a spreadsheet does not execute: a text that starts with a sign of a formula gets an apostrophe.
 
-    A spreadsheet may also split cells at semicolons and tabs. So a text such as "a;=1" gets its apostrophe after the separator.
-    Numbers stay numbers. All CSV files for people are written by this function.
+    A spreadsheet may also split a text at semicolons and tabs. So "a;=1" becomes "a;'=1". Numbers are not changed.
+    Use this function for every CSV file that people open.
     """
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
