@@ -24,7 +24,7 @@ from lora_blip.data.images import open_image
 from lora_blip.data.prepare.sources import find_sources, usable_entries
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
-from lora_blip.runtime.untrusted import os_error_reason, printable, quoted
+from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 LISTED = 20  # problems printed before "and N more"
@@ -251,7 +251,7 @@ def _checked(
 
 def listing(problems: list[Problem]) -> str:
     """Return the first problems as one text, a line for each, and the number of further problems."""
-    lines = [str(problem) for problem in problems[:LISTED]]
+    lines = [line_of_list(str(problem)) if problems[1:] else str(problem) for problem in problems[:LISTED]]
     return "\n".join(lines + [f"… and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 DEEPEST = 100  # nested brackets of a JSON; Python's own limit, about a thousand, depends on the depth of the call
+LONGEST_LINE = 450  # characters of a line in a list of problems
 LONGEST_QUOTE = 160  # characters of a value in a message
 LONGEST_PATH = 3000  # bytes of a path; systems allow 4,096, including the working folder
 LONGEST_NAME = 255  # bytes of one name in a path
@@ -166,3 +167,9 @@ def quoted(value: object) -> str:
 def shorten(text: str) -> str:
     """Return a text as one line, shortened and escaped as by `quoted`, but without quotes: for messages of other programs."""
     return quoted(text)[1:-1]
+
+
+def line_of_list(text: str) -> str:
+    """Return a line of a long list of problems with at most LONGEST_LINE characters: its middle is left out."""
+    half = LONGEST_LINE // 2 - 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} … {text[-half:]}"

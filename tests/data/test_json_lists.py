@@ -98,3 +98,11 @@ def test_without_a_val_split_the_validation_images_are_drawn_from_train(folder):
     examples, _ = annotations.read(folder / "x.csv", splits=sides)
     training, validation = split_by_column(TrainConfig(val_fraction=0.5), sides, len(examples))
     assert len(training) == len(validation) == 1 and {e.name for e in training + validation} == {"1.png", "2.png"}
+
+
+def test_a_list_of_problems_with_long_paths_is_bounded():
+    """Twenty problems have at most 450 characters each. A single problem is complete, because its end contains the fix."""
+    problems = [annotations.Problem(Path("a.json"), number, "x" * 3000 + " fix") for number in range(25)]
+    lines = annotations.listing(problems).splitlines()
+    assert len(lines) == 21 and max(map(len, lines)) <= 450 and all(line.endswith(" fix") for line in lines[:20])
+    assert "x" * 3000 in annotations.listing(problems[:1])

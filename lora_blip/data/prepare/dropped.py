@@ -8,7 +8,7 @@ from typing import Literal
 from lora_blip.data.annotations import LISTED, located
 from lora_blip.data.formats import Location
 from lora_blip.data.prepare.sources import Source
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import line_of_list, printable
 
 CATEGORY_TITLES = {
     "missing": "have no image file: downloads of published data sets often lack some images",
@@ -34,14 +34,14 @@ class Dropped:
 def first_lines(dropped: list[Dropped]) -> list[str]:
     """Return the first dropped lines as texts, and the number of further ones."""
     more = len(dropped) - LISTED
-    return [str(one) for one in dropped[:LISTED]] + [f"… and {more:,} more"] * (more > 0)
+    return [line_of_list(str(one)) for one in dropped[:LISTED]] + [f"… and {more:,} more"] * (more > 0)
 
 
 def lines_by_reason(dropped: list[Dropped]) -> list[str]:
     """Return a text for each reason: the number of its entries, and the first of them."""
     firsts = {one.reason: one for one in reversed(dropped)}
     counts = Counter(one.reason for one in dropped)
-    lines = [f"{count:,} × {firsts[reason]}" for reason, count in counts.most_common(LISTED)]
+    lines = [line_of_list(f"{count:,} × {firsts[reason]}") for reason, count in counts.most_common(LISTED)]
     return lines + [f"… and {len(counts) - LISTED:,} more reasons"] * (len(counts) > LISTED)
 
 
