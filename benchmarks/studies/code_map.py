@@ -80,7 +80,7 @@ def caption_path(fast: bool) -> list[str]:
 
     sys.setprofile(note)
     try:
-        examples, _ = annotations.read(ROOT / "annotations.jsonl", check=task.check, decode=False)
+        examples, _ = annotations.read(ROOT / "annotations.jsonl", check=task.check, decode=False, report=lambda _: None)
         dataset = ImageDataset(examples[:2], backbone.image_processor, augmented=False, seed=0)
         batch = task.batch(collate([dataset[0, line] for line in range(2)]))
         task.loss(batch).backward()

@@ -8,28 +8,30 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, describe_encoding, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
-from lora_blip.data.prepare.sources import find_sources, usable_entries
+from lora_blip.data.prepare.sources import Source, find_sources, usable_entries
+from lora_blip.data.summary import LISTED, ReadLines
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
 from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
-LISTED = 20  # problems printed before "and N more"
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
 MANY_MISSING = 3  # if all images are missing, and there are at least this many, they give one error
+SKIP = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
 
 
@@ -58,7 +60,7 @@ def read(
     decode: bool = True,
     pretokenize: Callable[[list[Example]], None] | None = None,
     trim: Callable[[Example], Example] | None = None,
-    report: Callable[[str], object] = print,
+    report: Callable[[Any], object] = print,
     on_decoded: Callable[[str, Image.Image], object] | None = None,
     keys: Keys = NO_KEYS,
     splits: dict[str, list[Example]] | None = None,
@@ -74,7 +76,7 @@ def read(
     decode: if True, decode each image once, to find missing and damaged images. If False, open no image.
     pretokenize: called with up to CHUNK examples before they are checked.
     trim: returns an example without the task's prompt at the start of its texts.
-    report: called with each message about ignored keys, removed prompts, and lines with their own prompt.
+    report: called with each message, such as the one about ignored keys, and at the end with a table of what was read.
     on_decoded: called with each image file and its decoded image, from several threads.
     keys: the names of the columns or keys, if they are not common names.
     splits: a dict to which valid lines are added by split (train, val, test), if they have the key or column `split`.
@@ -85,8 +87,10 @@ def read(
     source = Path(source)
     valid_lines: list[Example] = []
     problems: list[Problem] = []
+    notes: list[Callable[[], list[str]]] = []  # about the files, for the table
+    left_out: list[tuple[Path, Location, str]] = []
     with many_objects():
-        for path, root, entries in sources_of(source, keys, report):
+        for path, root, entries, describe in sources_of(source, keys, left_out):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
             parsed = _parsed(
                 path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
@@ -97,25 +101,27 @@ def read(
                 files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
                 broken |= _undecodable(files, on_decoded, report)
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
-            if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
-                message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
-                report(printable(f"{path}: {message}"))
-            _collect(valid, builder, splits, groups)
+            _collect(valid, builder, splits, groups, report)
+            notes.append(partial(describe, len(parsed), builder.root))
             valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
     if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
     if problems and on_bad_data == "stop":
-        advice = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
-        raise DataError(f"{listing(problems)}\n{advice}")
+        raise DataError(f"{listing(problems)}\n{SKIP}")
     if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems) or ANNOTATIONS}")
+    report(ReadLines(valid_lines, [*problems, *(Problem(*one) for one in left_out)], notes))
     return valid_lines, problems
 
 
 def _collect(
-    valid: list[Example], builder: ExampleBuilder, splits: dict[str, list[Example]] | None, groups: Groups | None
-) -> None:
-    """Add the valid lines to their splits, and their images to their groups."""
+    valid: list[Example], builder: ExampleBuilder, splits: dict[str, list[Example]] | None, groups: Groups | None,
+    report: Callable[[str], object],
+) -> None:  # fmt: skip
+    """Add the valid lines to their splits, and their images to their groups. Report the lines with their own prompt."""
+    if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
+        message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
+        report(printable(f"{builder.source}: {message}"))
     for example in valid if splits is not None or groups else ():
         if groups:
             groups.add(example.file, example.name, example.file, builder.group_entries.get(example.line))
@@ -124,27 +130,24 @@ def _collect(
 
 
 def sources_of(
-    source: Path, keys: Keys = NO_KEYS, report: Callable[[str], object] = print
-) -> list[tuple[Path, Path, Callable[[], Iterator[Located]]]]:
-    """Return (file, default folder of its images, reader of its entries) for each file to read.
+    source: Path, keys: Keys, left_out: list[tuple[Path, Location, str]]
+) -> list[tuple[Path, Path, Callable[[], Iterator[Located]], Callable[[int, Path], list[str]]]]:
+    """Return (file, default folder of its images, reader of its entries, reader of its description) for each file to read.
 
+    The entries that are not usable examples are added to `left_out` when they are read.
     Raise DataError if a file does not exist, cannot be read, or has an unknown format.
     """
     exists = os.path.lexists(source)
     if not exists and "," not in str(source):  # or several files
         raise missing_annotations(source)
     if exists and source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
-        with suppress(OSError):  # `_parsed` reports it
-            if encoding := describe_encoding(source, table=False):
-                report(printable(encoding))
-        return [(source, source.parent, partial(jsonl_entries, source))]
+        one = Source(source, "jsonl", partial(jsonl_entries, source))
+        return [(source, source.parent, one.entries, one.describe)]
     try:
         sources = find_sources(str(source), keys=keys)
-        for encoding in filter(None, (one.encoding_note for one in sources)):
-            report(printable(encoding))
-        return [(one.path, one.root, partial(usable_entries, one.path, one.entries)) for one in sources]
     except DataError as error:
         raise DataError(f"annotations: {error}") from None
+    return [(one.path, one.root, partial(usable_entries, one.path, one.entries, left_out), one.describe) for one in sources]
 
 
 def _parsed(

@@ -85,14 +85,15 @@ def table_encoding(path: Path) -> str:
     return "cp1252" if invalid > valid else "utf-8-sig"
 
 
-def describe_encoding(path: Path, table: bool) -> str:
-    """Return a message that names the encoding of a file, or "" for UTF-8. table: the file may also be in cp1252."""
+def describe_encoding(path: Path, table: bool) -> tuple[str, str]:
+    """Return the encoding of a file, and a message that names it, or "" for UTF-8. table: the file may also be in cp1252."""
     with open_text(path) as file:
         encoding = table_encoding(path) if table else file.encoding
-    return {
+    message = {
         "utf-16": f"{path} is read as UTF-16",
         "cp1252": f"{path} is read as Windows-1252, because it is not UTF-8; if letters such as é are wrong, save it as UTF-8",
     }.get(encoding, "")
+    return encoding, message
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | None]]:

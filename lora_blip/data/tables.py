@@ -28,9 +28,9 @@ Row = tuple[int, list[str] | str]  # the number of its first line, and its cells
 
 def csv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     """Read rows below a header such as image,caption or file_name;text. Keep other columns. Quoting follows RFC 4180."""
-    sample = _sample(path)
-    delimiter = delimiter_of(sample, ",", keys)
-    with open_text(path, newline="", encoding=table_encoding(path)) as file:
+    encoding = table_encoding(path)
+    delimiter = table_delimiter(path, "csv", encoding, keys)
+    with open_text(path, newline="", encoding=encoding) as file:
         yield from entries_of_rows(path, csv_rows(bounded(file), delimiter), keys, needs_header=True)
 
 
@@ -40,10 +40,10 @@ def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     ⇥ is a tab. A line that starts with # is a comment; for an image with such a name, write ./#1.png. The first line may name
     the columns. Quotes are normal characters, unless all cells of the sample that start with a quote are quoted as in RFC 4180.
     """
-    sample = _sample(path)
-    delimiter = delimiter_of([line for line in sample if not line.startswith("#")], "\t", keys)
-    is_quoted = delimiter != "\t" or _is_quoted(sample)
-    with open_text(path, newline="" if is_quoted else None, encoding=table_encoding(path)) as file:
+    encoding = table_encoding(path)
+    delimiter = table_delimiter(path, "tsv", encoding, keys)
+    is_quoted = delimiter != "\t" or _is_quoted(_sample(path, encoding))
+    with open_text(path, newline="" if is_quoted else None, encoding=encoding) as file:
         lines = bounded(file)
         rows = csv_rows(lines, delimiter) if is_quoted else _plain_rows(lines)
         yield from entries_of_rows(path, (row for row in rows if not _is_comment(row)), keys, needs_header=False)
@@ -103,8 +103,15 @@ def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
         return usual
 
 
-def _sample(path: Path) -> list[str]:
-    with open_text(path, newline="", encoding=table_encoding(path)) as file:
+def table_delimiter(path: Path, file_format: str, encoding: str, keys: Keys = NO_KEYS) -> str:
+    """Return the delimiter of a file in the format "csv" or "tsv"."""
+    sample, is_csv = _sample(path, encoding), file_format == "csv"
+    return delimiter_of([line for line in sample if is_csv or not line.startswith("#")], "," if is_csv else "\t", keys)
+
+
+def _sample(path: Path, encoding: str) -> list[str]:
+    """Return the first lines of a table."""
+    with open_text(path, newline="", encoding=encoding) as file:
         return [line for line in islice(bounded(file), SAMPLE) if len(line) <= LONGEST and line.strip()]
 
 

@@ -83,10 +83,10 @@ def output_folder(output_dir: str) -> Path:
 
 
 def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Example]:
-    """Return the valid lines of the references. Print the invalid lines and the unknown tokens."""
+    """Return the valid lines of the references. Print a table of what was read, and the unknown tokens."""
     require_folder("image_root", config.image_root)
     with phase(f"reading {config.references}"):
-        examples, problems = annotations.read(
+        examples, _ = annotations.read(
             config.references,
             config.image_root,
             config.on_bad_data,
@@ -95,8 +95,6 @@ def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Exampl
             trim=task.trim,
             keys=keys_of(config),
         )
-    if problems:
-        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     if token_report := task.unknown_report(examples):
         print(token_report)
     return examples

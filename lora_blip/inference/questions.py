@@ -160,9 +160,7 @@ def read_references(source: str, root: str, images: Iterable[Example], keys: Key
         return {}
     require_folder("image_root", root)
     with phase(f"reading {source}"):
-        examples, problems = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys)
-    if problems:
-        print(f"{printable(source)}: left out {len(problems)} line(s):\n{annotations.listing(problems)}")
+        examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {compared:,} images"):

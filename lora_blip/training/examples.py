@@ -74,13 +74,13 @@ def read_file(
     lines_by_split: dict[str, list[Example]] | None = None,
     groups: Groups | None = None,
 ) -> list[Example]:
-    """Return the valid lines of an annotations file. Print its invalid lines and the tokens that the model does not know.
+    """Return the valid lines of an annotations file. Print a table of them, and the tokens that the model does not know.
 
     lines_by_split: if given, the lines are also added to it by the value of their column `split`.
     """
     decode, keep = config.check_images == "all", thumbnails.add if thumbnails else None
     with phase(f"reading {source}"):
-        examples, problems = annotations.read(
+        examples, _ = annotations.read(
             source,
             config.image_root,
             config.on_bad_data,
@@ -93,8 +93,6 @@ def read_file(
             splits=lines_by_split,
             groups=groups,
         )
-    if problems:
-        print(f"left out {len(problems)} line(s):\n{annotations.listing(problems)}")
     if report := task.unknown_report(examples):
         print(report)
     return examples

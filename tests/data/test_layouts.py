@@ -88,8 +88,8 @@ def test_img2dataset_s_failed_downloads_are_counted_and_left_out(run, tmp_path, 
     write(folder / "00000_stats.json", {"count": 3})
     assert pairs(run(folder)) == [("000000000.jpg", "photo 0")] == read_directly(folder)
     out = capsys.readouterr().out
-    assert re.search(r"2 × .*img2dataset did not download this image \(failed_to_download\)", out)
-    assert re.search(r"2 left out; the first is .*img2dataset did not download this image", out)
+    message = r"2 × .*img2dataset did not download this image \(failed_to_download\)"
+    assert len(re.findall(message, out)) == 2  # by prepare, and by the direct reading
 
 
 def test_class_folders_need_a_template(run, tmp_path):
@@ -136,8 +136,7 @@ def test_flickr30k_s_three_formats_give_the_same_captions(run, tmp_path, capsys)
     )
     assert pairs(run(table)) == expected == read_directly(table)
     out = capsys.readouterr().out
-    assert "1 × " in out and f"{table}:5: the row has 2 columns instead of 3" in out
-    assert "1 left out; the first is 5: the row has 2 columns" in out
+    assert out.count(f"1 × {table}:5: the row has 2 columns instead of 3") == 2  # by prepare, and by the direct reading
     quoted = "".join('{},{}," {}"\n'.format(a, n, t.replace('"', '""')) for a, n, t in rows)
     assert pairs(run(write(folder / "captions.txt", f"image_name,comment_number,comment\n{quoted}"))) == expected
     write(folder / "results_20130124.token", "".join(f"{a}#{n}\t{t}\n" for a, n, t in rows))

@@ -230,7 +230,7 @@ def test_invalid_lines_stop_evaluate_or_are_left_out(checkpoints, here, capsys):
         evaluated(refs, adapter=str(path))
     assert not (here / "lora_blip_output").exists()
     figures, rows, _ = evaluated(refs, adapter=str(path), on_bad_data="skip")
-    assert len(rows) == 3 and figures["facts"]["scored"] == "3 of 3 images" and "left out 4 line(s)" in capsys.readouterr().out
+    assert len(rows) == 3 and figures["facts"]["scored"] == "3 of 3 images" and "left out  4 line(s)" in capsys.readouterr().out
 
 
 def test_an_image_deleted_during_the_evaluation_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):

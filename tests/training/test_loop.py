@@ -254,7 +254,7 @@ def test_bad_data_stops_before_anything_is_written_or_is_left_out(checkpoints, t
         train(config)
     assert not Path(config.output_dir).exists()
     train(replace(config, on_bad_data="skip"))
-    assert "left out 1 line(s)" in capsys.readouterr().out
+    assert "left out  1 line(s)" in capsys.readouterr().out
 
 
 def test_checkpointing_trains_to_the_same_adapter(checkpoints, tmp_path):

@@ -13,11 +13,12 @@ from lora_blip.data.annotations import many_objects
 from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import LeftOut, Location, keys_of
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
-from lora_blip.data.prepare.dropped import Dropped, first_lines, print_dropped
+from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
 from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.sources import Source, find_sources
+from lora_blip.data.summary import Sample, spread, summary
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.command_line import program
 from lora_blip.runtime.files import refuse_unwritable, write_whole
@@ -94,6 +95,7 @@ class PreparedData:
     names: dict[object, str] = field(default_factory=dict)  # image identity → its alphabetically first name
     groups: Groups = field(default_factory=lambda: Groups(""))
     kind: str = ""  # "captions" or "questions"; a source with both is an error
+    notes: list[str] = field(default_factory=list)  # texts about the sources, for the table of what was read
 
 
 @encodable_output()
@@ -151,11 +153,7 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
             "give the folder of the images: --images FOLDER"
         )
     entries = len(data.rows) - before + len(data.dropped) - dropped
-    print(printable(f"{source.path}: {entries:,} entries ({source.format}), images in {folder.root}"))
-    if source.encoding_note:
-        print(printable(source.encoding_note))
-    if note := folder.finder.describe():
-        print(printable(note))
+    data.notes += [*source.describe(entries, folder.root), *filter(None, [folder.finder.describe()])]
 
 
 def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: Folder, data: PreparedData) -> Row | Dropped:
@@ -282,12 +280,15 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
 
 
 def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData) -> None:
-    """Print the numbers of lines and images of each split, the dropped lines with their reasons, and the next command."""
+    """Print a table of what was read and dropped, and the numbers of lines and images of each split, and the next command."""
+    some = (json.loads(data.rows[index].line) for index in spread(len(data.rows)))
+    samples = [Sample(one["image"], one.get("text", ""), one.get("question", ""), one.get("answers", ())) for one in some]
+    images, texts = len({row.image.identity for row in data.rows}), {data.kind: len(data.rows)}
+    reasons = [*dropped_lines(data.dropped), f"listed in {files['dropped']}"] if data.dropped else []
+    print(summary(data.notes, images, texts, len(data.dropped), reasons, samples))
     for split in (split for split in SPLIT_NAMES if rows[split]):
         images = len({row.image.identity for row in rows[split]})
         print(printable(f"{split:7} {len(rows[split]):9,} {data.kind} of {images:,} images → {files[split]}"))
-    if data.dropped:
-        print_dropped(data.dropped, len(data.rows), files["dropped"])
     flags = {"train": "--annotations", "val": "--val-annotations"}
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
     if rows["train"]:

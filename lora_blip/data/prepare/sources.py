@@ -24,13 +24,14 @@ from lora_blip.data.prepare.folder_layouts import (
 )
 from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
 from lora_blip.data.prepare.published import YEAR
+from lora_blip.data.summary import source_line
+from lora_blip.data.tables import table_delimiter
 from lora_blip.errors import DataError
-from lora_blip.runtime.untrusted import printable
 
 USER_FORMATS = ("jsonl", "tsv", "csv", "xlsx", "folder")  # the user wrote the file and can fix it; other files are downloaded
 PUBLISHED = ("vqa", "karpathy", "flickr8k", "flickr30k", "textcaps")  # data sets whose downloads may lack images
 SHOWN = 5  # files in a message
-MOST_REASONS = 20  # printed reasons why entries are left out
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "|"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Source:
     split: the split that the file name contains, such as "val", or "".
     unpack: replaces `entries` for a file that contains images: it also writes them to the given folder. `entries` then raises
     DataError. None: the file contains no images.
+    keys: the names of the columns, if they are not common names.
     """
 
     path: Path
@@ -48,15 +50,20 @@ class Source:
     entries: Callable[[], Iterator[Located]]
     split: str = ""
     unpack: Callable[[Path], Iterator[Located]] | None = None
+    keys: Keys = NO_KEYS
 
-    @property
-    def encoding_note(self) -> str:
-        """Return a message that names the encoding of a text file, or "" for UTF-8 and for other files."""
-        return (
-            formats.describe_encoding(self.path, self.format in ("csv", "tsv"))
-            if self.format != "xlsx" and self.unpack is None and self.path.is_file()
-            else ""
-        )
+    def describe(self, entries: int, root: Path) -> list[str]:
+        """Return texts for the table of what was read: format, delimiter, folder of the images, and encoding if not UTF-8.
+
+        entries: number of its entries. root: the folder of the images.
+        """
+        format_text, note = self.format, ""
+        if self.unpack is None and self.format != "xlsx" and self.path.is_file():
+            is_table = self.format in ("csv", "tsv")
+            encoding, note = formats.describe_encoding(self.path, is_table)
+            delimiter = table_delimiter(self.path, self.format, encoding, self.keys) if is_table else ""
+            format_text += f", {DELIMITERS[delimiter]} between columns" if delimiter else ""
+        return [source_line(self.path, entries, format_text, root), *filter(None, [note])]
 
     @property
     def downloaded(self) -> bool:
@@ -131,7 +138,7 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
     split = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
     folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
     if file_format in TABLES:
-        return Source(path, file_format, partial(TABLES[file_format], path, keys), folder)
+        return Source(path, file_format, partial(TABLES[file_format], path, keys), folder, keys=keys)
     if file_format in LINES:
         return Source(path, file_format, partial(with_our_keys, partial(LINES[file_format], path), keys), folder)
     if file_format in DOCUMENTS:
@@ -145,17 +152,15 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
     return Source(path, file_format, entries, split)
 
 
-def usable_entries(path: Path, entries: Callable[[], Iterator[Located]]) -> Iterator[Located]:
-    """Yield the entries except those that are left out. At the end, print the number of those for each reason."""
-    counts: dict[str, tuple[int, Location]] = {}
+def usable_entries(
+    path: Path, entries: Callable[[], Iterator[Located]], left_out: list[tuple[Path, Location, str]]
+) -> Iterator[Located]:
+    """Yield the entries except those that are left out, which are added to `left_out`: (path, location, reason)."""
     for at, entry in entries():
         if isinstance(entry, LeftOut):
-            count, first = counts.get(entry, (0, at))
-            counts[entry] = count + 1, first
+            left_out.append((path, at, entry))
         else:
             yield at, entry
-    for reason, (count, first) in list(counts.items())[:MOST_REASONS]:
-        print(printable(f"{path}: {count:,} left out; the first is {first}: {reason}"))
 
 
 def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:

@@ -1,0 +1,101 @@
+"""Make the table that training, `evaluate`, `infer` and `prepare` print: what was read and left out, and samples.
+
+read      captions.csv: 3 entries (csv, ";" between columns), images in /data
+images    2
+captions  3
+left out  1 line(s)
+          1 × captions.csv:5: the text is empty
+samples   1.jpg → a red cube
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from lora_blip.data.example import FILE, Example
+from lora_blip.runtime.untrusted import line_of_list, printable
+
+LISTED = 20  # problems or reasons printed before "and N more"
+SAMPLES = 3
+LABEL = 10  # width of the first column
+
+
+class Unused(Protocol):
+    """A line or entry that is not used. Its text names the file, the place and the reason."""
+
+    @property
+    def reason(self) -> str: ...
+
+
+class Sample(NamedTuple):
+    """An example as the table shows it."""
+
+    image: str
+    text: str  # empty for a question
+    question: str = ""
+    answers: Sequence[str] = ()
+
+    def shown(self, width: int) -> str:
+        """Return the sample as one line of at most `width` characters. A long path keeps its end, and a long text its start."""
+        texts = (self.question, " | ".join(dict.fromkeys(self.answers))) if self.question else (self.text,)
+        image, text = printable(self.image), printable(" → ".join(texts))
+        longest = max(width // 2, width - len(text) - 3)
+        image = image if len(image) <= longest else f"…{image[1 - longest :]}"
+        line = f"{image} → {text}"
+        return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+@dataclass(frozen=True)
+class ReadLines:
+    """The result of a reading. Its text is the table, which is made only if it is printed."""
+
+    examples: Sequence[Example]
+    unused: Sequence[Unused]
+    sources: Sequence[Callable[[], list[str]]]  # each returns the texts about a file
+
+    def __str__(self) -> str:
+        images, questions = len(set(map(FILE, self.examples))), sum(bool(example.question) for example in self.examples)
+        texts = {"captions": len(self.examples) - questions, "questions": questions}
+        some = (self.examples[index] for index in spread(len(self.examples)))
+        samples = [Sample(one.name, one.text, one.question, one.answers) for one in some]
+        notes = [note for describe in self.sources for note in describe()]
+        return summary(notes, images, texts, len(self.unused), lines_by_reason(self.unused), samples)
+
+
+def source_line(path: Path, entries: int, description: str, root: Path) -> str:
+    """Return the text about one file or folder: its number of entries, its format, and the folder of its images."""
+    return f"{path}: {entries:,} entries ({description}), images in {root}"
+
+
+def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
+    """Return a text for each reason: the number of its entries, and the first of them."""
+    firsts = {one.reason: one for one in reversed(unused)}
+    counts = Counter(one.reason for one in unused)
+    lines = [line_of_list(f"{count:,} × {firsts[reason]}") for reason, count in counts.most_common(LISTED)]
+    return lines + [f"… and {len(counts) - LISTED:,} more reasons"] * (len(counts) > LISTED)
+
+
+def spread(count: int) -> list[int]:
+    """Return the indices of the first, the middle and the last of `count` examples."""
+    return sorted({0, count // 2, count - 1}) if count else []
+
+
+def summary(
+    sources: Sequence[str], images: int, texts: dict[str, int], unused: int, reasons: Iterable[str], samples: Iterable[Sample]
+) -> str:
+    """Return the table as a text of several lines, which is safe to print.
+
+    sources: the texts of the first rows, such as `source_line`. texts: {kind, such as "captions": number}.
+    unused: number of lines that are not used. reasons: texts about them. samples: examples, a line of the terminal for each.
+    """
+    width = max(shutil.get_terminal_size().columns, 40) - LABEL
+    rows = [("read", list(sources)), ("images", [f"{images:,}"])]
+    rows += [(kind, [f"{count:,}"]) for kind, count in texts.items() if count]
+    rows += [("left out", [f"{unused:,} line(s)", *reasons])] if unused else []
+    rows += [("samples", [sample.shown(width) for sample in samples])]
+    return "\n".join(
+        f"{'' if index else label:{LABEL}}{printable(line)}" for label, lines in rows for index, line in enumerate(lines)
+    )

@@ -1,0 +1,82 @@
+"""The table that training and `prepare` print: what was read, what was left out and why, and three samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_blip.data import annotations
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.summary import Sample, spread, summary
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("1.png", "2.png", "3.png"):
+        Image.new("RGB", (2, 2), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def table(command: str, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a command prints about a file. Both leave out invalid lines."""
+    if command == "train":
+        annotations.read(path, on_bad_data="skip")
+    else:
+        prepare(PrepareConfig(source=str(path), splits="1", output_dir=str(path.parent / "out"), on_bad_data="skip"))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_the_table_of_a_csv_names_delimiter_encoding_counts_and_samples(folder, command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = folder / "x.csv"
+    rows = "1.png;un café\r\n1.png;deux\r\n2.png;\r\n3.png;fin\r\n"
+    path.write_bytes(f"image;caption\r\n{rows}".encode("cp1252"))
+    out = table(command, path, capsys)
+    assert f"read      {path}: 4 entries (csv, a semicolon between columns), images in {folder}" in out
+    assert f"{path} is read as Windows-1252" in out
+    assert "\nimages    2\n" in out and "\ncaptions  3\n" in out and "\nleft out  1 line(s)\n" in out
+    assert f"{path}:4: the text is empty" in out
+    shown = out[out.index("samples") :].splitlines()[:3]
+    assert [line[10:].rpartition("/")[2] for line in shown] == ["1.png → un café", "1.png → deux", "3.png → fin"]
+    assert all(len(line) <= 80 for line in shown)
+
+
+def image_in(command: str, folder: Path, name: str) -> str:
+    """Return the path of an image as the table shows it. The images are not below the output folder of `prepare`."""
+    return name if command == "train" else str(folder / name)
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_the_table_of_questions_counts_the_left_out_entries_by_their_reasons(folder, command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    good = [{"image": f"{n}.png", "question": "what?", "answers": ["a", "a", "b"]} for n in (1, 2)]
+    path = folder / "x.json"
+    path.write_text(json.dumps([*good, {"image": "3.png", "question": "why?", "answers": []}, {"image": "3.png"}]))
+    out = table(command, path, capsys)
+    assert f"{path}: 4 entries (json), images in {folder}" in out and "between columns" not in out
+    assert "\nquestions 2\n" in out and "captions  " not in out
+    assert "\nleft out  2 line(s)\n" in out and "[2]: " in out and "[3]: " in out
+    assert f"{image_in(command, folder, '1.png')} → what? → a | b" in out
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_hostile_texts_are_escaped_and_cut_to_one_line(folder, command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    path = folder / "x.json"
+    texts = ["\x1b[2J\x1b]0;title\x07", "a\u202eb", "long " * 100]
+    path.write_text(json.dumps([{"image": "1.png", "text": text} for text in texts]))
+    out = table(command, path, capsys)
+    shown = out[out.index("samples") :].splitlines()[:3]
+    assert all(line.isprintable() and len(line) <= 90 for line in shown) and "\x1b" not in out and "\u202e" not in out
+    assert shown[2].endswith("…")
+
+
+def test_a_sample_with_line_breaks_is_one_line():
+    text = summary(["a\nb"], 1, {"captions": 1}, 1, ["c\nd"], [Sample("e\nf", "g\r\nh")])
+    assert len(text.splitlines()) == 6 and r"e\nf → g\r\nh" in text
+
+
+def test_samples_are_spread_over_the_data():
+    assert [spread(count) for count in (0, 1, 2, 3, 101)] == [[], [0], [0, 1], [0, 1, 2], [0, 50, 100]]
