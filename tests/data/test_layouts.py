@@ -9,7 +9,7 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.prepare.command import PrepareConfig, prepare
-from lora_blip.errors import ConfigError, DataError
+from lora_blip.errors import DataError
 
 Lines = list[dict]
 
@@ -101,8 +101,25 @@ def test_class_folders_need_a_template(run, tmp_path):
         annotations.read(folder)
     lines = run(folder, template="a photo of a {class}")
     assert [line["text"] for line in lines] == ["a photo of a cat", "a photo of a red fox"]
-    with pytest.raises(ConfigError, match="template"):
+    with pytest.raises(DataError, match=r"several folders .*--template"):
         run(folder, template="a photo")
+
+
+@pytest.mark.parametrize("names", [("1.png", "2.png"), ("10_sks dog/1.png", "10_sks dog/2.png")])
+def test_a_template_without_a_class_is_the_caption_of_all_images_of_one_folder(run, tmp_path, names):
+    folder = photos(tmp_path / "set", *names)
+    assert [line["text"] for line in run(folder, template="a photo of sks dog")] == ["a photo of sks dog"] * 2
+    if "/" in names[0]:
+        assert run(folder, template="a {class}")[0]["text"] == "a sks dog"  # without kohya's number of repeats
+    else:
+        with pytest.raises(DataError, match=r'without captions; .*--template "\{name\}"'):
+            run(folder, template="a {class}")
+
+
+def test_a_template_of_the_file_name_gives_captions(run, tmp_path):
+    folder = photos(tmp_path / "set", "a red dog_001.png", "b/a_cat_2.png", "b/7.png", "b/{class}.png")
+    texts = sorted(line["text"] for line in run(folder, template="{name}"))
+    assert texts == ["7", "a cat", "a red dog", "{class}"]
 
 
 def test_train_and_val_above_class_folders_are_splits(tmp_path):

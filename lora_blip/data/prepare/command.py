@@ -14,7 +14,6 @@ from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
 from lora_blip.data.formats import LeftOut, Location, keys_of
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
-from lora_blip.data.prepare.folder_layouts import CLASS
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.sources import Source, find_sources
@@ -44,7 +43,9 @@ class PrepareConfig:
     images: str = setting(
         "", "folder of the images; empty: the source's folder, or the folder above a data set's texts", path="always"
     )
-    template: str = setting("", 'caption of an image in a class folder, such as "a photo of a {class}"')
+    template: str = setting(
+        "", 'caption of an image in a folder without captions, such as "a photo of a {class}"; {name}: the file\'s name'
+    )
     output_dir: str = setting(
         "prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten", path="always"
     )
@@ -68,7 +69,6 @@ class PrepareConfig:
         check(self)
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         split_fractions(self.splits)
-        require(not self.template or CLASS in self.template, "template", self.template, f"a text that contains {CLASS}")
         if not self.source.strip():
             raise ConfigError("source is empty; give a file or the folder of a data set: --source captions.tsv")
         if self.images and not Path(self.images).is_dir():

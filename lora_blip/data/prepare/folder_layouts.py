@@ -1,6 +1,7 @@
 """Read folders without an annotation file: a text file next to each image, img2dataset's output, or class folders."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,9 @@ CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2datas
 DEEPEST_FOLDER = 20  # levels of subfolders
 TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json")  # files that may contain captions
 TEMPLATE = "a photo of a {class}"
-CLASS = "{class}"
+CLASS, NAME = "{class}", "{name}"  # in a template: the name of the folder, and of the file
+PLACEHOLDER = re.compile(f"{CLASS}|{NAME}")
+REPEATS, NUMBER = re.compile(r"\d+_(?=.)"), re.compile(r"(?<=.)_\d+$")
 
 NOT_ANNOTATIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")  # written by the datasets library
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx")
@@ -133,24 +136,40 @@ def _status(path: Path) -> str:
 
 
 def class_entries(layout: Layout, template: str) -> Iterator[Located]:
-    """Yield an entry for each image. Its text is the template with the name of its folder. A first folder train/ is a split."""
-    for image in layout.images:
-        *parents, name, _ = image.split("/")
+    """Yield an entry for each image. Its text is the template. A first folder train/ above class folders is a split.
+
+    {class} becomes the name of the folder, without kohya's number of repeats ("10_sks dog") if all folders have one.
+    {name} becomes the name of the file without its suffix and a number at its end ("a red dog_001.jpg").
+    """
+    folders = [Path(image).parent.name for image in layout.images]
+    has_repeats = all(map(REPEATS.match, folders))
+    for image, folder in zip(layout.images, folders, strict=True):
+        parents = image.split("/")[:-2]
         split = SPLITS.get(parents[0].lower(), "") if parents else ""
-        text = template.replace(CLASS, name.replace("_", " "))
+        words = {CLASS: REPEATS.sub("", folder) if has_repeats else folder, NAME: NUMBER.sub("", Path(image).stem)}
+        text = PLACEHOLDER.sub(lambda match, words=words: words[match[0]].replace("_", " "), template)  # type: ignore[misc]
         yield image, {"image": image, "text": text} | ({"split": split} if split else {})
 
 
 def refuse_without_template(layout: Layout, template: str) -> None:
     """Raise DataError if the images have no captions and there is no usable template."""
     folder, first = layout.folder, layout.images[0]
+    one_folder = len({Path(image).parent for image in layout.images}) == 1
+    if template and (NAME in template or (layout.class_folders if CLASS in template else one_folder)):
+        return
     tables = sorted(path for pattern in TABLES for path in folder.glob(pattern))
     table_advice = f"; if {tables[0]} contains the captions: --source {tables[0]}" if tables else ""
+    if template and layout.class_folders:
+        raise DataError(
+            f"template = {template!r}: the images are in several folders and would all have this caption; give a template with "
+            f'{CLASS}, the name of the folder, or {NAME}, the name of the file: --template "{TEMPLATE}"'
+        )
     if not layout.class_folders:
         raise DataError(
             f"{folder} has {len(layout.images):,} image(s) without captions; write each caption to a text file next "
             f"to its image ({Path(first).with_suffix('.txt').as_posix()} for {first}), "
-            f"or give a file that contains the captions instead of the folder{table_advice}"
+            f"or give a file that contains the captions instead of the folder{table_advice}; if the names of the files are the "
+            f'captions, give --template "{NAME}", and for one caption of all images, --template "a photo of sks dog"'
         )
     if not template:
         name = first.split("/")[-2].replace("_", " ")
