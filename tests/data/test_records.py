@@ -99,7 +99,7 @@ def test_captions_that_begin_with_the_prompt_lose_it_and_are_counted_before_the_
     task = CaptionTask(make("blip"), prompt)
     examples, _ = annotations.read(source, check=task.check, trim=task.trim, report=messages.append)
     assert [e.text for e in examples] == ["a red cube", "a hat", "a cube"]
-    (line,) = messages
+    line, _table = messages
     assert "from the start of 2 line(s)" in line and "'a picture of a red cube' is now 'a red cube'" in line
     assert annotations.read(source)[0][0].text == "a picture of a red cube"
 
@@ -280,7 +280,7 @@ def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
         {"image": "b.png", "question": "q", "answers": ["a"], "answer": "b", "prompt": " {question} "},
     )
     examples, _ = annotations.read(source, report=messages.append)
-    assert len(examples) == 5 and len(messages) == 2 and "2 of 5 line(s) have their own prompt" in messages[1]
+    assert len(examples) == 5 and len(messages) == 3 and "2 of 5 line(s) have their own prompt" in messages[1]
     expected = {
         "split": (2, 2),
         "rat\\x1bing": (1, 2),
@@ -298,7 +298,7 @@ def test_every_key_that_is_not_used_is_reported_once_with_its_lines(folder):
 def test_a_question_s_key_on_a_tidy_caption_is_reported(folder, key):
     messages: list[str] = []
     annotations.read(lines(folder / "x.jsonl", {"image": "a.png", "text": "t", key: 4}), report=messages.append)
-    assert messages == [f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line(s), first line 1)"]
+    assert messages[:-1] == [f"{folder / 'x.jsonl'}: these keys are ignored: '{key}' (1 line(s), first line 1)"]
 
 
 @pytest.mark.parametrize("number", [True, 4.5, [], {"a": 1}])
