@@ -59,7 +59,9 @@ class Example:
         return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))
 
 
-SETTERS = [vars(Example)[each.name].__set__ for each in fields(Example)]  # they work although the class is frozen
+(
+    SET_IMAGE, SET_TEXT, SET_NAME, SET_LINE, SET_GROUP, SET_QUESTION, SET_ANSWERS, SET_SOURCE, SET_PROMPT, SET_QUESTION_ID
+) = [vars(Example)[each.name].__set__ for each in fields(Example)]  # they work although the class is frozen  # fmt: skip
 IMAGE_SLOT = vars(Example)["image"]
 FILE: Callable[[Example], str] = IMAGE_SLOT.__get__
 Example.image = PathStoredAsText(IMAGE_SLOT)  # type: ignore[assignment,misc]  # set here, because in the class it would conflict with the slot
@@ -157,14 +159,20 @@ class ExampleBuilder:
         self, image: str, text: str, number: Location, group: str, question: str = "", answers: tuple[str, ...] = (),
         prompt: str = "", question_id: int | str = "",
     ) -> Example:  # fmt: skip
-        """Return Example(self.root / image, text, …). This takes half the time of the constructor."""
+        """Return Example(self.root / image, text, …). This takes half the time of the constructor, and less than a loop."""
         self.prompts += bool(prompt)
         first = self.firsts.get(image)
-        name, file = (first.name, FILE(first)) if first else (image, self._file(image))
         example = object.__new__(Example)
-        values = file, text, name, number, group, question, answers, self.source, prompt, question_id
-        for put, value in zip(SETTERS, values, strict=True):
-            put(example, value)
+        SET_IMAGE(example, FILE(first) if first else self._file(image))
+        SET_TEXT(example, text)
+        SET_NAME(example, first.name if first else image)
+        SET_LINE(example, number)
+        SET_GROUP(example, group)
+        SET_QUESTION(example, question)
+        SET_ANSWERS(example, answers)
+        SET_SOURCE(example, self.source)
+        SET_PROMPT(example, prompt)
+        SET_QUESTION_ID(example, question_id)
         if not first:
             self.firsts[image] = example
         return example
