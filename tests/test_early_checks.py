@@ -48,7 +48,7 @@ CASES: list[tuple[list[str], str, Callable[[], object]]] = [  # arguments, the s
     (["train", "--resume", f"lora_blip_output/{RUN[:-4]}"], f"'lora_blip_output/{RUN}'",
      lambda: checkpoint.locate(Path(f"lora_blip_output/{RUN[:-4]}"))),
     (["train", "--output-dir", "annotations.jsonl"], "", lambda: lora_blip.train(TrainConfig(output_dir="annotations.jsonl"))),
-    (["infer", "--images", "fotos"], "", lambda: read_inputs(InferConfig(images="fotos"))),
+    (["infer", "--images", "fotos"], "'photos'", lambda: read_inputs(InferConfig(images="fotos"))),
     (["infer", "--images", "photos", "--adapter", RUN], f"'lora_blip_output/{RUN}'", lambda: runs.locate(RUN)),
     (["infer", "--images", "photos", "--texts", "words.txt", *BASE], "",
      lambda: read_inputs(InferConfig(images="photos", texts="words.txt"))),

@@ -455,7 +455,7 @@ def test_the_work_for_a_line_is_constant(kind, tmp_path, make):
     assert (many - few) / 5_000 < CALLS[kind] and many < 2.05 * few
 
 
-@pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
+@pytest.mark.parametrize("kind", ["captions, 5 an image", pytest.param("questions, 1 an image", marks=pytest.mark.slow)])
 def test_a_hundred_thousand_lines_take_at_most_800_bytes_each(kind, tmp_path, make):
     gc.collect()
     before = resident()

@@ -108,6 +108,7 @@ def test_a_clean_split_is_not_reported_and_no_generator_moves(tmp_path, capsys):
     stored = Thumbnails()
     examples, _ = annotations.read(source, on_decoded=stored.add)
     training, validation = splits.split_by_image(examples, 0.4, 0)
+    capsys.readouterr()  # the table of the reading
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     report_split_leaks([e.file for e in validation], [e.file for e in training], stored, "")
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())

@@ -331,7 +331,7 @@ def test_the_terminal_shows_the_first_predictions_and_names_the_file_of_all(conf
     )
 
 
-@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("sample", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_byte_resumes_to_the_same_files(config, sample):
     """The files may end within a line or a character. Sampled texts are also the same after the resume."""
     config = replace(config, sample=sample)

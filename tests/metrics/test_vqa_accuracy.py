@@ -61,5 +61,5 @@ def test_a_difference_from_the_official_accuracy_is_documented_next_to_the_claim
     official = [min(1, sum(answer == "red" for answer in ["Red"] * 9) / 3) for _ in range(10)]
     assert sum(official) == 0
     text = " ".join((Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text().split())
-    claim = text.index("VQA accuracy follows the official evaluation")
+    claim = text.index("[official evaluation](https://visualqa.org")
     assert "rule for rule" not in text and "case is always ignored" in text[claim : claim + 300]

@@ -489,8 +489,11 @@ def opened_dtype(case: Case) -> str:
 # ---------------------------------------------------------------- the comparison
 
 
+SLOW = ("t5", "itm2")  # `make slow` runs the cases of these bases
+
+
 @pytest.mark.filterwarnings("ignore")  # of emulated 16 bits
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c.kind in SLOW)) for c in CASES], ids=str)
 def test_a_step_equals_the_float64_oracle(checkpoints, tmp_path, monkeypatch, case):
     """Loss and adapter gradients of a step equal the float64 oracle within a number of roundings of the coarsest dtype."""
     if case.large:

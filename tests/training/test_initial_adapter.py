@@ -41,7 +41,7 @@ def held(path: Path) -> dict[str, torch.Tensor]:
     return adapter_file.read(path).tensors
 
 
-@pytest.mark.parametrize("targets", ["vit,text", "vit"])
+@pytest.mark.parametrize("targets", [pytest.param("vit,text", marks=pytest.mark.slow), "vit"])
 def test_the_loss_at_step_0_is_that_of_the_loaded_adapter(first, tmp_path, make, targets):
     """The loss is that of all validation lines, also if only a part of the adapter is trained further."""
     config = further(first, tmp_path, targets=targets)
@@ -117,6 +117,7 @@ def test_training_continues_as_a_new_run_whose_adapters_have_these_values(first,
     assert "init_adapter" not in plain and "init_adapter" not in plain["settings"]  # the metadata of earlier versions
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_its_initial_adapter(first, tmp_path):
     """The result is equal bit for bit, also with "latest", which is never the interrupted run. Without it, a new run starts."""
     uninterrupted = train(further(first, tmp_path, output_dir=str(tmp_path / "whole")))
@@ -165,6 +166,7 @@ def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoin
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_another_image_size_is_an_error_unless_it_is_chosen(first, tmp_path):
     config = further(first, tmp_path, image_size=48)
     with pytest.raises(AdapterError, match=r"trained on images of 48×48.*uses 32×32; set IMAGE_SIZE = 48 \(--image-size 48\)"):
