@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 0  # largest number of generated tokens; 0: the adapter's setti
 NUM_BEAMS = 0  # beams of beam search; 0: the adapter's setting, or 1
 SAMPLE = False  # sample tokens at random; False: greedy or beam search
 SEED = 0  # seed of sampling
-GENERATION = {}  # more options: {"top_p": 0.9, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter's
+GENERATION = {}  # more options: {"num_beams": 3, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter's
 
 # Speed and memory
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"

@@ -202,7 +202,7 @@ class InferConfig:
     sample: bool = setting(False, "sample tokens at random; False: greedy or beam search")
     seed: int = setting(0, "seed of sampling")
     generation: dict[str, Any] = setting(
-        Options(), 'more options: {"top_p": 0.9, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter\'s'
+        Options(), 'more options: {"num_beams": 3, "num_return_sequences": 3}; see docs/generation.md; empty: the adapter\'s'
     )
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")

@@ -108,7 +108,7 @@ def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: 
 
 
 def options(text: str) -> dict[str, Any]:
-    """Return the options of a flag: num_beams=3,top_p=0.9 or a JSON object. A value is JSON, or a word without quotes.
+    """Return the options of a flag: num_beams=3,length_penalty=1.5 or a JSON object. A value is JSON, or a word without quotes.
 
     Raise ArgumentTypeError for a part that is not NAME=VALUE, and for a name that is given twice.
     """
@@ -116,12 +116,12 @@ def options(text: str) -> dict[str, Any]:
         try:
             return dict(parsed(text))
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write num_beams=3,top_p=0.9") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write num_beams=3,length_penalty=1.5") from None
     result: dict[str, Any] = {}
     for part in filter(str.strip, _parts(text)):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
-            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE; write num_beams=3,top_p=0.9")
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE; write num_beams=3,length_penalty=1.5")
         if name in result:
             raise argparse.ArgumentTypeError(f"{name} is given twice; keep one")
         result[name] = _value(name, value)

@@ -29,7 +29,7 @@ def plan() -> Plan:
 ABREAST = [name for name in ROWS if name not in ("compiled", "card")]  # one needs a compiler, one a GPU
 
 
-QUICK = ("input", "merge")  # `make slow` runs every other row
+QUICK = ("input",)  # `make slow` runs every other row
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row not in QUICK)) for row in ABREAST])
@@ -104,6 +104,7 @@ def test_both_sides_learn_from_the_same_loss() -> None:
         assert torch.allclose(mine, theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_contestant_trains_and_the_floor_does_not() -> None:
     base = backbone("mini")
     batch = work(base)
@@ -177,6 +178,7 @@ def test_a_row_that_fails_costs_no_other(tmp_path: Path) -> None:
     assert not whole and len(about["cells"]) == 2 and "no room" in about["failed"]["one"]
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_rows_that_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--only", "input", "--out", str(tmp_path)]) == 0
     assert "640 × 480" in capsys.readouterr().out

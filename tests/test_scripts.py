@@ -77,7 +77,7 @@ def test_generation_options_in_a_flag(flag, options):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("num_beams", "'num_beams' is not NAME=VALUE; write num_beams=3,top_p=0.9"),
+        ("num_beams", "'num_beams' is not NAME=VALUE; write num_beams=3,length_penalty=1.5"),
         ("top_p=", "is not NAME=VALUE"),
         ("top_p=0.9,top_p=0.8", "top_p is given twice"),
         ("top_p=__import__('os')", "top_p=__import__('os'): the value is not JSON"),

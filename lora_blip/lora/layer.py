@@ -4,15 +4,15 @@ A frozen linear computes y = W x + b. LoRA (Hu et al. 2021, arXiv:2106.09685) ad
 
     y ← y + (alpha / r) · B A x        A: (r, in_features), Kaiming-uniform      B: (out_features, r), zeros
 
-No module is replaced, and the model's code does not change. The adapters of a linear are its child `linear.lora`. A forward
+No module is replaced, and the model's code does not change. The adapters of a linear are in its child `linear.lora`. A forward
 hook adds their updates to the output of the linear. Putting an adapter on a linear takes three lines:
 
     linear.lora = AdapterStack()
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all other parameters. Unless the setting FAST is False, two hooks of `fused`
-replace `lora_hook`. They need less memory in training without dropout; otherwise they call `lora_hook`.
+`inject` does this for every target, and freezes all other parameters. By default (FAST = True), `fused_hook` takes
+the place of `lora_hook`. It needs less memory in training without dropout; in every other case it calls `lora_hook`.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W),
 `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (save and load).
@@ -40,7 +40,7 @@ class LoRA(nn.Module):
         super().__init__()
         start, stop = site.rows or (0, out_features)
         self.site, self.scale, self.dropout = site, site.alpha / site.r, dropout
-        self.padding = (start, out_features - stop)  # output features before and after those that the update reaches
+        self.padding = (start, out_features - stop)  # number of output features before the block, and after it
         self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
@@ -95,7 +95,7 @@ class AdapterStack(nn.ModuleDict):
 
     @property
     def unmerged(self) -> list[str]:
-        """The names of the adapters in the state_dict. Those of a `Captioner` are not in it."""
+        """The names of the adapters that `state_dict` contains: not merged, and not of a `Captioner`."""
         return [name_of(key) for key in self if not self.is_left_out(key)]
 
     def is_left_out(self, key: str) -> bool:
@@ -113,7 +113,7 @@ class AdapterStack(nn.ModuleDict):
         return destination
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load as usual, but allow that the tensors of adapters that `state_dict` leaves out are missing."""
+        """Load as usual. The tensors of the adapters that `state_dict` leaves out may be missing."""
         super()._load_from_state_dict(state, prefix, *args)
         for key in filter(self.is_left_out, self):
             for parameter, value in self[key].state_dict(prefix=f"{prefix}{key}.").items():

@@ -12,7 +12,7 @@ LARGE = ("vision_model", "language_model")  # the parts whose blocks are sharded
 
 
 def shard(backbone: Backbone, ranks: int) -> None:
-    """Keep a share of each block's frozen weights on each rank. A block is gathered only while it computes.
+    """Keep a share of each block's frozen weights on each rank. A block is gathered from its forward to its backward.
 
     Adapters are not sharded: DistributedDataParallel keeps them equal. After this call, every rank must run the same forwards.
     Sharded weights cannot be merged or sampled, so their fingerprints are taken first.

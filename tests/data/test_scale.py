@@ -447,7 +447,7 @@ def calls_of(act: Callable[[], object]) -> int:
     return calls
 
 
-@pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
+@pytest.mark.parametrize("kind", ["captions, 5 an image", pytest.param("questions, 1 an image", marks=pytest.mark.slow)])
 def test_the_work_for_a_line_is_constant(kind, tmp_path, make):
     """Twice as many lines need twice as many calls, and at most CALLS per line. `benchmarks.studies.lines` measures seconds."""
     prepared(kind, 100, tmp_path / "x.jsonl", make)  # the model and the tokens of the words are cached from now on

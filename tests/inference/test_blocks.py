@@ -579,7 +579,10 @@ def test_a_signal_stops_inference_after_the_batch(config, number, status):
 # ---------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize(("ranks", "changes"), [(2, {}), (3, {"sample": True}), (2, {"texts": "a cube|two cubes|nothing"})])
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(2, {}), pytest.param(3, {"sample": True}, marks=pytest.mark.slow), (2, {"texts": "a cube|two cubes|nothing"})],
+)
 def test_several_processes_write_the_files_of_one_process(config, ranks, changes):
     """A new run and a run that resumes after any byte write the same files, with several processes or one."""
     config = replace(config, **changes)

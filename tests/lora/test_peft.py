@@ -48,7 +48,7 @@ def test_logits_and_gradients_equal_those_of_peft(make, kind, fast, bound):
     assert max(relative(our.grad, other.grad) for our, other in pairs) <= bound
 
 
-@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+@pytest.mark.parametrize("kind", ["blip", "opt", pytest.param("t5", marks=pytest.mark.slow)])
 def test_twenty_adamw_steps_give_the_losses_of_peft(make, kind):
     ours, theirs, pairs = our_and_peft_tasks(make, kind)
     losses = []

@@ -115,7 +115,14 @@ def test_only_characters_that_a_code_page_lacks_are_replaced(monkeypatch, encodi
     assert [file.errors for file in streams.files] == ["strict", "strict"]
 
 
-@pytest.mark.parametrize("encoding", CODE_PAGES)
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        "cp1252",
+        "ascii",
+        *(pytest.param(page, marks=pytest.mark.slow) for page in CODE_PAGES if page not in ("cp1252", "ascii")),
+    ],
+)
 def test_commands_print_texts_and_names_of_any_language(checkpoints, here, monkeypatch, encoding):
     """`prepare`, `train`, `infer`, `caption` and `evaluate` end, and their files contain every character."""
     source = tiny.write_photos(here, 4, [f"a {colour} cube {WORDS}" for colour in ("red", "blue", "red", "blue")])

@@ -352,7 +352,7 @@ def test_scores_are_votes(task):
 # ---------------------------------------------------------------- adapters and training
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_each_row_is_answered_by_the_adapter_it_names(make, beams):
     """A batch of mixed adapters gives each row the answer of its own adapter."""
     for kind in KINDS:
