@@ -457,6 +457,7 @@ def test_the_work_for_a_line_is_constant(kind, tmp_path, make):
 
 @pytest.mark.parametrize("kind", ["captions, 5 an image", pytest.param("questions, 1 an image", marks=pytest.mark.slow)])
 def test_a_hundred_thousand_lines_take_at_most_800_bytes_each(kind, tmp_path, make):
+    prepared(kind, 5_000, tmp_path / "x.jsonl", make)  # the model, the tokens of the words and the heap exist from now on
     gc.collect()
     before = resident()
     training, validation = prepared(kind, 100_000, tmp_path / "x.jsonl", make)
