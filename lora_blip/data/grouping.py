@@ -174,14 +174,15 @@ def joined(
 
     equal: links of images with equal bytes. They are ignored, with a message, if the groups would be fewer than the parts.
     """
-    groups = components(images, [*links, *equal])
+    named = components(images, links)
+    groups = components(images, [*links, *equal]) if equal else named
     if len(groups) < parts and equal:
         report(f"WARNING: {len(equal):,} images have the same bytes as another one, and cannot all be in one part of the split")
-        equal, groups = [], components(images, links)
+        equal, groups = [], named
     if equal:
         report(f"{len(equal):,} images have the same bytes as another one; copies are in one part of the split")
     if links and (alone := len(set(images) - {image for image, _ in links})):
         report(f"WARNING: {alone:,} of {len(images):,} images have no group (--group-by), and are split one by one")
     if links:
-        report(f"the split keeps {len(components(images, links)):,} groups of {len(images):,} images together")
+        report(f"the split keeps {len(named):,} groups of {len(images):,} images together")
     return groups

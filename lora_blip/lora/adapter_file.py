@@ -242,9 +242,9 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
     check_fit(model, adapter)
     _check_image_size(backbone, adapter)
-    for address, lora in injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name).items():
-        lora.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
-        lora.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
+    injection.copy_values(
+        injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name), adapter.tensors
+    )
     return adapter
 
 

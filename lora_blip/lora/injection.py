@@ -1,9 +1,9 @@
 """Put adapters on a model, and remove them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.attached import (
@@ -74,6 +74,13 @@ def inject(
         if id(parameter) not in own:
             parameter.requires_grad_(False)
     return adapters(model, name)
+
+
+def copy_values(loras: Mapping[str, LoRA], tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of an adapter file into the LoRA layers at these addresses."""
+    for address, lora in loras.items():
+        lora.A.data.copy_(tensors[f"{address}.lora_A"])
+        lora.B.data.copy_(tensors[f"{address}.lora_B"])
 
 
 def eject(model: nn.Module | Loaded, name: str | None = None) -> None:

@@ -79,7 +79,7 @@ READ_PROMPT = frozenset((  # options that depend on the ids or the number of the
     "bad_words_ids", "sequence_bias", "watermarking_config",
 ))  # fmt: skip
 READ_ENCODER = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")  # transformers ignores them without prompt ids
-WITH_IDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias")
+WITH_IDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")  # a token id, or lists of them
 
 FIXED = "the model and its tokenizer define this token; remove it"
 OUTPUT = "a prediction contains the texts and their scores; remove it"
@@ -183,7 +183,7 @@ def ids_in(options: Mapping[str, Any]) -> list[int]:
         return [id for one in value for id in flat(one)] if isinstance(value, list) else [value]
 
     of_biases = [id for ids, _ in options.get("sequence_bias") or [] for id in ids]
-    others = [id for name in WITH_IDS[:-1] if options.get(name) is not None for id in flat(options[name])]
+    others = [id for name in WITH_IDS if options.get(name) is not None for id in flat(options[name])]
     return of_biases + others
 
 

@@ -187,10 +187,8 @@ class Language(ABC, Generic[TrainedRows]):
             raise ValueError("random draws depend on the image of each row; pass `images`")
         for group in self.generation_groups(prompts, starts, settings | {"max_new_tokens": max_new_tokens}):
             prompt_rows, device = [starts[index] for index in group], features.device
-            ids, mask = (
-                pad(prompt_rows, self.pad_id, self.pads_left).to(device),
-                mask_of(prompt_rows, self.pads_left).to(device),
-            )
+            ids = pad(prompt_rows, self.pad_id, self.pads_left).to(device)
+            mask = mask_of(prompt_rows, self.pads_left).to(device)
             most = min(max_new_tokens, *(self.room(prompts[index]) + 1 for index in group))
             if most < 1:
                 longest = max((prompts[i] for i in group), key=len)

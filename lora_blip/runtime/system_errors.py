@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeGuard
 
@@ -92,26 +92,24 @@ def is_system_error(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in NUMBERS and not isinstance(error, ConnectionError)
 
 
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def writing(path: str | Path) -> AbstractContextManager[None]:
     """Raise FileError if the system refuses what the block writes to `path`. Each write of this package is in such a block."""
-    try:
-        yield
-    except OSError as error:
-        if not is_system_error(error):
-            raise
-        raise file_error(error, path, "written") from None
+    return _accessing(path, "written")
+
+
+def reading(path: str | Path) -> AbstractContextManager[None]:
+    """Raise FileError if the system refuses what the block reads from `path`."""
+    return _accessing(path, "read")
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Raise FileError if the system refuses what the block reads from `path`."""
+def _accessing(path: str | Path, action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if not is_system_error(error):
             raise
-        raise file_error(error, path, "read") from None
+        raise file_error(error, path, action) from None
 
 
 def sync(descriptor: int) -> None:

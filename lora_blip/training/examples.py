@@ -56,7 +56,7 @@ def split_by_column(
     if validation:
         groups.note_unused("the column `split` divides the lines")
         return training, validation
-    return split(config, lines_by_split["train"], groups)
+    return split(config, training, groups)
 
 
 def split(config: TrainConfig, examples: list[Example], groups: Groups) -> tuple[list[Example], list[Example]]:

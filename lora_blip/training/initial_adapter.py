@@ -37,10 +37,9 @@ def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
     check_sites(adapter, sites)
     trained = {site.address for site in sites}
     every = [*sites, *(site for site in adapter.sites if site.address not in trained)]
-    for address, lora in injection.inject(backbone.model, every, config.dropout).items():
-        if f"{address}.lora_A" in adapter.tensors:
-            lora.A.data.copy_(adapter.tensors[f"{address}.lora_A"])
-            lora.B.data.copy_(adapter.tensors[f"{address}.lora_B"])
+    own = {site.address for site in adapter.sites}
+    loras = injection.inject(backbone.model, every, config.dropout)
+    injection.copy_values({address: lora for address, lora in loras.items() if address in own}, adapter.tensors)
     print(printable(describe(adapter, sites)))
     return adapter
 

@@ -61,10 +61,14 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
     existing = [path for path in candidates if path.is_file() and path != source]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]
-    adapter = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    command = command_line([*start, "evaluate", "--adapter", adapter, "--references", references])
+    command = command_line([*start, "evaluate", *adapter_flag(folder), "--references", references])
     missing = "" if val_annotations or existing else " (write their images and texts to test.jsonl first)"
     return printable(f"to score it on images that were not trained on{missing}: {command}")
+
+
+def adapter_flag(folder: Path) -> list[str]:
+    """Return --adapter and the path of a run, which is relative if the run is below the current folder."""
+    return ["--adapter", os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)]
 
 
 def next_command(task: str, folder: Path, examples: list[Example]) -> str:
@@ -76,7 +80,7 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     script = Path(sys.argv[0])
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
     command = ["python", str(script.with_name("infer.py"))] if is_script else ["lora-blip", "infer"]
-    command += ["--adapter", os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)]
+    command += adapter_flag(folder)
     has_images = (script.with_name(DEFAULT_IMAGES) if is_script else Path(DEFAULT_IMAGES)).is_dir()
     if not has_images and examples:
         command += ["--images", str(examples[0].image.parent)]

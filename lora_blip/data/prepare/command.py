@@ -216,8 +216,8 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
             f"{len(images)} image(s) are too few for splits = {splits!r}, because each part needs one; for only train.jsonl, "
             "give --splits 1" + ", and for two parts --splits 0.8,0.2" * (len(images) > 1)
         )
-    equal = equal_files(paths.items()) if sum(map(bool, sizes)) > 1 else []
-    groups = joined(images, data.groups.links, equal, sum(map(bool, sizes)))
+    parts = sum(map(bool, sizes))
+    groups = joined(images, data.groups.links, equal_files(paths.items()) if parts > 1 else [], parts)
     random.Random(seed).shuffle(groups)
     groups.reverse()
     result: dict[object, str] = {}
