@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lora_blip.runtime.untrusted import is_path, quoted, shorten
+from lora_blip.runtime.untrusted import is_path, pasteable, quoted, shorten
 
 # names of keys and columns; if an entry has several of them, the first in this order is used
 IMAGE_KEYS = (
@@ -66,7 +66,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
         corrected = image.translate(LETTERS)
         if corrected != image and "\n\n" not in image and is_path(corrected):
             first = first_key(entry, IMAGE_KEYS) or "image"
-            return UNESCAPED.format(shorten(json.dumps(entry | {first: corrected}, ensure_ascii=False, default=str)))
+            return UNESCAPED.format(pasteable(json.dumps(entry | {first: corrected}, ensure_ascii=False, default=str)))
         return f"the image is not a valid path: {quoted(image)}"
     try:
         result = {"image": image} | (_question(rest, answered) if "question" in rest else _caption(rest)) | _prompt(rest) | rest

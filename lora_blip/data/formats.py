@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS, UNESCAPED, Entry, WrittenFloat, first_key
-from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant, shorten, unique_keys
+from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, first_key
+from lora_blip.data.json_repair import STRICT, corrected_reason
+from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant
 
 LONGEST = 2**20  # most characters of a line; a line with a caption has about a hundred
 TOO_LONG = f"it has more than {LONGEST:,} characters; put each example on its own line"
-IMAGE_PATH = re.compile(rf'("(?:{"|".join(IMAGE_KEYS)})"\s*:\s*")([^"]*)', re.IGNORECASE)
 
 ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]")  # invalid bytes, and all characters but ASCII
 
 QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)  # five times as fast; ignores repeated keys
-STRICT = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=WrittenFloat, parse_constant=refuse_constant)
 
 Location = int | str  # the number of a line, or the place of an entry in a JSON document: "annotations[17]"
 Located = tuple[Location, Entry | str]  # an entry, or the reason why it is invalid
@@ -123,7 +122,7 @@ def jsonl_entries(path: Path) -> Iterator[Located]:
         try:
             entry = _object(line)
         except ValueError as error:
-            yield number, with_slashes(line) or f"it is not valid JSON ({error}): {line.strip()[:60]!r}"
+            yield number, corrected_reason(line, error) or f"it is not valid JSON ({error}): {line.strip()[:60]!r}"
             continue
         if not isinstance(entry, dict):
             yield number, f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}'
@@ -144,16 +143,6 @@ def several(at: Location, entry: Entry) -> Iterator[Located]:
     for text in texts:
         inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
         yield at, rest | {"text": text[inside] if inside else text}
-
-
-def with_slashes(text: str, line: int = 1) -> str:
-    """Return a message with the corrected line if unescaped backslashes in image paths are the only error, or ""."""
-    corrected = IMAGE_PATH.sub(lambda match: match[1] + re.sub(r"\\+", "/", match[2]), text)
-    try:
-        valid = corrected != text and parsed(corrected, STRICT)
-    except ValueError:
-        return ""
-    return UNESCAPED.format(shorten(corrected.split("\n")[line - 1].strip())) if isinstance(valid, dict | list) else ""
 
 
 def _object(line: str) -> Any:

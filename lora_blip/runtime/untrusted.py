@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 DEEPEST = 100  # nested brackets of a JSON; Python's own limit, about a thousand, depends on the depth of the call
 LONGEST_LINE = 450  # characters of a line in a list of problems
+LONGEST_PASTE = 280  # characters of a corrected line in a message
 LONGEST_QUOTE = 160  # characters of a value in a message
 LONGEST_PATH = 3000  # bytes of a path; systems allow 4,096, including the working folder
 LONGEST_NAME = 255  # bytes of one name in a path
@@ -167,6 +168,12 @@ def quoted(value: object) -> str:
 def shorten(text: str) -> str:
     """Return a text as one line, shortened and escaped as by `quoted`, but without quotes: for messages of other programs."""
     return quoted(text)[1:-1]
+
+
+def pasteable(text: str) -> str:
+    """Return a text that the user can copy from a message: as `printable` gives it, and cut after LONGEST_PASTE characters."""
+    line = printable(text)
+    return line if len(line) <= LONGEST_PASTE else f"{line[:LONGEST_PASTE]} …"
 
 
 def line_of_list(text: str) -> str:

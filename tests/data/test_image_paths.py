@@ -130,3 +130,37 @@ def test_unescaped_backslashes_give_the_corrected_line(tmp_path, name, content, 
     with pytest.raises(DataError, match="the backslashes of the image path are not escaped; write: ") as error:
         annotations.read(tmp_path / name)
     assert fixed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "fixed"),
+    [
+        ('{"image": "img\\0.jpg", "text": "x",}', '{"image": "img/0.jpg", "text": "x"}'),
+        ("{'image': 'img\\0.jpg', 'text': 'a \"red\" cube', 'new': None,}",
+         '{"image": "img/0.jpg", "text": "a \\"red\\" cube", "new": null}'),
+        ("{'image': \"a's.jpg\", 'text': 'it\\'s C:\\dir \\u00e9', 'tags': [True, False, ], },",
+         '{"image": "a\'s.jpg", "text": "it\'s C:\\\\dir \\u00e9", "tags": [true, false ] }'),
+        ('{"image": "a.jpg", "text": "True, None, ,}", "seen": True},',
+         '{"image": "a.jpg", "text": "True, None, ,}", "seen": true}'),
+    ],
+)  # fmt: skip
+def test_several_faults_of_a_line_give_the_corrected_line(tmp_path, line, fixed):
+    """Single quotes, words of Python, needless commas and lone backslashes, in any combination; texts are unchanged."""
+    (tmp_path / "x.jsonl").write_text(f"{line}\n")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: it is not valid JSON") as error:
+        annotations.read(tmp_path / "x.jsonl")
+    assert f"write: {fixed}\n" in str(error.value) and json.loads(fixed)
+    (tmp_path / "x.json").write_text(f"[\n{line.rstrip(',')},\n{line.rstrip(',')}\n]")
+    with pytest.raises(DataError, match="other line") as error:
+        annotations.read(tmp_path / "x.json")
+    assert f"(and correct 1 other line(s) in the same way): {fixed}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["{'image': 'a.jpg', 'text': 'it's'}", '{"image": "a.jpg", "text": ', "{'image': 'a.jpg', 'image': 'b.jpg',}"]
+)
+def test_a_line_that_cannot_be_corrected_is_quoted(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(f"{line}\n")
+    with pytest.raises(DataError, match="it is not valid JSON") as error:
+        annotations.read(tmp_path / "x.jsonl")
+    assert "write" not in str(error.value) and line[:20] in str(error.value)

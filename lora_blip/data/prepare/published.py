@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data.entries import SPLITS, Entry, WrittenFloat, as_text
-from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered_lines, open_text, with_slashes
+from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered_lines, open_text
+from lora_blip.data.json_repair import corrected_reason
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import reason_and_fix
@@ -48,7 +49,7 @@ def load_json(path: Path) -> Any:
     except ValueError as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 0
         where = f":{line}" * bool(line)
-        if line and (fix := with_slashes(text, line)):
+        if line and (fix := corrected_reason(text, error, line)):
             raise DataError(f"{path}{where}: {fix}") from None
         raise DataError(
             f"{path}{where}: it is not valid JSON ({error}); the file may be incomplete: download or unpack it again"
