@@ -189,16 +189,16 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "caption": Command(
-        f"caption images: {commands.COMMAND_OF['caption']}", lambda: commands.CaptionConfig, commands.caption,
-        commands.COMMAND_OF["caption"], commands.check_paths,
+        f"caption images: {commands.command_of('caption')}", lambda: commands.CaptionConfig, commands.caption,
+        commands.command_of("caption"), commands.check_paths,
     ),
     "ask": Command(
-        f"answer a question: {commands.COMMAND_OF['vqa']}", lambda: commands.AskConfig, commands.ask,
-        commands.COMMAND_OF["vqa"], commands.check_paths,
+        f"answer a question: {commands.command_of('vqa')}", lambda: commands.AskConfig, commands.ask,
+        commands.command_of("vqa"), commands.check_paths,
     ),
     "rank": Command(
-        f"rank texts: {commands.COMMAND_OF['retrieval']}", lambda: commands.RankConfig, commands.rank,
-        commands.COMMAND_OF["retrieval"], commands.check_paths,
+        f"rank texts: {commands.command_of('retrieval')}", lambda: commands.RankConfig, commands.rank,
+        commands.command_of("retrieval"), commands.check_paths,
     ),
     "train": Command(
         "train an adapter on images with texts", lambda: TrainConfig, train, "lora-blip train", training_checks.check_paths

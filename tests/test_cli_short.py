@@ -105,7 +105,10 @@ def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
     assert f"lora_blip_output/run/adapter.safetensors, base {checkpoints['blip']}, cpu\n" in errors
     assert run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu", "--adapter", adapter)[1] == lines
     errors = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--device", "cpu")[2]
-    assert "use lora-blip caption photo.jpg, or another model: --adapter none --model assets/tiny-blip-vqa" in errors
+    fix = (
+        "for another model: --adapter none --model assets/tiny-blip-vqa; for this one: lora-blip caption photos/0.png --device"
+    )
+    assert fix in errors
 
 
 def test_a_question_is_answered(here, monkeypatch, capsys):
@@ -139,16 +142,23 @@ def test_texts_are_ranked(here, monkeypatch, capsys):
     ("arguments", "base", "fix"),
     [
         (("ask", "photos/0.png", QUESTION), "tiny-blip-itm", ""),
-        (("caption", "photos/0.png"), "tiny-blip-vqa", "use lora-blip ask photo.jpg"),
-        (("caption", "photos/0.png"), "tiny-blip-itm", "use lora-blip rank photo.jpg"),
-        (("rank", "photos/0.png", "red", "blue"), "tiny-blip-vqa", '--question "what color is it?"'),
+        (("caption", "photos/0.png"), "tiny-blip-vqa", 'lora-blip ask photos/0.png "what color is it?" --adapter none --model'),
+        (
+            ("caption", "photos"),
+            "tiny-blip-itm",
+            'lora-blip rank photos/0.png "a red cube" "a blue cube" --adapter none --model',
+        ),
+        (("caption", "my photo.png"), "tiny-blip-vqa", "lora-blip ask 'my photo.png' "),
+        (("rank", "photos/0.png", "red", "a blue"), "tiny-blip-vqa", "lora-blip rank photos/0.png red 'a blue' --adapter none"),
+        (("rank", "photos/0.png", "red", "blue"), "tiny-blip-vqa", '--question "what color is it?"\n'),
         (("caption", "photos/0.png"), "", "--model assets/tiny-blip\n"),
         (("ask", "photos/0.png", QUESTION), "", "--model assets/tiny-blip-vqa\n"),
         (("rank", "photos/0.png", "red", "blue"), "", "--model assets/tiny-blip-itm\n"),
     ],
 )
-@pytest.mark.usefixtures("here")
-def test_a_command_that_the_model_cannot_do_names_the_right_one(monkeypatch, capsys, arguments, base, fix):
+def test_a_command_that_the_model_cannot_do_names_the_right_one(here, monkeypatch, capsys, arguments, base, fix):
+    """The command in the error can be pasted: it has the same image, adapter, base and device."""
+    (here / "my photo.png").write_bytes((here / "photos" / "0.png").read_bytes())
     status, lines, errors = run(monkeypatch, capsys, *arguments, *BASE, str(ROOT / "assets" / base) if base else "")
     assert (
         (status, lines) == (2, [])

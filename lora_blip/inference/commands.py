@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
 from lora_blip.runtime.settings import setting
-from lora_blip.runtime.system_errors import reading
+from lora_blip.runtime.system_errors import command_line, reading
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import BASE_OF, suggestion
 
@@ -25,11 +25,17 @@ if TYPE_CHECKING:
     from lora_blip.inference.captioner import Captioner
     from lora_blip.inference.prediction import Prediction
 
-COMMAND_OF = {  # task of an adapter → the command for it
-    "caption": "lora-blip caption photo.jpg",
-    "vqa": 'lora-blip ask photo.jpg "what color is it?"',
-    "retrieval": 'lora-blip rank photo.jpg "a red cube" "a blue cube"',
+ARGUMENTS = {  # task of an adapter → the command for it, and its arguments after the image
+    "caption": ("caption", ""),
+    "vqa": ("ask", ' "what color is it?"'),
+    "retrieval": ("rank", ' "a red cube" "a blue cube"'),
 }
+
+
+def command_of(task: str, image: str = "photo.jpg", flags: Sequence[str] = ()) -> str:
+    """Return the command for an adapter of a task, as a line to paste."""
+    name, arguments = ARGUMENTS[task]
+    return " ".join([f"lora-blip {name} {command_line([image])}{arguments}", *([command_line([*flags])] if flags else [])])
 
 
 def argument(doc: str, metavar: str, several: bool = False) -> Any:
@@ -51,6 +57,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:
             raise ConfigError(f'adapter is "none", and model is empty; give a base: --model {BASE_OF[self.task]}')
+
+    @property
+    def model_flags(self) -> list[str]:
+        """Return the flags of the settings that choose the adapter, the base and the device, if they are not the defaults."""
+        values = {"--adapter": (self.adapter, "latest"), "--model": (self.model, ""), "--device": (self.device, "auto")}
+        return [word for flag, (value, default) in values.items() if value != default for word in (flag, value)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +120,7 @@ def caption(config: CaptionConfig) -> bool:
     """Print a caption of each image. Return False if an image cannot be read."""
     images = list(expand(config.images))
     with stdout_for_results() as results:
-        captioner = open_captioner(config, "caption")
+        captioner = open_captioner(config, images[0], "caption")
         printed = [show(prediction, config.json, results) for prediction in captioner.stream(images)]
     return all(printed)
 
@@ -116,15 +128,16 @@ def caption(config: CaptionConfig) -> bool:
 def ask(config: AskConfig) -> bool:
     """Print the answer to a question about an image. Return False if the image cannot be read."""
     with stdout_for_results() as results:
-        return show(open_captioner(config, "vqa").answer(config.image, config.question), config.json, results)
+        return show(open_captioner(config, config.image, "vqa").answer(config.image, config.question), config.json, results)
 
 
 def rank(config: RankConfig) -> bool:
     """Print the texts with their probabilities, the most probable first. Return False if the image cannot be read."""
     with stdout_for_results() as results:
-        captioner = open_captioner(config)
+        captioner = open_captioner(config, config.image)
         if captioner.task == "vqa" and not config.question:
-            raise ConfigError('the texts are answers; give their question: --question "what color is it?"')
+            words = command_line(["lora-blip", "rank", config.image, *config.texts, *config.model_flags])
+            raise ConfigError(f'the texts are answers; give their question: {words} --question "what color is it?"')
         return show(captioner.rank(config.image, config.texts, question=config.question), config.json, results)
 
 
@@ -157,8 +170,11 @@ def expand(images: list[str]) -> Iterator[str]:
         yield from files
 
 
-def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
-    """Open the adapter or the base, and print its path on stderr. Raise ConfigError if its task is not `task`."""
+def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captioner":
+    """Open the adapter or the base, and print its path on stderr. Raise ConfigError if its task is not `task`.
+
+    The message of the error contains the right command for `image`.
+    """
     adapter = None if config.adapter in ("", "none") else config.adapter
     from lora_blip.inference.captioner import Captioner
 
@@ -168,8 +184,8 @@ def open_captioner(config: ModelConfig, task: str = "") -> "Captioner":
     print(printable(f"{path}, base {captioner.backbone.name}, {captioner.backbone.device}"), file=sys.stderr, flush=True)
     if task and captioner.task != task:
         raise ConfigError(
-            f"the task of this model is {captioner.task}; use {COMMAND_OF[captioner.task]}, "
-            f"or another model: --adapter none --model {BASE_OF[task]}"
+            f"the task of this model is {captioner.task}; for another model: --adapter none --model {BASE_OF[task]}; for this "
+            f"one: {command_of(captioner.task, image, config.model_flags)}"
         )
     return captioner
 

@@ -104,7 +104,7 @@ def read_adapter(adapter: str | Path) -> Adapter:
         return adapter_file.read(runs.locate(adapter))
     except AdapterError as error:
         looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
-        if not looks_like_base or Path(adapter).is_file():
+        if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS:
             raise
         raise AdapterError(f"{error}. If it is a base: Captioner.from_adapter(None, base={str(adapter)!r})") from None
 

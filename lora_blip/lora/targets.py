@@ -57,8 +57,7 @@ PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
     "lm.mlp": (LM + r"(?:fc1|fc2|DenseReluDense\..*)", None),
 }
 PARTS = {"ViT": r"vision_model\.", "Q-Former": r"qformer\.", "text": r"text_", "language model": r"language_model\."}
-
-
+LISTED = 24  # most linears that an error lists
 GRAMMAR = re.compile(r"(?P<body>.+?)(?:\[(?P<first>\d*):(?P<last>\d*)\])?(?P<own>(?::(?:r|alpha)=[\d.]+)*)")
 
 
@@ -92,8 +91,8 @@ def find(model: nn.Module | Loaded, targets: str | Sequence[str], r: int = R, al
     """Return the sites of `targets` in the model's order: which linears get an adapter, with r and alpha of each.
 
     targets: presets, module names or regexes, as a list or separated by commas. A later target overrides r and alpha of an
-    earlier one. Raise TargetError if a target matches nothing (the message lists the linears of the model), or if one target is
-    a fused linear and another one a block of it. In peft: `target_modules`, `rank_pattern` and `alpha_pattern`.
+    earlier one. Raise TargetError if a target matches nothing (the message suggests others), or if one target is a fused linear
+    and another one a block of it. In peft: `target_modules`, `rank_pattern` and `alpha_pattern`.
 
     >>> sites = lora_blip.find_targets(backbone, "vit,text:r=4")
     >>> sites[0].module, sites[0].r, sites[0].alpha
@@ -149,25 +148,31 @@ def layer_number(path: str) -> int:
 
 
 def _nothing_matched(model: nn.Module, target: str) -> str:
+    """Return the error for a target that matches nothing. Its last line contains the targets to use instead."""
     linears = [path for path, module in model.named_modules() if is_linear(module) and ".lora" not in path]
     counts = {name: sum(bool(re.fullmatch(regex, p)) for p in linears) for name, (regex, _) in PRESETS.items()}
     presets = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    error = f"target {target.strip()!r} matches no linear of {type(model).__name__}; "
+    if near := _nearest(target, counts, linears):
+        return f"{error}did you mean '{near}'? The presets that match: {presets or 'none'}"
     shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", path) for path in linears)
-    listed = "\n  ".join(list(shapes)[:24])
-    return (
-        f"target {target.strip()!r} matches no linear of {type(model).__name__}; {_nearest(target, counts, linears)}"
-        f"presets that match: {presets or 'none'}\nits linears are\n  {listed}"
+    listed = "\n  ".join(list(shapes)[:LISTED])
+    return f"{error}its linears are\n  {listed}\n" + (
+        f"give a preset: {presets}" if presets else "give the name of a linear, or a regex such as '.*fc1'"
     )
 
 
 def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
-    """Return "did you mean 'vit'? " with the preset, or the regex of a module's last names, that is nearest to a target."""
+    """Return the preset, or the regex of a module's last names, that is nearest to a target, or "" if none is similar."""
     match = GRAMMAR.fullmatch(target.strip())
     name = match["body"] if match else target.strip()
+    if counts.get(name):  # but not in these blocks
+        last = max(layer_number(path) for path in linears if re.fullmatch(PRESETS[name][0], path))
+        return f"{name}[0:{last + 1}]"
     if any(path.endswith(f".{name}") for path in linears):
-        return f"did you mean '.*{re.escape('.' + name)}'? "
+        return f".*{re.escape('.' + name)}"
     near = difflib.get_close_matches(name.lower(), [preset for preset, count in counts.items() if count], 1)
-    return f"did you mean {near[0]!r}? " if near else ""
+    return near[0] if near else ""
 
 
 def table(model: nn.Module, name: str = "default") -> str:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import stat
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +19,8 @@ GALLERY_NAME, CHECKPOINTS_NAME = "gallery.html", "checkpoints"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of an adapter of peft
 CHECKPOINT = re.compile(r"(\d{6,})_step\d+")  # the name of a checkpoint's folder
 LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
+
+NAMED = 5  # most runs that an error names
 
 
 def run_name(task: str, base: str, targets: str, now: datetime) -> str:
@@ -52,16 +56,37 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
             raise file_error(error, path, "read") from None
         adapters = []
     if not adapters:
-        folder = "" if path.is_absolute() else f" in {str(Path.cwd())!r}"
-        near = nearest_run(path, runs)
-        meant = f"did you mean {near!r}? Otherwise " if near else ""
-        raise AdapterError(
-            f"no adapter at {str(path)!r}{folder}; {meant}train one: lora-blip train (or python train.py); or give the path "
-            "of one"
-        )
+        raise no_adapter(path, runs)
     last = max(adapters, key=lambda p: p.stat().st_mtime)
     best = last.with_name(BEST_NAME)
     return best if best.is_file() else last
+
+
+def no_adapter(path: Path, runs: str | Path) -> AdapterError:
+    """Return the error for a path without an adapter. It names the nearest path, and at most NAMED runs of the folder `runs`.
+
+    The runs whose names contain the name that was given come first, then the newest ones.
+    """
+    folder = "" if path.is_absolute() else f" in {str(Path.cwd())!r}"
+    near = nearest_run(path, runs)
+    meant = f"did you mean {near!r}? Otherwise " if near else ""
+    others = [str(run) for run in newest_runs(runs) if str(run) != near]
+    others.sort(key=lambda run: path.name.casefold() not in Path(run).name.casefold())  # stable: the newest first
+    fix = f"give another run, the newest of {len(others)} first: {', '.join(map(repr, others[:NAMED]))}"
+    if not others:
+        fix = "train one: lora-blip train (or python train.py); or give the path of one"
+    return AdapterError(f"no adapter at {str(path)!r}{folder}; {meant}{fix}")
+
+
+def newest_runs(runs: str | Path) -> list[Path]:
+    """Return the folders in `runs` that have an adapter, the newest first."""
+    times: dict[Path, float] = {}
+    for name in (BEST_NAME, ADAPTER_NAME):
+        for file in Path(runs).glob(f"*/{name}"):
+            with suppress(OSError):
+                if stat.S_ISREG((status := file.stat()).st_mode):
+                    times[file.parent] = status.st_mtime
+    return sorted(times, key=lambda run: times[run], reverse=True)
 
 
 def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:

@@ -96,19 +96,24 @@ def test_presets_match_the_expected_number_of_linears_in_real_sizes():
         ("vit.qk[0:1]", "'vit.qkv'"),
         ("text.croos:r=4", "'text.cross'"),
         ("fc1", r"'.*\.fc1'"),
+        ("vit[7:9]", "'vit[0:2]'"),
     ],
 )
 def test_a_wrong_target_suggests_the_nearest(make, wrong, near):
     """The error suggests a preset of the model, or a regex if the target is the last part of a module name, as in peft."""
     with pytest.raises(TargetError) as caught:
         targets.find(make("blip").model, wrong)
-    assert f"; did you mean {near}? presets that match" in str(caught.value)
+    assert f"; did you mean {near}? The presets that match: vit (" in str(caught.value)
+    assert "\n" not in str(caught.value)  # the fix is not above a list of modules
 
 
 def test_the_error_for_an_unlike_target_has_no_suggestion(make):
     with pytest.raises(TargetError) as caught:
         targets.find(make("blip").model, "zzz")
     assert "did you mean" not in str(caught.value)
+    first, *linears, last = str(caught.value).splitlines()
+    assert first.startswith("target 'zzz' matches no linear") and last.startswith("give a preset: vit (")
+    assert "  vision_model.encoder.layers.N.mlp.fc1" in linears
 
 
 def test_a_rank_above_the_side_of_an_update_is_a_warning_with_a_usual_value(make):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_blip.errors import AdapterError
+from lora_blip.inference.setup import read_adapter
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, locate
 
 
@@ -23,3 +24,29 @@ def test_the_best_weights_of_the_newest_run_are_used_also_if_it_was_killed(tmp_p
     assert locate("latest", tmp_path) == tmp_path / "newer" / BEST_NAME
     (tmp_path / "newer" / BEST_NAME).unlink()
     assert locate("latest", tmp_path) == tmp_path / "newer" / ADAPTER_NAME
+
+
+def test_a_wrong_name_lists_runs_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most five: first those whose names contain the wrong one, then the newest. Other folders are not runs."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"2026-11-{day:02}_101010_caption_tiny-blip_{'vit' if day == 3 else 'text'}" for day in range(1, 9)]
+    for time, name in enumerate(names, 1):
+        folder = tmp_path / "lora_blip_output" / name
+        folder.mkdir(parents=True)
+        (folder / (BEST_NAME if time == 2 else ADAPTER_NAME)).touch()
+        os.utime(folder / (BEST_NAME if time == 2 else ADAPTER_NAME), (time, time))
+    (tmp_path / "lora_blip_output" / "predictions").mkdir()
+    with pytest.raises(AdapterError) as error:
+        locate("VIT")
+    listed = ", ".join(repr(f"lora_blip_output/{name}") for name in (names[2], *names[:3:-1]))
+    assert str(error.value).endswith(f"; give another run, the newest of 8 first: {listed}")
+    with pytest.raises(AdapterError) as error:
+        locate(names[7][:-1])
+    listed = ", ".join(repr(f"lora_blip_output/{name}") for name in names[6:1:-1])
+    assert f"did you mean 'lora_blip_output/{names[7]}'? Otherwise give another run" in str(error.value)
+    assert str(error.value).endswith(listed) and "train" not in str(error.value)
+    with pytest.raises(AdapterError) as error:
+        read_adapter(f"lora_blip_output/{names[0]}x")
+    assert "If it is a base" not in str(error.value)
+    with pytest.raises(AdapterError, match="If it is a base"):
+        read_adapter("Salesforce/blip")
