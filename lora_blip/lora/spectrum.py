@@ -57,11 +57,12 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Return φ of shape (n₁, n₂): φ[i − 1, j − 1] = ‖U₁ᵢᵀ U₂ⱼ‖_F² / min(i, j), from 0 to 1 (Hu et al. 2021, section 7.2, eq. 4).
+    """Return φ of shape (n₁, n₂): φ[i − 1, j − 1] = ‖U₁ᵢᵀ U₂ⱼ‖_F² / min(i, j), from 0 to 1 (Hu et al. 2021, section 7.2).
 
-    first, second: the A of two adapters of one linear, shapes (r₁, in_features) and (r₂, in_features). U₁ᵢ has the first i right
-    singular vectors of `first` as columns, and n₁ is the rank of `first`. 1: one of the two subspaces contains the other. 0: they
-    are orthogonal. Two random subspaces have φ ≈ max(i, j) / in_features. Raise ValueError if the numbers of columns differ.
+    first, second: the A of two adapters of one linear, shapes (r₁, in_features) and (r₂, in_features). U₁ᵢ has the first i
+    right singular vectors of `first` as columns, and n₁ is the rank of `first`. 1: one of the two subspaces contains the other.
+    0: they are orthogonal. Two random subspaces have φ ≈ max(i, j) / in_features. Raise ValueError if the numbers of columns
+    differ.
     """
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(f"the two matrices have {first.shape[-1]} and {second.shape[-1]} columns; give A of the same linear")
@@ -90,7 +91,8 @@ def closest_cosines(W: Tensor, delta: Tensor, k: int = TOP_K) -> Tensor:
     """
     before = torch.linalg.svd(_float64(W), full_matrices=False)[0]
     after = torch.linalg.svd(_float64(W) + _float64(delta), full_matrices=False)[0][:, :k]
-    return (after.T @ before).abs().amax(1)
+    cosines: Tensor = (after.T @ before).abs().amax(1)
+    return cosines
 
 
 def intruder_dimensions(W: Tensor, delta: Tensor, k: int = TOP_K, epsilon: float = EPSILON) -> int:
@@ -115,4 +117,5 @@ def _rank(singular_values: Tensor, side: int) -> int:
 def _row_space(matrix: Tensor) -> Tensor:
     """Return the right singular vectors of a matrix with singular values above zero, as rows, shape (rank, columns)."""
     S, Vh = torch.linalg.svd(_float64(matrix), full_matrices=False)[1:]
-    return Vh[: _rank(S, max(matrix.shape))]
+    rows: Tensor = Vh[: _rank(S, max(matrix.shape))]
+    return rows

@@ -53,7 +53,8 @@ def test_rank_deficient_update():
     A, B = random(16, 24, 5)
     A[1], B[:, 3] = A[0], 0.0
     values = spectrum.delta_spectrum(A, B)
-    np.testing.assert_allclose(values.numpy(), np.linalg.svd(full(A, B, 1.0), compute_uv=False)[:5], atol=1e-13 * float(values[0]))
+    expected = np.linalg.svd(full(A, B, 1.0), compute_uv=False)[:5]
+    np.testing.assert_allclose(values.numpy(), expected, atol=1e-13 * expected[0])
     assert (values > 1e-12).sum() == 3
     assert spectrum.effective_rank(values) <= 3
 
@@ -130,7 +131,8 @@ def test_similarity_is_the_formula_of_the_paper():
         for j in range(1, 4):
             expected = np.linalg.norm(u1[:i] @ u2[:j].T) ** 2 / min(i, j)
             assert float(phi[i - 1, j - 1]) == pytest.approx(expected, abs=1e-12)
-    mean = np.mean([float(spectrum.subspace_similarity(*(random(1, 500, 4, s)[0] for s in (n, n + 100)))[3, 3]) for n in range(40)])
+    pairs = [(random(1, 500, 4, n)[0], random(1, 500, 4, n + 100)[0]) for n in range(40)]
+    mean = np.mean([float(spectrum.subspace_similarity(*pair)[3, 3]) for pair in pairs])
     assert mean == pytest.approx(4 / 500, rel=0.3)
 
 
@@ -151,7 +153,7 @@ def test_amplification_is_the_formula_of_the_paper():
     A, B = random(12, 20, 3)
     W = torch.randn(12, 20, generator=torch.Generator().manual_seed(3))
     delta = full(A, B, 0.5)
-    U, S, Vh = np.linalg.svd(delta)
+    U, _, Vh = np.linalg.svd(delta)
     expected = np.linalg.norm(delta) / np.linalg.norm(U[:, :3].T @ W.numpy().astype(np.float64) @ Vh[:3].T)
     assert spectrum.amplification_factor(W, A, B, 0.5) == pytest.approx(expected, rel=1e-12)
     assert spectrum.amplification_factor(B.double() @ A.double(), A, B) == pytest.approx(1)
