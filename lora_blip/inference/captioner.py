@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import plain
 from lora_blip.data.image_folders import example_of
-from lora_blip.errors import InputError
+from lora_blip.errors import InputError, LoRAError
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
@@ -16,6 +16,7 @@ from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
 from lora_blip.inference.setup import apply_adapter, open_task, read_adapter, task_of
 from lora_blip.inference.shared_base import SharedAdapter, shared
+from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import DTYPES
@@ -55,6 +56,7 @@ class Captioner:
         self.runner = Runner(task, batch_size, precision)
         self.shared_base = shared(task.backbone.model)
         self.shared_adapter: SharedAdapter | None = None  # the adapter, if the caller loaded the base
+        self.hooked = bool(attached.names(self.backbone.model))  # False if the adapter is merged
 
     @classmethod
     def from_adapter(
@@ -268,4 +270,20 @@ class Captioner:
     def _predict(self, requests: Iterable[tuple[str, Any, str]], texts: list[str], strict: bool) -> Iterator[Prediction]:
         """Yield a prediction for each (name, image, question)."""
         predictor = AdapterPredictor(texts, self.shared_base, self.adapter_name)
-        yield from predict_requests(self.runner, requests, predictor, self.shared_base.lock, self.batch_size, strict)
+        lock = self.shared_base.lock
+        yield from predict_requests(self.runner, requests, predictor, lock, self.batch_size, strict, self._check_adapter)
+
+    def _check_adapter(self) -> None:
+        """Raise LoRAError if the caller has removed the adapter from the base, or has merged another one into it."""
+        model = self.backbone.model
+        if self.adapter and self.hooked and (self.adapter_name or "default") not in attached.names(model):
+            raise LoRAError(
+                f"the adapter of this captioner, {self.adapter.path}, was removed from its base by lora_blip.eject or "
+                f"lora_blip.bake; open it again: Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); after "
+                "bake, load the base again first, because its weights have changed"
+            )
+        if self.shared_adapter and attached.has_merged(model):
+            raise LoRAError(
+                "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open "
+                "the captioner on another base"
+            )

@@ -1,6 +1,6 @@
 """Predict images from memory or disk: decode them in threads, compute them in batches, and return them in order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -28,11 +28,17 @@ class Request:
 
 
 def predict_requests(
-    runner: Runner, requests: Iterable[tuple[str, Any, str]], work: Work, lock: RLock, batch_size: int, strict: bool
+    runner: Runner,
+    requests: Iterable[tuple[str, Any, str]],
+    work: Work,
+    lock: RLock,
+    batch_size: int,
+    strict: bool,
+    check: Callable[[], None],
 ) -> Iterator[Prediction]:
     """Yield a prediction for each (name, image, question), in order. The next batch is decoded while the model computes.
 
-    lock: acquired for each batch, while the model or its tokenizer is used.
+    lock: acquired for each batch, while the model or its tokenizer is used. check: called first for each batch, in the lock.
     """
     pixels = pixels_of(runner.task.backbone.image_processor)
     pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")
@@ -42,15 +48,18 @@ def predict_requests(
         )
         while batch := source.take(batch_size):
             source.peek(batch_size)
-            yield from _predict_batch(runner, batch, work, lock, strict)
+            yield from _predict_batch(runner, batch, work, lock, strict, check)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _predict_batch(runner: Runner, requests: list[Request], work: Work, lock: RLock, strict: bool) -> Iterator[Prediction]:
+def _predict_batch(
+    runner: Runner, requests: list[Request], work: Work, lock: RLock, strict: bool, check: Callable[[], None]
+) -> Iterator[Prediction]:
     """Yield the predictions of a batch. Without `strict`, an invalid image or question gives a prediction with `error`."""
     results = [request.picture.result() for request in requests]
     with lock:
+        check()
         check_question = getattr(runner.task, "check_question", None)
         for n, request in enumerate(requests):
             if check_question and request.example.question and (reason := check_question(request.example)):

@@ -229,8 +229,8 @@ def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> 
 def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "default") -> Adapter:
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
-    path: a file, a run folder, "latest", or a result of `read`. Raise AdapterError if the file is missing or damaged, or if it
-    was trained on another base, and LoRAError if the base is on the meta device. The model is not changed in these cases.
+    path: a file, a run folder, "latest", or a result of `read`. Raise AdapterError if the file is missing or damaged, or has
+    another base, and LoRAError if the base is on the meta device or a `Captioner` has that name. The model is then unchanged.
     In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
@@ -238,13 +238,13 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     ('caption', 'assets/tiny-blip')
     """
     model, adapter = model_of(backbone), path if isinstance(path, Adapter) else read(locate(path))
-    if attached.adapters(model, name):
+    attached.check_unheld(model, name)
+    if name in attached.names(model):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
     check_fit(model, adapter)
     _check_image_size(backbone, adapter)
-    injection.copy_values(
-        injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name), adapter.tensors
-    )
+    loras = injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name)
+    injection.copy_values(loras, adapter.tensors)
     return adapter
 
 

@@ -39,6 +39,7 @@ def model_of(model: nn.Module | Loaded) -> nn.Module:
         inner: nn.Module = model.model
         return inner
     hint = f"; lora_blip.load_backbone({model!r}) loads one" if isinstance(model, str) else ""
+    hint = "; give captioner.backbone" if hasattr(model, "backbone") else hint
     raise LoRAError(f"the first argument is of type {type(model).__name__}; give a backbone, or a model of transformers{hint}")
 
 
@@ -132,13 +133,30 @@ def has_adapters(module: nn.Module) -> bool:
     return isinstance(module._modules.get("lora"), AdapterStack)
 
 
+def has_merged(model: nn.Module) -> bool:
+    """Return True if an adapter is merged into the weights of the model, and `restore` can undo it."""
+    return any(linear.lora.merged for linear in adapted_linears(model).values())
+
+
 def check_names(model: nn.Module, required: Iterable[str]) -> None:
     """Raise LoRAError if the model does not have one of the required adapters."""
     present = names(model)
     for name in required:
         if name not in present:
-            known = f"it has {', '.join(present)}" if present else "call lora_blip.inject or lora_blip.load_adapter first"
+            held = share_routing(model).dormant
+            listed = ", ".join(f"{each} (of a Captioner)" if each in held else each for each in present)
+            known = f"it has {listed}" if present else "call lora_blip.inject or lora_blip.load_adapter first"
             raise LoRAError(f"the model has no adapter {name!r}; {known}")
+
+
+def check_unheld(model: nn.Module, *names: str) -> None:
+    """Raise LoRAError if one of these adapters belongs to a `Captioner`."""
+    for name in names:
+        if name in share_routing(model).dormant:
+            raise LoRAError(
+                f"adapter {name!r} belongs to a Captioner on this model, and only that one can use it; put your own adapter "
+                "on the model with another name: lora_blip.load_adapter(backbone, path, name='mine')"
+            )
 
 
 def attach(linear: Any, site: Site, dropout: float, name: str) -> None:

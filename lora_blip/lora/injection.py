@@ -13,6 +13,7 @@ from lora_blip.lora.attached import (
     add_fused_hooks,
     attach,
     check_names,
+    check_unheld,
     clear_if_bare,
     detach,
     model_of,
@@ -54,6 +55,7 @@ def inject(
     by_name = bool(items) and all(isinstance(item, str) for item in items)
     sites = find(model, targets if isinstance(targets, str) else items, r, alpha) if by_name else list_sites(items)
     by_address = {site.address: site for site in sites}
+    check_unheld(model, name)
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != by_address:
         raise LoRAError(
@@ -86,6 +88,7 @@ def copy_values(loras: Mapping[str, LoRA], tensors: Mapping[str, Tensor]) -> Non
 def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     """Take one adapter off, or all. Without adapters, the weights, the outputs and the state_dict are those of the base.
 
+    This includes the adapters that a `Captioner` loaded on the model. The captioner then raises LoRAError if it is used.
     Raise LoRAError for an unknown name. Raise it too, before anything is changed, if a thread or task is in a block of
     `use_adapters` that names the adapter. In peft: `unload`; with a name, `delete_adapter`.
 
@@ -102,6 +105,8 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
         for path, linear in hooked.items():
             named = {name_of(key) for key in leaving[path]}
             if any(block.active.selects(each) for block in linear.lora.routing.blocks for each in named):
+                if named & routing.dormant:
+                    raise LoRAError("a Captioner is predicting with the adapter; wait until its call has ended, then eject")
                 raise LoRAError("a block of `use_adapters` names the adapter; leave that block first, then eject")
         refold = {path: keys for path, keys in staying.items() if keys and keys != hooked[path].lora.merged}
         check_mergeable(model, refold)

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora import attached
-from lora_blip.lora.attached import Loaded, adapted_linears, check_names, clear_if_bare, detach, model_of, share_routing
+from lora_blip.lora.attached import (
+    Loaded,
+    adapted_linears,
+    check_names,
+    check_unheld,
+    clear_if_bare,
+    detach,
+    model_of,
+    share_routing,
+)
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.sites import name_of
@@ -21,14 +30,16 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     A second merge changes nothing. ΔW is what `LoRA.delta_weight` returns, and the sum is computed in float32. The original W
     is kept for `restore`, and every merge starts from it, not from a merged weight. If a merge fails, for example out of
     memory, every weight is put back.
-    Raise LoRAError for an unknown name, for a weight into which no update can be written (see `mergeable`), and for a sum that
-    is not finite. Raise it too while a thread or task is inside `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
+    Raise LoRAError for an unknown name or an adapter of a `Captioner`, for a weight into which no update can be written (see
+    `mergeable`), and for a sum that is not finite. Raise it too while a thread or task is inside `use_adapters` or
+    `disable_adapters`. In peft: `merge_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
     """
     model = model_of(model)
     check_names(model, names)
+    check_unheld(model, *names)
     with writing(model) as hooked:
         chosen = names or set(attached.names(model)) - share_routing(model).dormant
         keys = {p: m.lora.merged | {k for k in m.lora if name_of(k) in chosen} for p, m in hooked.items()}
@@ -78,6 +89,8 @@ def writing(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Prevent entry into `use_adapters` and `disable_adapters` while weights are written. Raise LoRAError inside a block."""
     routing = share_routing(model)
     with routing.lock:
+        if any(block.active.selects(name) for block in routing.blocks for name in routing.dormant):
+            raise LoRAError("a Captioner is predicting on this model in another thread; wait until its call has ended")
         if routing.blocks:
             raise LoRAError(
                 "a block of `use_adapters` or `disable_adapters` is active, here or in another thread or task, and a merged "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_blip.errors import LoRAError
-from lora_blip.lora.attached import Loaded, adapted_linears, check_names, every_adapter, has_adapters, model_of, share_routing
+from lora_blip.lora.attached import Loaded, check_names, every_adapter, has_adapters, has_merged, model_of, share_routing
 from lora_blip.lora.call_batch import call_batch, watch
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.routing_state import ActiveAdapters, enter, leave, recomputing
@@ -87,7 +87,7 @@ def _block(model: nn.Module, verb: str, active: Callable[[frozenset[str]], Activ
     """Enter a block. `active(off)` returns its adapters. `off` contains the names that an outer block has disabled."""
     routing = share_routing(model)
     with routing.lock:  # no merge can start between the check and the entry
-        if any(linear.lora.merged for linear in adapted_linears(model).values()):
+        if has_merged(model):
             raise LoRAError(f"adapters are merged into the weights, so none can be {verb}; call restore(model) first")
         block = enter(routing, active(routing.active.off))
     try:

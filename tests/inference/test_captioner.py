@@ -411,8 +411,51 @@ def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, m
     lora_blip.restore(model)
     lora_blip.bake(model)
     assert torch.allclose(model.vision_model(x).last_hidden_state, alone, atol=1e-4) and not attached.names(model)
-    with pytest.raises(LoRAError, match="no adapter 'captioner_1'"):
+    with pytest.raises(LoRAError, match=r"was removed from its base by lora_blip\.eject or lora_blip\.bake; open it again"):
         captioner("image_test/000.png")
+
+
+def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monkeypatch):
+    """Each error names the captioner's adapter and the call that helps. No other adapter is affected."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    captioner = Captioner.from_adapter("adapter1", base=base, max_new_tokens=4)
+    expected = captioner("image_test/000.png")
+    for operation in (
+        lambda: lora_blip.inject(base, "text", name="captioner_1"),
+        lambda: lora_blip.load_adapter(base, "adapter2", name="captioner_1"),
+        lambda: lora_blip.merge(base, "captioner_1"),
+    ):
+        with pytest.raises(LoRAError, match=r"'captioner_1' belongs to a Captioner on this model.*name='mine'"):
+            operation()
+    with pytest.raises(LoRAError, match=r"no adapter 'default'; it has captioner_1 \(of a Captioner\)"):
+        lora_blip.eject(base, "default")
+    with pytest.raises(LoRAError, match=r"type Captioner; give .* captioner\.backbone"):
+        lora_blip.eject(captioner)  # type: ignore[arg-type]
+    with lora_blip.use_adapters(base, "captioner_1"):  # as in a call of another thread
+        with pytest.raises(LoRAError, match="a Captioner is predicting with the adapter; wait"):
+            lora_blip.eject(base)
+        with pytest.raises(LoRAError, match="a Captioner is predicting on this model in another thread; wait"):
+            lora_blip.merge(base)
+    lora_blip.load_adapter(base, "adapter2", name="mine")
+    lora_blip.merge(base)
+    with pytest.raises(LoRAError, match=r"merged into the base that this captioner uses; call lora_blip\.restore\(backbone\)"):
+        captioner("image_test/000.png")
+    lora_blip.restore(base)
+    assert captioner("image_test/000.png") == expected
+    stream = captioner.stream(itertools.repeat("image_test/000.png"))
+    next(stream)
+    lora_blip.eject(base)
+    again = r"adapter1/adapter\.safetensors, was removed from its base by lora_blip\.eject .* open it again: Captioner"
+    with pytest.raises(LoRAError, match=again):
+        captioner("image_test/000.png")
+    with pytest.raises(LoRAError, match=again):
+        list(itertools.islice(stream, 40))
+    assert Captioner.from_adapter("adapter1", base=base, max_new_tokens=4)("image_test/000.png") == expected
+    own = Captioner.from_adapter("adapter1", merge=False)
+    lora_blip.eject(own.backbone)
+    with pytest.raises(LoRAError, match=again):
+        own("image_test/000.png")
 
 
 def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_captioners(workplace, monkeypatch):
