@@ -65,6 +65,7 @@ def read(
     keys: Keys = NO_KEYS,
     splits: dict[str, list[Example]] | None = None,
     groups: Groups | None = None,
+    setting: str = "annotations",
 ) -> tuple[list[Example], list[Problem]]:
     """Return the valid lines as Examples, and the invalid lines as Problems.
 
@@ -74,13 +75,12 @@ def read(
     image_root: the folder that image paths are relative to. Empty: the folder of the file.
     check: a task's check. It returns why the task cannot use an example, or "" if it can.
     decode: if True, decode each image once, to find missing and damaged images. If False, open no image.
-    pretokenize: called with up to CHUNK examples before they are checked.
-    trim: returns an example without the task's prompt at the start of its texts.
+    pretokenize: called with up to CHUNK examples before they are checked. trim: removes the task's prompt from the texts.
     report: called with each message, such as the one about ignored keys, and at the end with a table of what was read.
     on_decoded: called with each image file and its decoded image, from several threads.
     keys: the names of the columns or keys, if they are not common names.
     splits: a dict to which valid lines are added by split (train, val, test), if they have the key or column `split`.
-    groups: collects the group of each image file.
+    groups: collects the group of each image file. setting: the setting that gives the source, for messages.
 
     Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop". The message lists the problems.
     """
@@ -90,7 +90,7 @@ def read(
     notes: list[Callable[[], list[str]]] = []  # about the files, for the table
     left_out: list[tuple[Path, Location, str]] = []
     with many_objects():
-        for path, root, entries, describe in sources_of(source, keys, left_out):
+        for path, root, entries, describe in sources_of(source, keys, left_out, setting):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
             parsed = _parsed(
                 path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
@@ -130,7 +130,7 @@ def _collect(
 
 
 def sources_of(
-    source: Path, keys: Keys, left_out: list[tuple[Path, Location, str]]
+    source: Path, keys: Keys, left_out: list[tuple[Path, Location, str]], setting: str
 ) -> list[tuple[Path, Path, Callable[[], Iterator[Located]], Callable[[int, Path], list[str]]]]:
     """Return (file, default folder of its images, reader of its entries, reader of its description) for each file to read.
 
@@ -144,9 +144,9 @@ def sources_of(
         one = Source(source, "jsonl", partial(jsonl_entries, source))
         return [(source, source.parent, one.entries, one.describe)]
     try:
-        sources = find_sources(str(source), keys=keys)
+        sources = find_sources(str(source), keys=keys, flag=f"--{setting.replace('_', '-')}")
     except DataError as error:
-        raise DataError(f"annotations: {error}") from None
+        raise DataError(f"{setting}: {error}") from None
     return [(one.path, one.root, partial(usable_entries, one.path, one.entries, left_out), one.describe) for one in sources]
 
 

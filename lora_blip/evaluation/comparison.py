@@ -94,6 +94,7 @@ def read_references(config: EvaluateConfig, task: PredictionTask) -> list[Exampl
             pretokenize=task.pretokenize,
             trim=task.trim,
             keys=keys_of(config),
+            setting="references",
         )
     if token_report := task.unknown_report(examples):
         print(token_report)

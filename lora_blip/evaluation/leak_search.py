@@ -39,7 +39,9 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
             )
         return LeakSearch([], f"not searched: {source} does not exist; give the file with --train-annotations")
     try:
-        training, _ = annotations.read(source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys)
+        training, _ = annotations.read(
+            source, root, on_bad_data="skip", decode=False, report=lambda _: None, keys=keys, setting="train_annotations"
+        )
     except DataError as error:
         if config.train_annotations:
             raise

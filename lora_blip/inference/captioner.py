@@ -15,7 +15,7 @@ from lora_blip.inference.image_requests import predict_requests
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
 from lora_blip.inference.setup import apply_adapter, open_task, read_adapter, task_of
-from lora_blip.inference.shared_base import SharedAdapter, shared
+from lora_blip.inference.shared_base import SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.models.loading import Backbone, as_backbone
@@ -82,9 +82,9 @@ class Captioner:
 
         adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
         base: empty for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a model
-        of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels: the
-        adapter is not merged, and is active only in calls of this captioner. If `adapter` is None, the adapters that are
-        already on a loaded base are active.
+        of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and a
+        `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is active
+        only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
         generation: options of text generation by name, such as {"num_beams": 3}; see docs/generation.md. They replace those of
         the adapter. seed: of random draws, if `generation` has `do_sample`.
         device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
@@ -119,6 +119,7 @@ class Captioner:
     @classmethod
     def _on_loaded_base(cls, backbone: Backbone, adapter: Adapter | None, config: InferConfig) -> "Captioner":
         """Return a captioner on a base that the caller has loaded. The caller may also use the base without the captioner."""
+        check_settings(backbone, config)
         shared_adapter = shared(backbone.model).load(backbone, adapter) if adapter else None
         base_dtype = next(backbone.model.parameters()).dtype
         own_precision = next((name for name, dtype in DTYPES.items() if dtype == base_dtype), "fp32")

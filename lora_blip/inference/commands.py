@@ -193,9 +193,8 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
 def show(prediction: "Prediction", as_json: bool, results: TextIO) -> bool:
     """Print the text or ranking of a prediction, or its error. Return False if it has an error."""
     if as_json:
-        print(
-            json.dumps(json_object(prediction)), file=results, flush=True
-        )  # only ASCII, so that no character controls the terminal
+        line = json.dumps(prediction.to_dict())  # only ASCII, so that no character controls the terminal
+        print(line, file=results, flush=True)
     elif prediction.error:
         name = "" if str(prediction.image) in prediction.error else f"{prediction.image}: "
         print(printable(f"error: {name}{prediction.error}"), file=sys.stderr, flush=True)
@@ -205,18 +204,3 @@ def show(prediction: "Prediction", as_json: bool, results: TextIO) -> bool:
         for text, probability in several:
             print(printable(f"{probability:8.1%}  {text}"), file=results, flush=True)
     return not prediction.error
-
-
-def json_object(prediction: "Prediction") -> dict[str, Any]:
-    """Return the values of a prediction that are not empty, for a line of JSON."""
-    value: dict[str, Any] = {"image": str(prediction.image)}
-    if prediction.question:
-        value["question"] = prediction.question
-    if prediction.error:
-        return value | {"error": prediction.error}
-    value |= {"text": prediction.text, "score": prediction.score}
-    if prediction.alternatives:
-        value["alternatives"] = [{"text": text, "score": score} for text, score in prediction.alternatives]
-    if prediction.ranking:
-        value["ranking"] = [{"text": text, "probability": probability} for text, probability in prediction.ranking]
-    return value

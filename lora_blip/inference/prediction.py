@@ -20,6 +20,8 @@ class Prediction:
     probabilities. The score of a ranking is the probability of the best text. `infer` computes scores only if the generation
     option `num_return_sequences` asks for several texts. `alternatives` then has all of them; the first is `text`.
 
+    For JSON, use `to_dict`: `json.dumps(prediction.to_dict())`.
+
     >>> prediction = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip")("nowhere.jpg")
     >>> prediction
     Prediction(image='nowhere.jpg', text='', error='nowhere.jpg does not exist')
@@ -34,6 +36,28 @@ class Prediction:
     score: float | None = None  # 0 to 1
     alternatives: Ranking = field(default_factory=list)  # (text, score) of all texts, if several are asked for
     error: str = ""  # why there is no text: the image or the question cannot be used
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values that are not empty, for JSON. The keys are those of predictions.jsonl, and `score` or `error`.
+
+        With an `error`, there is no `text`. An entry of `alternatives` is {"text": …, "score": …}, and one of `ranking` is
+        {"text": …, "probability": …}.
+
+        >>> prediction = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip")("nowhere.jpg")
+        >>> json.dumps(prediction.to_dict())
+        '{"image": "nowhere.jpg", "error": "nowhere.jpg does not exist"}'
+        """
+        value = request_of(self)
+        if self.error:
+            return value | {"error": self.error}
+        value["text"] = self.text
+        if self.score is not None:
+            value["score"] = self.score
+        if self.alternatives:
+            value["alternatives"] = [{"text": text, "score": score} for text, score in self.alternatives]
+        if self.ranking:
+            value["ranking"] = [{"text": text, "probability": probability} for text, probability in self.ranking]
+        return value
 
     def __repr__(self) -> str:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"image": str(self.image)}
@@ -59,15 +83,8 @@ def request_of(example: Example | Prediction) -> dict[str, Any]:
 
 def line_of(prediction: Prediction, base: str | None = None) -> dict[str, Any]:
     """Return a line of predictions.jsonl. `base` is the text of the base, or None if the base was not run."""
-    line = request_of(prediction)
-    line["text"] = prediction.text
-    if base is not None:
-        line["base_text"] = base
-    if prediction.alternatives:
-        line["alternatives"] = [{"text": text, "score": score} for text, score in prediction.alternatives]
-    if prediction.ranking:
-        line["ranking"] = [{"text": text, "probability": p} for text, p in prediction.ranking[:RANKING_LENGTH]]
-    return line
+    line = request_of(prediction) | {"text": prediction.text} | ({} if base is None else {"base_text": base})
+    return line | replace(prediction, score=None, ranking=prediction.ranking[:RANKING_LENGTH]).to_dict()
 
 
 def format_prediction(prediction: Prediction, base: str | None = None) -> str:

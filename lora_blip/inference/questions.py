@@ -96,7 +96,7 @@ def examples_to_predict(
         question = annotations.plain(question)
         check_questions(task, [example_of("", question)])
         return WithQuestion(images, question)
-    lines = read_references(question, "", images, keys) if question else references
+    lines = read_references(question, "", images, keys, "question") if question else references
     unique = list({task.subject(example): example for group in lines.values() for example in group}.values())
     if not unique:
         raise ConfigError(
@@ -151,16 +151,18 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
         print(report)
 
 
-def read_references(source: str, root: str, images: Iterable[Example], keys: Keys = NO_KEYS) -> dict[Path, list[Example]]:
+def read_references(
+    source: str, root: str, images: Iterable[Example], keys: Keys = NO_KEYS, setting: str = "references"
+) -> dict[Path, list[Example]]:
     """Return {image: its lines in an annotations file}, without images that have no line. Raise DataError if none has a line.
 
-    The memory grows with the file, not with the number of images.
+    setting: the setting that gives the file, for messages. The memory grows with the file, not with the number of images.
     """
     if not source:
         return {}
     require_folder("image_root", root)
     with phase(f"reading {source}"):
-        examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys)
+        examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
     with phase(lambda: f"comparing the paths in {source} with the images: {compared:,} images"):

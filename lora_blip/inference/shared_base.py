@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
 
+from lora_blip.config import InferConfig
+from lora_blip.errors import InputError
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.routing import use_adapters
@@ -60,6 +62,27 @@ class SharedBase:
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
         """Return a context in which only `adapter` is active. If it is None, the caller's own adapters are active."""
         return nullcontext() if adapter is None else use_adapters(model, adapter)
+
+
+def check_settings(backbone: Backbone, config: InferConfig) -> None:
+    """Raise InputError for a device, an image size or kernels that a base loaded by the caller does not have."""
+    kind, _, number = config.device.partition(":")
+    on = next(backbone.model.parameters()).device
+    if config.device != "auto" and (kind != on.type or (number and number != str(on.index or 0))):
+        raise InputError(
+            f"device = {config.device!r}, but the loaded base is on {on}; leave device out, or give a base on that device: "
+            f"lora_blip.load_backbone(…, device={config.device!r}), or model.to({config.device!r}) for a model of transformers"
+        )
+    if config.image_size not in (0, backbone.image_size):
+        raise InputError(
+            f"image_size = {config.image_size}, but the loaded base has images of {backbone.image_size} pixels; leave "
+            f"image_size out, or load the base with lora_blip.load_backbone(…, image_size={config.image_size})"
+        )
+    if backbone.fast and not config.fast:
+        raise InputError(
+            "fast = False, but the loaded base uses the fast kernels; leave fast out, or load the base with "
+            "lora_blip.load_backbone(…, fast=False)"
+        )
 
 
 BASES: "WeakKeyDictionary[nn.Module, SharedBase]" = WeakKeyDictionary()

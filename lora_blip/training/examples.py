@@ -92,6 +92,7 @@ def read_file(
             keys=keys_of(config),
             splits=lines_by_split,
             groups=groups,
+            setting="val_annotations" if source == config.val_annotations else "annotations",
         )
     if report := task.unknown_report(examples):
         print(report)

@@ -3,13 +3,18 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
+from lora_blip.config import EvaluateConfig, TrainConfig
 from lora_blip.data import annotations
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
+from lora_blip.evaluation import comparison
+from lora_blip.inference import questions
+from lora_blip.training.examples import read_file
 
 Lines = list[dict]
 
@@ -137,6 +142,43 @@ def test_images_without_captions_say_what_to_do(run, tmp_path):
         DataError, match=r"without captions; write .*a\.txt for a\.png.*words\.json contains the captions: --source "
     ):
         run(folder)
+
+
+@pytest.mark.parametrize("setting", ["annotations", "val_annotations", "references", "question"])
+def test_a_table_in_a_folder_of_photos_is_given_by_the_flag_of_the_command(tmp_path, setting):
+    """`prepare` has --source; the other commands have their own flags. Only `prepare` has --template."""
+    folder = photos(tmp_path / "set", "a.png")
+    for name in ("words.json", "x.json"):
+        write(folder / name, [])
+    flag = f"--{setting.replace('_', '-')}"
+    with pytest.raises(DataError, match=f"^{setting}: .*words.json contains the captions: {flag} .*words.json;") as error:
+        annotations.read(folder, setting=setting)
+    for option, template in re.findall(r"(\S+ \S+) --template (\S+)", str(error.value)):
+        assert option == f'--source "{folder}"' and template
+    with pytest.raises(DataError, match=f"or a folder: {flag} captions.csv"):
+        annotations.read("a.csv,b.csv", setting=setting)
+
+
+def test_each_command_gives_its_setting_to_the_reader(tmp_path, monkeypatch):
+    def read(*_: object, setting: str = "", **__: object) -> None:
+        raise DataError(setting)
+
+    monkeypatch.setattr(annotations, "read", read)
+    task = Mock()
+    config = TrainConfig(annotations="a.jsonl", val_annotations="b.jsonl")
+    for setting, call in {
+        "annotations": lambda: read_file(config, task, "a.jsonl", None),
+        "val_annotations": lambda: read_file(config, task, "b.jsonl", None),
+        "references": lambda: comparison.read_references(EvaluateConfig(references="a.jsonl"), task),
+        "references ": lambda: questions.read_references("a.jsonl", "", []),
+        "question": lambda: questions.examples_to_predict(
+            Mock(takes_question=True), [], "q.jsonl", {}, [], annotations.NO_KEYS
+        ),
+    }.items():
+        (tmp_path / "q.jsonl").touch()
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(DataError, match=f"^{setting.strip()}$"):
+            call()
 
 
 # ---------------------------------------------------------------- published files

@@ -20,6 +20,7 @@ import lora_blip
 from lora_blip.errors import ImageError, InputError, LoRAError
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
+from lora_blip.inference.prediction import line_of
 from lora_blip.lora import adapter_file, attached
 from lora_blip.models.loading import as_backbone, load_backbone
 from lora_blip.tasks.base import Generation
@@ -413,6 +414,42 @@ def test_a_captioner_changes_nothing_in_the_callers_use_of_the_base(workplace, m
     assert torch.allclose(model.vision_model(x).last_hidden_state, alone, atol=1e-4) and not attached.names(model)
     with pytest.raises(LoRAError, match=r"was removed from its base by lora_blip\.eject or lora_blip\.bake; open it again"):
         captioner("image_test/000.png")
+
+
+def test_settings_that_a_loaded_base_does_not_have_are_errors(workplace, monkeypatch):
+    """A setting that the base has is accepted."""
+    monkeypatch.chdir(workplace)
+    base = load_backbone("assets/tiny-blip", "cpu")
+    for settings, message in (
+        ({"device": "cuda"}, r"device = 'cuda', but the loaded base is on cpu; .*load_backbone\(…, device='cuda'\)"),
+        ({"device": "cpu:1"}, "device = 'cpu:1', but the loaded base is on cpu"),
+        ({"image_size": 64}, r"the loaded base has images of 96 pixels; .*load_backbone\(…, image_size=64\)"),
+        ({"fast": False}, r"load_backbone\(…, fast=False\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Captioner.from_adapter("adapter1", base=base, **settings)
+    assert not attached.names(base.model)
+    assert Captioner.from_adapter("adapter1", base=base, device="cpu", image_size=96, fast=True).backbone is base
+    other = Captioner.from_adapter("adapter1", base=load_backbone("assets/tiny-blip", "cpu", fast=False), fast=True)
+    assert other.task == "caption"
+
+
+def test_a_prediction_is_json_in_one_step(photos, make):
+    """The keys are those of predictions.jsonl, with the score, the whole ranking, and the error."""
+    captioner = Captioner(
+        CaptionTask(make("blip"), "", Generation.of({"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}))
+    )
+    prediction = captioner(photos[0])
+    value = json.loads(json.dumps(prediction.to_dict()))
+    assert value["score"] == prediction.score and len(value["alternatives"]) == 2
+    assert {key: each for key, each in value.items() if key != "score"} == line_of(prediction) and "ranking" not in value
+    assert list(line_of(prediction, "a base")) == ["image", "text", "base_text", "alternatives"]
+    texts = [f"a cube of {number}" for number in range(12)]
+    ranked = captioner.rank(photos[0], texts)
+    value = json.loads(json.dumps(ranked.to_dict()))
+    assert [(each["text"], each["probability"]) for each in value["ranking"]] == ranked.ranking
+    assert line_of(ranked)["ranking"] == value["ranking"][:10]
+    assert captioner(b"broken").to_dict().keys() == {"image", "error"}
 
 
 def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monkeypatch):

@@ -13,7 +13,6 @@ from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
 from lora_blip.errors import AdapterError, ConfigError, InputError
 from lora_blip.evaluation.comparison import evaluate
 from lora_blip.inference.captioner import Captioner
-from lora_blip.inference.commands import json_object
 from lora_blip.inference.mixed_batches import mixed
 from lora_blip.inference.pipeline import infer
 from lora_blip.inference.prediction import format_prediction
@@ -180,7 +179,7 @@ def test_several_texts_are_printed_and_written_to_json(make, tmp_path):
     (first, second) = prediction.alternatives
     printed = format_prediction(prediction).splitlines()
     assert printed[1] == f"Caption:  {first[1]:6.1%}  {first[0]}" and printed[2].endswith(f"{second[1]:6.1%}  {second[0]}")
-    assert json_object(prediction)["alternatives"] == [{"text": text, "score": score} for text, score in (first, second)]
+    assert prediction.to_dict()["alternatives"] == [{"text": text, "score": score} for text, score in (first, second)]
 
 
 def test_several_texts_in_a_mixed_call(make, tmp_path):

@@ -151,30 +151,32 @@ def class_entries(layout: Layout, template: str) -> Iterator[Located]:
         yield image, {"image": image, "text": text} | ({"split": split} if split else {})
 
 
-def refuse_without_template(layout: Layout, template: str) -> None:
-    """Raise DataError if the images have no captions and there is no usable template."""
+def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
+    """Raise DataError if the images have no captions and there is no usable template. flag: that of the source."""
     folder, first = layout.folder, layout.images[0]
     one_folder = len({Path(image).parent for image in layout.images}) == 1
     if template and (NAME in template or (layout.class_folders if CLASS in template else one_folder)):
         return
+    prepare = f'lora-blip prepare --source "{folder}"'
     tables = sorted(path for pattern in TABLES for path in folder.glob(pattern))
-    table_advice = f"; if {tables[0]} contains the captions: --source {tables[0]}" if tables else ""
+    table_advice = f"; if {tables[0]} contains the captions: {flag} {tables[0]}" if tables else ""
     if template and layout.class_folders:
         raise DataError(
             f"template = {template!r}: the images are in several folders and would all have this caption; give a template with "
             f'{CLASS}, the name of the folder, or {NAME}, the name of the file: --template "{TEMPLATE}"'
         )
     if not layout.class_folders:
+        name, sks = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of sks dog"))
         raise DataError(
             f"{folder} has {len(layout.images):,} image(s) without captions; write each caption to a text file next "
             f"to its image ({Path(first).with_suffix('.txt').as_posix()} for {first}), "
             f"or give a file that contains the captions instead of the folder{table_advice}; if the names of the files are the "
-            f'captions, give --template "{NAME}", and for one caption of all images, --template "a photo of sks dog"'
+            f"captions: {name}; for one caption of all images: {sks}"
         )
     if not template:
         name = first.split("/")[-2].replace("_", " ")
         raise DataError(
             f"{folder} has {len(layout.images):,} image(s) in class folders, without captions; make captions from the names of "
-            f'the folders: lora-blip prepare --source "{folder}" --template "{TEMPLATE}" '
+            f'the folders: {prepare} --template "{TEMPLATE}" '
             f'(the caption of {first} is then "{TEMPLATE.replace(CLASS, name)}"){table_advice}'
         )

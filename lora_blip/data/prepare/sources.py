@@ -84,39 +84,42 @@ class Source:
         return self.path.parent.absolute().parent if self.downloaded and texts else self.path.parent
 
 
-def find_sources(source: str, requested: str = "auto", keys: Keys = NO_KEYS, template: str = "") -> list[Source]:
+def find_sources(
+    source: str, requested: str = "auto", keys: Keys = NO_KEYS, template: str = "", flag: str = "--source"
+) -> list[Source]:
     """Return the sources in `source`: a file, several files separated by commas, or a folder. Raise DataError if it has none.
 
     requested: the format of all files; "auto": detect it.
     keys: the names of the columns or keys, if they are not common names.
     template: the caption of each image in a class folder; {class} becomes the name of the folder.
+    flag: the flag of the command that gives the source, for the messages.
     """
     paths = [Path(source)] if _exists(Path(source)) else [Path(part.strip()) for part in source.split(",") if part.strip()]
     if missing := [path for path in paths if not _exists(path)]:
         raise DataError(
             f"source {str(missing[0])!r} does not exist; give a file, several files separated by commas, or a folder: "
-            "--source captions.csv"
+            f"{flag} captions.csv"
         )
-    folders = [one for path in paths if path.is_dir() and (one := _layout_source(path, requested, template))]
+    folders = [one for path in paths if path.is_dir() and (one := _layout_source(path, requested, template, flag))]
     layout_folders = {one.path for one in folders}
     others = (path for path in paths if path not in layout_folders)
-    files = chain.from_iterable(_files_in(path, requested) if path.is_dir() else [path] for path in others)
+    files = chain.from_iterable(_files_in(path, requested, flag) if path.is_dir() else [path] for path in others)
     loaded = {path: load(path, requested) for path in dict.fromkeys(chain.from_iterable(map(published.with_partner, files)))}
     vqa_files = {path: document for path, (file_format, document) in loaded.items() if file_format == "vqa"}
     answer_files = {path: document for path, document in vqa_files.items() if "questions" not in document}
     sources = [
         Source(path, file_format, partial(refuse_packed, source), split_of(path), partial(PACKED[file_format], path, keys))
         if file_format in PACKED
-        else _source(path, file_format, document, answer_files, keys)
+        else _source(path, file_format, document, answer_files, keys, flag)
         for path, (file_format, document) in loaded.items()
         if path not in answer_files
     ]
     if not sources and not folders:
-        raise DataError(f"{source} has VQAv2's answers, but no questions; give both: --source questions.json,annotations.json")
+        raise DataError(f"{source} has VQAv2's answers, but no questions; give both: {flag} questions.json,annotations.json")
     return folders + sources
 
 
-def _layout_source(folder: Path, requested: str, template: str) -> Source | None:
+def _layout_source(folder: Path, requested: str, template: str, flag: str) -> Source | None:
     """Return the source of a folder whose layout gives the captions, or None if its annotation files must be read instead.
 
     If a template or the format "folder" is given, annotation files in the folder are ignored.
@@ -129,11 +132,11 @@ def _layout_source(folder: Path, requested: str, template: str) -> Source | None
     has_table = (folder / META_CAP).exists() or len(lone_files(folder)) == 1
     if not layout.images or (requested == "auto" and not template and has_table):
         return None
-    refuse_without_template(layout, template)
+    refuse_without_template(layout, template, flag)
     return Source(folder, "folder", partial(class_entries, layout, template))
 
 
-def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path, Any], keys: Keys) -> Source:
+def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path, Any], keys: Keys, flag: str) -> Source:
     """Return the source of a file that contains no images. answer_files: VQAv2's files of answers, {file: document}."""
     split = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
     folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
@@ -147,7 +150,7 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
     subset = published.subset_of(path, document)
     matching = [other for other in answer_files if published.subset_of(other, answer_files[other]) == subset]
     if not matching:
-        raise DataError(f"{path} has VQAv2's questions, but no answers; give both: --source questions.json,annotations.json")
+        raise DataError(f"{path} has VQAv2's questions, but no answers; give both: {flag} questions.json,annotations.json")
     entries = partial(published.vqa_entries, path, document, matching[0], answer_files[matching[0]])
     return Source(path, file_format, entries, split)
 
@@ -184,7 +187,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _files_in(folder: Path, requested: str) -> list[Path]:
+def _files_in(folder: Path, requested: str, flag: str) -> list[Path]:
     """Return the files of the data set in a folder. Raise DataError if the folder contains none, or several data sets."""
     files = known_files(folder, requested)
     if not files and requested in ("auto", "kohya") and (folder / META_CAP).exists():
@@ -193,21 +196,21 @@ def _files_in(folder: Path, requested: str) -> list[Path]:
         return packed
     names = [path.relative_to(folder).as_posix() for hits in files.values() for path in hits]
     if not names:
-        return _lone_file(folder)
+        return _lone_file(folder, flag)
     if len(files) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
         raise DataError(
             f"{folder} contains several data sets ({', '.join(names)}); give the files of one, separated by "
-            f"commas: --source {folder / names[0]}"
+            f"commas: {flag} {folder / names[0]}"
         )
     return next(iter(files.values()))
 
 
-def _lone_file(folder: Path) -> list[Path]:
+def _lone_file(folder: Path, flag: str) -> list[Path]:
     """Return the only file of a folder that may contain texts. Raise DataError if the folder contains none, or several."""
     files = lone_files(folder)
     if not files:
-        raise DataError(f"{folder} contains no annotations; give the file that has them: --source {folder}/captions.csv")
+        raise DataError(f"{folder} contains no annotations; give the file that has them: {flag} {folder}/captions.csv")
     if len(files) > 1:
         names = ", ".join(path.name for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
-        raise DataError(f"{folder} contains several files ({names}); give one of them: --source {files[0]}")
+        raise DataError(f"{folder} contains several files ({names}); give one of them: {flag} {files[0]}")
     return files
