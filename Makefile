@@ -1,6 +1,7 @@
 # make demo        set up, train the shipped default, caption image_test/ (demo-blip2: the same with BLIP-2)
 # make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
 # make test        the tests, in two processes (JOBS=4: four)        make slow    the tests that take over 10 s each
+# make lessons     run the twelve lessons about LoRA and their solutions, at most ten minutes
 # make lint        ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 # make chaos       kill a training fifty times, in fp32 and in bf16, and compare its bytes with an uninterrupted one
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE  # some systems set it: then every process compiles the 2,600 modules of the libraries again
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lint bench chaos versions mutants bases wheel clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lessons lint bench chaos versions mutants bases wheel clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -34,6 +35,9 @@ test: .venv/.dev
 
 slow: .venv/.dev
 	$(PYTHON) -m pytest -m "slow and not gpu" -n $(JOBS) --dist worksteal
+
+lessons: .venv/.plots
+	$(PYTHON) -m lessons
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -1,0 +1,54 @@
+"""Run all lessons and solutions, two at a time: `make lessons`, or `python -m lessons 03 05` for some of them.
+
+Each runs in a process of its own. A lesson fails if one of its assertions fails. The exit code is 1 if one fails.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+AT_ONCE = 2  # processes, each with one thread
+
+
+def scripts(prefixes: list[str]) -> list[Path]:
+    """Return the lessons, then the solutions, whose names start with one of the prefixes. Without prefixes, return all."""
+    found = sorted(HERE.glob("[0-9][0-9]_*.py")) + sorted((HERE / "solutions").glob("[0-9][0-9]_*.py"))
+    return [path for path in found if not prefixes or path.name.startswith(tuple(prefixes))]
+
+
+def execute(path: Path) -> tuple[Path, float, subprocess.CompletedProcess[str]]:
+    """Run a lesson and return its path, its seconds and its output."""
+    started = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)], env=environment, check=False, capture_output=True, text=True, encoding="utf-8"
+    )
+    return path, time.perf_counter() - started, done
+
+
+def main() -> None:
+    chosen = scripts(sys.argv[1:])
+    if not chosen:
+        sys.exit(f"no lesson starts with {' or '.join(sys.argv[1:]) or 'two digits'}: give the first digits, such as 03")
+    print(f"{len(chosen)} lessons and solutions, {AT_ONCE} at a time: at most ten minutes on two cores", flush=True)
+    started, failed = time.perf_counter(), []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for job in as_completed([pool.submit(execute, path) for path in chosen]):
+            path, seconds, done = job.result()
+            print(
+                f"{path.relative_to(HERE).as_posix():<52}{seconds:6.1f} s  {'failed' if done.returncode else 'ok'}", flush=True
+            )
+            if done.returncode:
+                failed.append(path)
+                print(done.stdout[-2000:] + done.stderr[-4000:], flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} passed in {seconds:.0f} s. Pictures: lessons/figures/")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
