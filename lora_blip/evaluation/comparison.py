@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     print(f"\n{outputs.score_table(rows, warnings)}\n")  # first: the files may not be written, on a full disk
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)
     print(f"wrote {printable(', '.join(map(str, files)))}")
+    print(f"report: {(folder / 'report.html').resolve().as_uri()}")
     return folder
 
 

@@ -27,7 +27,7 @@ class Runner:
     """Run a function of a task on batches of images.
 
     reload_on_cpu: loads the task again from its files, on the CPU, and returns it. It is called if the device has failed and
-    the weights cannot be copied from it.
+    the weights cannot be copied from it. report: called with each line to print.
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class Runner:
         batch_size: int = 16,
         precision: str = "fp32",
         reload_on_cpu: Callable[[], PredictionTask] | None = None,
+        report: Callable[[str], object] = tqdm.write,
     ) -> None:
         self.task, self.size, self.precision, self.reload_on_cpu = task, batch_size, precision, reload_on_cpu
-        self.warned: set[str] = set()
+        self.warned, self.report = set[str](), report
         self.prefetcher = ImagePrefetcher()
         self.fast: bool = getattr(task.backbone, "fast", False)
         self.base_digest = verification_record.base_of(task.backbone) if self.fast else ""
@@ -51,7 +52,7 @@ class Runner:
                 yield example, result
             elif str(result) not in self.warned:
                 self.warned.add(str(result))
-                tqdm.write(printable(f"left out: {result}"))
+                self.report(printable(f"left out: {result}"))
 
     def run_with_errors(
         self, examples: Iterable[Example], work: Work, next_examples: Iterable[Example] = ()
@@ -100,7 +101,7 @@ class Runner:
         pictures = pictures.to(task.backbone.device)
         kind = "ranking" if getattr(work, "texts", ()) else "prediction"
         run = lambda: list(for_check()(task, pictures, examples))  # noqa: E731
-        verification.before_prediction(task, self.base_digest, self.precision, run, kind, tqdm.write)
+        verification.before_prediction(task, self.base_digest, self.precision, run, kind, self.report)
 
     def check_with_images_of(self, examples: list[Example], work: Work) -> None:
         """Check the fast path with the first readable images of these examples, before they are predicted."""
@@ -154,7 +155,7 @@ class Runner:
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
-            tqdm.write(printable(f"warning: {message}"))
+            self.report(printable(f"warning: {message}"))
 
 
 def is_device_failure(error: RuntimeError, device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """Define `Captioner`, the Python interface for captions, answers and rankings. Several threads can share one."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class Captioner:
         if not isinstance(task, PredictionTask):
             raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({task!r})")
         self.adapter, self.batch_size = adapter, batch_size
-        self.runner = Runner(task, batch_size, precision)
+        self.runner = Runner(task, batch_size, precision, report=print_on_stderr)
         self.shared_base = shared(task.backbone.model)
         self.shared_adapter: SharedAdapter | None = None  # the adapter, if the caller loaded the base
         self.hooked = bool(attached.names(self.backbone.model))  # False if the adapter is merged
@@ -288,3 +289,8 @@ class Captioner:
                 "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open "
                 "the captioner on another base"
             )
+
+
+def print_on_stderr(line: str) -> None:
+    """Print a line on stderr: the caller's program may write results to stdout."""
+    print(line, file=sys.stderr, flush=True)

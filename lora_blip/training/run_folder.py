@@ -285,7 +285,7 @@ class Run:
         ranks = f"; {learner.ranks.count} processes, each sends {learner.traffic / 1e6:.2f} MB of gradients per step"
         return (
             f"{printable(self.folder)}: {progress.total} steps in {precision}{resumed}; {training} training lines, "
-            f"{validation} validation lines{ranks if learner.ranks.count > 1 else ''}"
+            f"{validation} validation line{'s' * (validation != 1)}{ranks if learner.ranks.count > 1 else ''}"
         )
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.training.best import Best
 
 DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
+TRAINING_IMAGES = "image_train"  # the images of the default ANNOTATIONS of train.py
 REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
 
@@ -75,13 +76,15 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     """Return the command that runs inference with the adapter in `folder`.
 
     The command runs the infer.py next to train.py if train.py was started, otherwise `lora-blip infer`.
-    examples: the training lines. If the folder image_test does not exist, the input is the folder of the first training image.
+    examples: the training lines. The input is the folder of the first training image. If that is the image_train of the demo,
+    the input is image_test, the default of `infer`.
     """
     script = Path(sys.argv[0])
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
     command = ["python", str(script.with_name("infer.py"))] if is_script else ["lora-blip", "infer"]
     command += adapter_flag(folder)
-    has_images = (script.with_name(DEFAULT_IMAGES) if is_script else Path(DEFAULT_IMAGES)).is_dir()
-    if not has_images and examples:
-        command += ["--images", str(examples[0].image.parent)]
+    images, default = [str(each.image.parent) for each in examples[:1]], Path(DEFAULT_IMAGES)
+    default = script.with_name(DEFAULT_IMAGES) if is_script else default
+    if images and not (default.is_dir() and Path(images[0]).resolve() == default.with_name(TRAINING_IMAGES).resolve()):
+        command += ["--images", *images]
     return printable(command_line([*command, *TASK_FLAGS.get(task, [])]))

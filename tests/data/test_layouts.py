@@ -159,6 +159,13 @@ def test_a_table_in_a_folder_of_photos_is_given_by_the_flag_of_the_command(tmp_p
         annotations.read("a.csv,b.csv", setting=setting)
 
 
+def test_a_table_beside_the_folder_of_photos_is_suggested(tmp_path):
+    folder = photos(tmp_path / "photos", "a.png")
+    write(tmp_path / "captions.jsonl", "")
+    with pytest.raises(DataError, match=r"; if .*/captions\.jsonl contains the captions: --annotations .*/captions\.jsonl;"):
+        annotations.read(folder)
+
+
 def test_each_command_gives_its_setting_to_the_reader(tmp_path, monkeypatch):
     def read(*_: object, setting: str = "", **__: object) -> None:
         raise DataError(setting)

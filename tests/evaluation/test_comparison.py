@@ -112,6 +112,7 @@ def test_figures_and_tables_are_those_of_base_and_adapter(checkpoints, here, cap
     assert "caption: 6 predictions" in printed and "-0.0" not in printed
     assert re.search(r"\n\[95 % interval\] +base +adapted +gain\n", printed)
     assert re.search(r"ROUGE-L .*\[.*\[.*\[", printed) and "wrote out/metrics.json, out/comparison.csv" in printed
+    assert f"report: {Path('out/report.html').resolve().as_uri()}\n" in printed
 
 
 def test_a_score_that_is_no_number_is_null():

@@ -452,6 +452,17 @@ def test_a_prediction_is_json_in_one_step(photos, make):
     assert captioner(b"broken").to_dict().keys() == {"image", "error"}
 
 
+def test_nothing_is_printed_on_stdout(workplace, monkeypatch, capsys):
+    """A program may write its results there. The check of the fast path is reported on stderr."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("lora_blip.tasks.verification_record.is_verified", lambda _: False)
+    captioner = Captioner.from_adapter("adapter1", max_new_tokens=4)
+    capsys.readouterr()
+    captioner(["image_test/000.png", b"broken"])
+    printed = capsys.readouterr()
+    assert not printed.out and "comparing the fast path" in printed.err
+
+
 def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monkeypatch):
     """Each error names the captioner's adapter and the call that helps. No other adapter is affected."""
     monkeypatch.chdir(workplace)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.image_folders import example_of
 from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import ConfigError, DataError, TrainingError
 from lora_blip.lora import adapter_file, attached
@@ -358,6 +359,9 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
     command = f"python {tmp_path}/infer.py --adapter 'a run'"
     assert summary.next_command("caption", tmp_path / "a run", []) == command
     assert summary.next_command("vqa", tmp_path / "a run", []) == f"{command} --question 'what color is it?'"
+    for folder, flag in (("image_train", ""), ("my/photos", " --images my/photos"), ("photos", " --images photos")):
+        example = example_of(f"{folder}/1.png")  # image_test belongs to image_train only
+        assert summary.next_command("caption", tmp_path / "a run", [example]) == command + flag
 
 
 def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypatch):

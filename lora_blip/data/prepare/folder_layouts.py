@@ -159,6 +159,8 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
         return
     prepare = f'lora-blip prepare --source "{folder}"'
     tables = sorted(path for pattern in TABLES for path in folder.glob(pattern))
+    beside = sorted(path for pattern in TABLES if "/" not in pattern for path in folder.parent.glob(pattern))
+    tables = tables or [path for path in beside if path.is_file()]
     table_advice = f"; if {tables[0]} contains the captions: {flag} {tables[0]}" if tables else ""
     if template and layout.class_folders:
         raise DataError(
