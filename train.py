@@ -5,7 +5,7 @@ MODEL = "assets/tiny-blip"  # hub name or folder: "Salesforce/blip-image-caption
 TASK = "auto"  # "caption", "vqa" or "retrieval"; "auto": the task that the checkpoint was trained for
 
 # Data
-ANNOTATIONS = "annotations.jsonl"  # lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"
+ANNOTATIONS = "annotations.jsonl"  # lines of {"image": "red_1.jpg", "text": "a red cube"}; vqa: "question" and "answers"
 IMAGE_ROOT = ""  # folder that image paths are relative to; empty: the annotations' folder
 VAL_FRACTION = 0.1  # share of the images held out for validation; 0: none
 PROMPT = ""  # text before every caption, not in the loss; vqa: a template, "Question: {question} Answer:"
@@ -25,7 +25,7 @@ LR = 0.0  # peak learning rate; 0: 1e-4, and for a tiny base 3e-3 (BLIP) or 1.5e
 
 # Run
 OUTPUT_DIR = "lora_blip_output"  # folder in which each run creates its own folder
-RESUME = "auto"  # "auto": the newest interrupted run with these settings; a run's folder; "off": a new run
+RESUME = "auto"  # "auto": the newest interrupted run with these settings; a run's folder: that run; "off": a new run
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
 PRECISION = "auto"  # "fp16", "bf16" or "fp32"; "auto": the best for the device
 SEED = 0  # seed of the split, the order, the augmentation and the initial adapters

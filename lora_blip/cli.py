@@ -183,7 +183,7 @@ class Command(NamedTuple):
     settings: Callable[[], type]  # returns the dataclass of the settings
     run: Callable[[Any], bool | None]  # called with the settings; False means exit status 1
     example: str  # a command that works, for the messages about wrong flags
-    check_paths: Callable[[Any], object] = bool  # called with the settings before torch is imported
+    check_paths: Callable[[Any], object] = bool  # called with the settings before torch is imported; `bool` checks nothing
     slow_to_import: bool = True  # whether `run` imports torch and transformers
 
 

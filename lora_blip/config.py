@@ -36,7 +36,8 @@ class TrainConfig:
     task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the task that the checkpoint was trained for')
 
     annotations: str = setting(
-        "annotations.jsonl", 'lines of {"image": "red_1.jpg", "text": "a red cube"}, or "question" and "answers"',
+        "annotations.jsonl",
+        'lines of {"image": "red_1.jpg", "text": "a red cube"}; vqa: "question" and "answers"',
         group="Data", path="always",
     )  # fmt: skip
     image_root: str = setting("", "folder that image paths are relative to; empty: the annotations' folder", path="always")
@@ -59,7 +60,9 @@ class TrainConfig:
 
     output_dir: str = setting("lora_blip_output", "folder in which each run creates its own folder", group="Run", path="always")
     resume: str = setting(
-        "auto", '"auto": the newest interrupted run with these settings; a run\'s folder; "off": a new run', path="if it exists"
+        "auto",
+        '"auto": the newest interrupted run with these settings; a run\'s folder: that run; "off": a new run',
+        path="if it exists",
     )
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')

@@ -47,7 +47,7 @@ def parse(
 
     A relative path in a script that has a `__file__` is relative to the script's folder. A path in a flag is relative to the
     current folder. Raise ConfigError for a name or a flag that is not a setting, and for a wrong value. The message ends with
-    `example`, a command that works, and with the flag that was wrong.
+    a command that works: `example`, followed by the flag in question with its default value.
     """
     known = settings_of(kind)
     names = [entry.name for entry in known]
@@ -212,7 +212,7 @@ def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
 
 
 def _refuse_flag(flag: str, known: list[Field[Any]]) -> NoReturn:
-    """Raise ConfigError, whose message suggests the most similar flag, or the flag of a path that was given without one."""
+    """Raise ConfigError. The message suggests the most similar flag. If `flag` is an existing path, it suggests a flag."""
     name = flag.partition("=")[0]
     arguments = [entry for entry in known if "metavar" in entry.metadata]
     flags = [entry.name for entry in known if entry not in arguments]

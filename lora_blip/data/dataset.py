@@ -19,7 +19,7 @@ from lora_blip.data.preprocessing import pixels_of, side_of
 from lora_blip.errors import ImageError
 
 Key = tuple[int, int]  # (epoch, index of an item)
-MAX_LINES = 8  # most lines in one item; an image with more lines has several items
+MAX_LINES = 8  # largest number of lines in one item; an image with more lines has several items
 
 
 class Caches(NamedTuple):

@@ -57,7 +57,7 @@ def is_deep(image: Image.Image) -> bool:
 def highest_value(image: Image.Image) -> float:
     """Return the value that becomes white: the largest value of the pixel type in the file, or 1 for floats.
 
-    Mode I means 16 bits if the image was not read from a file, because Pillow writes it to PNG with 16 bits.
+    An image of mode I without TIFF tags counts as 16 bits: PNG, the usual other format of this mode, has at most 16 bits.
     """
     if image.mode == "F":
         return 1.0
@@ -69,7 +69,7 @@ def highest_value(image: Image.Image) -> float:
 
 
 def to_grey(image: Image.Image, highest: float, on_dark: Callable[[], object]) -> Image.Image:
-    """Return 8-bit grey: 0 stays 0, `highest` becomes 255, and values outside are clipped. A transparent value becomes white.
+    """Return 8-bit grey: 0 stays 0, `highest` becomes 255, and values outside are clipped. Transparent pixels become white.
 
     Call `on_dark` if no pixel of the result is brighter than DARK.
     """

@@ -35,7 +35,7 @@ KIND = re.compile(r"[0-9a-f]{16}")  # the name of a kind's folder
 BEING_REMOVED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # such a folder while it is removed
 KEY = re.compile(r"[0-9a-f]{2}[0-9a-z_-]{0,120}")
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-LARGEST = 2**28  # most bytes of a value; an image or the states of an image have about one million
+LARGEST = 2**28  # largest number of bytes of a value; an image or the states of an image have about one million
 LONGEST_HEADER = 4096
 PAGE = 4096
 ABANDONED = 3600  # seconds after which an unfinished temporary file is removed
@@ -164,7 +164,9 @@ class Store:
     def _stop(self, reason: str) -> bool:
         """Store nothing more, print the reason, and return False."""
         self.full = reason
-        message = f"warning: nothing more is cached in {self.root}: {reason}; other values are computed each time"
+        message = (
+            f"warning: nothing more is cached in {self.root}: {reason}; values that are not in the cache are computed each time"
+        )
         tqdm.write(printable(message))
         return False
 
@@ -196,7 +198,10 @@ def value_of(content: NDArray[np.uint8], key: str) -> Tensor | None:
 
 
 def checksum(data: NDArray[np.uint8]) -> str:
-    """Return a CRC-32 of the sum of each page and of the incomplete last page. It detects changed bits and swapped pages."""
+    """Return one CRC-32 over the sums of the complete pages, followed by the bytes after them.
+
+    It detects changed bits and swapped pages.
+    """
     end = len(data) // PAGE * PAGE  # of the last complete page
     pages = np.frombuffer(data, dtype=np.uint64, count=end // 8).reshape(-1, PAGE // 8)
     return f"{crc32(data[end:].tobytes(), crc32(pages.sum(1).tobytes())):08x}"

@@ -20,9 +20,8 @@ ANSWER_KEYS = ("answers", "answer")
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
-LETTERS = str.maketrans(
-    {"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"}
-)  # what JSON makes of unescaped backslashes, and the letters that were meant
+# a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
+LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})
 NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
 Entry = dict[str, Any]

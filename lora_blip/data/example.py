@@ -10,8 +10,8 @@ from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, SPLITS, TEXT_KEYS, E
 from lora_blip.data.formats import Location
 from lora_blip.runtime.untrusted import is_path
 
-MOST_SHARED = 2**17  # most answers, groups and prompts that are stored, so that equal texts share memory
-MOST_KEYS = 1000  # most unknown keys that are counted: an invalid file may have a new key in each line
+MOST_SHARED = 2**17  # largest number of different answers, groups and prompts that share memory
+MOST_KEYS = 1000  # largest number of unknown keys that are counted: an invalid file may have a new key in each line
 CAPTION = frozenset(("image", "text", "group", "prompt"))
 QUESTION = frozenset(("image", "question", "answers", "group", "prompt", "question_id"))
 

@@ -13,7 +13,7 @@ from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, first_key
 from lora_blip.data.json_repair import STRICT, corrected_reason
 from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant
 
-LONGEST = 2**20  # most characters of a line; a line with a caption has about a hundred
+LONGEST = 2**20  # largest number of characters of a line; a line with a caption has about a hundred
 TOO_LONG = f"it has more than {LONGEST:,} characters; put each example on its own line"
 
 ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]")  # invalid bytes, and all characters but ASCII

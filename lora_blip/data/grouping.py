@@ -16,9 +16,9 @@ from lora_blip.runtime.signals import search_within
 from lora_blip.runtime.untrusted import printable, quoted
 
 FOLDER = "folder"
-ENDS = 4096  # bytes at the start and at the end of a file that are compared before the whole file is
+ENDS = 4096  # bytes at the start and at the end of a file; if they are equal, the whole files are compared
 SHOWN = 12  # columns in a message
-SECONDS = 60.0  # for the matches of a regex in all paths
+SECONDS = 60.0  # time limit for matching the regex against all paths together
 Image = TypeVar("Image", bound=Hashable)
 Link = tuple[Image, Hashable]  # an image, and the group or the bytes that it shares with others
 
@@ -55,7 +55,10 @@ class Groups:
             self.links.append((image, ("group", group)))
 
     def value_in(self, entry: dict[str, Any]) -> str:
-        """Return the value of the column in a line without the spaces around it, or "". A table has its names in lower case."""
+        """Return the value of the column in a line without the spaces around it, or "".
+
+        The names of a table's columns are in lower case with underscores, so this spelling is tried too.
+        """
         in_table = re.sub(r"[\s-]+", "_", self.column.lower())
         return (as_text(entry.get(self.column, entry.get(in_table))) or "").strip()
 
@@ -76,7 +79,7 @@ class Groups:
         return self.folders[folder]
 
     def note_unused(self, reason: str) -> None:
-        """Print a line if `group_by` is set, for data that are not split at random."""
+        """Print that `group_by` has no effect, and why, if it is set. Call this for data that are not split at random."""
         if self.group_by:
             print(printable(f"group_by = {self.group_by!r} has no effect: {reason}"))
 
@@ -105,7 +108,10 @@ def observed(
 
 
 def components(images: Sequence[Image], links: Iterable[tuple[Image, Hashable]]) -> list[list[Image]]:
-    """Return lists of images that are connected by equal links, in the order of their first images."""
+    """Return lists of images that share a group or their bytes, directly or through other images.
+
+    The lists are in the order of their first images.
+    """
     parent: dict[Hashable, Hashable] = {}
 
     def root(node: Hashable) -> Hashable:

@@ -13,7 +13,7 @@ from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import open_regular, os_error_reason, printable
 
 SHARD = ".tar"
-MAX_SUFFIXES = 100  # most suffixes that are counted separately
+MAX_SUFFIXES = 100  # largest number of suffixes that are counted separately
 
 
 @dataclass(frozen=True, slots=True)

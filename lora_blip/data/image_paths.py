@@ -10,11 +10,11 @@ from pathlib import Path
 
 from lora_blip.runtime.untrusted import quoted
 
-MOST_FILES = 2_000_000  # most files of an image root that are listed
+MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
 SUGGESTED = 20  # missing images whose messages suggest an existing name
-SAMPLE = 64  # images that are searched before the first step, if images are not checked then
-COMPARED = 5000  # most existing names that a suggestion compares
-SHOWN = 3  # most candidates in a message
+SAMPLE = 64  # images whose paths are searched before the first step if CHECK_IMAGES is "lazy"
+COMPARED = 5000  # largest number of existing names that a suggestion compares
+SHOWN = 3  # largest number of candidates in a message
 COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017 has the same photos without this prefix
 UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio
 SUFFIX_AFTER_JPG = re.compile(r"(\.jpe?g)\.\d+$")  # Flickr8k's text file contains 2258277193_586949ec62.jpg.1
@@ -32,7 +32,7 @@ class ImageFinder:
         self.moved: dict[str, str] = {}  # path as written → its path under the root, if the two differ
         self.names: dict[str, list[Folders]] | None = None  # file name → folders under the root that contain it
         self.complete = True  # False if the root has more than MOST_FILES files
-        self.prefix: tuple[Folders, Folders] | None = None  # leading folders as written, and their only replacement
+        self.prefix: tuple[Folders, Folders] | None = None  # leading folders as written, and those that replace them
         self.by_name: dict[str, str] = {}  # name of a file that was found only by its name → path as written
         self.suggestions = 0
 
@@ -40,7 +40,8 @@ class ImageFinder:
         """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files match.
 
         If the path exists, return it. Otherwise compare it, from its end, with the paths of all files below the root, and
-        return the file with the most equal parts. If its folder differs, an equal name alone is not enough.
+        return the file with the most equal parts. An equal name alone is enough only if the written path has no folder, or if
+        the file is directly in the root and no other file has this name.
         """
         for path in self._spellings(written):
             if os.path.lexists(path):

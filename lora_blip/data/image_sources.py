@@ -31,7 +31,7 @@ from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import suggestion
 
-MAX_LISTED = 8  # most suffixes in the message about other files
+MAX_LISTED = 8  # largest number of suffixes in the message about other files
 
 
 class ImageSource:

@@ -25,7 +25,7 @@ GRAIN = 0.6  # grey levels by which compression changes a thumbnail; this matter
 CONTRAST = 0.75  # smallest ratio of the standard deviations of nearly the same pictures
 LIGHT = 26.0  # largest difference of their mean colours, in grey levels
 BLOCK = 1024  # evaluation images that are compared at a time
-LISTED = 3  # most leaks that a warning lists
+LISTED = 3  # largest number of leaks that a warning lists
 THREADS = 8  # Pillow releases the GIL
 
 Floats = NDArray[np.float32]

@@ -108,7 +108,7 @@ class DeviceBatch(Generic[Rows]):
     examples: list[Example]
     pixel_values: Tensor  # (images without cached states, 3, H, W)
     rows: Rows
-    count: float  # the summed loss is divided by the total of a step; a number of Python, so nothing waits for the device
+    count: float  # label tokens, or rows for retrieval; the summed loss is divided by their total in the step
     image_index: Tensor | None = None  # (examples,) the image of each example; None: example i has image i
     cached_states: CachedStates | None = None  # of images that are not in pixel_values
     prefix: Any = None  # the `tasks.frozen_prefix.Prefix` that computed the cached states

@@ -22,8 +22,11 @@ from lora_blip.runtime.untrusted import open_regular, os_error_reason, printable
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of extra headers before a member: PAX, Solaris, GNU's long names
-LONGEST_HEADER, LONG_NUMBER = 2**20, re.compile(rb"\d{200}")  # most bytes of an extra header; a number with too many digits
-PADDING = 2**20  # most bytes of zeros after the end of an archive; most programs write less than 10 KB
+LONGEST_HEADER, LONG_NUMBER = (
+    2**20,
+    re.compile(rb"\d{200}"),
+)  # largest number of bytes of an extra header; a number with too many digits
+PADDING = 2**20  # largest number of bytes of zeros after the end of an archive; most programs write less than 10 KB
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ from lora_blip.data.paths import in_walking_order
 from lora_blip.errors import ImageError
 from lora_blip.runtime.untrusted import printable
 
-MOST_THUMBNAILS = 300_000  # most thumbnails in memory; each has 432 bytes
-PAIRS = 5 * 10**7  # most pairs of images that are compared; this takes about 2 s on one core
+MOST_THUMBNAILS = 300_000  # largest number of thumbnails in memory; each has 432 bytes
+PAIRS = 5 * 10**7  # largest number of pairs of images that are compared; this takes about 2 s on one core
 BLOCK = 8192  # training images that are compared at a time
 DECODED = 2048  # with more images than this, only a sample is decoded
 SAMPLE = 256  # validation images in the sample

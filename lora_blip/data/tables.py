@@ -21,7 +21,7 @@ IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|h
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
-FEW_COLUMNS = 12  # most columns that a message lists
+FEW_COLUMNS = 12  # largest number of columns that a message lists
 
 Row = tuple[int, list[str] | str]  # the number of its first line, and its cells or the reason why it is invalid
 

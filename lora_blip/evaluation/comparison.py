@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         rows = outputs.score_rows(comparison, runner.task, config.seed)
     facts = outputs.facts_of(config, adapter, runner, comparison.main, examples) | {"leaks": leak_search.note}
     warnings = warnings_of(comparison, leak_search, runner.task, examples)
-    print(f"\n{outputs.score_table(rows, warnings)}\n")  # first: the files may not be written, on a full disk
+    print(f"\n{outputs.score_table(rows, warnings)}\n")  # before the files, because a full disk can prevent writing them
     files = outputs.write(folder, config, comparison, rows, facts, warnings, leak_search.leaks, adapter)
     print(f"wrote {printable(', '.join(map(str, files)))}")
     print(f"report: {(folder / 'report.html').resolve().as_uri()}")

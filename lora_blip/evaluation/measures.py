@@ -63,7 +63,7 @@ class ModelScores:
     scores: dict[str, Interval | None] = field(default_factory=dict)  # None if a score cannot be computed
     columns: dict[str, Column] = field(
         default_factory=dict
-    )  # the scores that are means over subjects; gains are paired by them
+    )  # the scores that are means over subjects: a value for each subject; gains are paired by subject
     notes: dict[str, str] = field(default_factory=dict)  # score → why it is missing, or how it was computed
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -200,7 +200,7 @@ def rerank(runner: Runner, examples: list[Example], texts: list[str], logits: An
     """Return two arrays of scores (images, texts): one to rank the texts of each image, one to rank the images of each text.
 
     logits: the ITC scores (images, texts). The best RERANKED texts of each image, and the best RERANKED images of each text,
-    get the score ITC + ITM. All other pairs get ITC − FAR: they keep their order and rank after the reranked pairs.
+    get the score ITC + ITM. All other pairs get ITC − FAR: they keep their order, and come after the reranked pairs.
     """
     by_image, by_text = logits - FAR, logits - FAR
     most = min(RERANKED, len(texts)), min(RERANKED, len(examples))

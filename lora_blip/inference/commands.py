@@ -161,7 +161,7 @@ def expand(images: list[str]) -> Iterator[str]:
         files = [name]
         if Path(name).is_dir():
             with reading(name):
-                os.scandir(name).close()  # `walk` would yield a folder that cannot be listed as an image
+                os.scandir(name).close()  # an error now; `walk` yields a folder that it cannot list, as if it were an image
             files = [str(example.image) for example in walk(name, Counter())]
         elif set("*?[") & set(name) and not Path(name).exists():
             files = globbed(name)

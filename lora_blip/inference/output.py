@@ -129,7 +129,7 @@ def _error_line(example: Example, error: ImageError) -> dict[str, Any]:
 
 
 def folder_of(config: InferConfig, processes: int = 1) -> Path:
-    """Return the output folder, which may not exist yet. Raise OutputError if it has files of another run."""
+    """Return the output folder. It need not exist. Raise OutputError if it has files of another run."""
     if not config.output_dir:
         if processes > 1:
             raise OutputError(

@@ -143,7 +143,7 @@ def check_questions(task: PredictionTask, examples: list[Example]) -> None:
         if not example.question:
             raise ConfigError(
                 f'{printable(example.source)}:{example.line}: no question; add "question": "what color is it?" to this line, '
-                "or remove it"
+                "or remove the line"
             )
         if reason := cast(Any, task).check_question(example):
             raise ConfigError(f"question {example.question!r}: {reason}")

@@ -35,7 +35,7 @@ COMPARED_IMAGES = 8  # the processes compare the pixels of the first images befo
 
 @dataclass
 class Inputs:
-    """The content of the input files. It is read before the model is loaded, and the model may not accept all of it."""
+    """The content of the input files. It is read before the model is loaded, so the model has not checked it yet."""
 
     images: ImageSource
     references: dict[Path, list[Example]]
@@ -171,7 +171,7 @@ def task_of(
 
 
 def generation_of(own: dict[str, Any], config: InferConfig | EvaluateConfig | None, path: str = "") -> Generation:
-    """Return the generation settings of an adapter, with those of `config` that are set in their place.
+    """Return the generation settings of an adapter. Those that `config` sets replace them.
 
     own: the task in the adapter file. Its unknown options are ignored. Raise ConfigError for an option of `config` that cannot
     be used, and AdapterError for one of the adapter.

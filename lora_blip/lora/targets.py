@@ -57,7 +57,7 @@ PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
     "lm.mlp": (LM + r"(?:fc1|fc2|DenseReluDense\..*)", None),
 }
 PARTS = {"ViT": r"vision_model\.", "Q-Former": r"qformer\.", "text": r"text_", "language model": r"language_model\."}
-LISTED = 24  # most linears that an error lists
+LISTED = 24  # largest number of linears that an error lists
 GRAMMAR = re.compile(r"(?P<body>.+?)(?:\[(?P<first>\d*):(?P<last>\d*)\])?(?P<own>(?::(?:r|alpha)=[\d.]+)*)")
 
 

@@ -57,8 +57,8 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
 
     With Java, PTBTokenizer splits the texts into words, and every score equals pycocoevalcap's. Without Java, `tokens.plain`
     splits them, and METEOR and SPICE are None. The other scores are equal for captions with everyday quotes, contractions,
-    numbers and hyphens. If a tenth of the texts contain an exception of `tokens.plain`, they differ by at most 0.01 (CIDEr by
-    0.1).
+    numbers and hyphens. If `tokens.plain` splits a tenth of the texts differently, the scores differ by at most 0.01
+    (CIDEr by 0.1).
 
     CIDEr weights an n-gram by log(images / images whose references contain it). So the CIDEr of an image depends on the other
     images, and is 0 for a single image or if all images have the same references.

@@ -59,7 +59,7 @@ def relation(image_of_text: ArrayLike, shape: tuple[int, int]) -> NDArray[np.boo
 
 
 def row_ranks(scores: NDArray[Any], right: NDArray[np.bool_]) -> Ranks:
-    """Return the rank of the best right column of each row, (rows,): 1 + the number of wrong columns with no lower score."""
+    """Return the rank of each row's best right column, (rows,): 1 + the number of wrong columns with at least this score."""
     blocks = []
     step = max(1, BLOCK // scores.shape[1])
     for start in range(0, len(scores), step):

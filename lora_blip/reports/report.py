@@ -31,7 +31,7 @@ from lora_blip.version import __version__
 FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html")
 SIDE, QUALITY = 256, 72  # thumbnails: pixels of the longer side, JPEG quality (1 to 95)
-MOST_POINTS = 2000  # most training steps in a curve; a longer run shows every n-th step
+MOST_POINTS = 2000  # largest number of training steps in a curve; a longer run shows every n-th step
 MARKER = re.compile(r"<!-- (\w+) -->")  # a placeholder of the template
 
 

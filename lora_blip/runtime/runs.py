@@ -20,7 +20,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  
 CHECKPOINT = re.compile(r"(\d{6,})_step\d+")  # the name of a checkpoint's folder
 LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
 
-NAMED = 5  # most runs that an error names
+NAMED = 5  # largest number of runs that an error names
 
 
 def run_name(task: str, base: str, targets: str, now: datetime) -> str:

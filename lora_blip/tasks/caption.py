@@ -45,7 +45,7 @@ class CaptionTask(TextTask):
         return self.check_prompt(example) or self.checker.problem(example.text, self.room(self.prompt_of(example)))
 
     def room(self, prompt: str) -> int:
-        """Return the most tokens of a caption after a prompt."""
+        """Return the largest number of tokens of a caption after a prompt."""
         if prompt not in self.rooms:
             self.rooms[prompt] = self.language.room(prompt)
         return self.rooms[prompt]

@@ -35,7 +35,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     else:
         task.prepare_data(examples)
         training, validation = split(config, examples, groups)
-    # put the lines of an image into different batches: they cannot be negatives of each other
+    # spread the lines of an image over the batches, because they cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
     return training, validation
 
@@ -60,7 +60,10 @@ def split_by_column(
 
 
 def split(config: TrainConfig, examples: list[Example], groups: Groups) -> tuple[list[Example], list[Example]]:
-    """Return the training lines and the validation lines, drawn at random by group. Files are compared only if all are read."""
+    """Return the training lines and the validation lines, drawn at random by group.
+
+    Images with equal bytes stay together only if CHECK_IMAGES is "all", because all files are read then anyway.
+    """
     if not config.val_fraction:
         groups.note_unused("VAL_FRACTION is 0, so no image is held out")
     return splits.split_by_image(examples, config.val_fraction, config.seed, groups, config.check_images == "all")

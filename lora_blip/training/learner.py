@@ -148,7 +148,7 @@ class Learner:
         """Return the tensors, on the CPU, and the other values, for JSON. All processes must call this at the same time.
 
         If the loss of an unfinished step is not finite, return the state at the start of the step. The resumed run then
-        computes the micro-batch that caused it again, and can report it.
+        repeats the micro-batch that caused this, and can report it.
         """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():

@@ -20,8 +20,8 @@ from lora_blip.training import checkpoint
 from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner
 
-# Settings that may change before a run is resumed, because they change no update. Model and annotations are in the list
-# because the identity compares their content, not their paths; so does `initial_adapter.source_of` for init_adapter.
+# Settings that may change before a run is resumed, because they change no update. Paths such as model,
+# annotations and init_adapter are in the list because the identity contains digests of their content.
 FREE = (
     "model", "annotations", "val_annotations", "image_root", "on_bad_data", "output_dir", "num_workers", "log_every",
     "tensorboard", "resume", "allow_changed", "checkpoint_seconds", "keep_checkpoints", "cache_gb", "init_adapter",

@@ -89,7 +89,7 @@ class Row(NamedTuple):
 class PreparedData:
     """The valid and the dropped lines of all sources."""
 
-    base: str  # the output folder with a final slash; paths of images inside it are written without it
+    base: str  # the output folder with a final slash; it is removed from the paths of images inside it
     rows: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     names: dict[object, str] = field(default_factory=dict)  # image identity → its alphabetically first name
@@ -113,7 +113,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
         folder = Folder(Path(config.images) if config.images else source.root)
-        with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # called before the next source
+        with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # called only inside this block
             read_source(source, folder, data)
     split_of_image = published_splits(data) if config.own_splits else {}
     refuse_faults(data, config.on_bad_data)

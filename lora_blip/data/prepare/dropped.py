@@ -37,7 +37,7 @@ def first_lines(dropped: list[Dropped]) -> list[str]:
 
 
 def first_line(dropped: list[Dropped]) -> list[str]:
-    """Return the first dropped line as a text: in these categories, all reasons are alike."""
+    """Return the first dropped line as a text, for categories in which all reasons are alike, such as "missing"."""
     return [f"first {dropped[0]}"]
 
 

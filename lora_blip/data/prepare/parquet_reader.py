@@ -1,4 +1,4 @@
-"""Read a Parquet or Arrow file. `packed` runs this script in a child process, so that a crash of C++ code is an error.
+"""Read a Parquet or Arrow file. `packed` runs this script in a child process, so that a crash of C++ code gives a message.
 
 `python parquet_reader.py FOLDER FILE IMAGE_COLUMN` writes each image of FILE once to FOLDER, named by the hash of its bytes.
 It prints a JSON line for each row: {"row": 1, "entry": {…}} or {"row": 1, "reason": "…"}. It limits its memory, file size and

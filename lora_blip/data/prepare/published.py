@@ -232,7 +232,7 @@ def _flickr8k_splits(folder: Path) -> dict[str, str]:
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
-    """Return an object of a JSON file, or the answer or sentence in it as a string: millions of dicts would fill the memory."""
+    """Return an object of a JSON file. For an answer of VQAv2 or a sentence of Karpathy, return its text, to save memory."""
     entry = unique_keys(pairs)
     if "answer" in entry and entry.keys() <= VQA_ANSWER and (answer := as_text(entry["answer"])) is not None:
         return sys.intern(answer)
