@@ -12,11 +12,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 2  # processes, each with one thread
+LONG = ("05", "06", "11")  # they train several adapters, so they start first
 
 
 def scripts(prefixes: list[str]) -> list[Path]:
-    """Return the lessons, then the solutions, whose names start with one of the prefixes. Without prefixes, return all."""
+    """Return the lessons and solutions whose names start with one of the prefixes, or all. The long ones are first."""
     found = sorted(HERE.glob("[0-9][0-9]_*.py")) + sorted((HERE / "solutions").glob("[0-9][0-9]_*.py"))
+    found.sort(key=lambda path: not path.name.startswith(LONG))
     return [path for path in found if not prefixes or path.name.startswith(tuple(prefixes))]
 
 

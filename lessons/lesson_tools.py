@@ -1,110 +1,131 @@
-"""Helpers of the lessons: paths, figures, results, the embedded images, and short trainings. Import this file first."""
+"""What the lessons share: the seed, the pictures of cubes, short trainings, and where figures and numbers go.
 
+Import it before lora_blip. It uses at most two threads, and no network.
+"""
+
+import io
 import json
 import os
 import sys
 import tempfile
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository
-FIGURES = ROOT / "lessons/figures"
+ROOT = Path(__file__).resolve().parent.parent  # the folder that contains lora_blip/, assets/ and image_train/
 SEED = int(os.environ.get("LESSON_SEED", "0"))
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(ROOT))  # lora_blip, also if it is not installed
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries; a learner cannot act on them
+for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(name, value)
+sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\.")  # a learner cannot act on them
 
 import matplotlib
-
-if "ipykernel" not in sys.modules:
-    matplotlib.use("Agg")
-
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
 import lora_blip
 
+IN_NOTEBOOK = "ipykernel" in sys.modules
+RUNS = tempfile.TemporaryDirectory(prefix="lora_blip_lesson_")
+STYLE = {  # a figure of 5 inches is readable on a phone, and its white background on a dark page
+    "figure.figsize": (5, 3.5), "figure.dpi": 150, "figure.constrained_layout.use": True, "figure.facecolor": "white",
+    "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2,
+    "legend.frameon": False,
+}  # fmt: skip
+matplotlib.rcParams.update(STYLE)
+if not IN_NOTEBOOK:
+    matplotlib.use("agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or min(2, os.cpu_count() or 1))
 torch.manual_seed(SEED)
 
 
 def lesson_name() -> str:
-    """Return the name of the running lesson, such as "05_rank", or "notebook"."""
-    path = Path(getattr(sys.modules["__main__"], "__file__", "notebook"))
-    return "notebook" if "ipykernel" in sys.modules else path.stem
+    """Return the name of the running lesson, such as "05_rank" or "05_rank_solution", or "notebook"."""
+    path = Path("notebook" if IN_NOTEBOOK else getattr(sys.modules["__main__"], "__file__", "notebook"))
+    return f"{path.stem}_solution" if path.parent.name == "solutions" else path.stem
 
 
 def show(figure: Figure, name: str) -> None:
-    """Display the figure in a notebook. In a script, write lessons/figures/<lesson>_<name>.png and print its path."""
-    if "ipykernel" in sys.modules:
+    """Display a figure in a notebook. In a script, write lessons/figures/<lesson>_<name>.png and print its path."""
+    if IN_NOTEBOOK:
         from IPython.display import display
 
         display(figure)
     else:
-        FIGURES.mkdir(exist_ok=True)
-        path = FIGURES / f"{lesson_name()}_{name}.png"
-        figure.savefig(path, dpi=150, facecolor="white")
-        print(f"picture: {path.relative_to(ROOT)}")
-    import matplotlib.pyplot as plt
-
+        path = ROOT / "lessons" / "figures" / f"{lesson_name()}_{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
+        print(f"figure: {path.relative_to(ROOT)}")
     plt.close(figure)
 
 
 def record(name: str, value: float) -> None:
-    """Print a result. If LESSON_RECORD is a path, also append it there as a JSON line: `make lessons-spread` reads it."""
+    """Print a number that may depend on the seed. `make lessons-spread` collects it through the file LESSON_RECORD."""
     print(f"{name}: {value:.4g}")
-    if path := os.environ.get("LESSON_RECORD"):
+    if file := os.environ.get("LESSON_RECORD"):
         line = {"lesson": lesson_name(), "seed": SEED, "name": name, "value": float(value)}
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _examples(annotations: str, count: int | None) -> tuple[list[Image.Image], list[str]]:
-    path = ROOT / annotations
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:count]
-    return [Image.open(path.parent / line["image"]).convert("RGB") for line in lines], [line["text"] for line in lines]
+        with Path(file).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
 
 
 def cubes(count: int | None = None) -> tuple[list[Image.Image], list[str]]:
-    """Return the first `count` of the 300 training images and their captions."""
-    return _examples("annotations.jsonl", count)
+    """Return the first `count` images of the training set (all 300 for None), as RGB of 96 × 96 pixels, and their captions."""
+    return _read(ROOT / "annotations.jsonl", count)
 
 
 def test_cubes(count: int | None = None) -> tuple[list[Image.Image], list[str]]:
-    """Return the first `count` of the 160 test images and their captions. In the last 60, the pairs of colours are new."""
-    return _examples("image_test/annotations.jsonl", count)
+    """Return the first `count` images of the test set (all 160 for None) and their captions. No adapter is trained on them."""
+    return _read(ROOT / "image_test" / "annotations.jsonl", count)
 
 
-def quick_train(**settings: Any) -> Path:
-    """Train with `lora_blip.TrainConfig(**settings)` in a temporary folder, without output. Return the folder of the run.
+def _read(annotations: Path, count: int | None) -> tuple[list[Image.Image], list[str]]:
+    lines = [json.loads(line) for line in annotations.read_text(encoding="utf-8").splitlines()[:count]]
+    return [Image.open(annotations.parent / line["image"]).convert("RGB") for line in lines], [line["text"] for line in lines]
 
-    The default base is assets/tiny-blip, the data are the cubes, and nothing is held out.
-    """
-    folder = tempfile.mkdtemp(prefix="lora_blip_lesson_")
-    defaults = {
-        "model": str(ROOT / "assets/tiny-blip"), "annotations": str(ROOT / "annotations.jsonl"), "seed": SEED,
-        "val_fraction": 0.0, "output_dir": folder, "resume": "off", "checkpoint_seconds": 3600.0, "device": "cpu", "precision": "fp32",
-    }  # fmt: skip
-    output = StringIO()
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Print nothing inside the block. If it fails, print its output after all."""
+    output = io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(output):
-            return lora_blip.train(lora_blip.TrainConfig(**(defaults | settings))).parent
+            yield
     except BaseException:
         print(output.getvalue())
         raise
 
 
-def exact_match(run: Path | None, model: str = "assets/tiny-blip", count: int | None = None) -> float:
-    """Return the share of test images whose greedy caption equals the reference, with the adapter of a run or with the base."""
-    images, references = test_cubes(count)
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # the first prediction prints a check of the fast path
-        captioner = lora_blip.Captioner.from_adapter(str(run) if run else None, base=str(ROOT / model) if run is None else None)
-        predictions = captioner(list(images), strict=True)
-    right = sum(prediction.text == text for prediction, text in zip(predictions, references, strict=True))
-    return right / len(references)
+def quick_train(**settings: Any) -> Path:
+    """Train an adapter with these settings of TrainConfig and return the folder of the run, which is deleted at the end.
+
+    The defaults are those of train.py, with three differences: the seed is SEED, the device is the CPU, and all images are
+    for training (val_fraction = 0).
+    """
+    defaults = {
+        "model": str(ROOT / "assets/tiny-blip"),
+        "annotations": str(ROOT / "annotations.jsonl"),
+        "seed": SEED,
+        "device": "cpu",
+        "val_fraction": 0.0,
+    }
+    fixed = {"output_dir": RUNS.name, "resume": "off", "checkpoint_seconds": 3600.0}
+    with quiet():
+        return lora_blip.train(lora_blip.TrainConfig(**{**defaults, **fixed, **settings})).parent
+
+
+def exact_match(run: Path | None = None, model: Any = "assets/tiny-blip", count: int | None = None) -> float:
+    """Return the share of the first `count` test images whose greedy caption is exactly right, from 0 to 1.
+
+    run: a folder of `quick_train`, or None for the base alone. model: the base if `run` is None: a folder in ROOT, or a result
+    of `lora_blip.load_backbone`. The adapters on a loaded base are active.
+    """
+    images, captions = test_cubes(count)
+    base = "" if run else str(ROOT / model) if isinstance(model, str) else model
+    with quiet():  # the first prediction on a machine prints a check of the fast path
+        captioner = lora_blip.Captioner.from_adapter(run, base=base, device="cpu", precision="fp32")
+        predictions = captioner(images, strict=True)
+    return sum(prediction.text == caption for prediction, caption in zip(predictions, captions, strict=True)) / len(captions)
