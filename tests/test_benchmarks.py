@@ -194,3 +194,22 @@ def test_bars_show_every_contestant_of_one_step_and_our_side_of_the_rest(tmp_pat
     assert [bar.label for bar in everyone] == [OURS, PEFT, FULL] and [bar.ours for bar in everyone] == [True, False, False]
     assert [(bar.label, bar.ratio["median"]) for bar in mine] == [("a step, base bf16", 0.5)]
     assert bars.draw(result, ["step", "captions"], "base fp32", tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_the_picture_of_the_docs_shows_the_ranges_of_the_readme_over_the_machines(tmp_path: Path) -> None:
+    """At most six bars. The lower end of each is the value of machine 1, whose result is in benchmarks/results."""
+    pytest.importorskip("matplotlib")
+    ranges = bars.ranges_of(bars.PAGE.read_text(encoding="utf-8"))
+    assert 1 < len(ranges) <= 6 and all(0 < low <= high < 1.5 for low, high in ranges.values())
+    readme = (bars.PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    written = [f"{low:.2f}" + f"–{high:.2f}" * (low < high) for low, high in ranges.values()]
+    rows = [" | ".join(written[n : n + 2]) for n in (0, 2, 4)]
+    for name, row in zip(("BLIP base", "five captions per image", "tiny base"), rows, strict=True):
+        assert f"| {name} | {row} |" in readme
+    result = json.loads((bars.PAGE.parent.parent / "benchmarks/results/amd-epyc-2-cores_2026-11-21.json").read_text())
+    medians = {(cell["row"], cell["setting"]): cell["ratios"].get(OURS, {}).get("median", 0) for cell in result["cells"]}
+    captions = ("captions", "base fp32, 2 images × 5 captions")
+    keys = (("step", "base fp32"), ("step", "base bf16"), captions, ("step", "tiny fp32"))
+    lowest = [ranges[label][0] for label in ("BLIP base, fp32", "BLIP base, bf16", f"{bars.ROWS[1]}, fp32", "tiny-blip, fp32")]
+    assert lowest == [round(medians[key], 2) for key in keys]
+    assert bars.draw_ranges(ranges, tmp_path / "speed.png").stat().st_size > 1000
