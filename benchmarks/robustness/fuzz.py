@@ -336,7 +336,10 @@ def reader(kind: str, folder: Path) -> Any:
     return Readers(folder, kind)
 
 
-READERS = ("tables", "xlsx", "json", "flickr30k", "exports", "kohya", "img2dataset", "shard", "parquet")
+READERS = (
+    "tables", "xlsx", "json", "flickr30k", "exports", "kohya", "img2dataset", "shard", "parquet", "visual_genome", "gqa",
+    "aokvqa", "vqa", "flickr8k", "addresses", "other_computers",
+)  # fmt: skip
 TARGETS: dict[str, Callable[[Path], Any]] = {"adapters": Adapters, "annotations": Annotations, "images": Images}
 TARGETS |= {kind: partial(reader, kind) for kind in READERS}
 INSTRUMENTED = (  # modules whose coverage guides atheris

@@ -20,7 +20,8 @@ from benchmarks.robustness.fuzz import changed, damaged, written
 from lora_blip.errors import ConfigError, DataError
 
 Seeds = list[tuple[str, bytes]]  # name of a file, and its content
-FOLDERS = ("kohya", "img2dataset")  # formats whose source is the folder
+SETS = ("vqa", "flickr8k")  # formats of several files that are read together: the others are valid
+FOLDERS = ("kohya", "img2dataset", *SETS)  # formats whose source is the folder
 IMAGES = ("1.jpg", "2.jpg")
 
 
@@ -91,6 +92,77 @@ def exports() -> Seeds:
     return [("x.json", json.dumps(one).encode()) for one in found]
 
 
+def visual_genome() -> Seeds:
+    regions = [{"region_id": 1, "image_id": 1, "phrase": "the clock", "x": 1}, {"phrase": "a wall"}]
+    documents: list[Any] = [[{"id": 1, "regions": regions}, {"id": 2, "regions": []}], [{"id": "2", "regions": regions[1:]}]]
+    return [("x.json", json.dumps(one).encode()) for one in documents]
+
+
+def gqa() -> Seeds:
+    red = {
+        "imageId": "1",
+        "question": "Is it red?",
+        "answer": "yes",
+        "fullAnswer": "Yes, it is.",
+        "semantic": [{"operation": "a"}],
+    }
+    return [("x.json", json.dumps({"0412": red, "7": red | {"imageId": 2, "answer": 3}}).encode())]
+
+
+def aokvqa() -> Seeds:
+    asked = {"split": "train", "image_id": 1, "question_id": "q", "question": "What?", "direct_answers": ["a", "b"]}
+    choices = {"choices": ["a", "b"], "correct_choice_idx": 0, "rationales": ["c"]}
+    return [("x.json", json.dumps([asked | choices, asked | {"image_id": 2, "split": "val"}]).encode())]
+
+
+def vqa() -> Seeds:
+    questions = [
+        {"image_id": 1, "question": "what?", "question_id": 10},
+        {"image_id": 2, "question": "why?", "question_id": 20},
+    ]
+    answers = [{"question_id": one["question_id"], "answers": [{"answer": "a", "answer_id": 1}, "b"]} for one in questions]
+    subset = {"data_subtype": "train2014", "info": {}}
+    return [
+        ("v2_OpenEnded_mscoco_train2014_questions.json", json.dumps(subset | {"questions": questions}).encode()),
+        ("v2_mscoco_train2014_annotations.json", json.dumps(subset | {"annotations": answers}).encode()),
+    ]
+
+
+def flickr8k() -> Seeds:
+    return [
+        ("Flickr8k.token.txt", b"1.jpg#0\tA cube .\n1.jpg#1\tIt is red .\n2.jpg.1#0\tTwo , three .\n"),
+        ("Flickr_8k.trainImages.txt", b"1.jpg\n"),
+        ("Flickr_8k.devImages.txt", b"2.jpg\n"),
+    ]
+
+
+def addresses() -> Seeds:
+    """Return data sets of web addresses, and a table in which only some cells are one."""
+    web = "https://example.org/a.jpg"
+    sbu = {"image_urls": [web], "captions": ["a cube"], "user_ids": [1]}
+    return [
+        ("x.tsv", f"a cube\t{web}\ntwo\t{web}\n".encode()),
+        ("x.csv", f"image,caption,source\n1.jpg,a cube,{web}\n".encode()),
+        ("x.json", json.dumps(sbu).encode()),
+        ("x.jsonl", f"{json.dumps({'URL': web, 'TEXT': 'a cube'})}\n".encode()),
+    ]
+
+
+def other_computers() -> Seeds:
+    """Return paths of Windows, with and without escaped backslashes, and of folders that do not exist here."""
+    lines = (
+        r'{"image": "C:\\data\\new\\1.jpg", "text": "a"}',
+        r'{"image": "img\new\2.jpg", "text": "b"}',
+        r'{"image": "~\\2.jpg", "text": "c"}',
+    )
+    rows = [{"image": "/content/drive/1.jpg", "text": "a"}, {"image": "file:///tmp/$HOME/2.jpg", "text": "b"}]
+    return [
+        ("x.jsonl", "\n".join(lines).encode()),
+        ("x.jsonl", "\n".join(map(json.dumps, rows)).encode()),
+        ("x.json", f"[{lines[1]}]".encode()),
+    ]
+
+
 def kohya() -> Seeds:
     meta = {"1.jpg": {"caption": "a cube", "tags": "a, b"}, "2.jpg": {"tags": "c"}}
     texts: Seeds = [
@@ -146,6 +218,13 @@ SEEDS: dict[str, Callable[[bytes], Seeds]] = {
     "json": lambda _: documents(),
     "flickr30k": lambda _: flickr30k(),
     "exports": lambda _: exports(),
+    "visual_genome": lambda _: visual_genome(),
+    "gqa": lambda _: gqa(),
+    "aokvqa": lambda _: aokvqa(),
+    "vqa": lambda _: vqa(),
+    "flickr8k": lambda _: flickr8k(),
+    "addresses": lambda _: addresses(),
+    "other_computers": lambda _: other_computers(),
     "kohya": lambda _: kohya(),
     "img2dataset": lambda _: img2dataset(),
     "shard": shards,
@@ -171,7 +250,9 @@ class Readers:
         self.source = folder / "source"
         self.source.mkdir()
         Image.new("RGB", (4, 4)).save(buffer := io.BytesIO(), "jpeg")
-        for name in IMAGES:
+        vqa_names = [f"COCO_train2014_{number:012d}.jpg" for number in (1, 2)] if kind == "vqa" else []
+        aokvqa_names = [f"{number:012d}.jpg" for number in (1, 2)] if kind == "aokvqa" else []
+        for name in (*IMAGES, *vqa_names, *aokvqa_names):
             (self.source / name).write_bytes(buffer.getvalue())
         self.parts = SEEDS[kind](buffer.getvalue())
         self.seeds = [bytes([number]) + content for number, (_, content) in enumerate(self.parts)]
@@ -191,6 +272,8 @@ class Readers:
 
     def run(self, data: bytes) -> None:
         path = self.source / self.parts[data[0] % len(self.parts)][0]
+        for name, content in self.parts if self.kind in SETS else ():
+            (self.source / name).write_bytes(content)
         path.write_bytes(data[1:])
         source = str(self.source if self.kind in FOLDERS else path)
         refused = None
