@@ -26,6 +26,7 @@ from lora_blip.data.prepare.sources import Source, find_sources, usable_entries
 from lora_blip.data.summary import LISTED, ReadLines
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
+from lora_blip.runtime.system_errors import long_path_advice
 from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
@@ -102,7 +103,7 @@ def read(
                 broken |= _undecodable(files, on_decoded, report)
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
             _collect(valid, builder, splits, groups, report)
-            notes.append(partial(describe, len(parsed), builder.root))
+            notes.append(partial(describe, len(parsed) + sum(one[0] == path for one in left_out), builder.root))
             valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
     if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
@@ -175,10 +176,11 @@ def _find_moved(
                 IMAGE_SLOT.__set__(example, moved[example.file])
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
         first = next(iter(builder.firsts))
+        fix = long_path_advice(builder.root / first) or "set IMAGE_ROOT (--image-root) to the folder of the images"
         raise DataError(
             printable(
                 f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
-                "does not exist there; set IMAGE_ROOT (--image-root) to the folder of the images"
+                f"does not exist there; {fix}"
             )
         )
     return missing if decode else {}

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from lora_blip.data.images import LARGEST_FILE
 from lora_blip.errors import ImageError
 from lora_blip.runtime.files import FULL, remove, write_whole
+from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, printable
 
 try:
@@ -274,7 +275,7 @@ def image_digest(path: Path) -> str:
         status = path.stat()
         return _digest(path, status.st_size, status.st_mtime_ns)
     except FileNotFoundError:
-        raise ImageError(printable(f"{path} does not exist")) from None
+        raise ImageError(printable(missing_file(path))) from None
     except UnreadableError as error:
         raise ImageError(printable(f"{path} is not a usable image: {error}")) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name

@@ -12,7 +12,7 @@ from lora_blip.data.entries import as_text
 from lora_blip.data.formats import Located, Location
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import sha256_of
-from lora_blip.runtime.signals import search_within
+from lora_blip.runtime.regex_limit import LimitedRegex
 from lora_blip.runtime.untrusted import printable, quoted
 
 FOLDER = "folder"
@@ -30,12 +30,11 @@ class Groups:
         """Raise ConfigError if `group_by` is not a valid regex."""
         self.group_by = group_by.strip()
         try:
-            self.pattern = re.compile(self.group_by) if "(" in self.group_by else None
+            self.pattern = LimitedRegex(self.group_by, SECONDS) if "(" in self.group_by else None
         except re.error as error:
             raise ConfigError(
                 f'group_by = {group_by!r} is not a valid regex ({error}); for example, --group-by "(video\\d+)"'
             ) from None
-        self.seconds = SECONDS
         self.column = "" if self.pattern or self.group_by == FOLDER else self.group_by
         self.folders: dict[str, str] = {}  # folder → its real path: two lines may spell it differently
         self.links: list[tuple[Any, Hashable]] = []
@@ -45,7 +44,7 @@ class Groups:
         """Store the group of an image, if it has one. name: its path as written. entry: its line, for a column."""
         if self.pattern:
             match = self._search(self.pattern, name.replace("\\", "/"))
-            group: Hashable = next(filter(None, match.groups()), match[0]) if match else None
+            group: Hashable = next(filter(None, match[1:]), match[0]) if match else None
         elif self.column:
             self.columns = self.columns or dict.fromkeys(entry or ())
             group = self.value_in(entry or {}) or None
@@ -62,15 +61,14 @@ class Groups:
         in_table = re.sub(r"[\s-]+", "_", self.column.lower())
         return (as_text(entry.get(self.column, entry.get(in_table))) or "").strip()
 
-    def _search(self, pattern: re.Pattern[str], name: str) -> re.Match[str] | None:
+    def _search(self, pattern: LimitedRegex, name: str) -> Sequence[str | None] | None:
         try:
-            match, self.seconds = search_within(pattern, name, self.seconds)
+            return pattern.search(name)
         except TimeoutError:
             raise ConfigError(
                 f"group_by = {self.group_by!r}: the regex takes more than {SECONDS:g} s, at the path {quoted(name)}; change it "
                 "so that it has no repetition inside a repetition, such as (a+)+ (--group-by)"
             ) from None
-        return match
 
     def _folder_of(self, path: str | Path) -> str:
         folder = os.path.dirname(path)  # noqa: PTH120  # a str or a Path

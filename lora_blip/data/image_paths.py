@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import quoted
 
 MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
@@ -139,7 +140,7 @@ class ImageFinder:
 
     def _missing(self, written: str, folders: Folders) -> str:
         """Return the reason for a missing file. The first SUGGESTED reasons contain the nearest existing name."""
-        message = f"{self.root / written} does not exist"
+        message = missing_file(self.root / written)
         if not self.complete:
             message += f" (only the first {MOST_FILES:,} files of {self.root} were searched)"
         self.suggestions += 1

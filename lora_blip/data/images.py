@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value, is_deep, to_grey
 from lora_blip.data.unreadable_formats import RAW, RAW_ADVICE, described
 from lora_blip.errors import ImageError
-from lora_blip.runtime.system_errors import reason_and_fix
+from lora_blip.runtime.system_errors import missing_file, reason_and_fix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, printable, shorten
 
 # the formats that Pillow may read; some of its other formats start a program
@@ -104,7 +104,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None, dark: DarkImag
                 file.seek(0)  # Pillow refuses a PNG with more than a megabyte of metadata
                 return _decode(_without_texts(file.read()), kind, path, dark)
     except FileNotFoundError:
-        raise ImageError(printable(f"{path} does not exist")) from None
+        raise ImageError(printable(missing_file(path))) from None
     except UnidentifiedImageError:
         raise ImageError(printable(f"{path} is {_unknown(path, kind)}")) from None
     except UnreadableError as error:

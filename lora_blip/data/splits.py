@@ -29,7 +29,8 @@ def split_by_image(
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):
             message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none for training"
-            raise DataError(f"{message}; set VAL_FRACTION to a smaller number, or to 0 (--val-fraction 0)")
+            smaller = "a smaller number, or to " * (len(images) > 1)
+            raise DataError(f"{message}; set VAL_FRACTION to {smaller}0 (--val-fraction 0)")
         links = [(files[file], group) for file, group in (groups.links if groups else ()) if file in files]
         equal = equal_files((image, image) for image in images) if compare_bytes and count else []
         if (links or equal) and count:

@@ -5,6 +5,7 @@ images    2
 captions  3
 left out  1 line(s)
           1 × captions.csv:5: the text is empty
+          9 × an image that does not exist, first captions.csv:7: 7.jpg does not exist
 samples   1.jpg → a red cube
 """
 
@@ -20,6 +21,7 @@ from lora_blip.runtime.untrusted import line_of_list, printable
 
 LISTED = 20  # problems or reasons printed before "and N more"
 SAMPLES = 3
+IMAGE_FAULTS = ("does not exist", "is not a usable image", "cannot be decoded", "cannot be read")  # after the path of an image
 LABEL = 10  # width of the first column
 
 
@@ -71,11 +73,20 @@ def source_line(path: Path, entries: int, description: str, root: Path) -> str:
 
 
 def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
-    """Return a text for each reason: the number of its entries, and the first of them."""
-    firsts = {one.reason: one for one in reversed(unused)}
-    counts = Counter(one.reason for one in unused)
-    lines = [line_of_list(f"{count:,} × {firsts[reason]}") for reason, count in counts.most_common(LISTED)]
+    """Return a text for each reason: the number of its entries, and the first of them.
+
+    Reasons that differ only in the path of an image are one reason.
+    """
+    firsts = {kind_of(one.reason): one for one in reversed(unused)}
+    counts = Counter(kind_of(one.reason) for one in unused)
+    titles = {kind: f"an image that {kind}, first " if kind in IMAGE_FAULTS and counts[kind] > 1 else "" for kind in counts}
+    lines = [line_of_list(f"{count:,} × {titles[kind]}{firsts[kind]}") for kind, count in counts.most_common(LISTED)]
     return lines + [f"… and {len(counts) - LISTED:,} more reasons"] * (len(counts) > LISTED)
+
+
+def kind_of(reason: str) -> str:
+    """Return a reason without the path of an image, so that the reasons of several images can be counted together."""
+    return next((fault for fault in IMAGE_FAULTS if f" {fault}" in reason), reason)
 
 
 def spread(count: int) -> list[int]:

@@ -207,12 +207,14 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 @lru_cache(maxsize=2**16)
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def many_ids(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:
     """Return {text: its `plain_ids`}. One call of the tokenizer for all texts is faster."""
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False).input_ids
+    ids = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    ).input_ids  # verbose: a long text has our own message
     return dict(zip(texts, ids, strict=True))
 
 

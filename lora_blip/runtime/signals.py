@@ -1,7 +1,6 @@
-"""Stop after the current batch on Ctrl-C, SIGTERM (a scheduler) or SIGUSR1 (before a preemption); limit the time of a regex."""
+"""Stop after the current batch on Ctrl-C, SIGTERM (a scheduler) or SIGUSR1 (before a preemption)."""
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -44,28 +43,6 @@ def catch_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
-def search_within(pattern: re.Pattern[str], text: str, seconds: float) -> tuple[re.Match[str] | None, float]:
-    """Return the match of a regex in a text, and how many of the seconds are left. Raise TimeoutError if none is left.
-
-    A regex such as (a+)+b can take years for a text of 50 characters. Without an alarm of the system (Windows, and other
-    threads than the main one), the time is not limited.
-    """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        return pattern.search(text), seconds
-    before: Any = signal.signal(signal.SIGALRM, _raise_timeout)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        match = pattern.search(text)
-        return match, signal.setitimer(signal.ITIMER_REAL, 0)[0]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before if before is not None else signal.SIG_DFL)
-
-
-def _raise_timeout(_number: int, _frame: FrameType | None) -> None:
-    raise TimeoutError
 
 
 def ignore_in_worker(_worker: int) -> None:

@@ -50,6 +50,8 @@ FIXES = {  # name of an errno → fix; {path} is quoted for the shell, and {othe
 }  # fmt: skip
 NUMBERS = {getattr(errno, name): fix for name, fix in FIXES.items() if hasattr(errno, name)}
 OPEN_ON_WINDOWS = "close the program that has it open (also a sync client or a virus scanner), then run the command again"
+LONGEST_ON_WINDOWS = 259  # characters of a path that Windows finds unless long paths are allowed
+ALLOW_LONG = r"reg add HKLM\SYSTEM\CurrentControlSet\Control\FileSystem /v LongPathsEnabled /t REG_DWORD /d 1 /f"
 IN_TEXT = re.compile(r"\(os error (\d+)\)")
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # fsync on some network shares
 
@@ -73,8 +75,27 @@ def fix_of(error: OSError, path: str | Path, action: str = "read") -> str:
     """Return what the user can do about an OSError at this path."""
     if WINDOWS and error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY):
         return OPEN_ON_WINDOWS
+    if error.errno in (errno.ENOENT, errno.EINVAL, errno.ENAMETOOLONG) and (advice := long_path_advice(path)):
+        return advice
     fix = NUMBERS.get(error.errno or 0, "check the disk, then run the command again")
     return fix.replace("{other}", OTHER_PATHS.get(action, "give another path")).replace("{path}", quoted_for_shell(str(path)))
+
+
+def missing_file(path: str | Path) -> str:
+    """Return the message that a file does not exist. On Windows, a path that is too long has its own reason and fix."""
+    advice = long_path_advice(path)
+    return f"{path} does not exist" + f", or cannot be found: {advice}" * bool(advice)
+
+
+def long_path_advice(path: str | Path) -> str:
+    """Return what to do about a path that Windows does not find because of its length, or "" for any other path."""
+    length = len(os.path.abspath(path)) if WINDOWS else 0  # noqa: PTH100  # a str or a Path
+    if length <= LONGEST_ON_WINDOWS:
+        return ""
+    return (
+        f"the path has {length} characters, and Windows finds at most {LONGEST_ON_WINDOWS}; use a folder with a shorter path, "
+        f"or allow long paths once, as an administrator: {ALLOW_LONG}"
+    )
 
 
 def reason_and_fix(error: Exception, path: str | Path) -> str:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from lora_blip.data import annotations
 from lora_blip.data.entries import canonical
-from lora_blip.data.prepare.command import PrepareConfig, prepare, split_fractions
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.data.prepare.part_sizes import split_fractions
 from lora_blip.data.prepare.published import detokenized, load_json
 from lora_blip.data.prepare.sources import find_sources
 from lora_blip.data.tables import csv_entries, tsv_entries
@@ -397,7 +398,7 @@ def test_the_split_depends_on_the_seed_and_the_images_alone(run, tmp_path):
 def test_every_split_gets_an_image_or_it_is_an_error(run, tmp_path):
     source = manifest(tmp_path, 3)
     with pytest.raises(DataError, match="too few"):
-        run(write(tmp_path / "two.tsv", "photos/0.png\ta", "photos/1.png\tb"), splits="0.9,0.05,0.05")
+        run(write(tmp_path / "two.tsv", "photos/0.png\ta", "photos/1.png\tb"), splits="0.8,0.1,0.1")
     assert {side: len(images) for side, images in sides_of(run(source, splits="0.9,0.05,0.05")).items()} == dict.fromkeys(
         ("train", "val", "test"), 1
     )

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lora_blip.data import annotations, grouping, splits
 from lora_blip.data.grouping import Groups, components, draw, equal_files
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.runtime.regex_limit import LimitedRegex
 from lora_blip.training.examples import read_examples
 
 
@@ -212,3 +214,43 @@ def test_a_regex_that_takes_years_is_one_error(monkeypatch):
     with pytest.raises(ConfigError, match=r"takes more than 0.3 s, at the path 'aaa.*no repetition inside a repetition"):
         groups.add(0, "a" * 60, "x.png")
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def in_thread(call):
+    """Return the result of a call in another thread, where no signal can limit a regex. An error is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_a_regex_that_takes_years_is_one_error_in_another_thread_too(monkeypatch):
+    """The search is in another process, which is ended."""
+    monkeypatch.setattr(grouping, "SECONDS", 0.3)
+    groups = Groups("(a+)+b")
+    assert groups.pattern
+    with pytest.raises(ConfigError, match=r"takes more than 0.3 s, at the path 'aaa.*no repetition inside a repetition"):
+        in_thread(lambda: groups.add(0, "a" * 60, "x.png"))
+    assert groups.pattern.process
+    assert groups.pattern.process.poll() is not None
+
+
+def test_a_regex_finds_the_same_groups_in_every_thread():
+    names = ["video1/a.png", "vidéo2/\udc80.png", 'x"\\y\n.png', "", "video22/b.png", "cut_7.png"]
+    found = []
+    for run in (lambda call: call(), in_thread):
+        groups = Groups(r"(vid[eé]o\d+)|cut_(\d)|y(?=\n)()")
+        for number, name in enumerate(names):
+            run(lambda groups=groups, number=number, name=name: groups.add(number, name, "x.png"))
+        found.append(groups.links)
+    assert found[0] == found[1] and [image for image, _ in found[0]] == [0, 1, 2, 4, 5]
+    process = groups.pattern.process if groups.pattern else None
+    assert process and process.poll() is None
+    del groups, run
+    assert process.wait(10) is not None  # it ends with its regex
+
+
+def test_a_process_that_has_died_is_an_error_and_no_endless_wait():
+    regex = LimitedRegex("(a)", 60)
+    assert in_thread(lambda: regex.search("xa")) == ["a", "a"] and regex.process
+    regex.process.kill()
+    with pytest.raises(TimeoutError):
+        in_thread(lambda: regex.search("xa"))

@@ -61,6 +61,32 @@ def test_the_table_of_questions_counts_the_left_out_entries_by_their_reasons(fol
     assert f"{image_in(command, folder, '1.png')} → what? → a | b" in out
 
 
+def test_missing_and_broken_images_are_counted_together(folder, capsys, monkeypatch):
+    """Direct reading has one row for all missing images, as `prepare` has, and not one for each path."""
+    monkeypatch.setenv("COLUMNS", "400")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
+    (folder / "bad2.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 60)
+    names = ["1.png", *(f"gone{n}.png" for n in range(30)), "bad.png", "2.png", "bad2.png"]
+    path = folder / "x.csv"
+    path.write_text("image,caption\n" + "".join(f"{name},a\n" for name in names) + "3.png,\n3.png,\n")
+    out = table("train", path, capsys)
+    rows = [line.strip() for line in out[out.index("left out") : out.index("samples")].splitlines()]
+    assert rows[0] == "left out  34 line(s)" and len(rows) == 4
+    assert rows[1].startswith(f"30 × an image that does not exist, first {path}:3: {folder / 'gone0.png'} does not exist")
+    assert any(row.startswith(f"2 × an image that cannot be decoded, first {path}:33: ") for row in rows)
+    assert f"2 × {path}:36: the text is empty" in rows
+
+
+def test_both_commands_count_the_entries_that_are_left_out(folder, capsys):
+    """The row of a file counts all entries of a file, also those that its data set marks as rejected."""
+    images = [{"id": n, "file_name": f"{n}.png"} for n in (1, 2, 3)]
+    texts = [{"image_id": n, "caption": "a", "is_rejected": n == 2} for n in (1, 2, 3)]
+    path = folder / "x.json"
+    path.write_text(json.dumps({"images": images, "annotations": texts}))
+    for command in ("train", "prepare"):
+        assert f"{path}: 3 entries (coco)" in table(command, path, capsys)
+
+
 @pytest.mark.parametrize("command", ["train", "prepare"])
 def test_hostile_texts_are_escaped_and_cut_to_one_line(folder, command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")

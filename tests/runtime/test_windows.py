@@ -1,5 +1,6 @@
-"""What differs on Windows: worker processes without fork, and names that its file systems refuse."""
+"""What differs on Windows: worker processes without fork, names that its file systems refuse, and long paths."""
 
+import json
 import re
 from datetime import datetime
 
@@ -10,7 +11,12 @@ from hypothesis import strategies as st
 
 from lora_blip.data import annotations
 from lora_blip.data.dataset import ImageDataset
+from lora_blip.data.disk_cache import image_digest
+from lora_blip.data.images import open_image
 from lora_blip.data.loader import close, loader
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.errors import LoraBlipError
+from lora_blip.runtime import system_errors
 from lora_blip.runtime.runs import LONGEST_PART, run_name
 from tests.support import tiny
 
@@ -51,3 +57,24 @@ def test_a_base_with_a_name_that_windows_refuses_has_a_run_folder(tmp_path, part
     name = run_name("caption", part, part, datetime(2026, 1, 2))
     (tmp_path / name).mkdir()
     assert not set('<>:"/\\|?*') & set(name) and not RESERVED.fullmatch(name)
+
+
+@pytest.mark.parametrize("length", [259, 260])
+def test_a_path_that_is_too_long_for_windows_has_its_own_fix(tmp_path, monkeypatch, length):
+    """Windows reports a file with a longer path as missing: images, annotations and outputs name the length and the fix."""
+    monkeypatch.setattr(system_errors, "WINDOWS", True)
+    image = tmp_path / ("x" * (length - len(str(tmp_path)) - 5) + ".jpg")
+    assert len(str(image)) == length
+    fix = f"the path has {length} characters, and Windows finds at most 259; use a folder with a shorter path, or allow long"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": image.name, "text": "a"}))
+    for refused in (
+        lambda: open_image(image),
+        lambda: image_digest(image),
+        lambda: annotations.read(tmp_path / "a.jsonl"),
+        lambda: prepare(PrepareConfig(source=str(tmp_path / "a.jsonl"), output_dir=str(tmp_path / "out"))),
+    ):
+        with pytest.raises(LoraBlipError, match="does not exist") as error:
+            refused()
+        assert (fix in str(error.value)) == (length == 260)
+    error = system_errors.file_error(FileNotFoundError(2, "No such file"), image, "written")
+    assert (system_errors.ALLOW_LONG in str(error)) == (length == 260)

@@ -1,7 +1,6 @@
 """`python -m lora_blip prepare`: convert data to train.jsonl, val.jsonl and test.jsonl, split by image."""
 
 import json
-import math
 import os
 import random
 from contextlib import suppress
@@ -16,6 +15,7 @@ from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
 from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
+from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_sizes, split_fractions
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import Sample, spread, summary
 from lora_blip.errors import ConfigError, DataError
@@ -23,11 +23,10 @@ from lora_blip.runtime.command_line import program
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import check, require, setting
-from lora_blip.runtime.system_errors import command_line
+from lora_blip.runtime.system_errors import command_line, long_path_advice
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 
-SPLIT_NAMES = ("train", "val", "test")
 DROPPED, IMAGES = "dropped.jsonl", "images"  # IMAGES: the folder of images from Parquet files and shards
 encode = json.JSONEncoder(ensure_ascii=False).encode
 NO_SPLIT = 'it has no split, but other lines have one; add "split": "train", or draw all splits at random (--own-splits false)'
@@ -57,7 +56,7 @@ class PrepareConfig:
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
     question_key: str = setting("", "column or key of the question; empty: question")
     answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
-    splits: str = setting("0.9,0.05,0.05", "fractions of the images for train, val and test; 1: only train")
+    splits: str = setting(DEFAULT_SPLITS, "fractions of the images for train, val and test; 1: only train")
     group_by: str = setting(
         "", 'keep the images of a group together: "folder", a column such as "video", or a regex such as "(video\\d+)"'
     )
@@ -148,9 +147,10 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
             data.dropped.append(result)
     if folder.known and all(isinstance(image, str) and "does not exist" in image for image in folder.known.values()):
         example = next(iter(folder.known))
+        fix = long_path_advice(folder.root / example) or "give the folder of the images: --images FOLDER"
         raise DataError(
             f"{source.path}: none of its {len(folder.known):,} image(s) is in {folder.root}; {example!r} does not exist there; "
-            "give the folder of the images: --images FOLDER"
+            f"{fix}"
         )
     entries = len(data.rows) - before + len(data.dropped) - dropped
     data.notes += [*source.describe(entries, folder.root), *filter(None, [folder.finder.describe()])]
@@ -208,14 +208,7 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
     """Return {image identity: a random split}. It depends on the seed, not on the order of lines or the spelling of paths."""
     paths = {row.image.identity: row.image.path for row in data.rows}
     images = sorted(paths, key=lambda image: (data.names[image], paths[image]))
-    sizes = [max(1, round(fraction * len(images))) if fraction else 0 for fraction in split_fractions(splits)]
-    largest = max(range(len(sizes)), key=lambda n: sizes[n])
-    sizes[largest] += len(images) - sum(sizes)
-    if sizes[largest] < 1:
-        raise DataError(
-            f"{len(images)} image(s) are too few for splits = {splits!r}, because each part needs one; for only train.jsonl, "
-            "give --splits 1" + ", and for two parts --splits 0.8,0.2" * (len(images) > 1)
-        )
+    sizes = part_sizes(splits, len(images))
     parts = sum(map(bool, sizes))
     groups = joined(images, data.groups.links, equal_files(paths.items()) if parts > 1 else [], parts)
     random.Random(seed).shuffle(groups)
@@ -228,22 +221,6 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
     if empty := {split for split, size in zip(SPLIT_NAMES, sizes, strict=True) if size} - set(result.values()):
         raise DataError(f"splits = {splits!r}: no group is left for {', '.join(sorted(empty))}; give --splits 1")
     return result
-
-
-def split_fractions(splits: str) -> list[float]:
-    """Return the fractions of train, val and test. Raise ConfigError if they are invalid."""
-    try:
-        fractions = [float(part) for part in splits.split(",")]
-    except ValueError:
-        fractions = []
-    is_whole = min(fractions, default=-1) >= 0 and math.isclose(sum(fractions), 1, abs_tol=1e-6)
-    require(
-        is_whole and len(fractions) <= len(SPLIT_NAMES),
-        "splits",
-        splits,
-        "fractions for train, val and test that add up to 1, such as 0.9,0.05,0.05",
-    )
-    return fractions + [0.0] * (len(SPLIT_NAMES) - len(fractions))
 
 
 def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
