@@ -1,0 +1,183 @@
+# %% [markdown]
+# # 7 · Merge and restore
+#
+# **You learn** what a merge does to the bits of W, which part of an update is lost in 16 bits, and why subtracting the update
+# does not give back W.
+#
+# **Time:** about 40 seconds on two cores.
+#
+# **Read:** `lora_blip/lora/merging.py`.
+#
+# An adapter that is merged needs no hook at inference. The weight is replaced by
+#
+# $$W' = \mathrm{round}(W_0 + \Delta W), \qquad \Delta W = \frac{\alpha}{r} B A.$$
+#
+# The sum is computed in float32 and then rounded to the dtype of the weight. This rounding is the subject of the lesson.
+
+# %%
+import lesson_tools  # first: it sets the paths and the number of threads
+import matplotlib.pyplot as plt
+import torch
+from lesson_tools import ROOT, record, show
+
+import lora_blip
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+run = lesson_tools.quick_train(max_steps=100)  # adapters on the linears of the ViT, alpha / r = 4
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+lora_blip.load_adapter(backbone, run)
+
+linears = {name: module for name, module in backbone.model.named_modules() if hasattr(module, "lora")}
+W0 = {name: linear.weight.detach().clone() for name, linear in linears.items()}  # (d, k)
+delta = {name: sum(lora.delta_weight() for lora in linear.lora.values()).detach() for name, linear in linears.items()}
+
+# %% [markdown]
+# ## A merged model equals the hooked one
+#
+# In float32, we compare the logits of four captions: with hooks, and after `merge`.
+
+# %%
+images, captions = lesson_tools.test_cubes(4)
+tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
+
+
+def logits(loaded):
+    pixels = loaded.image_processor(images, return_tensors="pt").pixel_values.to(next(loaded.model.parameters()).dtype)
+    with torch.no_grad():
+        return loaded.model(pixel_values=pixels, **tokens).logits.float()
+
+
+hooked = logits(backbone)
+lora_blip.merge(backbone)
+merged = logits(backbone)
+difference = ((merged - hooked).abs().max() / hooked.abs().max()).item()
+print(f"largest difference of a logit, relative to the largest logit: {difference:.1e}")
+assert 0 < difference < 1e-5
+for name, linear in linears.items():
+    assert torch.equal(linear.weight, W0[name] + delta[name])  # W' of the equation, bit for bit
+
+# %% [markdown]
+# The difference is not zero. With hooks, the model adds W₀x and ΔWx, and each has its own rounding errors. Merged, it rounds
+# the sum of the weights first. Both are right to float32.
+#
+# ## 16 bits: a part of the update is lost
+#
+# A floating-point number with p significant bits has the unit roundoff u = 2⁻ᵖ: p is 24 for fp32, 11 for fp16 and 8 for bf16.
+# Rounding a number z changes it by at most u·|z|. (In fp16, numbers below 2⁻¹⁴ have fewer bits. There, the change is at
+# most 2⁻²⁵.) So for every element,
+#
+# $$|W' - (W_0 + \Delta W)| \le u\,|W_0 + \Delta W|.$$
+#
+# An element with |ΔW| < u·|W₀|/2 does not change at all: W' = W₀, because the gap between W₀ and its neighbours is larger
+# than u·|W₀|, and a change below half of the gap is rounded away. We count these elements for the trained update, and for
+# the same update made smaller.
+
+# %%
+ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+SIZES = [2.0**-k for k in range(0, 11)]  # the update is multiplied by this
+unchanged = {key: [] for key in DTYPES}
+for key, dtype in DTYPES.items():
+    for size in SIZES:
+        same = elements = 0
+        for name, weight in W0.items():
+            W, update = weight.to(dtype), size * delta[name]
+            exact = W.double() + update.double()
+            new = (W.float() + update).to(dtype)
+            assert ((new.double() - exact).abs() <= 1.01 * ROUNDOFF[key] * exact.abs() + 2.0**-25).all()
+            assert not ((new != W) & (update.abs() < ROUNDOFF[key] * W.abs() / 2)).any()
+            same, elements = same + (new == W).sum().item(), elements + W.numel()
+        unchanged[key].append(same / elements)
+    print(
+        f"{key}: {unchanged[key][0]:.2%} of the elements do not change; {unchanged[key][-1]:.0%} with an update of size 1/1024"
+    )
+
+assert unchanged["fp32"][0] < unchanged["fp16"][0] < unchanged["bf16"][0] < 0.05
+assert unchanged["bf16"][-1] > 0.9 > unchanged["fp16"][-1] > 0.5 > 0.01 > unchanged["fp32"][-1]
+
+# %% [markdown]
+# The tiny base and its large learning rate give a large update, so little is lost here. An update that is 1024 times
+# smaller is mostly lost in both 16-bit types. This is why `lora_blip` keeps A and B in float32 during training, and why hooks in a bf16 model
+# add the update to the output, not to the weight.
+#
+# ## Subtracting does not restore
+#
+# A library without a copy of W₀ can undo a merge only by subtracting: W'' = round(W' − ΔW). But W' has lost the last bits of
+# W₀, so W'' differs from W₀ in some elements. Each cycle with another adapter adds more errors. We imitate 20 different
+# adapters of the same size: each has the rows of ΔW in another random order.
+
+# %%
+CYCLES = 20
+changed = {key: [] for key in DTYPES}
+for key, dtype in DTYPES.items():
+    weights = {name: weight.to(dtype) for name, weight in W0.items()}
+    for _ in range(CYCLES):
+        for name, W in weights.items():
+            update = delta[name][torch.randperm(len(W))]
+            weights[name] = ((W.float() + update).to(dtype).float() - update).to(dtype)
+        wrong = sum((W0[name].to(dtype) != W).sum().item() for name, W in weights.items())
+        changed[key].append(wrong / sum(W.numel() for W in weights.values()))
+    record(f"changed after 1 cycle, {key}", changed[key][0])
+    record(f"changed after {CYCLES} cycles, {key}", changed[key][-1])
+    assert changed[key][0] > 0.02 and 2 * changed[key][0] < changed[key][-1]
+
+# %% [markdown]
+# `lora_blip.restore` copies W₀ back. The copy is made at the first merge. It has as many bytes as the adapted weights, and it
+# is the only way to get every bit.
+
+# %%
+lora_blip.restore(backbone)
+assert all(torch.equal(linear.weight, W0[name]) for name, linear in linears.items())
+for _ in range(CYCLES):
+    lora_blip.merge(backbone)
+    lora_blip.restore(backbone)
+assert all(torch.equal(linear.weight, W0[name]) for name, linear in linears.items())
+assert torch.equal(logits(backbone), hooked)
+
+half = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), dtype="bf16")
+before = {name: half.model.get_submodule(name).weight.detach().clone() for name in linears}
+lora_blip.load_adapter(half, run)
+errors = {"hooks": (logits(half) - hooked).norm() / hooked.norm()}
+lora_blip.merge(half)
+errors["merged"] = (logits(half) - hooked).norm() / hooked.norm()
+lora_blip.restore(half)
+assert all(torch.equal(half.model.get_submodule(name).weight, weight) for name, weight in before.items())
+print("copy of the weights:", sum(weight.nbytes for weight in before.values()) // 1024, "KiB in bf16")
+for name, error in errors.items():
+    record(f"relative error of the bf16 logits, {name}", error.item())
+assert max(errors.values()) < 3 * min(errors.values())
+
+# %%
+figure, panels = plt.subplots(2, 1, figsize=(5, 7))
+for key, marker in zip(DTYPES, "osD", strict=True):
+    panels[0].semilogx(SIZES, [100 * share for share in unchanged[key]], marker=marker, label=key, base=2)
+    panels[1].plot(range(1, CYCLES + 1), [100 * share for share in changed[key]], marker=marker, markersize=4, label=key)
+panels[0].set(xlabel="size of the update (1 = trained)", ylabel="elements of W without a change (%)")
+panels[0].set_title("A small update is lost in 16 bits")
+panels[1].plot([1, CYCLES], [0, 0], "k--", label="restore, all dtypes")
+panels[1].set(xlabel="cycles of merging and subtracting", ylabel="elements different from W₀ (%)")
+panels[1].set_title("Subtracting does not restore W₀")
+panels[0].legend()
+panels[1].legend(loc=(0.55, 0.12))
+show(figure, "rounding")
+
+# %% [markdown]
+# In bf16, hooks and merged weights have logits of about the same error. Most of it comes from the other roundings of a bf16 model.
+#
+# ## Exercises
+#
+# 1. Merge two adapters into bf16 weights in two ways: round after each, W' = round(round(W₀ + ΔW₁) + ΔW₂), and round once,
+#    W' = round(W₀ + (ΔW₁ + ΔW₂)). A right answer shows that the first way depends on the order of the adapters in some
+#    elements, that the second does not, and that the second is nearer to the exact sum on average.
+# 2. Restore W₀ by subtracting, with less memory than a copy: store only the elements that subtracting gets wrong, as index and
+#    value. A right answer restores bf16 weights bit for bit after one merge, and needs fewer bytes than a copy.
+#
+# ## What to remember
+#
+# - A merge is one rounding of W₀ + ΔW. In float32 it changes nothing that matters. In 16 bits, small updates are lost.
+# - Subtracting ΔW does not give back W₀. Only a copy does, and it costs the bytes of the adapted weights.
+# - Start every merge from W₀, with the sum of all updates.
+#
+# ## Sources
+#
+# - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv:2106.09685, section 4.1: no additional latency
+# - Higham 2002, *Accuracy and Stability of Numerical Algorithms*, section 2.2: the unit roundoff
