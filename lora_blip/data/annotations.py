@@ -17,12 +17,13 @@ from typing import Any
 from PIL import Image
 
 from lora_blip.data.deep_images import DarkImages
+from lora_blip.data.entries import LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import NO_KEYS, Keys, Located, Location, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
-from lora_blip.data.prepare.sources import Source, find_sources, usable_entries
+from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import LISTED, ReadLines
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.progress import track
@@ -89,9 +90,8 @@ def read(
     valid_lines: list[Example] = []
     problems: list[Problem] = []
     notes: list[Callable[[], list[str]]] = []  # about the files, for the table
-    left_out: list[tuple[Path, Location, str]] = []
     with many_objects():
-        for path, root, entries, describe in sources_of(source, keys, left_out, setting):
+        for path, root, entries, describe in sources_of(source, keys, setting, splits is not None):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
             parsed = _parsed(
                 path, entries if groups is None else partial(observed, entries, builder.group_entries, groups), builder, report
@@ -103,15 +103,16 @@ def read(
                 broken |= _undecodable(files, on_decoded, report)
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
             _collect(valid, builder, splits, groups, report)
-            notes.append(partial(describe, len(parsed) + sum(one[0] == path for one in left_out), builder.root))
+            notes.append(partial(describe, len(parsed), builder.root))
             valid_lines, problems = (valid_lines + valid if valid_lines else valid), problems + invalid
+    unused, problems = problems, [problem for problem in problems if not isinstance(problem.reason, LeftOut)]
     if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
     if problems and on_bad_data == "stop":
         raise DataError(f"{listing(problems)}\n{SKIP}")
     if not valid_lines:
-        raise DataError(f"{source}: no usable line\n{listing(problems) or ANNOTATIONS}")
-    report(ReadLines(valid_lines, [*problems, *(Problem(*one) for one in left_out)], notes))
+        raise DataError(f"{source}: no usable line\n{listing(problems or unused) or ANNOTATIONS}")
+    report(ReadLines(valid_lines, unused, notes))
     return valid_lines, problems
 
 
@@ -131,15 +132,14 @@ def _collect(
 
 
 def sources_of(
-    source: Path, keys: Keys, left_out: list[tuple[Path, Location, str]], setting: str
+    source: Path, keys: Keys, setting: str, use_splits: bool
 ) -> list[tuple[Path, Path, Callable[[], Iterator[Located]], Callable[[int, Path], list[str]]]]:
     """Return (file, default folder of its images, reader of its entries, reader of its description) for each file to read.
 
-    The entries that are not usable examples are added to `left_out` when they are read.
+    use_splits: give an entry without a split that of its file, such as train for captions_train.json.
     Raise DataError if a file does not exist, cannot be read, or has an unknown format.
     """
-    exists = os.path.lexists(source)
-    if not exists and "," not in str(source):  # or several files
+    if not (exists := os.path.lexists(source)) and "," not in str(source):  # or several files
         raise missing_annotations(source)
     if exists and source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
         one = Source(source, "jsonl", partial(jsonl_entries, source))
@@ -148,7 +148,8 @@ def sources_of(
         sources = find_sources(str(source), keys=keys, flag=f"--{setting.replace('_', '-')}")
     except DataError as error:
         raise DataError(f"{setting}: {error}") from None
-    return [(one.path, one.root, partial(usable_entries, one.path, one.entries, left_out), one.describe) for one in sources]
+    with_splits = use_splits and len(sources) > 1
+    return [(one.path, one.root, one.split_entries if with_splits else one.entries, one.describe) for one in sources]
 
 
 def _parsed(

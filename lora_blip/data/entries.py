@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lora_blip.runtime.untrusted import is_path, pasteable, quoted, shorten
@@ -18,13 +18,22 @@ TEXT_KEYS = (
 )  # fmt: skip
 ANSWER_KEYS = ("answers", "answer")
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
-SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val", "eval": "val"}
+SPLITS |= {"dev": "val", "test": "test"}
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})
 NOT_UTF8 = "it is not UTF-8 (or contains half a surrogate pair); save the file as UTF-8"
 
 Entry = dict[str, Any]
+Location = int | str  # the number of a line, or the place of an entry in a JSON document: "annotations[17]"
+Located = tuple[Location, Entry | str]  # an entry, or the reason why it is invalid
+
+
+class LeftOut(str):
+    """The reason why an entry is left out without an error, such as a caption that its data set marks as rejected."""
+
+    __slots__ = ()
 
 
 class WrittenFloat(float):
@@ -60,7 +69,12 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)
     if not isinstance(image, str) or not image.strip():
-        return f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path"
+        keys = (
+            f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; name one: --image-key KEY"
+            if rest and image is None
+            else ""
+        )
+        return f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path{keys}"
     if not is_path(image):
         corrected = image.translate(LETTERS)
         if corrected != image and "\n\n" not in image and is_path(corrected):
@@ -77,7 +91,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 def _caption(rest: Entry) -> Entry:
     """Remove the text from `rest`, and return {"text": …}. Raise _ValueError if it is missing or invalid."""
     if rest.keys().isdisjoint(TEXT_KEYS):
-        keys = f"; this line has the keys {quoted(list(rest))[1:-1]}" if rest else ""
+        keys = f"; this line has the keys {quoted(list(rest))[1:-1]}; name one: --text-key KEY" if rest else ""
         raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers{keys}")
     return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
 
@@ -136,3 +150,16 @@ def _take(entry: Entry, keys: Iterable[str], otherwise: Any = None) -> Any:
     """Remove the first of `keys` that the entry has, and return its value. Return `otherwise` if it has none."""
     key = first_key(entry, keys)
     return otherwise if key is None else entry.pop(key)
+
+
+def several(at: Location, entry: Entry) -> Iterator[Located]:
+    """Yield an entry for each text of a list of texts, such as {"image": …, "captions": ["a cat", "a black cat"]}."""
+    key = first_key(entry, TEXT_KEYS)
+    texts = entry[key] if key else None
+    if not key or not isinstance(texts, list) or not texts:
+        yield at, entry
+        return
+    rest = {name: value for name, value in entry.items() if name != key}
+    for text in texts:
+        inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
+        yield at, rest | {"text": text[inside] if inside else text}

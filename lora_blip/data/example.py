@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, SPLITS, TEXT_KEYS, Entry, as_text, canonical, first_key
-from lora_blip.data.formats import Location
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, SPLITS, TEXT_KEYS, Entry, Location, as_text, canonical, first_key
 from lora_blip.runtime.untrusted import is_path
 
 MOST_SHARED = 2**17  # largest number of different answers, groups and prompts that share memory

@@ -4,12 +4,13 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_blip.data.entries import TEXT_KEYS, Entry, WrittenFloat, first_key
+from lora_blip.data.conversions import converted, needs_conversion
+from lora_blip.data.entries import Located, Location, WrittenFloat, several
 from lora_blip.data.json_repair import STRICT, corrected_reason
 from lora_blip.runtime.untrusted import DEEPEST, open_regular, parsed, refuse_constant
 
@@ -20,14 +21,8 @@ ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]") 
 
 QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)  # five times as fast; ignores repeated keys
 
-Location = int | str  # the number of a line, or the place of an entry in a JSON document: "annotations[17]"
-Located = tuple[Location, Entry | str]  # an entry, or the reason why it is invalid
 
-
-class LeftOut(str):
-    """The reason why an entry is left out without an error, such as a caption that its data set marks as rejected."""
-
-    __slots__ = ()
+OUR_KEYS = {"image", "text", "question", "answers", "question_id", "prompt", "group", "split"}
 
 
 @dataclass(frozen=True)
@@ -95,27 +90,32 @@ def describe_encoding(path: Path, table: bool) -> tuple[str, str]:
     return encoding, message
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Yield (number, line) for each line that is not blank, or (number, None) if it is longer than LONGEST."""
+def numbered_lines(path: Path, longest: int = LONGEST) -> Iterator[tuple[int, str | None]]:
+    """Yield (number, line) for each line that is not blank, or (number, None) if it is longer than `longest`."""
     with open_text(path) as file:
-        for number, line in enumerate(bounded(file), 1):
-            if len(line) > LONGEST:
+        for number, line in enumerate(bounded(file, longest), 1):
+            if len(line) > longest:
                 yield number, None
             elif not line.isspace():
                 yield number, line
 
 
-def bounded(file: TextIO) -> Iterator[str]:
-    """Yield the lines of a file. Of a line longer than LONGEST, yield only the first LONGEST + 1 characters."""
-    while part := file.readline(LONGEST + 1):
+def bounded(file: TextIO, longest: int = LONGEST) -> Iterator[str]:
+    """Yield the lines of a file. Of a line longer than `longest`, yield only the first longest + 1 characters."""
+    while part := file.readline(longest + 1):
         yield part
-        while len(part) > LONGEST and part[-1] not in "\r\n":
-            part = file.readline(LONGEST + 1)
+        while len(part) > longest and part[-1] not in "\r\n":
+            part = file.readline(longest + 1)
 
 
-def jsonl_entries(path: Path) -> Iterator[Located]:
-    """Read a file with a JSON object per line."""
-    for number, line in numbered_lines(path):
+def jsonl_entries(path: Path, longest: int = LONGEST, raw: bool = False) -> Iterator[Located]:
+    """Read a file with a JSON object per line.
+
+    longest: the most characters of a line. raw: yield each object as it is, because its keys will be renamed.
+    """
+    convert: Callable[[Location, Any], Iterator[Located]] | None = None
+    is_first = True
+    for number, line in numbered_lines(path, longest):
         if line is None:
             yield number, TOO_LONG
             continue
@@ -124,25 +124,18 @@ def jsonl_entries(path: Path) -> Iterator[Located]:
         except ValueError as error:
             yield number, corrected_reason(line, error) or f"it is not valid JSON ({error}): {line.strip()[:60]!r}"
             continue
-        if not isinstance(entry, dict):
+        if is_first:
+            is_first = False
+            is_ours = raw or (type(entry) is dict and entry.keys() <= OUR_KEYS and type(entry.get("image")) is str)
+            convert = None if is_ours or not needs_conversion(entry) else converted
+        if convert and isinstance(entry, dict | list):
+            yield from convert(number, entry)
+        elif not isinstance(entry, dict):
             yield number, f'expected an object {{"image": …, "text": …}}, got {line.strip()[:60]!r}'
-        elif "[" in line and "question" not in entry:
+        elif "[" in line and "question" not in entry and not raw:
             yield from several(number, entry)
         else:
             yield number, entry
-
-
-def several(at: Location, entry: Entry) -> Iterator[Located]:
-    """Yield an entry for each text of a list of texts, such as {"image": …, "captions": ["a cat", "a black cat"]}."""
-    key = first_key(entry, TEXT_KEYS)
-    texts = entry[key] if key else None
-    if not key or not isinstance(texts, list) or not texts:
-        yield at, entry
-        return
-    rest = {name: value for name, value in entry.items() if name != key}
-    for text in texts:
-        inside = first_key(text, ("raw", *TEXT_KEYS)) if isinstance(text, dict) else None
-        yield at, rest | {"text": text[inside] if inside else text}
 
 
 def _object(line: str) -> Any:

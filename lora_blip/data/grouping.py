@@ -8,8 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_blip.data.entries import as_text
-from lora_blip.data.formats import Located, Location
+from lora_blip.data.entries import Located, Location, as_text
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.files import sha256_of
 from lora_blip.runtime.regex_limit import LimitedRegex

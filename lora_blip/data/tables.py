@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry
-from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, Located, bounded, open_text, table_encoding
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, Located
+from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import quoted
 

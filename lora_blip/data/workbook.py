@@ -4,7 +4,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, Located
+from lora_blip.data.entries import Located
+from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys
 from lora_blip.data.tables import Row, entries_of_rows
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import shorten

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lora_blip.data.annotations import many_objects
-from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, canonical
-from lora_blip.data.formats import LeftOut, Location, keys_of
+from lora_blip.data.entries import NOT_UTF8, SPLITS, Entry, LeftOut, Location, canonical
+from lora_blip.data.formats import keys_of
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.prepare.dropped import Dropped, dropped_lines, first_lines
 from lora_blip.data.prepare.folders import Folder, ImageFile
@@ -226,7 +226,7 @@ def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, st
 def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
     """Raise DataError if a line is invalid and `on_bad_data` is "stop", or if no line is valid."""
     faults = [dropped for dropped in data.dropped if dropped.category == "fault"]
-    listed = "\n".join(first_lines(faults))
+    listed = "\n".join(first_lines(faults or data.dropped))
     if faults and on_bad_data == "stop":
         is_missing = any("does not exist" in fault.reason for fault in faults)
         elsewhere = ", or give the folder of the images (--images FOLDER)" * is_missing

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data import formats, tables
-from lora_blip.data.entries import IMAGE_KEYS
-from lora_blip.data.formats import Keys, Located
+from lora_blip.data.conversions import needs_conversion
+from lora_blip.data.entries import IMAGE_KEYS, Located
+from lora_blip.data.formats import Keys
 from lora_blip.data.prepare import exports, published
 from lora_blip.data.prepare.json_lists import is_json_list, json_entries
 from lora_blip.data.prepare.packed import PACKED, packed_kind
@@ -34,7 +35,7 @@ DOCUMENTS: dict[str, Callable[[Path, Any], Iterator[Located]]] = {
     "coco": published.coco_entries,
     "karpathy": published.karpathy_entries,
     "textcaps": exports.textcaps_entries,
-    "llava": exports.llava_entries,
+    "llava": json_entries,
     "labelstudio": exports.studio_entries,
     "labelstudio_min": exports.studio_min_entries,
     "kohya": exports.kohya_entries,
@@ -105,7 +106,8 @@ def _is_object(line: str) -> bool:
         entry = parsed(line)
     except ValueError:
         return False
-    return isinstance(entry, dict) and any(key in entry for key in IMAGE_KEYS)
+    has_image = isinstance(entry, dict) and any(key in entry for key in IMAGE_KEYS)
+    return has_image or (needs_conversion(entry) and "annotations" not in entry)
 
 
 def _document_format(document: Any) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_blip.data.annotations import located
-from lora_blip.data.formats import Location
+from lora_blip.data.entries import Location
 from lora_blip.data.prepare.sources import Source
 from lora_blip.data.summary import LISTED, lines_by_reason
 from lora_blip.runtime.untrusted import line_of_list, printable

@@ -1,17 +1,14 @@
-"""Read the JSON files of annotation tools and chat data sets: Label Studio, LLaVA, TextCaps, and kohya's meta_cap.json."""
+"""Read the JSON files of annotation tools and data sets: Label Studio, TextCaps, and kohya's meta_cap.json."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import SPLITS, as_text
-from lora_blip.data.formats import LeftOut, Located
+from lora_blip.data.entries import SPLITS, LeftOut, Located, as_text
 from lora_blip.runtime.untrusted import quoted
 
 STUDIO_PREFIX = re.compile(r"^/data/(upload/\d+/|local-files/\?d=)")  # what Label Studio puts before the path of an image
-IMAGE_TOKEN = re.compile(r"\s*<image>\s*")
-QUESTION_ROLES, ANSWER_ROLES = ("human", "user"), ("gpt", "assistant")
 
 
 def document_format(document: Any) -> str:
@@ -55,35 +52,6 @@ def kohya_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG0
     for name, entry in document.items() if isinstance(document, dict) else ():
         text = (entry.get("caption") or entry.get("tags")) if isinstance(entry, dict) else entry
         yield name, {"image": name, "text": text} if as_text(text) else f"it has no caption or tags: {quoted(entry)}"
-
-
-def llava_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001
-    """Read [{image, conversations[{from, value}]}]. Each question with its answer is an entry. <image> is removed."""
-    for index, entry in enumerate(document):
-        turns = entry.get("conversations") if isinstance(entry, dict) else None
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            yield f"[{index}]", 'expected an object with a list "conversations"'
-        elif not entry.get("image"):
-            yield f"[{index}]", LeftOut("the conversation has no image")
-        else:
-            yield from _conversation(f"[{index}]", entry["image"], turns)
-
-
-def _conversation(place: str, image: Any, turns: list[dict[str, Any]]) -> Iterator[Located]:
-    """Yield an entry for each question that has an answer."""
-    question: str | None = None
-    for number, turn in enumerate(turns):
-        at, role = f"{place}.conversations[{number}]", turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
-        if not isinstance(text, str):
-            yield at, f'"value" is {quoted(text)}; expected a text'
-        elif role in QUESTION_ROLES:
-            question = IMAGE_TOKEN.sub(" ", text).strip()
-        elif role in ANSWER_ROLES and question:
-            yield at, {"image": image, "question": question, "answers": [text]}
-            question = None
-        elif role in ANSWER_ROLES:
-            yield at, "this answer has no question before it"
 
 
 def studio_entries(path: Path, document: Any) -> Iterator[Located]:  # noqa: ARG001

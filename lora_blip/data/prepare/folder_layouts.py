@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lora_blip.data.entries import SPLITS
-from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, open_text
+from lora_blip.data.entries import SPLITS, LeftOut, Located
+from lora_blip.data.formats import LONGEST, TOO_LONG, open_text
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.errors import DataError
@@ -22,7 +22,12 @@ CLASS, NAME = "{class}", "{name}"  # in a template: the name of the folder, and 
 PLACEHOLDER = re.compile(f"{CLASS}|{NAME}")
 REPEATS, NUMBER = re.compile(r"\d+_(?=.)"), re.compile(r"(?<=.)_\d+$")
 
-NOT_ANNOTATIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json")  # written by the datasets library
+NOT_ANNOTATIONS = (
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+)  # written by the datasets library
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx")
 META_CAP = "meta_cap.json"  # written by kohya's scripts
 KNOWN_NAMES = {  # format → names of its annotation files; the files of the first name that exists are used
@@ -32,7 +37,13 @@ KNOWN_NAMES = {  # format → names of its annotation files; the files of the fi
     "karpathy": ("dataset_*.json",),
     "coco": ("captions_*.json", "annotations/captions_*.json", "annotations/[tv][ra]*.json"),  # the last: VizWiz
     "vqa": ("v2_*_questions.json",),
-    "jsonl": ("metadata.jsonl", "*/metadata.jsonl", "annotations.jsonl"),
+    "jsonl": (
+        "metadata.jsonl",
+        "*/metadata.jsonl",
+        "annotations.jsonl",
+        "*/annotations.jsonl",
+        "_annotations.*.jsonl",
+    ),  # the last two: Roboflow
     "csv": ("metadata.csv", "*/metadata.csv"),
     "tsv": ("annotations.tsv",),
 }

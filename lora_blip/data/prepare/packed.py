@@ -19,8 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, first_key
-from lora_blip.data.formats import LONGEST, TOO_LONG, Keys, LeftOut, Located
+from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key
+from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
 from lora_blip.data.prepare.parquet_reader import UNWRITABLE
 from lora_blip.data.shards import StrictTarInfo

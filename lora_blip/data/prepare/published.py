@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import SPLITS, Entry, WrittenFloat, as_text
-from lora_blip.data.formats import LONGEST, TOO_LONG, LeftOut, Located, numbered_lines, open_text
+from lora_blip.data.entries import SPLITS, Entry, LeftOut, Located, WrittenFloat, as_text
+from lora_blip.data.formats import LONGEST, TOO_LONG, numbered_lines, open_text
 from lora_blip.data.json_repair import corrected_reason
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError

@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lora_blip.data import formats
-from lora_blip.data.entries import SPLITS
-from lora_blip.data.formats import NO_KEYS, Keys, LeftOut, Located, Location
+from lora_blip.data.conversions import converted, needs_conversion
+from lora_blip.data.entries import SPLITS, Located, several
+from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.prepare import published
 from lora_blip.data.prepare.detection import DOCUMENTS, LINES, TABLES, load
 from lora_blip.data.prepare.folder_layouts import (
@@ -24,6 +25,7 @@ from lora_blip.data.prepare.folder_layouts import (
 )
 from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
 from lora_blip.data.prepare.published import YEAR
+from lora_blip.data.prepare.split_names import splits_of_files, with_folder_splits, without_split
 from lora_blip.data.summary import source_line
 from lora_blip.data.tables import table_delimiter
 from lora_blip.errors import DataError
@@ -64,6 +66,13 @@ class Source:
             delimiter = table_delimiter(self.path, self.format, encoding, self.keys) if is_table else ""
             format_text += f", {DELIMITERS[delimiter]} between columns" if delimiter else ""
         return [source_line(self.path, entries, format_text, root), *filter(None, [note])]
+
+    def split_entries(self) -> Iterator[Located]:
+        """Yield the entries. An entry without a split gets the split of the file, if it has one."""
+        if not self.split:
+            return self.entries()
+        default = {"split": self.split}
+        return ((at, default | entry if isinstance(entry, dict) else entry) for at, entry in self.entries())
 
     @property
     def downloaded(self) -> bool:
@@ -116,7 +125,8 @@ def find_sources(
     ]
     if not sources and not folders:
         raise DataError(f"{source} has VQAv2's answers, but no questions; give both: {flag} questions.json,annotations.json")
-    return folders + sources
+    splits = splits_of_files([one.path for one in sources])
+    return folders + [replace(one, split=one.split or splits.get(one.path, "")) for one in sources]
 
 
 def _layout_source(folder: Path, requested: str, template: str, flag: str) -> Source | None:
@@ -129,7 +139,7 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
     layout = layout_of(folder)
     if layout.captioned and not template:
         return Source(folder, "img2dataset" if layout.downloads else "folder", partial(captioned_entries, layout))
-    has_table = (folder / META_CAP).exists() or len(lone_files(folder)) == 1
+    has_table = (folder / META_CAP).exists() or _is_one_data_set(lone_files(folder))
     if not layout.images or (requested == "auto" and not template and has_table):
         return None
     refuse_without_template(layout, template, flag)
@@ -139,13 +149,17 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
 def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path, Any], keys: Keys, flag: str) -> Source:
     """Return the source of a file that contains no images. answer_files: VQAv2's files of answers, {file: document}."""
     split = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
-    folder = SPLITS.get(path.absolute().parent.name, "") if path.name.startswith("metadata.") else ""
+    is_metadata = path.name.startswith("metadata.")  # of the datasets library, whose folders are splits
+    folder = SPLITS.get(path.absolute().parent.name, "") if is_metadata else ""
+    by_folder = with_folder_splits if is_metadata and not folder else iter
+    raw = {"raw": True} if keys.named and file_format in ("jsonl", "json", "llava") else {}
     if file_format in TABLES:
-        return Source(path, file_format, partial(TABLES[file_format], path, keys), folder, keys=keys)
+        return Source(path, file_format, lambda: by_folder(TABLES[file_format](path, keys)), folder, keys=keys)
     if file_format in LINES:
-        return Source(path, file_format, partial(with_our_keys, partial(LINES[file_format], path), keys), folder)
+        lines = partial(LINES[file_format], path, **raw)
+        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys)), folder)
     if file_format in DOCUMENTS:
-        entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document), keys)
+        entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document, **raw), keys)
         return Source(path, file_format, entries, split if file_format == "coco" else "")
     subset = published.subset_of(path, document)
     matching = [other for other in answer_files if published.subset_of(other, answer_files[other]) == subset]
@@ -155,29 +169,19 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
     return Source(path, file_format, entries, split)
 
 
-def usable_entries(
-    path: Path, entries: Callable[[], Iterator[Located]], left_out: list[tuple[Path, Location, str]]
-) -> Iterator[Located]:
-    """Yield the entries except those that are left out, which are added to `left_out`: (path, location, reason)."""
-    for at, entry in entries():
-        if isinstance(entry, LeftOut):
-            left_out.append((path, at, entry))
-        else:
-            yield at, entry
-
-
 def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
     """Yield the entries with the keys image, text, question and answers in place of the names in `keys`."""
     named = {name: ours for ours, name in keys.named.items()}
     for at, entry in entries():
-        if named and isinstance(entry, dict):
-            yield (
-                at,
-                {key: value for key, value in entry.items() if key not in named.values()}
-                | {named[key]: value for key, value in entry.items() if key in named},
-            )
-        else:
+        if not named or not isinstance(entry, dict):
             yield at, entry
+            continue
+        entry = {key: value for key, value in entry.items() if key not in named.values()} | {
+            named[key]: value for key, value in entry.items() if key in named
+        }
+        yield from (
+            converted(at, entry) if needs_conversion(entry) else [(at, entry)] if "question" in entry else several(at, entry)
+        )
 
 
 def _exists(path: Path) -> bool:
@@ -196,8 +200,8 @@ def _files_in(folder: Path, requested: str, flag: str) -> list[Path]:
         return packed
     names = [path.relative_to(folder).as_posix() for hits in files.values() for path in hits]
     if not names:
-        return _lone_file(folder, flag)
-    if len(files) > 1 or len({re.sub("train|val|test", "", Path(name).name) for name in names}) > 1:
+        return _lone_files(folder, flag)
+    if len(files) > 1 or len({without_split(Path(name).name) for name in names}) > 1:
         raise DataError(
             f"{folder} contains several data sets ({', '.join(names)}); give the files of one, separated by "
             f"commas: {flag} {folder / names[0]}"
@@ -205,12 +209,20 @@ def _files_in(folder: Path, requested: str, flag: str) -> list[Path]:
     return next(iter(files.values()))
 
 
-def _lone_file(folder: Path, flag: str) -> list[Path]:
-    """Return the only file of a folder that may contain texts. Raise DataError if the folder contains none, or several."""
+def _lone_files(folder: Path, flag: str) -> list[Path]:
+    """Return the file of a folder that may contain texts, or its file for each split.
+
+    Raise DataError if the folder contains none, or files of several data sets.
+    """
     files = lone_files(folder)
     if not files:
         raise DataError(f"{folder} contains no annotations; give the file that has them: {flag} {folder}/captions.csv")
-    if len(files) > 1:
+    if not _is_one_data_set(files):
         names = ", ".join(path.name for path in files[:SHOWN]) + ", …" * (len(files) > SHOWN)
         raise DataError(f"{folder} contains several files ({names}); give one of them: {flag} {files[0]}")
     return files
+
+
+def _is_one_data_set(files: list[Path]) -> bool:
+    """Return True for one file, or for files whose names differ only in the split, such as train.jsonl and test.jsonl."""
+    return len(files) == 1 or bool(splits_of_files(files))

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lora_blip.data.conversions import needs_conversion
 from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS
 from lora_blip.data.images import SUFFIXES
 from lora_blip.errors import DataError
@@ -54,7 +55,7 @@ def _refuse_rows(path: Path, lines: list[str], separator: str) -> None:
 
 def _refuse_entry(path: Path, entry: Any, file_format: str) -> None:
     """Raise DataError if the image of an entry is a web address, or if it has an address and no image."""
-    if not isinstance(entry, dict) or "conversations" in entry:
+    if not isinstance(entry, dict) or needs_conversion(entry):
         return
     image = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
     key = next((key for key, value in entry.items() if isinstance(value, str) and ADDRESS.fullmatch(value)), "")

@@ -1,0 +1,41 @@
+"""Find the split in the names of files and folders, such as captions_train.json or test/annotations.jsonl."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lora_blip.data.entries import IMAGE_KEYS, SPLITS, Located, first_key
+
+SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+
+
+def without_split(name: str) -> str:
+    """Return a file name with * in place of its split: captions_*.json for captions_train.json."""
+    return SPLIT_NAME.sub("*", name)
+
+
+def splits_of_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return {file: its split} if the files are one data set, else {}.
+
+    Their paths differ only in the split, and one of them is train.
+    """
+    splits: dict[Path, str] = {}
+    patterns = set()
+    for path in paths:
+        parts = [path.name, path.absolute().parent.name]
+        index = next((index for index, part in enumerate(parts) if SPLIT_NAME.search(part)), None)
+        if index is None:
+            return {}
+        split = SPLIT_NAME.search(parts[index])
+        splits[path] = SPLITS[split[1].lower()] if split else ""
+        patterns.add((path.absolute().parents[index], *map(without_split, parts[: index + 1])))
+    return splits if len(patterns) == 1 < len(splits) and "train" in splits.values() else {}
+
+
+def with_folder_splits(entries: Iterable[Located]) -> Iterator[Located]:
+    """Yield the entries. One whose image path starts with a folder train/, val/ or test/ gets this split, if it has none."""
+    for at, entry in entries:
+        image = entry.get(first_key(entry, IMAGE_KEYS) or "") if isinstance(entry, dict) else None
+        folder = image.replace("\\", "/").removeprefix("./").partition("/") if isinstance(image, str) else ("", "", "")
+        split = SPLITS.get(folder[0].lower()) if folder[1] else None
+        yield at, {"split": split} | entry if split and isinstance(entry, dict) else entry

@@ -1,0 +1,213 @@
+"""Records of other tools: chats of vision-language models, pairs, choices, Prodigy and Labelbox, and a file for each split."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_blip.data import annotations
+from lora_blip.data.formats import Keys
+from lora_blip.data.prepare.command import PrepareConfig, prepare
+from lora_blip.errors import DataError
+
+Q = "What is it?"
+
+
+def photo(path: Path, color: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (2, 2), color).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    photo(tmp_path / "images/1.png"), photo(tmp_path / "images/2.png", "blue")
+    return tmp_path
+
+
+def write(path: Path, records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records) if path.suffix in (".jsonl", ".ndjson") else ""
+    path.write_text(lines or json.dumps(records))
+    return path
+
+
+def read(path: Path, **settings: Any) -> list[tuple[str, str, tuple[str, ...], str]]:
+    """Return (name of the image, question, answers, text) of each example."""
+    examples, _ = annotations.read(path, **settings)
+    return [(one.image.name, one.question, one.answers, one.text) for one in examples]
+
+
+def turns(
+    *texts: Any, roles: tuple[str, str] = ("user", "assistant"), keys: tuple[str, str] = ("role", "content")
+) -> list[Any]:
+    return [{keys[0]: roles[index % 2], keys[1]: text} for index, text in enumerate(texts)]
+
+
+LLAVA = {"roles": ("human", "gpt"), "keys": ("from", "value")}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHATS = {
+    "llama-factory": {"messages": turns("<image>" + Q, "a cube"), "images": ["images/1.png"]},
+    "sharegpt": {"conversations": turns("<image>\n" + Q, "a cube", **LLAVA), "images": ["images/1.png"], "system": "Be brief."},
+    "llava, a list with one image": {"image": ["images/1.png"], "conversations": turns(Q + "<image>", "a cube", **LLAVA)},
+    "ms-swift": {"messages": [SYSTEM, *turns("<image>" + Q, "a cube")], "images": ["images/1.png"]},
+    "ms-swift with objects": {"messages": turns("<image>" + Q, "a cube"), "images": [{"bytes": None, "path": "images/1.png"}]},
+    "qwen-vl": {"conversations": turns(f"Picture 1: <img>images/1.png</img>\n{Q}", "a cube", keys=("from", "value"))},
+    "trl": {
+        "images": ["images/1.png"],
+        "messages": turns([{"type": "image"}, {"type": "text", "text": Q}], [{"type": "text", "text": "a cube"}]),
+    },
+    "axolotl": {"messages": turns([{"type": "image", "path": "images/1.png"}, {"type": "text", "text": Q}], "a cube")},
+    "openai": {
+        "messages": [
+            SYSTEM,
+            {"role": "user", "content": Q},
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "images/1.png", "detail": "low"}}]},
+            {"role": "assistant", "content": "a cube"},
+        ]
+    },
+    "a list of turns": turns([{"type": "image", "image": "images/1.png"}, {"type": "text", "text": Q}], "a cube"),
+    "trl, prompt and completion": {
+        "prompt": turns(Q),
+        "completion": turns("a cube", roles=("assistant",) * 2),
+        "images": ["images/1.png"],
+    },
+    "query": {"query": "<image>" + Q, "response": "a cube", "images": ["images/1.png"]},
+    "alpaca": {"instruction": "What is", "input": "it?", "output": "a cube", "images": ["images/1.png"]},
+    "roboflow": {"image": "1.png", "prefix": Q, "suffix": "a cube"},
+    "the cauldron": {"images": ["images/1.png"], "texts": [{"user": Q, "assistant": "a cube", "source": "x"}]},
+    "the number of a choice": {"image": "1.png", "question": Q, "choices": ["a cat", "a cube"], "answer": 1},
+    "the letter of a choice": {"image": "1.png", "question": Q, "options": ["a cat", "a cube"], "answer": "B"},
+    "the text of a choice": {"image": "1.png", "question": Q, "choices": ["a cube", "1"], "answer": "a cube"},
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("name", CHATS)
+def test_a_question_of_another_tool_is_read_with_its_answer(folder, name, suffix):
+    path = write(folder / f"x.{suffix}", [CHATS[name]])
+    assert read(path) == [("1.png", Q, ("a cube",), "")]
+    files = prepare(PrepareConfig(source=str(path), output_dir=str(folder / "out"), splits="1"))
+    line = json.loads(files["train"].read_text())
+    assert (line["question"], line["answers"], Path(line["image"]).name) == (Q, ["a cube"], "1.png")
+
+
+def test_each_question_of_a_chat_is_an_example_and_a_chat_with_other_images_is_counted(folder, capsys):
+    talk = turns("<image>" + Q, "a cube", "<|image_1|>Which color?", "red")
+    records = [{"messages": talk, "images": images} for images in (["images/1.png"], [], ["images/1.png", "images/2.png"])]
+    path = write(folder / "x.jsonl", records)
+    assert [one[1:3] for one in read(path)] == [(Q, ("a cube",)), ("Which color?", ("red",))]
+    shown = capsys.readouterr().out
+    assert "left out  2 line(s)" in shown
+    assert "x.jsonl:2: the conversation has no image" in shown and "the conversation has 2 images; an example has one" in shown
+    with pytest.raises(DataError, match=r"no usable line\n.*the conversation has no image"):
+        read(write(folder / "y.jsonl", records[1:2]))
+    with pytest.raises(DataError, match=r"no usable line; nothing was written\n.*the conversation has no image"):
+        prepare(PrepareConfig(source=str(folder / "y.jsonl"), output_dir=str(folder / "out")))
+
+
+@pytest.mark.parametrize("prefix", ["<CAPTION>", "<MORE_DETAILED_CAPTION>", "caption en", "caption", "<image>"])
+def test_a_prefix_that_only_asks_for_a_caption_gives_a_caption(folder, prefix):
+    path = write(folder / "x.jsonl", [{"image": "1.png", "prefix": prefix, "suffix": "a cube"}])
+    assert read(path) == [("1.png", "", (), "a cube")]
+
+
+def test_an_image_without_a_question_gives_a_caption(folder):
+    content = [{"type": "image_url", "image_url": "images/1.png"}]
+    assert read(write(folder / "x.jsonl", [{"messages": turns(content, "a cube")}])) == [("1.png", "", (), "a cube")]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": turns(3, "a"), "images": ["1.png"]}, "a turn is .*expected a text under content or value"),
+        ({"messages": [SYSTEM, {"role": "assistant", "content": "a"}], "images": ["1.png"]}, "has no question before it"),
+        ({"messages": turns("q", ""), "images": ["1.png"]}, "an answer is empty"),
+        ({"messages": [*turns("q"), 3], "images": ["1.png"]}, "a turn is 3; expected a text"),
+        ({"images": ["1.png"]}, "no text: expected one of the keys text, caption"),
+    ],
+)
+def test_an_invalid_record_is_a_reason(folder, record, reason):
+    with pytest.raises(DataError, match=reason):
+        read(write(folder / "x.jsonl", [record]))
+
+
+def test_prodigy_s_captions_are_read_and_the_others_are_counted(folder, capsys):
+    task = {"image": "images/1.png", "text": "1", "caption": "a cube", "_task_hash": 1, "_input_hash": 2}
+    path = write(folder / "x.jsonl", [task | {"answer": answer} for answer in ("accept", "reject", "ignore")])
+    assert read(path) == [("1.png", "", (), "a cube")]
+    assert "it is marked as reject in Prodigy" in capsys.readouterr().out
+
+
+def test_labelbox_s_text_answers_are_captions_of_the_external_id(folder, capsys):
+    def row(*answers: str) -> Any:
+        found = [{"name": "Caption", "text_answer": {"content": answer}} for answer in answers]
+        labels = [{"annotations": {"objects": [], "classifications": found}}]
+        data = {"id": "x", "external_id": "1.png", "row_data": "https://example.com/x.png"}
+        return {"data_row": data, "projects": {"p": {"labels": labels}}}
+
+    path = write(folder / "export.ndjson", [row("a cube", "a red cube"), row()])
+    assert read(path) == [("1.png", "", (), "a cube"), ("1.png", "", (), "a red cube")]
+    assert "the row has no text answer" in capsys.readouterr().out
+
+
+def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
+    path = write(folder / "x.jsonl", [{"image": "1.png", "prompt": "p", "response": "a"}])
+    assert read(path, keys=Keys(text="response")) == [("1.png", "", (), "a")]
+    path = write(folder / "x.jsonl", [{"filename": "1.png", "label": ["a", "b"]}])
+    assert [one[3] for one in read(path, keys=Keys(text="label"))] == ["a", "b"]
+    with pytest.raises(DataError, match=r"has the keys 'label'; name one: --text-key KEY"):
+        read(path)
+    with pytest.raises(DataError, match=r"has the keys 'pic', 'text'; name one: --image-key KEY"):
+        read(write(folder / "x.jsonl", [{"pic": "1.png", "text": "a"}]))
+
+
+SPLITS = ("train", "val", "test")
+FILES = {
+    "names": ("{}.jsonl", {"val": "valid"}),
+    "words": ("captions_{}.json", {"val": "validation"}),
+    "roboflow": ("_annotations.{}.jsonl", {"val": "valid"}),
+    "folders": ("{}/annotations.jsonl", {"val": "valid"}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_differ_only_in_the_split_are_one_data_set(folder, kind):
+    """A folder with such files is read whole: each file is its split, in prepare and in training."""
+    pattern, names = FILES[kind]
+    for split, color in zip(SPLITS, ("red", "blue", "green"), strict=True):
+        path = folder / pattern.format(names.get(split, split))
+        write(path, [{"image": f"{split}.png", "caption": split}])
+        photo(path.parent / f"{split}.png", color)
+    files = prepare(PrepareConfig(source=str(folder), output_dir=str(folder / "out")))
+    assert {split: json.loads(path.read_text())["text"] for split, path in files.items()} == {split: split for split in SPLITS}
+    sides: dict[str, list] = {}
+    annotations.read(folder, splits=sides)
+    assert {split: [one.text for one in examples] for split, examples in sides.items()} == {split: [split] for split in SPLITS}
+
+
+def test_files_of_two_data_sets_are_not_mixed(folder):
+    for name in ("train.jsonl", "notes_test.jsonl"):
+        write(folder / name, [{"image": "images/1.png", "caption": "a"}])
+    with pytest.raises(DataError, match="in class folders, without captions"):
+        annotations.read(folder)
+
+
+def test_lists_under_the_names_of_splits_are_all_read(folder):
+    document = {split: [{"image": f"images/{n}.png", "caption": split}] for n, split in ((1, "train"), (2, "test"))}
+    sides: dict[str, list] = {}
+    annotations.read(write(folder / "x.json", document), splits=sides)
+    assert {split: [one.text for one in examples] for split, examples in sides.items()} == {
+        "train": ["train"],
+        "test": ["test"],
+    }
+
+
+def test_one_metadata_file_above_folders_named_train_and_test_has_their_splits(folder):
+    for split in ("train", "test"):
+        photo(folder / f"{split}/{split}.png", {"train": "red", "test": "blue"}[split])
+    (folder / "metadata.csv").write_text("file_name,text\ntrain/train.png,a\ntest/test.png,b\n")
+    files = prepare(PrepareConfig(source=str(folder), output_dir=str(folder / "out")))
+    assert {split: json.loads(path.read_text())["text"] for split, path in files.items()} == {"train": "a", "test": "b"}
