@@ -1,0 +1,158 @@
+# %% [markdown]
+# # 2 · Nothing changes at the start
+#
+# **You learn** why $B$ starts at zero and $A$ does not, which gradients are zero at the first step, and what happens if both
+# matrices start random.
+#
+# **Time:** about 30 seconds on two cores. **Read:** `lora_blip/lora/layer.py`, and `inject` in `lora_blip/lora/injection.py`.
+#
+# ## The first step on paper
+#
+# Let $G = \partial L / \partial y$ be the gradient of the loss for the output of a linear, and $y = W_0 x + \frac{\alpha}{r} B A x$. The
+# chain rule gives
+#
+# $$\frac{\partial L}{\partial A} = \frac{\alpha}{r} B^\top G x^\top \qquad \frac{\partial L}{\partial B} = \frac{\alpha}{r} G (A x)^\top$$
+#
+# With $B = 0$, the output does not change, and $\partial L / \partial A = 0$. But $A x \ne 0$, so $\partial L / \partial B \ne 0$:
+# the first step moves only $B$. From the second step on, $A$ moves too. With $A = 0$ and $B = 0$, both gradients are zero, and
+# nothing is ever learned.
+
+# %%
+import torch
+from lesson_tools import ROOT, SEED, cubes, quiet, record, show, test_cubes
+from matplotlib import pyplot as plt
+from torch import nn
+
+import lora_blip
+
+images, captions = cubes(64)
+
+
+def load():
+    """Return the embedded base, which has seen squares but no cubes, with new adapters on its ViT."""
+    torch.manual_seed(SEED)
+    backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+    return backbone, lora_blip.inject(backbone, "vit", r=8, alpha=32.0)
+
+
+def loss_of(backbone, rows):
+    """Return the mean loss of a token for the captions of these images."""
+    pixels = backbone.image_processor([images[row] for row in rows], return_tensors="pt").pixel_values
+    tokens = backbone.tokenizer([captions[row] for row in rows], return_tensors="pt", padding=True)
+    labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)  # no loss for padding
+    return backbone.model(
+        pixel_values=pixels, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, labels=labels
+    ).loss
+
+
+# %% [markdown]
+# ## The first step, measured on captions
+#
+# With the adapters on the base, the loss has the same bits as without them. Then we look at the gradients of all adapters before the
+# first step and after it.
+
+# %%
+backbone, adapters = load()
+with torch.no_grad(), lora_blip.disable_adapters(backbone):
+    loss_of_base = loss_of(backbone, range(16))
+with torch.no_grad():
+    assert torch.equal(loss_of(backbone, range(16)), loss_of_base)  # not one bit differs
+
+optimizer = torch.optim.AdamW(backbone.model.parameters(), lr=3e-3)
+for step in range(2):
+    optimizer.zero_grad()
+    loss_of(backbone, range(16)).backward()
+    largest_a = max(lora.A.grad.abs().max().item() for lora in adapters.values())
+    moving_a = sum(bool(lora.A.grad.any()) for lora in adapters.values())
+    moving_b = sum(bool(lora.B.grad.any()) for lora in adapters.values())
+    print(
+        f"step {step}: ∂L/∂A ≠ 0 in {moving_a} of {len(adapters)} adapters, ∂L/∂B ≠ 0 in {moving_b}; largest ∂L/∂A {largest_a:.1e}"
+    )
+    assert moving_a == (0 if step == 0 else len(adapters))  # ∂L/∂A = 0 at step 0, then not
+    assert moving_b == len(adapters)
+    optimizer.step()
+
+# %% [markdown]
+# ## If both start random
+#
+# Now $B$ gets the same random initialization as $A$. The base is then a different model before the first step. We count the test
+# captions that stay the same, and compare the losses.
+
+
+# %%
+def randomize(adapters):
+    for lora in adapters.values():
+        nn.init.kaiming_uniform_(lora.B, a=5**0.5)  # uniform in ±1/√r
+
+
+def captions_of(backbone):
+    with quiet():
+        captioner = lora_blip.Captioner.from_adapter(None, base=backbone)
+        return [prediction.text for prediction in captioner(test_cubes(100)[0], strict=True)]
+
+
+backbone, adapters = load()
+with lora_blip.disable_adapters(backbone):
+    texts_of_base = captions_of(backbone)
+texts = {"B = 0": captions_of(backbone)}
+randomize(adapters)
+texts["both random"] = captions_of(backbone)
+for name, lines in texts.items():
+    same = sum(line == line_of_base for line, line_of_base in zip(lines, texts_of_base, strict=True))
+    record(f"captions equal to those of the base, {name}", same / len(lines))
+    print(f"    the first image: {lines[0]!r}")
+    assert same == len(lines) if name == "B = 0" else same < len(lines) / 2
+
+# %% [markdown]
+# ## The same training, from both starts
+#
+# Both runs use the same batches, learning rate and seeds. Only $B$ differs.
+
+# %%
+curves = {}
+for name in ("B = 0", "both random"):
+    backbone, adapters = load()
+    if name == "both random":
+        randomize(adapters)
+    parameters = [matrix for lora in adapters.values() for matrix in (lora.A, lora.B)]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    order = torch.Generator().manual_seed(SEED)
+    curves[name] = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = loss_of(backbone, torch.randperm(len(images), generator=order)[:8].tolist())
+        loss.backward()
+        optimizer.step()
+        curves[name].append(loss.item())
+    record(f"loss of the first step, {name}", curves[name][0])
+    record(f"mean loss of the last ten steps, {name}", sum(curves[name][-10:]) / 10)
+assert curves["both random"][0] > curves["B = 0"][0]
+assert sum(curves["both random"][-10:]) > sum(curves["B = 0"][-10:])
+
+figure, axes = plt.subplots()
+for name, curve in curves.items():
+    axes.plot(curve, label=name)
+axes.axhline(loss_of_base.item(), color="grey", linestyle=":", linewidth=1, label="the base, 16 images")
+axes.set(xlabel="optimizer steps", ylabel="loss of a token (nats)", title="A random B starts behind the base", ylim=(0, None))
+axes.legend()
+show(figure, "start")
+
+# %% [markdown]
+# The run that starts at $B = 0$ begins with the loss of the base. The other run must first undo its random update.
+#
+# ## Exercises
+#
+# 1. Start with $A = 0$ and a random $B$. A right answer shows that no bit of the loss changes, that now $\partial L / \partial B = 0$ at
+#    step 0, and that the loss falls too. Hayou et al. 2024 compare the two starts.
+# 2. Start with $A = 0$ and $B = 0$. A right answer shows that all gradients stay zero for three steps, and that the loss stays the same.
+#
+# ## What to remember
+#
+# - $B = 0$: the first prediction of an adapted model is that of the base, bit for bit.
+# - At step 0, only $B$ has a gradient. One of the two matrices must be random, or nothing is learned.
+# - If both are random, the model is damaged before the first step.
+#
+# ## Sources
+#
+# - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv:2106.09685, section 4.1.
+# - Hayou, Ghosh and Yu 2024, *The Impact of Initialization on LoRA Finetuning Dynamics*, arXiv:2406.08447.

@@ -1,0 +1,167 @@
+# %% [markdown]
+# # 3 · The gradients by hand
+#
+# **You learn** the three gradients of a linear with LoRA, how to write them for a batch of rows, and how many bytes the backward pass
+# needs from the forward pass.
+#
+# **Time:** about 10 seconds on two cores. **Read:** `lora_blip/lora/fused.py`, whose backward pass is the one of this lesson.
+#
+# ## From the equation to the gradients
+#
+# Write $s = \alpha / r$, $h = A x$ and $y = W_0 x + s B h$. Let $dy = \partial L / \partial y$ be the gradient that arrives from the next
+# layer, with $d$ numbers. A small change of $A$ changes the loss by $dL = dy^\top s B \, (\text{change of } A) \, x$. The same for $B$ and
+# $x$ gives
+#
+# $$dA = s \, B^\top dy \, x^\top \qquad dB = s \, dy \, h^\top \qquad dx = W_0^\top dy + s \, A^\top B^\top dy$$
+#
+# A batch has one row for each example: $X$ of shape $(n, k)$, $dY$ of shape $(n, d)$, and $H = X A^\top$. The gradients of $A$ and $B$
+# are sums over the rows, which matrix products compute:
+#
+# $$dA = s \, (dY B)^\top X \qquad dB = s \, dY^\top H \qquad dX = dY \, W_0 + s \, (dY B) A$$
+
+# %%
+import torch
+from lesson_tools import ROOT, record, show
+from matplotlib import pyplot as plt
+from torch import nn
+
+import lora_blip
+from lora_blip.lora.layer import AdapterStack, LoRA, Site, lora_hook
+
+k, d, r, alpha, n = 64, 96, 5, 12.0, 10
+s = alpha / r
+
+# %% [markdown]
+# ## Against autograd, in float64
+#
+# We compute all three by hand, and compare them with the gradients that autograd finds through `lora_hook`. In float64 they agree to
+# twelve digits. In float32, rounding would hide a small mistake.
+
+# %%
+linear = nn.Linear(k, d).requires_grad_(False)
+linear.lora = AdapterStack()
+lora = linear.lora["default"] = LoRA(Site("fc", r=r, alpha=alpha), k, d)
+nn.init.normal_(lora.B)
+linear.register_forward_hook(lora_hook, with_kwargs=True)
+linear.double()
+
+X = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
+Y = linear(X)
+dY = torch.randn_like(Y)  # any gradient of the loss for Y
+Y.backward(dY)
+
+
+def difference(by_hand, autograd):
+    """Return the largest difference of an entry, relative to the largest entry."""
+    return ((by_hand - autograd).abs().max() / autograd.abs().max()).item()
+
+
+with torch.no_grad():
+    A, B, W0 = lora.A, lora.B, linear.weight
+    H = X @ A.T
+    for name, by_hand, autograd in (
+        ("dA", s * (dY @ B).T @ X, A.grad),
+        ("dB", s * dY.T @ H, B.grad),
+        ("dX", dY @ W0 + s * (dY @ B) @ A, X.grad),
+    ):
+        print(f"{name}: {difference(by_hand, autograd):.0e} from autograd")
+        assert difference(by_hand, autograd) < 1e-12
+
+    columns = zip(X, dY, strict=True)  # x and dy of one example
+    sums = sum(
+        torch.cat([(s * B.T @ torch.outer(dy, x)).flatten(), (s * torch.outer(dy, A @ x)).flatten()]) for x, dy in columns
+    )
+    assert difference(sums, torch.cat([A.grad.flatten(), B.grad.flatten()])) < 1e-12  # the formulas for one x, summed
+
+# %% [markdown]
+# ## What must be kept for the backward pass
+#
+# $dA$ needs $X$, and $dB$ needs $H$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $n (k + r)$ numbers.
+# $H$ can even be computed again from $X$. Full fine-tuning keeps $X$ too, for $dW = dY^\top X$: for one linear, LoRA saves no activations.
+# It saves the gradient and the state of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$.
+#
+# `saved_tensors_hooks` calls a function for each tensor that autograd keeps. We count the bytes of each storage once, and leave out
+# the parameters. Here the linear is the first one of the embedded ViT's MLP, with $k$ = 128, $d$ = 512 and r = 8. Its input has 8 images of 37 rows.
+
+
+# %%
+def saved_bytes(linear, x, autocast):
+    """Return the bytes that the forward pass of a linear keeps for the backward pass, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in linear.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor  # the tensor stays alive, so that no other gets its address
+        return tensor
+
+    autocast_to_bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast_to_bf16:
+        linear(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+# %%
+k, d, r, images, rows = 128, 512, 8, 8, 37
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
+lora_blip.inject(backbone, "vit", r=r, alpha=32.0)
+fused = backbone.model.vision_model.encoder.layers[0].mlp.fc1  # with the fused hook, the default of `inject`
+plain = nn.Linear(k, d).requires_grad_(False)
+plain.lora = AdapterStack({"default": LoRA(Site("fc1", r=r, alpha=32.0), k, d)})
+plain.register_forward_hook(lora_hook, with_kwargs=True)
+
+x = torch.randn(images, rows, k, requires_grad=True)
+layers = {"full fine-tuning": nn.Linear(k, d), "lora_hook": plain, "fused_hook": fused}
+kept = {(name, bf16): saved_bytes(layer, x, bf16) for name, layer in layers.items() for bf16 in (False, True)}
+minimum = {bf16: images * rows * (k + r) * (2 if bf16 else 4) for bf16 in (False, True)}
+for (name, bf16), number in kept.items():
+    record(f"kilobytes of {name} in {'bf16' if bf16 else 'fp32'}", number / 1000)
+
+assert kept["full fine-tuning", False] == images * rows * k * 4  # X
+assert kept["lora_hook", False] == kept["fused_hook", False] == minimum[False]  # X and H
+copies = 2 * r * (d + k)  # bytes of A and B in bf16
+assert kept["fused_hook", True] == minimum[True] + copies
+assert kept["lora_hook", True] == minimum[True] + copies + 2 * d * k  # and a copy of W₀ in bf16, for dX
+
+# %% [markdown]
+# In float32, `lora_hook` keeps only the minimum. Under autocast, autograd also keeps the bf16 copies of the weights that it used:
+# $A$ and $B$, and $W_0$, which $dX$ needs. `fused_hook` keeps no copy of $W_0$. Its backward pass makes the copy again.
+# Adam stores two numbers for each trained number, and there is a gradient: full fine-tuning needs $3 d k$ numbers here, LoRA $3 r (d + k)$.
+
+# %%
+trained = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+assert trained == r * (d + k)
+print(f"gradient and Adam: {12 * d * k / 1000:.0f} kB for full fine-tuning, {12 * trained / 1000:.0f} kB for LoRA")
+
+figure, axes = plt.subplots(figsize=(5, 3.2))
+for offset, bf16, name in ((0.2, False, "float32"), (-0.2, True, "bf16 autocast")):
+    values = [kept[layer, bf16] / 1000 for layer in layers]
+    bars = axes.barh([2 - place + offset for place in range(3)], values, height=0.38, label=name)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.axvline(minimum[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5)
+axes.set(xlabel="kept for the backward pass (kB)", title="The fused hook keeps no copy of W₀ in bf16", xlim=(0, 310))
+axes.set_yticks([2, 1, 0], list(layers))
+axes.legend(loc="lower right")
+show(figure, "saved")
+
+# %% [markdown]
+# The dotted lines are the minimum, $n (k + r)$ numbers of 4 or 2 bytes.
+#
+# ## Exercises
+#
+# 1. With dropout, the update is $s B A (m \odot x)$, and the mask $m$ contains 0 and $1 / (1 - p)$. Derive the three gradients. A right
+#    answer equals autograd in float64, with relative differences below $10^{-12}$.
+# 2. Write the update as a `torch.autograd.Function` that keeps $X$ but not $H$. A right answer passes `torch.autograd.gradcheck`, and
+#    keeps exactly $n k$ numbers beside the parameters.
+#
+# ## What to remember
+#
+# - $dA = s B^\top dy\, x^\top$, $dB = s\, dy\, (A x)^\top$, $dx = W_0^\top dy + s A^\top B^\top dy$.
+# - The forward pass must keep $X$ and $H$: $n (k + r)$ numbers for a linear. This is not less than for full fine-tuning.
+# - LoRA saves memory in gradients and the optimizer: $r (d + k)$ numbers are trained instead of $d k$.
+#
+# ## Sources
+#
+# - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv:2106.09685, section 4.2.
+# - Rumelhart, Hinton and Williams 1986, *Learning representations by back-propagating errors*, Nature 323.
