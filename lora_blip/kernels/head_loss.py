@@ -13,7 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from lora_blip.kernels.linear import PLAIN_LINEARS, can_bypass, product
 
-LARGE = 2.0**10  # sum of a scaled row: if |W| < 32, products are below 2¹⁵, and fp16 still has values of 2⁻³⁴ of the sum
+# the largest sum of absolute values of a row after `to_fp16_range`. If |W| < 32, products are then below 2¹⁵, and fp16 ends at
+# 2¹⁶. A value of 2⁻³⁴ of the sum is still not 0: the smallest number of fp16 is 2⁻²⁴.
+LARGE = 2.0**10
 
 
 def head_loss(states: Tensor, head: Any, targets: Tensor, weights: Tensor | None = None) -> Tensor:

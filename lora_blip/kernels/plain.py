@@ -1,6 +1,6 @@
 """Decide whether a fast module runs the method of transformers that it replaces.
 
-It does so inside a block of `plain`, and for a call with arguments that it does not support.
+The module runs that method inside a block of `plain`, and for a call with arguments that the module does not support.
 """
 
 from collections.abc import Iterator, Mapping

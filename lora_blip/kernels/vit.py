@@ -1,7 +1,7 @@
 """The attention and the MLP of a ViT's block, with less memory in training.
 
 Attention: 577 × 577 scores for each head are most of the memory of a step, and transformers' BLIP stores every score three
-times for the backward pass. `attend` stores none. `by_heads` computes large attentions in 16 bits on a CPU: it stores the
+times for the backward pass. `attend` stores none. Large attentions of 16-bit tensors on a CPU use `by_heads`: it stores the
 probabilities once, and computes few heads at a time, so that their scores stay in the processor's cache.
 
 MLP: if fc2 has an adapter, the gradient of its A needs the input of fc2, which is the output of the GELU. Autograd keeps the

@@ -90,8 +90,8 @@ class FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         """Return `output` with the updates.
 
-        cast: x in the dtype in which the linear read it. before: what is kept for the backward pass. This is the input of
-        the GELU whose output is x, or else `cast`.
+        cast: x in the dtype in which the linear read it. before: the tensor that is kept for the backward
+        pass. If x is the output of a GELU, this is the input of the GELU, from which x is computed again. Otherwise `cast`.
         """
         flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
         kept = []

@@ -36,7 +36,7 @@ def is_flag(value: Any) -> bool:
 
 
 def is_generation(value: Any) -> bool:
-    """Return True for an object of at most 64 options with small values, whatever their names: later versions have more."""
+    """Return True for at most 64 options with small values. Any names are allowed: later versions have more options."""
     if not is_object(value) or len(value) > 64 or not all(OPTION.fullmatch(name) for name in value):
         return False
     return len(repr(value)) <= LONGEST_TEXT and all(map(_is_value, value.values()))

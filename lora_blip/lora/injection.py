@@ -41,11 +41,12 @@ def inject(
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r and alpha. Each LoRA has
     the parameters A (r, in_features) and B (out_features, r). Train the parameters whose `requires_grad` is true. B is zero, so
-    no output changes yet. A repeated call changes only the dropout. In peft: `get_peft_model`, or `inject_adapter_in_model`.
+    no output changes yet. A repeated call with the same sites changes only the dropout. In peft: `get_peft_model`, or
+    `inject_adapter_in_model`.
 
     Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if
-    an adapter called `name` is on other modules already. Raise it too if a site is not a linear of this model, is a tied head,
-    or has a wrong range or rank.
+    the model already has an adapter called `name` with other modules, r or alpha. Raise it too if a site is not a linear of
+    this model, is a tied head, or has a wrong range or rank.
 
     >>> adapters = lora_blip.inject(backbone, "vit", r=4)
     >>> optimizer = torch.optim.AdamW([p for p in backbone.model.parameters() if p.requires_grad], lr=1e-4)
@@ -59,7 +60,8 @@ def inject(
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != by_address:
         raise LoRAError(
-            f"adapter {name!r} is already on other modules of this model; first call lora_blip.eject(model, {name!r})"
+            f"the model already has an adapter {name!r} on other modules, or with another r or alpha; "
+            f"first call lora_blip.eject(model, {name!r})"
         )
     check_sites(model, sites, dropout)
     for lora in present.values():

@@ -5,13 +5,13 @@ A frozen linear computes y = W x + b. LoRA (Hu et al. 2021, arXiv:2106.09685) ad
     y ← y + (alpha / r) · B A x        A: (r, in_features), Kaiming-uniform      B: (out_features, r), zeros
 
 No module is replaced, and the model's code does not change. The adapters of a linear are in its child `linear.lora`. A forward
-hook adds their updates to the output of the linear. Putting an adapter on a linear takes three lines:
+hook adds their updates to the output of the linear. Putting an adapter on a linear takes three lines (W is still trainable):
 
     linear.lora = AdapterStack()
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all other parameters. By default (FAST = True), `fused_hook` takes
+`inject` does this for every target, and freezes all other parameters. By default (the setting FAST), `fused_hook` takes
 the place of `lora_hook`. It needs less memory in training without dropout; in every other case it calls `lora_hook`.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W),
@@ -40,7 +40,7 @@ class LoRA(nn.Module):
         super().__init__()
         start, stop = site.rows or (0, out_features)
         self.site, self.scale, self.dropout = site, site.alpha / site.r, dropout
-        self.padding = (start, out_features - stop)  # number of output features before the block, and after it
+        self.padding = (start, out_features - stop)  # number of output features before the range, and after it
         self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
@@ -65,7 +65,7 @@ class LoRA(nn.Module):
 
 
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return y + Σ (alpha / r) · B A x over the adapters of a linear that are not merged."""
+    """Return y + Σ (alpha / r) · B A x over the adapters that are not merged, or that `use_adapters` chooses."""
     stack, x = linear.lora, input_of(args, kwargs)
     if stack.routing is not None and stack.routing.used:  # `use_adapters` may choose other adapters for each row of the batch
         return cast(Tensor, stack.routing.add_updates(stack, x, output))

@@ -27,9 +27,9 @@ from lora_blip.lora.sites import name_of
 def merge(model: nn.Module | Loaded, *names: str) -> None:
     """Replace W by W + Σ ΔW of the named adapters. If no name is given, of all adapters that do not belong to a `Captioner`.
 
-    A second merge changes nothing. ΔW is what `LoRA.delta_weight` returns, and the sum is computed in float32. The original W
-    is kept for `restore`, and every merge starts from it, not from a merged weight. If a merge fails, for example out of
-    memory, every weight is put back.
+    Merging the same adapters again changes nothing. Merging another one adds it to those that are merged. ΔW is what
+    `LoRA.delta_weight` returns, and the sum is computed in float32. The original W is kept for `restore`, and every merge
+    starts from it, not from a merged weight. If a merge fails, for example out of memory, every weight is put back.
     Raise LoRAError for an unknown name or an adapter of a `Captioner`, for a weight into which no update can be written (see
     `mergeable`), and for a sum that is not finite. Raise it too while a thread or task is inside `use_adapters` or
     `disable_adapters`. In peft: `merge_adapter`.

@@ -135,7 +135,7 @@ class Block:
     outer: Optional["Block"]  # the block of any model around it
     recomputes: bool = False  # True while a layer is computed again, see `checkpoint_context`
     batch: CallBatch | None = None  # the batch of the call that is recomputed
-    ended: bool = False  # True if the block ended while another block or another context was current
+    ended: bool = False  # True if the block ended while it was not the current one; CURRENT may still hold it
 
 
 CURRENT: ContextVar[Block | None] = ContextVar("lora_blip_block", default=None)

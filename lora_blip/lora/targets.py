@@ -73,7 +73,7 @@ class Pattern:
 
 
 def parse(target: str, r: int, alpha: float) -> Pattern:
-    """Return the parts of a target such as `vit[8:12]:r=4`. With r but no alpha, it keeps the ratio of the settings."""
+    """Return the parts of a target such as `vit[8:12]:r=4`. With r but no alpha, alpha / r is that of the settings."""
     match = GRAMMAR.fullmatch(target.strip())
     if match is None:
         raise TargetError(f"target {target!r} is empty; remove the extra comma, or give a preset, such as 'vit'")

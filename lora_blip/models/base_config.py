@@ -38,7 +38,7 @@ FORBIDDEN = (
     "_experts_implementation", "_experts_implementation_internal", "custom_generate", "constraints", "force_words_ids",
     "num_beam_groups", "penalty_alpha", "dola_layers",
 )  # fmt: skip
-# keys of a generation config that choose the next token from the logits, or that have no effect here
+# keys that a checkpoint's generation config may contain: they choose the next token from the logits, or have no effect here
 GENERATION_KEYS = (
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "do_sample", "num_beams", "use_cache",
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
@@ -50,7 +50,7 @@ GENERATION_KEYS = (
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "_from_model_config", "transformers_version",
 )  # fmt: skip
-# all other keys, including those of later versions of transformers; they change how texts are searched, the cache, or the time
+# all other keys, also of later versions of transformers: they change the search for a text, the cache, or the time limit
 OTHER_GENERATION = frozenset(vars(GenerationConfig())) - {*GENERATION_KEYS}
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 NO_EFFECT_IF_ONE = ("num_return_sequences", "num_beam_groups", "guidance_scale")  # keys

@@ -18,7 +18,7 @@ from lora_blip.models.token_rows import PackedRows, PaddedRows, TokenRows, pack,
 class BlipLanguage(DecoderLanguage[PackedRows]):
     """BLIP's text decoder: [DEC] prompt text [SEP]."""
 
-    reads_encoder_ids = True  # transformers takes the prompt's ids for those of an encoder
+    reads_encoder_ids = True  # it has no encoder, but transformers applies these options to the prompt's ids
 
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer

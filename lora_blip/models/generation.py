@@ -74,7 +74,7 @@ OPTIONS: dict[str, Check] = {
     "watermarking_config": (lambda value: isinstance(value, dict), 'an object, such as {"greenlist_ratio": 0.25, "bias": 2.0}'),
 }  # fmt: skip
 BASIC = {"max_new_tokens", "num_beams", "do_sample"}  # they have settings of their own, and need no further check
-READ_PROMPT = frozenset((  # options that depend on the ids or the number of the prompt's tokens, and so on its padding
+READ_PROMPT = frozenset((  # options that depend on the prompt's token ids or their number, and therefore on padding
     "min_length", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "bad_words_ids", "sequence_bias", "watermarking_config",
 ))  # fmt: skip

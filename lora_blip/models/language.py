@@ -30,7 +30,7 @@ from lora_blip.models.token_rows import (
     special_ids,
 )
 
-Adapters = list[str | None] | None  # the adapter of each row, None for the base; no list: all active adapters
+Adapters = list[str | None] | None  # a list: the adapter of each row, where None is the base. No list: all active adapters
 Named = dict[str, Any]  # arguments by name
 Scored = tuple[str, float]  # a generated text and its score
 WITH_LOGITS: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
@@ -57,7 +57,7 @@ class Language(ABC, Generic[TrainedRows]):
     end_id: int  # the token that ends every text
     max_tokens: int  # the largest number of tokens in a row, without those of the image
     pads_left = False  # True if padding of a shorter prompt comes before it in generation
-    reads_encoder_ids = False  # True if options that read the ids of the encoder's input, the prompt, have an effect
+    reads_encoder_ids = False  # True if the options `generation.READ_ENCODER` act on the ids of the prompt
 
     @property
     @abstractmethod
@@ -243,8 +243,8 @@ class DecoderLanguage(Language[TrainedRows]):
         """Return one group for prompts of different lengths, with padding before the shorter ones.
 
         The padding changes no text: it is masked, and transformers counts positions from the first token after it. But the
-        options in READ_PROMPT would read the padding as a part of the prompt. Then each group has prompts of one length. So
-        has a group of prompts that leave room for less than `max_new_tokens`, because a group shares one limit.
+        options in READ_PROMPT would read the padding as a part of the prompt. With these options, each group has prompts of one
+        length. Prompts that leave room for less than `max_new_tokens` are also grouped by length: a group shares one limit.
         """
         if reads_prompt(settings, self.generator.generation_config):
             return by_length(starts)

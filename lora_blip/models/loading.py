@@ -172,7 +172,7 @@ def _load(
     if checkpointing:
         with Quiet(source):
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
-            model.disable_input_require_grads()  # only the reentrant kind needs them; BLIP adds positions in place
+            model.disable_input_require_grads()  # only needed if reentrant; BLIP's in-place addition fails with them
     before = fit_processor(image_processor, size, name)
     if size != own:
         print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")
@@ -244,7 +244,7 @@ def _plain_settings(config: PretrainedConfig) -> None:
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
         for key, value in UNREAD.items() if part is not None else ():
-            if getattr(part, key, value) != value:  # other configs stay as they are: runs and adapters contain their digest
+            if getattr(part, key, value) != value:  # a new attribute would change the digest in runs and adapters
                 setattr(part, key, value)
 
 

@@ -18,7 +18,7 @@ from lora_blip.runtime.untrusted import quoted
 LONGEST_REASON = 300  # characters; transformers lists every class that it knows
 SMALLEST_VOCABULARY = 100  # transformers creates an empty tokenizer if the files are missing
 IMAGE_TOKEN = "<image>"
-WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # names of the tables that token ids select from
+WORD_EMBEDDINGS = ("word_embeddings", "embed_tokens", "shared")  # embedding tables whose row numbers are token ids
 NEEDED_IDS = {  # architecture → token ids of text_config without which it cannot generate
     "BlipForConditionalGeneration": ("bos_token_id", "sep_token_id", "pad_token_id"),
     "BlipForQuestionAnswering": ("bos_token_id", "sep_token_id", "pad_token_id"),

@@ -64,7 +64,9 @@ class RowSampling(TorchFunctionMode):
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return ids (rows, samples) drawn without replacement: the one at which the cumulative weight exceeds uniform · total.
+    """Return ids (rows, samples) drawn without replacement.
+
+    For each number in `uniform`, the id is the first whose cumulative weight exceeds number · total.
 
     weights: (rows, ids), float64. uniform: (rows, samples), from 0 to below 1. If only weights of 0 are left, the first of
     them is taken. Raise ModelError for a row without a finite sum.

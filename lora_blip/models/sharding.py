@@ -12,7 +12,9 @@ LARGE = ("vision_model", "language_model")  # the parts whose blocks are sharded
 
 
 def shard(backbone: Backbone, ranks: int) -> None:
-    """Keep a share of each block's frozen weights on each rank. A block is gathered from its forward to its backward.
+    """Keep a share of each block's frozen weights on each rank.
+
+    In training, each rank holds all weights of a block from the start of its forward to the end of its backward.
 
     Adapters are not sharded: DistributedDataParallel keeps them equal. After this call, every rank must run the same forwards.
     Sharded weights cannot be merged or sampled, so their fingerprints are taken first.

@@ -77,7 +77,7 @@ class TokenBounds:
     def __init__(self, tokenizer: Any, special: Iterable[Any]) -> None:
         self.tokenizer = tokenizer
         tokens = list(filter(None, tokenizer.convert_ids_to_tokens(sorted(special))))  # BLIP's [DEC] has no token
-        # of special tokens; a text without these characters contains no special token
+        # the first characters of special tokens, in lower and upper case: a text without them contains no special token
         self.first_characters = {case for token in tokens for case in (token[:1].lower(), token[:1].upper())}
         self.longest_word = longest_known_word(tokenizer, frozenset(special)) if all(map(str.isascii, tokens)) else 0
         self.counts: dict[str, tuple[int, int]] = {}  # word → its number of tokens at the start of a text, and after a space
@@ -112,7 +112,10 @@ class TokenBounds:
         return longest + 1 if known else UNBOUNDED
 
     def _plain(self, text: str, word: int) -> bool:
-        """Return True for printable ASCII without special tokens. word: the length of the first word, which must be known."""
+        """Return True for printable ASCII without special tokens, if `word` is from 0 to `longest_word`.
+
+        word: the length of the first word; 0: do not check it; -1, from `find`: the text is one word.
+        """
         for character in self.first_characters:
             if character in text:
                 return False
@@ -129,7 +132,7 @@ class TokenBounds:
 
 
 def longest_known_word(tokenizer: Any, special: Collection[int]) -> int:
-    """Return the most characters of an ASCII word that the tokenizer certainly knows; 0 for an unsupported tokenizer."""
+    """Return the length up to which the tokenizer certainly knows every ASCII word; 0 for an unsupported tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         return 0
     settings = json.loads(tokenizer.backend_tokenizer.to_str())

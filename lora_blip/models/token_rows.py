@@ -1,6 +1,7 @@
 """Token ids of texts: one ragged row for each text, which is then padded or packed into tensors.
 
-`TokenRows` are the ragged rows. `pad` makes one tensor row for each text. `pack` puts the texts of one image into one row
+An example is one image with one or more texts, such as the answers to its question. `TokenRows` are the ragged rows.
+`pad` makes one tensor row for each text. `pack` puts the texts of one image into one row
 without padding, so that a decoder computes the keys of the image once. In a packed row each text attends to itself only: the
 mask is block-causal, and positions start at 0 for each text. Loss and gradients are equal to those of padded rows, and tests
 compare both.

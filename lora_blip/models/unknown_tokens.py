@@ -15,7 +15,7 @@ class UnknownTokens:
 
     def __init__(self, tokenizer: Any, special: set[Any]) -> None:
         self.tokenizer = tokenizer
-        self.id = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id  # OPT's is its end token
+        self.id = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id  # OPT's is its end token: not searched
         self.counts: dict[str, tuple[int, int]] = {}  # text → its unknown tokens and all of its tokens
 
     def note(self, ids: dict[str, list[int]]) -> None:

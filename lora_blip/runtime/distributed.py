@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: their collectives, and which one writes. Other files use only `Ranks`."""
+"""The processes that torchrun starts: their collectives, and which one writes."""
 
 import os
 import sys

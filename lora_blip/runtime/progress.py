@@ -123,7 +123,7 @@ class LogStream:
 
 
 class Heartbeat:
-    """Print the current phase into a log without a line for `SILENCE` seconds. `beat` checks this once."""
+    """Print the current phase into a log if it got no line for `SILENCE` seconds. `beat` checks this once."""
 
     def __init__(self, log: LogStream, first: str = "starting") -> None:
         self.log, self.first, self.started = log, first, log.clock()

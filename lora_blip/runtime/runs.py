@@ -92,7 +92,8 @@ def newest_runs(runs: str | Path) -> list[Path]:
 def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
     """Return the file that INIT_ADAPTER names, as `locate` does, but "latest" is the newest finished run in the folder `runs`.
 
-    An interrupted run has checkpoints. It may be the run that the training resumes. Raise AdapterError if there is no adapter.
+    A run with checkpoints was interrupted. It is left out, because it may be the run that this training resumes.
+    Raise AdapterError if there is no adapter.
     """
     if adapter != "latest":
         return locate(adapter, runs)

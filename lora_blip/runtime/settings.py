@@ -16,7 +16,7 @@ LARGEST = {  # largest sensible values, by setting
 
 
 class Options(dict[str, Any]):
-    """The value of a setting with names and values of its own. It is hashable, because defaults of a dataclass must be."""
+    """A dict of options: the value of a setting such as GENERATION. It is hashable, because defaults of a dataclass must be."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(json.dumps(self, sort_keys=True))
@@ -70,7 +70,7 @@ def check(config: Any) -> None:
 
 
 def stored_settings(config: Any) -> dict[str, Any]:
-    """Return the settings for an adapter file: all but empty options and INIT_ADAPTER, which earlier versions did not have."""
+    """Return the settings for an adapter file, without empty options or an empty INIT_ADAPTER: old versions had neither."""
     return {name: value for name, value in asdict(config).items() if value != {} and (value or name != "init_adapter")}
 
 
@@ -88,7 +88,8 @@ def share_options(config: Any, settings: dict[str, str]) -> None:
     """Give the options of GENERATION that are also settings to these settings, so that each has one value.
 
     settings: {option: setting}. Raise ConfigError if both have a value, and these differ. A setting has no value if it is at
-    its default. `false` and null stay options: they replace the adapter's value, and the settings have no such values.
+    its default. An option that is `false` or null stays in GENERATION, where it replaces the adapter's value. A setting cannot
+    do this: at its default, it has no effect.
     """
     options = dict(config.generation)
     defaults = {entry.name: entry.default for entry in fields(config)}

@@ -54,7 +54,7 @@ def terminal_streams() -> Iterator["list[TerminalStream]"]:
 def encodable_output() -> Iterator[None]:
     """Inside the block, printing never raises UnicodeEncodeError: a code page such as cp1252 has no "→" and no Chinese.
 
-    A file that is redirected output has the code page of the console or of PYTHONIOENCODING. Files that we open are UTF-8.
+    Output that is redirected to a file has the encoding of the console or of PYTHONIOENCODING. Files that we open are UTF-8.
     """
     with ExitStack() as closing:
         for stream in (sys.stdout, sys.stderr):

@@ -8,9 +8,10 @@ def itc_loss(similarity: Tensor, positives: Tensor, temperature: Tensor | float)
     """Return the image-text contrast of each row, (rows,), float32.
 
     similarity: (rows, rows), the cosine of image i and text j. positives: (rows, rows), True if text j describes image i. All
-    positives of a row have the same target probability. With s = similarity / temperature and y the positives divided by their
-    number, row i is ½ (−Σⱼ yᵢⱼ log softmaxⱼ sᵢⱼ − Σⱼ y'ⱼᵢ log softmaxⱼ sⱼᵢ): symmetric cross-entropy (Li et al. 2022,
-    arXiv:2201.12086, section 3.2, without the momentum queue).
+    positives of a row have the same target probability. With s = similarity / temperature, y the positives of a row divided by
+    their number, and y' those of a column divided by theirs, row i is
+    ½ (−Σⱼ yᵢⱼ log softmaxⱼ sᵢⱼ − Σⱼ y'ⱼᵢ log softmaxⱼ sⱼᵢ): symmetric cross-entropy (Li et al. 2022, arXiv:2201.12086,
+    section 3.2, without the momentum queue).
     """
     logits = similarity.float() / temperature
 

@@ -189,7 +189,10 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
-        """Return the softmax of ITC's logits. The RERANKED most probable texts share their sum by ITC and ITM together."""
+        """Return the softmax of ITC's logits, where ITC and ITM together rank the RERANKED most probable texts.
+
+        These texts keep the sum of their probabilities. ITC and ITM decide how it is divided among them.
+        """
         rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
         states, device = self.matcher.encode_images(pixel_values), self.backbone.device
         logits = cosines(self.matcher.image_features(states), text_features.to(device)) / self.temperature

@@ -127,14 +127,14 @@ class CutCount:
     def report(self, task: BaseTask, what: str, examples: Iterable[Example] = ()) -> str:
         """Return one line with the number of texts that were cut, and the fix; "" if there are none.
 
-        examples: the lines with the right texts, if they are known. If all of these fit, a larger limit does not help.
+        examples: the lines with the reference texts, if these are known. If all texts fit, a larger limit does not help.
         """
         if not self.cut or not isinstance(task, TextTask):
             return ""
         most = task.generation.max_new_tokens
         longer = min(2 * most, most_new_tokens(task))
         if examples and longest_text(task, examples) <= most:
-            fix = "All right texts are shorter, so a larger limit does not help. Train longer: raise EPOCHS (--epochs)"
+            fix = "All reference texts fit this limit, so a larger one does not help. Train longer: raise EPOCHS (--epochs)"
         elif longer > most:
             fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
         else:
