@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import quoted
 
@@ -20,6 +21,7 @@ COCO_2014 = re.compile(r"^COCO_(train|val|test)\d{4}_(?=\d{12}\.)")  # COCO 2017
 UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file in Label Studio
 SUFFIX_AFTER_JPG = re.compile(r"(\.jpe?g)\.\d+$")  # Flickr8k's text file contains 2258277193_586949ec62.jpg.1
 ABSOLUTE = re.compile(r"[/\\~$]|[A-Za-z]:[/\\]")
+COMMON_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG")  # of an image that a table names without one
 SPLIT_FOLDERS = re.compile(r"(train|val|valid|validation|test|dev)(20\d\d)?", re.IGNORECASE)
 
 Folders = tuple[str, ...]  # names of the folders of a file, from the outermost to the innermost
@@ -160,8 +162,10 @@ class ImageFinder:
 
 
 def _names_of(name: str) -> Iterator[str]:
-    """Yield a file name, and the names that it has in other releases of its data set."""
+    """Yield a file name, its names in other releases of its data set, and, if it has no suffix, those with a common one."""
     yield from dict.fromkeys((name, COCO_2014.sub("", name), SUFFIX_AFTER_JPG.sub(r"\1", name), UPLOADED.sub("", name)))
+    if Path(name).suffix.lower() not in SUFFIXES:
+        yield from (name + suffix for suffix in COMMON_SUFFIXES)
 
 
 def _are_splits(first: Folders, second: Folders) -> bool:

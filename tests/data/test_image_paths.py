@@ -164,3 +164,12 @@ def test_a_line_that_cannot_be_corrected_is_quoted(tmp_path, line):
     with pytest.raises(DataError, match="it is not valid JSON") as error:
         annotations.read(tmp_path / "x.jsonl")
     assert "write" not in str(error.value) and line[:20] in str(error.value)
+
+
+def test_a_name_without_a_suffix_is_the_image_of_this_name(tmp_path):
+    """Tables of ROCO, ImageCLEF and Kaggle name images without a suffix."""
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "b.v2.png", "c.txt"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    finder = ImageFinder(tmp_path)
+    assert [Path(finder.find(name)[0]).name for name in ("a", "b.v2", "c")] == ["a.jpg", "b.v2.png", ""]

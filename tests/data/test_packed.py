@@ -116,6 +116,40 @@ def test_a_save_to_disk_folder_is_read(run, pa, tmp_path):
     assert {side: pairs(lines) for side, lines in files.items()} == {"train": [(1, "train")], "test": [(2, "test")]}
 
 
+TURNS = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a cube"}]
+PARTS = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+LLAVA = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a cube"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS},
+        {"messages": PARTS},
+        {"conversations": LLAVA},
+        {"texts": [{"user": "What?", "assistant": "a cube", "source": "x"}]},
+        {"question": "What?", "choices": ["a cat", "a cube"], "answer": 1},
+        {"query": "What?", "label": ["a cube"]},
+    ],
+)
+def test_chats_in_parquet_are_read_with_their_image_in_a_list(run, pa, tmp_path, record):
+    def one(*levels: int) -> dict:
+        return {"images": [{"bytes": png(level), "path": None} for level in levels]} | record
+
+    lines = run(table(tmp_path / "x.parquet", pa, [one(10), one(10, 20)]))["train"]
+    assert [(line["question"], line["answers"]) for line in lines] == [("What?", ["a cube"])]
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out0/dropped.jsonl").read_text().splitlines()]
+    assert reasons == ["it has 2 images; an example has one"]
+
+
+def test_a_metadata_parquet_names_the_images_of_its_folder(run, pa, tmp_path):
+    for level, split in ((10, "train"), (20, "test")):
+        table(tmp_path / f"d/{split}/metadata.parquet", pa, [{"file_name": "1.png", "text": split}])
+        (tmp_path / f"d/{split}/1.png").write_bytes(png(level))
+    lines = run(tmp_path / "d")
+    assert {split: [line["text"] for line in lines[split]] for split in lines} == {"train": ["train"], "test": ["test"]}
+
+
 def test_other_columns_are_named_by_flags(run, pa, tmp_path):
     path = table(tmp_path / "x.parquet", pa, [{"pixels": embedded(5), "words": "w"}])
     with pytest.raises(

@@ -46,6 +46,7 @@ KNOWN_NAMES = {  # format → names of its annotation files; the files of the fi
     ),  # the last two: Roboflow
     "csv": ("metadata.csv", "*/metadata.csv"),
     "tsv": ("annotations.tsv",),
+    "parquet": ("metadata.parquet", "*/metadata.parquet"),  # of the datasets library, with the names of the image files
 }
 
 

@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
 from lora_blip.data.images import LARGEST_FILE, is_picture
@@ -118,10 +119,13 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     """Yield the entry of a row, or an entry for each caption if it has a list of captions."""
     at, entry = f"row {row['row']}", row.get("entry")
     if entry is None:
-        yield at, str(row["reason"])
+        yield at, str(row["reason"]) if "reason" in row else LeftOut(row["left_out"])
         return
     ours = {name: key for key, name in keys.named.items() if key != "image"}
     entry = {ours.get(key, key): value for key, value in entry.items() if key in ours or key not in ours.values()}
+    if needs_conversion(entry):
+        yield from converted(at, entry)
+        return
     name = next((key for key in CAPTION_COLUMNS if key in entry), "")
     texts = entry.get(name)
     if "question" in entry or (not isinstance(texts, list) and name in TEXT_KEYS):

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "image_path", "file_name", "filepath", "path", "photo", "picture")
+IMAGE_COLUMNS = (
+    "image", "images", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "file", "filepath", "file_path",
+    "path", "img_path", "photo", "picture",
+)  # fmt: skip
 LARGEST_IMAGE = 2**28  # bytes
 LONGEST = 2**20  # characters of a text
 MOST_ITEMS = 1000  # items of a list, such as the captions of an image
@@ -88,6 +91,10 @@ def entry_of(values: dict[str, Any], image: str, target: Path) -> dict[str, Any]
     values: {column: value} of a row. image: the name of the image column. The image is written to `target`.
     """
     value = values.pop(image)
+    if isinstance(value, list):
+        if len(value) != 1:
+            return {"left_out": f"it has {len(value)} images; an example has one"}
+        value = value[0]
     content, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(content, str):
         content, name = None, content
@@ -126,8 +133,14 @@ def simple_value(value: Any) -> Any:
         if all(isinstance(item, str) for item in value):
             return value
         if all(isinstance(item, dict) for item in value):
-            return [{key: each for key, each in item.items() if isinstance(each, str | int)} for item in value]
+            return [_simple_object(item) for item in value]
     return None
+
+
+def _simple_object(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the texts and whole numbers of an object, and its lists, such as the parts of a turn of a chat."""
+    simple = {key: simple_value(each) if isinstance(each, list) else each for key, each in item.items()}
+    return {key: each for key, each in simple.items() if isinstance(each, str | int | list)}
 
 
 def limit(size: int) -> None:
