@@ -20,6 +20,12 @@ from lora_blip.runtime.settings import Options
 from lora_blip.runtime.untrusted import quoted
 
 LARGEST_ID = 2**20  # four times the largest vocabulary of a language model
+CANDIDATES = 64  # tokens of the model that checks options; a watermark with "selfhash" compares the 40 most probable ones
+LEAST_GREEN = 0.4  # then none of these 40 is green for one token in 10⁹
+SELFHASH = (
+    "transformers' selfhash fails at a token if none of its 40 candidates is in the green list; with the default "
+    f'greenlist_ratio = 0.25, this is one token in 100,000; set "greenlist_ratio" to at least {LEAST_GREEN}, or use lefthash'
+)
 MOST_TEXTS = 1024  # beams, and texts for one image
 NO_EFFECT = re.compile(r"^- `(\w+)`: (.*)$", re.M)  # a line of transformers' message about options without effect
 Check = tuple[Callable[[Any], bool], str]
@@ -107,8 +113,11 @@ REFUSED = {
     "max_time": "the text would depend on the speed of the machine; use max_new_tokens",
     "forced_bos_token_id": "the model starts each text itself; set PROMPT (--prompt) to start all texts with the same words",
     "token_healing": "it changes the prompt; end PROMPT (--prompt) with a whole word",
-    "stop_strings": "a text must end with the model's end token; cut the predictions afterwards, or use max_new_tokens",
-    "guidance_scale": "it needs a second prompt without the image; remove it",
+    "stop_strings": (
+        "a score is the probability of a text with its end token, and a text that stops at a string has none; cut the "
+        "predictions at the string afterwards"
+    ),
+    "guidance_scale": "it needs a second pass without the image for each token, which lora_blip does not have; remove it",
 }  # fmt: skip
 
 
@@ -163,13 +172,16 @@ def _fault(options: Options) -> str:
     least, most = options.get("min_new_tokens", 0), options.get("max_new_tokens", 2**31)
     if least > most:
         return f"min_new_tokens is {least}, more than max_new_tokens = {most}; lower it"
+    watermark = options.get("watermarking_config") or {}
+    if watermark.get("seeding_scheme") == "selfhash" and watermark.get("greenlist_ratio", 0.25) < LEAST_GREEN:
+        return SELFHASH
     ids = ids_in(options)
     small = {name: min(options[name], 4) for name in ("num_beams", "num_return_sequences") if name in options}
     lengths = {"min_new_tokens": 0, "min_length": 0, "max_new_tokens": 2, "pad_token_id": 1, "eos_token_id": 2}
     try:
-        with Quiet("."):
+        with Quiet("."), torch.random.fork_rng(devices=[]):  # sampling would change the draws of the run's seed
             GenerationConfig(**options)
-            model = _tiny_model(max(ids, default=0) + 16)
+            model = _tiny_model(max(ids, default=0) + CANDIDATES)
             model.generate(torch.full((1, 2), 3), **options | small | lengths)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         return f"{first_line(error)} Change it in GENERATION (--generation)"

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from lora_blip.errors import ConfigError
 from lora_blip.lora import attached
 from lora_blip.lora.routing import disable_adapters
-from lora_blip.models.generation import OPTIONS, REFUSED, check_generation, ignored_lines
+from lora_blip.models.generation import OPTIONS, REFUSED, _fault, check_generation, ignored_lines
 from lora_blip.models.token_rows import by_length
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
@@ -27,6 +27,7 @@ SETS: list[dict[str, Any]] = [
     {"suppress_tokens": [5, 6, 7], "begin_suppress_tokens": [40], "bad_words_ids": [[30], [31, 32]], **LENGTHS},
     {"sequence_bias": [[[20], 3.0], [[21, 22], -5.0]], "exponential_decay_length_penalty": [2, 1.5], "max_new_tokens": 8},
     {"num_beams": 2, "watermarking_config": {"bias": 5.0}, "min_length": 4, "max_new_tokens": 8},
+    {"watermarking_config": {"seeding_scheme": "selfhash", "greenlist_ratio": 0.4, "bias": 6.0}, **LENGTHS},
     {"forced_eos_token_id": 2, "renormalize_logits": True, "remove_invalid_values": True, "max_new_tokens": 5},
 ]
 
@@ -141,6 +142,11 @@ def test_a_refused_option_has_its_reason(name):
         ({"do_sample": True, "typical_p": 0}, "`typical_p` has to be a float > 0"),
         ({"suppress_tokens": [4], "forced_eos_token_id": 4}, "is also in `suppress_tokens`"),
         ({"watermarking_config": {"seeding_scheme": "none"}}, "seeding_scheme"),
+        ({"watermarking_config": {"seeding_scheme": "selfhash"}}, "selfhash fails at a token if none of its 40 candidates"),
+        (
+            {"watermarking_config": {"seeding_scheme": "selfhash", "greenlist_ratio": 0.3}},
+            'set "greenlist_ratio" to at least 0.4',
+        ),
         ({"min_new_tokens": 9, "max_new_tokens": 4}, "min_new_tokens is 9, more than max_new_tokens = 4"),
     ],
 )
@@ -148,6 +154,14 @@ def test_a_wrong_option_is_one_error(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         check_generation(options)
     assert str(error.value).startswith("generation") and "\n" not in str(error.value)
+
+
+def test_the_check_of_sampling_options_draws_no_random_number_of_the_run():
+    """The check samples with a tiny model. The adapters of a run are drawn afterwards, from the seed of the run."""
+    _fault.cache_clear()
+    before = torch.get_rng_state()
+    check_generation({"do_sample": True, "top_p": 0.9})
+    assert _fault.cache_info().misses == 1 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_option_without_effect_is_reported_and_not_passed_on(capfd):

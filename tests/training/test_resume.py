@@ -24,6 +24,7 @@ from lora_blip.errors import CheckpointError, ConfigError, LockedError, Training
 from lora_blip.lora import adapter_file
 from lora_blip.models import identity
 from lora_blip.models.identity import weights_digest
+from lora_blip.models.language import Language
 from lora_blip.runtime import lock, signals
 from lora_blip.runtime.files import make_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
@@ -72,6 +73,35 @@ def test_a_run_that_is_killed_several_times_equals_an_uninterrupted_run(checkpoi
     assert_same(uninterrupted, path)
     assert path.parent == only_run(again)
     assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never resumed
+
+
+def test_a_killed_run_with_generation_options_and_groups_equals_an_uninterrupted_run(checkpoints, tmp_path, monkeypatch):
+    """After a resume, the same groups are held out, and validation draws the same texts."""
+    texts: dict[str, list[tuple[Any, list[str]]]] = {}
+    real = Language.generate_from_features
+
+    def generate(language: Language[Any], *rows: Any, images: Any = None, **named: Any) -> list[str]:
+        result = real(language, *rows, images=images, **named)
+        texts.setdefault(name, []).append(([Path(image).name for image in images], result))
+        return result
+
+    monkeypatch.setattr(Language, "generate_from_features", generate)
+    options = {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2, "repetition_penalty": 1.2}
+    config = config_of(checkpoints, tmp_path, generation=options, group_by=r"(\d)\.png", best_by="loss", val_fraction=0.3)
+    name = "uninterrupted"
+    uninterrupted = train(config)
+    name, again = "killed", elsewhere(config)
+    for death in (2, 4, 5):
+        with killed_at(death):
+            train(again)
+    assert_same(uninterrupted, train(again))
+    assert (
+        texts["killed"][-1] == texts["uninterrupted"][-1] and len({text for _, drawn in texts["killed"] for text in drawn}) > 3
+    )
+    held_out = {image for images, _ in texts["uninterrupted"] for image in images}
+    assert held_out == {image for images, _ in texts["killed"] for image in images}
+    groups = {image[-5] for image in held_out}
+    assert held_out == {f"{number}.png" for number in range(16) if str(number)[-1] in groups} and len(held_out) > len(groups)
 
 
 def test_steps_after_the_checkpoint_are_repeated(checkpoints, tmp_path):
