@@ -2,6 +2,8 @@
 # make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
 # make test        the tests, in two processes (JOBS=4: four)        make slow    the tests that take over 10 s each
 # make lessons     run the twelve lessons about LoRA and their solutions, at most ten minutes
+# make docs        the site with executed lessons, and notebooks for Colab (REPOSITORY=https://… is where they find the code)
+# make lessons-spread    lessons 5, 6 and 11 with seeds 0, 1 and 2; writes lessons/spread.md
 # make lint        ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
 # make chaos       kill a training fifty times, in fp32 and in bf16, and compare its bytes with an uninterrupted one
@@ -16,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE  # some systems set it: then every process compiles the 2,600 modules of the libraries again
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lessons lint bench chaos versions mutants bases wheel clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lessons lessons-spread docs lint bench chaos versions mutants bases wheel clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -38,6 +40,12 @@ slow: .venv/.dev
 
 lessons: .venv/.plots
 	$(PYTHON) -m lessons
+
+lessons-spread: .venv/.plots
+	$(PYTHON) -m lessons.spread
+
+docs: .venv/.docs
+	@REPOSITORY=$(REPOSITORY) $(PYTHON) docs/site/build.py
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
@@ -68,17 +76,19 @@ wheel: .venv/.plots
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build lora_blip.egg-info
 
-.venv/.plots .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+EXTRAS_plots := plots
+EXTRAS_dev := plots,dev
+EXTRAS_docs := plots,docs
+
+.venv/.plots .venv/.dev .venv/.docs: .venv/.%: pyproject.toml constraints.txt
 	@echo "Installing torch, transformers and their libraries into .venv, once: about two minutes, longer with CUDA's libraries."
 	@test -x $(PYTHON) || python3 -m venv .venv
 	@$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
-		-e '.[$(if $(filter dev,$*),plots$(comma)dev,plots)]' & pip=$$!; seconds=0; \
+		-e '.[$(EXTRAS_$*)]' & pip=$$!; seconds=0; \
 	while kill -0 $$pip 2>/dev/null; do sleep 1; seconds=$$((seconds + 1)); \
 		test $$((seconds % 9)) -ne 0 || echo "… installing: $$seconds s, $$(du -sm .venv | cut -f1) MB in .venv"; done; \
 	wait $$pip
 	@touch $@
-
-comma := ,
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

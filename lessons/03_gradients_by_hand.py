@@ -12,12 +12,16 @@
 # layer, with $d$ numbers. A small change of $A$ changes the loss by $dL = dy^\top s B \, (\text{change of } A) \, x$. The same for $B$ and
 # $x$ gives
 #
-# $$dA = s \, B^\top dy \, x^\top \qquad dB = s \, dy \, h^\top \qquad dx = W_0^\top dy + s \, A^\top B^\top dy$$
+# $$dA = s \, B^\top dy \, x^\top$$
+# $$dB = s \, dy \, h^\top$$
+# $$dx = W_0^\top dy + s \, A^\top B^\top dy$$
 #
 # A batch has one row for each example: $X$ of shape $(n, k)$, $dY$ of shape $(n, d)$, and $H = X A^\top$. The gradients of $A$ and $B$
 # are sums over the rows, which matrix products compute:
 #
-# $$dA = s \, (dY B)^\top X \qquad dB = s \, dY^\top H \qquad dX = dY \, W_0 + s \, (dY B) A$$
+# $$dA = s \, (dY B)^\top X$$
+# $$dB = s \, dY^\top H$$
+# $$dX = dY \, W_0 + s \, (dY B) A$$
 
 # %%
 import torch
@@ -138,11 +142,11 @@ figure, axes = plt.subplots(figsize=(5, 3.2))
 for offset, bf16, name in ((0.2, False, "float32"), (-0.2, True, "bf16 autocast")):
     values = [kept[layer, bf16] / 1000 for layer in layers]
     bars = axes.barh([2 - place + offset for place in range(3)], values, height=0.38, label=name)
-    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.bar_label(bars, fmt="%.0f kB", label_type="center", color="white")
     axes.axvline(minimum[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5)
-axes.set(xlabel="kept for the backward pass (kB)", title="The fused hook keeps no copy of W₀ in bf16", xlim=(0, 310))
+axes.set(xlabel="kept for the backward pass (kB)", title="The fused hook keeps no copy of W₀ in bf16", xlim=(0, 300))
 axes.set_yticks([2, 1, 0], list(layers))
-axes.legend(loc="lower right")
+axes.legend(loc="lower right", handlelength=1)
 show(figure, "saved")
 
 # %% [markdown]

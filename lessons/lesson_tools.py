@@ -19,7 +19,7 @@ SEED = int(os.environ.get("LESSON_SEED", "0"))
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
-warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\.")  # a learner cannot act on them
+warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|tqdm)\.")  # a learner cannot act on them
 
 import matplotlib
 import torch

@@ -1,11 +1,17 @@
 """Each lesson has the parts that lessons/README.md promises, is short, and imports only the public API."""
 
 import ast
+import importlib
 import io
+import json
 import tokenize
 from pathlib import Path
 
+import matplotlib
 import pytest
+
+from lessons import __main__ as runner
+from lessons import spread
 
 FOLDER = Path(__file__).resolve().parents[2] / "lessons"
 LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -52,7 +58,11 @@ def test_a_lesson_has_all_parts(path):
     assert exercises.count("\n# 1. ") == exercises.count("\n# 2. ") == 1
     assert "show(" in source and "assert " in source
     assert code_lines(source) <= 120
-    assert (FOLDER / "solutions" / path.name).is_file()
+    assert source.count("\n# %%\n") >= 3 and source.count("# %% [markdown]\n") >= 3
+    solution = FOLDER / "solutions" / path.name
+    assert solution.read_text(encoding="utf-8").startswith("# %% [markdown]\n") and "assert " in solution.read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,3 +70,56 @@ def test_a_lesson_has_all_parts(path):
 )
 def test_a_lesson_imports_only_the_public_api(path):
     assert modules_of_lora_blip(path.read_text(encoding="utf-8")) <= ALLOWED
+
+
+def test_every_lesson_is_in_the_lists():
+    """lessons/README.md lists the file of each lesson, and docs/learn.md its number and title."""
+    files = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in LESSONS if f"`{path.name}`" not in files] == []
+    rows = (FOLDER.parent / "docs" / "learn.md").read_text(encoding="utf-8").splitlines()
+    assert [path.name for path in LESSONS if not any(f"{int(path.name[:2])} · " in row for row in rows)] == []
+
+
+RECORDS = [
+    {"lesson": "05_rank", "seed": seed, "name": "exact match", "value": value}
+    for seed, value in ((0, 0.5), (1, 1.0), (2, 0.75))
+]
+
+
+def test_the_table_of_three_seeds_has_a_row_for_each_number():
+    assert spread.rows(RECORDS) == ["| 05_rank | exact match | 0.5 | 1 | 0.75 | 0.5 |"]
+    assert spread.rows(RECORDS[1:]) == ["| 05_rank | exact match | – | 1 | 0.75 | 0.25 |"]
+
+
+def test_lessons_that_are_not_run_again_keep_their_rows():
+    old = spread.merged("", ["| 05_rank | old | 1 | 1 | 1 | 0 |", "| 11_side_effects | kept | 1 | 1 | 1 | 0 |"], ("05", "11"))
+    new = spread.merged(old, spread.rows(RECORDS), ("05",))
+    assert new.startswith(spread.TITLE) and "kept" in new and "old" not in new and "| 05_rank | exact match |" in new
+
+
+@pytest.mark.parametrize(("code", "line"), [("assert True", "ok"), ("x = 1\nassert x == 2", "failed")])
+def test_the_runner_reports_a_failed_assertion(code, line, tmp_path, monkeypatch, capsys):
+    """A script that fails is named, its traceback is printed, and the exit code is 1."""
+    (tmp_path / "01_lesson.py").write_text(code)
+    monkeypatch.setattr(runner, "HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["lessons"])
+    with pytest.raises(SystemExit) as end:
+        runner.main()
+    output = capsys.readouterr().out
+    assert end.value.code == (line == "failed")
+    assert f"s  {line}" in output and ("AssertionError" in output) == (line == "failed")
+
+
+def test_the_records_and_images_of_a_lesson(tmp_path, monkeypatch, capsys):
+    """`record` prints, and appends a line with the lesson, the seed, the name and the value. `cubes` reads pairs."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with matplotlib.rc_context():  # other tests keep their style
+        tools = importlib.import_module("lesson_tools")
+    monkeypatch.setenv("LESSON_RECORD", str(tmp_path / "records.jsonl"))
+    tools.record("loss", 0.25)
+    assert capsys.readouterr().out == "loss: 0.25\n"
+    (line,) = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert (line["seed"], line["name"], line["value"]) == (tools.SEED, "loss", 0.25)
+    images, captions = tools.cubes(2)
+    assert captions[0] == "a green cube on top of an orange cube" and images[0].size == (96, 96)
+    assert len(tools.test_cubes()[1]) == 160
