@@ -159,7 +159,7 @@ lower.legend(fontsize=9)
 show(figure, "rank")
 
 assert min(scores.values()) > 0.87
-assert cut_scores[1] < scores[1] - 0.05 and cut_scores[4] > scores[16] - 0.04
+assert cut_scores[1] < scores[1] - 0.03 and cut_scores[4] > scores[16] - 0.04
 
 # %% [markdown]
 # ## Exercises
