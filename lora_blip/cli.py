@@ -14,6 +14,7 @@ from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
 from lora_blip.inference import early_checks as inference_checks
+from lora_blip.inspection import command as inspection
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell
@@ -170,6 +171,11 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 @heartbeat(IMPORTING)
+def inspect(config: inspection.InspectConfig) -> None:
+    inspection.inspect(config)
+
+
+@heartbeat(IMPORTING)
 def doctor(_: DoctorConfig) -> bool:
     from lora_blip.doctor import examine
 
@@ -210,6 +216,10 @@ COMMANDS = {
     "evaluate": Command(
         "compare the base and the adapter: scores with confidence intervals, and report.html", lambda: EvaluateConfig,
         evaluate, "lora-blip evaluate --references test.jsonl", inference_checks.check_evaluation,
+    ),
+    "inspect": Command(
+        "measure an adapter, or compare two: size, rank and directions of each update", lambda: inspection.InspectConfig,
+        inspect, "lora-blip inspect latest", inspection.check_paths,
     ),
     "prepare": Command(
         "convert common data formats to train, val and test JSONL, split by image", prepare_settings, prepare,

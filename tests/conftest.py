@@ -10,7 +10,7 @@ os.environ["MPLCONFIGDIR"] = os.environ.get("MPLCONFIGDIR") or os.path.expanduse
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -25,6 +25,7 @@ from lora_blip.models.loading import Backbone, load_backbone
 from lora_blip.reports import plots
 from lora_blip.tasks import verification_record
 from tests.support import tiny
+from tests.support.browser import FLAGS
 from tests.support.models import KINDS, WHOLE
 
 CACHE = Path(os.environ["XDG_CACHE_HOME"])
@@ -111,3 +112,22 @@ def make(checkpoints: dict[str, Path], original: Callable[[str], Backbone]) -> C
 @pytest.fixture(params=KINDS)
 def backbone(request: pytest.FixtureRequest, make: Callable[..., Backbone]) -> Backbone:
     return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    try:
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    except webdriver.remote.webdriver.WebDriverException as error:
+        pytest.skip(f"Chromium does not start here: {error.msg}")
+    yield browser
+    browser.quit()

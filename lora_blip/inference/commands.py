@@ -9,14 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
-from lora_blip.runtime.settings import setting
+from lora_blip.runtime.settings import argument, setting
 from lora_blip.runtime.system_errors import command_line, reading
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import BASE_OF, suggestion
@@ -36,11 +36,6 @@ def command_of(task: str, image: str = "photo.jpg", flags: Sequence[str] = ()) -
     """Return the command for an adapter of a task, as a line to paste."""
     name, arguments = ARGUMENTS[task]
     return " ".join([f"lora-blip {name} {command_line([image])}{arguments}", *([command_line([*flags])] if flags else [])])
-
-
-def argument(doc: str, metavar: str, several: bool = False) -> Any:
-    """Return a dataclass field for a positional argument. If `several`, its value is a list of one or more texts."""
-    return field(metadata={"doc": doc, "group": "", "metavar": metavar, "nargs": "+" if several else None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def fetch(name: str) -> str:
     repository, _, revision = name.partition("@")
     try:
         if constants.HF_HUB_OFFLINE:
-            return _cached(repository, revision, name, "HF_HUB_OFFLINE is set")
+            return _cached(repository, name, "HF_HUB_OFFLINE is set")
         return _downloaded(repository, revision or "main")
     except HFValidationError:
         raise ModelError(f"there is no folder {name!r}, and it is not a hub name; {EXAMPLE}") from None
@@ -64,7 +64,7 @@ def fetch(name: str) -> str:
             f"is private: hf auth login), or {EXAMPLE}"
         ) from None
     except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        return _cached(repository, revision, name, f"the hub cannot be reached ({first_line(error)})")
+        return _cached(repository, name, f"the hub cannot be reached ({first_line(error)})")
 
 
 def _downloaded(repository: str, revision: str) -> str:
@@ -116,18 +116,26 @@ def _converted_commit(api: HfApi, repository: str, commit: str) -> str:
     return ""
 
 
-def _cached(repository: str, revision: str, name: str, reason: str) -> str:
+def _cached(repository: str, name: str, reason: str) -> str:
     """Return the newest complete copy in the cache, and print one line. Raise ModelError if there is none."""
     root = _root(repository)
-    for folder in _snapshots(root, revision):
-        if (folder / "config.json").exists() and any((folder / each).exists() for each in ANY_WEIGHTS):
-            if not constants.HF_HUB_OFFLINE:
-                print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
-            return str(folder)
+    if folder := cached(name):
+        if not constants.HF_HUB_OFFLINE:
+            print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
+        return folder
     raise ModelError(
         f"{reason}, there is no folder {name!r}, and the cache has no complete copy of this model ({root}). "
         f"Download it on a machine with a network: hf download {repository}"
     )
+
+
+def cached(name: str) -> str:
+    """Return the folder of the newest complete copy of `user/name` or `user/name@revision` in the cache, or ""."""
+    repository, _, revision = name.partition("@")
+    for folder in _snapshots(_root(repository), revision):
+        if (folder / "config.json").exists() and any((folder / each).exists() for each in ANY_WEIGHTS):
+            return str(folder)
+    return ""
 
 
 def _snapshots(root: Path, revision: str) -> Iterator[Path]:

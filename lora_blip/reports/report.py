@@ -198,20 +198,24 @@ def breakable(text: str) -> str:
     return re.sub(r"([/\\\\_])", r"\1<wbr>", escaped(text))
 
 
-def warnings_html(warnings: Sequence[str]) -> str:
-    """Return the warnings as a section, or "" if there are none."""
+def warnings_html(warnings: Sequence[str], heading: str = "") -> str:
+    """Return the warnings as a section, or "" if there are none. heading: "" for that of a page with scores."""
     if not warnings:
         return ""
-    heading = "Read this before the scores" if len(warnings) == 1 else f"Read these {len(warnings)} warnings before the scores"
+    of_scores = (
+        "Read this before the scores" if len(warnings) == 1 else f"Read these {len(warnings)} warnings before the scores"
+    )
+    heading = escaped(heading or of_scores)
     items = "".join(f'<li dir="auto">{escaped(warning)}</li>' for warning in warnings)
     return f'<section class="warnings" aria-labelledby="w"><h2 id="w">{heading}</h2><ul>{items}</ul></section>'
 
 
-def facts_html(facts: Mapping[str, str], title: str) -> str:
-    """Return the facts as a section, or "" if there are none."""
+def facts_html(facts: Mapping[str, str], title: str, identifier: str = "f") -> str:
+    """Return the facts as a section, or "" if there are none. identifier: the id of its heading, unique on the page."""
     if not facts:
         return ""
     items = "".join(
         f'<div><dt>{escaped(name)}</dt><dd dir="auto">{breakable(str(fact))}</dd></div>' for name, fact in facts.items()
     )
-    return f'<section class="facts" aria-labelledby="f"><h2 id="f">{escaped(title)}</h2><dl>{items}</dl></section>'
+    heading = f'<h2 id="{identifier}">{escaped(title)}</h2>'
+    return f'<section class="facts" aria-labelledby="{identifier}">{heading}<dl>{items}</dl></section>'

@@ -34,6 +34,11 @@ def setting(default: Any, doc: str, group: str = "", path: Literal["", "always",
     return field(default=default, metadata={"doc": doc, "group": group, "path": path})
 
 
+def argument(doc: str, metavar: str, several: bool = False) -> Any:
+    """Return a dataclass field for a positional argument. If `several`, its value is a list of one or more texts."""
+    return field(metadata={"doc": doc, "group": "", "metavar": metavar, "nargs": "+" if several else None})
+
+
 def settings_of(kind: Any) -> list[Field[Any]]:
     """Return the fields of a config class that are settings, in their order."""
     return [entry for entry in fields(kind) if "doc" in entry.metadata]

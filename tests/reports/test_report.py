@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from lora_blip.reports import report
 from lora_blip.reports.report import Card
 from lora_blip.reports.score_table import ReportRow, scores_html
 from lora_blip.runtime.untrusted import printable
+from tests.support.browser import show
 
 NASTY = [
     "<script>window.pwned = 1</script>",
@@ -192,42 +191,11 @@ def test_an_older_page_is_replaced_completely(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- in a browser
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    try:
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    except webdriver.remote.webdriver.WebDriverException as error:
-        pytest.skip(f"Chromium does not start here: {error.msg}")
-    yield browser
-    browser.quit()
-
 
 @pytest.fixture
 def opened(chromium: Any, page: Path) -> Any:
     show(chromium, page, 1280)
     return chromium
-
-
-def show(browser: Any, page: Path, width: int, scheme: str = "light") -> None:
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    browser.get(page.as_uri())
 
 
 def enter(browser: Any, **settings: str | bool) -> str:

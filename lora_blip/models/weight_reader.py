@@ -1,0 +1,83 @@
+"""Read single weights of a base from its safetensors. The model is not built, and only the weight that is asked for is read."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_blip.errors import ModelError
+from lora_blip.models.local_base import locate_base
+from lora_blip.models.weight_names import without_prefix
+from lora_blip.runtime.untrusted import open_regular, quoted
+
+SINGLE, SHARDS = "model.safetensors", "model-*.safetensors"
+
+
+class WeightReader:
+    """The weights in the safetensors of a checkpoint's folder. `name` is the name of the base in messages."""
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        """Read the names of the weights. Raise ModelError if the folder has no safetensors, or if one cannot be read."""
+        self.name = name
+        single = Path(folder) / SINGLE
+        self.files = [single] if single.exists() else sorted(Path(folder).glob(SHARDS))
+        if not self.files:
+            raise ModelError(f"{name!r} has no {SINGLE}; give a folder of a checkpoint with weights")
+        stored: dict[str, tuple[Path, str]] = {}
+        for path in self.files:
+            try:
+                with open_regular(path), safe_open(path, "pt") as file:
+                    stored |= {weight: (path, weight) for weight in file.keys()}
+            except (OSError, SafetensorError) as error:
+                raise self._unreadable(path, error) from None
+        self.places = without_prefix(stored)
+
+    def read(self, module: str) -> Tensor | None:
+        """Return the weight of a linear, shape (out_features, in_features), or None if there is no matrix of this name."""
+        if f"{module}.weight" not in self.places:
+            return None
+        path, weight = self.places[f"{module}.weight"]
+        try:
+            with safe_open(path, "pt") as file:  # opened for each weight, so that the pages of the last one are given back
+                tensor: Tensor = file.get_tensor(weight)
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(path, error) from None
+        return tensor if tensor.ndim == 2 and tensor.is_floating_point() and tensor.itemsize > 1 else None
+
+    def _unreadable(self, path: Path, error: Exception) -> ModelError:
+        return ModelError(
+            f"the weights of {self.name!r} cannot be loaded: {quoted(path.name)}: {quoted(str(error))}; download the "
+            "checkpoint again"
+        )
+
+
+def open_local(name: str) -> WeightReader | None:
+    """Return the weights of a base on this machine: a folder, or a hub name in the cache. Download nothing.
+
+    Return None if a hub name is not in the cache. Raise ModelError if a folder does not exist, or has no weights.
+    """
+    folder = locate_base(name)
+    if not folder:
+        from lora_blip.models.hub import cached  # late: it imports transformers, which takes seconds
+
+        folder = cached(name)
+    return WeightReader(_converted(folder, name), name) if folder else None
+
+
+def open_any(name: str) -> WeightReader:
+    """Return the weights of a base. Download a hub name that is not in the cache. Raise ModelError if there is no such base."""
+    folder = locate_base(name)
+    if not folder:
+        from lora_blip.models.hub import fetch
+
+        folder = fetch(name)
+    return WeightReader(_converted(folder, name), name)
+
+
+def _converted(folder: str, name: str) -> str:
+    """Return the folder, or that of its copy with safetensors if it has only `.bin` weights."""
+    if (Path(folder) / SINGLE).exists() or any(Path(folder).glob(SHARDS)):
+        return folder
+    from lora_blip.models.bin_weights import with_safetensors
+
+    return with_safetensors(folder, name)
