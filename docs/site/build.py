@@ -45,6 +45,7 @@ USE = (
     "models",
     "generation",
     "evaluation",
+    "inspect",
     "resume",
     "python_api",
     "large_inference",
