@@ -91,4 +91,4 @@ EXTRAS_docs := plots,docs
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build .venv .pytest_cache .mypy_cache .ruff_cache

@@ -31,6 +31,8 @@ def docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: l
     """Convert a docstring of this project to reStructuredText: indented blocks are literal, and * and | mean themselves."""
     result: list[str] = []
     for line in lines:
+        if re.match(r"[a-z_]+(, [a-z_]+)*: \S", line) and result and result[-1].strip():
+            result.append("")  # the description of a parameter is a paragraph
         is_block = line.startswith("    ") and line.strip() and not (result and result[-1].strip())
         if is_block and not any(earlier.startswith("    ") for earlier in result[-2:-1]):
             result += ["::", ""]
