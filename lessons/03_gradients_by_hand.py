@@ -143,7 +143,7 @@ for offset, bf16, name in ((0.2, False, "float32"), (-0.2, True, "bf16 autocast"
     values = [kept[layer, bf16] / 1000 for layer in layers]
     bars = axes.barh([2 - place + offset for place in range(3)], values, height=0.38, label=name)
     axes.bar_label(bars, fmt="%.0f kB", label_type="center", color="white")
-    axes.axvline(minimum[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5)
+    axes.axvline(minimum[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5, zorder=0)
 axes.set(xlabel="kept for the backward pass (kB)", title="The fused hook keeps no copy of W₀ in bf16", xlim=(0, 300))
 axes.set_yticks([2, 1, 0], list(layers))
 axes.legend(loc="lower right", handlelength=1)
