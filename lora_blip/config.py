@@ -193,7 +193,9 @@ class InferConfig:
     )
     resume: bool = setting(True, "continue an interrupted run in the same OUTPUT_DIR; False: stop if the folder has a run")
     references: str = setting("", "annotations with the right texts; the task's score is then printed", path="always")
-    image_root: str = setting("", "folder that the references' image paths are relative to; empty: their folder", path="always")
+    image_root: str = setting(
+        "", "folder that the image paths of the references are relative to; empty: the folder of the references", path="always"
+    )
     image_key: str = setting("", "column or key of the image path; empty: a common name, such as image or file_name")
     text_key: str = setting("", "column or key of the text; empty: a common name, such as text or caption")
     question_key: str = setting("", "column or key of the question; empty: question")
@@ -244,7 +246,10 @@ class EvaluateConfig:
     train_annotations: str = setting(
         "", 'training data to search for the same images; empty: the adapter\'s; "none": no search', path="always"
     )
-    train_image_root: str = setting("", "folder that their image paths are relative to; empty: as in training", path="always")
+    train_image_root: str = setting(
+        "", "folder that these image paths are relative to; empty: the folder of TRAIN_ANNOTATIONS, or as in training",
+        path="always",
+    )  # fmt: skip
     on_bad_data: Literal["stop", "skip"] = setting("stop", 'if a line of the references is invalid: "stop" or "skip" the line')
     output_dir: str = setting("", "folder of the report; empty: a new folder in lora_blip_output", path="always")
 

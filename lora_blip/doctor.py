@@ -109,7 +109,7 @@ def run_test(name: str, check: Callable[[str], str]) -> bool:
 
 
 def check_hooks(name: str) -> str:
-    """Check that adapters on the ViT of an embedded base change its logits exactly if B is not zero. Return the result."""
+    """Check that adapters on the ViT of an embedded base change the logits if and only if B is not zero. Return the result."""
     backbone = load_backbone(name, "cpu")
     task = TASKS[default_task(backbone.architecture)](backbone)
     side = backbone.model.config.vision_config.image_size

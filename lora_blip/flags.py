@@ -212,7 +212,7 @@ def _refuse_unknown_names(script: dict[str, Any], known: list[str]) -> None:
 
 
 def _refuse_flag(flag: str, known: list[Field[Any]]) -> NoReturn:
-    """Raise ConfigError. The message suggests the most similar flag. If `flag` is an existing path, it suggests a flag."""
+    """Raise ConfigError. The message suggests the most similar flag, or for an existing path, the flag to write before it."""
     name = flag.partition("=")[0]
     arguments = [entry for entry in known if "metavar" in entry.metadata]
     flags = [entry.name for entry in known if entry not in arguments]

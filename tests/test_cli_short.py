@@ -105,9 +105,8 @@ def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
     assert f"lora_blip_output/run/adapter.safetensors, base {checkpoints['blip']}, cpu\n" in errors
     assert run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu", "--adapter", adapter)[1] == lines
     errors = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--device", "cpu")[2]
-    fix = (
-        "for another model: --adapter none --model assets/tiny-blip-vqa; for this one: lora-blip caption photos/0.png --device"
-    )
+    another = "for another model: --adapter none --model assets/tiny-blip-vqa"
+    fix = f"{another}; for this model: lora-blip caption photos/0.png --device"
     assert fix in errors
 
 

@@ -32,12 +32,12 @@ from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
-MANY_MISSING = 3  # if all images are missing, and there are at least this many, they give one error
+MANY_MISSING = 3  # if all images are missing: smallest number of images for which one error replaces the list
 SKIP = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
 
 
-@dataclass(frozen=True, slots=True)  # an invalid file can have a million
+@dataclass(frozen=True, slots=True)  # slots: an invalid file can have a million problems
 class Problem:
     """A line or entry that cannot be used, with the reason."""
 
@@ -89,7 +89,7 @@ def read(
     source = Path(source)
     valid_lines: list[Example] = []
     problems: list[Problem] = []
-    notes: list[Callable[[], list[str]]] = []  # about the files, for the table
+    notes: list[Callable[[], list[str]]] = []  # each returns texts about a file, for the table
     with many_objects():
         for path, root, entries, describe in sources_of(source, keys, setting, splits is not None):
             builder = ExampleBuilder(path, Path(image_root) if image_root else root, splits is not None)
@@ -136,10 +136,10 @@ def sources_of(
 ) -> list[tuple[Path, Path, Callable[[], Iterator[Located]], Callable[[int, Path], list[str]]]]:
     """Return (file, default folder of its images, reader of its entries, reader of its description) for each file to read.
 
-    use_splits: give an entry without a split that of its file, such as train for captions_train.json.
+    use_splits: if there are several files, give an entry without a split the split of its file: train for captions_train.json.
     Raise DataError if a file does not exist, cannot be read, or has an unknown format.
     """
-    if not (exists := os.path.lexists(source)) and "," not in str(source):  # or several files
+    if not (exists := os.path.lexists(source)) and "," not in str(source):  # a comma separates the names of several files
         raise missing_annotations(source)
     if exists and source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
         one = Source(source, "jsonl", partial(jsonl_entries, source))
@@ -168,7 +168,7 @@ def _parsed(
 def _find_moved(
     parsed: list[Example | tuple[Location, str]], builder: ExampleBuilder, decode: bool, report: Callable[[str], object]
 ) -> dict[str, str]:
-    """Find images whose paths do not exist, and set their new paths in `parsed`. Return {image file: reason} for the rest."""
+    """Set the new paths of moved images in `parsed`. If `decode`, return {image file: reason} for the images not found."""
     firsts = ((name, first.file) for name, first in builder.firsts.items())
     moved, missing = moved_images(firsts, builder.root, decode, lambda text: report(printable(f"{builder.source}: {text}")))
     if moved:

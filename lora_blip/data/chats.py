@@ -76,7 +76,7 @@ def without_image_token(text: str) -> str:
 
 
 def images_of(record: Entry) -> list[str]:
-    """Return the paths of the images of a record: a path, or a list of paths or of {"path": …}."""
+    """Return the paths of the images of a record. The record has a path, a list of paths, or a list of {"path": …}."""
     value = record.get(first_key(record, IMAGE_LISTS) or "")
     values = [_path_of(each) for each in (value if isinstance(value, list) else [value])]
     return [path for path in values if path]

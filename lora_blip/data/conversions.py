@@ -115,7 +115,7 @@ def _chosen(record: Entry) -> Any:
 
 
 def _prodigy(record: Entry) -> Entry:
-    """Return a Prodigy task as an entry. Its `text` is the name of the file if it has a caption."""
+    """Return a Prodigy task as an entry. If the task has a caption, its key `text` is the name of the file."""
     keys = ("image", "caption", "captions", "question", "text", "transcription", "user_input")
     kept: Entry = {str(key): record[key] for key in keys if key in record}
     if text := first_key(kept, ("caption", "captions", "transcription", "user_input")):

@@ -100,7 +100,7 @@ class ImageDataset(Dataset[ImageItem]):
         return augment(open_image(image), text, random.Random(f"{self.seed} {draw}"), self.side)
 
     def _load(self, examples: list[Example], key: str, decode: Callable[[], Image.Image], use_cached: bool) -> ImageItem:
-        """Return the item from a cache. If it is in none, call `decode` for the image, and cache its pixels.
+        """Return the item from a cache. If no cache has it, call `decode` for the image, and cache its pixels.
 
         key: the key of the image in both caches. "": the image is not cached.
         """
@@ -116,17 +116,17 @@ class ImageDataset(Dataset[ImageItem]):
         return ImageItem(examples, values, key=key if state_cache else "")
 
 
-def grouped(examples: list[Example], most: int) -> tuple[Any, Any]:
-    """Group the lines by image, with at most `most` lines in a group. Images are in the order of their first lines.
+def grouped(examples: list[Example], max_lines: int) -> tuple[Any, Any]:
+    """Group the lines by image, with at most `max_lines` lines in a group. Images are in the order of their first lines.
 
     Return `lines`, the line numbers sorted by group, and `starts` (groups + 1,): group i is lines[starts[i] : starts[i + 1]].
     """
     count = len(examples)
-    if most == 1:
+    if max_lines == 1:
         return np.arange(count), np.arange(count + 1)
     images: dict[str, int] = {}
     image_of_line = np.fromiter((images.setdefault(e.file, len(images)) for e in examples), dtype=np.int64, count=count)
     lines = np.argsort(image_of_line, kind="stable")
     first = np.searchsorted(image_of_line[lines], np.arange(len(images)))  # (images,)
     rank = np.arange(count) - first[image_of_line[lines]]  # (lines,) position among the lines of the image
-    return lines, np.append(np.flatnonzero(rank % most == 0), count)
+    return lines, np.append(np.flatnonzero(rank % max_lines == 0), count)

@@ -57,7 +57,7 @@ def is_deep(image: Image.Image) -> bool:
 def highest_value(image: Image.Image) -> float:
     """Return the value that becomes white: the largest value of the pixel type in the file, or 1 for floats.
 
-    An image of mode I without TIFF tags counts as 16 bits: PNG, the usual other format of this mode, has at most 16 bits.
+    An image of mode I without TIFF tags (a PNG, or an image made in memory) counts as 16 bits, because PNG has at most 16.
     """
     if image.mode == "F":
         return 1.0

@@ -33,7 +33,7 @@ except ImportError:  # Windows: a folder with an open file cannot be renamed, wh
     fcntl = None  # type: ignore[assignment]
 
 KIND = re.compile(r"[0-9a-f]{16}")  # the name of a kind's folder
-BEING_REMOVED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # such a folder while it is removed
+BEING_REMOVED = re.compile(r"\.[0-9a-f]{16}\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the name of a kind's folder while it is removed
 KEY = re.compile(r"[0-9a-f]{2}[0-9a-z_-]{0,120}")
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 LARGEST = 2**28  # largest number of bytes of a value; an image or the states of an image have about one million
@@ -41,7 +41,7 @@ LONGEST_HEADER = 4096
 PAGE = 4096
 ABANDONED = 3600  # seconds after which an unfinished temporary file is removed
 RECOUNTS = 50  # how often the folder is counted while it fills, because other processes write too
-DIGESTS = 2**20  # digests kept in memory, at about 300 bytes each
+DIGESTS = 2**20  # largest number of digests in memory, at about 300 bytes each
 
 
 class Store:
@@ -84,7 +84,7 @@ class Store:
         return value
 
     def put(self, key: str, value: Tensor) -> bool:
-        """Store a value if there is room, and return True if it is stored. Raise no error: it can be computed again."""
+        """Store a value if there is room, and return True if it is stored. Raise no error: the value can be computed again."""
         if self.full or key in self:
             return key in self
         self.lock_file = self.lock_file or self._open_lock_file()
@@ -119,7 +119,7 @@ class Store:
         return self.values / key[:2] / f"{key}.safetensors"
 
     def _open_lock_file(self) -> BinaryIO | None:
-        """Open and lock kind.json while this object exists. Other processes do not remove a locked kind."""
+        """Open kind.json, and keep it locked while this object exists. Other processes do not remove a locked kind."""
         path = self.values / "kind.json"
         try:
             while True:
@@ -203,7 +203,7 @@ def checksum(data: NDArray[np.uint8]) -> str:
 
     It detects changed bits and swapped pages.
     """
-    end = len(data) // PAGE * PAGE  # of the last complete page
+    end = len(data) // PAGE * PAGE  # the end of the last complete page
     pages = np.frombuffer(data, dtype=np.uint64, count=end // 8).reshape(-1, PAGE // 8)
     return f"{crc32(data[end:].tobytes(), crc32(pages.sum(1).tobytes())):08x}"
 

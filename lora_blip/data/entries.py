@@ -63,8 +63,8 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     """Return the entry with the keys {"image", "text"} or {"image", "question", "answers"}, or the reason why it is invalid.
 
     In the result, texts have one space between words, and numbers and booleans are texts (see `as_text`). Other keys are kept.
-    A question has `answers` (a list of texts, or of VQAv2's {"answer": …}) or one `answer`. If `answered` is False, it may
-    have no answers.
+    A question has `answers` (a list of texts, or of VQAv2's {"answer": …}) or one `answer`. If `answered` is False, a question
+    without these keys is valid too.
     """
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)

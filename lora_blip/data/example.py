@@ -58,9 +58,9 @@ class Example:
         return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))
 
 
-(
+(  # setters that work although the class is frozen
     SET_IMAGE, SET_TEXT, SET_NAME, SET_LINE, SET_GROUP, SET_QUESTION, SET_ANSWERS, SET_SOURCE, SET_PROMPT, SET_QUESTION_ID
-) = [vars(Example)[each.name].__set__ for each in fields(Example)]  # they work although the class is frozen  # fmt: skip
+) = [vars(Example)[each.name].__set__ for each in fields(Example)]  # fmt: skip
 IMAGE_SLOT = vars(Example)["image"]
 FILE: Callable[[Example], str] = IMAGE_SLOT.__get__
 Example.image = PathStoredAsText(IMAGE_SLOT)  # type: ignore[assignment,misc]  # set here, because in the class it would conflict with the slot
@@ -76,11 +76,11 @@ class ExampleBuilder:
         self.shared: dict[str, str] = {}  # text → the same text: tidy answers, groups and prompts (see `is_tidy`)
         self.prompts = 0  # number of lines with their own prompt
         self.splits: dict[Location, str] = {}  # line or entry → its split: train, val or test
-        self.group_entries: dict[Location, Entry] = {}  # line or entry → the column that names its group
+        self.group_entries: dict[Location, Entry] = {}  # line or entry → {the column that gives its group: its value}
         self.ignored: dict[str, tuple[int, Location]] = {}  # unused key → number of lines, first line
 
     def build(self, entry: Entry | str, number: Location) -> Example | tuple[Location, str]:
-        """Return an Example, or (location, reason) for an invalid entry. `entry` may already be such a reason."""
+        """Return an Example, or (location, reason) for an invalid entry. If `entry` is a text, it is the reason."""
         if isinstance(entry, str):
             return number, entry
         example = self._quick(entry, number)
@@ -119,7 +119,7 @@ class ExampleBuilder:
                 self.ignored[key] = count + 1, first
 
     def _quick(self, entry: Entry, number: Location) -> Example | None:
-        """Return the same Example as by `canonical`, but in half the time. Return None unless all values are tidy strings."""
+        """Return the Example that `canonical` leads to, in half the time. Return None unless all values are tidy strings."""
         image, group, prompt = entry.get("image"), entry.get("group", ""), entry.get("prompt", "")
         group = self._share(group) if group != "" else group
         prompt = self._share(prompt) if prompt != "" else prompt

@@ -19,8 +19,8 @@ TOO_LONG = f"it has more than {LONGEST:,} characters; put each example on its ow
 
 ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]")  # invalid bytes, and all characters but ASCII
 
-QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)  # five times as fast; ignores repeated keys
-
+# five times as fast as STRICT, but does not detect repeated keys
+QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)
 
 OUR_KEYS = {"image", "text", "question", "answers", "question_id", "prompt", "group", "split"}
 
@@ -63,7 +63,7 @@ def open_text(path: Path, newline: str | None = None, encoding: str = "") -> Tex
 
 
 def table_encoding(path: Path) -> str:
-    """Return the encoding of a table: "utf-16" if it has that byte order mark, otherwise "utf-8-sig" or "cp1252".
+    """Return the encoding of a table: "utf-16" if it has the byte order mark of UTF-16, otherwise "utf-8-sig" or "cp1252".
 
     cp1252, the encoding of Excel's "CSV" in western Europe and America, is returned if more characters outside ASCII are
     invalid than valid in UTF-8.
@@ -80,7 +80,7 @@ def table_encoding(path: Path) -> str:
 
 
 def describe_encoding(path: Path, table: bool) -> tuple[str, str]:
-    """Return the encoding of a file, and a message that names it, or "" for UTF-8. table: the file may also be in cp1252."""
+    """Return the encoding of a file, and a message that names the encoding ("" for UTF-8). table: test for cp1252 too."""
     with open_text(path) as file:
         encoding = table_encoding(path) if table else file.encoding
     message = {
@@ -111,7 +111,7 @@ def bounded(file: TextIO, longest: int = LONGEST) -> Iterator[str]:
 def jsonl_entries(path: Path, longest: int = LONGEST, raw: bool = False) -> Iterator[Located]:
     """Read a file with a JSON object per line.
 
-    longest: the most characters of a line. raw: yield each object as it is, because its keys will be renamed.
+    longest: the largest number of characters of a line. raw: yield each object as it is, because its keys will be renamed.
     """
     convert: Callable[[Location, Any], Iterator[Located]] | None = None
     is_first = True

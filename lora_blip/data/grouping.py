@@ -96,7 +96,7 @@ class Groups:
 def observed(
     entries: Callable[[], Iterator[Located]], columns: dict[Location, dict[str, Any]], groups: Groups
 ) -> Iterator[Located]:
-    """Yield the entries. Store the column that names the group of each in `columns`."""
+    """Yield the entries. Store {location: {column: value}} in `columns`, for the column that gives the group of an entry."""
     for at, entry in entries():
         if groups.column and isinstance(entry, dict):
             groups.columns = groups.columns or dict.fromkeys(entry)
@@ -125,7 +125,7 @@ def components(images: Sequence[Image], links: Iterable[tuple[Image, Hashable]])
 
 
 def equal_files(files: Iterable[tuple[Image, str | Path]]) -> list[tuple[Image, Hashable]]:
-    """Return a link for each image whose file has the bytes of another one. A file that cannot be read is left out.
+    """Return a link for each image whose file has the same bytes as another file. A file that cannot be read is left out.
 
     Only files of one size with equal ends are read as a whole.
     """
@@ -154,7 +154,7 @@ def _ends_of(path: str | Path) -> bytes:
 def draw(groups: Sequence[list[Image]], size: int) -> tuple[list[Image], list[list[Image]]]:
     """Take groups in their order for a part of about `size` images. Return the images of the part, and the other groups.
 
-    A group is taken if the number of images is then closer to `size`. If no group is, the smallest is taken.
+    Take a group if the number of images is then closer to `size`. If no group is taken in this way, take the smallest.
     """
     taken: list[Image] = []
     rest: list[list[Image]] = []

@@ -35,7 +35,8 @@ class ImageFinder:
         self.moved: dict[str, str] = {}  # path as written → its path under the root, if the two differ
         self.names: dict[str, list[Folders]] | None = None  # file name → folders under the root that contain it
         self.complete = True  # False if the root has more than MOST_FILES files
-        self.prefix: tuple[Folders, Folders] | None = None  # leading folders as written, and those that replace them
+        # leading folders as written, and the folders under the root that replace them; all paths of a source must agree
+        self.prefix: tuple[Folders, Folders] | None = None
         self.by_name: dict[str, str] = {}  # name of a file that was found only by its name → path as written
         self.suggestions = 0
 
@@ -43,8 +44,8 @@ class ImageFinder:
         """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files match.
 
         If the path exists, return it. Otherwise compare it, from its end, with the paths of all files below the root, and
-        return the file with the most equal parts. An equal name alone is enough only if the written path has no folder, or if
-        the file is directly in the root and no other file has this name.
+        return the file with the most equal parts at its end. An equal name alone is enough only if the written path has no
+        folder, if the file is directly in the root and no other file has this name, or for a name of COCO 2014.
         """
         for path in self._spellings(written):
             if os.path.lexists(path):

@@ -55,9 +55,9 @@ BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"), "HEIF"),
 }  # brands in the header of an ISO base media file, and their formats
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes in bytes
-LARGEST = 2**27  # pixels: 134 million, 400 MB in RGB; phones take photos of up to 108 million
-LARGEST_FILE = 2**28  # bytes; without a limit, junk in a GIF takes Pillow 70 ns for each byte
-MOST_SCANS = 100  # scans of a progressive JPEG; each is a pass over all pixels. Encoders write about ten
+LARGEST = 2**27  # largest number of pixels: 134 million, 400 MB in RGB; phones take photos of up to 108 million
+LARGEST_FILE = 2**28  # largest number of bytes; without a limit, junk in a GIF takes Pillow 70 ns for each byte
+MOST_SCANS = 100  # largest number of scans of a progressive JPEG; each is a pass over all pixels. Encoders write about ten
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

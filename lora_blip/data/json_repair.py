@@ -6,7 +6,7 @@ import re
 from lora_blip.data.entries import IMAGE_KEYS, UNESCAPED, WrittenFloat
 from lora_blip.runtime.untrusted import parsed, pasteable, refuse_constant, unique_keys
 
-LARGEST = 2**22  # characters of a text that is corrected; a longer one comes from a program
+LARGEST = 2**22  # largest number of characters of a text that is corrected; a longer text comes from a program
 TOKEN = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[{}\[\]:,]|\s+|[^\s{}\[\]:,"']+""", re.DOTALL)
 BACKSLASH = re.compile(r"""\\(?:(u[0-9A-Fa-f]{4}|["\\/bfnrt])|(')|)|(")""")  # an escape of JSON, \', a lone \, or a quote
 IMAGE_PATH = re.compile(rf'("(?:{"|".join(IMAGE_KEYS)})"\s*:\s*")([^"]*)', re.IGNORECASE)
@@ -47,7 +47,7 @@ def _is_valid(text: str) -> bool:
 def _corrected(text: str) -> str:
     """Return a text with each known fault corrected. Return "" if a quote is not closed."""
     parts: list[str] = []
-    before = [""]  # the tokens so far that are not spaces
+    before = [""]  # the last two tokens that are not spaces
     comma = position = 0  # `comma` is the place of the last comma in `parts`
     while position < len(text):
         match = TOKEN.match(text, position)

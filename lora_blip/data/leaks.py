@@ -26,7 +26,7 @@ CONTRAST = 0.75  # smallest ratio of the standard deviations of nearly the same 
 LIGHT = 26.0  # largest difference of their mean colours, in grey levels
 BLOCK = 1024  # evaluation images that are compared at a time
 LISTED = 3  # largest number of leaks that a warning lists
-THREADS = 8  # Pillow releases the GIL
+THREADS = 8  # threads that decode images; Pillow releases the GIL
 
 Floats = NDArray[np.float32]
 

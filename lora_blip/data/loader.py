@@ -45,7 +45,7 @@ class EpochBatches(Sampler[list[Key]]):
 class Slot(NamedTuple):
     """One micro-batch of an optimizer step, on one rank."""
 
-    number: int  # of the micro-batch in the epoch
+    number: int  # the number of the micro-batch in the epoch
     is_filler: bool = False  # a repeated micro-batch with weight 0: all ranks must make the same collective calls
 
 
@@ -53,8 +53,8 @@ def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 
     """Return the micro-batches of each step of an epoch, for one rank.
 
     A step has `accumulation` micro-batches per rank, assigned to the ranks in turn. So the updates depend only on the product
-    ranks × accumulation. The last step of an epoch may have fewer. If it has none for a rank, the rank computes the first
-    micro-batch of the step again, as a filler.
+    ranks × accumulation. The last step of an epoch can have fewer micro-batches. If none is left for a rank, the rank computes
+    the first micro-batch of the step again, as a filler.
     """
     size = accumulation * ranks
     steps = []
@@ -108,9 +108,9 @@ class DeviceBatch(Generic[Rows]):
     examples: list[Example]
     pixel_values: Tensor  # (images without cached states, 3, H, W)
     rows: Rows
-    count: float  # label tokens, or rows for retrieval; the summed loss is divided by their total in the step
+    count: float  # number of label tokens (for retrieval: of rows); the loss of a step is divided by the total of its batches
     image_index: Tensor | None = None  # (examples,) the image of each example; None: example i has image i
-    cached_states: CachedStates | None = None  # of images that are not in pixel_values
+    cached_states: CachedStates | None = None  # the states of the images that are not in pixel_values
     prefix: Any = None  # the `tasks.frozen_prefix.Prefix` that computed the cached states
 
     @property

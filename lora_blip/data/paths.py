@@ -18,12 +18,11 @@ def resolved(files: Iterable[str]) -> dict[str, str]:
         else:
             by_folder.setdefault(file[:end], []).append(file)
     for folder, inside in by_folder.items():
-        start = len(folder) + 1  # of the name in a path
+        start = len(folder) + 1  # the index at which the name begins in a path
         real, links = os.path.join(os.path.realpath(folder + os.sep), ""), _links(folder + os.sep, inside, start)  # noqa: PTH118
         if real == folder + os.sep and not links:
-            resolved_by_file.update(
-                zip(inside, inside, strict=True)
-            )  # the same string objects, because copies would fill the memory
+            # the same string objects, because copies would fill the memory
+            resolved_by_file.update(zip(inside, inside, strict=True))
             continue
         for file in inside:
             resolved_by_file[file] = str(Path(file).resolve()) if file[start:] in links else real + file[start:]

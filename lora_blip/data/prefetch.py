@@ -14,12 +14,15 @@ from lora_blip.data.image_sources import image_key, open_example
 from lora_blip.data.preprocessing import pixels_of
 from lora_blip.errors import ImageError
 
-MOST_THREADS = 4  # each may hold an image of 400 MB before it is resized
+MOST_THREADS = 4  # largest number of threads; each may hold an image of 400 MB before the image is resized
 T = TypeVar("T")
 
 
 class Lookahead(Generic[T]):
-    """An iterator that can read its next items in advance. `take` raises an error of the iterable when it reaches it."""
+    """An iterator that can read its next items in advance.
+
+    If the iterable raises an error, `take` first returns the items before it, and then raises the error.
+    """
 
     def __init__(self, items: Iterable[T]) -> None:
         self.items = iter(items)

@@ -22,10 +22,8 @@ from lora_blip.runtime.untrusted import open_regular, os_error_reason, printable
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")  # types of extra headers before a member: PAX, Solaris, GNU's long names
-LONGEST_HEADER, LONG_NUMBER = (
-    2**20,
-    re.compile(rb"\d{200}"),
-)  # largest number of bytes of an extra header; a number with too many digits
+LONGEST_HEADER = 2**20  # largest number of bytes of an extra header
+LONG_NUMBER = re.compile(rb"\d{200}")  # a number with too many digits
 PADDING = 2**20  # largest number of bytes of zeros after the end of an archive; most programs write less than 10 KB
 
 
@@ -62,7 +60,7 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def images_in_shard(shard: str, others: Counter[str]) -> Iterator[Example]:
-    """Yield the images of a tar file in its order, with names such as `shard.tar/000123.jpg`. Count other files in `others`.
+    """Yield the images of a tar file in their order in it, named `shard.tar/000123.jpg`. Count other files in `others`.
 
     If the shard is damaged, the last item is a MissingImage whose reason names the last good member.
     """

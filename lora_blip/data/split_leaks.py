@@ -85,10 +85,10 @@ def report_split_leaks(
         report(printable(f"WARNING: {warning}. {fix}"))
 
 
-def sample_of(files: Sequence[str], most: int) -> Sequence[str]:
-    """Return a random sample of at most `most` files, and of at least one. The global random generator is not used."""
-    most = max(1, most)
-    return files if len(files) <= most else random.Random(0).sample(files, most)
+def sample_of(files: Sequence[str], limit: int) -> Sequence[str]:
+    """Return a random sample of at most `limit` files, and of at least one. The global random generator is not used."""
+    limit = max(1, limit)
+    return files if len(files) <= limit else random.Random(0).sample(files, limit)
 
 
 def compare(new: Sequence[str], sample: Sequence[str], known: Sequence[str], packed_by_file: dict[str, bytes]) -> list[Leak]:
@@ -98,14 +98,15 @@ def compare(new: Sequence[str], sample: Sequence[str], known: Sequence[str], pac
     """
     first = {packed_by_file[file]: file for file in reversed(known)}
     leaks = {file: leak_of(file, first[packed_by_file[file]]) for file in new if packed_by_file[file] in first}
-    left = [file for file in sample if file not in leaks]
+    unmatched = [file for file in sample if file not in leaks]
     for start in range(0, len(known), BLOCK):
-        if not left:
+        if not unmatched:
             break
         block = known[start : start + BLOCK]
-        indices = nearest(thumbnails(floats(left, packed_by_file)), thumbnails(floats(block, packed_by_file)))
-        leaks |= {file: Leak(Path(file), Path(block[at]), NEARLY) for file, at in zip(left, indices, strict=True) if at >= 0}
-        left = [file for file in left if file not in leaks]
+        indices = nearest(thumbnails(floats(unmatched, packed_by_file)), thumbnails(floats(block, packed_by_file)))
+        pairs = zip(unmatched, indices, strict=True)
+        leaks |= {file: Leak(Path(file), Path(block[at]), NEARLY) for file, at in pairs if at >= 0}
+        unmatched = [file for file in unmatched if file not in leaks]
     return [leaks[file] for file in new if file in leaks]
 
 

@@ -18,7 +18,7 @@ def split_by_image(
     """Return the training examples and the validation examples.
 
     The validation images are a random sample, drawn with `seed`. Its size is `fraction` of all images, and at least one image
-    if `fraction` is above 0. All lines of an image are in the same part, and so are images of one group.
+    if `fraction` is above 0. All lines of an image are in the same part. All images of a group are in the same part.
 
     groups: the groups of image files. compare_bytes: read the files, and keep those with equal bytes in the same part.
     Raise DataError if no image is left for training.
@@ -34,9 +34,9 @@ def split_by_image(
         links = [(files[file], group) for file, group in (groups.links if groups else ()) if file in files]
         equal = equal_files((image, image) for image in images) if compare_bytes and count else []
         if (links or equal) and count:
-            together = joined(images, links, equal, 2)
-            random.Random(seed).shuffle(together)
-            held_out = set(draw(together, count)[0])
+            image_groups = joined(images, links, equal, 2)
+            random.Random(seed).shuffle(image_groups)
+            held_out = set(draw(image_groups, count)[0])
         else:
             random.Random(seed).shuffle(images)
             held_out = set(images[:count])

@@ -61,8 +61,8 @@ class ReadLines:
     def __str__(self) -> str:
         images, questions = len(set(map(FILE, self.examples))), sum(bool(example.question) for example in self.examples)
         texts = {"captions": len(self.examples) - questions, "questions": questions}
-        some = (self.examples[index] for index in spread(len(self.examples)))
-        samples = [Sample(one.name, one.text, one.question, one.answers) for one in some]
+        sampled = (self.examples[index] for index in spread(len(self.examples)))
+        samples = [Sample(one.name, one.text, one.question, one.answers) for one in sampled]
         notes = [note for describe in self.sources for note in describe()]
         return summary(notes, images, texts, len(self.unused), lines_by_reason(self.unused), samples)
 

@@ -14,7 +14,7 @@ from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, op
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import quoted
 
-ANSWER_SEPARATOR = "|"  # between the answers in a cell
+ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 INTEGER = re.compile(r"-?[0-9]+")
 IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
@@ -23,7 +23,7 @@ DELIMITERS = ",\t;|"
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
 FEW_COLUMNS = 12  # largest number of columns that a message lists
 
-Row = tuple[int, list[str] | str]  # the number of its first line, and its cells or the reason why it is invalid
+Row = tuple[int, list[str] | str]  # the number of the row's first line, and its cells or the reason why it is invalid
 
 
 def csv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
@@ -38,7 +38,7 @@ def tsv_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
     """Read lines of image⇥caption, or image⇥question⇥answer with `|` between several answers.
 
     ⇥ is a tab. A line that starts with # is a comment; for an image with such a name, write ./#1.png. The first line may name
-    the columns. Quotes are normal characters, unless all cells of the sample that start with a quote are quoted as in RFC 4180.
+    the columns. Quotes are normal characters, unless the first lines show that they are quotes of RFC 4180 (see `_is_quoted`).
     """
     encoding = table_encoding(path)
     delimiter = table_delimiter(path, "tsv", encoding, keys)
@@ -79,7 +79,9 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
 
 
 def delimiter_of(sample: list[str], usual: str, keys: Keys = NO_KEYS) -> str:
-    """Return the delimiter that gives a known header, or else the one that gives most lines the same number of columns.
+    """Return the delimiter that gives a known header.
+
+    If none does, return the delimiter with which the largest share of lines has as many columns as the first line.
 
     usual: the delimiter to prefer if several are equally good.
     """
@@ -116,7 +118,10 @@ def _sample(path: Path, encoding: str) -> list[str]:
 
 
 def _is_quoted(sample: list[str]) -> bool:
-    """Return True if the quotes of the sample follow RFC 4180, as in "a 12"" pizza"."""
+    """Return True if the sample has quotes of RFC 4180.
+
+    They are recognized by a doubled quote ("a 12"" pizza"), by a row of only quoted cells, or by a text with a line break.
+    """
     cells = [line.rstrip("\r\n").split("\t") for line in sample]
     starting = [cell for row in cells for cell in row if cell.startswith('"')]
     if not starting or not all(map(QUOTED_CELL.fullmatch, starting)):
@@ -150,7 +155,7 @@ def _is_header_row(header: list[str], below: list[list[str]], needs_header: bool
 
 
 def _columns(path: Path, number: int, header: list[str], below: list[list[str]], keys: Keys) -> list[str]:
-    """Return the key of each column in an entry: "image", "text", "question", "answers", or its own name.
+    """Return the key that each column gets in an entry: "image", "text", "question", "answers", or the column's own name.
 
     Raise DataError if the column of the image or of the text is unknown.
     """
@@ -242,7 +247,7 @@ def _entry_of_row(names: list[str], cells: list[str]) -> Entry:
 
 
 def _repeated(names: list[str]) -> str:
-    """Return the reason why column names are invalid (one is repeated), or ""."""
+    """Return the reason why the column names are invalid if a name is repeated, or ""."""
     twice = next((name for name in names if name and names.count(name) > 1), "")
     return f"the first line names a column twice: {quoted(twice)}; keep one" if twice else ""
 

@@ -11,8 +11,8 @@ from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import shorten
 
 SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx, and of .xls
-LARGEST = 2**30  # bytes of the unpacked workbook
-MOST_COLUMNS = 1000
+LARGEST = 2**30  # largest number of bytes of the unpacked workbook
+MOST_COLUMNS = 1000  # largest number of columns that are read
 SAVE_AS = 'in Excel, save it as "CSV UTF-8 (Comma delimited)" and give the .csv file'
 
 

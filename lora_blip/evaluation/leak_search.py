@@ -22,17 +22,19 @@ class LeakSearch(NamedTuple):
 def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list[Example]) -> LeakSearch:
     """Return the evaluation images that are also in the training data.
 
-    The training data are those of the setting `train_annotations`, or else those that the adapter file names. Raise DataError
-    if the setting names a file that cannot be read. If a file that the adapter names cannot be read, the note says so.
+    The setting `train_annotations` names the training data. If it is empty, the adapter file names them. Raise DataError if
+    the file of the setting cannot be read. If the file of the adapter cannot be read, the note contains the reason.
     """
     settings = adapter.metadata.get("training", {}).get("settings", {}) if adapter else {}
     source = config.train_annotations or str(settings.get("annotations", ""))
     root = config.train_image_root or str(settings.get("image_root", "")) * (not config.train_annotations)
     keys = Keys(*(str(settings.get(f"{name}_key", "")) for name in ("image", "text", "question", "answer")))
     keys = keys_of(config) if config.train_annotations else keys
-    if source in ("", "none"):
+    if config.train_annotations == "none":
+        return LeakSearch([], "not searched: --train-annotations is none")
+    if not source:
         return LeakSearch([], "not searched: the training data are unknown; give them with --train-annotations")
-    if not (Path(source).exists() or "," in source):  # or several files
+    if not (Path(source).exists() or "," in source):  # a comma separates the names of several files
         if config.train_annotations:
             raise DataError(
                 f"train_annotations = {source!r}: the file does not exist; give a file that exists, or --train-annotations none"

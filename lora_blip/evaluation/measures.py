@@ -61,9 +61,8 @@ class ModelScores:
     right: list[bool]  # True if the prediction counts as right
     main_score: str  # the name of the score in `points`, such as "CIDEr"
     scores: dict[str, Interval | None] = field(default_factory=dict)  # None if a score cannot be computed
-    columns: dict[str, Column] = field(
-        default_factory=dict
-    )  # the scores that are means over subjects: a value for each subject; gains are paired by subject
+    # the scores that are means over subjects, with their value for each subject; `gains` pairs the values by subject
+    columns: dict[str, Column] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)  # score → why it is missing, or how it was computed
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -165,13 +164,13 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
     images_of_ranks = images, [images[row] for row in is_pair.argmax(0)]
     itc_ranks = retrieval.ranks(logits, is_pair)
     for direction, rank, rank_images, itc_rank in zip(DIRECTIONS, ranks, images_of_ranks, itc_ranks, strict=True):
-        columns: dict[str, Any] = {f"R@{most} {direction}": rank <= most for most in retrieval.RECALLS}
+        columns: dict[str, Any] = {f"R@{k} {direction}": rank <= k for k in retrieval.RECALLS}
         columns[f"mean rank {direction}"] = rank
         for name, values in columns.items():
             result.columns[name] = Column(values.astype(float).tolist(), rank_images)
             result.scores[name] = result.columns[name].interval(seed)
-        for most in retrieval.RECALLS:
-            result.notes[f"R@{most} {direction}"] = f"{(itc_rank <= most).mean():.1%} by ITC alone"
+        for k in retrieval.RECALLS:
+            result.notes[f"R@{k} {direction}"] = f"{(itc_rank <= k).mean():.1%} by ITC alone"
         median = bootstrap.of_statistic(partial(median_at, rank), len(rank), seed=seed)
         result.scores[f"median rank {direction}"] = median
     reranked = min(RERANKED, len(texts))
@@ -203,10 +202,10 @@ def rerank(runner: Runner, examples: list[Example], texts: list[str], logits: An
     get the score ITC + ITM. All other pairs get ITC − FAR: they keep their order, and come after the reranked pairs.
     """
     by_image, by_text = logits - FAR, logits - FAR
-    most = min(RERANKED, len(texts)), min(RERANKED, len(examples))
+    counts = min(RERANKED, len(texts)), min(RERANKED, len(examples))  # reranked texts per image, and images per text
     rows, columns = np.zeros_like(logits, dtype=bool), np.zeros_like(logits, dtype=bool)  # the pairs to rerank
-    np.put_along_axis(rows, np.argpartition(-logits, most[0] - 1, axis=1)[:, : most[0]], True, axis=1)
-    np.put_along_axis(columns, np.argpartition(-logits, most[1] - 1, axis=0)[: most[1]], True, axis=0)
+    np.put_along_axis(rows, np.argpartition(-logits, counts[0] - 1, axis=1)[:, : counts[0]], True, axis=1)
+    np.put_along_axis(columns, np.argpartition(-logits, counts[1] - 1, axis=0)[: counts[1]], True, axis=0)
     candidates = {example.image: np.flatnonzero(rows[i] | columns[i]) for i, example in enumerate(examples)}
     row_of = {example.image: i for i, example in enumerate(examples)}
 

@@ -17,9 +17,8 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import PredictionTask
 
-Work = Callable[
-    [PredictionTask, Tensor, list[Example]], Iterable[Any]
-]  # (task, pixel values, examples) → one result per example
+# (task, pixel values, examples) → one result per example
+Work = Callable[[PredictionTask, Tensor, list[Example]], Iterable[Any]]
 FAULTS = ("out of memory", "CUDA error", "CUBLAS", "CUDNN", "cuDNN", "HIP error", "device-side assert")
 
 
@@ -27,7 +26,7 @@ class Runner:
     """Run a function of a task on batches of images.
 
     reload_on_cpu: loads the task again from its files, on the CPU, and returns it. It is called if the device has failed and
-    the weights cannot be copied from it. report: called with each line to print.
+    the weights cannot be copied from the device. report: called with each line to print.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Runner:
         self.prefetcher = ImagePrefetcher()
         self.fast: bool = getattr(task.backbone, "fast", False)
         self.base_digest = verification_record.base_of(task.backbone) if self.fast else ""
-        self.checked = not self.fast  # True if the fast path has been compared with the plain one
+        self.checked = not self.fast  # False if the fast path must still be compared with the plain one
 
     def run(self, examples: Iterable[Example], work: Work) -> Iterator[tuple[Example, Any]]:
         """Yield each example with its result, in order. Print each unreadable image once, and leave it out."""

@@ -24,14 +24,14 @@ from lora_blip.runtime.signals import StopRequest
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks import verification
 
-SHOWN = 20  # predictions and unreadable images that are printed; the files contain all
+SHOWN = 20  # largest number of predictions and unreadable images that are printed; the files contain all
 
 Results = list[tuple[Example, Prediction | ImageError]]
 Block = tuple[int, list[Example], list[bool]]  # number, examples, and for each example whether it is already done
 
 
 class BlockScheduler:
-    """Predict blocks of examples in rounds. In a round, each rank predicts one block: block b belongs to rank b % count.
+    """Predict blocks of examples in rounds. In a round, rank r predicts the block number r of the next unfinished blocks.
 
     Only the main rank reads the examples. It collects the predictions of all ranks.
 
@@ -91,6 +91,7 @@ class BlockScheduler:
             verification.disable(self.runner.task)
 
     def _unfinished_blocks(self, examples: Iterable[Example]) -> Iterator[Block]:
+        """Yield each block that has an example without a result, until a signal arrives."""
         iterator, number, is_done = iter(examples), 0, self.out.done.matcher()
         while (block := list(islice(iterator, self.size))) and not self.stop_request.signal:
             done = [is_done(example) for example in block]

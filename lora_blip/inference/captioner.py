@@ -23,7 +23,7 @@ from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import DTYPES
 from lora_blip.tasks.base import PredictionTask
 
-Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # of ImageInput
+Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # several images, each an ImageInput
 VERBS = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
 CALLS = {
     "caption": "captioner(image)",
@@ -86,8 +86,8 @@ class Captioner:
         of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and a
         `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is active
         only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
-        generation: options of text generation by name, such as {"num_beams": 3}; see docs/generation.md. They replace those of
-        the adapter. seed: of random draws, if `generation` has `do_sample`.
+        generation: options of text generation by name, such as {"num_beams": 3}; see docs/generation.md. They replace the
+        adapter's options. seed: the seed of sampling, if `generation` has `do_sample`.
         device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
 
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
@@ -223,8 +223,8 @@ class Captioner:
     ) -> Iterator[Prediction]:
         """Yield a prediction for each image of any iterable, in order. Memory does not grow with the number of images.
 
-        With `texts`, rank them. With only a `question`, answer it. The errors are those of the other methods; they are raised
-        when the iteration reaches the image that causes them.
+        With `texts`, rank them. With only a `question`, answer it. The errors are those of the other methods; each is raised
+        when the iteration reaches the image that causes it.
 
         >>> import itertools
         >>> first = next(captioner.stream(itertools.repeat("image_test/000.png")))

@@ -89,7 +89,7 @@ class RankConfig(ModelConfig):
 
 
 def check_paths(config: Any) -> None:
-    """Raise LoraBlipError if there is no adapter, base or image at the given paths. torch is not imported for it.
+    """Raise LoraBlipError if there is no adapter, base or image at the given paths. Do not import torch.
 
     A missing image is not an error here if another image exists, or with --json. The command then prints an error for it, and
     the results of the other images.
@@ -180,7 +180,7 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
     if task and captioner.task != task:
         raise ConfigError(
             f"the task of this model is {captioner.task}; for another model: --adapter none --model {BASE_OF[task]}; for this "
-            f"one: {command_of(captioner.task, image, config.model_flags)}"
+            f"model: {command_of(captioner.task, image, config.model_flags)}"
         )
     return captioner
 

@@ -26,11 +26,9 @@ def write_gallery(
     model_name: str,
     count: int,
 ) -> Path:
-    """Write gallery.html into the folder of a finished run, with its first SHOWN examples, and return the path.
+    """Write gallery.html into the folder of a finished run, with its first SHOWN examples, and return the path of the page.
 
-    count: the number of examples of the run.
-
-    model_name: "adapted" or "base", for the model that generated the texts.
+    model_name: the model that generated the texts, "adapted" or "base". count: the number of examples of the run.
     """
     first = list(islice(examples, SHOWN))
     cards = cards_of(folder, task, first, references)

@@ -38,7 +38,7 @@ def predict_requests(
 ) -> Iterator[Prediction]:
     """Yield a prediction for each (name, image, question), in order. The next batch is decoded while the model computes.
 
-    lock: acquired for each batch, while the model or its tokenizer is used. check: called first for each batch, in the lock.
+    lock: held while a batch uses the model or its tokenizer. check: called at the start of each batch, while the lock is held.
     """
     pixels = pixels_of(runner.task.backbone.image_processor)
     pool = ThreadPoolExecutor(MOST_THREADS, "lora_blip_images")

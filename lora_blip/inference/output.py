@@ -47,7 +47,8 @@ class Output:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
         keys = array("Q")
-        self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))  # lines
+        # the numbers of lines of the two files
+        self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))
         self.done, self.lines_before = FinishedExamples(keys), self.lines
         self.files: dict[str, IO[bytes]] = {}
         self.synced = time.monotonic()
@@ -111,7 +112,7 @@ class Output:
         self.synced = time.monotonic()
 
     def finish(self) -> None:
-        """Mark the run as finished, so that it is not resumed."""
+        """Mark the run as finished in run.json. The same settings can still resume it, to predict images that are new."""
         self._add(FILE_NAME, [])  # the file exists even if no image could be read
         self.sync()
         _write_settings(self.folder, self.settings, finished=True)
@@ -139,14 +140,14 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
         return unused_path(Path(config.runs) / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
     refuse_unwritable(config.output_dir)
     folder = Path(config.output_dir)
-    _unfinished_run(folder, config.resume)
+    _existing_run(folder, config.resume)
     return folder
 
 
-def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """Return the content of run.json of the unfinished run in the folder, or None if the folder has no run.
+def _existing_run(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """Return the content of run.json, of a run that is stopped or finished, or None if the folder has no run.
 
-    Raise OutputError if the folder has files of a finished run, of an unknown program, or of any run if `resume` is False.
+    Raise OutputError if the folder has files without a run.json of `infer`, or files of any run if `resume` is False.
     """
     run_file = _read_settings(folder)
     existing = [name for name in (FILE_NAME, SETTINGS_NAME, ERRORS_NAME) if (folder / name).exists()]
@@ -193,7 +194,7 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[Output]:
-    """Open the output folder of a run with these settings, and lock it inside the block.
+    """Open the output folder of a run with these settings. Keep the folder locked while the block runs.
 
     Raise OutputError if the folder belongs to another run, or if the disk is full.
     """
@@ -201,13 +202,13 @@ def opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[Out
     with room_for(folder, OutputError, advice):
         make_folder(folder)
         with lock.held(folder):
-            stopped = _unfinished_run(folder, resume)
-            if stopped is not None and (changed := changes(stopped["run"], settings)):
+            earlier = _existing_run(folder, resume)
+            if earlier is not None and (changed := changes(earlier["run"], settings)):
                 raise OutputError(
                     f"{folder} was started with other settings, so this run cannot resume it: {'; '.join(changed)}. "
                     "Set them back, or start a new run: set OUTPUT_DIR (or --output-dir) to ''"
                 )
-            if stopped is None:
+            if earlier is None:
                 _write_settings(folder, settings, finished=False)
             output = Output(folder, settings)
             try:
@@ -224,7 +225,7 @@ def _write_settings(folder: Path, settings: dict[str, Any], finished: bool) -> N
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the content of run.json, or None if there is no such file.
 
-    If the file is not from `infer`, return what a finished run has, so that the caller does not reuse the folder.
+    If `infer` did not write the file, return an empty "run", which `_existing_run` refuses.
     """
     try:
         with reading(folder / SETTINGS_NAME):

@@ -40,7 +40,7 @@ class SharedBase:
         key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata], default=str)
         model = backbone.model
         with self.lock:
-            in_use = self.in_use.get(key)  # this reference keeps it in `self.in_use`
+            in_use = self.in_use.get(key)  # this reference keeps the entry in `self.in_use`
             for unused in [other for other in self.names if other not in self.in_use]:
                 name = self.names.pop(unused)
                 if name in attached.names(model):
@@ -60,17 +60,17 @@ class SharedBase:
             return in_use
 
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
-        """Return a context in which only `adapter` is active. If it is None, the caller's own adapters are active."""
+        """Return a context in which only `adapter` is active. If `adapter` is None, the caller's own adapters are active."""
         return nullcontext() if adapter is None else use_adapters(model, adapter)
 
 
 def check_settings(backbone: Backbone, config: InferConfig) -> None:
     """Raise InputError for a device, an image size or kernels that a base loaded by the caller does not have."""
     kind, _, number = config.device.partition(":")
-    on = next(backbone.model.parameters()).device
-    if config.device != "auto" and (kind != on.type or (number and number != str(on.index or 0))):
+    device = next(backbone.model.parameters()).device
+    if config.device != "auto" and (kind != device.type or (number and number != str(device.index or 0))):
         raise InputError(
-            f"device = {config.device!r}, but the loaded base is on {on}; leave device out, or give a base on that device: "
+            f"device = {config.device!r}, but the loaded base is on {device}; leave device out, or give a base on that device: "
             f"lora_blip.load_backbone(…, device={config.device!r}), or model.to({config.device!r}) for a model of transformers"
         )
     if config.image_size not in (0, backbone.image_size):

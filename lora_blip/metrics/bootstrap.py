@@ -37,7 +37,7 @@ def of_sums(
     counts: (images, k).
     statistic: maps sums (…, k) to scores (…).
 
-    A resample draws `images` images with replacement. So the number of times that it draws each image is multinomial.
+    A resample draws `images` images with replacement. So the numbers of draws of the images have a multinomial distribution.
 
     Raise ValueError if there is no image, a count is not finite, or `level` is outside 0..1.
     """
@@ -111,5 +111,5 @@ def _blocks(resamples: int, images: int) -> Sequence[int]:
     """Return the number of resamples of each block. A block has at most BLOCK random numbers, and at least one resample."""
     if resamples < 1:
         raise ValueError(f"resamples = {resamples}; expected at least 1")
-    most = max(1, min(resamples, BLOCK // images))
-    return [min(most, resamples - done) for done in range(0, resamples, most)]
+    size = max(1, min(resamples, BLOCK // images))
+    return [min(size, resamples - done) for done in range(0, resamples, size)]

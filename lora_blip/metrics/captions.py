@@ -38,7 +38,7 @@ class Scores:
     per_image: name → the score of each image, in the order of the predictions. CIDEr, ROUGE-L, SPICE and exact match are the
     means of these; BLEU and METEOR are not.
     reasons: name → the reason why there is no value, or why the value has no meaning.
-    tokenizer: the name of the tokenizer; "" if the scores need none.
+    tokenizer: the name of the tokenizer; "" if no score needed one, because pycocoevalcap is not installed.
     bleu_counts: (images, 10); `bleu` computes BLEU from their sum.
     """
 
@@ -57,8 +57,8 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
 
     With Java, PTBTokenizer splits the texts into words, and every score equals pycocoevalcap's. Without Java, `tokens.plain`
     splits them, and METEOR and SPICE are None. The other scores are equal for captions with everyday quotes, contractions,
-    numbers and hyphens. If `tokens.plain` splits a tenth of the texts differently, the scores differ by at most 0.01
-    (CIDEr by 0.1).
+    numbers and hyphens. If `tokens.plain` splits a tenth of the texts otherwise than PTBTokenizer, the scores differ by at
+    most 0.01 (CIDEr by 0.1).
 
     CIDEr weights an n-gram by log(images / images whose references contain it). So the CIDEr of an image depends on the other
     images, and is 0 for a single image or if all images have the same references.
@@ -77,9 +77,9 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     predicted, captions, tokenizer, no_java = tokenized(predictions, references, package)
     reasons = dict.fromkeys(("METEOR", "SPICE"), no_java) if no_java else {}
     counts = bleu_counts(predicted, captions)
-    for place, name in enumerate(BLEU):
-        values[name] = float(bleu(counts.sum(0), place + 1))
-        per_image[name] = bleu(counts, place + 1).tolist()
+    for order, name in enumerate(BLEU, 1):
+        values[name] = float(bleu(counts.sum(0), order))
+        per_image[name] = bleu(counts, order).tolist()
     values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(predicted, captions)
     values["CIDEr"], per_image["CIDEr"], all_zero = cider(predicted, captions)
     if all_zero:
@@ -127,11 +127,11 @@ def tokenized(
     """Return the tokenized predictions and references, the name of the tokenizer, and the error of Java's tokenizer or ""."""
     texts = [*predictions, *(text for captions in references for text in captions)]
     try:
-        words, name, why = java.tokenize(texts, package), PTB, ""
+        words, name, reason = java.tokenize(texts, package), PTB, ""
     except JavaError as error:
-        words, name, why = [plain(text) for text in texts], PLAIN, str(error)
+        words, name, reason = [plain(text) for text in texts], PLAIN, str(error)
     remaining = iter(words[len(predictions) :])
-    return words[: len(predictions)], [[next(remaining) for _ in captions] for captions in references], name, why
+    return words[: len(predictions)], [[next(remaining) for _ in captions] for captions in references], name, reason
 
 
 def bleu_counts(predictions: list[str], references: list[list[str]]) -> NDArray[np.float64]:
@@ -193,8 +193,8 @@ def intervals(scores: Scores, seed: int = 0) -> dict[str, Interval]:
     """
     result = {name: bootstrap.of_mean(scores.per_image[name], seed=seed) for name in MEANS if name in scores.per_image}
     if len(scores.bleu_counts):
-        for place, name in enumerate(BLEU):
-            result[name] = bootstrap.of_sums(scores.bleu_counts, partial(bleu, order=place + 1), seed=seed)
+        for order, name in enumerate(BLEU, 1):
+            result[name] = bootstrap.of_sums(scores.bleu_counts, partial(bleu, order=order), seed=seed)
     return {name: result[name] for name in NAMES if name in result}
 
 
@@ -209,8 +209,8 @@ def gains(adapted: Scores, base: Scores, seed: int = 0) -> dict[str, Interval]:
             result[name] = bootstrap.of_difference(adapted.per_image[name], base.per_image[name], seed=seed)
     if len(adapted.bleu_counts) and len(base.bleu_counts):
         both = np.concatenate([adapted.bleu_counts, base.bleu_counts], axis=1)
-        for place, name in enumerate(BLEU):
-            result[name] = bootstrap.of_sums(both, partial(bleu_gain, order=place + 1), seed=seed)
+        for order, name in enumerate(BLEU, 1):
+            result[name] = bootstrap.of_sums(both, partial(bleu_gain, order=order), seed=seed)
     return {name: result[name] for name in NAMES if name in result}
 
 

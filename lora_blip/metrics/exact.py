@@ -9,7 +9,7 @@ MARK = re.compile(r"\s*([^\w\s])\s*")  # a punctuation mark and the spaces aroun
 def normal(text: str) -> str:
     """Return a text in lower case, without accents, without spaces next to punctuation, and without final full stops.
 
-    BLIP's tokenizer does not keep these either.
+    The texts that BLIP generates also lack these differences, because of its tokenizer.
     """
     letters = unicodedata.normalize("NFKD", text.casefold())
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))

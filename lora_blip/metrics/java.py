@@ -1,8 +1,8 @@
 """Run the Java programs of the COCO caption evaluation: PTBTokenizer, METEOR 1.5 and SPICE 1.0, each with a time limit.
 
 The jars are those of `pycocoevalcap`. Its Python wrappers are not used, because they write into site-packages, wait forever
-for a process that has crashed, and download a model for SPICE. This module downloads nothing and
-ends every process. Each failure is a JavaError with a message of one line.
+for a process that has crashed, and download a model for SPICE. This module downloads nothing and ends every process. Each
+failure is a JavaError with a message of one line.
 """
 
 import json
@@ -101,7 +101,7 @@ def spice(predictions: list[str], references: list[list[str]], package: Path) ->
         _run("SPICE", command, "", _limit(10 * len(items)))
         try:
             scores = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(result.read_text(encoding="utf-8"))}
-            by_image = [float("nan" if scores[place] is None else scores[place]) for place in range(len(items))]
+            by_image = [float("nan" if scores[index] is None else scores[index]) for index in range(len(items))]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise JavaError(f"SPICE wrote unreadable scores ({type(error).__name__}: {error})") from None
     return sum(by_image) / len(by_image), by_image
@@ -134,9 +134,8 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
     The process is ended after the block. Raise JavaError if the process fails or runs longer than `limit` seconds.
     """
     timed_out = threading.Event()
-    with (
-        tempfile.TemporaryFile() as errors
-    ):  # a file, because nothing reads stderr until the end, and a full pipe would block Java
+    # stderr is a file, because nothing reads it until the end, and a full pipe would block Java
+    with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment()
@@ -164,8 +163,8 @@ def _conversation(command: list[str], limit: float) -> Iterator[Callable[[str, i
             process.kill()
             process.wait()
             errors.seek(0)
-            why = f"was stopped after {limit:.0f} s" if timed_out.is_set() else f"failed ({error}): {_last_line(errors.read())}"
-            raise JavaError(f"METEOR {why}") from None
+            end = f"was stopped after {limit:.0f} s" if timed_out.is_set() else f"failed ({error}): {_last_line(errors.read())}"
+            raise JavaError(f"METEOR {end}") from None
         finally:
             timer.cancel()
             process.kill()

@@ -6,7 +6,7 @@ The rules and their order are those of the official evaluation, github.com/GT-Vi
 import re
 from collections import Counter
 
-FEWEST = 4  # smallest number of answers for the formula: it leaves out one, and a score of 1 needs three equal ones
+FEWEST = 4  # smallest number of answers for the formula: it leaves out one answer, and a score of 1 needs three equal answers
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -60,7 +60,7 @@ def accuracy(prediction: str, answers: list[str]) -> float:
 
     answers: the answers that people gave to the question; VQA has ten. As in the official code, prediction and answers are
     normalised only if the answers differ. If all answers are equal, texts are compared as written ("two" is not "2"), except
-    that case is ignored. The official code does not ignore it: it gives "red" 0 if all ten answers are "Red", and BLIP's
+    that case is ignored. The official code does not ignore case: it gives "red" 0 if all ten answers are "Red", and BLIP's
     tokenizer writes only lower case.
 
     With fewer than FEWEST answers, return 1 if the prediction equals one of them after normalisation, otherwise 0. Raise

@@ -48,8 +48,8 @@ def scores_html(rows: Sequence[ReportRow]) -> str:
 def row_html(row: ReportRow, compared: bool) -> str:
     """Return a row of the table. compared: whether the table has the columns base and gain."""
     base, adapted = (x if x and math.isfinite(x.value) else None for x in (row.base, row.adapted))
-    most = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
-    share = row.share if row.share is not None else most <= 1 and "cider" not in row.name.lower()
+    largest = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
+    share = row.share if row.share is not None else largest <= 1 and "cider" not in row.name.lower()
     note = f'<small dir="auto">{escaped(row.note)}</small>' if row.note else ""
     gain = gain_html(base, adapted, row, share) if base and adapted else NONE
     cells = {"base": interval_html(base, share), "adapted": interval_html(adapted, share), "gain": gain}
@@ -58,7 +58,7 @@ def row_html(row: ReportRow, compared: bool) -> str:
     return (
         f'<tr><th scope="row">{escaped(row.name)}{note}</th>'
         + "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells.items())
-        + f'<td class="plot">{plot_html(base, adapted, 1.0 if share else most)}</td></tr>'
+        + f'<td class="plot">{plot_html(base, adapted, 1.0 if share else largest)}</td></tr>'
     )
 
 
@@ -86,11 +86,11 @@ def gain_html(base: Interval, adapted: Interval, row: ReportRow, share: bool) ->
     return f'<b class="{verdict}">{"+−"[gain < 0]}{size}</b> <small>{"points " * share}{verdict}{doubt}</small>'
 
 
-def plot_html(base: Interval | None, adapted: Interval | None, most: float) -> str:
-    """Return an SVG: base above adapted, each a dot on its interval, on an axis from 0 to `most`."""
+def plot_html(base: Interval | None, adapted: Interval | None, largest: float) -> str:
+    """Return an SVG: base above adapted, each a dot on its interval, on an axis from 0 to `largest`."""
 
     def at(value: float) -> float:
-        return round(4 + 152 * min(1.0, max(0.0, value / (most or 1.0))), 1)
+        return round(4 + 152 * min(1.0, max(0.0, value / (largest or 1.0))), 1)
 
     marks = "".join(
         f'<g class="{name}"><path d="M{at(bound(x.low, x))} {y}H{at(bound(x.high, x))}"/>'

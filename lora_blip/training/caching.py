@@ -46,17 +46,17 @@ def caches_for(config: TrainConfig, task: Task, precision: str, identity: dict[s
 
 
 def describe_cache(config: TrainConfig, prefix: Prefix | None) -> str:
-    """Return a line to print: the folder of the cached states, or the settings that allow a cache.
+    """Return a line to print: the folder of the cached states, or the settings that allow a cache of training images.
 
-    Return "" if a cache would save nothing.
+    Return "" if the run caches no states.
     """
     if not prefix:
         return ""
     if not views_repeat(config):
         return (
-            "AUGMENT = True changes each image in every epoch, so nothing can be cached. For faster steps, set "
-            "AUGMENT = False, or VIEWS = 4 (four versions of each image): the layers before the first adapter then run once "
-            "per version\n\n"
+            "AUGMENT = True changes each training image in every epoch, so training images cannot be cached. For faster steps, "
+            "set AUGMENT = False, or VIEWS = 4 (four versions of each image): the layers before the first adapter then run "
+            "once per version\n\n"
         )
     folder = Path(config.output_dir) / FOLDER
     return (

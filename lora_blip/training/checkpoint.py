@@ -4,9 +4,9 @@
                                      state.json           progress, loss scaler, best validation, identity of the run
                                      best.safetensors     the best adapter so far
 
-A checkpoint is written to a temporary folder, synced and renamed. The oldest one is removed after that. A checkpoint has no
-RNG state, because each random draw is seeded by its position in the data (see `Learner.forward_context`). The files are
-JSON and safetensors, so reading a checkpoint runs no code.
+A checkpoint is written to a temporary folder, synced and renamed. After that, all but the newest KEEP_CHECKPOINTS are removed.
+A checkpoint has no RNG state, because each random draw is seeded by its position in the data (see `Learner.forward_context`).
+The files are JSON and safetensors, so reading a checkpoint runs no code.
 """
 
 import errno

@@ -35,7 +35,7 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
     else:
         task.prepare_data(examples)
         training, validation = split(config, examples, groups)
-    # spread the lines of an image over the batches, because they cannot be negatives of each other
+    # spread the lines of an image over the batches, because lines of one image cannot be negatives of each other
     random.Random(config.seed).shuffle(validation)
     return training, validation
 

@@ -24,9 +24,9 @@ SPLITTING = ("annotations", "val_annotations", "val_fraction", "seed", "group_by
 
 
 def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
-    """Put the adapters of TARGETS on the backbone, with the values of the initial adapter. Return it, or None if there is none.
+    """Put the adapters of TARGETS on the backbone. Return the initial adapter, whose values they get, or None without one.
 
-    Raise AdapterError, with the settings that fit, if it has another base, image size, rank or alpha.
+    Raise AdapterError, with the settings that fit, if the initial adapter has another base, image size, rank or alpha.
     """
     sites = targets.find(backbone.model, config.targets, config.r, config.alpha)
     if not config.init_adapter:
@@ -141,7 +141,7 @@ def generation_note(adapter: Adapter, current: dict[str, Any]) -> str:
 def lines_note(adapter: Adapter, config: TrainConfig) -> str:
     """Return a note if the adapter may have learned from lines that this training holds out, or ""."""
     settings: Any = adapter.metadata.get("training", {}).get("settings", {})
-    names = [name for name in SPLITTING if name in settings and _spelled(settings, name) != _spelled(vars(config), name)]
+    names = [name for name in SPLITTING if name in settings and _compared(settings, name) != _compared(vars(config), name)]
     if not names or not (config.val_fraction or config.val_annotations):
         return ""
     differences = [f"{name.upper()} was {quoted(settings[name])} and is {quoted(getattr(config, name))}" for name in names]
@@ -151,8 +151,8 @@ def lines_note(adapter: Adapter, config: TrainConfig) -> str:
     )
 
 
-def _spelled(settings: dict[str, Any], name: str) -> Any:
-    """Return the value of a setting. A path is absolute."""
+def _compared(settings: dict[str, Any], name: str) -> Any:
+    """Return the value of a setting for the comparison. A path becomes absolute."""
     value = settings[name]
     return str(Path(value).absolute()) if name.endswith("annotations") and isinstance(value, str) and value else value
 

@@ -45,7 +45,7 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
     if silent:
         raise PreflightError(
             f"{len(silent)} adapter(s) would have no effect, such as that of {silent[0]!r}: the model's forward does not call "
-            "this module (it uses its weight directly, or not at all); remove it from TARGETS"
+            "this module (the forward uses the module's weight directly, or not at all); remove the module from TARGETS"
         )
 
 
@@ -74,7 +74,7 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
             reason = first_nonfinite(task.backbone.model, lambda: task.logits(batch))
         raise PreflightError(
             f'the loss of the first batch is {loss.item()}: {reason}. With PRECISION = "fp16", try "bf16" or "fp32". '
-            "If PRECISION is already one of them, check the weights of the base model"
+            'If PRECISION is already "bf16" or "fp32", check the weights of the base model'
         )
     (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
     without_gradient = [lora.site.address for lora in adapters if lora.B.grad is None or not lora.B.grad.any()]

@@ -32,7 +32,7 @@ from lora_blip.training.checkpoint import Saved
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.tensorboard import summary_writer
 
-INTACT = (  # ends the message of a full disk
+INTACT = (  # the end of the message about a full disk
     ". The existing checkpoints are intact: {first}start again with the same settings to resume from the newest"
 )
 NO_SCALARS = ("step", "epoch", "seconds", "skipped")  # entries of metrics.jsonl that TensorBoard does not show

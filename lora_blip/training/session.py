@@ -67,9 +67,8 @@ def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Ses
     total = learner.progress.total
     stop_request = closing.enter_context(signals.catch_signals())
     scores: dict[str, float] = {}
-    if (
-        prepared.held_out and learner.progress.validated < 0
-    ):  # before the folder is created: if a score fails, no folder remains
+    if prepared.held_out and learner.progress.validated < 0:
+        # validate before the folder is created: if a score fails, no folder remains
         before_batch = partial(stop_if_requested, ranks, stop_request)
         scores = validate(
             task, prepared.held_out, autocast, config.best_by, validating_ranks(config, ranks), before_batch, prepared.prefix
@@ -113,8 +112,8 @@ class Session:
     first: DeviceBatch  # the first micro-batch of the run
     prefix: Prefix | None  # computes the cached states of images; None if no states are cached
     stop_request: StopRequest
-    warmup: int  # number of updates
-    validate_every: int  # number of updates
+    warmup: int  # number of updates with linear warm-up
+    validate_every: int  # number of updates between two validations
     initial_scores: dict[str, float]  # scores of the validation before the first step; {} if there was none
 
     # ---------------------------------------------------------------- a step

@@ -43,7 +43,7 @@ class PrepareConfig:
         "", "folder of the images; empty: the source's folder, or the folder above a data set's texts", path="always"
     )
     template: str = setting(
-        "", 'caption of an image in a folder without captions, such as "a photo of a {class}"; {name}: the file\'s name'
+        "", 'caption of each image in a folder, instead of text files, such as "a photo of a {class}"; {name}: the file\'s name'
     )
     output_dir: str = setting(
         "prepared", "folder of train.jsonl, val.jsonl and test.jsonl; no file is overwritten", path="always"
@@ -112,7 +112,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
         folder = Folder(Path(config.images) if config.images else source.root)
-        with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # called only inside this block
+        with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # the lambda is called only inside this block
             read_source(source, folder, data)
     split_of_image = published_splits(data) if config.own_splits else {}
     refuse_faults(data, config.on_bad_data)
@@ -157,7 +157,7 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
 
 
 def row_of(source: Source, at: Location, entry_or_reason: Entry | str, folder: Folder, data: PreparedData) -> Row | Dropped:
-    """Return the row of an entry, or a Dropped with the reason. `entry_or_reason` may already be such a reason."""
+    """Return the row of an entry, or a Dropped with the reason. If `entry_or_reason` is a text, it is the reason."""
     entry = canonical(entry_or_reason) if isinstance(entry_or_reason, dict) else entry_or_reason
     if isinstance(entry, str):
         return Dropped(source, at, "left out" if isinstance(entry, LeftOut) else "fault", entry)
@@ -205,7 +205,7 @@ def published_splits(data: PreparedData) -> dict[object, str]:
 
 
 def random_splits(data: PreparedData, splits: str, seed: int) -> dict[object, str]:
-    """Return {image identity: a random split}. It depends on the seed, not on the order of lines or the spelling of paths."""
+    """Return {image identity: a random split}, which does not depend on the order of lines or on the spelling of paths."""
     paths = {row.image.identity: row.image.path for row in data.rows}
     images = sorted(paths, key=lambda image: (data.names[image], paths[image]))
     sizes = part_sizes(splits, len(images))
@@ -258,8 +258,8 @@ def write(output: Path, rows: dict[str, list[Row]], dropped: list[Dropped]) -> d
 
 def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedData) -> None:
     """Print a table of what was read and dropped, and the numbers of lines and images of each split, and the next command."""
-    some = (json.loads(data.rows[index].line) for index in spread(len(data.rows)))
-    samples = [Sample(one["image"], one.get("text", ""), one.get("question", ""), one.get("answers", ())) for one in some]
+    lines = (json.loads(data.rows[index].line) for index in spread(len(data.rows)))
+    samples = [Sample(one["image"], one.get("text", ""), one.get("question", ""), one.get("answers", ())) for one in lines]
     images, texts = len({row.image.identity for row in data.rows}), {data.kind: len(data.rows)}
     reasons = [*dropped_lines(data.dropped), f"listed in {files['dropped']}"] if data.dropped else []
     print(summary(data.notes, images, texts, len(data.dropped), reasons, samples))

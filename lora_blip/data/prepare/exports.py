@@ -1,4 +1,4 @@
-"""Read the JSON files of annotation tools and data sets: Label Studio, TextCaps, and kohya's meta_cap.json."""
+"""Read the JSON files of Label Studio, kohya (meta_cap.json), TextCaps, Visual Genome, GQA and A-OKVQA."""
 
 import re
 from collections.abc import Iterator

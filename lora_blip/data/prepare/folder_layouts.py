@@ -15,7 +15,7 @@ from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import os_error_reason, parsed, printable
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
-DEEPEST_FOLDER = 20  # levels of subfolders
+DEEPEST_FOLDER = 20  # largest number of levels of subfolders that are searched
 TABLES = ("*.csv", "*.tsv", "*.json", "*.jsonl", "*.xlsx", "*/*.csv", "*/*.json")  # files that may contain captions
 TEMPLATE = "a photo of a {class}"
 CLASS, NAME = "{class}", "{name}"  # in a template: the name of the folder, and of the file
@@ -71,7 +71,7 @@ class Layout:
 
 
 def known_files(folder: Path, requested: str) -> dict[str, list[Path]]:
-    """Return {format: annotation files in a folder with a known name}. requested: "auto", or the only format to return."""
+    """Return {format: the files of a folder with the format's known names}. requested: "auto", or the only format to return."""
     files: dict[str, list[Path]] = {}
     for file_format, patterns in KNOWN_NAMES.items():
         named = (sorted(path for path in folder.glob(pattern) if path.name not in NOT_ANNOTATIONS) for pattern in patterns)
@@ -164,7 +164,7 @@ def class_entries(layout: Layout, template: str) -> Iterator[Located]:
 
 
 def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
-    """Raise DataError if the images have no captions and there is no usable template. flag: that of the source."""
+    """Raise DataError if the images have no captions and there is no usable template. flag: the flag that gives the source."""
     folder, first = layout.folder, layout.images[0]
     one_folder = len({Path(image).parent for image in layout.images}) == 1
     if template and (NAME in template or (layout.class_folders if CLASS in template else one_folder)):

@@ -17,9 +17,9 @@ IMAGE_COLUMNS = (
     "image", "images", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "file", "filepath", "file_path",
     "path", "img_path", "photo", "picture",
 )  # fmt: skip
-LARGEST_IMAGE = 2**28  # bytes
-LONGEST = 2**20  # characters of a text
-MOST_ITEMS = 1000  # items of a list, such as the captions of an image
+LARGEST_IMAGE = 2**28  # largest number of bytes of an image
+LONGEST = 2**20  # largest number of characters of a text
+MOST_ITEMS = 1000  # largest number of items of a list, such as the captions of an image
 UNWRITABLE = "UNWRITABLE"  # starts the message, before an errno, if an image cannot be written
 SPARE_MEMORY = 2**32  # bytes that reading a small file may need
 SIGNATURES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp", b"II*\0": ".tif"}
@@ -144,7 +144,10 @@ def _simple_object(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def limit(size: int) -> None:
-    """Limit the memory, the file size and the processor time of this process, if the system supports it. size: of the file."""
+    """Limit the memory, the file size and the processor time of this process, if the system supports it.
+
+    size: the number of bytes of the file to read.
+    """
     try:
         import resource  # not on Windows
     except ImportError:
@@ -167,7 +170,7 @@ def used_memory() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmData")))
     except (OSError, StopIteration):
-        return 2**36  # not Linux, which does not enforce this limit either
+        return 2**36  # this system is not Linux, and does not enforce the limit
 
 
 if __name__ == "__main__":

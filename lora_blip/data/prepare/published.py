@@ -20,7 +20,7 @@ from lora_blip.errors import DataError
 from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import os_error_reason, parsed, quoted, refuse_constant, unique_keys
 
-PARTNERS = {"questions.json": "annotations.json", "annotations.json": "questions.json"}  # of a small copy of VQAv2
+PARTNERS = {"questions.json": "annotations.json", "annotations.json": "questions.json"}  # the two files of a small VQAv2
 YEAR = re.compile(r"(?<![a-z])(train|val|test)(?:-?dev)?20\d\d", re.IGNORECASE)  # in COCO's and VQAv2's file names
 TOKEN = re.compile(r"(\S+)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0⇥A child in a pink dress …
 FLICKR30K = re.compile(r"image(_name)?[|,] ?comment_number[|,] ?comment", re.IGNORECASE)  # a header with "|" or commas

@@ -86,7 +86,7 @@ class Source:
 
     @property
     def root(self) -> Path:
-        """The default folder of its images: the folder of the file, or the parent of `annotations/` and `Flickr8k_text/`."""
+        """The default folder of the images: the folder of the file, or the parent of `annotations/` and `Flickr8k_text/`."""
         if self.path.is_dir():
             return self.path
         texts = re.fullmatch(r"annotations|flicke?r8k_text", self.path.absolute().parent.name, re.IGNORECASE)
@@ -100,7 +100,7 @@ def find_sources(
 
     requested: the format of all files; "auto": detect it.
     keys: the names of the columns or keys, if they are not common names.
-    template: the caption of each image in a class folder; {class} becomes the name of the folder.
+    template: the caption of each image of a folder; {class} becomes the name of its folder, and {name} the name of its file.
     flag: the flag of the command that gives the source, for the messages.
     """
     paths = [Path(source)] if _exists(Path(source)) else [Path(part.strip()) for part in source.split(",") if part.strip()]
@@ -149,7 +149,7 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
 def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path, Any], keys: Keys, flag: str) -> Source:
     """Return the source of a file that contains no images. answer_files: VQAv2's files of answers, {file: document}."""
     split = year[1].lower() if (year := YEAR.search(path.name)) else SPLITS.get(path.stem, "")  # captions_train2017.json
-    is_metadata = path.name.startswith("metadata.")  # of the datasets library, whose folders are splits
+    is_metadata = path.name.startswith("metadata.")  # a file of the datasets library, in which folders are splits
     folder = SPLITS.get(path.absolute().parent.name, "") if is_metadata else ""
     by_folder = with_folder_splits if is_metadata and not folder else iter
     raw = {"raw": True} if keys.named and file_format in ("jsonl", "json", "llava") else {}

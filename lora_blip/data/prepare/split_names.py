@@ -17,7 +17,7 @@ def without_split(name: str) -> str:
 def splits_of_files(paths: Iterable[Path]) -> dict[Path, str]:
     """Return {file: its split} if the files are one data set, else {}.
 
-    Their paths differ only in the split, and one of them is train.
+    Files are one data set if their paths differ only in the split, and a file has the split train.
     """
     splits: dict[Path, str] = {}
     patterns = set()
@@ -33,7 +33,7 @@ def splits_of_files(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def with_folder_splits(entries: Iterable[Located]) -> Iterator[Located]:
-    """Yield the entries. One whose image path starts with a folder train/, val/ or test/ gets this split, if it has none."""
+    """Yield the entries. An entry without a split, whose image path starts with train/, val/ or test/, gets this split."""
     for at, entry in entries:
         image = entry.get(first_key(entry, IMAGE_KEYS) or "") if isinstance(entry, dict) else None
         folder = image.replace("\\", "/").removeprefix("./").partition("/") if isinstance(image, str) else ("", "", "")
