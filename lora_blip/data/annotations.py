@@ -19,7 +19,7 @@ from PIL import Image
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.entries import LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import NO_KEYS, Keys, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
@@ -108,12 +108,19 @@ def read(
     unused, problems = problems, [problem for problem in problems if not isinstance(problem.reason, LeftOut)]
     if len(valid_lines) >= MANY:
         gc.freeze()  # a collection writes to each object, and a forked worker must then copy its memory
+    _refuse(source, valid_lines, problems, unused, on_bad_data)
+    report(ReadLines(valid_lines, unused, notes))
+    return valid_lines, problems
+
+
+def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], unused: list[Problem], on_bad_data: str) -> None:
+    """Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop"."""
+    if len(problems) >= MANY_MISSING and not valid_lines and len({problem.reason for problem in problems}) == 1:
+        raise DataError(f"{problems[0]} (all {len(problems):,} lines have this problem)")
     if problems and on_bad_data == "stop":
         raise DataError(f"{listing(problems)}\n{SKIP}")
     if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems or unused) or ANNOTATIONS}")
-    report(ReadLines(valid_lines, unused, notes))
-    return valid_lines, problems
 
 
 def _collect(
@@ -141,7 +148,7 @@ def sources_of(
     """
     if not (exists := os.path.lexists(source)) and "," not in str(source):  # a comma separates the names of several files
         raise missing_annotations(source)
-    if exists and source.suffix.lower() in (".jsonl", ".ndjson") and not keys.named:
+    if exists and is_plain_jsonl(source, keys):
         one = Source(source, "jsonl", partial(jsonl_entries, source))
         return [(source, source.parent, one.entries, one.describe)]
     try:
@@ -178,21 +185,15 @@ def _find_moved(
     if decode and MANY_MISSING <= len(builder.firsts) == len(missing):
         first = next(iter(builder.firsts))
         fix = long_path_advice(builder.root / first) or "set IMAGE_ROOT (--image-root) to the folder of the images"
-        raise DataError(
-            printable(
-                f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
-                f"does not exist there; {fix}"
-            )
-        )
+        text = f"{builder.source}: none of its images ({len(missing):,}) is in {builder.root.absolute()}; {quoted(first)} "
+        raise DataError(printable(f"{text}does not exist there; {fix}"))
     return missing if decode else {}
 
 
 def trimmed(
-    source: str | Path,
-    lines: list[Example | tuple[Location, str]],
-    trim: Callable[[Example], Example],
+    source: str | Path, lines: list[Example | tuple[Location, str]], trim: Callable[[Example], Example],
     report: Callable[[str], object] = print,
-) -> list[Example | tuple[Location, str]]:
+) -> list[Example | tuple[Location, str]]:  # fmt: skip
     """Return the lines with the prompt removed from the start of their texts. Report the number of changed lines.
 
     A line whose text is only the prompt becomes invalid.
@@ -231,12 +232,9 @@ def many_objects() -> Iterator[None]:
 
 
 def _checked(
-    source: Path,
-    parsed: list[Example | tuple[Location, str]],
-    broken: dict[str, str],
-    check: Callable[[Example], str] | None,
-    pretokenize: Callable[[list[Example]], None] | None,
-) -> tuple[list[Example], list[Problem]]:
+    source: Path, parsed: list[Example | tuple[Location, str]], broken: dict[str, str],
+    check: Callable[[Example], str] | None, pretokenize: Callable[[list[Example]], None] | None,
+) -> tuple[list[Example], list[Problem]]:  # fmt: skip
     """Return the valid lines and the problems. broken: {image file: the reason why it cannot be read}."""
     valid_lines: list[Example] = []
     problems: list[Problem] = []
@@ -263,8 +261,8 @@ def listing(problems: list[Problem]) -> str:
 
 def unreadable(example: Example, error: ImageError) -> DataError:
     """Return the error for a line whose image cannot be decoded during training."""
-    location = f"{located(example.source, example.line)}: " if example.source else ""
-    return DataError(f'{location}{error}; fix the line, or set CHECK_IMAGES = "all" to get all such lines before training')
+    at = f"{located(example.source, example.line)}: " if example.source else ""
+    return DataError(f'{at}{error}; fix the line, or set CHECK_IMAGES = "all" to get all such lines before training')
 
 
 def plain(text: str) -> str:

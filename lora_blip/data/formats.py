@@ -22,6 +22,8 @@ ESCAPED, NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile(r"[^\x00-\x7f]") 
 # five times as fast as STRICT, but does not detect repeated keys
 QUICK = json.JSONDecoder(parse_float=WrittenFloat, parse_constant=refuse_constant)
 
+HEAD = 2**20  # bytes at the start of a file that are searched for an image inside JSON
+INLINE_IMAGE, ADDRESS = b"data:image/", b"http"
 OUR_KEYS = {"image", "text", "question", "answers", "question_id", "prompt", "group", "split"}
 
 
@@ -149,3 +151,24 @@ def _object(line: str) -> Any:
         return parsed(line, STRICT)  # raises the error with its reason
     flat = line[end:] in ("\n", "") and type(entry) is dict and len(entry) == line.count(":") and line.count("[") < DEEPEST - 1
     return entry if flat else parsed(line, STRICT)
+
+
+def is_plain_jsonl(path: Path, keys: Keys) -> bool:
+    """Return True for JSONL that needs no detection: no image inside a line, no web address in the first, no named keys."""
+    if keys.named or path.suffix.lower() not in (".jsonl", ".ndjson"):
+        return False
+    head = _head(path)
+    return INLINE_IMAGE not in head and ADDRESS not in head.partition(b"\n")[0]
+
+
+def has_inline_images(path: Path) -> bool:
+    """Return True if a file contains an image in its first HEAD bytes."""
+    return INLINE_IMAGE in _head(path)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read(HEAD)
+    except OSError:
+        return b""  # the reader of the file reports the reason

@@ -13,6 +13,10 @@ from lora_blip.models.loading import Backbone
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.text_task import TextTask
 
+QUESTION = (
+    'it is a question, and the task is captioning; to train on questions, set TASK = "vqa" (--task vqa), or choose a '
+    "checkpoint for questions (--model Salesforce/blip-vqa-base)"
+)
 COCO_KEYS = {name.lower().replace("-", "_"): name for name in COCO}  # "bleu_4": "BLEU-4"
 
 
@@ -41,7 +45,7 @@ class CaptionTask(TextTask):
 
     def check(self, example: Example) -> str:
         if not example.text:
-            return 'no text: captioning needs one; add the key "text"'
+            return QUESTION if example.question else 'no text: captioning needs one; add the key "text"'
         return self.check_prompt(example) or self.checker.problem(example.text, self.room(self.prompt_of(example)))
 
     def room(self, prompt: str) -> int:

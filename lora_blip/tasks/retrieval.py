@@ -90,6 +90,8 @@ class RetrievalTask(Task[TokenizedTexts]):
     def check(self, example: Example) -> str:
         if example.prompt:
             return 'the line has a prompt, which retrieval does not use; remove the key "prompt"'
+        if example.question:
+            return "it is a question, not a text; choose a checkpoint for questions (--model Salesforce/blip-vqa-base)"
         return self.check_text(example.text) if example.text else 'no text: retrieval needs one; add the key "text"'
 
     def check_text(self, text: str) -> str:

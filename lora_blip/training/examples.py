@@ -43,18 +43,19 @@ def read_examples(config: TrainConfig, task: Task, thumbnails: Thumbnails | None
 def split_by_column(
     config: TrainConfig, lines_by_split: dict[str, list[Example]], count: int, groups: Groups = NO_GROUPS
 ) -> tuple[list[Example], list[Example]]:
-    """Return the lines whose column `split` is train, and those whose column is val. Print the number of each.
+    """Return the lines whose split is train, and those whose split is val. Print the number of each.
 
-    If no line is in val, draw the validation images at random from train. count: number of all lines.
+    The split is the column or key `split`, or a part of the file name. If no line is in val, draw the validation images at
+    random from train. count: number of all lines.
     """
     training, validation = lines_by_split["train"], lines_by_split.get("val", [])
     others = count - len(training) - len(validation)
     print(
-        f"{printable(config.annotations)}: the column `split` divides the lines: {len(training):,} train, "
+        f"{printable(config.annotations)}: its splits are used: {len(training):,} train, "
         f"{len(validation):,} val, {others:,} left out (test, or no split)"
     )
     if validation:
-        groups.note_unused("the column `split` divides the lines")
+        groups.note_unused("the data have splits of their own")
         return training, validation
     return split(config, training, groups)
 

@@ -197,7 +197,7 @@ def test_group_by_without_an_effect_is_reported(tmp_path, capsys):
     config = TrainConfig(annotations=str(source), group_by="video")
     for changes, reason in (
         ({"val_annotations": str(source)}, "the validation lines are those of"),
-        ({"annotations": str(tmp_path / "split.jsonl")}, "the column `split` divides the lines"),
+        ({"annotations": str(tmp_path / "split.jsonl")}, "the data have splits of their own"),
         ({"val_fraction": 0.0}, "VAL_FRACTION is 0"),
         ({}, ""),
     ):

@@ -1,6 +1,8 @@
 """Records of other tools: chats of vision-language models, pairs, choices, Prodigy and Labelbox, and a file for each split."""
 
+import base64
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from lora_blip.data import annotations
 from lora_blip.data.formats import Keys
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.errors import DataError
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.retrieval import RetrievalTask
 
 Q = "What is it?"
 
@@ -211,3 +215,53 @@ def test_one_metadata_file_above_folders_named_train_and_test_has_their_splits(f
     (folder / "metadata.csv").write_text("file_name,text\ntrain/train.png,a\ntest/test.png,b\n")
     files = prepare(PrepareConfig(source=str(folder), output_dir=str(folder / "out")))
     assert {split: json.loads(path.read_text())["text"] for split, path in files.items()} == {"train": "a", "test": "b"}
+
+
+def test_lines_that_all_have_one_problem_are_one_error_with_its_fix(folder):
+    """Chats on a captioning base: the error names the task and the base to choose, once."""
+    path = write(folder / "x.jsonl", [CHATS["llama-factory"]] * 4)
+    example = annotations.read(path)[0][0]
+    caption, retrieval = (kind.check(object.__new__(kind), example) for kind in (CaptionTask, RetrievalTask))
+    assert "--task vqa" in caption and all("--model Salesforce/blip-vqa-base" in reason for reason in (caption, retrieval))
+    for on_bad_data in ("stop", "skip"):
+        with pytest.raises(DataError) as error:
+            read(path, check=lambda _: caption, on_bad_data=on_bad_data)
+        assert str(error.value) == f"{path}:1: {caption} (all 4 lines have this problem)"
+
+
+def test_images_inside_json_are_unpacked_once_by_prepare(folder):
+    """An OpenAI chat with two questions, and a line that is longer than other lines may be, as a photo makes it."""
+    content = (folder / "images/1.png").read_bytes() + bytes(2**20)
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    chat = {
+        "messages": turns([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": Q}], "a cube", Q, "b")
+    }
+    prodigy = {"image": url, "caption": "a cube", "answer": "accept", "_task_hash": 1, "_input_hash": 2}
+    for name, records, count in (("chat.jsonl", [chat], 2), ("chat.json", [chat], 2), ("prodigy.jsonl", [prodigy], 1)):
+        path, output = write(folder / name, records), folder / f"{name}_out"
+        with pytest.raises(DataError, match=r"images inside JSON; convert it once.*\n.*prepare --source"):
+            read(path)
+        lines = prepare(PrepareConfig(source=str(path), output_dir=str(output), splits="1"))["train"].read_text().splitlines()
+        images = {json.loads(line)["image"] for line in lines}
+        assert len(lines) == count and [(output / image).read_bytes() for image in images] == [content]
+    path = write(folder / "broken.jsonl", [chat, {"image": url[:-3] + "*", "text": "a"}])
+    with pytest.raises(DataError, match=r"broken.jsonl:2: its image is not valid base64"):
+        prepare(PrepareConfig(source=str(path), output_dir=str(folder / "broken")))
+    assert not (folder / "broken").exists()
+
+
+def test_web_addresses_in_chats_are_one_error_with_commands_that_work(folder):
+    """The commands give a copy whose paths are those of the downloaded files."""
+    content = [{"type": "image_url", "image_url": {"url": "https://example.com/a/1.png"}}, {"type": "text", "text": Q}]
+    for records in (
+        [{"messages": turns(content, "a cube")}],
+        [{"image": "https://example.com/a/1.png", "prefix": Q, "suffix": "a"}],
+    ):
+        path = write(folder / "chat.jsonl", records)
+        with pytest.raises(DataError) as error:
+            read(path)
+        commands = str(error.value).split("\n")[1:]
+        photo(folder / "downloaded/example.com/a/1.png")  # what wget writes
+        subprocess.run(f"{commands[0]} && {commands[2]}", shell=True, check=True, cwd=folder)
+        assert (folder / "addresses.txt").read_text() == "https://example.com/a/1.png\n"
+        assert read(folder / "chat_local.jsonl")[0][:2] == ("1.png", Q)

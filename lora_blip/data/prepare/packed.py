@@ -60,7 +60,8 @@ def split_of(path: Path) -> str:
 def refuse_packed(source: str) -> Iterator[Located]:
     """Raise DataError with the command that unpacks a source."""
     raise DataError(
-        f"{source} contains the images themselves; unpack them once, then train with --annotations prepared/train.jsonl:\n"
+        f"{source}: training does not read Parquet and tar files, or images inside JSON; convert it once, then train with "
+        "--annotations prepared/train.jsonl:\n"
         f"lora-blip prepare --source {quote(source)} --output-dir prepared"
     )
 

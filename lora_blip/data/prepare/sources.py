@@ -23,6 +23,7 @@ from lora_blip.data.prepare.folder_layouts import (
     lone_files,
     refuse_without_template,
 )
+from lora_blip.data.prepare.inline_images import LONGEST, unpacked
 from lora_blip.data.prepare.packed import PACKED, packed_files, refuse_packed, split_of
 from lora_blip.data.prepare.published import YEAR
 from lora_blip.data.prepare.split_names import splits_of_files, with_folder_splits, without_split
@@ -119,7 +120,7 @@ def find_sources(
     sources = [
         Source(path, file_format, partial(refuse_packed, source), split_of(path), partial(PACKED[file_format], path, keys))
         if file_format in PACKED
-        else _source(path, file_format, document, answer_files, keys, flag)
+        else _unpacked_source(source, _source(path, file_format, document, answer_files, keys, flag))
         for path, (file_format, document) in loaded.items()
         if path not in answer_files
     ]
@@ -157,7 +158,7 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
         return Source(path, file_format, lambda: by_folder(TABLES[file_format](path, keys)), folder, keys=keys)
     if file_format in LINES:
         lines = partial(LINES[file_format], path, **raw)
-        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys)), folder)
+        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys)), folder, keys=keys)
     if file_format in DOCUMENTS:
         entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document, **raw), keys)
         return Source(path, file_format, entries, split if file_format == "coco" else "")
@@ -167,6 +168,16 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
         raise DataError(f"{path} has VQAv2's questions, but no answers; give both: {flag} questions.json,annotations.json")
     entries = partial(published.vqa_entries, path, document, matching[0], answer_files[matching[0]])
     return Source(path, file_format, entries, split)
+
+
+def _unpacked_source(source: str, one: Source) -> Source:
+    """Return a source. If its JSON contains images, training must not read it, and `prepare` unpacks them."""
+    if one.format not in ("jsonl", "json", "llava") or not formats.has_inline_images(one.path):
+        return one
+    raw = bool(one.keys.named)
+    lines = partial(formats.jsonl_entries, one.path, LONGEST, raw) if one.format == "jsonl" else None
+    entries = partial(with_our_keys, lines, one.keys) if lines else one.entries
+    return replace(one, entries=partial(refuse_packed, source), unpack=lambda target: unpacked(entries(), target))
 
 
 def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:

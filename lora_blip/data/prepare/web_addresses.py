@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.conversions import needs_conversion
+from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import IMAGE_KEYS, TEXT_KEYS
 from lora_blip.data.images import SUFFIXES
 from lora_blip.errors import DataError
@@ -55,12 +55,30 @@ def _refuse_rows(path: Path, lines: list[str], separator: str) -> None:
 
 def _refuse_entry(path: Path, entry: Any, file_format: str) -> None:
     """Raise DataError if the image of an entry is a web address, or if it has an address and no image."""
-    if not isinstance(entry, dict) or needs_conversion(entry):
+    if needs_conversion(entry):
+        _refuse_record(path, entry)
+        return
+    if not isinstance(entry, dict):
         return
     image = next((entry[key] for key in IMAGE_KEYS if key in entry), None)
     key = next((key for key, value in entry.items() if isinstance(value, str) and ADDRESS.fullmatch(value)), "")
     if key and (image is None or image == entry[key]):
         raise _refusal(path, file_format, key, next((text for text in TEXT_KEYS if text in entry), "caption"))
+
+
+def _refuse_record(path: Path, record: Any) -> None:
+    """Raise DataError if the image of a record of another tool, such as a chat, is a web address."""
+    entries = (entry for _, entry in converted(0, record) if isinstance(entry, dict))
+    image = next((entry.get("image") for entry in entries), None)
+    if isinstance(image, str) and ADDRESS.fullmatch(image):
+        local = quote(f"{path.stem}_local{path.suffix}")
+        raise DataError(
+            f"{path} contains web addresses instead of image paths; download the images, and replace the addresses by paths:\n"
+            f"grep -oE '\"https?://[^\"]+' {quote(str(path))} | tr -d '\"' | sort -u > addresses.txt\n"
+            "wget --force-directories --input-file addresses.txt --directory-prefix downloaded\n"
+            f"sed -E 's#\"https?://#\"downloaded/#g' {quote(str(path))} > {local}\n"
+            f"lora-blip prepare --source {local}"
+        )
 
 
 def _is_file(cell: str) -> bool:
