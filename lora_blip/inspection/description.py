@@ -106,6 +106,8 @@ def _first_line(adapter: Adapter) -> dict[str, float]:
 
 
 def _merge(drift: Mapping[str, Any]) -> str:
-    """Return how far merged and hooked outputs were apart, for each dtype in which the run compared them."""
-    values = [f"{key} {value:.2g}" for key, value in drift.items() if _is_number(value)][:LISTED]
-    return f"largest difference of merged and hooked outputs: {', '.join(values)}" if values else ""
+    """Return how far apart the run measured merged and hooked logits (`training.validation.merge_drift`)."""
+    difference, largest = drift.get("largest_difference"), drift.get("largest_logit")
+    if not _is_number(difference) or not _is_number(largest):
+        return ""
+    return f"merged and hooked logits differ by at most {difference:.2g}; the largest logit is {largest:.3g}"

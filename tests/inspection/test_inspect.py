@@ -220,7 +220,10 @@ def test_the_header_is_described_in_words(adapter, tmp_path, monkeypatch, capsys
         "targets": "vit",
     }
     task = {"name": "caption", "prompt": "a photo of", "generation": {"num_beams": 3}}
-    path = changed(adapter, tmp_path / "run" / "best.safetensors", task=task, training=training | {"settings": settings})
+    drift = {"largest_difference": 1.4e-5, "largest_logit": 16.0}
+    path = changed(
+        adapter, tmp_path / "run" / "best.safetensors", task=task, training=training | {"settings": settings}, merge_drift=drift
+    )
     path.with_name("metrics.jsonl").write_text('{"step": 0, "val_loss": 2.5, "val_exact_match": 0.0}\n')
     output = run(monkeypatch, capsys, str(path.parent), "--output-dir", str(tmp_path / "out"))
     for line in (
@@ -230,6 +233,7 @@ def test_the_header_is_described_in_words(adapter, tmp_path, monkeypatch, capsys
         "  data      data/train.jsonl, 10% held out",
         "  training  1,200 steps, stopped before its end, 3 epochs, batches of 8, lr 0.0001, targets vit",
         "  scores    validation loss 0.2500 (before the training 2.5000), exact match 97.5% (before the training 0.0%)",
+        "  merge     merged and hooked logits differ by at most 1.4e-05; the largest logit is 16",
     ):
         assert line in output.splitlines()
     page = (tmp_path / "out" / "inspect.html").read_text("utf-8")
@@ -243,7 +247,7 @@ def test_untrusted_names_are_escaped(adapter, tmp_path, monkeypatch, capsys):
     versions = {NASTY: NASTY}
     path = changed(
         adapter, tmp_path / "x.safetensors", {"layers.3.mlp": NASTY}, training=training, base=base, versions=versions,
-        task={"name": "other <i>", "generation": {"x": [1]}}, merge_drift={"fp32": 10**400, "a<b>": 1e-7},
+        task={"name": "other <i>", "generation": {"x": [1]}}, merge_drift={"largest_difference": 10**400, "a<b>": 1e-7},
     )  # fmt: skip
     output = run(monkeypatch, capsys, str(path), "--output-dir", str(tmp_path), "--model", "none")
     assert "\x1b" not in output and r"\x1b[31m" in output
