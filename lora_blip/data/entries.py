@@ -10,7 +10,7 @@ from lora_blip.runtime.untrusted import is_path, pasteable, quoted, shorten
 # names of keys and columns; if an entry has several of them, the first in this order is used
 IMAGE_KEYS = (
     "image", "image_path", "file_name", "filename", "file", "filepath", "file_path", "path", "img", "img_path", "image_file",
-    "image_filename", "image_name", "imagename", "img_name", "photo", "picture",
+    "image_filename", "image_name", "imagename", "img_name", "photo", "picture", "source_file", "sourcefile",
 )  # fmt: skip
 TEXT_KEYS = (
     "text", "caption", "captions", "texts", "sentence", "sentences", "description", "descriptions", "comment", "title",

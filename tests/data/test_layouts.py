@@ -97,6 +97,31 @@ def test_img2dataset_s_failed_downloads_are_counted_and_left_out(run, tmp_path, 
     assert len(re.findall(message, out)) == 2  # by prepare, and by the direct reading
 
 
+@pytest.mark.parametrize("name", ["{}.jpg.json", "{}.json", "{}.jpg.supplemental-metadata.json", "{}.jpg.supplemental-me.json"])
+@pytest.mark.parametrize("key", ["description", "caption", "content", "title"])
+def test_a_json_file_next_to_each_image_has_its_caption(run, tmp_path, name, key, capsys):
+    """Google Takeout's title is the name of the file. Photos without a description are counted and left out."""
+    folder = photos(tmp_path / "set", "a/1.jpg", "a/b.jpg", "a/3.jpg")
+    for stem, text in (("1", "a cube"), ("b", "two"), ("3", " ")):
+        write(folder / "a" / name.format(stem), {"title": f"{stem}.jpg", "likes": 3} | {key: text})
+    assert sorted(pairs(run(folder))) == [("1.jpg", "a cube"), ("b.jpg", "two")] == sorted(read_directly(folder))
+    assert "its JSON file has no description, caption or title" in capsys.readouterr().out
+
+
+def test_a_damaged_json_file_next_to_an_image_is_named_and_other_json_files_are_no_captions(run, tmp_path):
+    folder = photos(tmp_path / "set", "1.jpg", "2.jpg")
+    write(folder / "1.json", {"shapes": [], "imagePath": "1.jpg"})  # labelme
+    write(folder / "2.json", {"version": "1"})
+    with pytest.raises(DataError, match=r"without captions; .*exiftool -csv -r -Description \. > captions\.csv"):
+        run(folder)
+    write(folder / "1.json", {"description": "a cube"})
+    write(folder / "2.json", '{"description": ')
+    with pytest.raises(DataError, match=r"2\.json: it is not valid JSON .* the caption of 2\.jpg"):
+        run(folder)
+    write(folder / "captions.csv", "SourceFile,Description\n./1.jpg,a cube\n")  # written by exiftool
+    assert pairs(run(folder / "captions.csv")) == [("1.jpg", "a cube")] == read_directly(folder / "captions.csv")
+
+
 def test_class_folders_need_a_template(run, tmp_path):
     folder = photos(tmp_path / "set", "red_fox/1.png", "cat/1.png")
     with pytest.raises(DataError, match=re.escape('--template "a photo of a {class}"')) as error:

@@ -1,17 +1,20 @@
-"""Read folders without an annotation file: a text file next to each image, img2dataset's output, or class folders."""
+"""Read folders without an annotation file: a text or JSON file next to each image, img2dataset's output, or class folders."""
 
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from lora_blip.data.entries import SPLITS, LeftOut, Located
 from lora_blip.data.formats import LONGEST, TOO_LONG, open_text
 from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
+from lora_blip.data.prepare.sidecars import TRIED, entry_of_sidecar, image_of, sidecar_of
 from lora_blip.errors import DataError
+from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.untrusted import os_error_reason, parsed, printable
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # used by kohya's scripts and img2dataset
@@ -57,12 +60,17 @@ class Layout:
     folder: Path
     images: list[str] = field(default_factory=list)
     texts: set[str] = field(default_factory=set)  # text files, which may contain captions
+    sidecars: dict[str, str] = field(default_factory=dict)  # name of an image, perhaps without its suffix → its JSON file
     downloads: list[str] = field(default_factory=list)  # img2dataset's .json files, without their suffix
 
     @property
     def captioned(self) -> bool:
-        """True if at least one image has a text file of the same name."""
-        return any(caption_of(image, self.texts) for image in self.images)
+        """True if at least one image has a text file of the same name, or a JSON file with a text."""
+        if any(caption_of(image, self.texts) for image in self.images):
+            return True
+        files = (sidecar_of(image, self.sidecars) for image in self.images)
+        some = islice(filter(None, files), TRIED)
+        return any(isinstance(entry_of_sidecar(name, self.folder / name), dict) for name in some)
 
     @property
     def class_folders(self) -> bool:
@@ -101,8 +109,10 @@ def layout_of(folder: Path) -> Layout:
             relative, suffix = "/".join((*parts, name)), Path(name).suffix.lower()
             if suffix in CAPTION_SUFFIXES:
                 layout.texts.add(relative)
-            elif suffix == ".json" and Path(name).stem.isdecimal():
-                layout.downloads.append(relative.removesuffix(Path(name).suffix))
+            elif suffix == ".json":
+                layout.sidecars[image_of(relative)] = relative
+                if Path(name).stem.isdecimal():
+                    layout.downloads.append(relative.removesuffix(Path(name).suffix))
             elif is_picture(name, partial(first_bytes, str(Path(path, name)))):
                 layout.images.append(relative)
     return layout
@@ -121,6 +131,9 @@ def captioned_entries(layout: Layout) -> Iterator[Located]:
     for image in layout.images:
         with_image.add(image.removesuffix(Path(image).suffix))
         name = caption_of(image, layout.texts)
+        if not name and (sidecar := sidecar_of(image, layout.sidecars)):
+            yield sidecar, entry_of_sidecar(image, layout.folder / sidecar)
+            continue
         if not name:
             yield image, f"it has no caption; write one to {Path(image).with_suffix('.txt').as_posix()}"
             continue
@@ -185,7 +198,8 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
             f"{folder} has {len(layout.images):,} image(s) without captions; write each caption to a text file next "
             f"to its image ({Path(first).with_suffix('.txt').as_posix()} for {first}), "
             f"or give a file that contains the captions instead of the folder{table_advice}; if the names of the files are the "
-            f"captions: {name}; for one caption of all images: {sks}"
+            f"captions: {name}; for one caption of all images: {sks}; if the images contain their captions (XMP): "
+            f"cd {quote(str(folder))} && exiftool -csv -r -Description . > captions.csv"
         )
     if not template:
         name = first.split("/")[-2].replace("_", " ")

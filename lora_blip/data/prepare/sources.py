@@ -139,7 +139,9 @@ def _layout_source(folder: Path, requested: str, template: str, flag: str) -> So
         return None
     layout = layout_of(folder)
     if layout.captioned and not template:
-        return Source(folder, "img2dataset" if layout.downloads else "folder", partial(captioned_entries, layout))
+        return Source(
+            folder, "img2dataset" if layout.downloads and layout.texts else "folder", partial(captioned_entries, layout)
+        )
     has_table = (folder / META_CAP).exists() or _is_one_data_set(lone_files(folder))
     if not layout.images or (requested == "auto" and not template and has_table):
         return None
