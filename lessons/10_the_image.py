@@ -1,0 +1,238 @@
+# %% [markdown]
+# # 10 · Does the model use the image?
+#
+# **You learn** how to measure which words depend on the image, what cross-attention computes, and how far a picture of attention can be
+# trusted.
+#
+# **Time:** about 50 seconds on two cores.
+#
+# **Read:** `check_images` in `lora_blip/training/preflight.py`, which swaps the images before each training run.
+#
+# A caption model can ignore the image and still write good sentences: "cube" follows "a red" in most captions. We test three things: does
+# another image change the prediction, which patches does a word attend to, and which patches change the word if they are covered?
+
+# %%
+import lesson_tools  # first: it sets the paths and the number of threads
+import matplotlib.pyplot as plt
+import torch
+from lesson_tools import ROOT, record, show
+
+import lora_blip
+
+run = lesson_tools.quick_train(max_steps=120)  # adapters on the ViT; the text decoder and its cross-attention are frozen
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)  # eager attention returns its weights
+model = backbone.model
+lora_blip.load_adapter(backbone, run)
+STATES = {"base": lambda: lora_blip.disable_adapters(backbone), "adapter": lambda: lora_blip.use_adapters(backbone, "default")}
+
+images, captions = lesson_tools.test_cubes(48)
+pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (48, 3, 96, 96)
+tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
+words = tokens.input_ids[:, 1:]  # (48, T): position t predicts word t, from the words before it and the image
+is_word = tokens.attention_mask[:, 1:].bool()
+
+
+@torch.no_grad()
+def log_probabilities(pixels, rows=slice(None)):
+    """Return the log-probabilities of all tokens, (n, T, vocabulary), if the words before are those of the captions."""
+    output = model(pixel_values=pixels, input_ids=tokens.input_ids[rows], attention_mask=tokens.attention_mask[rows])
+    return output.logits[:, :-1].log_softmax(-1)
+
+
+# %% [markdown]
+# ## Other images, other predictions
+#
+# Each caption keeps its text, and gets the image of another row. Let p be the distribution of the next token with the right image, and q
+# with the other image. Their distance is the Kullback-Leibler divergence, in nats:
+#
+# $$\mathrm{KL}(p \,\|\, q) = \sum_v p_v \log \frac{p_v}{q_v} \ge 0.$$
+#
+# It is zero if and only if the image changes nothing. It does not say whether the change is right. For this, we also compare the
+# log-probability of the caption, with its own image and with the other.
+
+# %%
+kl, gain = {}, {}
+for state, active in STATES.items():
+    with active():
+        own = log_probabilities(pixels)
+        divergences, differences = [], []
+        for shift in (1, 7, 13):  # three other images for each caption
+            other = log_probabilities(pixels.roll(shift, 0))
+            divergences.append((own.exp() * (own - other)).sum(-1))  # the equation, for every position
+            library = torch.nn.functional.kl_div(other, own, reduction="none", log_target=True).sum(-1)
+            assert torch.allclose(divergences[-1], library, atol=1e-4) and divergences[-1].min() > -1e-4
+            difference = (own - other).gather(-1, words[..., None])[..., 0]
+            differences.append(difference[is_word].sum() / len(images))
+        assert torch.equal(log_probabilities(pixels), own)  # the same images: KL = 0
+    kl[state], gain[state] = torch.stack(divergences).mean(0), sum(differences).item() / 3
+    caption = own.gather(-1, words[..., None])[..., 0][is_word].sum().item() / len(images)
+    record(f"mean KL of a token, {state}", kl[state][is_word].mean().item())
+    record(f"log-probability of a caption, {state}", caption)
+    record(f"and how much it falls with another image, {state}", gain[state])
+    assert kl[state][is_word].mean() > 0.5 and gain[state] > 5
+
+# %% [markdown]
+# Both models use the image. The KL of the base is larger, but the base is the worse model: its captions have a much lower probability.
+# So "the logits change" is a test for a broken model, and not a score.
+#
+# Which words depend on the image? We average the KL by word.
+
+# %%
+names = [backbone.tokenizer.convert_ids_to_tokens(row) for row in words.tolist()]
+COLOURS, FIXED = ("red", "orange", "yellow", "green", "blue", "purple"), ("cube", "of", "the", "left")
+by_word = {}  # word → state → KL
+for word in (*COLOURS, "single", "on", "to", "a", *FIXED):
+    at_word = torch.tensor([[name == word for name in row] for row in names]) & is_word
+    by_word[word] = {state: kl[state][at_word].mean().item() for state in STATES}
+
+colours, fixed = (sum(by_word[word]["adapter"] for word in group) / len(group) for group in (COLOURS, FIXED))
+record("KL of colours, adapter", colours)
+record("KL of cube, of, the, left, adapter", fixed)
+assert colours > 5 * fixed and by_word["orange"]["adapter"] < 0.7 * colours
+assert all("an" not in caption.split() or "an orange" in caption for caption in captions)
+
+figure, axes = plt.subplots(figsize=(5, 5.5))
+for offset, state in ((0.2, "base"), (-0.2, "adapter")):
+    axes.barh([offset - place for place in range(len(by_word))], [value[state] for value in by_word.values()], 0.4, label=state)
+axes.set_yticks([-place for place in range(len(by_word))], list(by_word))
+axes.set(xlabel="KL between the right and another image (nats)", title="Colours depend on the image, grammar little")
+axes.legend(loc=(0.6, 0.1))
+show(figure, "words")
+
+# %% [markdown]
+# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. "orange" depends on it less than the other
+# colours: in these captions, the word "an" before it announces it. "cube", "of", "the" and "left" follow from the words before.
+#
+# ## Cross-attention
+#
+# In each layer of the text decoder, a head of size d_h compares the query of each position with the keys of the 37 image states: one for
+# the whole image (`[CLS]`) and one for each of the 6 × 6 patches.
+#
+# $$a = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}}\right), \qquad \text{output} = a V, \qquad \sum_j a_{tj} = 1.$$
+#
+# With `output_attentions=True`, transformers returns a for each layer. We compute it by hand from the outputs of the linears `query` and
+# `key`, and compare.
+
+
+# %%
+@torch.no_grad()
+def attention(pixels, rows):
+    """Return the cross-attention (n, layers, heads, T, 37), where T counts the predicted words."""
+    states = model.vision_model(pixels).last_hidden_state
+    text = {"input_ids": tokens.input_ids[rows], "attention_mask": tokens.attention_mask[rows]}
+    output = model.text_decoder(**text, encoder_hidden_states=states, output_attentions=True)
+    return torch.stack(output.cross_attentions, 1)[..., :-1, :]  # position t predicts word t
+
+
+layer, kept = model.text_decoder.bert.encoder.layer[1].crossattention.self, {}
+handles = [
+    getattr(layer, name).register_forward_hook(lambda _module, _args, output, name=name: kept.update({name: output}))
+    for name in ("query", "key")
+]
+EXAMPLE = 0
+maps = {}
+for state, active in STATES.items():
+    with active():
+        maps[state] = attention(pixels[:12], slice(12))
+    Q, K = (kept[name].unflatten(-1, (4, 32)).transpose(1, 2) for name in ("query", "key"))  # (n, heads, T or 37, d_h)
+    by_hand = (Q @ K.mT / 32**0.5).softmax(-1)[..., :-1, :]
+    assert torch.allclose(by_hand, maps[state][:, 1], atol=1e-5)
+    assert torch.allclose(maps[state].sum(-1), torch.tensor(1.0), atol=1e-5)
+    record(
+        f"share of the attention on [CLS], {state}", maps[state][..., 0].transpose(1, 3)[:, :, 0][is_word[:12]].mean().item()
+    )
+for handle in handles:
+    handle.remove()
+
+# %% [markdown]
+# ## What happens if a patch is covered?
+#
+# Attention shows where a head reads. It does not show what the model does with it. The direct test is an intervention: paint one
+# patch in the mean colour of the image, and measure by how much the log-probability of a word falls. We do this for each of the 36
+# patches of twelve images, and correlate the 36 falls with the 36 attention weights, for the colour words.
+
+# %%
+PATCH, mean_attention, effect = 16, {}, {}
+for state, active in STATES.items():
+    mean_attention[state] = maps[state].mean((1, 2))[..., 1:]  # over layers and heads: (12, T, 36)
+    falls = []
+    with active():
+        full = log_probabilities(pixels[:12], slice(12))
+        for patch in range(36):
+            row, column = PATCH * (patch // 6), PATCH * (patch % 6)
+            covered = pixels[:12].clone()
+            covered[:, :, row : row + PATCH, column : column + PATCH] = covered.mean((2, 3), keepdim=True)
+            fall = full - log_probabilities(covered, slice(12))
+            falls.append(fall.gather(-1, words[:12, :, None])[..., 0])
+    effect[state] = torch.stack(falls, -1)  # (12, T, 36)
+
+is_colour = torch.tensor([[name in COLOURS for name in row] for row in names[:12]])
+correlation = {}
+for state in STATES:
+    pairs = zip(mean_attention[state][is_colour], effect[state][is_colour], strict=True)
+    correlation[state] = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
+    record(f"correlation of attention and effect, mean, {state}", correlation[state].mean().item())
+    record(f"correlation of attention and effect, smallest, {state}", correlation[state].min().item())
+    assert -0.2 < correlation[state].mean() < 0.6 and correlation[state].min() < 0
+
+with torch.no_grad():  # the last loop covered patch 35
+    states, changed = (model.vision_model(x).last_hidden_state for x in (pixels[:12], covered))
+moved = (changed - states).norm(dim=-1)[:, 1:36] / states.norm(dim=-1)[:, 1:36]
+record("relative change of the states of the 35 other patches", moved.mean().item())
+assert (moved > 1e-6).all()
+
+# %%
+length = int(is_word[EXAMPLE].sum()) - 1  # without the end token
+columns = [("attention,\nbase", mean_attention["base"]), ("attention,\nadapter", mean_attention["adapter"])]
+columns.append(("effect of a\ncover, adapter", effect["adapter"].clamp(min=0)))
+figure, grid = plt.subplots(length, 3, figsize=(5, 1.65 * length + 0.6))
+for t in range(length):
+    for axis, (title, values) in zip(grid[t], columns, strict=True):
+        axis.imshow(images[EXAMPLE].convert("L"), cmap="gray", extent=(0, 6, 6, 0))
+        axis.imshow(values[EXAMPLE, t].view(6, 6), cmap="inferno", alpha=0.6, extent=(0, 6, 6, 0))
+        axis.set(xticks=[], yticks=[], title=title if t == 0 else "")
+        axis.set_xlabel(f"largest: {values[EXAMPLE, t].max():.2g}", fontsize=9)
+    grid[t, 0].set_ylabel(names[EXAMPLE][t])
+show(figure, "attention")
+
+# %% [markdown]
+# Each row is a predicted word, and each panel has its own colours: bright is the largest value of the panel. An effect is a fall of the
+# log-probability, in nats. The number below a panel is its largest value: for a word that the model is sure of, no single patch changes
+# much. Attention is the mean over three layers and four heads.
+#
+# ## What the picture shows, and what it does not
+#
+# - For a colour, the brightest patches of this image are on the cubes, in both models. The adapter changes only the ViT, so it changes the keys
+#   and values, and the queries of the later layers. It has no matrix of the cross-attention.
+# - Attention and effect agree only a little. Over the colour words, their correlation is weakly positive on average, and it is negative
+#   for some words. So bright patches are not always those that matter.
+# - A patch of the last ViT layer is not a patch of pixels. Its state has read all other patches by self-attention: covering one corner
+#   changes the states of all 35 other patches, by half a percent on average.
+# - Covering is no perfect measure either. The model was not trained on covered images, and two patches can carry the same colour: then
+#   covering one has no effect.
+#
+# Jain and Wallace (arXiv:1902.10186) found the same for text classifiers: attention is often uncorrelated with other measures of importance,
+# and different attention can give the same prediction. Wiegreffe and Pinter (arXiv:1908.04626) answer that this depends on what
+# one calls an explanation. Use attention to ask where a head reads. Use an intervention to ask what matters.
+#
+# ## Exercises
+#
+# 1. Make the attention uniform: a forward hook on each cross-attention `query` returns zeros. A right answer shows that each
+#    weight is 1/37, and that the log-probability of the captions falls. So the model needs its attention, although a picture of it explains
+#    little.
+# 2. Mirror the images of "… to the left of …", and exchange the two colours in the caption. A right answer compares the log-probability of
+#    the two captions for the original and the mirrored images, and reports for how many images the model prefers the right caption.
+#    This tests whether the model reads the positions, and not only which colours are there.
+#
+# ## What to remember
+#
+# - Swap the images: if the logits do not change, the model ignores them. A large change is not a good score.
+# - Rows of attention sum to 1. They show where a head reads, and not what decides.
+# - To learn what matters, change the input and measure the output.
+#
+# ## Sources
+#
+# - Jain and Wallace 2019, *Attention is not Explanation*, arXiv:1902.10186
+# - Wiegreffe and Pinter 2019, *Attention is not not Explanation*, arXiv:1908.04626
+# - Vaswani et al. 2017, *Attention Is All You Need*, arXiv:1706.03762, equation 1
+# - Zeiler and Fergus 2013, *Visualizing and Understanding Convolutional Networks*, arXiv:1311.2901, section 4.2: covering parts of an image
