@@ -97,12 +97,12 @@ for S in SCALES:
     print(f"S = {S:<12.6g} {zeros[-1]:6.1%} of the gradients are zero, error of the adapters' gradient {errors[-1]:.2g}")
 
 assert zeros[7] < 0.01 < 0.05 < zeros[3] < zeros[1]  # S = 2¹⁶, 1 and 2⁻⁸
-assert errors[7] < 0.01 < 0.3 < errors[1] and not errors[-1] < torch.inf  # S = 2²⁸ is too large
+assert errors[3] < 0.05 and errors[7] < 0.01 < 0.1 < errors[1] and not errors[-1] < torch.inf  # S = 2²⁸ is too large
 
 # %% [markdown]
-# Without a scale (S = 1), a part of the gradients is zero, but the error of the adapters' gradient is still only about one percent,
-# because the lost gradients are the smallest ones. The left side of the picture shows what smaller gradients would lose. A batch with 256
-# times as many tokens has gradients of about the size of S = 2⁻⁸. There, the adapters' gradient is mostly wrong.
+# Without a scale (S = 1), a part of the gradients is zero, but the lost gradients are the smallest ones. The error of the adapters' gradient
+# is 0.3 to 1.2 percent for the seeds 0 to 2. The left side of the picture shows what smaller gradients would lose. A batch with 256
+# times as many tokens has gradients of about the size of S = 2⁻⁸. There, the error is 25 to 65 percent.
 #
 # Any S on the flat part is good. `torch.amp.GradScaler` finds one. It skips a step whose gradients are not finite, and halves
 # S. After 2000 good steps it doubles S. It starts with S = 2¹⁶. We start with 2²⁵, which is too large.
