@@ -26,15 +26,15 @@ def plan() -> Plan:
     return quick(rounds=1)
 
 
-ABREAST = [name for name in ROWS if name not in ("compiled", "card")]  # one needs a compiler, one a GPU
+ROWS_ON_A_CPU = [name for name in ROWS if name not in ("compiled", "card")]  # "compiled" needs a compiler, "card" a GPU
 
 
 QUICK = ("input",)  # `make slow` runs every other row
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row not in QUICK)) for row in ABREAST])
+@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row not in QUICK)) for row in ROWS_ON_A_CPU])
 def test_a_row_measures_every_contestant(row: str, plan: Plan) -> None:
-    """Each comparison has its reference, the same number of figures a contestant, and finite ratios."""
+    """Each comparison has its reference, the same number of figures for each contestant, and finite ratios."""
     cells = list(ROWS[row](plan))
     assert cells
     for cell in cells:
@@ -46,7 +46,7 @@ def test_a_row_measures_every_contestant(row: str, plan: Plan) -> None:
 
 @pytest.mark.slow
 def test_the_compiled_row_runs(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its graphs are captured and executed as they are: a compiler takes a minute, and test_compile.py uses it."""
+    """The graphs are captured and executed without a compiler, which takes a minute. test_compile.py uses a compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     (cell,) = ROWS["compiled"](plan)
     assert cell.figures.keys() == {OURS, PEFT} == cell.notes["first step with compiling, s"].keys()
@@ -59,22 +59,22 @@ def test_the_step_row_has_every_way_to_train(plan: Plan) -> None:
 
 
 def test_trainer_computes_in_16_bits_however_often_it_trains(plan: Plan) -> None:
-    """One model for all turns of a row: accelerate must cast in each."""
-    base, seen = backbone(plan.size("tiny"), "cpu"), []
+    """A row uses one model in all its turns, and accelerate casts in each turn."""
+    base, dtypes = backbone(plan.size("tiny"), "cpu"), []
     model, inputs = peers.with_peft(base), peers.inputs_of(base, work(base))
     linear = base.model.vision_model.encoder.layers[0].mlp.fc1
-    linear.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
+    linear.register_forward_hook(lambda _module, _args, output: dtypes.append(output.dtype))
     for _ in range(3):
         assert trainer.seconds_a_step(model, inputs, "bf16", 1, "cpu") > 0
-    assert seen == [torch.bfloat16] * 6
+    assert dtypes == [torch.bfloat16] * 6
 
 
 @pytest.mark.slow
-def test_growth_varies_one_thing_at_a_time(plan: Plan) -> None:
-    """Seconds and kept megabytes of each of the four kinds of point."""
-    found = list(growth.growth(plan, "fp32"))
-    assert [cell.unit for cell in found] == ["s", "MB"] * 4
-    assert [cell.setting.split(", ")[1].split(" ")[0] for cell in found[::2]] == ["image", "r", "targets", "captions"]
+def test_growth_varies_one_quantity_at_a_time(plan: Plan) -> None:
+    """Each of the four quantities has seconds and megabytes."""
+    cells = list(growth.growth(plan, "fp32"))
+    assert [cell.unit for cell in cells] == ["s", "MB"] * 4
+    assert [cell.setting.split(", ")[1].split(" ")[0] for cell in cells[::2]] == ["image", "r", "targets", "captions"]
 
 
 # ---------------------------------------------------------------- the harness
@@ -83,25 +83,25 @@ def test_growth_varies_one_thing_at_a_time(plan: Plan) -> None:
 def test_contestants_take_turns_in_an_order_that_is_reversed_every_round() -> None:
     """A B C, C B A, A B C, after a warm-up; ratios are taken round by round."""
     order: list[str] = []
-    worth = {"a": iter([9, 2, 4, 6]), "b": iter([9, 1, 4, 3])}
+    figures = {"a": iter([9, 2, 4, 6]), "b": iter([9, 1, 4, 3])}
 
     def turn(name: str) -> float:
         order.append(name)
-        return float(next(worth[name]))
+        return float(next(figures[name]))
 
-    cell = pairs.compare("row", "", {name: lambda name=name: turn(name) for name in worth}, "b", rounds=3)
+    cell = pairs.compare("row", "", {name: lambda name=name: turn(name) for name in figures}, "b", rounds=3)
     assert "".join(order) == "ababbaab"
     assert cell.ratios()["a"] == {"median": 2, "min": 1, "max": 2}
     assert cell.figures["a"] == [2, 4, 6] and cell.first == {"a": 9, "b": 9}
 
 
 def test_both_sides_learn_from_the_same_loss() -> None:
-    """The task's loss of a batch is what transformers computes of the peers' inputs, captions of uneven length too."""
+    """Our loss of a batch equals the loss that transformers computes for the peers' inputs, also for uneven captions."""
     base = backbone("mini")
     for batch in (work(base), work(base, captions=3, uneven=True)):
-        mine = ours.Training(base, batch, "fp32").forward()
-        theirs = peers.peft_loop(copy_of(base), batch, "fp32").forward()
-        assert torch.allclose(mine, theirs, rtol=1e-5)
+        our_loss = ours.Training(base, batch, "fp32").forward()
+        peft_loss = peers.peft_loop(copy_of(base), batch, "fp32").forward()
+        assert torch.allclose(our_loss, peft_loss, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -117,20 +117,20 @@ def test_every_contestant_trains_and_the_floor_does_not() -> None:
         for _ in range(20):
             side.step()
         assert float(side.forward().detach()) < before
-    still = peers.floor(backbone("mini"), batch, "fp32")
-    before = float(still.forward().detach())
-    still.step()
-    assert float(still.forward().detach()) == before and not still.trained
+    untrained = peers.floor(backbone("mini"), batch, "fp32")
+    before = float(untrained.forward().detach())
+    untrained.step()
+    assert float(untrained.forward().detach()) == before and not untrained.trained
 
 
-def test_captions_have_the_tokens_that_are_promised() -> None:
+def test_captions_have_the_stated_numbers_of_tokens() -> None:
     base = backbone("mini")
     assert peers.inputs_of(base, work(base))["input_ids"].shape[1] == TOKENS
     counts = peers.inputs_of(base, work(base, 4, 5, uneven=True))["attention_mask"].sum(1)
     assert UNEVEN[0] <= int(counts.min()) < int(counts.max()) <= UNEVEN[1]
 
 
-def test_what_autograd_keeps_is_counted_once_without_the_models_own() -> None:
+def test_the_bytes_that_autograd_keeps_are_counted_once_without_parameters() -> None:
     """x · w keeps x, exp keeps its output, and adding zero keeps nothing."""
     model = torch.nn.Linear(8, 8, bias=False)
     x = torch.randn(4, 8)
@@ -144,8 +144,8 @@ def test_what_autograd_keeps_is_counted_once_without_the_models_own() -> None:
 def test_generation_is_of_a_fixed_length_on_both_sides() -> None:
     for size in ("mini", "mini2"):
         base = backbone(size)
-        made = [peers.generate(base, work(base).pixel_values, beams, 6) for beams in (1, 3)]
-        assert made[0].shape == made[1].shape
+        peer_ids = [peers.generate(base, work(base).pixel_values, beams, 6) for beams in (1, 3)]
+        assert peer_ids[0].shape == peer_ids[1].shape
         assert len(ours.generate(ours.adapt(base, merged=True), work(base).pixel_values, 3, 6)) == 2
 
 
@@ -156,43 +156,45 @@ def cell() -> Cell:
     return Cell("step", "base fp32", PEFT, "s", {OURS: [1.0, 3.0], PEFT: [2.0, 4.0], FULL: [9.0, 9.5]})
 
 
-def test_a_result_is_never_written_over_and_can_be_read(tmp_path: Path) -> None:
-    """Two runs of one day have two names; the JSON holds ratios with their spread and raw figures, the .md the same."""
+def test_a_result_is_never_overwritten_and_can_be_read(tmp_path: Path) -> None:
+    """Two runs of one day have two names. The JSON and the .md contain the ratios, with their smallest and largest value."""
     paths = [report.collect({"step": [cell()]}, tmp_path)[0] for _ in range(2)]
     assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.md"))) == 2 and paths[0] != paths[1]
-    about = json.loads(paths[0].read_text())
-    assert {"cpu", "cores", "threads"} <= about["machine"].keys() and {"torch", "peft", "python"} <= about["versions"].keys()
+    result = json.loads(paths[0].read_text())
+    assert {"cpu", "cores", "threads"} <= result["machine"].keys() and {"torch", "peft", "python"} <= result["versions"].keys()
     assert (
-        about["command"] and about["date"] and about["cells"][0]["ratios"][OURS] == {"median": 0.625, "min": 0.5, "max": 0.75}
+        result["command"]
+        and result["date"]
+        and result["cells"][0]["ratios"][OURS] == {"median": 0.625, "min": 0.5, "max": 0.75}
     )
     assert "| base fp32 | lora_blip | 0.625 | 0.500–0.750 | 2 | 2 | s |" in paths[0].with_suffix(".md").read_text()
 
 
-def test_a_row_that_fails_costs_no_other(tmp_path: Path) -> None:
+def test_the_other_rows_are_kept_if_a_row_fails(tmp_path: Path) -> None:
     def broken():
         yield cell()
         raise RuntimeError("no room")
 
-    path, whole = report.collect({"one": broken(), "two": [cell()]}, tmp_path)
-    about = json.loads(path.read_text())
-    assert not whole and len(about["cells"]) == 2 and "no room" in about["failed"]["one"]
+    path, succeeded = report.collect({"one": broken(), "two": [cell()]}, tmp_path)
+    result = json.loads(path.read_text())
+    assert not succeeded and len(result["cells"]) == 2 and "no room" in result["failed"]["one"]
 
 
 @pytest.mark.slow
-def test_the_command_runs_the_rows_that_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_runs_the_rows_of_the_flag_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--only", "input", "--out", str(tmp_path)]) == 0
     assert "640 × 480" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--only", "speed"])
 
 
-def test_bars_show_every_contestant_of_one_step_and_our_side_of_the_rest(tmp_path: Path) -> None:
+def test_bars_show_every_contestant_of_one_step_and_only_ours_of_the_others(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     other = Cell("captions", "base bf16", PEFT, "s", {OURS: [1.0], PEFT: [2.0]})
     result = {"machine": report.machine(), "date": "2026-06-07 12:00", "cells": [cell().as_json(), other.as_json()]}
-    everyone, mine = bars.groups_of(result, ["step", "captions"], "base fp32").values()
+    everyone, our_bars = bars.groups_of(result, ["step", "captions"], "base fp32").values()
     assert [bar.label for bar in everyone] == [OURS, PEFT, FULL] and [bar.ours for bar in everyone] == [True, False, False]
-    assert [(bar.label, bar.ratio["median"]) for bar in mine] == [("a step, base bf16", 0.5)]
+    assert [(bar.label, bar.ratio["median"]) for bar in our_bars] == [("a step, base bf16", 0.5)]
     assert bars.draw(result, ["step", "captions"], "base fp32", tmp_path / "speed.png").stat().st_size > 1000
 
 

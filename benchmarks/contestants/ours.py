@@ -66,8 +66,9 @@ def batch_of(task: CaptionTask, work: Work) -> DeviceBatch:
     """Return a batch as the loader makes it: a line for each caption, and each image once."""
     lines = [(number, text) for number, texts in enumerate(work.texts) for text in texts]
     examples = [Example(Path(f"{number}.jpg"), text, f"{number}.jpg", line) for line, (number, text) in enumerate(lines, 1)]
-    about = [number for number, _ in lines]
-    return task.batch(HostBatch(examples, work.pixel_values, None if about == list(range(len(about))) else about))
+    image_index = [number for number, _ in lines]
+    is_identity = image_index == list(range(len(image_index)))
+    return task.batch(HostBatch(examples, work.pixel_values, None if is_identity else image_index))
 
 
 def opened(base: Backbone, precision: str) -> Backbone:
@@ -82,7 +83,7 @@ def opened(base: Backbone, precision: str) -> Backbone:
 def epochs(model: Path, annotations: Path, output: Path, count: int, **settings: Any) -> list[float]:
     """Return the mean seconds of a step in each epoch of `train`, from the log of the run.
 
-    The first step is left out: its pictures have been looked at by the run's checks, before the clock.
+    The first step is left out, because the checks of the run decode its images before the clock starts.
     """
     plain: dict[str, Any] = {"val_fraction": 0.0, "augment": False, "alpha": ALPHA, "lr": 1e-4, "num_workers": 0}
     log = run(model, annotations, output, epochs=count, **plain | settings)
@@ -93,7 +94,7 @@ def epochs(model: Path, annotations: Path, output: Path, count: int, **settings:
 
 def run(model: Path, annotations: Path, output: Path, **settings: Any) -> list[dict[str, Any]]:
     """Train as train.py does; returns the lines of metrics.jsonl."""
-    given = settings | {"log_every": 1, "resume": "off", "checkpoint_seconds": 1e9}  # every step's time; no run before it
+    given = settings | {"log_every": 1, "resume": "off", "checkpoint_seconds": 1e9}  # log the time of every step, in a new run
     with silent():
         path = train(TrainConfig(model=str(model), annotations=str(annotations), output_dir=str(output), **given))
     return [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -132,8 +133,8 @@ def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, 
 def adapt(base: Backbone, merged: bool, precision: str = "fp32") -> Backbone:
     """Return a model with an adapter whose B is not zero, with hooks or merged permanently."""
     backbone = opened(base, precision)
-    found = injection.inject(backbone.model, targets.find(backbone.model, "vit", R, ALPHA))
-    for x in found.values():
+    adapters = injection.inject(backbone.model, targets.find(backbone.model, "vit", R, ALPHA))
+    for x in adapters.values():
         torch.nn.init.normal_(x.B, std=1e-3)
     if merged:
         merging.bake(backbone.model)

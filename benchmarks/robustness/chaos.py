@@ -173,7 +173,7 @@ def main() -> int:
             point = rng.choice(POINTS) if kind == "inside" else ""
             child = start(config, point, random.Random(rng.random()))
             if kind in ("kill", "signal"):
-                patience = 0.6 * pace * (options.steps - step) / max(1, options.kills - kills)  # the rest is for "inside"
+                patience = 0.6 * pace * (options.steps - step) / max(1, options.kills - kills)  # the other kills are "inside"
                 wait(child, killed, rng.uniform(0, 2 * patience), rng.uniform(0.1, 3) if rng.random() < 0.2 else 0)
                 number = signal.SIGKILL if kind == "kill" else rng.choice((signal.SIGTERM, signal.SIGUSR1))
                 os.kill(child, number)

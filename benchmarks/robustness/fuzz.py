@@ -31,9 +31,9 @@ from typing import Any
 from lora_blip.cli import report_errors
 from lora_blip.errors import AdapterError, DataError, ImageError
 
-SECONDS, MEGABYTES = 5.0, 256  # most time and memory for one small file
+SECONDS, MEGABYTES = 5.0, 256  # largest time and memory for one small file
 ADDRESS_SPACE = 3 * 2**30  # bytes that may be added to the start; allocating a falsely claimed size then fails
-SHOWN = 25  # kinds of refusals in the table
+SHOWN = 25  # largest number of kinds of refusals in the table
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class", "exec.pickle")
 CHANGES = (
     "os.remove",
@@ -186,8 +186,8 @@ class Adapters:
             if rng.random() < 0.2:
                 header = changed(rng, header)
             else:
-                about = changed(rng, json.loads(header["__metadata__"]["lora_blip"]))
-                header["__metadata__"]["lora_blip"] = written(rng, about)
+                metadata = changed(rng, json.loads(header["__metadata__"]["lora_blip"]))
+                header["__metadata__"]["lora_blip"] = written(rng, metadata)
             text = written(rng, header).encode(errors="surrogatepass")
         except (ValueError, KeyError, TypeError, RecursionError):
             return damaged(rng, data, self.seeds)
@@ -229,9 +229,9 @@ class Annotations:
             Image.new("RGB", (4, 4)).save(folder / name)
         os.mkfifo(folder / "pipe.jpg")
         (folder / "loop.jpg").symlink_to("loop.jpg")
-        said = [{"image": "1.jpg", "text": "a cube"}, {"image": "2.jpg", "question": "what?", "answers": ["a", "b"]}]
-        said += [{"image": name, "text": "t"} for name in ("pipe.jpg", "loop.jpg", "/dev/zero", "/proc/self/mem", ".")]
-        jsonl = "\n".join(map(json.dumps, said))
+        entries = [{"image": "1.jpg", "text": "a cube"}, {"image": "2.jpg", "question": "what?", "answers": ["a", "b"]}]
+        entries += [{"image": name, "text": "t"} for name in ("pipe.jpg", "loop.jpg", "/dev/zero", "/proc/self/mem", ".")]
+        jsonl = "\n".join(map(json.dumps, entries))
         table = io.StringIO()
         csv.writer(table).writerows([("image", "caption"), ("1.jpg", 'a "red", cube'), ("2.jpg", "two\nlines")])
         coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a cube"}]}
@@ -321,13 +321,13 @@ def repaired(png: bytes) -> bytes:
     """Return a PNG with correct checksums, so that the reader does not stop before it reads the damaged chunks."""
     from zlib import crc32
 
-    made, at = bytearray(png[:8]), 8
+    result, at = bytearray(png[:8]), 8
     while at + 12 <= len(png):
         size = min(int.from_bytes(png[at : at + 4], "big"), len(png) - at - 12)
         body = png[at + 4 : at + 8 + size]
-        made += png[at : at + 4] + body + crc32(body).to_bytes(4, "big")
+        result += png[at : at + 4] + body + crc32(body).to_bytes(4, "big")
         at += 12 + size
-    return bytes(made)
+    return bytes(result)
 
 
 def reader(kind: str, folder: Path) -> Any:
@@ -366,10 +366,12 @@ class Watch:
         signal.signal(signal.SIGALRM, overdue)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Whatever Python does to the world passes here."""
+        """Record a forbidden operation. Python calls this audit hook before it changes files or starts processes."""
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        beneath = event in CHANGES and isinstance(arguments[-1], int) and arguments[-1] >= 0  # of a folder that passed here
-        outside = (writes or (event in CHANGES and not beneath)) and not str(arguments[0]).startswith((self.folder, os.devnull))
+        # the path is relative to an open folder; an earlier call of this hook has checked that folder
+        is_relative = event in CHANGES and isinstance(arguments[-1], int) and arguments[-1] >= 0
+        changes_path = writes or (event in CHANGES and not is_relative)
+        outside = changes_path and not str(arguments[0]).startswith((self.folder, os.devnull))
         is_child = event == "subprocess.Popen" and getattr(self.target, "may_start_processes", False)
         if outside or (event in FORBIDDEN and not is_child):
             self.trespass.append(f"{event} {arguments!r}"[:200])

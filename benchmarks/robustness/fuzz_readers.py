@@ -52,15 +52,15 @@ def workbooks() -> Seeds:
 
 def documents() -> Seeds:
     entries: list[Any] = [{"image": name, "captions": ["a", {"raw": "b"}]} for name in IMAGES]
-    asked = [{"image": "1.jpg", "question": "what?", "answers": ["a", {"answer": "b"}], "question_id": 7}]
-    found: list[Any] = [
+    questions = [{"image": "1.jpg", "question": "what?", "answers": ["a", {"answer": "b"}], "question_id": 7}]
+    examples: list[Any] = [
         entries,
         {"data": entries},
         {"annotations": entries, "info": {}},
         {"1.jpg": "a", "2.jpg": ["b", "c"]},
-        asked,
+        questions,
     ]
-    return [("x.json", json.dumps(one).encode()) for one in found]
+    return [("x.json", json.dumps(one).encode()) for one in examples]
 
 
 def flickr30k() -> Seeds:
@@ -88,8 +88,8 @@ def exports() -> Seeds:
     result = [{"value": {"text": ["a"]}}]
     studio = [{"id": 1, "data": {"image": "/data/upload/1/0a1b2c3d-1.jpg"}, "annotations": [{"result": result}]}]
     minimal = [{"image": "/data/upload/1/0a1b2c3d-1.jpg", "caption": {"text": ["a"]}, "annotator": 1, "annotation_id": 1}]
-    found: list[Any] = [vizwiz, textcaps, llava, studio, minimal]
-    return [("x.json", json.dumps(one).encode()) for one in found]
+    examples: list[Any] = [vizwiz, textcaps, llava, studio, minimal]
+    return [("x.json", json.dumps(one).encode()) for one in examples]
 
 
 def visual_genome() -> Seeds:
@@ -110,9 +110,9 @@ def gqa() -> Seeds:
 
 
 def aokvqa() -> Seeds:
-    asked = {"split": "train", "image_id": 1, "question_id": "q", "question": "What?", "direct_answers": ["a", "b"]}
+    question = {"split": "train", "image_id": 1, "question_id": "q", "question": "What?", "direct_answers": ["a", "b"]}
     choices = {"choices": ["a", "b"], "correct_choice_idx": 0, "rationales": ["c"]}
-    return [("x.json", json.dumps([asked | choices, asked | {"image_id": 2, "split": "val"}]).encode())]
+    return [("x.json", json.dumps([question | choices, question | {"image_id": 2, "split": "val"}]).encode())]
 
 
 def vqa() -> Seeds:
@@ -246,7 +246,7 @@ class Readers:
         self.folder, self.kind, self.read, self.prepare = folder, kind, annotations.read, command
         self.allowed = (DataError, ConfigError)
         self.may_start_processes = kind == "parquet"
-        tempfile.tempdir = str(folder)  # of the errors that a child process prints
+        tempfile.tempdir = str(folder)  # contains the file for the errors that a child process prints
         self.source = folder / "source"
         self.source.mkdir()
         Image.new("RGB", (4, 4)).save(buffer := io.BytesIO(), "jpeg")
@@ -288,7 +288,7 @@ class Readers:
             finally:
                 shutil.rmtree(self.folder / "out", ignore_errors=True)
                 path.unlink()
-        if refused and self.kind not in ("parquet", "shard"):  # training asks for `prepare` first
+        if refused and self.kind not in ("parquet", "shard"):  # training requires `prepare` first
             raise refused
 
 

@@ -59,8 +59,8 @@ def tensors(path: Path) -> str:
     """Return the SHA-256 of each tensor of an adapter file, and its metadata."""
     with safe_open(path, "pt") as file:
         lines = [f"{key} {hashlib.sha256(file.get_tensor(key).numpy().tobytes()).hexdigest()}" for key in sorted(file.keys())]
-        about = {key: as_json(value) for key, value in (file.metadata() or {}).items()}
-    return "\n".join(lines) + "\n" + json.dumps(steady(about), indent=1, sort_keys=True) + "\n"
+        metadata = {key: as_json(value) for key, value in (file.metadata() or {}).items()}
+    return "\n".join(lines) + "\n" + json.dumps(steady(metadata), indent=1, sort_keys=True) + "\n"
 
 
 def as_json(text: str) -> Any:

@@ -36,7 +36,7 @@ def trace(rc: str, out: Path, file: str, options: list[str]) -> int:
             os.environ["MUTANTS_TEST"] = str(len(tests))
             tests.append(item.nodeid)
             measured.switch_context(os.environ["MUTANTS_TEST"])
-            measured.set_option("run:context", os.environ["MUTANTS_TEST"])  # of forked children
+            measured.set_option("run:context", os.environ["MUTANTS_TEST"])  # the context of forked children
             try:
                 return (yield)
             finally:
@@ -134,7 +134,7 @@ def _list_modules(listed: Path, arguments: list[str]) -> int:
 
 def _answer(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     path = folder / job["file"]
-    was, about = path.read_bytes(), path.stat()
+    original, status = path.read_bytes(), path.stat()
     result = folder.with_name(f"{folder.name}_result.json")
     result.unlink(missing_ok=True)
     path.write_text(job["source"], encoding="utf-8")  # with a new time, so that no compiled file fits it
@@ -142,8 +142,8 @@ def _answer(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     try:
         code = _forked(folder, lambda: _test(job["tests"], result), job["limit"])
     finally:
-        path.write_bytes(was)
-        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+        path.write_bytes(original)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     result_of_tests = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     return {"code": code, "seconds": round(time.time() - started, 2), **result_of_tests}
 

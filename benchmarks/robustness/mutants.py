@@ -270,8 +270,8 @@ class Outcome:
     mutant: Mutant
     diff: str
     status: str = "unfinished"
-    tests: list[str] = field(default_factory=list)  # the covering ones, in order
-    done: int = 0  # of them, in earlier passes
+    tests: list[str] = field(default_factory=list)  # the covering tests, in order
+    done: int = 0  # number of tests that earlier passes executed
     passes: int = 0
     killer: str = ""
     why: str = ""
@@ -286,7 +286,7 @@ class Outcome:
 
 
 def run(tree: Tree, mutants: list[Mutant], workers: int = 2, minutes: float = MINUTES, save: Any = None) -> list[Outcome]:
-    """Test all mutants; `save` is called with the outcomes so far after each."""
+    """Test all mutants. After each test of a mutant, call `save` with the outcomes so far."""
     ends = time.time() + 60 * minutes
     with ExitStack() as closing:
         servers = [closing.enter_context(Server(tree, number)) for number in range(workers)]
@@ -407,7 +407,7 @@ def in_threads(work: Callable[[Server], None], servers: list[Server]) -> None:
 # ---------------------------------------------------------------- what is written
 
 
-def report(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
+def report(outcomes: list[Outcome], details: dict[str, Any]) -> dict[str, Any]:
     """Return the result as JSON: scores per file, every mutant with its status."""
     known = json.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else []
     reasons = {each["key"]: each["reason"] for each in known}
@@ -417,7 +417,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
             mutant |= {"status": "equivalent", "reason": reasons[mutant["key"]]}
     files = sorted({mutant["file"] for mutant in mutants})
     scores = {file: _score([mutant for mutant in mutants if mutant["file"] == file]) for file in files}
-    return about | {"total": _score(mutants), "scores": scores, "mutants": mutants}
+    return details | {"total": _score(mutants), "scores": scores, "mutants": mutants}
 
 
 def _score(mutants: list[dict[str, Any]]) -> dict[str, Any]:
@@ -441,16 +441,16 @@ def page(result: dict[str, Any]) -> str:
     for file, score in {**result["scores"], "**all**": result["total"]}.items():
         share = "–" if score["score"] is None else f"{score['score']:.1%}"
         lines.append(f"| {file} | {score['mutants']} | {' | '.join(str(score.get(s, 0)) for s in statuses)} | {share} |")
-    there = [mutant for mutant in result["mutants"] if mutant["name"]]
-    if there:
+    named_mutants = [mutant for mutant in result["mutants"] if mutant["name"]]
+    if named_mutants:
         lines += ["", "## Named mutants", "", "| mutant | file | status | test |", "|---|---|---|---|"]
-        lines += [f"| {m['name']} | {m['file']} | {m['status']} | {m['killer'].split('/')[-1]} |" for m in there]
+        lines += [f"| {m['name']} | {m['file']} | {m['status']} | {m['killer'].split('/')[-1]} |" for m in named_mutants]
     for title, statuses in (("Survivors", SURVIVED), ("Equivalent mutants", ("equivalent",))):
         some = [mutant for mutant in result["mutants"] if mutant["status"] in statuses]
         lines += ["", f"## {title}", ""] if some else []
         for m in some:
-            about = m.get("reason") or f"{m['status']}, {m['passed']} of {m['covering']} covering tests pass"
-            lines += [f"`{m['key']}`: {about}", "", "```diff", m["diff"], "```", ""]
+            detail = m.get("reason") or f"{m['status']}, {m['passed']} of {m['covering']} covering tests pass"
+            lines += [f"`{m['key']}`: {detail}", "", "```diff", m["diff"], "```", ""]
     return "\n".join(lines) + "\n"
 
 
@@ -480,23 +480,23 @@ def main(arguments: list[str] | None = None) -> int:
         earlier = [m for m in json.loads(given.survivors.read_text(encoding="utf-8"))["mutants"] if m["status"] in SURVIVED]
         now = {mutant.key: mutant for mutant in (*candidates(tree, inside), *named(tree))}
         mutants = [now[m["key"]] for m in earlier if m["key"] in now]
-        gone = [m["key"] for m in earlier if m["key"] not in now and m["file"] in inside]
-        print(*(f"no longer in the source: {key}" for key in gone), sep="\n")
+        missing = [m["key"] for m in earlier if m["key"] not in now and m["file"] in inside]
+        print(*(f"no longer in the source: {key}" for key in missing), sep="\n")
     if given.list:
         for mutant in mutants:
             print(mutant.key, mutant.diff(tree.source(mutant.file)), "", sep="\n")
         return 0
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-    about = {
+    details = {
         "date": str(date.today()),
         "command": " ".join(["python -m benchmarks.robustness.mutants", *(arguments or sys.argv[1:])]),
         "commit": commit.strip(), "seed": given.seed, "workers": given.workers,
     }  # fmt: skip
-    stem = _unused(given.out, f"mutants_{about['date']}")
+    stem = _unused(given.out, f"mutants_{details['date']}")
     started = time.time()
 
     def save(outcomes: list[Outcome]) -> None:
-        result = report(outcomes, about | {"minutes": round((time.time() - started) / 60, 1)})
+        result = report(outcomes, details | {"minutes": round((time.time() - started) / 60, 1)})
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(page(result), encoding="utf-8")
 

@@ -55,16 +55,16 @@ DEVICES = ("cuda", "mps")
 class Mutant:
     """`source[start:stop]` (in bytes) of `file` becomes `new`."""
 
-    file: str  # relative to the root of the tree
-    function: str  # dotted, "" at module level
+    file: str  # path relative to the root of the tree
+    function: str  # dotted name; "" at module level
     line: int
     start: int
     stop: int
     new: str
     operator: str
     text: str  # the line of `start`, without indentation
-    lines: tuple[int, int]  # of the statement, or of its head
-    name: str = ""  # of the named list
+    lines: tuple[int, int]  # first and last line of the statement, or of the part before its body
+    name: str = ""  # name in the list of named mutants, or ""
 
     @property
     def key(self) -> str:
@@ -72,7 +72,7 @@ class Mutant:
         return f"{self.file} | {self.function} | {self.text} | {self.operator}"
 
     def rank(self, seed: int) -> str:
-        """Order mutants at random, so that a change of one line does not change which others are drawn."""
+        """Return a pseudo-random sort key. A change of one line does not change which mutants of other lines are drawn."""
         return hashlib.sha256(f"{seed} {self.key}".encode()).hexdigest()
 
     def apply(self, source: bytes) -> bytes:
@@ -86,12 +86,12 @@ class Mutant:
 
 def mutations(file: str, source: bytes) -> list[Mutant]:
     """Return every mutant of a file that still compiles, each key once."""
-    found: dict[str, Mutant] = {}
+    mutants: dict[str, Mutant] = {}
     counts: dict[str, int] = {}
     walker = _Walker(source)
     walker.visit(ast.parse(source))
     lines = source.decode().splitlines()
-    for node, new, operator, function, within in walker.found:
+    for node, new, operator, function, within in walker.faults:
         start, stop = walker.span(node)
         if source[start:stop].decode() == new:
             continue
@@ -103,8 +103,8 @@ def mutations(file: str, source: bytes) -> list[Mutant]:
             compile(mutant.apply(source), file, "exec")
         except SyntaxError:
             continue
-        found[mutant.key] = mutant
-    return list(found.values())
+        mutants[mutant.key] = mutant
+    return list(mutants.values())
 
 
 class _Walker(ast.NodeVisitor):
@@ -115,7 +115,7 @@ class _Walker(ast.NodeVisitor):
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
-        self.found: list[tuple[ast.AST, str, str, str, tuple[int, int]]] = []
+        self.faults: list[tuple[ast.AST, str, str, str, tuple[int, int]]] = []
         self.path: list[str] = []
         self.lines = (0, 0)
 
@@ -126,7 +126,7 @@ class _Walker(ast.NodeVisitor):
         if isinstance(new, ast.expr):
             new = f"({ast.unparse(new)})" if not isinstance(new, ast.Constant | ast.Name | ast.Call) else ast.unparse(new)
         own = (node.lineno, node.end_lineno) if isinstance(node, ast.Pass) else self.lines
-        self.found.append((node, new, operator, ".".join(self.path), own))
+        self.faults.append((node, new, operator, ".".join(self.path), own))
 
     def visit(self, node: ast.AST) -> None:
         before = self.lines
@@ -362,9 +362,9 @@ def assigned(source: bytes, line: int) -> set[str]:
 
 def uses(source: bytes, names: set[str]) -> set[int]:
     """Return the lines that read one of the names."""
-    found = set()
+    lines = set()
     for node in ast.walk(ast.parse(source)):
         name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
         if name in names and isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
-            found.add(node.lineno)
-    return found
+            lines.add(node.lineno)
+    return lines

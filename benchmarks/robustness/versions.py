@@ -17,7 +17,7 @@ from lora_blip.cli import report_errors
 
 VERSIONS = ("5.20.0", "5.23.0", "5.24.0")
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = {  # base → what it is asked, and what an adapter on it learns
+CELLS = {  # base → the results to compare: predictions of the base, and losses of an adapter on it
     "tiny-blip": ("caption", "answer", "rank", "losses"), "tiny-blip2": ("caption", "answer", "rank", "losses"),
     "tiny-blip-vqa": ("answer", "rank", "losses"), "tiny-blip-itm": ("rank", "losses"),
 }  # fmt: skip
@@ -31,8 +31,8 @@ BOUND = 1e-4
 IMAGES = 8
 
 
-def results(base: str, what: str, fast: bool) -> list[Any]:
-    """Return the texts, the probabilities or the losses of one base, in a process with one version of transformers."""
+def results(base: str, cell: str, fast: bool) -> list[Any]:
+    """Return the texts, the probabilities or the losses of a cell, in a process with one version of transformers."""
     import torch
 
     from lora_blip.data.example import Example
@@ -45,21 +45,21 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
 
     torch.manual_seed(0)
     backbone = load_backbone(str(ROOT / "assets" / base), "cpu", fast=fast)
-    name = "vqa" if what == "answer" else default_task(backbone.architecture)
-    task: Any = TASKS[name](backbone, "", Generation(12, 3 if what == "caption" else 1))
+    name = "vqa" if cell == "answer" else default_task(backbone.architecture)
+    task: Any = TASKS[name](backbone, "", Generation(12, 3 if cell == "caption" else 1))
     paths = sorted((ROOT / "image_test").glob("*.png"))[:IMAGES]
     pixels = torch.stack([pixel_values(open_image(path), backbone.image_processor) for path in paths])
     examples = [
         Example(path, TEXTS[n % len(TEXTS)], path.name, n, "", QUESTION, (TEXTS[n % len(TEXTS)],))
         for n, path in enumerate(paths)
     ]
-    if what == "rank":
+    if cell == "rank":
         return task.rank(pixels, examples, TEXTS).flatten().tolist()
-    if what != "losses":
+    if cell != "losses":
         return task.predict(pixels, examples)
-    found = injection.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
+    adapters = injection.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
     batch = task.batch(HostBatch(examples, pixels))
-    optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=1e-3), []
+    optimizer, losses = torch.optim.AdamW([half for x in adapters.values() for half in (x.A, x.B)], lr=1e-3), []
     for _ in range(20):
         loss = task.repeatable_loss(batch) / batch.count
         loss.backward()
@@ -70,6 +70,7 @@ def results(base: str, what: str, fast: bool) -> list[Any]:
 
 
 def equal(fast: list[Any], plain: list[Any]) -> bool:
+    """Return True for equal texts, or for numbers whose relative difference is at most BOUND."""
     if isinstance(plain[0], str):
         return fast == plain
     return len(fast) == len(plain) and all(abs(a - b) <= BOUND * max(1.0, abs(b)) for a, b in zip(fast, plain, strict=True))
@@ -83,21 +84,22 @@ def row(version: str) -> bool:
     if transformers.__version__ != version:
         raise SystemExit(f"transformers {version} is needed, but {transformers.__version__} was imported")
     torch.set_num_threads(1)
-    good = True
+    all_equal = True
     for base, cells in CELLS.items():
-        found = {what: equal(results(base, what, True), results(base, what, False)) for what in cells}
-        good = good and all(found.values())
-        shown = ["–" if what not in found else "equal" if found[what] else "DIFFERS" for what in CELLS["tiny-blip"]]
+        is_equal = {cell: equal(results(base, cell, True), results(base, cell, False)) for cell in cells}
+        all_equal = all_equal and all(is_equal.values())
+        names = CELLS["tiny-blip"]
+        shown = ["–" if name not in is_equal else "equal" if is_equal[name] else "DIFFERS" for name in names]
         print(f"| {version} | {base} | {' | '.join(shown)} |", flush=True)
-    return good
+    return all_equal
 
 
 def overlay(version: str, folder: Path) -> dict[str, str]:
     """Install one version without its dependencies, and return the environment variables that import it."""
-    place = folder / version
+    target = folder / version
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(place), f"transformers=={version}"], check=True)
-    return os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*pip, "--target", str(target), f"transformers=={version}"], check=True)
+    return os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
 
 
 def main() -> None:

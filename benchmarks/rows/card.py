@@ -1,4 +1,4 @@
-"""Row `card`, on a GPU alone: images per second, peak memory, and the share of the GPU's matrix rate that a step uses."""
+"""Row `card`, only on a GPU: images per second, peak memory, and the share of the GPU's matrix rate that a step uses."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -35,7 +35,7 @@ from lora_blip.tasks.base import Generation
 from lora_blip.training.setup import default_rate
 
 ENOUGH = 0.95
-EVERY = 25  # steps between validations; a tenth of the run, as shipped, is too coarse to compare by
+EVERY = 25  # steps between validations; the default, a tenth of the run, is too coarse for a comparison
 SEEDS = 3
 Run = Callable[[TrainConfig, float], dict[str, float]]
 UNITS = {"until 95 %": "s", "steps until 95 %": "steps", "a step": "s"}

@@ -78,7 +78,7 @@ def _cached(plan: Plan, root: Path, where: str, name: str, precision: str) -> Ce
     kinds = {PEFT: base} | ({PEFT16: in_dtype(copy_of(base), precision)} if "16" in precision and name != "blip2" else {})
     for side, held in kinds.items():
         loops[side] = _loops(peers.peft_loop(held, work(held, BATCH), precision, where), held, annotations)
-        loops[side][0]()  # a warm-up: our first epoch, which is shown, is ours
+        loops[side][0]()  # a warm-up; the warm-up of our side is its first epoch, which is reported separately
 
     def our_epochs() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as output:

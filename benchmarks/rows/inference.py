@@ -22,15 +22,15 @@ def generate(plan: Plan) -> Iterator[Cell]:
             base = backbone(plan.size(name), plan.device, precision if name == "blip2" else "fp32")
             pixels = work(base).pixel_values
             merged, hooked = ours.adapt(base, True, precision), ours.adapt(base, False, precision)
-            theirs = copy_of(base)
-            peers.adapt(theirs)
+            peft_base = copy_of(base)
+            peers.adapt(peft_base)
             half = in_dtype(copy_of(base), precision)
             for beams in (2,) if plan.quick else (1, BEAMS):
                 how = (pixels, beams, 3 if plan.quick else TOKENS, precision)
                 turns: dict[str, Turn] = {
                     f"{OURS}, merged": partial(seconds, partial(ours.generate, merged, *how)),
                     f"{OURS}, unmerged": partial(seconds, partial(ours.generate, hooked, *how)),
-                    f"{PEFT}, unmerged": partial(seconds, partial(peers.generate, theirs, *how)),
+                    f"{PEFT}, unmerged": partial(seconds, partial(peers.generate, peft_base, *how)),
                     HF: partial(seconds, partial(peers.generate, base, *how)),
                 }
                 if precision != "fp32" and name != "blip2":
@@ -64,10 +64,10 @@ def merge(plan: Plan) -> Iterator[Cell]:
         with freed(), tempfile.TemporaryDirectory() as folder:
             base = backbone(plan.size(name), plan.device)
             adapter_file = ours.save_adapter(base, Path(folder) / "adapter.safetensors")
-            theirs = peers.save_adapter(copy_of(base), f"{folder}/peft")
+            peft_folder = peers.save_adapter(copy_of(base), f"{folder}/peft")
             turns: dict[str, Turn] = {
                 OURS: partial(fresh, ours.opened(base, "fp32"), partial(ours.load_and_merge, path=adapter_file)),
-                PEFT: partial(fresh, base, partial(peers.load_and_merge, folder=theirs)),
+                PEFT: partial(fresh, base, partial(peers.load_and_merge, folder=peft_folder)),
             }
             yield compare("merge", f"{name} fp32, load and merge", turns, PEFT, 2 * plan.rounds)
 

@@ -1,6 +1,7 @@
 """Compare twenty losses of each fast path with those of the plain path, from equal weights: `python -m benchmarks.rows.losses`.
 
-The bound is the one that the tests hold. The shipped tiny base, its pictures, adapters on the ViT and the text decoder.
+The bound is that of the tests. The model is the embedded tiny base with its images, and with adapters on the ViT and the text
+decoder.
 """
 
 import os

@@ -56,7 +56,7 @@ def memory(plan: Plan) -> Iterator[Cell]:
             del base, batch, training
             for _ in range(2 if name == "base" else 1):
                 for side in (OURS, PEFT, PEFT16)[: 2 if plan.quick or precision == "fp32" else 3]:
-                    peak.figures.setdefault(side, []).append(apart(side, plan.size(name), precision) / MB)
+                    peak.figures.setdefault(side, []).append(peak_in_new_process(side, plan.size(name), precision) / MB)
             yield kept
             yield peak
 
@@ -90,7 +90,7 @@ def own_bytes(model: Any) -> int:
 # ---------------------------------------------------------------- in a separate process
 
 
-def apart(side: str, size: str, precision: str) -> int:
+def peak_in_new_process(side: str, size: str, precision: str) -> int:
     """Return the peak of one step in a new process, whose allocator returns freed memory at once."""
     command = [sys.executable, "-m", "benchmarks.rows.memory", "--side", side, "--size", size, "--precision", precision]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -107,7 +107,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with suppress(OSError, AttributeError):  # glibc alone
+    with suppress(OSError, AttributeError):  # only with glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # set the peak to the memory that is resident now
     before = resident("VmRSS")

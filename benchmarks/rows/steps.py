@@ -45,7 +45,7 @@ def _step(plan: Plan, name: str, precision: str, everyone: bool) -> Cell:
         OURS: ours.Training(base, batch, precision),
         PEFT: peers.peft_loop(copy_of(base), batch, precision),
     }
-    if precision != "fp32" and base.family == "blip":  # BLIP-2 has them on both sides
+    if precision != "fp32" and base.family == "blip":  # with BLIP-2, all contestants have 16-bit weights
         sides[PEFT16] = peers.peft_loop(in_dtype(copy_of(base), precision), batch, precision)
     if everyone:
         sides[FULL] = peers.full(copy_of(base), batch, precision)

@@ -26,7 +26,7 @@ from lora_blip.inference.output import ERRORS_NAME, FILE_NAME, SETTINGS_NAME
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = 97  # each 97th file is broken: empty, truncated or not an image
 IN_FOLDER = 1000
-GROWTH = 32  # MB; most extra peak memory of the large run over the small one
+GROWTH = 32  # largest difference of the peak memory of the large run and the small one, in MB
 
 
 def draw(folder: Path, count: int) -> list[str]:
@@ -138,10 +138,10 @@ def main() -> int:
         _, low = whole_run(few, outputs[0], options, options.few)
         seconds, high = whole_run(many, outputs[1], options, options.images)
         ends = killed_run(many, outputs[2], options, seconds, written(outputs[1]))
-        found = images_in(outputs[2])
+        lines_by_image = images_in(outputs[2])
         failed = len((outputs[2] / ERRORS_NAME).read_text(encoding="utf-8").splitlines())
         results = {
-            "every image exactly once": found == Counter(paths),
+            "every image exactly once": lines_by_image == Counter(paths),
             f"both files, as unkilled ({failed:,} lines of errors)": all(
                 (outputs[1] / name).read_bytes() == (outputs[2] / name).read_bytes() for name in (FILE_NAME, ERRORS_NAME)
             ),

@@ -18,15 +18,15 @@ PAGE = ROOT / "docs" / "code_map.md"
 
 def imports() -> dict[str, set[str]]:
     """Return {package or file of the root: those that it imports}."""
-    found: dict[str, set[str]] = {}
+    imported: dict[str, set[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_blip"):
                 inner = (node.module or "").split(".")[1:]
-                found.setdefault(name, set()).update([inner[0]] if inner else [alias.name for alias in node.names])
-    everything = set(found) | {each for some in found.values() for each in some}
-    return {name: (found.get(name, set()) - {name}) & everything for name in sorted(everything) if not name.startswith("__")}
+                imported.setdefault(name, set()).update([inner[0]] if inner else [alias.name for alias in node.names])
+    everything = set(imported) | {each for some in imported.values() for each in some}
+    return {name: (imported.get(name, set()) - {name}) & everything for name in sorted(everything) if not name.startswith("__")}
 
 
 def levels(arrows: dict[str, set[str]]) -> dict[str, int]:
@@ -71,12 +71,12 @@ def caption_path(fast: bool) -> list[str]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     backbone = load_backbone(str(ROOT / "assets/tiny-blip"), "cpu", fast=fast)
-    found = injection.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
-    task, seen = CaptionTask(backbone), {}
+    adapters = injection.inject(backbone.model, targets.find(backbone.model, "vit", 4, 8.0))
+    task, files = CaptionTask(backbone), {}
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            seen.setdefault(str(Path(frame.f_code.co_filename).relative_to(PACKAGE)), None)
+            files.setdefault(str(Path(frame.f_code.co_filename).relative_to(PACKAGE)), None)
 
     sys.setprofile(note)
     try:
@@ -86,8 +86,8 @@ def caption_path(fast: bool) -> list[str]:
         task.loss(batch).backward()
     finally:
         sys.setprofile(None)
-    assert all(lora.A.grad is not None for lora in found.values())
-    return list(seen)
+    assert all(lora.A.grad is not None for lora in adapters.values())
+    return list(files)
 
 
 def page() -> str:

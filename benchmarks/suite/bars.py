@@ -33,20 +33,21 @@ class Bar(NamedTuple):
 
 
 def groups_of(result: dict[str, Any], rows: list[str], detail: str) -> dict[str, list[Bar]]:
-    """Return the bars by title: all contestants of the step at `detail` ("base fp32"), then our side of all others."""
+    """Return the bars by title: all contestants of the step at `detail` ("base fp32"), then only ours of all other rows."""
     first = f"a training step, {detail}"
-    found: dict[str, list[Bar]] = {first: []}
+    bars_by_title: dict[str, list[Bar]] = {first: []}
     for cell in result["cells"]:
         if cell["row"] not in rows or cell["unit"] not in ("s", "s/image"):
             continue
         if (cell["row"], cell["setting"]) == ("step", detail):
             everyone = sorted(cell["ratios"].items(), key=lambda item: item[1]["median"])
-            found[first] = [Bar(name, ratio, name == OURS) for name, ratio in everyone]
+            bars_by_title[first] = [Bar(name, ratio, name == OURS) for name, ratio in everyone]
             continue
         title = ", ".join(filter(None, (TITLES.get(cell["row"], cell["row"]), cell["setting"])))
-        mine = [(name.removeprefix(OURS), ratio) for name, ratio in cell["ratios"].items() if name.startswith(OURS)]
-        found.setdefault(f"{OURS}, where 1 is {cell['reference']}", []).extend(Bar(title + n, ratio, True) for n, ratio in mine)
-    return {title: bars for title, bars in found.items() if bars}
+        ours = [(name.removeprefix(OURS), ratio) for name, ratio in cell["ratios"].items() if name.startswith(OURS)]
+        bars = bars_by_title.setdefault(f"{OURS}, where 1 is {cell['reference']}", [])
+        bars.extend(Bar(title + end, ratio, True) for end, ratio in ours)
+    return {title: bars for title, bars in bars_by_title.items() if bars}
 
 
 def ranges_of(page: str) -> dict[str, tuple[float, float]]:

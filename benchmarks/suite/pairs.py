@@ -36,11 +36,11 @@ class Cell:
 
     def ratios(self) -> dict[str, dict[str, float]]:
         """Return, for each name, median, min and max of the ratios to the reference's figure of the same round."""
-        found = {}
+        ratios = {}
         for name, figures in self.figures.items():
             each = [a / b for a, b in zip(figures, self.figures[self.reference], strict=True)]
-            found[name] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
-        return found
+            ratios[name] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+        return ratios
 
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(figures) for name, figures in self.figures.items()}

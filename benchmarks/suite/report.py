@@ -29,23 +29,23 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
 
     If a row fails, report it and continue with the next. Return the path of the JSON file, and True if no row failed.
     """
-    about: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
-    about |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
+    result: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
+    result |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
     path = unused_path(folder, kind)
-    print(f"{described(about)}\n→ {path}\n{MEANT}\n{QUICK * ('quick' in kind)}", flush=True)
+    print(f"{described(result)}\n→ {path}\n{MEANT}\n{QUICK * ('quick' in kind)}", flush=True)
     for name, cells in rows.items():
         started = time.perf_counter()
         try:
             for cell in cells:
-                about["cells"].append(cell.as_json())
+                result["cells"].append(cell.as_json())
                 print(cell, flush=True)
         except Exception as error:  # one failed row must not lose the results of the others
             traceback.print_exc()
-            about["failed"][name] = f"{type(error).__name__}: {error}"
-        about["seconds"][name] = round(time.perf_counter() - started, 1)
-        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(markdown(about), encoding="utf-8")
-    return path, not about["failed"]
+            result["failed"][name] = f"{type(error).__name__}: {error}"
+        result["seconds"][name] = round(time.perf_counter() - started, 1)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    return path, not result["failed"]
 
 
 def unused_path(folder: Path, kind: str = "") -> Path:
@@ -64,18 +64,18 @@ def machine() -> dict[str, Any]:
     """Return the name of the CPU, that of the GPU if there is one, and the numbers of cores and threads."""
     cpu = cpu_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
+    facts: dict[str, Any] = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
     if torch.cuda.is_available():
-        return {"name": torch.cuda.get_device_name(), "card": torch.cuda.get_device_name(), **found}
-    return {"name": f"{cpu} {cores} cores", "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), **found}
+        return {"name": torch.cuda.get_device_name(), "card": torch.cuda.get_device_name(), **facts}
+    return {"name": f"{cpu} {cores} cores", "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), **facts}
 
 
 def cpu_name() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -92,27 +92,27 @@ def command() -> str:
 # ---------------------------------------------------------------- the page
 
 
-def described(about: dict[str, Any]) -> str:
-    where = about["machine"]
+def described(result: dict[str, Any]) -> str:
+    where = result["machine"]
     named = f"{where['card']}, {where['cpu']}" if "card" in where else where["cpu"]
-    return f"{named}, {where['cores']} cores, {where['threads']} threads, {about['date']}; " + ", ".join(
-        f"{name} {number}" for name, number in about["versions"].items()
+    return f"{named}, {where['cores']} cores, {where['threads']} threads, {result['date']}; " + ", ".join(
+        f"{name} {number}" for name, number in result["versions"].items()
     )
 
 
-def markdown(about: dict[str, Any]) -> str:
-    lines = [f"# {about['machine']['name']}, {about['date']}", "", described(about), "", f"    {about['command']}", ""]
+def markdown(result: dict[str, Any]) -> str:
+    lines = [f"# {result['machine']['name']}, {result['date']}", "", described(result), "", f"    {result['command']}", ""]
     lines += [
         MEANT,
         "",
     ]
-    for row in dict.fromkeys(cell["row"] for cell in about["cells"]):
+    for row in dict.fromkeys(cell["row"] for cell in result["cells"]):
         lines += [f"## {row}", "", "| | | ratio | min–max | rounds | median | |", "|---|---|---|---|---|---|---|"]
-        for cell in (cell for cell in about["cells"] if cell["row"] == row):
+        for cell in (cell for cell in result["cells"] if cell["row"] == row):
             lines += [line(cell, name) for name in cell["ratios"]]
             lines += [f"| {cell['setting']} | {key} | | | | {shown(value)} | |" for key, value in cell["notes"].items()]
         lines.append("")
-    lines += [f"{row} failed: {error}\n" for row, error in about["failed"].items()]
+    lines += [f"{row} failed: {error}\n" for row, error in result["failed"].items()]
     return "\n".join(lines)
 
 

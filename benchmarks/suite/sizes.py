@@ -39,7 +39,7 @@ def _width(hidden: int, layers: int, heads: int, **more: Any) -> Settings:
 
 
 SMALL_TEXT = _width(128, 3, 4, encoder_hidden_size=128, vocab_size=442, max_position_embeddings=512)
-# name → settings of the ViT, the Q-Former (BLIP-2's alone) and the language side; {} is the architecture's own
+# name → settings of the ViT, the Q-Former (only BLIP-2) and the language side; {} is the architecture's own
 SIZES: dict[str, tuple[Settings, Settings | None, Settings]] = {
     "mini": (_width(32, 2, 4, image_size=32, patch_size=8), None, SMALL_TEXT | _width(32, 2, 4, encoder_hidden_size=32)),
     "tiny": (_width(128, 4, 4, image_size=96), None, SMALL_TEXT),  # as assets/tiny-blip

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_blip.models.loading import Backbone
 from toyworld.words import WORDS
 
-TOKENS = 16  # of a caption, the first and the last one included
+TOKENS = 16  # tokens of a caption, including the first and the last
 UNEVEN = (8, 20)  # tokens of the shortest and the longest of many captions
 PHOTO = (640, 480)
 

@@ -66,7 +66,7 @@ def references(folder: Path, count: int = 6) -> Path:
 
 
 def evaluated(refs: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[str, str]], str]:
-    """Return the contents of Return the contents of metrics.json, comparison.csv and report.html."""
+    """Return the contents of metrics.json, comparison.csv and report.html."""
     folder = comparison.evaluate(EvaluateConfig(references=str(refs), device="cpu", **settings))
     strict = json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     with (folder / "comparison.csv").open(encoding="utf-8-sig", newline="") as file:
@@ -198,7 +198,7 @@ def test_missing_training_data_is_a_note_and_not_an_error(checkpoints, here, lin
     path = adapter_of(checkpoints["blip"], here, settings={"annotations": "train.jsonl"})
     refs = references(here, 2)
     assert evaluated(refs, adapter=str(path))[0]["facts"]["leaks"].startswith(why)
-    if not lines:  # asked for by name, it is an error
+    if not lines:  # an error, if --train-annotations names the file
         with pytest.raises(DataError, match=r"train\.jsonl"):
             evaluated(refs, adapter=str(path), train_annotations="train.jsonl")
 
@@ -289,10 +289,10 @@ def test_answers_are_scored_by_question(checkpoints, here):
 
 
 @pytest.mark.parametrize("kind", ["itm", "itm2"])
-@pytest.mark.parametrize("again", [2, 99])
-def test_retrieval_equals_brute_force(checkpoints, here, monkeypatch, kind, again):
-    """The oracle sorts all pairs: the `again` most probable by ITC are sorted by ITC + ITM, and the others follow."""
-    monkeypatch.setattr(measures, "RERANKED", again)
+@pytest.mark.parametrize("count", [2, 99])
+def test_retrieval_equals_brute_force(checkpoints, here, monkeypatch, kind, count):
+    """The oracle sorts all pairs: the `count` most probable pairs by ITC are sorted by ITC + ITM, and the others follow."""
+    monkeypatch.setattr(measures, "RERANKED", count)
     texts = ["a red cube", "a blue cube", "a green cube on a red cube", "two cubes", "nothing", "a white cube"]
     owners = [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4), (3, 0), (4, 5)]  # image, text: some have two, one text has two images
     for n in range(5):
@@ -316,17 +316,17 @@ def test_retrieval_equals_brute_force(checkpoints, here, monkeypatch, kind, agai
 
     def rank(row: int, table: torch.Tensor, bonus: torch.Tensor, right: set[int]) -> int:
         order = sorted(range(table.shape[1]), key=lambda j: -float(table[row, j]))
-        likeliest = sorted(order[:again], key=lambda j: -float(table[row, j] + bonus[row, j]))
-        return min(place for place, j in enumerate(likeliest + order[again:], 1) if j in right)
+        reranked = sorted(order[:count], key=lambda j: -float(table[row, j] + bonus[row, j]))
+        return min(position for position, j in enumerate(reranked + order[count:], 1) if j in right)
 
     by_image = [rank(i, similarity, odds, {t for o, t in owners if o == i}) for i in range(5)]
     by_text = [rank(t, similarity.T, odds.T, {o for o, s in owners if s == t}) for t in range(6)]
-    for way, ranks in (("image→text", by_image), ("text→image", by_text)):
-        for most in (1, 5, 10):
-            value = sum(r <= most for r in ranks) / len(ranks)
-            assert measured.scores[f"R@{most} {way}"].value == pytest.approx(value), (way, most, ranks)
-        assert measured.scores[f"mean rank {way}"].value == pytest.approx(sum(ranks) / len(ranks))
-        assert measured.scores[f"median rank {way}"].value == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
+    for direction, ranks in (("image→text", by_image), ("text→image", by_text)):
+        for k in (1, 5, 10):
+            value = sum(r <= k for r in ranks) / len(ranks)
+            assert measured.scores[f"R@{k} {direction}"].value == pytest.approx(value), (direction, k, ranks)
+        assert measured.scores[f"mean rank {direction}"].value == pytest.approx(sum(ranks) / len(ranks))
+        assert measured.scores[f"median rank {direction}"].value == sorted(ranks)[len(ranks) // 2] or len(ranks) % 2 == 0
     assert measured.points == pytest.approx([1 / r for r in by_image])
     assert len({*by_image, *by_text}) > 1
 

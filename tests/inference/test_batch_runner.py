@@ -22,18 +22,18 @@ CPU = torch.device("cpu")
 class Weights(nn.Linear):
     """A linear that records whether its weights have been moved to another device."""
 
-    left = False
+    moved = False
 
     def to(self, *arguments: Any, **named: Any) -> Any:
-        self.left = True
+        self.moved = True
         return super().to(*arguments, **named)
 
 
 class Fragile:
-    """A task whose device fails for more than `most` images. If `stuck`, its weights cannot be copied from the device."""
+    """A task whose device fails for more than `limit` images. If `stuck`, its weights cannot be copied from the device."""
 
-    def __init__(self, most: int, stuck: bool = False, device: torch.device = FAILING) -> None:
-        self.most, self.stuck = most, stuck
+    def __init__(self, limit: int, stuck: bool = False, device: torch.device = FAILING) -> None:
+        self.limit, self.stuck = limit, stuck
         self.backbone = SimpleNamespace(model=Weights(1, 1), device=device, image_processor=tiny.image_processor())
         self.sizes: list[tuple[str, int]] = []
         self.error: Exception = torch.OutOfMemoryError("out of memory: tried to allocate 20 GiB\nand more lines")
@@ -41,14 +41,14 @@ class Fragile:
     def predict(self, pictures: torch.Tensor, examples: list[Example]) -> list[str]:
         assert len(pictures) == len(examples) and pictures.device == self.backbone.device
         self.sizes.append((self.backbone.device.type, len(examples)))
-        if self.backbone.device != CPU and len(examples) > self.most:
+        if self.backbone.device != CPU and len(examples) > self.limit:
             raise self.error
         return [f"{self.backbone.device.type} {example.image.stem}" for example in examples]
 
     def move(self, device: torch.device) -> None:
         if self.stuck:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        assert self.backbone.model.left  # before anything else: turning them to fp32 there would take yet more memory
+        assert self.backbone.model.moved  # before the cast, because fp32 weights need more memory on the device
         self.backbone.device = device
 
 
@@ -67,8 +67,8 @@ def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line]
 
 
-def test_a_batch_too_large_for_the_memory_is_halved_and_so_are_later_batches(photos, capsys):
-    task: Any = Fragile(most=2)
+def test_a_batch_that_is_too_large_for_the_memory_and_later_batches_are_halved(photos, capsys):
+    task: Any = Fragile(limit=2)
     assert ran(Runner(task, 8), photos) == [(str(n), f"meta {n}") for n in range(11)]
     assert [size for _, size in task.sizes] == [8, 4, 2, 2, 4, 2, 2, 2, 1]  # 8 halved to 2s, then batches of 2
     (warning,) = warnings(capsys)
@@ -78,7 +78,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_so_are_later_batches(pho
 
 
 def test_a_device_that_fails_for_one_image_is_replaced_by_the_cpu(photos, capsys):
-    task: Any = Fragile(most=0)
+    task: Any = Fragile(limit=0)
     runner = Runner(task, 4, "fp32")
     assert ran(runner, photos) == [(str(n), f"cpu {n}") for n in range(11)]
     assert task.sizes[:3] == [("meta", 4), ("meta", 2), ("meta", 1)] and {kind for kind, _ in task.sizes[3:]} == {"cpu"}
@@ -89,9 +89,9 @@ def test_a_device_that_fails_for_one_image_is_replaced_by_the_cpu(photos, capsys
 
 def test_if_weights_cannot_be_copied_from_the_device_the_task_is_loaded_again(photos, capsys):
     """After a CUDA error, no CUDA call works in the process, not even `.to("cpu")`."""
-    task: Any = Fragile(most=0, stuck=True)
+    task: Any = Fragile(limit=0, stuck=True)
     task.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    reloaded: Any = Fragile(most=0, device=CPU)
+    reloaded: Any = Fragile(limit=0, device=CPU)
     reloaded.backbone.model.train()
     runner = Runner(task, 4, "bf16", reload_on_cpu=lambda: reloaded)
     with pytest.MonkeyPatch.context() as patch:
@@ -100,12 +100,12 @@ def test_if_weights_cannot_be_copied_from_the_device_the_task_is_loaded_again(ph
     assert runner.task is reloaded and runner.precision == "fp32" and not reloaded.backbone.model.training
     assert len(warnings(capsys)) == 2
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        ran(Runner(Fragile(most=0, stuck=True), 4), photos)  # without reload_on_cpu, the device's own error
+        ran(Runner(Fragile(limit=0, stuck=True), 4), photos)  # without reload_on_cpu, the device's own error
 
 
 def test_an_error_neither_loses_nor_repeats_earlier_predictions(photos):
     """The results of the first half are yielded before the second half fails."""
-    task: Any = Fragile(most=2, stuck=True)
+    task: Any = Fragile(limit=2, stuck=True)
     fine = task.predict
 
     def predict(pictures: torch.Tensor, examples: list[Example]) -> list[str]:
@@ -130,7 +130,7 @@ def test_an_error_neither_loses_nor_repeats_earlier_predictions(photos):
     ],
 )
 def test_errors_that_are_not_the_devices_pass_through_unchanged(photos, error):
-    task: Any = Fragile(most=1)
+    task: Any = Fragile(limit=1)
     task.error = error
     with pytest.raises(type(error)) as caught:
         ran(Runner(task, 4), photos)
@@ -138,7 +138,7 @@ def test_errors_that_are_not_the_devices_pass_through_unchanged(photos, error):
 
 
 def test_an_error_on_the_cpu_is_not_retried(photos):
-    task: Any = Fragile(most=0, device=CPU)
+    task: Any = Fragile(limit=0, device=CPU)
     task.predict = lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: not enough memory: out of memory"))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         ran(Runner(task, 4), photos)
@@ -156,7 +156,7 @@ def test_errors_of_a_device_are_recognized(message):
 def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, capsys):
     photos[3].image.write_bytes(b"broken")
     photos[7].image.unlink()
-    task: Any = Fragile(most=99)
+    task: Any = Fragile(limit=99)
     runner = Runner(task, 4)
     expected = [(str(n), f"meta {n}") for n in range(11) if n not in (3, 7)]
     assert ran(runner, [e for e in photos for _ in range(2)]) == [pair for pair in expected for _ in range(2)]
@@ -166,10 +166,10 @@ def test_an_image_that_cannot_be_read_is_reported_once_and_left_out(photos, caps
     assert ran(runner, photos[3:4]) == []
 
 
-def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_place(photos):
+def test_an_unreadable_image_keeps_its_position_and_has_a_reason(photos):
     """The error is among the other results. It has no traceback: the frames would keep the images of the batch in memory."""
     photos[3].image.write_bytes(b"broken")
-    task: Any = Fragile(most=2)
+    task: Any = Fragile(limit=2)
     twice = [e for e in photos for _ in range(2)]
     results = list(Runner(task, 4).run_with_errors(twice, lambda task, *some: task.predict(*some)))
     assert [example for example, _ in results] == twice
@@ -185,7 +185,7 @@ def test_an_image_that_cannot_be_read_is_handed_back_with_its_reason_in_its_plac
 def test_an_image_of_any_size_is_accepted(tmp_path, size):
     """The runner does not confuse a side of three pixels with three channels."""
     Image.new("RGB", size, "red").save(tmp_path / "odd.png")
-    task: Any = Fragile(most=1)
+    task: Any = Fragile(limit=1)
     assert ran(Runner(task, 1), [Example(tmp_path / "odd.png", "", "", 0)]) == [("odd", "meta odd")]
 
 
@@ -196,6 +196,6 @@ def test_examples_are_drawn_as_they_are_needed(photos):
         while True:
             yield from photos
 
-    task: Any = Fragile(most=99)
+    task: Any = Fragile(limit=99)
     results = Runner(task, 4).run(endless(), lambda task, *some: task.predict(*some))
     assert [next(results)[1] for _ in range(25)][-1] == "meta 2" and len(task.sizes) == 7

@@ -38,7 +38,7 @@ from tests.support.kill import forked, run_processes
 from tests.support.shards import packed
 
 FILES = (output.FILE_NAME, output.ERRORS_NAME)
-COUNT, BROKEN = 23, (3, 8, 22)  # of the photos
+COUNT, BROKEN = 23, (3, 8, 22)  # the number of photos, and the indices of the broken ones
 
 
 @pytest.fixture
@@ -297,12 +297,12 @@ def test_shards_give_the_same_predictions_as_their_folder(config):
             assert plain.encode() == one[name]
     os.truncate("shards/0001.tar", 3000)
     infer(replace(config, images="shards"))
-    there = Counter(line["image"].split("/")[1] for line in lines_of("out") if line["image"].endswith("png"))
-    assert {shard: there[shard] for shard in sorted(there)} == {
-        "0000.tar": 5, "0001.tar": there["0001.tar"], "0002.tar": 5, "0003.tar": 5, "0004.tar": 3
+    counts = Counter(line["image"].split("/")[1] for line in lines_of("out") if line["image"].endswith("png"))
+    assert {shard: counts[shard] for shard in sorted(counts)} == {
+        "0000.tar": 5, "0001.tar": counts["0001.tar"], "0002.tar": 5, "0003.tar": 5, "0004.tar": 3
     }  # fmt: skip
     (damaged,) = [line for line in lines_of("out") if line["image"] == "shards/0001.tar"]
-    assert there["0001.tar"] < 5 and "cannot be read after" in damaged["error"]
+    assert counts["0001.tar"] < 5 and "cannot be read after" in damaged["error"]
 
 
 # ---------------------------------------------------------------- every image has its line
@@ -360,8 +360,8 @@ def test_a_run_that_is_killed_several_times_writes_the_same_bytes(config):
         before = length_of("out")
         child = forked(run)
         if kills == 0:
-            time.sleep(0.1)  # before it has written
-        else:  # after it has written more: a slow machine must not kill each life before it does anything
+            time.sleep(0.1)  # kill the first process before it writes
+        else:  # kill a later process only after it has written more, because otherwise a slow machine would make no progress
             while length_of("out") == before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.3))
@@ -397,7 +397,7 @@ def test_images_added_before_a_resume_are_predicted_and_no_image_twice(config):
     for name in ("0000.png", "15b.png", "99.png", "deeper/0.png"):
         Path("photos", name).write_bytes(png(4))
     before = bytes_of("out")[output.FILE_NAME]
-    Path("photos/7.png").unlink()  # whether it is done or not, it takes nothing with it
+    Path("photos/7.png").unlink()  # no other image is affected, whether this one was already predicted or not
     infer(config)
     counts = Counter(line["image"] for line in lines_of("out"))
     assert set(counts) - {"photos/7.png"} == set(names("photos")) and set(counts.values()) == {1}
@@ -465,7 +465,7 @@ def test_a_run_with_other_settings_is_not_resumed(config, checkpoints):
             infer(replace(config, **change))
         assert name in str(caught.value) and "OUTPUT_DIR" in str(caught.value)
     assert bytes_of("out") == before
-    infer(replace(config, batch_size=7))  # which decides nothing
+    infer(replace(config, batch_size=7))  # this setting does not change the predictions
     assert {name: sorted(text.splitlines()) for name, text in bytes_of("out").items()} == {
         name: sorted(text.splitlines()) for name, text in content.items()
     }
@@ -490,7 +490,7 @@ def test_a_second_start_of_a_finished_run_predicts_only_new_images(config, capsy
 
 def test_a_folder_with_files_of_another_program_is_not_used(config):
     content = uninterrupted(config)
-    old = {output.FILE_NAME: b"{}\n"}  # of a version that knew no run.json
+    old = {output.FILE_NAME: b"{}\n"}  # written by a version without run.json
     for files in (old, {output.SETTINGS_NAME: b"{"}, {output.ERRORS_NAME: b"{}\n"}):
         shutil.rmtree("out", ignore_errors=True)
         Path("out").mkdir()

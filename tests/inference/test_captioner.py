@@ -506,14 +506,14 @@ def test_operations_under_a_captioner_say_what_holds_the_adapter(workplace, monk
         own("image_test/000.png")
 
 
-def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_captioners(workplace, monkeypatch):
+def test_an_adapter_is_identified_by_its_weights_and_removed_with_its_captioners(workplace, monkeypatch):
     """The adapters of deleted captioners are removed. An adapter with other weights has another name."""
     monkeypatch.chdir(workplace)
     base = load_backbone("assets/tiny-blip", "cpu")
     content = adapter_file.read("adapter1/adapter.safetensors")
     first = Captioner.from_adapter(content, base=base)
     for factor in (2, 3, 4):
-        other: Any = None  # the one of the last round is deleted
+        other: Any = None  # delete the captioner of the last iteration
         scaled = {key: value * factor if key.endswith("B") else value for key, value in content.tensors.items()}
         other = Captioner.from_adapter(replace(content, tensors=scaled), base=base)
         assert other.adapter_name != first.adapter_name and len(attached.names(base.model)) == 2
@@ -521,7 +521,7 @@ def test_adapters_of_a_base_are_known_by_their_weights_and_leave_with_their_capt
         assert all(torch.equal(each.B, scaled[f"{address}.lora_B"]) for address, each in lora.items())
     del other
     lora_blip.eject(base, "captioner_2")
-    lora_blip.load_adapter(base, content, name="captioner_2")  # the caller's own, which acts
+    lora_blip.load_adapter(base, content, name="captioner_2")  # an adapter of the caller, which is active
     x = torch.randn(1, 3, 96, 96)
     with lora_blip.use_adapters(base, "captioner_2"):
         expected = base.model.vision_model(x).last_hidden_state

@@ -120,7 +120,7 @@ def test_an_image_in_rows_of_two_adapters_is_encoded_by_each(make):
     separate = [language.generate(images[:1], [""], [name], **settings)[0] for name in each]
     encoded_rows = watched(backbone.model)
     assert language.generate(images, [""] * 4, each, **settings) == separate and encoded_rows == [3] and len(set(separate)) == 3
-    with use_adapters(backbone.model, each):  # rows that a block around it names are not left out
+    with use_adapters(backbone.model, each):  # in a block with adapters by row, each row is encoded
         assert language.generate(images, [""] * 4, **settings) == separate and encoded_rows == [3, 4]
 
 
@@ -231,7 +231,7 @@ def test_a_picture_of_two_batches_is_decoded_once(photos, monkeypatch):
     results = runner(2).run(some, lambda _t, pictures, _s: [float(p.sum()) for p in pictures])
     sums = [value for _, value in results]
     assert sums[1] == sums[2] == sums[3] == sums[5] != sums[4] and sums[0] == sums[6]
-    assert sorted(names) == ["0", "0", "1", "2"]  # 0 was let go between the first batch and the last
+    assert sorted(names) == ["0", "0", "1", "2"]  # image 0 was discarded between the first batch and the last
 
 
 def test_an_error_of_the_source_is_raised_after_the_examples_before_it(photos):

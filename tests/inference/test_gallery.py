@@ -57,7 +57,7 @@ def test_infer_writes_a_card_for_each_image_and_prints_where_the_page_is(config,
     if has_references:
         assert data["score_name"] == "exact match" and cards["photos/4.png"]["references"] == ["a cube 4"]
         assert cards["photos/4.png"]["score"] == 0.0 and cards["photos/4.png"]["right"] is False
-        assert list(cards)[:2] == ["photos/0.png", "photos/4.png"]  # the lowest score first, then what has none
+        assert list(cards)[:2] == ["photos/0.png", "photos/4.png"]  # the lowest score first, then the cards without a score
     else:
         assert list(cards) == [f"photos/{n}.png" for n in range(6)]
 

@@ -114,7 +114,7 @@ def test_with_java_every_score_is_that_of_pycocoevalcap(monkeypatch):
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    meteor = Meteor()  # loads beside our own
+    meteor = Meteor()  # this Java process runs at the same time as ours
     predictions, references = varied(IMAGES, odd=0.3)
     with monkeypatch.context() as patch:
         in_another_language(patch)
@@ -122,10 +122,10 @@ def test_with_java_every_score_is_that_of_pycocoevalcap(monkeypatch):
     gts = PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in enumerate(references)})
     res = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(predictions)})
     of_set, by_image = Bleu(4).compute_score(gts, res, verbose=0)
-    theirs = dict(zip(BLEU, zip(of_set, by_image, strict=True), strict=True))
-    theirs |= {"METEOR": meteor.compute_score(gts, res), "ROUGE-L": Rouge().compute_score(gts, res)}
-    theirs["CIDEr"] = Cider().compute_score(gts, res)
-    for name, (expected, expected_by_image) in theirs.items():
+    official = dict(zip(BLEU, zip(of_set, by_image, strict=True), strict=True))
+    official |= {"METEOR": meteor.compute_score(gts, res), "ROUGE-L": Rouge().compute_score(gts, res)}
+    official["CIDEr"] = Cider().compute_score(gts, res)
+    for name, (expected, expected_by_image) in official.items():
         assert ours.values[name] == pytest.approx(expected, abs=1e-9), name
         np.testing.assert_allclose(ours.per_image[name], expected_by_image, rtol=0, atol=1e-9, err_msg=name)
         assert 0.05 < expected < 9, name
@@ -260,10 +260,10 @@ def test_intervals_and_gains_contain_their_scores(monkeypatch, tmp_path):
         assert interval.low > 0 or name == "exact match"
 
 
-# ---- Java's programs, played by scripts
+# ---- Java's programs, replaced by scripts
 
 
-def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+def replace_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Put a script named `java` first on the PATH."""
     fake = tmp_path / "bin" / "java"
     fake.parent.mkdir()
@@ -285,7 +285,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     ],
 )
 def test_a_failure_of_meteor_is_reported_as_a_reason_within_the_time_limit(tmp_path, monkeypatch, script, caption, reason):
-    play(tmp_path, monkeypatch, script)
+    replace_java(tmp_path, monkeypatch, script)
     began = time.monotonic()
     with pytest.raises(JavaError, match=reason):
         java.meteor(["a" * caption] * 9, [["a"]] * 9, tmp_path)
@@ -295,7 +295,7 @@ def test_a_failure_of_meteor_is_reported_as_a_reason_within_the_time_limit(tmp_p
 def test_meteor_gets_one_line_per_image_for_any_captions(tmp_path, monkeypatch):
     """Bars and line ends in a caption do not split fields. The counts are sent in one EVAL line."""
     log = tmp_path / "log"
-    play(
+    replace_java(
         tmp_path,
         monkeypatch,
         f'while read -r line; do echo "$line" >> {log}; echo 0.5; [ "$line" != "${{line#EVAL}}" ] && yes 0.5; done',
@@ -311,7 +311,7 @@ def test_meteor_gets_one_line_per_image_for_any_captions(tmp_path, monkeypatch):
 )
 @pytest.mark.usefixtures("package")
 def test_if_the_tokenizer_fails_the_scores_without_it_are_computed(tmp_path, monkeypatch, script, reason):
-    play(tmp_path, monkeypatch, script)
+    replace_java(tmp_path, monkeypatch, script)
     scores = caption_scores(["a red cube"], [["a red cube", "it's red"]])
     assert reason in scores.reasons["METEOR"] and scores.tokenizer == captions.PLAIN
     assert scores.values["ROUGE-L"] == pytest.approx(1) and scores.values["METEOR"] is None
@@ -319,7 +319,7 @@ def test_if_the_tokenizer_fails_the_scores_without_it_are_computed(tmp_path, mon
 
 def test_spice_returns_its_f_score_or_the_reason_if_its_models_are_missing(tmp_path, monkeypatch):
     """If a jar is missing, nothing is downloaded or run. Otherwise the mean and the scores by image are returned."""
-    play(tmp_path, monkeypatch, "echo ran >> " + str(tmp_path / "log"))
+    replace_java(tmp_path, monkeypatch, "echo ran >> " + str(tmp_path / "log"))
     with pytest.raises(JavaError, match=r"stanford-corenlp-3\.6\.0.*get_stanford_models"):
         java.spice(["a"], [["a"]], tmp_path)
     assert not (tmp_path / "log").exists()
@@ -346,7 +346,7 @@ def test_java_runs_in_english_in_every_locale(package, monkeypatch):
 def test_every_java_program_gets_the_locale_last(tmp_path, monkeypatch, package):
     """_JAVA_OPTIONS overrides all other options, and its last entry counts. Earlier entries of the user are kept."""
     log = tmp_path / "log"
-    play(tmp_path, monkeypatch, f'echo "$_JAVA_OPTIONS" >> {log}; echo "Picked up _JAVA_OPTIONS: x" >&2; exit 1')
+    replace_java(tmp_path, monkeypatch, f'echo "$_JAVA_OPTIONS" >> {log}; echo "Picked up _JAVA_OPTIONS: x" >&2; exit 1')
     monkeypatch.setenv("_JAVA_OPTIONS", "-Xmx1g -Duser.language=de")
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     for name in java.SPICE_MODELS:
@@ -374,7 +374,7 @@ def test_every_java_program_gets_the_locale_last(tmp_path, monkeypatch, package)
         ("couldnt've", "couldn't've"),
         ("somebody'd", "somebodyd"),
         ("1,000", "1000"),
-        ("1,000 t-shirts", "1000 tshirts"),  # a comma in a number: marks go without a space
+        ("1,000 t-shirts", "1000 tshirts"),  # a comma in a number: marks are removed without a space
         ("t-shirt", "t shirt"),
         ("yes, sir", "yes sir"),
         ("red/white", "red white"),
@@ -552,7 +552,7 @@ def test_pairing_narrows_the_interval_of_a_gain():
     assert interval == bootstrap.of_difference(adapted, base, seed=3) != bootstrap.of_difference(adapted, base, seed=4)
 
 
-def test_many_images_are_resampled_in_blocks_to_the_same_law(monkeypatch):
+def test_many_images_are_resampled_in_blocks_with_the_same_distribution(monkeypatch):
     values = np.random.default_rng(5).normal(0, 1, 300)
     expected = bootstrap.of_mean(values)
     monkeypatch.setattr(bootstrap, "BLOCK", 900)

@@ -71,7 +71,11 @@ def test_spice_gets_every_image_with_its_references_and_a_time_limit(ran, tmp_pa
     ran.answers.append(spice_answers([(1, 0.25), (0, 0.75)]))
     assert java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path) == (0.5, [0.75, 0.25])
     (call,) = ran.calls
-    assert (call["name"], call["stdin"], call["limit"]) == ("SPICE", "", pytest.approx(182.0))  # ten captions' time an image
+    assert (call["name"], call["stdin"], call["limit"]) == (
+        "SPICE",
+        "",
+        pytest.approx(182.0),
+    )  # ten captions per image
     assert call["arguments"][:3] == ["-Xmx8G", "-jar", str(tmp_path / "spice" / "spice-1.0.jar")]
     ran.answers.append(spice_answers([(1, None), (0, 0.75)]))
     mean, by_image = java.spice(["é", "c"], [["a", "b"], ["d"]], tmp_path)

@@ -14,7 +14,7 @@ NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".
 
 
 def official(text: str) -> str:
-    """Return Return processPunctuation, then processDigitArticle, of an answer without line ends and outer spaces."""
+    """Apply processPunctuation, then processDigitArticle, to an answer without line ends and outer spaces."""
     text = out = text.replace("\n", " ").replace("\t", " ").strip()
     for mark in PUNCTUATION:
         if (mark + " " in text or " " + mark in text) or re.search(COMMA, text) is not None:
@@ -42,9 +42,9 @@ def test_marks_numbers_and_full_stops_by_hand():
         "t -shirt": "t shirt",
         "t- shirt": "t shirt",
         "t-shirt": "t shirt",
-        "x -y z-w": "x y zw",  # a mark with a space before it anywhere goes without a space everywhere
+        "x -y z-w": "x y zw",  # one "-" has a space before it, so each "-" is removed without a space
         "x- y z-w": "x y zw",
-        "1,000 t-shirts": "1000 tshirts",  # so does every mark beside a comma in a number
+        "1,000 t-shirts": "1000 tshirts",  # the answer has a comma in a number, so each mark is removed without a space
         "1,a t-shirt": "1 t shirt",
         "3.5": "3.5",
         "no.": "no",

@@ -135,7 +135,7 @@ def test_an_error_saves_the_progress():
     running = session_of()
     Session.rescue(running)
     assert running.happened == ["rewind", "checkpoint", "adapter"]
-    running = session_of(inconsistent=True)  # an update that was made in part is in no checkpoint
+    running = session_of(inconsistent=True)  # no checkpoint contains a part of an update
     Session.rescue(running)
     assert running.happened == ["adapter"]
 
@@ -222,7 +222,7 @@ def test_patience_ends_a_run_before_its_total(monkeypatch, capsys):
         )
     progress = Progress(step=37, total=37)
     validated(progress, monkeypatch, patience=1, stale=1)
-    assert progress.total == 37 and capsys.readouterr().out == ""  # it has ended anyway
+    assert progress.total == 37 and capsys.readouterr().out == ""  # the run has reached its end without patience
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -245,7 +245,7 @@ def test_the_learning_rate_at_the_start_the_peak_and_the_end():
     assert loop.learning_rate(4, 4, 4, 8.0) == 8.0 and loop.learning_rate(5, 4, 4, 8.0) == pytest.approx(0.0)
 
 
-class Enough(BaseException):
+class StopTraining(BaseException):
     """Stop a training in the middle."""
 
 
@@ -256,7 +256,7 @@ def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, t
 
     def validate_if_due(running: Session, *_: Any) -> None:
         recorded.append(running.validate_every)
-        raise Enough
+        raise StopTraining
 
     acquire = resume.acquire
     monkeypatch.setattr(
@@ -264,6 +264,6 @@ def test_a_run_is_validated_ten_times_but_at_most_every_ten_steps(checkpoints, t
     )
     monkeypatch.setattr(Session, "validate_if_due", validate_if_due)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=epochs, validate_every=setting)
-    with pytest.raises(Enough):
+    with pytest.raises(StopTraining):
         loop.train(config)
     assert recorded[1] == every and "learned from" in recorded[0] and recorded[0]["epochs"] == epochs

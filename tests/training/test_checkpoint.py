@@ -43,14 +43,14 @@ def find(output_dir: Path, how: str | Path = "auto", **changes: Any) -> tuple[ch
 
 
 @pytest.mark.parametrize("newer", ["lora_a", "lora_b"])
-def test_the_newest_interrupted_run_is_continued(tmp_path, newer):
+def test_the_newest_interrupted_run_is_resumed(tmp_path, newer):
     for name in ("lora_a", "lora_b"):
         write(tmp_path / name, age=0 if name == newer else 60)
     saved, notes = find(tmp_path)
     assert saved is not None and saved.run == tmp_path / newer and notes == []
 
 
-def test_the_newest_run_with_the_same_settings_is_continued_and_the_others_are_named(tmp_path):
+def test_the_newest_run_with_the_same_settings_is_resumed_and_the_others_are_named(tmp_path):
     write(tmp_path / "lora_same", age=60)
     write(tmp_path / "lora_older", age=90)
     write(tmp_path / "lora_changed", lr=0.5)
@@ -89,20 +89,20 @@ def test_resume_off_finds_no_checkpoint(tmp_path):
     assert find(tmp_path, "off") == (None, [])
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_continued(tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_checkpoint_before_it_is_resumed(tmp_path):
     older, newer = write(tmp_path / "lora_a"), write(tmp_path / "lora_a", step=2)
     (newer / TENSORS).write_bytes(b"x")
     saved, notes = find(tmp_path)
     assert saved is not None and saved.folder == older and len(notes) == 1 and f"{newer} is damaged" in notes[0]
 
 
-def test_a_run_without_a_whole_checkpoint_is_reported_and_not_continued(tmp_path):
+def test_a_run_without_a_complete_checkpoint_is_reported_and_not_resumed(tmp_path):
     (write(tmp_path / "lora_a") / TENSORS).write_bytes(b"x")
     saved, notes = find(tmp_path)
     assert saved is None and len(notes) == 1 and "is damaged" in notes[0]
 
 
-def test_a_path_is_continued_from_if_nothing_changed_or_it_is_allowed(tmp_path):
+def test_a_path_is_resumed_if_nothing_changed_or_changes_are_allowed(tmp_path):
     older, newer = (write(tmp_path / "lora_a", step=step, lr=0.5) for step in (1, 2))
     for path, folder in ((tmp_path / "lora_a", newer), (newer, newer), (older, older)):
         with pytest.raises(CheckpointError, match=r"lr was 0\.5 and is 0\.1.*--allow-changed"):
@@ -155,7 +155,7 @@ def test_the_checkpoint_read_under_the_lock_is_the_newest_or_the_named_one(tmp_p
         assert resume.acquire(TrainConfig(output_dir=str(tmp_path / "none")), IDENTITY, held) == (None, []) and not locked
 
 
-def test_a_run_that_another_process_just_finished_is_not_continued(tmp_path, monkeypatch):
+def test_a_run_that_another_process_has_just_finished_is_not_resumed(tmp_path, monkeypatch):
     write(tmp_path / "lora_a")
     found_before = find(tmp_path)
     checkpoint.delete_all(tmp_path / "lora_a")
@@ -474,7 +474,7 @@ def test_digests_stay_the_same_from_version_to_version(tmp_path):
     model.h = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).half(), requires_grad=False)
     model.none = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
     model.large = torch.nn.Parameter(torch.zeros(2**24 + 50, dtype=torch.float16), requires_grad=False)
-    model.large.data[-1] = 1  # its place is no float32
+    model.large.data[-1] = 1  # the index of this element is not exact in float32
     image = tmp_path / "a.png"
     image.write_bytes(bytes(place % 251 for place in range(SIZE)))
     lines = [

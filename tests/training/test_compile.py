@@ -14,7 +14,7 @@ from tests.support import tiny
 from tests.support.runs import metrics_of, settings
 
 COMPILER = pytest.mark.skipif(not which("g++"), reason="torch.compile needs a compiler")
-STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # of the losses, relative
+STEPS, BOUND = 20, {"fp32": 1e-5, "bf16": 0.02}  # BOUND: largest relative difference of the losses
 
 
 @COMPILER
@@ -28,10 +28,11 @@ def test_compiled_blocks_train_as_uncompiled_ones(
 ):
     """The losses of twenty steps are equal, and so are the losses of the validations, which are not compiled.
 
-    aot_eager captures the same graphs, forward and backward, but executes PyTorch's own kernels: g++ takes seconds a graph.
+    The backend aot_eager captures the same graphs, forward and backward, but executes PyTorch's own kernels. g++ would need
+    seconds for each graph.
 
-    The input of the first block has no gradient, and those of the others have one: two graphs. Nine images in batches of
-    four leave a batch of one: two graphs more.
+    There are two graphs, because only the input of the first block has no gradient. Nine images in batches of four leave a
+    batch of one, which adds two graphs.
     """
     source = tiny.write_photos(tmp_path)
     losses = {}

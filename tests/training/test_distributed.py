@@ -91,19 +91,19 @@ def test_a_finished_rank_ends_while_gloo_still_holds_a_tensor():
     importlib.import_module("torch._dynamo")  # once here, not in each child
 
     def act() -> None:
-        sys.setswitchinterval(60)  # the GIL goes to no other thread unless it is let go
+        sys.setswitchinterval(60)  # another thread gets the GIL only if this thread releases it
         with joined() as ranks:
             model = DistributedDataParallel(torch.nn.Linear(2, 2))
             model(torch.ones(1, 2)).sum().backward()
             ranks.all_gather([parameter.grad for parameter in model.parameters()])
         del model
 
-    for _ in range(12):  # one time in four it was stuck
+    for _ in range(12):  # without the fix, one in four of these runs does not end
         assert run_processes(2, act) == [0, 0]
 
 
 @pytest.mark.parametrize("change", ["lines", "lr", "missing"])
-def test_ranks_that_would_train_something_else_stop_before_the_first_step(checkpoints, tmp_path, capfd, change):
+def test_ranks_with_other_inputs_stop_before_the_first_step(checkpoints, tmp_path, capfd, change):
     """If one rank has other data, other settings or an error, all ranks stop at once, and the error names the rank."""
     config = config_of(checkpoints, tmp_path)
     source = Path(config.annotations)
@@ -133,7 +133,7 @@ def test_two_ranks_that_receive_a_signal_save_both_their_gradients(checkpoints, 
         def accumulate(learner: Learner, *rest: object, **named: object) -> None:
             real(learner, *rest, **named)
             if learner.progress.step == 2 and learner.progress.slot == 2 and learner.ranks.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)  # one of them hears it, and both stop
+                os.kill(os.getpid(), signal.SIGTERM)  # one rank receives the signal, and both stop
 
         loop.accumulate_gradients = accumulate
         train(elsewhere(config))

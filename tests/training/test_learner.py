@@ -29,13 +29,13 @@ def learner_of(make: Callable[..., Any], **options: Any) -> Learner:
     return Learner(CaptionTask(backbone), **options)
 
 
-def accumulate(learner: Learner, slots: int = 1, of: int = 1) -> None:
-    """Accumulate the first `slots` micro-batches of a step with `of` micro-batches."""
-    batches = [batch_of(learner.task, seed=number) for number in range(of)]
-    every = [Slot(number) for number in range(of)]
-    learner.begin_step(batches, every)
-    for batch, slot in list(zip(batches, every, strict=True))[:slots]:
-        accumulate_gradients(learner, batch, slot, is_last=slot is every[-1])
+def accumulate(learner: Learner, count: int = 1, total: int = 1) -> None:
+    """Accumulate the first `count` micro-batches of a step with `total` micro-batches."""
+    batches = [batch_of(learner.task, seed=number) for number in range(total)]
+    slots = [Slot(number) for number in range(total)]
+    learner.begin_step(batches, slots)
+    for batch, slot in list(zip(batches, slots, strict=True))[:count]:
+        accumulate_gradients(learner, batch, slot, is_last=slot is slots[-1])
 
 
 def values(learner: Learner) -> list[torch.Tensor]:
@@ -43,7 +43,7 @@ def values(learner: Learner) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
-def test_a_loss_that_is_not_finite_skips_the_step_though_every_gradient_is(learner, loss):
+def test_a_loss_that_is_not_finite_skips_a_step_with_finite_gradients(learner, loss):
     before = values(learner)
     accumulate(learner)
     learner.loss.fill_(loss)
@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_though_every_gradient_is(learn
     assert all(map(torch.equal, before, values(learner)))
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(learner):
+def test_a_gradient_that_is_not_finite_skips_a_step_with_a_finite_loss(learner):
     before = values(learner)
     accumulate(learner)
     next(iter(learner.parameters.values())).grad.fill_(math.inf)
@@ -75,7 +75,7 @@ def test_only_skipped_steps_in_a_row_are_counted(learner):
 
 def test_the_loss_of_an_update_is_that_of_its_step_alone(learner):
     """The loss is the mean over the label tokens of the step. The next step starts from 0, with its own rate."""
-    accumulate(learner, 2, of=2)
+    accumulate(learner, 2, total=2)
     batches = [batch_of(learner.task, seed=number) for number in range(2)]
     with torch.no_grad():
         expected = float(sum(learner.task.loss(batch) for batch in batches)) / sum(batch.count for batch in batches)
@@ -134,14 +134,14 @@ def test_a_learner_resumes_bit_for_bit_in_the_middle_of_a_step(make, learner):
     """The state is saved after one of two micro-batches. After the step, adapters, moments and loss are the same."""
     accumulate(learner)
     update_parameters(learner, 1e-2)
-    accumulate(learner, 1, of=2)
+    accumulate(learner, 1, total=2)
     state = learner.state_dict()
     other = restored(make, ({key: value.clone() for key, value in state[0].items()}, state[1]))
     assert (other.progress, other.label_count, other.images) == (learner.progress, learner.label_count, learner.images)
     assert other.progress.slot == 1 and float(other.loss) == float(learner.loss)
     updates = []
     for each in (learner, other):
-        each.begin_step([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # does not count again
+        each.begin_step([batch_of(each.task, seed=n) for n in range(2)], [Slot(0), Slot(1)])  # not counted again
         accumulate_gradients(each, batch_of(each.task, seed=1), Slot(1), is_last=True)
         updates.append(update_parameters(each, 1e-2))
     assert updates[0] == updates[1] and all(map(torch.equal, values(learner), values(other)))
@@ -183,7 +183,7 @@ def test_a_step_without_a_label_divides_by_one(learner):
 
 def test_a_step_whose_loss_is_not_finite_is_saved_at_its_start(make, learner):
     """The gradients and the loss so far are not written, so the resumed run computes the faulty micro-batch again."""
-    accumulate(learner, 1, of=2)
+    accumulate(learner, 1, total=2)
     learner.loss.fill_(math.nan)
     tensors, state = learner.state_dict()
     assert state["progress"]["slot"] == 0 and state["step"] == {} and learner.progress.slot == 1
@@ -266,7 +266,7 @@ def resumed(make: Callable[..., Any], learner: Learner, folder: Path, now: dict[
 
 
 def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_path):
-    accumulate(learner, 1, of=2)
+    accumulate(learner, 1, total=2)
     learner.progress.group, learner.progress.total = 8, 50
     other = resumed(make, learner, tmp_path, {})
     assert (other.progress.slot, other.progress.group, other.progress.total) == (1, 8, 50)
@@ -285,7 +285,7 @@ def test_the_same_run_continues_in_the_middle_of_its_step(make, learner, tmp_pat
 )
 def test_a_run_with_changed_settings_continues_after_the_same_number_of_images(make, learner, tmp_path, now, group):
     """8 steps of 2 · 3 · 1 images are 48 images. The unfinished step is discarded, and `total` is the new one."""
-    accumulate(learner, 1, of=2)
+    accumulate(learner, 1, total=2)
     learner.progress.group, learner.progress.total = 8, 50
     other = resumed(make, learner, tmp_path, now)
     assert (other.progress.slot, other.progress.group, other.progress.total) == (0, group, 70)

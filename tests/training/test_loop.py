@@ -130,7 +130,7 @@ def test_fp16_amp_trains_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path,
     entries = metrics_of(path)
     skipped, steps = ([e for e in entries if key in e] for key in ("skipped", "loss"))
     assert skipped and "overflowed at loss scale 1.67772e+07" in skipped[0]["skipped"]
-    assert steps[0]["step"] == 1 and steps[0]["lr"] == pytest.approx(config.lr)  # the schedule waited for the scaler
+    assert steps[0]["step"] == 1 and steps[0]["lr"] == pytest.approx(config.lr)  # the skipped step did not advance the schedule
     scores = [e["val_loss"] for e in entries if "val_loss" in e]
     assert scores[-1] < 0.9 * scores[0] and steps[-1]["loss_scale"] < 2.0**24
     assert "was skipped: " in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_names_the_module_and_stops(checkpoints, tmp_p
     def poison(count: int, learner: Learner) -> None:
         if count == 3:
             layer = learner.task.backbone.model.vision_model.encoder.layers[1]
-            layer.mlp.fc1.weight.data.fill_(3e38)  # finite, and no product of it is
+            layer.mlp.fc1.weight.data.fill_(3e38)  # the weight is finite, but its products are not
 
     before_each_step(monkeypatch, poison)
     config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_skipped=2)
@@ -268,7 +268,7 @@ def test_checkpointing_trains_to_the_same_adapter(checkpoints, tmp_path):
         torch.testing.assert_close(frugal[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_dropout_of_the_adapter_is_for_training_alone(make):
+def test_dropout_of_the_adapter_is_only_used_in_training(make):
     backbone = make("blip")
     for x in inject(backbone, "vit").values():
         x.dropout = 0.5
@@ -535,11 +535,11 @@ def test_an_impossible_best_by_is_an_error_before_anything_is_written(checkpoint
         ({"best_by": "loss", "val_fraction": 0.0}, "best_by = 'loss' needs validation data"),
         ({"patience": 3, "val_fraction": 0.0}, "patience = 3 needs validation data"),
         ({"best_by": "cider"}, 'pip install "lora_blip'),
-        ({"tensorboard": True, "model": "nowhere"}, "TensorBoard is not installed: pip install"),  # before a model is sought
+        ({"tensorboard": True, "model": "nowhere"}, "TensorBoard is not installed: pip install"),  # before the model is loaded
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             train(settings(blip, source, **changes))
-    assert [path.name for path in Path(settings(blip, source).output_dir).iterdir()] == [".cache"]  # of validation's pictures
+    assert [path.name for path in Path(settings(blip, source).output_dir).iterdir()] == [".cache"]  # of the validation images
 
 
 @pytest.mark.plots

@@ -118,7 +118,7 @@ def test_steps_after_the_checkpoint_are_repeated(checkpoints, tmp_path):
         patch.setattr(session, "remaining_steps", raising(Killed))
         patch.setattr(Session, "rescue", nothing)
         train(again)
-    assert not (run / BEST_NAME).exists()  # there was none yet
+    assert not (run / BEST_NAME).exists()  # the run had no best adapter at the checkpoint
     assert_same(uninterrupted, train(again))
 
 
@@ -174,7 +174,7 @@ def test_the_newest_keep_checkpoints_checkpoints_are_kept(checkpoints, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_the_next_micro_batch_and_has_an_exit_code_of_its_own(checkpoints, tmp_path, number, code):
+def test_a_signal_saves_at_the_next_micro_batch_and_has_a_separate_exit_code(checkpoints, tmp_path, number, code):
     """The signal comes during an accumulation. The accumulated gradients are saved, and nothing is computed twice."""
     config = replace(config_of(checkpoints, tmp_path), checkpoint_seconds=1e9)
     uninterrupted = train(config)
@@ -216,7 +216,7 @@ def test_a_signal_to_the_process_group_does_not_end_the_loader_workers(checkpoin
             real(learner, *rest, **named)
             if (learner.progress.step, learner.progress.slot) == (3, 1):
                 os.killpg(0, signal.SIGTERM)
-                time.sleep(0.5)  # in which a dead worker would be noticed
+                time.sleep(0.5)  # enough time to notice a dead worker
 
         loop.accumulate_gradients = accumulate
         try:
@@ -435,7 +435,7 @@ def test_if_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     assert older.parent.parent == path.parent
 
 
-def test_two_runs_that_begin_in_one_second_have_folders_of_their_own(checkpoints, tmp_path, monkeypatch):
+def test_two_runs_that_begin_in_one_second_have_separate_folders(checkpoints, tmp_path, monkeypatch):
     """The second run creates its folder at the same time as the first. Each folder has its own settings and results."""
     config = config_of(checkpoints, tmp_path, epochs=1)
     alone = train(elsewhere(replace(config, seed=2), "alone"))
