@@ -26,7 +26,7 @@ class Caches(NamedTuple):
     """Disk caches of tensors that do not change between epochs. None: not cached."""
 
     pixels: Store | None = None  # resized images, (H, W, 3) uint8
-    states: Store | None = None  # outputs of the frozen ViT blocks, see `tasks.frozen_prefix`
+    states: Store | None = None  # see `tasks.frozen_prefix`
 
 
 NO_CACHES = Caches()
@@ -47,8 +47,8 @@ class ImageDataset(Dataset[ImageItem]):
     together: if True, an item has up to MAX_LINES lines of an image. If False, an item has one line.
     views: the number of augmented versions of an image. Epoch e uses version e modulo `views`. 0: a new version in each epoch.
 
-    The augmentation of an item is seeded by the run's seed and the item's key. So an item depends neither on the number
-    of workers nor on the step at which a run is resumed.
+    The augmentation is seeded by the run's seed, and by the epoch and the line, or, with `views`, by the version and the image.
+    So an item depends neither on the number of workers nor on the step at which a run is resumed.
     """
 
     def __init__(

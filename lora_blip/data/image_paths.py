@@ -44,8 +44,8 @@ class ImageFinder:
         """Return (path, "") for a path that is written in a source, or ("", reason) if no file or several files match.
 
         If the path exists, return it. Otherwise compare it, from its end, with the paths of all files below the root, and
-        return the file with the most equal parts at its end. An equal name alone is enough only if the written path has no
-        folder, if the file is directly in the root and no other file has this name, or for a name of COCO 2014.
+        return the file with the most equal parts at its end. An equal name alone is enough in three cases: (1) the written
+        path has no folder; (2) the file is directly in the root, and no other file has this name; (3) it is of COCO 2014.
         """
         for path in self._spellings(written):
             if os.path.lexists(path):
@@ -111,7 +111,7 @@ class ImageFinder:
         return count > 0 or (unique and self.by_name.setdefault(name, written) == written)
 
     def _compared(self, folders: Folders, candidate: Folders) -> tuple[int, Folders, Folders]:
-        """Return the number of equal parts at the end of both, and the parts before them: as written, and under the root.
+        """Return the number of equal parts at the end of both, and the remaining parts of each.
 
         The root and the folders above it are compared too: C:/data/img/1.png is in the root /home/me/img.
         """

@@ -68,7 +68,7 @@ def slots_of_steps(batches: int, accumulation: int, rank: int = 0, ranks: int = 
 class CachedStates(NamedTuple):
     """States that were read from the cache for some images of a batch. The frozen part of the ViT is not computed for these."""
 
-    states: Tensor  # (cached images, tokens, width), the input of the first ViT block that may have adapters
+    states: Tensor  # (cached images, tokens, width), see `tasks.frozen_prefix`
     indices: list[int]  # (cached images,) their positions in the batch; pixel_values contains the other images, in order
     keys: list[str]  # (other images,) the cache keys for the states of the other images
 

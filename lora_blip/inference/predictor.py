@@ -57,8 +57,8 @@ class AdapterPredictor(Predictor):
         return AdapterPredictor(self.texts[: verification.TEXTS], self.base, self.adapter)
 
     def __call__(self, task: PredictionTask, pictures: Tensor, examples: list[Example]) -> list[Prediction]:
-        # without no_grad, `routing` would take this forward for a part of the caller's training. If that training computes
-        # layers again in its backward pass, `routing` would then require `checkpoint_context`
+        # A block that is entered with gradients on sets `routing.recorded`. A training of the caller with activation
+        # checkpointing would then need `checkpoint_context`.
         with torch.no_grad(), self.base.active(task.backbone.model, self.adapter):
             if self.texts:
                 return [replace(p, score=p.ranking[0][1]) for p in super().__call__(task, pictures, examples)]

@@ -1,6 +1,6 @@
 """Save and load an adapter file: one .safetensors that contains everything about the adapter.
 
-Tensors: `<address>.lora_A` and `<address>.lora_B`, float32. An address is a module path, with ".q" for a block of its features.
+Tensors: `<address>.lora_A` and `.lora_B`, float32. An address is a module path. ".q" after it names a block of output features.
 Header: JSON under "lora_blip": ranks, task, base with samples of its weights, versions, summary of the training. No code runs.
 """
 
@@ -39,7 +39,7 @@ class Adapter:
     """The content of a file."""
 
     path: Path
-    tensors: dict[str, Tensor] = field(repr=False)  # a notebook prints the result of `load_adapter`
+    tensors: dict[str, Tensor] = field(repr=False)  # not in the repr, which a notebook prints
     metadata: dict[str, Any] = field(repr=False)
 
     @property

@@ -164,7 +164,7 @@ def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
     if not has_adapters(linear):
         linear.lora = AdapterStack()
         linear.lora.routing = AdapterRouting()
-        linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # later hooks see the output with the update
+        linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)

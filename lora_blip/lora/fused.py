@@ -8,9 +8,9 @@ after the factor s. It also adds the two terms of dx in an extra pass over memor
 its graph, so that autograd does not record the frozen product. Only x and h are kept, and h has r columns.
 
 Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ: if there is
-dropout, if the rows of a batch have different adapters, if a weight is quantized or merged, for a subclass of LoRA, and inside
-a transform of torch.func. It also runs under torch.compile, which fuses kernels itself. The fused update has no second
-derivatives: to compute them, call `attached.fast(model, False)`.
+dropout, if not every adapter acts on every row, if a weight is quantized or merged, if the linear has other hooks, for a
+subclass of LoRA, and inside a transform of torch.func. It also runs under torch.compile, which fuses
+kernels itself. The fused update has no second derivatives: to compute them, call `attached.fast(model, False)`.
 """
 
 import threading
@@ -90,8 +90,8 @@ class FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         """Return `output` with the updates.
 
-        cast: x in the dtype in which the linear read it. before: the tensor that is kept for the backward
-        pass. If x is the output of a GELU, this is the input of the GELU, from which x is computed again. Otherwise `cast`.
+        cast: x in the dtype in which the linear read it. before: what is kept for the backward pass:
+        `cast` or, for a large output of a GELU, the input of the GELU, from which x is computed again.
         """
         flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
         kept = []

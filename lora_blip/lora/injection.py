@@ -37,7 +37,7 @@ def inject(
     r: int = R,
     alpha: float = ALPHA,
 ) -> dict[str, LoRA]:
-    """Put a new adapter called `name` on the targets, freeze every other parameter, and return {address: LoRA}.
+    """Put a new adapter called `name` on the targets, freeze all parameters of no adapter, and return {address: LoRA}.
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r and alpha. Each LoRA has
     the parameters A (r, in_features) and B (out_features, r). Train the parameters whose `requires_grad` is true. B is zero, so
@@ -90,7 +90,7 @@ def copy_values(loras: Mapping[str, LoRA], tensors: Mapping[str, Tensor]) -> Non
 def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     """Take one adapter off, or all. Without adapters, the weights, the outputs and the state_dict are those of the base.
 
-    This includes the adapters that a `Captioner` loaded on the model. The captioner then raises LoRAError if it is used.
+    Adapters that a `Captioner` loaded are taken off too. The captioner then raises LoRAError if it is used.
     Raise LoRAError for an unknown name. Raise it too, before anything is changed, if a thread or task is in a block of
     `use_adapters` that names the adapter. In peft: `unload`; with a name, `delete_adapter`.
 

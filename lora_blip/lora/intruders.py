@@ -2,9 +2,9 @@
 
 That function computes two complete SVDs, which takes seconds for a weight of 4096 × 1024. Here, the strongest singular vectors
 of W and of W + ΔW come from a block Krylov method (Musco and Musco 2015, arXiv:1504.05477), in float32. The update enters by A
-and B. Most vectors after the training are close to one of W's strongest vectors, and so are no intruders. For another vector u,
-W could have a weaker vector that is close to it. `largest_share` excludes this with a bound. If the bound is too weak, or if a
-value is too close to `epsilon`, the SVDs decide.
+and B. Most vectors after the training are close to one of W's strongest vectors, and so are no intruders. A vector u that is
+close to none of them could still be close to a weaker vector of W. `largest_share` excludes this with a bound. If the
+bound is too weak, or if a value is too close to `epsilon`, the SVDs decide.
 """
 
 from collections.abc import Callable

@@ -11,8 +11,8 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
     linear.lora["default"] = LoRA(Site("fc1", r=8, alpha=32.0), linear.in_features, linear.out_features)
     linear.register_forward_hook(lora_hook, with_kwargs=True)
 
-`inject` does this for every target, and freezes all other parameters. By default (the setting FAST), `fused_hook` takes
-the place of `lora_hook`. It needs less memory in training without dropout; in every other case it calls `lora_hook`.
+`inject` does this for every target, and freezes all parameters that belong to no adapter. By default (the setting FAST),
+`fused_hook` takes the place of `lora_hook`. In training it needs less memory. If it cannot be used, it calls `lora_hook`.
 
 Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W),
 `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (save and load).
@@ -65,9 +65,9 @@ class LoRA(nn.Module):
 
 
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return y + Σ (alpha / r) · B A x over the adapters that are not merged, or that `use_adapters` chooses."""
+    """Return y + Σ (alpha / r) · B A x over the adapters that are not merged and, in a block of `use_adapters`, active."""
     stack, x = linear.lora, input_of(args, kwargs)
-    if stack.routing is not None and stack.routing.used:  # `use_adapters` may choose other adapters for each row of the batch
+    if stack.routing is not None and stack.routing.used:  # adapters may be off, or act on some rows of the batch only
         return cast(Tensor, stack.routing.add_updates(stack, x, output))
     for key, adapter in stack.items():
         if key not in stack.merged:

@@ -66,7 +66,7 @@ def bake(model: nn.Module | Loaded) -> None:
     """Merge all adapters and remove them, with their hooks and the original weights. The model is then a plain one.
 
     The adapters of a `Captioner` are removed without a merge. The captioner then raises LoRAError if it is used.
-    The originals are kept in the CPU's memory until the last weight is written. If this fails, every weight is put back.
+    The originals are kept in the CPU's memory until the last weight is written. If a merge fails, every weight is put back.
     Raise LoRAError as `merge` does. In peft: `merge_and_unload`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")

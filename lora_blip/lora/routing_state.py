@@ -58,7 +58,7 @@ class AdapterRouting:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
         self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
         self.used = bool(dormant)  # True once a block was entered: from then on, `lora_hook` calls `add_updates`
-        self.recorded = False  # True once gradients were recorded in a block
+        self.recorded = False  # True once a block was entered with gradients on
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
 
@@ -132,7 +132,7 @@ class Block:
 
     routing: AdapterRouting
     active: ActiveAdapters
-    outer: Optional["Block"]  # the block of any model around it
+    outer: Optional["Block"]  # the enclosing block, perhaps of another model
     recomputes: bool = False  # True while a layer is computed again, see `checkpoint_context`
     batch: CallBatch | None = None  # the batch of the call that is recomputed
     ended: bool = False  # True if the block ended while it was not the current one; CURRENT may still hold it

@@ -43,7 +43,10 @@ def unguard(model: nn.Module) -> None:
 
 
 def refuse_inside_save_pretrained(unmerged: list[str]) -> None:
-    """Raise LoRAError if a `save_pretrained` calls this function: that of a larger model, which has no guard."""
+    """Raise LoRAError if a `save_pretrained` is among the callers.
+
+    A larger model that contains this one has no guard, and its `save_pretrained` calls `state_dict`.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == NAME:

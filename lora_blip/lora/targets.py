@@ -189,7 +189,7 @@ def table(model: nn.Module, name: str = "default") -> str:
 
 
 def too_large_ranks(model: nn.Module, name: str = "default") -> str:
-    """Return a warning if a rank is larger than a side of its update, which has no higher rank than that; otherwise ""."""
+    """Return a warning if r is larger than the shorter side of ΔW, which ΔW's rank cannot exceed. Otherwise return ""."""
     sides = {address: min(lora.A.shape[1], lora.B.shape[0]) for address, lora in adapters(model, name).items()}
     large = {address: lora for address, lora in adapters(model, name).items() if lora.site.r > sides[address]}
     if not large:

@@ -93,7 +93,7 @@ class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
         return [self.tokenizer.cls_token_id, *plain_ids(self.tokenizer, prompt), self.tokenizer.sep_token_id]
 
     def encode_questions(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the encoder's states of each question over its image, (images, tokens, width)."""
+        """Return the encoder's states of each question over its image, (examples, tokens, width)."""
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 

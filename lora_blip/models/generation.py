@@ -21,7 +21,7 @@ from lora_blip.runtime.untrusted import quoted
 
 LARGEST_ID = 2**20  # four times the largest vocabulary of a language model
 CANDIDATES = 64  # tokens of the model that checks options; a watermark with "selfhash" compares the 40 most probable ones
-LEAST_GREEN = 0.4  # then none of these 40 is green for one token in 10⁹
+LEAST_GREEN = 0.4  # with this ratio, the 40 contain no green token about once in 10⁹ tokens
 SELFHASH = (
     "transformers' selfhash fails at a token if none of its 40 candidates is in the green list; with the default "
     f'greenlist_ratio = 0.25, this is one token in 100,000; set "greenlist_ratio" to at least {LEAST_GREEN}, or use lefthash'
@@ -168,7 +168,7 @@ def _why_not(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _fault(options: Options) -> str:
-    """Return what transformers says against the options, or ""."""
+    """Return why our checks or transformers refuse the options, or ""."""
     least, most = options.get("min_new_tokens", 0), options.get("max_new_tokens", 2**31)
     if least > most:
         return f"min_new_tokens is {least}, more than max_new_tokens = {most}; lower it"

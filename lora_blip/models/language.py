@@ -140,7 +140,8 @@ class Language(ABC, Generic[TrainedRows]):
     ) -> list[str]:
         """Return a generated text for each image (rows, 3, H, W) and prompt, without the prompt.
 
-        adapters: the adapter of each row. A text ends after `max_new_tokens`, or at the model's last position.
+        adapters: the adapter of each row. A text ends at its end token, and at the latest after `max_new_tokens`
+        or at the model's last position.
         settings: other options of transformers' `generate`, and the `seed` of random draws. Of several texts for a row
         (`num_return_sequences`), the result has the first.
         """
@@ -166,8 +167,9 @@ class Language(ABC, Generic[TrainedRows]):
     ) -> list[list[Scored]]:
         """Return the texts of each row with their scores. There are `num_return_sequences` texts, or one.
 
-        A score is from 0 to 1: the geometric mean of the probabilities of the text's tokens, without the effect of the other
-        options. The end token counts as a token. A beam search returns its best beam first. Sampled texts are sorted by score.
+        A score is from 0 to 1: the geometric mean of the probabilities of the text's tokens, before penalties, temperature and
+        other options change them. The end token counts as a token. A beam search returns its best beam first. Sampled texts are
+        sorted by score.
         The logits of all steps are kept until the batch is finished.
         """
         images = image_keys(pixel_values) if settings.get("do_sample") else None
@@ -240,7 +242,7 @@ class DecoderLanguage(Language[TrainedRows]):
         return TokenRows(ids, targets, numbers, self.pad_id)
 
     def generation_groups(self, prompts: list[str], starts: list[list[int]], settings: Named) -> Iterable[list[int]]:
-        """Return one group for prompts of different lengths, with padding before the shorter ones.
+        """Put prompts of different lengths into one group if possible, with padding before the shorter ones.
 
         The padding changes no text: it is masked, and transformers counts positions from the first token after it. But the
         options in READ_PROMPT would read the padding as a part of the prompt. With these options, each group has prompts of one

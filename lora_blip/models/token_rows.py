@@ -72,8 +72,8 @@ class PaddedRows:
 
     input_ids: Tensor  # (texts, tokens); in an encoder-decoder (examples, tokens)
     attention_mask: Tensor  # the same shape, 1 for tokens and 0 for padding
-    targets: Tensor  # (texts, logits)
-    decoder_input_ids: Tensor | None = None  # (texts, logits)
+    targets: Tensor  # (texts, tokens of the decoder)
+    decoder_input_ids: Tensor | None = None  # (texts, tokens of the decoder)
     example: Tensor | None = None  # (texts,) the example of each text; None: text i has example i
     weights: Tensor | None = None  # (texts,) the weight of each text's loss; None: 1
     labels: Labels | None = None  # None: the loss is computed from all logits

@@ -37,7 +37,7 @@ class Generation:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], seed: int = 0) -> "Generation":
-        """Return the settings in `values`, as `stored` returns them. An option that is None counts as missing."""
+        """Return the Generation for a dict that `stored` returned. An option that is None counts as missing."""
         given = {name: value for name, value in values.items() if value is not None}
         named = {name: given.pop(name) for name in ("max_new_tokens", "num_beams", "do_sample") if name in given}
         return cls(**named, options=Options(given), seed=seed)
@@ -79,7 +79,7 @@ class BaseTask(ABC):
     example_checkpoint: ClassVar[str]  # one of them, for messages
     takes_question: ClassVar[bool] = False  # True: an example has a question, and its prediction is an answer
     writes_text: ClassVar[bool] = True  # True: a prediction is a generated text
-    needs_negatives: ClassVar[bool] = False  # True: the loss compares the lines of a batch, and each line is one item
+    needs_negatives: ClassVar[bool] = False  # True: the loss compares lines, so an item has one line
     score_names: ClassVar[tuple[str, ...]]  # names of `scores`; higher is better; the first selects the best adapter
     encoder: ImageEncoder
     checker: TextChecker
@@ -210,7 +210,7 @@ class PredictionTask(BaseTask):
         """Return what `predict` does, given the features of each example's image (examples, states, width)."""
 
     def encode_texts(self, texts: list[str]) -> Any:
-        """Return the texts encoded for `rank`, as far as no image is needed. Encode them again if the adapters change."""
+        """Return what `rank` can compute from the texts alone. It depends on the adapters: if they change, call this again."""
         return texts
 
     @abstractmethod

@@ -72,7 +72,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def gradient_difference(fast: list[Tensor], slow: list[Tensor]) -> float:
-    """Return the largest ‖Δ‖ / ‖g‖ over the tensors. ‖g‖ is at least a twentieth of the largest norm."""
+    """Return the largest ‖Δ‖ / ‖g‖ over the tensors. A ‖g‖ below a twentieth of the largest counts as this twentieth."""
     norms = [float(gradient.norm()) for gradient in slow]
     floor = max(max(norms, default=0.0) / 20, 1e-12)
     return max((float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(fast, slow, norms, strict=True)), default=0.0)

@@ -1,7 +1,8 @@
-"""Cache the states of each image before the first adapter, because training never changes them.
+"""Cache the states of each image at the input of the first module with an adapter: training never changes them.
 
 The ViT is cut before its first block with an adapter. If no block has an adapter, the cached states are the ViT's output. If
-only the language model of a BLIP-2 has adapters, they are the Q-Former's output. States are cached in fp16.
+only the language model of a BLIP-2 has adapters, they are the features, after the Q-Former and its projection. States are
+cached in fp16.
 
 Results do not depend on which states are in the cache: a state that was just computed is rounded to fp16 too, and each image is
 computed alone.
@@ -53,7 +54,7 @@ class Prefix:
 
     @torch.no_grad()
     def compute_states(self, pixel_values: Tensor) -> Tensor:
-        """Return the input (1, tokens, width) of the first block with an adapter, in fp16 unless that overflows.
+        """Return the states to cache, (1, tokens, width), in fp16 unless that overflows.
 
         pixel_values: (1, 3, H, W).
         """

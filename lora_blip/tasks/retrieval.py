@@ -191,9 +191,9 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     @torch.no_grad()
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
-        """Return the softmax of ITC's logits, where ITC and ITM together rank the RERANKED most probable texts.
+        """Return the softmax of ITC's logits, but rerank the RERANKED most probable texts by ITC and ITM.
 
-        These texts keep the sum of their probabilities. ITC and ITM decide how it is divided among them.
+        These texts share the sum of their probabilities by the softmax of ITC's logits plus ITM's log-odds.
         """
         rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
         states, device = self.matcher.encode_images(pixel_values), self.backbone.device

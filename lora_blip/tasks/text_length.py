@@ -83,7 +83,7 @@ def fit_generation(
     limit: int,
     fix: str = "MAX_NEW_TOKENS = 0 (--max-new-tokens 0) has room for all",
 ) -> int:
-    """Set `max_new_tokens` of the task, and return it.
+    """Set `max_new_tokens` of a task that generates texts, and return it. For another task, only return a value.
 
     limit: the value to use. 0: the tokens of the longest text of the examples plus a margin, at most what the model has room
     for. If texts are longer than the value, their number is printed, with the fix.

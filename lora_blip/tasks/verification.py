@@ -42,8 +42,8 @@ from lora_blip.tasks.differences import (
 # The largest relative difference that counts as rounding: many times the measured ones (1e-6 in float32, 1e-3 in float16,
 # 2e-2 in bfloat16, over all kinds of models), and much less than the effect of a wrong mask, cache or scale.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# A factor of the bound for gradients, which pass through the model twice, and for probabilities with a small temperature.
-LOOSER = 4  # so their bound is four times as large
+# Gradients pass through the model twice, and a small temperature enlarges differences of probabilities.
+LOOSER = 4  # so gradients and predictions may differ four times as much
 ROWS = 4  # examples of a batch that are predicted both ways
 TOKENS = 16  # the most tokens of each generated text
 TEXTS = 8  # texts that are ranked
@@ -215,7 +215,7 @@ def prediction_differences(
         with short(task, beams):
             pair = [texts(results) for results in both_ways(task, lambda: recorded()[1])]
         different = sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0])
-        # rounding may decide a near tie, so in 16 bits one different text proves nothing
+        # rounding may decide near ties: half of the texts may differ, and in 16 bits one or two texts prove nothing
         differences.append(
             Difference(
                 "different texts of the beam search",

@@ -20,8 +20,9 @@ from lora_blip.training.session import open_session
 def train(config: TrainConfig) -> Path:
     """Train an adapter with the settings of `config` and return the path of its file.
 
-    Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step. Raise TrainingError
-    if too many steps in a row are not finite, or if the device runs out of memory. Each message contains a fix.
+    Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step. In training, raise
+    TrainingError if too many steps in a row are not finite or if the device runs out of memory, DataError if an image cannot be
+    read, and CheckpointError if the disk is full. Each message contains a fix.
 
     After an error, Ctrl-C or a scheduler's signal, the progress is saved. Start again with the same settings to resume.
     In peft: no equivalent; `Trainer` of transformers trains the models of peft.
@@ -42,7 +43,9 @@ def train(config: TrainConfig) -> Path:
                 if not is_last:
                     session.checkpoint_if_due()
             with learner.transaction():  # no checkpoint is written in the middle of an update
-                rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)  # LR = 0: the default
+                rate = learning_rate(
+                    progress.step, progress.total, session.warmup, session.config.lr
+                )  # the setting LR, or the base's default
                 update = update_parameters(learner, rate)
                 session.log(update, rate, batches)
             session.stop_after_skipped_steps()
