@@ -1,23 +1,26 @@
-"""Read the first sheet of an Excel workbook (.xlsx), if openpyxl is installed."""
+"""Read the sheet of an Excel workbook (.xlsx) that has the images and texts, if openpyxl is installed."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lora_blip.data.entries import Located
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys
-from lora_blip.data.tables import Row, entries_of_rows
+from lora_blip.data.tables import Row, entries_of_rows, is_header
 from lora_blip.errors import DataError
 from lora_blip.runtime.untrusted import shorten
 
 SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx, and of .xls
 LARGEST = 2**30  # largest number of bytes of the unpacked workbook
 MOST_COLUMNS = 1000  # largest number of columns that are read
+MOST_SHEETS = 100  # largest number of sheets whose first rows are compared
 SAVE_AS = 'in Excel, save it as "CSV UTF-8 (Comma delimited)" and give the .csv file'
 
 
 def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
-    """Read the rows of the first sheet, as `csv_entries` does. Raise DataError if the workbook cannot be read."""
+    """Read the rows of one sheet (see `_sheet_of`), as `csv_entries` does. Raise DataError if the workbook cannot be read."""
     try:
         import openpyxl
     except ImportError:
@@ -29,7 +32,7 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
             if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
                 raise DataError(f"{path}: the unpacked workbook has more than {LARGEST:,} bytes; {SAVE_AS}")
         workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        sheet = workbook.worksheets[0]
+        sheet = _sheet_of(path, workbook.worksheets, keys)
     except DataError:
         raise
     except Exception as error:  # openpyxl raises errors of many types for a damaged file
@@ -40,10 +43,21 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
         workbook.close()
 
 
-def _rows(path: Path, sheet: object) -> Iterator[Row]:
+def _sheet_of(path: Path, sheets: Sequence[Any], keys: Keys) -> Any:
+    """Return the first sheet whose first row has the known or named columns, or the first sheet if none has."""
+    named = {name.strip().lower() for name in keys.named.values()}
+    for sheet in sheets[:MOST_SHEETS]:
+        with suppress(DataError):  # a damaged sheet that may not be needed
+            row = next(_rows(path, sheet), (0, ""))[1]
+            if isinstance(row, list) and (named <= {cell.strip().lower() for cell in row} if named else is_header(row)):
+                return sheet
+    return sheets[0]
+
+
+def _rows(path: Path, sheet: Any) -> Iterator[Row]:
     """Yield (number, cells) for each row that is not blank. Cells are texts. Remove empty columns at the end."""
     width = 0
-    rows = sheet.iter_rows(values_only=True, max_col=MOST_COLUMNS)  # type: ignore[attr-defined]
+    rows = sheet.iter_rows(values_only=True, max_col=MOST_COLUMNS)
     number = 0
     while True:
         number += 1

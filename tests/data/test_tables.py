@@ -5,6 +5,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -188,6 +189,39 @@ def test_a_real_workbook_gives_its_cells(folder):
         ("1.png", "crème brûlée", 2),
         ("2.png", "7", 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("header", "keys"), [(("Photo", "Caption"), {}), (("Bild", "Wort"), {"image": "bild", "text": "Wort"})]
+)
+def test_the_sheet_with_the_columns_is_read_in_a_workbook_with_several(folder, monkeypatch, header, keys):
+    """A cover sheet, and a damaged one, come first. Without any known column, the error is about the first sheet."""
+
+    def damaged(**_: object) -> Any:
+        raise KeyError("sheet9.xml")
+        yield
+
+    cover, lists = [("Project: cubes", None), ("Author", "me")], [header, ("1.png", "a cat")]
+    sheets = [types.SimpleNamespace(iter_rows=lambda rows=rows, **_: iter(rows)) for rows in (cover, lists)]
+    sheets.insert(1, types.SimpleNamespace(iter_rows=damaged))
+    book = types.SimpleNamespace(worksheets=sheets, close=lambda: None)
+    monkeypatch.setitem(sys.modules, "openpyxl", types.SimpleNamespace(load_workbook=lambda *_, **__: book))
+    with zipfile.ZipFile(folder / "x.xlsx", "w") as archive:
+        archive.writestr("a", "b")
+    assert [(e.name, e.text) for e in annotations.read(folder / "x.xlsx", keys=Keys(**keys))[0]] == [("1.png", "a cat")]
+    sheets.pop()
+    with pytest.raises(DataError, match=r"x\.xlsx:1: .*'Project: cubes'"):
+        annotations.read(folder / "x.xlsx")
+
+
+def test_a_real_workbook_with_a_cover_sheet(folder):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["Captions of our cubes", "2026"])
+    for row in (["File", "Caption"], ["1.png", "a cat"]):
+        (book["data"] if "data" in book.sheetnames else book.create_sheet("data")).append(row)
+    book.save(folder / "x.xlsx")
+    assert [(e.name, e.text, e.line) for e in annotations.read(folder / "x.xlsx")[0]] == [("1.png", "a cat", 2)]
 
 
 def test_a_table_without_a_valid_row_or_with_one_column_is_one_error(folder):
