@@ -338,7 +338,7 @@ def reader(kind: str, folder: Path) -> Any:
 
 READERS = (
     "tables", "xlsx", "json", "flickr30k", "exports", "kohya", "img2dataset", "shard", "parquet", "visual_genome", "gqa",
-    "aokvqa", "vqa", "flickr8k", "addresses", "other_computers",
+    "aokvqa", "vqa", "flickr8k", "addresses", "other_computers", "chats", "sidecars",
 )  # fmt: skip
 TARGETS: dict[str, Callable[[Path], Any]] = {"adapters": Adapters, "annotations": Annotations, "images": Images}
 TARGETS |= {kind: partial(reader, kind) for kind in READERS}

@@ -4,6 +4,7 @@ Each file is read as training reads it, and converted by `prepare`. A seed is a 
 suffix that is known to the reader, such as the text of an image, is read as a part of its folder.
 """
 
+import base64
 import io
 import json
 import random
@@ -21,7 +22,7 @@ from lora_blip.errors import ConfigError, DataError
 
 Seeds = list[tuple[str, bytes]]  # name of a file, and its content
 SETS = ("vqa", "flickr8k")  # formats of several files that are read together: the others are valid
-FOLDERS = ("kohya", "img2dataset", *SETS)  # formats whose source is the folder
+FOLDERS = ("kohya", "sidecars", "img2dataset", *SETS)  # formats whose source is the folder
 IMAGES = ("1.jpg", "2.jpg")
 
 
@@ -163,6 +164,40 @@ def other_computers() -> Seeds:
     ]
 
 
+def chats(image: bytes) -> Seeds:
+    """Return chats, pairs, choices, Prodigy and Labelbox, as JSONL and as a JSON list, some with an image inside the line."""
+    roles: list[Any] = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a"}]
+    turns = [{"from": "human", "value": "Picture 1: <img>1.jpg</img>\nwhat?"}, {"from": "gpt", "value": "a"}]
+    url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    answer = {"name": "Caption", "text_answer": {"content": "a"}}
+    labels = {"p": {"labels": [{"annotations": {"classifications": [answer]}}]}}
+    records: list[Any] = [
+        {"messages": [*roles, *roles], "images": [{"bytes": None, "path": "1.jpg"}], "split": "train"},
+        {"conversations": turns},
+        {"messages": [{"role": "user", "content": parts}, roles[1]]},
+        [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}]}, roles[1]],
+        {"prompt": roles[:1], "completion": roles[1:], "images": ["2.jpg"]},
+        {"images": ["1.jpg"], "texts": [{"user": "what?", "assistant": "a"}]},
+        {"image": "1.jpg", "prefix": "caption en", "suffix": "a"},
+        {"instruction": "what", "input": "is it?", "output": "a", "images": ["1.jpg"]},
+        {"image": "1.jpg", "question": "what?", "choices": ["a", "b"], "answer": 1},
+        {"image": url, "caption": "a", "answer": "accept", "_task_hash": 1, "_input_hash": 2},
+        {"data_row": {"external_id": "1.jpg"}, "projects": labels},
+        {"messages": roles, "images": ["https://example.org/a.jpg"]},
+    ]
+    lines = [("x.jsonl", json.dumps(one).encode()) for one in records]
+    return [*lines, *(("x.json", json.dumps([one, one]).encode()) for one in records)]
+
+
+def sidecars() -> Seeds:
+    """Return JSON files next to images: of Google Takeout, of gallery-dl, and with the name of the image."""
+    takeout = {"title": "1.jpg", "description": "a cube", "url": "https://example.org/a"}
+    names = ("1.jpg.json", "1.json", "1.jpg.supplemental-metadata.json", "1.jpg.supplem.json")
+    texts: list[Any] = [takeout, {"content": "a", "id": 7}, {"caption": "a"}, {"title": "a", "tags": ["b"]}]
+    return [(name, json.dumps(text).encode()) for name, text in zip(names, texts, strict=True)]
+
+
 def kohya() -> Seeds:
     meta = {"1.jpg": {"caption": "a cube", "tags": "a, b"}, "2.jpg": {"tags": "c"}}
     texts: Seeds = [
@@ -225,6 +260,8 @@ SEEDS: dict[str, Callable[[bytes], Seeds]] = {
     "flickr8k": lambda _: flickr8k(),
     "addresses": lambda _: addresses(),
     "other_computers": lambda _: other_computers(),
+    "chats": chats,
+    "sidecars": lambda _: sidecars(),
     "kohya": lambda _: kohya(),
     "img2dataset": lambda _: img2dataset(),
     "shard": shards,
