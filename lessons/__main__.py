@@ -1,6 +1,6 @@
 """Run all lessons and solutions, two at a time: `make lessons`, or `python -m lessons 03 05` for some of them.
 
-Each runs in a process of its own. A lesson fails if one of its assertions fails. The exit code is 1 if one fails.
+Each runs in a separate process. A lesson fails if one of its assertions fails. The exit code is 1 if one fails.
 """
 
 import os

@@ -7,10 +7,14 @@ Here s = alpha / r, and dy is the gradient of y. Autograd alone keeps more: x tw
 after the factor s. It also adds the two terms of dx in an extra pass over memory. Here, a pre-hook gives the linear x without
 its graph, so that autograd does not record the frozen product. Only x and h are kept, and h has r columns.
 
-Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ: if there is
-dropout, if not every adapter acts on every row, if a weight is quantized or merged, if the linear has other hooks, for a
-subclass of LoRA, and inside a transform of torch.func. It also runs under torch.compile, which fuses
-kernels itself. The fused update has no second derivatives: to compute them, call `attached.fast(model, False)`.
+Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ:
+
+- there is dropout, or not every adapter acts on every row;
+- a weight is quantized or merged, or the linear has other hooks;
+- the adapter is of a subclass of LoRA;
+- the call is inside a transform of torch.func, or under torch.compile, which fuses kernels itself.
+
+The fused update has no second derivatives: to compute them, call `attached.fast(model, False)`.
 """
 
 import threading

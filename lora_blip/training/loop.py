@@ -21,8 +21,8 @@ def train(config: TrainConfig) -> Path:
     """Train an adapter with the settings of `config` and return the path of its file.
 
     Raise ConfigError, ModelError, DataError, PreflightError or CheckpointError before the first step. In training, raise
-    TrainingError if too many steps in a row are not finite or if the device runs out of memory, DataError if an image cannot be
-    read, and CheckpointError if the disk is full. Each message contains a fix.
+    TrainingError if too many steps in a row are not finite, or if the device runs out of memory. Raise DataError if an image
+    cannot be read, and CheckpointError if the disk is full. Each message contains a fix.
 
     After an error, Ctrl-C or a scheduler's signal, the progress is saved. Start again with the same settings to resume.
     In peft: no equivalent; `Trainer` of transformers trains the models of peft.
