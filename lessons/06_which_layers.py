@@ -13,6 +13,10 @@
 # all linears are needed to match full fine-tuning of LLaMA (arXiv:2305.14314, section 4). Both results are about one
 # language model and its tasks. Here we measure BLIP, BLIP-2 and the cubes.
 #
+# BLIP has a ViT, which turns an image into vectors, and a text model, which reads them and writes the caption. BLIP-2 has
+# a Q-Former between the ViT and a language model, which writes the caption. In the ViT of both, one linear computes query,
+# key and value together. An adapter on "q and v" changes only the rows of q and v of this linear.
+#
 # ## Equal budgets
 #
 # An adapter of rank r on a linear of shape (d, k) has r·(d + k) parameters, so
@@ -60,8 +64,8 @@ def rank_for_budget(model, targets):
 # ## Seven short runs
 #
 # Each run trains for two epochs. As in lesson 5, s falls like 1/√r, because the ranks differ. With a larger s and a
-# smaller learning rate, BLIP-2 depends less on the seed (`docs/tiny_bases.md`). So compare only runs of the same
-# base.
+# smaller learning rate, BLIP-2 depends less on the seed (`docs/tiny_bases.md`). So it has s = 57/√r (for r = 5, this is
+# nearly the α = 128 of `make demo-blip2`) and the learning rate 1e-3. Compare only runs of the same base.
 #
 # The validation set of these runs is the test set. It chooses no adapter: each run is validated only before the first
 # step and after the last one. But the learning rates and the number of epochs were chosen in short trials on it, with
@@ -93,8 +97,8 @@ results = {(model, targets): train(model, targets) for model, several in TARGETS
 # %% [markdown]
 # ## How large is the update of each layer?
 #
-# ‖ΔW‖/‖W₀‖ compares the Frobenius norms. If an adapter changes only a part of a linear, such as q of a linear that
-# computes q, k and v, then W₀ is that part.
+# ‖ΔW‖/‖W₀‖ compares the Frobenius norms. If an adapter changes only a part of a linear, such as q in the ViT, then W₀ is
+# that part.
 
 # %%
 
@@ -111,7 +115,8 @@ def by_layer(model, run):
             ratio = relative_norm(delta_spectrum(lora.A, lora.B, lora.scale), W)
             expected = (lora.delta_weight()[first:last].norm() / W.norm()).item()
             assert abs(ratio / expected - 1) < 1e-3
-            layer = int(name.split("layer")[1].lstrip("s.").split(".")[0])  # "….layers.3.…" and "….layer.3.…"
+            # A name contains "layers.3." or "layer.3.": take the number after it.
+            layer = int(name.split("layer")[1].lstrip("s.").split(".")[0])
             layers.setdefault(layer, []).append(ratio)
     return [sum(ratios) / len(ratios) for ratios in layers.values()]
 
@@ -127,7 +132,9 @@ for (model, targets), values in ratios.items():
 #   on the ViT or the Q-Former. A likely reason is the task: the base describes the colours and positions of cubes correctly,
 #   and only its noun is wrong (`docs/tiny_bases.md`). The text model writes the noun.
 # - **q and v, or all?** All linears with a low rank reach a lower loss than q and v with a high rank, in the ViT and
-#   in the text model. On the ViT, the exact match is several times higher.
+#   in the text model. On the ViT, the exact match is several times higher. One reason may be the size of the updates: with
+#   s = c/√r, the norm of Adam's first update of a linear does not depend on r (lesson 4). So adapters on more linears
+#   start with a larger total update. This comparison does not separate the two.
 # - **Norms.** ‖ΔW‖/‖W₀‖ is larger if only q and v are adapted, and larger in the last layer than in the first. A
 #   large update is not a good one: the ViT with q and v has the largest relative updates of BLIP and the lowest
 #   score.
@@ -174,10 +181,10 @@ assert all(values[-1] > values[0] for values in ratios.values())
 # ## Exercises
 #
 # 1. Put an adapter with r = 3 on both parts of BLIP: `targets="vit,text"`. Measure the exact match and the mean
-#    ‖ΔW‖/‖W₀‖ of each part. A right answer shows in which part the update is larger, although both have the same s
-#    and learning rate.
+#    ‖ΔW‖/‖W₀‖ of each part. Use s = 32/√r and the other settings of BLIP in this lesson. A right answer shows in which
+#    part the update is larger, although both have the same s and learning rate.
 # 2. Put the whole budget on one layer of the text model: `targets="text[0:1]"`, then `"text[1:2]"` and `"text[2:3]"`,
-#    with r = 15. A right answer shows the exact match of each layer.
+#    with r = 15 and the same settings. A right answer shows the exact match of each layer.
 #
 # ## What to remember
 #

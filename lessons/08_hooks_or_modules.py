@@ -11,7 +11,8 @@
 #
 # - **module**: the linear is replaced by a module that contains it. `peft` does this.
 # - **closure**: a forward hook is a function that is defined inside a function, and remembers its adapter.
-# - **hook**: a forward hook is a function of a module, and finds the adapter in the linear. `lora_blip` does this.
+# - **hook**: a forward hook is a top-level function (importable by name), and finds the adapter in the linear. `lora_blip`
+#   does this.
 
 # %%
 import copy
@@ -113,7 +114,7 @@ def deepcopy_is_separate(way):
 
 
 def pickles(way):
-    """Can the model be pickled? Data loaders and multiprocessing need this."""
+    """Can the model be pickled? Processes started with "spawn" receive their arguments in this way."""
     try:
         return torch.equal(pickle.loads(pickle.dumps(build(way)))(x), outputs[way])
     except (AttributeError, pickle.PicklingError):
@@ -178,14 +179,18 @@ show(figure, "answers")
 
 # %% [markdown]
 # The columns *closure* and *hook* differ in two rows. The closure remembers the adapter of the first model, so the copy uses
-# the adapter of its original, without an error. A function of a module has no such memory.
+# the adapter of its original, without an error. And Python cannot pickle a lambda or a function inside a function. A top-level
+# function remembers no adapter, and is pickled by its name. In the other rows, the two columns are equal.
 #
-# No way helps with `F.linear(x, m.weight)`: the code reads the weight and never calls the module. The adapter then has no effect,
-# and PyTorch reports nothing. A merged weight always acts. A training of `lora_blip` stops before the first step if an adapter is
+# No way helps with `F.linear(x, m.weight)`: the code reads the weight and never calls the module. With a hook, the adapter then
+# has no effect, and PyTorch reports nothing. The same holds for `peft`, whose module has a property `weight` that returns the
+# weight of `base_layer`. Our `LoRALinear` has no such property, so `m.weight` raises AttributeError, and the test reads the
+# weight of `base_layer`. A merged weight always acts. A training of `lora_blip` stops before the first step if an adapter is
 # never called.
 #
-# The last row is a property of `torch.compile`: a compiled graph does not look for new hooks. `lora_blip` adds adapters
-# before it compiles.
+# Checkpointing works in all three ways, and so does compiling a model that has its adapter already. The last row is a
+# property of `torch.compile`: a compiled graph does not look for new hooks. It notices a replaced module, so only *module*
+# has a yes there. `lora_blip` adds adapters before it compiles.
 
 # %%
 expected = {
@@ -194,6 +199,7 @@ expected = {
     "compiles whole": (True, True, True), "acts if added\nafter compile": (True, False, False),
 }  # fmt: skip
 assert {question: tuple(row.values()) for question, row in answers.items()} == expected
+assert not hasattr(build("module")[0], "weight")
 
 # %% [markdown]
 # ## The same on a real model
@@ -214,14 +220,15 @@ assert set(backbone.model.state_dict()) == set(before)
 # ## Exercises
 #
 # 1. Write a `LoRALinear` that subclasses `nn.Linear` and shares the weight and bias of the linear that it replaces. Which of the
-#    eight answers change? A right answer shows the new column.
+#    eight answers of the column *module* change? A right answer shows the new column.
 # 2. Write a check that finds linears with a hook that a forward of the model never calls. A right answer finds the second linear
 #    of a model that computes `F.linear(x, self.second.weight)`.
 #
 # ## What to remember
 #
-# - A hook changes no class and no name. A replaced module changes both.
-# - A hook must be a function of a module. It must find its adapter in the linear that it gets.
+# - A hook changes no class and no name. A module that contains the linear, as in `peft`, changes both. A subclass of
+#   `nn.Linear` that shares the weight keeps the names, and is still a Linear (exercise 1).
+# - A hook should be a top-level function that finds its adapter in the linear. A closure breaks `deepcopy` and `pickle`.
 # - Code that reads `m.weight` bypasses hooks and modules. Merge, or check that every adapter is called.
 #
 # ## Sources
