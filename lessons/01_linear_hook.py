@@ -5,16 +5,18 @@
 # limits what the update can be.
 #
 # **Time:** about 10 seconds on two cores. **Read:** `lora_blip/lora/layer.py`, which this lesson rewrites in 20 lines.
+# `Site` is in `lora_blip/lora/sites.py`.
 #
 # ## The equation
 #
 # A linear layer computes $y = W_0 x + b$. $W_0$ has $d$ rows and $k$ columns: $k$ input features, $d$ output features.
 # Fine-tuning usually changes all $d \cdot k$ numbers of $W_0$. LoRA freezes them. It trains two small matrices instead,
-# $A$ of shape $r \times k$ and $B$ of shape $d \times r$ (Hu et al. 2021, equation 3):
+# $A$ of shape $r \times k$ and $B$ of shape $d \times r$ (Hu et al. 2021: equation 3, and the factor $\alpha / r$ in the text below it):
 #
 # $$y = W_0 x + b + \frac{\alpha}{r} \, B A x$$
 #
-# $r$ is the *rank*, and $\alpha$ is a constant factor. At the start, $A$ is random and $B$ is zero.
+# $r$ is the *rank*, and $\alpha$ is a constant factor. At the start, $A$ is random and $B$ is zero. The paper draws $A$
+# from a Gaussian. This code and peft draw it from a uniform distribution (Kaiming-uniform).
 
 # %%
 import torch
@@ -59,8 +61,9 @@ def add_my_lora(linear, r, alpha):
 # %% [markdown]
 # ## The same, from `lora_blip`
 #
-# The library differs in three ways. A linear can have several adapters, so they are in an `AdapterStack`. A `Site` describes where
-# an adapter is. The hook also accepts inputs that are given by keyword.
+# Three differences matter here. A linear can have several adapters, so they are in an `AdapterStack`. A `Site` describes where
+# an adapter is; here its name is only a label. The hook also accepts inputs that are given by keyword. `layer.py` contains more,
+# such as dropout and merged adapters. This lesson does not use it.
 
 
 # %%
@@ -103,15 +106,15 @@ assert torch.linalg.matrix_rank(delta) == r  # d · k entries, but only r indepe
 
 trained = sum(p.numel() for p in linear.parameters() if p.requires_grad)
 assert trained == r * (d + k)
-print(f"trained: {trained} of {linear.weight.numel()} numbers of W₀, {trained / linear.weight.numel():.0%}")
+print(f"trained: {trained} numbers, {trained / linear.weight.numel():.0%} of the {linear.weight.numel()} of W₀")
 
 # %% [markdown]
 # ## What the rank limits
 #
 # Suppose that the task needs $W_0 + \Delta W^\star$, where $\Delta W^\star$ has rank 4. We train $A$ and $B$ with r = 1, 2, 4 and 8
-# to give the same outputs. The inputs are the $k$ unit vectors, so the loss is $\|\Delta W - \Delta W^\star\|_F^2$ up to a
-# constant. No matrix of rank $r$ can be nearer than $\sum_{i > r} \sigma_i^2$, with the singular values $\sigma_i$ of
-# $\Delta W^\star$ (the theorem of Eckart, Young and Mirsky). We divide by $\|\Delta W^\star\|_F^2$: 1 means that nothing is learned.
+# to give the same outputs. The inputs are the $k$ unit vectors, so the summed squared error is
+# $\|\Delta W - \Delta W^\star\|_F^2$. The Frobenius norm $\|\cdot\|_F$ is the root of the sum of all squared entries. No matrix of rank $r$ can be nearer than $\sum_{i > r} \sigma_i^2$, with the singular values $\sigma_i$ of
+# $\Delta W^\star$ (the theorem of Eckart, Young and Mirsky). We divide the error by $\|\Delta W^\star\|_F^2$: 1 means that nothing is learned.
 
 # %%
 target = torch.randn(d, 4) @ torch.randn(4, k) / 8

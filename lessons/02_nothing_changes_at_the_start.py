@@ -8,15 +8,21 @@
 #
 # ## The first step on paper
 #
-# Let $G = \partial L / \partial y$ be the gradient of the loss for the output of a linear, and $y = W_0 x + \frac{\alpha}{r} B A x$. The
+# Let $dy = \partial L / \partial y$ be the gradient of the loss for the output of a linear, and $y = W_0 x + \frac{\alpha}{r} B A x$. The
 # chain rule gives
 #
-# $$\frac{\partial L}{\partial A} = \frac{\alpha}{r} B^\top G x^\top$$
-# $$\frac{\partial L}{\partial B} = \frac{\alpha}{r} G (A x)^\top$$
+# $$\frac{\partial L}{\partial A} = \frac{\alpha}{r} B^\top dy \, x^\top$$
+# $$\frac{\partial L}{\partial B} = \frac{\alpha}{r} dy \, (A x)^\top$$
 #
-# With $B = 0$, the output does not change, and $\partial L / \partial A = 0$. But $A x \ne 0$, so $\partial L / \partial B \ne 0$:
-# the first step moves only $B$. From the second step on, $A$ moves too. With $A = 0$ and $B = 0$, both gradients are zero, and
+# With $B = 0$, the output does not change, and $\partial L / \partial A = 0$. But $A x \ne 0$ and, before
+# convergence, $dy \ne 0$. So $\partial L / \partial B \ne 0$: the first step moves only $B$. From the second step on, $A$ moves too. With $A = 0$ and $B = 0$, both gradients are zero, and
 # nothing is ever learned.
+
+# ## The model and the images
+#
+# The base is a small BLIP. Its ViT reads an image, and its text model writes a caption. (`docs/learn.md` explains these parts.) It was
+# trained on drawings of circles, squares and triangles, and has never seen a cube. The images of this lesson show one or two
+# cubes, such as "a green cube on top of an orange cube". The adapters are on the linears of the ViT.
 
 # %%
 import torch
@@ -30,7 +36,7 @@ images, captions = cubes(64)
 
 
 def load():
-    """Return the embedded base, which has seen squares but no cubes, with new adapters on its ViT."""
+    """Return the base in `assets/tiny-blip`, with new adapters on its ViT."""
     torch.manual_seed(SEED)
     backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
     return backbone, lora_blip.inject(backbone, "vit", r=8, alpha=32.0)
@@ -59,7 +65,7 @@ with torch.no_grad(), lora_blip.disable_adapters(backbone):
 with torch.no_grad():
     assert torch.equal(loss_of(backbone, range(16)), loss_of_base)  # not one bit differs
 
-optimizer = torch.optim.AdamW(backbone.model.parameters(), lr=3e-3)
+optimizer = torch.optim.Adam(backbone.model.parameters(), lr=3e-3)  # AdamW would also shrink A, by its weight decay
 for step in range(2):
     optimizer.zero_grad()
     loss_of(backbone, range(16)).backward()
@@ -71,12 +77,16 @@ for step in range(2):
     )
     assert moving_a == (0 if step == 0 else len(adapters))  # ∂L/∂A = 0 at step 0, then not
     assert moving_b == len(adapters)
+    before = [lora.A.detach().clone() for lora in adapters.values()]
     optimizer.step()
+    moved_a = sum(not torch.equal(lora.A, old) for lora, old in zip(adapters.values(), before, strict=True))
+    assert moved_a == moving_a  # the first step moves no A, the second step moves each A
 
 # %% [markdown]
 # ## If both start random
 #
-# Now $B$ gets the same random initialization as $A$. The base is then a different model before the first step. We count the test
+# Now $B$ gets random values too, by the function that initializes $A$. $B$ has $r$ columns, so its entries are uniform in
+# $\pm 1 / \sqrt{r}$; those of $A$ are uniform in $\pm 1 / \sqrt{k}$. The base is then a different model before the first step. We count the test
 # captions that stay the same, and compare the losses.
 
 
@@ -88,7 +98,7 @@ def randomize(adapters):
 
 def captions_of(backbone):
     with quiet():
-        captioner = lora_blip.Captioner.from_adapter(None, base=backbone)
+        captioner = lora_blip.Captioner.from_adapter(None, base=backbone)  # the adapters on `backbone` stay active
         return [prediction.text for prediction in captioner(test_cubes(100)[0], strict=True)]
 
 
@@ -139,21 +149,21 @@ axes.legend()
 show(figure, "start")
 
 # %% [markdown]
-# The run that starts at $B = 0$ begins with the loss of the base, and its first steps are slow: $A$ has almost no gradient while $B$ is
-# small. The other run begins higher. Its loss falls faster at first, but it ends higher (asserted for seeds 0, 1 and 2; the
-# size of the gap depends on the seed).
+# The run that starts at $B = 0$ begins with the loss of the base. $B$ starts at zero, and Adam changes each entry by about the learning
+# rate in each step, so $\Delta W$ stays small in the first steps. The other run begins higher, and it also ends higher (asserted for
+# seeds 0, 1 and 2; the size of the gap depends on the seed).
 #
 # ## Exercises
 #
-# 1. Start with $A = 0$ and a random $B$. A right answer shows that no bit of the loss changes, that now $\partial L / \partial B = 0$ at
-#    step 0, and that the loss falls too. Hayou et al. 2024 compare the two starts.
+# 1. Start with $A = 0$ and a random $B$, as in `randomize`. Train ten steps with AdamW, learning rate 3e-3, on eight images. A right
+#    answer shows that no bit of the first loss changes, that now $\partial L / \partial B = 0$ at step 0, and that the loss falls too. Hayou et al. 2024 compare the two starts.
 # 2. Start with $A = 0$ and $B = 0$. A right answer shows that all gradients stay zero for three steps, and that the loss stays the same.
 #
 # ## What to remember
 #
 # - $B = 0$: the first prediction of an adapted model is that of the base, bit for bit.
 # - At step 0, only $B$ has a gradient. One of the two matrices must be random, or nothing is learned.
-# - If both are random, the model before the first step is another, worse model than the base.
+# - If both are random, the model before the first step is another model than the base. Here it is a worse one.
 #
 # ## Sources
 #

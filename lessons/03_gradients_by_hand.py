@@ -4,19 +4,25 @@
 # **You learn** the three gradients of a linear with LoRA, how to write them for a batch of rows, and how many bytes the backward pass
 # needs from the forward pass.
 #
-# **Time:** about 10 seconds on two cores. **Read:** `lora_blip/lora/fused.py`, whose backward pass is the one of this lesson.
+# **Time:** about 10 seconds on two cores. **Read:** `lora_blip/lora/fused.py`, whose backward pass is the one of this lesson
+# (its `h` includes the factor s).
 #
 # ## From the equation to the gradients
 #
 # Write $s = \alpha / r$, $h = A x$ and $y = W_0 x + s B h$. Let $dy = \partial L / \partial y$ be the gradient that arrives from the next
-# layer, with $d$ numbers. A small change of $A$ changes the loss by $dL = dy^\top s B \, (\text{change of } A) \, x$. The same for $B$ and
-# $x$ gives
+# layer, with $d$ numbers. In the same way, write $dA$ for $\partial L / \partial A$. A small change $\Delta A$ changes the loss by
+#
+# $$s \, dy^\top B \, \Delta A \, x = \langle s \, B^\top dy \, x^\top, \Delta A \rangle$$
+#
+# $\langle P, Q \rangle$ is the sum of the products of the entries of $P$ and $Q$. So each entry of the left matrix is the derivative of the
+# loss for that entry of $A$: the left matrix is $dA$. The same for $B$ and $x$ gives
 #
 # $$dA = s \, B^\top dy \, x^\top$$
 # $$dB = s \, dy \, h^\top$$
 # $$dx = W_0^\top dy + s \, A^\top B^\top dy$$
 #
-# A batch has one row for each example: $X$ of shape $(n, k)$, $dY$ of shape $(n, d)$, and $H = X A^\top$. The gradients of $A$ and $B$
+# A batch has one row for each example: $X$ of shape $(n, k)$, $dY$ of shape $(n, d)$, and $H = X A^\top$. Row $i$ of $X$ is $x_i^\top$, so
+# $W_0 x$ becomes $X W_0^\top$, and $B h$ becomes $H B^\top$. The gradients of $A$ and $B$
 # are sums over the rows, which matrix products compute:
 #
 # $$dA = s \, (dY B)^\top X$$
@@ -80,12 +86,14 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# $dA$ needs $X$, and $dB$ needs $H$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $n (k + r)$ numbers.
-# $H$ can even be computed again from $X$. Full fine-tuning keeps $X$ too, for $dW = dY^\top X$: for one linear, LoRA saves no activations.
+# $dA$ needs $X$, and $dB$ needs $H$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep $X$: $n k$ numbers. Keeping $H$
+# too, $n r$ more, saves computing it again. Full fine-tuning also keeps $X$, for $\partial L / \partial W = dY^\top X$. So for one linear,
+# LoRA saves no activations.
 # It saves the gradient and the state of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$.
 #
 # `saved_tensors_hooks` calls a function for each tensor that autograd keeps. We count the bytes of each storage once, and leave out
-# the parameters. Here the linear is the first one of the embedded ViT's MLP, with $k$ = 128, $d$ = 512 and r = 8. Its input has 8 images of 37 rows.
+# the parameters. Here the linear is the first one of the embedded ViT's MLP, with $k$ = 128, $d$ = 512 and r = 8. Its input
+# has 8 images of 37 rows: 36 patches, and one class token for the whole image.
 
 
 # %%
@@ -118,19 +126,22 @@ plain.register_forward_hook(lora_hook, with_kwargs=True)
 x = torch.randn(images, rows, k, requires_grad=True)
 layers = {"full fine-tuning": nn.Linear(k, d), "lora_hook": plain, "fused_hook": fused}
 kept = {(name, bf16): saved_bytes(layer, x, bf16) for name, layer in layers.items() for bf16 in (False, True)}
-minimum = {bf16: images * rows * (k + r) * (2 if bf16 else 4) for bf16 in (False, True)}
+x_and_h = {bf16: images * rows * (k + r) * (2 if bf16 else 4) for bf16 in (False, True)}
 for (name, bf16), number in kept.items():
     record(f"kilobytes of {name} in {'bf16' if bf16 else 'fp32'}", number / 1000)
 
 assert kept["full fine-tuning", False] == images * rows * k * 4  # X
-assert kept["lora_hook", False] == kept["fused_hook", False] == minimum[False]  # X and H
+assert kept["full fine-tuning", True] == images * rows * k * 2 + 2 * d * k  # X, and a copy of W in bf16
+assert kept["lora_hook", False] == kept["fused_hook", False] == x_and_h[False]  # X and H
 copies = 2 * r * (d + k)  # bytes of A and B in bf16
-assert kept["fused_hook", True] == minimum[True] + copies
-assert kept["lora_hook", True] == minimum[True] + copies + 2 * d * k  # and a copy of W₀ in bf16, for dX
+assert kept["fused_hook", True] == x_and_h[True] + copies
+assert kept["lora_hook", True] == x_and_h[True] + copies + 2 * d * k  # and a copy of W₀ in bf16, for dX
 
 # %% [markdown]
-# In float32, `lora_hook` keeps only the minimum. Under autocast, autograd also keeps the bf16 copies of the weights that it used:
+# In float32, both hooks keep only $X$ and $H$. Under autocast, autograd also keeps the bf16 copies of the weights that it used:
 # $A$ and $B$, and $W_0$, which $dX$ needs. `fused_hook` keeps no copy of $W_0$. Its backward pass makes the copy again.
+# Full fine-tuning keeps such a copy too, and could also make it again: this saving comes from the fused hook, and not from LoRA.
+#
 # Adam stores two numbers for each trained number, and there is a gradient: full fine-tuning needs $3 d k$ numbers here, LoRA $3 r (d + k)$.
 
 # %%
@@ -143,26 +154,27 @@ for offset, bf16, name in ((0.2, False, "float32"), (-0.2, True, "bf16 autocast"
     values = [kept[layer, bf16] / 1000 for layer in layers]
     bars = axes.barh([2 - place + offset for place in range(3)], values, height=0.38, label=name)
     axes.bar_label(bars, fmt="%.0f kB", label_type="center", color="white")
-    axes.axvline(minimum[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5, zorder=0)
+    axes.axvline(x_and_h[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5, zorder=0)
 axes.set(xlabel="kept for the backward pass (kB)", title="The fused hook keeps no copy of W₀ in bf16", xlim=(0, 300))
 axes.set_yticks([2, 1, 0], list(layers))
 axes.legend(loc="lower right", handlelength=1)
 show(figure, "saved")
 
 # %% [markdown]
-# The dotted lines are the minimum, $n (k + r)$ numbers of 4 or 2 bytes.
+# The dotted lines are $X$ and $H$: $n (k + r)$ numbers of 4 or 2 bytes.
 #
 # ## Exercises
 #
 # 1. With dropout, the update is $s B A (m \odot x)$, and the mask $m$ contains 0 and $1 / (1 - p)$. Derive the three gradients. A right
 #    answer equals autograd in float64, with relative differences below $10^{-12}$.
-# 2. Write the update as a `torch.autograd.Function` that keeps $X$ but not $H$. A right answer passes `torch.autograd.gradcheck`, and
-#    keeps exactly $n k$ numbers beside the parameters.
+# 2. Write the update alone, $s B A x$ without $W_0 x$, as a `torch.autograd.Function` that keeps $X$ but not $H$. A right answer passes
+#    `torch.autograd.gradcheck` in float64, and keeps exactly $n k$ numbers beside $A$ and $B$.
 #
 # ## What to remember
 #
 # - $dA = s B^\top dy\, x^\top$, $dB = s\, dy\, (A x)^\top$, $dx = W_0^\top dy + s A^\top B^\top dy$.
-# - The forward pass must keep $X$ and $H$: $n (k + r)$ numbers for a linear. This is not less than for full fine-tuning.
+# - The hooks keep $X$ and $H$: $n (k + r)$ numbers. $X$ alone is enough, and full fine-tuning keeps $X$ too: LoRA saves no activations of
+#   a linear.
 # - LoRA saves memory in gradients and the optimizer: $r (d + k)$ numbers are trained instead of $d k$.
 #
 # ## Sources

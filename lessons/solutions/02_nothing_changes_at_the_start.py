@@ -49,7 +49,7 @@ def train(steps, random_b):
 # %% [markdown]
 # ## 1. A = 0 and a random B
 #
-# $B A = 0$ again, so the first loss is that of the base. Now $\partial L / \partial B = \frac{\alpha}{r} G (A x)^\top = 0$ at step 0.
+# $B A = 0$ again, so the first loss is that of the base. Now $\partial L / \partial B = \frac{\alpha}{r} dy \, (A x)^\top = 0$ at step 0.
 
 # %%
 losses, moves = train(10, random_b=True)

@@ -3,9 +3,9 @@
     forward     h = s · x Aᵀ             y = x Wᵀ + b + h Bᵀ, written into the output
     backward    g = s · dy B             dx = dy W + g A          dA = gᵀ x          dB = dyᵀ h
 
-Here s = alpha / r, and dy is the gradient of y. Autograd alone keeps more: x twice under autocast, and the update before and
-after the factor s. It also adds the two terms of dx in an extra pass over memory. Here, a pre-hook gives the linear x without
-its graph, so that autograd does not record the frozen product. Only x and h are kept, and h has r columns.
+Here s = alpha / r, and dy is the gradient of y. Under autocast, autograd alone keeps a copy of W in 16 bits for each linear. It
+also adds the two terms of dx in an extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that
+autograd does not record the frozen product. Only x, h (r columns) and, under autocast, 16-bit copies of A and B are kept.
 
 Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ:
 

@@ -54,7 +54,7 @@ class LoRA(nn.Module):
         return F.pad(update, self.padding) if any(self.padding) else update
 
     def delta_weight(self) -> Tensor:
-        """Return ΔW = (alpha / r) · B A, shape (out_features, in_features), in float32 or wider (Hu et al. 2021, eq. 3)."""
+        """Return ΔW = (alpha / r) · B A, shape (out_features, in_features), in float32 or wider (Hu et al. 2021, sec. 4.1)."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         with torch.autocast(self.A.device.type, enabled=False):
             delta = self.B.to(dtype) @ self.A.to(dtype) * self.scale
