@@ -28,6 +28,7 @@ from lora_blip.tasks.losses import hard_negatives, itc_loss
 TEMPERATURE = 0.07  # before training, as in CLIP and BLIP
 RERANKED = 16  # texts with the highest ITC similarity, for which ITM is computed too
 CHUNK = 64  # pairs in one forward of ITM
+QUESTION = "it is a question, not a text; choose a checkpoint for questions (--model Salesforce/blip-vqa-base)"
 
 
 class Features(NamedTuple):
@@ -90,9 +91,9 @@ class RetrievalTask(Task[TokenizedTexts]):
     def check(self, example: Example) -> str:
         if example.prompt:
             return 'the line has a prompt, which retrieval does not use; remove the key "prompt"'
-        if example.question:
-            return "it is a question, not a text; choose a checkpoint for questions (--model Salesforce/blip-vqa-base)"
-        return self.check_text(example.text) if example.text else 'no text: retrieval needs one; add the key "text"'
+        if example.text:
+            return self.check_text(example.text)
+        return QUESTION if example.question else 'no text: retrieval needs one; add the key "text"'
 
     def check_text(self, text: str) -> str:
         """Return why a text cannot be matched, or ""."""

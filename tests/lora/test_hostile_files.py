@@ -751,7 +751,7 @@ def test_a_line_of_100_megabytes_is_a_problem_and_is_not_kept_in_memory(tmp_path
 
 def test_of_a_hundred_thousand_bad_lines_the_first_twenty_are_listed(tmp_path):
     """The length of the message is bounded, and so is the memory for each problem."""
-    (tmp_path / "x.jsonl").write_text("no line\n" * 100_000)
+    (tmp_path / "x.jsonl").write_text("another line\n" + "no line\n" * 99_999)
     messages = []
 
     def read() -> None:

@@ -362,4 +362,4 @@ def test_captions_from_python_are_checked_too(make, tmp_path, capsys):
     tiny.write_photos(tmp_path, 2)
     task = CaptionTask(make("blip"))
     assert len(Captioner(task)(sorted((tmp_path / "photos").iterdir()))) == 2
-    assert "equal up to rounding" in capsys.readouterr().out
+    assert "equal up to rounding" in capsys.readouterr().err
