@@ -106,7 +106,7 @@ assert torch.linalg.matrix_rank(delta) == r  # d · k entries, but only r indepe
 
 trained = sum(p.numel() for p in linear.parameters() if p.requires_grad)
 assert trained == r * (d + k)
-print(f"trained: {trained} numbers, {trained / linear.weight.numel():.0%} of the {linear.weight.numel()} of W₀")
+print(f"trained: {trained} numbers of A and B, {trained / linear.weight.numel():.0%} of the {linear.weight.numel()} of W₀")
 
 # %% [markdown]
 # ## What the rank limits

@@ -92,7 +92,7 @@ class ProgressMeter:
 
     def line(self) -> str:
         """Return a line such as "caption: 1,200 of 100,000 images, 15.3 a second"."""
-        unit = f" {self.unit}s" * bool(self.unit)
+        unit = f" {self.unit}{'es' if self.unit.endswith('ch') else 's'}" * bool(self.unit)
         speed = f", {self.speed:,.1f} a second" * (self.done > self.before)
         return f"{self.name}: {self.done:,} of {self.total:,}{unit}{speed}"
 

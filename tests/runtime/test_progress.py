@@ -139,3 +139,8 @@ def test_each_command_with_a_log_has_a_heartbeat(name: str, monkeypatch) -> None
     with pytest.raises(ImportError, match="lora_blip"):
         COMMANDS[name].run(None)
     assert watched[:1] == [True]
+
+
+def test_the_plural_of_batch_is_batches() -> None:
+    for unit, plural in (("batch", "batches"), ("image", "images")):
+        assert ProgressMeter("validation", 3, unit).line() == f"validation: 0 of 3 {plural}"
