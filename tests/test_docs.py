@@ -45,6 +45,7 @@ FOREIGN = (
     "captions.txt",
     "results.csv",
     "meta_cap.json",
+    "captions_val2017.json",
     ".tsv",
     "list.jsonl",
 )  # of other projects

@@ -37,7 +37,7 @@ def inject(
     r: int = R,
     alpha: float = ALPHA,
 ) -> dict[str, LoRA]:
-    """Put a new adapter called `name` on the targets, freeze all parameters of no adapter, and return {address: LoRA}.
+    """Put a new adapter called `name` on the targets, freeze all other parameters except adapters, and return {address: LoRA}.
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r and alpha. Each LoRA has
     the parameters A (r, in_features) and B (out_features, r). Train the parameters whose `requires_grad` is true. B is zero, so

@@ -1,8 +1,8 @@
 """Count intruder dimensions of large weights in a fraction of a second, with the result of `spectrum.intruder_dimensions`.
 
 That function computes two complete SVDs, which takes seconds for a weight of 4096 × 1024. Here, the strongest singular vectors
-of W and of W + ΔW come from a block Krylov method (Musco and Musco 2015, arXiv:1504.05477), in float32. The update enters by A
-and B. Most vectors after the training are close to one of W's strongest vectors, and so are no intruders. A vector u that is
+of W and of W + ΔW come from a block Krylov method (Musco and Musco 2015, arXiv:1504.05477), in float32. Products with ΔW use
+A and B. Most vectors after the training are close to one of W's strongest vectors, and so are no intruders. A vector u that is
 close to none of them could still be close to a weaker vector of W. `largest_share` excludes this with a bound. If the
 bound is too weak, or if a value is too close to `epsilon`, the SVDs decide.
 """
@@ -47,7 +47,7 @@ def _count(W: Tensor, A: Tensor, B: Tensor, k: int, epsilon: float) -> int | Non
     H = B.T @ B if tall else A @ A.T  # (r, r)
 
     def tuned(X: Tensor) -> Tensor:
-        """Return the product of G of W + ΔW = G + P F + (P F)ᵀ + Fᵀ H F with X."""
+        """Return G' X. G' = G + P F + (P F)ᵀ + Fᵀ H F is the G of W + ΔW."""
         FX = F @ X
         return G @ X + P @ FX + F.T @ (P.T @ X + H @ FX)
 

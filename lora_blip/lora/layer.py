@@ -65,7 +65,7 @@ class LoRA(nn.Module):
 
 
 def lora_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return y + Σ (alpha / r) · B A x over the adapters that are not merged and, in a block of `use_adapters`, active."""
+    """Return y + Σ (alpha / r) · B A x over the adapters that are not merged. `use_adapters` can choose among them."""
     stack, x = linear.lora, input_of(args, kwargs)
     if stack.routing is not None and stack.routing.used:  # adapters may be off, or act on some rows of the batch only
         return cast(Tensor, stack.routing.add_updates(stack, x, output))

@@ -57,7 +57,7 @@ class AdapterRouting:
     def __init__(self, fast: bool = True, dormant: frozenset[str] = frozenset()) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
         self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
-        self.used = bool(dormant)  # True once a block was entered: from then on, `lora_hook` calls `add_updates`
+        self.used = bool(dormant)  # True once a block was entered, or with dormant adapters: `lora_hook` calls `add_updates`
         self.recorded = False  # True once a block was entered with gradients on
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written

@@ -15,7 +15,7 @@ NAME = "save_pretrained"
 
 
 class SaveGuard:
-    """Replaces `save_pretrained` of a model that may have adapters. A class, not a closure, so that copies have their own."""
+    """Replaces `save_pretrained` of a model that may have adapters. A class: its copies refer to the copied model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -19,7 +19,7 @@ BLOCK = re.compile(r"[\w-]{1,64}")
 MOST_DROPOUT = 0.999_999
 MOST_RANK = 2**16  # the limit of the setting `r`; a larger value is a mistake, and fills the memory
 R, ALPHA = 8, 32.0  # the defaults of the settings `r` and `alpha` too
-TIED = "tied_to"  # an attribute that `cast_once` sets on a head: the path of the module that had the same weight before
+TIED = "tied_to"  # an attribute that `cast_once` sets on a head: the path of the module that shared its weight
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def frobenius_norm(singular_values: Tensor) -> float:
 
 
 def relative_norm(singular_values: Tensor, W: Tensor) -> float:
-    """Return ‖ΔW‖_F / ‖W‖_F of an update with these singular values. 0 for ΔW = 0, and infinity for another ΔW if W = 0."""
+    """Return ‖ΔW‖_F / ‖W‖_F of an update with these singular values. 0 for ΔW = 0, and infinity for a nonzero ΔW if W = 0."""
     update, weight = frobenius_norm(singular_values), float(torch.linalg.vector_norm(W.detach().cpu(), dtype=torch.float64))
     return update / weight if weight else (float("inf") if update else 0.0)
 

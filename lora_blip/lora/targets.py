@@ -26,7 +26,7 @@ QFORMER = r"qformer\.encoder\.layer\.\d+\."
 LM = r"language_model\..*(?:layers|block)\.\d+\.(?:layer\.\d+\.)?"
 Q, K, V = ("q", 0), ("k", 1), ("v", 2)  # name and number of the thirds of W in a fused qkv
 
-# preset → (regex over the module path, the third of a fused qkv or None)
+# preset → (regex over the module path, the block of a fused qkv (`Q`, `K`, `V`), or None)
 PRESETS: dict[str, tuple[str, tuple[str, int] | None]] = {
     "vit": (VIT + r".*", None),
     "vit.q": (VIT + r"self_attn\.qkv", Q),
@@ -163,10 +163,10 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
 
 
 def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
-    """Return the preset, or the regex of a module's last names, that is nearest to a target, or "" if none is similar."""
+    """Return the nearest preset, or a regex for the linears whose path ends with the nearest name. "": none is similar."""
     match = GRAMMAR.fullmatch(target.strip())
     name = match["body"] if match else target.strip()
-    if counts.get(name):  # but not in these blocks
+    if counts.get(name):  # the preset matches linears, but none in these blocks
         last = max(layer_number(path) for path in linears if re.fullmatch(PRESETS[name][0], path))
         return f"{name}[0:{last + 1}]"
     if any(path.endswith(f".{name}") for path in linears):

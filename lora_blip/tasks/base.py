@@ -79,7 +79,7 @@ class BaseTask(ABC):
     example_checkpoint: ClassVar[str]  # one of them, for messages
     takes_question: ClassVar[bool] = False  # True: an example has a question, and its prediction is an answer
     writes_text: ClassVar[bool] = True  # True: a prediction is a generated text
-    needs_negatives: ClassVar[bool] = False  # True: the loss compares lines, so an item has one line
+    needs_negatives: ClassVar[bool] = False  # True: the loss compares lines, so a dataset's item has one line
     score_names: ClassVar[tuple[str, ...]]  # names of `scores`; higher is better; the first selects the best adapter
     encoder: ImageEncoder
     checker: TextChecker

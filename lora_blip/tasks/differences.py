@@ -58,7 +58,7 @@ def difference_per_call(fast: list[Tensor], slow: list[Tensor], generated: bool)
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """Return ‖a − b‖ / ‖b‖ of logits without their mean over the last axis, which has no effect. 0 for an empty tensor."""
+    """Return ‖a − b‖ / ‖b‖ of logits minus their mean over the last axis (no probability changes). 0 for an empty tensor."""
     if not other.numel():
         return 0.0
     if other.ndim > 1 and other.shape[-1] > 2:

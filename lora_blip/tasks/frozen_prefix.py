@@ -1,4 +1,4 @@
-"""Cache the states of each image at the input of the first module with an adapter: training never changes them.
+"""Cache the states of each image at the input of the first block with an adapter: training never changes them.
 
 The ViT is cut before its first block with an adapter. If no block has an adapter, the cached states are the ViT's output. If
 only the language model of a BLIP-2 has adapters, they are the features, after the Q-Former and its projection. States are

@@ -194,7 +194,7 @@ class RetrievalTask(Task[TokenizedTexts]):
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
         """Return the softmax of ITC's logits, but rerank the RERANKED most probable texts by ITC and ITM.
 
-        These texts share the sum of their probabilities by the softmax of ITC's logits plus ITM's log-odds.
+        The sum of these texts' probabilities does not change. The softmax of ITC logit + ITM log-odds divides it.
         """
         rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
         states, device = self.matcher.encode_images(pixel_values), self.backbone.device

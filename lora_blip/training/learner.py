@@ -76,7 +76,8 @@ class Objective(nn.Module):
 class Learner:
     """The parameters, optimizer, loss scaler and progress of a run.
 
-    A step of several micro-batches equals a step with one batch of all their rows. Each label token (for retrieval: each
+    A step of several micro-batches equals a step with one batch of all their rows. (In retrieval it does not: negatives
+    come from the micro-batch.) Each label token (for retrieval: each
     row) has the same weight, in every micro-batch of every process. In VQA, it is multiplied by the weight of
     its answer.
     """

@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Path:
 def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_last: bool) -> None:
     """Run a micro-batch forward and backward, and add its gradients to those of the step."""
     with learner.forward_context(slot, is_last):  # seeded dropout, autocast
-        loss = learner.objective(batch) / learner.label_count  # mean over the whole step: k micro-batches equal one batch
+        loss = learner.objective(batch) / learner.label_count  # mean over the whole step
     if slot.is_filler:  # a repeated micro-batch: all processes must compute equally many micro-batches
         loss = loss * 0.0
     learner.loss += loss.detach()  # logged in metrics.jsonl
