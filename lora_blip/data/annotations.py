@@ -23,6 +23,7 @@ from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
+from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import LISTED, ReadLines
 from lora_blip.errors import DataError, ImageError
@@ -118,7 +119,8 @@ def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], u
     if len(problems) >= MANY_MISSING and not valid_lines and len({problem.reason for problem in problems}) == 1:
         raise DataError(f"{problems[0]} (all {len(problems):,} lines have this problem)")
     if problems and on_bad_data == "stop":
-        raise DataError(f"{listing(problems)}\n{SKIP}")
+        rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
+        raise DataError(f"{listing(problems)}\n{rename or SKIP}")
     if not valid_lines:
         raise DataError(f"{source}: no usable line\n{listing(problems or unused) or ANNOTATIONS}")
 

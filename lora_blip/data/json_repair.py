@@ -2,9 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from lora_blip.data.entries import IMAGE_KEYS, UNESCAPED, WrittenFloat
-from lora_blip.runtime.untrusted import parsed, pasteable, refuse_constant, unique_keys
+from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.untrusted import open_regular, parsed, pasteable, refuse_constant, unique_keys
 
 LARGEST = 2**22  # largest number of characters of a text that is corrected; a longer text comes from a program
 TOKEN = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[{}\[\]:,]|\s+|[^\s{}\[\]:,"']+""", re.DOTALL)
@@ -31,6 +34,22 @@ def corrected_reason(text: str, error: ValueError, line: int = 1) -> str:
     changed = [new for old, new in zip(_lines(text), _lines(corrected), strict=True) if old != new]
     others = f" (and correct {len(changed) - 1:,} other line(s) in the same way)" if len(changed) > 1 else ""
     return f"it is not valid JSON ({error}); write{others}: {pasteable(changed[0])}"
+
+
+def rename_command(path: Path, reasons: Iterable[str]) -> str:
+    """Return how to rename a JSON list or a table that is called .jsonl, or "" for another file.
+
+    reasons: why its lines are invalid. If some line is JSON, return "".
+    """
+    if path.suffix.lower() != ".jsonl" or not all("not valid JSON" in reason for reason in reasons):
+        return ""
+    with open_regular(path) as file:
+        start = file.readline(2**16).decode("utf-8-sig", errors="replace").strip()
+    kind, suffix = ("a JSON list", ".json") if start[:1] == "[" else ("a table", ".csv")
+    if suffix == ".csv" and (start[:1] == "{" or not re.search(r"[,;\t|]", start)):
+        return ""
+    new = quoted_for_shell(str(path.with_suffix(suffix)))
+    return f"no line is JSON: the file looks like {kind}; rename it: mv {quoted_for_shell(str(path))} {new}"
 
 
 def _lines(text: str) -> list[str]:

@@ -166,6 +166,29 @@ def test_a_line_that_cannot_be_corrected_is_quoted(tmp_path, line):
     assert "write" not in str(error.value) and line[:20] in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "suffix"),
+    [
+        ("image,text\na.jpg,a red cube\n", ".csv"), ("image\ttext\na.jpg\ta red cube\n", ".csv"),
+        ('[\n{"image": "a.jpg", "text": "x"},\n]\n', ".json"),
+    ],
+)  # fmt: skip
+def test_a_table_or_a_list_that_is_called_jsonl_gives_the_command_that_renames_it(tmp_path, content, suffix):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as error:
+        annotations.read(path)
+    assert str(error.value).splitlines()[-1].endswith(f"rename it: mv {path} {path.with_suffix(suffix)}")
+
+
+@pytest.mark.parametrize("content", ["no line\n", "{\n", 'x, y\n{"image": "a.jpg", "text": 1}\n'])
+def test_another_invalid_file_is_not_to_be_renamed(tmp_path, content):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(DataError) as error:
+        annotations.read(tmp_path / "x.jsonl")
+    assert "rename" not in str(error.value) and "ON_BAD_DATA" in str(error.value)
+
+
 def test_a_name_without_a_suffix_is_the_image_of_this_name(tmp_path):
     """Tables of ROCO, ImageCLEF and Kaggle name images without a suffix."""
     (tmp_path / "images").mkdir()
