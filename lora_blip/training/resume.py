@@ -162,8 +162,9 @@ def _rare_fields(example: Example) -> list[dict[str, Any]]:
 
     Older versions did not have these fields. A line without them still has the same digest.
     """
-    rare = {"prompt": example.prompt, "question_id": example.question_id}
-    return [rare] if example.prompt or example.question_id != "" else []
+    if not example.prompt and example.question_id == "":
+        return []
+    return [{"prompt": example.prompt, "question_id": example.question_id}]
 
 
 def _samples_of(image: Path) -> list[str]:
