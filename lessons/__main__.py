@@ -3,12 +3,13 @@
 Each runs in a separate process. A lesson fails if one of its assertions fails. The exit code is 1 if one fails.
 """
 
-import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+from lessons import script
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 2  # processes, each with one thread
@@ -25,10 +26,7 @@ def scripts(prefixes: list[str]) -> list[Path]:
 def execute(path: Path) -> tuple[Path, float, subprocess.CompletedProcess[str]]:
     """Run a lesson and return its path, its seconds and its output."""
     started = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(path)], env=environment, check=False, capture_output=True, text=True, encoding="utf-8"
-    )
+    done = script.run(path)
     return path, time.perf_counter() - started, done
 
 
@@ -46,7 +44,7 @@ def main() -> None:
             )
             if done.returncode:
                 failed.append(path)
-                print(done.stdout[-2000:] + done.stderr[-4000:], flush=True)
+                print(script.end_of_output(done), flush=True)
     seconds = time.perf_counter() - started
     print(f"{len(chosen) - len(failed)} of {len(chosen)} passed in {seconds:.0f} s. Pictures: lessons/figures/")
     sys.exit(1 if failed else 0)

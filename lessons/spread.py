@@ -4,15 +4,16 @@
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lessons import script
+
 HERE = Path(__file__).resolve().parent
 LESSONS, SEEDS, AT_ONCE = ("05", "06", "11"), (0, 1, 2), 2
+ROW_STARTS = tuple(f"| {number}" for number in LESSONS)
 TABLE = HERE / "spread.md"
 TITLE = """# Lessons 5, 6 and 11 with three seeds
 
@@ -26,12 +27,9 @@ Numbers that may depend on the seed, for seeds 0, 1 and 2. `make lessons-spread`
 def execute(lesson: Path, seed: int, folder: Path) -> list[dict[str, object]]:
     """Run a lesson with a seed and return its recorded numbers. Exit if it fails."""
     file = folder / f"{lesson.stem}_{seed}.jsonl"
-    environment = os.environ | {"LESSON_SEED": str(seed), "LESSON_RECORD": str(file), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(lesson)], env=environment, check=False, capture_output=True, text=True, encoding="utf-8"
-    )
+    done = script.run(lesson, LESSON_SEED=str(seed), LESSON_RECORD=str(file))
     if done.returncode:
-        raise SystemExit(f"{lesson.name} fails with LESSON_SEED={seed}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise SystemExit(f"{lesson.name} fails with LESSON_SEED={seed}:\n{script.end_of_output(done)}")
     print(f"{lesson.name} with seed {seed}: ok", flush=True)
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
@@ -51,11 +49,8 @@ def rows(records: list[dict[str, object]]) -> list[str]:
 
 def merged(old: str, new: list[str], chosen: tuple[str, ...]) -> str:
     """Return the table with the new rows of the chosen lessons and the old rows of the others, sorted by lesson."""
-    kept = [line for line in old.splitlines() if line.startswith(LESSONS_OF_ROWS) and not line[2:].startswith(chosen)]
+    kept = [line for line in old.splitlines() if line.startswith(ROW_STARTS) and not line[2:].startswith(chosen)]
     return TITLE + "".join(f"{line}\n" for line in sorted([*kept, *new], key=lambda line: line[:4]))
-
-
-LESSONS_OF_ROWS = tuple(f"| {number}" for number in LESSONS)
 
 
 def main() -> None:

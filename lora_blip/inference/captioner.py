@@ -19,6 +19,7 @@ from lora_blip.inference.setup import apply_adapter, open_task, read_adapter, ta
 from lora_blip.inference.shared_base import SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
 from lora_blip.models.precision import DTYPES
 from lora_blip.tasks.base import PredictionTask
@@ -277,14 +278,17 @@ class Captioner:
 
     def _check_adapter(self) -> None:
         """Raise LoRAError if the caller has removed the adapter from the base, or has merged another one into it."""
-        model = self.backbone.model
-        if self.adapter and self.hooked and (self.adapter_name or "default") not in attached.names(model):
+        if not self.adapter:
+            return
+        stacks = [linear.lora for linear in attached.adapted_linears(self.backbone.model).values()]  # one walk for both checks
+        name = self.adapter_name or "default"
+        if self.hooked and not any(name == owner_of(key) for stack in stacks for key in stack):
             raise LoRAError(
                 f"the adapter of this captioner, {self.adapter.path}, was removed from its base by lora_blip.eject or "
                 f"lora_blip.bake; open it again: Captioner.from_adapter({str(self.adapter.path)!r}, base=backbone); after "
                 "bake, load the base again first, because its weights have changed"
             )
-        if self.shared_adapter and attached.has_merged(model):
+        if self.shared_adapter and any(stack.merged for stack in stacks):
             raise LoRAError(
                 "an adapter is merged into the base that this captioner uses; call lora_blip.restore(backbone) first, or open "
                 "the captioner on another base"

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from lora_blip.errors import ModelError
 from lora_blip.models.generation import OPTIONS
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
-from lora_blip.models.weight_names import without_prefix
+from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS, without_prefix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, parsed, quoted
 
 LARGEST_CONFIG, LARGEST_INDEX = 2**21, 2**26  # bytes of config.json, of the index of weights in many files
@@ -233,13 +233,13 @@ def _image_size_fix(shape: tuple[int, ...], config: Any) -> str:
 def weight_shapes(source: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a checkpoint's safetensors, from their headers; {} if there are none."""
     files = []
-    if path := _located(source, "model.safetensors"):
+    if path := _located(source, SAFE_WEIGHTS):
         files = [path]
-    elif _located(source, "model.safetensors.index.json"):
-        index = read_json(source, "model.safetensors.index.json", largest=LARGEST_INDEX).get("weight_map")
+    elif _located(source, SAFE_INDEX):
+        index = read_json(source, SAFE_INDEX, largest=LARGEST_INDEX).get("weight_map")
         names = set(index.values()) if isinstance(index, dict) and all(map(_is_plain, index.values())) else set()
         if not names:
-            raise ModelError(f"model.safetensors.index.json of {source!r} names no files; copy it again")
+            raise ModelError(f"{SAFE_INDEX} of {source!r} names no files; copy it again")
         paths = {name: _located(source, name) for name in names}
         if missing := sorted(name for name, path in paths.items() if path is None):
             raise ModelError(f"the weights of {source!r} lack {quoted(missing[0])}; download the checkpoint again")

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from lora_blip.errors import ModelError
 from lora_blip.models.base_config import LARGEST_INDEX, read_json
+from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS
 from lora_blip.runtime.files import cache_folder, make_folder, make_whole, room_for, write_new
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, quoted, shorten
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = ("config.json", "generation_config.json")  # files that transformers reads together with the weights
 BYTES_PER_SECOND = 2**27  # an estimate, only for the message
 READER = Path(__file__).with_name("bin_reader.py")

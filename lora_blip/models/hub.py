@@ -22,8 +22,9 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
 
 from lora_blip.errors import ModelError
-from lora_blip.models.bin_weights import INDEX, SAFE_INDEX, SAFE_WEIGHTS, WEIGHTS
+from lora_blip.models.bin_weights import INDEX, WEIGHTS
 from lora_blip.models.library import first_line
+from lora_blip.models.weight_names import SAFE_INDEX, SAFE_SHARDS, SAFE_WEIGHTS
 from lora_blip.runtime.files import write_whole
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
@@ -73,7 +74,7 @@ def _downloaded(repository: str, revision: str) -> str:
     commit, files = str(info.sha), {each.rfilename for each in info.siblings or ()}
     weights = _weights(files)
     if weights and weights[0].endswith(".bin") and (converted := _converted_commit(api, repository, commit)):
-        commit, weights = converted, [SAFE_WEIGHTS, SAFE_INDEX, "model-*.safetensors"]
+        commit, weights = converted, [SAFE_WEIGHTS, SAFE_INDEX, SAFE_SHARDS]
     patterns = [*FILES, *weights]
     folder = snapshot_download(
         repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT
@@ -94,7 +95,7 @@ def _weights(files: set[str]) -> list[str]:
     if SAFE_WEIGHTS in files:
         return [SAFE_WEIGHTS]
     if SAFE_INDEX in files:
-        return ["model-*.safetensors"]
+        return [SAFE_SHARDS]
     if WEIGHTS in files:
         return [WEIGHTS]
     return ["pytorch_model-*.bin"] if INDEX in files else []

@@ -10,6 +10,7 @@ from lora_blip.errors import ModelError
 from lora_blip.runtime.untrusted import printable, quoted
 
 ANCHOR = "vision_model.embeddings.class_embedding"  # a weight of every BLIP and BLIP-2
+SAFE_WEIGHTS, SAFE_INDEX, SAFE_SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"
 HEAD = "text_decoder.cls.predictions"
 SHARED = {f"{HEAD}.decoder.bias": f"{HEAD}.bias", f"{HEAD}.bias": f"{HEAD}.decoder.bias"}  # one bias before transformers 5
 HEADS = (f"{HEAD}.decoder.weight", "language_model.lm_head.weight")

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from lora_blip.errors import ModelError
 from lora_blip.models.local_base import locate_base
-from lora_blip.models.weight_names import without_prefix
+from lora_blip.models.weight_names import SAFE_SHARDS, SAFE_WEIGHTS, without_prefix
 from lora_blip.runtime.untrusted import open_regular, quoted
-
-SINGLE, SHARDS = "model.safetensors", "model-*.safetensors"
 
 
 class WeightReader:
@@ -19,10 +17,10 @@ class WeightReader:
     def __init__(self, folder: str | Path, name: str) -> None:
         """Read the names of the weights. Raise ModelError if the folder has no safetensors, or if one cannot be read."""
         self.name = name
-        single = Path(folder) / SINGLE
-        self.files = [single] if single.exists() else sorted(Path(folder).glob(SHARDS))
+        single = Path(folder) / SAFE_WEIGHTS
+        self.files = [single] if single.exists() else sorted(Path(folder).glob(SAFE_SHARDS))
         if not self.files:
-            raise ModelError(f"{name!r} has no {SINGLE}; give a folder of a checkpoint with weights")
+            raise ModelError(f"{name!r} has no {SAFE_WEIGHTS}; give a folder of a checkpoint with weights")
         stored: dict[str, tuple[Path, str]] = {}
         for path in self.files:
             try:
@@ -76,7 +74,7 @@ def open_any(name: str) -> WeightReader:
 
 def _converted(folder: str, name: str) -> str:
     """Return the folder, or that of its copy with safetensors if it has only `.bin` weights."""
-    if (Path(folder) / SINGLE).exists() or any(Path(folder).glob(SHARDS)):
+    if (Path(folder) / SAFE_WEIGHTS).exists() or any(Path(folder).glob(SAFE_SHARDS)):
         return folder
     from lora_blip.models.bin_weights import with_safetensors
 

@@ -76,10 +76,9 @@ class Objective(nn.Module):
 class Learner:
     """The parameters, optimizer, loss scaler and progress of a run.
 
-    A step of several micro-batches equals a step with one batch of all their rows. (In retrieval it does not: negatives
-    come from the micro-batch.) Each label token (for retrieval: each
-    row) has the same weight, in every micro-batch of every process. In VQA, it is multiplied by the weight of
-    its answer.
+    A step of several micro-batches equals a step with one batch of all their rows, except in retrieval, where negatives come
+    from the micro-batch. Each label token (for retrieval: each row) has the same weight, in every micro-batch of every
+    process. In VQA, this weight is multiplied by that of its answer.
     """
 
     def __init__(

@@ -43,9 +43,8 @@ def train(config: TrainConfig) -> Path:
                 if not is_last:
                     session.checkpoint_if_due()
             with learner.transaction():  # no checkpoint is written in the middle of an update
-                rate = learning_rate(
-                    progress.step, progress.total, session.warmup, session.config.lr
-                )  # the setting LR, or the base's default
+                # config.lr is the setting LR, or the default of this base
+                rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)
                 update = update_parameters(learner, rate)
                 session.log(update, rate, batches)
             session.stop_after_skipped_steps()

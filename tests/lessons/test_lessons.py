@@ -97,7 +97,7 @@ def test_lessons_that_are_not_run_again_keep_their_rows():
     assert new.startswith(spread.TITLE) and "kept" in new and "old" not in new and "| 05_rank | exact match |" in new
 
 
-@pytest.mark.parametrize(("code", "line"), [("assert True", "ok"), ("x = 1\nassert x == 2", "failed")])
+@pytest.mark.parametrize(("code", "line"), [("x = 1\nassert x == 1", "ok"), ("x = 1\nassert x == 2", "failed")])
 def test_the_runner_reports_a_failed_assertion(code, line, tmp_path, monkeypatch, capsys):
     """A script that fails is named, its traceback is printed, and the exit code is 1."""
     (tmp_path / "01_lesson.py").write_text(code)

@@ -25,12 +25,8 @@ CLASS, NAME = "{class}", "{name}"  # in a template: the name of the folder, and 
 PLACEHOLDER = re.compile(f"{CLASS}|{NAME}")
 REPEATS, NUMBER = re.compile(r"\d+_(?=.)"), re.compile(r"(?<=.)_\d+$")
 
-NOT_ANNOTATIONS = (
-    "dataset_dict.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "state.json",
-)  # written by the datasets library
+# written by the datasets library
+NOT_ANNOTATIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 TEXT_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx")
 META_CAP = "meta_cap.json"  # written by kohya's scripts
 KNOWN_NAMES = {  # format → names of its annotation files; the files of the first name that exists are used
@@ -40,13 +36,8 @@ KNOWN_NAMES = {  # format → names of its annotation files; the files of the fi
     "karpathy": ("dataset_*.json",),
     "coco": ("captions_*.json", "annotations/captions_*.json", "annotations/[tv][ra]*.json"),  # the last: VizWiz
     "vqa": ("v2_*_questions.json",),
-    "jsonl": (
-        "metadata.jsonl",
-        "*/metadata.jsonl",
-        "annotations.jsonl",
-        "*/annotations.jsonl",
-        "_annotations.*.jsonl",
-    ),  # the last two: Roboflow
+    # the last two: Roboflow
+    "jsonl": ("metadata.jsonl", "*/metadata.jsonl", "annotations.jsonl", "*/annotations.jsonl", "_annotations.*.jsonl"),
     "csv": ("metadata.csv", "*/metadata.csv"),
     "tsv": ("annotations.tsv",),
     "parquet": ("metadata.parquet", "*/metadata.parquet"),  # of the datasets library, with the names of the image files
