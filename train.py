@@ -44,6 +44,9 @@ ON_BAD_DATA = "stop"  # if a line of the annotations is invalid: "stop" or "skip
 CHECK_IMAGES = "all"  # "all": decode all images before the first step; "lazy": decode when needed, stop at a broken image
 NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else 4
 
+# More: adapter
+VARIANT = "lora"  # "lora" or "rslora", whose update is scaled by alpha / √r; see docs/variants.md
+
 # More: optimizer
 WARMUP_STEPS = 20  # optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps
 WEIGHT_DECAY = 0.01  # AdamW's decoupled weight decay of the adapters

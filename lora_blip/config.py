@@ -4,18 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_blip.errors import ConfigError
-from lora_blip.runtime.settings import Options, check, require, setting, share_options
-from lora_blip.runtime.user_paths import BASE_OF
+from lora_blip.runtime.setting_checks import check_prediction, check_training
+from lora_blip.runtime.settings import Options, check, setting, share_options
 
-TASK_NAMES = ("caption", "vqa", "retrieval")
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
-ABOVE_ZERO = (  # settings of training that must be above zero
-    "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",
-)  # fmt: skip
-AT_LEAST_ZERO = (
-    "lr", "checkpoint_seconds", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "validate_every",
-    "patience", "max_new_tokens", "min_improvement", "views", "cache_gb", "image_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +83,10 @@ class TrainConfig:
     )
     num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
 
+    variant: str = setting(
+        "lora", '"lora" or "rslora", whose update is scaled by alpha / √r; see docs/variants.md', group="More: adapter"
+    )
+
     warmup_steps: int = setting(
         20, "optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps", group="More: optimizer"
     )
@@ -145,14 +141,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self)
         share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens"})
-        require(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "a share from 0 to below 1")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "a share from 0 to below 1")
-        require(self.task in ("auto", *TASK_NAMES), "task", self.task, f"one of auto, {', '.join(TASK_NAMES)}")
-        for name in ABOVE_ZERO:
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in AT_LEAST_ZERO:
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.num_workers >= -1, "num_workers", self.num_workers, "at least -1")
+        check_training(self)
 
 
 @dataclass(frozen=True)
@@ -223,7 +212,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         check(self)
         share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens", "do_sample": "sample"})
-        _check_prediction_settings(self)
+        check_prediction(self)
 
 
 @dataclass(frozen=True)
@@ -280,19 +269,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self)
         share_options(self, {"num_beams": "num_beams", "max_new_tokens": "max_new_tokens"})
-        _check_prediction_settings(self)
+        check_prediction(self)
         if not self.references:
             raise ConfigError("references is empty; give the annotations file with the right texts: --references test.jsonl")
-
-
-def _check_prediction_settings(config: "InferConfig | EvaluateConfig") -> None:
-    require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
-    require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
-    for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
-        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
-    if config.adapter in ("", "none") and not config.model:
-        asks, ranks = getattr(config, "question", ""), getattr(config, "texts", "")
-        task = config.task if config.task != "auto" else "vqa" if asks else "retrieval" if ranks else "caption"
-        raise ConfigError(
-            f"model is empty, and no adapter names a base; set MODEL (--model {BASE_OF[task]}) or ADAPTER (--adapter latest)"
-        )

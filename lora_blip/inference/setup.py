@@ -200,6 +200,7 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})
     facts = [str(adapter.task.get("name", "unknown task")), f"{training.get('steps', '?')} steps"]
+    facts += [adapter.variant] * (adapter.variant != "lora")
     facts += ["stopped early"] * (not training.get("finished", True))
     facts += ["the weights with the best validation score"] * (adapter.path.name == runs.BEST_NAME)
     score = validation_score(training)

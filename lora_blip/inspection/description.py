@@ -40,14 +40,15 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def _size(adapter: Adapter) -> str:
-    """Return "96 modules, r = 8, alpha = 32, 3,145,728 parameters"."""
+    """Return "96 modules, r = 8, alpha = 32, 3,145,728 parameters", with the variant if it is not plain LoRA."""
     sites = adapter.sites
     ranks = Counter((site.r, site.alpha) for site in sites).most_common(LISTED)
     described = " or ".join(f"r = {r}, alpha = {alpha:g}" + f" ({count})" * (len(ranks) > 1) for (r, alpha), count in ranks)
     dropout = adapter.metadata["lora"].get("dropout", 0.0)
     size = sum(tensor.numel() for tensor in adapter.tensors.values())
     plural = "s" * (len(sites) != 1)
-    return f"{len(sites):,} module{plural}, {described}, {size:,} parameters" + f", dropout {dropout:g}" * bool(dropout)
+    counted = f"{len(sites):,} module{plural}, {described}, {size:,} parameters" + f", dropout {dropout:g}" * bool(dropout)
+    return counted + f", variant {adapter.variant}" * (adapter.variant != "lora")
 
 
 def _task(task: Mapping[str, Any]) -> str:

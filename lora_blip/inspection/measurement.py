@@ -63,8 +63,7 @@ def measure(adapter: Adapter, weights: WeightReader | None) -> list[ModuleView]:
 
 def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
     A, B = halves(adapter, site)
-    scale = site.alpha / site.r
-    values = spectrum.delta_spectrum(A, B, scale)
+    values = spectrum.delta_spectrum(A, B, site.scale)
     layer = NUMBERED.fullmatch(site.address)
     return ModuleView(
         address=site.address,
@@ -79,8 +78,8 @@ def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
         effective_rank=spectrum.effective_rank(values),
         norm=spectrum.frobenius_norm(values),
         relative_norm=None if weight is None else spectrum.relative_norm(values, weight),
-        intruders=None if weight is None else count_intruders(weight, A, B, scale),
-        amplification=None if weight is None else spectrum.amplification_factor(weight, A, B, scale),
+        intruders=None if weight is None else count_intruders(weight, A, B, site.scale),
+        amplification=None if weight is None else spectrum.amplification_factor(weight, A, B, site.scale),
     )
 
 

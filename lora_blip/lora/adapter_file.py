@@ -6,7 +6,6 @@ Header: JSON under "lora_blip": ranks, task, base with samples of its weights, v
 
 import hashlib
 import json
-import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +19,16 @@ from torch import Tensor, nn
 
 from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection
+from lora_blip.lora.adapter_tensors import check_keys, check_values, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample, samples
-from lora_blip.lora.header import FORMAT_VERSION, HeaderError, sites_of
-from lora_blip.lora.layer import LoRA
+from lora_blip.lora.header import HeaderError, sites_of, version_of
 from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import locate
 from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, quoted, shorten
 from lora_blip.version import __version__
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,12 @@ class Adapter:
     @property
     def sites(self) -> list[Site]:
         return sites_of(self.metadata)
+
+    @property
+    def variant(self) -> str:
+        """Return "lora", or another name of `setting_checks.VARIANTS`."""
+        variant: str = self.metadata["lora"].get("variant", "lora")
+        return variant
 
     @property
     def base(self) -> str:
@@ -93,13 +96,15 @@ def save(
         raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(attached.names(model)) or 'none'}")
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
-    tensors = {key: value for address, lora in loras.items() for key, value in _tensors(address, lora).items()}
-    _check_values(path, tensors, [lora.site for lora in loras.values()])
+    tensors = {key: value for address, lora in loras.items() for key, value in tensors_of(address, lora).items()}
+    check_values(path, tensors, [lora.site for lora in loras.values()])
     base_samples = backbone.samples if isinstance(backbone, Loaded) else None
+    variant = next(iter(loras.values())).site.variant
     metadata = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(variant),
         "sha256": digest(tensors),
         "lora": {
+            **({} if variant == "lora" else {"variant": variant}),
             "dropout": next(iter(loras.values())).dropout,
             "modules": {address: _entry(lora.site) for address, lora in loras.items()},
         },
@@ -116,11 +121,6 @@ def save(
     }
     write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
     return path
-
-
-def _tensors(address: str, lora: LoRA) -> dict[str, Tensor]:
-    halves = {f"{address}.lora_A": lora.A, f"{address}.lora_B": lora.B}
-    return {key: half.detach().float().cpu().contiguous() for key, half in halves.items()}
 
 
 def _entry(site: Site) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def read(path: str | Path) -> Adapter:
         with safetensors.safe_open(path, "pt") as file:
             metadata = _header(path, file.metadata())
             sites = sites_of(metadata)
-            _check_keys(path, sites, file)
+            check_keys(path, sites, file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except FileNotFoundError:
         raise AdapterError(f"adapter {str(path)!r} does not exist; correct the path, or give 'latest'") from None
@@ -154,7 +154,7 @@ def read(path: str | Path) -> Adapter:
             raise AdapterError(f"{path} cannot be read: {reason}") from None
         reason = os_error_reason(error) if isinstance(error, OSError) else shorten(str(error))
         raise AdapterError(f"{path} is not a complete .safetensors file ({reason}); copy it again") from None
-    _check_values(path, tensors, sites)
+    check_values(path, tensors, sites)
     if metadata.get("sha256", "") not in ("", digest(tensors)):
         raise AdapterError(f"{path} is damaged: its weights have changed since it was saved; copy it again")
     return Adapter(path, tensors, metadata)
@@ -181,46 +181,6 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if text is None:
         raise AdapterError(f"{path} was not written by lora_blip: its header has no entry 'lora_blip'; give another file")
     return header.parse_header(text)
-
-
-def _check_keys(path: Path, sites: list[Site], file: Any) -> None:
-    """Raise AdapterError if the file does not have exactly the tensors, shapes and dtypes of its header."""
-    expected = {f"{site.address}.lora_{half}": site for site in sites for half in "AB"}
-    names = set(file.keys())
-    missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
-    if missing:
-        raise AdapterError(
-            f"{path} is incomplete: {quoted(missing[0])} is missing ({len(missing)} of {len(expected)} tensors are missing); "
-            "copy the file again, or train the adapter again"
-        )
-    if extra:
-        raise AdapterError(
-            f"{path}: {quoted(extra[0])} belongs to no module of its header ({len(extra)} such tensors); copy the file again"
-        )
-    for key, site in expected.items():
-        tensor = file.get_slice(key)
-        shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")  # shape[is_b] is r: A (r, …), B (…, r)
-        rows = site.rows[1] - site.rows[0] if site.rows and is_b else None
-        if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
-            needed = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
-            raise AdapterError(
-                f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, but its header says {needed}; copy the file again"
-            )
-
-
-def _check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> None:
-    """Raise AdapterError if a value or a bound of |ΔW| is not finite, or if every B is zero."""
-    largest = {key: max(map(abs, torch.stack(tensor.aminmax()).tolist())) for key, tensor in tensors.items()}  # or NaN
-    for key, value in largest.items():
-        if not math.isfinite(value):
-            raise AdapterError(
-                f"{path}: {quoted(key)} contains NaN or infinity: the training diverged. Use a lower lr, or bf16 or fp32"
-            )
-    for site in sites:  # each |ΔW| is at most (alpha / r) · r · max |A| · max |B|
-        if not site.alpha * largest[f"{site.address}.lora_A"] * largest[f"{site.address}.lora_B"] < FLOAT32_MAX:
-            raise AdapterError(f"{path}: the update of {quoted(site.address)} overflows float32; train again with a lower lr")
-    if not any(value for key, value in largest.items() if key.endswith(".lora_B")):
-        raise AdapterError(f"{path}: every lora_B is zero, so the adapter has no effect; train it before it is saved")
 
 
 # ---------------------------------------------------------------- load

@@ -17,6 +17,7 @@ from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
 from lora_blip.lora.sites import Site, name_of
+from lora_blip.lora.variants import CLASSES
 
 FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
 
@@ -166,7 +167,7 @@ def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
         linear.lora.routing = AdapterRouting()
         linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
-    lora = LoRA(site, linear.in_features, linear.out_features, dropout, device)
+    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, device)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 

@@ -11,7 +11,7 @@ Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if 
 
 - there is dropout, or not every adapter acts on every row;
 - a weight is quantized or merged, or the linear has other hooks;
-- the adapter is of a subclass of LoRA;
+- the adapter is of a class that is not in `variants.FUSED`;
 - the call is inside a transform of torch.func, or under torch.compile, which fuses kernels itself.
 
 The fused update has no second derivatives: to compute them, call `attached.fast(model, False)`.
@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can_bypass, in_transform, product
 from lora_blip.kernels.plain import is_plain
-from lora_blip.lora.layer import LoRA, lora_hook
+from lora_blip.lora.layer import lora_hook
+from lora_blip.lora.variants import FUSED
 
 SMALL = 2**20  # bytes; a smaller output of a GELU is kept for the backward pass, a larger one is computed again
 
@@ -51,7 +52,7 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
         return None  # can_bypass allows one pre-hook and one hook: ours
-    if any(type(lora) is not LoRA or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
+    if any(type(lora) not in FUSED or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
         return None
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from lora_blip.lora.fingerprint import is_sample
 from lora_blip.lora.sites import Site
+from lora_blip.runtime.setting_checks import VARIANTS
 from lora_blip.runtime.untrusted import WITH_NAN, is_path, parsed, quoted
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the largest that this version reads; see `version_of`
 LARGEST = 8 * 2**20  # bytes; 700 adapted modules need less than one million
 LONGEST_TEXT = 10_000  # characters of a prompt or name
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # terminal control codes, lone surrogates
@@ -67,6 +68,7 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format_version": (whole(1, 2**31), "a number from 1"),
     "lora": (is_object, "an object"),
     "lora.modules": (lambda value: is_object(value) and bool(value), "an object with at least one module"),
+    "lora.variant": (lambda value: value in VARIANTS, f"one of {', '.join(VARIANTS)}"),
     "lora.dropout": (number(0, 0.999_999), "a number from 0 to below 1"),
     "base": (is_object, "an object"),
     "base.name": (is_path, "a name or path"),
@@ -112,6 +114,8 @@ def parse_header(text: str) -> dict[str, Any]:
             raise HeaderError(
                 f"its header cannot be understood ({place or 'the header'} is {actual}, expected {expected}); {FIX}"
             )
+    if version_of(metadata["lora"].get("variant", "lora")) > metadata["format_version"]:
+        raise HeaderError(f"its header has format {version}, in which an adapter has no variant; train the adapter again")
     samples, modules = metadata["base"]["samples"], metadata["lora"]["modules"]
     wrong = [path for path, sample in samples.items() if not is_sample(sample)]
     wrong += [address for address, entry in modules.items() if not _is_sampled(entry, samples)]
@@ -134,16 +138,26 @@ def _at(metadata: Any, place: str) -> Any:
 
 def sites_of(metadata: dict[str, Any]) -> list[Site]:
     """Return the sites of the adapters in a header. Raise HeaderError, with the entry, if one is not valid."""
-    return [_site(address, entry) for address, entry in metadata["lora"]["modules"].items()]
+    variant = metadata["lora"].get("variant", "lora")
+    return [_site(address, entry, variant) for address, entry in metadata["lora"]["modules"].items()]
 
 
-def _site(address: str, entry: dict[str, Any]) -> Site:
+def version_of(variant: str) -> int:
+    """Return the format version of a file with this variant.
+
+    Version 1 has plain LoRA only. An older lora_blip would compute another variant wrongly, so it must refuse the file.
+    """
+    return 1 if variant == "lora" else 2
+
+
+def _site(address: str, entry: dict[str, Any], variant: str) -> Site:
     r, alpha, block, rows = map(entry.get, ("r", "alpha", "block", "rows"))
     valid = whole(1, 2**31)(r) and number(0, 1e300)(alpha) and alpha != 0
     valid = valid and (rows is None) is (block is None) and (rows is None or _is_block(block, rows))
     if not valid:
         raise HeaderError(f"the header's entry for {quoted(address)} cannot be understood; train the adapter again")
-    site = Site(entry["module"], cast(int, r), float(cast(float, alpha)), block or "", tuple(rows) if rows else None)
+    place = (block or "", tuple(rows) if rows else None)
+    site = Site(entry["module"], cast(int, r), float(cast(float, alpha)), *place, variant)
     if site.address != address:
         message = f"the header's entry for {quoted(address)} describes {quoted(site.address)}"
         raise HeaderError(f"{message}; train the adapter again")

@@ -36,31 +36,33 @@ def inject(
     *,
     r: int = R,
     alpha: float = ALPHA,
+    variant: str = "lora",
 ) -> dict[str, LoRA]:
     """Put a new adapter called `name` on the targets, freeze all other parameters except adapters, and return {address: LoRA}.
 
-    model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r and alpha. Each LoRA has
-    the parameters A (r, in_features) and B (out_features, r). Train the parameters whose `requires_grad` is true. B is zero, so
-    no output changes yet. A repeated call with the same sites changes only the dropout. In peft: `get_peft_model`, or
-    `inject_adapter_in_model`.
+    model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r, alpha and the variant.
+    variant: "lora" or "rslora"; see docs/variants.md. Each LoRA has the parameters A (r, in_features) and B (out_features, r).
+    Train the parameters whose `requires_grad` is true. B is zero, so no output changes yet. A repeated call with the same sites
+    changes only the dropout. In peft: `get_peft_model`, or `inject_adapter_in_model`.
 
     Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if
-    the model already has an adapter called `name` with other modules, r or alpha. Raise it too if a site is not a linear of
-    this model, is a tied head, or has a wrong range or rank.
+    the model already has an adapter called `name` with other modules, r, alpha or variant. Raise it too if a site is not a
+    linear of this model, is a tied head, or has a wrong range or rank.
 
     >>> adapters = lora_blip.inject(backbone, "vit", r=4)
     >>> optimizer = torch.optim.AdamW([p for p in backbone.model.parameters() if p.requires_grad], lr=1e-4)
     """
     model = model_of(model)
     items: Any = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
+    names = targets if isinstance(targets, str) else items
     by_name = bool(items) and all(isinstance(item, str) for item in items)
-    sites = find(model, targets if isinstance(targets, str) else items, r, alpha) if by_name else list_sites(items)
+    sites = find(model, names, r, alpha, variant) if by_name else list_sites(items)
     by_address = {site.address: site for site in sites}
     check_unheld(model, name)
     present = adapters(model, name)
     if present and {address: lora.site for address, lora in present.items()} != by_address:
         raise LoRAError(
-            f"the model already has an adapter {name!r} on other modules, or with another r or alpha; "
+            f"the model already has an adapter {name!r} on other modules, or with another r, alpha or variant; "
             f"first call lora_blip.eject(model, {name!r})"
         )
     check_sites(model, sites, dropout)

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_TENSORS
+from lora_blip.runtime.setting_checks import VARIANTS
 from lora_blip.runtime.untrusted import quoted
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -27,7 +28,7 @@ class Site:
     """The site of an adapter: the path of a linear, and the output rows that the update reaches.
 
     An output row is a row of W: it computes one output feature. If the update does not reach all rows, `block` is the name of
-    the range, such as "q" in a fused qkv.
+    the range, such as "q" in a fused qkv. All sites of an adapter have the same variant.
     """
 
     module: str
@@ -35,6 +36,12 @@ class Site:
     alpha: float = ALPHA
     block: str = ""
     rows: tuple[int, int] | None = None  # [start, stop) of out_features; None is all of them
+    variant: str = "lora"  # one of `setting_checks.VARIANTS`
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of B A: alpha / r, or alpha / √r of rsLoRA (arXiv:2312.03732)."""
+        return self.alpha / (self.r**0.5 if self.variant == "rslora" else self.r)
 
     @property
     def address(self) -> str:
@@ -118,6 +125,11 @@ def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -
         )
     if not isinstance(dropout, int | float) or not 0 <= dropout <= MOST_DROPOUT:  # False for NaN
         raise LoRAError(f"dropout = {dropout!r}: expected a number from 0 to below 1, such as 0.1")
+    variants = dict.fromkeys(str(site.variant) for site in sites)
+    if len(variants) > 1:
+        raise LoRAError(
+            f"an adapter has one variant, and the sites have {' and '.join(variants)}; inject two adapters by name=…"
+        )
     shared, addresses = _tied(modules), set()
     for site in sites:
         _check_numbers(site)
@@ -142,6 +154,8 @@ def _check_numbers(site: Site) -> None:
         raise LoRAError(f"{site.address!r}: r={quoted(site.r)}: expected a whole number from 1 to {MOST_RANK}")
     if isinstance(site.alpha, bool) or not isinstance(site.alpha, int | float) or not 0 < site.alpha < math.inf:
         raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)}: expected a positive finite number")
+    if site.variant not in VARIANTS:
+        raise LoRAError(f"{site.address!r}: variant={quoted(site.variant)}: expected one of {', '.join(VARIANTS)}")
     if site.alpha > FLOAT32.max * site.r or site.alpha / site.r < FLOAT32.tiny:
         raise LoRAError(f"{site.address!r}: alpha / r = {quoted(site.alpha)} / {site.r} is beyond float32; give alpha = 32")
 

@@ -11,7 +11,7 @@ qformer:r=4:alpha=8     with its own rank and alpha, instead of those of the set
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -87,12 +87,15 @@ def parse(target: str, r: int, alpha: float) -> Pattern:
     return Pattern(target.strip(), match["body"], layers, rank, float(own.get("alpha", alpha * rank / r)))
 
 
-def find(model: nn.Module | Loaded, targets: str | Sequence[str], r: int = R, alpha: float = ALPHA) -> list[Site]:
+def find(
+    model: nn.Module | Loaded, targets: str | Sequence[str], r: int = R, alpha: float = ALPHA, variant: str = "lora"
+) -> list[Site]:
     """Return the sites of `targets` in the model's order: which linears get an adapter, with r and alpha of each.
 
     targets: presets, module names or regexes, as a list or separated by commas. A later target overrides r and alpha of an
-    earlier one. Raise TargetError if a target matches nothing (the message suggests others), or if one target is a fused linear
-    and another one a block of it. In peft: `target_modules`, `rank_pattern` and `alpha_pattern`.
+    earlier one. variant: that of all sites, "lora" or "rslora". Raise TargetError if a target matches nothing (the message
+    suggests others), or if one target is a fused linear and another one a block of it. In peft: `target_modules`,
+    `rank_pattern` and `alpha_pattern`.
 
     >>> sites = lora_blip.find_targets(backbone, "vit,text:r=4")
     >>> sites[0].module, sites[0].r, sites[0].alpha
@@ -104,7 +107,7 @@ def find(model: nn.Module | Loaded, targets: str | Sequence[str], r: int = R, al
         sites = _sites(model, parse(target, r, alpha))
         if not sites:
             raise TargetError(_nothing_matched(model, target))
-        chosen.update({site.address: site for site in sites})
+        chosen.update({site.address: replace(site, variant=variant) for site in sites})
     doubled = {site.module for site in chosen.values() if site.block} & chosen.keys()
     if doubled:
         raise TargetError(f"{min(doubled)!r} is targeted as a whole and by a block of its rows; remove one of the two targets")

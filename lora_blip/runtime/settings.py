@@ -1,8 +1,10 @@
 """The fields of a config class that are settings: declare them with `setting`, and check their values with `check`."""
 
+import difflib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import Field, asdict, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,6 +15,7 @@ LARGEST = {  # largest sensible values, by setting
     "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
 }  # fmt: skip
+ADDED = {"init_adapter": "", "variant": "lora"}  # settings that older adapter files lack, with the values without effect
 
 
 class Options(dict[str, Any]):
@@ -75,8 +78,9 @@ def check(config: Any) -> None:
 
 
 def stored_settings(config: Any) -> dict[str, Any]:
-    """Return the settings for an adapter file, without empty options or an empty INIT_ADAPTER: old versions had neither."""
-    return {name: value for name, value in asdict(config).items() if value != {} and (value or name != "init_adapter")}
+    """Return the settings for an adapter file, without those of ADDED that have no effect: old versions had none of them."""
+    settings = asdict(config)
+    return {name: value for name, value in settings.items() if value != {} and (name not in ADDED or value != ADDED[name])}
 
 
 def options_of(value: Any, name: str) -> Options:
@@ -113,6 +117,12 @@ def share_options(config: Any, settings: dict[str, str]) -> None:
         require(type(value) is type(own) and value > 0, f"generation: {option}", value, expected)
         object.__setattr__(config, name, options.pop(option))
     object.__setattr__(config, "generation", Options(options))
+
+
+def require_name(value: str, name: str, known: Sequence[str]) -> None:
+    """Raise ConfigError, with the most similar name, if the value of a setting is not one of the known names."""
+    near = difflib.get_close_matches(value.lower(), known, 1, 0.0)[0]
+    require(value in known, name, value, f"one of {', '.join(known)}; did you mean {near!r}?")
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

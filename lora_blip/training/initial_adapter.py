@@ -28,7 +28,7 @@ def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
 
     Raise AdapterError, with the settings that fit, if the initial adapter has another base, image size, rank or alpha.
     """
-    sites = targets.find(backbone.model, config.targets, config.r, config.alpha)
+    sites = targets.find(backbone.model, config.targets, config.r, config.alpha, config.variant)
     if not config.init_adapter:
         injection.inject(backbone.model, sites, config.dropout)
         return None
@@ -67,7 +67,13 @@ def check_base(adapter: Adapter, backbone: Backbone) -> None:
 
 
 def check_sites(adapter: Adapter, sites: list[Site]) -> None:
-    """Raise AdapterError if a target has another r or alpha than in the adapter, or other rows of the same linear."""
+    """Raise AdapterError if a target has another variant, r or alpha than in the adapter, or other rows of the same linear."""
+    variants = {site.variant for site in sites}
+    if variants != {adapter.variant}:
+        raise AdapterError(
+            f"init_adapter: {adapter.path} has the variant {adapter.variant!r}, and this training has VARIANT = "
+            f"{min(variants)!r}; use that of the adapter: --variant {adapter.variant}"
+        )
     own = {site.address: site for site in adapter.sites}
     whole = {site.module for site in (*sites, *own.values()) if not site.block}
     for site in sites:

@@ -157,7 +157,7 @@ def test_a_damaged_file_is_refused_with_the_reason(make, saved):
         "every lora_B is zero": {
             "tensors": {k: torch.zeros_like(t) for k, t in adapter_file.read(saved).tensors.items() if k.endswith("lora_B")}
         },
-        "reads formats up to 1": {"header": {"format_version": 2}},
+        "reads formats up to 2": {"header": {"format_version": 3}},
         "header cannot be": {"header": {"lora": {"modules": {"x": 3}}}},
         "header cannot be understood": {"header": {"lora": []}},
         "its header cannot": {"header": {"base": {"name": "x", "samples": {}}}},

@@ -292,7 +292,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {  # defect → (file, part of the error
     "annotations that are a list": (adapter_bytes(with_value(["a"], "training", "settings", "annotations")), "annotations is"),
     "steps that are a text": (adapter_bytes(with_value("many", "training", "steps")), "training.steps is 'many'"),
     "a version that is true": (adapter_bytes(with_value(True, "format_version")), "format_version is True"),
-    "a later version": (adapter_bytes(with_value(2, "format_version")), "reads formats up to 1; upgrade"),
+    "a later version": (adapter_bytes(with_value(3, "format_version")), "reads formats up to 2; upgrade"),
     "a dropout of 1": (adapter_bytes(with_value(1.0, "lora", "dropout")), "lora.dropout is 1.0"),
 }
 
@@ -481,9 +481,11 @@ def test_a_file_with_changed_bytes_is_read_or_refused(flips, tmp_path):
 
 
 def test_every_checked_part_of_a_header_is_in_a_saved_header():
-    """`header.KNOWN` lists parts of a saved header, and two optional ones: the temperature of retrieval and the image size."""
+    """`header.KNOWN` lists parts of a saved header, and three optional ones: variant, temperature and image size."""
     known = {tuple(place.split(".")) for place in header.KNOWN if place}
-    assert known - set(key_paths(valid_header())) == {("task", "temperature"), ("base", "image_size")}
+    assert known - set(key_paths(valid_header())) == {
+        ("lora", "variant"), ("task", "temperature"), ("base", "image_size"),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- images

@@ -27,11 +27,14 @@ def kind_of(backbone: Backbone) -> str:
     return Path(backbone.name).name
 
 
-def inject(backbone: Backbone, what: str = "", r: int = 4, alpha: float = 8.0, trained: bool = True, name: str = "default"):
+def inject(
+    backbone: Backbone, what: str = "", r: int = 4, alpha: float = 8.0, trained: bool = True, name: str = "default",
+    variant: str = "lora",
+):  # fmt: skip
     """Adapters on every part (or on `what`); `trained` gives each B values that matter."""
     torch.manual_seed(11)
     found = injection.inject(
-        backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha), name=name
+        backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha, variant), name=name
     )
     if trained:
         generator = torch.Generator().manual_seed(7)

@@ -1,0 +1,44 @@
+"""Check the values of the settings of training, inference and evaluation. `settings.check` has checked their types."""
+
+from typing import Any
+
+from lora_blip.errors import ConfigError
+from lora_blip.runtime.settings import require, require_name
+from lora_blip.runtime.user_paths import BASE_OF
+
+TASK_NAMES = ("caption", "vqa", "retrieval")
+VARIANTS = ("lora", "rslora")  # of LoRA; see `lora.variants`
+ABOVE_ZERO = (  # settings of training that must be above zero
+    "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",
+)  # fmt: skip
+AT_LEAST_ZERO = (
+    "lr", "checkpoint_seconds", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "validate_every",
+    "patience", "max_new_tokens", "min_improvement", "views", "cache_gb", "image_size",
+)  # fmt: skip
+
+
+def check_training(config: Any) -> None:
+    """Raise ConfigError if a setting of training has a value that is not allowed."""
+    require(0 <= config.val_fraction < 1, "val_fraction", config.val_fraction, "a share from 0 to below 1")
+    require(0 <= config.dropout < 1, "dropout", config.dropout, "a share from 0 to below 1")
+    require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
+    require_name(config.variant, "variant", VARIANTS)
+    for name in ABOVE_ZERO:
+        require(getattr(config, name) > 0, name, getattr(config, name), "above 0")
+    for name in AT_LEAST_ZERO:
+        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    require(config.num_workers >= -1, "num_workers", config.num_workers, "at least -1")
+
+
+def check_prediction(config: Any) -> None:
+    """Raise ConfigError if a setting of inference or evaluation has a value that is not allowed, or if no base is named."""
+    require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
+    require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
+    for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
+        require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    if config.adapter in ("", "none") and not config.model:
+        asks, ranks = getattr(config, "question", ""), getattr(config, "texts", "")
+        task = config.task if config.task != "auto" else "vqa" if asks else "retrieval" if ranks else "caption"
+        raise ConfigError(
+            f"model is empty, and no adapter names a base; set MODEL (--model {BASE_OF[task]}) or ADAPTER (--adapter latest)"
+        )
