@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from lessons import script
+from lessons import process
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 2  # processes, each with one thread
@@ -26,7 +26,7 @@ def scripts(prefixes: list[str]) -> list[Path]:
 def execute(path: Path) -> tuple[Path, float, subprocess.CompletedProcess[str]]:
     """Run a lesson and return its path, its seconds and its output."""
     started = time.perf_counter()
-    done = script.run(path)
+    done = process.run(path)
     return path, time.perf_counter() - started, done
 
 
@@ -44,7 +44,7 @@ def main() -> None:
             )
             if done.returncode:
                 failed.append(path)
-                print(script.end_of_output(done), flush=True)
+                print(process.end_of_output(done), flush=True)
     seconds = time.perf_counter() - started
     print(f"{len(chosen) - len(failed)} of {len(chosen)} passed in {seconds:.0f} s. Pictures: lessons/figures/")
     sys.exit(1 if failed else 0)

@@ -9,7 +9,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lessons import script
+from lessons import process
 
 HERE = Path(__file__).resolve().parent
 LESSONS, SEEDS, AT_ONCE = ("05", "06", "11"), (0, 1, 2), 2
@@ -27,9 +27,9 @@ Numbers that may depend on the seed, for seeds 0, 1 and 2. `make lessons-spread`
 def execute(lesson: Path, seed: int, folder: Path) -> list[dict[str, object]]:
     """Run a lesson with a seed and return its recorded numbers. Exit if it fails."""
     file = folder / f"{lesson.stem}_{seed}.jsonl"
-    done = script.run(lesson, LESSON_SEED=str(seed), LESSON_RECORD=str(file))
+    done = process.run(lesson, LESSON_SEED=str(seed), LESSON_RECORD=str(file))
     if done.returncode:
-        raise SystemExit(f"{lesson.name} fails with LESSON_SEED={seed}:\n{script.end_of_output(done)}")
+        raise SystemExit(f"{lesson.name} fails with LESSON_SEED={seed}:\n{process.end_of_output(done)}")
     print(f"{lesson.name} with seed {seed}: ok", flush=True)
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
