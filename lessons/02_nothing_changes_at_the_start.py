@@ -86,7 +86,7 @@ for step in range(2):
 # ## If both start random
 #
 # Now $B$ gets random values too, by the function that initializes $A$. $B$ has $r$ columns, so its entries are uniform in
-# $\pm 1 / \sqrt{r}$; those of $A$ are uniform in $\pm 1 / \sqrt{k}$. The base is then a different model before the first step. We count the test
+# $\pm 1 / \sqrt{r}$; those of $A$ are uniform in $\pm 1 / \sqrt{k}$. (`peft` does this with `LoraConfig(init_lora_weights=False)`.) The base is then a different model before the first step. We count the test
 # captions that stay the same, and compare the losses.
 
 

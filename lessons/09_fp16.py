@@ -31,18 +31,25 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 # %% [markdown]
 # ## Small gradients become zero
 #
-# The loss is a mean over the label tokens, so each activation gets a small gradient. The better the model and the larger the
-# batch, the smaller it is. Under autocast, the gradients of the outputs of linears are fp16, and the backward pass multiplies
-# them further.
+# The loss L is a mean over the label tokens, so each activation gets a small gradient. The better the model and the larger the
+# batch, the smaller it is. Under autocast, the gradients of the outputs of linears are fp16, and the backward pass computes the
+# gradients of the earlier layers from them. What is zero there is lost for the earlier layers too.
 #
 # The remedy is a loss scale S. The backward pass starts with S·L instead of L. The chain rule is linear, so every gradient
-# is multiplied by S. At the end, the gradients of the adapters are divided by S in float32:
+# is multiplied by S. Let g be the gradient of one output, and round(z) the number of fp16 that is nearest to z. The backward pass
+# keeps round(S·g):
 #
-# $$g = \frac{1}{S} \frac{\partial (S L)}{\partial \theta}, \qquad \mathrm{round}(S g) = 0 \iff |g| \le \frac{2^{-25}}{S}.$$
+# $$\mathrm{round}(S g) = 0 \iff |g| \le \frac{2^{-25}}{S}.$$
 #
-# S is a power of two. Then the multiplication and the division change only the exponent, and round nothing.
+# At the end, the gradients of the parameters θ of the adapters are divided by S in float32:
 #
-# We train an adapter for 60 steps, and take the gradients of a batch of four images with different loss scales.
+# $$\frac{\partial L}{\partial \theta} = \frac{1}{S} \frac{\partial (S L)}{\partial \theta}.$$
+#
+# S is a power of two. Then the multiplication and the division change only the exponent. They round nothing, as long as the
+# numbers stay in the range of the dtype.
+#
+# A new adapter has B = 0, so A has no gradient. So we first train an adapter for 60 steps. Then we take the gradients of a batch
+# of four images with different loss scales.
 
 # %%
 run = lesson_tools.quick_train(max_steps=60)
@@ -60,8 +67,8 @@ def batch_of(count):
     return batch | {"pixel_values": backbone.image_processor(images, return_tensors="pt").pixel_values}  # (count, 3, 96, 96)
 
 
-def loss_of(batch, fp16=False):
-    with torch.autocast("cpu", dtype=torch.float16, enabled=fp16):
+def loss_of(batch, dtype=None):
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         return model(**batch).loss
 
 
@@ -77,10 +84,10 @@ for linear in linears.values():
     linear.register_forward_hook(keep_gradient)
 
 
-def gradients(batch, S=1.0, fp16=False):
+def gradients(batch, S=1.0, dtype=None):
     """Return the gradients of the outputs of all adapted linears, times S, and of the adapters, divided by S."""
     of_outputs.clear()
-    of_adapters = torch.autograd.grad(S * loss_of(batch, fp16), parameters)
+    of_adapters = torch.autograd.grad(S * loss_of(batch, dtype), parameters)
     return torch.cat(of_outputs), torch.cat([gradient.flatten() / S for gradient in of_adapters])
 
 
@@ -89,7 +96,7 @@ exact_outputs, exact_adapters = gradients(batch)
 SCALES = [2.0**power for power in range(-12, 29, 4)]
 zeros, errors = [], []
 for S in SCALES:
-    outputs, adapters = gradients(batch, S, fp16=True)
+    outputs, adapters = gradients(batch, S, torch.float16)
     assert torch.equal((S * exact_outputs).half() == 0, exact_outputs.abs() <= 2.0**-25 / S)  # the equation
     assert torch.equal(S * exact_outputs / S, exact_outputs)  # a power of two rounds nothing
     zeros.append((outputs == 0).float().mean().item())
@@ -105,7 +112,7 @@ assert errors[3] < 0.05 and errors[7] < 0.01 < 0.1 < errors[1] and not errors[-1
 # times as many tokens has gradients of about the size of S = 2⁻⁸. There, the error is 25 to 65 percent.
 #
 # Any S on the flat part is good. `torch.amp.GradScaler` finds one. It skips a step whose gradients are not finite, and halves
-# S. After 2000 good steps it doubles S. It starts with S = 2¹⁶. We start with 2²⁵, which is too large.
+# S. After 2000 steps without such a skip, it doubles S. It starts with S = 2¹⁶. We start with 2²⁵, which is too large.
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(5, 6.5), sharex=True)
@@ -122,7 +129,7 @@ optimizer = torch.optim.SGD(parameters, lr=0.0)  # a rate of 0: we look only at 
 while not scales or scaler.get_scale() < scales[-1]:
     scales.append(scaler.get_scale())
     optimizer.zero_grad()
-    scaler.scale(loss_of(batch, fp16=True)).backward()
+    scaler.scale(loss_of(batch, torch.float16)).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)  # does nothing if a gradient is inf or nan
     scaler.update()
@@ -153,13 +160,14 @@ def watch(name):
 for name, module in model.named_modules():
     module.register_forward_hook(watch(name))
 target = "vision_model.encoder.layers.2.mlp.fc1"
-for power, fp16 in ((0, True), (16, False), (16, True)):
+for power, dtype in ((0, torch.float16), (16, torch.float32), (16, torch.bfloat16), (16, torch.float16)):
     names.clear()
     linears[target].weight.data *= 2.0**power
-    loss = loss_of(batch, fp16).item()
+    loss = loss_of(batch, None if dtype == torch.float32 else dtype).item()
     linears[target].weight.data /= 2.0**power
-    print(f"weight · 2^{power}, {'fp16' if fp16 else 'fp32'}: loss {loss:.3g}, not finite: {len(names)} modules, {names[:3]}")
-    assert (loss != loss and names[0] == target) if power and fp16 else (loss == loss and not names)  # nan is not equal to nan
+    print(f"weight · 2^{power}, {dtype}: loss {loss:.3g}, not finite: {len(names)} modules, {names[:3]}")
+    # nan is not equal to nan
+    assert (loss != loss and names[0] == target) if (power, dtype) == (16, torch.float16) else (loss == loss and not names)
 
 # %% [markdown]
 # The value spreads to the later modules, so only the first name matters. If a loss is not finite, `lora_blip` does the same search, and
@@ -167,13 +175,14 @@ for power, fp16 in ((0, True), (16, False), (16, True)):
 #
 # ## Why adapters stay in float32
 #
-# The optimizer subtracts u from a parameter θ. For Adam, |u| is about the learning rate η. In fp16, the result is rounded. If |u| is
+# The optimizer subtracts u from a parameter θ. For Adam, |u| is usually at most the learning rate η (arXiv:1412.6980, section 2.1).
+# In fp16, the result is rounded. If |u| is
 # less than half of the gap between θ and its neighbours, the parameter does not change. For p significant bits,
 #
 # $$\mathrm{round}(\theta - u) = \theta \quad \text{if} \quad |u| < \tfrac{1}{2}\,\mathrm{ulp}(\theta), \qquad
 # \mathrm{ulp}(\theta) = 2^{\lfloor \log_2 |\theta| \rfloor + 1 - p}.$$
 #
-# (At θ = ±2ᵉ, the gap on one side is only half as large.) The next step starts again from the same θ. So a thousand such steps change
+# (At θ = ±2ᵉ, the gap on one side is only half as large, so |u| must be less than a quarter of an ulp.) The next step starts again from the same θ. So a thousand such steps change
 # nothing, but in float32 they add up. We count the lost updates for one step of size η on the trained A and B.
 
 # %%
@@ -193,7 +202,7 @@ for dtype, bits in BITS.items():
         sum_of_steps = (sum_of_steps - 1e-6).to(dtype).double()
     total = (theta - sum_of_steps).mean()
     print(f"{dtype}: 1000 steps of 1e-6 change a parameter by {total:.2g}; {lost[dtype][4]:.0%} of the steps of 1e-5 are lost")
-assert (1 + torch.tensor(0.8 * torch.pi).cos()) / 2 < 0.1
+assert (1 + torch.tensor(0.8 * torch.pi).cos()) / 2 < 0.1  # the cosine schedule, see below
 assert lost[torch.float32][4] < 0.01 < 0.1 < lost[torch.float16][4] < 0.5 < min(lost[torch.float16][2], lost[torch.bfloat16][4])
 
 figure, axes = plt.subplots()
@@ -206,12 +215,13 @@ show(figure, "lost_updates")
 
 # %% [markdown]
 # In float32, almost no step of these sizes is lost, and a thousand of them add up. In fp16, a part of the steps of 1e-5 is lost, and most of the
-# steps of 1e-6. bf16 loses more, because it has three bits less. The default peak rate for a real checkpoint is 1e-4, and the cosine schedule
-# lowers it to zero: ½(1 + cos 0.8π) < 0.1, so the last fifth of the steps is below 1e-5.
+# steps of 1e-6. bf16 loses more, because it has three bits less. The default peak rate for a real checkpoint is 1e-4 (`lr` in
+# `lora_blip/config.py`). After the warm-up, the cosine schedule lowers it to zero: ½(1 + cos 0.8π) < 0.1, so the last fifth of these
+# steps is below 1e-5.
 #
 # Micikevicius et al. (arXiv:1710.03740, section 3.1) keep a float32 copy of all weights for this reason. LoRA needs it only for A
 # and B, which are small. The frozen W₀ can have 16 bits, because training adds nothing to it. Autocast still multiplies with fp16 copies of A
-# and B.
+# and B. (`peft` also makes A and B float32 if the model has 16 bits: `autocast_adapter_dtype=True` is its default.)
 #
 # ## Accumulation weighted by tokens
 #
@@ -256,12 +266,13 @@ assert (updates[0] - updates[1]).norm() < 1e-3 * updates[0].norm()
 #
 # ## What to remember
 #
-# - The loss scale moves small gradients into the range of fp16. A power of two rounds nothing. It does not help against an overflow.
+# - The loss scale moves small gradients into the range of fp16. It does not help against an overflow of the forward pass.
 # - An update below half an ulp is lost. A and B stay in float32, which costs little because they are small.
 # - Divide the loss of each micro-batch by the label count of the whole step.
 #
 # ## Sources
 #
 # - Micikevicius et al. 2017, *Mixed Precision Training*, arXiv:1710.03740: loss scaling and float32 copies of the weights
+# - Kingma and Ba 2014, *Adam: A Method for Stochastic Optimization*, arXiv:1412.6980
 # - Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv:2106.09685
 # - PyTorch, *Automatic Mixed Precision*, https://docs.pytorch.org/docs/stable/amp.html: the scaler and its defaults

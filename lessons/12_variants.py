@@ -13,7 +13,8 @@
 # $$y = W_0 x + b + s \cdot B A x, \qquad s = \frac{\alpha}{r}, \qquad A: (r, k), \qquad B: (d, r).$$
 #
 # A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
-# the start, or the learning rates.
+# the start, or the learning rates. In `peft` they are `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`,
+# `LoraConfig(init_lora_weights="pissa")` and the function `create_loraplus_optimizer`.
 
 # %%
 import lesson_tools  # first: it sets the paths and the number of threads
@@ -63,13 +64,13 @@ class RsLoRA(Plain):
 
 
 # %% [markdown]
-# **DoRA** (Liu et al. 2024) trains the norm of each row of the weight separately. m has d elements, and is ‖W₀‖ at the start:
+# **DoRA** (Liu et al. 2024) trains the norm of each row of the weight separately. Let ‖W‖ be the vector of the norms of the d rows of a
+# weight W. (The paper calls it a column-wise norm. With PyTorch's shape of a weight, it has one norm for each output feature, so for
+# each row, also in `peft`.) DoRA trains a vector m of d elements, which is ‖W₀‖ at the start, and g multiplies the rows:
 #
 # $$W' = g \odot (W_0 + \Delta W), \qquad g = \frac{m}{\|W_0 + \Delta W\|}, \qquad \Delta W = s \cdot B A.$$
 #
-# ‖·‖ is the norm of each row, and g multiplies the rows. (The paper calls it a column-wise norm. `peft`, and PyTorch's shape
-# of a weight, make it a norm of rows: one for each output feature.) The hook has the output y = W₀x + b and
-# the update u = s·B A x. So
+# The hook gets the output y = W₀x + b of the linear, and it computes the update u = s·B A x. So
 #
 # $$W' x + b = y + (g - 1) \odot (y - b) + g \odot u.$$
 #
@@ -94,7 +95,8 @@ def dora_hook(linear, args, _kwargs, output):
 
 
 # %% [markdown]
-# **PiSSA** (Meng et al. 2024) starts with the largest singular values of W₀ = U S Vᵀ in the adapter, and freezes the rest:
+# **PiSSA** (Meng et al. 2024) puts the r largest singular values of W₀ = U S Vᵀ and their vectors into the adapter, and freezes the
+# rest. S_r is the diagonal matrix of these values, and U_r and V_r have their vectors as columns:
 #
 # $$A = \sqrt{S_r}\, V_r^\top, \qquad B = U_r \sqrt{S_r}, \qquad W_{\text{res}} = W_0 - B A, \qquad s = 1.$$
 
@@ -130,7 +132,7 @@ VARIANTS = {  # class, hook, λ
 # %% [markdown]
 # ## The same batches for all
 #
-# The task is the captions of cubes. All variants get the same batches, and Adam with ε near zero.
+# The task is the captions of cubes. All variants get the same batches, and Adam with ε near zero (the last section needs this).
 
 # %%
 base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
@@ -161,7 +163,7 @@ def train(backbone, parameter_groups, steps=STEPS):
 # %% [markdown]
 # ## The equations, before the training
 #
-# All variants start at the base. LoRA, rsLoRA and DoRA have its logits bit for bit. PiSSA rounds W₀ − B A, so its logits
+# All variants start at the base. LoRA, rsLoRA, DoRA and LoRA+ have its logits bit for bit. PiSSA rounds W₀ − B A, so its logits
 # differ in the last bits.
 
 # %%
@@ -268,7 +270,8 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 # ## What to remember
 #
 # - A variant changes the factor, the norm, the start or the learning rates. Without training steps, all give the base.
-# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and a lower learning rate.
+# - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the
+#   learning rate that LoRA+ has for A.
 # - Compare variants only after you tune the learning rate of each.
 #
 # ## Sources

@@ -4,6 +4,7 @@ import ast
 import importlib
 import io
 import json
+import re
 import tokenize
 from pathlib import Path
 
@@ -78,6 +79,25 @@ def test_every_lesson_is_in_the_lists():
     assert [path.name for path in LESSONS if f"`{path.name}`" not in files] == []
     rows = (FOLDER.parent / "docs" / "learn.md").read_text(encoding="utf-8").splitlines()
     assert [path.name for path in LESSONS if not any(f"{int(path.name[:2])} · " in row for row in rows)] == []
+
+
+def unknown_names(text: str, folder: Path) -> list[str]:
+    """Return the names in backticks that are neither a file in `folder` nor a name in one of the Python files of the text."""
+    names = re.findall(r"`([\w./]+)`", text)
+    sources = [(folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()]
+    code = "\n".join(sources)
+    return [name for name in names if not (folder / name).is_file() and not re.search(rf"\b{name.split('.')[-1]}\b", code)]
+
+
+def test_the_code_that_the_reading_order_names_exists():
+    """Each file and each name after **Read:** in a lesson, and in the table of docs/learn.md, is in the repository."""
+    root = FOLDER.parent
+    texts = {path.name: path.read_text(encoding="utf-8").split("**Read:**")[1].split("\n#\n")[0] for path in LESSONS}
+    assert {name: unknown_names(text, root) for name, text in texts.items() if unknown_names(text, root)} == {}
+    rows = [row for row in (root / "docs" / "learn.md").read_text(encoding="utf-8").splitlines() if row.startswith("| ")]
+    assert len(rows) == 1 + len(LESSONS)
+    assert [row for row in rows[1:] if unknown_names(row, root / "lora_blip")] == []
+    assert unknown_names("`lora/layer.py` `LoRA` `no_such_name`", root / "lora_blip") == ["no_such_name"]
 
 
 RECORDS = [
