@@ -55,6 +55,8 @@ class Example:
     @property
     def words(self) -> str:
         """All texts of the line, joined."""
+        if not self.question and not self.prompt:
+            return self.text  # most lines are only a caption
         return " ".join(filter(None, (self.prompt, self.text, self.question, *self.answers)))
 
 
@@ -85,7 +87,7 @@ class ExampleBuilder:
             return number, entry
         example = self._quick(entry, number)
         if example:
-            if not entry.keys() <= (QUESTION if example.question else CAPTION):
+            if len(entry) > 2 and not entry.keys() <= (QUESTION if example.question else CAPTION):
                 self._count_ignored(entry, number)
             return example
         checked = canonical(entry, answered=False)
@@ -94,10 +96,11 @@ class ExampleBuilder:
         self._count_ignored(entry, number)
         is_question = "question" in checked  # in a caption, keys of these names may have any value
         answers = [self.shared.get(answer, answer) for answer in (checked["answers"] if is_question else ())]
+        image = checked["image"]
         return self._new(
-            checked["image"], checked.get("text", "") if not is_question else "", number, as_text(checked.get("group")) or "",
-            checked["question"] if is_question else "", tuple(answers), checked.get("prompt", ""),
-            checked.get("question_id", "") if is_question else "",
+            self.firsts.get(image), image, checked.get("text", "") if not is_question else "", number,
+            as_text(checked.get("group")) or "", checked["question"] if is_question else "", tuple(answers),
+            checked.get("prompt", ""), checked.get("question_id", "") if is_question else "",
         )  # fmt: skip
 
     def _count_ignored(self, entry: Entry, number: Location) -> None:
@@ -120,16 +123,23 @@ class ExampleBuilder:
 
     def _quick(self, entry: Entry, number: Location) -> Example | None:
         """Return the Example that `canonical` leads to, in half the time. Return None unless all values are tidy strings."""
-        image, group, prompt = entry.get("image"), entry.get("group", ""), entry.get("prompt", "")
-        group = self._share(group) if group != "" else group
-        prompt = self._share(prompt) if prompt != "" else prompt
-        if type(image) is not str or group is None or prompt is None:
+        image = entry.get("image")
+        if type(image) is not str:
             return None
-        if not (image in self.firsts or (is_tidy(image) and is_path(image))):
+        first = self.firsts.get(image)
+        if not first and not (is_tidy(image) and is_path(image)):
+            return None
+        group: str | None = ""
+        prompt: str | None = ""
+        if len(entry) > 2:  # otherwise the line has only an image and a text
+            group, prompt = entry.get("group", ""), entry.get("prompt", "")
+            group = self._share(group) if group != "" else group
+            prompt = self._share(prompt) if prompt != "" else prompt
+        if group is None or prompt is None:
             return None
         if "question" not in entry:
             text = entry.get("text")
-            return self._new(image, text, number, group, prompt=prompt) if type(text) is str and is_tidy(text) else None
+            return self._new(first, image, text, number, group, prompt=prompt) if type(text) is str and is_tidy(text) else None
         question, answers, question_id = entry["question"], entry.get("answers"), entry.get("question_id", "")
         if type(question) is not str or not is_tidy(question) or type(answers) is not list or not answers:
             return None
@@ -143,7 +153,7 @@ class ExampleBuilder:
             shared_answers = tuple(map(self._share, answers))
         if None in shared_answers:
             return None
-        return self._new(image, "", number, group, question, shared_answers, prompt, question_id)  # type: ignore[arg-type]
+        return self._new(first, image, "", number, group, question, shared_answers, prompt, question_id)  # type: ignore[arg-type]
 
     def _share(self, text: Any) -> str | None:
         """Return an equal text that is already stored, so that the two share memory, or None if the text is not tidy."""
@@ -155,12 +165,15 @@ class ExampleBuilder:
         return first
 
     def _new(
-        self, image: str, text: str, number: Location, group: str, question: str = "", answers: tuple[str, ...] = (),
-        prompt: str = "", question_id: int | str = "",
+        self, first: Example | None, image: str, text: str, number: Location, group: str, question: str = "",
+        answers: tuple[str, ...] = (), prompt: str = "", question_id: int | str = "",
     ) -> Example:  # fmt: skip
-        """Return Example(self.root / image, text, …). This takes half the time of the constructor, and less than a loop."""
-        self.prompts += bool(prompt)
-        first = self.firsts.get(image)
+        """Return Example(self.root / image, text, …). This takes half the time of the constructor, and less than a loop.
+
+        first: the first Example of the image, or None.
+        """
+        if prompt:
+            self.prompts += 1
         example = object.__new__(Example)
         SET_IMAGE(example, FILE(first) if first else self._file(image))
         SET_TEXT(example, text)

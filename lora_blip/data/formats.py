@@ -146,8 +146,8 @@ def _object(line: str) -> Any:
     QUICK gives the same result if the object has as many keys as the line has colons, because then no key is repeated.
     """
     try:
-        entry, end = QUICK.raw_decode(line)
-    except (ValueError, RecursionError):
+        entry, end = QUICK.scan_once(line, 0)  # type: ignore[attr-defined]  # what `raw_decode` calls
+    except (ValueError, RecursionError, StopIteration):
         return parsed(line, STRICT)  # raises the error with its reason
     flat = line[end:] in ("\n", "") and type(entry) is dict and len(entry) == line.count(":") and line.count("[") < DEEPEST - 1
     return entry if flat else parsed(line, STRICT)

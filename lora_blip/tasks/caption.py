@@ -34,8 +34,7 @@ class CaptionTask(TextTask):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.require_room(self.prompt)
-        self.prompt_problems: dict[str, str] = {}  # prompt of a line → why it cannot be used, or ""; a cache
-        self.rooms: dict[str, int] = {}  # prompt → the most tokens of a caption after it; a cache
+        self.line_prompts: dict[str, tuple[str, int]] = {}  # prompt of a line → the result of `examine_prompt`; a cache
 
     def prompt_of(self, example: Example) -> str:
         return example.prompt or self.prompt
@@ -46,19 +45,21 @@ class CaptionTask(TextTask):
     def check(self, example: Example) -> str:
         if not example.text:
             return QUESTION if example.question else 'no text: captioning needs one; add the key "text"'
-        return self.check_prompt(example) or self.checker.problem(example.text, self.room(self.prompt_of(example)))
-
-    def room(self, prompt: str) -> int:
-        """Return the largest number of tokens of a caption after a prompt."""
-        if prompt not in self.rooms:
-            self.rooms[prompt] = self.language.room(prompt)
-        return self.rooms[prompt]
+        problem, room = self.line_prompts.get(example.prompt) or self.examine_prompt(example.prompt)
+        return problem or self.checker.problem(example.text, room)
 
     def check_prompt(self, example: Example) -> str:
         """Return why the prompt of a line cannot be used, or ""."""
-        if example.prompt not in self.prompt_problems:
-            self.prompt_problems[example.prompt] = self.prompt_problem(example.prompt) if example.prompt else ""
-        return self.prompt_problems[example.prompt]
+        return (self.line_prompts.get(example.prompt) or self.examine_prompt(example.prompt))[0]
+
+    def examine_prompt(self, prompt: str) -> tuple[str, int]:
+        """Return why the prompt of a line cannot be used, or "", and the largest number of tokens of a caption after it.
+
+        If the line has no prompt, the task's prompt is used, which `require_room` has checked.
+        """
+        examined = (self.prompt_problem(prompt) if prompt else "", self.language.room(prompt or self.prompt))
+        self.line_prompts[prompt] = examined
+        return examined
 
     def subject(self, example: Example) -> Path | tuple[Path, str]:
         """Return the image, with the line's prompt if there is one: each prompt of an image has its own caption."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FREE = (
 SAMPLE = 4096  # bytes that are read at the start, the middle and the end of an image file
 CHUNK = 1024  # lines that are encoded in one call: a third faster than one call for each line
 encode_json = json.JSONEncoder().encode
+COMMON_FIELDS, RARE_FIELDS = attrgetter("name", "text", "question", "answers"), attrgetter("prompt", "question_id")
 
 
 def identity(
@@ -149,22 +151,16 @@ def lines_digest(examples: list[Example], with_images: bool) -> str:
     samples: dict[str, list[str]] = {}
     for start in range(0, len(examples), CHUNK):
         part = examples[start : start + CHUNK]
-        for e in part if with_images else ():
+        lines: list[tuple[Any, ...]] = list(map(COMMON_FIELDS, part))
+        for index, e in enumerate(part) if with_images else ():
             if e.file not in samples:
                 samples[e.file] = _samples_of(e.image)
-        lines = [[e.name, e.text, e.question, e.answers, *samples.get(e.file, ()), *_rare_fields(e)] for e in part]
+            lines[index] += tuple(samples[e.file])
+        for index, (prompt, question_id) in enumerate(map(RARE_FIELDS, part)):
+            if prompt or question_id != "":  # older versions did not have these fields; other lines keep their digest
+                lines[index] += ({"prompt": prompt, "question_id": question_id},)
         digest.update("".join(map(encode_json, lines)).encode() if with_images else encode_json(lines).encode())
     return digest.hexdigest()
-
-
-def _rare_fields(example: Example) -> list[dict[str, Any]]:
-    """Return the fields that few lines have, or [] if this line has none.
-
-    Older versions did not have these fields. A line without them still has the same digest.
-    """
-    if not example.prompt and example.question_id == "":
-        return []
-    return [{"prompt": example.prompt, "question_id": example.question_id}]
 
 
 def _samples_of(image: Path) -> list[str]:
