@@ -22,6 +22,7 @@ TEXT_KEY = ""  # column or key of the text; empty: a common name, such as text o
 QUESTION_KEY = ""  # column or key of the question; empty: question
 ANSWER_KEY = ""  # column or key of the answers; empty: answers or answer
 COMPARE = False  # run the base as well, and print both side by side
+EXPLAIN = False  # write explain.html: each word with its probability and attention; at most 20 images
 
 # Generation
 MAX_NEW_TOKENS = 0  # largest number of generated tokens; 0: the adapter's setting, or 40

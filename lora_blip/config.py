@@ -190,6 +190,7 @@ class InferConfig:
     question_key: str = setting("", "column or key of the question; empty: question")
     answer_key: str = setting("", "column or key of the answers; empty: answers or answer")
     compare: bool = setting(False, "run the base as well, and print both side by side")
+    explain: bool = setting(False, "write explain.html: each word with its probability and attention; at most 20 images")
 
     max_new_tokens: int = setting(0, "largest number of generated tokens; 0: the adapter's setting, or 40", group="Generation")
     num_beams: int = setting(0, "beams of beam search; 0: the adapter's setting, or 1")

@@ -46,6 +46,7 @@ USE = (
     "generation",
     "evaluation",
     "inspect",
+    "explain",
     "resume",
     "python_api",
     "large_inference",

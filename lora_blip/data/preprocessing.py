@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 EVERY_LEVEL = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+Part = tuple[float, float, float, float]  # left, top, width, height, as fractions of an image
+WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 OTHER_STEPS = ("do_center_crop", "do_pad")
 
@@ -75,6 +78,41 @@ def side_of(image_processor: Any) -> int:
 def pixels_of(image_processor: Any) -> Pixels:
     """Return the Pixels of a processor. They are cached, because the test takes as long as a few images."""
     return _pixels_of(image_processor, str(vars(image_processor)))
+
+
+def visible_part(image_processor: Any, width: int, height: int) -> Part:
+    """Return the part of an image of this size that the model sees. A processor that pads sees more than the image.
+
+    It is measured for a processor that does more than resize: with a black and a white image, and with an image whose levels
+    are its coordinates. The black and the white image differ in all pixels that are not padding.
+    """
+    pixels = pixels_of(image_processor)
+    if pixels.exact:
+        return WHOLE
+    levels = np.zeros((3, height, width, 3), dtype=np.uint8)
+    levels[1] = 255
+    levels[2, :, :, 0] = np.round(np.linspace(0, 255, width))
+    levels[2, :, :, 1] = np.round(np.linspace(0, 255, height))[:, None]
+    black, white, coordinates = (pixels(Image.fromarray(image)).double().numpy() for image in levels)
+    is_image = (white != black).all(0)  # (H, W)
+    across, down = np.where(is_image, (coordinates - black)[:2] / np.where(is_image, (white - black)[:2], 1), np.nan)
+    left, part_width = _line(across[is_image.any(1)], width)
+    top, part_height = _line(down.T[is_image.any(0)], height)
+    return left, top, part_width, part_height
+
+
+def _line(shares: NDArray[np.float64], count: int) -> tuple[float, float]:
+    """Return where the model's square starts in an image and its length, as fractions of the image, for one direction.
+
+    shares: (lines, S) coordinates of the model's pixels, from 0 in the first of `count` pixels of the image to 1 in the last
+    one; NaN in padding. The position of pixel i is start + length · (i + 0.5) / S, by least squares.
+    """
+    if count == 1:
+        return 0.0, 1.0  # a single pixel has no direction
+    known = ~np.isnan(shares).all(0)
+    positions = (np.nanmean(shares[:, known], 0) * (count - 1) + 0.5) / count
+    length, start = np.polyfit((np.flatnonzero(known) + 0.5) / shares.shape[1], positions, 1)
+    return float(start), float(length)
 
 
 @lru_cache(maxsize=4)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
+from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.settings import argument, setting
 from lora_blip.runtime.system_errors import command_line, reading
 from lora_blip.runtime.untrusted import printable
@@ -24,6 +25,8 @@ from lora_blip.runtime.user_paths import BASE_OF, suggestion
 if TYPE_CHECKING:
     from lora_blip.inference.captioner import Captioner
     from lora_blip.inference.prediction import Prediction
+    from lora_blip.lora.adapter_file import Adapter
+    from lora_blip.models.loading import Backbone
 
 ARGUMENTS = {  # task of an adapter → the command for it, and its arguments after the image
     "caption": ("caption", ""),
@@ -61,14 +64,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig(ModelConfig):
+class TextConfig(ModelConfig):
+    """The settings of the commands that generate a text."""
+
+    explain: bool = setting(False, "also write explain.html: each word with its probability and attention; at most 20 images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(TextConfig):
     """All settings of `caption`."""
 
     images: list[str] = argument("an image, a folder of images, or a glob", "IMAGE", several=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskConfig(ModelConfig):
+class AskConfig(TextConfig):
     """All settings of `ask`."""
 
     task: ClassVar[str] = "vqa"
@@ -103,6 +113,8 @@ def check_paths(config: Any) -> None:
         ) from None
     if config.model:
         locate_base(config.model)
+    if isinstance(config, TextConfig) and config.explain:
+        refuse_unwritable(str(runs.RUNS))
     images = config.images if isinstance(config, CaptionConfig) else [config.image]
     if not any(map(os.path.lexists, expand(images))) and not config.json:
         near = suggestion(images[0])
@@ -115,15 +127,26 @@ def caption(config: CaptionConfig) -> bool:
     """Print a caption of each image. Return False if an image cannot be read."""
     images = list(expand(config.images))
     with stdout_for_results() as results:
-        captioner = open_captioner(config, images[0], "caption")
-        printed = [show(prediction, config.json, results) for prediction in captioner.stream(images)]
+        if config.explain:
+            from lora_blip.inference.explained_commands import predict_and_explain
+
+            predictions = predict_and_explain(config, images)
+        else:
+            predictions = open_captioner(config, images[0], "caption").stream(images)
+        printed = [show(prediction, config.json, results) for prediction in predictions]
     return all(printed)
 
 
 def ask(config: AskConfig) -> bool:
     """Print the answer to a question about an image. Return False if the image cannot be read."""
     with stdout_for_results() as results:
-        return show(open_captioner(config, config.image, "vqa").answer(config.image, config.question), config.json, results)
+        if config.explain:
+            from lora_blip.inference.explained_commands import predict_and_explain
+
+            (answer,) = predict_and_explain(config, [config.image], config.question)
+        else:
+            answer = open_captioner(config, config.image, "vqa").answer(config.image, config.question)
+        return show(answer, config.json, results)
 
 
 def rank(config: RankConfig) -> bool:
@@ -166,23 +189,34 @@ def expand(images: list[str]) -> Iterator[str]:
 
 
 def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captioner":
-    """Open the adapter or the base, and print its path on stderr. Raise ConfigError if its task is not `task`.
+    """Open the adapter or the base, and print its path on stderr.
 
-    The message of the error contains the right command for `image`.
+    task: that of the command; raise ConfigError if the model has another one. Empty: any task.
     """
     adapter = None if config.adapter in ("", "none") else config.adapter
     from lora_blip.inference.captioner import Captioner
 
     task_setting = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base
     captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=task_setting)
-    path = captioner.adapter.path if captioner.adapter else "no adapter"
-    print(printable(f"{path}, base {captioner.backbone.name}, {captioner.backbone.device}"), file=sys.stderr, flush=True)
-    if task and captioner.task != task:
-        raise ConfigError(
-            f"the task of this model is {captioner.task}; for another model: --adapter none --model {BASE_OF[task]}; for this "
-            f"model: {command_of(captioner.task, image, config.model_flags)}"
-        )
+    announce(captioner.adapter, captioner.backbone)
+    if task:
+        require_task(captioner.task, config, image)
     return captioner
+
+
+def announce(adapter: "Adapter | None", backbone: "Backbone") -> None:
+    """Print the path of the adapter, the base and the device on stderr."""
+    path = adapter.path if adapter else "no adapter"
+    print(printable(f"{path}, base {backbone.name}, {backbone.device}"), file=sys.stderr, flush=True)
+
+
+def require_task(task: str, config: ModelConfig, image: str) -> None:
+    """Raise ConfigError if the task of the model is not that of the command. The message contains the right command."""
+    if task != config.task:
+        raise ConfigError(
+            f"the task of this model is {task}; for another model: --adapter none --model {BASE_OF[config.task]}; for this "
+            f"model: {command_of(task, image, config.model_flags)}"
+        )
 
 
 def show(prediction: "Prediction", as_json: bool, results: TextIO) -> bool:

@@ -12,11 +12,13 @@ from lora_blip.config import InferConfig
 from lora_blip.inference import finished, output
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.blocks import BlockScheduler, ProgressDisplay, Results
+from lora_blip.inference.explanation import explained, require_explainable, saved_texts, write_explanation
 from lora_blip.inference.gallery import write_gallery
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import Prediction, report
 from lora_blip.inference.predictor import Predictor
 from lora_blip.inference.setup import Inputs, apply_adapter, describe, open_inputs, open_task, read_inputs, require_same_inputs
+from lora_blip.reports.explanation import TextView
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
@@ -56,8 +58,9 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     adapter, texts = inputs.adapter, inputs.texts
     # raise an error now if the folder contains another run; create the folder later, before the first line is written
     folder: Path = ranks.broadcast(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
-    config = replace(config, device=ranks.device(config.device))
+    config = replace(config, device=ranks.device(config.device), compare=config.compare or config.explain)
     task, precision, examples, run_identity = ranks.together(lambda: open_inputs(config, inputs))
+    ranks.together(lambda: require_explainable(config, task, examples))
     if ranks.count > 1:
         require_same_inputs(ranks, config, task, run_identity, examples)
 
@@ -77,6 +80,9 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     if config.compare and adapter:
         with ProgressDisplay("base", count, out) as display:
             scheduler.run(examples, Predictor(texts), partial(record_base_texts, base, display, cut["base"]))
+    views: list[dict[int, TextView]] = []
+    if config.explain and adapter and ranks.main:
+        views += explained(runner, examples, lambda: saved_texts(out.path, "base_text") | base, "base")
     if adapter:
         task = runner.task
         ranks.together(lambda: apply_adapter(task, adapter, config.merge, runner.precision))
@@ -90,14 +96,20 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
             if line := count_of_cut.report(task, name):
                 print(f"warning: {line}")
         out.finish()
-        conclude(out, config, task, inputs, precision, examples, count)
+        if config.explain:
+            views += explained(runner, examples, lambda: saved_texts(out.path, "text"), "adapter" if adapter else "base")
+        conclude(out, config, task, inputs, precision, examples, count, views)
     return folder / output.FILE_NAME
 
 
 def conclude(
-    out: Output, config: InferConfig, task: PredictionTask, inputs: Inputs, precision: str, examples: Any, count: int
-) -> None:
-    """Print the scores if there are references, write gallery.html, and print the paths of the predictions and of the page."""
+    out: Output, config: InferConfig, task: PredictionTask, inputs: Inputs, precision: str, examples: Any, count: int,
+    views: list[dict[int, TextView]],
+) -> None:  # fmt: skip
+    """Print the scores if there are references, write the pages, and print their paths and that of the predictions.
+
+    views: the explained texts of each model; empty: do not write explain.html.
+    """
     adapter, model_name = inputs.adapter, "adapted" if inputs.adapter else "base"
     if references := inputs.references:
         texts = finished.texts_of(out.path, task.subject, references, model_name)
@@ -110,6 +122,8 @@ def conclude(
     print(printable(out.describe_end()))
     if page:
         print(f"gallery: {page.resolve().as_uri()}")
+    if views and (page := attempt("explanation", lambda: write_explanation(out.folder, task, examples, views, facts))):
+        print(f"explanation: {page.resolve().as_uri()}")
 
 
 def record_base_texts(base: dict[int, str], display: ProgressDisplay, cut: CutCount, results: Results) -> None:

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lora_blip.data.images import to_rgb
 from lora_blip.data.loader import pixel_values
-from lora_blip.data.preprocessing import Pixels, pixels_of
+from lora_blip.data.preprocessing import WHOLE, Pixels, pixels_of, visible_part
 
 PROCESSORS = {
     "tiny-blip": lambda: AutoImageProcessor.from_pretrained("assets/tiny-blip", backend="pil"),
@@ -104,3 +105,29 @@ def test_changed_settings_of_the_processor_are_used():
     assert pixels_of(processor)(image).shape == (3, 20, 20) and pixels_of(processor) is pixels_of(processor)
     processor.size = type(processor.size)(height=12, width=16)
     assert pixels_of(processor)(image).shape == (3, 12, 16)
+
+
+SEEN = {  # settings of CLIP's processor, the size of an image, and the part of it that the model sees
+    "a crop of a wide image": ({}, (120, 60), (0.25, 0, 0.5, 1)),
+    "a crop of a high image": ({}, (60, 240), (0, 0.375, 1, 0.25)),
+    "a crop inside a larger one": ({"size": {"shortest_edge": 64}}, (100, 100), (0.25, 0.25, 0.5, 0.5)),
+    "a crop without a resize": ({"do_resize": False}, (128, 64), (0.375, 0.25, 0.25, 0.5)),
+    "a crop larger than the image, which pads": ({"do_resize": False}, (16, 8), (-0.5, -1.5, 2, 4)),
+    "a line of one pixel": ({}, (1, 64), (0, 0.49, 1, 0.02)),
+    "other values of the same crop": ({"do_normalize": False, "do_rescale": False}, (120, 60), (0.25, 0, 0.5, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_the_visible_part_of_an_image_is_what_the_processor_keeps(name):
+    """Within a pixel of the model."""
+    settings, size, expected = SEEN[name]
+    processor = CLIPImageProcessorPil(**{"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | settings)
+    assert visible_part(processor, *size) == pytest.approx(expected, abs=0.03)
+
+
+def test_a_processor_that_only_resizes_shows_the_whole_image():
+    """Also one whose values are not computed by `Pixels`, so that the part is measured."""
+    assert visible_part(BlipImageProcessorPil(size={"height": 32, "width": 32}), 500, 333) == WHOLE
+    measured = visible_part(BlipImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False), 500, 333)
+    assert measured == pytest.approx(WHOLE, abs=0.01) and measured != WHOLE
