@@ -31,7 +31,9 @@ Block = tuple[int, list[Example], list[bool]]  # number, examples, and for each 
 
 
 class BlockScheduler:
-    """Predict blocks of examples in rounds. In a round, rank r predicts the block number r of the next unfinished blocks.
+    """Predict blocks of examples in rounds.
+
+    In a round, rank 0 predicts the next unfinished block, rank 1 the block after it, and so on.
 
     Only the main rank reads the examples. It collects the predictions of all ranks.
 

@@ -138,7 +138,7 @@ def _rgb_copy(image: Image.Image, name: str) -> Image.Image:
     try:
         with PIL_LOCK:
             image.load()
-            turned = upright(image)  # Pillow parses EXIF at its first use, and another thread could read half of it
+            turned = upright(image)  # in the lock, because another thread must not read the EXIF while Pillow parses it
         return to_rgb(turned)
     except Exception as error:  # decoders raise any error on damaged files
         reason = ": ".join(filter(None, (type(error).__name__, shorten(str(error)))))

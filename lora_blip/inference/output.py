@@ -134,7 +134,8 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
     if not config.output_dir:
         if processes > 1:
             raise OutputError(
-                "several processes need one folder, also after a restart; set OUTPUT_DIR (or --output-dir) to a new folder"
+                "several processes write into one folder; set OUTPUT_DIR (or --output-dir) to a new folder, and do not change "
+                "it in a restart"
             )
         refuse_unwritable(config.runs)
         return unused_path(Path(config.runs) / f"predictions_{datetime.now():%Y%m%d_%H%M%S}")
@@ -145,7 +146,7 @@ def folder_of(config: InferConfig, processes: int = 1) -> Path:
 
 
 def _existing_run(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """Return the content of run.json, of a run that is stopped or finished, or None if the folder has no run.
+    """Return the content of the folder's run.json. The run may be stopped or finished. Return None if there is no run.
 
     Raise OutputError if the folder has files without a run.json of `infer`, or files of any run if `resume` is False.
     """

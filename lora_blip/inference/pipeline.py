@@ -51,7 +51,7 @@ def infer(config: InferConfig) -> Path:
 def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     """Run inference in one process, alone or under torchrun. The main process reads the images and writes the files.
 
-    closing: the output files and the signal handlers are closed when it is closed.
+    closing: closes the output files and the signal handlers when the caller closes it.
     """
     seed_everything(config.seed)
     inputs = ranks.together(lambda: read_inputs(config))

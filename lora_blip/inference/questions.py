@@ -71,7 +71,7 @@ def examples_to_predict(
     """Return the examples to predict: each image with its questions or prompts.
 
     If the questions come from a file, return a list. Otherwise return an iterable that reads the images one by one.
-    Raise ConfigError if the task needs questions or texts and there are none, or if the task cannot use one.
+    Raise ConfigError if the task needs questions or texts and there are none, or if the task cannot use a question or a text.
     """
     # the task checks whole examples, so each text gets a question, which is not used
     ranked = [replace(example_of("", "?"), text=text, answers=(text,), line=line) for line, text in enumerate(texts, 1)]

@@ -190,8 +190,8 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
     path: a file, a run folder, "latest", or a result of `read`. Raise AdapterError if the file is missing or damaged, or has
-    another base, and LoRAError if the base is on the meta device or a `Captioner` has that name. The model is then unchanged.
-    In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
+    another base. Raise LoRAError if the base is on the meta device, or if a `Captioner` uses an adapter called `name`. The
+    model is then unchanged. In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> adapter.task["name"], adapter.base

@@ -3,9 +3,11 @@
     forward     h = s · x Aᵀ             y = x Wᵀ + b + h Bᵀ, written into the output
     backward    g = s · dy B             dx = dy W + g A          dA = gᵀ x          dB = dyᵀ h
 
-Here s = alpha / r, and dy is the gradient of y. Under autocast, autograd alone keeps a copy of W in 16 bits for each linear. It
-also adds the two terms of dx in an extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that
-autograd does not record the frozen product. Only x, h (r columns) and, under autocast, 16-bit copies of A and B are kept.
+Here s = alpha / r, and dy is the gradient of y.
+
+Without this function, autograd keeps a 16-bit copy of W for each linear under autocast, and it adds the two terms of dx in an
+extra pass over memory. Here, a pre-hook gives the linear x without its graph, so that autograd does not record the frozen
+product. Only x, h (r columns) and, under autocast, 16-bit copies of A and B are kept.
 
 Tests compare the results with those of `lora_hook`. `lora_hook` itself runs if the results could differ:
 
@@ -56,7 +58,7 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return None
     x = args[0]
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
-        return None  # 16-bit weights without autocast: A and B stay float32
+        return None  # for 16-bit weights without autocast, `lora_hook` computes the update in float32
     stack.pending.x, stack.pending.cast = x, as_autocast(x.detach())
     return (stack.pending.cast,), kwargs
 

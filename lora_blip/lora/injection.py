@@ -38,7 +38,7 @@ def inject(
     alpha: float = ALPHA,
     variant: str = "lora",
 ) -> dict[str, LoRA]:
-    """Put a new adapter called `name` on the targets, freeze all other parameters except adapters, and return {address: LoRA}.
+    """Put a new adapter called `name` on the targets, freeze all parameters of the base, and return {address: LoRA}.
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r, alpha and the variant.
     variant: "lora" or "rslora"; see docs/variants.md. Each LoRA has the parameters A (r, in_features) and B (out_features, r).

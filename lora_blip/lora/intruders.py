@@ -2,9 +2,9 @@
 
 That function computes two complete SVDs, which takes seconds for a weight of 4096 × 1024. Here, the strongest singular vectors
 of W and of W + ΔW come from a block Krylov method (Musco and Musco 2015, arXiv:1504.05477), in float32. Products with ΔW use
-A and B. Most vectors after the training are close to one of W's strongest vectors, and so are no intruders. A vector u that is
-close to none of them could still be close to a weaker vector of W. `largest_share` excludes this with a bound. If the
-bound is too weak, or if a value is too close to `epsilon`, the SVDs decide.
+A and B. After the training, most vectors are still close to one of W's strongest vectors: they are not intruders. A vector u
+that is close to none of them could be close to a weaker vector of W. `largest_share` excludes this with a bound. If the bound
+is too weak, or if a value is too close to `epsilon`, the SVDs decide.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ BLOCK, MOST = 16, 560  # vectors of a Krylov block, and of all blocks; a multipl
 MARGIN = 0.06  # |cosine|s that are closer to epsilon are not decided in float32
 ACCURACY = 0.03  # largest error of a singular vector, as the sine of an angle
 RESOLUTION = 1e-5  # smallest distance of two eigenvalues in float32, as a share of the largest one
-GROWTH = 1.25  # of the number of vectors, from one test of the accuracy to the next
+GROWTH = 1.25  # the accuracy is tested again when the number of vectors has grown by this factor
 STEPS = (12, 20, 32, 48)  # Lanczos steps after which the bound is computed
 Operator = Callable[[Tensor], Tensor]  # (n, columns) → (n, columns)
 
@@ -112,9 +112,9 @@ def largest_share(G: Tensor, vectors: Tensor, epsilon: float) -> Tensor:
     """Return, for each column u, an upper bound of max (uᵀ y)² over the eigenvectors y of G ≥ 0, shape (columns,).
 
     m steps of Lanczos give the nodes θ and weights w of a Gauss quadrature of the squares (uᵀ yᵢ)² over the eigenvalues. By the
-    inequality of Chebyshev, Markov and Stieltjes (Szegő 1939, theorem 3.41.1), no interval between two neighbouring nodes has
-    more than the sum of their weights. Stop when the bounds are below `epsilon`². The matrix is (G + δ I)⁻¹, which has the same
-    eigenvectors, and whose eigenvalues are further apart if most of those of G are small.
+    inequality of Chebyshev, Markov and Stieltjes (Szegő 1939, theorem 3.41.1), the squares for all eigenvalues between
+    two neighbouring nodes have at most the sum of the two weights. Stop when the bounds are below `epsilon`². The matrix is
+    (G + δ I)⁻¹, which has the same eigenvectors, and whose eigenvalues are further apart if most of those of G are small.
     """
     n = len(G)
     factor = torch.linalg.cholesky_ex(G + torch.eye(n) * G.trace() / n)[0]

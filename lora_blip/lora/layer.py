@@ -86,7 +86,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 class AdapterStack(nn.ModuleDict):
     """The adapters of one linear, by name. The output gets the sum of their updates.
 
-    A key is an adapter's name, or "name:block" if it changes only a block of output features: "default:q" for q of q, k and v.
+    A key is the name of an adapter. The name of a block may follow: "default:q" changes only the rows of q in a fused qkv.
     """
 
     merged: frozenset[str] = frozenset()  # keys of the adapters whose update is in W

@@ -25,7 +25,7 @@ from lora_blip.lora.sites import name_of
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
-    """Replace W by W + Σ ΔW of the named adapters. Without names, merge all adapters of no `Captioner`.
+    """Replace W by W + Σ ΔW of the named adapters. Without names, merge all adapters that belong to no `Captioner`.
 
     Merging the same adapters again changes nothing. Merging another one adds it to those that are merged. ΔW is what
     `LoRA.delta_weight` returns, and the sum is computed in float32. The original W is kept for `restore`, and every merge

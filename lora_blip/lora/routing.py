@@ -32,8 +32,8 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     the caller too, as with torch.no_grad.
 
     Raise LoRAError for an unknown name, an empty list or merged adapters. The forward raises LoRAError if the batch has another
-    number of rows. Two mistakes are not detected. With `beams` > 1, a plain batch of len(names) · beams texts is treated as a
-    beam search. If the first dimension of a model is time, adapters may act on wrong rows. In BLIP and BLIP-2, the first
+    number of rows. Two mistakes are not detected. With `beams` > 1, a batch of len(names) · beams texts is always treated
+    as a beam search. If the first dimension of a model is time, adapters may act on wrong rows. In BLIP and BLIP-2, the first
     dimension is always the rows.
 
     In peft: `set_adapter`, which applies to all threads; for rows, the argument `adapter_names` of the forward.

@@ -57,7 +57,7 @@ class AdapterRouting:
     def __init__(self, fast: bool = True, dormant: frozenset[str] = frozenset()) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
         self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
-        self.used = bool(dormant)  # True once a block was entered, or with dormant adapters: `lora_hook` calls `add_updates`
+        self.used = bool(dormant)  # True once a block was entered, or with dormant adapters; `lora_hook` reads it
         self.recorded = False  # True once a block was entered with gradients on
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
@@ -188,7 +188,7 @@ def leave(block: Block) -> None:
 
 @contextmanager
 def recomputing(blocks: list[tuple[AdapterRouting, ActiveAdapters, CallBatch | None]]) -> Iterator[None]:
-    """Enter the blocks again in which a layer was first computed. This may be in another thread."""
+    """Enter the blocks again that were active in the first forward of a layer. This may be in another thread."""
     entered = [enter(routing, active, recomputes=True, batch=batch) for routing, active, batch in blocks]
     try:
         yield

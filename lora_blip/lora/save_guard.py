@@ -15,7 +15,10 @@ NAME = "save_pretrained"
 
 
 class SaveGuard:
-    """Replaces `save_pretrained` of a model that may have adapters. A class: its copies refer to the copied model."""
+    """Replaces `save_pretrained` of a model that may have adapters.
+
+    It is a class, so that a deepcopy of the model has a guard for the copy.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -24,7 +24,7 @@ def delta_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor,
 
 
 def delta_spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the singular values of ΔW = scale · B A, largest first, shape (n,): see `delta_svd`. The others of ΔW are zero.
+    """Return the singular values of ΔW = scale · B A, largest first, shape (n,): see `delta_svd`. All others are zero.
 
     >>> lora = lora_blip.inject(backbone, "vit")["vision_model.encoder.layers.0.self_attn.qkv"]
     >>> delta_spectrum(lora.A, lora.B, lora.scale)  # eight zeros: B is zero before the training

@@ -73,7 +73,7 @@ class Pattern:
 
 
 def parse(target: str, r: int, alpha: float) -> Pattern:
-    """Return the parts of a target such as `vit[8:12]:r=4`. With r but no alpha, alpha / r is that of the settings."""
+    """Return the parts of a target such as `vit[8:12]:r=4`. If it has r and no alpha, alpha / r stays that of the settings."""
     match = GRAMMAR.fullmatch(target.strip())
     if match is None:
         raise TargetError(f"target {target!r} is empty; remove the extra comma, or give a preset, such as 'vit'")
@@ -166,7 +166,7 @@ def _nothing_matched(model: nn.Module, target: str) -> str:
 
 
 def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
-    """Return the nearest preset, or a regex for the linears whose path ends with the nearest name. "": none is similar."""
+    """Return the nearest preset, or a regex for the linears whose path ends with that name. Return "" if none is similar."""
     match = GRAMMAR.fullmatch(target.strip())
     name = match["body"] if match else target.strip()
     if counts.get(name):  # the preset matches linears, but none in these blocks

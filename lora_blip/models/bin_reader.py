@@ -60,7 +60,7 @@ def checked(content: object, size: int) -> dict:
 
 
 def limit(size: int) -> None:
-    """Limit the memory, the files and the processor time of this process, on systems that can."""
+    """Limit the memory, the files and the processor time of this process, if the system supports limits."""
     try:
         import resource  # not on Windows
     except ImportError:

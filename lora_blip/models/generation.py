@@ -1,7 +1,7 @@
 """The options of text generation: the fields of transformers' `GenerationConfig` that a user may set, and their checks.
 
-`OPTIONS` are these fields. `REFUSED` are the others, with the reason and the fix. transformers checks the values: its
-`GenerationConfig` first, then its `generate`, which writes two tokens with a model of a few weights.
+`OPTIONS` are these fields. `REFUSED` are the others, with the reason and the fix. transformers checks the values: first
+in `GenerationConfig`, then in a call of `generate`, which writes two tokens with a tiny model.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from lora_blip.runtime.untrusted import quoted
 
 LARGEST_ID = 2**20  # four times the largest vocabulary of a language model
 CANDIDATES = 64  # tokens of the model that checks options; a watermark with "selfhash" compares the 40 most probable ones
-LEAST_GREEN = 0.4  # with this ratio, the 40 contain no green token about once in 10⁹ tokens
+LEAST_GREEN = 0.4  # with this ratio, none of the 40 candidates is green at about one token in 10⁹
 SELFHASH = (
     "transformers' selfhash fails at a token if none of its 40 candidates is in the green list; with the default "
     f'greenlist_ratio = 0.25, this is one token in 100,000; set "greenlist_ratio" to at least {LEAST_GREEN}, or use lefthash'

@@ -29,7 +29,7 @@ from lora_blip.runtime.files import write_whole
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
 ANY_WEIGHTS = (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
-# folder in the hub cache's `refs`: for each revision, a file with the downloaded commit, which may be that of a conversion
+# folder in the hub cache's `refs`, with a file for each revision: the downloaded commit, of the revision or of its conversion
 OURS = "lora_blip"
 SECONDS = 10  # the hub must answer within this time, or the cache is used
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"

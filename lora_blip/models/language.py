@@ -142,8 +142,8 @@ class Language(ABC, Generic[TrainedRows]):
 
         adapters: the adapter of each row. A text ends at its end token, and at the latest after `max_new_tokens`
         or at the model's last position.
-        settings: other options of transformers' `generate`, and the `seed` of random draws. Of several texts for a row
-        (`num_return_sequences`), the result has the first.
+        settings: other options of transformers' `generate`, and the `seed` of random draws. If there are several
+        texts for a row (`num_return_sequences`), return the first.
         """
         images = image_keys(pixel_values) if settings.get("do_sample") else None
         features = self.encode_unique_images(pixel_values, adapters)

@@ -172,7 +172,7 @@ def _load(
     if checkpointing:
         with Quiet(source):
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recompute_contexts, model)})
-            model.disable_input_require_grads()  # such inputs are needed only if reentrant, and BLIP's in-place addition fails
+            model.disable_input_require_grads()  # only the reentrant kind needs them; BLIP's in-place addition fails
     before = fit_processor(image_processor, size, name)
     if size != own:
         print(f"images are resized to {size}×{size}; the positions of {name!r} are interpolated from {own}×{own}")

@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device: for "auto" cuda, mps or cpu, the first that exists. Raise ModelError if the device cannot be used."""
+    """Return the device. "auto": the first that exists of cuda, mps, cpu. Raise ModelError if the device cannot be used."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from lora_blip.errors import ModelError
 from lora_blip.kernels.signatures import version_of
 
-RESOLUTION = 2**32  # a draw is a multiple of 1/RESOLUTION, and so below 1 after rounding too
+RESOLUTION = 2**32  # a draw is a multiple of 1/RESOLUTION, so that rounding cannot make it 1
 
 
 def image_keys(pixel_values: Tensor) -> list[str]:

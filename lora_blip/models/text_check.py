@@ -114,7 +114,7 @@ class TokenBounds:
     def _plain(self, text: str, word: int) -> bool:
         """Return True for printable ASCII without special tokens, if `word` is from 0 to `longest_word`.
 
-        word: the length of the first word; 0: do not check it; -1, from `find`: the text is one word.
+        word: the length of a word of the text. 0: no word is checked. -1: the text is one word longer than `longest_word`.
         """
         for character in self.first_characters:
             if character in text:

@@ -15,7 +15,8 @@ class UnknownTokens:
 
     def __init__(self, tokenizer: Any, special: set[Any]) -> None:
         self.tokenizer = tokenizer
-        self.id = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id  # OPT's is its end token: not searched
+        # None if the unknown token is also the end token, as in OPT, whose tokenizer knows every text
+        self.id = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id
         self.counts: dict[str, tuple[int, int]] = {}  # text → its unknown tokens and all of its tokens
 
     def note(self, ids: dict[str, list[int]]) -> None:
@@ -29,9 +30,9 @@ class UnknownTokens:
         return not known or (len(known) < len(ids) and not str(self.tokenizer.decode(known)).strip())
 
     def report(self, lines: Iterable[tuple[int | str, Iterable[str]]], what: str = "line") -> str:
-        """Return the share of unknown tokens in (line number, texts), with examples and the fix; "" if there are none.
+        """Return the share of unknown tokens in some texts, with examples and the fix; "" if there are none.
 
-        The number is 0 for a text that is not from a line. Only the texts given to `note` are counted.
+        lines: (line number, texts of the line); 0 if the texts are not from a line. Only the texts given to `note` are counted.
         """
         if not self.counts:
             return ""

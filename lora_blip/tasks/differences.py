@@ -58,7 +58,10 @@ def difference_per_call(fast: list[Tensor], slow: list[Tensor], generated: bool)
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """Return ‖a − b‖ / ‖b‖ of logits minus their mean over the last axis (no probability changes). 0 for an empty tensor."""
+    """Return ‖a − b‖ / ‖b‖, or 0 for an empty tensor.
+
+    Logits are compared without their mean over the last axis, which does not affect the probabilities.
+    """
     if not other.numel():
         return 0.0
     if other.ndim > 1 and other.shape[-1] > 2:
@@ -72,7 +75,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def gradient_difference(fast: list[Tensor], slow: list[Tensor]) -> float:
-    """Return the largest ‖Δ‖ / ‖g‖ over the tensors. A ‖g‖ below a twentieth of the largest counts as this twentieth."""
+    """Return the largest ‖Δ‖ / ‖g‖ over the tensors. Every ‖g‖ counts as at least a twentieth of the largest ‖g‖."""
     norms = [float(gradient.norm()) for gradient in slow]
     floor = max(max(norms, default=0.0) / 20, 1e-12)
     return max((float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(fast, slow, norms, strict=True)), default=0.0)
@@ -89,7 +92,10 @@ def is_texts(results: Any) -> bool:
 
 
 def numbers(result: Any) -> list[np.ndarray]:
-    """Return the numbers of a prediction in an order that does not depend on them: probabilities by text, features, odds."""
+    """Return the numbers of a prediction: probabilities, features or log-odds.
+
+    Probabilities are in the order of their texts, so that two rankings can be compared.
+    """
     if isinstance(result, Tensor):
         return [result.double().cpu().numpy().ravel()]
     if isinstance(result, np.ndarray | float | int):

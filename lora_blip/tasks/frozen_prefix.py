@@ -1,8 +1,8 @@
 """Cache the states of each image at the input of the first block with an adapter: training never changes them.
 
 The ViT is cut before its first block with an adapter. If no block has an adapter, the cached states are the ViT's output. If
-only the language model of a BLIP-2 has adapters, they are the features, after the Q-Former and its projection. States are
-cached in fp16.
+only the language model of a BLIP-2 has adapters, the cached states are the features: the output of the Q-Former's projection.
+States are cached in fp16.
 
 Results do not depend on which states are in the cache: a state that was just computed is rounded to fp16 too, and each image is
 computed alone.

@@ -80,7 +80,7 @@ class RetrievalTask(Task[TokenizedTexts]):
 
     def prepare_data(self, examples: list[Example]) -> None:
         with many_objects():
-            files = resolved(dict.fromkeys(map(FILE, examples)))  # one image, however spelled
+            files = resolved(dict.fromkeys(map(FILE, examples)))  # two spellings of a path are one image
             texts: dict[str, tuple[str, ...]] = {}
             for example in examples:
                 earlier = texts.get(files[example.file], ())
@@ -194,7 +194,7 @@ class RetrievalTask(Task[TokenizedTexts]):
     def rank(self, pixel_values: Tensor, examples: list[Example], texts: list[str] | EncodedTexts) -> Tensor:  # noqa: ARG002
         """Return the softmax of ITC's logits, but rerank the RERANKED most probable texts by ITC and ITM.
 
-        The sum of these texts' probabilities does not change. The softmax of ITC logit + ITM log-odds divides it.
+        The sum of these texts' probabilities stays the same. The softmax of ITC logit + ITM log-odds divides it among them.
         """
         rows, text_features = texts if isinstance(texts, EncodedTexts) else self.encode_texts(texts)
         states, device = self.matcher.encode_images(pixel_values), self.backbone.device
@@ -203,7 +203,7 @@ class RetrievalTask(Task[TokenizedTexts]):
         return torch.stack([self.reranked(*one, rows) for one in zip(logits, states, strict=True)])
 
     def reranked(self, logits: Tensor, states: Tensor, texts: TokenizedTexts) -> Tensor:
-        """Return the probabilities (texts,) of one image from its ITC logits (texts,) and ITM's log-odds of the likeliest."""
+        """Return the probabilities (texts,) of one image from its ITC logits (texts,) and ITM of the best texts."""
         chances = logits.softmax(0)
         best = logits.topk(min(RERANKED, len(texts))).indices
         odds = self.matcher.matching(states.expand(len(best), *states.shape), texts[best])

@@ -83,10 +83,11 @@ def fit_generation(
     limit: int,
     fix: str = "MAX_NEW_TOKENS = 0 (--max-new-tokens 0) has room for all",
 ) -> int:
-    """Set `max_new_tokens` of a task that generates texts, and return it. For another task, only return a value.
+    """Set `max_new_tokens` of a task that generates texts, and return it.
 
-    limit: the value to use. 0: the tokens of the longest text of the examples plus a margin, at most what the model has room
-    for. If texts are longer than the value, their number is printed, with the fix.
+    limit: the value to use. If it is 0, use the number of tokens of the longest text plus a margin, but not more than the model
+    has room for. Print how many texts are longer than the value, with the fix. For a task that generates no texts, set
+    nothing, and return `limit` or the default.
     """
     if not isinstance(task, TextTask):
         task.checker.lengths = {}

@@ -67,7 +67,7 @@ def before_training(
 ) -> None:  # fmt: skip
     """Check the logits, loss, gradients and predictions of a batch. Every rank calls this with the same batch.
 
-    settings: what else decides the computation, for the record. predicts: check predictions too.
+    settings: other settings that affect the computation; `verification_record` stores them. predicts: check predictions too.
     """
     if not task.backbone.fast:
         return
@@ -215,7 +215,7 @@ def prediction_differences(
         with short(task, beams):
             pair = [texts(results) for results in both_ways(task, lambda: recorded()[1])]
         different = sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0])
-        # rounding may decide near ties: half of the texts may differ, and in 16 bits one or two texts prove nothing
+        # rounding decides between beams of nearly equal scores: half of the texts may differ; in 16 bits, both of two may
         differences.append(
             Difference(
                 "different texts of the beam search",

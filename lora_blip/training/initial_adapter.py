@@ -24,7 +24,7 @@ SPLITTING = ("annotations", "val_annotations", "val_fraction", "seed", "group_by
 
 
 def inject_adapters(config: TrainConfig, backbone: Backbone) -> Adapter | None:
-    """Put the adapters of TARGETS on the backbone. Return the initial adapter, whose values they get, or None without one.
+    """Put the adapters of TARGETS on the backbone. If INIT_ADAPTER is set, copy its values and return it; else return None.
 
     Raise AdapterError, with the settings that fit, if the initial adapter has another base, image size, rank or alpha.
     """
@@ -53,7 +53,7 @@ def freeze_others(config: TrainConfig, backbone: Backbone, loras: dict[str, LoRA
 
 
 def check_base(adapter: Adapter, backbone: Backbone) -> None:
-    """Raise AdapterError if the adapter was trained on another base, or at an image size that the settings do not choose."""
+    """Raise AdapterError if the adapter was trained on another base, or at an image size that IMAGE_SIZE does not confirm."""
     try:
         adapter_file.check_fit(backbone.model, adapter)
     except AdapterError as error:

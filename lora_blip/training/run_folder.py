@@ -93,7 +93,7 @@ class Run:
                 closing.enter_context(lock.held(self.folder))
             self.metrics = self.closing.enter_context(open_to_append(self.folder / METRICS_NAME))
             if self.config.tensorboard:
-                # TensorBoard drops the entries of the interrupted run from `next_step` on
+                # TensorBoard removes earlier entries whose step is `next_step` or later
                 next_step = self.learner.progress.step + 1 if saved else None
                 self.board = attempt("TensorBoard", lambda: summary_writer()(self.folder, purge_step=next_step))
                 self.closing.callback(attempt, "complete TensorBoard file", lambda: self.board and self.board.close())

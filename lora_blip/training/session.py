@@ -190,7 +190,7 @@ class Session:
 
     @contextmanager
     def saved_on_errors(self) -> Iterator[None]:
-        """After an error or a second Ctrl-C in the block, save the progress, and raise an error whose message has a fix."""
+        """After an error or a second Ctrl-C in the block, save the progress. Describe an error with a fix, if one is known."""
         try:
             yield
         except signals.Stopped:

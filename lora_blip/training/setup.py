@@ -42,7 +42,7 @@ from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
 
 TINY = 20_000_000  # a base with at most this number of parameters gets a higher learning rate
-VALIDATION_FACTOR = 4  # a validation batch has up to this many training batches: it keeps no activations for backward
+VALIDATION_FACTOR = 4  # a validation batch may be this many times larger than a training batch: it keeps no activations
 
 
 @dataclass

@@ -51,7 +51,7 @@ def base_score(metrics: Path, by: str) -> float | None:
 
 
 def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str) -> str:
-    """Return a line with the command that compares the adapter with its base, on images that were not trained on.
+    """Return a line with the command that compares the adapter with its base, on images that training has not used.
 
     The references are the validation file, the test.jsonl or val.jsonl beside the annotations, or the file of the task in the
     folder image_test beside them. If none of them exists, the line asks the user to write test.jsonl.
@@ -64,7 +64,7 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
     start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]
     command = command_line([*start, "evaluate", *adapter_flag(folder), "--references", references])
     missing = "" if val_annotations or existing else " (write their images and texts to test.jsonl first)"
-    return printable(f"to score it on images that were not trained on{missing}: {command}")
+    return printable(f"to score it on images that training has not used{missing}: {command}")
 
 
 def adapter_flag(folder: Path) -> list[str]:

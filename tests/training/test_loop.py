@@ -345,7 +345,7 @@ def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoi
     assert f"validation exact match: base 12.5%, best adapter 75.0%, after step 4: {best}" in printed
     run = path.parent.relative_to(tmp_path)
     assert printed[-2] == f"next: lora-blip infer --adapter {run} --images {source.parent}/photos"
-    start = "to score it on images that were not trained on (write their images and texts to test.jsonl first): "
+    start = "to score it on images that training has not used (write their images and texts to test.jsonl first): "
     assert printed[-1] == f"{start}lora-blip evaluate --adapter {run} --references test.jsonl"
 
 
@@ -368,7 +368,7 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     """The references are VAL_ANNOTATIONS, a file of `prepare`, or that of image_test. Without them, a file is to be written."""
     monkeypatch.chdir(tmp_path)
     run, lines = tmp_path / "run", str(tmp_path / "train.jsonl")
-    start, command = "to score it on images that were not trained on", ": lora-blip evaluate --adapter run --references "
+    start, command = "to score it on images that training has not used", ": lora-blip evaluate --adapter run --references "
     write_first = " (write their images and texts to test.jsonl first)"
     assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{write_first}{command}test.jsonl"
     (tmp_path / "image_test").mkdir()
@@ -379,7 +379,7 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{command}{tmp_path}/val.jsonl"
     assert summary.evaluate_line("vqa", run, lines, "a b.csv") == f"{start}{command}'a b.csv'"
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert "not trained on: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "a b.csv")
+    assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "a b.csv")
 
 
 def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
