@@ -45,7 +45,8 @@ CHECK_IMAGES = "all"  # "all": decode all images before the first step; "lazy": 
 NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else 4
 
 # More: adapter
-VARIANT = "lora"  # "lora" or "rslora", whose update is scaled by alpha / √r; see docs/variants.md
+VARIANT = "lora"  # "lora"; "rslora": scaled by alpha / √r; "dora": trains the norms of W's rows too; see docs/variants.md
+LR_RATIO = 1.0  # LoRA+: learning rate of B as a multiple of that of A; 1: equal rates
 
 # More: optimizer
 WARMUP_STEPS = 20  # optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps

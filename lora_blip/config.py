@@ -84,8 +84,11 @@ class TrainConfig:
     num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
 
     variant: str = setting(
-        "lora", '"lora" or "rslora", whose update is scaled by alpha / √r; see docs/variants.md', group="More: adapter"
-    )
+        "lora",
+        '"lora"; "rslora": scaled by alpha / √r; "dora": trains the norms of W\'s rows too; see docs/variants.md',
+        group="More: adapter",
+    )  # fmt: skip
+    lr_ratio: float = setting(1.0, "LoRA+: learning rate of B as a multiple of that of A; 1: equal rates")
 
     warmup_steps: int = setting(
         20, "optimizer steps of linear warm-up before the cosine decay; at most a fifth of all steps", group="More: optimizer"

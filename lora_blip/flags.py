@@ -19,6 +19,7 @@ NAMED = re.compile(r"argument --([a-z-]+)|^(\w+) = |did you mean --([a-z-]+)")  
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
 
 OTHER_NAMES = {  # name in other libraries → our setting
+    "loraplus_lr_ratio": "lr_ratio", "use_dora": "variant", "use_rslora": "variant",
     "rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "learning_rate": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
     "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",

@@ -12,6 +12,14 @@ from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.untrusted import open_regular
 
 TASKS = {"caption": "write a caption", "vqa": "answer a question", "retrieval": "rank texts for an image"}
+VARIANTS = {  # of LoRA, except the plain one
+    "rslora": "rsLoRA: ΔW = alpha / √r · B A",
+    "dora": (
+        "DoRA: W′ = m / ‖W + ΔW‖ ⊙ (W + ΔW). Singular values, effective rank and amplification are those of "
+        "ΔW = alpha / r · B A. With the base, ‖ΔW‖, ‖ΔW‖ / ‖W‖ and intruder dimensions are those of W′ − W; without it, ‖ΔW‖ "
+        "is that of ΔW"
+    ),
+}
 LARGEST = 2**28  # bytes of a metrics.jsonl that is read
 LONGEST = 600  # characters of a fact
 LISTED = 6  # ranks, or settings of the generation, that are listed
@@ -24,6 +32,7 @@ def describe(adapter: Adapter) -> dict[str, str]:
     settings = training.get("settings", {})
     facts = {
         "adapter": _size(adapter),
+        "variant": VARIANTS.get(adapter.variant, ""),
         "task": _task(adapter.task),
         "base": _base(adapter),
         "data": _data(settings),
@@ -40,15 +49,14 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def _size(adapter: Adapter) -> str:
-    """Return "96 modules, r = 8, alpha = 32, 3,145,728 parameters", with the variant if it is not plain LoRA."""
+    """Return "96 modules, r = 8, alpha = 32, 3,145,728 parameters"."""
     sites = adapter.sites
     ranks = Counter((site.r, site.alpha) for site in sites).most_common(LISTED)
     described = " or ".join(f"r = {r}, alpha = {alpha:g}" + f" ({count})" * (len(ranks) > 1) for (r, alpha), count in ranks)
     dropout = adapter.metadata["lora"].get("dropout", 0.0)
     size = sum(tensor.numel() for tensor in adapter.tensors.values())
     plural = "s" * (len(sites) != 1)
-    counted = f"{len(sites):,} module{plural}, {described}, {size:,} parameters" + f", dropout {dropout:g}" * bool(dropout)
-    return counted + f", variant {adapter.variant}" * (adapter.variant != "lora")
+    return f"{len(sites):,} module{plural}, {described}, {size:,} parameters" + f", dropout {dropout:g}" * bool(dropout)
 
 
 def _task(task: Mapping[str, Any]) -> str:

@@ -64,6 +64,8 @@ def measure(adapter: Adapter, weights: WeightReader | None) -> list[ModuleView]:
 def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
     A, B = halves(adapter, site)
     values = spectrum.delta_spectrum(A, B, site.scale)
+    is_dora = site.variant == "dora"
+    change = dora_change(adapter, site, weight) if is_dora and weight is not None else None
     layer = NUMBERED.fullmatch(site.address)
     return ModuleView(
         address=site.address,
@@ -76,11 +78,27 @@ def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
         shape=(len(B), A.shape[1]),
         singular_values=values.tolist(),
         effective_rank=spectrum.effective_rank(values),
-        norm=spectrum.frobenius_norm(values),
-        relative_norm=None if weight is None else spectrum.relative_norm(values, weight),
-        intruders=None if weight is None else count_intruders(weight, A, B, site.scale),
+        norm=spectrum.frobenius_norm(values if change is None else change),
+        relative_norm=None if weight is None else spectrum.relative_norm(values if change is None else change, weight),
+        intruders=None if weight is None else _intruders(weight, A, B, site.scale, change),
         amplification=None if weight is None else spectrum.amplification_factor(weight, A, B, site.scale),
+        magnitudes=len(B) * is_dora,
     )
+
+
+def dora_change(adapter: Adapter, site: Site, weight: Tensor) -> Tensor:
+    """Return W' − W = m / ‖W + ΔW‖ ⊙ (W + ΔW) − W of DoRA, in float64. weight: the rows of W that the update reaches."""
+    A, B = halves(adapter, site)
+    W = weight.double()
+    changed = W + site.scale * B.double() @ A.double()
+    norm = changed.norm(dim=1)
+    g = adapter.tensors[f"{site.address}.magnitude"].double() / norm.where(norm > 0, 1)
+    return g[:, None] * changed - W
+
+
+def _intruders(weight: Tensor, A: Tensor, B: Tensor, scale: float, change: Tensor | None) -> int:
+    """Return the number of intruder dimensions. The change of DoRA has a high rank, so it needs complete SVDs."""
+    return count_intruders(weight, A, B, scale) if change is None else spectrum.intruder_dimensions(weight, change)
 
 
 def halves(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor]:

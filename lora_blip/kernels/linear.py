@@ -117,3 +117,4 @@ class FrozenProduct(torch.autograd.Function):
 
 
 PLAIN_LINEARS = (nn.Linear, QuickLinear)
+PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)

@@ -1,6 +1,7 @@
 """Save and load an adapter file: one .safetensors that contains everything about the adapter.
 
-Tensors: `<address>.lora_A` and `.lora_B`, float32. An address is a module path. ".q" after it names a block of output features.
+Tensors: `<address>.lora_A` and `.lora_B`, float32. DoRA also has `.magnitude`. An address is a module path. ".q" after it names
+a block of output features.
 Header: JSON under "lora_blip": ranks, task, base with samples of its weights, versions, summary of the training. No code runs.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection
-from lora_blip.lora.adapter_tensors import check_keys, check_values, tensors_of
+from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample, samples
 from lora_blip.lora.header import HeaderError, sites_of, version_of
@@ -217,10 +218,12 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
         if linear is None or not is_linear(linear):
             raise AdapterError(f"{adapter.path}: this model has no linear {quoted(site.module)}; {remedy}")
         start, stop = site.rows or (0, linear.out_features)
-        for half, shape in (("A", (site.r, linear.in_features)), ("B", (stop - start, site.r))):
-            saved = tuple(adapter.tensors[f"{site.address}.lora_{half}"].shape)
+        shapes = {"lora_A": (site.r, linear.in_features), "lora_B": (stop - start, site.r), "magnitude": (stop - start,)}
+        for key in names_of(site):
+            part = key.rpartition(".")[2]
+            saved, shape = tuple(adapter.tensors[key].shape), shapes[part]
             if saved != shape or stop > linear.out_features:
-                message = f"lora_{half} of {quoted(site.address)} is {saved}, and this model needs {shape}"
+                message = f"{part} of {quoted(site.address)} is {saved}, and this model needs {shape}"
                 raise AdapterError(f"{adapter.path}: {message}; {remedy}")
     for path, expected in adapter.metadata["base"]["samples"].items():
         if path not in modules or not is_linear(modules[path]):

@@ -5,25 +5,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_blip.errors import AdapterError
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
+from lora_blip.lora.variants import DoRA
 from lora_blip.runtime.untrusted import quoted
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
+def parameters_of(address: str, lora: LoRA) -> dict[str, nn.Parameter]:
+    """Return the parameters of the adapter of one linear, with their names in a file."""
+    parameters = {f"{address}.lora_A": lora.A, f"{address}.lora_B": lora.B}
+    return parameters | ({f"{address}.magnitude": lora.magnitude} if isinstance(lora, DoRA) else {})
+
+
 def tensors_of(address: str, lora: LoRA) -> dict[str, Tensor]:
-    """Return the tensors of the adapter of one linear, in float32 on the CPU, with their names in a file."""
-    halves = {f"{address}.lora_A": lora.A, f"{address}.lora_B": lora.B}
-    return {key: half.detach().float().cpu().contiguous() for key, half in halves.items()}
+    """Return the tensors of a file for the adapter of one linear, in float32 on the CPU."""
+    return {key: p.detach().float().cpu().contiguous() for key, p in parameters_of(address, lora).items()}
+
+
+def names_of(site: Site) -> list[str]:
+    """Return the names of the tensors of a site."""
+    return [f"{site.address}.{part}" for part in ("lora_A", "lora_B", *["magnitude"] * (site.variant == "dora"))]
 
 
 def check_keys(path: Path, sites: list[Site], file: Any) -> None:
     """Raise AdapterError if the file does not have exactly the tensors, shapes and dtypes of its header."""
-    expected = {f"{site.address}.lora_{half}": site for site in sites for half in "AB"}
+    expected = {key: site for site in sites for key in names_of(site)}
     names = set(file.keys())
     missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
     if missing:
@@ -37,6 +48,9 @@ def check_keys(path: Path, sites: list[Site], file: Any) -> None:
         )
     for key, site in expected.items():
         tensor = file.get_slice(key)
+        if key.endswith(".magnitude"):
+            _check_magnitude(path, key, tensor, file.get_slice(f"{site.address}.lora_B").get_shape()[0])
+            continue
         shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")  # shape[is_b] is r: A (r, …), B (…, r)
         rows = site.rows[1] - site.rows[0] if site.rows and is_b else None
         if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
@@ -44,6 +58,13 @@ def check_keys(path: Path, sites: list[Site], file: Any) -> None:
             raise AdapterError(
                 f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, but its header says {needed}; copy the file again"
             )
+
+
+def _check_magnitude(path: Path, key: str, tensor: Any, rows: int) -> None:
+    """Raise AdapterError if the magnitude of DoRA does not have a float32 for each row of B."""
+    if tensor.get_shape() != [rows] or tensor.get_dtype() != "F32":
+        actual = f"{quoted(tuple(tensor.get_shape()))} {tensor.get_dtype()}"
+        raise AdapterError(f"{path}: {quoted(key)} is {actual}, but lora_B has {rows} rows; copy the file again")
 
 
 def check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> None:

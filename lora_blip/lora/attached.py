@@ -17,7 +17,7 @@ from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
 from lora_blip.lora.sites import Site, name_of
-from lora_blip.lora.variants import CLASSES
+from lora_blip.lora.variants import CLASSES, DoRA, original_of
 
 FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
 
@@ -102,6 +102,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
         )
     routing: AdapterRouting = (in_block or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(getattr(module, FAST, True) for module in model.modules())
+    routing.has_dora = any(each.has_dora for each in routings)
     routing.used, routing.recorded = any(each.used for each in routings), any(each.recorded for each in routings)
     routing.dormant = frozenset().union(*(each.dormant for each in routings))
     for stack in stacks:
@@ -168,6 +169,9 @@ def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
         linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
     lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, device)
+    if isinstance(lora, DoRA):
+        lora.start_at(original_of(linear))
+        linear.lora.routing.has_dora = linear.lora.routing.used = True
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
+from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.lora.attached import (
     Loaded,
     adapted_linears,
@@ -26,6 +27,7 @@ from lora_blip.lora.merging import fold_all, write_back
 from lora_blip.lora.save_guard import guard
 from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, name_of
 from lora_blip.lora.targets import find
+from lora_blip.lora.variants import check_decomposable
 
 
 def inject(
@@ -41,9 +43,10 @@ def inject(
     """Put a new adapter called `name` on the targets, freeze all parameters of the base, and return {address: LoRA}.
 
     model: a backbone, or any model. targets: as for `find_targets`, or its result, which contains r, alpha and the variant.
-    variant: "lora" or "rslora"; see docs/variants.md. Each LoRA has the parameters A (r, in_features) and B (out_features, r).
-    Train the parameters whose `requires_grad` is true. B is zero, so no output changes yet. A repeated call with the same sites
-    changes only the dropout. In peft: `get_peft_model`, or `inject_adapter_in_model`.
+    variant: "lora", "rslora" or "dora"; see docs/variants.md. Each LoRA has the parameters A (r, in_features) and B
+    (out_features, r), and a `DoRA` its magnitude (out_features,) too. Train the parameters whose `requires_grad` is true. B is
+    zero, so no output changes yet. A repeated call with the same sites changes only the dropout. In peft: `get_peft_model`, or
+    `inject_adapter_in_model`.
 
     Raise TargetError if a target matches nothing. Raise LoRAError, before anything is changed, if there is no site, or if
     the model already has an adapter called `name` with other modules, r, alpha or variant. Raise it too if a site is not a
@@ -71,6 +74,8 @@ def inject(
     if not present:
         check_new_name(name)
         for site in sites:
+            check_decomposable(site, model.get_submodule(site.module))
+        for site in sites:
             attach(model.get_submodule(site.module), site, dropout, name)
         share_routing(model)
         add_fused_hooks(model)
@@ -85,8 +90,8 @@ def inject(
 def copy_values(loras: Mapping[str, LoRA], tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors of an adapter file into the LoRA layers at these addresses."""
     for address, lora in loras.items():
-        lora.A.data.copy_(tensors[f"{address}.lora_A"])
-        lora.B.data.copy_(tensors[f"{address}.lora_B"])
+        for key, parameter in parameters_of(address, lora).items():
+            parameter.data.copy_(tensors[key])
 
 
 def eject(model: nn.Module | Loaded, name: str | None = None) -> None:

@@ -9,11 +9,9 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks_with_kwargs
 
 from lora_blip.errors import LoRAError
-from lora_blip.kernels.linear import PLAIN_TENSORS, QuickLinear
+from lora_blip.kernels.linear import PLAIN_FORWARDS, PLAIN_TENSORS
 from lora_blip.lora.attached import OURS
 from lora_blip.lora.sites import is_quantized, refuse_meta
-
-PLAIN_FORWARDS = (nn.Linear.forward, QuickLinear.forward)
 
 
 def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:

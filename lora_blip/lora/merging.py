@@ -22,13 +22,14 @@ from lora_blip.lora.attached import (
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.sites import name_of
+from lora_blip.lora.variants import change_of, original_of
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
     """Replace W by W + Σ ΔW of the named adapters. Without names, merge all adapters that belong to no `Captioner`.
 
     Merging the same adapters again changes nothing. Merging another one adds it to those that are merged. ΔW is what
-    `LoRA.delta_weight` returns, and the sum is computed in float32. The original W is kept for `restore`, and every merge
+    `variants.change_of` returns, and the sum is computed in float32. The original W is kept for `restore`, and every merge
     starts from it, not from a merged weight. If a merge fails, for example out of memory, every weight is put back.
     Raise LoRAError for an unknown name or an adapter of a `Captioner`, for a weight into which no update can be written (see
     `mergeable`), and for a sum that is not finite. Raise it too while a thread or task is inside `use_adapters` or
@@ -133,13 +134,14 @@ def fold(path: str, linear: Any, keys: frozenset[str], keep_on: torch.device | N
 
 @torch.no_grad()
 def summed(linear: Any, keys: frozenset[str]) -> Tensor:
-    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W."""
+    """Return W + Σ ΔW over the adapters `keys`, in float32 or wider, from the original W. For DoRA, ΔW is W' − W."""
     stack = linear.lora
-    start = linear.weight if stack.original is None else stack.original
+    start = original_of(linear)
     wide = torch.promote_types(start.dtype, torch.float32)
-    total: Tensor = start.to(linear.weight.device, wide, copy=True)
+    original = start.to(wide)
+    total: Tensor = original.clone()
     for key in sorted(keys):
-        total += stack[key].delta_weight()
+        total += change_of(stack[key], original)
     return total
 
 

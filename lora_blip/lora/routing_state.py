@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import CallBatch, call_batch
-from lora_blip.lora.layer import AdapterStack
 from lora_blip.lora.sites import name_of
+from lora_blip.lora.variants import update_of
 
 
 class Everywhere(Enum):
@@ -54,16 +54,17 @@ ALL_ACTIVE = ActiveAdapters()
 class AdapterRouting:
     """The routing that all linears of a model share. `active` returns the adapters of the current thread or task."""
 
-    def __init__(self, fast: bool = True, dormant: frozenset[str] = frozenset()) -> None:
+    def __init__(self, fast: bool = True, dormant: frozenset[str] = frozenset(), has_dora: bool = False) -> None:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
         self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
-        self.used = bool(dormant)  # True once a block was entered, or with dormant adapters; `lora_hook` reads it
+        self.has_dora = has_dora  # True once an adapter was a DoRA
+        self.used = bool(dormant) or has_dora  # True once a block was entered, too; `lora_hook` reads it
         self.recorded = False  # True once a block was entered with gradients on
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
 
-    def __reduce__(self) -> tuple[type, tuple[bool, frozenset[str]]]:
-        return AdapterRouting, (self.fast, self.dormant)  # a copy of a model is in no block
+    def __reduce__(self) -> tuple[type, tuple[bool, frozenset[str], bool]]:
+        return AdapterRouting, (self.fast, self.dormant, self.has_dora)  # a copy of a model is in no block
 
     @property
     def block(self) -> Optional["Block"]:
@@ -86,12 +87,13 @@ class AdapterRouting:
         self._check(block)
         return not self.dormant and (block is None or block.active is ALL_ACTIVE)
 
-    def add_updates(self, stack: AdapterStack, x: Tensor, output: Tensor) -> Tensor:
+    def add_updates(self, linear: Any, x: Tensor, output: Tensor) -> Tensor:
         """Return y + Σ (alpha / r) · B A x, in which each adapter adds its update to the rows on which it acts.
 
-        x: the input of a linear (rows, …). output: its output y. This is the loop of `lora_hook`, with rows.
+        x: the input of a linear (rows, …). output: its output y. This is the loop of `lora_hook`, with rows, and with the
+        update of DoRA, which needs y. Each update is that of the adapter alone, so the order of the adapters has no effect.
         """
-        block = self.block
+        stack, y, block = linear.lora, output, self.block
         self._check(block)
         if stack.merged and block is not None and block.active is not ALL_ACTIVE:
             raise LoRAError(
@@ -100,9 +102,9 @@ class AdapterRouting:
         for key, adapter in stack.items():
             rows = None if key in stack.merged else self.rows(name_of(key), x)
             if rows is ALL:
-                output = output + adapter(x).to(output.dtype)
+                output = output + update_of(adapter, linear, x, y).to(output.dtype)
             elif rows is not None:
-                output = output.index_add(0, rows, adapter(x[rows]).to(output.dtype))
+                output = output.index_add(0, rows, update_of(adapter, linear, x[rows], y[rows]).to(output.dtype))
         return output
 
     def rows(self, name: str, x: Tensor) -> Any:

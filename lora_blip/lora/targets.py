@@ -93,7 +93,7 @@ def find(
     """Return the sites of `targets` in the model's order: which linears get an adapter, with r and alpha of each.
 
     targets: presets, module names or regexes, as a list or separated by commas. A later target overrides r and alpha of an
-    earlier one. variant: that of all sites, "lora" or "rslora". Raise TargetError if a target matches nothing (the message
+    earlier one. variant: that of all sites. Raise TargetError if a target matches nothing (the message
     suggests others), or if one target is a fused linear and another one a block of it. In peft: `target_modules`,
     `rank_pattern` and `alpha_pattern`.
 
@@ -185,7 +185,7 @@ def table(model: nn.Module, name: str = "default") -> str:
     rows = []
     for part in [*dict.fromkeys(_part(address) for address in loras), "all"]:
         own = [lora for address, lora in loras.items() if part in ("all", _part(address))]
-        size = sum(lora.A.numel() + lora.B.numel() for lora in own)
+        size = sum(parameter.numel() for lora in own for parameter in lora.parameters())
         rows.append((part, len({lora.site.module for lora in own}), size))
     lines = [f"{'part':<15}{'linears':>8}{'LoRA parameters':>17}{'of the model':>14}"]
     return "\n".join(lines + [f"{p:<15}{n:>8}{size:>17,}{size / base:>14.2%}" for p, n, size in rows])

@@ -38,10 +38,11 @@ class ModuleView:
     relative_norm: float | None  # ‖ΔW‖_F / ‖W‖_F
     intruders: int | None
     amplification: float | None
+    magnitudes: int = 0  # of DoRA: one for each output feature
 
     @property
     def parameters(self) -> int:
-        return self.r * sum(self.shape)
+        return self.r * sum(self.shape) + self.magnitudes
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from lora_blip.runtime.settings import require, require_name
 from lora_blip.runtime.user_paths import BASE_OF
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
-VARIANTS = ("lora", "rslora")  # of LoRA; see `lora.variants`
+VARIANTS = ("lora", "rslora", "dora")  # of LoRA; see `lora.variants`
 ABOVE_ZERO = (  # settings of training that must be above zero
-    "r", "alpha", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams", "keep_checkpoints",
+    "r", "alpha", "lr_ratio", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams",
+    "keep_checkpoints",
 )  # fmt: skip
 AT_LEAST_ZERO = (
     "lr", "checkpoint_seconds", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "validate_every",

@@ -12,10 +12,14 @@ from lora_blip.errors import ConfigError
 
 LARGEST_INT = 2**31 - 1
 LARGEST = {  # largest sensible values, by setting
-    "r": 2**16, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
+    "r": 2**16, "lr_ratio": 1e6, "seed": 2**32 - 1, "num_workers": 1024, "min_improvement": 1e6,
     "lr": 10.0, "alpha": 1e6, "weight_decay": 100.0, "max_grad_norm": 1e30, "cache_gb": 1e9, "checkpoint_seconds": 1e12,
 }  # fmt: skip
-ADDED = {"init_adapter": "", "variant": "lora"}  # settings that older adapter files lack, with the values without effect
+ADDED = {
+    "init_adapter": "",
+    "variant": "lora",
+    "lr_ratio": 1.0,
+}  # settings that older adapter files lack, with the values without effect
 
 
 class Options(dict[str, Any]):

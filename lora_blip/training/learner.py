@@ -5,7 +5,7 @@ The step itself is in `loop.py`.
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lora_blip.data.loader import DeviceBatch, Slot
 from lora_blip.errors import CheckpointError
 from lora_blip.lora import attached
+from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.runtime.distributed import ALONE, Ranks, keep_alive
 from lora_blip.tasks.base import Task
 from lora_blip.training.checkpoint import REMEDY, checked_tensor
@@ -84,14 +85,15 @@ class Learner:
     def __init__(
         self, task: Task, lr: float = 1e-3, weight_decay: float = 0.0, max_grad_norm: float = 0.0, precision: str = "fp32",
         autocast: Autocast = nullcontext, seed: int = 0, ranks: Ranks = ALONE, optimizer: torch.optim.Optimizer | None = None,
+        lr_ratio: float = 1.0,
     ) -> None:  # fmt: skip
         self.task, self.max_grad_norm, self.autocast, self.seed, self.ranks = task, max_grad_norm, autocast, seed, ranks
         adapters = attached.adapters(task.backbone.model)
-        adapter_parameters = {f"{name}.lora_{half}": getattr(lora, half) for name, lora in adapters.items() for half in "AB"}
+        adapter_parameters = {key: p for name, lora in adapters.items() for key, p in parameters_of(name, lora).items()}
         task_parameters = {f"task.{number}": parameter for number, parameter in enumerate(task.parameters())}
         self.parameters: dict[str, nn.Parameter] = adapter_parameters | task_parameters
         groups = [
-            {"params": [*adapter_parameters.values()], "weight_decay": weight_decay},
+            *adapter_groups(adapter_parameters, weight_decay, lr_ratio),
             {"params": [*task_parameters.values()], "weight_decay": 0.0},
         ]
         fused = task.backbone.device.type in ("cpu", "cuda")  # one kernel updates all the small tensors
@@ -222,6 +224,23 @@ class Learner:
         gradient_bytes = sum(p.numel() * p.element_size() for p in self.parameters.values())
         self.traffic = 2 * gradient_bytes * (self.ranks.count - 1) // self.ranks.count
         return wrapped
+
+
+def adapter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, lr_ratio: float) -> list[dict[str, Any]]:
+    """Return the groups of the optimizer for the adapters: A and B, B alone with LoRA+, and DoRA's magnitudes.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives B `lr_ratio` times the learning rate of A. A magnitude has no weight
+    decay, because it starts at the norm of a weight, and not at 0.
+    """
+    parts: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "magnitude": []}
+    for key, parameter in parameters.items():
+        part = key.rpartition(".")[2]
+        parts["lora_A" if part == "lora_B" and lr_ratio == 1 else part].append(parameter)
+    decays, factors = {"magnitude": 0.0}, {"lora_B": lr_ratio}
+    return [
+        {"params": own, "weight_decay": decays.get(part, weight_decay), "lr_factor": factors.get(part, 1.0)}
+        for part, own in parts.items()
+    ]
 
 
 def reseed(device: torch.device, seed: int) -> None:

@@ -71,7 +71,7 @@ def update_parameters(learner: Learner, rate: float) -> Update:
     scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
     grad_norm = clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)  # LoRA+
     norm, local_loss = torch.stack([grad_norm, learner.loss]).tolist()  # one transfer from the device
     (loss,) = learner.ranks.sum(local_loss)  # over all processes
     scale = scaler.get_scale()

@@ -59,8 +59,9 @@ def start_session(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> "Ses
     prepared = prepare_run(ranks, config, closing)
     config, task, autocast = prepared.config, prepared.task, prepared.autocast
     learner = Learner(
-        task, config.lr, config.weight_decay, config.max_grad_norm, prepared.precision, autocast, config.seed, ranks
-    )
+        task, config.lr, config.weight_decay, config.max_grad_norm, prepared.precision, autocast, config.seed, ranks,
+        lr_ratio=config.lr_ratio,
+    )  # fmt: skip
     learner.progress.total = total_steps(config, len(prepared.batches), ranks.count)
     saved, identity, notes = load_checkpoint(prepared, learner, closing)
     config = replace(config, max_new_tokens=identity["max_new_tokens"])

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from lora_blip import cli
 from lora_blip.inspection.command import InspectConfig, inspect
-from lora_blip.lora import adapter_file
+from lora_blip.lora import adapter_file, injection, merging
 from lora_blip.lora.adapter_file import digest
+from lora_blip.lora.spectrum import intruder_dimensions
+from lora_blip.models.loading import load_backbone
 from tests.support.api import save_adapter
 from tests.support.browser import show
 
@@ -318,3 +320,27 @@ def test_the_page_in_a_browser(chromium, adapter, tmp_path, width):
     ask(search, "onerror")
     assert ask("return document.getElementById('count').textContent") == "2 of 16 modules"
     assert ask("return window.pwned") is None
+
+
+def test_the_numbers_of_dora_are_those_of_the_merged_weight(tmp_path, monkeypatch, capsys):
+    """The norms and the intruder dimensions compare W with the W′ that a merge writes; the singular values are those of B A."""
+    backbone = load_backbone("assets/tiny-blip", "cpu")
+    W = {path: module.weight.clone() for path, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    loras = injection.inject(backbone.model, "vit[1:2]", r=4, variant="dora")
+    for number, lora in enumerate(loras.values()):
+        torch.manual_seed(number)
+        torch.nn.init.normal_(lora.B, std=0.3)
+        lora.magnitude.data *= torch.rand(len(lora.magnitude)) + 0.5
+    path = adapter_file.save(tmp_path / "run" / "adapter.safetensors", backbone)
+    merging.merge(backbone.model)
+    out = run(monkeypatch, capsys, str(path), "--output-dir", str(tmp_path / "page"))
+    assert "variant   DoRA" in out and f"{sum(p.numel() for x in loras.values() for p in x.parameters()):,} parameters" in out
+    (view,) = data_of(tmp_path / "page")["adapters"]
+    for module in view["modules"]:
+        linear, lora = backbone.model.get_submodule(module["address"]), loras[module["address"]]
+        change = linear.weight - W[module["address"]]
+        assert module["norm"] == pytest.approx(change.norm().item(), rel=1e-4)
+        assert module["relative_norm"] == pytest.approx((change.norm() / W[module["address"]].norm()).item(), rel=1e-4)
+        assert module["intruders"] == intruder_dimensions(W[module["address"]], change)
+        expected = torch.linalg.svdvals(lora.delta_weight())[:4].tolist()
+        assert module["singular_values"] == pytest.approx(expected, rel=1e-4)

@@ -122,7 +122,7 @@ def test_inject_is_idempotent(make):
     once = logits_of(backbone)
     inject(backbone, trained=False)
     assert torch.equal(logits_of(backbone), once)
-    with pytest.raises(ValueError, match="on other modules, or with another r or alpha"):
+    with pytest.raises(ValueError, match="on other modules, or with another r, alpha or variant"):
         inject(backbone, "vit")
 
 

@@ -1,5 +1,7 @@
 """Law 12: with the same A and B, logits, gradients and the losses of twenty AdamW steps equal those of `peft`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,18 +13,27 @@ from tests.support.models import batch_of, inject, kind_of
 peft = pytest.importorskip("peft")
 
 
-def our_and_peft_tasks(make, kind: str):
-    """Return a task with our adapters, a task with those of peft, and pairs (our tensor, tensor of peft) of equal A or B."""
+def our_and_peft_tasks(make, kind: str, variant: str = "lora", dtype: torch.dtype = torch.float32):
+    """Return a task with our adapters, a task with those of peft, and pairs (our tensor, tensor of peft) of equal tensors."""
     ours, theirs = make(kind), make(kind)
-    adapters = inject(ours, r=4, alpha=8.0)
+    ours.model.to(dtype), theirs.model.to(dtype)
+    adapters = inject(ours, r=4, alpha=8.0, variant=variant)
+    ours.model.to(dtype)
     modules = list(adapters)
-    wrapped = peft.get_peft_model(theirs.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, lora_dropout=0.0))
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=modules, lora_dropout=0.0, use_dora=variant == "dora", use_rslora=variant == "rslora"
+    )
+    wrapped = peft.get_peft_model(theirs.model, config, autocast_adapter_dtype=False)
     pairs = []
     for address, x in adapters.items():
         layer = wrapped.base_model.model.get_submodule(address)
         for our, other in ((x.A, layer.lora_A["default"].weight), (x.B, layer.lora_B["default"].weight)):
             other.data.copy_(our.data)
             pairs.append((our, other))
+        if variant == "dora":
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            magnitude.data.copy_(x.magnitude.data)
+            pairs.append((x.magnitude, magnitude))
     theirs.model = wrapped.base_model.model
     return CaptionTask(ours), CaptionTask(theirs), pairs
 
@@ -48,6 +59,25 @@ def test_logits_and_gradients_equal_those_of_peft(make, kind, fast, bound):
     assert max(relative(our.grad, other.grad) for our, other in pairs) <= bound
 
 
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
+def test_logits_and_gradients_of_the_variants_equal_those_of_peft(make, kind, variant):
+    """The relative difference of each tensor is at most 1e-13 in float64, and 1e-6 in float32; of gradients 1e-5."""
+    for dtype, bound, of_gradients in ((torch.float64, 1e-13, 1e-13), (torch.float32, 1e-6, 1e-5)):
+        ours, theirs, pairs = our_and_peft_tasks(make, kind, variant, dtype)
+        batches = [replace(b, pixel_values=b.pixel_values.to(dtype)) for b in (batch_of(ours), batch_of(theirs))]
+        for task in (ours, theirs):
+            task.backbone.fast = False
+            switch.fast(task.backbone.model, False)
+        attached.fast(ours.backbone.model, False)
+        a, b = ours.logits(batches[0]), theirs.logits(batches[1])
+        assert a.dtype == dtype and relative(a, b) <= bound
+        for task, batch in zip((ours, theirs), batches, strict=True):
+            task.loss(batch).backward()
+        assert all(our.grad.any() for our, _ in pairs)
+        assert max(relative(our.grad, other.grad) for our, other in pairs) <= of_gradients
+
+
 @pytest.mark.parametrize("kind", ["blip", "opt", pytest.param("t5", marks=pytest.mark.slow)])
 def test_twenty_adamw_steps_give_the_losses_of_peft(make, kind):
     ours, theirs, pairs = our_and_peft_tasks(make, kind)
@@ -66,8 +96,9 @@ def test_twenty_adamw_steps_give_the_losses_of_peft(make, kind):
     assert losses[0][-1] < losses[0][0] and relative(*losses) <= 1e-5
 
 
-def test_merged_logits_equal_those_of_a_merged_peft_model(make):
-    ours, theirs, _ = our_and_peft_tasks(make, "blip")
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_merged_logits_equal_those_of_a_merged_peft_model(make, variant):
+    ours, theirs, _ = our_and_peft_tasks(make, "blip", variant)
     merging.merge(ours.backbone.model)
     for module in theirs.backbone.model.modules():
         if hasattr(module, "get_delta_weight"):

@@ -1,19 +1,31 @@
 """The laws of LoRA for its variants: no-op start, merged is hooked, exact restore, the adapter file, several adapters, rows."""
 
 import json
+import pickle
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import safetensors
 import torch
+from torch import nn
 
 from lora_blip.config import TrainConfig
+from lora_blip.data.loader import Slot
 from lora_blip.errors import AdapterError, ConfigError, LoRAError
 from lora_blip.lora import adapter_file, attached, header, injection, merging, targets
+from lora_blip.lora.layer import AdapterStack, lora_hook
+from lora_blip.lora.routing import disable_adapters, use_adapters
 from lora_blip.lora.sites import Site
-from lora_blip.lora.variants import CLASSES
+from lora_blip.lora.variants import CLASSES, DoRA
 from lora_blip.runtime.setting_checks import VARIANTS
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import accumulate_gradients, train, update_parameters
 from tests.lora.test_adapter_file import rewrite
-from tests.support.models import inject, logits_of
+from tests.support.kill import killed_at
+from tests.support.models import batch_of, inject, logits_of
+from tests.support.runs import assert_same, config_of, elsewhere
 
 OTHERS = [variant for variant in VARIANTS if variant != "lora"]
 variants = pytest.mark.parametrize("variant", OTHERS)
@@ -42,6 +54,15 @@ def test_rslora_divides_alpha_by_the_square_root_of_r():
 @variants
 def test_a_new_adapter_changes_no_bit_of_the_logits(make, variant):
     backbone = make("blip")
+    expected = logits_of(backbone)
+    inject(backbone, variant=variant, trained=False)
+    assert torch.equal(logits_of(backbone), expected)
+
+
+@variants
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_new_adapter_changes_no_bit_of_a_base_in_16_bits(make, variant, dtype):
+    backbone = make("blip", dtype=dtype)
     expected = logits_of(backbone)
     inject(backbone, variant=variant, trained=False)
     assert torch.equal(logits_of(backbone), expected)
@@ -125,3 +146,215 @@ def test_an_adapter_has_one_known_variant(make):
 def test_a_wrong_variant_in_the_settings_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"variant = 'rs-lora': expected one of lora, rslora.*did you mean 'rslora'"):
         TrainConfig(variant="rs-lora")
+
+
+# ---------------------------------------------------------------- DoRA
+
+
+def dora_on(linear: nn.Linear, *sites: Site) -> tuple[nn.Sequential, list[DoRA]]:
+    """Return a model of one linear with trained DoRA adapters in float64."""
+    model = nn.Sequential(linear)
+    loras = list(injection.inject(model, sites or "0", r=3, alpha=6.0, variant="dora").values())
+    for lora in loras:
+        nn.init.normal_(lora.B, std=0.5)
+        lora.magnitude.data *= torch.rand(len(lora.magnitude)) + 0.5
+    return model.double(), loras
+
+
+def dense(linear: nn.Linear, loras: list[DoRA], x: torch.Tensor) -> torch.Tensor:
+    """Return W' x + b with W' = W + Σ (m / ‖W + ΔW‖ ⊙ (W + ΔW) − W), computed on whole matrices. The norm has no gradient."""
+    W = linear.weight
+    total = W
+    for lora in loras:
+        changed = W + lora.delta_weight()
+        g = torch.ones(len(W), dtype=W.dtype)
+        start, stop = lora.site.rows or (0, len(W))
+        g[start:stop] = lora.magnitude / changed[start:stop].norm(dim=1).detach()
+        total = total + g[:, None] * changed - W
+    return nn.functional.linear(x, total, linear.bias)
+
+
+Q, V = (Site("0", 3, 6.0, name, rows, "dora") for name, rows in (("q", (0, 4)), ("v", (8, 12))))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sites", [(), (Q,), (Q, V)])
+def test_dora_equals_the_formula_on_whole_matrices(bias, sites):
+    """Outputs, the gradients of x, A, B and m, and merged outputs are equal in float64, for whole linears and row blocks."""
+    linear = nn.Linear(7, 12, bias=bias)
+    model, loras = dora_on(linear, *sites)
+    x, weights = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 12, dtype=torch.float64)
+    parameters = [x, *(p for lora in loras for p in lora.parameters())]
+    output, expected = model(x), dense(linear, loras, x)
+    gradients, right = (torch.autograd.grad((y * weights).sum(), parameters) for y in (output, expected))
+    assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12) and len(parameters) == 1 + 3 * len(loras)
+    for one, other in zip(gradients, right, strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-11) and other.any()
+    merging.merge(model)
+    assert torch.allclose(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_of_zeros_stays_finite():
+    """m of such a row is 0, so the row stays 0 until m moves. peft divides 0 by 0 there."""
+    linear = nn.Linear(7, 12)
+    linear.weight.data[3] = 0
+    model = nn.Sequential(linear)
+    x, before = torch.randn(4, 7), linear(torch.ones(4, 7))
+    (lora,) = injection.inject(model, "0", variant="dora").values()
+    assert torch.equal(model(torch.ones(4, 7)), before)
+    model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in lora.parameters())
+    nn.init.normal_(lora.B)
+    merging.merge(model)
+    assert not linear.weight[3].any() and linear.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("first", ["lora", "rslora", "dora"])
+def test_adapters_of_several_variants_on_one_linear_add_up(first):
+    """y is W x + b plus the change of each adapter alone, in any order, also if one of them is merged."""
+    linear, x = nn.Linear(7, 12), torch.randn(5, 7, dtype=torch.float64)
+    results = []
+    for order in (("a", "b"), ("b", "a")):
+        model = nn.Sequential(deepcopy(linear))
+        for name in order:
+            torch.manual_seed(ord(name))
+            (lora,) = injection.inject(model, "0", name=name, variant={"a": first, "b": "dora"}[name]).values()
+            nn.init.normal_(lora.B)
+        model.double()
+        both = model(x)
+        changes = []
+        for other in ("b", "a"):
+            with disable_adapters(model, other):
+                changes.append(model(x) - nn.functional.linear(x, model[0].weight, model[0].bias))
+        assert torch.allclose(both, linear.double()(x) + sum(changes)) and all(change.abs().max() > 0.1 for change in changes)
+        results.append(both)
+        for names in (["a"], ["b"], ["a", "b"]):
+            merging.merge(model, *names)
+            assert torch.allclose(model(x), both), names
+            merging.restore(model)
+            assert torch.equal(model(x), both)
+    assert torch.allclose(*results)
+
+
+@variants
+def test_each_row_of_a_mixed_batch_has_its_adapter(make, variant):
+    """Rows with the variant, with plain LoRA, and with none equal those of batches in which all rows have that adapter."""
+    backbone = make("blip")
+    inject(backbone, "vit,text", name="one", variant=variant)
+    inject(backbone, "vit", name="two")
+    task = CaptionTask(backbone)
+    batch, each = batch_of(task), ["one", None, "two"]
+    with torch.no_grad():
+        with use_adapters(backbone.model, each):
+            mixed = task.logits(batch)
+        separate = []
+        for name in each:
+            with disable_adapters(backbone.model, *({"one", "two"} - {name})):
+                separate.append(task.logits(batch))
+    for row, logits in enumerate(separate):
+        assert torch.allclose(mixed[row], logits[row], rtol=1e-4, atol=1e-5)
+        others = [other[row] for number, other in enumerate(separate) if number != row]
+        assert not any(torch.allclose(logits[row], other, rtol=1e-3, atol=1e-3) for other in others)
+
+
+@variants
+def test_a_copy_and_a_second_model_keep_the_variant(make, variant):
+    backbone = make("blip")
+    inject(backbone, variant=variant)
+    expected = logits_of(backbone)
+    backbone.model = deepcopy(backbone.model)
+    assert torch.equal(logits_of(backbone), expected)
+    backbone.model = pickle.loads(pickle.dumps(backbone.model))
+    assert torch.equal(logits_of(backbone), expected)
+
+
+def test_dora_is_refused_on_a_linear_that_is_not_plain():
+    """DoRA needs the rows of W. Without `inject`, it raises an error, because the plain hook would ignore m."""
+
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4))
+    with pytest.raises(LoRAError, match=r"'1' is a Scaled with a Parameter, and DoRA needs an nn\.Linear"):
+        injection.inject(model, "0,1", variant="dora")
+    assert not attached.names(model)
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(LoRAError, match=r"DoRA needs an nn\.Linear with a weight of 16 or 32 bits"):
+        injection.inject(nn.Sequential(linear), "0", variant="dora")
+    linear = nn.Linear(4, 4)
+    linear.lora = AdapterStack()
+    linear.lora["default"] = DoRA(Site("0", variant="dora"), 4, 4)
+    linear.register_forward_hook(lora_hook, with_kwargs=True)
+    with pytest.raises(LoRAError, match=r"needs the weight of its linear; put the adapter on it by lora_blip\.inject"):
+        linear(torch.ones(1, 4))
+
+
+def test_the_magnitude_in_a_file_must_fit(make, tmp_path):
+    backbone = make("blip")
+    inject(backbone, "vit.q", variant="dora")
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    whole, key = path.read_bytes(), next(key for key in adapter_file.read(path).tensors if key.endswith(".magnitude"))
+    assert adapter_file.read(path).tensors[key].shape == (32,)
+    for value, reason in (
+        (torch.ones(31), r"is \(31,\) F32, but lora_B has 32 rows"),
+        (torch.ones(32, 1), r"is \(32, 1\) F32, but lora_B has 32 rows"),
+        (torch.ones(32, dtype=torch.float16), "F16, but lora_B has 32 rows"),
+        (None, r"magnitude' is missing \(1 of"),
+        (torch.full((32,), torch.inf), "contains NaN or infinity"),
+    ):
+        path.write_bytes(whole)
+        with pytest.raises(AdapterError, match=reason):
+            adapter_file.read(rewrite(path, {key: value}))
+
+
+# ---------------------------------------------------------------- training
+
+
+@variants
+def test_a_run_that_is_killed_equals_an_uninterrupted_run(checkpoints, tmp_path, variant):
+    """A resumed run of a variant with LoRA+ is exact: the magnitudes and their moments are in the checkpoint."""
+    config = config_of(checkpoints, tmp_path, variant=variant, lr_ratio=4.0)
+    uninterrupted = train(config)
+    again = elsewhere(config)
+    for death in (2, 7):
+        with killed_at(death):
+            train(again)
+    path = train(again)
+    assert_same(uninterrupted, path)
+    adapter = adapter_file.read(path)
+    assert adapter.variant == variant and adapter.metadata["training"]["settings"]["lr_ratio"] == 4.0
+
+
+def test_an_initial_adapter_keeps_its_variant(checkpoints, tmp_path):
+    config = config_of(checkpoints, tmp_path, variant="dora", max_steps=2, val_fraction=0)
+    path = train(config)
+    start = adapter_file.read(path)
+    with pytest.raises(AdapterError, match=r"has the variant 'dora', and this training has VARIANT = 'lora'; .*--variant dora"):
+        train(replace(config, init_adapter=str(path), variant="lora"))
+    further = adapter_file.read(train(replace(config, init_adapter=str(path), lr=1e-30)))
+    magnitudes = {key for key in start.tensors if key.endswith(".magnitude")}
+    assert magnitudes and all(torch.equal(further.tensors[key], start.tensors[key]) for key in magnitudes)
+
+
+def test_the_settings_of_plain_lora_are_not_stored(checkpoints, tmp_path):
+    """So the bytes of an adapter of plain LoRA are those of the versions without these settings."""
+    settings = adapter_file.read(train(config_of(checkpoints, tmp_path, max_steps=1, val_fraction=0))).metadata["training"]
+    assert not {"variant", "lr_ratio"} & settings["settings"].keys() and settings["settings"]["r"] == 2
+
+
+def test_lora_plus_gives_b_a_multiple_of_the_learning_rate(make):
+    """The first step of AdamW moves an element by about its learning rate. A magnitude moves as A does, and does not decay."""
+    backbone = make("blip")
+    inject(backbone, "vit", variant="dora")
+    learner = Learner(CaptionTask(backbone), weight_decay=0.5, lr_ratio=8.0)
+    before = {name: p.detach().clone() for name, p in learner.parameters.items()}
+    assert [(g["lr_factor"], g["weight_decay"]) for g in learner.optimizer.param_groups] == [(1, 0.5), (8, 0.5), (1, 0)]
+    batch = batch_of(learner.task)
+    learner.begin_step([batch], [Slot(0)])
+    accumulate_gradients(learner, batch, Slot(0), is_last=True)
+    update_parameters(learner, 1e-4)
+    for part, rate, decay in (("lora_A", 1e-4, 0.5), ("lora_B", 8e-4, 0.5), ("magnitude", 1e-4, 0.0)):
+        moves = [(p - before[name] * (1 - rate * decay)).abs() for name, p in learner.parameters.items() if name.endswith(part)]
+        assert torch.cat([move.flatten() for move in moves]).median().item() == pytest.approx(rate, rel=0.02), part

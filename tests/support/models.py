@@ -9,6 +9,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.loader import DeviceBatch, HostBatch
 from lora_blip.lora import injection, targets
 from lora_blip.lora.layer import LoRA
+from lora_blip.lora.variants import DoRA
 from lora_blip.models.loading import Backbone
 from lora_blip.models.precision import autocasting
 from lora_blip.tasks.caption import CaptionTask
@@ -40,6 +41,8 @@ def inject(
         generator = torch.Generator().manual_seed(7)
         for x in found.values():
             x.B.data.copy_(0.05 * torch.randn(x.B.shape, generator=generator))
+            if isinstance(x, DoRA):
+                x.magnitude.data *= 1 + 0.1 * torch.randn(x.magnitude.shape, generator=generator)
     return found
 
 
