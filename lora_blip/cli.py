@@ -15,6 +15,7 @@ from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
 from lora_blip.inference import early_checks as inference_checks
 from lora_blip.inspection import command as inspection
+from lora_blip.lora import blend_command as blending
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell
@@ -220,6 +221,11 @@ COMMANDS = {
     "inspect": Command(
         "measure an adapter, or compare two: size, rank and directions of each update", lambda: inspection.InspectConfig,
         inspect, "lora-blip inspect latest", inspection.check_paths,
+    ),
+    "blend": Command(
+        "add adapters of one base with weights, to one adapter", lambda: blending.BlendConfig,
+        heartbeat(IMPORTING)(blending.blend), "lora-blip blend RUN=0.7 OTHER_RUN=0.3 --output-dir blended",
+        blending.check_paths,
     ),
     "prepare": Command(
         "convert common data formats to train, val and test JSONL, split by image", prepare_settings, prepare,

@@ -199,7 +199,8 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
     if adapter is None:
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})
-    facts = [str(adapter.task.get("name", "unknown task")), f"{training.get('steps', '?')} steps"]
+    work_done = "a blend" if "blend" in training else f"{training.get('steps', '?')} steps"
+    facts = [str(adapter.task.get("name", "unknown task")), work_done]
     facts += [adapter.variant] * (adapter.variant != "lora")
     facts += ["stopped early"] * (not training.get("finished", True))
     facts += ["the weights with the best validation score"] * (adapter.path.name == runs.BEST_NAME)

@@ -23,7 +23,7 @@ from lora_blip.lora import attached, header, injection
 from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample, samples
-from lora_blip.lora.header import HeaderError, sites_of, version_of
+from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
 from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import locate
@@ -107,7 +107,7 @@ def save(
         "lora": {
             **({} if variant == "lora" else {"variant": variant}),
             "dropout": next(iter(loras.values())).dropout,
-            "modules": {address: _entry(lora.site) for address, lora in loras.items()},
+            "modules": {address: entry_of(lora.site) for address, lora in loras.items()},
         },
         "base": {
             "name": backbone.name if isinstance(backbone, Loaded) else str(getattr(model, "name_or_path", "")),
@@ -122,11 +122,6 @@ def save(
     }
     write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
     return path
-
-
-def _entry(site: Site) -> dict[str, Any]:
-    entry: dict[str, Any] = {"module": site.module, "r": site.r, "alpha": site.alpha}
-    return entry | ({"block": site.block, "rows": list(site.rows)} if site.rows else {})
 
 
 # ---------------------------------------------------------------- read

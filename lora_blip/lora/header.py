@@ -150,6 +150,12 @@ def version_of(variant: str) -> int:
     return 1 if variant == "lora" else 2
 
 
+def entry_of(site: Site) -> dict[str, Any]:
+    """Return the entry of a site in a header, from which `sites_of` returns the site."""
+    entry: dict[str, Any] = {"module": site.module, "r": site.r, "alpha": site.alpha}
+    return entry | ({"block": site.block, "rows": list(site.rows)} if site.rows else {})
+
+
 def _site(address: str, entry: dict[str, Any], variant: str) -> Site:
     r, alpha, block, rows = map(entry.get, ("r", "alpha", "block", "rows"))
     valid = whole(1, 2**31)(r) and number(0, 1e300)(alpha) and alpha != 0
