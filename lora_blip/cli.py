@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
+from lora_blip.conversion import command as conversion
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
@@ -226,6 +227,10 @@ COMMANDS = {
         "add adapters of one base with weights, to one adapter", lambda: blending.BlendConfig,
         heartbeat(IMPORTING)(blending.blend), "lora-blip blend RUN=0.7 OTHER_RUN=0.3 --output-dir blended",
         blending.check_paths,
+    ),
+    "convert": Command(
+        "write an adapter in the format of peft, or read one from it", lambda: conversion.ConvertConfig,
+        heartbeat(IMPORTING)(conversion.convert), "lora-blip convert latest --output-dir folder", conversion.check_paths,
     ),
     "prepare": Command(
         "convert common data formats to train, val and test JSONL, split by image", prepare_settings, prepare,
