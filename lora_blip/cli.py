@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lora_blip.config import EvaluateConfig, InferConfig, TrainConfig
+from lora_blip.conversion import command as conversion
 from lora_blip.errors import ConfigError, LoraBlipError, PeerError
 from lora_blip.flags import nearest, parse
 from lora_blip.inference import commands
 from lora_blip.inference import early_checks as inference_checks
 from lora_blip.inference import export as exporting
 from lora_blip.inspection import command as inspection
+from lora_blip.lora import blend_command as blending
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell
@@ -220,6 +222,15 @@ COMMANDS = {
     "export": Command(
         "write base and adapter as one Hugging Face folder, for programs with transformers", lambda: exporting.ExportConfig,
         heartbeat(IMPORTING)(exporting.export), "lora-blip export latest --output-dir my_model", exporting.check_paths,
+    ),
+    "blend": Command(
+        "add adapters of one base with weights, to one adapter", lambda: blending.BlendConfig,
+        heartbeat(IMPORTING)(blending.blend), "lora-blip blend RUN=0.7 OTHER_RUN=0.3 --output-dir blended",
+        blending.check_paths,
+    ),
+    "convert": Command(
+        "write an adapter in the format of peft, or read one from it", lambda: conversion.ConvertConfig,
+        heartbeat(IMPORTING)(conversion.convert), "lora-blip convert latest --output-dir folder", conversion.check_paths,
     ),
     "prepare": Command(
         "convert common data formats to train, val and test JSONL, split by image", prepare_settings, prepare,

@@ -40,6 +40,8 @@ WRITTEN = (  # files and folders that commands write
 )  # fmt: skip
 FOREIGN = (
     "metadata.csv",
+    "adapter_model.safetensors",
+    "adapter_config.json",
     "metadata.jsonl",
     "dataset_*.json",
     "captions.txt",

@@ -26,6 +26,7 @@ ALLOWED = {  # package or file → what it may import, at the top of a file or l
     "tasks": TASKS,
     "reports": [*LOW, "data", "metrics", "runtime"],
     "training": RUNS, "inference": RUNS, "evaluation": [*RUNS, "inference"],  # training and inference: never each other
+    "conversion": [*LOW, "runtime", "lora", "models", "metrics"],
     "inspection": [*LOW, "runtime", "lora", "models", "metrics", "reports"],
     "doctor": RUNS,
     "cli": ["*"], "__main__": ["*"], "": ["*"],

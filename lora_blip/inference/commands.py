@@ -193,21 +193,34 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
 
     task: that of the command; raise ConfigError if the model has another one. Empty: any task.
     """
-    adapter = None if config.adapter in ("", "none") else config.adapter
     from lora_blip.inference.captioner import Captioner
+    from lora_blip.inference.setup import read_adapter
 
-    task_setting = "vqa" if task == "vqa" and not adapter else "auto"  # "auto" would caption with a BLIP-2 base
-    captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=task_setting)
+    adapter = None if config.adapter in ("", "none") else read_adapter(config.adapter)
+    setting = task_setting(adapter, task)
+    captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=setting)
     announce(captioner.adapter, captioner.backbone)
     if task:
         require_task(captioner.task, config, image)
     return captioner
 
 
+def task_setting(adapter: "Adapter | None", task: str) -> str:
+    """Return the setting `task` for a command with this task: "auto" is the task of the adapter, or of the base.
+
+    Without an adapter, "auto" would caption with a BLIP-2. An adapter of peft may name no task.
+    """
+    if adapter is None:
+        return "vqa" if task == "vqa" else "auto"
+    return task if task and adapter.note and "name" not in adapter.task else "auto"
+
+
 def announce(adapter: "Adapter | None", backbone: "Backbone") -> None:
-    """Print the path of the adapter, the base and the device on stderr."""
+    """Print the path of the adapter, the base, the device, and what is unknown about the adapter, on stderr."""
     path = adapter.path if adapter else "no adapter"
     print(printable(f"{path}, base {backbone.name}, {backbone.device}"), file=sys.stderr, flush=True)
+    if adapter and adapter.note:
+        print(printable(f"note: {adapter.note}"), file=sys.stderr, flush=True)
 
 
 def require_task(task: str, config: ModelConfig, image: str) -> None:

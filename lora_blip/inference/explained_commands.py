@@ -9,7 +9,7 @@ from lora_blip.data.annotations import plain
 from lora_blip.data.example import Example
 from lora_blip.data.image_folders import example_of
 from lora_blip.inference.captioner import Captioner
-from lora_blip.inference.commands import ModelConfig, announce, require_task
+from lora_blip.inference.commands import ModelConfig, announce, require_task, task_setting
 from lora_blip.inference.explanation import explained, require_few, write_explanation
 from lora_blip.inference.finished import key_of
 from lora_blip.inference.prediction import Prediction
@@ -29,9 +29,9 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
     examples = [example_of(image, plain(question)) for image in images]
     require_few(examples)
     adapter = read_optional_adapter(config.adapter)
-    task_setting = config.task if config.task == "vqa" and not adapter else "auto"  # as in `commands.open_captioner`
+    setting = task_setting(adapter, config.task)
     settings = InferConfig(
-        adapter=config.adapter if adapter else "none", model=config.model, device=config.device, task=task_setting
+        adapter=config.adapter if adapter else "none", model=config.model, device=config.device, task=setting
     )
     task, precision = open_task(settings, adapter)
     announce(adapter, task.backbone)

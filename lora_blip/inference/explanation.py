@@ -93,11 +93,12 @@ def text_view(task: TextTask, picture: Tensor, example: Example, text: str, mode
     maps = token_maps(task.language, picture, task.prompt_of(example), text)
     probabilities, names = maps.probabilities.double().cpu().numpy(), token_names(task.backbone.tokenizer, maps.ids)
     attention, share = maps.attention.double().cpu().numpy(), maps.share.double().cpu().numpy()
-    words, word_of = text.split(), word_of_tokens(task.language, maps.ids[:-1])
+    words = text.split()
+    word_of = word_of_tokens(task.language, maps.ids[:-1], words)
     views = []
     for index, word in enumerate([*words, END]):
         own = [len(maps.ids) - 1] if index == len(words) else [n for n, number in enumerate(word_of) if number == index]
-        if not own:  # the tokenizer has no token for this word, or joins it to the word before it
+        if not own:  # the tokenizer has no token for this word
             views.append(WordView(word, None, [], None, None))
             continue
         tokens = [(names[n], float(probabilities[n])) for n in own]

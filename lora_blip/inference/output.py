@@ -32,6 +32,7 @@ from lora_blip.runtime.files import (
     unused_path,
     write_whole,
 )
+from lora_blip.runtime.runs import PEFT_CONFIG, is_peft
 from lora_blip.runtime.system_errors import reading, sync, writing
 from lora_blip.runtime.untrusted import parsed
 from lora_blip.runtime.user_paths import is_file
@@ -172,7 +173,7 @@ def identity(
     by_references: True if the prompts come from the references.
     """
     settings = {
-        "model": task.backbone.name, "adapter": _digest(adapter.path) if adapter else "none", "task": task.name,
+        "model": task.backbone.name, "adapter": _adapter_digest(adapter) if adapter else "none", "task": task.name,
         "images": config.images, "question": _content(config.question, "question"), "texts": _content(config.texts, "texts"),
         "prompt": task.prompt, **task.generation.stored(), "compare": config.compare, "precision": precision,
         "image_size": task.backbone.chosen_size,
@@ -187,6 +188,12 @@ def identity(
 def _content(text: str, setting: str) -> str:
     """Return the value of a setting. If it names a file, add the digest of the file."""
     return f"{text} ({_digest(Path(text))})" if is_file(text, setting) else text
+
+
+def _adapter_digest(adapter: Adapter) -> str:
+    """Return the digest of an adapter's file. That of peft has its ranks and scales in a second file."""
+    own = _digest(adapter.path)
+    return own + _digest(adapter.path.with_name(PEFT_CONFIG)) if is_peft(adapter.path) else own
 
 
 def _digest(path: Path) -> str:

@@ -16,6 +16,7 @@ from lora_blip.inference import output
 from lora_blip.inference.questions import WithPrompts, examples_to_predict, read_references, read_texts, trim_references
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.peft_config import TASK_OF
 from lora_blip.metrics.names import validation_score
 from lora_blip.models import weights
 from lora_blip.models.generation import OPTIONS, check_generation, generation_fault, ignored_lines, unused_lines
@@ -25,6 +26,7 @@ from lora_blip.runtime import runs
 from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, default_task
@@ -122,6 +124,8 @@ def open_task(
     name = config.model or (adapter.base if adapter else "")
     requested_precision = "fp32" if device else config.precision
     size = config.image_size or (adapter.image_size if adapter else 0)
+    if not name:
+        raise AdapterError(f"{adapter.path if adapter else ''} names no base; give it: MODEL (--model), or base=… in Python")
     with phase(f"loading {name}"):
         backbone, precision = open_backbone(
             name, device or config.device, requested_precision, fast=config.fast, image_size=size
@@ -151,7 +155,8 @@ def task_of(
     Non-empty settings of `config` replace them. Without an adapter, return the task that the backbone was trained for.
     """
     metadata: dict[str, Any] = adapter.task if adapter else {}
-    name = config.task if config and config.task != "auto" else metadata.get("name") or default_task(backbone.architecture)
+    chosen = config.task if config and config.task != "auto" else ""
+    name = chosen or metadata.get("name") or task_by_base(backbone, adapter)
     own = metadata if metadata.get("name") == name else {}
     generation = generation_of(own, config, str(adapter.path) if adapter else "")
     if unknown := own.get("generation", {}).keys() - OPTIONS.keys():
@@ -168,6 +173,20 @@ def task_of(
     if adapter and attached.adapters(backbone.model):
         task.load_metadata(own)
     return task
+
+
+def task_by_base(backbone: Backbone, adapter: Adapter | None) -> str:
+    """Return the task that the base was trained for.
+
+    An adapter of peft names no task. Raise ConfigError for one on a BLIP-2, which captions and answers questions.
+    """
+    if adapter and adapter.note and backbone.architecture not in TASK_OF:
+        raise ConfigError(
+            f"{adapter.path} has the format of peft and names no task, and {backbone.architecture} has several; set TASK "
+            "(--task caption or --task vqa), or store it: lora-blip convert "
+            f"{quoted_for_shell(str(adapter.path.parent))} --to lora_blip --task caption --output-dir FOLDER"
+        )
+    return default_task(backbone.architecture)
 
 
 def generation_of(own: dict[str, Any], config: InferConfig | EvaluateConfig | None, path: str = "") -> Generation:
@@ -199,10 +218,12 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
     if adapter is None:
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})
-    facts = [str(adapter.task.get("name", "unknown task")), f"{training.get('steps', '?')} steps"]
+    work_done = "a blend" if "blend" in training else f"{training.get('steps', '?')} steps"
+    facts = [str(adapter.task.get("name", "unknown task")), work_done]
     facts += [adapter.variant] * (adapter.variant != "lora")
     facts += ["stopped early"] * (not training.get("finished", True))
     facts += ["the weights with the best validation score"] * (adapter.path.name == runs.BEST_NAME)
     score = validation_score(training)
     facts += [f"{score} on the validation images" if score else "not validated"]
-    return "\n".join(map(printable, (f"adapter {adapter.path}: {', '.join(facts)}", work)))
+    lines = (f"adapter {adapter.path}: {', '.join(facts)}", *([f"note: {adapter.note}"] if adapter.note else []), work)
+    return "\n".join(map(printable, lines))

@@ -58,6 +58,7 @@ def inspect(config: InspectConfig) -> None:
     views, notes = [], list[str]()
     for adapter in adapters:
         weights, note = base_of(adapter, config.model)
+        notes += [adapter.note] * bool(adapter.note)
         notes += [note] * (bool(note) and note not in notes)
         views.append(inspection.AdapterView(str(adapter.path), describe(adapter), measure(adapter, weights)))
     pairs, alone = compare(*adapters) if len(adapters) == 2 else ([], [])

@@ -37,6 +37,7 @@ def describe(adapter: Adapter) -> dict[str, str]:
         "base": _base(adapter),
         "data": _data(settings),
         "training": _training(training, settings),
+        "blend of": _blend(_object(training.get("blend"))),
         "scores": _scores(adapter, training),
         "merge": _merge(metadata.get("merge_drift", {})),
         "made with": ", ".join(f"{name} {version}" for name, version in _object(metadata.get("versions")).items()),
@@ -88,6 +89,14 @@ def _training(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     parts += ["stopped before its end"] * (training.get("finished") is False)
     named = {"epochs": "{} epochs", "batch_size": "batches of {}", "lr": "lr {}", "targets": "targets {}"}
     return ", ".join(parts + [text.format(settings[key]) for key, text in named.items() if settings.get(key)])
+
+
+def _blend(blend: Mapping[str, Any]) -> str:
+    """Return "0.7 · first + 0.3 · second" for an adapter that `lora-blip blend` wrote, or ""."""
+    sources = blend.get("sources")
+    listed = [_object(source) for source in sources[:LISTED]] if isinstance(sources, list) else []
+    terms = [f"{source['weight']:g} · {source.get('adapter')}" for source in listed if _is_number(source.get("weight"))]
+    return " + ".join(terms)
 
 
 def _scores(adapter: Adapter, training: Mapping[str, Any]) -> str:

@@ -19,16 +19,16 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from lora_blip.errors import AdapterError, LoRAError
-from lora_blip.lora import attached, header, injection
+from lora_blip.lora import attached, header, injection, peft_format
 from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample, samples
-from lora_blip.lora.header import HeaderError, sites_of, version_of
+from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
 from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.runtime.files import write_whole
-from lora_blip.runtime.runs import locate
+from lora_blip.runtime.runs import is_peft, locate
 from lora_blip.runtime.system_errors import reason_and_fix
-from lora_blip.runtime.untrusted import UnreadableError, open_regular, os_error_reason, quoted, shorten
+from lora_blip.runtime.untrusted import os_error_reason, quoted, shorten
 from lora_blip.version import __version__
 
 
@@ -60,6 +60,16 @@ class Adapter:
         """Return the height and width of the training images. 0: the file does not name a size, so it is that of the base."""
         size: int = self.metadata["base"].get("image_size", 0)
         return size
+
+    @property
+    def note(self) -> str:
+        """Return what is unknown about an adapter that peft wrote, as one line; "" for an adapter of lora_blip."""
+        if peft_format.FOREIGN not in self.metadata:
+            return ""
+        return (
+            "this adapter has the format of peft, so it has no fingerprint of its base (names and shapes of the linears are "
+            "checked), no prompt and no image size"
+        )
 
     @property
     def task(self) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def save(
         "lora": {
             **({} if variant == "lora" else {"variant": variant}),
             "dropout": next(iter(loras.values())).dropout,
-            "modules": {address: _entry(lora.site) for address, lora in loras.items()},
+            "modules": {address: entry_of(lora.site) for address, lora in loras.items()},
         },
         "base": {
             "name": backbone.name if isinstance(backbone, Loaded) else str(getattr(model, "name_or_path", "")),
@@ -124,28 +134,20 @@ def save(
     return path
 
 
-def _entry(site: Site) -> dict[str, Any]:
-    entry: dict[str, Any] = {"module": site.module, "r": site.r, "alpha": site.alpha}
-    return entry | ({"block": site.block, "rows": list(site.rows)} if site.rows else {})
-
-
 # ---------------------------------------------------------------- read
 
 
 def read(path: str | Path) -> Adapter:
     """Read a file and check its header, keys, ranks and values. Raise AdapterError, with the reason, if one is wrong.
 
+    path: a file of lora_blip, or the adapter_model.safetensors of an adapter of peft, with its adapter_config.json beside it.
     The size of the header is limited, and the tensors are read after the header was checked. So a hostile file cannot make this
     function allocate more memory than the size of the file.
     """
     path = Path(path)
     try:
-        _check_header_size(path)
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = _header(path, file.metadata())
-            sites = sites_of(metadata)
-            check_keys(path, sites, file)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata, tensors = peft_format.read(path) if is_peft(path) else _read(path)
+        sites = sites_of(metadata)
     except FileNotFoundError:
         raise AdapterError(f"adapter {str(path)!r} does not exist; correct the path, or give 'latest'") from None
     except HeaderError as error:
@@ -161,20 +163,21 @@ def read(path: str | Path) -> Adapter:
     return Adapter(path, tensors, metadata)
 
 
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header and the tensors of a file of lora_blip. Raise HeaderError, AdapterError or OSError."""
+    header.check_size(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = _header(path, file.metadata())
+        check_keys(path, sites_of(metadata), file)
+        return metadata, {key: file.get_tensor(key) for key in file.keys()}
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the values, in the order of their names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(tensors[key].numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_header_size(path: Path) -> None:
-    """Raise UnreadableError if the header is too long. Its length is in the first eight bytes; safetensors accepts 100 MB."""
-    with open_regular(path) as file:
-        claimed = int.from_bytes(file.read(8), "little")
-    if claimed > header.LARGEST:
-        raise UnreadableError(f"its header has {claimed:,} bytes, more than {header.LARGEST:,}")
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:

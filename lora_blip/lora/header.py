@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from lora_blip.lora.fingerprint import is_sample
 from lora_blip.lora.sites import Site
 from lora_blip.runtime.setting_checks import VARIANTS
-from lora_blip.runtime.untrusted import WITH_NAN, is_path, parsed, quoted
+from lora_blip.runtime.untrusted import WITH_NAN, UnreadableError, is_path, open_regular, parsed, quoted
 
 FORMAT_VERSION = 2  # the largest that this version reads; see `version_of`
 LARGEST = 8 * 2**20  # bytes; 700 adapted modules need less than one million
@@ -22,6 +23,14 @@ FIX = "copy the file again, or train the adapter again"
 
 class HeaderError(ValueError):
     """A header cannot be used. The message contains the reason and the fix."""
+
+
+def check_size(path: Path) -> None:
+    """Raise UnreadableError if the header is too long. Its length is in the first eight bytes; safetensors accepts 100 MB."""
+    with open_regular(path) as file:
+        claimed = int.from_bytes(file.read(8), "little")
+    if claimed > LARGEST:
+        raise UnreadableError(f"its header has {claimed:,} bytes, more than {LARGEST:,}")
 
 
 def is_text(value: Any) -> bool:
@@ -148,6 +157,12 @@ def version_of(variant: str) -> int:
     Version 1 has plain LoRA only. An older lora_blip would compute another variant wrongly, so it must refuse the file.
     """
     return 1 if variant == "lora" else 2
+
+
+def entry_of(site: Site) -> dict[str, Any]:
+    """Return the entry of a site in a header, from which `sites_of` returns the site."""
+    entry: dict[str, Any] = {"module": site.module, "r": site.r, "alpha": site.alpha}
+    return entry | ({"block": site.block, "rows": list(site.rows)} if site.rows else {})
 
 
 def _site(address: str, entry: dict[str, Any], variant: str) -> Site:

@@ -14,9 +14,11 @@ encoder, the Q-Former and T5's encoder are mixed by self-attention. So it is an 
 BLIP's captions. Image state 0 is the class token of the ViT, the others are its patches, row by row.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from lora_blip.models.blip2 import OptLanguage, T5Language
 from lora_blip.models.language import Language
 from lora_blip.models.token_rows import IGNORE
 
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the end of a decoded text whose last character is not complete
 TOLERANCE = 0.02  # of the sum of a row of attention; bf16 rounds each of its probabilities
 
 
@@ -122,14 +125,15 @@ def eager(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def word_of_tokens(language: Language[Any], ids: list[int]) -> list[int]:
-    """Return the index of the word in which each token is, if words are separated by spaces.
+def word_of_tokens(language: Language[Any], ids: list[int], words: list[str]) -> list[int]:
+    """Return the index of the word to which each token belongs: the word that contains the first character of the token.
 
-    A tokenizer may join a token to the words before it only after it has the next one, as in "don't". So a token is in no later
-    word than the token after it.
+    Characters are counted without spaces, because a tokenizer may decode "don't" as "don ' t". A token without a character of
+    its own, such as a space of T5, belongs to the next word. A character of several tokens belongs to the first of them.
     """
-    prefixes = [language.texts_of(torch.tensor([ids[: count + 1]]))[0] for count in range(len(ids))]
-    words = [max(0, len(prefix.split()) - 1) for prefix in prefixes]
-    for index in reversed(range(len(words) - 1)):
-        words[index] = min(words[index], words[index + 1])
-    return words
+    ends = list(accumulate(map(len, words)))
+    prefixes = [
+        language.texts_of(torch.tensor([ids[:count]]))[0].rstrip(INCOMPLETE) if count else "" for count in range(len(ids))
+    ]
+    starts = [len("".join(prefix.split())) for prefix in prefixes]
+    return [min(bisect_right(ends, start), len(words) - 1) for start in starts]

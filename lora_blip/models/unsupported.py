@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.errors import ModelError
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted
 
 GIVE_BLIP = (
@@ -56,9 +57,8 @@ def refuse_folder(folder: Path) -> None:
         return
     if (folder / PEFT).exists():
         raise ModelError(
-            f"{str(folder)!r} is a PEFT adapter ({PEFT}), and not a checkpoint: its base is {quoted(peft_base(folder))}. Merge "
-            f'it in peft, and give the new folder: peft.PeftModel.from_pretrained(base, "{folder.name}")'
-            '.merge_and_unload().save_pretrained("merged")'
+            f"{str(folder)!r} is a PEFT adapter ({PEFT}), and not a checkpoint: its base is {quoted(peft_base(folder))}. Give "
+            f"the base as MODEL (--model), and this folder as ADAPTER (--adapter {quoted_for_shell(str(folder))})"
         )
     if (folder / DIFFUSERS).exists():
         raise ModelError(f"{str(folder)!r} is a pipeline of diffusers ({DIFFUSERS}); {GIVE_BLIP}")

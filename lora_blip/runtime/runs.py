@@ -40,14 +40,15 @@ def name_part(text: str) -> str:
 def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     """Return the path of an adapter: a file, or that of the newest run in a folder. "latest" is the newest run in `runs`.
 
-    Return the best.safetensors of a run, which has the weights with the best validation, or else its adapter.safetensors. Raise
-    AdapterError if there is no adapter.
+    Return the best.safetensors of a run, which has the weights with the best validation, or else its adapter.safetensors. A
+    folder of peft is its adapter_model.safetensors. Raise AdapterError if there is no adapter.
     """
     path = Path(runs if adapter == "latest" else adapter)
     try:
-        refuse_peft(path)
         if path.is_file():
             return path
+        if not is_run(path) and (path / PEFT_CONFIG).is_file():
+            return peft_weights(path)
         adapters = [p for p in path.rglob(ADAPTER_NAME) if p.is_file()] if path.is_dir() else []
         if not adapters and (path / BEST_NAME).is_file():
             return path / BEST_NAME  # of a run that was killed before its end
@@ -103,13 +104,27 @@ def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
     return locate(max(finished, key=lambda path: path.stat().st_mtime).parent)
 
 
-def refuse_peft(path: Path) -> None:
-    """Raise AdapterError if `path` is an adapter of peft: its folder, or its weights."""
-    if (path / PEFT_CONFIG).is_file() or (path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file()):
+def is_run(folder: Path) -> bool:
+    """Return True if a folder contains an adapter file of lora_blip."""
+    return any((folder / name).is_file() for name in (ADAPTER_NAME, BEST_NAME))
+
+
+def peft_weights(folder: Path) -> Path:
+    """Return the weights of an adapter of peft in a folder. Raise AdapterError if it has none in safetensors."""
+    weights = folder / PEFT_WEIGHTS
+    if not weights.is_file():
+        has_bin = weights.with_suffix(".bin").is_file()
+        reason = "only adapter_model.bin, which can run code when it is read" if has_bin else f"no {PEFT_WEIGHTS}"
         raise AdapterError(
-            f"{path} is an adapter of peft, not of lora_blip; train one here: lora-blip train; or merge it into its base "
-            "in peft (model.merge_and_unload().save_pretrained(folder)), and give that folder as MODEL without an adapter"
+            f"{folder} is an adapter of peft with {reason}; load it in peft and save it again: "
+            "PeftModel.from_pretrained(base, folder).save_pretrained(other_folder)"
         )
+    return weights
+
+
+def is_peft(path: Path) -> bool:
+    """Return True if a file has the weights of an adapter of peft, with its settings beside it."""
+    return path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file()
 
 
 def nearest_run(path: Path, runs: str | Path) -> str:

@@ -122,10 +122,10 @@ def describe(adapter: Adapter, sites: Iterable[Site]) -> str:
 def restore_task(task: Task, adapter: Adapter, config: TrainConfig) -> None:
     """Load the temperature of a retrieval adapter. Print a note for each setting of the adapter that this training replaces."""
     name, prompt = adapter.task.get("name", ""), str(adapter.task.get("prompt", ""))
-    notes = [lines_note(adapter, config)]
-    if name != task.name:
+    notes = [lines_note(adapter, config), adapter.note]
+    if name and name != task.name:
         notes.append(f"the initial adapter was trained for the task {quoted(name)}, and this training is for {task.name}")
-    else:
+    elif name:
         task.load_metadata(adapter.task)
         if prompt != task.prompt:
             own = f"this training has {quoted(task.prompt)}"

@@ -1,5 +1,6 @@
 """Test --explain: texts are those of the run, probabilities those of transformers, and rows of attention sum to 1."""
 
+import base64
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lora_blip.cli import main
 from lora_blip.config import InferConfig
+from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, ModelError
 from lora_blip.inference import explanation, pipeline
 from lora_blip.inference.captioner import Captioner
@@ -21,6 +23,7 @@ from lora_blip.inference.pipeline import infer
 from lora_blip.lora import adapter_file
 from lora_blip.models import attention_maps
 from lora_blip.models.attention_maps import token_maps, word_of_tokens
+from lora_blip.models.token_rows import token_names
 from lora_blip.reports.explanation import ImageView, TextView, WordView, write
 from lora_blip.runtime.runs import EXPLAIN_NAME
 from lora_blip.runtime.untrusted import printable
@@ -28,6 +31,8 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.text_task import language_of
 from tests.reports.test_report import NASTY, Tags, picture, read
 from tests.support import tiny
+from tests.support.browser import show
+from tests.support.kill import run_processes
 from tests.support.models import inject
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +92,14 @@ def test_a_finished_run_explains_its_texts_again(config):
     Path("out", EXPLAIN_NAME).unlink()
     infer(config)
     assert read(Path("out", EXPLAIN_NAME)) == first
+
+
+def test_two_processes_write_the_page_of_one_process(config):
+    """The main process explains all images, also those that the other one predicts."""
+    config = replace(config, batch_size=1)
+    infer(config)
+    assert run_processes(2, lambda: infer(replace(config, output_dir="two"))) == [0, 0]
+    assert read(Path("two", EXPLAIN_NAME)) == read(Path("out", EXPLAIN_NAME))
 
 
 @pytest.mark.parametrize("kind", ["blip", "vqa", "opt", "t5"])
@@ -202,24 +215,113 @@ def test_maps_in_16_bits_are_those_of_32_bits_up_to_rounding(make, kind, dtype):
     torch.testing.assert_close(rounded.attention.sum(-1), torch.ones_like(rounded.attention[..., 0]), rtol=0, atol=1e-5)
 
 
-def test_a_layer_without_probabilities_is_an_error():
-    layer = torch.nn.Identity()
+@pytest.mark.parametrize("row", [0.0, 0.48, float("nan")])
+def test_a_layer_without_probabilities_is_an_error(row):
+    """Rows of two keys that sum to 0, 0.96 and NaN. Rows that sum to 1 are recorded."""
+    layer, good = torch.nn.Identity(), torch.full((1, 1, 2, 2), 0.5)
+    with attention_maps.recorded([layer]) as probabilities:
+        layer((torch.zeros(1, 2), good))
+    assert len(probabilities) == 1 and probabilities[0] is good
     with pytest.raises(ModelError, match="returns no attention probabilities"), attention_maps.recorded([layer]):
-        layer((torch.zeros(1, 2), torch.zeros(1, 1, 2, 2)))  # rows that sum to 0
+        layer((torch.zeros(1, 2), torch.full((1, 1, 2, 2), row)))
+    with pytest.raises(ModelError, match="returns no attention probabilities"), attention_maps.recorded([layer]):
+        layer((torch.zeros(1, 2), None))
 
 
+@pytest.mark.parametrize("text", ["a redcube , don't", "a red ##cube 3.5%", "字 é😀 a"])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5"])
-def test_each_token_belongs_to_the_word_that_contains_it(make, kind):
+def test_each_token_belongs_to_the_word_that_contains_it(make, kind, text):
+    """The tokens of a word decode to the word, without spaces. Each token of a character belongs to the character's word."""
     language = language_of(make(kind))
-    text = "a redcube , don't"
     rows = language.tokenize([""], [text])
     ids = [id for id in rows.targets[0] if id >= 0][:-1]
-    numbers = word_of_tokens(language, ids)
+    shown = language.texts_of(torch.tensor([ids]))[0].split()  # BLIP writes ", don't" as one word, and has no 字
+    assert shown
+    numbers = word_of_tokens(language, ids, shown)
     assert numbers == sorted(numbers) and len(numbers) == len(ids)
-    shown = language.texts_of(torch.tensor([ids]))[0].split()
     for number, word in enumerate(shown):
         own = [id for id, each in zip(ids, numbers, strict=True) if each == number]
         assert "".join(language.texts_of(torch.tensor([own]))[0].split()) == word
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt"])
+@pytest.mark.parametrize("text", ["a redcube, don't", "a redcube , don ' t", "##nnnn off"])
+def test_a_word_has_the_product_and_the_mean_of_its_tokens(make, kind, text):
+    """The words are those of the text, and together have each token once, in order. The last one is the end token."""
+    task = CaptionTask(make(kind))
+    maps = token_maps(task.language, pixels(), "", text)
+    words = explanation.text_view(task, pixels(), example_of("x.png"), text, "base").words
+    assert [word.word for word in words] == [*text.split(), explanation.END]
+    assert max(len(word.tokens) for word in words) > 1
+    start = 0
+    for word in words:
+        own = slice(start, start + len(word.tokens))
+        start = own.stop
+        assert word.layers is not None and word.share is not None
+        assert [name for name, _ in word.tokens] == token_names(task.backbone.tokenizer, maps.ids[own])
+        np.testing.assert_allclose([p for _, p in word.tokens], maps.probabilities[own])
+        np.testing.assert_allclose(word.probability, maps.probabilities[own].double().prod())
+        np.testing.assert_allclose(word.layers, maps.attention[:, own].double().mean(1))
+        np.testing.assert_allclose(word.share, maps.share[:, own].double().mean(1))
+    assert start == len(maps.ids)
+
+
+def test_the_page_has_the_mean_of_the_layers_first(tmp_path):
+    """A map has a byte per patch, and 255 is the largest patch; `peaks` and `class` have the attention itself."""
+    layers = np.array([[0.2, 0.4, 0.1, 0.2, 0.1], [0.6, 0.0, 0.1, 0.2, 0.1]])  # the class token and 2 × 2 patches
+    word = WordView("cube", 0.5, [("cube", 0.5)], layers, np.array([1.0, 0.5]))
+    unknown = WordView("?", None, [], None, None)
+    view = ImageView(picture(tmp_path / "a.png"), "", "", [TextView("base", "cube ?", [word, unknown])])
+    page = write(tmp_path / EXPLAIN_NAME, [view], {}, "")
+    known, other = read(page)["images"][0]["texts"][0]["words"]
+    assert [list(base64.b64decode(each)) for each in known["maps"]] == [
+        [255, 128, 255, 128],
+        [255, 64, 128, 64],
+        [0, 128, 255, 128],
+    ]
+    assert known["peaks"] == pytest.approx([0.2, 0.4, 0.2]) and known["class"] == pytest.approx([0.4, 0.2, 0.6])
+    assert known["share"] == pytest.approx([0.75, 1, 0.5]) and (known["p"], known["tokens"]) == (0.5, [["cube", 0.5]])
+    assert other == {"word": "?", "p": None, "tokens": []}
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_page_in_a_browser(chromium, tmp_path, width):
+    """A press on a word and a choice of a layer draw another map, over the part that the model sees."""
+    rng = np.random.default_rng(0)
+    words = [WordView(name, 0.5, [(name, 0.5)], rng.dirichlet(np.ones(5), 2), np.array([1.0, 0.5])) for name in ("a", NASTY[0])]
+    words.append(WordView("?", None, [], None, None))
+    texts = [TextView(model, "a", words) for model in ("base", "adapter")]
+    shot = picture(tmp_path / "a.png")
+    views = [ImageView(shot, NASTY[1], NASTY[2], texts, (0.25, 0, 0.5, 1)), ImageView(tmp_path / "none.png", "", "", [])]
+    page = write(tmp_path / EXPLAIN_NAME, views, {"images": NASTY[3]}, "formula")
+    chromium.get_log("browser")
+    show(chromium, page, width)
+    ask = chromium.execute_script
+    assert chromium.get_log("browser") == [] and ask("return window.pwned") is None
+    assert ask("return document.documentElement.scrollWidth") <= width
+    draw = """const canvas = document.querySelector('.model.adapter canvas');
+              return Array.from(canvas.getContext('2d').getImageData(0, 0, 2, 2).data).filter((_, index) => index % 4 == 3);"""
+    pressed = "return [...document.querySelectorAll('.model.adapter button')].map(b => b.getAttribute('aria-pressed'))"
+    maps = [ask(draw)]
+    assert ask(pressed) == ["true", "false", "false"] and min(maps[0]) == 0  # the largest patch is not dark
+    ask("document.querySelectorAll('.model.adapter button')[1].click()")
+    maps.append(ask(draw))
+    assert ask(pressed) == ["false", "true", "false"]
+    assert ask("return document.querySelectorAll('.model.adapter button')[2].disabled")
+    ask("const s = document.querySelector('[name=layer]'); s.value = 2; s.dispatchEvent(new Event('input', {bubbles: true}));")
+    maps.append(ask(draw))
+    assert len({tuple(each) for each in maps}) == 3
+    assert "50 % of the attention is on the image" in ask(
+        "return document.querySelector('.model.adapter .details').textContent"
+    )
+    box = "const [c, s] = ['canvas', 'img'].map(n => document.querySelector('.shot ' + n).getBoundingClientRect());"
+    assert ask(
+        box + "return [(c.left - s.left) / s.width, (c.right - s.left) / s.width, c.height / s.height]"
+    ) == pytest.approx([0.25, 0.75, 1], abs=0.01)
+    assert (
+        ask("return document.getElementById('images').textContent.split('The model sees only a part of this image').length")
+        == 2
+    )  # of one image
 
 
 def test_more_than_the_limit_and_rankings_are_refused(config, monkeypatch, checkpoints):
