@@ -165,6 +165,7 @@ class InferConfig:
     adapter: str = setting(
         "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone', path="if it exists"
     )
+    scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')
 
     images: str = setting(
@@ -250,6 +251,7 @@ class EvaluateConfig:
         "latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone',
         group="Model and task", path="always",
     )  # fmt: skip
+    scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     base: bool = setting(True, "also score the base")
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on", path="always")
     task: str = setting("auto", '"caption", "vqa" or "retrieval"; "auto": the adapter\'s task, or that of the checkpoint')

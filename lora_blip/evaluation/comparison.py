@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     """
     distributed.refuse_several("evaluate")
     seed_everything(config.seed)
-    adapter = read_optional_adapter(config.adapter)
+    adapter = read_optional_adapter(config.adapter, config.scale)
     folder = output_folder(config.output_dir)
     task, precision = open_task(config, adapter)
     examples = read_references(config, task)

@@ -15,13 +15,12 @@ from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, n
 from lora_blip.inference.image_requests import predict_requests
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
-from lora_blip.inference.setup import apply_adapter, open_task, read_adapter, task_of
-from lora_blip.inference.shared_base import SharedAdapter, check_settings, shared
+from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, task_of
+from lora_blip.inference.shared_base import SharedAdapter, check_settings, precision_of, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
-from lora_blip.models.precision import DTYPES
 from lora_blip.tasks.base import PredictionTask
 
 Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # several images, each an ImageInput
@@ -65,6 +64,7 @@ class Captioner:
         cls,
         adapter: str | Path | Adapter | None = "latest",
         *,
+        scale: float = 1.0,
         base: Any = "",
         processor: Any = None,
         device: str = "auto",
@@ -83,6 +83,7 @@ class Captioner:
         """Open an adapter with its base.
 
         adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
+        scale: factor of the change that the adapter makes; 1: as trained, 0: the base.
         base: empty for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a model
         of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and a
         `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is active
@@ -103,10 +104,10 @@ class Captioner:
             raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
         if not isinstance(generation, Mapping | None):
             raise InputError(f'generation is {generation!r}; give a dict, such as generation={{"num_beams": 3}}')
-        content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
+        content = given_adapter(adapter, scale)
         config = InferConfig(
             model=str(base) if is_name else "loaded", adapter="latest" if content else "none", device=device,
-            precision=precision, batch_size=batch_size, task=task, prompt=prompt, max_new_tokens=max_new_tokens,
+            precision=precision, batch_size=batch_size, task=task, scale=scale, prompt=prompt, max_new_tokens=max_new_tokens,
             num_beams=num_beams, generation=dict(generation or {}), seed=seed, image_size=image_size, merge=merge, fast=fast,
         )  # fmt: skip
         if not is_name:
@@ -123,9 +124,7 @@ class Captioner:
         """Return a captioner on a base that the caller has loaded. The caller may also use the base without the captioner."""
         check_settings(backbone, config)
         shared_adapter = shared(backbone.model).load(backbone, adapter) if adapter else None
-        base_dtype = next(backbone.model.parameters()).dtype
-        own_precision = next((name for name, dtype in DTYPES.items() if dtype == base_dtype), "fp32")
-        precision = own_precision if config.precision == "auto" else config.precision
+        precision = precision_of(backbone) if config.precision == "auto" else config.precision
         captioner = cls(task_of(backbone, adapter, config), config.batch_size, precision, adapter)
         captioner.shared_adapter = shared_adapter
         return captioner

@@ -182,6 +182,8 @@ def identity(
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
     if named := keys_of(config).named:
         settings |= {"keys": named}
+    if adapter and adapter.scale != 1:
+        settings |= {"scale": adapter.scale}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lora_blip.runtime import runs
 from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
+from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, PredictionTask
@@ -49,7 +50,9 @@ def read_inputs(config: InferConfig) -> Inputs:
     """Read the image paths, the references, the texts and the adapter. Raise LoraBlipError if one cannot be read."""
     images = ImageSource(config.images)
     references = read_references(config.references, config.image_root, images, keys_of(config))
-    return Inputs(images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.runs))
+    return Inputs(
+        images, references, read_texts(config.texts), read_optional_adapter(config.adapter, config.scale, config.runs)
+    )
 
 
 def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, str, Any, dict[str, Any]]:
@@ -92,9 +95,15 @@ def image_digest(example: Example) -> str:
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
-def read_optional_adapter(name: str, folder: str | Path = runs.RUNS) -> Adapter | None:
+def read_optional_adapter(name: str, scale: float = 1.0, folder: str | Path = runs.RUNS) -> Adapter | None:
     """Return the adapter that a setting names, or None if it is "none" or empty. `folder` is searched for "latest"."""
-    return None if name in ("", "none") else adapter_file.read(runs.locate(name, folder))
+    return None if name in ("", "none") else replace(adapter_file.read(runs.locate(name, folder)), scale=scale)
+
+
+def given_adapter(adapter: str | Path | Adapter | None, scale: float) -> Adapter | None:
+    """Return the adapter that a caller of the API gives, with its scale. Raise AdapterError if there is none at a path."""
+    content = adapter if adapter is None or isinstance(adapter, Adapter) else read_adapter(adapter)
+    return content and replace(content, scale=content.scale * check_scale(scale))
 
 
 def read_adapter(adapter: str | Path) -> Adapter:
@@ -221,6 +230,7 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
     work_done = "a blend" if "blend" in training else f"{training.get('steps', '?')} steps"
     facts = [str(adapter.task.get("name", "unknown task")), work_done]
     facts += [adapter.variant] * (adapter.variant != "lora")
+    facts += [f"scaled by {adapter.scale:g}"] * (adapter.scale != 1)
     facts += ["stopped early"] * (not training.get("finished", True))
     facts += ["the weights with the best validation score"] * (adapter.path.name == runs.BEST_NAME)
     score = validation_score(training)

@@ -14,6 +14,7 @@ from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.routing import use_adapters
 from lora_blip.models.loading import Backbone
+from lora_blip.models.precision import DTYPES
 
 
 @dataclass(eq=False)
@@ -37,7 +38,7 @@ class SharedBase:
 
         The adapter is active only in calls of captioners. The caller's parameters keep their `requires_grad`.
         """
-        key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata], default=str)
+        key = json.dumps([adapter_file.digest(adapter.tensors), adapter.metadata, adapter.scale], default=str)
         model = backbone.model
         with self.lock:
             in_use = self.in_use.get(key)  # this reference keeps the entry in `self.in_use`
@@ -62,6 +63,12 @@ class SharedBase:
     def active(self, model: nn.Module, adapter: str | None) -> AbstractContextManager[None]:
         """Return a context in which only `adapter` is active. If `adapter` is None, the caller's own adapters are active."""
         return nullcontext() if adapter is None else use_adapters(model, adapter)
+
+
+def precision_of(backbone: Backbone) -> str:
+    """Return the precision with the dtype of a backbone's weights."""
+    own = next(backbone.model.parameters()).dtype
+    return next((name for name, dtype in DTYPES.items() if dtype == own), "fp32")
 
 
 def check_settings(backbone: Backbone, config: InferConfig) -> None:

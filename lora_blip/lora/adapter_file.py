@@ -8,7 +8,7 @@ Header: JSON under "lora_blip": ranks, task, base with samples of its weights, v
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import same_weights, sample, samples
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
 from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
+from lora_blip.lora.variants import is_rescaled, rescale
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
+from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import os_error_reason, quoted, shorten
 from lora_blip.version import __version__
@@ -39,6 +41,7 @@ class Adapter:
     path: Path
     tensors: dict[str, Tensor] = field(repr=False)  # not in the repr, which a notebook prints
     metadata: dict[str, Any] = field(repr=False)
+    scale: float = field(default=1.0, repr=False)  # `load` multiplies the change of the weights by it; it is not in the file
 
     @property
     def sites(self) -> list[Site]:
@@ -107,6 +110,10 @@ def save(
         raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(attached.names(model)) or 'none'}")
     for lora in loras.values():
         refuse_meta(lora.site.module, model.get_submodule(lora.site.module))
+        if is_rescaled(lora):
+            raise AdapterError(
+                f"the adapter {name!r} was loaded with another scale, which a file cannot contain; load it without"
+            )
     tensors = {key: value for address, lora in loras.items() for key, value in tensors_of(address, lora).items()}
     check_values(path, tensors, [lora.site for lora in loras.values()])
     base_samples = backbone.samples if isinstance(backbone, Loaded) else None
@@ -190,10 +197,11 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 # ---------------------------------------------------------------- load
 
 
-def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "default") -> Adapter:
+def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "default", scale: float = 1.0) -> Adapter:
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
-    path: a file, a run folder, "latest", or a result of `read`. Raise AdapterError if the file is missing or damaged, or has
+    path: a file, a run folder, "latest", or a result of `read`. scale: factor of the change that the adapter makes; 1: as
+    trained, 0: the base. A scaled adapter cannot be saved. Raise AdapterError if the file is missing or damaged, or has
     another base. Raise LoRAError if the base is on the meta device, or if a `Captioner` uses an adapter called `name`. The
     model is then unchanged. In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.
 
@@ -202,6 +210,7 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     ('caption', 'assets/tiny-blip')
     """
     model, adapter = model_of(backbone), path if isinstance(path, Adapter) else read(locate(path))
+    adapter = replace(adapter, scale=check_scale(adapter.scale) * check_scale(scale))
     attached.check_unheld(model, name)
     if name in attached.names(model):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
@@ -209,6 +218,8 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     _check_image_size(backbone, adapter)
     loras = injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name)
     injection.copy_values(loras, adapter.tensors)
+    for lora in loras.values() if adapter.scale != 1 else ():
+        rescale(lora, adapter.scale)
     return adapter
 
 

@@ -35,6 +35,8 @@ class DoRA(LoRA):
     start, so that g is 1. The norm is a constant for the gradient (section 4.3). No copy of W is kept. In peft: `use_dora`.
     """
 
+    strength = 1.0  # factor of W' − W; `rescale` sets it
+
     def __init__(self, site: Site, in_features: int, out_features: int, dropout: float = 0.0, device: Any = None) -> None:
         super().__init__(site, in_features, out_features, dropout, device)
         self.magnitude = nn.Parameter(torch.ones(len(self.B), dtype=torch.float32, device=device))  # `start_at` sets it
@@ -46,7 +48,8 @@ class DoRA(LoRA):
     def update(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return W' x − W x = u + (g − 1) ⊙ (y − b + u), with y = W x + b and u = ΔW x. Shape of y. Dropout acts on u only."""
         u = super().forward(x)
-        return u + (self.gain(weight) - 1) * ((y if bias is None else y - bias) + u)
+        update = u + (self.gain(weight) - 1) * ((y if bias is None else y - bias) + u)
+        return update if self.strength == 1 else update * self.strength
 
     def gain(self, weight: Tensor) -> Tensor:
         """Return g = m / ‖W + ΔW‖, shape (out_features,): 1 for the features that the update does not reach."""
@@ -89,7 +92,23 @@ def update_of(lora: LoRA, linear: Any, x: Tensor, y: Tensor) -> Tensor:
 def change_of(lora: LoRA, weight: Tensor) -> Tensor:
     """Return what a merge adds to the original weight W: ΔW, or W' − W of DoRA. Shape of W, in float32 or wider."""
     delta = lora.delta_weight()
-    return delta + (lora.gain(weight) - 1)[:, None] * (weight + delta) if isinstance(lora, DoRA) else delta
+    if not isinstance(lora, DoRA):
+        return delta
+    change = delta + (lora.gain(weight) - 1)[:, None] * (weight + delta)
+    return change if lora.strength == 1 else change * lora.strength
+
+
+def rescale(lora: LoRA, factor: float) -> None:
+    """Multiply the change that the trained adapter makes by a factor. 1: as trained; 0: the base."""
+    if isinstance(lora, DoRA):  # its scale is also in the norm, so it would not multiply the whole change
+        lora.strength = factor
+    else:
+        lora.scale = lora.site.scale * factor
+
+
+def is_rescaled(lora: LoRA) -> bool:
+    """Return True if `rescale` has changed the adapter."""
+    return lora.scale != lora.site.scale or (isinstance(lora, DoRA) and lora.strength != 1)
 
 
 def original_of(linear: Any) -> Tensor:

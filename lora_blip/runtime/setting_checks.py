@@ -8,6 +8,7 @@ from lora_blip.runtime.user_paths import BASE_OF
 
 TASK_NAMES = ("caption", "vqa", "retrieval")
 VARIANTS = ("lora", "rslora", "dora")  # of LoRA; see `lora.variants`
+MOST_SCALE = 100  # of an adapter; a larger one is a mistake
 ABOVE_ZERO = (  # settings of training that must be above zero
     "r", "alpha", "lr_ratio", "epochs", "batch_size", "accumulation", "log_every", "max_skipped", "num_beams",
     "keep_checkpoints",
@@ -31,10 +32,18 @@ def check_training(config: Any) -> None:
     require(config.num_workers >= -1, "num_workers", config.num_workers, "at least -1")
 
 
+def check_scale(scale: float) -> float:
+    """Return the scale of an adapter as a float. Raise ConfigError if it is not a number from -MOST_SCALE to MOST_SCALE."""
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    require(is_number and abs(scale) <= MOST_SCALE, "scale", scale, f"a number from -{MOST_SCALE} to {MOST_SCALE}")
+    return float(scale)
+
+
 def check_prediction(config: Any) -> None:
     """Raise ConfigError if a setting of inference or evaluation has a value that is not allowed, or if no base is named."""
     require(config.batch_size > 0, "batch_size", config.batch_size, "above 0")
     require(config.task in ("auto", *TASK_NAMES), "task", config.task, f"one of auto, {', '.join(TASK_NAMES)}")
+    check_scale(config.scale)
     for name in ("max_new_tokens", "num_beams", "image_size", "seed"):
         require(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     if config.adapter in ("", "none") and not config.model:
