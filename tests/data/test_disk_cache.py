@@ -50,11 +50,11 @@ def test_get_returns_the_value_that_put_stored(tmp_path, dtype, shape):
     value = value_of(1, *shape, dtype=dtype) if shape else torch.tensor(7).to(dtype)
     assert KEY not in cache and cache.get(KEY) is None
     assert cache.put(KEY, value.T if len(shape) == 2 else value) and KEY in cache
-    found = Store(tmp_path, {}, PLENTY).get(KEY)
+    result = Store(tmp_path, {}, PLENTY).get(KEY)
     expected = value.T if len(shape) == 2 else value
-    assert torch.equal(found, expected) and found.dtype == dtype and found.shape == expected.shape
+    assert torch.equal(result, expected) and result.dtype == dtype and result.shape == expected.shape
     assert torch.equal(load_file(file_of(cache))["value"], expected)
-    found.zero_()  # the caller's own
+    result.zero_()  # the caller's own
     assert torch.equal(cache.get(KEY), expected)
 
 
@@ -81,8 +81,8 @@ def test_every_changed_byte_and_every_truncation_is_detected(tmp_path):
     places = [*range(0, 300), *(rng.randrange(len(whole)) for _ in range(300)), *range(len(whole) - 20, len(whole))]
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
-        found = cache.get(KEY)
-        assert found is None and not path.exists(), place
+        result = cache.get(KEY)
+        assert result is None and not path.exists(), place
     for size in (0, 1, 7, 8, 20, 200, len(whole) - 1, len(whole) + 1, len(whole) + 4096):
         path.write_bytes((whole + bytes(4096))[:size])
         assert cache.get(KEY) is None and not path.exists(), size
@@ -151,7 +151,7 @@ def write_without_end(folder: Path, ready: int) -> None:
 def test_a_kill_at_any_moment_leaves_only_complete_values(tmp_path):
     """Two processes write the same keys and are killed 8 times. Values are complete, and temporary files are removed later."""
     rng = random.Random(1)
-    found = 0
+    stored = 0
     for _ in range(4):
         read_end, ready = os.pipe()
         both = []
@@ -172,11 +172,11 @@ def test_a_kill_at_any_moment_leaves_only_complete_values(tmp_path):
         os.close(read_end)
         os.close(ready)
         cache = Store(tmp_path, {"a": 1}, 10**9)
-        there = [number for number in range(50) if key_of(number) in cache]
-        found += len(there)
-        for number in there:
+        in_cache = [number for number in range(50) if key_of(number) in cache]
+        stored += len(in_cache)
+        for number in in_cache:
             assert torch.equal(cache.get(key_of(number)), value_of(number, 300, 300, 3)), number
-    assert found  # otherwise all processes were killed before they stored a value
+    assert stored  # otherwise all processes were killed before they stored a value
     half = list(tmp_path.rglob("*.tmp"))
     for path in half:
         os.utime(path, (0, 0))  # long ago

@@ -370,8 +370,8 @@ def manifest(folder: Path, count: int, lines: int = 2) -> Path:
     return write(folder / "x.tsv", *("\t".join(entry) for entry in entries))
 
 
-def sides_of(made: dict[str, Lines]) -> dict[str, set[str]]:
-    return {side: {line["text"].split()[0] for line in lines} for side, lines in made.items()}
+def sides_of(lines_by_side: dict[str, Lines]) -> dict[str, set[str]]:
+    return {side: {line["text"].split()[0] for line in lines} for side, lines in lines_by_side.items()}
 
 
 def test_all_lines_of_an_image_are_in_one_split_however_they_spell_its_path(run, tmp_path):
@@ -384,12 +384,12 @@ def test_all_lines_of_an_image_are_in_one_split_however_they_spell_its_path(run,
 
 def test_the_split_depends_on_the_seed_and_the_images_alone(run, tmp_path):
     source = manifest(tmp_path, 20)
-    made = {
+    splits = {
         name: run(source, splits="0.5,0.5", seed=seed, output_dir=str(tmp_path / name)) for name, seed in (("a", 1), ("b", 2))
     }
     again = run(source, splits="0.5,0.5", seed=1, output_dir=str(tmp_path / "again"))
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "again" / "train.jsonl").read_bytes()
-    assert sides_of(made["a"]) != sides_of(made["b"])
+    assert sides_of(splits["a"]) != sides_of(splits["b"])
     write(source, *reversed(source.read_text().splitlines()))
     turned = run(source, splits="0.5,0.5", seed=1, output_dir=str(tmp_path / "turned"))
     assert sides_of(turned) == sides_of(again) and turned != again

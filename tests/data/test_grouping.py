@@ -41,9 +41,9 @@ def test_components_are_the_transitive_closure_in_the_order_of_their_first_image
     rng = random.Random(seed)
     images = rng.sample(range(100), rng.randint(1, 12))
     links = [(rng.choice(images), rng.choice("abcdefg")) for _ in range(rng.randint(0, 14))]
-    found = components(images, links)
-    assert set(map(frozenset, found)) == transitive_closure(images, links)
-    assert [group[0] for group in found] == sorted((group[0] for group in found), key=images.index)
+    groups = components(images, links)
+    assert set(map(frozenset, groups)) == transitive_closure(images, links)
+    assert [group[0] for group in groups] == sorted((group[0] for group in groups), key=images.index)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -235,13 +235,13 @@ def test_a_regex_that_takes_years_is_one_error_in_another_thread_too(monkeypatch
 
 def test_a_regex_finds_the_same_groups_in_every_thread():
     names = ["video1/a.png", "vidéo2/\udc80.png", 'x"\\y\n.png', "", "video22/b.png", "cut_7.png"]
-    found = []
+    links_of_threads = []
     for run in (lambda call: call(), in_thread):
         groups = Groups(r"(vid[eé]o\d+)|cut_(\d)|y(?=\n)()")
         for number, name in enumerate(names):
             run(lambda groups=groups, number=number, name=name: groups.add(number, name, "x.png"))
-        found.append(groups.links)
-    assert found[0] == found[1] and [image for image, _ in found[0]] == [0, 1, 2, 4, 5]
+        links_of_threads.append(groups.links)
+    assert links_of_threads[0] == links_of_threads[1] and [image for image, _ in links_of_threads[0]] == [0, 1, 2, 4, 5]
     process = groups.pattern.process if groups.pattern else None
     assert process and process.poll() is None
     del groups, run

@@ -30,13 +30,13 @@ def content(kind: str, **more: object) -> bytes:
 def phone_folder() -> dict[str, bytes]:
     """Return {name: content} of files as phones and browsers write them."""
     frames = {"save_all": True, "append_images": [Image.new("RGB", (16, 12), "blue")]}
-    found = {
+    files = {
         "D.JPG": content("JPEG"), "a.jpg": content("JPEG"), "b.jfif": content("JPEG"), "noext": content("JPEG"),
         "e.mpo": content("MPO", **frames), "g.apng": content("PNG", **frames), "h.gif": content("GIF", **frames),
         "i.TIF": content("TIFF"), "j.weird": content("WEBP"), "bitmap": content("BMP"),
     }  # fmt: skip
-    found |= {"c.avif": content("AVIF")} if features.check("avif") else {}
-    return found | ({"k.jp2": content("JPEG2000"), "l": content("JPEG2000")} if features.check("jpg_2000") else {})
+    files |= {"c.avif": content("AVIF")} if features.check("avif") else {}
+    return files | ({"k.jp2": content("JPEG2000"), "l": content("JPEG2000")} if features.check("jpg_2000") else {})
 
 
 OTHERS = {
@@ -79,10 +79,10 @@ def test_images_are_detected_by_content_and_other_files_are_counted(tmp_path, wh
     source = {"folder": folder, "glob": folder / "*", "shard": tmp_path / "x.tar"}[where]
     images = ImageSource(str(shard_of(source, files) if where == "shard" else source))
     for _ in range(2):
-        found = list(images)
-        assert sorted(e.image.name for e in found) == sorted(phone_folder())
+        examples = list(images)
+        assert sorted(e.image.name for e in examples) == sorted(phone_folder())
         assert dict(images.others) == COUNTS and "11 file(s) (4 without a suffix, 3 hidden" in images.others_line()
-    for one in found:
+    for one in examples:
         red, green, blue = open_example(one).getpixel((8, 6))
         assert red > 180 and green < 60 and blue < 60, one.image  # the first frame of several
 

@@ -147,8 +147,8 @@ def test_prodigy_s_captions_are_read_and_the_others_are_counted(folder, capsys):
 
 def test_labelbox_s_text_answers_are_captions_of_the_external_id(folder, capsys):
     def row(*answers: str) -> Any:
-        found = [{"name": "Caption", "text_answer": {"content": answer}} for answer in answers]
-        labels = [{"annotations": {"objects": [], "classifications": found}}]
+        classifications = [{"name": "Caption", "text_answer": {"content": answer}} for answer in answers]
+        labels = [{"annotations": {"objects": [], "classifications": classifications}}]
         data = {"id": "x", "external_id": "1.png", "row_data": "https://example.com/x.png"}
         return {"data_row": data, "projects": {"p": {"labels": labels}}}
 

@@ -65,8 +65,8 @@ def test_a_line_s_own_prompt_is_read_instead_of_the_task_s_and_never_learned(bac
     assert task.wrong_labels(batch) == ""
     for row, (one, prompt) in enumerate(zip(some, ("the table with", "a picture of", "a cube on"), strict=True)):
         alone = CaptionTask(backbone, prompt).batch(HostBatch([replace(one, prompt="")], images[row : row + 1]))
-        there = rows.attention_mask[row] == 1
-        assert torch.equal(rows.input_ids[row][there], alone.rows.padded().input_ids[0])
+        is_token = rows.attention_mask[row] == 1
+        assert torch.equal(rows.input_ids[row][is_token], alone.rows.padded().input_ids[0])
         assert batch.rows.label_ids()[row] == rows.label_ids()[row] == alone.rows.label_ids()[0]
     predictions = task.predict(images, some)
     for row, prompt in enumerate(("the table with", "a picture of", "a cube on")):
@@ -179,18 +179,20 @@ def test_each_prompt_of_an_image_is_asked_and_scored_with_its_own_references(fol
         {"image": "b.png", "text": "blue"},
     )
     images = ImageSource(str(folder / "*.png"))
-    found: dict[Path, list[Example]] = {}
+    lines_by_image: dict[Path, list[Example]] = {}
     for one in annotations.read(source)[0]:
-        found.setdefault(one.image, []).append(one)
-    references = trim_references(task, str(source), found)
+        lines_by_image.setdefault(one.image, []).append(one)
+    references = trim_references(task, str(source), lines_by_image)
     todo = list(examples_to_predict(task, images, "", references, []))
-    wanted = [("a.png", ""), ("a.png", "a shoe,"), ("b.png", ""), ("c.png", ""), ("d.png", "")]
-    assert [(e.image.name, e.prompt) for e in todo] == wanted and isinstance(
+    expected = [("a.png", ""), ("a.png", "a shoe,"), ("b.png", ""), ("c.png", ""), ("d.png", "")]
+    assert [(e.image.name, e.prompt) for e in todo] == expected and isinstance(
         examples_to_predict(task, images, "", references, []), WithPrompts
     )
     assert len({key_of(e) for e in todo}) == 5
-    said = [example_of_line(line_of(prediction_of(e, "x"))) for e in todo]
-    assert list(map(key_of, said)) == list(map(key_of, todo)) and list(map(task.subject, said)) == list(map(task.subject, todo))
+    from_lines = [example_of_line(line_of(prediction_of(e, "x"))) for e in todo]
+    assert list(map(key_of, from_lines)) == list(map(key_of, todo)) and list(map(task.subject, from_lines)) == list(
+        map(task.subject, todo)
+    )
     every = [e for some in references.values() for e in some]
     scores = task.scores({folder / "a.png": "a cube", (folder / "a.png", "a shoe,"): "red", folder / "b.png": "red"}, every)
     assert scores == {"exact_match": 2 / 3}
@@ -209,8 +211,8 @@ def test_a_number_or_boolean_is_a_text_wherever_a_text_is_expected(folder, writt
         f'{{"image": "a.png", "question": {written}, "answers": [{written}, {{"answer": {written}}}], "group": {written}}}',
         f'{{"image": "b.png", "question": "q", "answer": {written}}}',
     )
-    made = prepare(PrepareConfig(source=str(source), output_dir=str(folder / "out"), splits="1"))
-    for path in (source, made["train"]):
+    outputs = prepare(PrepareConfig(source=str(source), output_dir=str(folder / "out"), splits="1"))
+    for path in (source, outputs["train"]):
         first, second = annotations.read(path)[0]
         assert (first.question, first.answers, second.answers) == (text, (text, text), (text,))
     assert annotations.read(source)[0][0].group == (text if written[0] != '"' else " a  b ")
@@ -342,12 +344,12 @@ def test_two_questions_with_the_same_words_are_scored_separately(folder, make):
     subjects = [task.subject(e) for e in examples]
     assert task.scores(dict.fromkeys(subjects, "two"), examples) == {"vqa_accuracy": 0.5}
     assert list(examples_to_predict(task, [], "", {examples[0].image: examples}, [])) == examples
-    said = [line_of(prediction_of(e, "two")) for e in examples]
-    assert [line["question_id"] for line in said] == [420, 421] and len({key_of(e) for e in examples}) == 2
-    again = [example_of_line(json.loads(json.dumps(line))) for line in said]
+    lines = [line_of(prediction_of(e, "two")) for e in examples]
+    assert [line["question_id"] for line in lines] == [420, 421] and len({key_of(e) for e in examples}) == 2
+    again = [example_of_line(json.loads(json.dumps(line))) for line in lines]
     assert list(map(key_of, again)) == list(map(key_of, examples)) and list(map(task.subject, again)) == subjects
-    made = ModelScores(subjects, [[e] for e in examples], ["two", "two"], [1.0, 0.0], [True, False], "VQA accuracy")
-    rows = list(csv.DictReader(io.StringIO(comparison_csv(Comparison(None, made)))))
+    model_scores = ModelScores(subjects, [[e] for e in examples], ["two", "two"], [1.0, 0.0], [True, False], "VQA accuracy")
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(Comparison(None, model_scores)))))
     assert [(row["question_id"], row["VQA accuracy"]) for row in rows] == [("420", "1.0"), ("421", "0.0")]
 
 

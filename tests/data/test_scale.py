@@ -56,8 +56,8 @@ PIECES = (
 def some_text(rng: random.Random) -> str:
     """Return a random tidy text of 1 to 40 pieces, with or without spaces. Half of all texts have only ordinary words."""
     pool = PIECES[:12] if rng.random() < 0.5 else PIECES
-    made = "".join(rng.choice(pool) + rng.choice((" ", " ", " ", "")) for _ in range(rng.choice((1, 2, 5, 9, 14, 40))))
-    return " ".join(made.split()) or "a"
+    text = "".join(rng.choice(pool) + rng.choice((" ", " ", " ", "")) for _ in range(rng.choice((1, 2, 5, 9, 14, 40))))
+    return " ".join(text.split()) or "a"
 
 
 # ---------------------------------------------------------------- texts
@@ -89,7 +89,7 @@ UNDERSTOOD = ("word pieces", "byte-level BPE", "unigram")
 
 def test_a_bound_is_at_least_the_number_of_tokens(make):
     """A text with a bound contains no special token, and not only unknown tokens."""
-    rng, told = random.Random(0), dict.fromkeys(UNDERSTOOD, 0)
+    rng, bounded = random.Random(0), dict.fromkeys(UNDERSTOOD, 0)
     for name, tokenizer in tokenizers(make).items():
         special = special_ids(tokenizer)
         bounds = TokenBounds(tokenizer, special)
@@ -101,8 +101,8 @@ def test_a_bound_is_at_least_the_number_of_tokens(make):
                 assert len(ids) <= most, (name, text)
                 if most < UNBOUNDED:
                     assert not special & {*ids} and {*ids} - {tokenizer.unk_token_id}, (name, text)
-                    told[name] += 1
-    assert min(told.values()) > 600  # bounds exist for most texts, so the test compares something
+                    bounded[name] += 1
+    assert min(bounded.values()) > 600  # bounds exist for most texts, so the test compares something
 
 
 def test_closer_bounds_are_exact_for_word_pieces(make):
@@ -163,24 +163,24 @@ entries = st.dictionaries(
 
 def plainly(entry: dict[str, Any], root: Path) -> Example | str:
     """Return the Example of an entry, computed by `canonical` and a Path."""
-    made = canonical(entry, answered=False)
-    if isinstance(made, str):
-        return made
-    asked = "question" in made
+    line = canonical(entry, answered=False)
+    if isinstance(line, str):
+        return line
+    asked = "question" in line
     return Example(
-        root / made["image"], "" if asked else made["text"], made["image"], 1, as_text(made.get("group")) or "",
-        made["question"] if asked else "", tuple(made["answers"]) if asked else (), prompt=made.get("prompt", ""),
-        question_id=made.get("question_id", "") if asked else "",
+        root / line["image"], "" if asked else line["text"], line["image"], 1, as_text(line.get("group")) or "",
+        line["question"] if asked else "", tuple(line["answers"]) if asked else (), prompt=line.get("prompt", ""),
+        question_id=line.get("question_id", "") if asked else "",
     )  # fmt: skip
 
 
 @often
-@given(found=st.lists(entries, min_size=1, max_size=4), root=st.sampled_from(["", ".", "/", "a/b", "/a//b/", "../c"]))
-def test_the_quick_path_of_the_builder_gives_the_same_example(found, root):
+@given(records=st.lists(entries, min_size=1, max_size=4), root=st.sampled_from(["", ".", "/", "a/b", "/a//b/", "../c"]))
+def test_the_quick_path_of_the_builder_gives_the_same_example(records, root):
     builder = ExampleBuilder(Path("x.jsonl"), Path(root))
-    for entry in found:
-        made = builder.build(dict(entry), 1)
-        assert (made[1] if isinstance(made, tuple) else made) == plainly(dict(entry), Path(root))
+    for entry in records:
+        result = builder.build(dict(entry), 1)
+        assert (result[1] if isinstance(result, tuple) else result) == plainly(dict(entry), Path(root))
 
 
 @pytest.mark.parametrize("group", [0, 0.0, False, None, [], {}, "", "g"])
@@ -287,9 +287,9 @@ def test_a_folder_that_cannot_be_listed_is_resolved_file_by_file(linked, monkeyp
 def split_plainly(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Return the split, computed image by image with Paths."""
     files = {image: image.resolve() for image in {example.image for example in examples}}
-    found = sorted(set(files.values()))
-    random.Random(seed).shuffle(found)
-    held_out = set(found[: max(1, round(len(found) * fraction))])
+    images = sorted(set(files.values()))
+    random.Random(seed).shuffle(images)
+    held_out = set(images[: max(1, round(len(images) * fraction))])
     train = [example for example in examples if files[example.image] not in held_out]
     return train, [example for example in examples if files[example.image] in held_out]
 
@@ -354,8 +354,13 @@ def test_the_command_prints_the_error_of_a_broken_image_in_one_line(source, tmp_
     command = [sys.executable, "train.py", *flags, "--check-images=lazy", "--val-fraction=0", "--device=cpu", "--num-workers=1"]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*command, "--targets=vit:r=2"], check=False, capture_output=True, text=True, env=alone)
-    told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode == 2 and len(told) == 1 and "annotations.jsonl:8: " in told[0] and "Traceback" not in ended.stderr
+    error_lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert (
+        ended.returncode == 2
+        and len(error_lines) == 1
+        and "annotations.jsonl:8: " in error_lines[0]
+        and "Traceback" not in ended.stderr
+    )
 
 
 def test_lazy_image_checks_train_the_same_adapter(source, tmp_path):
