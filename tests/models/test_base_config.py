@@ -81,21 +81,21 @@ class Yes:
 MAP = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor"), "planted.Planted")
 
 
-def unknown_type(about: dict[str, Any]) -> None:
-    about |= {"model_type": "planted", "auto_map": MAP}
+def unknown_type(config: dict[str, Any]) -> None:
+    config |= {"model_type": "planted", "auto_map": MAP}
 
 
-def no_type(about: dict[str, Any]) -> None:
-    del about["model_type"]
-    about["auto_map"] = MAP
+def no_type(config: dict[str, Any]) -> None:
+    del config["model_type"]
+    config["auto_map"] = MAP
 
 
-def remote_text(about: dict[str, Any]) -> None:
-    about["text_config"] |= {"model_type": "planted", "auto_map": {"AutoModelForCausalLM": "planted.Planted"}}
+def remote_text(config: dict[str, Any]) -> None:
+    config["text_config"] |= {"model_type": "planted", "auto_map": {"AutoModelForCausalLM": "planted.Planted"}}
 
 
-def remote_opt(about: dict[str, Any]) -> None:
-    about["text_config"]["auto_map"] = {"AutoModelForCausalLM": "planted.Planted"}
+def remote_opt(config: dict[str, Any]) -> None:
+    config["text_config"]["auto_map"] = {"AutoModelForCausalLM": "planted.Planted"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_python_in_a_checkpoint_is_neither_run_nor_asked_about(kind, change, bas
 def test_a_known_type_is_loaded_by_transformers_own_code(kind, base, monkeypatch):
     """`auto_map` in any file of a checkpoint of a known type is ignored, also for `generate`."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
-    folder = base(kind, lambda about: about.update(auto_map=MAP))
+    folder = base(kind, lambda config: config.update(auto_map=MAP))
     ran = plant(folder)
     for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
@@ -163,9 +163,9 @@ LOADS = {
 def test_a_config_that_loads_more_than_weights_is_refused(what, base):
     """A config key that makes transformers load more than weights raises ModelError, which names the key."""
 
-    def change(about: dict[str, Any]) -> None:
+    def change(config: dict[str, Any]) -> None:
         for key, value in LOADS[what].items():
-            about[key] = about[key] | value if key.endswith(("text_config", "vision_config")) else value
+            config[key] = config[key] | value if key.endswith(("text_config", "vision_config")) else value
 
     message = refused(base("blip", change))
     key = next(iter(LOADS[what]))
@@ -202,8 +202,8 @@ def test_an_option_of_a_user_is_read_from_a_checkpoint_or_refused_with_the_setti
 def test_another_way_to_generate_in_the_config_of_the_text_model_is_refused(key, base):
     """A generation key in text_config that is not in GENERATION_KEYS raises ModelError, because transformers would apply it."""
 
-    def change(about: dict[str, Any]) -> None:
-        about["text_config"][key] = 1e-9
+    def change(config: dict[str, Any]) -> None:
+        config["text_config"][key] = 1e-9
 
     assert key in refused(base("opt", change))
 
@@ -266,9 +266,9 @@ SIZES = [
 def test_sizes_that_do_not_fit_the_weights_are_one_error_in_bounded_time(part, key, value, base):
     """A size in config.json that differs from the weights raises ModelError before a module of that size is built."""
     if (part, key) in (("text_config", "model_type"),):
-        folder = base("opt", lambda about: about[part].update({key: value}))
+        folder = base("opt", lambda config: config[part].update({key: value}))
     else:
-        folder = base("blip", lambda about: about[part].update({key: value}))
+        folder = base("blip", lambda config: config[part].update({key: value}))
     refused(folder)
 
 
@@ -279,7 +279,7 @@ def test_sizes_that_do_not_fit_the_weights_are_one_error_in_bounded_time(part, k
 )  # fmt: skip
 def test_a_blip2_size_that_does_not_fit_the_weights_is_one_error(key, value, base):
     """A BLIP-2 size or sub-config that does not fit the weights raises ModelError."""
-    refused(base("opt", lambda about: about.update({key: value})))
+    refused(base("opt", lambda config: config.update({key: value})))
 
 
 def test_loading_draws_no_random_numbers(base):

@@ -102,9 +102,9 @@ def test_a_size_that_is_no_multiple_of_the_patch_size_is_refused(size, checkpoin
 def test_a_base_whose_own_size_is_no_square_of_patches_is_one_error(key, value, checkpoints, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(checkpoints["blip"], folder)
-    about = json.loads((folder / "config.json").read_text())
-    about["vision_config"][key] = value
-    (folder / "config.json").write_text(json.dumps(about))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=key):
         load_backbone(str(folder), "cpu")
 
@@ -237,9 +237,9 @@ def test_an_adapter_on_a_backbone_of_another_size_is_refused_unless_that_was_cho
 def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, tmp_path):
     """An older adapter file without an image size uses the base's size."""
     with safe_open(trained, "pt") as file:
-        about = json.loads(file.metadata()["lora_blip"])
-    del about["base"]["image_size"]
-    save_file(load_file(trained), tmp_path / "old.safetensors", {"lora_blip": json.dumps(about)})
+        metadata = json.loads(file.metadata()["lora_blip"])
+    del metadata["base"]["image_size"]
+    save_file(load_file(trained), tmp_path / "old.safetensors", {"lora_blip": json.dumps(metadata)})
     adapter = read_optional_adapter(str(tmp_path / "old.safetensors"))
     assert open_task(InferConfig(device="cpu"), adapter, adapted=True)[0].backbone.image_size == tiny.SIDE
 
@@ -247,9 +247,9 @@ def test_an_adapter_of_a_file_that_names_no_size_is_for_the_base_s_own(trained, 
 @pytest.mark.parametrize("size", [0, -16, 10**9, "16", 16.5, None, [16, 16]])
 def test_an_invalid_image_size_in_a_header_is_refused(size, trained, tmp_path):
     with safe_open(trained, "pt") as file:
-        about = json.loads(file.metadata()["lora_blip"])
-    about["base"]["image_size"] = size
-    save_file(load_file(trained), tmp_path / "odd.safetensors", {"lora_blip": json.dumps(about)})
+        metadata = json.loads(file.metadata()["lora_blip"])
+    metadata["base"]["image_size"] = size
+    save_file(load_file(trained), tmp_path / "odd.safetensors", {"lora_blip": json.dumps(metadata)})
     with pytest.raises(AdapterError, match=r"base\.image_size"):
         adapter_file.read(tmp_path / "odd.safetensors")
 
