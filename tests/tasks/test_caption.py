@@ -134,11 +134,11 @@ def greedy(task: CaptionTask, image: torch.Tensor, prompt: str, steps: int) -> s
 
 def test_generation_stops_at_its_length(backbone):
     """With room for 20 tokens, the same images have longer texts."""
-    images, found = torch.randn(2, 3, 32, 32), {}
+    images, lengths = torch.randn(2, 3, 32, 32), {}
     for most in (2, 20):
         texts = CaptionTask(backbone, "", Generation(max_new_tokens=most)).predict(images, [ANY, ANY])
-        found[most] = [len(backbone.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    assert max(found[2]) <= 3 < max(found[20])
+        lengths[most] = [len(backbone.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert max(lengths[2]) <= 3 < max(lengths[20])
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt"])

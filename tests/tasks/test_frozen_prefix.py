@@ -151,9 +151,9 @@ def test_states_of_another_configuration_are_not_used(checkpoints, tmp_path):
     common = {"targets": "text", "augment": False, "max_steps": 4, "batch_size": 2, "val_fraction": 0.0, "resume": "off"}
     where, losses = folder / "config.json", []
     for epsilon, cache in ((1e-5, 1.0), (0.5, 1.0), (0.5, 0.0)):
-        about = json.loads(where.read_text())
-        about["vision_config"]["layer_norm_eps"] = epsilon
-        where.write_text(json.dumps(about))
+        config = json.loads(where.read_text())
+        config["vision_config"]["layer_norm_eps"] = epsilon
+        where.write_text(json.dumps(config))
         losses.append(losses_of(train(settings(folder, source, **common, cache_gb=cache))))
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[2], rel=1e-3)
 

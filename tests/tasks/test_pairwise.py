@@ -120,7 +120,7 @@ def pairs(case: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
     return set(combinations(case.items(), 2))
 
 
-def wanted() -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+def allowed_pairs() -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
     """Return every pair of values that occurs in an allowed case."""
     some = {pair for a, b in combinations(FACTORS, 2) for pair in [((a, x), (b, y)) for x in FACTORS[a] for y in FACTORS[b]]}
     return {pair for pair in some if allowed(dict(pair)) and filled(dict(pair), random.Random(0))}
@@ -143,7 +143,7 @@ def filled(given: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def covering(seed: int = 1, candidates: int = 30) -> list[Case]:
     """Return cases that cover every allowed pair. Each is the best of some drawn candidates for the first missing pair."""
-    rng, missing, cases = random.Random(seed), wanted(), []
+    rng, missing, cases = random.Random(seed), allowed_pairs(), []
     for first in sorted(missing, key=str):
         if first not in missing:
             continue
@@ -160,7 +160,7 @@ CASES = covering()
 def test_every_allowed_pair_of_values_is_in_a_case():
     """The cases cover every allowed pair. There are at most 40 cases."""
     covered = {pair for case in CASES for pair in pairs(vars(case))}
-    assert wanted() <= covered and all(allowed(vars(case)) for case in CASES)
+    assert allowed_pairs() <= covered and all(allowed(vars(case)) for case in CASES)
     assert len(CASES) <= 40
 
 
@@ -368,9 +368,9 @@ class Oracle:
                     self.halves |= {f"{address}.lora_A": a, f"{address}.lora_B": b}
         injection.eject(self.model)
         self.model.double()
-        for path, mine in parts.items():
+        for path, adapters in parts.items():
             parent, _, child = path.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, Written(self.model.get_submodule(path), mine, self))
+            setattr(self.model.get_submodule(parent), child, Written(self.model.get_submodule(path), adapters, self))
         for number, parameter in enumerate(self.task.parameters()):
             parameter.data = parameter.data.double()
             self.halves[f"task.{number}"] = parameter
@@ -396,7 +396,7 @@ class Oracle:
         of = host_batch.image_index or range(len(host_batch.examples))
         return prompts, [of[i] for i in prompts]
 
-    def seen(self) -> Tensor:
+    def image_states(self) -> Tensor:
         """Return the image states that the language side reads, computed from the cached states if there are any."""
         if not self.case.prefix:
             return self.task.encoder.encode_images(self.batch.pixel_values.double())
@@ -419,7 +419,7 @@ class Oracle:
     def said(self) -> Tensor:
         """Return Σ w · −log p over the label tokens."""
         rows = self.batch.rows.padded()
-        logits = self.task.language.logits(self.batch.per_example(self.seen()), rows)
+        logits = self.task.language.logits(self.batch.per_example(self.image_states()), rows)
         assert logits.dtype == torch.float64
         counts = rows.targets != IGNORE
         each = -logits.log_softmax(-1).gather(-1, rows.targets.masked_fill(~counts, 0)[..., None]).squeeze(-1)
@@ -428,14 +428,14 @@ class Oracle:
 
     def matched(self) -> Tensor:
         """Return rows × (mean ITC + mean ITM) with the recorded negatives."""
-        texts, matcher, seen = self.batch.rows, self.task.matcher, self.batch.per_example(self.seen())
+        texts, matcher, image_states = self.batch.rows, self.task.matcher, self.batch.per_example(self.image_states())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(matching, "projected", lambda head, states: head(states))  # ours rounds to float32
-            similarity = matching.cosines(matcher.image_features(seen), matcher.text_features(texts))
+            similarity = matching.cosines(matcher.image_features(image_states), matcher.text_features(texts))
             text, image = self.record.negatives[self.slot]
             every = torch.arange(len(texts))
             images = torch.cat([every, every[text >= 0], image[image >= 0]])
-            odds = matcher.matching(seen[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
+            odds = matcher.matching(image_states[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
         assert odds.dtype == torch.float64
         right = retrieval.positives(self.batch.examples).double()
         logits = similarity / self.task.temperature

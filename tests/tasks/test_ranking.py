@@ -23,34 +23,34 @@ PROMPT = "a picture of"
 @pytest.fixture(params=CASES, ids=[f"{kind}-{task.name}" for kind, task in CASES])
 def task(request, make: Callable) -> TextTask:
     kind, task = request.param
-    made = task(make(kind), PROMPT if task is CaptionTask else "")
-    inject(made.backbone)
-    return made
+    text_task = task(make(kind), PROMPT if task is CaptionTask else "")
+    inject(text_task.backbone)
+    return text_task
 
 
 @torch.no_grad()
-def log_likelihoods(task: TextTask, image: torch.Tensor, example: Example, said: str) -> torch.Tensor:
+def log_likelihoods(task: TextTask, image: torch.Tensor, example: Example, text: str) -> torch.Tensor:
     """log p of each token of a text and of its end, float64, from the whole model on that one row."""
     if isinstance(task, VqaTask):
-        logits, ids = hugging_face(task, image, example.question, said)
+        logits, ids = hugging_face(task, image, example.question, text)
     else:
-        logits, ids = caption_logits(task, image, said)
+        logits, ids = caption_logits(task, image, text)
     return logits[: len(ids)].double().log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
-def caption_logits(task: TextTask, image: torch.Tensor, said: str) -> tuple[torch.Tensor, torch.Tensor]:
+def caption_logits(task: TextTask, image: torch.Tensor, text: str) -> tuple[torch.Tensor, torch.Tensor]:
     model, config = task.backbone.model, task.backbone.model.config.text_config
     prompt = ids_of(task, PROMPT)
     if task.backbone.family == "blip":
-        start, ids, end = [config.bos_token_id, *prompt], ids_of(task, said), task.backbone.tokenizer.sep_token_id
+        start, ids, end = [config.bos_token_id, *prompt], ids_of(task, text), task.backbone.tokenizer.sep_token_id
     else:
         queries = [model.config.image_token_index] * model.config.num_query_tokens
         if not model.config.use_decoder_only_language_model:
-            ids, end = ids_of(task, said), config.eos_token_id
+            ids, end = ids_of(task, text), config.eos_token_id
             read, written = torch.tensor([[*queries, *prompt, end]]), torch.tensor([[config.pad_token_id, *ids]])
             logits = model(pixel_values=image[None], input_ids=read, decoder_input_ids=written).logits[0]
             return logits, torch.tensor([*ids, end])
-        start, ids, end = [*queries, config.bos_token_id, *prompt], ids_of(task, f" {said}"), config.eos_token_id
+        start, ids, end = [*queries, config.bos_token_id, *prompt], ids_of(task, f" {text}"), config.eos_token_id
     row = torch.tensor([[*start, *ids]])
     logits = model(pixel_values=image[None], input_ids=row, attention_mask=torch.ones_like(row)).logits[0]
     return logits[len(start) - 1 :], torch.tensor([*ids, end])
@@ -62,7 +62,7 @@ def test_probabilities_are_the_softmax_of_likelihoods_in_float64(task):
     some, images = examples()[:3], pictures(3).double()
     rankings = task.rank(images, some, TEXTS)
     for row, image, example in zip(rankings, images, some, strict=True):
-        each = [log_likelihoods(task, image, example, said) for said in TEXTS]
+        each = [log_likelihoods(task, image, example, text) for text in TEXTS]
         scores = torch.stack([x.sum() if isinstance(task, VqaTask) else x.mean() for x in each])
         torch.testing.assert_close(row.double(), scores.softmax(0), rtol=1e-4, atol=1e-7)
 
@@ -97,6 +97,6 @@ def test_ranking_under_autocast_is_a_distribution_in_float32(task):
 def test_likelihoods_are_nan_where_nothing_counts():
     logits = torch.randn(2, 3, 5)
     targets = torch.tensor([[1, 2, -100], [-100, -100, 4]])
-    found = token_log_likelihoods(logits, targets)
-    assert torch.equal(found.isnan(), targets == -100)
-    assert float(found[1, 2]) == pytest.approx(float(logits[1, 2].double().log_softmax(-1)[4]), rel=1e-5)
+    likelihoods = token_log_likelihoods(logits, targets)
+    assert torch.equal(likelihoods.isnan(), targets == -100)
+    assert float(likelihoods[1, 2]) == pytest.approx(float(logits[1, 2].double().log_softmax(-1)[4]), rel=1e-5)

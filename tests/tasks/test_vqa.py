@@ -342,10 +342,10 @@ def test_the_default_task_of_each_checkpoint(make):
 def test_scores_are_votes(task):
     """Three of ten who said it make an answer wholly right; one alone makes a third of it, by leave-one-out 0.3."""
     some = examples([("a?", ("yes",) * 3 + ("no",) * 7), ("b?", ("one",) + ("two",) * 9), ("c?", ("x",) * 10)])
-    said = {task.subject(e): answer for e, answer in zip(some, ("yes", "one", "wrong"), strict=True)}
+    predictions = {task.subject(e): answer for e, answer in zip(some, ("yes", "one", "wrong"), strict=True)}
     yes = (3 * min(2 / 3, 1) + 7 * 1) / 10  # each of ten annotators is left out once
     one = (1 * 0 + 9 * (1 / 3)) / 10
-    assert task.scores(said, some)["vqa_accuracy"] == pytest.approx((yes + one + 0) / 3)
+    assert task.scores(predictions, some)["vqa_accuracy"] == pytest.approx((yes + one + 0) / 3)
     assert task.correctness("yes", some[:1]) == pytest.approx(yes)
 
 
