@@ -212,12 +212,14 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
 
 def test_every_text_file_is_opened_with_an_encoding():
     """open, read_text and write_text without `encoding` use the code page of the system."""
-    found = []
+    calls_without_encoding = []
     for path in (path for folder in ("lora_blip", "toyworld", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))):
         calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-        found += [f"{path.relative_to(ROOT)}: {ast.unparse(call)}" for call in calls if opens_text_without_encoding(call)]
-    assert [line for line in found if not any(part in line for part in NO_FILE)] == []
-    assert len(found) > 5  # such as those of /proc
+        calls_without_encoding += [
+            f"{path.relative_to(ROOT)}: {ast.unparse(call)}" for call in calls if opens_text_without_encoding(call)
+        ]
+    assert [line for line in calls_without_encoding if not any(part in line for part in NO_FILE)] == []
+    assert len(calls_without_encoding) > 5  # such as those of /proc
 
 
 # ---------------------------------------------------------------- streams that are closed, full or missing

@@ -66,7 +66,7 @@ class Command:
         self.clean()
         with watched(self.folder) as watch:
             assert self()[0] == 0
-        return list(dict.fromkeys(watch.seen))
+        return list(dict.fromkeys(watch.accesses))
 
     def broken(self, access: Access, number: int) -> tuple[int, str]:
         self.clean()
@@ -440,7 +440,7 @@ def test_removing_never_leaves_a_half_folder(tmp_path):
 def test_a_cache_on_a_read_only_disk_is_disabled_with_one_line(tmp_path, capsys, event):
     with watched(tmp_path) as watch:
         Store(tmp_path / "a", {"of": "x"}, 10**6).put("ab0", torch.ones(3))
-    (access, *_) = [each for each in watch.seen if each.event == event]
+    (access, *_) = [each for each in watch.accesses if each.event == event]
     capsys.readouterr()
     shutil.rmtree(tmp_path / "a")
     store = Store(tmp_path / "a", {"of": "x"}, 10**6)

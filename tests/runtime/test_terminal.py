@@ -190,13 +190,13 @@ def test_texts_from_an_adapter_are_escaped(checkpoints, here, monkeypatch, capsy
     path = adapter_of(checkpoints["blip"], here)
     for text in HOSTILE:
         for place in ("name", "prompt", "base"):
-            about = json.loads(json.dumps(adapter_file.read(path).metadata))
+            metadata = json.loads(json.dumps(adapter_file.read(path).metadata))
             if place == "base":
-                about["base"]["name"] = f"{checkpoints['blip']}{text}"
+                metadata["base"]["name"] = f"{checkpoints['blip']}{text}"
             else:
-                about["task"][place] = f"caption{text}" if place == "name" else f"a {text}"
+                metadata["task"][place] = f"caption{text}" if place == "name" else f"a {text}"
             odd = here / f"{place}.safetensors"
-            odd.write_bytes(adapter_file.serialise(adapter_file.read(path).tensors, {"lora_blip": json.dumps(about)}))
+            odd.write_bytes(adapter_file.serialise(adapter_file.read(path).tensors, {"lora_blip": json.dumps(metadata)}))
             flags = ["--adapter", odd, "--images", "photos", "--device", "cpu", "--max-new-tokens", 3]
             if place != "base":
                 flags += ["--model", checkpoints["blip"]]
@@ -206,13 +206,13 @@ def test_texts_from_an_adapter_are_escaped(checkpoints, here, monkeypatch, capsy
 @pytest.mark.parametrize("key", ["model_type", "architectures"])
 def test_texts_from_a_checkpoint_are_escaped(checkpoints, here, monkeypatch, capsys, key):
     tiny.write_photos(here, 1)
-    about = json.loads((checkpoints["opt"] / "config.json").read_text())
+    config = json.loads((checkpoints["opt"] / "config.json").read_text())
     folder = here / f"model{HOSTILE[3]}"
     folder.mkdir()
     for file in checkpoints["opt"].iterdir():
         (folder / file.name).symlink_to(file)
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(about | {key: [SCREEN] if key == "architectures" else SCREEN}))
+    (folder / "config.json").write_text(json.dumps(config | {key: [SCREEN] if key == "architectures" else SCREEN}))
     printed = run(lambda: run_infer({}, ""), monkeypatch, capsys, "--adapter", "none", "--model", folder, "--images", "photos")
     assert "error" in printed and not unsafe(printed)
 

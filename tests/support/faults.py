@@ -32,7 +32,7 @@ class Watch:
     folder: Path
     broken: Access | None = None
     number: int = errno.EROFS
-    seen: list[Access] = field(default_factory=list)
+    accesses: list[Access] = field(default_factory=list)
     raised: int = 0
 
     def note(self, event: str, args: tuple[Any, ...]) -> None:
@@ -44,7 +44,7 @@ class Watch:
             return
         writes = event not in ("os.listdir", "os.scandir") and (event != "open" or bool((args[2] or 0) & WRITING))
         access = Access(event, steady(text.removeprefix(f"{self.folder}{os.sep}")), writes)
-        self.seen.append(access)
+        self.accesses.append(access)
         if access == self.broken:
             self.raised += 1
             raise OSError(self.number, os.strerror(self.number), os.fsdecode(path))

@@ -9,8 +9,8 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.vqa import VqaTask
 
 
-def written(task: CaptionTask, made: torch.Tensor, after: int) -> list[str]:
-    texts = task.backbone.tokenizer.batch_decode(made[:, after:], skip_special_tokens=True)
+def written(task: CaptionTask, ids: torch.Tensor, after: int) -> list[str]:
+    texts = task.backbone.tokenizer.batch_decode(ids[:, after:], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 
 
@@ -23,15 +23,15 @@ def hugging_face(task: CaptionTask, images: torch.Tensor, prompt: str, **setting
     ids = torch.tensor([start] * len(images))
     if task.backbone.family == "blip":  # it sets both ids itself
         ids = torch.cat([ids, ids[:, :1]], dim=1)  # it drops the last token
-        made, after = model.generate(pixel_values=images, input_ids=ids, **settings), len(start)
+        generated, after = model.generate(pixel_values=images, input_ids=ids, **settings), len(start)
     else:
         settings |= {"eos_token_id": language.end_id, "pad_token_id": language.pad_id}
         if not model.config.use_decoder_only_language_model:
             settings["decoder_start_token_id"] = language.start_id
-        made = model.generate(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        after = len(start) if made[0, : len(start)].tolist() == start else 0
+        generated = model.generate(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        after = len(start) if generated[0, : len(start)].tolist() == start else 0
     switch.fast(model)
-    return written(task, made, after)
+    return written(task, generated, after)
 
 
 @torch.no_grad()
@@ -40,6 +40,6 @@ def hugging_face_answers(task: VqaTask, images: torch.Tensor, questions: list[st
     model, tokenizer, answers = task.backbone.model, task.backbone.tokenizer, []
     for image, question in zip(images, questions, strict=True):
         asked = tokenizer(question, return_tensors="pt")
-        made = model.generate(asked.input_ids, image[None], asked.attention_mask, **settings)
-        answers += [" ".join(text.split()) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+        ids = model.generate(asked.input_ids, image[None], asked.attention_mask, **settings)
+        answers += [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     return answers

@@ -34,16 +34,16 @@ def inject(
 ):  # fmt: skip
     """Adapters on every part (or on `what`); `trained` gives each B values that matter."""
     torch.manual_seed(11)
-    found = injection.inject(
+    loras = injection.inject(
         backbone.model, targets.find(backbone.model, what or WHOLE[kind_of(backbone)], r, alpha, variant), name=name
     )
     if trained:
         generator = torch.Generator().manual_seed(7)
-        for x in found.values():
+        for x in loras.values():
             x.B.data.copy_(0.05 * torch.randn(x.B.shape, generator=generator))
             if isinstance(x, DoRA):
                 x.magnitude.data *= 1 + 0.1 * torch.randn(x.magnitude.shape, generator=generator)
-    return found
+    return loras
 
 
 def every_target(model: torch.nn.Module, kind: str) -> list[str]:
@@ -65,10 +65,10 @@ def batch_of(task: CaptionTask, texts: list[str] | None = None, seed: int = 3) -
 
 
 def twenty_steps(
-    found: dict[str, LoRA], loss_of: Callable[[], torch.Tensor], precision: str = "fp32", rate: float = 1e-3
+    loras: dict[str, LoRA], loss_of: Callable[[], torch.Tensor], precision: str = "fp32", rate: float = 1e-3
 ) -> list[float]:
     """The loss before each of twenty steps of AdamW on the adapters, on the CPU."""
-    optimizer, losses = torch.optim.AdamW([half for x in found.values() for half in (x.A, x.B)], lr=rate), []
+    optimizer, losses = torch.optim.AdamW([half for x in loras.values() for half in (x.A, x.B)], lr=rate), []
     for _ in range(20):
         with autocasting(torch.device("cpu"), precision)():
             loss = loss_of()
@@ -101,9 +101,9 @@ PROMPTS = ["a picture of", "", "a picture of", "a photo of a red cube", ""]  # r
 def carry(backbone: Backbone, dropout: float = 0.0) -> Backbone:
     """Three adapters with updates of their own, large enough to change what is said."""
     for seed, (name, where) in enumerate(WHERE[kind_of(backbone)].items()):
-        found = injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0), dropout, name)
+        loras = injection.inject(backbone.model, targets.find(backbone.model, where, 4, 8.0), dropout, name)
         generator = torch.Generator().manual_seed(seed)
-        for x in found.values():
+        for x in loras.values():
             x.A.data.copy_(torch.randn(x.A.shape, generator=generator) * 0.2)
             x.B.data.copy_(torch.randn(x.B.shape, generator=generator) * 0.1)
     return backbone
