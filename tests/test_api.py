@@ -150,11 +150,11 @@ def test_a_file_that_uses_every_name_passes_mypy_strict(tmp_path):
 def test_a_backbone_is_accepted_wherever_its_model_is(make):
     """`inject(backbone, "vit")` and each other verb change the same model as with `backbone.model`."""
     ours, theirs = make("blip"), make("blip")
-    found = lora_blip.inject(ours, "vit.q,text")
+    loras = lora_blip.inject(ours, "vit.q,text")
     sites = lora_blip.find_targets(theirs, "vit.q,text")
-    assert sites == lora_blip.find_targets(theirs.model, ["vit.q", "text"]) == [lora.site for lora in found.values()]
-    assert list(found) == list(lora_blip.inject(theirs.model, sites))
-    for lora in found.values():
+    assert sites == lora_blip.find_targets(theirs.model, ["vit.q", "text"]) == [lora.site for lora in loras.values()]
+    assert list(loras) == list(lora_blip.inject(theirs.model, sites))
+    for lora in loras.values():
         lora.B.data.normal_()
     before = {name: value.clone() for name, value in ours.model.state_dict().items()}
     with lora_blip.use_adapters(ours, "default"), lora_blip.disable_adapters(ours):

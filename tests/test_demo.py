@@ -49,15 +49,15 @@ def test_the_picture_shows_drawn_images_with_right_and_wrong_texts(tmp_path: Pat
     from toyworld import picture
 
     references, predictions = tmp_path / "annotations.jsonl", tmp_path / "predictions.jsonl"
-    known, made = [], []
+    known, predicted = [], []
     for number in range(24):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"{number}.png")
         group = "new cubes" if number < 12 else "unseen colour pairs"
         known.append({"image": f"{number}.png", "text": f"a cube {number}", "group": group})
         text = f"A cube {number}." if number % 2 else "a thing"
-        made.append({"image": f"photos/{number}.png", "base_text": "a thing", "text": text})
+        predicted.append({"image": f"photos/{number}.png", "base_text": "a thing", "text": text})
     references.write_text("\n".join(map(json.dumps, known)))
-    predictions.write_text("\n".join(map(json.dumps, made)))
+    predictions.write_text("\n".join(map(json.dumps, predicted)))
     written: list[tuple[str, str]] = []
     monkeypatch.setattr(picture, "write", lambda *line: written.append(line[2:]))
     picture.draw(predictions, references, tmp_path / "out.png")

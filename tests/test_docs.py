@@ -69,8 +69,8 @@ def name_of(page: Path) -> str:
 
 def blocks(page: Path, *languages: str) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.M | re.S)
-    every = [Block(page, text[: match.start(3)].count("\n") + 1, match[2], match[3]) for match in found]
+    matches = re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.M | re.S)
+    every = [Block(page, text[: match.start(3)].count("\n") + 1, match[2], match[3]) for match in matches]
     return [block for block in every if not languages or block.language in languages]
 
 
@@ -162,13 +162,13 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_page_can_be_reached_from_the_readme():
-    seen, left = set(), [README]
+    visited, left = set(), [README]
     while left:
         page = left.pop()
-        seen.add(page)
+        visited.add(page)
         links = [(page.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+\.md)", prose(page))]
-        left += [link for link in links if link not in seen and link.is_file()]
-    assert set(PAGES) <= seen
+        left += [link for link in links if link not in visited and link.is_file()]
+    assert set(PAGES) <= visited
 
 
 @pytest.mark.parametrize("page", LINKED[: len(PAGES)], ids=name_of)

@@ -35,11 +35,11 @@ ALLOWED = {  # package or file → what it may import, at the top of a file or l
 
 def modules() -> dict[str, Path]:
     """Return {dotted name without the package: file}; the name of an `__init__` is that of its package."""
-    found = {}
+    paths = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        found["" if name == "__init__" else name.removesuffix(".__init__")] = path
-    return found
+        paths["" if name == "__init__" else name.removesuffix(".__init__")] = path
+    return paths
 
 
 def package_of(module: str) -> str:

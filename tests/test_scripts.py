@@ -113,8 +113,8 @@ def test_an_option_and_its_setting_have_one_value():
             TrainConfig(generation=wrong)
 
 
-def told(capsys, run, flags: list[str], monkeypatch) -> str:
-    """What a user sees of an error: one message on stderr, exit status 2, no traceback."""
+def error_of(capsys, run, flags: list[str], monkeypatch) -> str:
+    """Return the message of a command that fails: one error on stderr, exit status 2, no traceback."""
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     with pytest.raises(SystemExit) as stopped:
         run({}, "")
@@ -133,18 +133,18 @@ def test_from_annotations_to_merged_captions(checkpoints, here, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["train.py", *train_flags(checkpoints[kind], source, lr=0.02)])
     run_train({}, "")
     (here / "refs.jsonl").write_text("\n".join(map(json.dumps, grouped)))
-    said = {}
+    lines_of = {}
     for name, flags in {"merged": ["--compare"], "hooked": ["--merge", "false"]}.items():
         monkeypatch.setattr(
             sys, "argv", ["infer.py", "--images", "photos", "--references", "refs.jsonl", "--output-dir", name, *flags]
         )
         run_infer({}, "")
-        said[name] = [json.loads(line) for line in (here / name / "predictions.jsonl").read_text().splitlines()]
+        lines_of[name] = [json.loads(line) for line in (here / name / "predictions.jsonl").read_text().splitlines()]
     printed = capsys.readouterr().out
-    assert [set(line) for line in said["merged"]] == [{"image", "text", "base_text"}] * 12
-    assert [set(line) for line in said["hooked"]] == [{"image", "text"}] * 12
-    assert [line["text"] for line in said["merged"]] == [line["text"] for line in said["hooked"]]
-    assert {Path(line["image"]).name for line in said["merged"]} == {f"{n}.png" for n in range(12)}
+    assert [set(line) for line in lines_of["merged"]] == [{"image", "text", "base_text"}] * 12
+    assert [set(line) for line in lines_of["hooked"]] == [{"image", "text"}] * 12
+    assert [line["text"] for line in lines_of["merged"]] == [line["text"] for line in lines_of["hooked"]]
+    assert {Path(line["image"]).name for line in lines_of["merged"]} == {f"{n}.png" for n in range(12)}
     assert re.search(r"Image: +photos/0.png\nBase: .*\nCaption: ", printed) and re.search(r"even +6 .*%", printed)
 
 
@@ -167,7 +167,7 @@ def test_an_unreadable_image_is_reported_and_the_rest_is_captioned(checkpoints, 
     assert len((here / "out" / "predictions.jsonl").read_text().splitlines()) == 2
     assert "left out: photos/1.png is not a usable image" in capsys.readouterr().out
     fresh_only = [*base, "--resume", "false"]
-    assert "exists already" in told(capsys, run_infer, fresh_only, monkeypatch)  # predictions are never written over
+    assert "exists already" in error_of(capsys, run_infer, fresh_only, monkeypatch)  # predictions are never written over
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_what_a_user_sees_of_each_mistake(checkpoints, here, monkeypatch, capsys
         (run_infer, ["--images", "photos/**.png"], "no image found" if sys.version_info >= (3, 13) else "is not a valid glob"),
     ]
     for run, flags, message in cases:
-        assert message in told(capsys, run, flags, monkeypatch)
+        assert message in error_of(capsys, run, flags, monkeypatch)
     assert not (here / "lora_blip_output").exists()
 
 
@@ -254,7 +254,7 @@ def test_checkpoints_that_cannot_caption_are_refused(checkpoints, here, monkeypa
         "image processor of": broken("blip", lambda folder: (folder / "preprocessor_config.json").unlink()),
     }
     for message, folder in cases.items():
-        assert message in told(capsys, run_train, train_flags(folder, source), monkeypatch)
+        assert message in error_of(capsys, run_train, train_flags(folder, source), monkeypatch)
 
 
 def test_ctrl_c_is_no_traceback(capsys):
@@ -368,8 +368,8 @@ def test_an_output_folder_that_cannot_be_made_is_one_error(checkpoints, here, mo
         (command("evaluate", ["--references", str(source), *base]), []),
     ]
     for run, flags in runs:
-        said = told(capsys, run, flags, monkeypatch)
-        assert said.startswith(f"error: output_dir = {folder!r}: ") and said.count("\n") == 1
+        message = error_of(capsys, run, flags, monkeypatch)
+        assert message.startswith(f"error: output_dir = {folder!r}: ") and message.count("\n") == 1
     assert sorted(here.rglob("*")) == before
 
 
@@ -377,7 +377,7 @@ def test_a_default_output_folder_that_is_a_dangling_link_is_one_error(checkpoint
     tiny.write_photos(here, 2)
     (here / "lora_blip_output").symlink_to(here / "nowhere")
     flags = ["--images", "photos", "--model", str(checkpoints["blip"]), "--adapter", "none"]
-    assert "it is a link to a missing folder" in told(capsys, run_infer, flags, monkeypatch)
+    assert "it is a link to a missing folder" in error_of(capsys, run_infer, flags, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -495,9 +495,9 @@ def test_what_is_shipped_is_small_and_whole():
     train = [json.loads(line) for line in (ROOT / "annotations.jsonl").read_text().splitlines()]
     test = [json.loads(line) for line in (ROOT / "image_test" / "annotations.jsonl").read_text().splitlines()]
     assert len(train) == 300 and all((ROOT / line["image"]).is_file() for line in train)
-    seen = {tuple(re.findall(r"an? (\w+) cube", line["text"])) for line in train}
+    pairs = {tuple(re.findall(r"an? (\w+) cube", line["text"])) for line in train}
     unseen = [tuple(re.findall(r"an? (\w+) cube", line["text"])) for line in test if line["group"] == "unseen colour pairs"]
-    assert len(unseen) == 60 and all(len(pair) == 2 and pair not in seen for pair in unseen)
+    assert len(unseen) == 60 and all(len(pair) == 2 and pair not in pairs for pair in unseen)
     pictures = {Image.open(ROOT / line["image"]).tobytes() for line in train}
     assert not any(Image.open(ROOT / "image_test" / line["image"]).tobytes() in pictures for line in test)
 
@@ -559,9 +559,9 @@ def test_questions_are_asked_of_an_adapter_that_answers(checkpoints, here, monke
     assert re.search(r"\nall +12 ", printed) and "colours" not in printed.split("VQA accuracy")[-1]
     for flags in (("--question", "asked.jsonl"), ("--references", "asked.jsonl")):
         both = inferred(here, monkeypatch, flags[0][2:], *flags)
-        said = {(Path(line["image"]).name, line["question"]): line["text"] for line in both}
-        assert len(said) == 24 == len(both)
-        assert all(said[Path(line["image"]).name, line["question"]] == line["text"] for line in one)
+        answers = {(Path(line["image"]).name, line["question"]): line["text"] for line in both}
+        assert len(answers) == 24 == len(both)
+        assert all(answers[Path(line["image"]).name, line["question"]] == line["text"] for line in one)
     assert re.search(r"colours +12 .*%\s+.*all +24 ", capsys.readouterr().out, re.DOTALL)
     ranked = inferred(here, monkeypatch, "ranked", "--question", "what is it?", "--texts", "a cube|a ball")
     assert {line["question"] for line in ranked} == {"what is it?"}
@@ -601,7 +601,7 @@ def test_a_missing_question_is_named(checkpoints, here, monkeypatch, capsys):
         (itm, ["--task", "caption"], "give a checkpoint of"),
     ]
     for base, flags, message in cases:
-        assert message in told(capsys, run_infer, ["--images", "photos", *map(str, base), *flags], monkeypatch), (
+        assert message in error_of(capsys, run_infer, ["--images", "photos", *map(str, base), *flags], monkeypatch), (
             flags,
             message,
         )
@@ -613,10 +613,10 @@ def test_predictions_printed_before_an_error_are_in_the_file(checkpoints, here, 
     from lora_blip.tasks.caption import CaptionTask
 
     tiny.write_photos(here, 6)
-    real, seen = CaptionTask.predict, []
+    real, batch_sizes = CaptionTask.predict, []
 
     def predict(task, pictures, examples, adapters=None):
-        if len(seen) == 2:
+        if len(batch_sizes) == 2:
             written = (here / "out" / "predictions.jsonl").read_text()  # not when it is closed: a kill closes nothing
             assert [Path(json.loads(line)["image"]).name for line in written.splitlines()] == [
                 "0.png",
@@ -625,7 +625,7 @@ def test_predictions_printed_before_an_error_are_in_the_file(checkpoints, here, 
                 "3.png",
             ]
             raise ZeroDivisionError
-        seen.append(len(examples))
+        batch_sizes.append(len(examples))
         return real(task, pictures, examples, adapters)
 
     monkeypatch.setattr(CaptionTask, "predict", predict)

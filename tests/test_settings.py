@@ -48,8 +48,8 @@ def test_help_has_the_groups_and_texts_of_the_script(script):
     source = (ROOT / script).read_text(encoding="utf-8")
     printed = done.stdout.partition("show this help message and exit")[2]
     expected = re.findall(r"^(?:# (.+)|([A-Z_]+) = )", source, re.MULTILINE)
-    found = re.findall(r"^(?:(\w.*):|  --([a-z-]+) )", printed, re.MULTILINE)
-    assert found == [(group, name.lower().replace("_", "-")) for group, name in expected]
+    headings = re.findall(r"^(?:(\w.*):|  --([a-z-]+) )", printed, re.MULTILINE)
+    assert headings == [(group, name.lower().replace("_", "-")) for group, name in expected]
     words = "".join(printed.split())  # argparse also breaks lines at hyphens
     for entry in settings_of(SCRIPTS[script]):
         doc = re.sub(r"[A-Z]+_[A-Z_]+|PATIENCE", lambda name: f"--{name[0].lower().replace('_', '-')}", entry.metadata["doc"])
