@@ -58,8 +58,8 @@ def score_table(metrics: Path) -> str:
     """Return the scores of metrics.json, which `evaluate` has written: base and adapter."""
     scores = json.loads(metrics.read_text(encoding="utf-8"))["scores"]
     rows = [f"{'score':<32}{'frozen base':>13}{'with LoRA':>11}"]
-    for name, made in scores.items():
-        values = [f"{made[key]['value']:.3f}" if made[key] else "–" for key in ("base", "adapted")]
+    for name, row in scores.items():
+        values = [f"{row[key]['value']:.3f}" if row[key] else "–" for key in ("base", "adapted")]
         rows.append(f"{name:<32}{values[0]:>13}{values[1]:>11}")
     return "\n".join(rows)
 

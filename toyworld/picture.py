@@ -37,10 +37,10 @@ def draw(predictions: Path, references: Path, out: Path, seed: int = SEED) -> No
     for axes, line in zip(figure.subplots(SHOWN // COLUMNS, COLUMNS).flat, drawn, strict=True):
         axes.imshow(open_image(references.parent / line["image"]), interpolation="bicubic")
         axes.set_axis_off()
-        made = texts[Path(line["image"]).name]
+        prediction = texts[Path(line["image"]).name]
         below = 4.0  # points between the image and the text
         for name, key in (("base", "base_text"), ("LoRA", "text"), ("reference", "")):
-            text = made[key] if key else line["text"]
+            text = prediction[key] if key else line["text"]
             color = (RIGHT if normal(text) == normal(line["text"]) else WRONG) if key else QUIET
             text = f"{'✓ ' * (color == RIGHT)}{'✗ ' * (color == WRONG)}{name}: {text}"
             write(axes, below, text, color)

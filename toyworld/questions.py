@@ -43,8 +43,8 @@ def is_there(scene: Scene, rng: random.Random) -> Pair:
         thing = rng.choice(scene.things)
     else:
         thing = Thing(rng.choice(FLAT_NOUNS), rng.choice(COLOURS))
-    there = thing in scene.things
-    return f"is there {thing}?", "yes" if there else "no"
+    is_in_scene = thing in scene.things
+    return f"is there {thing}?", "yes" if is_in_scene else "no"
 
 
 def finetuning_questions(scene: Scene) -> list[Pair]:
