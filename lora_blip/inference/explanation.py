@@ -35,11 +35,14 @@ FORMULAS = {
 }  # fmt: skip
 
 
-def require_explainable(config: InferConfig, task: PredictionTask, examples: Iterable[Example]) -> None:
-    """Raise ConfigError if the task generates no text, or if there are more than LIMIT images."""
+def require_explainable(config: InferConfig, examples: Iterable[Example]) -> None:
+    """Raise ConfigError if `explain` is set and there are texts to rank or more than LIMIT images.
+
+    Every task that generates no text needs texts to rank, so no other check of the task is necessary.
+    """
     if not config.explain:
         return
-    if config.texts or not task.writes_text:
+    if config.texts:
         raise ConfigError(
             "EXPLAIN (--explain) needs a generated text, whose words have probabilities; a ranking has none, so remove "
             "--explain, or caption the images without TEXTS (--texts)"

@@ -60,7 +60,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
     folder: Path = ranks.broadcast(ranks.on_main(lambda: output.folder_of(config, ranks.count)))
     config = replace(config, device=ranks.device(config.device), compare=config.compare or config.explain)
     task, precision, examples, run_identity = ranks.together(lambda: open_inputs(config, inputs))
-    ranks.together(lambda: require_explainable(config, task, examples))
+    ranks.together(lambda: require_explainable(config, examples))
     if ranks.count > 1:
         require_same_inputs(ranks, config, task, run_identity, examples)
 

@@ -402,10 +402,12 @@ def test_the_map_covers_the_part_of_the_image_that_a_cropping_processor_keeps(co
     folder = Path(shutil.copytree(checkpoints["blip"], "cropping"))
     size = {"height": tiny.SIDE, "width": tiny.SIDE}
     CLIPImageProcessorPil(size={"shortest_edge": tiny.SIDE}, crop_size=size).save_pretrained(folder)
+    Path("photos/3.png").write_bytes(b"broken")
     infer(replace(config, adapter="none", model=str(folder)))
-    images = read(Path("out", EXPLAIN_NAME))["images"]
+    *images, broken = read(Path("out", EXPLAIN_NAME))["images"]
+    assert broken["part"] == [0, 0, 1, 1] and "is not a usable image" in broken["picture"]["problem"]
     infer(replace(config, adapter="none", output_dir="whole"))
-    assert [image["part"] for image in read(Path("whole", EXPLAIN_NAME))["images"]] == [[0, 0, 1, 1]] * 3
+    assert [image["part"] for image in read(Path("whole", EXPLAIN_NAME))["images"]] == [[0, 0, 1, 1]] * 4
     for image, height in zip(images, (30, 31, 32), strict=True):
         assert image["part"] == pytest.approx([(1 - height / 40) / 2, 0, height / 40, 1], abs=0.02)
 
