@@ -4,10 +4,6 @@ A repository is downloaded once as files, and everything else reads its folder i
 cached files are used. Only configuration, tokenizer and weight files are downloaded, never code.
 """
 
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,20 +14,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
 
 from lora_blip.errors import ModelError
 from lora_blip.models.bin_weights import INDEX, WEIGHTS
 from lora_blip.models.library import first_line
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_SHARDS, SAFE_WEIGHTS
-from lora_blip.runtime.files import write_whole
+from lora_blip.runtime.hub_adapters import TOKEN, refuses_token
+from lora_blip.runtime.hub_cache import SECONDS, remember, root_of, snapshots
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
 ANY_WEIGHTS = (SAFE_WEIGHTS, SAFE_INDEX, WEIGHTS, INDEX)
-# folder in the hub cache's `refs`, with a file for each revision: the downloaded commit, of the revision or of its conversion
-OURS = "lora_blip"
-SECONDS = 10  # the hub must answer within this time, or the cache is used
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 EXAMPLE = "give a folder that contains config.json, or a hub name such as Salesforce/blip-image-captioning-large"
 
@@ -59,12 +52,16 @@ def fetch(name: str) -> str:
             f"{repository!r} on the hub has no revision {revision!r}; give {repository!r} for main, "
             f"or a branch, tag or commit that {constants.ENDPOINT}/{repository}/commits lists"
         ) from None
-    except RepositoryNotFoundError:
+    except RepositoryNotFoundError as error:
+        if refuses_token(error):
+            raise ModelError(f"model {name!r}: {TOKEN}") from None
         raise ModelError(
             f"there is no folder {name!r}, and no model of this name on the hub that you can read; check the spelling (if it "
             f"is private: hf auth login), or {EXAMPLE}"
         ) from None
     except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
+        if refuses_token(error):
+            raise ModelError(f"model {name!r}: {TOKEN}") from None
         return _cached(repository, name, f"the hub cannot be reached ({first_line(error)})")
 
 
@@ -79,15 +76,8 @@ def _downloaded(repository: str, revision: str) -> str:
     folder = snapshot_download(
         repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT
     )
-    if ".." in Path(revision).parts or Path(revision).is_absolute():
-        return folder  # git allows no such name
-    with suppress(OSError):  # the cache may be read-only
-        write_whole(_root(repository) / "refs" / OURS / revision, commit.encode())
+    remember(repository, revision, commit)
     return folder
-
-
-def _root(repository: str) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
 
 
 def _weights(files: set[str]) -> list[str]:
@@ -119,7 +109,7 @@ def _converted_commit(api: HfApi, repository: str, commit: str) -> str:
 
 def _cached(repository: str, name: str, reason: str) -> str:
     """Return the newest complete copy in the cache, and print one line. Raise ModelError if there is none."""
-    root = _root(repository)
+    root = root_of(repository)
     if folder := cached(name):
         if not constants.HF_HUB_OFFLINE:
             print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
@@ -133,27 +123,7 @@ def _cached(repository: str, name: str, reason: str) -> str:
 def cached(name: str) -> str:
     """Return the folder of the newest complete copy of `user/name` or `user/name@revision` in the cache, or ""."""
     repository, _, revision = name.partition("@")
-    for folder in _snapshots(_root(repository), revision):
+    for folder in snapshots(root_of(repository), revision):
         if (folder / "config.json").exists() and any((folder / each).exists() for each in ANY_WEIGHTS):
             return str(folder)
     return ""
-
-
-def _snapshots(root: Path, revision: str) -> Iterator[Path]:
-    """Yield the folders of a cached repository: that of the revision, then those of other references, the newest first.
-
-    Without a revision, main comes first. A file in `refs` names the commit of a revision. `_downloaded` and the hub's own
-    programs write these files.
-    """
-    yield from (folder for folder in [root / "snapshots" / revision] if revision and folder.is_dir())
-    references = sorted((path for path in (root / "refs").rglob("*") if path.is_file()), key=_modified, reverse=True)
-    own = [folder / (revision or "main") for folder in (root / "refs", root / "refs" / OURS)]
-    for path in sorted(references, key=lambda path: path not in own):
-        if not revision or path in own:
-            yield root / "snapshots" / path.read_text(encoding="utf-8").strip()
-    if not revision:  # a commit that was downloaded by its number has no reference
-        yield from sorted((root / "snapshots").glob("*"), key=_modified, reverse=True)
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime

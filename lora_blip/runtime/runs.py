@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_blip.errors import AdapterError, CheckpointError
 from lora_blip.runtime.command_line import this_command
+from lora_blip.runtime.hub_adapters import fetch, is_name
 from lora_blip.runtime.system_errors import file_error
 from lora_blip.runtime.user_paths import nearest_path
 
@@ -41,7 +42,8 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     """Return the path of an adapter: a file, or that of the newest run in a folder. "latest" is the newest run in `runs`.
 
     Return the best.safetensors of a run, which has the weights with the best validation, or else its adapter.safetensors. A
-    folder of peft is its adapter_model.safetensors. Raise AdapterError if there is no adapter.
+    folder of peft is its adapter_model.safetensors. A name on the hub, `user/name` or `user/name@revision`, is the file in the
+    hub's cache; it is downloaded if it is not there. A local path wins over such a name. Raise AdapterError without an adapter.
     """
     path = Path(runs if adapter == "latest" else adapter)
     try:
@@ -57,6 +59,8 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
             raise file_error(error, path, "read") from None
         adapters = []
     if not adapters:
+        if is_name(str(adapter)) and not nearest_run(path, runs):
+            return fetch(str(adapter))
         raise no_adapter(path, runs)
     last = max(adapters, key=lambda p: p.stat().st_mtime)
     best = last.with_name(BEST_NAME)

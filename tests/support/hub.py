@@ -15,14 +15,17 @@ class Hub:
 
     def __init__(self, name: str, folder: Path, conversion: Path | None = None, author: str = "SFconvertbot") -> None:
         self.name, self.author, self.status = name, author, 0
+        self.token, self.cut = "", ""  # the only valid token, if not empty; a file whose content is cut in the middle
         self.requests: list[str] = []
         self.commits = {"main": ("a" * 40, folder)}
         if conversion:
             self.commits["refs/pr/1"] = ("b" * 40, conversion)
 
-    def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+    def answer(self, path: str, authorization: str = "") -> tuple[int, bytes, dict[str, str]]:
         """Return the status, content and headers for a path."""
         self.requests.append(path)
+        if self.token and authorization != f"Bearer {self.token}":
+            return 401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"}
         path = path.partition("?")[0].replace("%2F", "/")
         if self.status:
             return self.status, b"{}", {}
@@ -50,7 +53,7 @@ class Hub:
             files = sorted(self.folder(sha).iterdir())
             tree = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"} for file in files]
             return 200, json.dumps(tree).encode(), {}
-        names = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+        names = [{"rfilename": file.name, "size": file.stat().st_size} for file in sorted(folder.iterdir())]
         return 200, json.dumps({"id": self.name, "sha": sha, "siblings": names, "private": False}).encode(), {}
 
     def folder(self, commit: str) -> Path:
@@ -79,12 +82,15 @@ def serving(hub: Hub) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def reply(self, with_content: bool) -> None:
-            status, content, headers = hub.answer(self.path)
+            status, content, headers = hub.answer(self.path, self.headers.get("Authorization", ""))
             self.send_response(status)
             for key, value in ({"Content-Length": str(len(content))} | headers).items():
                 self.send_header(key, value)
             self.end_headers()
-            if with_content:
+            if with_content and hub.cut and self.path.endswith(hub.cut):
+                self.wfile.write(content[: len(content) // 2])
+                self.close_connection = True
+            elif with_content:
                 self.wfile.write(content)
 
         def do_GET(self) -> None:
