@@ -155,7 +155,7 @@ show(figure, "first_update")
 
 # %% [markdown]
 # No rule keeps both sizes, and the two optimizers differ. With α/√r, called rsLoRA (arXiv:2312.03732; in peft,
-# `use_rslora=True`; here, multiply α by √r), Adam's update
+# `use_rslora=True`; in `lora_blip.inject`, `variant="rslora"`), Adam's update
 # keeps its norm, and SGD's update keeps its gain. With α/r, Adam's update keeps its gain.
 #
 # ## Ten steps of training

@@ -53,7 +53,7 @@ def log_probabilities(pixels, rows=slice(None)):
 # log-probability of the caption, with its own image and with the other.
 
 # %%
-kl, gain = {}, {}
+kl, gain, score = {}, {}, {}
 for state, active in STATES.items():
     with active():
         own = log_probabilities(pixels)
@@ -67,11 +67,12 @@ for state, active in STATES.items():
             differences.append(difference[is_word].sum() / len(images))
         assert torch.equal(log_probabilities(pixels), own)  # the same images: KL = 0
     kl[state], gain[state] = torch.stack(divergences).mean(0), sum(differences).item() / 3
-    caption = own.gather(-1, words[..., None])[..., 0][is_word].sum().item() / len(images)
+    score[state] = own.gather(-1, words[..., None])[..., 0][is_word].sum().item() / len(images)
     record(f"mean KL of a token, {state}", kl[state][is_word].mean().item())
-    record(f"log-probability of a caption, {state}", caption)
+    record(f"log-probability of a caption, {state}", score[state])
     record(f"and how much it falls with another image, {state}", gain[state])
     assert kl[state][is_word].mean() > 0.5 and gain[state] > 5
+assert kl["base"][is_word].mean() > kl["adapter"][is_word].mean() and score["base"] < score["adapter"] - 10
 
 # %% [markdown]
 # Both models use the image. The KL of the base is larger, but the base is the worse model: it gives the correct captions a much lower
@@ -104,8 +105,9 @@ axes.legend(loc=(0.6, 0.1))
 show(figure, "words")
 
 # %% [markdown]
-# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. "orange" depends on it less than the other
-# colours: in these captions, the word "an" before it announces it. "cube", "of", "the" and "left" follow from the words before.
+# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a", because "an" or "single" can be
+# in its place. "orange" depends on the image less than the other colours: in these captions, the word "an" before it announces it.
+# With the adapter, "cube", "of", "the" and "left" follow almost completely from the words before.
 #
 # ## Cross-attention
 #
@@ -175,13 +177,13 @@ for state in STATES:
     correlation[state] = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
     record(f"correlation of attention and effect, mean, {state}", correlation[state].mean().item())
     record(f"correlation of attention and effect, smallest, {state}", correlation[state].min().item())
-    assert -0.2 < correlation[state].mean() < 0.6 and correlation[state].min() < 0
+    assert -0.2 < correlation[state].mean() < 0.4 and correlation[state].min() < 0
 
 with torch.no_grad():  # the last loop covered patch 35
     states, changed = (model.vision_model(x).last_hidden_state for x in (pixels[:12], covered))
 moved = (changed - states).norm(dim=-1)[:, 1:36] / states.norm(dim=-1)[:, 1:36]
 record("relative change of the states of the 35 other patches", moved.mean().item())
-assert (moved > 1e-6).all()
+assert (moved > 1e-6).all() and 0.002 < moved.mean() < 0.01
 
 # %%
 length = int(is_word[EXAMPLE].sum()) - 1  # without the end token
@@ -199,15 +201,16 @@ show(figure, "attention")
 
 # %% [markdown]
 # Each row is a predicted word, and each panel has its own colours: bright is the largest value of the panel. An effect is a fall of the
-# log-probability, in nats. A rise is drawn as zero. The number below a panel is its largest value: for a word that the model is sure of, no single patch changes
-# much. Attention is the mean over three layers and four heads.
+# log-probability, in nats. A rise is drawn as zero. The number below a panel is its largest value: for a word that the model is sure of,
+# no single patch changes much. Attention is the mean over three layers and four heads. The share of `[CLS]`, printed above, is not drawn:
+# it is near 1/37 ≈ 0.027, which is the share of uniform attention.
 #
 # ## What the picture shows, and what it does not
 #
 # - For a colour, the brightest patches of this image are on the cubes, in both models. The adapter changes only the ViT, so it changes the keys
 #   and values, and the queries of the later layers. It has no matrix of the cross-attention.
-# - Attention and effect agree only a little. Over the colour words, their correlation is weakly positive on average, and it is negative
-#   for some words. So bright patches are not always those that matter.
+# - Attention and effect agree only a little. Over the colour words, their correlation is 0.21 on average for the base, and 0.18, 0.07 and
+#   0.05 with the adapters of the seeds 0, 1 and 2. It is negative for some words. So bright patches are not always those that matter.
 # - A patch of the last ViT layer is not a patch of pixels. Its state has read all other patches by self-attention: covering one corner
 #   changes the states of all 35 other patches, by half a percent on average.
 # - Covering is no perfect measure either. The model was not trained on covered images. And if two patches show the same colour, covering

@@ -125,7 +125,8 @@ for run in RUNS:
         record(f"{run[0]}, η = {run[1]:g}: {name}", value)
 
 # %% [markdown]
-# These statements hold for the seeds 0, 1 and 2. The next cell asserts them.
+# These statements hold for the seeds 0, 1 and 2. The next cell asserts them. (The picture at the end shows the scores after 0, 20, 30,
+# 40, 60 and 80 steps.)
 #
 # - With η = 0.001 and 0.003, LoRA writes more than 85 % of the captions of cubes correctly. But it loses more than half of the
 #   captions of flat shapes.

@@ -14,7 +14,8 @@
 #
 # A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
 # the start, or the learning rates. In `peft` they are `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`,
-# `LoraConfig(init_lora_weights="pissa")` and the function `create_loraplus_optimizer`.
+# `LoraConfig(init_lora_weights="pissa")` and the function `create_loraplus_optimizer`. `docs/variants.md` lists those that are
+# settings of `lora_blip`.
 
 # %%
 import lesson_tools  # first: it sets the paths and the number of threads
@@ -169,13 +170,14 @@ def train(backbone, parameter_groups, steps=STEPS):
 # %%
 with torch.no_grad():
     expected = outputs(base, range(8)).logits
+    scales = {"rsLoRA": Site("", r=R, alpha=ALPHA, variant="rslora").scale, "PiSSA": 1.0}  # the first is the library's rsLoRA
     for name, (adapter_class, hook, ratio) in VARIANTS.items():
         backbone, linears = attach(adapter_class, hook)
         logits = outputs(backbone, range(8)).logits
         assert torch.equal(logits, expected) if name != "PiSSA" else torch.allclose(logits, expected, atol=1e-3)
         for path, linear in linears.items():
             lora, W0 = linear.lora["default"], base.model.get_submodule(path).weight
-            assert lora.scale == {"rsLoRA": ALPHA / 8**0.5, "PiSSA": 1.0}.get(name, ALPHA / 8)
+            assert lora.scale == scales.get(name, ALPHA / 8)
             if name == "PiSSA":  # W_res + B A = W₀, and the adapter has the largest singular values
                 assert torch.allclose(linear.weight + lora.B @ lora.A, W0, atol=1e-5)
                 assert torch.allclose(torch.linalg.svdvals(lora.B @ lora.A)[:R], torch.linalg.svdvals(W0)[:R], rtol=1e-3)
