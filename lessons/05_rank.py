@@ -66,7 +66,7 @@ print(f"r = 1 trains {parameters[1]:,} of {full:,} parameters of these linears: 
 
 # %% [markdown]
 # The scores do not rise with r. With the seeds 0, 1 and 2, all of them are between 91 % and 100 %, and the order of
-# the ranks changes with the seed. So this experiment does not say which rank is best. It says that rank 1 is enough
+# the ranks changes with the seed (`lessons/spread.md` has all numbers). So this experiment does not say which rank is best. It says that rank 1 is enough
 # for the cubes: 8,192 parameters.
 #
 # ## The singular values of ΔW

@@ -38,6 +38,8 @@ base = load()
 def encode(images, captions):
     """Return the pixels (images, 3, 96, 96), and the token ids and their mask, both (images, tokens)."""
     tokens = base.tokenizer(captions, padding=True, return_tensors="pt")
+    # BLIP's captions start with the token [DEC], but its tokenizer starts a text with [CLS].
+    tokens.input_ids[:, 0] = base.tokenizer.bos_token_id
     return base.image_processor(images, return_tensors="pt").pixel_values, tokens.input_ids, tokens.attention_mask
 
 
@@ -125,12 +127,12 @@ for run in RUNS:
         record(f"{run[0]}, η = {run[1]:g}: {name}", value)
 
 # %% [markdown]
-# These statements hold for the seeds 0, 1 and 2. The next cell asserts them. (The picture at the end shows the scores after 0, 20, 30,
+# These statements hold for the seeds 0, 1 and 2 (`lessons/spread.md` has all numbers). The next cell asserts them. (The picture at the end shows the scores after 0, 20, 30,
 # 40, 60 and 80 steps.)
 #
 # - With η = 0.001 and 0.003, LoRA writes more than 85 % of the captions of cubes correctly. But it loses more than half of the
 #   captions of flat shapes.
-#   With η = 0.003 it loses all of them: it calls nearly every shape a *cube*.
+#   With η = 0.003 it loses nearly all of them: it calls nearly every shape a *cube*.
 # - The other words remain right. Without the nouns, more than 80 % of the captions of flat shapes are exact, so the model still
 #   sees the colours and the positions.
 # - Full fine-tuning forgets too. But of each run, take the checkpoint that keeps the most flat shapes among those with at least 85 % of the
@@ -138,7 +140,7 @@ for run in RUNS:
 #   way.) This is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). It depends
 #   on the learning rates, and we tried only a few. Do not generalize from this tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage
-#   depends on the seed: with three seeds, 68 %, 20 % and 59 % of the captions of cubes were right.
+#   depends on the seed: with three seeds, 82 %, 9 % and 32 % of the captions of cubes were right.
 
 # %%
 end = {run: dict(zip(("cubes", "flat", "without nouns"), scores[run][-1, 1:].tolist(), strict=True)) for run in RUNS}
@@ -194,8 +196,8 @@ for (method, lr), deltas in updates.items():
     record(f"{method}, η = {lr:g}: norm of ΔW / norm of W₀", sizes[method, lr])
 for W0, delta, c in zip(W0s, updates["LoRA", 1e-2], cosines["LoRA", 1e-2].split(10), strict=True):
     U0, U = (torch.linalg.svd(W.double(), full_matrices=False)[0] for W in (W0, W0 + delta))
-    assert torch.allclose(c, (U[:, :10].T @ U0).abs().amax(1), atol=1e-3)  # the equation
-    assert (c < 0.5).sum() == intruder_dimensions(W0, delta)
+    # the equation, and the library's count
+    assert torch.allclose(c, (U[:, :10].T @ U0).abs().amax(1), atol=1e-3) and (c < 0.5).sum() == intruder_dimensions(W0, delta)
 assert intruders["LoRA", 1e-2] > 5 * intruders["LoRA", 3e-3] > 0 and sizes["LoRA", 1e-3] > sizes["full", 3e-4]
 assert intruders["LoRA", 1e-3] > 0 == intruders["full", 1e-4] == intruders["full", 3e-4]
 assert intruders["full, scaled", 1e-4] > intruders["LoRA", 1e-2]
@@ -220,7 +222,7 @@ for c in (0.5, 0.75, 1.0):
     parts[c] = exact(mixed, test)[0], exact(mixed, flat)[0]
     record(f"LoRA, η = 0.001, c = {c}: cubes", parts[c][0])
     record(f"LoRA, η = 0.001, c = {c}: flat shapes", parts[c][1])
-assert parts[0.5][1] > parts[1.0][1] and parts[0.5][0] <= parts[1.0][0]
+assert parts[0.5][1] > parts[1.0][1] and parts[0.5][0] < parts[1.0][0]
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(5, 7.5))
