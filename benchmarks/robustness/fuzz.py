@@ -336,14 +336,21 @@ def reader(kind: str, folder: Path) -> Any:
     return Readers(folder, kind)
 
 
+def peft(folder: Path) -> Any:
+    from benchmarks.robustness.fuzz_peft import Peft
+
+    return Peft(folder)
+
+
 READERS = (
     "tables", "xlsx", "json", "flickr30k", "exports", "kohya", "img2dataset", "shard", "parquet", "visual_genome", "gqa",
     "aokvqa", "vqa", "flickr8k", "addresses", "other_computers", "chats", "sidecars",
 )  # fmt: skip
-TARGETS: dict[str, Callable[[Path], Any]] = {"adapters": Adapters, "annotations": Annotations, "images": Images}
+TARGETS: dict[str, Callable[[Path], Any]] = {"adapters": Adapters, "annotations": Annotations, "images": Images, "peft": peft}
 TARGETS |= {kind: partial(reader, kind) for kind in READERS}
 INSTRUMENTED = (  # modules whose coverage guides atheris
-    "lora.adapter_file", "lora.header", "lora.fingerprint", "runtime.untrusted", "data", "data.formats", "data.entries",
+    "lora.adapter_file", "lora.header", "lora.peft_config", "lora.peft_format", "lora.peft_names",
+    "lora.fingerprint", "runtime.untrusted", "data", "data.formats", "data.entries",
     "data.annotations", "data.prepare.published",
 )  # fmt: skip
 
