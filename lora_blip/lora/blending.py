@@ -125,7 +125,7 @@ def check_blendable(first: Adapter, other: Adapter) -> None:
         )
     facts: list[tuple[str, object, object]] = [
         ("task", quoted(first.task.get("name", "")), quoted(other.task.get("name", ""))),
-        ("image size", first.image_size, other.image_size or first.image_size),
+        ("image size", first.image_size or other.image_size, other.image_size or first.image_size),
     ]
     for fact, one, two in facts:
         if one != two:

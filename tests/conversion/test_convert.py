@@ -9,12 +9,16 @@ import torch
 import yaml
 
 from lora_blip.cli import run_command
+from lora_blip.config import TrainConfig
 from lora_blip.conversion.command import CARD_NAME, ConvertConfig, check_paths, convert
 from lora_blip.errors import AdapterError, ConfigError
+from lora_blip.inference import output
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.setup import task_of
-from lora_blip.lora import adapter_file
+from lora_blip.lora import adapter_file, attached
 from lora_blip.runtime import runs
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import initial_adapter
 from tests.support.models import inject, logits_of
 from tests.support.peft_cases import outputs_of, relative
 
@@ -156,3 +160,67 @@ def test_the_names_and_shapes_are_those_of_vllm(make, tmp_path):
 def test_different_scales_are_reported_because_vllm_has_one(make, tmp_path, capsys):
     convert(ConvertConfig(adapter=str(saved(make, "opt", tmp_path, "vit:r=2:alpha=2,lm")), output_dir=str(tmp_path / "peft")))
     assert "vLLM uses one scale" in capsys.readouterr().out
+
+
+def test_a_training_begins_with_a_folder_of_peft(make, tmp_path, capsys):
+    """INIT_ADAPTER copies its values, and the run notes what the folder does not store."""
+    folder = foreign(make, "blip", tmp_path)
+    backbone = make("blip")
+    config = TrainConfig(init_adapter=str(folder), targets="vit,text", r=4, alpha=8.0)
+    adapter = initial_adapter.inject_adapters(config, backbone)
+    assert adapter is not None
+    initial_adapter.restore_task(CaptionTask(backbone), adapter, config)
+    for address, lora in attached.adapters(backbone.model).items():
+        assert torch.equal(lora.A, adapter.tensors[f"{address}.lora_A"]) and torch.equal(
+            lora.B, adapter.tensors[f"{address}.lora_B"]
+        )
+    assert "note: this adapter has the format of peft" in capsys.readouterr().out
+
+
+def test_inspect_and_evaluate_read_a_folder_of_peft(make, tmp_path, capsys, monkeypatch):
+    """Both print what is unknown. The texts are those of the file of lora_blip."""
+    folder = foreign(make, "blip", tmp_path)
+    run_command("inspect", [str(folder), str(tmp_path / "run"), "--output-dir", str(tmp_path / "page")])
+    assert "no fingerprint" in capsys.readouterr().out and (tmp_path / "page" / "inspect.html").is_file()
+    lines = Path("annotations.jsonl").read_text().splitlines()[:4]
+    monkeypatch.setenv("PATH", "")  # no Java: its scores take 20 s
+    (tmp_path / "references.jsonl").write_text("\n".join(lines) + "\n")
+    texts = []
+    for number, adapter in enumerate((folder, tmp_path / "run")):
+        flags = ["--adapter", str(adapter), "--references", str(tmp_path / "references.jsonl"), "--device", "cpu", "--no-base"]
+        flags += [
+            "--train-annotations",
+            "none",
+            "--prompt",
+            "none",
+            "--num-beams",
+            "1",
+            "--output-dir",
+            str(tmp_path / f"{number}"),
+        ]
+        run_command("evaluate", [*flags, "--image-root", "."])
+        texts.append((tmp_path / f"{number}" / "adapted.jsonl").read_text())
+        assert ("no fingerprint" in capsys.readouterr().out) == (number == 0)
+    assert texts[0] == texts[1] != ""
+
+
+def test_predictions_of_another_scale_are_not_continued(make, tmp_path):
+    """The scale of an adapter of peft is in its settings, so they are part of the identity of a run."""
+    folder = foreign(make, "blip", tmp_path)
+    adapter = adapter_file.read(runs.locate(folder))
+    before = output._adapter_digest(adapter)
+    config = folder / runs.PEFT_CONFIG
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    assert output._adapter_digest(adapter) != before
+
+
+def test_a_folder_of_peft_is_blended(make, tmp_path):
+    """0.5 of an adapter plus 0.5 of the same adapter in the format of peft is the adapter."""
+    folder = foreign(make, "blip", tmp_path)
+    run_command("blend", [f"{folder}=0.5", f"{tmp_path / 'run'}=0.5", "--output-dir", str(tmp_path / "blend")])
+    logits = []
+    for source in (tmp_path / "run", tmp_path / "blend"):
+        backbone = make("blip")
+        adapter_file.load(backbone, source)
+        logits.append(logits_of(backbone))
+    assert relative(*logits) <= 1e-5
