@@ -11,7 +11,9 @@
 #
 # LoRA (arXiv:2106.09685, section 4.1) computes
 #
-# $$y = W_0 x + s \cdot B A x, \qquad s = \frac{\alpha}{r}, \qquad A: (r, k), \qquad B: (d, r).$$
+# $$y = W_0 x + s \cdot B A x,$$
+# $$s = \frac{\alpha}{r},$$
+# $$A: (r, k), \quad B: (d, r).$$
 #
 # At the start, B is zero and A has random values A₀. In this library, the entries of A₀ are uniform between −1/√k and
 # 1/√k. Their variance is 1/(3k). The learning rate is η.
@@ -54,7 +56,8 @@ def parameters(adapters):
 # Let G = ∂L/∂W be the gradient of the loss for a full weight, shape (d, k). (In lesson 3, G is dYᵀX.) With
 # H = X A₀ᵀ, lesson 3 gives dB = s dYᵀH = s G A₀ᵀ and dA = s Bᵀ dYᵀX = s BᵀG. With B = 0, only the gradient of B is not zero:
 #
-# $$\frac{\partial L}{\partial B} = s\, G A_0^\top, \qquad \frac{\partial L}{\partial A} = s\, B^\top G = 0.$$
+# $$\frac{\partial L}{\partial B} = s\, G A_0^\top,$$
+# $$\frac{\partial L}{\partial A} = s\, B^\top G = 0.$$
 #
 # One step of SGD gives B₁ = −η ∂L/∂B. The first step of Adam divides each entry of a gradient by its own absolute value
 # (arXiv:1412.6980, algorithm 1, with ε → 0), so B₁ = −η sign(∂L/∂B). After the first step,

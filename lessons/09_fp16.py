@@ -179,8 +179,8 @@ for power, dtype in ((0, torch.float16), (16, torch.float32), (16, torch.bfloat1
 # In fp16, the result is rounded. If |u| is
 # less than half of the gap between θ and its neighbours, the parameter does not change. For p significant bits,
 #
-# $$\mathrm{round}(\theta - u) = \theta \quad \text{if} \quad |u| < \tfrac{1}{2}\,\mathrm{ulp}(\theta), \qquad
-# \mathrm{ulp}(\theta) = 2^{\lfloor \log_2 |\theta| \rfloor + 1 - p}.$$
+# $$\mathrm{round}(\theta - u) = \theta \quad \text{if} \quad |u| < \tfrac{1}{2}\,\mathrm{ulp}(\theta),$$
+# $$\mathrm{ulp}(\theta) = 2^{\lfloor \log_2 |\theta| \rfloor + 1 - p}.$$
 #
 # (At θ = ±2ᵉ, the gap on one side is only half as large, so |u| must be less than a quarter of an ulp.) The next step starts again from the same θ. So a thousand such steps change
 # nothing, but in float32 they add up. We count the lost updates for one step of size η on the trained A and B.
@@ -228,9 +228,9 @@ show(figure, "lost_updates")
 # If a batch does not fit in memory, K micro-batches are computed one after the other, and their gradients are added.
 # Micro-batch i has nᵢ label tokens, and its mean loss is Lᵢ. The mean over all tokens of the step is
 #
-# $$L = \sum_i \frac{n_i}{N} L_i, \qquad N = \sum_i n_i, \qquad \text{which is not} \quad \frac{1}{K} \sum_i L_i.$$
+# $$L = \sum_i \frac{n_i}{N} L_i, \quad N = \sum_i n_i.$$
 #
-# In the mean of means, a token of micro-batch i has the weight 1/(K nᵢ). So tokens of short captions count more. The two are equal only if all nᵢ
+# This is not the mean of the means, $\frac{1}{K} \sum_i L_i$. There, a token of micro-batch i has the weight 1/(K nᵢ). So tokens of short captions count more. The two are equal only if all nᵢ
 # are equal. The `Trainer` of transformers averaged the means
 # until 2024 (https://huggingface.co/blog/gradient_accumulation).
 

@@ -116,7 +116,9 @@ show(figure, "words")
 # Each of the three layers of the text decoder has four heads of size d_h = 32. A head compares the query of each position with the keys
 # of the 37 image states: one for the whole image (`[CLS]`) and one for each of the 6 × 6 patches.
 #
-# $$a = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}}\right), \qquad \text{output} = a V, \qquad \sum_j a_{tj} = 1.$$
+# $$a = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}}\right),$$
+# $$\text{output} = a V,$$
+# $$\sum_j a_{tj} = 1.$$
 #
 # With `output_attentions=True`, transformers returns a for each layer. We compute it by hand from the outputs of the linears `query` and
 # `key`, and compare.

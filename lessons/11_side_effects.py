@@ -84,7 +84,8 @@ assert exact(base, flat)[0] > 0.95 and exact(base, test)[0] < 0.05
 # LoRA trains A and B on all linears of the ViT and of the text model. Full fine-tuning trains every parameter. The update of a
 # weight is the difference to the base in both cases:
 #
-# $$\Delta W = W' - W_0, \qquad \text{for LoRA}\quad \Delta W = \frac{\alpha}{r} B A.$$
+# $$\Delta W = W' - W_0,$$
+# $$\text{for LoRA}\quad \Delta W = \frac{\alpha}{r} B A.$$
 #
 # (`bake` adds ΔW to W₀ and removes the adapter. Lesson 7 checks this sum.) Each method has its own learning rates η: those of
 # full fine-tuning are a tenth of the two smaller ones of LoRA. With these four, both methods learn the cubes. During the training we

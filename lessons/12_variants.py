@@ -10,7 +10,9 @@
 #
 # LoRA (arXiv:2106.09685) computes
 #
-# $$y = W_0 x + b + s \cdot B A x, \qquad s = \frac{\alpha}{r}, \qquad A: (r, k), \qquad B: (d, r).$$
+# $$y = W_0 x + b + s \cdot B A x,$$
+# $$s = \frac{\alpha}{r},$$
+# $$A: (r, k), \quad B: (d, r).$$
 #
 # A is random at the start, and B is zero. Each variant changes one part: the factor s, the norm of the rows of the weight,
 # the start, or the learning rates. In `peft` they are `LoraConfig(use_rslora=True)`, `LoraConfig(use_dora=True)`,
@@ -69,7 +71,9 @@ class RsLoRA(Plain):
 # weight W. (The paper calls it a column-wise norm. With PyTorch's shape of a weight, it has one norm for each output feature, so for
 # each row, also in `peft`.) DoRA trains a vector m of d elements, which is ‖W₀‖ at the start, and g multiplies the rows:
 #
-# $$W' = g \odot (W_0 + \Delta W), \qquad g = \frac{m}{\|W_0 + \Delta W\|}, \qquad \Delta W = s \cdot B A.$$
+# $$W' = g \odot (W_0 + \Delta W),$$
+# $$g = \frac{m}{\|W_0 + \Delta W\|},$$
+# $$\Delta W = s \cdot B A.$$
 #
 # The hook gets the output y = W₀x + b of the linear, and it computes the update u = s·B A x. So
 #
@@ -99,7 +103,10 @@ def dora_hook(linear, args, _kwargs, output):
 # **PiSSA** (Meng et al. 2024) puts the r largest singular values of W₀ = U S Vᵀ and their vectors into the adapter, and freezes the
 # rest. S_r is the diagonal matrix of these values, and U_r and V_r have their vectors as columns:
 #
-# $$A = \sqrt{S_r}\, V_r^\top, \qquad B = U_r \sqrt{S_r}, \qquad W_{\text{res}} = W_0 - B A, \qquad s = 1.$$
+# $$A = \sqrt{S_r}\, V_r^\top,$$
+# $$B = U_r \sqrt{S_r},$$
+# $$W_{\text{res}} = W_0 - B A,$$
+# $$s = 1.$$
 
 
 # %%

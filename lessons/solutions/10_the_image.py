@@ -52,7 +52,7 @@ for handle in handles:
     handle.remove()
 for name, score in scores.items():
     record(f"log-probability of a caption, {name} attention", score)
-assert all(torch.allclose(weight, torch.tensor(1 / 37)) for weight in weights)
+assert len(weights) == 3 and all(torch.allclose(weight, torch.tensor(1 / 37)) for weight in weights)  # three layers
 assert scores["uniform"] < scores["learned"] - 1
 
 # %% [markdown]
