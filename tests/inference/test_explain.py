@@ -289,7 +289,7 @@ def test_the_page_in_a_browser(chromium, tmp_path, width):
     """A press on a word and a choice of a layer draw another map, over the part that the model sees."""
     rng = np.random.default_rng(0)
     words = [WordView(name, 0.5, [(name, 0.5)], rng.dirichlet(np.ones(5), 2), np.array([1.0, 0.5])) for name in ("a", NASTY[0])]
-    words.append(WordView("?", None, [], None, None))
+    words += [WordView("?", None, [], None, None), WordView(NASTY[5], None, [], None, None)]
     texts = [TextView(model, "a", words) for model in ("base", "adapter")]
     shot = picture(tmp_path / "a.png")
     views = [ImageView(shot, NASTY[1], NASTY[2], texts, (0.25, 0, 0.5, 1)), ImageView(tmp_path / "none.png", "", "", [])]
@@ -299,14 +299,16 @@ def test_the_page_in_a_browser(chromium, tmp_path, width):
     ask = chromium.execute_script
     assert chromium.get_log("browser") == [] and ask("return window.pwned") is None
     assert ask("return document.documentElement.scrollWidth") <= width
+    names = ask("return [...document.querySelectorAll('.model.adapter bdi')].map(name => name.textContent)")
+    assert names == ["a", NASTY[0], "?", NASTY[5]]  # the script is a text, not an element
     draw = """const canvas = document.querySelector('.model.adapter canvas');
               return Array.from(canvas.getContext('2d').getImageData(0, 0, 2, 2).data).filter((_, index) => index % 4 == 3);"""
     pressed = "return [...document.querySelectorAll('.model.adapter button')].map(b => b.getAttribute('aria-pressed'))"
     maps = [ask(draw)]
-    assert ask(pressed) == ["true", "false", "false"] and min(maps[0]) == 0  # the largest patch is not dark
+    assert ask(pressed) == ["true", "false", "false", "false"] and min(maps[0]) == 0  # the largest patch is not dark
     ask("document.querySelectorAll('.model.adapter button')[1].click()")
     maps.append(ask(draw))
-    assert ask(pressed) == ["false", "true", "false"]
+    assert ask(pressed) == ["false", "true", "false", "false"]
     assert ask("return document.querySelectorAll('.model.adapter button')[2].disabled")
     ask("const s = document.querySelector('[name=layer]'); s.value = 2; s.dispatchEvent(new Event('input', {bubbles: true}));")
     maps.append(ask(draw))
@@ -428,7 +430,7 @@ def page_of(folder: Path, texts: list[str]) -> Path:
         ImageView(shot, text, text, [TextView("base", text, [WordView(text, 0.5, [(text, 0.5)], layers, np.ones(2))])])
         for text in texts
     ]
-    return write(folder / EXPLAIN_NAME, views, {"images": texts[0], texts[1]: texts[2]}, texts[3])
+    return write(folder / EXPLAIN_NAME, views, {"images": texts[0], texts[1]: texts[2]}, texts[0] + texts[1])
 
 
 def test_untrusted_texts_add_no_tag_to_the_page(tmp_path):
