@@ -159,7 +159,7 @@ def training_differences(task: TrainingTask, batch: DeviceBatch, autocast: Autoc
     """Compare the logits, the loss and the adapters' gradients of a batch, with values in B and without dropout."""
     batch = replace(batch, cached_states=None)
     adapters = [module for module in task.backbone.model.modules() if isinstance(module, LoRA)]
-    trained = [*(half for each in adapters for half in (each.A, each.B)), *task.parameters()]
+    trained = [*(parameter for each in adapters for parameter in each.parameters()), *task.parameters()]
 
     def run() -> tuple[Tensor, Tensor, list[Tensor]]:
         with torch.no_grad(), autocast():

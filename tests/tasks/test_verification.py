@@ -88,6 +88,18 @@ def test_the_fast_path_is_equal_and_is_checked_once(make, capsys, kind, precisio
     assert capsys.readouterr().out == ""
 
 
+def test_the_gradients_of_magnitudes_are_compared_too(make, monkeypatch):
+    """DoRA has a third parameter for each linear."""
+    backbone = make("blip")
+    loras = injection.inject(backbone, "vit.mlp", variant="dora")
+    task, compared = CaptionTask(backbone), list[int]()
+    batch = task.batch(HostBatch([Example(Path("0.png"), "a red cube", "0.png", 0)], pictures(1), None))
+    difference = verification.gradient_difference
+    monkeypatch.setattr(verification, "gradient_difference", lambda a, b: (compared.append(len(a)), difference(a, b))[1])
+    check_training(task, batch)
+    assert compared == [3 * len(loras)]
+
+
 def test_the_check_leaves_no_trace(make):
     """The check does not change adapters, gradients, modes, settings or random generators."""
     task, batch = learned("blip", make)
