@@ -20,7 +20,7 @@ from lora_blip.errors import ModelError
 from lora_blip.models.bin_weights import INDEX, WEIGHTS
 from lora_blip.models.library import first_line
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_SHARDS, SAFE_WEIGHTS
-from lora_blip.runtime.hub_adapters import TOKEN, refuses_token
+from lora_blip.runtime.hub_adapters import TOKEN, bar_of_one_attempt, one_message, refuses_token
 from lora_blip.runtime.hub_cache import SECONDS, remember, root_of, snapshots
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers; the weights are chosen in `_weights`
@@ -73,9 +73,11 @@ def _downloaded(repository: str, revision: str) -> str:
     if weights and weights[0].endswith(".bin") and (converted := _converted_commit(api, repository, commit)):
         commit, weights = converted, [SAFE_WEIGHTS, SAFE_INDEX, SAFE_SHARDS]
     patterns = [*FILES, *weights]
-    folder = snapshot_download(
-        repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT
-    )
+    with one_message():
+        folder = snapshot_download(
+            repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"], endpoint=constants.ENDPOINT,
+            tqdm_class=bar_of_one_attempt(),
+        )  # fmt: skip
     remember(repository, revision, commit)
     return folder
 

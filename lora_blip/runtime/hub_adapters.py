@@ -5,7 +5,8 @@ downloaded, into the hub's cache. If the hub cannot be reached, the cached files
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _downloaded(name: str, repository: str, revision: str) -> Path:
         if refuses_token(error):
             raise AdapterError(f"adapter {quoted(name)}: {TOKEN}") from None
         return _cached(name, repository, revision, f"the hub cannot be reached ({_reason(error)})")
-    except (httpx.HTTPError, OSError, _RestartedError) as error:
+    except (httpx.HTTPError, OSError) as error:
         return _cached(name, repository, revision, f"the hub cannot be reached ({_reason(error)})")
 
 
@@ -94,7 +95,6 @@ def _reason(error: Exception) -> str:
 
 def _download(name: str, repository: str, revision: str) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
-    from huggingface_hub.utils import logging
 
     from lora_blip.runtime.hub_cache import SECONDS, remember
 
@@ -105,34 +105,43 @@ def _download(name: str, repository: str, revision: str) -> Path:
         raise AdapterError(f"adapter {quoted(name)}: its file on the hub has more than {LARGEST // 2**30} GB; give another one")
     size = sum(sizes[file] for file in files)
     print(f"downloading the adapter {name}" + f", {size / 2**20:,.1f} MB" * bool(size), flush=True)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would print a line for each attempt
-    try:
+    with one_message():
         paths = [
             hf_hub_download(
                 repository, file, revision=str(info.sha), endpoint=constants.ENDPOINT, etag_timeout=SECONDS,
-                tqdm_class=_bar_of_one_attempt(),
+                tqdm_class=bar_of_one_attempt(),
             )
             for file in files
         ]  # fmt: skip
-    finally:
-        logging.set_verbosity(level)
     remember(repository, revision, str(info.sha))
     return Path(paths[-1])
 
 
-class _RestartedError(Exception):
+class RestartedError(OSError):
     """A download was cut, and the hub would send the file from its start again."""
 
 
-def _bar_of_one_attempt() -> Any:
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Suppress the line that huggingface_hub prints for each attempt of a download. The error at the end has the reason."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def bar_of_one_attempt() -> Any:
     """Return a class of progress bars that ends a download that begins again. huggingface_hub would try without a limit."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> Any:
             if n is not None and n < 0:
-                raise _RestartedError("the connection was closed in the middle of the file")
+                raise RestartedError("the connection was closed in the middle of the file")
             return super().update(n)
 
     return Bar

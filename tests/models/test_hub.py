@@ -121,6 +121,18 @@ def test_a_wrong_name_is_one_error(served, name, message):
     assert str(caught.value).isprintable()
 
 
+def test_a_connection_that_is_cut_in_the_weights_is_one_error(served, monkeypatch, tmp_path):
+    """huggingface_hub alone would begin the file again without a limit, if data arrives before the cut."""
+    web = served()
+    web.cut = "model.safetensors"
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    with pytest.raises(ModelError, match="the connection was closed in the middle of the file") as caught:
+        load_backbone(NAME, "cpu")
+    assert "\n" not in str(caught.value)
+    assert sum(request.endswith("model.safetensors") for request in web.requests) <= 4
+    assert not [path for path in (tmp_path / "hub").rglob("*") if "incomplete" in path.name]
+
+
 @pytest.mark.loads
 def test_a_repository_with_only_a_bin_is_converted(served, checkpoints, capsys):
     web = served(only_bin=True)
