@@ -5,6 +5,7 @@ downloaded, into the hub's cache. If the hub cannot be reached, the cached files
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,7 @@ def _download(name: str, repository: str, revision: str) -> Path:
     if max(sizes[file] for file in files) > LARGEST:
         raise AdapterError(f"adapter {quoted(name)}: its file on the hub has more than {LARGEST // 2**30} GB; give another one")
     size = sum(sizes[file] for file in files)
-    print(f"downloading the adapter {name}" + f", {size / 2**20:,.1f} MB" * bool(size), flush=True)
+    print(f"downloading the adapter {name}" + f", {size / 2**20:,.1f} MB" * bool(size), file=sys.stderr, flush=True)
     with one_message():
         paths = [
             hf_hub_download(
@@ -181,7 +182,7 @@ def _cached(name: str, repository: str, revision: str, reason: str) -> Path:
         except (AdapterError, OSError):
             continue
         if not constants.HF_HUB_OFFLINE:
-            print(f"{reason}; using the copy of {name!r} in the cache, {folder}", flush=True)
+            print(f"{reason}; using the copy of {name!r} in the cache, {folder}", file=sys.stderr, flush=True)
         return path
     raise AdapterError(
         f"no adapter at {name!r}: {reason}, and the cache has no copy of such a model ({root_of(repository)}); give the path "

@@ -110,7 +110,7 @@ def test_without_a_network_the_cache_is_used_with_one_line(web, monkeypatch, cap
             monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         capfd.readouterr()
         assert runs.locate(NAME) == path
-        assert capfd.readouterr().out.count("\n") == (0 if offline else 1)
+        assert capfd.readouterr().err.count("\n") == (0 if offline else 1)
 
 
 @pytest.mark.parametrize("offline", [False, True])
