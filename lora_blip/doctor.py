@@ -15,6 +15,7 @@ from lora_blip.lora import injection, targets
 from lora_blip.metrics.java import NOTICE
 from lora_blip.models.loading import load_backbone
 from lora_blip.models.precision import DTYPES, emulated
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable, printable_lines
 from lora_blip.tasks.registry import TASKS, default_task
@@ -127,4 +128,4 @@ def check_hooks(name: str) -> str:
         raise RuntimeError("new LoRA adapters on the ViT change the logits, although B = 0")
     if torch.equal(before, with_changed_adapter):
         raise RuntimeError("LoRA adapters on the ViT with B = 0.01 do not change the logits: their hooks do not run")
-    return f"works: the hooks on its {len(adapters)} ViT linears run"
+    return f"works: the hooks on {counted(len(adapters), 'ViT linear')} run"

@@ -27,6 +27,7 @@ from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import LISTED, ReadLines
 from lora_blip.errors import DataError, ImageError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import track
 from lora_blip.runtime.system_errors import long_path_advice
 from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable, quoted
@@ -131,7 +132,7 @@ def _collect(
 ) -> None:  # fmt: skip
     """Add the valid lines to their splits, and their images to their groups. Report the lines with their own prompt."""
     if builder.prompts and (count := sum(bool(example.prompt) for example in valid)):
-        message = f"{count:,} of {len(valid):,} line(s) have their own prompt, which is used instead of PROMPT"
+        message = f"{count:,} of {counted(len(valid), 'line')} with an own prompt, which is used instead of PROMPT"
         report(printable(f"{builder.source}: {message}"))
     for example in valid if splits is not None or groups else ():
         if groups:
@@ -207,17 +208,14 @@ def trimmed(
             empty = not changed.text if line.text else not all(changed.answers)
             result[index] = (line.line, "the text is only the prompt; add the words after it") if empty else changed
     if count:
-        message = (
-            f"{source}: removed the prompt from the start of {count:,} line(s), because "
-            f"training puts the prompt before each text; {first}"
-        )
-        report(printable(message))
+        removed = f"{source}: removed the prompt from the start of {counted(count, 'line')}, because training"
+        report(printable(f"{removed} puts the prompt before each text; {first}"))
     return result
 
 
 def _describe_ignored(keys: dict[str, tuple[int, Location]]) -> str:
     """Return the ignored keys as one text: each with the number of its lines and the first of them."""
-    some = [f"{quoted(key)} ({count:,} line(s), first line {first})" for key, (count, first) in keys.items()]
+    some = [f"{quoted(key)} ({counted(count, 'line')}, first line {first})" for key, (count, first) in keys.items()]
     return ", ".join(some[:LISTED] + [f"and {len(some) - LISTED} more"] * (len(some) > LISTED))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from lora_blip.runtime.counts import counted
+
 BITS, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF's tags, and the sample format of signed integers
 DARK = 32  # grey level; an image without a brighter pixel is nearly black
 LISTED = 3  # names in a warning
@@ -33,7 +35,7 @@ class DarkImages:
         names = sorted(self.names)
         more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
         return (
-            f"{len(names):,} image(s) with 16 or more bits per pixel are nearly black, because their values use a small part "
+            f"{counted(len(names), 'image')} with 16 or more bits per pixel: nearly black, because the values use a small part "
             f"of the range (0–65,535 for 16 bits, 0–1 for floats): {', '.join(names[:LISTED])}{more}; "
             "if that is wrong, multiply their values, or save them with 8 bits"
         )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lora_blip.data.entries import Located, Location, as_text
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import sha256_of
 from lora_blip.runtime.regex_limit import LimitedRegex
 from lora_blip.runtime.untrusted import printable, quoted
@@ -180,12 +181,14 @@ def joined(
     named = components(images, links)
     groups = components(images, [*links, *equal]) if equal else named
     if len(groups) < parts and equal:
-        report(f"WARNING: {len(equal):,} images have the same bytes as another one, and cannot all be in one part of the split")
+        same = counted(len(equal), "image", "have")
+        report(f"WARNING: {same} the same bytes as another one, and cannot all be in one part of the split")
         equal, groups = [], named
     if equal:
-        report(f"{len(equal):,} images have the same bytes as another one; copies are in one part of the split")
+        report(f"{counted(len(equal), 'image', 'have')} the same bytes as another one; copies are in one part of the split")
     if links and (alone := len(set(images) - {image for image, _ in links})):
-        report(f"WARNING: {alone:,} of {len(images):,} images have no group (--group-by), and are split one by one")
+        ungrouped = f"{alone:,} of {counted(len(images), 'image', 'have')} no group (--group-by)"
+        report(f"WARNING: {ungrouped}, so the split does not keep them with others")
     if links:
-        report(f"the split keeps {len(named):,} groups of {len(images):,} images together")
+        report(f"the split keeps {counted(len(named), 'group')} of {counted(len(images), 'image')} together")
     return groups

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from lora_blip.data.images import SUFFIXES
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import quoted
 
@@ -72,7 +73,8 @@ class ImageFinder:
         if not self.moved:
             return ""
         written, path = next(iter(self.moved.items()))
-        return f"{len(self.moved):,} image path(s) were found in {self.root} by their last parts: {quoted(written)} is {path}"
+        count = counted(len(self.moved), "image path", "were")
+        return f"{count} found in {self.root} by the last parts: {quoted(written)} is {path}"
 
     def _spellings(self, written: str) -> Iterator[str]:
         """Yield the paths that a written path may mean: as it is, with slashes, and with ~ and variables expanded."""

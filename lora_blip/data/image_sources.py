@@ -28,6 +28,7 @@ from lora_blip.data.image_folders import (
 from lora_blip.data.images import is_picture, open_image
 from lora_blip.data.shards import BRACES, ShardImage, expanded, images_in_shard, open_shard_image
 from lora_blip.errors import ImageError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import suggestion
 
@@ -83,7 +84,7 @@ class ImageSource:
         kinds = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {quoted(kind)[1:-1]}" for kind, count in kinds[:MAX_LISTED]]
         parts += ["…"] * (len(self.others) > MAX_LISTED)
-        return f"not images, left out: {self.others.total():,} file(s) ({', '.join(parts)})"
+        return f"not images, left out: {counted(self.others.total(), 'file')} ({', '.join(parts)})"
 
 
 def open_example(example: Example) -> Image.Image:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_blip.data.entries import IMAGE_KEYS, UNESCAPED, WrittenFloat
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import open_regular, parsed, pasteable, refuse_constant, unique_keys
 
@@ -32,7 +33,7 @@ def corrected_reason(text: str, error: ValueError, line: int = 1) -> str:
     if not _is_valid(corrected):
         return ""
     changed = [new for old, new in zip(_lines(text), _lines(corrected), strict=True) if old != new]
-    others = f" (and correct {len(changed) - 1:,} other line(s) in the same way)" if len(changed) > 1 else ""
+    others = f" (and correct {counted(len(changed) - 1, 'other line')} in the same way)" if len(changed) > 1 else ""
     return f"it is not valid JSON ({error}); write{others}: {pasteable(changed[0])}"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import sha256_of
 from lora_blip.runtime.untrusted import printable
 
@@ -91,7 +92,7 @@ def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
     """
     first_leaks = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
     kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks):,} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
-    summary = f"{len(leaks):,} of {images:,} {what} images are in the training data ({kinds})"
+    summary = f"{len(leaks):,} of {counted(images, f'{what} image', 'are')} in the training data ({kinds})"
     return f"{summary}, so the scores are too high: {first_leaks}"
 
 

@@ -17,6 +17,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.image_folders import count_other, missing
 from lora_blip.data.images import HEAD, LARGEST_FILE, is_picture, open_image
 from lora_blip.errors import ImageError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import open_regular, os_error_reason, printable, quoted, shorten
 
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -115,7 +116,7 @@ def _refuse_rest(archive: tarfile.TarFile, file: BinaryIO) -> None:
 def open_shard_image(member: ShardImage) -> Image.Image:
     """Return the decoded image. Raise ImageError as `open_image` does."""
     if not 0 < member.size <= LARGEST_FILE:
-        reason = f"it has {member.size:,} bytes, more than {LARGEST_FILE:,}" if member.size else "it is empty"
+        reason = f"it has {counted(member.size, 'byte')}, more than {LARGEST_FILE:,}" if member.size else "it is empty"
         raise ImageError(printable(f"{member.image} is not a usable image: {reason}"))
     try:
         with open_regular(member.shard) as shard:

@@ -29,6 +29,7 @@ from lora_blip.data.leaks import (
 )
 from lora_blip.data.paths import in_walking_order
 from lora_blip.errors import ImageError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable
 
 MOST_THUMBNAILS = 300_000  # largest number of thumbnails in memory; each has 432 bytes
@@ -78,7 +79,8 @@ def report_split_leaks(
     sample = sample_of(new, PAIRS // max(1, len(known)))
     is_partial = (len(sample), len(known)) != total
     if is_partial:
-        compared = f"{len(sample):,} of {total[0]:,} validation images with {len(known):,} of {total[1]:,} training images"
+        totals = counted(total[0], "validation image"), counted(total[1], "training image")
+        compared = f"{len(sample):,} of {totals[0]} with {len(known):,} of {totals[1]}"
         report(f"comparing {compared}{selection_note}")
     if leaks := compare(new, sample, known, packed_by_file):
         warning = "at least " * is_partial + leak_warning(leaks, total[0], "validation")

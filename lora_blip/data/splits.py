@@ -8,6 +8,7 @@ from lora_blip.data.example import FILE, Example
 from lora_blip.data.grouping import Groups, draw, equal_files, joined
 from lora_blip.data.paths import in_walking_order, resolved
 from lora_blip.errors import DataError
+from lora_blip.runtime.counts import counted
 
 ONE_GROUP = "choose another column or regex (--group-by), or set VAL_ANNOTATIONS to a file of other images"
 
@@ -28,7 +29,7 @@ def split_by_image(
         images = sorted(dict.fromkeys(files.values()), key=in_walking_order)  # fast if the lines are already sorted
         count = max(1, round(len(images) * fraction)) if fraction > 0 else 0
         if count >= len(images):
-            message = f"val_fraction = {fraction} of {len(images)} image(s) leaves none for training"
+            message = f"val_fraction = {fraction} of {counted(len(images), 'image')} leaves none for training"
             smaller = "a smaller number, or to " * (len(images) > 1)
             raise DataError(f"{message}; set VAL_FRACTION to {smaller}0 (--val-fraction 0)")
         links = [(files[file], group) for file, group in (groups.links if groups else ()) if file in files]

@@ -3,7 +3,7 @@
 read      captions.csv: 3 entries (csv, ";" between columns), images in /data
 images    2
 captions  3
-left out  1 line(s)
+left out  1 line
           1 × captions.csv:5: the text is empty
           9 × an image that does not exist, first captions.csv:7: 7.jpg does not exist
 samples   1.jpg → a red cube
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lora_blip.data.example import FILE, Example
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import line_of_list, printable
 
 LISTED = 20  # problems or reasons printed before "and N more"
@@ -69,7 +70,7 @@ class ReadLines:
 
 def source_line(path: Path, entries: int, description: str, root: Path) -> str:
     """Return the text about one file or folder: its number of entries, its format, and the folder of its images."""
-    return f"{path}: {entries:,} entries ({description}), images in {root}"
+    return f"{path}: {counted(entries, 'entry')} ({description}), images in {root}"
 
 
 def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
@@ -81,7 +82,7 @@ def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
     counts = Counter(kind_of(one.reason) for one in unused)
     titles = {kind: f"an image that {kind}, first " if kind in IMAGE_FAULTS and counts[kind] > 1 else "" for kind in counts}
     lines = [line_of_list(f"{count:,} × {titles[kind]}{firsts[kind]}") for kind, count in counts.most_common(LISTED)]
-    return lines + [f"… and {len(counts) - LISTED:,} more reasons"] * (len(counts) > LISTED)
+    return lines + [f"… and {counted(len(counts) - LISTED, 'more reason')}"] * (len(counts) > LISTED)
 
 
 def kind_of(reason: str) -> str:
@@ -105,7 +106,7 @@ def summary(
     width = max(shutil.get_terminal_size().columns, 40) - LABEL
     rows = [("read", list(sources)), ("images", [f"{images:,}"])]
     rows += [(kind, [f"{count:,}"]) for kind, count in texts.items() if count]
-    rows += [("left out", [f"{unused:,} line(s)", *reasons])] if unused else []
+    rows += [("left out", [counted(unused, "line"), *reasons])] if unused else []
     rows += [("samples", [sample.shown(width) for sample in samples])]
     return "\n".join(
         f"{'' if index else label:{LABEL}}{printable(line)}" for label, lines in rows for index, line in enumerate(lines)

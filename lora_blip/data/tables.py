@@ -12,6 +12,7 @@ from pathlib import Path
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, Located
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
 from lora_blip.errors import DataError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
@@ -72,7 +73,7 @@ def entries_of_rows(path: Path, rows: Iterator[Row], keys: Keys, needs_header: b
         if isinstance(row, str):
             yield at, row
         elif len(row) != count:
-            different = f"{len(row)} column{'s' * (len(row) > 1)} but the header has {count}"
+            different = f"{counted(len(row), 'column')} but the header has {count}"
             yield at, f"{different}: put a text that contains the delimiter in quotes; got {quoted(' '.join(row)[:60])}"
         elif at != number:
             yield at, _entry_of_row(columns, row)
@@ -231,7 +232,7 @@ def _without_header(rows: Iterable[Row], first: list[Row]) -> Iterator[Located]:
         elif len(cells) == 3:
             yield number, {"image": cells[0], "question": cells[1], "answers": split_answers(cells[2])}
         else:
-            columns = f"{len(cells)} column{'s' * (len(cells) > 1)}"
+            columns = counted(len(cells), "column")
             expected = "expected image⇥caption or image⇥question⇥answer, where ⇥ is a tab"
             yield number, f"{columns} between tabs: {expected}; got {quoted(' '.join(cells)[:60])}"
 

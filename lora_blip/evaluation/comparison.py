@@ -21,6 +21,7 @@ from lora_blip.inference.prediction import line_of, prediction_of
 from lora_blip.inference.setup import apply_adapter, describe, open_task, read_optional_adapter
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import distributed
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import make_folder, open_to_append, refuse_unwritable, unused_path
 from lora_blip.runtime.progress import phase, track
 from lora_blip.runtime.runs import RUNS
@@ -142,7 +143,5 @@ def warnings_of(comparison: Comparison, leak_search: LeakSearch, task: Predictio
         if scored and (line := CutCount().add(scored.texts).report(task, f"texts of {name}", examples)):
             warnings.append(line)
     if images < FEW:
-        warnings.append(
-            f"only {images} image{'s' * (images > 1)}: with fewer than {FEW}, the intervals are too narrow; add images"
-        )
+        warnings.append(f"only {counted(images, 'image')}: with fewer than {FEW}, the intervals are too narrow; add images")
     return warnings

@@ -10,6 +10,7 @@ from lora_blip.data.formats import Keys, keys_of
 from lora_blip.data.leaks import Leak, find_leaks
 from lora_blip.errors import DataError
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.runtime.counts import counted
 
 
 class LeakSearch(NamedTuple):
@@ -52,4 +53,4 @@ def search_leaks(config: EvaluateConfig, adapter: Adapter | None, examples: list
     if not images:
         return LeakSearch([], f"not searched: no image of {source} exists; give their folder with --train-image-root")
     leaks = find_leaks(dict.fromkeys(e.image for e in examples), images)
-    return LeakSearch(leaks, f"{len(leaks)} found among the {len(images)} images of {source}")
+    return LeakSearch(leaks, f"{len(leaks)} found among the {counted(len(images), 'image')} of {source}")

@@ -21,6 +21,8 @@ from lora_blip.metrics.captions import caption_scores
 from lora_blip.metrics.diversity import diversity
 from lora_blip.metrics.vqa import vqa_accuracies
 from lora_blip.models.matching import cosines
+from lora_blip.runtime.counts import counted
+from lora_blip.runtime.progress import subphase
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.retrieval import RERANKED, relevance
 from lora_blip.tasks.vqa import every_answer
@@ -93,18 +95,19 @@ def predict(runner: Runner, examples: list[Example], progress: Progress) -> tupl
 def require_results(results: Any, examples: list[Example]) -> None:
     """Raise DataError if there is no result, because no image can be read."""
     if not results:
-        raise DataError(f"none of the {len({e.image for e in examples})} images can be read; see the messages above")
+        raise DataError(f"no image of {len({e.image for e in examples}):,} can be read; see the messages above")
 
 
 def measure_captions(runner: Runner, examples: list[Example], seed: int, progress: Progress) -> ModelScores:
     """Return the caption scores of COCO, exact match, and the diversity of the captions."""
     subjects, lines, texts = predict(runner, examples, progress)
     references = [[example.text for example in of_subject] for of_subject in lines]
-    scores = caption_scores(texts, references)
+    scores = caption_scores(texts, references, working=subphase)
     points = scores.per_image.get("CIDEr", scores.per_image["exact match"])
     right = [value == 1 for value in scores.per_image["exact match"]]
     result = ModelScores(subjects, lines, texts, points, right, "CIDEr" if "CIDEr" in scores.per_image else "exact match")
-    intervals = captions.intervals(scores, seed)
+    with subphase("the intervals"):
+        intervals = captions.intervals(scores, seed)
     for name in captions.NAMES:
         value = scores.values[name]
         result.scores[name] = None if value is None else intervals.get(name, Interval(value, np.nan, np.nan))
@@ -174,7 +177,8 @@ def measure_retrieval(runner: Runner, examples: list[Example], seed: int, progre
         median = bootstrap.of_statistic(partial(median_at, rank), len(rank), seed=seed)
         result.scores[f"median rank {direction}"] = median
     reranked = min(RERANKED, len(texts))
-    result.facts = {"candidates": f"{len(texts)} texts, {len(images)} images; ITM reranks the {reranked} most probable"}
+    candidates = f"{counted(len(texts), 'text')}, {counted(len(images), 'image')}"
+    result.facts = {"candidates": f"{candidates}; ITM reranks the {reranked} most probable"}
     return result
 
 

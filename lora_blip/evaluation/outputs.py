@@ -18,6 +18,7 @@ from lora_blip.metrics.bootstrap import Interval
 from lora_blip.reports import report
 from lora_blip.reports.report import Card
 from lora_blip.reports.score_table import ReportRow
+from lora_blip.runtime.counts import counted, steps_of
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import csv_text, write_whole
 from lora_blip.runtime.runs import METRICS_NAME
@@ -77,11 +78,20 @@ def score_rows(comparison: Comparison, task: PredictionTask, seed: int) -> list[
     of_base, of_adapted = ({**model.scores, **group_scores(model, task, seed)} if model else {} for model in (base, adapted))
     rows = []
     for name in of_adapted or of_base:
-        note = next((model.notes[name] for model in (adapted, base) if model and name in model.notes), "")
+        note = note_of(name, {"adapted": adapted, "base": base})
         is_rank = name.startswith(LOWER_IS_BETTER)
         is_share = not is_rank and not name.startswith("CIDEr")
-        rows.append(ReportRow(name, of_base.get(name), of_adapted.get(name), note, is_rank, is_share, paired.get(name)))
+        comparable = not any(model and model.coco and name in model.coco.meaningless for model in (base, adapted))
+        scores = of_base.get(name), of_adapted.get(name)
+        rows.append(ReportRow(name, *scores, note, is_rank, is_share, paired.get(name), comparable))
     return rows
+
+
+def note_of(name: str, models: dict[str, ModelScores | None]) -> str:
+    """Return the note about a score: that of the first model that has one. If another has none, it starts with the model."""
+    notes = {who: model.notes.get(name, "") for who, model in models.items() if model}
+    who, note = next(((who, note) for who, note in notes.items() if note), ("", ""))
+    return note if all(notes.values()) or not note else f"{who}: {note}"
 
 
 def facts_of(
@@ -92,13 +102,13 @@ def facts_of(
     facts = {"base": task.backbone.name, "task": task.name, "references": config.references}
     if adapter:
         facts["adapter"] = str(adapter.path)
-        facts["trained"] = f"{adapter.metadata.get('training', {}).get('steps', '?')} steps"
+        facts["trained"] = steps_of(adapter.metadata.get("training", {}))
     if task.backbone.chosen_size:
         facts["images"] = f"{size}×{size} pixels, positions interpolated"
     if task.prompt:
         facts["prompt"] = task.prompt
-    scored = f"{len({image_of(s) for s in scores.subjects})} of {len({e.image for e in examples})} images"
-    questions = f", {len(scores.subjects)} questions" * task.takes_question
+    scored = f"{len({image_of(s) for s in scores.subjects})} of {counted(len({e.image for e in examples}), 'image')}"
+    questions = f", {counted(len(scores.subjects), 'question')}" * task.takes_question
     facts |= {"scored": scored + questions, "precision": runner.precision, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
     return facts | {key: str(value) for key, value in scores.facts.items()}
 
@@ -195,7 +205,12 @@ def score_table(rows: list[ReportRow], warnings: Iterable[str]) -> str:
 
 
 def gain_of(row: ReportRow) -> Interval | None:
-    """Return the gain of a row. If only the difference of the two scores is known, it has no interval."""
+    """Return the gain of a row, or None if a score is missing or has no meaning.
+
+    If only the difference of the two scores is known, it has no interval.
+    """
+    if not row.comparable:
+        return None
     if row.gain or row.base is None or row.adapted is None:
         return row.gain
     return Interval(row.adapted.value - row.base.value, math.nan, math.nan)

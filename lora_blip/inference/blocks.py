@@ -17,6 +17,7 @@ from lora_blip.inference.finished import key_of
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import RANKING_LENGTH, Prediction, format_prediction
 from lora_blip.runtime import signals
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.limits import is_lost_peer
 from lora_blip.runtime.progress import ProgressMeter
@@ -143,7 +144,7 @@ class ProgressDisplay(ProgressMeter):
     def speed_line(self) -> str:
         """Return a line with the number of images, the time and the speed; "" if this run predicted no image."""
         done = self.done - self.before
-        return f"{done:,} images in {self.seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
+        return f"{counted(done, 'image')} in {self.seconds:,.1f} s, {self.speed:,.1f} images/s\n" if done else ""
 
     def show(self, results: Results, base: dict[int, str]) -> None:
         """Count the results. Print them if fewer than SHOWN were printed before. base: the texts of the base by `key_of`."""

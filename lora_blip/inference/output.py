@@ -23,6 +23,7 @@ from lora_blip.inference.prediction import Prediction, line_of, request_of
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import (
     make_folder,
     open_to_append,
@@ -66,17 +67,19 @@ class Output:
     def describe_start(self) -> str:
         """Return the line to print at the start: how many images are done, or how to resume the run."""
         if self.lines_before:
-            return f"resuming after {self.lines_before:,} images"
+            return f"resuming after {counted(self.lines_before, 'image')}"
         return f"if this run is stopped, --output-dir {self.folder} with the same settings resumes it"
 
     def describe_stop(self) -> str:
         """Return the line to print if a signal stops the run: how many images are done, and how to resume the run."""
-        return f"stopped after {self.lines:,} images; --output-dir {self.folder} with the same settings resumes it"
+        return f"stopped after {counted(self.lines, 'image')}; --output-dir {self.folder} with the same settings resumes it"
 
     def describe_end(self) -> str:
         """Return the line to print at the end: the number of lines and the files."""
         added = self.lines - self.lines_before
-        summary = f"wrote {added:,} of {self.lines:,} lines of" if added else f"all {self.lines:,} images were already done:"
+        summary = f"wrote {added:,} of {counted(self.lines, 'line')} of"
+        if not added:
+            summary = f"all images were already done ({counted(self.lines, 'line')}):"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
         return f"{summary} {self.path}{left_out}"
 

@@ -10,6 +10,7 @@ from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, DataError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.untrusted import printable
 from lora_blip.runtime.user_paths import is_file, require_folder
@@ -165,7 +166,7 @@ def read_references(
         examples, _ = annotations.read(source, root, on_bad_data="skip", decode=False, keys=keys, setting=setting)
     image_at: dict[Path, Path] = {}  # resolved path → path in `images`
     compared = 0
-    with phase(lambda: f"comparing the paths in {source} with the images: {compared:,} images"):
+    with phase(lambda: f"comparing the paths in {source} with the images: {counted(compared, 'image')}"):
         resolved = {example.image: example.image.resolve() for example in examples}
         in_file = set(resolved.values())
         for image in images:
@@ -178,7 +179,7 @@ def read_references(
             references.setdefault(image_path, []).append(replace(example, image=image_path))
     if not references:
         raise DataError(
-            f"{source} has no line for any of the {compared} images. The first path in the file is "
+            f"{source} has no line for any of {counted(compared, 'image')}. The first path in the file is "
             f"{examples[0].image.resolve()}; set IMAGES (or --images) or IMAGE_ROOT (or --image-root) so that the paths agree"
         )
     return references

@@ -24,6 +24,7 @@ from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
 from lora_blip.runtime.agreement import require_same
+from lora_blip.runtime.counts import counted, steps_of
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.setting_checks import check_scale
@@ -223,11 +224,11 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
 
     Without an adapter, return only the second line.
     """
-    work = f"{task.name}: {count:,} {'prediction' if count == 1 else 'predictions'} with {task.backbone.name}, {precision}"
+    work = f"{task.name}: {counted(count, 'prediction')} with {task.backbone.name}, {precision}"
     if adapter is None:
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})
-    work_done = "a blend" if "blend" in training else f"{training.get('steps', '?')} steps"
+    work_done = "a blend" if "blend" in training else steps_of(training)
     facts = [str(adapter.task.get("name", "unknown task")), work_done]
     facts += [adapter.variant] * (adapter.variant != "lora")
     facts += [f"scaled by {adapter.scale:g}"] * (adapter.scale != 1)

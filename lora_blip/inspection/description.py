@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import named_score, score_value
+from lora_blip.runtime.counts import counted, steps_of
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.untrusted import open_regular
 
@@ -56,8 +57,8 @@ def _size(adapter: Adapter) -> str:
     described = " or ".join(f"r = {r}, alpha = {alpha:g}" + f" ({count})" * (len(ranks) > 1) for (r, alpha), count in ranks)
     dropout = adapter.metadata["lora"].get("dropout", 0.0)
     size = sum(tensor.numel() for tensor in adapter.tensors.values())
-    plural = "s" * (len(sites) != 1)
-    return f"{len(sites):,} module{plural}, {described}, {size:,} parameters" + f", dropout {dropout:g}" * bool(dropout)
+    counts = f"{counted(len(sites), 'module')}, {described}, {counted(size, 'parameter')}"
+    return counts + f", dropout {dropout:g}" * bool(dropout)
 
 
 def _task(task: Mapping[str, Any]) -> str:
@@ -85,9 +86,11 @@ def _data(settings: Mapping[str, Any]) -> str:
 def _training(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if not training:
         return ""
-    parts = [f"{training['steps']:,} steps"] if "steps" in training else []
+    parts = [steps_of(training)] if "steps" in training else []
     parts += ["stopped before its end"] * (training.get("finished") is False)
-    named = {"epochs": "{} epochs", "batch_size": "batches of {}", "lr": "lr {}", "targets": "targets {}"}
+    epochs = settings.get("epochs")
+    parts += [f"{epochs} epoch" + "s" * (epochs != 1)] * (type(epochs) is int and epochs > 0)
+    named = {"batch_size": "batches of {}", "lr": "lr {}", "targets": "targets {}"}
     return ", ".join(parts + [text.format(settings[key]) for key, text in named.items() if settings.get(key)])
 
 

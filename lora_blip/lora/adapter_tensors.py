@@ -11,6 +11,7 @@ from lora_blip.errors import AdapterError
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
 from lora_blip.lora.variants import DoRA
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -54,7 +55,7 @@ def check_keys(path: Path, sites: list[Site], file: Any) -> None:
         shape, dtype, is_b = tensor.get_shape(), tensor.get_dtype(), key.endswith("B")  # shape[is_b] is r: A (r, …), B (…, r)
         rows = site.rows[1] - site.rows[0] if site.rows and is_b else None
         if len(shape) != 2 or shape[is_b] != site.r or dtype != "F32" or 0 in shape or (rows and shape[0] != rows):
-            needed = f"r={site.r} in float32" + f" for {rows} rows" * bool(rows)
+            needed = f"r={site.r} in float32" + (f" for {counted(rows, 'row')}" if rows else "")
             raise AdapterError(
                 f"{path}: {quoted(key)} is {quoted(tuple(shape))} {dtype}, but its header says {needed}; copy the file again"
             )

@@ -19,6 +19,7 @@ from lora_blip.errors import LoRAError
 from lora_blip.lora.call_batch import CallBatch, call_batch
 from lora_blip.lora.sites import name_of
 from lora_blip.lora.variants import update_of
+from lora_blip.runtime.counts import counted
 
 
 class Everywhere(Enum):
@@ -160,7 +161,9 @@ def row_numbers(rows: Tensor | None, active: ActiveAdapters, x: Tensor, batch: C
     known = batch is None or batch.size in sizes
     if not known or not (size in sizes or flattened):
         count = size if batch is None or known else batch.size
-        raise LoRAError(f"a batch has {count} rows, but adapters were chosen for {active.count}; name one for every row")
+        raise LoRAError(
+            f"a batch has {counted(count, 'row')}, but adapters were chosen for {active.count}; name one for every row"
+        )
     if rows is None:
         return None
     repeats = size // active.count

@@ -19,6 +19,7 @@ from torch import nn
 from lora_blip.errors import TargetError
 from lora_blip.lora.attached import Loaded, adapters, model_of
 from lora_blip.lora.sites import ALPHA, R, Site, is_linear, tied
+from lora_blip.runtime.counts import counted
 
 VIT = r"vision_model\.encoder\.layers\.\d+\."
 TEXT = r"text_(?:decoder\.bert|encoder)\.encoder\.layer\.\d+\."
@@ -199,8 +200,9 @@ def too_large_ranks(model: nn.Module, name: str = "default") -> str:
         return ""
     address = min(large, key=lambda each: sides[each])
     return (
-        f"warning: r = {large[address].site.r} is larger than the smaller side of the update of {len(large)} linears, such as "
-        f"{address} ({large[address].B.shape[0]} × {large[address].A.shape[1]}). A rank above {sides[address]} costs time and "
+        f"warning: r = {large[address].site.r} is larger than the smaller side of the update of "
+        f"{counted(len(large), 'linear')}, such as {address} ({large[address].B.shape[0]} × {large[address].A.shape[1]}). "
+        f"A rank above {sides[address]} costs time and "
         f"memory there and adds nothing; a usual value is R = {R} (--r {R})"
     )
 

@@ -3,7 +3,8 @@
 `pip install "lora_blip[metrics]"` installs the scorers. METEOR and SPICE also need Java. Nothing is downloaded.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -29,6 +30,11 @@ ALL_WEIGHTS_ZERO = (
     "(log(images / images with the n-gram)); CIDEr needs several images with different references"
 )
 
+WITHOUT_NGRAMS = "no meaning: no {texts} has {n} words, so no {n}-gram can match; compare BLEU-1 or ROUGE-L instead"
+FEW_NGRAMS = (
+    "{short:,} of {total:,} generated texts have fewer than {n} words, and so no {n}-gram; compare BLEU-1 or ROUGE-L too"
+)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -37,7 +43,8 @@ class Scores:
     values: each name of NAMES → the score of the whole set, or None if it could not be computed.
     per_image: name → the score of each image, in the order of the predictions. CIDEr, ROUGE-L, SPICE and exact match are the
     means of these; BLEU and METEOR are not.
-    reasons: name → the reason why there is no value, or why the value has no meaning.
+    reasons: name → the reason why there is no value, or why the value has no meaning or rests on few texts.
+    meaningless: the names whose value is only a constant of the definition, because no text can get another one.
     tokenizer: the name of the tokenizer; "" if no score needed one, because pycocoevalcap is not installed.
     bleu_counts: (images, 10); `bleu` computes BLEU from their sum.
     """
@@ -47,13 +54,20 @@ class Scores:
     reasons: dict[str, str] = field(default_factory=dict)
     tokenizer: str = ""
     bleu_counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 10)), repr=False, compare=False)
+    meaningless: frozenset[str] = frozenset()
 
 
-def caption_scores(predictions: list[str], references: list[list[str]], names: Collection[str] = NAMES) -> Scores:
+def caption_scores(
+    predictions: list[str],
+    references: list[list[str]],
+    names: Collection[str] = NAMES,
+    working: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Scores:
     """Return exact match, BLEU-1 to 4 (Papineni et al. 2002), METEOR, ROUGE-L, CIDEr (Vedantam et al. 2015) and SPICE.
 
     references: for each prediction, all captions of its image.
     names: METEOR and SPICE are slow, so they are computed only if they are in `names`. The other scores are always computed.
+    working: called with the name of each score before it is computed. The score is computed inside the context that it returns.
 
     With Java, PTBTokenizer splits the texts into words, and every score equals pycocoevalcap's. Without Java, `tokens.plain`
     splits them, and METEOR and SPICE are None. The other scores are equal for captions with everyday quotes, contractions,
@@ -74,28 +88,38 @@ def caption_scores(predictions: list[str], references: list[list[str]], names: C
     if package is None:
         return Scores(values, per_image, dict.fromkeys(COCO, MISSING))
 
-    predicted, captions, tokenizer, no_java = tokenized(predictions, references, package)
+    with working("the words, by Java's PTBTokenizer"):
+        predicted, captions, tokenizer, no_java = tokenized(predictions, references, package)
     reasons = dict.fromkeys(("METEOR", "SPICE"), no_java) if no_java else {}
-    counts = bleu_counts(predicted, captions)
+    with working("BLEU"):
+        counts = bleu_counts(predicted, captions)
     for order, name in enumerate(BLEU, 1):
         values[name] = float(bleu(counts.sum(0), order))
         per_image[name] = bleu(counts, order).tolist()
-    values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(predicted, captions)
-    values["CIDEr"], per_image["CIDEr"], all_zero = cider(predicted, captions)
+    notes, meaningless = bleu_notes(predicted, captions)
+    reasons |= notes
+    with working("ROUGE-L"):
+        values["ROUGE-L"], per_image["ROUGE-L"] = rouge_l(predicted, captions)
+    with working("CIDEr"):
+        values["CIDEr"], per_image["CIDEr"], all_zero = cider(predicted, captions)
     if all_zero:
         reasons["CIDEr"] = ALL_WEIGHTS_ZERO
+        meaningless |= {"CIDEr"}
     for name, score in (("METEOR", java.meteor), ("SPICE", java.spice)):
         if name in names and name not in reasons:
             try:
-                of_set, by_image = score(predicted, captions, package)
+                with working(f"{name}, by Java"):
+                    of_set, by_image = score(predicted, captions, package)
             except JavaError as error:
                 reasons[name] = str(error)
                 continue
             if np.isfinite([of_set, *by_image]).all():
                 values[name], per_image[name] = of_set, by_image
             else:
-                reasons[name] = f"{name} is not a number for {int((~np.isfinite(by_image)).sum())} image(s)"
-    return Scores(values, {name: per_image[name] for name in NAMES if name in per_image}, reasons, tokenizer, counts)
+                images = int((~np.isfinite(by_image)).sum())
+                reasons[name] = f"{name} is not a number for {images} image{'s' * (images != 1)}"
+    ordered = {name: per_image[name] for name in NAMES if name in per_image}
+    return Scores(values, ordered, reasons, tokenizer, counts, frozenset(meaningless))
 
 
 def check(predictions: list[str], references: list[list[str]]) -> None:
@@ -159,6 +183,27 @@ def bleu(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:
     precision = np.prod((matches + 1e-15) / (predicted + 1e-9), axis=-1) ** (1 / order)
     ratio = (length + 1e-15) / (nearest + 1e-9)
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+
+def bleu_notes(predictions: list[str], references: list[list[str]]) -> tuple[dict[str, str], set[str]]:
+    """Return a note for each BLEU-n that n-grams decide only in few texts or in none, and the names of those without meaning.
+
+    predictions, references: tokenized texts. A text with fewer than n words has no n-gram. If no prediction has one, BLEU-n is
+    made of the constants in `bleu`: for n = 4 and texts of three words that equal their references, 3.2 %. If no reference has
+    one, no prediction can match. A note about some predictions is returned if they are at least half of all.
+    """
+    notes, meaningless = dict[str, str](), set[str]()
+    lengths = [len(text.split()) for text in predictions]
+    longest_reference = max(len(text.split()) for texts in references for text in texts)
+    for n, name in enumerate(BLEU, 1):
+        short = sum(length < n for length in lengths)
+        if short == len(lengths) or longest_reference < n:
+            texts = "generated text" if short == len(lengths) else "reference"
+            notes[name] = WITHOUT_NGRAMS.format(texts=texts, n=n)
+            meaningless.add(name)
+        elif 2 * short >= len(lengths):
+            notes[name] = FEW_NGRAMS.format(short=short, total=len(lengths), n=n)
+    return notes, meaningless
 
 
 def rouge_l(predictions: list[str], references: list[list[str]]) -> tuple[float, list[float]]:

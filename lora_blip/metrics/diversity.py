@@ -50,6 +50,7 @@ def collapse(caption: str, times: int, predictions: int, references: list[list[s
         return f"{fact}: the model may have collapsed onto one caption"
     counts = Counter(form for captions in references for form in {normal(text) for text in captions})
     images = max(counts.values(), default=0)
+    limit = f"{images} image{'s' * (images != 1)}"
     if images > COLLAPSED * predictions:
         return ""  # the references have such a share too
-    return f"{fact}, but no reference belongs to more than {images} images: the model has collapsed onto one caption"
+    return f"{fact}, but no reference belongs to more than {limit}: the model has collapsed onto one caption"

@@ -13,6 +13,7 @@ from transformers import (
 
 from lora_blip.errors import ModelError
 from lora_blip.models.library import Quiet, first_line
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 LONGEST_REASON = 300  # characters; transformers lists every class that it knows
@@ -93,9 +94,9 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     without_row = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= rows and id_ != image)
     if without_row:
         raise ModelError(
-            f"{name!r}: the tokenizer has {len(without_row)} tokens without an embedding in the model (first: "
-            f"{quoted(without_row[0][1])}, id {without_row[0][0]}; the model has {rows} rows); use the tokenizer that was "
-            "saved with this model, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
+            f"{name!r}: the tokenizer has {counted(len(without_row), 'token')} without an embedding in the model (first: "
+            f"{quoted(without_row[0][1])}, id {without_row[0][0]}; the model has {counted(rows, 'row')}); use the tokenizer "
+            "that was saved with it, or call model.resize_token_embeddings(len(tokenizer)) in transformers and save both again"
         )
     if not generates:
         return

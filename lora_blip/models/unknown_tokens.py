@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 
 SHOWN = 3  # texts named in a report
@@ -49,9 +50,9 @@ class UnknownTokens:
         shown = [f"{what} {line}: {quoted(lost[0])}" if line else quoted(lost[0]) for line, lost in affected[:SHOWN]]
         return "\n  ".join(
             [
-                f"warning: {len(affected):,} of {total:,} {what}{'s' * (total != 1)} ({len(affected) / total:.1%}) contain "
-                f"tokens that this tokenizer does not know; {unknown:,} of their {tokens:,} tokens ({unknown / tokens:.1%}) "
-                "are lost:",
+                f"warning: {len(affected):,} of {counted(total, what)} ({len(affected) / total:.1%}) contain "
+                f"tokens that this tokenizer does not know; {unknown:,} of their {counted(tokens, 'token')} "
+                f"({unknown / tokens:.1%}) are lost:",
                 *shown,
                 REMEDY,
             ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from lora_blip.errors import ModelError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable, quoted
 
 ANCHOR = "vision_model.embeddings.class_embedding"  # a weight of every BLIP and BLIP-2
@@ -58,4 +59,4 @@ def listed(names: Iterable[str]) -> str:
     """Return the number of weights and the first names, such as "2 weights (a, b)"."""
     ordered = sorted(names)
     more = ", …" if len(ordered) > SHOWN else ""
-    return f"{len(ordered):,} weight{'s' * (len(ordered) != 1)} ({', '.join(ordered[:SHOWN])}{more})"
+    return f"{counted(len(ordered), 'weight')} ({', '.join(ordered[:SHOWN])}{more})"

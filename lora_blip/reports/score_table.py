@@ -22,6 +22,7 @@ class ReportRow:
     lower_is_better: bool = False  # True for a loss or a median rank
     share: bool | None = None  # True: show in per cent; None: in per cent, unless it is CIDEr or greater than 1
     gain: Interval | None = None  # adapted − base over the same images; None: only the difference is known
+    comparable: bool = True  # False if one of the two scores has no meaning: the gain is then not shown
 
 
 def escaped(text: str) -> str:
@@ -51,7 +52,7 @@ def row_html(row: ReportRow, compared: bool) -> str:
     largest = max((max(interval.value, interval.high) for interval in (base, adapted) if interval), default=1.0)
     share = row.share if row.share is not None else largest <= 1 and "cider" not in row.name.lower()
     note = f'<small dir="auto">{escaped(row.note)}</small>' if row.note else ""
-    gain = gain_html(base, adapted, row, share) if base and adapted else NONE
+    gain = gain_html(base, adapted, row, share) if base and adapted and row.comparable else NONE
     cells = {"base": interval_html(base, share), "adapted": interval_html(adapted, share), "gain": gain}
     if not compared:
         cells = {"adapted": cells["adapted"]}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
+from lora_blip.runtime.counts import plural
 from lora_blip.runtime.untrusted import printable
 
 T = TypeVar("T")
@@ -34,6 +35,14 @@ def phase(state: str | Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         _phases.remove(describe)
+
+
+@contextmanager
+def subphase(name: str) -> Iterator[None]:
+    """Name a part of the current phase: "scoring the texts of the base: CIDEr"."""
+    outer = _phases[-1] if _phases else None
+    with phase(lambda: f"{outer()}: {name}" if outer else f"computing {name}"):
+        yield
 
 
 class ProgressMeter:
@@ -92,7 +101,7 @@ class ProgressMeter:
 
     def line(self) -> str:
         """Return a line such as "caption: 1,200 of 100,000 images, 15.3 a second"."""
-        unit = f" {self.unit}{'es' if self.unit.endswith('ch') else 's'}" * bool(self.unit)
+        unit = f" {plural(self.unit, self.total)}" * bool(self.unit)
         speed = f", {self.speed:,.1f} a second" * (self.done > self.before)
         return f"{self.name}: {self.done:,} of {self.total:,}{unit}{speed}"
 

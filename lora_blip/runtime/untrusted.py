@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lora_blip.runtime.counts import counted
+
 DEEPEST = 100  # nested brackets of a JSON; Python's own limit, about a thousand, depends on the depth of the call
 LONGEST_LINE = 450  # characters of a line in a list of problems
 LONGEST_PASTE = 280  # characters of a corrected line in a message
@@ -64,7 +66,7 @@ def _refuse_irregular(status: os.stat_result, largest: int | None) -> None:
     if not status.st_size:
         raise UnreadableError("it is empty")
     if largest is not None and status.st_size > largest:
-        raise UnreadableError(f"it has {status.st_size:,} bytes, more than {largest:,}")
+        raise UnreadableError(f"it has {counted(status.st_size, 'byte')}, more than {largest:,}")
 
 
 def os_error_reason(error: OSError) -> str:

@@ -10,6 +10,7 @@ from lora_blip.errors import ConfigError
 from lora_blip.metrics.captions import COCO, caption_scores
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models.loading import Backbone
+from lora_blip.runtime.progress import subphase
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.text_task import TextTask
 
@@ -82,7 +83,7 @@ class CaptionTask(TextTask):
 def coco_score(captions: list[str], references: list[list[str]], key: str) -> dict[str, float]:
     """Return one of the captioning metrics. Raise ConfigError, with the reason, if it cannot be computed."""
     name = COCO_KEYS[key]
-    scores = caption_scores(captions, references, [name])
+    scores = caption_scores(captions, references, [name], subphase)
     value = scores.values[name]
     if value is None:
         raise ConfigError(f"{name} cannot be computed: {scores.reasons[name]}")

@@ -8,6 +8,7 @@ from lora_blip.data.example import Example
 from lora_blip.models.language import CutText, DecoderLanguage
 from lora_blip.models.text_check import UNBOUNDED
 from lora_blip.models.token_rows import many_ids
+from lora_blip.runtime.counts import counted
 from lora_blip.tasks.base import BaseTask, Generation
 from lora_blip.tasks.text_task import TextTask
 
@@ -94,7 +95,7 @@ def fit_generation(
         return limit or Generation().max_new_tokens
     chosen, room = limit, most_new_tokens(task)
     if len(examples) >= MANY:
-        print(f"counting the tokens of the texts of {len(examples):,} lines")
+        print(f"counting the tokens of the texts of {counted(len(examples), 'line')}")
     if not limit:
         longest, least = longest_text(task, examples), task.generation.options.get("min_new_tokens", 0)
         chosen = max(1, min(max(longest + max(MARGIN, longest // 4), least), room))
@@ -102,8 +103,8 @@ def fit_generation(
     if (limit or longest > chosen) and (cut := longer_texts(task, examples, chosen))[0]:
         longer, most, total = cut
         print(
-            f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {total:,} texts, the longest of which has "
-            f"{most} tokens with its end token. The model cannot generate them completely. {fix}"
+            f"warning: max_new_tokens = {chosen} cuts {longer.total():,} of {counted(total, 'text')}, the longest of which has "
+            f"{counted(most, 'token')} with its end token. The model cannot generate them completely. {fix}"
         )
     task.checker.lengths = {}  # not needed any more
     task.generation = replace(task.generation, max_new_tokens=chosen)
@@ -140,4 +141,4 @@ class CutCount:
             fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
         else:
             fix = "The model has no room for longer texts"
-        return f"{self.cut:,} of {self.total:,} {what} were cut after {most} tokens, before their end. {fix}"
+        return f"{self.cut:,} of {self.total:,} {what} were cut after {counted(most, 'token')}, before their end. {fix}"

@@ -16,6 +16,7 @@ from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime import runs
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
@@ -111,11 +112,13 @@ def _target(site: Site) -> str:
 def describe(adapter: Adapter, sites: Iterable[Site]) -> str:
     """Return a line with the number of modules that continue, that keep their values, and that are new."""
     trained, own = {site.address for site in sites}, {site.address for site in adapter.sites}
-    line = f"continuing from {adapter.path}: {len(trained & own)} adapted modules begin with its values"
+    line = f"continuing from {adapter.path}: {counted(len(trained & own), 'adapted module', 'begin')} with its values"
     if kept := own - trained:
-        line += f"; {len(kept)} of its modules, such as {quoted(min(kept))}, are not in TARGETS: they keep their values"
+        line += (
+            f"; {counted(len(kept), 'module')} of it, such as {quoted(min(kept))}, not in TARGETS: unchanged in this training"
+        )
     if new := trained - own:
-        line += f"; {len(new)} modules, such as {quoted(min(new))}, are not in it: they begin as in a new adapter"
+        line += f"; {counted(len(new), 'module')}, such as {quoted(min(new))}, not in it: new adapters, whose update is zero"
     return line
 
 

@@ -18,6 +18,7 @@ from lora_blip.lora import attached
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import is_linear
 from lora_blip.models.sharding import local_part
+from lora_blip.runtime.counts import counted
 from lora_blip.tasks.base import Task
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
@@ -44,8 +45,8 @@ def check_hooks(model: nn.Module, forward: Callable[[], object]) -> None:
         silent = attached.unfired(model, forward)
     if silent:
         raise PreflightError(
-            f"{len(silent)} adapter(s) would have no effect, such as that of {silent[0]!r}: the model's forward does not call "
-            "this module (the forward uses the module's weight directly, or not at all); remove the module from TARGETS"
+            f"{counted(len(silent), 'adapter')} would have no effect, such as that of {silent[0]!r}: the model's forward does "
+            "not call this module (it uses the module's weight directly, or not at all); remove the module from TARGETS"
         )
 
 
@@ -82,7 +83,7 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
         parameter.grad = None
     if without_gradient:
         raise PreflightError(
-            f"{len(without_gradient)} adapter(s) get no gradient, such as {without_gradient[0]!r}: the loss "
+            f"{counted(len(without_gradient), 'adapter', 'get')} no gradient, such as {without_gradient[0]!r}: the loss "
             "does not depend on this module. Remove it from TARGETS, or check that no detach() or no_grad() comes between the "
             "module and the loss"
         )

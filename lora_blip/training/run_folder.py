@@ -19,6 +19,7 @@ from lora_blip.lora import adapter_file
 from lora_blip.metrics.names import named_score
 from lora_blip.runtime import lock
 from lora_blip.runtime.command_line import this_command
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, open_to_append, room_for, sweep, unused_path, write_new, write_whole
 from lora_blip.runtime.progress import phase
@@ -223,7 +224,7 @@ class Run:
         command = this_command(without=["--resume"], added=["--resume", str(self.folder)])
         how = f"to resume: {command}" if command else "start again with the same settings to resume"
         with suppress(OSError):  # the terminal may be closed
-            print("\n" + printable(f"stopped after {step} of {total} steps;{result} {how}"))
+            print("\n" + printable(f"stopped after step {step} of {total};{result} {how}"))
 
     def _save(self, path: Path, step: int, merge_drift: dict[str, float] | None = None, **extra: Any) -> Path:
         summary = {"steps": step, **extra, **self.last_scores, "settings": stored_settings(self.config)}
@@ -282,11 +283,10 @@ class Run:
         """Return one line with the folder, the number of steps, and the numbers of training and validation lines."""
         learner, progress = self.learner, self.learner.progress
         resumed = f", resumed after step {progress.step}" if progress.step or progress.slot else ""
-        ranks = f"; {learner.ranks.count} processes, each sends {learner.traffic / 1e6:.2f} MB of gradients per step"
-        return (
-            f"{printable(self.folder)}: {progress.total} steps in {precision}{resumed}; {training} training lines, "
-            f"{validation} validation line{'s' * (validation != 1)}{ranks if learner.ranks.count > 1 else ''}"
-        )
+        lines = f"{counted(training, 'training line')}, {counted(validation, 'validation line')}"
+        if learner.ranks.count > 1:
+            lines += f"; {learner.ranks.count} processes, each sends {learner.traffic / 1e6:.2f} MB of gradients per step"
+        return f"{printable(self.folder)}: {counted(progress.total, 'step')} in {precision}{resumed}; {lines}"
 
     def close(self) -> None:
         """Close the progress bar and the files."""

@@ -15,6 +15,7 @@ from lora_blip.data.loader import DeviceBatch, HostBatch, Slot
 from lora_blip.errors import CheckpointError, TrainingError
 from lora_blip.reports import plots
 from lora_blip.runtime import distributed, signals
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.limits import is_lost_peer
@@ -139,7 +140,7 @@ class Session:
         skipped = self.learner.progress.skipped
         if skipped >= self.config.max_skipped:
             raise TrainingError(
-                f"{skipped} steps in a row were skipped because a loss or gradient was not finite. "
+                f"{counted(skipped, 'step')} in a row: skipped because a loss or gradient was not finite. "
                 f"The last reason: {self.run.last_skip}. "
                 'Lower LR, or set PRECISION = "bf16" or "fp32"'
             )

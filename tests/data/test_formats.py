@@ -303,7 +303,7 @@ def test_flickr8k_with_its_oddities_is_read_and_split_by_its_lists(run, tmp_path
     assert (
         "7 entries (flickr8k)" in printed
         and re.search(r"train +3 captions of 2 images", printed)
-        and "left out  2 line(s)" in printed
+        and "left out  2 lines" in printed
         and printed.endswith(f"train --annotations {tmp_path}/out/train.jsonl --val-annotations {tmp_path}/out/val.jsonl\n")
     )
 
@@ -498,7 +498,7 @@ def test_bad_lines_are_named_by_file_and_line_and_left_out_when_asked(run, tmp_p
     assert texts(run(source, on_bad_data="skip")["train"]) == [("a.png", "good")]
     assert [line["at"] for line in dropped(tmp_path)] == list(range(2, 38))
     printed = capsys.readouterr().out
-    assert "left out  36 line(s)" in printed and f"{source}:3: no image" in printed and "… and 16 more" in printed
+    assert "left out  36 lines" in printed and f"{source}:3: no image" in printed and "… and 16 more" in printed
 
 
 def test_a_file_without_a_good_line_is_refused_even_when_skipping(run, tmp_path):
@@ -619,7 +619,7 @@ def test_the_setting_format_overrides_the_detection(run, tmp_path):
 
 def test_a_folder_of_images_elsewhere_is_one_error_and_not_one_a_line(run, tmp_path):
     for source in (coco(tmp_path, "train2017", {f"{n}.jpg": ["a"] for n in range(50)}), write(tmp_path / "x.tsv", "a.png\ta")):
-        with pytest.raises(DataError, match=r"none of its \d+ image\(s\) is in .*: --images FOLDER") as error:
+        with pytest.raises(DataError, match=r"no image of \d+ is in .*: --images FOLDER") as error:
             run(source)
         assert len(str(error.value).splitlines()) == 1
 

@@ -184,7 +184,10 @@ def test_images_without_a_group_are_counted(tmp_path, capsys):
     examples, _ = annotations.read(source, groups=groups)
     assert len(groups.links) == 8
     splits.split_by_image(examples, 0.3, 0, groups)
-    assert "WARNING: 4 of 12 images have no group (--group-by), and are split one by one" in capsys.readouterr().out
+    assert (
+        "WARNING: 4 of 12 images have no group (--group-by), so the split does not keep them with others"
+        in capsys.readouterr().out
+    )
 
 
 def test_group_by_without_an_effect_is_reported(tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_training_and_prepare_report_how_many_paths_they_resolved(root, tmp_path
     source.write_text("".join(json.dumps({"image": name, "text": "a"}) + "\n" for name in names))
     examples, _ = annotations.read(source, root, decode=decode)
     assert [e.file for e in examples] == [str(root / name) for name in ("cat/1.png", "cat/2.png", "dog/1.png")]
-    message = f"2 image path(s) were found in {root} by their last parts: 'C:\\\\x\\\\cat\\\\1.png' is cat/1.png"
+    message = f"2 image paths were found in {root} by the last parts: 'C:\\\\x\\\\cat\\\\1.png' is cat/1.png"
     assert message in capsys.readouterr().out
     out = prepare(PrepareConfig(source=str(source), images=str(root), output_dir=str(tmp_path / "out"), splits="1"))["train"]
     assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [e.file for e in examples]
@@ -153,7 +153,7 @@ def test_several_faults_of_a_line_give_the_corrected_line(tmp_path, line, fixed)
     (tmp_path / "x.json").write_text(f"[\n{line.rstrip(',')},\n{line.rstrip(',')}\n]")
     with pytest.raises(DataError, match="other line") as error:
         annotations.read(tmp_path / "x.json")
-    assert f"(and correct 1 other line(s) in the same way): {fixed}" in str(error.value)
+    assert f"(and correct 1 other line in the same way): {fixed}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_images_are_detected_by_content_and_other_files_are_counted(tmp_path, wh
     for _ in range(2):
         examples = list(images)
         assert sorted(e.image.name for e in examples) == sorted(phone_folder())
-        assert dict(images.others) == COUNTS and "11 file(s) (4 without a suffix, 3 hidden" in images.others_line()
+        assert dict(images.others) == COUNTS and "11 files (4 without a suffix, 3 hidden" in images.others_line()
     for one in examples:
         red, green, blue = open_example(one).getpixel((8, 6))
         assert red > 180 and green < 60 and blue < 60, one.image  # the first frame of several
@@ -108,7 +108,7 @@ def test_a_path_that_is_not_a_regular_file_is_never_opened(tmp_path):
 
 
 def test_a_folder_without_an_image_says_what_is_in_it(tmp_path):
-    with pytest.raises(ImageError, match=r"not images, left out: 2 file\(s\) \(1 \.txt, 1 without a suffix\)"):
+    with pytest.raises(ImageError, match=r"not images, left out: 2 files \(1 \.txt, 1 without a suffix\)"):
         ImageSource(write(tmp_path / "photos", {"a.txt": b"x", "b": b"y"}))
 
 
@@ -134,7 +134,7 @@ def test_an_image_that_cannot_be_read_is_in_errors_jsonl_with_what_to_do(tmp_pat
         and "save it as JPEG or PNG" in error_of["n.jpg"]
         and "export it as PNG" in error_of["o.eps"]
     )
-    assert "not images, left out: 1 file(s) (1 .txt)" in capsys.readouterr().out
+    assert "not images, left out: 1 file (1 .txt)" in capsys.readouterr().out
 
 
 def test_formats_that_run_programs_or_read_other_files_are_never_tried():

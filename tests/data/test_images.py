@@ -74,7 +74,7 @@ def test_training_names_the_nearly_black_images_in_one_line(tmp_path):
     reports: list[str] = []
     examples, problems = annotations.read(lines, report=reports.append)
     assert (len(examples), problems, len(reports)) == (5, [], 2)  # and the table
-    assert reports[0].startswith("4 image(s)") and reports[0].count(".png") == 3
+    assert reports[0].startswith("4 images") and reports[0].count(".png") == 3
     assert "and 1 more" in reports[0] and "e.png" not in reports[0]
 
 

@@ -134,4 +134,6 @@ def test_the_default_splits_of_one_or_two_images_have_fewer_parts(folder, count,
     assert list(files) == ["train", "val", "test"][:count]
     assert all(len(path.read_text().splitlines()) == 1 for path in files.values())
     out = capsys.readouterr().out
-    assert (f"{count} image(s) are too few for train, val and test: {parts} is written" in out) == bool(parts)
+    assert (
+        f"{'1 image is' if count == 1 else f'{count} images are'} too few for train, val and test: {parts} is written" in out
+    ) == bool(parts)

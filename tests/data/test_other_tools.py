@@ -104,7 +104,7 @@ def test_each_question_of_a_chat_is_an_example_and_a_chat_with_other_images_is_c
     path = write(folder / "x.jsonl", records)
     assert [one[1:3] for one in read(path)] == [(Q, ("a cube",)), ("Which color?", ("red",))]
     shown = capsys.readouterr().out
-    assert "left out  2 line(s)" in shown
+    assert "left out  2 lines" in shown
     assert "x.jsonl:2: the conversation has no image" in shown and "the conversation has 2 images; an example has one" in shown
     with pytest.raises(DataError, match=r"no usable line\n.*the conversation has no image"):
         read(write(folder / "y.jsonl", records[1:2]))

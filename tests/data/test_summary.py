@@ -36,7 +36,7 @@ def test_the_table_of_a_csv_names_delimiter_encoding_counts_and_samples(folder, 
     out = table(command, path, capsys)
     assert f"read      {path}: 4 entries (csv, a semicolon between columns), images in {folder}" in out
     assert f"{path} is read as Windows-1252" in out
-    assert "\nimages    2\n" in out and "\ncaptions  3\n" in out and "\nleft out  1 line(s)\n" in out
+    assert "\nimages    2\n" in out and "\ncaptions  3\n" in out and "\nleft out  1 line\n" in out
     assert f"{path}:4: the text is empty" in out
     shown = out[out.index("samples") :].splitlines()[:3]
     assert [line[10:].rpartition("/")[2] for line in shown] == ["1.png → un café", "1.png → deux", "3.png → fin"]
@@ -57,7 +57,7 @@ def test_the_table_of_questions_counts_the_left_out_entries_by_their_reasons(fol
     out = table(command, path, capsys)
     assert f"{path}: 4 entries (json), images in {folder}" in out and "between columns" not in out
     assert "\nquestions 2\n" in out and "captions  " not in out
-    assert "\nleft out  2 line(s)\n" in out and "[2]: " in out and "[3]: " in out
+    assert "\nleft out  2 lines\n" in out and "[2]: " in out and "[3]: " in out
     assert f"{image_in(command, folder, '1.png')} → what? → a | b" in out
 
 
@@ -71,7 +71,7 @@ def test_missing_and_broken_images_are_counted_together(folder, capsys, monkeypa
     path.write_text("image,caption\n" + "".join(f"{name},a\n" for name in names) + "3.png,\n3.png,\n")
     out = table("train", path, capsys)
     rows = [line.strip() for line in out[out.index("left out") : out.index("samples")].splitlines()]
-    assert rows[0] == "left out  34 line(s)" and len(rows) == 4
+    assert rows[0] == "left out  34 lines" and len(rows) == 4
     assert rows[1].startswith(f"30 × an image that does not exist, first {path}:3: {folder / 'gone0.png'} does not exist")
     assert any(row.startswith(f"2 × an image that cannot be decoded, first {path}:33: ") for row in rows)
     assert f"2 × {path}:36: the text is empty" in rows

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from lora_blip.config import EvaluateConfig
 from lora_blip.data import annotations
+from lora_blip.data.image_folders import example_of
 from lora_blip.data.images import open_image
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.evaluation import comparison, measures, outputs
@@ -28,6 +30,8 @@ from lora_blip.lora import adapter_file
 from lora_blip.metrics import captions
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.models.loading import load_backbone
+from lora_blip.reports.score_table import scores_html
+from lora_blip.runtime.progress import _phases
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.registry import TASKS
 from tests.support.runs import adapter_of
@@ -233,7 +237,7 @@ def test_invalid_lines_stop_evaluate_or_are_left_out(checkpoints, here, capsys):
         evaluated(refs, adapter=str(path))
     assert not (here / "lora_blip_output").exists()
     figures, rows, _ = evaluated(refs, adapter=str(path), on_bad_data="skip")
-    assert len(rows) == 3 and figures["facts"]["scored"] == "3 of 3 images" and "left out  4 line(s)" in capsys.readouterr().out
+    assert len(rows) == 3 and figures["facts"]["scored"] == "3 of 3 images" and "left out  4 lines" in capsys.readouterr().out
 
 
 def test_an_image_deleted_during_the_evaluation_is_left_out_of_both(checkpoints, here, monkeypatch, capsys):
@@ -259,7 +263,7 @@ def test_if_no_image_can_be_read_there_is_one_error(checkpoints, here, monkeypat
         "search_leaks",
         lambda *_: LeakSearch([image.unlink() for image in (here / "eval").iterdir()] and [], "gone"),
     )
-    with pytest.raises(DataError, match="none of the 2 images"):
+    with pytest.raises(DataError, match="no image of 2 can be read"):
         evaluated(refs, adapter=str(path))
 
 
@@ -360,6 +364,40 @@ def test_evaluate_runs_on_the_embedded_base(here, capsys):
     figures, rows, _ = evaluated(refs, adapter="none", model=base)
     assert figures["scores"]["exact match"]["base"]["value"] == 1 and rows[0]["base"] == generated.text
     assert "CIDEr" in capsys.readouterr().out
+
+
+def test_a_score_without_meaning_has_no_gain():
+    """BLEU-4 of texts of three words is a constant, so neither the table nor the page says that it is better."""
+    right = [["one blue cube", "there is one blue cube"]]
+
+    def scored(text: str) -> measures.ModelScores:
+        result = measures.ModelScores([0], [[example_of("", "")]], [text], [0.0], [True], "CIDEr")
+        result.columns = {"exact match": measures.Column([0.0], [Path()])}
+        result.coco = captions.caption_scores([text], right, [])
+        result.notes = dict(result.coco.reasons)
+        result.scores = {name: Interval(result.coco.values[name], 0, 0) for name in captions.BLEU}
+        return result
+
+    task: Any = SimpleNamespace(name="caption")
+    comparison_of_both = outputs.Comparison(scored("a red ball on a table"), scored("one blue cube"))
+    *others, row = outputs.score_rows(comparison_of_both, task, 0)
+    assert row.name == "BLEU-4" and row.note.startswith("adapted: no meaning: no generated text has 4 words")
+    assert row.base.value < row.adapted.value == pytest.approx(0.0316, abs=1e-4)
+    assert outputs.gain_of(row) is None and "better" not in scores_html([row])
+    assert all(outputs.gain_of(other) and "better" in scores_html([other]) for other in others)
+
+
+def test_the_log_names_the_score_that_runs(checkpoints, here, monkeypatch):
+    """The line of the heartbeat has the model and the score."""
+    lines = []
+    monkeypatch.setattr(captions.java, "tokenize", lambda texts, _package: texts)
+    monkeypatch.setattr(captions.java, "spice", lambda texts, *_: lines.append(_phases[-1]()) or (0.0, [0.0] * len(texts)))
+    monkeypatch.setattr(captions.java, "meteor", lambda texts, *_: lines.append(_phases[-1]()) or (0.0, [0.0] * len(texts)))
+    evaluated(references(here, 2), adapter=str(adapter_of(checkpoints["blip"], here)))
+    names = [
+        f"scoring the texts of the {model}: {name}, by Java" for model in ("base", "adapter") for name in ("METEOR", "SPICE")
+    ]
+    assert lines == names
 
 
 @pytest.mark.parametrize("command", [[], ["--help"], ["evalute"], ["evaluate", "--help"], ["prepare", "--help"], ["evaluate"]])

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,44 @@ def test_cider_of_one_image_or_of_equal_references_is_0_with_a_reason(monkeypatc
     assert scores.values["CIDEr"] == 0 and scores.reasons["CIDEr"] == captions.ALL_WEIGHTS_ZERO
     assert "CIDEr" not in caption_scores(["a", "b"], [["a"], ["b"]]).reasons
     assert caption_scores(["...", "."], [["."], ["!"]]).values["CIDEr"] == 0
+
+
+@pytest.mark.usefixtures("package")
+def test_bleu_of_texts_without_n_grams_has_a_note(monkeypatch, tmp_path):
+    """BLEU-4 of right captions of three words is a constant: 3.2 %. A note also counts the short texts."""
+    without_java(monkeypatch, tmp_path)
+    right = caption_scores(["one blue cube", "a red ball"], [["one blue cube"], ["a red ball"]])
+    assert right.values["exact match"] == 1 and right.values["BLEU-4"] == pytest.approx(0.0316, abs=1e-4)
+    assert "no generated text has 4 words" in right.reasons["BLEU-4"] and "BLEU-3" not in right.reasons
+    assert "BLEU-4" in right.meaningless and "BLEU-3" not in right.meaningless
+    long = ["a red cube on a table", "two blue balls in a box"]
+    no_match = caption_scores(long, [["red cube"], ["two balls"]])
+    assert "no reference has 3 words" in no_match.reasons["BLEU-3"] and "BLEU-2" not in no_match.reasons
+    mixed = caption_scores([long[0], "two balls"], [[long[0]], [long[1]]])
+    assert mixed.reasons["BLEU-4"].startswith("1 of 2 generated texts have fewer than 4 words") and not mixed.meaningless
+    assert not {*captions.BLEU} & caption_scores(long, [[text] for text in long]).reasons.keys()
+
+
+@pytest.mark.usefixtures("package")
+def test_each_score_is_computed_inside_its_own_context(monkeypatch):
+    """A log can then name the score that runs, which matters for METEOR and SPICE: they take a minute or more."""
+    running, computed = [], []
+
+    @contextmanager
+    def working(name):
+        running.append(name)
+        yield
+        running.remove(name)
+
+    def score(predictions, *_arguments):
+        computed.extend(running)
+        return 0.5, [0.5] * len(predictions)
+
+    monkeypatch.setattr(java, "tokenize", lambda texts, _package: computed.extend(running) or texts)
+    monkeypatch.setattr(java, "meteor", score)
+    monkeypatch.setattr(java, "spice", score)
+    caption_scores(["a red cube"], [["a red cube"]], working=working)
+    assert computed == ["the words, by Java's PTBTokenizer", "METEOR, by Java", "SPICE, by Java"] and not running
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_bad_data_stops_before_anything_is_written_or_is_left_out(checkpoints, t
         train(config)
     assert not Path(config.output_dir).exists()
     train(replace(config, on_bad_data="skip"))
-    assert "left out  1 line(s)" in capsys.readouterr().out
+    assert "left out  1 line\n" in capsys.readouterr().out
 
 
 def test_checkpointing_trains_to_the_same_adapter(checkpoints, tmp_path):
@@ -393,7 +393,7 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch,
     ):
         monkeypatch.setattr("sys.argv", argv)
         run.save_unfinished()
-        assert capsys.readouterr().out == f"\nstopped after 0 of 9 steps; {end}\n"
+        assert capsys.readouterr().out == f"\nstopped after step 0 of 9; {end}\n"
 
 
 def test_patience_ends_a_run_that_does_not_improve_and_its_adapter_is_complete(checkpoints, tmp_path, monkeypatch, capsys):

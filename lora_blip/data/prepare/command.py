@@ -20,6 +20,7 @@ from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import Sample, spread, summary
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.command_line import program
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import check, require, setting
@@ -112,7 +113,9 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
     data = PreparedData(f"{output.absolute()}{os.sep}", groups=Groups(config.group_by))
     for source in find_sources(config.source, config.format, keys_of(config), config.template):
         folder = Folder(Path(config.images) if config.images else source.root)
-        with phase(lambda: f"reading {source.path}: {len(data.rows):,} lines"):  # the lambda is called only inside this block
+        with phase(
+            lambda: f"reading {source.path}: {counted(len(data.rows), 'line')}"
+        ):  # the lambda is called only inside this block
             read_source(source, folder, data)
     split_of_image = published_splits(data) if config.own_splits else {}
     refuse_faults(data, config.on_bad_data)
@@ -121,7 +124,7 @@ def _prepare(config: PrepareConfig, output: Path) -> dict[str, Path]:
         data.groups.note_unused("the data have splits of their own; to draw random ones, give --own-splits false")
     split_of_image = split_of_image or random_splits(data, config.splits, config.seed)
     rows = {split: [row for row in data.rows if split_of_image[row.image.identity] == split] for split in SPLIT_NAMES}
-    with phase(f"writing {len(data.rows):,} lines to {output}"):
+    with phase(f"writing {counted(len(data.rows), 'line')} to {output}"):
         files = write(output, rows, data.dropped)
     report(files, rows, data)
     return {split: files[split] for split in SPLIT_NAMES if split in files}
@@ -149,8 +152,7 @@ def read_source(source: Source, folder: Folder, data: PreparedData) -> None:
         example = next(iter(folder.known))
         fix = long_path_advice(folder.root / example) or "give the folder of the images: --images FOLDER"
         raise DataError(
-            f"{source.path}: none of its {len(folder.known):,} image(s) is in {folder.root}; {example!r} does not exist there; "
-            f"{fix}"
+            f"{source.path}: no image of {len(folder.known):,} is in {folder.root}; {example!r} does not exist there; {fix}"
         )
     entries = len(data.rows) - before + len(data.dropped) - dropped
     data.notes += [*source.describe(entries, folder.root), *filter(None, [folder.finder.describe()])]
@@ -265,7 +267,7 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
     print(summary(data.notes, images, texts, len(data.dropped), reasons, samples))
     for split in (split for split in SPLIT_NAMES if rows[split]):
         images = len({row.image.identity for row in rows[split]})
-        print(printable(f"{split:7} {len(rows[split]):9,} {data.kind} of {images:,} images → {files[split]}"))
+        print(printable(f"{split:7} {len(rows[split]):9,} {data.kind} of {counted(images, 'image')} → {files[split]}"))
     flags = {"train": "--annotations", "val": "--val-annotations"}
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
     if rows["train"]:

@@ -14,6 +14,7 @@ from lora_blip.data.image_folders import first_bytes
 from lora_blip.data.images import is_picture
 from lora_blip.data.prepare.sidecars import TRIED, entry_of_sidecar, image_of, sidecar_of
 from lora_blip.errors import DataError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
 from lora_blip.runtime.untrusted import os_error_reason, parsed, printable
 
@@ -186,7 +187,7 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
     if not layout.class_folders:
         name, sks = (f'{prepare} --template "{each}"' for each in (NAME, "a photo of sks dog"))
         raise DataError(
-            f"{folder} has {len(layout.images):,} image(s) without captions; write each caption to a text file next "
+            f"{folder} has {counted(len(layout.images), 'image')} without captions; write each caption to a text file next "
             f"to its image ({Path(first).with_suffix('.txt').as_posix()} for {first}), "
             f"or give a file that contains the captions instead of the folder{table_advice}; if the names of the files are the "
             f"captions: {name}; for one caption of all images: {sks}; if the images contain their captions (XMP): "
@@ -195,7 +196,7 @@ def refuse_without_template(layout: Layout, template: str, flag: str) -> None:
     if not template:
         name = first.split("/")[-2].replace("_", " ")
         raise DataError(
-            f"{folder} has {len(layout.images):,} image(s) in class folders, without captions; make captions from the names of "
-            f'the folders: {prepare} --template "{TEMPLATE}" '
+            f"{folder} has {counted(len(layout.images), 'image')} in class folders, without captions; make captions from the "
+            f'names of the folders: {prepare} --template "{TEMPLATE}" '
             f'(the caption of {first} is then "{TEMPLATE.replace(CLASS, name)}"){table_advice}'
         )

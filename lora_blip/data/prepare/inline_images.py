@@ -10,6 +10,7 @@ from typing import Any
 from lora_blip.data.entries import IMAGE_KEYS, Located, first_key
 from lora_blip.data.images import LARGEST_FILE
 from lora_blip.data.prepare.parquet_reader import SIGNATURES
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import make_folder, write_new
 
 LONGEST = 2**26  # characters of a line with an image
@@ -31,7 +32,10 @@ def unpacked(entries: Iterable[Located], target: Path) -> Iterator[Located]:
         except ValueError:
             content = b""
         if not 0 < len(content) <= LARGEST_FILE:
-            yield at, f"its image inside JSON has {len(content):,} bytes" if content else "its image is not valid base64"
+            yield (
+                at,
+                f"its image inside JSON has {counted(len(content), 'byte')}" if content else "its image is not valid base64",
+            )
             continue
         suffix = next((suffix for start, suffix in SIGNATURES.items() if content.startswith(start)), "")
         path = target.absolute() / f"{hashlib.sha256(content).hexdigest()[:24]}{suffix}"

@@ -26,6 +26,7 @@ from lora_blip.data.images import LARGEST_FILE, is_picture
 from lora_blip.data.prepare.parquet_reader import UNWRITABLE
 from lora_blip.data.shards import StrictTarInfo
 from lora_blip.errors import DataError, FileError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import make_folder, write_new
 from lora_blip.runtime.system_errors import file_error
 from lora_blip.runtime.system_errors import quoted_for_shell as quote
@@ -180,7 +181,7 @@ def _sample(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], target:
     if not caption:
         return "it has no caption: the shard contains no .txt file of the same name"
     if files[caption].size > LONGEST or not 0 < files[image].size <= LARGEST_FILE:
-        return TOO_LONG if files[caption].size > LONGEST else f"its image has {files[image].size:,} bytes"
+        return TOO_LONG if files[caption].size > LONGEST else f"its image has {counted(files[image].size, 'byte')}"
     text: Any = _content(archive, files[caption]).decode(errors="surrogateescape")
     if caption == "json":
         metadata = parsed(text)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_blip.runtime.counts import counted
+
 IMAGE_COLUMNS = (
     "image", "images", "img", "jpg", "png", "webp", "image_path", "file_name", "filename", "file", "filepath", "file_path",
     "path", "img_path", "photo", "picture",
@@ -103,7 +105,7 @@ def entry_of(values: dict[str, Any], image: str, target: Path) -> dict[str, Any]
     if content is not None and not isinstance(content, bytes):
         return {"reason": f"the column {image!r} has a {type(content).__name__}; expected the bytes or the path of an image"}
     if content is not None and not 0 < len(content) <= LARGEST_IMAGE:
-        return {"reason": f"its image has {len(content):,} bytes; expected 1 to {LARGEST_IMAGE:,}"}
+        return {"reason": f"its image has {counted(len(content), 'byte')}; expected 1 to {LARGEST_IMAGE:,}"}
     entry = {key: simple for key, value in values.items() if (simple := simple_value(value)) is not None}
     if any(isinstance(value, str) and len(value) > LONGEST for value in entry.values()):
         return {"reason": f"it has a text of more than {LONGEST:,} characters"}

@@ -3,6 +3,7 @@
 import math
 
 from lora_blip.errors import DataError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.settings import require
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -34,13 +35,14 @@ def part_sizes(splits: str, images: int) -> list[int]:
     fractions = split_fractions(splits)
     if splits == DEFAULT_SPLITS and images < len(SPLIT_NAMES):
         fractions[images:] = [0.0] * (len(SPLIT_NAMES) - images)
-        print(f"{images} image(s) are too few for train, val and test: no {' and no '.join(SPLIT_NAMES[images:])} is written")
+        missing = " and no ".join(SPLIT_NAMES[images:])
+        print(f"{counted(images, 'image', 'are')} too few for train, val and test: no {missing} is written")
     sizes = [max(1, round(fraction * images)) if fraction else 0 for fraction in fractions]
     largest = max(range(len(sizes)), key=lambda n: sizes[n])
     sizes[largest] += images - sum(sizes)
     if sizes[largest] < 1:
         raise DataError(
-            f"{images} image(s) are too few for splits = {splits!r}, because each part needs one; for only train.jsonl, "
-            "give --splits 1" + ", and for two parts --splits 0.8,0.2" * (images > 1)
+            f"{counted(images, 'image', 'are')} too few for splits = {splits!r}, because each part needs one; for only "
+            "train.jsonl, give --splits 1" + ", and for two parts --splits 0.8,0.2" * (images > 1)
         )
     return sizes

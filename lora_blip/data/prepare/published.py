@@ -17,6 +17,7 @@ from lora_blip.data.formats import LONGEST, TOO_LONG, numbered_lines, open_text
 from lora_blip.data.json_repair import corrected_reason
 from lora_blip.data.tables import csv_entries
 from lora_blip.errors import DataError
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import reason_and_fix
 from lora_blip.runtime.untrusted import os_error_reason, parsed, quoted, refuse_constant, unique_keys
 
@@ -192,7 +193,7 @@ def flickr30k_entries(path: Path) -> Iterator[Located]:
             if len(cells) == 3:
                 yield number, {"image": cells[0].strip(), "caption": detokenized(cells[2].strip())}
             else:
-                yield number, LeftOut(f"the row has {len(cells)} columns instead of 3: {quoted(line.strip()[:60])}")
+                yield number, LeftOut(f"the row has {counted(len(cells), 'column')} instead of 3: {quoted(line.strip()[:60])}")
 
 
 def name_up_to_jpg(image: str) -> str:

@@ -1,0 +1,25 @@
+"""Numbers of things in messages: "1 step", "1,200 images", "1 line has", "3 batches have"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+PLURALS = {"entry": "entries", "batch": "batches", "process": "processes"}  # of the nouns that do not only get an s
+SINGULARS = {"are": "is", "have": "has", "were": "was", "begin": "begins", "get": "gets"}
+
+
+def plural(noun: str, number: int = 2) -> str:
+    """Return the noun in the singular for 1 and in the plural for other numbers. Only the last of several words changes."""
+    *words, last = noun.split(" ")
+    return noun if number == 1 else " ".join([*words, PLURALS.get(last, f"{last}s")])
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """Return the number with its noun: "1 step", "1,200 images", or "1 image has" with the verb "have"."""
+    text = f"{number:,} {plural(noun, number)}"
+    return f"{text} {SINGULARS[verb] if number == 1 else verb}" if verb else text
+
+
+def steps_of(training: Mapping[str, Any]) -> str:
+    """Return the number of steps in the metadata of an adapter: "1 step", "1,200 steps", or "? steps" if it is not there."""
+    steps = training.get("steps")
+    return counted(steps, "step") if type(steps) is int else "? steps"
