@@ -53,6 +53,20 @@ def test_a_broken_image_has_a_reason_and_the_others_have_captions(here, monkeypa
     assert run(monkeypatch, capsys, "caption", "photos/0.png", *BASE, ROOT / "assets" / "tiny-blip")[:2] == (0, lines[:1])
 
 
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (("ask", QUESTION, "photos/0.png"), f"lora-blip ask photos/0.png {QUESTION!r}"),
+        (("rank", "a cube", "a ball", "photos/0.png"), "lora-blip rank photos/0.png 'a cube' 'a ball'"),
+    ],
+)
+def test_swapped_arguments_give_the_right_command(here, monkeypatch, capsys, words, right):
+    status, _, errors = run(monkeypatch, capsys, *words, *BASE, ROOT / "assets" / "tiny-blip-vqa")
+    assert status == 2 and f"{words[1]!r} is not an image; the image comes first: {right} --adapter none" in errors
+    assert "comes first" not in run(monkeypatch, capsys, "ask", "photos/missing.png", "x.png", *BASE, ROOT)[2]
+    assert here.is_dir()
+
+
 def test_json_is_one_ascii_object_per_image(here, monkeypatch, capsys):
     """Also for a broken image, and for a file name with characters that control a terminal."""
     odd = "photos/\x1b[2J\u202e\x9b.png"

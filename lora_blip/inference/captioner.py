@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import plain
-from lora_blip.data.image_folders import example_of
 from lora_blip.errors import InputError, LoRAError
+from lora_blip.inference.arguments import CALLS, VERBS, checked_questions, checked_texts, refuse_swapped
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
@@ -21,24 +20,20 @@ from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
+from lora_blip.runtime.counts import counted
 from lora_blip.tasks.base import PredictionTask
 
 Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # several images, each an ImageInput
-VERBS = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
-CALLS = {
-    "caption": "captioner(image)",
-    "vqa": 'captioner.answer(image, "what color is it?")',
-    "retrieval": 'captioner.rank(image, ["a red cube", "a blue cube"])',
-}
 
 
 class Captioner:
     """Caption images, answer questions about them, or rank texts, with one adapter or with a base alone.
 
-    An image is a path, a PIL image, an array (height, width) or (height, width, 3 or 4), a tensor (3, height, width), or the
-    bytes of a file. Arrays and tensors are uint8, or float from 0 to 1. One image returns one `Prediction`. A list returns a
-    list in the same order. An image that cannot be read keeps its position: its prediction has the reason in `error`, or
-    `strict=True` raises ImageError. Raise InputError, with the position, for anything that is not an image.
+    An image is a path, a PIL image, an array (height, width) or (height, width, 1, 3 or 4), a tensor (height, width) or (1, 3
+    or 4, height, width), the bytes of a file, or a file that is open for reading bytes, such as io.BytesIO. Arrays and tensors
+    are uint8, or float from 0 to 1. One image returns one `Prediction`. A list returns a list in the same order. An image that
+    cannot be read keeps its position: its prediction has the reason in `error`, or `strict=True` raises ImageError. Raise
+    InputError, with the position, for anything that is not an image.
 
     Threads and asyncio tasks can share a captioner. Images are decoded in parallel, and the model computes one batch at a time.
     Several captioners can share a base: load it once and give it as `base`. In peft: no equivalent; it has no inference.
@@ -84,10 +79,10 @@ class Captioner:
 
         adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
         scale: factor of the change that the adapter makes; 1: as trained, 0: the base.
-        base: empty for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a model
-        of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and a
-        `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is active
-        only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
+        base: None or "" for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a
+        model of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and
+        a `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is
+        active only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
         generation: options of text generation by name, such as {"num_beams": 3}; see docs/generation.md. They replace the
         adapter's options. seed: the seed of sampling, if `generation` has `do_sample`.
         device, precision, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in infer.py.
@@ -99,6 +94,7 @@ class Captioner:
         >>> captioner.task
         'caption'
         """
+        base = "" if base is None else base
         is_name = isinstance(base, str | Path)
         if adapter is None and is_name and not str(base):
             raise InputError('base is empty; give one, such as base="Salesforce/blip-image-captioning-base", or an adapter')
@@ -185,16 +181,14 @@ class Captioner:
         >>> answer = vqa.answer("image_test/000.png", "what color is the cube?")
         """
         self._require("vqa")
+        refuse_swapped(images, question, CALLS["vqa"])
         listed, one_image = as_list(images)
-        one_question = isinstance(question, str)
-        questions = [question] if one_question else list(question)
-        for position, each in enumerate(questions):
-            if not isinstance(each, str) or not each.strip():
-                raise InputError(f"question {position} is {each!r}; expected a text, as in {CALLS['vqa']}")
+        questions, one_question = checked_questions(question)
         listed = listed * len(questions) if one_image else listed
         questions = questions * len(listed) if one_question else questions
         if len(questions) != len(listed):
-            raise InputError(f"{len(listed)} images and {len(questions)} questions; give 1 or {len(listed)} questions")
+            counts = f"{counted(len(listed), 'image')} and {counted(len(questions), 'question')}"
+            raise InputError(f"{counts}; give 1 question, or one for each image")
         requests = ((*each, plain(text)) for each, text in zip(listed, questions, strict=True))
         predictions = list(self._predict(requests, [], strict))
         return predictions[0] if one_image and one_question else predictions
@@ -213,6 +207,7 @@ class Captioner:
         >>> itm = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-itm")
         >>> best = itm.rank("image_test/000.png", ["a red circle", "a blue square"]).text
         """
+        refuse_swapped(images, texts, CALLS["retrieval"])
         texts, question = self._checked_texts(texts, question), plain(question)
         listed, single = as_list(images)
         predictions = list(self._predict(((*each, question) for each in listed), texts, strict))
@@ -232,7 +227,8 @@ class Captioner:
         if not texts:
             self._require("vqa" if question else "caption")
         texts, question = self._checked_texts(texts, question) if texts else [], plain(question)
-        requests = ((check_input(each, name_of(each, n)), snapshot(each), question) for n, each in enumerate(images))
+        named = ((name_of(each, n), each) for n, each in enumerate(images))
+        requests = ((check_input(each, name), snapshot(each, name), question) for name, each in named)
         yield from self._predict(requests, texts, strict)
 
     # ---- checks and batches
@@ -247,27 +243,8 @@ class Captioner:
         return "adapter" if self.adapter else "model"
 
     def _checked_texts(self, texts: Any, question: str) -> list[str]:
-        """Return each text once. Raise InputError if a text cannot be ranked."""
-        task, call = self.runner.task, CALLS["retrieval"]
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            raise InputError(f"texts is {texts!r}; give a list, as in {call}")
-        checked: list[str] = list(dict.fromkeys(texts))
-        if not checked:
-            raise InputError(f"texts is empty; give at least one, as in {call}")
-        if task.takes_question and not question:
-            raise InputError(
-                f"this {self._kind} answers questions, so it ranks answers; give their question: "
-                'captioner.rank(image, ["red", "blue"], question="what color is it?")'
-            )
-        if question and not task.takes_question:
-            raise InputError(f"this {self._kind} {VERBS[self.task]} and uses no question; call {call}")
         with self.shared_base.lock:  # a tokenizer is not thread-safe
-            for position, text in enumerate(checked):
-                is_text = isinstance(text, str) and text.strip()
-                example = replace(example_of("", plain(question)), text=text, answers=(text,))
-                if reason := task.check(example) if is_text else "expected a text":
-                    raise InputError(f"texts[{position}] is {text!r}: {reason}")
-        return checked
+            return checked_texts(self.runner.task, self._kind, texts, question)
 
     def _predict(self, requests: Iterable[tuple[str, Any, str]], texts: list[str], strict: bool) -> Iterator[Prediction]:
         """Yield a prediction for each (name, image, question)."""

@@ -20,7 +20,7 @@ from lora_blip.runtime.files import refuse_unwritable
 from lora_blip.runtime.settings import argument, setting
 from lora_blip.runtime.system_errors import command_line, reading
 from lora_blip.runtime.untrusted import printable
-from lora_blip.runtime.user_paths import BASE_OF, suggestion
+from lora_blip.runtime.user_paths import BASE_OF, looks_like_image, suggestion
 
 if TYPE_CHECKING:
     from lora_blip.inference.captioner import Captioner
@@ -116,11 +116,22 @@ def check_paths(config: Any) -> None:
     if isinstance(config, TextConfig) and config.explain:
         refuse_unwritable(str(runs.RUNS))
     images = config.images if isinstance(config, CaptionConfig) else [config.image]
+    refuse_swapped(config)
     if not any(map(os.path.lexists, expand(images))) and not config.json:
         near = suggestion(images[0])
         raise ImageError(
             f"{images[0]} does not exist; {near}give an image, a folder of images or a glob such as 'photos/*.jpg'"
         )
+
+
+def refuse_swapped(config: Any) -> None:
+    """Raise ConfigError, with the right command, if the image of `ask` or `rank` comes after its texts."""
+    words = [config.question] if isinstance(config, AskConfig) else config.texts if isinstance(config, RankConfig) else []
+    image = next((word for word in words if looks_like_image(word)), "")
+    if image and not looks_like_image(config.image):
+        texts = [config.image, *(word for word in words if word != image)]
+        right = command_line(["lora-blip", ARGUMENTS[config.task][0], image, *texts, *config.model_flags])
+        raise ConfigError(f"{config.image!r} is not an image; the image comes first: {right}")
 
 
 def caption(config: CaptionConfig) -> bool:

@@ -1,25 +1,34 @@
-"""Check and open the images that Python callers pass: paths, PIL images, arrays, tensors or the bytes of a file."""
+"""Check and open the images that Python callers pass: paths, PIL images, arrays, tensors, bytes or open files."""
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lora_blip.data.images import LARGEST, open_image, to_rgb, upright
+from lora_blip.data.images import LARGEST, LARGEST_FILE, open_image, to_rgb, upright
 from lora_blip.errors import ImageError, InputError
 from lora_blip.runtime.untrusted import printable, shorten
 
-ImageInput: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any] | Tensor"
+
+class BinaryFile(Protocol):
+    """A file that is open for reading bytes: `open(path, "rb")`, `io.BytesIO`, `tempfile`, or an upload of a web framework."""
+
+    def read(self, size: int = ..., /) -> bytes: ...
+
+
+ImageInput: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryFile | Image.Image | np.ndarray[Any, Any] | Tensor"
 
 ACCEPTED = (
-    "a path, a PIL image, an array (height, width) or (height, width, 3 or 4), a tensor (3, height, width), or the bytes of a "
-    "file"
+    "a path, a PIL image, an array (height, width) or (height, width, 1, 3 or 4), a tensor (height, width) or (1, 3 or 4, "
+    "height, width), the bytes of a file, or a file that is open for reading bytes"
 )
 SINGLE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray, Tensor)
 CHANNELS = (1, 3, 4)
@@ -28,23 +37,65 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
     """Return [(name, image)], and True if `images` is one image and not a list. Raise InputError as `check_input` does."""
-    no_list = isinstance(images, Mapping | Set) or hasattr(images, "read")  # iterable, but `check_input` refuses them
+    no_list = isinstance(images, Mapping | Set) or is_file(images)  # iterable, but not lists of images
     single = no_list or isinstance(images, SINGLE) or not isinstance(images, Iterable)
     is_iterator = not single and not isinstance(images, list | tuple)
-    listed = [images] if single else [snapshot(image) if is_iterator else image for image in images]
-    names = [name_of(image, None if single else position) for position, image in enumerate(listed)]
-    return [(check_input(image, name), image) for name, image in zip(names, listed, strict=True)], single
+    listed = []
+    for position, image in enumerate([images] if single else images):
+        name = name_of(image, None if single else position)
+        listed.append((check_input(image, name), snapshot(image, name) if is_iterator else read_once(image, name)))
+    return listed, single
 
 
-def snapshot(image: Any) -> Any:
+def is_file(image: Any) -> bool:
+    """Return True for an open file, which has a method `read`."""
+    return not isinstance(image, SINGLE) and callable(getattr(image, "read", None))
+
+
+def read_once(image: Any, name: str) -> Any:
+    """Return the bytes of an open file from its start, or the ImageError if it cannot be read; return another image as it is.
+
+    A file is read here, in the thread of the caller and once: the caller may close it after the call, and several questions
+    may be about it. At most LARGEST_FILE bytes are kept. Raise InputError if the file gives no bytes.
+    """
+    if not is_file(image):
+        return image
+    try:
+        with suppress(AttributeError, OSError):  # a stream such as that of a network cannot seek
+            image.seek(0)
+        content = bytearray()
+        while len(content) <= LARGEST_FILE and (part := image.read(LARGEST_FILE + 1 - len(content))):
+            if not isinstance(part, bytes | bytearray | memoryview):
+                raise _not_bytes(part, name)
+            content += part
+    except (OSError, ValueError) as error:  # ValueError: the file is closed
+        return ImageError(printable(f"{name} cannot be read from its file ({shorten(str(error))}); open it again"))
+    if len(content) > LARGEST_FILE:
+        return ImageError(f"{name} is a file of more than {LARGEST_FILE:,} bytes; make the image smaller")
+    return bytes(content)
+
+
+def _not_bytes(part: Any, name: str) -> InputError:
+    """Return the error for a file that is open for text, or that must be awaited."""
+    if inspect.isawaitable(part):
+        if inspect.iscoroutine(part):
+            part.close()  # otherwise Python warns that it was never awaited
+        return InputError(f"{name} is a file whose read() must be awaited; give its bytes: await file.read()")
+    return InputError(f'{name} is a file whose read() returns {type(part).__name__}; open it for bytes: open(path, "rb")')
+
+
+def snapshot(image: Any, name: str) -> Any:
     """Return a copy of an image of an iterator, because the iterator may change the image in place for its next item.
 
-    A video reader may write each frame into the same array, and the frames of an animation are one PIL image.
+    A video reader may write each frame into the same array, and the frames of an animation are one PIL image. An open file is
+    read, as by `read_once`.
     """
     if isinstance(image, np.ndarray | bytearray | memoryview):
         return bytes(image) if isinstance(image, memoryview) else image.copy()
     if isinstance(image, Tensor):
         return image.detach().clone()
+    if is_file(image):
+        return read_once(image, name)
     try:
         return image.copy() if isinstance(image, Image.Image) and getattr(image, "is_animated", False) else image
     except Exception:  # a decoder can raise any error; `decode` reports it for this image
@@ -60,9 +111,10 @@ def name_of(image: Any, position: int | None) -> str:
 
 def check_input(image: Any, name: str) -> str:
     """Return `name`. Raise InputError with a fix if the type, shape, dtype or range of the image is not accepted."""
+    if is_file(image):
+        return name
     if not isinstance(image, SINGLE):
-        fix = "; give file.read()" if hasattr(image, "read") else ""
-        fix = "; give a list of its images: list(images.values())" if isinstance(image, Mapping) else fix
+        fix = "; give a list of its images: list(images.values())" if isinstance(image, Mapping) else ""
         raise InputError(f"{name} is of type {type(image).__name__}; expected {ACCEPTED}{fix}")
     if isinstance(image, np.ndarray | Tensor):
         _check_shape(image, name)
@@ -96,7 +148,12 @@ def _check_values(image: Any, name: str) -> None:
 
 
 def decode(image: Any, name: str, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:
-    """Return the pixel values (3, H, W) float32 of a checked image, or the error if it cannot be read."""
+    """Return the pixel values (3, H, W) float32 of a checked image, or the error if it cannot be read.
+
+    image: as `read_once` returns it, so it may be an ImageError, which is returned.
+    """
+    if isinstance(image, ImageError):
+        return image
     try:
         return pixels(open_input(image, name))
     except ImageError as error:

@@ -14,6 +14,7 @@ from lora_blip.errors import ConfigError, DataError
 BASE_OF = {"caption": "assets/tiny-blip", "vqa": "assets/tiny-blip-vqa", "retrieval": "assets/tiny-blip-itm"}  # embedded bases
 ANNOTATIONS = 'give a .jsonl file that has a line {"image": "red_1.jpg", "text": "a red cube"} for each example'
 TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 MOST_NAMES = 5000  # names of a folder that are compared
 SIMILAR = 0.6  # difflib's ratio of two names that are suggested for each other
 
@@ -47,6 +48,14 @@ def is_file(text: str, setting: str) -> bool:
         fix = "give the path of a file that exists"
         raise ConfigError(f"{setting} = {text!r}: there is no such file{_searched(text)}; {suggestion(text)}{fix}")
     return exists
+
+
+def looks_like_image(text: str) -> bool:
+    """Return True if a text has the suffix of an image, or is the path of an existing file."""
+    try:
+        return Path(text).suffix.lower() in IMAGE_FILES or Path(text).is_file()
+    except (OSError, ValueError):  # a long question is not a valid path
+        return False
 
 
 def suggestion(path: str | Path, others: Iterable[str] = (), folders: bool = False) -> str:

@@ -5,7 +5,9 @@ import copy
 import io
 import itertools
 import json
+import tempfile
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from PIL import Image, ImageSequence
 
 import lora_blip
 from lora_blip.errors import ImageError, InputError, LoRAError
+from lora_blip.inference import image_inputs
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.image_inputs import open_input
 from lora_blip.inference.prediction import line_of
@@ -71,13 +74,99 @@ def test_every_kind_of_image_has_the_caption_and_the_score_of_its_file(captioner
     assert grey[0].text == grey[1].text
 
 
+class SmallParts(io.RawIOBase):
+    """A stream that cannot seek and returns at most 100 bytes, as that of a network."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = io.BytesIO(content)
+
+    def read(self, size: int = -1) -> bytes:
+        return self.content.read(min(size, 100))
+
+
+class AsyncUpload:
+    """An upload of a web framework for asyncio."""
+
+    async def read(self, _size: int = -1) -> bytes:
+        return b""
+
+
+def test_open_files_are_images_that_are_read_once_and_from_their_start(captioner, photos):
+    """Test open files, io.BytesIO after it was written, temporary files, members of an archive, and streams without seek."""
+    content, expected = photos[0].read_bytes(), captioner(photos[0]).text
+    written, archive = io.BytesIO(), io.BytesIO()
+    written.write(content)  # its position is at the end
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("a.jpg", content)
+    with (
+        photos[0].open("rb") as file, tempfile.TemporaryFile() as temporary, zipfile.ZipFile(archive).open("a.jpg") as member,
+        tempfile.SpooledTemporaryFile() as spooled, photos[0].open("rb", buffering=0) as raw,
+    ):  # fmt: skip
+        temporary.write(content)
+        spooled.write(content)
+        files = [file, written, temporary, spooled, member, raw, SmallParts(content)]
+        for image in files[:-1]:
+            prediction = captioner(image)
+            assert (prediction.text, prediction.error, str(prediction.image)) == (expected, "", "the image")
+        listed = captioner(files)
+        assert [each.text for each in listed] == [expected] * 7 and str(listed[1].image) == "images[1]"
+        streamed = captioner.stream(iter(files[:-1]))
+        assert [each.text for each in streamed] == [expected] * 6
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_this_image_alone(captioner, photos, monkeypatch):
+    """Test a closed file, an empty one, one that is no image, and one over the limit. The others keep their captions."""
+    closed = photos[0].open("rb")
+    closed.close()
+    good, large = captioner(photos[0]).text, io.BytesIO(bytes(photos[0].stat().st_size + 2))
+    monkeypatch.setattr(image_inputs, "LARGEST_FILE", photos[0].stat().st_size)
+    predictions = captioner([closed, io.BytesIO(photos[0].read_bytes()), io.BytesIO(), io.BytesIO(b"no image"), large])
+    assert [bool(each.text) for each in predictions] == [False, True, False, False, False] and predictions[1].text == good
+    reasons = ("images[0] cannot be read from its file", "", "it is empty", "images[3] is", "images[4] is a file of more than")
+    assert all(reason in each.error for reason, each in zip(reasons, predictions, strict=True))
+    with pytest.raises(ImageError, match="open it again"):
+        captioner(closed, strict=True)
+
+
+SWAPPED: dict[str, Any] = {
+    "a path": "photo.png",
+    "a list of paths": ["a.png", "b.png"],
+    "a Path": Path("photo.png"),
+    "a PIL image": Image.new("RGB", (4, 4)),
+    "an array": np.zeros((4, 4, 3), np.uint8),
+    "bytes": b"x",
+    "an open file": io.BytesIO(b"x"),
+}
+
+
+@pytest.mark.parametrize("image", SWAPPED.values(), ids=SWAPPED)
+def test_swapped_arguments_give_the_right_call(make, image):
+    """A question in the place of the image, and texts to rank in its place."""
+    captioner = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
+    with pytest.raises(
+        InputError, match=r"the arguments are swapped: 'what color\?' is a text, .*call captioner\.answer\(image,"
+    ):
+        captioner.answer("what color?", image)
+    with pytest.raises(InputError, match=r"the arguments are swapped: 'red' is a text, .*call captioner\.rank\(image, \["):
+        captioner.rank(["red", "blue"], image)
+
+
+def test_a_missing_image_is_not_called_swapped(make, photos):
+    """Also if the question mentions a file, or the path of the existing image has no suffix of an image."""
+    captioner = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
+    plain_name = photos[0].rename(photos[0].with_suffix(""))
+    assert "does not exist" in captioner.answer("missing.png", "is this like photo.png").error
+    assert captioner.answer(str(plain_name), "is it photo.png").text
+
+
 NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "None": (None, "is of type NoneType; expected a path, a PIL image"),
     "a number": (3, "is of type int; expected a path"),
     "a list": ([1, 2], "is of type list; expected a path"),
     "a dict": ({"image": "a.jpg"}, r"is of type dict; .*; give a list of its images: list\(images\.values\(\)\)"),
     "a set": ({"a.jpg"}, "is of type set; expected a path"),
-    "an open file": (io.BytesIO(b""), r"is of type BytesIO; .*; give file\.read\(\)"),
+    "a file of text": (io.StringIO("x"), r'is a file whose read\(\) returns str; open it for bytes: open\(path, "rb"\)'),
+    "an asynchronous upload": (AsyncUpload(), r"whose read\(\) must be awaited; give its bytes: await file\.read\(\)"),
     "a batch": (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\); for a batch, give a list of images: list\(images\)"),
     "channels first": (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); .*; give image\.transpose\(1, 2, 0\)"),
     "channels last": (torch.zeros(8, 8, 3), r"a tensor of shape \(8, 8, 3\); .*; give image\.permute\(2, 0, 1\)"),
@@ -308,6 +397,14 @@ def test_a_method_of_another_task_names_the_right_one(make, kind, task, call, ri
 
 
 # ---------------------------------------------------------------- adapters, bases, threads
+
+
+def test_base_none_is_the_base_of_the_adapter(workplace):
+    """A service passes `base=settings.get("base")`, which is None if the setting is missing."""
+    captioner = lora_blip.Captioner.from_adapter(workplace / "adapter1", base=None)
+    assert captioner.backbone.name == captioner.adapter.base
+    with pytest.raises(InputError, match="base is empty"):
+        lora_blip.Captioner.from_adapter(None, base=None)
 
 
 @pytest.fixture(scope="module")

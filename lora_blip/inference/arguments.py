@@ -1,0 +1,72 @@
+"""Check the texts that Python callers pass to a `Captioner`: questions, texts to rank, and arguments in the wrong order."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_blip.data.annotations import plain
+from lora_blip.data.image_folders import example_of
+from lora_blip.errors import InputError
+from lora_blip.inference.image_inputs import SINGLE, is_file
+from lora_blip.runtime.user_paths import looks_like_image
+from lora_blip.tasks.base import PredictionTask
+
+VERBS = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
+CALLS = {
+    "caption": "captioner(image)",
+    "vqa": 'captioner.answer(image, "what color is it?")',
+    "retrieval": 'captioner.rank(image, ["a red cube", "a blue cube"])',
+}
+
+
+def refuse_swapped(images: Any, texts: Any, call: str) -> None:
+    """Raise InputError if the images and the texts of a call are swapped.
+
+    They are if a text is an image in memory or the path of one, and no image is one. call: the right call, for the message.
+    """
+    first_image, first_text = (next(iter(each), "") if isinstance(each, list | tuple) else each for each in (images, texts))
+    is_text = isinstance(first_image, str) and not looks_like_image(first_image)
+    is_image = (
+        looks_like_image(first_text) if isinstance(first_text, str) else isinstance(first_text, SINGLE) or is_file(first_text)
+    )
+    if is_text and is_image:
+        shown = repr(first_text) if isinstance(first_text, str | Path) else f"of type {type(first_text).__name__}"
+        raise InputError(f"the arguments are swapped: {first_image!r} is a text, and the image is {shown}; call {call}")
+
+
+def checked_questions(question: Any) -> tuple[list[str], bool]:
+    """Return the questions, and True if `question` is one text and not a list. Raise InputError for anything else."""
+    if not isinstance(question, str | Iterable):
+        raise InputError(f"the question is of type {type(question).__name__}; expected a text, as in {CALLS['vqa']}")
+    questions = [question] if isinstance(question, str) else list(question)
+    for position, each in enumerate(questions):
+        if not isinstance(each, str) or not each.strip():
+            raise InputError(f"question {position} is {each!r}; expected a text, as in {CALLS['vqa']}")
+    return questions, isinstance(question, str)
+
+
+def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) -> list[str]:
+    """Return each text once. Raise InputError if a text cannot be ranked.
+
+    kind: "adapter" or "model", for messages. The tokenizer of the task is used, and it is not thread-safe.
+    """
+    call = CALLS["retrieval"]
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is {texts!r}; give a list, as in {call}")
+    checked: list[str] = list(dict.fromkeys(texts))
+    if not checked:
+        raise InputError(f"texts is empty; give at least one, as in {call}")
+    if task.takes_question and not question:
+        raise InputError(
+            f"this {kind} answers questions, so it ranks answers; give their question: "
+            'captioner.rank(image, ["red", "blue"], question="what color is it?")'
+        )
+    if question and not task.takes_question:
+        raise InputError(f"this {kind} {VERBS[task.name]} and uses no question; call {call}")
+    for position, text in enumerate(checked):
+        is_text = isinstance(text, str) and text.strip()
+        example = replace(example_of("", plain(question)), text=text, answers=(text,))
+        if reason := task.check(example) if is_text else "expected a text":
+            raise InputError(f"texts[{position}] is {text!r}: {reason}")
+    return checked
