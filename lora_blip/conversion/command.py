@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_blip.errors import AdapterError, ConfigError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import refuse_unwritable, write_whole
 from lora_blip.runtime.setting_checks import TASK_NAMES
 from lora_blip.runtime.settings import argument, check, require, setting
@@ -58,7 +59,7 @@ def convert(config: ConvertConfig) -> None:
         print(printable(f"note: {line}\n") if line else "", end="")
     folder = Path(config.output_dir)
     path = write_peft(folder, adapter) if config.to == "peft" else write_own(folder, adapter)
-    print(printable(f"wrote {path}, {len(adapter.sites):,} modules"), flush=True)
+    print(printable(f"wrote {path}, {counted(len(adapter.sites), 'module')}"), flush=True)
 
 
 def completed(adapter: "Adapter", config: ConvertConfig) -> "Adapter":

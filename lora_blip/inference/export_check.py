@@ -20,6 +20,7 @@ from lora_blip.models.library import Quiet
 from lora_blip.models.loading import ARCHITECTURES
 from lora_blip.models.matching import cosines, log_odds
 from lora_blip.models.token_rows import mask_of, pad
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import quoted
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.tasks.verification import BOUNDS
@@ -183,8 +184,8 @@ def compare(hooked: Outcome, exported: Outcome, dtype: str) -> list[str]:
     bound = BOUNDS[TORCH_DTYPES[dtype]] * largest
     wrong = [(own, other) for own, other in zip(hooked.texts, exported.texts, strict=True) if own != other]
     count = len(hooked.texts)
-    line = f"compared on {count} images: {count - len(wrong)} of {count} texts are equal, the largest logit difference is "
-    line += f"{difference:.2g}, the bound for {dtype} is {bound:.2g}"
+    line = f"compared on {counted(count, 'image')}: {count - len(wrong)} of {counted(count, 'text', 'are')} equal, the largest "
+    line += f"logit difference is {difference:.2g}, the bound for {dtype} is {bound:.2g}"
     differing = [f"  adapter {quoted(own)}, folder {quoted(other)}" for own, other in wrong]
     if not difference <= bound or (wrong and dtype == "float32"):
         raise OutputError("\n".join([f"the folder was not written: {line}", *differing, ADVICE]))

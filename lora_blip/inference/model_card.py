@@ -9,6 +9,7 @@ from lora_blip.inference.export import ExportConfig
 from lora_blip.inference.exported_folder import GENERATORS
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import named_score
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import write_new
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
@@ -65,7 +66,7 @@ def card(config: ExportConfig, adapter: Adapter, task: PredictionTask, compariso
     facts = {
         "task": task.name,
         "base": text(base),
-        "adapter": text(adapter.path.name) + f", {len(adapter.sites)} modules, merged in float32",
+        "adapter": text(adapter.path.name) + f", {counted(len(adapter.sites), 'module')}, merged in float32",
         "weights": config.dtype,
         "images": f"{task.backbone.image_size}×{task.backbone.image_size}",
         "prompt": code(getattr(task, "prompt", "")),

@@ -65,7 +65,7 @@ def _check_magnitude(path: Path, key: str, tensor: Any, rows: int) -> None:
     """Raise AdapterError if the magnitude of DoRA does not have a float32 for each row of B."""
     if tensor.get_shape() != [rows] or tensor.get_dtype() != "F32":
         actual = f"{quoted(tuple(tensor.get_shape()))} {tensor.get_dtype()}"
-        raise AdapterError(f"{path}: {quoted(key)} is {actual}, but lora_B has {rows} rows; copy the file again")
+        raise AdapterError(f"{path}: {quoted(key)} is {actual}, but lora_B has {counted(rows, 'row')}; copy the file again")
 
 
 def check_values(path: Path, tensors: dict[str, Tensor], sites: list[Site]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_blip.errors import ConfigError
 from lora_blip.runtime import runs
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import make_folder, refuse_unwritable
 from lora_blip.runtime.settings import argument, require, setting
 from lora_blip.runtime.system_errors import quoted_for_shell
@@ -65,7 +66,7 @@ def blend(config: BlendConfig) -> None:
     path = blending.save(folder / runs.ADAPTER_NAME, blended)
     terms = " + ".join(f"{weight:g} · {adapter.path}" for adapter, (_, weight) in zip(adapters, pairs, strict=True))
     ranks = sorted({update.site.r for update in blended.updates})
-    modules = f"{len(blended.updates)} modules, r = {', '.join(map(str, ranks[:6]))}{' …' * (len(ranks) > 6)}"
+    modules = f"{counted(len(blended.updates), 'module')}, r = {', '.join(map(str, ranks[:6]))}{' …' * (len(ranks) > 6)}"
     lines = [f"{path} = {terms}", f"{modules}; {accuracy(blended.relative_error, blended.errors, config.r)}"]
     first = adapters[0]
     if any(adapter.task != first.task for adapter in adapters):
