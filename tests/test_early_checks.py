@@ -55,7 +55,8 @@ CASES: list[tuple[list[str], str, Callable[[], object]]] = [  # arguments, the s
     (["infer", "--images", "photos", "--references", "refs.jsonl", *BASE], "",
      lambda: read_inputs(InferConfig(images="photos", references="refs.jsonl"))),
     (["evaluate", "--references", "anotations.jsonl", *BASE], "'annotations.jsonl'",
-     lambda: lora_blip.train(TrainConfig(annotations="anotations.jsonl"))),
+     lambda: read_inputs(InferConfig(images="photos", references="anotations.jsonl"))),
+    (["train", "--init-adapter", RUN[:-4]], f"'lora_blip_output/{RUN}'", lambda: runs.locate_initial(RUN[:-4])),
     (["evaluate", "--references", "annotations.jsonl", "--adapter", "lora_blip_outputs"], "'lora_blip_output'",
      lambda: runs.locate("lora_blip_outputs")),
     (["caption", "photos/0.pgn", *BASE], "'photos/0.png'", lambda: None),
@@ -133,3 +134,33 @@ def test_the_nearest_path_replaces_one_part(folder):
     assert nearest_path("photoz", ["a photo", "photos"]) == "photos"
     assert nearest_path(folder / "annotations", folders=True) == ""
     assert nearest_path(folder / "Photo" / ("x" * 300)) == ""  # too long for a file name
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (("train", "--annotations", "gone.jsonl"), "annotations"),
+        (("train", "--val-annotations", "gone.jsonl"), "val_annotations"),
+        (("train", "--init-adapter", "gone"), "init_adapter"),
+        (("train", "--image-root", "gone"), "image_root"),
+        (("train", "--model", "./gone"), "model"),
+        (("train", "--resume", "gone"), "resume"),
+        (("train", "--output-dir", "annotations.jsonl"), "output_dir"),
+        (("infer", "--images", "gone"), "images"),
+        (("infer", "--images", "photos", "--adapter", "gone"), "adapter"),
+        (("infer", "--images", "photos", "--texts", "gone.txt", *BASE), "texts"),
+        (("infer", "--images", "photos", "--question", "gone.jsonl", *BASE), "question"),
+        (("infer", "--images", "photos", "--references", "gone.jsonl", *BASE), "references"),
+        (("evaluate", "--references", "gone.jsonl", *BASE), "references"),
+    ],
+)
+def test_the_error_for_a_missing_path_names_the_setting(folder, monkeypatch, capsys, words, setting):
+    """A user with several paths in train.py knows which one to correct."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lora-blip", *words])
+    with pytest.raises(SystemExit):
+        main()
+    message = capsys.readouterr().err
+    names = (f"{setting} = ", f"--{setting.replace('_', '-')}", f"{setting} folder ", f"{setting} '", f"no {setting} at ")
+    assert "gone" in message or setting == "output_dir"
+    assert any(name in message for name in names), message

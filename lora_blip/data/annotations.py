@@ -150,7 +150,7 @@ def sources_of(
     Raise DataError if a file does not exist, cannot be read, or has an unknown format.
     """
     if not (exists := os.path.lexists(source)) and "," not in str(source):  # a comma separates the names of several files
-        raise missing_annotations(source)
+        raise missing_annotations(source, setting)
     if exists and is_plain_jsonl(source, keys):
         one = Source(source, "jsonl", partial(jsonl_entries, source))
         return [(source, source.parent, one.entries, one.describe)]

@@ -59,7 +59,7 @@ class ImageSource:
         problem = problem or f" ({self.others_line()})" * bool(self.others)
         raise ImageError(
             f"no image found at {self.setting!r}{printable(problem)}; {suggestion(self.setting)}give a file, a folder, a glob "
-            "such as 'photos/*.jpg', a list (.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar'"
+            "such as 'photos/*.jpg', a list (.txt, .jsonl) or shards such as 'shards/{0000..0031}.tar' (--images)"
         )
 
     def __iter__(self) -> Iterator[Example]:

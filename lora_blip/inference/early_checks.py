@@ -13,7 +13,7 @@ def check_inference(config: InferConfig) -> None:
 
     ImageSource(config.images)
     if config.references:
-        require_annotations(config.references)
+        require_annotations(config.references, "references")
         require_folder("image_root", config.image_root)
     for setting in ("texts", "question"):
         is_file(getattr(config, setting), setting)
@@ -25,7 +25,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
     """Raise the error that `evaluate` would raise if a path of its settings does not exist or cannot be written."""
     check_model(config.model, config.adapter)
     refuse_unwritable(config.output_dir or str(runs.RUNS))
-    require_annotations(config.references)
+    require_annotations(config.references, "references")
     require_folder("image_root", config.image_root)
 
 

@@ -25,6 +25,7 @@ class InspectConfig:
         "", 'hub name or folder of the base; empty: that of the adapter, if it is on this machine; "none": without the base'
     )
     output_dir: str = setting("", "folder of inspect.html; empty: a new folder in lora_blip_output")
+    all: bool = setting(False, "print every module; False: those with the largest and the smallest updates")
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.adapters) <= 2:
@@ -63,7 +64,7 @@ def inspect(config: InspectConfig) -> None:
         views.append(inspection.AdapterView(str(adapter.path), describe(adapter), measure(adapter, weights)))
     pairs, alone = compare(*adapters) if len(adapters) == 2 else ([], [])
     page = inspection.Inspection(views, notes, pairs, alone)
-    print(printed(page), flush=True)
+    print(printed(page, config.all), flush=True)
     folder = (
         Path(config.output_dir) if config.output_dir else unused_path(runs.RUNS / f"inspection_{datetime.now():%Y%m%d_%H%M%S}")
     )

@@ -107,17 +107,10 @@ def caption_scores(
         meaningless |= {"CIDEr"}
     for name, score in (("METEOR", java.meteor), ("SPICE", java.spice)):
         if name in names and name not in reasons:
-            try:
-                with working(f"{name}, by Java"):
-                    of_set, by_image = score(predicted, captions, package)
-            except JavaError as error:
-                reasons[name] = str(error)
-                continue
-            if np.isfinite([of_set, *by_image]).all():
-                values[name], per_image[name] = of_set, by_image
-            else:
-                images = int((~np.isfinite(by_image)).sum())
-                reasons[name] = f"{name} is not a number for {images} image{'s' * (images != 1)}"
+            with working(f"{name}, by Java"):
+                values[name], of_images, reason = scored_by_java(name, score, predicted, captions, package)
+            per_image |= {name: of_images} if of_images else {}
+            reasons |= {name: reason} if reason else {}
     ordered = {name: per_image[name] for name in NAMES if name in per_image}
     return Scores(values, ordered, reasons, tokenizer, counts, frozenset(meaningless))
 
@@ -183,6 +176,21 @@ def bleu(counts: NDArray[np.float64], order: int) -> NDArray[np.float64]:
     precision = np.prod((matches + 1e-15) / (predicted + 1e-9), axis=-1) ** (1 / order)
     ratio = (length + 1e-15) / (nearest + 1e-9)
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+
+def scored_by_java(
+    name: str, score: Callable[[list[str], list[list[str]], Path], tuple[float, list[float]]], predicted: list[str],
+    captions: list[list[str]], package: Path,
+) -> tuple[float | None, list[float], str]:  # fmt: skip
+    """Return the score of the set, the scores by image, and "". If there is no score, return None, [] and the reason."""
+    try:
+        of_set, by_image = score(predicted, captions, package)
+    except JavaError as error:
+        return None, [], str(error)
+    if np.isfinite([of_set, *by_image]).all():
+        return of_set, by_image, ""
+    images = int((~np.isfinite(by_image)).sum())
+    return None, [], f"{name} is not a number for {images} image{'s' * (images != 1)}"
 
 
 def bleu_notes(predictions: list[str], references: list[list[str]]) -> tuple[dict[str, str], set[str]]:

@@ -101,7 +101,10 @@ def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
     Raise AdapterError if there is no adapter.
     """
     if adapter != "latest":
-        return locate(adapter, runs)
+        try:
+            return locate(adapter, runs)
+        except AdapterError as error:
+            raise AdapterError(f"init_adapter = {adapter!r} (--init-adapter): {error}") from None
     finished = [path for path in Path(runs).glob(f"*/{ADAPTER_NAME}") if not path.with_name(CHECKPOINTS_NAME).exists()]
     if not finished:
         raise AdapterError(f"init_adapter = 'latest': {str(runs)!r} has no finished run; give the path of an adapter")

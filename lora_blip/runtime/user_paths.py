@@ -19,15 +19,18 @@ MOST_NAMES = 5000  # names of a folder that are compared
 SIMILAR = 0.6  # difflib's ratio of two names that are suggested for each other
 
 
-def require_annotations(source: str | Path) -> None:
+def require_annotations(source: str | Path, setting: str = "annotations") -> None:
     """Raise DataError if a file or folder of annotations does not exist. Accept several files, separated by commas."""
     if not os.path.lexists(source) and "," not in str(source):
-        raise missing_annotations(source)
+        raise missing_annotations(source, setting)
 
 
-def missing_annotations(source: str | Path) -> DataError:
-    """Return the error for annotations that do not exist."""
-    return DataError(f"annotations {str(source)!r} do not exist{_searched(source)}; {suggestion(source)}{ANNOTATIONS}")
+def missing_annotations(source: str | Path, setting: str = "annotations") -> DataError:
+    """Return the error for annotations that do not exist. setting: the one that names them."""
+    named = f"annotations {str(source)!r} do not exist{_searched(source)}"
+    if setting != "annotations":
+        named = f"{setting} = {str(source)!r} (--{setting.replace('_', '-')}): the annotations do not exist{_searched(source)}"
+    return DataError(f"{named}; {suggestion(source)}{ANNOTATIONS}")
 
 
 def require_folder(setting: str, folder: str | Path) -> None:

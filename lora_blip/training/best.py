@@ -1,7 +1,26 @@
 """Record the best validation of a run, and count the validations since the last improvement."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from lora_blip.data.example import Example
+from lora_blip.runtime.counts import counted
+
+# With n images, a share p has the standard error √(p (1 − p) / n). For p = 1/2 and n = 20 it is 11 points, more than most
+# differences between two validations of a run. So with fewer images, chance mostly selects the best one.
+FEW_IMAGES = 20
+
+
+def few_images_warning(validation: Iterable[Example]) -> str:
+    """Return a warning if there are validation images, but fewer than FEW_IMAGES. Otherwise return ""."""
+    images = len({example.image for example in validation})
+    if not 0 < images < FEW_IMAGES:
+        return ""
+    return (
+        f"warning: {counted(images, 'validation image')}: with fewer than {FEW_IMAGES}, one image changes a score by more than "
+        "5 points, so chance mostly chooses best.safetensors; hold out more: VAL_FRACTION (--val-fraction) or VAL_ANNOTATIONS"
+    )
 
 
 @dataclass

@@ -18,8 +18,9 @@ def check_paths(config: TrainConfig) -> None:
     """Raise the error that the training would raise if a path cannot be used or settings contradict each other."""
     refuse_contradictions(config)
     refuse_unwritable(config.output_dir)
-    for source in filter(None, (config.annotations, config.val_annotations)):
-        require_annotations(source)
+    require_annotations(config.annotations)
+    if config.val_annotations:
+        require_annotations(config.val_annotations, "val_annotations")
     require_folder("image_root", config.image_root)
     locate_base(config.model)
     if config.resume not in ("auto", "off"):

@@ -34,6 +34,7 @@ from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
 from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
+from lora_blip.training.best import few_images_warning
 from lora_blip.training.diagnostics import describe_error
 from lora_blip.training.early_checks import refuse_contradictions
 from lora_blip.training.examples import read_examples
@@ -78,6 +79,8 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
     config, task = inputs.config, inputs.task
     print(f"\n{targets.table(task.backbone.model)}\n")
     if warning := targets.too_large_ranks(task.backbone.model):
+        print(f"{warning}\n")
+    if warning := few_images_warning(inputs.validation):
         print(f"{warning}\n")
     caches, prefix = apply_performance_settings(ranks, inputs)
     autocast = autocasting(task.backbone.device, inputs.precision)

@@ -76,9 +76,32 @@ def changed(source: Path, target: Path, rename: dict[str, str] | None = None, **
 # ---------------------------------------------------------------- numbers
 
 
+def test_the_terminal_shows_the_extreme_updates_with_the_columns_near_the_end(adapter, tmp_path, monkeypatch, capsys):
+    """Without --all: three largest and three smallest updates, their columns, and how to read them. With it: all, in order."""
+    lines = run(monkeypatch, capsys, str(adapter), "--output-dir", str(tmp_path / "a")).splitlines()
+    modules = data_of(tmp_path / "a")["adapters"][0]["modules"]
+    ordered = sorted(modules, key=lambda module: -module["relative_norm"])
+    printed = [line.split()[0] for line in lines if line.startswith("vision_model.")]
+    assert printed == [module["address"] for module in ordered[:3] + ordered[-3:]] and len(modules) == 16
+    assert any(line.startswith("… 10 modules between") for line in lines)
+    (head,) = (number for number, line in enumerate(lines) if "eff. rank" in line and "singular values" in line)
+    assert len(lines) - head < 13 and any("eff. rank: how many" in line for line in lines[head:])
+    everything = run(monkeypatch, capsys, str(adapter), "--output-dir", str(tmp_path / "b"), "--all").splitlines()
+    assert [line.split()[0] for line in everything if line.startswith("vision_model.")] == [m["address"] for m in modules]
+    heads = [number for number, line in enumerate(everything) if "singular values" in line]
+    assert len(heads) == 2 and everything[heads[1] - 1].startswith(modules[-1]["address"])
+
+
+def test_the_similarity_of_two_adapters_is_short_too(adapter, tmp_path, monkeypatch, capsys):
+    other = save_adapter(tmp_path / "run_b" / "adapter.safetensors", 1)
+    words = (str(adapter), str(other), "--output-dir", str(tmp_path), "--model", "none")
+    table = run(monkeypatch, capsys, *words).partition("subspace similarity")[2]
+    assert table.count("vision_model.") == 6 and "… 10 modules between" in table and "both adapters read" in table
+
+
 def test_the_numbers_of_a_module_are_those_of_numpy(adapter, tmp_path, monkeypatch, capsys):
     """Singular values, effective rank, ‖ΔW‖, ‖ΔW‖/‖W‖, intruders and amplification, by the SVD of the full matrices."""
-    output = run(monkeypatch, capsys, str(adapter), "--output-dir", str(tmp_path))
+    output = run(monkeypatch, capsys, str(adapter), "--output-dir", str(tmp_path), "--all")
     modules = {module["address"]: module for module in data_of(tmp_path)["adapters"][0]["modules"]}
     file, base = adapter_file.read(adapter), load_file(BASE)
     assert [*modules] == [site.address for site in file.sites] and len(modules) == 16

@@ -145,7 +145,7 @@ def test_an_interrupted_run_resumes_with_its_initial_adapter(first, tmp_path):
         ({"targets": "vit.q"}, r"do not agree on .*the targets of the adapter: --targets vit,text --r 2 --alpha 4.0$"),
         ({"model": "other"}, r"are not those of the training; the adapter was trained on .*: --model \S*blip$"),
         ({"model": "opt", "targets": "vit"}, r"this model has no linear .*: --model \S*blip$"),
-        ({"init_adapter": "nowhere"}, "no adapter at 'nowhere'"),
+        ({"init_adapter": "nowhere"}, r"init_adapter = 'nowhere' \(--init-adapter\): no adapter at 'nowhere'"),
         ({"init_adapter": "latest"}, "has no finished run; give the path of an adapter"),
     ],
 )

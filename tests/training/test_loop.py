@@ -26,7 +26,7 @@ from lora_blip.reports import plots
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import examples, session, setup, summary, validation
-from lora_blip.training.best import Best
+from lora_blip.training.best import Best, few_images_warning
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import learning_rate, train
 from lora_blip.training.run_folder import Run
@@ -394,6 +394,19 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch,
         monkeypatch.setattr("sys.argv", argv)
         run.save_unfinished()
         assert capsys.readouterr().out == f"\nstopped after step 0 of 9; {end}\n"
+
+
+@pytest.mark.parametrize(("images", "warned"), [(0, False), (1, True), (19, True), (20, False)])
+def test_few_validation_images_give_one_warning(images, warned):
+    """A validation with 20 lines of few images warns too: lines of one image are not independent."""
+    lines = [example_of(f"{number}.png", "") for number in range(images)] * 20
+    line = few_images_warning(lines)
+    assert bool(line) == warned and (not warned or f"{images} validation image{'s' * (images > 1)}: with fewer" in line)
+
+
+def test_the_warning_of_few_validation_images_comes_before_the_first_step(checkpoints, tmp_path, capsys):
+    train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=1, max_steps=1))
+    assert capsys.readouterr().out.partition("step ")[0].count("chance mostly chooses best.safetensors") == 1
 
 
 def test_patience_ends_a_run_that_does_not_improve_and_its_adapter_is_complete(checkpoints, tmp_path, monkeypatch, capsys):
