@@ -113,7 +113,7 @@ trained, plain = (
     train(lambda linear: LoRA(Site("linear"), linear.in_features, linear.out_features), lora_hook),
 )
 lost = {"LoRA": 0.0, "DoRA": 0.0}
-total = dict(lost)
+total, merged = dict(lost), {}
 for name in names:
     W0 = base.model.get_submodule(name).weight.double()
     lora = trained.model.get_submodule(name).lora["default"]
@@ -122,6 +122,7 @@ for name in names:
         "LoRA": plain.model.get_submodule(name).lora["default"].delta_weight().double(),
         "DoRA": (lora.m / direction.norm(dim=1))[:, None] * direction - W0,
     }
+    merged[name] = (W0 + updates["DoRA"]).float().detach()  # W'
     for key, update in updates.items():
         S = torch.linalg.svdvals(update.detach())
         rank = torch.linalg.matrix_rank(update.detach(), rtol=1e-6).item()
@@ -131,3 +132,9 @@ for name in names:
 for key in lost:
     print(f"{key}: ‖update − best matrix of rank {R}‖ / ‖update‖ = {(lost[key] / total[key]) ** 0.5:.3f}")
 assert lost["LoRA"] < 1e-6 * total["LoRA"] and lost["DoRA"] > 1e-3 * total["DoRA"]
+
+with torch.no_grad():  # the hook computes the same as W'
+    hooked = outputs(trained, range(8)).logits
+    for name, weight in merged.items():
+        base.model.get_submodule(name).weight.data = weight
+    assert torch.allclose(outputs(base, range(8)).logits, hooked, atol=1e-3)
