@@ -582,7 +582,7 @@ def test_a_missing_question_is_named(checkpoints, here, monkeypatch, capsys):
     (here / "captions.jsonl").write_text('{"image": "photos/0.png", "text": "a cube"}\n')
     cases = [
         (vqa, [], "there is no question; set QUESTION (or --question) to 'what color is it?'"),
-        (vqa, ["--question", "others.jsonl"], "has no line for any of the 2 images"),
+        (vqa, ["--question", "others.jsonl"], "has no line for any of 2 images"),
         (vqa, ["--question", "captions.jsonl"], "captions.jsonl:1: no question; add"),
         (vqa, ["--question", "what is it? " * 60], "the question has too many tokens"),
         (vqa, ["--question", "what is [SEP] it?"], "which the model uses as a special token"),

@@ -208,7 +208,7 @@ def test_all_lines_are_trained_on_if_a_file_names_the_validation_images(checkpoi
     val.rename(tmp_path / "moved.jsonl")
     path = train(replace(config, val_annotations=str(tmp_path / "moved.jsonl")))
     assert path.parent == only_run(config)
-    for missing, message in (("gone.jsonl", "gone.jsonl' do not exist"), ("", "set VAL_FRACTION")):
+    for missing, message in (("gone.jsonl", "gone.jsonl' .*annotations do not exist"), ("", "set VAL_FRACTION")):
         with pytest.raises((ConfigError, DataError), match=message):
             train(replace(config, val_annotations=missing))
 

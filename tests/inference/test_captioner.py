@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageSequence
 
 import lora_blip
+from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ImageError, InputError, LoRAError
 from lora_blip.inference import image_inputs
 from lora_blip.inference.captioner import Captioner
@@ -325,7 +326,7 @@ def test_computing_scores_changes_no_text(make, photos):
     """The generated texts are the same with and without scores."""
     task = CaptionTask(make("blip"), "", FEW)
     pixels = torch.stack([task.backbone.image_processor(Image.open(p), return_tensors="pt")["pixel_values"][0] for p in photos])
-    examples = [lora_blip.inference.captioner.example_of(photo) for photo in photos]
+    examples = [example_of(photo) for photo in photos]
     assert [text for ((text, _),) in task.predict_scored(pixels, examples)] == task.predict(pixels, examples)
 
 

@@ -70,7 +70,7 @@ def test_flattened_tokens_use_the_rows_of_the_call_of_the_model(by):
     with use_adapters(model, ["a", None]):
         CLOSE(call(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))
         for rows, tokens in ((3, 4), (4, 1), (1, 2), (6, 2)):
-            with pytest.raises(LoRAError, match=f"a batch has {rows} rows, but adapters were chosen for 2"):
+            with pytest.raises(LoRAError, match=rf"a batch has {rows} rows?, but adapters were chosen for 2"):
                 call(torch.randn(rows, tokens, 4))
         CLOSE(call(x), torch.stack([plus(inner, x[0], "a"), plus(inner, x[1])]))  # an error between calls has no effect
     assert call_batch() is None

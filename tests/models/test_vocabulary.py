@@ -25,7 +25,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_error(checkpoints, 
     tokenizer = make(kind).tokenizer.__class__.from_pretrained(folder)
     tokenizer.add_tokens(["zebra\x1b"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"1 tokens without an embedding in the model .*zebra") as caught:
+    with pytest.raises(ModelError, match=r"1 token without an embedding in the model .*zebra") as caught:
         load_backbone(str(folder), "cpu")
     assert "\x1b" not in str(caught.value)
 
