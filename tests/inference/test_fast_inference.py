@@ -32,8 +32,14 @@ from tests.support.questions import ASKED, examples, pictures
 PROMPT = "a picture of"
 
 
-@pytest.mark.parametrize("prompt", ["", PROMPT])
-@pytest.mark.parametrize("beams", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("beams", "prompt"),
+    [
+        (1, ""),
+        (3, PROMPT),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, PROMPT), (3, ""), (5, ""), (5, PROMPT))),
+    ],
+)
 def test_captions_are_those_of_hugging_face_s_generate(backbone, beams, prompt):
     """Test batches of 1 to 4, with hooks and merged. Texts end with the end token or at the largest length."""
     inject(backbone)

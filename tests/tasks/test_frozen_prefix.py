@@ -69,8 +69,10 @@ def losses_of(path: Path) -> list[float]:
     ("kind", "where"),
     [
         ("blip", "text"),
-        ("opt", "qformer"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("blip", "vit[1:2]"), ("t5", "lm"), ("itm", "text"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("blip", "vit[1:2]"), ("opt", "qformer"), ("t5", "lm"), ("itm", "text"))
+        ),
     ],
 )
 def test_ten_steps_with_a_cache_have_the_losses_without_one(kind, where, checkpoints, tmp_path):
