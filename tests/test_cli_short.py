@@ -1,19 +1,18 @@
 """`lora-blip caption`, `ask` and `rank`: what they print, for people and for programs, and their exit status."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import lora_blip
-from lora_blip.cli import main
 from lora_blip.errors import ConfigError
 from lora_blip.flags import parse
 from lora_blip.inference import commands
 from lora_blip.inference.commands import AskConfig, CaptionConfig, RankConfig, expand
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.runs import adapter_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,14 +29,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> tuple[int, list[str], str]:
     """Return the exit status, the lines on stdout, and stderr of a command."""
-    monkeypatch.setattr(sys, "argv", ["lora-blip", *map(str, arguments)])
-    status = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    output = capsys.readouterr()
-    return status, output.out.splitlines(), output.err
+    status, output, errors = run_command(monkeypatch, capsys, *arguments)
+    return status, output.splitlines(), errors
 
 
 def test_a_broken_image_has_a_reason_and_the_others_have_captions(here, monkeypatch, capsys):

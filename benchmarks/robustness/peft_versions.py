@@ -7,7 +7,6 @@ The exit status is 1 if a difference is larger than BOUND.
 
 import argparse
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.robustness.versions import overlay
 from lora_blip.cli import report_errors
 
 VERSIONS = ("0.18.0", "0.21.2")  # the lowest and the newest that are tested
@@ -62,14 +62,6 @@ def rows() -> bool:
     return worst <= BOUND
 
 
-def overlay(version: str, folder: Path) -> dict[str, str]:
-    """Install one version of peft without its dependencies, and return the environment variables that import it."""
-    target = folder / version
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(target), f"peft=={version}"], check=True)
-    return os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="versions of peft")
@@ -85,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for version in options.versions:
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.robustness.peft_versions", "--rows"]
-            failed |= subprocess.run(command, cwd=ROOT, env=overlay(version, Path(folder)), check=False).returncode != 0
+            failed |= subprocess.run(command, cwd=ROOT, env=overlay("peft", version, Path(folder)), check=False).returncode != 0
     raise SystemExit(1 if failed else 0)
 
 

@@ -94,11 +94,11 @@ def row(version: str) -> bool:
     return all_equal
 
 
-def overlay(version: str, folder: Path) -> dict[str, str]:
-    """Install one version without its dependencies, and return the environment variables that import it."""
+def overlay(package: str, version: str, folder: Path) -> dict[str, str]:
+    """Install one version of a package without its dependencies, and return the environment variables that import it."""
     target = folder / version
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(target), f"transformers=={version}"], check=True)
+    subprocess.run([*pip, "--target", str(target), f"{package}=={version}"], check=True)
     return os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for version in VERSIONS:
-            environment = overlay(version, Path(folder))
+            environment = overlay("transformers", version, Path(folder))
             command = [sys.executable, "-m", "benchmarks.robustness.versions", "--row", version]
             failed |= subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0
             if options.tests and version in (VERSIONS[0], VERSIONS[-1]):

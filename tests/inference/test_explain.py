@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from lora_blip.cli import main
 from lora_blip.config import InferConfig
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import ConfigError, ModelError
@@ -32,6 +31,7 @@ from lora_blip.tasks.text_task import language_of
 from tests.reports.test_report import NASTY, Tags, picture, read
 from tests.support import tiny
 from tests.support.browser import show
+from tests.support.commands import run_command
 from tests.support.kill import run_processes
 from tests.support.models import inject
 
@@ -441,14 +441,7 @@ def test_untrusted_texts_add_no_tag_to_the_page(tmp_path):
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Return the exit status, stdout and stderr of `lora-blip`."""
-    monkeypatch.setattr("sys.argv", ["lora-blip", *arguments, "--device", "cpu"])
-    status = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    output = capsys.readouterr()
-    return status, output.out, output.err
+    return run_command(monkeypatch, capsys, *arguments, "--device", "cpu")
 
 
 def page_in(errors: str) -> dict[str, Any]:
