@@ -80,6 +80,7 @@ def test_growth_varies_one_quantity_at_a_time(plan: Plan) -> None:
 # ---------------------------------------------------------------- the harness
 
 
+@pytest.mark.slow
 def test_contestants_take_turns_in_an_order_that_is_reversed_every_round() -> None:
     """A B C, C B A, A B C, after a warm-up; ratios are taken round by round."""
     order: list[str] = []

@@ -460,7 +460,8 @@ def test_the_work_for_a_line_is_constant(kind, tmp_path, make):
     assert (many - few) / 5_000 < CALLS[kind] and many < 2.05 * few
 
 
-@pytest.mark.parametrize("kind", ["captions, 5 an image", pytest.param("questions, 1 an image", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["captions, 5 an image", "questions, 1 an image"])
 def test_a_hundred_thousand_lines_take_at_most_800_bytes_each(kind, tmp_path, make):
     prepared(kind, 5_000, tmp_path / "x.jsonl", make)  # the model, the tokens of the words and the heap exist from now on
     gc.collect()

@@ -134,7 +134,9 @@ def test_with_java_every_score_is_that_of_pycocoevalcap(monkeypatch):
 
 
 @needs_java
-@pytest.mark.parametrize(("odd", "endings", "bound"), [(0.5, ODD, 1e-9), (0.1, TRIPS, 0.01)])
+@pytest.mark.parametrize(
+    ("odd", "endings", "bound"), [pytest.param(0.5, ODD, 1e-9, marks=pytest.mark.slow), (0.1, TRIPS, 0.01)]
+)
 @pytest.mark.usefixtures("package")
 def test_without_java_scores_stay_within_the_stated_distance(monkeypatch, tmp_path, odd, endings, bound):
     """BLEU and ROUGE-L differ by at most `bound`, CIDEr by ten times as much. METEOR and SPICE are None, with a reason."""

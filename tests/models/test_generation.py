@@ -37,7 +37,7 @@ def several(task: Any, images: torch.Tensor, prompts: list[str], **settings: Any
     return [str(text) for texts in task.language.generate_scored(images, prompts, **settings) for text, _ in texts]
 
 
-@pytest.mark.parametrize("kind", ["blip", "opt", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["blip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("opt", "t5"))])
 def test_captions_with_options_are_those_of_transformers(make, kind):
     """Captions with generation options equal those of transformers. `predict` returns the first of several texts."""
     task, images = CaptionTask(make(kind)), pictures(2)
@@ -80,7 +80,7 @@ def test_options_in_a_mixed_batch_are_those_of_each_adapter_alone(make, kind):
 
 
 @pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("kind", ["blip", "opt"])
+@pytest.mark.parametrize("kind", ["blip", pytest.param("opt", marks=pytest.mark.slow)])
 def test_prompts_of_different_lengths_are_one_batch(make, kind, beams):
     """Prompts of different lengths are one left-padded batch with unchanged texts and scores.
 

@@ -489,7 +489,7 @@ def opened_dtype(case: Case) -> str:
 # ---------------------------------------------------------------- the comparison
 
 
-SLOW = ("vqa", "opt", "t5", "itm2")  # `make slow` runs the cases of these bases
+SLOW = ("vqa", "itm", "opt", "t5", "itm2")  # `make slow` runs the cases of these bases
 
 
 @pytest.mark.filterwarnings("ignore")  # of emulated 16 bits

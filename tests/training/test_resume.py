@@ -58,7 +58,7 @@ from tests.support.runs import (
         pytest.param("blip", "fp16", (2, 8), marks=pytest.mark.slow),
         pytest.param("opt", "fp32", (9, 2), marks=pytest.mark.slow),
         pytest.param("t5", "bf16", (4, 1), marks=pytest.mark.slow),
-        ("vqa", "fp32", (8, 3)),
+        pytest.param("vqa", "fp32", (8, 3), marks=pytest.mark.slow),
         ("itm", "fp32", (3, 5)),
     ],
 )
