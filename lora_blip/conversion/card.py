@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_blip.metrics.names import named_score
+from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.untrusted import printable
 
 if TYPE_CHECKING:
     from lora_blip.lora.adapter_file import Adapter
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PIPELINES = {
     "caption": "image-to-text",
     "vqa": "visual-question-answering",

@@ -1,8 +1,8 @@
 """`lora-blip convert ADAPTER --to peft|lora_blip`: write an adapter in another format. torch is imported late."""
 
-import json
 import os
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from lora_blip.runtime.untrusted import printable, quoted
 
 if TYPE_CHECKING:
     from lora_blip.lora.adapter_file import Adapter
+    from lora_blip.models.weight_reader import WeightReader
 
 CARD_NAME = "README.md"
 
@@ -105,8 +106,13 @@ def write_peft(folder: Path, adapter: "Adapter") -> Path:
     from lora_blip.lora import peft_writer
     from lora_blip.lora.header import HeaderError
 
+    base = cache(partial(open_base, adapter.base))  # opened once, and only if a linear needs it
+
+    def weight_of(module: str) -> Any:
+        return weights.read(module) if (weights := base()) else None
+
     try:
-        updates = peft_writer.updates_of(adapter.sites, adapter.tensors, lambda module: weight_of(adapter.base, module))
+        updates = peft_writer.updates_of(adapter.sites, adapter.tensors, weight_of)
     except HeaderError as error:
         raise AdapterError(f"{adapter.path}: {error}") from None
     tensors, metadata, settings = peft_writer.written(adapter.metadata, adapter.sites, updates)
@@ -117,27 +123,24 @@ def write_peft(folder: Path, adapter: "Adapter") -> Path:
     return path
 
 
-def weight_of(base: str, module: str) -> Any:
-    """Return the weight of a linear of a base on this machine, or None if the base or the weight is not there."""
+def open_base(base: str) -> "WeightReader | None":
+    """Return the weights of a base on this machine, or None if they are not there."""
     from lora_blip.errors import ModelError
     from lora_blip.models.weight_reader import open_local
 
     try:
-        weights = open_local(base)
+        return open_local(base)
     except ModelError:
         return None
-    return weights.read(module) if weights else None
 
 
 def write_own(folder: Path, adapter: "Adapter") -> Path:
     """Write the adapter as a file of lora_blip, in a folder that is then a run folder. Return the path of the file."""
-    from safetensors.torch import save
-
-    from lora_blip.lora.adapter_file import digest
+    from lora_blip.lora.adapter_file import digest, write
     from lora_blip.lora.peft_format import FOREIGN
 
     metadata = {key: value for key, value in adapter.metadata.items() if key != FOREIGN}
     metadata["sha256"] = digest(adapter.tensors)
     path = folder / runs.ADAPTER_NAME
-    write_whole(path, save(adapter.tensors, {"lora_blip": json.dumps(metadata)}))
+    write(path, adapter.tensors, metadata)
     return path

@@ -9,13 +9,13 @@ from lora_blip.inference.export import ExportConfig
 from lora_blip.inference.exported_folder import GENERATORS
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import named_score
+from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import write_new
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
 from lora_blip.version import __version__
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LONGEST = 200  # characters of a text from the adapter file
 TAGS = {"caption": "image-to-text", "vqa": "visual-question-answering", "retrieval": "zero-shot-image-classification"}
 LOADING = """\

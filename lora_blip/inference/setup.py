@@ -1,7 +1,6 @@
 """Prepare an inference run: read the input files, load the model and its adapter, and create the task."""
 
 import hashlib
-import re
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from lora_blip.models.generation import OPTIONS, check_generation, generation_fa
 from lora_blip.models.identity import processors_digest, weights_digest
 from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
+from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.agreement import require_same
 from lora_blip.runtime.counts import counted, steps_of
 from lora_blip.runtime.distributed import Ranks
@@ -33,7 +33,6 @@ from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import Generation, PredictionTask
 from lora_blip.tasks.registry import TASKS, default_task
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 COMPARED_IMAGES = 8  # the processes compare the pixels of the first images before the first prediction
 
 

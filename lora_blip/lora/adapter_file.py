@@ -137,8 +137,13 @@ def save(
         "merge_drift": merge_drift or {},
         "versions": {"lora_blip": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
+    write(path, tensors, metadata)
     return path
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and their header as an adapter file, which appears under its name only when it is complete."""
+    write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
 
 
 # ---------------------------------------------------------------- read

@@ -5,7 +5,6 @@ sum. Its rank is the sum of the ranks. Or with a chosen rank r, by the largest r
 rank in the Frobenius norm (Eckart and Young 1936).
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_blip.errors import AdapterError
-from lora_blip.lora.adapter_file import Adapter, digest
+from lora_blip.lora.adapter_file import Adapter, digest, write
 from lora_blip.lora.adapter_tensors import check_values
 from lora_blip.lora.fingerprint import same_weights
 from lora_blip.lora.header import entry_of, version_of
 from lora_blip.lora.sites import MOST_RANK, Site
 from lora_blip.lora.spectrum import delta_svd
-from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.untrusted import quoted
 from lora_blip.version import __version__
 
@@ -109,7 +106,7 @@ def save(path: Path, blended: Blend) -> Path:
         **blended.metadata,
         "versions": {"lora_blip": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_whole(path, serialise(tensors, {"lora_blip": json.dumps(metadata)}))
+    write(path, tensors, metadata)
     return path
 
 

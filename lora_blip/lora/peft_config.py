@@ -1,18 +1,17 @@
 """Check `adapter_config.json`, the settings of an adapter of peft, before they are used: the file may be untrusted."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from lora_blip.lora.header import HeaderError, is_flag, is_object, number, whole
 from lora_blip.lora.peft_names import Budget, Targets, Values
 from lora_blip.lora.sites import MOST_DROPOUT, MOST_RANK
+from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.untrusted import WITH_NAN, is_path, parsed, quoted
 
 LARGEST = 2**20  # bytes of adapter_config.json; one with 700 names has 60,000
 MOST_NAMES = 2048  # in a list or a pattern
 LONGEST_NAME = 1000
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MERGE = (
     "merge it into its base in peft, model.merge_and_unload().save_pretrained(folder), and give that folder as MODEL, without "
     "an adapter"

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.errors import AdapterError
+from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME, PEFT_CONFIG, PEFT_WEIGHTS
 from lora_blip.runtime.untrusted import printable, quoted
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@\w[\w./-]*)?")
 LARGEST = 8 * 2**30  # bytes; an adapter of r = 64 on all of BLIP-2 has less than one GB
-FOLDER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of an adapter of peft
-OWN = ("best.safetensors", "adapter.safetensors")  # the files of a run, the better one first
 _fetched: dict[tuple[str, str, str], Path] = {}  # (name, hub, cache) → file; so that one command asks the hub once
 
 
@@ -151,13 +150,13 @@ def bar_of_one_attempt() -> Any:
 def chosen(names: Iterable[str], name: str) -> list[str]:
     """Return the files of an adapter among those of a repository, its weights last. Raise AdapterError if there are none."""
     names = set(names)
-    for own in OWN:
+    for own in (BEST_NAME, ADAPTER_NAME):
         if own in names:
             return [own]
-    if {FOLDER, WEIGHTS} <= names:
-        return [FOLDER, WEIGHTS]
+    if {PEFT_CONFIG, PEFT_WEIGHTS} <= names:
+        return [PEFT_CONFIG, PEFT_WEIGHTS]
     files = [each for each in names if each.endswith(".safetensors") and "/" not in each and not each.startswith("model")]
-    if len(files) == 1 and FOLDER not in names:
+    if len(files) == 1 and PEFT_CONFIG not in names:
         return files
     if "adapter_model.bin" in names:
         raise AdapterError(
@@ -165,8 +164,8 @@ def chosen(names: Iterable[str], name: str) -> list[str]:
             "in peft, and save it again with save_pretrained"
         )
     raise AdapterError(
-        f"adapter {quoted(name)}: its repository has no {OWN[1]}, and no {FOLDER} with {WEIGHTS}; give the name of an adapter "
-        "(a base is given as MODEL, --model)"
+        f"adapter {quoted(name)}: its repository has no {ADAPTER_NAME}, and no {PEFT_CONFIG} with {PEFT_WEIGHTS}; give the "
+        "name of an adapter (a base is given as MODEL, --model)"
     )
 
 

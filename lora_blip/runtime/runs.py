@@ -9,15 +9,14 @@ from datetime import datetime
 from pathlib import Path
 
 from lora_blip.errors import AdapterError, CheckpointError
+from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME, PEFT_CONFIG, PEFT_WEIGHTS
 from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.hub_adapters import fetch, is_name
 from lora_blip.runtime.system_errors import file_error
 from lora_blip.runtime.user_paths import nearest_path
 
 RUNS = Path("lora_blip_output")  # the default OUTPUT_DIR
-ADAPTER_NAME, BEST_NAME, METRICS_NAME = "adapter.safetensors", "best.safetensors", "metrics.jsonl"
-GALLERY_NAME, EXPLAIN_NAME, CHECKPOINTS_NAME = "gallery.html", "explain.html", "checkpoints"
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of an adapter of peft
+METRICS_NAME, GALLERY_NAME, EXPLAIN_NAME, CHECKPOINTS_NAME = "metrics.jsonl", "gallery.html", "explain.html", "checkpoints"
 CHECKPOINT = re.compile(r"(\d{6,})_step\d+")  # the name of a checkpoint's folder
 LONGEST_PART = 40  # characters of the base and of the targets in the name of a run; a file system allows 255 bytes in all
 
