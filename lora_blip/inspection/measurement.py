@@ -65,7 +65,8 @@ def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
     A, B = halves(adapter, site)
     values = spectrum.delta_spectrum(A, B, site.scale)
     is_dora = site.variant == "dora"
-    change = dora_change(adapter, site, weight) if is_dora and weight is not None else None
+    g = dora_factor(adapter, site, weight) if is_dora and weight is not None else None
+    update = values if g is None or weight is None else dora_change(weight, A, B * site.scale, g)
     layer = NUMBERED.fullmatch(site.address)
     return ModuleView(
         address=site.address,
@@ -78,27 +79,24 @@ def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
         shape=(len(B), A.shape[1]),
         singular_values=values.tolist(),
         effective_rank=spectrum.effective_rank(values),
-        norm=spectrum.frobenius_norm(values if change is None else change),
-        relative_norm=None if weight is None else spectrum.relative_norm(values if change is None else change, weight),
-        intruders=None if weight is None else _intruders(weight, A, B, site.scale, change),
+        norm=spectrum.frobenius_norm(update),
+        relative_norm=None if weight is None else spectrum.relative_norm(update, weight),
+        intruders=None if weight is None else count_intruders(weight, A, B * site.scale, g),
         amplification=None if weight is None else spectrum.amplification_factor(weight, A, B, site.scale),
         magnitudes=len(B) * is_dora,
     )
 
 
-def dora_change(adapter: Adapter, site: Site, weight: Tensor) -> Tensor:
-    """Return W' − W = m / ‖W + ΔW‖ ⊙ (W + ΔW) − W of DoRA, in float64. weight: the rows of W that the update reaches."""
+def dora_factor(adapter: Adapter, site: Site, weight: Tensor) -> Tensor:
+    """Return g = m / ‖W + ΔW‖ of DoRA, a factor for each row, in float64. weight: the rows of W that the update reaches."""
     A, B = halves(adapter, site)
-    W = weight.double()
-    changed = W + site.scale * B.double() @ A.double()
-    norm = changed.norm(dim=1)
-    g = adapter.tensors[f"{site.address}.magnitude"].double() / norm.where(norm > 0, 1)
-    return g[:, None] * changed - W
+    norm = (weight.double() + site.scale * B.double() @ A.double()).norm(dim=1)
+    return adapter.tensors[f"{site.address}.magnitude"].double() / norm.where(norm > 0, 1)
 
 
-def _intruders(weight: Tensor, A: Tensor, B: Tensor, scale: float, change: Tensor | None) -> int:
-    """Return the number of intruder dimensions. The change of DoRA has a high rank, so it needs complete SVDs."""
-    return count_intruders(weight, A, B, scale) if change is None else spectrum.intruder_dimensions(weight, change)
+def dora_change(W: Tensor, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
+    """Return W' − W = g ⊙ (W + B A) − W of DoRA, in float64."""
+    return g[:, None] * (W.double() + B.double() @ A.double()) - W.double()
 
 
 def halves(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors
 import torch
-import transformers
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
@@ -118,6 +117,8 @@ def save(
     check_values(path, tensors, [lora.site for lora in loras.values()])
     base_samples = backbone.samples if isinstance(backbone, Loaded) else None
     variant = next(iter(loras.values())).site.variant
+    import transformers  # late: it takes a second, and reading a file does not need it
+
     metadata = {
         "format_version": version_of(variant),
         "sha256": digest(tensors),

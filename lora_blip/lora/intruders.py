@@ -1,13 +1,14 @@
-"""Count intruder dimensions of large weights in a fraction of a second, with the result of `spectrum.intruder_dimensions`.
+"""Count intruder dimensions of large weights faster, with the result of `spectrum.intruder_dimensions`.
 
-That function computes two complete SVDs, which takes seconds for a weight of 4096 × 1024. Here, the strongest singular vectors
-of W and of W + ΔW come from a block Krylov method (Musco and Musco 2015, arXiv:1504.05477), in float32. Products with ΔW use
-A and B. After the training, most vectors are still close to one of W's strongest vectors: they are not intruders. A vector u
-that is close to none of them could be close to a weaker vector of W. `largest_share` excludes this with a bound. If the bound
-is too weak, or if a value is too close to `epsilon`, the SVDs decide.
+That function computes two complete SVDs in float64, which takes six seconds for a weight of 4096 × 1024. Here, eigenvectors of
+W Wᵀ or Wᵀ W, whichever is smaller, are computed in float32 in 0.3 seconds. Rounding mixes two eigenvectors if their eigenvalues
+are close. So a singular vector of W + ΔW is
+
+- an intruder if the sum of its squared cosines with all vectors of close eigenvalues is too small,
+- no intruder if its cosine with one separate vector is large enough.
+
+If neither holds for one of them, all is computed in float64. If that does not decide either, the SVDs decide.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,75 +16,81 @@ from torch import Tensor
 from lora_blip.lora.spectrum import EPSILON, TOP_K, intruder_dimensions
 
 SMALL = 256  # the shorter side of weights for which the SVDs are fast enough
-BLOCK, MOST = 16, 560  # vectors of a Krylov block, and of all blocks; a multiple of BLOCK
-MARGIN = 0.06  # |cosine|s that are closer to epsilon are not decided in float32
-ACCURACY = 0.03  # largest error of a singular vector, as the sine of an angle
-RESOLUTION = 1e-5  # smallest distance of two eigenvalues in float32, as a share of the largest one
+BLOCK, MOST = 16, 560  # vectors of a Krylov block, and of all blocks
 GROWTH = 1.25  # the accuracy is tested again when the number of vectors has grown by this factor
-STEPS = (12, 20, 32, 48)  # Lanczos steps after which the bound is computed
-Operator = Callable[[Tensor], Tensor]  # (n, columns) → (n, columns)
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}  # error of a symmetric matrix, as a share of its largest eigenvalue
+ACCURACY = {torch.float32: 0.005, torch.float64: 1e-5}  # largest error of a vector, as the sine of an angle
 
 
-def count_intruders(W: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, k: int = TOP_K, epsilon: float = EPSILON) -> int:
-    """Return `intruder_dimensions(W, scale * B @ A, k, epsilon)`: see there."""
-    counted = None
-    if min(W.shape) > SMALL and k <= BLOCK - 4 and epsilon > 2 * MARGIN:
-        in_float32 = [tensor.detach().cpu().float() for tensor in (W, A, B * scale)]
-        counted = _count(in_float32[0], in_float32[1], in_float32[2], k, epsilon)
-    if counted is None:
-        counted = intruder_dimensions(W, scale * B.detach().double() @ A.detach().double(), k, epsilon)
-    return counted
+def count_intruders(W: Tensor, A: Tensor, B: Tensor, g: Tensor | None = None, k: int = TOP_K, epsilon: float = EPSILON) -> int:
+    """Return how many of the first k left singular vectors of W' have no |cosine| of `epsilon` or more with those of W.
 
-
-def _count(W: Tensor, A: Tensor, B: Tensor, k: int, epsilon: float) -> int | None:
-    """Return the number of intruders, or None if one of the vectors cannot be decided.
-
-    All vectors have n entries, where n is the shorter side of W. For a wide W, they are the left singular vectors: the
-    eigenvectors of G = W Wᵀ. For a tall W, they are the right ones, the eigenvectors of G = Wᵀ W, and u = W v / σ.
+    W' = W + B A, or g ⊙ (W + B A) with a factor for each row (DoRA). This equals `intruder_dimensions(W, W' − W, k, epsilon)`.
     """
-    tall = W.shape[0] > W.shape[1]
+    W, A, B = W.detach().cpu(), A.detach().cpu(), B.detach().cpu()
+    if min(W.shape) > SMALL and k <= BLOCK - 4 and epsilon > 0.1:
+        for dtype in (torch.float32, torch.float64):
+            counted = _count(W.to(dtype), A.to(dtype), B.to(dtype), None if g is None else g.to(dtype), k, epsilon)
+            if counted is not None:
+                return counted
+    changed = W.double() + B.double() @ A.double()
+    changed = changed if g is None else g.double()[:, None] * changed
+    return intruder_dimensions(W, changed - W.double(), k, epsilon)
+
+
+def _count(W: Tensor, A: Tensor, B: Tensor, g: Tensor | None, k: int, epsilon: float) -> int | None:
+    """Return the number of intruders, or None if the dtype is not accurate enough for one of the vectors."""
+    rounding, accuracy, tall = ROUNDING[W.dtype], ACCURACY[W.dtype], W.shape[0] > W.shape[1]
     G = W.T @ W if tall else W @ W.T
+    values, vectors = torch.linalg.eigh(G)
+    if not values[-1] > 0 or (tall and values[0] < 100 * rounding * values[-1]):  # tall: the cosines are divided by σ
+        return None
+    after, after_values, errors = strongest(_changed_gram(G, W, A, B, g), vectors[:, -BLOCK // 2 :], k)
+    if tall:  # u = W' v / σ', and vᵢᵀ Wᵀ u = σᵢ uᵢᵀ u
+        left = (W @ after + B @ (A @ after)) / after_values.sqrt()
+        left = left if g is None else g[:, None] * left
+        squares = (vectors.T @ (W.T @ left)).square().double() / values.double()[:, None]
+    else:
+        squares = (vectors.T @ after).square().double()  # (n, k)
+    close = rounding / accuracy * values[-1]
+    first, end = torch.searchsorted(values, values - close), torch.searchsorted(values, values + close, right=True)
+    sums = torch.cat([squares.new_zeros(1, squares.shape[1]), squares.cumsum(0)])
+    largest = (sums[end] - sums[first]).amax(0).sqrt()
+    separate = (squares * (end - first == 1)[:, None]).amax(0).sqrt()
+    margin = errors + 2 * accuracy  # errors of the vectors after the training, and of those of W
+    intruders, others = largest < epsilon - margin, separate > epsilon + margin
+    return int(intruders.sum()) if bool((intruders | others).all()) else None
+
+
+def _changed_gram(G: Tensor, W: Tensor, A: Tensor, B: Tensor, g: Tensor | None) -> Tensor:
+    """Return W'ᵀ W' for a tall W, else W' W'ᵀ. G: the same for W."""
+    tall = W.shape[0] > W.shape[1]
+    if g is not None and tall:
+        changed = g[:, None] * (W + B @ A)
+        return changed.T @ changed
     P, F = (W.T @ B, A) if tall else (W @ A.T, B.T)  # (n, r), (r, n)
     H = B.T @ B if tall else A @ A.T  # (r, r)
-
-    def tuned(X: Tensor) -> Tensor:
-        """Return G' X. G' = G + P F + (P F)ᵀ + Fᵀ H F is the G of W + ΔW."""
-        FX = F @ X
-        return G @ X + P @ FX + F.T @ (P.T @ X + H @ FX)
-
-    start = torch.randn(len(G), BLOCK, generator=torch.Generator().manual_seed(0))
-    after = strongest(tuned, start, k)
-    before = strongest(lambda X: G @ X, torch.cat([after[0], start[:, after[0].shape[1] :]], 1), k + 2) if after else None
-    if after is None or before is None:
-        return None
-    vectors, values = after
-    left = vectors
-    if tall:  # Wᵀ u for each vector after the training; W's own vectors have vᵢᵀ Wᵀ u = σᵢ uᵢᵀ u
-        left = (G @ vectors + P @ (F @ vectors)) / values.sqrt()
-    cosines = (before[0].T @ left).abs() / (before[1].sqrt()[:, None] if tall else 1.0)
-    closest = cosines.amax(0)
-    undecided = closest < epsilon + MARGIN
-    if not undecided.any():
-        return 0
-    if tall:  # W = Q R: the left singular vectors of W are Q times those of R, and Qᵀ u are the coordinates of u
-        R = torch.linalg.qr(W, mode="r")[1]
-        G, left = R @ R.T, torch.linalg.solve_triangular(R.T, left, upper=False)
-    shares = largest_share(G, left[:, undecided], epsilon)
-    return int(undecided.sum()) if bool((shares.sqrt() < epsilon - MARGIN).all()) else None
+    cross = (P + 0.5 * F.T @ H) @ F  # G' = G + P F + (P F)ᵀ + Fᵀ H F
+    changed = G + cross + cross.T
+    return changed if g is None else g[:, None] * changed * g
 
 
-def strongest(operator: Operator, start: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return the eigenvectors (n, count) with the largest eigenvalues (count,) of a symmetric matrix, largest first.
+def strongest(G: Tensor, guess: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `count` eigenvectors with the largest eigenvalues, their eigenvalues, and bounds of their errors.
 
-    Return None if one of them is not as accurate as ACCURACY. The error of an eigenvector is its residual ‖M v − λ v‖ divided
-    by the distance of λ from the next eigenvalue (Davis and Kahan 1970).
+    G: symmetric, (n, n). guess: vectors near some of them, (n, fewer than BLOCK). They come from a block Krylov method (Musco
+    and Musco 2015, arXiv:1504.05477), which also starts from random vectors, so that it finds those that are far from the
+    guess. If it needs too many vectors, they come from `eigh`. The error of an eigenvector, as the sine of an angle, is at most
+    its residual ‖G v − λ v‖ divided by the distance of λ from the next eigenvalue (Davis and Kahan 1970).
     """
-    n, size = start.shape
-    basis, projected = torch.empty(MOST, n), torch.zeros(MOST, MOST)
+    n, size, rounding = len(G), BLOCK, ROUNDING[G.dtype]
+    basis, projected = G.new_empty(MOST, n), G.new_zeros(MOST, MOST)
+    random = torch.randn(n, size - guess.shape[1], generator=torch.Generator().manual_seed(0)).to(G.dtype)
+    start = torch.cat([guess, random], 1)
     block, end, check = torch.linalg.qr(start)[0].T, size, 3 * size
-    while end <= min(MOST, n):
+    while end <= min(MOST, n) and G.dtype == torch.float32:  # float64 needs so many vectors that `eigh` is faster
         basis[end - size : end] = block
-        image = operator(block.T.contiguous()).T
+        image = block @ G
         projected[:end, end - size : end] = basis[:end] @ image.T
         projected[end - size : end, :end] = projected[:end, end - size : end].T
         for _ in range(2):  # a second time, because the first one leaves rounding errors
@@ -93,12 +100,13 @@ def strongest(operator: Operator, start: Tensor, count: int) -> tuple[Tensor, Te
             check = int(end * GROWTH)
             values, ritz = torch.linalg.eigh(projected[:end, :end])
             values, ritz = values.flip(0), ritz.flip(1)[:, :count]
-            distances = gaps(values)[:count]
-            errors = (r @ ritz[-size:]).norm(dim=0) / distances
-            if bool((distances > RESOLUTION * values[0]).all() and (errors < ACCURACY).all()):
-                return basis[:end].T @ ritz, values[:count]
+            errors = ((r @ ritz[-size:]).norm(dim=0) + rounding * values[0]) / gaps(values)[:count]
+            if bool((errors < ACCURACY[G.dtype]).all()):
+                return basis[:end].T @ ritz, values[:count], errors
         block, end = q.T, end + size
-    return None
+    values, vectors = torch.linalg.eigh(G)
+    values = values.flip(0)
+    return vectors.flip(1)[:, :count], values[:count], rounding * values[0] / gaps(values)[:count]
 
 
 def gaps(values: Tensor) -> Tensor:
@@ -106,34 +114,3 @@ def gaps(values: Tensor) -> Tensor:
     steps = (values[1:] - values[:-1]).abs()
     far = steps.new_full((1,), float("inf"))
     return torch.minimum(torch.cat([far, steps]), torch.cat([steps, far]))
-
-
-def largest_share(G: Tensor, vectors: Tensor, epsilon: float) -> Tensor:
-    """Return, for each column u, an upper bound of max (uᵀ y)² over the eigenvectors y of G ≥ 0, shape (columns,).
-
-    m steps of Lanczos give the nodes θ and weights w of a Gauss quadrature of the squares (uᵀ yᵢ)² over the eigenvalues. By the
-    inequality of Chebyshev, Markov and Stieltjes (Szegő 1939, theorem 3.41.1), the squares for all eigenvalues between
-    two neighbouring nodes have at most the sum of the two weights. Stop when the bounds are below `epsilon`². The matrix is
-    (G + δ I)⁻¹, which has the same eigenvectors, and whose eigenvalues are further apart if most of those of G are small.
-    """
-    n = len(G)
-    factor = torch.linalg.cholesky_ex(G + torch.eye(n) * G.trace() / n)[0]
-    norms = vectors.norm(dim=0)
-    basis, bounds = (vectors / norms).T[:, None], norms.square()  # (columns, steps, n)
-    diagonal, beside = list[Tensor](), list[Tensor]()
-    for step in range(1, max(STEPS) + 1):
-        image = torch.cholesky_solve(basis[:, -1].T, factor).T
-        diagonal.append((image * basis[:, -1]).sum(1))
-        for _ in range(2):
-            image = image - ((basis @ image[:, :, None]).transpose(1, 2) @ basis)[:, 0]
-        beside.append(image.norm(dim=1))
-        if step in STEPS:
-            T = torch.diag_embed(torch.stack(diagonal, 1))
-            T = T + torch.diag_embed(torch.stack(beside[:-1], 1), 1) + torch.diag_embed(torch.stack(beside[:-1], 1), -1)
-            weights = torch.linalg.eigh(T)[1][:, 0].square()
-            bounds = norms.square() * (weights[:, 1:] + weights[:, :-1]).amax(1)
-            if bool((bounds.sqrt() < epsilon - MARGIN).all()):
-                break
-        basis = torch.cat([basis, (image / beside[-1][:, None])[:, None]], 1)
-    result: Tensor = bounds
-    return result
