@@ -16,10 +16,12 @@ from torch import Tensor
 from lora_blip.lora.spectrum import EPSILON, TOP_K, intruder_dimensions
 
 SMALL = 256  # the shorter side of weights for which the SVDs are fast enough
-BLOCK, MOST = 16, 560  # vectors of a Krylov block, and of all blocks
+BLOCK = 16  # vectors of a Krylov block
+FEW, MANY = 128, 560  # vectors of all blocks: enough for a spectrum that decays, and for others
 GROWTH = 1.25  # the accuracy is tested again when the number of vectors has grown by this factor
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}  # error of a symmetric matrix, as a share of its largest eigenvalue
 ACCURACY = {torch.float32: 0.005, torch.float64: 1e-5}  # largest error of a vector, as the sine of an angle
+Vectors = tuple[Tensor, Tensor, Tensor]  # eigenvectors (n, count), eigenvalues (count,), bounds of the errors (count,)
 
 
 def count_intruders(W: Tensor, A: Tensor, B: Tensor, g: Tensor | None = None, k: int = TOP_K, epsilon: float = EPSILON) -> int:
@@ -40,24 +42,36 @@ def count_intruders(W: Tensor, A: Tensor, B: Tensor, g: Tensor | None = None, k:
 
 def _count(W: Tensor, A: Tensor, B: Tensor, g: Tensor | None, k: int, epsilon: float) -> int | None:
     """Return the number of intruders, or None if the dtype is not accurate enough for one of the vectors."""
-    rounding, accuracy, tall = ROUNDING[W.dtype], ACCURACY[W.dtype], W.shape[0] > W.shape[1]
+    accuracy, tall = ACCURACY[W.dtype], W.shape[0] > W.shape[1]
     G = W.T @ W if tall else W @ W.T
-    values, vectors = torch.linalg.eigh(G)
-    if not values[-1] > 0 or (tall and values[0] < 100 * rounding * values[-1]):  # tall: the cosines are divided by σ
+    top = krylov(G, G[:, :0], k + 2, FEW)
+    whole = torch.linalg.eigh(G) if top is None else None
+    guess = whole[1].flip(1) if whole else top[0] if top else G[:, :0]
+    after, after_values, errors = strongest(_changed_gram(G, W, A, B, g), guess[:, : BLOCK // 2], k)
+    left = after  # for a tall W: Wᵀ u, with u = W' v / σ'
+    if tall:
+        changed = (W @ after + B @ (A @ after)) / after_values.sqrt()
+        left = W.T @ (changed if g is None else g[:, None] * changed)
+
+    def squares(vectors: Tensor, values: Tensor) -> Tensor:
+        """Return the squared cosines of W's vectors with those of W'. For a tall W, vᵢᵀ Wᵀ u = σᵢ uᵢᵀ u."""
+        result = (vectors.T @ left).square().double()
+        return result / values.double()[:, None] if tall else result
+
+    margin = errors + 2 * accuracy  # errors of the vectors of W', and of those of W
+    if top and top[1][-1] > 0 and bool((squares(top[0], top[1]).sqrt() > epsilon + margin).any(0).all()):
+        return 0  # the usual case after a training: each is near one of W's strongest vectors
+    values, vectors = whole or torch.linalg.eigh(G)
+    if not values[-1] > 0:
         return None
-    after, after_values, errors = strongest(_changed_gram(G, W, A, B, g), vectors[:, -BLOCK // 2 :], k)
-    if tall:  # u = W' v / σ', and vᵢᵀ Wᵀ u = σᵢ uᵢᵀ u
-        left = (W @ after + B @ (A @ after)) / after_values.sqrt()
-        left = left if g is None else g[:, None] * left
-        squares = (vectors.T @ (W.T @ left)).square().double() / values.double()[:, None]
-    else:
-        squares = (vectors.T @ after).square().double()  # (n, k)
-    close = rounding / accuracy * values[-1]
+    if tall and values[0] < 100 * ROUNDING[W.dtype] * values[-1]:  # the division by σ is not accurate
+        return None
+    close = ROUNDING[W.dtype] / accuracy * values[-1]
     first, end = torch.searchsorted(values, values - close), torch.searchsorted(values, values + close, right=True)
-    sums = torch.cat([squares.new_zeros(1, squares.shape[1]), squares.cumsum(0)])
+    shares = squares(vectors, values)  # (n, k)
+    sums = torch.cat([shares.new_zeros(1, shares.shape[1]), shares.cumsum(0)])
     largest = (sums[end] - sums[first]).amax(0).sqrt()
-    separate = (squares * (end - first == 1)[:, None]).amax(0).sqrt()
-    margin = errors + 2 * accuracy  # errors of the vectors after the training, and of those of W
+    separate = (shares * (end - first == 1)[:, None]).amax(0).sqrt()
     intruders, others = largest < epsilon - margin, separate > epsilon + margin
     return int(intruders.sum()) if bool((intruders | others).all()) else None
 
@@ -75,24 +89,36 @@ def _changed_gram(G: Tensor, W: Tensor, A: Tensor, B: Tensor, g: Tensor | None) 
     return changed if g is None else g[:, None] * changed * g
 
 
-def strongest(G: Tensor, guess: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def strongest(G: Tensor, guess: Tensor, count: int) -> Vectors:
     """Return the `count` eigenvectors with the largest eigenvalues, their eigenvalues, and bounds of their errors.
 
-    G: symmetric, (n, n). guess: vectors near some of them, (n, fewer than BLOCK). They come from a block Krylov method (Musco
-    and Musco 2015, arXiv:1504.05477), which also starts from random vectors, so that it finds those that are far from the
-    guess. If it needs too many vectors, they come from `eigh`. The error of an eigenvector, as the sine of an angle, is at most
-    its residual ‖G v − λ v‖ divided by the distance of λ from the next eigenvalue (Davis and Kahan 1970).
+    G: symmetric, (n, n). guess: see `krylov`, which is tried first in float32. Float64 would need too many vectors.
     """
-    n, size, rounding = len(G), BLOCK, ROUNDING[G.dtype]
-    basis, projected = G.new_empty(MOST, n), G.new_zeros(MOST, MOST)
-    random = torch.randn(n, size - guess.shape[1], generator=torch.Generator().manual_seed(0)).to(G.dtype)
-    start = torch.cat([guess, random], 1)
-    block, end, check = torch.linalg.qr(start)[0].T, size, 3 * size
-    while end <= min(MOST, n) and G.dtype == torch.float32:  # float64 needs so many vectors that `eigh` is faster
-        basis[end - size : end] = block
+    result = krylov(G, guess, count, MANY) if G.dtype == torch.float32 else None
+    if result is None:
+        values, vectors = torch.linalg.eigh(G)
+        values = values.flip(0)
+        result = vectors.flip(1)[:, :count], values[:count], ROUNDING[G.dtype] * values[0] / gaps(values)[:count]
+    return result
+
+
+def krylov(G: Tensor, guess: Tensor, count: int, most: int) -> Vectors | None:
+    """Return the same by a block Krylov method (Musco and Musco 2015, arXiv:1504.05477), or None if it needs too many vectors.
+
+    guess: vectors near some of the result, (n, fewer than BLOCK). The method also starts from random vectors, so that it finds
+    those that are far from the guess. most: number of vectors of all blocks. The error of an eigenvector, as the sine of an
+    angle, is at most its residual ‖G v − λ v‖ divided by the distance of λ from the next eigenvalue (Davis and Kahan 1970).
+    """
+    n, rounding = len(G), ROUNDING[G.dtype]
+    most = min(most, n)
+    basis, projected = G.new_empty(most, n), G.new_zeros(most, most)
+    random = torch.randn(n, BLOCK - guess.shape[1], generator=torch.Generator().manual_seed(0)).to(G.dtype)
+    block, end, check = torch.linalg.qr(torch.cat([guess, random], 1))[0].T, BLOCK, 3 * BLOCK
+    while end <= most:
+        basis[end - BLOCK : end] = block
         image = block @ G
-        projected[:end, end - size : end] = basis[:end] @ image.T
-        projected[end - size : end, :end] = projected[:end, end - size : end].T
+        projected[:end, end - BLOCK : end] = basis[:end] @ image.T
+        projected[end - BLOCK : end, :end] = projected[:end, end - BLOCK : end].T
         for _ in range(2):  # a second time, because the first one leaves rounding errors
             image = image - (image @ basis[:end].T) @ basis[:end]
         q, r = torch.linalg.qr(image.T)
@@ -100,13 +126,11 @@ def strongest(G: Tensor, guess: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
             check = int(end * GROWTH)
             values, ritz = torch.linalg.eigh(projected[:end, :end])
             values, ritz = values.flip(0), ritz.flip(1)[:, :count]
-            errors = ((r @ ritz[-size:]).norm(dim=0) + rounding * values[0]) / gaps(values)[:count]
+            errors = ((r @ ritz[-BLOCK:]).norm(dim=0) + rounding * values[0]) / gaps(values)[:count]
             if bool((errors < ACCURACY[G.dtype]).all()):
                 return basis[:end].T @ ritz, values[:count], errors
-        block, end = q.T, end + size
-    values, vectors = torch.linalg.eigh(G)
-    values = values.flip(0)
-    return vectors.flip(1)[:, :count], values[:count], rounding * values[0] / gaps(values)[:count]
+        block, end = q.T, end + BLOCK
+    return None
 
 
 def gaps(values: Tensor) -> Tensor:
