@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_blip
-from lora_blip.errors import AdapterError, InputError, LoRAError
+from lora_blip.errors import AdapterError, ConfigError, InputError, LoRAError, ModelError
 from lora_blip.lora import attached, targets
 from lora_blip.lora.sites import Site
 from tests.support.api import ROOT, make_workplace
@@ -193,9 +193,43 @@ from_adapter = lora_blip.Captioner.from_adapter
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a name for a model": (
         lambda _: lora_blip.inject("assets/tiny-blip", "vit"), LoRAError,  # type: ignore[arg-type]
-        r"lora_blip\.load_backbone\('assets/tiny-blip'\) loads one",
+        r"load it first: backbone = lora_blip\.load_backbone\('assets/tiny-blip'\)",
     ),
-    "another order": (lambda backbone: lora_blip.find_targets("vit", backbone), LoRAError, "first argument is of type str"),
+    "an adapter for a model": (
+        lambda _: lora_blip.merge("latest"), LoRAError,  # type: ignore[arg-type]
+        r"load it first: backbone = lora_blip\.load_backbone\('assets/tiny-blip'\)",
+    ),
+    "targets first": (
+        lambda b: lora_blip.find_targets("vit", b), LoRAError, r'swapped; call lora_blip\.find_targets\(backbone, "vit"\)',
+    ),
+    "targets first in inject": (
+        lambda b: lora_blip.inject("vit", b.model), LoRAError, r'swapped; call lora_blip\.inject\(backbone, "vit"\)',
+    ),
+    "the adapter first": (
+        lambda b: lora_blip.load_adapter("latest", b), LoRAError,
+        r'swapped; call lora_blip\.load_adapter\(backbone, "latest"\)',
+    ),
+    "the name first": (
+        lambda b: lora_blip.use_adapters("default", b).__enter__(), LoRAError,
+        r'swapped; call lora_blip\.use_adapters\(backbone, "default"\)',
+    ),
+    "a loaded base to load": (lora_blip.load_backbone, ModelError, "it is loaded already"),
+    "a loaded model to load": (lambda b: lora_blip.load_backbone(b.model), ModelError, "it is loaded already"),
+    "an adapter to load": (lambda _: lora_blip.load_backbone("latest"), ModelError, r"from_adapter\('latest'\) loads both"),
+    "a file of an adapter to load": (lambda _: lora_blip.load_backbone("best.safetensors"), ModelError, "is an adapter, and"),
+    "a number to load": (lambda _: lora_blip.load_backbone(3), ModelError, "give a hub name or a folder"),  # type: ignore[arg-type]
+    "a base as an adapter": (from_adapter, InputError, r"Captioner\.from_adapter\(None, base=backbone\)"),
+    "a base for a captioner": (lora_blip.Captioner, InputError, r"from_adapter\(None, base=backbone\)$"),
+    "no adapter to merge": (lora_blip.merge, LoRAError, r'call lora_blip\.load_adapter\(backbone, "latest"\)'),
+    "no adapter to bake": (lora_blip.bake, LoRAError, r'call lora_blip\.load_adapter\(backbone, "latest"\)'),
+    "a path to train": (
+        lambda _: lora_blip.train("vit"), ConfigError,  # type: ignore[arg-type]
+        r"train expects TrainConfig, and not str: lora_blip\.train\(lora_blip\.TrainConfig\(\)\)",
+    ),
+    "a folder to caption": (lambda _: lora_blip.infer("image_test"), ConfigError, "infer expects InferConfig"),
+    "an adapter to score": (
+        lambda _: lora_blip.evaluate("latest"), ConfigError, "evaluate expects EvaluateConfig",  # type: ignore[arg-type]
+    ),
     "a module": (lambda b: lora_blip.inject(b, [b.model.vision_model]), LoRAError, r"lora_blip\.inject\(model, 'vit'\)"),
     "no path to save to": (lambda b: lora_blip.save_adapter(b, "a.safetensors"), AdapterError, "the path comes first"),
     "a base for an adapter": (

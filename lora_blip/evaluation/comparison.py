@@ -26,6 +26,7 @@ from lora_blip.runtime.files import make_folder, open_to_append, refuse_unwritab
 from lora_blip.runtime.progress import phase, track
 from lora_blip.runtime.runs import RUNS
 from lora_blip.runtime.seeding import seed_everything
+from lora_blip.runtime.settings import require_settings
 from lora_blip.runtime.system_errors import writing
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
@@ -46,6 +47,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     >>> folder = lora_blip.evaluate(lora_blip.EvaluateConfig(references="annotations.jsonl", train_annotations="none"))
     >>> assert (folder / "report.html").is_file()
     """
+    require_settings(config, EvaluateConfig, "evaluate")
     distributed.refuse_several("evaluate")
     seed_everything(config.seed)
     adapter = read_optional_adapter(config.adapter, config.scale)

@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lora_blip.data.annotations import plain
 from lora_blip.data.image_folders import example_of
 from lora_blip.errors import InputError
 from lora_blip.inference.image_inputs import SINGLE, is_file
+from lora_blip.lora.attached import Loaded
 from lora_blip.runtime.user_paths import looks_like_image
 from lora_blip.tasks.base import PredictionTask
 
@@ -18,6 +21,30 @@ CALLS = {
     "vqa": 'captioner.answer(image, "what color is it?")',
     "retrieval": 'captioner.rank(image, ["a red cube", "a blue cube"])',
 }
+OTHERS = {  # how to get what the adapter does not do
+    "caption": '. For captions, open an adapter of the task caption, or base="Salesforce/blip-image-captioning-base"',
+    "vqa": '. For answers, open an adapter of the task vqa, or base="Salesforce/blip-vqa-base"',
+}
+
+
+def refuse_base(adapter: Any) -> None:
+    """Raise InputError if a loaded base is given as the adapter."""
+    if isinstance(adapter, Loaded | nn.Module):
+        raise InputError(
+            f"the adapter is of type {type(adapter).__name__}, which is a base; "
+            'call Captioner.from_adapter("latest", base=backbone), or Captioner.from_adapter(None, base=backbone)'
+        )
+
+
+def refuse_more(task: str, kind: str, others: tuple[Any, ...]) -> None:
+    """Raise InputError if `captioner(image, …)` gets more than images: a question, texts, or several images without a list."""
+    if not others:
+        return
+    if all(isinstance(each, SINGLE) and (not isinstance(each, str) or looks_like_image(each)) for each in others):
+        raise InputError("several images need a list: captioner([image, other_image])")
+    if task == "caption":
+        raise InputError(f"this {kind} makes captions and reads no text: call captioner(image){OTHERS['vqa']}")
+    raise InputError(f"captioner(image) has one argument; call {CALLS[task]}")
 
 
 def refuse_swapped(images: Any, texts: Any, call: str) -> None:

@@ -8,7 +8,16 @@ from typing import Any, Literal, overload
 from lora_blip.config import InferConfig
 from lora_blip.data.annotations import plain
 from lora_blip.errors import InputError, LoRAError
-from lora_blip.inference.arguments import CALLS, VERBS, checked_questions, checked_texts, refuse_swapped
+from lora_blip.inference.arguments import (
+    CALLS,
+    OTHERS,
+    VERBS,
+    checked_questions,
+    checked_texts,
+    refuse_base,
+    refuse_more,
+    refuse_swapped,
+)  # fmt: skip
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
@@ -47,7 +56,8 @@ class Captioner:
     ) -> None:
         """Predict with a loaded task. To open an adapter, use `from_adapter`."""
         if not isinstance(task, PredictionTask):
-            raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({task!r})")
+            shown = repr(task) if isinstance(task, str | Path) else "None, base=backbone"
+            raise InputError(f"a Captioner is created by lora_blip.Captioner.from_adapter({shown})")
         self.adapter, self.batch_size = adapter, batch_size
         self.runner = Runner(task, batch_size, precision, report=print_on_stderr)
         self.shared_base = shared(task.backbone.model)
@@ -94,6 +104,7 @@ class Captioner:
         >>> captioner.task
         'caption'
         """
+        refuse_base(adapter)
         base = "" if base is None else base
         is_name = isinstance(base, str | Path)
         if adapter is None and is_name and not str(base):
@@ -151,7 +162,7 @@ class Captioner:
     def __call__(self, images: ImageInput, *, strict: bool = False) -> Prediction: ...
     @overload
     def __call__(self, images: Many, *, strict: bool = False) -> list[Prediction]: ...
-    def __call__(self, images: Any, *, strict: bool = False) -> Prediction | list[Prediction]:
+    def __call__(self, images: Any, *others: Any, strict: bool = False) -> Prediction | list[Prediction]:
         """Return the caption of an image, or the captions of a list of images.
 
         Raise InputError if the adapter has another task, or if an input is not an image.
@@ -159,6 +170,7 @@ class Captioner:
         >>> captions = captioner(["image_test/000.png", "image_test/001.png"])
         >>> assert [str(caption.image) for caption in captions] == ["image_test/000.png", "image_test/001.png"]
         """
+        refuse_more(self.task, self._kind, others)
         self._require("caption")
         listed, single = as_list(images)
         predictions = list(self._predict(((*each, "") for each in listed), [], strict))
@@ -236,7 +248,7 @@ class Captioner:
     def _require(self, task: str) -> None:
         """Raise InputError, whose message gives the right call, if the adapter has another task."""
         if self.task != task:
-            raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}")
+            raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}{OTHERS[task]}")
 
     @property
     def _kind(self) -> str:

@@ -79,7 +79,7 @@ class Output:
         added = self.lines - self.lines_before
         summary = f"wrote {added:,} of {counted(self.lines, 'line')} of"
         if not added:
-            summary = f"all images were already done ({counted(self.lines, 'line')}):"
+            summary = f"nothing new to write: an earlier run has written {counted(self.lines, 'line')} of"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
         return f"{summary} {self.path}{left_out}"
 

@@ -25,6 +25,7 @@ from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.runs import GALLERY_NAME
 from lora_blip.runtime.seeding import seed_everything
+from lora_blip.runtime.settings import require_settings
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
@@ -44,6 +45,7 @@ def infer(config: InferConfig) -> Path:
     >>> predictions.name
     'predictions.jsonl'
     """
+    require_settings(config, InferConfig, "infer")
     with distributed.joined() as ranks, ExitStack() as closing:
         return infer_among(ranks, config, closing)
 

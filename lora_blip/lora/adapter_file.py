@@ -215,7 +215,8 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     >>> adapter.task["name"], adapter.base
     ('caption', 'assets/tiny-blip')
     """
-    model, adapter = model_of(backbone), path if isinstance(path, Adapter) else read(locate(path))
+    model = model_of(backbone, path, 'lora_blip.load_adapter(backbone, "latest")')
+    adapter = path if isinstance(path, Adapter) else read(locate(path))
     adapter = replace(adapter, scale=check_scale(adapter.scale) * check_scale(scale))
     attached.check_unheld(model, name)
     if name in attached.names(model):

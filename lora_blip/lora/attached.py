@@ -5,6 +5,7 @@ is copied or pickled keeps its adapters and hooks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -32,15 +33,24 @@ class Loaded(Protocol):
     chose_image_size: bool
 
 
-def model_of(model: nn.Module | Loaded) -> nn.Module:
-    """Return the model of a backbone, or the model itself. Raise LoRAError for anything else."""
+def model_of(model: nn.Module | Loaded, second: object = None, call: str = "") -> nn.Module:
+    """Return the model of a backbone, or the model itself. Raise LoRAError for anything else.
+
+    second: the second argument of a public function, whose right call is `call`: users may have swapped the two.
+    """
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, Loaded):
         inner: nn.Module = model.model
         return inner
-    hint = f"; lora_blip.load_backbone({model!r}) loads one" if isinstance(model, str) else ""
-    hint = "; give captioner.backbone" if hasattr(model, "backbone") else hint
+    if isinstance(second, nn.Module | Loaded):
+        raise LoRAError(f"the arguments are swapped; call {call}")
+    hint = ""
+    if hasattr(model, "backbone"):
+        hint = "; give captioner.backbone"
+    elif isinstance(model, str | Path):
+        is_base = (Path(model) / "config.json").is_file() or ("/" in str(model) and not Path(model).exists())
+        hint = f"; load it first: backbone = lora_blip.load_backbone({str(model) if is_base else 'assets/tiny-blip'!r})"
     raise LoRAError(f"the first argument is of type {type(model).__name__}; give a backbone, or a model of transformers{hint}")
 
 

@@ -55,7 +55,7 @@ def inject(
     >>> adapters = lora_blip.inject(backbone, "vit", r=4)
     >>> optimizer = torch.optim.AdamW([p for p in backbone.model.parameters() if p.requires_grad], lr=1e-4)
     """
-    model = model_of(model)
+    model = model_of(model, targets, 'lora_blip.inject(backbone, "vit")')
     items: Any = list(targets) if isinstance(targets, Iterable) and not isinstance(targets, str) else [targets]
     names = targets if isinstance(targets, str) else items
     by_name = bool(items) and all(isinstance(item, str) for item in items)

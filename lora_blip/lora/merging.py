@@ -31,9 +31,9 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     Merging the same adapters again changes nothing. Merging another one adds it to those that are merged. ΔW is what
     `variants.change_of` returns, and the sum is computed in float32. The original W is kept for `restore`, and every merge
     starts from it, not from a merged weight. If a merge fails, for example out of memory, every weight is put back.
-    Raise LoRAError for an unknown name or an adapter of a `Captioner`, for a weight into which no update can be written (see
-    `mergeable`), and for a sum that is not finite. Raise it too while a thread or task is inside `use_adapters` or
-    `disable_adapters`. In peft: `merge_adapter`.
+    Raise LoRAError if there is no adapter to merge, for an unknown name or an adapter of a `Captioner`, for a weight into which
+    no update can be written (see `mergeable`), and for a sum that is not finite. Raise it too while a thread or task is inside
+    `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
@@ -45,6 +45,7 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
         chosen = names or set(attached.names(model)) - share_routing(model).dormant
         keys = {p: m.lora.merged | {k for k in m.lora if name_of(k) in chosen} for p, m in hooked.items()}
         keys = {path: own for path, own in keys.items() if own}
+        _require_adapters(model, keys)
         check_mergeable(model, keys)
         fold_all(hooked, keys)
 
@@ -54,6 +55,7 @@ def restore(model: nn.Module | Loaded) -> None:
 
     Without merged adapters, nothing changes. In peft: `unmerge_adapter`, which subtracts the update and so rounds.
 
+    >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
     >>> lora_blip.restore(backbone)
     """
@@ -78,11 +80,20 @@ def bake(model: nn.Module | Loaded) -> None:
         dormant = share_routing(model).dormant
         keys = {path: frozenset(k for k in linear.lora if name_of(k) not in dormant) for path, linear in hooked.items()}
         keys = {path: own for path, own in keys.items() if own}
+        _require_adapters(model, keys)
         check_mergeable(model, keys)
         fold_all(hooked, keys, torch.device("cpu"))
         for linear in hooked.values():
             detach(linear)
     clear_if_bare(model)
+
+
+def _require_adapters(model: nn.Module, keys: dict[str, frozenset[str]]) -> None:
+    """Raise LoRAError if no adapter would be merged: the caller has probably forgotten to load one."""
+    if not keys:
+        held = ", ".join(attached.names(model))
+        reason = f"; those of a Captioner are not merged: {held}" if held else ""
+        raise LoRAError(f'the model has no adapter to merge{reason}; first call lora_blip.load_adapter(backbone, "latest")')
 
 
 @contextmanager

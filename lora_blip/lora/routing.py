@@ -42,7 +42,7 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     >>> with lora_blip.use_adapters(backbone, ["cubes", None]):
     ...     states = backbone.model.vision_model(torch.zeros(2, 3, 96, 96)).last_hidden_state
     """
-    model = model_of(model)
+    model = model_of(model, names, 'lora_blip.use_adapters(backbone, "default")')
     if names is None:
         yield
         return

@@ -102,7 +102,7 @@ def find(
     >>> sites[0].module, sites[0].r, sites[0].alpha
     ('vision_model.encoder.layers.0.self_attn.qkv', 8, 32.0)
     """
-    model = model_of(model)
+    model = model_of(model, targets, 'lora_blip.find_targets(backbone, "vit")')
     chosen: dict[str, Site] = {}
     for target in targets.split(",") if isinstance(targets, str) else targets:
         sites = _sites(model, parse(target, r, alpha))

@@ -34,7 +34,7 @@ from lora_blip.models.library import Quiet, first_line
 from lora_blip.models.local_base import locate_base
 from lora_blip.models.precision import DTYPES, emulated, pick_base_dtype, pick_device, pick_precision, refuse_t5_fp16
 from lora_blip.models.processors import add_image_token, check_vocabulary, load_processors
-from lora_blip.models.unsupported import unsupported_kind
+from lora_blip.models.unsupported import refuse_loaded, unsupported_kind
 from lora_blip.models.weight_names import check_names, prefix_of
 from lora_blip.runtime.limits import is_process_limit
 from lora_blip.runtime.untrusted import quoted
@@ -100,6 +100,7 @@ def load_backbone(
     >>> backbone.family, backbone.image_size, backbone.device.type
     ('blip', 96, 'cpu')
     """
+    refuse_loaded(name)
     source = locate_model(name)
     return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast, image_size)
 

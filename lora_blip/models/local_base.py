@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_blip.errors import ModelError
-from lora_blip.models.unsupported import refuse_file
+from lora_blip.models.unsupported import refuse_adapter, refuse_file
 from lora_blip.runtime.user_paths import suggestion
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -16,6 +16,7 @@ def locate_base(name: str) -> str:
     A relative folder may also be in the installed package or in the repository. So "assets/tiny-blip" is an embedded base in
     every working folder, unless the folder has its own assets/tiny-blip.
     """
+    refuse_adapter(name)
     if Path(name).is_dir():
         return name
     for root in (PACKAGE, REPOSITORY):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.errors import ModelError
+from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import UnreadableError, open_regular, parsed, quoted
 
@@ -40,6 +41,26 @@ def unsupported_kind(model_type: Any, name: str, own_code: bool = False) -> str:
     code = "; its own Python code is never run" if own_code else ""
     article = "an" if str(model_type)[:1] in "aeiou" else "a"
     return f"{name!r} is {article} {quoted(model_type)} model{code}: {reason or GIVE_BLIP}"
+
+
+def refuse_loaded(name: object) -> None:
+    """Raise ModelError if a Python caller gives a loaded model instead of the name of a base."""
+    if not isinstance(name, str | Path):
+        calls = 'lora_blip.inject(model, "vit") or Captioner.from_adapter(None, base=model)'
+        fix = f"it is loaded already: use it as it is, as in {calls}"
+        fix = fix if hasattr(name, "named_parameters") or hasattr(name, "model") else "give a hub name or a folder"
+        raise ModelError(f"the base is of type {type(name).__name__}; {fix}")
+
+
+def refuse_adapter(name: str) -> None:
+    """Raise ModelError if the name of a base is that of an adapter of lora_blip."""
+    folder = Path(name)
+    is_run = (folder / ADAPTER_NAME).is_file() and not (folder / "config.json").exists()
+    if is_run or folder.name in (ADAPTER_NAME, BEST_NAME) or (name == "latest" and not folder.is_dir()):
+        raise ModelError(
+            f"{quoted(name)} is an adapter, and not a base. In Python, lora_blip.Captioner.from_adapter({quoted(name)}) loads "
+            f"both; in commands and settings, give it as ADAPTER (--adapter {quoted_for_shell(name)})"
+        )
 
 
 def refuse_file(path: Path) -> None:

@@ -51,6 +51,13 @@ def settings_of(kind: Any) -> list[Field[Any]]:
     return [entry for entry in fields(kind) if "doc" in entry.metadata]
 
 
+def require_settings(config: object, kind: type, call: str) -> None:
+    """Raise ConfigError if a Python caller gives something other than the settings, such as a path."""
+    if not isinstance(config, kind):
+        right = f"lora_blip.{call}(lora_blip.{kind.__name__}())"
+        raise ConfigError(f"lora_blip.{call} expects {kind.__name__}, and not {type(config).__name__}: {right}")
+
+
 def check(config: Any) -> None:
     """Raise ConfigError if a field has a wrong type, is not finite, or is too large.
 

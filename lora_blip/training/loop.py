@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch, Slot
+from lora_blip.runtime.settings import require_settings
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.session import open_session
@@ -31,6 +32,7 @@ def train(config: TrainConfig) -> Path:
     >>> path.name
     'adapter.safetensors'
     """
+    require_settings(config, TrainConfig, "train")
     with open_session(config) as session:  # data, backbone, adapters, optimizer, run folder
         learner, progress = session.learner, session.learner.progress
         session.validate_if_due(session.initial_scores)

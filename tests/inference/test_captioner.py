@@ -152,6 +152,20 @@ def test_swapped_arguments_give_the_right_call(make, image):
         captioner.rank(["red", "blue"], image)
 
 
+def test_more_arguments_than_images_give_the_right_call(make, photos):
+    """A question, texts, or a second image after the image."""
+    image = photos[0]
+    captioner: Any = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
+    with pytest.raises(InputError, match=r"has one argument; call captioner\.answer\(image, "):
+        captioner(image, "what color?")
+    with pytest.raises(InputError, match=r"several images need a list: captioner\(\[image, other_image\]\)"):
+        captioner(image, image, "photos/1.png")
+    captioner = Captioner(TASKS["caption"](make("blip"), "", FEW))
+    for call in (lambda: captioner(image, "what color?"), lambda: captioner.answer(image, "what color?")):
+        with pytest.raises(InputError, match=r"call captioner\(image\)\. For answers, open an adapter of the task vqa"):
+            call()
+
+
 def test_a_missing_image_is_not_called_swapped(make, photos):
     """Also if the question mentions a file, or the path of the existing image has no suffix of an image."""
     captioner = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
