@@ -109,7 +109,7 @@ def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
     status, lines, errors = run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu")
     captioner = lora_blip.Captioner.from_adapter(adapter, device="cpu")
     assert (status, lines) == (0, [f"photos/0.png: {captioner('photos/0.png').text}".rstrip()])
-    assert f"lora_blip_output/run/adapter.safetensors, base {checkpoints['blip']}, cpu\n" in errors
+    assert f"lora_blip_output/run/adapter.safetensors (3 steps), base {checkpoints['blip']}, cpu\n" in errors
     assert run(monkeypatch, capsys, "caption", "photos/0.png", "--device", "cpu", "--adapter", adapter)[1] == lines
     errors = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--device", "cpu")[2]
     another = "for another model: --adapter none --model assets/tiny-blip-vqa"
@@ -224,3 +224,20 @@ def test_a_file_instead_of_a_command_is_explained(here, monkeypatch, capsys):
     (here / "my photo.png").touch()
     status, _, errors = run(monkeypatch, capsys, "my photo.png")
     assert status == 2 and "did you mean lora-blip caption 'my photo.png'?" in errors
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_scale_0_gives_the_results_of_the_base(here, checkpoints, monkeypatch, capsys, explain):
+    """The texts are those of the base, and stderr names the scale. A scale that is too large is an error."""
+    adapter = adapter_of(checkpoints["vqa"], here)
+    words = ("ask", "photos/0.png", QUESTION, "--json", "--device", "cpu", *["--explain"] * explain)
+    base = json.loads(run(monkeypatch, capsys, *words, "--adapter", "none", "--model", checkpoints["vqa"])[1][0])["text"]
+    results = {}
+    for scale in (0.0, 1.0):
+        status, (line,), errors = run(monkeypatch, capsys, *words, "--adapter", adapter, "--scale", scale)
+        results[scale] = json.loads(line)["text"]
+        assert status == 0 and ("(3 steps, scaled by 0)" if scale == 0 else "(3 steps)") in errors
+    assert base.startswith(results[0.0]) and not base.startswith(results[1.0])  # the adapter generates fewer tokens
+    assert "scale" in run(monkeypatch, capsys, *words, "--adapter", adapter, "--scale", "1e9")[2]
+    if explain:
+        assert "3 steps, scaled by 0" in "".join(page.read_text() for page in here.rglob("explain.html"))

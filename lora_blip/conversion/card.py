@@ -2,11 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_blip.metrics.names import named_score
+from lora_blip.metrics.names import validation_scores
 from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.untrusted import printable
 
@@ -41,7 +40,8 @@ def card(adapter: "Adapter", largest_r: int, folder: Path) -> str:
         "largest rank": f"{largest_r}",
         "variant": adapter.variant,
     }
-    facts |= scores(adapter.metadata.get("training", {}))
+    scores = validation_scores(adapter.metadata.get("training", {}))[:MOST_SCORES]
+    facts["validation"] = ", ".join(printable(score)[:LONGEST].replace("|", r"\|") for score in scores)
     rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items() if text)
     tags = ["lora", "peft", "blip-2" if adapter.metadata["base"].get("architecture", "").startswith("Blip2") else "blip"]
     front = {"library_name": "peft", "tags": tags, **({"base_model": base} if on_hub else {})}
@@ -62,14 +62,6 @@ def _code(value: Any) -> str:
     """Return a text as code in a cell of a table, or "" for an empty one."""
     text = printable(value if isinstance(value, str) else "")[:LONGEST].replace("`", "'").replace("|", r"\|")
     return f"`{text}`" if text else ""
-
-
-def scores(training: Mapping[str, Any]) -> dict[str, str]:
-    """Return the validation scores, by name."""
-    values = {key[4:]: value for key, value in training.items() if key.startswith("val_")}
-    numbers = {key: value for key, value in values.items() if type(value) in (int, float) and abs(value) < 1e30}
-    named = [printable(named_score(key, value))[:LONGEST].replace("|", r"\|") for key, value in numbers.items()]
-    return {"validation": ", ".join(named[:MOST_SCORES])}
 
 
 def loading(adapter: "Adapter", folder: str) -> str:

@@ -1,6 +1,5 @@
 """`lora-blip convert ADAPTER --to peft|lora_blip`: write an adapter in another format. torch is imported late."""
 
-import os
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from lora_blip.errors import AdapterError, ConfigError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.files import refuse_unwritable, write_whole
+from lora_blip.runtime.files import refuse_full, refuse_unwritable, write_whole
 from lora_blip.runtime.setting_checks import TASK_NAMES
 from lora_blip.runtime.settings import argument, check, require, setting
 from lora_blip.runtime.untrusted import printable, quoted
@@ -45,9 +44,7 @@ def check_paths(config: ConvertConfig) -> None:
     runs.locate(config.adapter)
     if config.model:
         locate_base(config.model)
-    folder = Path(config.output_dir)
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{config.output_dir} exists already, and is not an empty folder; give another --output-dir")
+    refuse_full(Path(config.output_dir))
     refuse_unwritable(config.output_dir)
 
 

@@ -13,12 +13,13 @@ from lora_blip.data.example import Example
 from lora_blip.data.leaks import Leak
 from lora_blip.evaluation.measures import LOWER_IS_BETTER, ModelScores, gains, group_scores, image_of
 from lora_blip.inference.batch_runner import Runner
+from lora_blip.inference.setup import work_of
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.reports import report
 from lora_blip.reports.report import Card
 from lora_blip.reports.score_table import ReportRow
-from lora_blip.runtime.counts import counted, steps_of
+from lora_blip.runtime.counts import counted
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import csv_text, write_whole
 from lora_blip.runtime.runs import METRICS_NAME
@@ -102,7 +103,7 @@ def facts_of(
     facts = {"base": task.backbone.name, "task": task.name, "references": config.references}
     if adapter:
         facts["adapter"] = str(adapter.path)
-        facts["trained"] = steps_of(adapter.metadata.get("training", {}))
+        facts["trained"] = work_of(adapter)
     if task.backbone.chosen_size:
         facts["images"] = f"{size}×{size} pixels, positions interpolated"
     if task.prompt:

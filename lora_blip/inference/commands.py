@@ -17,6 +17,7 @@ from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
 from lora_blip.runtime.files import refuse_unwritable
+from lora_blip.runtime.setting_checks import check_scale
 from lora_blip.runtime.settings import argument, setting
 from lora_blip.runtime.system_errors import command_line, reading
 from lora_blip.runtime.untrusted import printable
@@ -49,17 +50,22 @@ class ModelConfig:
 
     adapter: str = setting("latest", 'an adapter file or a run folder; "latest": the newest run; "none": the base alone')
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
+    scale: float = setting(1.0, "factor of the change that the adapter makes; 1: as trained; 0: the base")
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
     json: bool = setting(False, "print a line of JSON per result, with image, text and score, or with image and error")
 
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:
             raise ConfigError(f'adapter is "none", and model is empty; give a base: --model {BASE_OF[self.task]}')
+        check_scale(self.scale)
 
     @property
     def model_flags(self) -> list[str]:
         """Return the flags of the settings that choose the adapter, the base and the device, if they are not the defaults."""
-        values = {"--adapter": (self.adapter, "latest"), "--model": (self.model, ""), "--device": (self.device, "auto")}
+        values = {
+            "--adapter": (self.adapter, "latest"), "--model": (self.model, ""), "--scale": (f"{self.scale:g}", "1"),
+            "--device": (self.device, "auto"),
+        }  # fmt: skip
         return [word for flag, (value, default) in values.items() if value != default for word in (flag, value)]
 
 
@@ -209,7 +215,7 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
 
     adapter = None if config.adapter in ("", "none") else read_adapter(config.adapter)
     setting = task_setting(adapter, task)
-    captioner = Captioner.from_adapter(adapter, base=config.model, device=config.device, task=setting)
+    captioner = Captioner.from_adapter(adapter, scale=config.scale, base=config.model, device=config.device, task=setting)
     announce(captioner.adapter, captioner.backbone)
     if task:
         require_task(captioner.task, config, image)
@@ -228,7 +234,9 @@ def task_setting(adapter: "Adapter | None", task: str) -> str:
 
 def announce(adapter: "Adapter | None", backbone: "Backbone") -> None:
     """Print the path of the adapter, the base, the device, and what is unknown about the adapter, on stderr."""
-    path = adapter.path if adapter else "no adapter"
+    from lora_blip.inference.setup import work_of
+
+    path = f"{adapter.path} ({work_of(adapter)})" if adapter else "no adapter"
     print(printable(f"{path}, base {backbone.name}, {backbone.device}"), file=sys.stderr, flush=True)
     if adapter and adapter.note:
         print(printable(f"note: {adapter.note}"), file=sys.stderr, flush=True)

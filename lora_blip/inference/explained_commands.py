@@ -13,7 +13,7 @@ from lora_blip.inference.commands import ModelConfig, announce, require_task, ta
 from lora_blip.inference.explanation import explained, require_few, write_explanation
 from lora_blip.inference.finished import key_of
 from lora_blip.inference.prediction import Prediction
-from lora_blip.inference.setup import apply_adapter, open_task, read_optional_adapter
+from lora_blip.inference.setup import apply_adapter, open_task, read_optional_adapter, work_of
 from lora_blip.reports.explanation import TextView
 from lora_blip.runtime import runs
 from lora_blip.runtime.extras import attempt
@@ -28,7 +28,7 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
     """
     examples = [example_of(image, plain(question)) for image in images]
     require_few(examples)
-    adapter = read_optional_adapter(config.adapter)
+    adapter = read_optional_adapter(config.adapter, config.scale)
     setting = task_setting(adapter, config.task)
     settings = InferConfig(
         adapter=config.adapter if adapter else "none", model=config.model, device=config.device, task=setting
@@ -51,7 +51,7 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
         yield prediction
     views += explanation_of(captioner, examples, predictions, "adapter" if adapter else "base")
     facts = {"base": captioner.backbone.name, "precision": precision, "task": captioner.task}
-    facts |= {"adapter": str(adapter.path)} if adapter else {}
+    facts |= {"adapter": str(adapter.path), "trained": work_of(adapter)} if adapter else {}
     facts |= {"date": f"{datetime.now():%Y-%m-%d %H:%M}"}
     folder = unused_path(runs.RUNS / f"explanation_{datetime.now():%Y%m%d_%H%M%S}")
     if views and (page := attempt("explanation", lambda: write_explanation(folder, task, examples, views, facts))):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_blip.errors import ConfigError, OutputError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
-from lora_blip.runtime.files import make_whole, refuse_unwritable, room_for
+from lora_blip.runtime.files import make_whole, refuse_full, refuse_unwritable, room_for
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.settings import argument, check, require, setting
 from lora_blip.runtime.untrusted import printable
@@ -56,15 +56,6 @@ def check_paths(config: ExportConfig) -> None:
     runs.locate(config.adapter)
     if config.model:
         locate_base(config.model)
-
-
-def refuse_full(folder: Path) -> None:
-    """Raise OutputError if a folder exists and contains something, or if the path is a file."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        problem = "is not empty" if folder.is_dir() else "exists already and is not a folder"
-        raise OutputError(f"output_dir = {str(folder)!r}: it {problem}; give a new folder: --output-dir {folder}_2")
 
 
 def export(config: ExportConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lora_blip.inference.export import ExportConfig
 from lora_blip.inference.exported_folder import GENERATORS
 from lora_blip.lora.adapter_file import Adapter
-from lora_blip.metrics.names import named_score
+from lora_blip.metrics.names import validation_scores
 from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.files import write_new
@@ -70,7 +70,7 @@ def card(config: ExportConfig, adapter: Adapter, task: PredictionTask, compariso
         "weights": config.dtype,
         "images": f"{task.backbone.image_size}×{task.backbone.image_size}",
         "prompt": code(getattr(task, "prompt", "")),
-        "scores": text(scores(adapter)),
+        "scores": text(", ".join(validation_scores(adapter.metadata.get("training", {})))),
         "compared with the adapter": text(comparison[0]),
         "exported by": f"lora_blip {__version__}",
     }
@@ -103,13 +103,6 @@ def usage(task: PredictionTask) -> str:
 
 def block(lines: str) -> str:
     return f"```python\n{lines}```\n"
-
-
-def scores(adapter: Adapter) -> str:
-    """Return the validation scores of the adapter's training."""
-    training = adapter.metadata.get("training", {})
-    values = {key[4:]: value for key, value in training.items() if key.startswith("val_")}
-    return ", ".join(named_score(key, float(value)) for key, value in values.items() if type(value) in (int, float))
 
 
 def text(value: object) -> str:

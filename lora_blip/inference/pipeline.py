@@ -17,7 +17,16 @@ from lora_blip.inference.gallery import write_gallery
 from lora_blip.inference.output import Output
 from lora_blip.inference.prediction import Prediction, report
 from lora_blip.inference.predictor import Predictor
-from lora_blip.inference.setup import Inputs, apply_adapter, describe, open_inputs, open_task, read_inputs, require_same_inputs
+from lora_blip.inference.setup import (
+    Inputs,
+    apply_adapter,
+    describe,
+    open_inputs,
+    open_task,
+    read_inputs,
+    require_same_inputs,
+    work_of,
+)
 from lora_blip.reports.explanation import TextView
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.distributed import Ranks
@@ -117,7 +126,8 @@ def conclude(
         texts = finished.texts_of(out.path, task.subject, references, model_name)
         attempt("scores", lambda: report(task, references, texts))
     facts = {"images": config.images, "base": task.backbone.name, "precision": precision}
-    facts |= {"adapter": str(adapter.path), "task": task.name} if adapter else {"task": task.name}
+    facts |= {"adapter": str(adapter.path), "trained": work_of(adapter)} if adapter else {}
+    facts["task"] = task.name
     facts |= {"predictions": str(out.path), "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
     with phase(f"writing {GALLERY_NAME}"):
         page = attempt("gallery", lambda: write_gallery(out.folder, task, examples, references, facts, model_name, count))

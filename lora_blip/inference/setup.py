@@ -218,6 +218,15 @@ def generation_of(own: dict[str, Any], config: InferConfig | EvaluateConfig | No
     return Generation.of(known | chosen, config.seed if config else 0)
 
 
+def work_of(adapter: Adapter) -> str:
+    """Return how an adapter was made, and its scale: "1,200 steps", "1,200 steps, dora, scaled by 0.5", "a blend"."""
+    training = adapter.metadata.get("training", {})
+    work = ["a blend" if "blend" in training else steps_of(training)]
+    work += [adapter.variant] * (adapter.variant != "lora")
+    work += [f"scaled by {adapter.scale:g}"] * (adapter.scale != 1)
+    return ", ".join(work)
+
+
 def describe(task: PredictionTask, adapter: Adapter | None, count: int, precision: str) -> str:
     """Return a line on the adapter, its training and its score, and a line on the task, the number of inputs and the base.
 
@@ -227,10 +236,7 @@ def describe(task: PredictionTask, adapter: Adapter | None, count: int, precisio
     if adapter is None:
         return printable(f"{work}, without an adapter")
     training = adapter.metadata.get("training", {})
-    work_done = "a blend" if "blend" in training else steps_of(training)
-    facts = [str(adapter.task.get("name", "unknown task")), work_done]
-    facts += [adapter.variant] * (adapter.variant != "lora")
-    facts += [f"scaled by {adapter.scale:g}"] * (adapter.scale != 1)
+    facts = [str(adapter.task.get("name", "unknown task")), work_of(adapter)]
     facts += ["stopped early"] * (not training.get("finished", True))
     facts += ["the weights with the best validation score"] * (adapter.path.name == runs.BEST_NAME)
     score = validation_score(training)

@@ -38,6 +38,17 @@ def validation_score(training: Mapping[str, Any]) -> str:
     keys = [by] if f"val_{by}" in training else [key[4:] for key in training if key.startswith("val_") and key != "val_loss"]
     for key in keys:
         value = training[f"val_{key}"]
-        if isinstance(value, int | float):
+        if is_score(value):
             return named_score(str(key), value)
     return ""
+
+
+def validation_scores(training: Mapping[str, Any]) -> list[str]:
+    """Return all validation scores in the metadata of an adapter, with their names. The metadata may be untrusted."""
+    values = {key[4:]: value for key, value in training.items() if key.startswith("val_")}
+    return [named_score(key, value) for key, value in values.items() if is_score(value)]
+
+
+def is_score(value: object) -> bool:
+    """Return True for a finite number that can be written with decimals: an integer may have any number of digits."""
+    return type(value) in (int, float) and abs(value) < 1e30  # type: ignore[arg-type]

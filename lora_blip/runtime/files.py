@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from lora_blip.errors import ConfigError, FileError
+from lora_blip.errors import ConfigError, FileError, OutputError
 from lora_blip.runtime import system_errors
 from lora_blip.runtime.system_errors import sync, sync_folder, writing
 from lora_blip.runtime.untrusted import UNPRINTABLE
@@ -223,3 +223,12 @@ def room_for(folder: Path, error_class: type[Exception], advice: str) -> Iterato
         if isinstance(error, FileError):  # its message has a fix
             raise error_class(f"{error}{advice.replace('{first}', '')}") from None
         raise
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise OutputError if a folder exists and contains something, or if the path is a file."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        problem = "is not empty" if folder.is_dir() else "exists already and is not a folder"
+        raise OutputError(f"output_dir = {str(folder)!r}: it {problem}; give a new folder: --output-dir {folder}_2")

@@ -130,7 +130,7 @@ def test_the_short_commands_choose_the_task_of_a_foreign_adapter(make, tmp_path,
 
 def test_a_folder_with_files_is_not_overwritten(make, tmp_path):
     path = saved(make, "blip", tmp_path)
-    for folder, message in ((str(path.parent), "not an empty folder"), (str(path), "not an empty folder")):
+    for folder, message in ((str(path.parent), "it is not empty"), (str(path), "is not a folder")):
         with pytest.raises(ConfigError, match=message):
             check_paths(ConvertConfig(adapter=str(path), output_dir=folder))
     with pytest.raises(ConfigError, match="--output-dir FOLDER"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_blip.metrics.names import named_score, score_name, validation_score
+from lora_blip.metrics.names import named_score, score_name, validation_score, validation_scores
 from lora_blip.tasks.caption import COCO_KEYS
 from lora_blip.tasks.registry import TASKS
 
@@ -32,3 +32,10 @@ def test_the_score_of_an_adapter_is_the_one_that_selected_it() -> None:
     assert validation_score({**scores, "settings": {"best_by": "loss"}}) == "loss 0.1000"
     assert validation_score(scores) == validation_score({**scores, "settings": {"best_by": "auto"}}) == "exact match 50.0%"
     assert validation_score({}) == validation_score({"settings": [], "val_x": "y", "val_loss": None}) == ""
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), True, "0.5", None, [1]])
+def test_a_score_that_is_no_number_of_a_sensible_size_is_left_out(value: object) -> None:
+    """An adapter file of a stranger may contain anything: an integer of 400 digits cannot be a float."""
+    assert validation_score({"val_cider": value}) == ""
+    assert validation_scores({"val_cider": value, "val_loss": 0.25, "steps": 3}) == ["loss 0.2500"]
