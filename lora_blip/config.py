@@ -8,6 +8,7 @@ from lora_blip.runtime.setting_checks import check_prediction, check_training
 from lora_blip.runtime.settings import Options, check, setting, share_options
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
+BaseDtype = Literal["auto", "fp16", "bf16", "fp32", "int8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ class TrainConfig:
     cache_gb: float = setting(
         10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )
-    base_dtype: Precision = setting("auto", 'dtype of the frozen weights; "auto": 16 bits if the precision is fp16 or bf16')
+    base_dtype: BaseDtype = setting(
+        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4" (8 or 4 bits); "auto": 16 bits if PRECISION is'
+    )
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass, which needs less memory and is a third slower"
     )
@@ -206,6 +209,9 @@ class InferConfig:
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
+    base_dtype: BaseDtype = setting(
+        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by PRECISION'
+    )
     batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
     merge: bool = setting(True, "merge the adapter into the weights, which is faster; False: keep its hooks")
     fast: bool = setting(
@@ -267,6 +273,9 @@ class EvaluateConfig:
 
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
+    base_dtype: BaseDtype = setting(
+        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by PRECISION'
+    )
     batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
     fast: bool = setting(
         True, "faster attention and matrix products, equal to transformers' up to rounding; False: transformers' own"

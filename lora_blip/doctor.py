@@ -29,6 +29,7 @@ EXTRAS = {
     "excel": ("openpyxl",),
     "parquet": ("pyarrow",),
     "heic": ("pillow-heif",),
+    "quantized": ("bitsandbytes", "accelerate"),
     "dev": ("pytest", "peft", "selenium", "ruff", "mypy"),
 }
 BASES = ("assets/tiny-blip", "assets/tiny-blip2", "assets/tiny-blip-vqa", "assets/tiny-blip-itm")

@@ -4,7 +4,6 @@ The new folder is loaded with transformers alone and compared with the adapter o
 So a folder that exists is complete and compared.
 """
 
-import math
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +37,9 @@ class ExportConfig:
     output_dir: str = setting("", "folder that is written; it must not exist, or be empty", path="always")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "dtype of the weights in the folder")
     model: str = setting("", "hub name or folder of the base; empty: the base that the adapter was trained on")
+    base_dtype: Literal["auto", "fp32", "int8", "nf4"] = setting(
+        "auto", 'the base to export: "int8" or "nf4" (dequantized), or "fp32"; "auto": as in the training of the adapter'
+    )
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"')
     images: str = setting("", "images for the comparison: a file, a folder or a glob; empty: four drawn pictures")
     shard_gb: float = setting(5.0, "largest size of a file of weights in GB")
@@ -63,9 +65,11 @@ def export(config: ExportConfig) -> None:
     from lora_blip.config import InferConfig
     from lora_blip.inference import export_check, setup
     from lora_blip.lora import adapter_file, merging
+    from lora_blip.lora.sites import quantization
     from lora_blip.models.bin_weights import with_safetensors
     from lora_blip.models.loading import load_config, locate_model
     from lora_blip.models.precision import refuse_t5_fp16
+    from lora_blip.models.quantized import dequantize
 
     adapter, folder = adapter_file.read(runs.locate(config.adapter)), Path(config.output_dir)
     refuse_full(folder)
@@ -74,13 +78,16 @@ def export(config: ExportConfig) -> None:
     base_config = load_config(source)
     refuse_t5_fp16(base_config, name, {"float16": "fp16"}.get(config.dtype, "fp32"))
     announce(config, adapter, name, with_safetensors(source, name))
-    inference = InferConfig(model=config.model, device=config.device, precision="fp32")
+    inference = InferConfig(model=config.model, device=config.device, precision="fp32", base_dtype=config.base_dtype)
     task, _ = setup.open_task(inference, adapter)
     setup.apply_adapter(task, adapter, merge=False)
     probe = export_check.probe_of(task, config.images)
     with phase("predicting with the adapter on its base"):
         hooked = export_check.predict_hooked(task, probe)
+    if kind := quantization(task.backbone.model):
+        print(f"the folder has the weights of the base in {kind}, dequantized: the adapter was trained with them", flush=True)
     with phase("merging"):
+        dequantize(task.backbone.model)
         merging.bake(task.backbone.model)
     with room_for(folder, OutputError, "; {first}run the command again"):
         make_whole(folder, lambda place: fill(place, config, adapter, task, base_config, hooked, probe))
@@ -93,8 +100,9 @@ def announce(config: ExportConfig, adapter: "Adapter", name: str, weights: str) 
     weights: the folder of the base's safetensors.
     """
     from lora_blip.models.base_config import weight_shapes
+    from lora_blip.models.quantization_config import value_count
 
-    count = sum(map(math.prod, weight_shapes(weights).values()))
+    count = value_count(weight_shapes(weights))
     written, memory = count * BYTES[config.dtype] + SMALL, 4 * count
     folder = Path(config.output_dir).absolute()
     parent = next(path for path in folder.parents if path.exists())

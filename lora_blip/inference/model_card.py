@@ -8,6 +8,7 @@ from typing import Any
 from lora_blip.inference.export import ExportConfig
 from lora_blip.inference.exported_folder import GENERATORS
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.fingerprint import HALF_STEP
 from lora_blip.metrics.names import validation_scores
 from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.counts import counted
@@ -63,9 +64,10 @@ def card(config: ExportConfig, adapter: Adapter, task: PredictionTask, compariso
     base = config.model or adapter.base
     header = ["---", "library_name: transformers", f"pipeline_tag: {TAGS[task.name]}", "tags: [lora_blip]"]
     header += [f"base_model: {base}"] if HUB_NAME.fullmatch(base) and not Path(base).exists() else []
+    dtype = adapter.base_dtype if config.base_dtype == "auto" else config.base_dtype
     facts = {
         "task": task.name,
-        "base": text(base),
+        "base": text(base) + f", dequantized from {dtype}" * (dtype in HALF_STEP),
         "adapter": text(adapter.path.name) + f", {counted(len(adapter.sites), 'module')}, merged in float32",
         "weights": config.dtype,
         "images": f"{task.backbone.image_size}×{task.backbone.image_size}",

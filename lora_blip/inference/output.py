@@ -21,6 +21,7 @@ from lora_blip.errors import ImageError, OutputError
 from lora_blip.inference.finished import FinishedExamples, key_of, resume_from
 from lora_blip.inference.prediction import Prediction, line_of, request_of
 from lora_blip.lora.adapter_file import Adapter
+from lora_blip.lora.sites import quantization
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.counts import counted
@@ -185,8 +186,7 @@ def identity(
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
     if named := keys_of(config).named:
         settings |= {"keys": named}
-    if adapter and adapter.scale != 1:
-        settings |= {"scale": adapter.scale}
+    settings |= {"scale": adapter.scale if adapter else 1.0, "base_dtype": quantization(task.backbone.model)}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
 
 

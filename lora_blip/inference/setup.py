@@ -16,6 +16,7 @@ from lora_blip.inference.questions import WithPrompts, examples_to_predict, read
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.peft_config import TASK_OF
+from lora_blip.lora.sites import quantization
 from lora_blip.metrics.names import validation_score
 from lora_blip.models import weights
 from lora_blip.models.generation import OPTIONS, check_generation, generation_fault, ignored_lines, unused_lines
@@ -137,8 +138,9 @@ def open_task(
         raise AdapterError(f"{adapter.path if adapter else ''} names no base; give it: MODEL (--model), or base=… in Python")
     with phase(f"loading {name}"):
         backbone, precision = open_backbone(
-            name, device or config.device, requested_precision, fast=config.fast, image_size=size
-        )
+            name, device or config.device, requested_precision, config.base_dtype, fast=config.fast, image_size=size,
+            trained_dtype=adapter.base_dtype if adapter else "",
+        )  # fmt: skip
     task = task_of(backbone, adapter, config)
     if adapted and adapter:
         apply_adapter(task, adapter, merge=True)
@@ -146,7 +148,11 @@ def open_task(
 
 
 def apply_adapter(task: PredictionTask, adapter: Adapter, merge: bool, precision: str = "fp32") -> None:
-    """Load the adapter and its task metadata, merge it if `merge`, and cast the weights to `precision`."""
+    """Load the adapter and its task metadata, merge it if `merge`, and cast the weights to `precision`.
+
+    An adapter on a quantized base is not merged: its hooks stay.
+    """
+    merge = merge and not quantization(task.backbone.model)
     with phase(f"loading {adapter.path}" + ", and merging it" * merge):
         adapter_file.load(task.backbone, adapter)
         if merge:

@@ -7,6 +7,7 @@ Header: JSON under "lora_blip": ranks, task, base with samples of its weights, v
 
 import hashlib
 import json
+import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from lora_blip.errors import AdapterError, LoRAError
 from lora_blip.lora import attached, header, injection, peft_format
 from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, tensors_of
 from lora_blip.lora.attached import Loaded, model_of
-from lora_blip.lora.fingerprint import same_weights, sample, samples
+from lora_blip.lora.fingerprint import dtype_note, same_weights, sample, samples, weights_dtype
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
 from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
 from lora_blip.lora.variants import is_rescaled, rescale
@@ -56,6 +57,12 @@ class Adapter:
     def base(self) -> str:
         name: str = self.metadata["base"]["name"]
         return name
+
+    @property
+    def base_dtype(self) -> str:
+        """Return the dtype of the base's weights in training, such as "float32" or "nf4"; "" in older files."""
+        dtype: str = self.metadata["base"].get("dtype", "")
+        return dtype
 
     @property
     def image_size(self) -> int:
@@ -130,6 +137,7 @@ def save(
         "base": {
             "name": backbone.name if isinstance(backbone, Loaded) else str(getattr(model, "name_or_path", "")),
             "architecture": type(model).__name__,
+            "dtype": weights_dtype(model, loras.values()),
             "samples": base_samples or samples(model, loras.values()),
             **_image_size(model),
         },
@@ -222,6 +230,8 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     if name in attached.names(model):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
     check_fit(model, adapter)
+    if note := dtype_note(adapter.base_dtype, model):
+        print(note, file=sys.stderr, flush=True)
     _check_image_size(backbone, adapter)
     loras = injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name)
     injection.copy_values(loras, adapter.tensors)

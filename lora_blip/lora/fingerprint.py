@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_blip.lora.layer import AdapterStack, LoRA
-from lora_blip.lora.sites import is_linear, is_quantized, tied
+from lora_blip.lora.sites import is_linear, is_quantized, quantization, quantization_of, tied
 
 SAMPLES = 16  # sampled weights of each linear, evenly spaced
 LARGEST = torch.finfo(torch.float32).max
 MAY_DIFFER = ("_name_or_path", "transformers_version")  # settings that may differ for the same base
 ROUNDING = 2.0**-8  # relative error of a weight rounded to bf16, the coarsest dtype
+RECORDED = "base_sample"  # attribute of a quantized linear: the fingerprint of its weight before it was quantized
+HALF_STEP = {"int8": 0.51 / 127, "nf4": 0.16, "fp4": 0.17}  # largest rounding error, as a share of a block's largest weight
 
 
 def digest_of(value: Any) -> str:
@@ -45,21 +47,47 @@ def samples(model: nn.Module, adapters: Iterable[LoRA]) -> dict[str, dict[str, A
 
 
 def sample(linear: Any) -> dict[str, Any]:
-    """Return the fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype; {} if it is quantized."""
+    """Return the fingerprint of a weight: SAMPLES of its values, evenly spaced, and its dtype.
+
+    For a weight of bitsandbytes, it is that of the weight before it was quantized. If the checkpoint contains only quantized
+    weights, the values are the dequantized ones, with the largest error of each. Return {} for other quantized weights.
+    """
+    if recorded := vars(linear).get(RECORDED):
+        return dict(recorded)
+    if quantization_of(linear):
+        return _dequantized_sample(linear)
     if is_quantized(linear):
         return {}
     stack = linear._modules.get("lora")
     merged = isinstance(stack, AdapterStack) and stack.original is not None
     weight: Tensor = stack.original if merged else linear.weight
     flat = weight.detach().flatten()
-    positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return {"dtype": str(weight.dtype).removeprefix("torch."), "values": flat[positions.to(flat.device)].float().tolist()}
+    values = flat[positions(flat.numel()).to(flat.device)].float().tolist()
+    return {"dtype": str(weight.dtype).removeprefix("torch."), "values": values}
+
+
+def positions(count: int) -> Tensor:
+    """Return the positions of the sampled values in a weight with `count` values."""
+    return torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
+
+
+def _dequantized_sample(linear: Any) -> dict[str, Any]:
+    """Return the fingerprint of a weight of bitsandbytes whose original is not known."""
+    from lora_blip.kernels.quantized import dequantized, int8_scale, largest  # late: it imports bitsandbytes
+
+    W, kind = dequantized(linear).flatten(), quantization_of(linear)
+    at = positions(W.numel()).to(W.device)
+    is_int8 = kind == "int8"
+    scales = int8_scale(linear) if is_int8 else largest(linear.weight.quant_state)
+    block = linear.in_features if is_int8 else linear.weight.quant_state.blocksize
+    errors = scales.float()[at // block] * HALF_STEP[kind]
+    return {"dtype": kind, "values": W[at].tolist(), "error": errors.tolist()}
 
 
 def same_weights(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
     """Return True if two fingerprints are equal, or differ by one rounding if the dtypes differ.
 
-    A quantized weight has no fingerprint ({}), and is equal to any.
+    A fingerprint {} is equal to any: that of a quantized weight which is not of bitsandbytes.
     """
     if not expected or not actual:
         return True
@@ -68,14 +96,34 @@ def same_weights(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
         return False
     if expected["dtype"] == actual["dtype"]:
         return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=ROUNDING, atol=1e-7)
+    allowed = ROUNDING * b.abs() + 1e-7
+    for each in (expected, actual):
+        allowed += torch.tensor(each.get("error") or [0.0] * len(b), dtype=torch.float32)
+    return bool(((a - b).abs() <= allowed).all())
+
+
+def weights_dtype(model: nn.Module, adapters: Iterable[LoRA]) -> str:
+    """Return "int8", "nf4" or "fp4" for a quantized base, else the dtype of the linears with adapters, such as "float32"."""
+    weight = getattr(model.get_submodule(next(iter(adapters)).site.module), "weight", None)
+    return quantization(model) or str(getattr(weight, "dtype", "unknown")).removeprefix("torch.")
+
+
+def dtype_note(trained: str, model: nn.Module) -> str:
+    """Return a note if the base of the training and this one are quantized in different ways, or only one is; else ""."""
+    before, now = trained if trained in HALF_STEP else "", quantization(model)
+    if before == now:
+        return ""
+    names = [f"in {kind}" if kind else "not quantized" for kind in (before, now)]
+    return f"note: in training, the base was {names[0]}, and now it is {names[1]}, so texts may differ a little"
 
 
 def is_sample(entry: Any) -> bool:
-    """Return True for a fingerprint of `sample`: {} for a quantized weight, else a dtype and up to SAMPLES numbers."""
+    """Return True for a fingerprint of `sample`: {}, or a dtype and up to SAMPLES numbers, which may have errors."""
     if entry == {}:
         return True
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("values"), list):
         return False
-    values = entry["values"]
-    return 1 <= len(values) <= SAMPLES and all(type(x) in (int, float) and -LARGEST <= x <= LARGEST for x in values)
+    values, errors = entry["values"], entry.get("error", [])
+    if not isinstance(errors, list) or len(errors) not in (0, len(values)):
+        return False
+    return 1 <= len(values) <= SAMPLES and all(type(x) in (int, float) and abs(x) <= LARGEST for x in (*values, *errors))

@@ -82,6 +82,7 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base": (is_object, "an object"),
     "base.name": (is_path, "a name or path"),
     "base.samples": (is_object, "an object"),
+    "base.dtype": (is_text, "a text"),
     "base.image_size": (whole(1, 4096), "a number from 1 to 4096"),
     "task": (is_object, "an object"),
     "task.name": (is_text, "a text"),

@@ -34,7 +34,8 @@ def _check_weight(path: str, linear: Any) -> None:
         kinds = dict.fromkeys((type(linear).__name__, type(getattr(linear, "weight", None)).__name__))
         raise LoRAError(
             f"{path!r} is quantized ({', '.join(kinds)}): merging would round the update away; "
-            "use the adapter unmerged, or load the base in fp16, bf16 or fp32"
+            "use the adapter unmerged, load the base in fp16, bf16 or fp32, or write a dequantized and merged folder: "
+            "lora-blip export RUN --output-dir FOLDER"
         )
     weight = linear.weight
     if weight is not linear._parameters.get("weight") and weight is not linear._buffers.get("weight"):

@@ -66,6 +66,36 @@ def is_quantized(linear: Any) -> bool:
     return tuple(weight.shape) != (linear.out_features, linear.in_features)
 
 
+def quantization_of(linear: Any) -> str:
+    """Return "int8", "nf4" or "fp4" for a linear whose weight bitsandbytes has quantized, "" for any other module."""
+    weight: Any = getattr(linear, "weight", None)
+    kind = type(weight).__name__  # by name: bitsandbytes may not be installed
+    return "int8" if kind == "Int8Params" else str(weight.quant_type) if kind == "Params4bit" else ""
+
+
+def quantization(model: nn.Module) -> str:
+    """Return `quantization_of` the first quantized linear of a model, "" if there is none."""
+    return next(filter(None, map(quantization_of, model.modules())), "")
+
+
+def value_count(module: Any, parameter: nn.Parameter) -> int:
+    """Return the number of values of a module's parameter. Two values of a weight in 4 bits share a byte."""
+    packed = parameter is module._parameters.get("weight") and quantization_of(module)
+    return int(module.out_features * module.in_features) if packed else parameter.numel()
+
+
+def base_size(model: nn.Module) -> int:
+    """Return the number of values of all parameters, without those of adapters. A shared parameter counts once."""
+    sizes = {
+        id(p): value_count(m, p)
+        for path, m in model.named_modules()
+        if ".lora." not in f".{path}."
+        for p in m._parameters.values()
+        if p is not None
+    }
+    return sum(sizes.values())
+
+
 def refuse_meta(path: str, linear: nn.Module) -> None:
     """Raise LoRAError if a linear is on the meta device, where tensors have shapes and no values."""
     if any(tensor.is_meta for tensor in (*linear.parameters(), *linear.buffers())):

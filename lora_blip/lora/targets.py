@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_blip.errors import TargetError
 from lora_blip.lora.attached import Loaded, adapters, model_of
-from lora_blip.lora.sites import ALPHA, R, Site, is_linear, tied
+from lora_blip.lora.sites import ALPHA, R, Site, base_size, is_linear, tied
 from lora_blip.runtime.counts import counted
 
 VIT = r"vision_model\.encoder\.layers\.\d+\."
@@ -182,7 +182,7 @@ def _nearest(target: str, counts: dict[str, int], linears: list[str]) -> str:
 def table(model: nn.Module, name: str = "default") -> str:
     """Return a table with a line for each part of the model: its linears with an adapter, and their LoRA parameters."""
     loras = adapters(model, name)
-    base = sum(p.numel() for n, p in model.named_parameters() if ".lora." not in f".{n}")
+    base = base_size(model)
     rows = []
     for part in [*dict.fromkeys(_part(address) for address in loras), "all"]:
         own = [lora for address, lora in loras.items() if part in ("all", _part(address))]

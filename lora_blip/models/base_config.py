@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from lora_blip.errors import ModelError
+from lora_blip.models import quantization_config
 from lora_blip.models.generation import OPTIONS
 from lora_blip.models.unsupported import refuse_folder, unsupported_kind
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_WEIGHTS, without_prefix
@@ -150,10 +151,14 @@ def _check_kind(config: Mapping[str, Any], source: str) -> None:
 
 
 def _check_values(config: Mapping[str, Any], source: str, file_name: str) -> None:
+    if file_name == "config.json":
+        quantization_config.check(config, source)
     for place, key, value in _entries(config):
         where = f"{file_name} of {source!r}: {quoted(place)[1:-1]} is {quoted(value)}"
         if key in ATTENTION_KEYS and not (value is None or (isinstance(value, str) and value in ATTENTIONS)):
             raise ModelError(f"{where}, which may load a kernel; remove the key")
+        if key == quantization_config.KEY and place == key and file_name == "config.json":
+            continue  # checked above
         default = value in HARMLESS or (key in NO_EFFECT_IF_ONE and value == 1)
         if key in FORBIDDEN and not default:
             raise ModelError(f"{where}, which lora_blip does not load; remove the key, or give a plain checkpoint")
@@ -199,26 +204,32 @@ def check_sizes(kind: type[PreTrainedModel], config: PretrainedConfig, source: s
                     f"config.json of {source!r}: {key} is {layers}, and its weights have {len(shapes)} tensors in all; {FIX}"
                 )
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            skeleton = kind(config).state_dict()
+        model = skeleton_of(kind, config).state_dict()
     except Exception as error:  # transformers does not check that sizes fit each other
         message = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"config.json of {source!r} does not describe a model ({type(error).__name__}: {quoted(message)}); {FIX}"
         ) from None
-    for name, tensor in skeleton.items():
+    shapes = quantization_config.unpacked(shapes, model)
+    for name, tensor in model.items():
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             fix = _image_size_fix(shapes[name], config) if name == POSITIONS else FIX
             raise ModelError(
                 f"{source!r}: {name} is {tuple(tensor.shape)} by its config.json, and {shapes[name]} in its weights; {fix}"
             )
-    _check_layers(skeleton, shapes, source)
+    _check_layers(model, shapes, source)
     count = sum(map(math.prod, shapes.values()))
-    absent = sum(tensor.numel() for name, tensor in skeleton.items() if name not in shapes)
+    absent = sum(tensor.numel() for name, tensor in model.items() if name not in shapes)
     if absent > count + SPARE:
         raise ModelError(
             f"{source!r}: its config.json describes {absent:,} weights that are not in its files, which have {count:,}; {FIX}"
         )
+
+
+def skeleton_of(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model without memory, on the meta device."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return kind(config)
 
 
 def _image_size_fix(shape: tuple[int, ...], config: Any) -> str:

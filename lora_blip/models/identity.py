@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_blip.lora.fingerprint import digest_of, settings_of
 from lora_blip.models.loading import Backbone
+from lora_blip.models.quantized import quantized_linears, scales_of
 
 SAMPLES = 16  # sampled values of each weight, evenly spaced
 
@@ -23,11 +24,17 @@ def processors_digest(backbone: Backbone) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a SHA-256 of the frozen parameters: names, shapes, dtypes, SAMPLES values, and the XOR of all values."""
+    """Return a SHA-256 of the frozen parameters: names, shapes, dtypes, SAMPLES values, and the XOR of all values.
+
+    The scales of quantized parameters are included.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
+    frozen: list[tuple[str, torch.Tensor]] = [
+        (name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
+    ]
+    for path, linear in quantized_linears(model).items():
+        frozen += [(f"{path}.{number}", scales) for number, scales in enumerate(scales_of(linear))]
+    for name, parameter in frozen:
         flat = parameter.detach().flatten()
         positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
         values = flat[positions.to(flat.device)].double().tolist()

@@ -26,7 +26,8 @@ from lora_blip.kernels import switch
 from lora_blip.kernels.plain import is_plain, plain
 from lora_blip.lora import attached
 from lora_blip.lora.routing import checkpoint_context
-from lora_blip.models.base_config import check_config, check_sizes, weight_shapes
+from lora_blip.models import quantized
+from lora_blip.models.base_config import check_config, check_sizes, skeleton_of, weight_shapes
 from lora_blip.models.bin_weights import with_safetensors
 from lora_blip.models.hub import fetch
 from lora_blip.models.image_size import check_size, fit_processor, own_size, resize_positions
@@ -86,11 +87,11 @@ def load_backbone(
 ) -> Backbone:
     """Load a checkpoint frozen, in eval mode, for captioning, question answering or retrieval.
 
-    name: a hub name or a folder. dtype: that of the weights, "fp32", "fp16" or "bf16". checkpointing: recompute activations in
-    the backward pass (non-reentrant, because the reentrant kind leaves adapters without gradients). fast: use the fast
-    attention, update and packed texts; if false, everything is computed by transformers and `layer.lora_hook`. image_size:
-    height and width of the images in pixels, a multiple of the patch size, for which the position embeddings are interpolated;
-    0: the checkpoint's own.
+    name: a hub name or a folder. dtype: that of the weights, "fp32", "fp16" or "bf16"; or "int8" or "nf4": bitsandbytes then
+    quantizes the linears, and the other weights are in float32. checkpointing: recompute activations in the backward pass
+    (non-reentrant, because the reentrant kind leaves adapters without gradients). fast: use the fast attention, update and
+    packed texts; if false, everything is computed by transformers and `layer.lora_hook`. image_size: height and width of the
+    images in pixels, a multiple of the patch size, for which the position embeddings are interpolated; 0: the checkpoint's own.
 
     The dropout of the model is set to 0: it does not help a frozen backbone, and without it training and inference compute the
     same. Raise ModelError if the checkpoint does not exist, is of another kind, lacks weights, or is a T5 in fp16. Raise
@@ -102,15 +103,19 @@ def load_backbone(
     """
     refuse_loaded(name)
     source = locate_model(name)
-    return _load(name, source, load_config(source), pick_device(device), dtype, checkpointing, fast, image_size)
+    config, is_width = load_config(source), dtype in quantized.QUANTIZED
+    kind = quantized.choose(config, name, dtype if is_width else "auto")
+    where, rest = pick_device(device), "fp32" if is_width else dtype
+    return _load(name, source, config, where, rest, checkpointing, fast, image_size, kind)
 
 
 def open_backbone(
     name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False, fast: bool = True,
-    image_size: int = 0,
+    image_size: int = 0, trained_dtype: str = "",
 ) -> tuple[Backbone, str]:  # fmt: skip
     """Return the backbone for the settings of a run, and its precision. Training and inference both use this function.
 
+    trained_dtype: the dtype of the base that the adapter was trained on, which `base_dtype` "auto" follows if it is quantized.
     Raise ModelError and ConfigError as `load_backbone` does, and ConfigError for fp16 together with bf16.
     """
     where = pick_device(device)
@@ -120,8 +125,9 @@ def open_backbone(
     source = locate_model(name)
     config = load_config(source)
     refuse_t5_fp16(config, name, precision)  # also if only autocast is in fp16
-    dtype = pick_base_dtype(base_dtype, config, precision)
-    return _load(name, source, config, where, dtype, checkpointing, fast, image_size), precision
+    kind = quantized.choose(config, name, base_dtype, trained_dtype)
+    dtype = pick_base_dtype("auto" if kind else base_dtype, config, precision)
+    return _load(name, source, config, where, dtype, checkpointing, fast, image_size, kind), precision
 
 
 def as_backbone(model: Any, processor: Any) -> Backbone:
@@ -150,7 +156,7 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
 
 def _load(
     name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool, fast: bool,
-    image_size: int,
+    image_size: int, kind: str = "",
 ) -> Backbone:  # fmt: skip
     _refuse(config, name, dtype)
     own = own_size(config, name)
@@ -161,13 +167,15 @@ def _load(
     weights = with_safetensors(source, name)
     with Quiet(source):
         check_sizes(_architecture(config), config, weights)
-    model = _load_model(_architecture(config), weights, name, config, DTYPES[dtype])
+    model = _load_weights(_architecture(config), weights, name, config, DTYPES[dtype], kind, where)
     tokenizer, image_processor = load_processors(source)
     add_image_token(model, tokenizer, name)
     check_vocabulary(model, tokenizer, name)
     if size != own:
         resize_positions(model, size)
-    model.requires_grad_(False).eval().to(where)
+    model.requires_grad_(False).eval()
+    if not kind:  # a quantized model is on its device already
+        model.to(where)
     switch.fast(model, fast)
     attached.fast(model, fast)
     if checkpointing:
@@ -249,10 +257,15 @@ def _plain_settings(config: PretrainedConfig) -> None:
                 setattr(part, key, value)
 
 
-def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def _load_weights(
+    kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype, width: str,
+    where: torch.device,
+) -> Any:  # fmt: skip
     model: Any
     report: Any
     from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
+    stored = bool(quantized.stored_quantization(config))
+    more = quantized.arguments(width, stored, skeleton_of(kind, config), dtype, where) if width else {}
     prefix = prefix_of(weight_shapes(source))
     renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     restart_thread_pool()
@@ -260,7 +273,7 @@ def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: Pre
         with Quiet(source):
             model, report = from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-                **renamed,
+                **renamed, **more,
             )  # fmt: skip
     except Exception as error:  # an untrusted file can fail anywhere in transformers
         if is_process_limit(error):
@@ -272,6 +285,8 @@ def _load_model(kind: type[PreTrainedModel], source: str, name: str, config: Pre
     if prefix:
         vars(model).pop("_weight_conversions", None)  # otherwise save_pretrained adds the prefix again
     check_names(model, report["missing_keys"], report["unexpected_keys"], name, prefix)
+    if width:
+        quantized.finish(model, name, source, stored)
     return model
 
 

@@ -93,7 +93,8 @@ def projected(head: Any, states: Tensor) -> Tensor:
     Autocast is off: after its rounding, different log-odds would be equal.
     """
     with torch.autocast(states.device.type, enabled=False):
-        return head(states.to(head.weight.dtype)).float()
+        dtype = head.weight.dtype if head.weight.is_floating_point() else torch.float32  # a checkpoint may store it in 8 bits
+        return head(states.to(dtype)).float()
 
 
 class BlipMatcher(Matcher):

@@ -1,6 +1,7 @@
 """Read single weights of a base from its safetensors. The model is not built, and only the weight that is asked for is read."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -41,6 +42,27 @@ class WeightReader:
         except (OSError, SafetensorError) as error:
             raise self._unreadable(path, error) from None
         return tensor if tensor.ndim == 2 and tensor.is_floating_point() and tensor.itemsize > 1 else None
+
+    def sample(self, module: str, positions: Tensor) -> dict[str, Any] | None:
+        """Return the values of a weight at positions of the flat matrix, with its dtype, or None if there is no matrix.
+
+        It is the fingerprint of the weight (`lora.fingerprint.sample`). Only the rows of these positions are read.
+        """
+        if f"{module}.weight" not in self.places:
+            return None
+        path, weight = self.places[f"{module}.weight"]
+        try:
+            with safe_open(path, "pt") as file:
+                part = file.get_slice(weight)
+                shape = part.get_shape()
+                if len(shape) != 2 or positions.max() >= shape[0] * shape[1]:
+                    return None
+                cells = [divmod(position, shape[1]) for position in positions.tolist()]
+                values: list[Tensor] = [part[row : row + 1, column : column + 1].flatten() for row, column in cells]
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(path, error) from None
+        dtype = str(values[0].dtype).removeprefix("torch.")
+        return {"dtype": dtype, "values": [float(value.float()) for value in values]}
 
     def _unreadable(self, path: Path, error: Exception) -> ModelError:
         return ModelError(

@@ -10,7 +10,7 @@ import transformers
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.version import __version__
 
-ADDED = {"image_size": 0, "scale": 1.0}  # settings that older runs do not have, with the values that they used
+ADDED = {"image_size": 0, "scale": 1.0, "base_dtype": ""}  # settings that older runs lack, with the values that they used
 DIGESTS = ("lines", "weights", "processors")  # endings of names whose value is a digest, which is not printed
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PLURALS = {"entry": "entries", "batch": "batches", "process": "processes"}  # of the nouns that do not only get an s
-SINGULARS = {"are": "is", "have": "has", "were": "was", "begin": "begins", "get": "gets"}
+SINGULARS = {"are": "is", "have": "has", "were": "was", "begin": "begins", "get": "gets", "stay": "stays"}
 
 
 def plural(noun: str, number: int = 2) -> str:

@@ -40,7 +40,7 @@ class TextTask(Task[TextRows]):
     def __init__(self, backbone: Backbone, prompt: str = "", generation: Generation | None = None) -> None:
         super().__init__(backbone, prompt, generation)
         self.language = self.encoder = language_of(backbone)
-        options, vocabulary = self.generation.options, self.language.head.weight.shape[0]
+        options, vocabulary = self.generation.options, self.language.head.out_features
         check_for_model(options, backbone.architecture, vocabulary, self.language.reads_encoder_ids)
         self.checker = TextChecker(backbone.tokenizer, self.language.structural_ids)
 

@@ -17,6 +17,7 @@ from lora_blip.errors import PreflightError
 from lora_blip.lora import attached
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import is_linear
+from lora_blip.models.quantized import scale_bytes
 from lora_blip.models.sharding import local_part
 from lora_blip.runtime.counts import counted
 from lora_blip.tasks.base import Task
@@ -133,13 +134,18 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
     return texts[0] if texts else "in a second forward, the outputs of all modules are finite, so only the gradients overflowed"
 
 
+def frozen_bytes(model: nn.Module) -> int:
+    """Return the bytes of the frozen weights on this rank, with the scales of quantized ones."""
+    return sum(local_part(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad) + scale_bytes(model)
+
+
 def memory_estimate(model: nn.Module, activations: int) -> str:
     """Return a line with the memory of a training step. Raise PreflightError if the GPU has too little.
 
     The memory is the sum of the frozen weights, the adapters (weights, gradients and AdamW's two moments), and the
     activations that autograd saves.
     """
-    weights = sum(local_part(p).numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    weights = frozen_bytes(model)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     total = weights + 4 * trained + activations
     unit = "GiB" if total >= UNITS["GiB"] else "MiB"

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import DeviceBatch, HostBatch, Slot
 from lora_blip.errors import CheckpointError, TrainingError
+from lora_blip.lora.sites import quantization
 from lora_blip.reports import plots
 from lora_blip.runtime import distributed, signals
 from lora_blip.runtime.counts import counted
@@ -183,7 +184,8 @@ class Session:
 
     def save_adapter(self) -> Path:
         """Save the adapter with its merge drift, wait for all processes, and return the path of the file."""
-        measures_drift = self.learner.ranks.main and not self.config.shard
+        mergeable = not self.config.shard and not quantization(self.task.backbone.model)
+        measures_drift = self.learner.ranks.main and mergeable
         with phase("merging the adapter, to measure how much its logits change"):
             drift = attempt("merge drift", lambda: merge_drift(self.task, self.first, self.autocast)) if measures_drift else {}
         path = self.run.save(self.learner.progress.step, finished=True, merge_drift=drift or {})

@@ -14,6 +14,7 @@ from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, lo
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
 from lora_blip.lora import attached, targets
+from lora_blip.lora.sites import base_size, quantization
 from lora_blip.models import sharding, weights
 from lora_blip.models.compilation import compile_blocks
 from lora_blip.models.generation import check_generation, ignored_lines, unused_lines
@@ -36,7 +37,7 @@ from lora_blip.tasks.text_length import fit_generation
 from lora_blip.training import caching, preflight, resume
 from lora_blip.training.best import few_images_warning
 from lora_blip.training.diagnostics import describe_error
-from lora_blip.training.early_checks import refuse_contradictions
+from lora_blip.training.early_checks import refuse_contradictions, refuse_quantized
 from lora_blip.training.examples import read_examples
 from lora_blip.training.initial_adapter import freeze_others, inject_adapters, restore_task, source_of
 from lora_blip.training.learner import Autocast
@@ -109,6 +110,7 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
         backbone, precision = open_backbone(
             config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
         )
+    refuse_quantized(config, quantization(backbone.model))
     task = task_for(config, backbone)
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)
     config = replace(config, best_by=task.score_names[0] if config.best_by == "auto" else config.best_by)
@@ -137,7 +139,7 @@ def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches,
     print(printable_lines(caching.describe_cache(config, prefix)), end="")
     inputs.identity["learned from"] = caching.cached_inputs(config, prefix)
     attached.fast(backbone.model, config.fast)
-    if config.base_dtype == "auto":
+    if config.base_dtype == "auto" or quantization(backbone.model):
         weights.cast_once(backbone, inputs.precision)
     if config.shard:
         sharding.shard(backbone, ranks.count)
@@ -196,8 +198,7 @@ def task_for(config: TrainConfig, backbone: Backbone) -> Task:
 
 def default_rate(model: Any) -> float:
     """Return the default peak learning rate: 1e-4, or more for a base with at most TINY parameters."""
-    size = sum(p.numel() for p in model.parameters())
-    return 1e-4 if size > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
+    return 1e-4 if base_size(model) > TINY else 1.5e-3 if model.config.model_type == "blip-2" else 3e-3
 
 
 def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
