@@ -67,14 +67,16 @@ def _loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 REAL_LOAD, LOADED = loading._load_model, {}
 
 
-def load_once(kind: Any, source: str, name: str, config: Any, dtype: torch.dtype) -> Any:
+def load_once(kind: Any, source: str, name: str, config: Any, dtype: torch.dtype, width: str, where: torch.device) -> Any:
+    if width:  # a quantized model is small, and `_load_model` prints how it is quantized
+        return REAL_LOAD(kind, source, name, config, dtype, width, where)
     files = tuple(sorted((path.name, *path.stat()[6:9]) for path in Path(source).glob("*")))
     key = kind, source, files, config.to_json_string(), dtype
     if key not in LOADED:
         if len(LOADED) >= 16:
             LOADED.clear()
         with torch.random.fork_rng(devices=[]):  # a copy draws no random numbers
-            LOADED[key] = REAL_LOAD(kind, source, name, config, dtype)
+            LOADED[key] = REAL_LOAD(kind, source, name, config, dtype, width, where)
     return deepcopy(
         LOADED[key]
     )  # the first time too: the memory of a file is aligned otherwise, and sums differ in the last bit

@@ -85,7 +85,7 @@ def export(config: ExportConfig) -> None:
     with phase("predicting with the adapter on its base"):
         hooked = export_check.predict_hooked(task, probe)
     if kind := quantization(task.backbone.model):
-        print(f"the folder has the weights of the base in {kind}, dequantized: the adapter was trained with them", flush=True)
+        print(f"the weights of the base in {kind} are dequantized for the folder", flush=True)
     with phase("merging"):
         dequantize(task.backbone.model)
         merging.bake(task.backbone.model)

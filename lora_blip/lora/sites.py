@@ -78,7 +78,7 @@ def quantization(model: nn.Module) -> str:
     return next(filter(None, map(quantization_of, model.modules())), "")
 
 
-def value_count(module: Any, parameter: nn.Parameter) -> int:
+def parameter_size(module: Any, parameter: nn.Parameter) -> int:
     """Return the number of values of a module's parameter. Two values of a weight in 4 bits share a byte."""
     packed = parameter is module._parameters.get("weight") and quantization_of(module)
     return int(module.out_features * module.in_features) if packed else parameter.numel()
@@ -86,13 +86,11 @@ def value_count(module: Any, parameter: nn.Parameter) -> int:
 
 def base_size(model: nn.Module) -> int:
     """Return the number of values of all parameters, without those of adapters. A shared parameter counts once."""
-    sizes = {
-        id(p): value_count(m, p)
-        for path, m in model.named_modules()
-        if ".lora." not in f".{path}."
-        for p in m._parameters.values()
-        if p is not None
-    }
+    sizes: dict[int, int] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values() if ".lora." not in f".{path}." else ():
+            if parameter is not None:
+                sizes[id(parameter)] = parameter_size(module, parameter)
     return sum(sizes.values())
 
 

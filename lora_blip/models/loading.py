@@ -167,7 +167,7 @@ def _load(
     weights = with_safetensors(source, name)
     with Quiet(source):
         check_sizes(_architecture(config), config, weights)
-    model = _load_weights(_architecture(config), weights, name, config, DTYPES[dtype], kind, where)
+    model = _load_model(_architecture(config), weights, name, config, DTYPES[dtype], kind, where)
     tokenizer, image_processor = load_processors(source)
     add_image_token(model, tokenizer, name)
     check_vocabulary(model, tokenizer, name)
@@ -257,7 +257,7 @@ def _plain_settings(config: PretrainedConfig) -> None:
                 setattr(part, key, value)
 
 
-def _load_weights(
+def _load_model(
     kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype, width: str,
     where: torch.device,
 ) -> Any:  # fmt: skip
