@@ -95,13 +95,13 @@ class KeptBytes:
     """Count the bytes that autograd saves for the backward pass: each storage once, without parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.counted = {p.untyped_storage()._cdata for p in model.parameters()}  # not addresses: a fake tensor has none
         self.bytes = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.counted:
-            self.counted.add(storage.data_ptr())
+        if storage._cdata not in self.counted:
+            self.counted.add(storage._cdata)
             self.bytes += storage.nbytes()
         return tensor
 
