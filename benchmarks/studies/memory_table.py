@@ -1,4 +1,4 @@
-"""Write docs/memory.md: the memory of a training step of real models, in float32, in bfloat16, in 8 and in 4 bits.
+"""Write the table of docs/quantized.md: the memory of a training step of real models, in float32, in bfloat16, in 8 and in 4 bits.
 
 No weight is created: the models consist of fake tensors, which have shapes only. The formula is that of the estimate that
 training prints: frozen weights, adapters with gradients and AdamW's state, and the bytes that autograd keeps.
@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn import functional as F
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, T5Config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -43,7 +42,7 @@ from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "memory.md"
+PAGE = ROOT / "docs" / "quantized.md"
 BATCH, RANK, TEXT = 8, 8, "a red cube on top of a blue cube on a table"  # the default batch size and rank
 CARDS, OVERHEAD = (8, 16, 24), 1.0  # GB of GPUs; GB for the CUDA context and for tensors that exist for a moment
 DTYPES = ("fp32", "bf16", "int8", "nf4")
@@ -86,7 +85,7 @@ def fake(model: nn.Module) -> None:
     memo: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and type(parameter) is not PackedWeight:
                 empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
                 module._parameters[key] = memo.setdefault(id(parameter), empty)
         for key, buffer in module._buffers.items():
@@ -94,21 +93,31 @@ def fake(model: nn.Module) -> None:
                 module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+class PackedWeight(nn.Parameter):
+    """Stands for a quantized weight. It is no plain tensor, so the fast kernels do not use it."""
+
+
 class UnsavedLinear(nn.Linear):
     """Stands for a quantized linear: autograd keeps nothing for x Wᵀ."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return UnsavedProduct.apply(as_autocast(x), self.weight)
+        return UnsavedProduct.apply(as_autocast(x), self.out_features)
 
 
 class UnsavedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype))
+    def forward(_ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
 
     @staticmethod
     def backward(_ctx: Any, _dy: Tensor) -> None:
         raise AssertionError("only the forward pass is counted")
+
+
+def pack(linear: nn.Linear) -> None:
+    """Turn a linear into the stand-in of a quantized one."""
+    linear.__class__ = UnsavedLinear
+    linear.weight = PackedWeight(torch.empty(0), requires_grad=False)
 
 
 def quantized_paths(model: Any) -> list[str]:
@@ -139,10 +148,13 @@ def fakes_allowed() -> Iterator[None]:
 # ---------------------------------------------------------------- the estimate
 
 
-def estimate(name: str, dtype: str, batch_size: int = BATCH) -> dict[str, float]:
-    """Return the bytes of a training step: weights, adapters, and activations without and with CHECKPOINTING."""
+def estimate(name: str, dtype: str, batch_size: int = BATCH, precision: str = "") -> dict[str, float]:
+    """Return the bytes of a training step: weights, adapters, and activations without and with CHECKPOINTING.
+
+    precision: "" for bf16, and for fp32 if the dtype is fp32.
+    """
     family = "blip" if name.startswith("BLIP ") else "blip-2"
-    precision = "fp32" if dtype == "fp32" else "bf16"
+    precision = precision or ("fp32" if dtype == "fp32" else "bf16")
     rest = {"blip": "fp32", "blip-2": precision}[family]
     model = skeleton(name, {"fp32": torch.float32, "bf16": torch.bfloat16}[rest]).eval()
     backbone = Backbone(model, sizes.tokenizer_of(family), None, name, torch.device("cpu"), samples={})
@@ -150,25 +162,25 @@ def estimate(name: str, dtype: str, batch_size: int = BATCH) -> dict[str, float]
     images = torch.empty(batch_size, 3, side, side)
     batch = CaptionTask(backbone).batch(HostBatch([Example(Path("x.png"), TEXT, "x.png", 1)] * batch_size, images))
     small = quantized_paths(model) if dtype in ("int8", "nf4") else []
+    packed = sum(bytes_of(model.get_submodule(path), dtype) for path in small)
+    for path in small:
+        pack(model.get_submodule(path))
     with fakes_allowed():
         fake(model)
-        packed = {path: bytes_of(model.get_submodule(path), dtype) for path in small}
-        for path in small:
-            model.get_submodule(path).__class__ = UnsavedLinear
         weights.cast_once(backbone, precision)
         switch.fast(model)
         for site in targets.find(model, MODELS.get(name, "vit"), RANK, 32.0):
             attached.attach(model.get_submodule(site.module), site, 0.0, "default")
         attached.share_routing(model)
         attached.add_fused_hooks(model)
-        frozen = preflight.frozen_bytes(model) - sum(model.get_submodule(path).weight.nbytes for path in small)
+        frozen = preflight.frozen_bytes(model) + packed
         trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
         kept, block = activations(backbone, batch, precision)
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: recompute_contexts(model)})
         model.train()
         few, _ = activations(backbone, batch, precision)
     return {
-        "weights": frozen + sum(packed.values()), "adapters": 4 * trained, "activations": kept, "checkpointed": few + block,
+        "weights": frozen, "adapters": 4 * trained, "activations": kept, "checkpointed": few + block,
     }  # fmt: skip
 
 
@@ -217,7 +229,7 @@ START, END = "<!-- table -->\n", "\n<!-- end of the table -->"
 
 
 def write() -> None:
-    """Replace the table in docs/memory.md."""
+    """Replace the table of the page."""
     table = "\n".join([HEAD, *(row(name, dtype) for name in MODELS for dtype in DTYPES)])
     page = PAGE.read_text(encoding="utf-8")
     before, after = page[: page.index(START) + len(START)], page[page.index(END) :]
@@ -237,7 +249,7 @@ def measure(dtype: str, batch_size: int) -> None:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])
-    meta = estimate("BLIP base", dtype, batch_size)
+    meta = estimate("BLIP base", dtype, batch_size, "fp32")
     figures["without a model"] = sum(meta[key] for key in ("weights", "adapters", "activations"))
     for what, value in figures.items():
         print(f"{what:<18}{value / 1e6:>9.1f} MB {value / figures['measured'] - 1:>+7.1%}")
@@ -267,7 +279,7 @@ def step(folder: str, dtype: str, batch_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", choices=("fp32", "int8", "nf4"))
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:

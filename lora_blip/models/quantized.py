@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from lora_blip.errors import ConfigError, ModelError
+from lora_blip.kernels.linear import PLAIN_TENSORS
 from lora_blip.lora import fingerprint
 from lora_blip.lora.sites import is_linear, quantization_of
 from lora_blip.models.weight_reader import WeightReader
@@ -113,7 +114,16 @@ def finish(model: Any, name: str, weights: str, stored: bool) -> None:
         linear.__class__ = kernels.KINDS.get(type(linear), type(linear))
         if reader and (values := reader.sample(path, fingerprint.positions(linear.in_features * linear.out_features))):
             setattr(linear, fingerprint.RECORDED, values)
+    if not stored:
+        release_file(model)
     print(printable(f"{name!r}: {summary(model, linears)}"), flush=True)
+
+
+def release_file(model: nn.Module) -> None:
+    """Copy the weights that are not quantized. On a CPU they are views of the file, which would stay in memory as a whole."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in PLAIN_TENSORS:
+            tensor.data = tensor.data.clone()
 
 
 def summary(model: nn.Module, linears: dict[str, Any]) -> str:
