@@ -1,4 +1,4 @@
-"""Write the table of docs/quantized.md: the memory of a training step of real models, in float32, in bfloat16, in 8 and in 4 bits.
+"""Write the table of docs/quantized.md: the memory of a training step of real models, in 32, 16, 8 and 4 bits.
 
 No weight is created: the models consist of fake tensors, which have shapes only. The formula is that of the estimate that
 training prints: frozen weights, adapters with gradients and AdamW's state, and the bytes that autograd keeps.

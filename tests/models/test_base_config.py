@@ -143,7 +143,7 @@ def test_a_tokenizer_or_processor_of_its_own_is_one_error(name, base, monkeypatc
 
 
 LOADS = {
-    "a quantiser": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    "a quantiser": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "a quantiser of a part": {"text_config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}},
     "a kernel": {"attn_implementation": "kernels-community/flash-attn"},
     "a kernel by its inner name": {"_attn_implementation": "evil/kernel:run"},
