@@ -13,12 +13,18 @@ pytest.importorskip("peft")
 from benchmarks.__main__ import ROWS, main
 from benchmarks.contestants import ours, peers, trainer
 from benchmarks.rows import memory
-from benchmarks.studies import growth
-from benchmarks.suite import bars, pairs, report
+from benchmarks.studies import growth, memory_table
+from benchmarks.suite import bars, pairs, report, sizes
 from benchmarks.suite.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PRODUCTS, TRAINER, Cell
 from benchmarks.suite.plan import Plan, quick
 from benchmarks.suite.sizes import backbone, copy_of
 from benchmarks.suite.work import TOKENS, UNEVEN, work
+from lora_blip.data.example import Example
+from lora_blip.data.loader import HostBatch
+from lora_blip.lora import injection
+from lora_blip.models.loading import load_backbone
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training import preflight
 
 
 @pytest.fixture
@@ -216,3 +222,19 @@ def test_the_picture_of_the_docs_shows_the_ranges_of_the_readme_over_the_machine
     lowest = [ranges[label][0] for label in ("BLIP base, fp32", "BLIP base, bf16", f"{bars.ROWS[1]}, fp32", "tiny-blip, fp32")]
     assert lowest == [round(medians[key], 2) for key in keys]
     assert bars.draw_ranges(ranges, tmp_path / "speed.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "nf4"])
+def test_the_memory_of_a_model_without_weights_is_that_of_the_loaded_model(dtype, tmp_path):
+    """Weights and adapters have the same bytes. What autograd keeps differs by at most 5 %."""
+    if dtype != "fp32":
+        pytest.importorskip("bitsandbytes", reason='bitsandbytes is not installed: pip install "lora_blip[quantized]"')
+    expected = memory_table.estimate("BLIP mini", dtype, 2, "fp32")
+    loaded = load_backbone(str(sizes.save(backbone("mini"), tmp_path / "base")), "cpu", dtype)
+    injection.inject(loaded.model, "vit", r=memory_table.RANK)
+    task, side = CaptionTask(loaded), loaded.image_size
+    examples = [Example(Path("x.png"), memory_table.TEXT, "x.png", 1)] * 2
+    kept = preflight.check_gradients(task, task.batch(HostBatch(examples, torch.randn(2, 3, side, side))))
+    assert expected["weights"] == preflight.frozen_bytes(loaded.model)
+    assert expected["adapters"] == 16 * sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    assert abs(expected["activations"] / kept - 1) < 0.05 and expected["checkpointed"] < expected["activations"]

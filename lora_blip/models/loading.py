@@ -263,17 +263,16 @@ def _load_model(
 ) -> Any:  # fmt: skip
     model: Any
     report: Any
-    from_pretrained: Any = kind.from_pretrained  # returns a pair when asked for its report
+    from_pretrained: Any = partial(kind.from_pretrained, config=config, dtype=dtype)  # returns a pair when asked for its report
     stored = bool(quantized.stored_quantization(config))
     more = quantized.arguments(width, stored, skeleton_of(kind, config), dtype, where) if width else {}
     prefix = prefix_of(weight_shapes(source))
-    renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
+    more |= {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     restart_thread_pool()
     try:
         with Quiet(source):
             model, report = from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-                **renamed, **more,
+                source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **more
             )  # fmt: skip
     except Exception as error:  # an untrusted file can fail anywhere in transformers
         if is_process_limit(error):
