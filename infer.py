@@ -35,7 +35,7 @@ GENERATION = {}  # more options: {"num_beams": 3, "num_return_sequences": 3}; se
 # Speed and memory
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1", "mps"
 PRECISION = "auto"  # "fp16", "bf16" or "fp32"; "auto": the best for the device
-BASE_DTYPE = "auto"  # frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by PRECISION
+BASE_DTYPE = "auto"  # frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by the precision
 BATCH_SIZE = 16  # images per batch; halved if the device runs out of memory
 MERGE = True  # merge the adapter into the weights, which is faster; False: keep its hooks
 FAST = True  # faster attention and matrix products, equal to transformers' up to rounding; False: transformers' own

@@ -67,7 +67,7 @@ GENERATION = {}  # more options, stored in the adapter: {"repetition_penalty": 1
 FAST = True  # faster attention, faster adapter updates and packed texts; False: the plain computation, for comparison
 COMPILE = False  # torch.compile the ViT's blocks: a slower start, and faster steps on some machines
 CACHE_GB = 10.0  # GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache
-BASE_DTYPE = "auto"  # frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4" (8 or 4 bits); "auto": 16 bits if PRECISION is
+BASE_DTYPE = "auto"  # frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": 16 bits if the precision is fp16 or bf16
 CHECKPOINTING = False  # recompute activations in the backward pass, which needs less memory and is a third slower
 SHARD = False  # shard the frozen weights over torchrun's processes (FSDP2), for a model too large for one GPU
 

@@ -122,7 +122,7 @@ class TrainConfig:
         10.0, "GB of disk for images and ViT states that repeat between epochs, in OUTPUT_DIR/.cache; 0: no cache"
     )
     base_dtype: BaseDtype = setting(
-        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4" (8 or 4 bits); "auto": 16 bits if PRECISION is'
+        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": 16 bits if the precision is fp16 or bf16'
     )
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass, which needs less memory and is a third slower"
@@ -210,7 +210,7 @@ class InferConfig:
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
     base_dtype: BaseDtype = setting(
-        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by PRECISION'
+        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by the precision'
     )
     batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
     merge: bool = setting(True, "merge the adapter into the weights, which is faster; False: keep its hooks")
@@ -274,7 +274,7 @@ class EvaluateConfig:
     device: str = setting("auto", '"auto", "cpu", "cuda", "cuda:1", "mps"', group="Speed and memory")
     precision: Precision = setting("auto", '"fp16", "bf16" or "fp32"; "auto": the best for the device')
     base_dtype: BaseDtype = setting(
-        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by PRECISION'
+        "auto", 'frozen weights: "fp32", "bf16", "fp16", "int8" or "nf4"; "auto": as trained, or by the precision'
     )
     batch_size: int = setting(16, "images per batch; halved if the device runs out of memory")
     fast: bool = setting(

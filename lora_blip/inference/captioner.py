@@ -94,11 +94,8 @@ class Captioner:
         model of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and
         a `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is
         active only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
-        generation: options of text generation by name, such as {"num_beams": 3}; see docs/generation.md. They replace the
-        adapter's options. seed: the seed of sampling, if `generation` has `do_sample`.
-        device, precision, base_dtype, batch_size, task, prompt, max_new_tokens, num_beams, image_size, merge, fast: as in
-        infer.py.
-
+        generation: options of text generation, such as {"num_beams": 3}; see docs/generation.md. They replace the adapter's.
+        seed: the seed of sampling, if `generation` has `do_sample`. The other arguments: as in infer.py.
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
         and ConfigError or InputError for an invalid argument. In peft: `PeftModel.from_pretrained`.
 
@@ -117,8 +114,8 @@ class Captioner:
         config = InferConfig(
             model=str(base) if is_name else "loaded", adapter="latest" if content else "none", device=device,
             precision=precision, batch_size=batch_size, task=task, scale=scale, prompt=prompt, max_new_tokens=max_new_tokens,
-            num_beams=num_beams, generation=dict(generation or {}), seed=seed, image_size=image_size,
-            base_dtype=base_dtype, merge=merge, fast=fast,
+            num_beams=num_beams, generation=dict(generation or {}), seed=seed, image_size=image_size, base_dtype=base_dtype,
+            merge=merge, fast=fast,
         )  # fmt: skip
         if not is_name:
             return cls._on_loaded_base(base if isinstance(base, Backbone) else as_backbone(base, processor), content, config)

@@ -258,8 +258,8 @@ def _plain_settings(config: PretrainedConfig) -> None:
 
 
 def _load_model(
-    kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype, width: str,
-    where: torch.device,
+    kind: type[PreTrainedModel], source: str, name: str, config: PretrainedConfig, dtype: torch.dtype,
+    width: str = "", where: torch.device | None = None,
 ) -> Any:  # fmt: skip
     model: Any
     report: Any

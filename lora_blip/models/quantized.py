@@ -59,7 +59,7 @@ def choose(config: Any, name: str, base_dtype: str, trained: str = "") -> str:
     return chosen
 
 
-def arguments(kind: str, stored: bool, skeleton: Any, rest: torch.dtype, device: torch.device) -> dict[str, Any]:
+def arguments(kind: str, stored: bool, skeleton: Any, rest: torch.dtype, device: Any) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that quantize each linear when it is read.
 
     kind: a result of `choose`. stored: True if the files contain quantized weights. skeleton: the model on the meta device.

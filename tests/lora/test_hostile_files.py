@@ -481,10 +481,10 @@ def test_a_file_with_changed_bytes_is_read_or_refused(flips, tmp_path):
 
 
 def test_every_checked_part_of_a_header_is_in_a_saved_header():
-    """`header.KNOWN` lists parts of a saved header, and three optional ones: variant, temperature and image size."""
+    """`header.KNOWN` lists parts of a saved header, and four optional ones: variant, temperature, image size and dtype."""
     known = {tuple(place.split(".")) for place in header.KNOWN if place}
     assert known - set(key_paths(valid_header())) == {
-        ("lora", "variant"), ("task", "temperature"), ("base", "image_size"),
+        ("lora", "variant"), ("task", "temperature"), ("base", "image_size"), ("base", "dtype"),
     }  # fmt: skip
 
 
