@@ -14,6 +14,7 @@ from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.output import identity
 from lora_blip.inference.setup import describe, read_inputs, task_of
 from lora_blip.lora import adapter_file, attached, merging
+from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.setting_checks import VARIANTS
 from tests.support.models import inject, logits_of
 
@@ -86,7 +87,10 @@ def test_a_run_of_infer_has_its_scale(make, saved, tmp_path):
     task = task_of(make("blip"), adapter_file.read(saved), configs[0])
     adapters = [replace(adapter_file.read(saved), scale=config.scale) for config in configs]
     identities = [identity(config, task, each, "fp32") for config, each in zip(configs, adapters, strict=True)]
-    assert "scale" not in identities[0] and identities[1] == identities[0] | {"scale": 0.5}
+    assert identities[1] == identities[0] | {"scale": 0.5}
+    assert changes(*identities) == ["scale was 1.0 and is 0.5"] and changes(*identities[::-1]) == ["scale was 0.5 and is 1.0"]
+    older = {name: value for name, value in identities[0].items() if name not in ("scale", "base_dtype")}
+    assert changes(older, identities[0]) == []  # a run of an older version can be resumed
     assert json.loads(json.dumps(identities[1])) == identities[1]
     assert "scaled by 0.5" in describe(task, adapters[1], 1, "fp32") and "scaled" not in describe(task, adapters[0], 1, "fp32")
 
