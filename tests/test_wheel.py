@@ -55,7 +55,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
                 command = re.search(r'pip install "lora_blip\[(\w+)\]"', line)
                 assert command, f"{path}: {line}"
                 named.add(command[1])
-    every = {"plots", "metrics", "tensorboard", "excel", "parquet", "heic"}
+    every = {"plots", "metrics", "tensorboard", "excel", "parquet", "heic", "quantized"}
     assert named == every <= extras.keys()
 
     def missing(name: str) -> str:

@@ -184,6 +184,11 @@ def _4bit_problem(linear: Any) -> str:
     return "" if absmax.numel() == blocks and state.code.numel() == 16 else "another number of scales"
 
 
+def _unpacks(conversion: Any) -> bool:
+    """Return True for a conversion of transformers that reads a quantized weight."""
+    return any(type(operation).__name__.startswith("Bnb") for operation in getattr(conversion, "operations", ()))
+
+
 # ---------------------------------------------------------------- sizes
 
 
@@ -223,5 +228,10 @@ def dequantize(model: Any) -> None:
         linear.__class__ = nn.Linear
         linear.weight = nn.Parameter(weight, requires_grad=False)
     model.hf_quantizer.remove_quantization_config(model)
+    # otherwise save_pretrained packs the weights again
+    conversions = [each for each in getattr(model, "_weight_conversions", None) or [] if not _unpacks(each)]
+    vars(model).pop("_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = conversions
     for part in model.modules():
         vars(getattr(part, "config", part)).pop("_is_quantized", None)

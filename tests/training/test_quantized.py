@@ -147,6 +147,19 @@ def test_an_export_dequantizes_the_base(runs, tmp_path, capsys, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_base_that_is_stored_in_this_dtype_trains_and_exports(checkpoints, tmp_path, dtype):
+    """With BASE_DTYPE = "auto", the folder is used as it is. The exported folder loads without bitsandbytes."""
+    folder = tmp_path / "stored"
+    backbone = load_backbone(str(checkpoints["opt"]), "cpu", dtype)
+    for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
+        part.save_pretrained(folder)
+    path = train(config_of(checkpoints, tmp_path, "opt", model=str(folder), targets="vit,qformer", epochs=1))
+    assert adapter_file.read(path).base_dtype == dtype
+    export(ExportConfig(adapter=str(path), output_dir=str(tmp_path / "exported"), device="cpu"))
+    assert not quantization(load_backbone(str(tmp_path / "exported"), "cpu").model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_estimate_counts_codes_and_scales(dtype):
     """The frozen bytes are those of all tensors of the model: parameters, and the scales of quantized weights."""
     model = load_backbone("assets/tiny-blip", "cpu", dtype).model
