@@ -53,6 +53,7 @@ lint: .venv/.dev
 	.venv/bin/mypy
 
 bench: .venv/.dev
+	$(PYTHON) -m benchmarks.studies.paths
 	$(PYTHON) -m benchmarks
 
 chaos: .venv/.plots

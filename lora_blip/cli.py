@@ -5,7 +5,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,6 +17,8 @@ from lora_blip.inference import early_checks as inference_checks
 from lora_blip.inference import export as exporting
 from lora_blip.inspection import command as inspection
 from lora_blip.lora import blend_command as blending
+from lora_blip.lora import tune_command
+from lora_blip.lora.tune_command import NoSettings
 from lora_blip.runtime.limits import ADVICE, LOST_WORKER, follows_lost_peer, is_lost_worker, is_process_limit
 from lora_blip.runtime.progress import heartbeat
 from lora_blip.runtime.system_errors import file_error, is_system_error, quoted_for_shell
@@ -134,11 +135,6 @@ def print_error(error: Exception) -> None:
     print(f"error: {printable_lines(message)}\n", end="", file=sys.stderr)  # one write, so that lines of processes do not mix
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
-    """The settings of `lora-blip doctor`: none."""
-
-
 def prepare_settings() -> type:
     from lora_blip.data.prepare.command import PrepareConfig
 
@@ -174,7 +170,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 @heartbeat(IMPORTING)
-def doctor(_: DoctorConfig) -> bool:
+def doctor(_: NoSettings) -> bool:
     from lora_blip.doctor import examine
 
     return examine()
@@ -237,7 +233,11 @@ COMMANDS = {
         "lora-blip prepare --source captions.csv", slow_to_import=False,
     ),
     "doctor": Command(
-        "print versions and devices, and test the embedded bases", lambda: DoctorConfig, doctor, "lora-blip doctor"
+        "print versions and devices, and test the embedded bases", lambda: NoSettings, doctor, "lora-blip doctor"
+    ),
+    "tune": Command(
+        "measure which fast paths are faster on this machine, in at most a minute", lambda: NoSettings,
+        heartbeat(IMPORTING)(tune_command.tune), "lora-blip tune",
     ),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_blip.kernels import paths
 from lora_blip.models import loading
 from lora_blip.models.loading import Backbone, load_backbone
 from lora_blip.reports import plots
@@ -30,6 +31,10 @@ from tests.support.browser import FLAGS
 from tests.support.models import KINDS, WHOLE
 
 CACHE = Path(os.environ["XDG_CACHE_HOME"])
+# each machine takes the same paths, and small models use the fused update
+PATHS = paths.PathLimits(paths.processor(), 2**20, 2**20, 0, 2**20, True, 2**22)
+paths.tuned_file().parent.mkdir()
+paths.tuned_file().write_bytes(paths.table(PATHS))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
@@ -37,6 +42,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    monkeypatch.setattr(paths.Current, "row", PATHS)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no test needs it, and it takes minutes on a slow disk
 
 

@@ -15,11 +15,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from lora_blip.kernels import paths
 from lora_blip.kernels.plain import is_plain
 
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # no subclasses: they may store or compute their values in another way
 GELU_INPUT = "gelu_input"  # attribute of the output of a GELU: the input of the GELU, which autograd keeps anyway
-LARGE = 2**20  # multiplications; a smaller product is faster by MKL, because a call of oneDNN has more overhead
+NARROW = 16  # a product with such a short side is usually one with A or B
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,8 +32,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Return True if oneDNN's kernel is faster for this product."""
-    if x.numel() * weight.shape[0] < LARGE:  # checked first, because most products of a small model are small
-        return False
+    size, (features, width) = x.numel(), weight.shape
+    limits = paths.Current.row or paths.row()
+    is_narrow = features <= NARROW or width <= NARROW or size <= NARROW * width
+    if size * features < (limits.onednn_narrow if is_narrow else limits.onednn):
+        return False  # checked first, because most products of a small model are small
     return x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu and has_kernel()
 
 

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_blip.kernels import paths
 from lora_blip.kernels.linear import GELU_INPUT, PLAIN_LINEARS, as_autocast, can_bypass, in_transform, product
 from lora_blip.kernels.plain import is_plain
 from lora_blip.lora.layer import lora_hook
 from lora_blip.lora.variants import FUSED
-
-SMALL = 2**20  # bytes; a smaller output of a GELU is kept for the backward pass, a larger one is computed again
 
 
 class PendingInput(threading.local):
@@ -57,6 +56,8 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if any(type(lora) not in FUSED or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
         return None
     x = args[0]
+    if x.is_cpu and x.numel() * linear.out_features < paths.row().fused:
+        return None  # the Python code of `updated` would take longer than the passes over memory that it saves
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
         return None  # for 16-bit weights without autocast, `lora_hook` computes the update in float32
     stack.pending.x, stack.pending.cast = x, as_autocast(x.detach())
@@ -76,18 +77,24 @@ def updated(linear: Any, output: Tensor) -> Tensor:
     x, cast = stack.pending.x, stack.pending.cast
     stack.pending.x = stack.pending.cast = None
     loras = list(stack.values())
-    reach = [(lora.scale, lora.padding[0], output.shape[-1] - lora.padding[1]) for lora in loras]
+    reach = [(lora.scale, rows_of(lora, output.shape[-1])) for lora in loras]
     halves = [half for lora in loras for half in (lora.A, lora.B)]
     before = getattr(x, GELU_INPUT, None)
-    kept = cast if before is None or before.dtype != cast.dtype or cast.nbytes < SMALL else before.detach()
+    kept = cast if before is None or before.dtype != cast.dtype or cast.nbytes < paths.row().gelu_bytes else before.detach()
     result: Tensor = FrozenLinear.apply(x, cast, kept, output, linear.weight, reach, *halves)  # type: ignore[no-untyped-call]
     return result
+
+
+def rows_of(lora: Any, out_features: int) -> slice | None:
+    """Return the output features that an adapter changes, or None if it changes all of them."""
+    start, end = lora.padding
+    return slice(start, out_features - end) if start or end else None
 
 
 class FrozenLinear(torch.autograd.Function):
     """A frozen linear and its adapters.
 
-    reach: (s, start, stop) of each adapter: its factor, and the output features that it changes. halves: A and B of each
+    reach: (s, rows) of each adapter: its factor, and the output features that it changes (None: all). halves: A and B of each
     adapter, one after the other.
     """
 
@@ -100,45 +107,55 @@ class FrozenLinear(torch.autograd.Function):
         cast: x in the dtype in which the linear read it. before: what is kept for the backward pass:
         `cast` or, for a large output of a GELU, the input of the GELU, from which x is computed again.
         """
-        flat, y = cast.reshape(-1, cast.shape[-1]), output.view(-1, output.shape[-1])
+        flat, y = as_matrix(cast), output if output.dim() == 2 else output.view(-1, output.shape[-1])
         kept = []
-        for (scale, start, stop), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
-            a, b = a.to(flat.dtype), b.to(flat.dtype)
+        for (scale, rows), a, b in zip(reach, halves[::2], halves[1::2], strict=True):
+            if a.dtype is not flat.dtype:
+                a, b = a.to(flat.dtype), b.to(flat.dtype)
             h = product(flat, a)
             h *= scale
-            part = y[:, start:stop]
-            if y.is_mps and part.shape != y.shape:  # older macOS writes addmm_'s sum into a copy of a strided part
-                part += h @ b.t()
+            if rows is None:
+                y.addmm_(h, b.t())
+            elif y.is_mps:  # older macOS writes addmm_'s sum into a copy of a strided part
+                y[:, rows] += h @ b.t()
             else:
-                part.addmm_(h, b.t())
+                y[:, rows].addmm_(h, b.t())
             kept += [a, b, h]
         ctx.save_for_backward(before, weight, *kept)
         ctx.reach, ctx.gelu = reach, before is not cast
-        ctx.like, ctx.halves = (x.shape, x.dtype), [half.dtype for half in halves]
+        ctx.like, ctx.dtype = (x.shape, x.dtype), halves[0].dtype
         return output.data  # not a view of the output, because autograd forbids in-place changes of such a view
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        if not torch.is_autocast_enabled(dy.device.type):
+            return FrozenLinear.gradients(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):  # the backward pass uses the dtypes of the forward pass
             return FrozenLinear.gradients(ctx, dy)
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> Any:
         x, weight, *kept = ctx.saved_tensors
-        flat = (nn.functional.gelu(x) if ctx.gelu else x).reshape(-1, x.shape[-1])
+        flat = as_matrix(nn.functional.gelu(x) if ctx.gelu else x)
         dtype = flat.dtype
-        dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        dy = as_matrix(dy).to(dtype)
         dx = product(dy, weight.to(dtype).t()) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor] = []
-        for (scale, start, stop), a, b, h in zip(ctx.reach, kept[::3], kept[1::3], kept[2::3], strict=True):
-            part = dy[:, start:stop]
+        for (scale, rows), a, b, h in zip(ctx.reach, kept[::3], kept[1::3], kept[2::3], strict=True):
+            part = dy if rows is None else dy[:, rows]
             # gᵀ and dBᵀ instead of g and dB: long matrices are read in memory order, which is up to 9 times as fast
             gt = product(b.t(), part)
             gt *= scale
             if dx is not None:
                 dx.addmm_(gt.t(), a)
-            gradients += [product(gt, flat.t()), product(h.t(), part.t()).t()]
-        gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.halves, strict=True)]
+            # contiguous in the dtype of the parameter, so that autograd takes them as they are
+            db = product(h.t(), part.t()).t().to(ctx.dtype, memory_format=torch.contiguous_format)
+            gradients += [product(gt, flat.t()).to(ctx.dtype), db.contiguous()]
         shape, kind = ctx.like
         return (None if dx is None else dx.view(shape).to(kind)), None, None, None, None, None, *gradients
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """Return x (…, width) as a matrix (rows, width)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

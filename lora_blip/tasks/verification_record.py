@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from lora_blip.kernels import paths
 from lora_blip.lora import attached, fingerprint
 from lora_blip.lora.layer import AdapterStack
 from lora_blip.models.loading import Backbone
@@ -35,6 +36,7 @@ def key_of(task: BaseTask, base: str, precision: str, settings: dict[str, Any]) 
     return {
         "base": base, "device": f"{device.type} {chip} {torch.backends.cpu.get_cpu_capability()}", "precision": precision,
         "weights": sorted({str(p.dtype) for p in model.parameters()}), "task": task.name, "adapters": sites, "merged": merged,
+        "paths": paths.as_json(paths.row()),
         "image size": str(getattr(processor, "size", "")), "settings": settings,
         "torch": torch.__version__, "transformers": transformers.__version__, "lora_blip": __version__,
     }  # fmt: skip

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_blip.data.loader import DeviceBatch, Slot
 from lora_blip.errors import CheckpointError
+from lora_blip.kernels import paths
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.runtime.distributed import ALONE, Ranks, keep_alive
@@ -170,7 +171,7 @@ class Learner:
                 step |= {"count": self.label_count, "images": self.images}
             else:
                 progress["slot"] = 0
-        values = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
+        values = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step, "paths": paths.as_json(paths.row())}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -184,6 +185,7 @@ class Learner:
             step, scaler = dict(values["step"]), dict(values["scaler"])
             loss, label_count = float(step.get(f"loss.{self.ranks.rank}", 0)), float(step.get("count", 1))
             images = int(step.get("images", 0))
+            row = paths.from_json(values["paths"]) if "paths" in values else paths.row()  # older checkpoints have none
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint's state.json has an invalid entry ({type(error).__name__}: {error}); start a new run with "
@@ -196,6 +198,7 @@ class Learner:
                 parameter.copy_(parameters[name])
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self.optimizer.load_state_dict(self._optimizer_state(tensors))
+        paths.use(row)  # the rounding of the paths, also on a machine on which others are faster
         if scaler:
             self.scaler.load_state_dict(scaler)
         self.progress, self.label_count, self.images = progress, label_count, images

@@ -15,6 +15,7 @@ from tqdm import tqdm  # comes with transformers
 
 from lora_blip.config import TrainConfig
 from lora_blip.errors import AdapterError, CheckpointError, ConfigError
+from lora_blip.kernels import paths
 from lora_blip.lora import adapter_file
 from lora_blip.metrics.names import named_score
 from lora_blip.runtime import lock
@@ -116,8 +117,8 @@ class Run:
                 self.folder = unused_path(self.folder)  # another run started in the same second
 
     def _fill_folder(self, folder: Path) -> None:
-        write_new(folder / "config.json", self._settings())
-        write_new(folder / METRICS_NAME, b"")
+        for name, content in ((METRICS_NAME, b""), ("config.json", self._settings()), (paths.NAME, paths.table(paths.row()))):
+            write_new(folder / name, content)
         self._write_checkpoint(folder, 0)
 
     def _settings(self) -> bytes:

@@ -13,6 +13,7 @@ from lora_blip.data.example import FILE, Example
 from lora_blip.data.loader import DeviceBatch, HostBatch, close, first_batch, loader
 from lora_blip.data.split_leaks import Thumbnails, report_split_leaks
 from lora_blip.errors import ConfigError
+from lora_blip.kernels import paths
 from lora_blip.lora import attached, targets
 from lora_blip.lora.sites import base_size, quantization
 from lora_blip.models import sharding, weights
@@ -75,6 +76,7 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
 
     Raise LoraBlipError, whose message gives a fix, if the run cannot work. `closing` closes the loaders at its end.
     """
+    paths.use(ranks.broadcast(paths.measured()))  # all processes use the same paths, also after an earlier run in this process
     inputs = ranks.together(lambda: load_inputs(ranks, config))
     require_same(ranks, inputs.identity)
     config, task = inputs.config, inputs.task
@@ -139,6 +141,8 @@ def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches,
     print(printable_lines(caching.describe_cache(config, prefix)), end="")
     inputs.identity["learned from"] = caching.cached_inputs(config, prefix)
     attached.fast(backbone.model, config.fast)
+    if config.fast and backbone.device.type == "cpu":
+        print(printable_lines(f"{paths.row()}\n"), end="")
     if config.base_dtype == "auto" or quantization(backbone.model):
         weights.cast_once(backbone, inputs.precision)
     if config.shard:

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from torch import nn
 
 from lora_blip.doctor import precisions
 from lora_blip.kernels import linear as products
-from lora_blip.kernels import switch
+from lora_blip.kernels import paths, switch
 from lora_blip.kernels.linear import FrozenProduct, QuickLinear, has_kernel, product
 
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
     """Use the kernel for small products too."""
-    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(paths.Current, "row", replace(paths.row(), onednn=0, onednn_narrow=0))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -177,7 +178,6 @@ def test_the_doctor_reports_the_same_precisions_in_every_mode_of_the_caller(mode
 def test_the_first_product_may_be_under_autocast(monkeypatch):
     """The first large product of a float32 linear under autocast probes the kernel on AVX-512, and its output is bf16."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(products, "LARGE", 1)
     has_kernel.cache_clear()
     model = nn.Sequential(linear())
     switch.fast(model)

@@ -2,16 +2,16 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 
-from lora_blip.kernels import switch
+from lora_blip.kernels import paths, switch
 from lora_blip.kernels.vit import attend_at_once, by_heads, split_qkv
 from lora_blip.lora import attached, injection
-from lora_blip.lora import fused as fused_update
 from lora_blip.models.loading import load_backbone
 from lora_blip.tasks.caption import CaptionTask
 from tests.support.models import WHOLE, batch_of, inject, logits_of, twenty_steps
@@ -140,7 +140,7 @@ def test_a_vit_with_dropout_runs_the_method_of_transformers(make):
 
 def test_the_input_of_fc2_is_not_recomputed_if_gelu_has_a_hook(make, monkeypatch):
     """fc2 recomputes its input from the output of fc1 only if nothing but GELU is between them. Gradients stay equal."""
-    monkeypatch.setattr(fused_update, "SMALL", 0)
+    monkeypatch.setattr(paths.Current, "row", replace(paths.row(), gelu_bytes=0))
     gradients = []
     for on in (True, False):
         backbone = make("blip")

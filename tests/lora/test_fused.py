@@ -30,7 +30,7 @@ def test_gradients_of_the_fused_update_equal_finite_differences():
         x.double()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     halves = [half for lora_ in model[0].lora.values() for half in (lora_.A, lora_.B)]
-    reach = [(4.0, 0, 4), (4 / 3, 8, 12)]
+    reach = [(4.0, slice(0, 4)), (4 / 3, slice(8, 12))]
 
     def run(x: torch.Tensor, *halves: torch.Tensor) -> torch.Tensor:
         cast = x.detach()

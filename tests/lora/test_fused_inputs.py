@@ -1,10 +1,13 @@
 """Conditions for the use of the fused update, tested one at a time, and the tensors that it reads and saves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
+from lora_blip.kernels import paths
 from lora_blip.kernels.linear import GELU_INPUT
 from lora_blip.lora import attached, fused
 from lora_blip.lora.sites import Site
@@ -38,7 +41,7 @@ def test_the_fused_update_is_not_used_with_a_global_hook(kind, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_input_of_gelu_is_saved_only_in_the_dtype_of_the_product(autocast, dtype, monkeypatch):
     """The gradient of A is that of the input of the linear, whatever the dtype of the input of GELU."""
-    monkeypatch.setattr(fused, "SMALL", 0)
+    monkeypatch.setattr(paths.Current, "row", replace(paths.row(), gelu_bytes=0))
     model = network(sites=[Site("2", 4, 2.0)])
     linear = model[2]
     gradients = []

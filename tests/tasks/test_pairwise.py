@@ -21,9 +21,8 @@ from torch.nn import functional as F
 
 from lora_blip.data.example import Example
 from lora_blip.data.loader import CachedStates, HostBatch, Slot
-from lora_blip.kernels import linear as products
-from lora_blip.kernels import vit
-from lora_blip.lora import attached, fused, injection, targets
+from lora_blip.kernels import paths
+from lora_blip.lora import attached, injection, targets
 from lora_blip.lora.layer import LoRA
 from lora_blip.lora.routing import use_adapters
 from lora_blip.models import matching, weights
@@ -497,9 +496,8 @@ SLOW = ("vqa", "itm", "opt", "t5", "itm2")  # `make slow` runs the cases of thes
 def test_a_step_equals_the_float64_oracle(checkpoints, tmp_path, monkeypatch, case):
     """Loss and adapter gradients of a step equal the float64 oracle within a number of roundings of the coarsest dtype."""
     if case.large:
-        monkeypatch.setattr(products, "LARGE", 1)
-        monkeypatch.setattr(fused, "SMALL", 0)
-        monkeypatch.setattr(vit, "LARGE", 1)
+        row = replace(paths.row(), onednn=0, onednn_narrow=0, gelu_bytes=0, by_heads=0)
+        monkeypatch.setattr(paths.Current, "row", row)
     base = checkpoints[case.kind]
     loss, gradients, record = learn(case, base) if case.ranks == 1 else learn_among_ranks(case, base, tmp_path)
     oracle_loss, oracle = Oracle(case, base, record).step()

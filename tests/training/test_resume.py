@@ -22,6 +22,7 @@ import torch
 from benchmarks.robustness import chaos
 from lora_blip.data.example import Example
 from lora_blip.errors import CheckpointError, ConfigError, LockedError, TrainingError
+from lora_blip.kernels import paths
 from lora_blip.lora import adapter_file
 from lora_blip.models import identity
 from lora_blip.models.identity import weights_digest
@@ -74,6 +75,22 @@ def test_a_run_that_is_killed_several_times_equals_an_uninterrupted_run(checkpoi
     assert_same(uninterrupted, path)
     assert path.parent == only_run(again)
     assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never resumed
+
+
+def test_a_run_that_resumes_on_another_machine_takes_the_same_fast_paths(checkpoints, tmp_path, monkeypatch, capsys):
+    """The other machine has another table. Law 6 holds, because the checkpoint contains the row. A new run uses the new row."""
+    config = config_of(checkpoints, tmp_path, precision="fp32")
+    uninterrupted = train(config)
+    again, other = elsewhere(config), replace(paths.row(), processor="other", onednn=0, onednn_narrow=0, fused=paths.NEVER)
+    with killed_at(3):
+        train(again)
+    assert list(paths.read(only_run(again) / "paths.json").values()) == [paths.measured()]
+    monkeypatch.setattr(paths, "measured", lambda: other)
+    path = train(again)
+    assert_same(uninterrupted, path)
+    new = elsewhere(config, "new")
+    assert lines(train(new)) != lines(uninterrupted) and "fast paths as measured on other" in capsys.readouterr().out
+    assert list(paths.read(only_run(new) / "paths.json").values()) == [other]
 
 
 def test_a_killed_run_with_generation_options_and_groups_equals_an_uninterrupted_run(checkpoints, tmp_path, monkeypatch):
