@@ -33,10 +33,10 @@ PLACEHOLDERS = (  # files of the reader that pages name; the tests make them
     "Flickr8k_text/captions.txt", "Flicker8k_Dataset/0.jpg", "shards/0000.tar",
 )  # fmt: skip
 WRITTEN = (  # files and folders that commands write
-    "adapter.safetensors", "best.safetensors", "config.json", "paths.json", "metrics.jsonl", "metrics.json", "loss.png", "report.html",
+    "adapter.safetensors", "best.safetensors", "config.json", "metrics.jsonl", "metrics.json", "loss.png", "report.html",
     "comparison.csv", "base.jsonl", "adapted.jsonl", "predictions.jsonl", "errors.jsonl", "dropped.jsonl", "train.jsonl",
     "val.jsonl", "test.jsonl", "gallery.html", "explain.html", "inspect.html", "lora_blip_output/", "OUTPUT_DIR/.cache",
-    "docs/_build/html", "docs/_build/notebooks",
+    "docs/_build/html", "docs/_build/notebooks", "paths.json",
 )  # fmt: skip
 FOREIGN = (
     "metadata.csv",
