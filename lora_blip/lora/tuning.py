@@ -23,7 +23,6 @@ from lora_blip.runtime.files import write_whole
 Run = Callable[[], object]
 SECONDS = 0.3  # of one comparison of two paths
 TURN = 2e-3  # seconds of one turn: short products are repeated
-GAIN = 0.98  # a path that saves less is not used
 PRODUCTS = ((32, 128), (74, 128), (74, 256), (200, 256), (200, 512), (394, 512), (394, 768))  # (rows, width)
 LINEARS = ((40, 32), (74, 128), (200, 128), (200, 256), (394, 512), (394, 768))
 ATTENTIONS = ((2, 2, 197), (2, 6, 197), (2, 12, 197), (1, 12, 577), (2, 12, 577))  # (images, heads, states)
@@ -91,7 +90,7 @@ def limit(name: str, comparisons: Iterable[PathPair], report: Report) -> int:
     for size, fast, other in sorted(comparisons, key=lambda each: each.size):
         relative = ratio(fast, other)
         report(name, size, relative)
-        gains.append((size, relative < GAIN))
+        gains.append((size, relative < 1))
     losses = [number for number, (_, wins) in enumerate(gains) if not wins]
     if not losses:
         return gains[0][0]
