@@ -47,17 +47,17 @@ def fused_pre_hook(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Give the linear x without its graph if `updated` can compute the gradients (a forward pre-hook with keywords)."""
     stack, routing = linear.lora, linear.lora.routing
     stack.pending.x = None  # a forward that ended with an error may have left it
-    if not (torch.is_grad_enabled() and routing.fast) or torch.compiler.is_compiling() or is_plain():
-        return None
-    if routing.used and not routing.all_act_on_all_rows:
-        return None
-    if type(linear) not in PLAIN_LINEARS or stack.merged or len(args) != 1 or kwargs or not can_bypass(linear, own_hooks=1):
-        return None  # can_bypass allows one pre-hook and one hook: ours
-    if any(type(lora) not in FUSED or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
+    if not (torch.is_grad_enabled() and routing.fast) or type(linear) not in PLAIN_LINEARS or len(args) != 1 or kwargs:
         return None
     x = args[0]
-    if x.is_cpu and x.numel() * linear.out_features < paths.row().fused:
-        return None  # the Python code of `updated` would take longer than the passes over memory that it saves
+    if torch.compiler.is_compiling() or (x.is_cpu and x.numel() * linear.out_features < paths.row().fused):
+        return None  # small: the Python code of `updated` would take longer than the passes over memory that it saves
+    if is_plain() or (routing.used and not routing.all_act_on_all_rows):
+        return None
+    if stack.merged or not can_bypass(linear, own_hooks=1):  # one pre-hook and one hook: ours
+        return None
+    if any(type(lora) not in FUSED or (lora.dropout and lora.training) for lora in stack.values()) or in_transform():
+        return None
     if not torch.is_autocast_enabled(x.device.type) and not x.dtype == linear.weight.dtype == torch.float32:
         return None  # for 16-bit weights without autocast, `lora_hook` computes the update in float32
     stack.pending.x, stack.pending.cast = x, as_autocast(x.detach())
