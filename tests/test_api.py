@@ -168,6 +168,20 @@ def test_a_backbone_is_accepted_wherever_its_model_is(make):
     assert not attached.names(ours.model) and not attached.names(theirs.model)
 
 
+def test_a_dtype_is_a_name_or_a_dtype_of_torch():
+    for dtype in ("bf16", torch.bfloat16):
+        backbone = lora_blip.load_backbone("assets/tiny-blip", "cpu", dtype)
+        assert backbone.model.vision_model.embeddings.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_of_runs_is_not_a_base(tmp_path):
+    """The folder of a demo contains its run; a first guess gives it as the base."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter.safetensors").touch()
+    with pytest.raises(ModelError, match=r"is an adapter, and not a base.*from_adapter\("):
+        lora_blip.load_backbone(str(tmp_path))
+
+
 def test_there_is_one_default_of_r_and_alpha():
     """The settings, `Site`, `find_targets` and `inject` agree, so that Python and train.py train the same."""
     config = lora_blip.TrainConfig()
@@ -229,6 +243,30 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a folder to caption": (lambda _: lora_blip.infer("image_test"), ConfigError, "infer expects InferConfig"),
     "an adapter to score": (
         lambda _: lora_blip.evaluate("latest"), ConfigError, "evaluate expects EvaluateConfig",  # type: ignore[arg-type]
+    ),
+    "the name first in merge": (
+        lambda b: lora_blip.merge("default", b), LoRAError,  # type: ignore[arg-type]
+        r'swapped; call lora_blip\.merge\(backbone, "default"\)',
+    ),
+    "the name first in eject": (
+        lambda b: lora_blip.eject("default", b), LoRAError,  # type: ignore[arg-type]
+        r'swapped; call lora_blip\.eject\(backbone, "default"\)',
+    ),
+    "the name first in a block": (
+        lambda b: lora_blip.disable_adapters("default", b).__enter__(), LoRAError,  # type: ignore[arg-type]
+        r'swapped; call lora_blip\.disable_adapters\(backbone, "default"\)',
+    ),
+    "a base for a name": (
+        lambda b: lora_blip.use_adapters(b, b).__enter__(), LoRAError, 'give a name, such as "default", or a list',
+    ),
+    "nothing to load": (
+        lambda b: lora_blip.load_adapter(b, None), AdapterError,  # type: ignore[arg-type]
+        'of type NoneType; give a run folder, a file, or "latest"',
+    ),
+    "an array for an adapter": (lambda _: from_adapter(torch.zeros(3)), AdapterError, "of type Tensor; give a run folder"),
+    "a dtype without a name": (
+        lambda _: lora_blip.load_backbone("assets/tiny-blip", dtype=torch.float64), ConfigError,
+        'expected "fp32", "fp16", "bf16", "int8" or "nf4"',
     ),
     "a module": (lambda b: lora_blip.inject(b, [b.model.vision_model]), LoRAError, r"lora_blip\.inject\(model, 'vit'\)"),
     "no path to save to": (lambda b: lora_blip.save_adapter(b, "a.safetensors"), AdapterError, "the path comes first"),

@@ -76,3 +76,12 @@ def test_the_picture_shows_drawn_images_with_right_and_wrong_texts(tmp_path: Pat
     written.clear()
     picture.draw(predictions, references, tmp_path / "other.png", seed=1)
     assert written != first
+
+
+def test_the_columns_of_scores_with_long_names_are_aligned(tmp_path):
+    """A name such as "R@1 image→text: unseen colour pairs (12)" is longer than the others."""
+    score = {"base": {"value": 0.5}, "adapted": {"value": 1.0}}
+    names = ["R@1", "R@1 image→text: unseen colour pairs (12)"]
+    (tmp_path / "metrics.json").write_text(json.dumps({"scores": dict.fromkeys(names, score)}))
+    rows = demo.score_table(tmp_path / "metrics.json").splitlines()
+    assert len({len(row) for row in rows}) == 1 and rows[1].index("0.500") == rows[2].index("0.500")

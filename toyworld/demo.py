@@ -57,10 +57,11 @@ def table(predictions: list[dict[str, str]], references: list[dict[str, str]]) -
 def score_table(metrics: Path) -> str:
     """Return the scores of metrics.json, which `evaluate` has written: base and adapter."""
     scores = json.loads(metrics.read_text(encoding="utf-8"))["scores"]
-    rows = [f"{'score':<32}{'frozen base':>13}{'with LoRA':>11}"]
+    width = max(map(len, scores), default=0) + 2  # some names are long: "R@1 image→text: unseen colour pairs (12)"
+    rows = [f"{'score':<{width}}{'frozen base':>13}{'with LoRA':>11}"]
     for name, row in scores.items():
         values = [f"{row[key]['value']:.3f}" if row[key] else "–" for key in ("base", "adapted")]
-        rows.append(f"{name:<32}{values[0]:>13}{values[1]:>11}")
+        rows.append(f"{name:<{width}}{values[0]:>13}{values[1]:>11}")
     return "\n".join(rows)
 
 

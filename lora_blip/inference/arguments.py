@@ -21,6 +21,7 @@ CALLS = {
     "vqa": 'captioner.answer(image, "what color is it?")',
     "retrieval": 'captioner.rank(image, ["a red cube", "a blue cube"])',
 }
+RANK_ANSWERS = 'captioner.rank(image, ["red", "blue"], question="what color is it?")'
 OTHERS = {  # how to get what the adapter does not do
     "caption": '. For captions, open an adapter of the task caption, or base="Salesforce/blip-image-captioning-base"',
     "vqa": '. For answers, open an adapter of the task vqa, or base="Salesforce/blip-vqa-base"',
@@ -36,15 +37,25 @@ def refuse_base(adapter: Any) -> None:
         )
 
 
-def refuse_more(task: str, kind: str, others: tuple[Any, ...]) -> None:
+def refuse_more(task: str, kind: str, images: Any, others: tuple[Any, ...]) -> None:
     """Raise InputError if `captioner(image, …)` gets more than images: a question, texts, or several images without a list."""
     if not others:
         return
+    refuse_swapped(images, others[0], CALLS[task])
     if all(isinstance(each, SINGLE) and (not isinstance(each, str) or looks_like_image(each)) for each in others):
         raise InputError("several images need a list: captioner([image, other_image])")
     if task == "caption":
         raise InputError(f"this {kind} makes captions and reads no text: call captioner(image){OTHERS['vqa']}")
     raise InputError(f"captioner(image) has one argument; call {CALLS[task]}")
+
+
+def refuse_more_texts(texts: Any, others: tuple[Any, ...]) -> None:
+    """Raise InputError if `captioner.rank(image, …)` gets texts without a list, or a question that is not a keyword."""
+    if not others:
+        return
+    if all(isinstance(each, str) for each in (texts, *others)):
+        raise InputError(f"several texts need a list: {CALLS['retrieval']}")
+    raise InputError(f"a question has its name in the call: {RANK_ANSWERS}")
 
 
 def refuse_swapped(images: Any, texts: Any, call: str) -> None:
@@ -85,10 +96,7 @@ def checked_texts(task: PredictionTask, kind: str, texts: Any, question: str) ->
     if not checked:
         raise InputError(f"texts is empty; give at least one, as in {call}")
     if task.takes_question and not question:
-        raise InputError(
-            f"this {kind} answers questions, so it ranks answers; give their question: "
-            'captioner.rank(image, ["red", "blue"], question="what color is it?")'
-        )
+        raise InputError(f"this {kind} answers questions, so it ranks answers; give their question: {RANK_ANSWERS}")
     if question and not task.takes_question:
         raise InputError(f"this {kind} {VERBS[task.name]} and uses no question; call {call}")
     for position, text in enumerate(checked):

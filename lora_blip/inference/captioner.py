@@ -16,10 +16,11 @@ from lora_blip.inference.arguments import (
     checked_texts,
     refuse_base,
     refuse_more,
+    refuse_more_texts,
     refuse_swapped,
 )  # fmt: skip
 from lora_blip.inference.batch_runner import Runner
-from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, name_of, snapshot
+from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, each_of, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
@@ -170,7 +171,7 @@ class Captioner:
         >>> captions = captioner(["image_test/000.png", "image_test/001.png"])
         >>> assert [str(caption.image) for caption in captions] == ["image_test/000.png", "image_test/001.png"]
         """
-        refuse_more(self.task, self._kind, others)
+        refuse_more(self.task, self._kind, images, others)
         self._require("caption")
         listed, single = as_list(images)
         predictions = list(self._predict(((*each, "") for each in listed), [], strict))
@@ -209,7 +210,9 @@ class Captioner:
     def rank(self, images: ImageInput, texts: Sequence[str], *, question: str = "", strict: bool = False) -> Prediction: ...
     @overload
     def rank(self, images: Many, texts: Sequence[str], *, question: str = "", strict: bool = False) -> list[Prediction]: ...
-    def rank(self, images: Any, texts: Any, *, question: str = "", strict: bool = False) -> Prediction | list[Prediction]:
+    def rank(
+        self, images: Any, texts: Any, *others: Any, question: str = "", strict: bool = False
+    ) -> Prediction | list[Prediction]:
         """Rank texts by how well they fit an image. `ranking` has each text once with its probability, the most probable first.
 
         The probabilities of the texts sum to 1. `text` is the best text and `score` is its probability. An adapter of any task
@@ -219,6 +222,7 @@ class Captioner:
         >>> itm = lora_blip.Captioner.from_adapter(None, base="assets/tiny-blip-itm")
         >>> best = itm.rank("image_test/000.png", ["a red circle", "a blue square"]).text
         """
+        refuse_more_texts(texts, others)
         refuse_swapped(images, texts, CALLS["retrieval"])
         texts, question = self._checked_texts(texts, question), plain(question)
         listed, single = as_list(images)
@@ -228,7 +232,7 @@ class Captioner:
     def stream(
         self, images: Iterable[Any], *, question: str = "", texts: Sequence[str] = (), strict: bool = False
     ) -> Iterator[Prediction]:
-        """Yield a prediction for each image of any iterable, in order. Memory does not grow with the number of images.
+        """Yield a prediction for each image of any iterable, or of one image. Memory does not grow with the number of images.
 
         With `texts`, rank them. With only a `question`, answer it. The errors are those of the other methods; each is raised
         when the iteration reaches the image that causes it.
@@ -239,7 +243,7 @@ class Captioner:
         if not texts:
             self._require("vqa" if question else "caption")
         texts, question = self._checked_texts(texts, question) if texts else [], plain(question)
-        named = ((name_of(each, n), each) for n, each in enumerate(images))
+        named = ((name_of(each, n), each) for n, each in enumerate(each_of(images)))
         requests = ((check_input(each, name), snapshot(each, name), question) for name, each in named)
         yield from self._predict(requests, texts, strict)
 

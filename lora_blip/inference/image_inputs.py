@@ -37,14 +37,24 @@ PIL_LOCK = threading.Lock()  # Pillow reads the file of an image at its first us
 
 def as_list(images: Any) -> tuple[list[tuple[str, Any]], bool]:
     """Return [(name, image)], and True if `images` is one image and not a list. Raise InputError as `check_input` does."""
-    no_list = isinstance(images, Mapping | Set) or is_file(images)  # iterable, but not lists of images
-    single = no_list or isinstance(images, SINGLE) or not isinstance(images, Iterable)
+    single = is_single(images)
     is_iterator = not single and not isinstance(images, list | tuple)
     listed = []
     for position, image in enumerate([images] if single else images):
         name = name_of(image, None if single else position)
         listed.append((check_input(image, name), snapshot(image, name) if is_iterator else read_once(image, name)))
     return listed, single
+
+
+def is_single(images: Any) -> bool:
+    """Return True for anything but a list or another iterable of images."""
+    no_list = isinstance(images, Mapping | Set) or is_file(images)  # iterable, but not lists of images
+    return no_list or isinstance(images, SINGLE) or not isinstance(images, Iterable)
+
+
+def each_of(images: Any) -> Iterable[Any]:
+    """Return the images of an iterable, or a list of the one image. An array of four dimensions is an iterable of images."""
+    return [images] if is_single(images) and getattr(images, "ndim", 0) != 4 else images
 
 
 def is_file(image: Any) -> bool:

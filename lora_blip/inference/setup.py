@@ -115,6 +115,8 @@ def read_adapter(adapter: str | Path) -> Adapter:
     try:
         return adapter_file.read(runs.locate(adapter))
     except AdapterError as error:
+        if not isinstance(adapter, str | Path):
+            raise
         looks_like_base = (Path(adapter) / "config.json").is_file() or HUB_NAME.fullmatch(str(adapter))
         if not looks_like_base or Path(adapter).is_file() or Path(adapter).parent == runs.RUNS:
             raise

@@ -104,7 +104,7 @@ def eject(model: nn.Module | Loaded, name: str | None = None) -> None:
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.eject(backbone)
     """
-    model = model_of(model)
+    model = model_of(model, name, 'lora_blip.eject(backbone, "default")')
     check_names(model, [name] if name else [])
     hooked = adapted_linears(model)
     leaving = {path: {key for key in linear.lora if name in (None, name_of(key))} for path, linear in hooked.items()}

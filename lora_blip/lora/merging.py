@@ -38,7 +38,7 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)
     """
-    model = model_of(model)
+    model = model_of(model, next(iter(names), None), 'lora_blip.merge(backbone, "default")')
     check_names(model, names)
     check_unheld(model, *names)
     with writing(model) as hooked:

@@ -4,7 +4,7 @@
 adapters active while a layer is computed again in the backward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -46,6 +46,9 @@ def use_adapters(model: nn.Module | Loaded, names: str | Sequence[str | None] | 
     if names is None:
         yield
         return
+    if not isinstance(names, Iterable):
+        fix = 'give a name, such as "default", or a list with one name for each row'
+        raise LoRAError(f"the names of adapters are of type {type(names).__name__}; {fix}")
     each = [names] if isinstance(names, str) else list(names)
     check_names(model, [name for name in each if name is not None])
     if not each:
@@ -75,7 +78,7 @@ def disable_adapters(model: nn.Module | Loaded, *names: str) -> Iterator[None]:
     >>> with lora_blip.disable_adapters(backbone):
     ...     states = backbone.model.vision_model(torch.zeros(1, 3, 96, 96)).last_hidden_state
     """
-    model = model_of(model)
+    model = model_of(model, next(iter(names), None), 'lora_blip.disable_adapters(backbone, "default")')
     check_names(model, names)
     disabled = frozenset(names or (name for name, _ in every_adapter(model)))
     routing = share_routing(model)

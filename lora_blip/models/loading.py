@@ -83,19 +83,20 @@ class Backbone:
 
 
 def load_backbone(
-    name: str, device: str = "auto", dtype: str = "fp32", checkpointing: bool = False, fast: bool = True, image_size: int = 0
-) -> Backbone:
+    name: str, device: str = "auto", dtype: str | torch.dtype = "fp32", checkpointing: bool = False, fast: bool = True,
+    image_size: int = 0,
+) -> Backbone:  # fmt: skip
     """Load a checkpoint frozen, in eval mode, for captioning, question answering or retrieval.
 
-    name: a hub name or a folder. dtype: that of the weights, "fp32", "fp16" or "bf16"; or "int8" or "nf4": bitsandbytes then
-    quantizes the linears, and the other weights are in float32. checkpointing: recompute activations in the backward pass
-    (non-reentrant, because the reentrant kind leaves adapters without gradients). fast: use the fast attention, update and
-    packed texts; if false, everything is computed by transformers and `layer.lora_hook`. image_size: height and width of the
-    images in pixels, a multiple of the patch size, for which the position embeddings are interpolated; 0: the checkpoint's own.
+    name: a hub name or a folder. dtype: that of the weights, "fp32", "fp16", "bf16" or a dtype of torch; or "int8" or "nf4":
+    bitsandbytes quantizes the linears, and the other weights are in float32. checkpointing: recompute activations in the
+    backward pass (non-reentrant: the reentrant kind leaves adapters without gradients). fast: use the fast attention, update
+    and packed texts; if false, transformers and `layer.lora_hook` compute everything. image_size: height and width of the
+    images in pixels, a multiple of the patch size; the position embeddings are interpolated; 0: the checkpoint's own.
 
     The dropout of the model is set to 0: it does not help a frozen backbone, and without it training and inference compute the
     same. Raise ModelError if the checkpoint does not exist, is of another kind, lacks weights, or is a T5 in fp16. Raise
-    ConfigError if `image_size` is not a multiple of the patch size. In peft: `from_pretrained` of transformers.
+    ConfigError for another dtype or image size. In peft: `from_pretrained` of transformers.
 
     >>> backbone = lora_blip.load_backbone("assets/tiny-blip")
     >>> backbone.family, backbone.image_size, backbone.device.type
@@ -103,10 +104,9 @@ def load_backbone(
     """
     refuse_loaded(name)
     source = locate_model(name)
-    config, is_width = load_config(source), dtype in quantized.QUANTIZED
-    kind = quantized.choose(config, name, dtype if is_width else "auto")
-    where, rest = pick_device(device), "fp32" if is_width else dtype
-    return _load(name, source, config, where, rest, checkpointing, fast, image_size, kind)
+    config, (rest, width) = load_config(source), quantized.split_dtype(dtype)
+    kind = quantized.choose(config, name, width)
+    return _load(name, source, config, pick_device(device), rest, checkpointing, fast, image_size, kind)
 
 
 def open_backbone(

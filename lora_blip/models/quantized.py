@@ -17,6 +17,7 @@ from lora_blip.errors import ConfigError, ModelError
 from lora_blip.kernels.linear import PLAIN_TENSORS
 from lora_blip.lora import fingerprint
 from lora_blip.lora.sites import is_linear, quantization_of
+from lora_blip.models.precision import DTYPES
 from lora_blip.models.weight_reader import WeightReader
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import printable, quoted
@@ -24,6 +25,20 @@ from lora_blip.runtime.untrusted import printable, quoted
 QUANTIZED = ("int8", "nf4")  # what BASE_DTYPE can choose; a checkpoint may also be stored in fp4
 INSTALL = 'pip install "lora_blip[quantized]"'
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def split_dtype(dtype: str | torch.dtype) -> tuple[str, str]:
+    """Return the dtype of the weights that are not quantized, and "int8", "nf4" or "auto" for `choose`.
+
+    dtype: a name, or a dtype of torch. Raise ConfigError for another one.
+    """
+    if dtype in QUANTIZED:
+        return "fp32", str(dtype)
+    for name, each in DTYPES.items():
+        if dtype in (name, each):
+            return name, "auto"
+    names = '"fp32", "fp16", "bf16", "int8" or "nf4"'
+    raise ConfigError(f'dtype = {dtype!r}: expected {names}, as in lora_blip.load_backbone(name, dtype="bf16")')
 
 
 def stored_quantization(config: Any) -> str:

@@ -55,7 +55,8 @@ def refuse_loaded(name: object) -> None:
 def refuse_adapter(name: str) -> None:
     """Raise ModelError if the name of a base is that of an adapter of lora_blip."""
     folder = Path(name)
-    is_run = (folder / ADAPTER_NAME).is_file() and not (folder / "config.json").exists()
+    has_adapter = (folder / ADAPTER_NAME).is_file() or any(folder.glob(f"*/{ADAPTER_NAME}"))  # a run, or a folder of runs
+    is_run = has_adapter and not (folder / "config.json").exists()
     if is_run or folder.name in (ADAPTER_NAME, BEST_NAME) or (name == "latest" and not folder.is_dir()):
         raise ModelError(
             f"{quoted(name)} is an adapter, and not a base. In Python, lora_blip.Captioner.from_adapter({quoted(name)}) loads "

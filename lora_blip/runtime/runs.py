@@ -44,6 +44,8 @@ def locate(adapter: str | Path, runs: str | Path = RUNS) -> Path:
     folder of peft is its adapter_model.safetensors. A name on the hub, `user/name` or `user/name@revision`, is the file in the
     hub's cache; it is downloaded if it is not there. A local path wins over such a name. Raise AdapterError without an adapter.
     """
+    if not isinstance(adapter, str | Path):
+        raise AdapterError(f'the adapter is of type {type(adapter).__name__}; give a run folder, a file, or "latest"')
     path = Path(runs if adapter == "latest" else adapter)
     try:
         if path.is_file():

@@ -166,6 +166,27 @@ def test_more_arguments_than_images_give_the_right_call(make, photos):
             call()
 
 
+def test_texts_without_a_list_and_a_question_before_the_image_give_the_right_call(make, photos):
+    captioner: Any = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
+    with pytest.raises(InputError, match=r"several texts need a list: captioner\.rank\(image, \["):
+        captioner.rank(photos[0], "red", "blue")
+    with pytest.raises(InputError, match=r'call: captioner\.rank\(image, \["red", "blue"\], question='):
+        captioner.rank(photos[0], "what color?", ["red", "blue"])
+    with pytest.raises(InputError, match=r"the arguments are swapped: 'what color\?' is a text"):
+        captioner("what color?", photos[0])
+
+
+def test_a_stream_of_one_image_is_a_list_of_it(make, photos):
+    """A path is not read letter by letter. An array of four dimensions is an iterable of images."""
+    captioner = Captioner(TASKS["caption"](make("blip"), "", FEW))
+    pixels = np.zeros((2, 32, 32, 3), np.uint8)
+    for image, count in ((photos[0], 1), (str(photos[0]), 1), (Path(photos[0]).read_bytes(), 1), (pixels[0], 1), (pixels, 2)):
+        predictions = list(captioner.stream(image))
+        assert len(predictions) == count and not any(prediction.error for prediction in predictions)
+    with pytest.raises(InputError, match="is of type NoneType"):
+        next(captioner.stream(None))  # type: ignore[arg-type]
+
+
 def test_a_missing_image_is_not_called_swapped(make, photos):
     """Also if the question mentions a file, or the path of the existing image has no suffix of an image."""
     captioner = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
