@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from benchmarks.suite.plan import ALPHA, RATE, R
 from lora_blip.data import annotations
 from lora_blip.data.images import open_image
 from lora_blip.data.loader import HostBatch, Slot, pixel_values
+from lora_blip.kernels import paths
 from lora_blip.kernels import switch as attention
 from lora_blip.lora import attached, injection, targets
 from lora_blip.models import weights
@@ -117,6 +118,7 @@ def rows() -> Iterator[tuple[str, str, float, list[float], list[float]]]:
 
 
 def main() -> int:
+    paths.use(replace(paths.row(), onednn=0, onednn_narrow=0, fused=0, gelu_bytes=0, by_heads=0))  # the tiny base takes them all
     print(f"{'':44}{'bound':>7}{'largest':>10}   losses of steps 1, 5, 10, 15, 20: plain above, fast below")
     whole = True
     for name, precision, bound, plain, fast in rows():
