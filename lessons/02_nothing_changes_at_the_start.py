@@ -26,7 +26,7 @@
 
 # %%
 import torch
-from lesson_tools import ROOT, SEED, cubes, quiet, record, show, test_cubes
+from lesson_tools import ROOT, SEED, cubes, quiet, record, show, test_cubes, tokenize
 from matplotlib import pyplot as plt
 from torch import nn
 
@@ -45,11 +45,8 @@ def load():
 def loss_of(backbone, rows):
     """Return the mean loss of a token for the captions of these images."""
     pixels = backbone.image_processor([images[row] for row in rows], return_tensors="pt").pixel_values
-    tokens = backbone.tokenizer([captions[row] for row in rows], return_tensors="pt", padding=True)
-    labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)  # no loss for padding
-    return backbone.model(
-        pixel_values=pixels, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, labels=labels
-    ).loss
+    tokens = tokenize(backbone, [captions[row] for row in rows])  # input_ids, attention_mask and labels
+    return backbone.model(pixel_values=pixels, **tokens).loss
 
 
 # %% [markdown]

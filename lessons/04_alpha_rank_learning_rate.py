@@ -31,12 +31,11 @@ backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
 model = backbone.model.eval()  # eval: no dropout, so every difference comes from the settings
 images, captions = lesson_tools.cubes(16)
 pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (16, 3, 96, 96)
-tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
-labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)  # -100: padding is not in the loss
+tokens = lesson_tools.tokenize(backbone, captions)  # input_ids, attention_mask and labels
 
 
 def loss():
-    return model(pixel_values=pixels, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, labels=labels).loss
+    return model(pixel_values=pixels, **tokens).loss
 
 
 def new_adapters(r, alpha):

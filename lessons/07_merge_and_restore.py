@@ -38,7 +38,7 @@ delta = {name: sum(lora.delta_weight() for lora in linear.lora.values()).detach(
 
 # %%
 images, captions = lesson_tools.test_cubes(4)
-tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
+tokens = lesson_tools.tokenize(backbone, captions)
 
 
 def logits(loaded):

@@ -62,9 +62,8 @@ parameters = [matrix for linear in linears.values() for lora in linear.lora.valu
 
 def batch_of(count):
     images, captions = lesson_tools.cubes(count)
-    batch = dict(backbone.tokenizer(captions, padding=True, return_tensors="pt"))
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)  # -100: padding is not in the loss
-    return batch | {"pixel_values": backbone.image_processor(images, return_tensors="pt").pixel_values}  # (count, 3, 96, 96)
+    pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (count, 3, 96, 96)
+    return {"pixel_values": pixels, **lesson_tools.tokenize(backbone, captions)}  # and input_ids, attention_mask, labels
 
 
 def loss_of(batch, dtype=None):

@@ -29,9 +29,7 @@ STATES = {"base": lambda: lora_blip.disable_adapters(backbone), "adapter": lambd
 
 images, captions = lesson_tools.test_cubes(48)
 pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (48, 3, 96, 96)
-tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
-# BLIP's captions start with the token [DEC], but its tokenizer starts a text with [CLS].
-tokens.input_ids[:, 0] = backbone.tokenizer.bos_token_id
+tokens = lesson_tools.tokenize(backbone, captions)
 words = tokens.input_ids[:, 1:]  # (48, T): position t predicts word t, from the words before it and the image
 is_word = tokens.attention_mask[:, 1:].bool()
 

@@ -37,9 +37,7 @@ base = load()
 
 def encode(images, captions):
     """Return the pixels (images, 3, 96, 96), and the token ids and their mask, both (images, tokens)."""
-    tokens = base.tokenizer(captions, padding=True, return_tensors="pt")
-    # BLIP's captions start with the token [DEC], but its tokenizer starts a text with [CLS].
-    tokens.input_ids[:, 0] = base.tokenizer.bos_token_id
+    tokens = lesson_tools.tokenize(base, captions)
     return base.image_processor(images, return_tensors="pt").pixel_values, tokens.input_ids, tokens.attention_mask
 
 

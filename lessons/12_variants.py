@@ -146,14 +146,13 @@ VARIANTS = {  # class, hook, λ
 base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
 images, captions = lesson_tools.cubes()
 pixels = base.image_processor(images, return_tensors="pt").pixel_values  # (300, 3, 96, 96)
-tokens = base.tokenizer(captions, padding=True, return_tensors="pt")
-labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)  # -100: padding is not in the loss
+tokens = lesson_tools.tokenize(base, captions)  # input_ids, attention_mask and labels
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
 
 
 def outputs(backbone, rows):
-    ids, mask = tokens.input_ids[rows], tokens.attention_mask[rows]
-    return backbone.model.eval()(pixel_values=pixels[rows], input_ids=ids, attention_mask=mask, labels=labels[rows])
+    text = {key: values[rows] for key, values in tokens.items()}
+    return backbone.model.eval()(pixel_values=pixels[rows], **text)
 
 
 def train(backbone, parameter_groups, steps=STEPS):

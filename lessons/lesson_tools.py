@@ -87,6 +87,19 @@ def _read(annotations: Path, count: int | None) -> tuple[list[Image.Image], list
     return [Image.open(annotations.parent / line["image"]).convert("RGB") for line in lines], [line["text"] for line in lines]
 
 
+def tokenize(backbone: Any, captions: list[str], length: int | None = None) -> Any:
+    """Return input_ids, attention_mask and labels of captions, each (captions, tokens): the inputs of BLIP beside the image.
+
+    They are those of a training with `lora_blip`. The first token is [DEC], with which BLIP's text decoder was trained; the
+    tokenizer alone would write [CLS]. Padding, to the longest caption or to `length`, has the label -100: it is not in the loss.
+    """
+    padding = "max_length" if length else True
+    tokens = backbone.tokenizer(captions, padding=padding, max_length=length, return_tensors="pt", return_token_type_ids=False)
+    tokens.input_ids[:, 0] = backbone.tokenizer.bos_token_id  # [DEC]
+    tokens["labels"] = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+    return tokens
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Print nothing inside the block. If it fails, print its output after all."""

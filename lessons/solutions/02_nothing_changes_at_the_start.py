@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of lesson_tools.py
 
 import torch
-from lesson_tools import ROOT, SEED, cubes
+from lesson_tools import ROOT, SEED, cubes, tokenize
 from torch import nn
 
 import lora_blip
@@ -28,10 +28,7 @@ def train(steps, random_b):
         if random_b:
             nn.init.kaiming_uniform_(lora.B, a=5**0.5)
     pixels = backbone.image_processor(images, return_tensors="pt").pixel_values
-    tokens = backbone.tokenizer(captions, return_tensors="pt", padding=True)
-    labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
-    batch = {"pixel_values": pixels, "labels": labels, **tokens}
-    batch.pop("token_type_ids", None)
+    batch = {"pixel_values": pixels, **tokenize(backbone, captions)}
     with torch.no_grad(), lora_blip.disable_adapters(backbone):
         losses = [backbone.model(**batch).loss.item()]
     optimizer = torch.optim.AdamW([matrix for lora in adapters for matrix in (lora.A, lora.B)], lr=3e-3)

@@ -19,12 +19,11 @@ backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
 model = backbone.model.eval()
 images, captions = lesson_tools.cubes(8)
 pixels = backbone.image_processor(images, return_tensors="pt").pixel_values  # (8, 3, 96, 96)
-tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
-labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+tokens = lesson_tools.tokenize(backbone, captions)
 
 
 def loss():
-    return model(pixel_values=pixels, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, labels=labels).loss
+    return model(pixel_values=pixels, **tokens).loss
 
 
 def new_adapters(r, alpha):

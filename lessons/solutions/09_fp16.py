@@ -42,9 +42,8 @@ assert torch.allclose(start - after[torch.float32], torch.tensor(rate), rtol=0.0
 backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)
 lora_blip.inject(backbone, "vit")
 images, captions = lesson_tools.cubes(4)
-tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
+tokens = lesson_tools.tokenize(backbone, captions)
 pixels = backbone.image_processor(images, return_tensors="pt").pixel_values
-labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
 outputs, gradients = [], []  # names of modules without a finite output, or gradient of the output
 
 
@@ -64,7 +63,7 @@ first = {}
 for power in (16, 28):
     gradients.clear()
     with torch.autocast("cpu", dtype=torch.float16):
-        loss = backbone.model(pixel_values=pixels, **tokens, labels=labels).loss
+        loss = backbone.model(pixel_values=pixels, **tokens).loss
     (loss * 2.0**power).backward()
     first[power] = gradients[:1]
     print(f"S = 2^{power}: the first gradient that is not finite: {first[power]}")

@@ -24,7 +24,7 @@ model = backbone.model
 def caption_scores(images, captions):
     """Return the log-probability of each caption for its image."""
     pixels = backbone.image_processor(images, return_tensors="pt").pixel_values
-    tokens = backbone.tokenizer(captions, padding=True, return_tensors="pt")
+    tokens = lesson_tools.tokenize(backbone, captions)
     logs = model(pixel_values=pixels, **tokens).logits[:, :-1].log_softmax(-1)
     return (logs.gather(-1, tokens.input_ids[:, 1:, None])[..., 0] * tokens.attention_mask[:, 1:]).sum(1)
 
@@ -46,7 +46,7 @@ scores["uniform"] = caption_scores(images, captions).mean().item()
 with torch.no_grad():
     pixels = backbone.image_processor(images[:1], return_tensors="pt").pixel_values
     states = model.vision_model(pixels).last_hidden_state
-    ids = backbone.tokenizer(captions[:1], return_tensors="pt").input_ids
+    ids = lesson_tools.tokenize(backbone, captions[:1]).input_ids
     weights = model.text_decoder(input_ids=ids, encoder_hidden_states=states, output_attentions=True).cross_attentions
 for handle in handles:
     handle.remove()

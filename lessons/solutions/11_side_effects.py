@@ -23,8 +23,7 @@ lora_blip.eject(base)
 
 
 def encode(images, captions):
-    tokens = base.tokenizer(captions, padding="max_length", max_length=16, return_tensors="pt")
-    tokens.input_ids[:, 0] = base.tokenizer.bos_token_id  # [DEC]
+    tokens = lesson_tools.tokenize(base, captions, length=16)
     return base.image_processor(images, return_tensors="pt").pixel_values, tokens.input_ids, tokens.attention_mask
 
 

@@ -19,15 +19,14 @@ R, STEPS = 8, 20
 base = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
 images, captions = lesson_tools.cubes(64)
 pixels = base.image_processor(images, return_tensors="pt").pixel_values
-tokens = base.tokenizer(captions, padding=True, return_tensors="pt")
-labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+tokens = lesson_tools.tokenize(base, captions)
 names = list(lora_blip.inject(base, "vit"))
 lora_blip.eject(base)
 
 
 def outputs(backbone, rows):
-    ids, mask = tokens.input_ids[rows], tokens.attention_mask[rows]
-    return backbone.model.eval()(pixel_values=pixels[rows], input_ids=ids, attention_mask=mask, labels=labels[rows])
+    text = {key: values[rows] for key, values in tokens.items()}
+    return backbone.model.eval()(pixel_values=pixels[rows], **text)
 
 
 def train(make, hook):

@@ -10,14 +10,25 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
+import lora_blip
 from lessons import __main__ as runner
 from lessons import spread
+from lora_blip.models.token_rows import IGNORE
+from lora_blip.tasks.caption import CaptionTask
 
 FOLDER = Path(__file__).resolve().parents[2] / "lessons"
 LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 ALLOWED = {"lora_blip", "lora_blip.lora.layer", "lora_blip.lora.spectrum"}
 SECTIONS = ("**You learn**", "**Time:**", "**Read:**", "## Exercises", "## What to remember", "## Sources")
+
+
+def lesson_tools(monkeypatch):
+    """Import lessons/lesson_tools.py. Other tests keep their style of figures."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with matplotlib.rc_context():
+        return importlib.import_module("lesson_tools")
 
 
 def code_lines(source: str) -> int:
@@ -71,6 +82,49 @@ def test_a_lesson_has_all_parts(path):
 )
 def test_a_lesson_imports_only_the_public_api(path):
     assert modules_of_lora_blip(path.read_text(encoding="utf-8")) <= ALLOWED
+
+
+OF_TOKENIZER = {"convert_ids_to_tokens", "convert_tokens_to_ids"}  # names of tokens, and no ids of a whole caption
+
+
+def uses_of_the_tokenizer(source: str) -> list[str]:
+    """Return the lines that use a tokenizer or a processor for more than the names of tokens."""
+    tree = ast.parse(source)
+    named = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in OF_TOKENIZER}
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in {"tokenizer", "processor"} and id(node) not in named
+    ]
+    return [ast.unparse(node) for node in found]
+
+
+@pytest.mark.parametrize(
+    "path", [*LESSONS, *sorted((FOLDER / "solutions").glob("*.py"))], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_only_lesson_tools_makes_token_ids(path):
+    """BLIP's tokenizer starts a caption with [CLS], and a training with [DEC]: `lesson_tools.tokenize` corrects this."""
+    source = path.read_text(encoding="utf-8")
+    assert uses_of_the_tokenizer(source) == []
+    assert not re.search(r"Tokenizer|Processor|getattr\(.*token", source)
+    assert uses_of_the_tokenizer("ids = backbone.tokenizer(texts).input_ids") == ["backbone.tokenizer"]
+    assert uses_of_the_tokenizer("encode = base.tokenizer") == ["base.tokenizer"]
+    assert uses_of_the_tokenizer("base.tokenizer.convert_tokens_to_ids('cube')") == []
+
+
+def test_the_captions_of_a_lesson_are_those_of_a_training(monkeypatch):
+    """`lesson_tools.tokenize` gives the input ids, the mask and the labels of the captioning task."""
+    tools = lesson_tools(monkeypatch)
+    backbone = lora_blip.load_backbone(str(FOLDER.parent / "assets/tiny-blip"))
+    captions = ["a red cube", tools.cubes(1)[1][0]]
+    rows = CaptionTask(backbone).language.tokenize(["", ""], captions).pad()
+    for tokens in (tools.tokenize(backbone, captions), tools.tokenize(backbone, captions, length=16)):
+        width = rows.input_ids.shape[1]
+        assert torch.equal(tokens.input_ids[:, :width], rows.input_ids)
+        assert torch.equal(tokens.attention_mask[:, :width], rows.attention_mask)
+        assert torch.equal(tokens.labels[:, 1:width], rows.targets[:, :-1])  # BLIP predicts token t + 1 at position t
+        assert not tokens.attention_mask[:, width:].any() and (tokens.labels[:, width:] == IGNORE).all()
+    assert tokens.input_ids.shape == (2, 16)
 
 
 def test_every_lesson_is_in_the_lists():
@@ -132,9 +186,7 @@ def test_the_runner_reports_a_failed_assertion(code, line, tmp_path, monkeypatch
 
 def test_the_records_and_images_of_a_lesson(tmp_path, monkeypatch, capsys):
     """`record` prints, and appends a line with the lesson, the seed, the name and the value. `cubes` reads pairs."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    with matplotlib.rc_context():  # other tests keep their style
-        tools = importlib.import_module("lesson_tools")
+    tools = lesson_tools(monkeypatch)
     monkeypatch.setenv("LESSON_RECORD", str(tmp_path / "records.jsonl"))
     tools.record("loss", 0.25)
     assert capsys.readouterr().out == "loss: 0.25\n"
