@@ -4,7 +4,7 @@
 # **You learn** what LoRA adds to a linear layer, how a forward hook adds it without a change of the model, and why the rank r
 # limits what the update can be.
 #
-# **Time:** about 10 seconds on two cores. **Read:** `lora_blip/lora/layer.py`, which this lesson rewrites in 20 lines.
+# **Time:** less than a minute on two cores, longer if they are busy. **Read:** `lora_blip/lora/layer.py`, which this lesson rewrites in 20 lines.
 # `Site` is in `lora_blip/lora/sites.py`.
 #
 # ## The equation
@@ -113,7 +113,7 @@ print(f"trained: {trained} numbers of A and B, {trained / linear.weight.numel():
 #
 # Suppose that the task needs $W_0 + \Delta W^\star$, where $\Delta W^\star$ has rank 4. We train $A$ and $B$ with r = 1, 2, 4 and 8
 # to give the same outputs. The inputs are the $k$ unit vectors, so the summed squared error is
-# $\|\Delta W - \Delta W^\star\|_F^2$. The Frobenius norm $\|\cdot\|_F$ is the root of the sum of all squared entries. No matrix of rank $r$ can be nearer than $\sum_{i > r} \sigma_i^2$, with the singular values $\sigma_i$ of
+# $\|\Delta W - \Delta W^\star\|_F^2$. The Frobenius norm $\|\cdot\|_F$ is the root of the sum of all squared entries. No matrix of rank $r$ has a smaller error than $\sum_{i > r} \sigma_i^2$, with the singular values $\sigma_i$ of
 # $\Delta W^\star$ (the theorem of Eckart, Young and Mirsky). We divide the error by $\|\Delta W^\star\|_F^2$: 1 means that nothing is learned.
 
 # %%

@@ -4,7 +4,7 @@
 # **You learn** why $B$ starts at zero and $A$ does not, which gradients are zero at the first step, and what happens if both
 # matrices start random.
 #
-# **Time:** about 30 seconds on two cores. **Read:** `lora_blip/lora/layer.py`, and `inject` in `lora_blip/lora/injection.py`.
+# **Time:** less than a minute on two cores, longer if they are busy. **Read:** `lora_blip/lora/layer.py`, and `inject` in `lora_blip/lora/injection.py`.
 #
 # ## The first step on paper
 #
@@ -17,12 +17,15 @@
 # With $B = 0$, the output does not change, and $\partial L / \partial A = 0$. But $A x \ne 0$ and, before
 # convergence, $dy \ne 0$. So $\partial L / \partial B \ne 0$: the first step moves only $B$. From the second step on, $A$ moves too. With $A = 0$ and $B = 0$, both gradients are zero, and
 # nothing is ever learned.
-
+#
 # ## The model and the images
 #
 # The base is a small BLIP. Its ViT reads an image, and its text model writes a caption. (`docs/learn.md` explains these parts.) It was
 # trained on drawings of circles, squares and triangles, and has never seen a cube. The images of this lesson show one or two
 # cubes, such as "a green cube on top of an orange cube". The adapters are on the linears of the ViT.
+#
+# `tokenize` turns captions into token ids, as a training does: [DEC], with which every caption of BLIP starts, the words, and an end
+# token. It also returns a mask of the padding, and the labels. Padding has the label -100, which means "not in the loss".
 
 # %%
 import torch

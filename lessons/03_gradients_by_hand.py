@@ -4,7 +4,7 @@
 # **You learn** the three gradients of a linear with LoRA, how to write them for a batch of rows, and how many bytes the backward pass
 # needs from the forward pass.
 #
-# **Time:** about 10 seconds on two cores. **Read:** `lora_blip/lora/fused.py`, whose backward pass is the one of this lesson
+# **Time:** less than a minute on two cores, longer if they are busy. **Read:** `lora_blip/lora/fused.py`, whose backward pass is the one of this lesson
 # (its `h` includes the factor s).
 #
 # ## From the equation to the gradients

@@ -4,7 +4,7 @@
 # **You learn** how the size of an update depends on r, what changes if α/√r replaces α/r, and which settings give the
 # same run, for SGD and for Adam.
 #
-# **Time:** about 20 seconds on two cores.
+# **Time:** less than a minute on two cores, longer if they are busy.
 #
 # **Read:** `lora_blip/lora/layer.py`. The factor of this lesson is `self.scale` in `LoRA.__init__`. The settings are in
 # `lora_blip/config.py`.

@@ -4,7 +4,7 @@
 # **You learn** how many parameters the cubes need, why a comparison of ranks can measure something else, and what the
 # singular values of a trained ΔW show.
 #
-# **Time:** about 100 seconds on two cores. It trains seven adapters.
+# **Time:** one to two minutes on two cores, longer if they are busy. It trains seven adapters.
 #
 # **Read:** `lora_blip/lora/spectrum.py`.
 #
@@ -109,8 +109,8 @@ for n in (8, 4, 2, 1):
 
 # %% [markdown]
 # The sixteen singular values of ΔW fall gradually: the effective rank is about 11. But the score needs only a few of
-# them. With four of the sixteen, it is nearly that of all. With one, it is lower, and depends on the seed: 58 %, 55 %
-# and 84 % for the seeds 0, 1 and 2. The adapter that was *trained* with rank 1 is better with each of these seeds. So
+# them. With four of the sixteen, it is nearly that of all. With one, it is lower, and not stable: we measured
+# 55 % to 84 %, and for seed 0 both 58 % and 69 %, in two versions of this code that round differently. The adapter that was *trained* with rank 1 is better with each of these seeds. So
 # the strongest direction of a larger update is not the best update of rank 1.
 #
 # The paper compares two trained matrices A, with r = 8 and r = 64, by their right singular vectors (not those of ΔW). It

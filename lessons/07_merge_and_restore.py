@@ -4,7 +4,7 @@
 # **You learn** what a merge does to the bits of W, how much of an update is lost in 16 bits, and why subtracting the update
 # does not give back W.
 #
-# **Time:** about 40 seconds on two cores.
+# **Time:** less than a minute on two cores, longer if they are busy.
 #
 # **Read:** `lora_blip/lora/merging.py`.
 #

@@ -3,7 +3,7 @@
 #
 # **You learn** three ways to put LoRA on a linear, what each does to the rest of PyTorch, and where a hook is bypassed.
 #
-# **Time:** about 15 seconds on two cores.
+# **Time:** less than a minute on two cores, longer if they are busy.
 #
 # **Read:** `lora_hook` in `lora_blip/lora/layer.py`, and `lora_blip/lora/attached.py`.
 #

@@ -4,7 +4,7 @@
 # **You learn** how to measure which words depend on the image, what cross-attention computes, and how far a picture of attention can be
 # trusted.
 #
-# **Time:** about 50 seconds on two cores.
+# **Time:** less than a minute on two cores, longer if they are busy.
 #
 # **Read:** `check_image_matters` in `lora_blip/training/preflight.py`. Before each training, it gives the texts of a batch other images, and
 # stops if the logits remain the same.
@@ -112,7 +112,7 @@ show(figure, "words")
 # ## Cross-attention
 #
 # Each of the three layers of the text decoder has four heads of size d_h = 32. A head compares the query of each position with the keys
-# of the 37 image states: one for the whole image (`[CLS]`) and one for each of the 6 × 6 patches.
+# of the 37 image states: one for the whole image (the class token of the ViT, here called `[CLS]`) and one for each of the 6 × 6 patches.
 #
 # $$a = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}}\right),$$
 # $$\text{output} = a V,$$
@@ -217,7 +217,7 @@ show(figure, "attention")
 # - Covering is no perfect measure either. The model was not trained on covered images. And if two patches show the same colour, covering
 #   one of them may change little.
 #
-# Jain and Wallace (arXiv:1902.10186) found the same for text classifiers: attention is often uncorrelated with other measures of importance,
+# Jain and Wallace (arXiv:1902.10186) found the same for recurrent models of text: attention is often uncorrelated with other measures of importance,
 # and different attention can give the same prediction. Wiegreffe and Pinter (arXiv:1908.04626) answer that this depends on what
 # one calls an explanation. Use attention to ask where a head reads. Use an intervention to ask what matters.
 #

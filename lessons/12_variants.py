@@ -4,7 +4,7 @@
 # **You learn** what rsLoRA, DoRA, PiSSA and LoRA+ change in LoRA, each in about ten lines, and which of them are LoRA with
 # other settings.
 #
-# **Time:** about 40 seconds on two cores.
+# **Time:** less than a minute on two cores, longer if they are busy.
 #
 # **Read:** `lora_blip/lora/layer.py`. The variants of this lesson are subclasses of `LoRA`.
 #
