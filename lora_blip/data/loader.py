@@ -95,7 +95,7 @@ class HostBatch:
             self.pixel_values.to(device, non_blocking=True),
             rows,
             count,
-            None if index is None else torch.tensor(index, device=device),
+            None if index is None else torch.tensor(index).to(device, non_blocking=True),  # no wait for the GPU
             cached and cached._replace(states=cached.states.to(device, non_blocking=True)),
             prefix,
         )

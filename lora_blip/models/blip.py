@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_blip.kernels.linear import as_autocast
 from lora_blip.kernels.text_attention import reading
+from lora_blip.models.attention_masks import bidirectional_mask
 from lora_blip.models.generated_ids import new_tokens
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
 from lora_blip.models.library import call
@@ -92,8 +93,8 @@ class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
     def prompt_ids(self, prompt: str) -> list[int]:
         return [self.tokenizer.cls_token_id, *plain_ids(self.tokenizer, prompt), self.tokenizer.sep_token_id]
 
-    def encode_questions(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the encoder's states of each question over its image, (examples, tokens, width)."""
+    def encode_questions(self, features: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the encoder's states of each question over its image, (examples, tokens, width). mask: None hides nothing."""
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
@@ -102,8 +103,13 @@ class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
 
     def label_states(self, features: Tensor, rows: PackedRows, image: Tensor | None) -> Tensor:
         assert rows.encoder_ids is not None and rows.encoder_mask is not None
-        states = self.encode_questions(take_rows(as_autocast(features), image), rows.encoder_ids, rows.encoder_mask)
-        return self.packed_states(rows, encoder_hidden_states=states, encoder_attention_mask=rows.encoder_mask)
+        encoder = self.model.text_encoder
+        own, read = (
+            bidirectional_mask(encoder.config, rows.encoder_mask, rows.encoder_is_full, ids.shape[1], encoder.dtype)
+            for ids in (rows.encoder_ids, rows.ids)
+        )
+        states = self.encode_questions(take_rows(as_autocast(features), image), rows.encoder_ids, own)
+        return self.packed_states(rows, encoder_hidden_states=states, encoder_attention_mask=read)
 
     def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
         states = self.encode_questions(features, rows.input_ids, rows.attention_mask)

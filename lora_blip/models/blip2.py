@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
+from lora_blip.models.attention_masks import bidirectional_mask, causal_arguments
 from lora_blip.models.generated_ids import new_tokens
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named
 from lora_blip.models.library import call
@@ -33,11 +33,9 @@ class Blip2Language(Language[PaddedRows]):
 
     def project_vision(self, states: Tensor) -> Tensor:
         model = self.model
-        mask = torch.ones(states.shape[:-1], dtype=torch.long, device=states.device)
         queries = call(
-            model.qformer, query_embeds=model.query_tokens.expand(len(states), -1, -1), encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-        ).last_hidden_state  # fmt: skip
+            model.qformer, query_embeds=model.query_tokens.expand(len(states), -1, -1), encoder_hidden_states=states
+        ).last_hidden_state  # without a mask: transformers would read it, and drop it because it hides nothing
         return model.language_projection(queries.to(states.dtype))
 
     @property
@@ -78,9 +76,8 @@ class OptLanguage(DecoderLanguage[PaddedRows], Blip2Language):
     def label_states(self, features: Tensor, rows: PaddedRows, image: Tensor | None) -> Tensor:
         embeds = self.embed(rows.per_text(take_rows(features, image)), rows.input_ids)
         decoder = self.model.language_model.model
-        states = call(
-            decoder, inputs_embeds=embeds, attention_mask=rows.attention_mask, use_cache=False
-        ).last_hidden_state  # fmt: skip
+        named = causal_arguments(decoder.config, rows.attention_mask, rows.is_full, embeds.dtype)
+        states = call(decoder, inputs_embeds=embeds, use_cache=False, **named).last_hidden_state
         return states.flatten(0, 1)[label_positions(rows)]
 
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:
@@ -101,7 +98,8 @@ class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
     def encode_prompts(self, features: Tensor, rows: PaddedRows) -> Tensor:
         """Return the encoder's states of image and prompt for each text, (texts, tokens, width)."""
         embeds, encoder = self.embed(features, rows.input_ids), self.model.language_model.get_encoder()
-        return rows.per_text(call(encoder, inputs_embeds=embeds, attention_mask=rows.attention_mask).last_hidden_state)
+        mask = bidirectional_mask(encoder.config, rows.attention_mask, rows.is_full, embeds.shape[1], embeds.dtype)
+        return rows.per_text(call(encoder, inputs_embeds=embeds, attention_mask=mask).last_hidden_state)
 
     def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
         return call(
@@ -110,14 +108,14 @@ class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
         ).logits  # fmt: skip
 
     def label_states(self, features: Tensor, rows: PaddedRows, image: Tensor | None) -> Tensor:
-        model = self.model.language_model
+        model, decoder_ids = self.model.language_model, rows.decoder_input_ids
+        assert decoder_ids is not None  # as in all rows of an encoder-decoder
+        states, own = self.encode_prompts(take_rows(features, image), rows), rows.per_text(rows.attention_mask)
+        mask = bidirectional_mask(model.get_decoder().config, own, rows.is_full, decoder_ids.shape[1], states.dtype)
         states = call(
-            model.get_decoder(),
-            input_ids=rows.decoder_input_ids,
-            encoder_hidden_states=self.encode_prompts(take_rows(features, image), rows),
-            encoder_attention_mask=rows.per_text(rows.attention_mask),
+            model.get_decoder(), input_ids=decoder_ids, encoder_hidden_states=states, encoder_attention_mask=mask,
             use_cache=False,
-        ).last_hidden_state.flatten(0, 1)[label_positions(rows)]
+        ).last_hidden_state.flatten(0, 1)[label_positions(rows)]  # fmt: skip
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
     def generate_ids(self, features: Tensor, ids: Tensor, mask: Tensor, settings: Named) -> Any:

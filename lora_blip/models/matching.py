@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lora_blip.models.attention_masks import bidirectional_mask
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.token_rows import mask_of, pad, plain_ids
@@ -25,9 +26,11 @@ class TokenizedTexts:
 
     ids: Tensor  # (texts, tokens)
     mask: Tensor  # (texts, tokens)
+    is_full: bool = False  # True: the mask hides nothing
 
     def to(self, device: torch.device) -> "TokenizedTexts":
-        return TokenizedTexts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+        ids, mask = (each.to(device, non_blocking=True) for each in (self.ids, self.mask))
+        return replace(self, ids=ids, mask=mask)
 
     def __getitem__(self, rows: Any) -> "TokenizedTexts":
         return replace(self, ids=self.ids[rows], mask=self.mask[rows])
@@ -41,6 +44,7 @@ class Matcher(ABC):
 
     model: Any
     max_tokens: int  # the most tokens of a text, with [CLS] and [SEP]
+    reader: Any  # the module that reads texts
 
     def __init__(self, backbone: Backbone) -> None:
         self.model, self.tokenizer = backbone.model, backbone.tokenizer
@@ -49,7 +53,7 @@ class Matcher(ABC):
         """Return the token rows of texts."""
         tokenizer = self.tokenizer
         rows = [[tokenizer.cls_token_id, *plain_ids(tokenizer, text), tokenizer.sep_token_id] for text in texts]
-        return TokenizedTexts(pad(rows, tokenizer.pad_token_id), mask_of(rows))
+        return TokenizedTexts(pad(rows, tokenizer.pad_token_id), mask_of(rows), len(set(map(len, rows))) < 2)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return the ViT's states (images, patches, width) of images (images, 3, H, W)."""
@@ -58,6 +62,10 @@ class Matcher(ABC):
     def project_vision(self, states: Tensor) -> Tensor:
         """Return the ViT's states as they are: both heads read them."""
         return states
+
+    def mask(self, texts: TokenizedTexts, mask: Tensor) -> Tensor | None:
+        """Return the mask of the reader for tokens (texts, tokens), without reading a value from the device."""
+        return bidirectional_mask(self.reader.config, mask, texts.is_full, mask.shape[1], self.reader.dtype)
 
     @abstractmethod
     def image_features(self, image_states: Tensor) -> Tensor:
@@ -103,18 +111,21 @@ class BlipMatcher(Matcher):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self.max_tokens = backbone.model.config.text_config.max_position_embeddings
+        self.reader = backbone.model.text_encoder
 
     def image_features(self, image_states: Tensor) -> Tensor:
         return normalize(projected(self.model.vision_proj, image_states[:, :1]), dim=-1)
 
     def text_features(self, texts: TokenizedTexts) -> Tensor:
-        states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
+        mask = self.mask(texts, texts.mask)
+        states = call(self.model.text_encoder, input_ids=texts.ids, attention_mask=mask).last_hidden_state
         return normalize(projected(self.model.text_proj, states[:, 0]), dim=-1)
 
     def matching(self, image_states: Tensor, texts: TokenizedTexts) -> Tensor:
         states = call(
-            self.model.text_encoder, input_ids=texts.ids, attention_mask=texts.mask, encoder_hidden_states=image_states
-        )
+            self.model.text_encoder, input_ids=texts.ids, attention_mask=self.mask(texts, texts.mask),
+            encoder_hidden_states=image_states,
+        )  # fmt: skip
         return log_odds(projected(self.model.itm_head, states.last_hidden_state[:, 0]))
 
 
@@ -124,6 +135,7 @@ class Blip2Matcher(Matcher):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self.max_tokens = backbone.model.config.qformer_config.max_position_embeddings
+        self.reader = backbone.model.qformer
 
     def image_features(self, image_states: Tensor) -> Tensor:
         queries = self.model.query_tokens.expand(len(image_states), -1, -1)
@@ -132,13 +144,15 @@ class Blip2Matcher(Matcher):
 
     def text_features(self, texts: TokenizedTexts) -> Tensor:
         embeds = call(self.model.embeddings, input_ids=texts.ids)
-        states = call(self.model.qformer, query_embeds=embeds, query_length=0, attention_mask=texts.mask).last_hidden_state
+        states = call(
+            self.model.qformer, query_embeds=embeds, query_length=0, attention_mask=self.mask(texts, texts.mask)
+        ).last_hidden_state
         return normalize(projected(self.model.text_projection, states[:, 0]), dim=-1)
 
     def matching(self, image_states: Tensor, texts: TokenizedTexts) -> Tensor:
         queries = self.model.query_tokens.expand(len(texts), -1, -1)
         both = call(self.model.embeddings, input_ids=texts.ids, query_embeds=queries)
-        mask = torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], dim=1)
+        mask = self.mask(texts, torch.cat([texts.mask.new_ones(queries.shape[:2]), texts.mask], dim=1))
         states = call(
             self.model.qformer, query_embeds=both, query_length=queries.shape[1], attention_mask=mask,
             encoder_hidden_states=image_states,

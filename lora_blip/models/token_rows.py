@@ -54,6 +54,7 @@ class TokenRows:
             None if self.example == list(range(len(targets))) else torch.tensor(self.example),
             None if self.weights is None else weight_tensor(self.weights),
             labels_of(targets, text, self.weights) if with_labels else None,
+            len(set(map(len, self.inputs))) < 2,
         )
 
 
@@ -77,6 +78,7 @@ class PaddedRows:
     example: Tensor | None = None  # (texts,) the example of each text; None: text i has example i
     weights: Tensor | None = None  # (texts,) the weight of each text's loss; None: 1
     labels: Labels | None = None  # None: the loss is computed from all logits
+    is_full: bool = False  # True: input_ids has no padding. It is known here, so nobody must read the mask from a GPU
 
     def to(self, device: torch.device) -> "PaddedRows":
         return moved(self, device)
@@ -105,6 +107,7 @@ class PackedRows:
     tokens: TokenRows  # the same texts before packing
     encoder_ids: Tensor | None = None  # (examples, tokens) the encoder's input, padded; None without an encoder
     encoder_mask: Tensor | None = None  # (examples, tokens) 1 for tokens and 0 for padding
+    encoder_is_full: bool = False  # True: encoder_ids has no padding
 
     def to(self, device: torch.device) -> "PackedRows":
         return moved(self, device)
@@ -144,6 +147,7 @@ def pack(tokens: TokenRows, row: list[int]) -> PackedRows:
         tokens,
         pad(tokens.inputs, tokens.pad_id) if encoder else None,
         mask_of(tokens.inputs) if encoder else None,
+        encoder and len(set(map(len, tokens.inputs))) < 2,
     )
 
 

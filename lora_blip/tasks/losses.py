@@ -36,7 +36,8 @@ def hard_negatives(
         chances = logits.masked_fill(positives, -torch.inf).softmax(1).nan_to_num().clamp(min=1e-6).masked_fill(positives, 0)
         empty = positives.all(1)
         chances = chances.masked_fill(empty[:, None], 1)
-        drawn = torch.multinomial(chances, 1).squeeze(1) if sampled else chances.argmax(1)
+        # torch.multinomial draws the same rows, but waits for the GPU to check the probabilities
+        drawn = (chances / torch.empty_like(chances).exponential_(1) if sampled else chances).argmax(1)
         return drawn.masked_fill(empty, -1)
 
     logits = similarity.float() / temperature

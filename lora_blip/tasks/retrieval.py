@@ -122,12 +122,16 @@ class RetrievalTask(Task[TokenizedTexts]):
         right = positives(batch.examples, self.texts_of_image)
         if right.all():
             return 0 * similarity.sum()
-        right = right.to(similarity.device)
+        # which rows have a wrong text or image is known here, so it is not read from the GPU
+        with_text, with_image = ((~right.all(way)).nonzero().flatten() for way in (1, 0))
+        right, with_text, with_image = (
+            each.to(similarity.device, non_blocking=True) for each in (right, with_text, with_image)
+        )
         likely = similarity if drawn else torch.zeros_like(similarity)  # not drawn: the first negatives
         text, image = hard_negatives(likely, right, self.temperature, sampled=drawn and self.backbone.model.training)
         every = torch.arange(len(texts), device=text.device)
-        images = torch.cat([every, every[text >= 0], image[image >= 0]])  # image of each pair, (pairs,); right pairs first
-        odds = matcher.matching(states[images], texts[torch.cat([every, text[text >= 0], every[image >= 0]])])
+        images = torch.cat([every, with_text, image[with_image]])  # image of each pair, (pairs,); right pairs first
+        odds = matcher.matching(states[images], texts[torch.cat([every, text[with_text], with_image])])
         labels = (torch.arange(len(odds), device=odds.device) < len(texts)).float()
         matching = F.binary_cross_entropy_with_logits(odds, labels)  # equal to the cross-entropy of two logits
         return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lora_blip.config import TrainConfig
@@ -74,17 +75,37 @@ def update_parameters(learner: Learner, rate: float) -> Update:
     grad_norm = clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_factor", 1.0)  # LoRA+
-    norm, local_loss = torch.stack([grad_norm, learner.loss]).tolist()  # one transfer from the device
+    norm, local_loss, *fp16 = read_values([grad_norm, learner.loss, *scaler_values(scaler, optimizer)])
+    scale, overflows = fp16 or (1.0, 0.0)
     (loss,) = learner.ranks.sum(local_loss)  # over all processes
-    scale = scaler.get_scale()
     is_finite = math.isfinite(norm) and math.isfinite(loss)
-    if is_finite or scaler.is_enabled():  # with fp16, the scaler skips the update itself and lowers its scale
-        scaler.step(optimizer)
-        scaler.update()
+    if not overflows and (is_finite or scaler.is_enabled()):  # as `scaler.step`, which would read `overflows` again
+        optimizer.step()
+    scaler.update()  # fp16: lowers the scale after an overflow, and raises it after many steps without one
     optimizer.zero_grad(set_to_none=True)
-    update = Update(loss, norm, skipped=not is_finite or scaler.get_scale() < scale, scale=scale)
+    update = Update(loss, norm, skipped=not is_finite or overflows > 0, scale=scale)
     learner.progress.count_step(update.skipped)
     return update
+
+
+def read_values(values: list[Tensor]) -> list[float]:
+    """Return numbers that are on the device. This is the only time that a step waits for a GPU."""
+    return torch.stack(values).tolist()
+
+
+def scaler_values(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the loss scale, and how many of the optimizer's devices found a gradient that is not finite.
+
+    `scaler.get_scale()` and `scaler.step()` read these two numbers from the device one by one.
+    """
+    if not scaler.is_enabled():
+        return []
+    own = getattr(scaler, "_scale", None)
+    if isinstance(own, Tensor) and hasattr(scaler, "_found_inf_per_device"):  # torch 2.13
+        return [own, torch.stack([*scaler._found_inf_per_device(optimizer).values()]).sum()]
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    overflows = torch.stack([~gradient.isfinite().all() for gradient in gradients]).sum().float()
+    return [torch.full_like(overflows, scaler.get_scale()), overflows]  # another version: reads the scale separately
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

@@ -1,0 +1,184 @@
+"""A step waits once for the device. Tensors on the meta device have no values, so each further read raises an error.
+
+On a GPU, a read such as `.item()`, `bool(tensor)`, `nonzero` or `tensor[mask]` waits until all queued work is done.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_blip.data.example import Example
+from lora_blip.data.loader import HostBatch, Slot
+from lora_blip.models.precision import autocasting
+from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.losses import hard_negatives
+from lora_blip.tasks.retrieval import RetrievalTask
+from lora_blip.tasks.vqa import VqaTask
+from lora_blip.training import loop
+from lora_blip.training.learner import Learner
+from lora_blip.training.loop import accumulate_gradients, update_parameters
+from tests.support import tiny
+from tests.support.models import inject
+
+TASKS: dict[str, Any] = {"blip": CaptionTask, "opt": CaptionTask, "t5": CaptionTask, "vqa": VqaTask}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique_dim", "_unique2"}
+UNEVEN = ["a red cube", "a single blue cube on top of the table", "nothing"]
+EVEN = ["a red cube", "a blue cube", "a green cube"]
+
+
+def host_batch(kind: str, texts: list[str], several: bool) -> HostBatch:
+    """Return a batch of three lines. several: the first two lines have one image."""
+    index = [0, 0, 1] if several else None
+    names = [f"{number}.png" for number in index or range(3)]
+    asks: Any = {"question": "what is it ?", "answers": ("a cube", "a red cube")} if kind == "vqa" else {}
+    examples = [Example(Path(name), text, name, 1, **asks) for name, text in zip(names, texts, strict=True)]
+    return HostBatch(examples, torch.randn(2 if several else 3, 3, tiny.SIDE, tiny.SIDE), index)
+
+
+def learner_on(make: Any, kind: str, device: str, precision: str = "fp32", checkpointing: bool = False) -> Learner:
+    backbone = make(kind)
+    inject(backbone)
+    backbone.model.to(device).train()
+    if checkpointing:
+        backbone.model.vision_model.gradient_checkpointing_enable({"use_reentrant": False})
+    task = TASKS.get(kind, RetrievalTask)(replace(backbone, device=torch.device(device)))
+    autocast = nullcontext if device == "meta" else autocasting(torch.device(device), precision)
+    return Learner(task, max_grad_norm=1.0, precision=precision, autocast=autocast)
+
+
+def step(learner: Learner, host_batches: list[HostBatch]) -> Any:
+    """Run the code of a step, from the batches in CPU memory to the update."""
+    batches = [learner.task.batch(batch) for batch in host_batches]
+    slots = [Slot(number) for number in range(len(batches))]
+    learner.begin_step(batches, slots)
+    for batch, slot in zip(batches, slots, strict=True):
+        accumulate_gradients(learner, batch, slot, slot is slots[-1])
+    return update_parameters(learner, 1e-3)
+
+
+class Reads(TorchDispatchMode):
+    """Record the operations that read a value, or whose result has a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        masks = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in READS or masks:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reading_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Let `read_values` return finite numbers for tensors without values. Yield the lengths of what it read."""
+    lengths: list[int] = []
+
+    def read(values: list[torch.Tensor]) -> list[float]:
+        stacked = torch.stack(values)  # they must be on one device, and have one shape
+        lengths.append(len(stacked))
+        return [1.0, 1.0, 65536.0, 0.0][: len(stacked)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "read_values", read)
+        real = torch.autocast
+        patch.setattr(torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else real(kind, *a, **k))
+        enabled = torch.is_autocast_enabled
+        patch.setattr(torch, "is_autocast_enabled", lambda kind=None: kind != "meta" and enabled(*filter(None, [kind])))
+        yield lengths
+
+
+@pytest.mark.parametrize("texts", [UNEVEN, EVEN], ids=["uneven", "even"])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa", "itm", "itm2"])
+def test_a_step_reads_once_from_the_device(make, monkeypatch, kind, texts):
+    """One micro-batch with one text per image, and one with several; with and without gradient checkpointing."""
+    several = kind not in ("itm", "itm2")  # a batch of retrieval has one line per image
+    for checkpointing in (False, True):
+        learner = learner_on(make, kind, "meta", checkpointing=checkpointing)
+        with reading_once(monkeypatch) as lengths:
+            update = step(learner, [host_batch(kind, texts, False), host_batch(kind, texts, several)])
+        assert lengths == [2] and not update.skipped and learner.progress.step == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa"])
+def test_the_computation_of_a_step_has_one_read(make, kind, precision):
+    """Count the reads of a step with values, on the CPU, with autocast and the loss scaler."""
+    if (kind, precision) == ("t5", "fp16"):
+        precision = "bf16"  # T5 in fp16 is refused
+    learner = learner_on(make, kind, "cpu", precision)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=precision == "fp16")
+    batch = learner.task.batch(host_batch(kind, UNEVEN, True))
+    step(learner, [host_batch(kind, UNEVEN, True)])  # the first step of the optimizer creates its state
+    learner.begin_step([batch], [Slot(0)])
+    with Reads() as reads:
+        accumulate_gradients(learner, batch, Slot(0), is_last=True)
+        stepped: list[int] = []
+        learner.optimizer.register_step_pre_hook(lambda *_: stepped.append(len(reads.names)))
+        with pytest.MonkeyPatch.context() as patch:
+            real = loop.read_values
+            patch.setattr(loop, "read_values", lambda values: real([*map(torch.clone, values)]))
+            before = len(reads.names)
+            update = update_parameters(learner, 1e-3)
+    of_the_list = 4 if precision == "fp16" else 2  # `tolist` of one tensor reads each of its numbers
+    assert before == 0 and len(stepped) == 1 and not update.skipped
+    assert reads.names == [] or reads.names == ["_local_scalar_dense"] * of_the_list
+
+
+@pytest.mark.parametrize("read", [float, bool, lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x.nonzero()])
+def test_a_second_read_fails(make, monkeypatch, read):
+    """The test above can fail: each kind of read in the loss of a task raises an error."""
+    learner = learner_on(make, "blip", "meta")
+    real = CaptionTask.loss
+    monkeypatch.setattr(CaptionTask, "loss", lambda self, batch: read(loss := real(self, batch)) or loss)
+    with reading_once(monkeypatch), pytest.raises((RuntimeError, NotImplementedError)):
+        step(learner, [host_batch("blip", UNEVEN, False)])
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_scaled_step_follows_the_law_of_the_scaler(make, overflow):
+    """As `scaler.step` and `scaler.update`: an overflow changes no parameter, halves the scale and stops the schedule."""
+    results = []
+    for ours in (True, False):
+        learner = learner_on(make, "blip", "cpu", "fp16")
+        learner.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+        batch = host_batch("blip", UNEVEN, False)
+        batch = replace(batch, pixel_values=torch.ones_like(batch.pixel_values))
+        on_device = learner.task.batch(batch)
+        learner.begin_step([on_device], [Slot(0)])
+        accumulate_gradients(learner, on_device, Slot(0), is_last=True)
+        parameters = list(learner.parameters.values())
+        if overflow:
+            parameters[3].grad.view(-1)[0] = torch.inf
+        before = [p.detach().clone() for p in parameters]
+        if ours:
+            update = update_parameters(learner, 1e-3)
+            assert (update.skipped, update.scale, learner.progress.step) == (overflow, 1024.0, int(not overflow))
+        else:
+            scaler.unscale_(learner.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(learner.optimizer)
+            scaler.update()
+        assert scaler.get_scale() == (512.0 if overflow else 2048.0)
+        assert all(map(torch.equal, before, parameters)) == overflow
+        results.append([p.detach().clone() for p in parameters])
+    assert all(map(torch.equal, *results))
+
+
+def test_negatives_are_drawn_as_multinomial_draws_them():
+    """The draw equals torch.multinomial with the same seed, which reads from the device."""
+    similarity = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(5)
+    text, image = hard_negatives(similarity, torch.eye(6, dtype=torch.bool), 1.0)
+    torch.manual_seed(5)
+    for drawn, logits in ((text, similarity), (image, similarity.T)):
+        chances = logits.masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf).softmax(1).clamp(min=1e-6).fill_diagonal_(0)
+        assert torch.equal(drawn, torch.multinomial(chances, 1).squeeze(1))
