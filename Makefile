@@ -6,6 +6,8 @@
 # make lessons-spread    lessons 5, 6 and 11 with seeds 0, 1 and 2; writes lessons/spread.md
 # make lint        ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
+# make test-gpu    the tests that need a GPU
+# make bench-gpu   the rows that matter on a GPU; QUICK=1: the smallest models, also without a GPU, to check that it runs
 # make chaos       kill a training fifty times, in fp32 and in bf16, and compare its bytes with an uninterrupted one
 # make versions    compare the fast and the plain path on each supported version of transformers; run the core tests on two
 # make wheel       dist/lora_blip-….whl with the embedded bases, for another machine: pip install dist/*.whl
@@ -18,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE  # some systems set it: then every process compiles the 2,600 modules of the libraries again
 
-.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow lessons lessons-spread docs lint bench chaos versions mutants bases wheel clean
+.PHONY: demo demo-blip2 demo-vqa demo-retrieval test slow test-gpu lessons lessons-spread docs lint bench bench-gpu chaos versions mutants bases wheel clean
 
 demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
@@ -38,6 +40,9 @@ test: .venv/.dev
 slow: .venv/.dev
 	$(PYTHON) -m pytest -m "slow and not gpu" -n $(JOBS) --dist worksteal
 
+test-gpu: .venv/.dev
+	$(PYTHON) -m pytest -m gpu
+
 lessons: .venv/.plots
 	$(PYTHON) -m lessons
 
@@ -55,6 +60,9 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(PYTHON) -m benchmarks.studies.paths
 	$(PYTHON) -m benchmarks
+
+bench-gpu: .venv/.dev
+	$(PYTHON) -m benchmarks --only card,step,compiled,epoch,generate,merge --rounds 3 $(if $(QUICK),--quick)
 
 chaos: .venv/.plots
 	$(PYTHON) -m benchmarks.robustness.chaos --precision fp32

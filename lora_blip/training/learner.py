@@ -24,6 +24,7 @@ from lora_blip.lora.adapter_tensors import parameters_of
 from lora_blip.runtime.distributed import ALONE, Ranks, keep_alive
 from lora_blip.tasks.base import Task
 from lora_blip.training.checkpoint import REMEDY, checked_tensor
+from lora_blip.training.loss_scale import LossScaler
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -100,7 +101,7 @@ class Learner:
         fused = task.backbone.device.type in ("cpu", "cuda")  # one kernel updates all the small tensors
         groups = [group for group in groups if group["params"]]
         self.optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, fused=fused)
-        self.scaler = torch.amp.GradScaler(task.backbone.device.type, enabled=precision == "fp16")
+        self.scaler = LossScaler(enabled=precision == "fp16")
         self.objective: nn.Module = Objective(task, self.parameters.values())
         self.traffic = 0  # bytes of gradients that a process sends in a step
         if ranks.count > 1:
@@ -182,7 +183,9 @@ class Learner:
             raise CheckpointError(f"the checkpoint also has adapters on other modules, such as {others[0]!r}; {REMEDY}")
         try:
             progress = Progress(**values["progress"])
-            step, scaler = dict(values["step"]), dict(values["scaler"])
+            step, scaler = dict(values["step"]), LossScaler(self.scaler.enabled)
+            if values["scaler"] and self.scaler.enabled:
+                scaler.load_state_dict(values["scaler"])
             loss, label_count = float(step.get(f"loss.{self.ranks.rank}", 0)), float(step.get("count", 1))
             images = int(step.get("images", 0))
             row = paths.from_json(values["paths"]) if "paths" in values else paths.row()  # older checkpoints have none
@@ -199,8 +202,7 @@ class Learner:
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self.optimizer.load_state_dict(self._optimizer_state(tensors))
         paths.use(row)  # the rounding of the paths, also on a machine on which others are faster
-        if scaler:
-            self.scaler.load_state_dict(scaler)
+        self.scaler = scaler
         self.progress, self.label_count, self.images = progress, label_count, images
         self.loss = torch.tensor(loss, dtype=torch.float32, device=self.task.backbone.device)
 

@@ -64,26 +64,25 @@ def accumulate_gradients(learner: Learner, batch: DeviceBatch, slot: Slot, is_la
     if slot.is_filler:  # a repeated micro-batch: all processes must compute equally many micro-batches
         loss = loss * 0.0
     learner.loss += loss.detach()  # logged in metrics.jsonl
-    learner.scaler.scale(loss).backward()  # fp16: times the loss scale, so that small gradients do not become zero
+    learner.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]  # fp16: times the loss scale, so that small gradients do not become zero
     learner.progress.slot += 1
 
 
 def update_parameters(learner: Learner, rate: float) -> Update:
     """Clip the gradients and update the adapters. Skip the update if the loss or a gradient is not finite."""
     optimizer, scaler = learner.optimizer, learner.scaler
-    scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
+    scaler.unscale(learner.parameters.values())  # clip true gradients, not scaled ones
     grad_norm = clip_grad_norm_(learner.parameters.values(), learner.max_grad_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_factor", 1.0)  # LoRA+
-    norm, local_loss, *fp16 = read_values([grad_norm, learner.loss, *scaler_values(scaler, optimizer)])
-    scale, overflows = fp16 or (1.0, 0.0)
+    norm, local_loss = read_values([grad_norm, learner.loss])
     (loss,) = learner.ranks.sum(local_loss)  # over all processes
     is_finite = math.isfinite(norm) and math.isfinite(loss)
-    if not overflows and (is_finite or scaler.is_enabled()):  # as `scaler.step`, which would read `overflows` again
+    update = Update(loss, norm, skipped=not is_finite, scale=scaler.scale)
+    if is_finite:
         optimizer.step()
-    scaler.update()  # fp16: lowers the scale after an overflow, and raises it after many steps without one
+    scaler.update(is_finite)  # fp16: a lower scale after an overflow, a higher one after many steps without
     optimizer.zero_grad(set_to_none=True)
-    update = Update(loss, norm, skipped=not is_finite or overflows > 0, scale=scale)
     learner.progress.count_step(update.skipped)
     return update
 
@@ -91,21 +90,6 @@ def update_parameters(learner: Learner, rate: float) -> Update:
 def read_values(values: list[Tensor]) -> list[float]:
     """Return numbers that are on the device. This is the only time that a step waits for a GPU."""
     return torch.stack(values).tolist()
-
-
-def scaler_values(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the loss scale, and how many of the optimizer's devices found a gradient that is not finite.
-
-    `scaler.get_scale()` and `scaler.step()` read these two numbers from the device one by one.
-    """
-    if not scaler.is_enabled():
-        return []
-    own = getattr(scaler, "_scale", None)
-    if isinstance(own, Tensor) and hasattr(scaler, "_found_inf_per_device"):  # torch 2.13
-        return [own, torch.stack([*scaler._found_inf_per_device(optimizer).values()]).sum()]
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    overflows = torch.stack([~gradient.isfinite().all() for gradient in gradients]).sum().float()
-    return [torch.full_like(overflows, scaler.get_scale()), overflows]  # another version: reads the scale separately
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

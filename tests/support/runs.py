@@ -18,6 +18,7 @@ from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.learner import Learner, Update
 from lora_blip.training.loop import accumulate_gradients, update_parameters
+from lora_blip.training.loss_scale import LossScaler
 from tests.support import tiny
 from tests.support.models import WHOLE
 
@@ -42,7 +43,7 @@ def one_step(
     parameters = [p for p in task.backbone.model.parameters() if p.requires_grad]
     learner = Learner(task, max_grad_norm=max_grad_norm, optimizer=torch.optim.SGD(parameters, lr=1.0))
     if scale:
-        learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        learner.scaler = LossScaler(scale=scale)
     before = [p.detach().clone() for p in parameters]
     slots = [Slot(number) for number in range(len(micro_batches))]
     learner.begin_step(micro_batches, slots)

@@ -35,6 +35,7 @@ from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
 from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import accumulate_gradients
+from lora_blip.training.loss_scale import LossScaler
 from tests.support import tiny
 from tests.support.kill import run_processes
 
@@ -279,7 +280,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
         for block in model.vision_model.encoder.layers[first:]:
             block.compile(backend="aot_eager")  # the graphs of compile_blocks, without g++
     learner = Learner(task, precision=precision, autocast=autocasting(backbone.device, precision), ranks=ranks)
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
+    learner.scaler = LossScaler(precision == "fp16", SCALE)
     record, every = Record(), host_batches(case)
     slots = [Slot(number) for number in range(len(every))][ranks.rank :: ranks.count]
     some = [every[slot.number] for slot in slots]
@@ -302,7 +303,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
             record.slot, names = slot.number, names_of(case, host_batch)
             with use_adapters(model, names) if names else nullcontext():
                 accumulate_gradients(learner, batch, slot, is_last=slot is slots[-1])
-    learner.scaler.unscale_(learner.optimizer)
+    learner.scaler.unscale(learner.parameters.values())
     (loss,) = ranks.sum(float(learner.loss))
     return loss, {name: p.grad.clone() for name, p in learner.parameters.items() if p.grad is not None}, record
 

@@ -25,10 +25,11 @@ from lora_blip.lora.routing import disable_adapters
 from lora_blip.reports import plots
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, run_name
 from lora_blip.tasks.caption import CaptionTask
-from lora_blip.training import examples, session, setup, summary, validation
+from lora_blip.training import examples, learner, session, setup, summary, validation
 from lora_blip.training.best import Best, few_images_warning
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import learning_rate, train
+from lora_blip.training.loss_scale import LossScaler
 from lora_blip.training.run_folder import Run
 from tests.support import tiny
 from tests.support.models import WHOLE, batch_of, inject
@@ -117,16 +118,12 @@ def test_the_same_seed_gives_the_same_adapter(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["blip", "opt"])
-def test_fp16_amp_trains_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path, kind, capsys):
-    """The first scale of a real GradScaler, 65,536, overflows. The step is skipped, the scale is halved, training continues."""
+def test_fp16_amp_trains_on_the_cpu_and_skips_an_overflow(checkpoints, tmp_path, kind, capsys, monkeypatch):
+    """A first scale of 2²⁴ overflows. The step is skipped, the scale is halved, training continues."""
     source = tiny.write_photos(tmp_path)
     config = settings(checkpoints[kind], source, precision="fp16", epochs=8, targets=WHOLE[kind], max_skipped=40)
-    real = torch.amp.GradScaler
-    try:
-        torch.amp.GradScaler = lambda device, enabled: real(device, enabled=enabled, init_scale=2.0**24)
-        path = train(config)
-    finally:
-        torch.amp.GradScaler = real
+    monkeypatch.setattr(learner, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**24))
+    path = train(config)
     entries = metrics_of(path)
     skipped, steps = ([e for e in entries if key in e] for key in ("skipped", "loss"))
     assert skipped and "overflowed at loss scale 1.67772e+07" in skipped[0]["skipped"]

@@ -30,10 +30,11 @@ from lora_blip.models.language import Language
 from lora_blip.runtime import lock, signals
 from lora_blip.runtime.files import make_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
-from lora_blip.training import checkpoint, loop, resume, session
+from lora_blip.training import checkpoint, learner, loop, resume, session
 from lora_blip.training.checkpoint import STATE, TENSORS
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
+from lora_blip.training.loss_scale import LossScaler
 from lora_blip.training.run_folder import Run
 from lora_blip.training.session import Session
 from tests.support.kill import Killed, killed_at, nothing
@@ -526,10 +527,7 @@ def test_with_allow_changed_a_run_resumes_or_names_the_reason(checkpoints, tmp_p
 
 def test_the_loss_scale_and_its_growth_are_restored(checkpoints, tmp_path, monkeypatch):
     """fp16: the loss scale was halved and will grow soon. It stays equal to that of a run that is not killed."""
-    real = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda device, enabled: real(device, 2.0**24, enabled=enabled, growth_interval=3)
-    )
+    monkeypatch.setattr(learner, "LossScaler", lambda enabled: LossScaler(enabled, 2.0**24, growth_interval=3))
     config = config_of(checkpoints, tmp_path, precision="fp16", max_skipped=40, epochs=6, patience=0)
     uninterrupted = train(config)
     scales = [entry["loss_scale"] for entry in metrics_of(uninterrupted) if "loss" in entry]
