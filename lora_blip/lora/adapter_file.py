@@ -24,7 +24,7 @@ from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, t
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import dtype_note, same_weights, sample, samples, weights_dtype
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
-from lora_blip.lora.sites import Site, check_sites, is_linear, refuse_meta
+from lora_blip.lora.sites import Site, check_sites, is_linear, modules_of, refuse_meta
 from lora_blip.lora.variants import is_rescaled, rescale
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
@@ -197,7 +197,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the values, in the order of their names."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        digest.update(tensors[key].numpy().tobytes())
+        digest.update(tensors[key].contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -229,20 +229,21 @@ def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "
     attached.check_unheld(model, name)
     if name in attached.names(model):
         raise AdapterError(f"the model already has an adapter {name!r}; give another name=…, or call lora_blip.eject first")
-    check_fit(model, adapter)
+    dropout = adapter.metadata["lora"].get("dropout", 0.0)
+    check_fit(model, adapter, dropout)
     if note := dtype_note(adapter.base_dtype, model):
         print(note, file=sys.stderr, flush=True)
     _check_image_size(backbone, adapter)
-    loras = injection.inject(model, adapter.sites, adapter.metadata["lora"].get("dropout", 0.0), name)
-    injection.copy_values(loras, adapter.tensors)
-    for lora in loras.values() if adapter.scale != 1 else ():
+    injection.put(model, adapter.sites, dropout, name, adapter.tensors)
+    injection.freeze(model)
+    for lora in attached.adapters(model, name).values() if adapter.scale != 1 else ():
         rescale(lora, adapter.scale)
     return adapter
 
 
-def check_fit(model: nn.Module, adapter: Adapter) -> None:
+def check_fit(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> None:
     """Raise AdapterError if a module is missing, has another shape, or has other weights than the base of the training."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     remedy = f"the adapter was trained on {quoted(adapter.base)}; load that base"
     for site in adapter.sites:
         linear = modules.get(site.module)
@@ -263,7 +264,7 @@ def check_fit(model: nn.Module, adapter: Adapter) -> None:
         if not same_weights(expected, sample(modules[path])):
             raise AdapterError(f"{adapter.path}: the weights of {path!r} are not those of the training; {remedy}")
     try:
-        check_sites(model, adapter.sites)
+        check_sites(model, adapter.sites, dropout)
     except LoRAError as error:  # for example a tied head, which `save` never writes
         raise AdapterError(f"{adapter.path}: {error}; {remedy}") from None
 

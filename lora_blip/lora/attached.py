@@ -4,20 +4,21 @@ The adapters of a linear are its child `linear.lora`, an `AdapterStack`. The hoo
 is copied or pickled keeps its adapters and hooks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_blip.errors import LoRAError
+from lora_blip.lora.adapter_tensors import names_of
 from lora_blip.lora.call_batch import forget_batch, note_batch
 from lora_blip.lora.fused import PendingInput, fused_hook, fused_pre_hook
 from lora_blip.lora.layer import AdapterStack, LoRA, lora_hook
 from lora_blip.lora.routing_state import AdapterRouting
 from lora_blip.lora.save_guard import unguard
-from lora_blip.lora.sites import Site, name_of
+from lora_blip.lora.sites import Site, modules_of, name_of
 from lora_blip.lora.variants import CLASSES, DoRA, original_of
 
 FAST = "fast_update"  # name of an attribute of a model: True if its adapters may use `fused`
@@ -83,7 +84,7 @@ def unfired(model: nn.Module, forward: Callable[[], object]) -> list[str]:
 
 def fast(model: nn.Module, on: bool = True) -> None:
     """Allow or forbid the fused update (allowed by default). Copies of the model and later adapters have the same setting."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         vars(module).pop(FAST, None)  # remove the settings of submodules
     setattr(model, FAST, on)
     share_routing(model).fast = on
@@ -103,7 +104,8 @@ def add_fused_hooks(model: nn.Module) -> None:
 
 def share_routing(model: nn.Module) -> AdapterRouting:
     """Make all linears of a model share one routing, and return it. Parts of the model may have had their own."""
-    stacks = [linear.lora for linear in adapted_linears(model).values()]
+    modules = modules_of(model).values()
+    stacks: list[Any] = [module.lora for module in modules if has_adapters(module)]
     routings = list(dict.fromkeys(stack.routing for stack in stacks)) or [AdapterRouting()]
     in_block = [routing for routing in routings if routing.blocks]
     if len(in_block) > 1:
@@ -111,7 +113,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
             "two parts of this model are each in a block of `use_adapters` or `disable_adapters`; leave these blocks first"
         )
     routing: AdapterRouting = (in_block or routings)[0]
-    routing.fast = all(each.fast for each in routings) and all(getattr(module, FAST, True) for module in model.modules())
+    routing.fast = all(each.fast for each in routings) and all(vars(module).get(FAST, True) for module in modules)
     routing.has_dora = any(each.has_dora for each in routings)
     routing.used, routing.recorded = any(each.used for each in routings), any(each.recorded for each in routings)
     routing.dormant = frozenset().union(*(each.dormant for each in routings))
@@ -138,7 +140,7 @@ def every_adapter(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
 
 def adapted_linears(model: nn.Module) -> dict[str, Any]:
     """Return {path: linear} of the linears with adapters."""
-    return {path: m for path, m in model.named_modules() if has_adapters(m)}
+    return {path: m for path, m in modules_of(model).items() if has_adapters(m)}
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -171,16 +173,24 @@ def check_unheld(model: nn.Module, *names: str) -> None:
             )
 
 
-def attach(linear: Any, site: Site, dropout: float, name: str) -> None:
-    """Put an adapter on a linear, and `lora_hook` if it is the first one."""
+def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[str, Tensor] | None = None) -> None:
+    """Put an adapter on a linear, and `lora_hook` if it is the first one.
+
+    values: the tensors of a file; None: a new adapter, whose A is drawn. An adapter of a file needs no draw.
+    """
     if not has_adapters(linear):
         linear.lora = AdapterStack()
         linear.lora.routing = AdapterRouting()
         linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
-    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, device)
+    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, device if values is None else "meta")
+    if values is not None:
+        for part, key in zip(("A", "B", "magnitude"), names_of(site), strict=False):
+            empty = torch.empty(getattr(lora, part).shape, dtype=torch.float32, device=device)
+            setattr(lora, part, nn.Parameter(empty.copy_(values[key])))
     if isinstance(lora, DoRA):
-        lora.start_at(original_of(linear))
+        if values is None:
+            lora.start_at(original_of(linear))
         linear.lora.routing.has_dora = linear.lora.routing.used = True
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
@@ -195,7 +205,7 @@ def clear_if_bare(model: nn.Module) -> None:
     """Remove our hooks and guards from a model that has no adapters left."""
     if not adapted_linears(model):
         unguard(model)
-        for module in model.modules():
+        for module in modules_of(model).values():
             remove_hooks(module)
 
 

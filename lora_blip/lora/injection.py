@@ -25,7 +25,7 @@ from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.merging import fold_all, write_back
 from lora_blip.lora.save_guard import guard
-from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, name_of
+from lora_blip.lora.sites import ALPHA, R, Site, check_sites, list_sites, modules_of, name_of
 from lora_blip.lora.targets import find
 from lora_blip.lora.variants import check_decomposable
 
@@ -72,19 +72,31 @@ def inject(
     for lora in present.values():
         lora.dropout = dropout
     if not present:
-        check_new_name(name)
-        for site in sites:
-            check_decomposable(site, model.get_submodule(site.module))
-        for site in sites:
-            attach(model.get_submodule(site.module), site, dropout, name)
-        share_routing(model)
-        add_fused_hooks(model)
-        guard(model)
-    own = {id(parameter) for linear in adapted_linears(model).values() for parameter in linear.lora.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
+        put(model, sites, dropout, name)
+    freeze(model)
     return adapters(model, name)
+
+
+def put(model: nn.Module, sites: Iterable[Site], dropout: float, name: str, values: Mapping[str, Tensor] | None = None) -> None:
+    """Put a new adapter on sites that `check_sites` has checked. values: the tensors of a file; None: a new adapter."""
+    check_new_name(name)
+    modules = modules_of(model)
+    for site in sites:
+        check_decomposable(site, modules[site.module])
+    for site in sites:
+        attach(modules[site.module], site, dropout, name, values)
+    share_routing(model)
+    add_fused_hooks(model)
+    guard(model)
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze all parameters that belong to no adapter."""
+    own = {id(parameter) for linear in adapted_linears(model).values() for parameter in linear.lora.parameters()}
+    for module in modules_of(model).values():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in own:
+                parameter.requires_grad_(False)
 
 
 def copy_values(loras: Mapping[str, LoRA], tensors: Mapping[str, Tensor]) -> None:

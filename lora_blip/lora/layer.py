@@ -57,7 +57,7 @@ class LoRA(nn.Module):
         """Return ΔW = (alpha / r) · B A, shape (out_features, in_features), in float32 or wider (Hu et al. 2021, sec. 4.1)."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         with torch.autocast(self.A.device.type, enabled=False):
-            delta = self.B.to(dtype) @ self.A.to(dtype) * self.scale
+            delta = (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scale)
         return F.pad(delta, (0, 0, *self.padding)) if any(self.padding) else delta
 
     def extra_repr(self) -> str:

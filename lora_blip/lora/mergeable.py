@@ -11,12 +11,12 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_hooks
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_FORWARDS, PLAIN_TENSORS
 from lora_blip.lora.attached import OURS
-from lora_blip.lora.sites import is_quantized, refuse_meta
+from lora_blip.lora.sites import is_quantized, modules_of, refuse_meta
 
 
 def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise LoRAError, with the module, if an update cannot be written into the weight of one of these linears."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     memory = _memory(modules)
     for path in paths:
         linear: Any = modules[path]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from lora_blip.lora.attached import (
     model_of,
     share_routing,
 )
-from lora_blip.lora.layer import AdapterStack
+from lora_blip.lora.layer import AdapterStack, LoRA
 from lora_blip.lora.mergeable import check_mergeable
 from lora_blip.lora.sites import name_of
-from lora_blip.lora.variants import change_of, original_of
+from lora_blip.lora.variants import FUSED, change_of, original_of
 
 
 def merge(model: nn.Module | Loaded, *names: str) -> None:
@@ -130,17 +130,47 @@ def fold(path: str, linear: Any, keys: frozenset[str], keep_on: torch.device | N
     Raise LoRAError if the sum is not finite in the weight's dtype.
     """
     stack: AdapterStack = linear.lora
-    merged = summed(linear, keys).to(linear.weight.dtype)
-    if not torch.isfinite(merged).all():
+    if adds_in_place(linear, keys):
+        add_in_place(linear, cast(LoRA, stack[min(keys)]), keep_on)
+        merged = linear.weight
+    else:
+        merged = summed(linear, keys).to(linear.weight.dtype)
+    if not is_finite(merged):
         name, largest = str(merged.dtype).removeprefix("torch."), torch.finfo(merged.dtype).max
         raise LoRAError(
             f"{path!r} would be NaN or beyond the largest {name}, {largest:g}, when merged; nothing was changed. Use the "
             "adapter unmerged, load the base in bf16 or fp32, or train with a lower lr"
         )
-    if stack.original is None:
-        stack.original = linear.weight.detach().to(device=keep_on, copy=True)
-    linear.weight.copy_(merged)
+    if merged is not linear.weight:
+        keep_original(linear, keep_on)
+        linear.weight.copy_(merged)
     stack.merged = frozenset(keys)
+
+
+def keep_original(linear: Any, keep_on: torch.device | None) -> None:
+    """Copy W to `linear.lora.original` before the first merge."""
+    if linear.lora.original is None:
+        linear.lora.original = linear.weight.detach().to(device=keep_on, copy=True)
+
+
+def adds_in_place(linear: Any, keys: frozenset[str]) -> bool:
+    """Return True if W + ΔW is one float32 sum, which `add_in_place` computes without a copy of W."""
+    loras = [linear.lora[key] for key in keys]
+    return len(loras) == 1 and type(loras[0]) in FUSED and linear.weight.dtype == loras[0].A.dtype == torch.float32
+
+
+def add_in_place(linear: Any, lora: LoRA, keep_on: torch.device | None) -> None:
+    """Write original + ΔW into W, and keep the original. `fold_all` puts it back if the result is not finite."""
+    if linear.lora.original is None:
+        keep_original(linear, keep_on)
+    else:
+        linear.weight.copy_(linear.lora.original)
+    linear.weight.add_(lora.delta_weight())
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return True if no value is NaN or infinite. `aminmax` needs no other matrix of this size, as `isfinite` does."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_blip.errors import LoRAError
+from lora_blip.lora.sites import modules_of
 
 NAME = "save_pretrained"
 
@@ -24,7 +25,7 @@ class SaveGuard:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for path, module in self.model.named_modules():
+        for path, module in modules_of(self.model).items():
             unmerged = getattr(module._modules.get("lora"), "unmerged", ())
             if unmerged:
                 refuse(unmerged, path)
@@ -33,14 +34,14 @@ class SaveGuard:
 
 def guard(model: nn.Module) -> None:
     """Put a guard on every module of the model that has `save_pretrained`."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         if hasattr(type(module), NAME) and NAME not in vars(module):
             vars(module)[NAME] = SaveGuard(module)
 
 
 def unguard(model: nn.Module) -> None:
     """Remove the guards."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         if isinstance(vars(module).get(NAME), SaveGuard):
             del vars(module)[NAME]
 

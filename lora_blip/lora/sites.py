@@ -48,6 +48,25 @@ class Site:
         return f"{self.module}.{self.block}" if self.block else self.module
 
 
+def modules_of(model: nn.Module) -> dict[str, Any]:
+    """Return {path: module}, as `dict(model.named_modules())` does.
+
+    `named_modules` is a generator inside a generator for each level, so each module costs as many steps as its depth.
+    """
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", model)]
+    seen = set[int]()
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[path] = module
+        prefix = f"{path}." if path else ""
+        waiting += [(prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+    return found
+
+
 def is_linear(module: nn.Module) -> bool:
     """Return True for a module with in_features and out_features: nn.Linear and quantized linears."""
     return isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
@@ -75,7 +94,7 @@ def quantization_of(linear: Any) -> str:
 
 def quantization(model: nn.Module) -> str:
     """Return `quantization_of` the first quantized linear of a model, "" if there is none."""
-    return next(filter(None, map(quantization_of, model.modules())), "")
+    return next(filter(None, map(quantization_of, modules_of(model).values())), "")
 
 
 def parameter_size(module: Any, parameter: nn.Parameter) -> int:
@@ -87,7 +106,7 @@ def parameter_size(module: Any, parameter: nn.Parameter) -> int:
 def base_size(model: nn.Module) -> int:
     """Return the number of values of all parameters, without those of adapters. A shared parameter counts once."""
     sizes: dict[int, int] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         for parameter in module._parameters.values() if ".lora." not in f".{path}." else ():
             if parameter is not None:
                 sizes[id(parameter)] = parameter_size(module, parameter)
@@ -105,7 +124,7 @@ def refuse_meta(path: str, linear: nn.Module) -> None:
 
 def tied(model: nn.Module) -> dict[str, str]:
     """Return {path: another owner of its weight} for modules that share a weight, or shared it before it was cast."""
-    return _tied(dict(model.named_modules()))
+    return _tied(modules_of(model))
 
 
 def _tied(modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -121,7 +140,7 @@ def _tied(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 def is_compiled(model: nn.Module) -> bool:
     """Return True if a model or a part of it was compiled by torch.compile, which ignores hooks that are added later."""
-    return _any_compiled(model.modules())
+    return _any_compiled(modules_of(model).values())
 
 
 def _any_compiled(modules: Iterable[nn.Module]) -> bool:
@@ -142,7 +161,7 @@ def list_sites(sites: Any) -> list[Site]:
 
 def check_sites(model: nn.Module, sites: Iterable[Site], dropout: float = 0.0) -> None:
     """Raise LoRAError if an adapter cannot be put on one of the sites, or if there is none."""
-    sites, modules = list(sites), dict(model.named_modules())
+    sites, modules = list(sites), modules_of(model)
     if not sites:
         raise LoRAError(
             "the list of sites is empty, so there is nothing to train; give targets, such as lora_blip.inject(model, 'vit')"

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_blip.errors import TargetError
 from lora_blip.lora.attached import Loaded, adapters, model_of
-from lora_blip.lora.sites import ALPHA, R, Site, base_size, is_linear, tied
+from lora_blip.lora.sites import ALPHA, R, Site, base_size, is_linear, modules_of, tied
 from lora_blip.runtime.counts import counted
 
 VIT = r"vision_model\.encoder\.layers\.\d+\."
@@ -112,12 +112,12 @@ def find(
     doubled = {site.module for site in chosen.values() if site.block} & chosen.keys()
     if doubled:
         raise TargetError(f"{min(doubled)!r} is targeted as a whole and by a block of its rows; remove one of the two targets")
-    order = {path: number for number, (path, _) in enumerate(model.named_modules())}
+    order = {path: number for number, path in enumerate(modules_of(model))}
     return sorted(chosen.values(), key=lambda site: (order[site.module], site.rows or (0, 0)))
 
 
 def _sites(model: nn.Module, pattern: Pattern) -> list[Site]:
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     exact = re.escape(pattern.body) if pattern.body in modules else pattern.body
     regex, block = PRESETS.get(pattern.body, (exact, None))
     try:
@@ -153,7 +153,7 @@ def layer_number(path: str) -> int:
 
 def _nothing_matched(model: nn.Module, target: str) -> str:
     """Return the error for a target that matches nothing. Its last line contains the targets to use instead."""
-    linears = [path for path, module in model.named_modules() if is_linear(module) and ".lora" not in path]
+    linears = [path for path, module in modules_of(model).items() if is_linear(module) and ".lora" not in path]
     counts = {name: sum(bool(re.fullmatch(regex, p)) for p in linears) for name, (regex, _) in PRESETS.items()}
     presets = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
     error = f"target {target.strip()!r} matches no linear of {type(model).__name__}; "

@@ -1,6 +1,7 @@
 """A merge writes all updates or raises one error that names the module, before any weight has changed."""
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import QuickLinear, can_bypass
-from lora_blip.lora import attached, fused, injection, merging
-from lora_blip.lora.sites import Site
+from lora_blip.lora import adapter_file, attached, fused, injection, merging
+from lora_blip.lora.sites import Site, modules_of
 from lora_blip.models import weights
 
 
@@ -232,20 +233,62 @@ def test_an_eject_that_fails_halfway_restores_every_weight(monkeypatch):
     """Ejecting one of two merged adapters writes W + ΔW of the other, to all linears or to none."""
     model = adapt(adapt(net(), ("0", "1", "2"), "a"), ("0", "1", "2"), "b")
     merging.merge(model)
-    before, sums = [linear.weight.clone() for linear in model], []
-    summed = merging.summed
+    before, calls = [linear.weight.clone() for linear in model], []
+    fold = merging.fold
 
-    def fail(linear: Any, keys: frozenset[str]) -> torch.Tensor:
-        sums.append(keys)
-        if len(sums) == 2:
+    def fail(path: str, linear: Any, keys: frozenset[str], *more: Any) -> None:
+        calls.append(keys)
+        if len(calls) == 2:
             raise MemoryError
-        return summed(linear, keys)
+        fold(path, linear, keys, *more)
 
-    monkeypatch.setattr(merging, "summed", fail)
+    monkeypatch.setattr(merging, "fold", fail)
     with pytest.raises(MemoryError):
         injection.eject(model, "a")
     assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
     assert attached.names(model) == ["a", "b"] and all(linear.lora.merged == {"a", "b"} for linear in model)
+
+
+def test_a_load_draws_nothing_and_its_module_walks_cost_one_step_for_each_module(tmp_path):
+    """Loading and merging leave the random state alone. `named_modules` is never used: it costs a step for each level."""
+    model = adapt(net())
+    path = adapter_file.save(tmp_path / "adapter.safetensors", model)
+    injection.eject(model)
+    state, walks = torch.random.get_rng_state(), 0
+
+    def count(frame: Any, event: str, _argument: Any) -> None:
+        nonlocal walks
+        walks += event == "call" and frame.f_code is nn.Module.named_modules.__code__ and frame.f_locals["self"] is model
+
+    sys.setprofile(count)
+    try:
+        adapter_file.load(model, path)
+        merging.bake(model)
+    finally:
+        sys.setprofile(None)
+    assert torch.equal(torch.random.get_rng_state(), state) and walks == 0
+
+
+def test_the_paths_of_a_walk_are_those_of_named_modules():
+    """Order and paths are equal for shared, nested and missing modules."""
+    shared, model = nn.Linear(2, 2), nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict())
+    model[1]["a"], model[1]["b"] = shared, nn.Sequential(shared, nn.ReLU())
+    model.register_module("none", None)
+    assert list(modules_of(model).items()) == list(model.named_modules())
+
+
+def test_a_merge_of_one_adapter_makes_two_matrices_of_the_size_of_the_weight():
+    """A merge allocates the kept original and ΔW, and no other copy of W."""
+    model = nn.Sequential(nn.Linear(512, 512))
+    adapt(model, ("0",))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        merging.merge(model)
+    allocated = sum(
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    )
+    assert allocated < 2.5 * 4 * 512 * 512
 
 
 class Scaling:
