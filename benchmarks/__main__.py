@@ -20,6 +20,7 @@ from benchmarks.suite.plan import Plan, Row, device, quick
 
 ROWS: dict[str, Row] = {
     "step": steps.step,
+    "dora": steps.dora,
     "compiled": steps.compiled,
     "captions": steps.captions,
     "memory": memory.memory,

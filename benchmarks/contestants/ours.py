@@ -37,12 +37,13 @@ class Training:
     """A model with adapters, and the learner of the training loop: forward, backward, clipping, AdamW."""
 
     def __init__(
-        self, base: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False
-    ) -> None:
+        self, base: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False,
+        variant: str = "lora",
+    ) -> None:  # fmt: skip
         backbone = opened(base, precision)
         self.task = CaptionTask(backbone)
         self.model = backbone.model
-        injection.inject(self.model, targets.find(self.model, where, r, ALPHA))
+        injection.inject(self.model, targets.find(self.model, where, r, ALPHA, variant))
         weights.cast_once(backbone, precision)
         self.model.train()
         self.autocast = autocasting(backbone.device, precision)

@@ -83,18 +83,19 @@ def sites(backbone: Backbone, where: str = "vit") -> list[Site]:
     return targets.find(backbone.model, where, R, ALPHA)
 
 
-def with_peft(backbone: Backbone, where: str = "vit", r: int = R, alpha: float = ALPHA) -> Any:
+def with_peft(backbone: Backbone, where: str = "vit", r: int = R, alpha: float = ALPHA, dora: bool = False) -> Any:
     """Return peft's model with adapters on the same linears. peft always adapts a whole fused linear."""
     modules = sorted({site.module for site in sites(backbone, where)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # raised in transformers by calls of peft
-        return peft.get_peft_model(backbone.model, peft.LoraConfig(r=r, lora_alpha=int(alpha), target_modules=modules))
+        config = peft.LoraConfig(r=r, lora_alpha=int(alpha), target_modules=modules, use_dora=dora)
+        return peft.get_peft_model(backbone.model, config)
 
 
 def peft_loop(
-    backbone: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False
+    backbone: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False, dora: bool = False
 ) -> Training:
-    model = with_peft(backbone, where, r).base_model.model
+    model = with_peft(backbone, where, r, dora=dora).base_model.model
     if compiled:
         model.compile()
     return Training(model, inputs_of(backbone, work), precision)

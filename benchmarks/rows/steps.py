@@ -1,4 +1,4 @@
-"""Rows `step`, `compiled` and `captions`: the time of one training step."""
+"""Rows `step`, `dora`, `compiled` and `captions`: the time of one training step."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -59,6 +59,22 @@ def _step(plan: Plan, name: str, precision: str, everyone: bool) -> Cell:
     cell = compare("step", f"{name} {precision}", turns, PEFT, plan.rounds)
     cell.notes = {"images": len(batch.texts), "model": size}
     return cell
+
+
+def dora(plan: Plan) -> Iterator[Cell]:
+    """Compare DoRA of lora_blip with DoRA of peft."""
+    for name in ("tiny",) if plan.quick else ("tiny", "base"):
+        for precision in plan.precisions:
+            with freed():
+                base, size = _base(plan, name, precision), plan.size(name)
+                batch = work(base)
+                sides: dict[str, Any] = {
+                    OURS: ours.Training(base, batch, precision, variant="dora"),
+                    PEFT: peers.peft_loop(copy_of(base), batch, precision, dora=True),
+                }
+                cell = compare("dora", f"{name} {precision}", timed(sides, plan.steps(size)), PEFT, plan.rounds)
+                cell.notes = {"images": len(batch.texts), "model": size}
+                yield cell
 
 
 def compiled(plan: Plan) -> Iterator[Cell]:

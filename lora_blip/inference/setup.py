@@ -25,7 +25,7 @@ from lora_blip.models.loading import Backbone, open_backbone
 from lora_blip.runtime import runs
 from lora_blip.runtime.adapter_names import HUB_NAME
 from lora_blip.runtime.agreement import require_same
-from lora_blip.runtime.counts import counted, steps_of
+from lora_blip.runtime.counts import counted, lr_ratio_of, steps_of
 from lora_blip.runtime.distributed import Ranks
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.setting_checks import check_scale
@@ -231,6 +231,7 @@ def work_of(adapter: Adapter) -> str:
     training = adapter.metadata.get("training", {})
     work = ["a blend" if "blend" in training else steps_of(training)]
     work += [adapter.variant] * (adapter.variant != "lora")
+    work += filter(None, [lr_ratio_of(training)])
     work += [f"scaled by {adapter.scale:g}"] * (adapter.scale != 1)
     return ", ".join(work)
 

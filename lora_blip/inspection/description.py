@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import named_score, score_value
-from lora_blip.runtime.counts import counted, steps_of
+from lora_blip.runtime.counts import counted, lr_ratio_of, steps_of
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.untrusted import open_regular
 
@@ -87,6 +87,7 @@ def _training(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     if not training:
         return ""
     parts = [steps_of(training)] if "steps" in training else []
+    parts += filter(None, [lr_ratio_of(training)])
     parts += ["stopped before its end"] * (training.get("finished") is False)
     epochs = settings.get("epochs")
     parts += [f"{epochs} epoch" + "s" * (epochs != 1)] * (type(epochs) is int and epochs > 0)

@@ -115,7 +115,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
     routing: AdapterRouting = (in_block or routings)[0]
     routing.fast = all(each.fast for each in routings) and all(vars(module).get(FAST, True) for module in modules)
     routing.has_dora = any(each.has_dora for each in routings)
-    routing.used, routing.recorded = any(each.used for each in routings), any(each.recorded for each in routings)
+    routing.entered, routing.recorded = any(each.entered for each in routings), any(each.recorded for each in routings)
     routing.dormant = frozenset().union(*(each.dormant for each in routings))
     for stack in stacks:
         stack.routing = routing
@@ -126,7 +126,7 @@ def make_dormant(model: nn.Module, name: str) -> None:
     """Let an adapter act only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not trained."""
     routing = share_routing(model)
     routing.dormant |= {name}
-    routing.used = True
+    routing.entered = True
     for lora in adapters(model, name).values():
         lora.requires_grad_(False)
 
@@ -189,9 +189,14 @@ def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[s
             empty = torch.empty(getattr(lora, part).shape, dtype=torch.float32, device=device)
             setattr(lora, part, nn.Parameter(empty.copy_(values[key])))
     if isinstance(lora, DoRA):
+<<<<<<< HEAD
         if values is None:
             lora.start_at(original_of(linear))
         linear.lora.routing.has_dora = linear.lora.routing.used = True
+=======
+        lora.start_at(original_of(linear))
+        linear.lora.routing.has_dora = True
+>>>>>>> ea583f9 (DoRA keeps compiled blocks whole; inference and inspect name LR_RATIO; benchmark row dora and the whole demo for each variant)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 

@@ -59,7 +59,7 @@ class AdapterRouting:
         self.blocks: set[Block] = set()  # the active ones of all threads and tasks
         self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
         self.has_dora = has_dora  # True once an adapter was a DoRA
-        self.used = bool(dormant) or has_dora  # True once a block was entered, too; `lora_hook` reads it
+        self.entered = bool(dormant)  # True once a block was entered, too
         self.recorded = False  # True once a block was entered with gradients on
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
@@ -68,9 +68,14 @@ class AdapterRouting:
         return AdapterRouting, (self.fast, self.dormant, self.has_dora)  # a copy of a model is in no block
 
     @property
+    def used(self) -> bool:
+        """Return True if `lora_hook` must call `add_updates`."""
+        return self.entered or self.has_dora
+
+    @property
     def block(self) -> Optional["Block"]:
         """The innermost block of this model in the current context."""
-        block = CURRENT.get() if self.used else None
+        block = CURRENT.get() if self.entered else None  # torch.compile cannot trace a ContextVar
         while block is not None and (block.routing is not self or block.ended):
             block = block.outer
         return block
@@ -175,7 +180,7 @@ def enter(routing: AdapterRouting, active: ActiveAdapters, recomputes: bool = Fa
     block = Block(routing, active, CURRENT.get(), recomputes, batch)
     with routing.lock:
         routing.blocks.add(block)
-    routing.used = True
+    routing.entered = True
     routing.recorded = routing.recorded or (torch.is_grad_enabled() and not recomputes)
     CURRENT.set(block)
     return block

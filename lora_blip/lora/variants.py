@@ -48,7 +48,7 @@ class DoRA(LoRA):
     def update(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return W' x − W x = u + (g − 1) ⊙ (y − b + u), with y = W x + b and u = ΔW x. Shape of y. Dropout acts on u only."""
         u = super().forward(x)
-        update = u + (self.gain(weight) - 1) * ((y if bias is None else y - bias) + u)
+        update = torch.addcmul(u, (y if bias is None else y - bias) + u, self.gain(weight) - 1)
         return update if self.strength == 1 else update * self.strength
 
     def gain(self, weight: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lora_blip.runtime.settings import LARGEST
+
 PLURALS = {"entry": "entries", "batch": "batches", "process": "processes"}  # of the nouns that do not only get an s
 SINGULARS = {"are": "is", "have": "has", "were": "was", "begin": "begins", "get": "gets", "stay": "stays"}
 
@@ -23,3 +25,11 @@ def steps_of(training: Mapping[str, Any]) -> str:
     """Return the number of steps in the metadata of an adapter: "1 step", "1,200 steps", or "? steps" if it is not there."""
     steps = training.get("steps")
     return counted(steps, "step") if type(steps) is int else "? steps"
+
+
+def lr_ratio_of(training: Mapping[str, Any]) -> str:
+    """Return "LR_RATIO = 16" from the metadata of an adapter that was trained with LoRA+, else ""."""
+    settings = training.get("settings")
+    ratio = settings.get("lr_ratio") if isinstance(settings, Mapping) else None
+    known = type(ratio) in (int, float) and 0 < ratio <= LARGEST["lr_ratio"] and ratio != 1
+    return f"LR_RATIO = {ratio:g}" if known else ""

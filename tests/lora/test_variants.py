@@ -13,6 +13,8 @@ from torch import nn
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import Slot
 from lora_blip.errors import AdapterError, ConfigError, LoRAError
+from lora_blip.inference.setup import work_of
+from lora_blip.inspection.description import describe
 from lora_blip.lora import adapter_file, attached, header, injection, merging, targets
 from lora_blip.lora.layer import AdapterStack, lora_hook
 from lora_blip.lora.routing import disable_adapters, use_adapters
@@ -358,3 +360,13 @@ def test_lora_plus_gives_b_a_multiple_of_the_learning_rate(make):
     for part, rate, decay in (("lora_A", 1e-4, 0.5), ("lora_B", 8e-4, 0.5), ("magnitude", 1e-4, 0.0)):
         moves = [(p - before[name] * (1 - rate * decay)).abs() for name, p in learner.parameters.items() if name.endswith(part)]
         assert torch.cat([move.flatten() for move in moves]).median().item() == pytest.approx(rate, rel=0.02), part
+
+
+def test_inference_and_inspect_name_the_ratio_of_lora_plus(make, tmp_path):
+    backbone = make("blip")
+    inject(backbone, "vit.q", variant="dora")
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone)
+    training = {"steps": 3, "settings": {"lr_ratio": 16.0}}
+    adapter = adapter_file.read(rewrite(path, header={"training": training}))
+    assert work_of(adapter) == "3 steps, dora, LR_RATIO = 16"
+    assert describe(adapter)["training"] == "3 steps, LR_RATIO = 16"

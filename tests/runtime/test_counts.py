@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_blip.runtime.counts import counted, plural, steps_of
+from lora_blip.runtime.counts import counted, lr_ratio_of, plural, steps_of
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lora_blip"
 NOUNS = (
@@ -76,3 +76,11 @@ def test_no_message_has_a_plural_that_is_wrong_for_1() -> None:
     assert found - SEVERAL == set()
     texts = {path: [node.value for node in tree(path) if isinstance(node, ast.Constant)] for path in PACKAGE.rglob("*.py")}
     assert [path for path, values in texts.items() if any("(s)" in value for value in values if isinstance(value, str))] == []
+
+
+def test_the_ratio_of_lora_plus_is_named_only_if_it_is_one() -> None:
+    """The metadata may come from a stranger: any other value gives no text."""
+    assert lr_ratio_of({"settings": {"lr_ratio": 16.0}}) == "LR_RATIO = 16"
+    for value in (None, 1, 1.0, 0, -4.0, True, "16", [16], float("nan"), float("inf"), 10**400):
+        assert lr_ratio_of({"settings": {"lr_ratio": value}}) == ""
+    assert lr_ratio_of({}) == lr_ratio_of({"settings": [1]}) == ""
