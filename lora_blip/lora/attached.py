@@ -189,14 +189,9 @@ def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[s
             empty = torch.empty(getattr(lora, part).shape, dtype=torch.float32, device=device)
             setattr(lora, part, nn.Parameter(empty.copy_(values[key])))
     if isinstance(lora, DoRA):
-<<<<<<< HEAD
         if values is None:
             lora.start_at(original_of(linear))
-        linear.lora.routing.has_dora = linear.lora.routing.used = True
-=======
-        lora.start_at(original_of(linear))
         linear.lora.routing.has_dora = True
->>>>>>> ea583f9 (DoRA keeps compiled blocks whole; inference and inspect name LR_RATIO; benchmark row dora and the whole demo for each variant)
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 
