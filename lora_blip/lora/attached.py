@@ -116,6 +116,7 @@ def share_routing(model: nn.Module) -> AdapterRouting:
     routing.fast = all(each.fast for each in routings) and all(vars(module).get(FAST, True) for module in modules)
     routing.has_dora = any(each.has_dora for each in routings)
     routing.entered, routing.recorded = any(each.entered for each in routings), any(each.recorded for each in routings)
+    routing.used = routing.entered or routing.has_dora
     routing.dormant = frozenset().union(*(each.dormant for each in routings))
     for stack in stacks:
         stack.routing = routing
@@ -126,7 +127,7 @@ def make_dormant(model: nn.Module, name: str) -> None:
     """Let an adapter act only in blocks of `use_adapters` that name it. It is then not in the state_dict, and not trained."""
     routing = share_routing(model)
     routing.dormant |= {name}
-    routing.entered = True
+    routing.entered = routing.used = True
     for lora in adapters(model, name).values():
         lora.requires_grad_(False)
 
@@ -191,7 +192,7 @@ def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[s
     if isinstance(lora, DoRA):
         if values is None:
             lora.start_at(original_of(linear))
-        linear.lora.routing.has_dora = True
+        linear.lora.routing.has_dora = linear.lora.routing.used = True
     linear.lora[f"{name}:{site.block}" if site.block else name] = lora.train(linear.training)
 
 

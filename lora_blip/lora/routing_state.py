@@ -60,17 +60,13 @@ class AdapterRouting:
         self.dormant = dormant  # adapters that act only in a block of `use_adapters` that names them
         self.has_dora = has_dora  # True once an adapter was a DoRA
         self.entered = bool(dormant)  # True once a block was entered, too
+        self.used = self.entered or has_dora  # `lora_hook` reads it; an attribute is faster than a property
         self.recorded = False  # True once a block was entered with gradients on
         self.fast = fast  # True if `fused` may be used
         self.lock = threading.RLock()  # held while a block is entered or a weight is written
 
     def __reduce__(self) -> tuple[type, tuple[bool, frozenset[str], bool]]:
         return AdapterRouting, (self.fast, self.dormant, self.has_dora)  # a copy of a model is in no block
-
-    @property
-    def used(self) -> bool:
-        """Return True if `lora_hook` must call `add_updates`."""
-        return self.entered or self.has_dora
 
     @property
     def block(self) -> Optional["Block"]:
@@ -180,7 +176,7 @@ def enter(routing: AdapterRouting, active: ActiveAdapters, recomputes: bool = Fa
     block = Block(routing, active, CURRENT.get(), recomputes, batch)
     with routing.lock:
         routing.blocks.add(block)
-    routing.entered = True
+    routing.entered = routing.used = True
     routing.recorded = routing.recorded or (torch.is_grad_enabled() and not recomputes)
     CURRENT.set(block)
     return block

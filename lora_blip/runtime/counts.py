@@ -31,5 +31,6 @@ def lr_ratio_of(training: Mapping[str, Any]) -> str:
     """Return "LR_RATIO = 16" from the metadata of an adapter that was trained with LoRA+, else ""."""
     settings = training.get("settings")
     ratio = settings.get("lr_ratio") if isinstance(settings, Mapping) else None
-    known = type(ratio) in (int, float) and 0 < ratio <= LARGEST["lr_ratio"] and ratio != 1
-    return f"LR_RATIO = {ratio:g}" if known else ""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= LARGEST["lr_ratio"] or ratio == 1:
+        return ""
+    return f"LR_RATIO = {ratio:g}"
