@@ -39,7 +39,7 @@ class PathLimits:
     def __str__(self) -> str:
         attention = "separate operations" if self.separate_16bit else "PyTorch's fused kernel"
         return (
-            f"fast paths as measured on {self.processor}: oneDNN from {self.onednn:,} multiplications "
+            f"fast paths by the limits of {self.processor}: oneDNN from {self.onednn:,} multiplications "
             f"({self.onednn_narrow:,} with A or B), fused update from {self.fused:,}, 16-bit attention by {attention}, "
             f"by heads from {self.by_heads:,} scores"
         )

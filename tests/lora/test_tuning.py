@@ -56,4 +56,4 @@ def test_tune_stores_the_row_beside_those_of_other_machines_and_changes_no_runni
     tune(NoSettings())
     assert paths.row() == before and set(paths.read(file)) == {"another machine", paths.processor()}
     assert paths.measured.__wrapped__() == paths.read(file)[paths.processor()]
-    assert "fast paths as measured on" in capsys.readouterr().out
+    assert "fast paths by the limits of" in capsys.readouterr().out
