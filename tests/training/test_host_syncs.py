@@ -78,6 +78,35 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class WaitError(AssertionError):
+    """A GPU would make the host wait here."""
+
+
+class NoWaits(TorchDispatchMode):
+    """Raise WaitError for what the meta device allows and a GPU waits for: copies that block, and torch.multinomial."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.name().removeprefix("aten::").split(".")[0]
+        to_device = name == "_to_copy" and str(kwargs.get("device")) == "meta" and args[0].device.type != "meta"
+        if to_device and not kwargs.get("non_blocking"):
+            raise WaitError("a copy to the device without non_blocking=True")
+        if name == "multinomial" and args[0].device.type == "meta":
+            raise WaitError("torch.multinomial reads its weights")
+        return func(*args, **kwargs)
+
+
+def no_tensor_on_meta(real: Any) -> Any:
+    """Return torch.tensor with an error for a tensor on the device: its values are copied there, and the host waits."""
+
+    def tensor(*values: Any, **named: Any) -> torch.Tensor:
+        if str(named.get("device")) == "meta":
+            raise WaitError("torch.tensor(…, device=…)")
+        made: torch.Tensor = real(*values, **named)
+        return made
+
+    return tensor
+
+
 @contextmanager
 def reading_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Let `read_values` return finite numbers for tensors without values. Yield the lengths of what it read."""
@@ -86,7 +115,7 @@ def reading_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def read(values: list[torch.Tensor]) -> list[float]:
         stacked = torch.stack(values)  # they must be on one device, and have one shape
         lengths.append(len(stacked))
-        return [1.0, 1.0, 65536.0, 0.0][: len(stacked)]
+        return [1.0] * len(stacked)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "read_values", read)
@@ -94,16 +123,19 @@ def reading_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         patch.setattr(torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else real(kind, *a, **k))
         enabled = torch.is_autocast_enabled
         patch.setattr(torch, "is_autocast_enabled", lambda kind=None: kind != "meta" and enabled(*filter(None, [kind])))
-        yield lengths
+        for name in ("tensor", "as_tensor"):
+            patch.setattr(torch, name, no_tensor_on_meta(getattr(torch, name)))
+        with NoWaits():
+            yield lengths
 
 
-@pytest.mark.parametrize("texts", [UNEVEN, EVEN], ids=["uneven", "even"])
+@pytest.mark.parametrize("texts", [UNEVEN, pytest.param(EVEN, marks=pytest.mark.slow)], ids=["uneven", "even"])
 @pytest.mark.parametrize("kind", ["blip", "opt", "t5", "vqa", "itm", "itm2"])
 def test_a_step_reads_once_from_the_device(make, monkeypatch, kind, texts):
-    """One micro-batch with one text per image, and one with several; with and without gradient checkpointing."""
+    """One micro-batch with one text per image, and one with several; with and without checkpointing and a loss scale."""
     several = kind not in ("itm", "itm2")  # a batch of retrieval has one line per image
-    for checkpointing in (False, True):
-        learner = learner_on(make, kind, "meta", checkpointing=checkpointing)
+    for checkpointing, precision in ((False, "fp16"), (True, "fp32")):
+        learner = learner_on(make, kind, "meta", precision, checkpointing)
         with reading_once(monkeypatch) as lengths:
             update = step(learner, [host_batch(kind, texts, False), host_batch(kind, texts, several)])
         assert lengths == [2] and not update.skipped and learner.progress.step == 1
@@ -134,13 +166,25 @@ def test_the_computation_of_a_step_has_one_read(make, kind, precision):
     assert reads.names == [] or reads.names == ["_local_scalar_dense"] * of_the_list
 
 
-@pytest.mark.parametrize("read", [float, bool, lambda x: x.tolist(), lambda x: x[x > 0], lambda x: x.nonzero()])
+WAITS = {
+    "float": float,
+    "bool": bool,
+    "tolist": lambda x: x.tolist(),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "a blocking copy": lambda x: torch.ones(2).to(x.device),
+    "a new tensor": lambda x: torch.tensor([0, 1], device=x.device),
+    "multinomial": lambda x: x.detach().new_ones(3).multinomial(1),
+}
+
+
+@pytest.mark.parametrize("read", WAITS.values(), ids=WAITS)
 def test_a_second_read_fails(make, monkeypatch, read):
     """The test above can fail: each kind of read in the loss of a task raises an error."""
     learner = learner_on(make, "blip", "meta")
     real = CaptionTask.loss
-    monkeypatch.setattr(CaptionTask, "loss", lambda self, batch: read(loss := real(self, batch)) or loss)
-    with reading_once(monkeypatch), pytest.raises((RuntimeError, NotImplementedError)):
+    monkeypatch.setattr(CaptionTask, "loss", lambda self, batch: (loss := real(self, batch), read(loss))[0])
+    with reading_once(monkeypatch), pytest.raises((RuntimeError, NotImplementedError, WaitError)):
         step(learner, [host_batch("blip", UNEVEN, False)])
 
 
