@@ -18,7 +18,7 @@ from lora_blip.kernels import paths, sdpa, vit
 from lora_blip.kernels.linear import has_kernel
 from lora_blip.lora import attached, injection
 from lora_blip.lora.sites import Site
-from lora_blip.runtime.files import write_whole
+from lora_blip.runtime.files import make_folder, write_whole
 
 Run = Callable[[], object]
 SECONDS = 0.3  # of one comparison of two paths
@@ -47,7 +47,7 @@ def tune() -> paths.PathLimits:
         rows = paths.read(paths.tuned_file())
     except (OSError, ValueError, RecursionError):
         rows = {}
-    paths.tuned_file().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(paths.tuned_file().parent)
     write_whole(paths.tuned_file(), paths.table(*(rows | {row.processor: row}).values()))
     return row
 
