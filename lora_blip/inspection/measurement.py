@@ -65,8 +65,7 @@ def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
     A, B = halves(adapter, site)
     values = spectrum.delta_spectrum(A, B, site.scale)
     is_dora = site.variant == "dora"
-    g = dora_factor(adapter, site, weight) if is_dora and weight is not None else None
-    update = values if g is None or weight is None else dora_change(weight, A, B * site.scale, g)
+    g, update = dora_change(adapter, site, weight) if is_dora and weight is not None else (None, values)
     layer = NUMBERED.fullmatch(site.address)
     return ModuleView(
         address=site.address,
@@ -87,16 +86,17 @@ def _measure(adapter: Adapter, site: Site, weight: Tensor | None) -> ModuleView:
     )
 
 
-def dora_factor(adapter: Adapter, site: Site, weight: Tensor) -> Tensor:
-    """Return g = m / ‖W + ΔW‖ of DoRA, a factor for each row, in float64. weight: the rows of W that the update reaches."""
+def dora_change(adapter: Adapter, site: Site, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factor g = m / ‖W + ΔW‖ of each row, and W' − W = g ⊙ (W + ΔW) − W of DoRA, in float64.
+
+    weight: the rows of W that the update reaches.
+    """
     A, B = halves(adapter, site)
-    norm = (weight.double() + site.scale * B.double() @ A.double()).norm(dim=1)
-    return adapter.tensors[f"{site.address}.magnitude"].double() / norm.where(norm > 0, 1)
-
-
-def dora_change(W: Tensor, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
-    """Return W' − W = g ⊙ (W + B A) − W of DoRA, in float64."""
-    return g[:, None] * (W.double() + B.double() @ A.double()) - W.double()
+    W = weight.double()
+    changed = W + site.scale * B.double() @ A.double()
+    norm = changed.norm(dim=1)
+    g = adapter.tensors[f"{site.address}.magnitude"].double() / norm.where(norm > 0, 1)
+    return g, g[:, None] * changed - W
 
 
 def halves(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor]:
