@@ -14,6 +14,7 @@ import lora_blip
 from lora_blip.errors import AdapterError, ConfigError, InputError, LoRAError, ModelError
 from lora_blip.lora import attached, targets
 from lora_blip.lora.sites import Site
+from lora_blip.models.local_base import locate_base
 from tests.support.api import ROOT, make_workplace
 
 NAMES = [name for name in lora_blip.__all__ if name != "__version__"]
@@ -201,6 +202,13 @@ def test_an_adapter_is_a_file_a_run_folder_or_the_latest(workplace, monkeypatch)
         loaded.append(lora_blip.load_adapter(backbone, path).path)
         assert len(attached.adapters(backbone.model)) == 16
     assert set(loaded) == {file}
+
+
+def test_the_bare_name_of_an_embedded_base_is_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate_base("tiny-blip2") == locate_base("assets/tiny-blip2") != ""
+    (tmp_path / "tiny-blip2").mkdir()
+    assert locate_base("tiny-blip2") == "tiny-blip2"  # a folder of the user comes first
 
 
 from_adapter = lora_blip.Captioner.from_adapter

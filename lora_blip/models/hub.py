@@ -119,7 +119,7 @@ def _cached(repository: str, name: str, reason: str) -> str:
     raise ModelError(
         f"{reason}, there is no folder {name!r}, and the cache has no complete copy of this model ({root}). "
         f"Download it on a machine with a network: hf download {repository}"
-    )
+    ) from None
 
 
 def cached(name: str) -> str:

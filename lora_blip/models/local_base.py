@@ -14,14 +14,14 @@ def locate_base(name: str) -> str:
     """Return the folder of a base on this machine, or "" for a hub name. Raise ModelError if a path does not exist.
 
     A relative folder may also be in the installed package or in the repository. So "assets/tiny-blip" is an embedded base in
-    every working folder, unless the folder has its own assets/tiny-blip.
+    every working folder, unless the folder has its own assets/tiny-blip. Its bare name, "tiny-blip", is enough.
     """
     refuse_adapter(name)
     if Path(name).is_dir():
         return name
-    for root in (PACKAGE, REPOSITORY):
-        if (root / name / "config.json").is_file():
-            return str(root / name)
+    for folder in (each for root in (PACKAGE, REPOSITORY) for each in (root / name, root / "assets" / name)):
+        if (folder / "config.json").is_file():
+            return str(folder)
     refuse_file(Path(name))
     is_path = name.startswith(("/", ".", "~", "assets/")) or "\\" in name
     has_folders = name.partition("@")[0].count("/") > 1  # a revision may contain a slash, as refs/pr/1 does

@@ -186,4 +186,4 @@ def _cached(name: str, repository: str, revision: str, reason: str) -> Path:
     raise AdapterError(
         f"no adapter at {name!r}: {reason}, and the cache has no copy of such a model ({root_of(repository)}); give the path "
         f"of an adapter, or download it on a machine with a network: hf download {repository}"
-    )
+    ) from None

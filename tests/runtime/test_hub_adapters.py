@@ -53,6 +53,8 @@ def refused(match: str, capfd: pytest.CaptureFixture[str], name: str = NAME) -> 
     with pytest.raises(AdapterError, match=match) as caught:
         runs.locate(name)
     assert "\n" not in str(caught.value)
+    shown = None if caught.value.__suppress_context__ else caught.value.__context__
+    assert shown is None  # a traceback contains this message alone
     printed = "".join(capfd.readouterr())
     assert TOKEN not in printed + str(caught.value)
     assert all(line.startswith("downloading the adapter") for line in printed.splitlines())
