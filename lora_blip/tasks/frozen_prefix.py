@@ -4,11 +4,14 @@ The ViT is cut before its first block with an adapter. If no block has an adapte
 only the language model of a BLIP-2 has adapters, the cached states are the features: the output of the Q-Former's projection.
 States are cached in fp16.
 
-Results do not depend on which states are in the cache: a state that was just computed is rounded to fp16 too, and each image is
-computed alone.
+Results do not depend on which states are in the cache. States that were just computed are rounded to fp16 too. Images are
+computed in chunks of a fixed size, because the rounding of a product can depend on the number of its rows.
 """
 
+import math
 import re
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,11 +28,15 @@ LANGUAGE = "language_model."
 
 
 class Prefix:
-    """The part of a model before its first adapter. `encoder` is `BaseTask.encoder`."""
+    """The part of a model before its first adapter. `encoder` is `BaseTask.encoder`.
 
-    def __init__(self, encoder: ImageEncoder, store: Store | None = None) -> None:
-        self.vit, self.project_vision, self.store = encoder.model.vision_model, encoder.project_vision, store
+    chunk: the number of images that are computed together. The last chunk of a batch is padded to this size.
+    """
+
+    def __init__(self, encoder: ImageEncoder, store: Store | None = None, chunk: int = 1) -> None:
+        self.vit, self.project_vision = encoder.model.vision_model, encoder.project_vision
         self.first, self.skips_vision = first_adapted_block(encoder.model)
+        self.store, self.chunk, self.writer = store, chunk, Writer()
 
     @property
     def skips_blocks(self) -> bool:
@@ -41,32 +48,56 @@ class Prefix:
         """Return what is cached, in JSON."""
         return {"enters": "language model" if self.skips_vision else f"ViT block {self.first}", "dtype": str(DTYPE)}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the first block expects."""
+        dtype: torch.dtype = self.vit.embeddings.patch_embedding.weight.dtype
+        return dtype
+
     def encode_images(self, pixel_values: Tensor, cached: CachedStates) -> Tensor:
         """Return the features of each image. `pixel_values` has the images that have no states in `cached`."""
-        states: dict[int, Tensor] = dict(zip(cached.indices, cached.states.split(1), strict=False))
-        others = (place for place in range(len(cached.indices) + len(pixel_values)) if place not in states)
-        for place, key, pixels in zip([*others], cached.keys, pixel_values.split(1), strict=False):
-            states[place] = self.compute_states(pixels)
-            if self.store and key and states[place].dtype == DTYPE:  # not if they overflow fp16
-                self.store.put(key, states[place][0])
-        dtype = self.vit.embeddings.patch_embedding.weight.dtype  # the dtype that the first block expects
-        return self.continue_from(torch.cat([states[place].to(dtype) for place in sorted(states)]))
+        known = cached.states.to(self.dtype)
+        if not len(pixel_values):
+            return self.continue_from(known)
+        computed, kept = self.compute_states(pixel_values)
+        if self.store and any(cached.keys):
+            self.writer.write(self.store, cached.keys, kept)
+        if not cached.indices:
+            return self.continue_from(computed)
+        count = len(known) + len(computed)
+        places = [*cached.indices, *(place for place in range(count) if place not in set(cached.indices))]
+        order = torch.tensor(sorted(range(count), key=places.__getitem__))
+        return self.continue_from(torch.cat([known, computed])[order.to(known.device, non_blocking=True)])
 
     @torch.no_grad()
-    def compute_states(self, pixel_values: Tensor) -> Tensor:
-        """Return the states to cache, (1, tokens, width), in fp16 unless that overflows.
+    def compute_states(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states of each image (images, tokens, width), rounded to fp16, and the same in fp16 for the cache.
 
-        pixel_values: (1, 3, H, W).
+        pixel_values: (images, 3, H, W). The states of an image that overflow fp16 are returned without rounding.
         """
+        parts = []
+        for part in pixel_values.split(self.chunk):
+            padded = torch.cat([part, part[-1:].expand(self.chunk - len(part), -1, -1, -1)])
+            parts.append(self._states(padded)[: len(part)])
+        x = torch.cat(parts)
+        rounded = x.to(DTYPE)
+        is_finite = rounded.isfinite().flatten(1).all(1)  # (images,); not read here, because a read waits for the GPU
+        return torch.where(is_finite[:, None, None], rounded.to(self.dtype), x.to(self.dtype)), rounded
+
+    def _states(self, pixel_values: Tensor) -> Tensor:
         x = self.vit.embeddings(pixel_values)
         for block in self.vit.encoder.layers[: self.first]:  # `compile_blocks` does not compile these
             x = block(x)
         if self.first == len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
-        if self.skips_vision:
-            x = self.project_vision(x)
-        rounded = x.to(DTYPE)
-        return rounded if torch.isfinite(rounded).all() else x
+        return self.project_vision(x) if self.skips_vision else x
+
+    @torch.no_grad()
+    def bytes_per_image(self, side: int) -> int:
+        """Return the size in the cache of the states of an image with `side` pixels. Compute those of one image."""
+        weight = self.vit.embeddings.patch_embedding.weight
+        black = torch.zeros(1, 3, side, side, dtype=self.dtype, device=weight.device)
+        return math.prod(self._states(black).shape) * DTYPE.itemsize
 
     def continue_from(self, x: Tensor) -> Tensor:
         """Return the features of each image from its states (images, tokens, width)."""
@@ -77,6 +108,48 @@ class Prefix:
         if self.first < len(self.vit.encoder.layers):
             x = self.vit.post_layernorm(x)
         return self.project_vision(x)
+
+
+class Writer:
+    """Writes states to a cache in a thread, so that a training step does not wait for the GPU or the disk."""
+
+    MOST = 4  # batches that wait; more would fill the memory if the disk is slow
+
+    def __init__(self) -> None:
+        self.pool: ThreadPoolExecutor | None = None
+        self.waiting: deque[Future[None]] = deque()
+
+    def write(self, store: Store, keys: list[str], states: Tensor) -> None:
+        """Store finite states (images, tokens, width) under their keys, if there is room. "" is no key."""
+        self.pool = self.pool or ThreadPoolExecutor(1, "states")
+        if len(self.waiting) == self.MOST:
+            self.waiting.popleft().result()
+        copied, ready = in_host_memory(states)
+        self.waiting.append(self.pool.submit(_put, store, keys, copied, ready))
+
+    def close(self) -> None:
+        """Wait until everything is written, and end the thread."""
+        while self.waiting:
+            self.waiting.popleft().result()
+        if self.pool:
+            self.pool.shutdown()
+            self.pool = None
+
+
+def _put(store: Store, keys: list[str], states: Tensor, ready: Any) -> None:
+    if ready is not None:
+        ready.synchronize()
+    for key, value in zip(keys, states, strict=True):
+        if key and bool(value.isfinite().all()):
+            store.put(key, value)
+
+
+def in_host_memory(x: Tensor) -> tuple[Tensor, Any]:
+    """Return a tensor in CPU memory, and the event of CUDA after which its values are there (None: now)."""
+    if not x.is_cuda:
+        return x.cpu(), None
+    copied = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return copied, torch.cuda.current_stream(x.device).record_event()
 
 
 def first_adapted_block(model: Any) -> tuple[int, bool]:

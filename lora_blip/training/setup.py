@@ -86,6 +86,8 @@ def prepare_run(ranks: Ranks, config: TrainConfig, closing: ExitStack) -> Prepar
     if warning := few_images_warning(inputs.validation):
         print(f"{warning}\n")
     caches, prefix = apply_performance_settings(ranks, inputs)
+    if prefix:
+        closing.callback(prefix.writer.close)
     autocast = autocasting(task.backbone.device, inputs.precision)
     batches = loader_of(inputs.training, task, config, shuffle=True, caches=caches)
     held_out = loader_of(inputs.validation, task, config, shuffle=False, caches=caches) if inputs.validation else None
@@ -137,7 +139,8 @@ def apply_performance_settings(ranks: Ranks, inputs: RunInputs) -> tuple[Caches,
     Return the caches, and the frozen prefix that computes their states (None if no states are cached).
     """
     config, task, backbone = inputs.config, inputs.task, inputs.task.backbone
-    caches, prefix = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity))
+    views = caching.count_views(config, inputs.training, inputs.validation)
+    caches, prefix = ranks.together(lambda: caching.caches_for(config, task, inputs.precision, inputs.identity, views))
     print(printable_lines(caching.describe_cache(config, prefix)), end="")
     inputs.identity["learned from"] = caching.cached_inputs(config, prefix)
     attached.fast(backbone.model, config.fast)

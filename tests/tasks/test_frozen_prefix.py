@@ -1,7 +1,9 @@
 """Cached states of the frozen blocks before the first adapter equal computed states."""
 
 import json
+import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from lora_blip.data.disk_cache import Store
 from lora_blip.data.loader import CachedStates, HostBatch, loader
 from lora_blip.lora import injection, targets
 from lora_blip.lora.routing import disable_adapters
-from lora_blip.tasks.frozen_prefix import Prefix, first_adapted_block
+from lora_blip.models.precision import autocasting
+from lora_blip.runtime.counts import counted
+from lora_blip.tasks.frozen_prefix import Prefix, Writer, first_adapted_block
 from lora_blip.tasks.registry import TASKS, default_task
 from lora_blip.training.loop import train
 from lora_blip.training.preflight import check_image_matters
@@ -43,9 +47,9 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     assert first_adapted_block(model) == (first, beyond)
     prefix, pixels = Prefix(task.encoder), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad(), disable_adapters(model):
-        base = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
+        base = [prefix.compute_states(pixels)[1], prefix.continue_from(prefix.compute_states(pixels)[0])]
     with torch.no_grad():
-        adapted = [prefix.compute_states(pixels), prefix.continue_from(prefix.compute_states(pixels).float())]
+        adapted = [prefix.compute_states(pixels)[1], prefix.continue_from(prefix.compute_states(pixels)[0])]
     assert torch.equal(base[0], adapted[0])
     if where.startswith("vit"):
         assert not torch.equal(base[1], adapted[1])
@@ -56,7 +60,7 @@ def test_features_from_fp16_states_agree_within_rounding(kind, where, first, bey
     task = task_for(make, kind, where)
     prefix, pixels = Prefix(task.encoder), torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
-        computed, from_states = task.encoder.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels).float())
+        computed, from_states = task.encoder.encode_images(pixels), prefix.continue_from(prefix.compute_states(pixels)[0])
     torch.testing.assert_close(from_states, computed, rtol=2e-3, atol=2e-3 * float(computed.abs().max()))
 
 
@@ -75,7 +79,7 @@ def losses_of(path: Path) -> list[float]:
         ),
     ],
 )
-def test_ten_steps_with_a_cache_have_the_losses_without_one(kind, where, checkpoints, tmp_path):
+def test_ten_steps_with_a_cache_have_the_losses_without_one(kind, where, checkpoints, tmp_path, monkeypatch):
     """Ten steps with a cache have the losses of ten steps without one, within 1e-3.
 
     Empty, full and partial caches give equal bits.
@@ -91,8 +95,9 @@ def test_ten_steps_with_a_cache_have_the_losses_without_one(kind, where, checkpo
     for path in states[::2]:
         path.unlink()
     runs.append(train(settings(checkpoints[kind], source, **common, cache_gb=1.0)))
-    tiny_cache = settings(checkpoints[kind], source, **common, cache_gb=2e-6, output_dir=str(tmp_path / "elsewhere"))
-    runs.append(train(tiny_cache))
+    monkeypatch.setattr(Store, "_has_room", lambda *_: False)  # another process has filled the disk
+    full = settings(checkpoints[kind], source, **common, cache_gb=1.0, output_dir=str(tmp_path / "elsewhere"))
+    runs.append(train(full))
     assert len(plain) >= 10 and all(losses_of(run) == losses_of(runs[0]) for run in runs[1:])
     assert losses_of(runs[0]) == pytest.approx(plain, rel=1e-3)
     assert len({(run.parent / "adapter.safetensors").read_bytes()[-1000:] for run in runs}) == 1
@@ -108,6 +113,7 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
     for number, block in enumerate(task.backbone.model.vision_model.encoder.layers):
         block.register_forward_pre_hook(lambda _, args, number=number: ran.append((number, len(args[0]))))
     first = [task.loss(task.batch(host_batch, prefix)).item() for host_batch in batches]
+    prefix.writer.close()
     assert ran.count((0, 1)) == 4 and ran.count((1, 2)) == 2
     ran.clear()
     for example in examples:
@@ -117,13 +123,64 @@ def test_in_later_epochs_the_blocks_before_the_first_adapter_do_not_run(make, tm
     assert again == first and ran == [(1, 2), (1, 2)]
 
 
-def test_states_beyond_fp16_are_not_kept_and_not_clipped(make):
-    """States that overflow fp16 stay in the dtype of the backbone and are not clipped."""
+def test_states_beyond_fp16_are_not_kept_and_not_clipped(make, tmp_path):
+    """The states of an image that overflow fp16 are used without rounding and not stored. Those of its neighbour are."""
     task = task_for(make, "blip", "vit[1:2]")
-    task.backbone.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
-    prefix, pixels = Prefix(task.encoder), torch.randn(1, 3, tiny.SIDE, tiny.SIDE)
-    entered = prefix.compute_states(pixels)
-    assert entered.dtype == torch.float32 and torch.equal(prefix.continue_from(entered), task.encoder.encode_images(pixels))
+    store = Store(tmp_path / "cache", {"of": "states"}, 10**9)
+    prefix, pixels = Prefix(task.encoder, store, chunk=2), torch.randn(2, 3, tiny.SIDE, tiny.SIDE)
+    pixels[1] *= 1e6
+    task.backbone.model.vision_model.encoder.layers[0].layer_norm1.weight.zero_()
+    features = prefix.encode_images(pixels, CachedStates(torch.empty(0), [], ["aa0", "bb1"]))
+    prefix.writer.close()
+    assert "aa0" in store and "bb1" not in store
+    whole = task.encoder.encode_images(pixels)
+    torch.testing.assert_close(features[0], whole[0], rtol=2e-3, atol=2e-3 * float(whole[0].detach().abs().max()))
+    torch.testing.assert_close(features[1], whole[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "where"), [("blip", "vit[1:2]"), ("opt", "qformer"), ("opt", "lm"), ("t5", "lm")])
+def test_states_depend_neither_on_the_other_images_nor_on_the_place(kind, where, precision, make):
+    """Any order of seven images, with any of them in the cache, gives each image the same bits."""
+    task = task_for(make, kind, where)
+    prefix, pixels = Prefix(task.encoder, chunk=4), torch.randn(7, 3, tiny.SIDE, tiny.SIDE)
+    with autocasting(task.backbone.device, precision)():
+        states, kept = prefix.compute_states(pixels)
+        for seed in range(6):
+            draw = random.Random(seed)
+            order = draw.sample(range(7), draw.randint(2, 7))
+            cached = sorted(draw.sample(range(len(order)), draw.randint(0, len(order))))
+            others = [place for place in range(len(order)) if place not in cached]
+            entered: list[torch.Tensor] = []
+            prefix.continue_from = lambda x, entered=entered: entered.append(x) or x  # type: ignore[method-assign]
+            known = kept[[order[place] for place in cached]] if cached else torch.empty(0)
+            prefix.encode_images(pixels[[order[place] for place in others]], CachedStates(known, cached, [""] * len(others)))
+            assert torch.equal(entered[0], states[order])
+
+
+def test_a_slow_disk_delays_the_steps_instead_of_filling_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(Store, "put", lambda *_: time.sleep(0.02))
+    writer, most = Writer(), 0
+    for number in range(12):
+        writer.write(Store(tmp_path, {}, 10**9), [f"{number:02d}"], torch.zeros(1, 2, 2))
+        most = max(most, sum(not each.done() for each in writer.waiting))
+    writer.close()
+    assert most <= Writer.MOST and not writer.waiting
+
+
+@pytest.mark.parametrize(("augment", "views", "count"), [(False, 0, 4), (True, 0, 2), (True, 3, 8)])
+def test_states_that_do_not_fit_the_limit_are_not_cached(augment, views, count, checkpoints, tmp_path, capsys):
+    """The run says so before the first step, with the setting that allows it, and stores no states."""
+    source = tiny.write_photos(tmp_path, 4)
+    common = {"targets": "text", "max_steps": 2, "val_fraction": 0.5, "augment": augment, "views": views}
+    train(settings(checkpoints["blip"], source, **common, cache_gb=1e-6))
+    printed = capsys.readouterr().out
+    assert f"Caching their output for {counted(count, 'image')} needs 0.1 GB" in printed
+    assert "the limit is 1e-06 GB. To cache it, set CACHE_GB = 1 (--cache-gb 1)" in printed
+    kinds = [
+        path.read_text() for path in (Path(settings(checkpoints["blip"], source).output_dir) / ".cache").rglob("kind.json")
+    ]
+    assert not any("states" in kind for kind in kinds)
 
 
 def test_augmented_images_are_cached_only_with_views(make, tmp_path):
@@ -171,4 +228,5 @@ def test_the_preflight_check_writes_no_states_to_the_cache(make, tmp_path):
     check_image_matters(task, batch)
     assert not list(tmp_path.rglob("*.safetensors"))
     batch.encode_images(task.encoder)
+    prefix.writer.close()
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # it would have kept them

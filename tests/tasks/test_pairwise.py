@@ -289,8 +289,7 @@ def learn(case: Case, base: Path, ranks: Ranks = ALONE) -> tuple[float, dict[str
         for slot, host_batch in zip(slots, some, strict=True):
             if case.prefix:
                 with learner.autocast():
-                    entered = [prefix.compute_states(pixels) for pixels in host_batch.pixel_values.split(1)]
-                kept = torch.cat(entered)
+                    kept = prefix.compute_states(host_batch.pixel_values)[1]
                 record.kept[slot.number] = kept
                 host_batch = replace(
                     host_batch,

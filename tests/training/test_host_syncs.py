@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_blip.data.disk_cache import Store
 from lora_blip.data.example import Example
-from lora_blip.data.loader import HostBatch, Slot
+from lora_blip.data.loader import CachedStates, HostBatch, Slot
 from lora_blip.models.precision import autocasting
+from lora_blip.tasks import frozen_prefix
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.tasks.frozen_prefix import Prefix
 from lora_blip.tasks.losses import hard_negatives
 from lora_blip.tasks.retrieval import RetrievalTask
 from lora_blip.tasks.vqa import VqaTask
@@ -42,9 +45,11 @@ def host_batch(kind: str, texts: list[str], several: bool) -> HostBatch:
     return HostBatch(examples, torch.randn(2 if several else 3, 3, tiny.SIDE, tiny.SIDE), index)
 
 
-def learner_on(make: Any, kind: str, device: str, precision: str = "fp32", checkpointing: bool = False) -> Learner:
+def learner_on(
+    make: Any, kind: str, device: str, precision: str = "fp32", checkpointing: bool = False, where: str = ""
+) -> Learner:
     backbone = make(kind)
-    inject(backbone)
+    inject(backbone, where)
     backbone.model.to(device).train()
     if checkpointing:
         backbone.model.vision_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -53,9 +58,9 @@ def learner_on(make: Any, kind: str, device: str, precision: str = "fp32", check
     return Learner(task, max_grad_norm=1.0, precision=precision, autocast=autocast)
 
 
-def step(learner: Learner, host_batches: list[HostBatch]) -> Any:
+def step(learner: Learner, host_batches: list[HostBatch], prefix: Any = None) -> Any:
     """Run the code of a step, from the batches in CPU memory to the update."""
-    batches = [learner.task.batch(batch) for batch in host_batches]
+    batches = [learner.task.batch(batch, prefix) for batch in host_batches]
     slots = [Slot(number) for number in range(len(batches))]
     learner.begin_step(batches, slots)
     for batch, slot in zip(batches, slots, strict=True):
@@ -139,6 +144,23 @@ def test_a_step_reads_once_from_the_device(make, monkeypatch, kind, texts):
         with reading_once(monkeypatch) as lengths:
             update = step(learner, [host_batch(kind, texts, False), host_batch(kind, texts, several)])
         assert lengths == [2] and not update.skipped and learner.progress.step == 1
+
+
+@pytest.mark.parametrize(("kind", "where"), [("blip", "vit[1:2]"), ("opt", "qformer"), ("t5", "lm")])
+def test_the_cache_of_the_frozen_part_reads_nothing(make, monkeypatch, tmp_path, kind, where):
+    """The states of two images are computed and stored, and those of the third come from the cache."""
+    learner, stored = learner_on(make, kind, "meta", where=where), []
+    prefix = Prefix(learner.task.encoder, Store(tmp_path, {}, 10**9), chunk=4)
+    monkeypatch.setattr(frozen_prefix, "in_host_memory", lambda x: (stored.append(x.shape) or torch.zeros(x.shape), None))
+    with torch.no_grad():
+        shape = prefix.compute_states(torch.empty(1, 3, tiny.SIDE, tiny.SIDE, device="meta"))[1].shape
+    batch = host_batch(kind, UNEVEN, False)
+    cached = CachedStates(torch.zeros(shape, dtype=torch.float16), [1], ["aa0", "bb1"])
+    batch = replace(batch, pixel_values=batch.pixel_values[:2], cached_states=cached)
+    with reading_once(monkeypatch) as lengths:
+        step(learner, [batch, batch], prefix)
+    assert lengths == [2] and stored == [(2, *shape[1:])] * 2
+    prefix.writer.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
