@@ -42,7 +42,7 @@ QUESTION_KEY = ""  # column or key of the question; empty: question
 ANSWER_KEY = ""  # column or key of the answers; empty: answers or answer
 ON_BAD_DATA = "stop"  # if a line of the annotations is invalid: "stop" or "skip" the line
 CHECK_IMAGES = "all"  # "all": decode all images before the first step; "lazy": decode when needed, stop at a broken image
-NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else 4
+NUM_WORKERS = -1  # processes that load images; 0: none; -1: none for a model on the CPU, else one per core
 
 # More: adapter
 VARIANT = "lora"  # "lora"; "rslora": scaled by alpha / √r; "dora": trains the norms of W's rows too; see docs/variants.md

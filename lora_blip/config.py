@@ -82,7 +82,7 @@ class TrainConfig:
     check_images: Literal["all", "lazy"] = setting(
         "all", '"all": decode all images before the first step; "lazy": decode when needed, stop at a broken image'
     )
-    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else 4")
+    num_workers: int = setting(-1, "processes that load images; 0: none; -1: none for a model on the CPU, else one per core")
 
     variant: str = setting(
         "lora",

@@ -24,8 +24,8 @@ from benchmarks.suite.pairs import OURS, TRAINER, Cell, Turn, compare, freed
 from benchmarks.suite.plan import Plan
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, splits
+from lora_blip.data.augmentation import augment
 from lora_blip.data.example import Example
-from lora_blip.data.images import augment
 from lora_blip.flags import parse
 from lora_blip.metrics.exact import exact_match
 from lora_blip.models.loading import Backbone, load_backbone

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_blip.data.annotations import unreadable
+from lora_blip.data.augmentation import augment, names_side
 from lora_blip.data.disk_cache import Store, image_digest
 from lora_blip.data.example import Example
-from lora_blip.data.images import augment, names_side, open_image
-from lora_blip.data.preprocessing import pixels_of, side_of
+from lora_blip.data.images import open_image
+from lora_blip.data.preprocessing import pixels_of, planes_of, side_of
 from lora_blip.errors import ImageError
 
 Key = tuple[int, int]  # (epoch, index of an item)
@@ -36,7 +37,7 @@ class ImageItem(NamedTuple):
     """One image and its lines. Either `pixel_values` or `states` is set."""
 
     examples: list[Example]
-    pixel_values: Tensor | None  # (3, H, W) float32
+    pixel_values: Tensor | None  # (3, H, W), float32, or uint8 if `Pixels.exact`: `DeviceBatch` has float32
     states: Tensor | None = None  # (tokens, width), from the cache
     key: str = ""  # the key under which the image's states will be cached; "": they are not cached
 
@@ -107,13 +108,18 @@ class ImageDataset(Dataset[ImageItem]):
         state_cache = self.caches.states if key else None
         if state_cache and use_cached and (states := state_cache.get(key)) is not None:
             return ImageItem(examples, None, states)
-        pixel_cache = self.caches.pixels if key and self.pixels.exact else None
-        levels = pixel_cache.get(key) if pixel_cache else None
-        if levels is None and pixel_cache:
-            levels = self.pixels.resized(decode())
-            pixel_cache.put(key, levels)
-        values = self.pixels(decode()) if levels is None else self.pixels.of_bytes(levels)
+        values = self._bytes(key, decode) if self.pixels.exact else self.pixels(decode())
         return ImageItem(examples, values, key=key if state_cache else "")
+
+    def _bytes(self, key: str, decode: Callable[[], Image.Image]) -> Tensor:
+        """Return the bytes of an image at the model's size, (3, H, W) uint8, from the cache or by `decode`."""
+        cache = self.caches.pixels if key else None
+        levels = cache.get(key) if cache else None
+        if levels is None:
+            levels = self.pixels.resized(decode())
+            if cache:
+                cache.put(key, levels)
+        return planes_of(levels)
 
 
 def grouped(examples: list[Example], max_lines: int) -> tuple[Any, Any]:

@@ -1,8 +1,6 @@
 """Decode image files into upright RGB images, and augment them."""
 
 import logging
-import random
-import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,9 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import PIL
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from lora_blip.data.deep_images import DarkImages, FirstDarkImage, highest_value, is_deep, to_grey
 from lora_blip.data.unreadable_formats import RAW, RAW_ADVICE, described
@@ -68,9 +65,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LEFT_OR_RIGHT = re.compile(r"\b(left|right)", re.IGNORECASE)  # a text with such a word is wrong for the mirrored image
-SHIFT, ZOOM, BRIGHTNESS = 0.05, 0.1, 0.15  # fractions of the side, the scale and the grey level
-LEVELS = np.arange(256)
 FIRST_DARK = FirstDarkImage()  # one warning per process
 PNG_START = 8  # bytes of a PNG's signature
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks that do not change a pixel, and may be large
@@ -250,35 +244,3 @@ def to_rgb(image: Image.Image, highest: float | None = None, on_dark: Callable[[
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def names_side(text: str) -> bool:
-    """Return True if a text contains "left" or "right"."""
-    if text.isascii() and "left" not in (lower := text.lower()) and "right" not in lower:
-        return False  # this test is ten times as fast as the search
-    return LEFT_OR_RIGHT.search(text) is not None
-
-
-def augment(image: Image.Image, text: str, rng: random.Random, side: int = 384) -> Image.Image:
-    """Return the image with a small random shift, scale and brightness, mirrored with probability 1/2.
-
-    text: the texts of the image. If they contain "left" or "right", the image is not mirrored.
-    side: height and width of the model's input in pixels. The caller resizes the image to it.
-    """
-    if rng.random() < 0.5 and not names_side(text):
-        image = ImageOps.mirror(image)
-    if min(image.size) > 2 * side:  # shrink a large image first: the model does not read the details
-        scale = 2 * side / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
-    width, height = image.size
-    margin = (round(width * (SHIFT + ZOOM)), round(height * (SHIFT + ZOOM)))
-    pixels = np.asarray(image)
-    padded = Image.fromarray(np.pad(pixels, ((margin[1],) * 2, (margin[0],) * 2, (0, 0)), mode="edge"))
-    zoom = 1 + rng.uniform(-ZOOM, ZOOM)
-    left = margin[0] + width * (rng.uniform(-SHIFT, SHIFT) + (1 - zoom) / 2)
-    top = margin[1] + height * (rng.uniform(-SHIFT, SHIFT) + (1 - zoom) / 2)
-    box = (max(0.0, left), max(0.0, top), min(padded.width, left + width * zoom), min(padded.height, top + height * zoom))
-    moved = padded.resize(image.size, Image.Resampling.BILINEAR, box=box)
-    light = 1 + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
-    table = np.rint(LEVELS * light).clip(max=255).astype(int).tolist()
-    return moved.point(table * 3)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from typing_extensions import TypeVar  # comes with torch
 
 from lora_blip.data.dataset import ImageDataset, ImageItem, Key
 from lora_blip.data.example import Example
-from lora_blip.data.preprocessing import pixels_of
+from lora_blip.data.preprocessing import Scaling, pixels_of
 from lora_blip.runtime.signals import ignore_in_worker
 
 Rows = TypeVar("Rows", default=Any)  # the tokenized texts of a batch
@@ -78,9 +79,10 @@ class HostBatch:
     """A batch in CPU memory, as a loader worker returns it. `Task.batch` makes a `DeviceBatch` from it."""
 
     examples: list[Example]
-    pixel_values: Tensor  # (images, 3, H, W)
+    pixel_values: Tensor  # (images, 3, H, W), float32, or uint8 with `scaling`: a quarter of the bytes to copy
     image_index: list[int] | None = None  # (examples,) the image of each example; None: example i has image i
     cached_states: CachedStates | None = None
+    scaling: Scaling | None = None  # computes float32 from uint8 on the device
 
     def pin_memory(self) -> "HostBatch":
         """Return the batch in pinned memory, so that copies to a GPU are asynchronous. The DataLoader calls this."""
@@ -89,10 +91,10 @@ class HostBatch:
 
     def to(self, device: torch.device, rows: Rows, count: float, prefix: Any = None) -> "DeviceBatch[Rows]":
         """Return the batch on a device, with its tokenized texts. The other arguments are fields of DeviceBatch."""
-        index, cached = self.image_index, self.cached_states
+        index, cached, pixels = self.image_index, self.cached_states, self.pixel_values.to(device, non_blocking=True)
         return DeviceBatch(
             self.examples,
-            self.pixel_values.to(device, non_blocking=True),
+            self.scaling.of_planes(pixels) if self.scaling else pixels,
             rows,
             count,
             None if index is None else torch.tensor(index).to(device, non_blocking=True),  # no wait for the GPU
@@ -128,8 +130,8 @@ class DeviceBatch(Generic[Rows]):
         return values if self.image_index is None else values[self.image_index]
 
 
-def collate(items: list[ImageItem]) -> HostBatch:
-    """Return the items as one batch."""
+def collate(items: list[ImageItem], scaling: Scaling | None = None) -> HostBatch:
+    """Return the items as one batch. scaling: that of the items if they have bytes."""
     examples = [example for item in items for example in item.examples]
     image_index = [number for number, item in enumerate(items) for _ in item.examples]
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
@@ -140,7 +142,7 @@ def collate(items: list[ImageItem]) -> HostBatch:
     if indices or any(keys):
         states = [item.states for item in items if item.states is not None]
         cached = CachedStates(torch.stack(states) if states else torch.empty(0), indices, keys)
-    return HostBatch(examples, pixel_values, None if len(examples) == len(items) else image_index, cached)
+    return HostBatch(examples, pixel_values, None if len(examples) == len(items) else image_index, cached, scaling)
 
 
 def loader(dataset: ImageDataset, batch_size: int, shuffle: bool, seed: int, workers: int, pin: bool) -> DataLoader[HostBatch]:
@@ -148,7 +150,7 @@ def loader(dataset: ImageDataset, batch_size: int, shuffle: bool, seed: int, wor
     batches = EpochBatches(len(dataset), batch_size, shuffle, seed)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # collate_fn makes a HostBatch of its items
-        batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
+        batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, scaling=scaling_of(dataset)), pin_memory=pin,
         persistent_workers=workers > 0, worker_init_fn=ignore_in_worker,
         generator=torch.Generator().manual_seed(seed),  # a separate one: workers must not change other random draws
     )  # fmt: skip
@@ -158,7 +160,12 @@ def first_batch(batches: DataLoader[HostBatch]) -> HostBatch:
     """Return the first batch of the loader's epoch. Read it in this process, without starting workers."""
     keys: list[Key] = next(iter(batches.batch_sampler))  # type: ignore[arg-type]
     dataset: Any = batches.dataset
-    return collate([dataset.item(key, use_cached=False) for key in keys])
+    return collate([dataset.item(key, use_cached=False) for key in keys], scaling_of(dataset))
+
+
+def scaling_of(dataset: Any) -> Scaling | None:
+    """Return the scaling of a data set whose items have bytes, else None."""
+    return dataset.pixels.scaling if dataset.pixels.exact else None
 
 
 def close(batches: DataLoader[HostBatch]) -> None:

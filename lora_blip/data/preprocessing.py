@@ -1,7 +1,7 @@
 """Compute the input of a ViT from an image: the same bits as the checkpoint's image processor, but faster."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,28 @@ Part = tuple[float, float, float, float]  # left, top, width, height, as fractio
 WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 OTHER_STEPS = ("do_center_crop", "do_pad")
+
+
+class Scaling(NamedTuple):
+    """The mean and the standard deviation of each channel. (level / 255 − mean) / std are the pixel values."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def of_planes(self, planes: Tensor) -> Tensor:
+        """Return the pixel values of bytes: (…, 3, H, W) uint8 → the same shape in float32, on the same device."""
+        # PyTorch divides by a number on a GPU as a product with its inverse, which rounds in another way: divide by tensors
+        constants = (torch.tensor(each, device="cpu").reshape(-1, 1, 1) for each in ([255.0] * 3, self.mean, self.std))
+        largest, mean, std = (each.to(planes.device, torch.float32, non_blocking=True) for each in constants)
+        return planes.to(torch.float32).div_(largest).sub_(mean).div_(std)
+
+
+def planes_of(levels: Tensor) -> Tensor:
+    """Return bytes by channel: (H, W, 3) uint8 → (3, H, W) uint8."""
+    planes = np.empty((3, *levels.shape[:2]), dtype=np.uint8)
+    for plane, channel in zip(planes, levels.permute(2, 0, 1).numpy(), strict=True):
+        plane[:] = channel  # copying first takes a third of the time of float operations on strided memory
+    return torch.from_numpy(planes)
 
 
 class Pixels:
@@ -31,14 +53,13 @@ class Pixels:
         if self.exact:
             self.size = (image_processor.size["width"], image_processor.size["height"])
             self.resample = Image.Resampling(image_processor.resample)
-            scale = (image_processor.image_mean, image_processor.image_std)
-            self.mean, self.std = (torch.tensor(each, dtype=torch.float32, device="cpu").reshape(3, 1, 1) for each in scale)
+            self.scaling = Scaling(tuple(image_processor.image_mean), tuple(image_processor.image_std))
             self.exact = self._agrees()
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the pixel values of an image, (3, H, W) float32."""
         if self.exact and image.mode == "RGB" and "transparency" not in image.info:
-            return self.of_bytes(self.resized(image))
+            return self.of_planes(planes_of(self.resized(image)))
         return self._by_processor(image)
 
     def resized(self, image: Image.Image) -> Tensor:
@@ -47,22 +68,19 @@ class Pixels:
             raise ValueError("this image processor does more than resize an image and scale its bytes; do not cache them")
         return torch.from_numpy(np.array(image.resize(self.size, self.resample)))
 
-    def of_bytes(self, levels: Tensor) -> Tensor:
-        """Return the pixel values of bytes: (H, W, 3) uint8 → (3, H, W) float32."""
-        planes = np.empty((3, *levels.shape[:2]), dtype=np.uint8)
-        for plane, channel in zip(planes, levels.permute(2, 0, 1).numpy(), strict=True):
-            plane[:] = channel  # copying first takes a third of the time of float operations on strided memory
-        return torch.from_numpy(planes).to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+    def of_planes(self, planes: Tensor) -> Tensor:
+        """Return the pixel values of bytes: (…, 3, H, W) uint8 → the same shape in float32."""
+        return self.scaling.of_planes(planes)
 
     def _agrees(self) -> bool:
         """Return True if the values equal the processor's for all 256 levels, and for an enlarged and a reduced image."""
-        levels = self.of_bytes(torch.from_numpy(np.array(EVERY_LEVEL)))
+        levels = self.of_planes(planes_of(torch.from_numpy(np.array(EVERY_LEVEL))))
         if not torch.equal(levels, self._by_processor(EVERY_LEVEL, do_resize=False)):
             return False
         width, height = self.size
         noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
         probes = (noise, noise.resize((width + 37, 2 * height + 5)))
-        return all(torch.equal(self.of_bytes(self.resized(probe)), self._by_processor(probe)) for probe in probes)
+        return all(torch.equal(self.of_planes(planes_of(self.resized(probe))), self._by_processor(probe)) for probe in probes)
 
     def _by_processor(self, image: Image.Image, **changed: Any) -> Tensor:
         """Return the pixel values by the checkpoint's processor, (3, H, W) float32. changed: settings to override."""

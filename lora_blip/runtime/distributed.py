@@ -148,6 +148,12 @@ def _wait_for_release() -> None:
         time.sleep(0.001)  # releases the GIL
 
 
+def cores_of_rank() -> int:
+    """Return the number of cores that this process may use, divided by the number of ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the process group if torchrun started this process, and leave it after the block. Only the main rank prints.

@@ -45,6 +45,7 @@ from lora_blip.training.learner import Autocast
 from lora_blip.training.tensorboard import summary_writer
 
 TINY = 20_000_000  # a base with at most this number of parameters gets a higher learning rate
+MOST_WORKERS = 16  # processes that load images; each needs about half a gigabyte of memory
 VALIDATION_FACTOR = 4  # a validation batch may be this many times larger than a training batch: it keeps no activations
 
 
@@ -228,6 +229,11 @@ def loader_of(
         examples, task.backbone.image_processor, augment, config.seed, not task.needs_negatives, config.views, caches
     )
     device = task.backbone.device.type
-    workers = config.num_workers if config.num_workers >= 0 else 0 if device == "cpu" else 4
+    workers = config.num_workers if config.num_workers >= 0 else default_workers(device)
     size = config.batch_size * (1 if shuffle or task.needs_negatives else VALIDATION_FACTOR)
     return loader(dataset, size, shuffle, config.seed, workers, pin=device == "cuda")
+
+
+def default_workers(device: str) -> int:
+    """Return the number of processes that load images: 0 for a model on the CPU, else one for each core of this rank."""
+    return 0 if device == "cpu" else max(1, min(MOST_WORKERS, distributed.cores_of_rank()))

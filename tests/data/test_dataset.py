@@ -1,7 +1,9 @@
 """Test that every line is checked, that images are decoded correctly, and that orders depend only on the seed."""
 
+import copy
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import torch
 from PIL import Image
 
 from lora_blip.data import annotations, splits
+from lora_blip.data.augmentation import augment, padded_by_edges
 from lora_blip.data.dataset import ImageDataset
-from lora_blip.data.images import augment, open_image
+from lora_blip.data.images import open_image
 from lora_blip.data.loader import EpochBatches, loader, pixel_values
 from lora_blip.errors import DataError
 from lora_blip.tasks.caption import CaptionTask
+from lora_blip.training.setup import default_workers
 from tests.support import tiny
 
 
@@ -172,6 +176,15 @@ def test_pixels_are_exactly_the_processor_s(make, tmp_path):
     assert torch.equal(pixel_values(image, backbone.image_processor), theirs) and theirs.shape == (3, tiny.SIDE, tiny.SIDE)
 
 
+def test_padding_by_edges_is_that_of_numpy():
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        pixels = draw.integers(0, 256, (*draw.integers(1, 30, 2), 3), dtype=np.uint8)
+        across, down = draw.integers(0, 9, 2)
+        expected = np.pad(pixels, ((down, down), (across, across), (0, 0)), mode="edge")
+        assert np.array_equal(padded_by_edges(pixels, across, down), expected)
+
+
 def test_augmentation_is_gentle_and_mirrors_no_left_or_right():
     image = Image.new("RGB", (60, 40), (100, 100, 100))
     image.paste((200, 0, 0), (0, 0, 30, 40))
@@ -204,6 +217,30 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(make, tmp_path):
     again, same = epoch_of(2, 3)
     assert order == again and torch.equal(pixels, same) and sorted(order) == list(range(1, 11))
     assert epoch_of(0, 4)[0] != order and epoch_of(0, 3, seed=6)[0] != order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_contain_bytes_and_a_task_computes_the_values_of_the_processor(make, tmp_path, workers):
+    """A processor that does more than resize makes its own values, in the worker."""
+    examples, _ = annotations.read(tiny.write_photos(tmp_path, 5))
+    task = CaptionTask(make("blip"))
+    processor = task.backbone.image_processor
+    expected = [processor(open_image(e.image), return_tensors="pt")["pixel_values"][0] for e in examples]
+    for exact in (True, False):
+        dataset = ImageDataset(examples, processor, False, 0)
+        dataset.pixels = copy.copy(dataset.pixels)
+        dataset.pixels.exact = exact
+        host_batches = list(loader(dataset, 2, False, 0, workers, pin=False))
+        assert {batch.pixel_values.dtype for batch in host_batches} == {torch.uint8 if exact else torch.float32}
+        assert torch.equal(torch.cat([task.batch(batch).pixel_values for batch in host_batches]), torch.stack(expected))
+
+
+def test_images_are_loaded_by_one_process_per_core_of_each_rank(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
+    assert [default_workers(device) for device in ("cpu", "cuda", "mps")] == [0, 16, 16]
+    for ranks, workers in (("2", 12), ("8", 3), ("64", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert default_workers("cuda") == workers
 
 
 def test_no_line_is_lost_or_repeated_without_shuffling():

@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lora_blip.data.images import to_rgb
 from lora_blip.data.loader import pixel_values
-from lora_blip.data.preprocessing import WHOLE, Pixels, pixels_of, visible_part
+from lora_blip.data.preprocessing import WHOLE, Pixels, pixels_of, planes_of, visible_part
 
 PROCESSORS = {
     "tiny-blip": lambda: AutoImageProcessor.from_pretrained("assets/tiny-blip", backend="pil"),
@@ -94,7 +94,7 @@ def test_cached_bytes_give_the_same_pixel_values():
     assert levels.shape == (384, 384, 3) and levels.dtype == torch.uint8
     before = levels.clone()
     for bytes_ in (levels, levels.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
-        assert torch.equal(pixels.of_bytes(bytes_), theirs(pixels.image_processor, image))
+        assert torch.equal(pixels.of_planes(planes_of(bytes_)), theirs(pixels.image_processor, image))
     assert torch.equal(levels, before)  # they are read, not changed
     assert torch.equal(pickle.loads(pickle.dumps(pixels))(image), pixels(image))
 

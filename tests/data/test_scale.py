@@ -26,12 +26,12 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 from benchmarks.studies.lines import KINDS, STAGES, lines_of, measure
 from lora_blip.config import TrainConfig
 from lora_blip.data import annotations, images, splits
+from lora_blip.data.augmentation import LEFT_OR_RIGHT, names_side
 from lora_blip.data.dataset import ImageDataset
 from lora_blip.data.entries import as_text, canonical
 from lora_blip.data.example import Example, ExampleBuilder
 from lora_blip.data.formats import STRICT, _object
 from lora_blip.data.image_folders import MissingImage
-from lora_blip.data.images import LEFT_OR_RIGHT, names_side
 from lora_blip.data.loader import loader
 from lora_blip.data.paths import FEW, resolved
 from lora_blip.data.shards import ShardImage

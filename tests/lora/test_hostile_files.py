@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from lora_blip.data import annotations, formats, images
+from lora_blip.data import annotations, augmentation, formats, images
 from lora_blip.data.entries import canonical
 from lora_blip.data.formats import jsonl_entries
 from lora_blip.data.images import open_image
@@ -602,7 +602,7 @@ def test_odd_pictures_are_read_as_a_viewer_shows_them(tmp_path):
         picture = open_image(tmp_path / name)
         red, _, blueness = picture.getpixel((0, 0))
         assert picture.mode == "RGB" and red > 200 and blueness < 60, name  # a GIF's palette is not exact
-        images.augment(picture, "", random.Random(1))
+        augmentation.augment(picture, "", random.Random(1))
 
 
 @pytest.mark.filterwarnings("error")
