@@ -4,6 +4,7 @@ The names below are imported when they are first used, so `import lora_blip` is 
 after `backbone = lora_blip.load_backbone("assets/tiny-blip")`.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,21 @@ EXPORTS = {  # public name → "module", or "module:name" if the module uses ano
 }  # fmt: skip
 
 
+OF_PEFT = {  # name in peft → the call here
+    "get_peft_model": "inject(backbone, targets)", "LoraConfig": "inject(backbone, targets, r=8, alpha=32)",
+    "PeftModel": "load_adapter(backbone, path)", "PeftConfig": "load_adapter(backbone, path)",
+    "add_adapter": "inject(backbone, targets, name=…)", "set_adapter": "use_adapters(backbone, name)",
+    "disable_adapter": "disable_adapters(backbone)", "merge_adapter": "merge(backbone)", "unmerge": "restore(backbone)",
+    "unmerge_adapter": "restore(backbone)", "merge_and_unload": "bake(backbone)", "unload": "eject(backbone)",
+    "delete_adapter": "eject(backbone, name)", "save_pretrained": "save_adapter(path, backbone)",
+    "from_pretrained": "Captioner.from_adapter(path)", "LoraModel": "inject(backbone, targets)",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
     if name not in EXPORTS:
-        raise AttributeError(f"module 'lora_blip' has no attribute {name!r}")
+        hint = f"; the equivalent here is lora_blip.{OF_PEFT[name]}" if name in OF_PEFT else ""
+        raise AttributeError(f"module 'lora_blip' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__])
     module, _, name_in_module = EXPORTS[name].partition(":")
     value = globals()[name] = getattr(import_module(f"lora_blip.{module}"), name_in_module or name)
     return value

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -64,6 +65,8 @@ def parse(
         return kind(**_resolve_paths(script, kind, values) | vars(from_flags))
     except ConfigError as error:
         end = _example(str(error), known, example) if ": expected " in str(error) else ""
+        if end and script.get("__file__"):
+            end = _line_of_script(str(error), known, Path(script["__file__"]).name) + end
         raise type(error)(f"{error}{end}") from None
 
 
@@ -76,6 +79,15 @@ def _example(message: str, known: list[Field[Any]], command: str) -> str:
             value = str(entry.default).lower() if entry.type is bool else quoted_for_shell(str(entry.default))
             command = command and f"{command} {_flag(name)} {value}"
     return f"; for example: {command}" if command else ""
+
+
+def _line_of_script(message: str, known: list[Field[Any]], script: str) -> str:
+    """Return the part of a message about a wrong value that shows the setting with its default in the script."""
+    named = NAMED.search(message)
+    name = named[named.lastindex or 1].replace("-", "_") if named else ""
+    default = next((entry.default for entry in known if entry.name == name and entry.default is not MISSING), None)
+    value = json.dumps(default) if isinstance(default, str) else repr(default)
+    return "" if default is None else f"; in {script}, for example: {name.upper()} = {value}"
 
 
 def _parser(known: list[Field[Any]], values: dict[str, Any], doc: str, program: str | None) -> argparse.ArgumentParser:

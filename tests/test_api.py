@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,14 @@ def test_an_adapter_is_a_file_a_run_folder_or_the_latest(workplace, monkeypatch)
     assert set(loaded) == {file}
 
 
+@pytest.mark.parametrize("name", sorted(lora_blip.OF_PEFT))
+def test_a_name_of_peft_gives_the_call_here(name):
+    call = lora_blip.OF_PEFT[name]
+    assert callable(getattr(lora_blip, call.split("(")[0].split(".")[0]))
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'; the equivalent here is lora_blip\.{re.escape(call)}"):
+        getattr(lora_blip, name)
+
+
 def test_the_bare_name_of_an_embedded_base_is_enough(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert locate_base("tiny-blip2") == locate_base("assets/tiny-blip2") != ""
@@ -213,6 +222,14 @@ def test_the_bare_name_of_an_embedded_base_is_enough(tmp_path, monkeypatch):
 
 from_adapter = lora_blip.Captioner.from_adapter
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "a run without a model": (
+        lambda _: lora_blip.load_adapter("some run"), LoRAError,  # type: ignore[arg-type]
+        r"the first argument is of type str; .*load it first: backbone = lora_blip\.load_backbone",
+    ),
+    "a list of names": (
+        lambda b: lora_blip.merge(b, ["a", "b"]), LoRAError,  # type: ignore[arg-type]
+        r"merge takes names, not a list; call lora_blip\.merge\(backbone, 'a', 'b'\)",
+    ),
     "a name for a model": (
         lambda _: lora_blip.inject("assets/tiny-blip", "vit"), LoRAError,  # type: ignore[arg-type]
         r"load it first: backbone = lora_blip\.load_backbone\('assets/tiny-blip'\)",

@@ -137,6 +137,24 @@ def test_a_path_without_its_flag_is_explained(monkeypatch, capsys, tmp_path):
         assert f"did you mean --{flag} 'my captions.csv'?" in refused(monkeypatch, capsys, command, "my captions.csv")
 
 
+@pytest.mark.parametrize(
+    ("values", "fix"),
+    [
+        (
+            {"PRECISION": "float16"},
+            'in train.py, for example: PRECISION = "auto"; for example: python train.py --precision auto',
+        ),
+        ({"EPOCHS": "60"}, "in train.py, for example: EPOCHS = 30; for example: python train.py --epochs 30"),
+        ({"AUGMENT": "yes"}, "in train.py, for example: AUGMENT = True; for example: python train.py --augment true"),
+    ],
+)
+def test_a_wrong_value_in_a_script_shows_the_line_to_write(monkeypatch, capsys, values, fix):
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
+    with pytest.raises(SystemExit):
+        cli.run_train({"__file__": "somewhere/train.py", **values}, "")
+    assert capsys.readouterr().err.endswith(f"; {fix}\n")
+
+
 def test_a_wrong_flag_of_a_script_names_the_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--epochs", "x"])
     with pytest.raises(SystemExit):

@@ -1,13 +1,15 @@
 """`lora-blip caption`, `ask` and `rank`: what they print, for people and for programs, and their exit status."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import lora_blip
-from lora_blip.errors import ConfigError
+from lora_blip.errors import ConfigError, InputError
 from lora_blip.flags import parse
 from lora_blip.inference import commands
 from lora_blip.inference.commands import AskConfig, CaptionConfig, RankConfig, expand
@@ -115,6 +117,31 @@ def test_the_newest_run_is_the_default(checkpoints, here, monkeypatch, capsys):
     another = "for another model: --adapter none --model assets/tiny-blip-vqa"
     fix = f"{another}; for this model: lora-blip caption photos/0.png --device"
     assert fix in errors
+
+
+def test_the_newest_run_of_the_wanted_task_is_named(checkpoints, here, monkeypatch, capsys):
+    """ "latest" answers questions, and an older run captions images."""
+    for age, (name, kind) in enumerate((("2_vqa", "vqa"), ("1 captions", "blip"))):
+        adapter = here / "lora_blip_output" / name / "adapter.safetensors"
+        adapter.parent.mkdir(parents=True)
+        adapter_of(checkpoints[kind], here).rename(adapter)
+        os.utime(adapter, (time.time() - 100 * age,) * 2)
+    newest = '"latest" is lora_blip_output/2_vqa, which answers questions'
+    other = "The newest run that captions images: --adapter 'lora_blip_output/1 captions'"
+    for command in (("caption", "photos/0.png"), ("infer", "--images", "photos"), ("caption", "photos/0.png", "--explain")):
+        status, _, errors = run(monkeypatch, capsys, *command, "--device", "cpu")
+        assert status == 2 and f". {newest}. {other}\n" in errors, command
+    errors = run(monkeypatch, capsys, "infer", "--images", "photos", "--adapter", "lora_blip_output/2_vqa", "--device", "cpu")[
+        2
+    ]
+    assert f"for each. {other}\n" in errors and '"latest"' not in errors
+    adapter = "lora_blip_output/1 captions"
+    errors = run(monkeypatch, capsys, "ask", "photos/0.png", QUESTION, "--adapter", adapter, "--device", "cpu")[2]
+    assert "The newest run that answers questions: --adapter lora_blip_output/2_vqa\n" in errors
+    with pytest.raises(
+        InputError, match=r"For a run of the task caption: Captioner\.from_adapter\('lora_blip_output/1 captions'\)"
+    ):
+        lora_blip.Captioner.from_adapter("latest", device="cpu")("photos/0.png")
 
 
 def test_a_question_is_answered(here, monkeypatch, capsys):

@@ -28,7 +28,8 @@ GENERATED = "code_map.md"
 SCRIPTS = {"train.py": TrainConfig, "infer.py": InferConfig}
 SETTINGS = {field.name for command in COMMANDS.values() for field in fields(command.settings())}
 PLACEHOLDERS = (  # files of the reader that pages name; the tests make them
-    "my/annotations.jsonl", "my/test.jsonl", "my/photos/000.png", "photos/0001.jpg", "photo.jpg", "captions.tsv", "list.txt",
+    "my/annotations.jsonl", "my/test.jsonl", "my/photos/000.png", "my/new_photos/000.png",
+    "photos/0001.jpg", "photo.jpg", "captions.tsv", "list.txt",
     "list.jsonl", "coco/annotations/captions_train2017.json", "coco/annotations/captions_val2017.json",
     "Flickr8k_text/captions.txt", "Flicker8k_Dataset/0.jpg", "shards/0000.tar",
 )  # fmt: skip

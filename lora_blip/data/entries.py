@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import is_path, pasteable, quoted, shorten
 
 # names of keys and columns; if an entry has several of them, the first in this order is used
@@ -20,6 +22,7 @@ ANSWER_KEYS = ("answers", "answer")
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val", "eval": "val"}
 SPLITS |= {"dev": "val", "test": "test"}
+IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
 UNESCAPED = "the backslashes of the image path are not escaped; write: {}"
 # a control character that JSON reads from an unescaped backslash → a slash and the letter in the file
 LETTERS = str.maketrans({"\n": "/n", "\r": "/r", "\t": "/t", "\b": "/b", "\f": "/f", "\\": "/"})
@@ -69,11 +72,7 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
     rest = dict(entry)
     image = _take(rest, IMAGE_KEYS)
     if not isinstance(image, str) or not image.strip():
-        keys = (
-            f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; name one: --image-key KEY"
-            if rest and image is None
-            else ""
-        )
+        keys = _keys_to_name(rest, no_image=True) if image is None else ""
         return f"no image: expected one of the keys {', '.join(IMAGE_KEYS[:3])}, with a path{keys}"
     if not is_path(image):
         corrected = image.translate(LETTERS)
@@ -91,9 +90,26 @@ def canonical(entry: Entry, answered: bool = True) -> Entry | str:
 def _caption(rest: Entry) -> Entry:
     """Remove the text from `rest`, and return {"text": …}. Raise _ValueError if it is missing or invalid."""
     if rest.keys().isdisjoint(TEXT_KEYS):
-        keys = f"; this line has the keys {quoted(list(rest))[1:-1]}; name one: --text-key KEY" if rest else ""
+        keys = _keys_to_name(rest, no_image=False)
         raise _ValueError(f"no text: expected one of the keys {', '.join(TEXT_KEYS[:2])}, or question and answers{keys}")
     return {"text": _tidied("text", _take(rest, TEXT_KEYS))}
+
+
+def _keys_to_name(rest: Entry, no_image: bool) -> str:
+    """Return the end of a message about a line without a known key: its keys, and flags that name the likely ones.
+
+    no_image: whether the key of the image is missing too. A likely image is a path of an image file; a likely text is the
+    longest other value.
+    """
+    if not rest:
+        return ""
+    strings = {key: value.strip() for key, value in rest.items() if isinstance(value, str)}
+    images = [key for key, value in strings.items() if no_image and IMAGE_NAME.fullmatch(value)]
+    texts = sorted(strings.keys() - images, key=lambda key: (-len(strings[key]), key))
+    flags = ["--image-key " + (pasteable(quoted_for_shell(images[0])) if images else "KEY")] * no_image
+    if rest.keys().isdisjoint(TEXT_KEYS) and (texts or not no_image):
+        flags.append("--text-key " + (pasteable(quoted_for_shell(texts[0])) if texts else "KEY"))
+    return f"; this line has the keys {shorten(quoted(list(rest))[1:-1])}; name the right one: {' '.join(flags)}"
 
 
 def _question(rest: Entry, answered: bool) -> Entry:

@@ -92,7 +92,8 @@ def leak_warning(leaks: Sequence[Leak], images: int, what: str) -> str:
     """
     first_leaks = "; ".join(str(leak) for leak in leaks[:LISTED]) + "; …" * (len(leaks) > LISTED)
     kinds = ", ".join(f"{sum(leak.kind == kind for leak in leaks):,} {kind}" for kind in dict.fromkeys(x.kind for x in leaks))
-    summary = f"{len(leaks):,} of {counted(images, f'{what} image', 'are')} in the training data ({kinds})"
+    verb = "is" if len(leaks) == 1 else "are"
+    summary = f"{len(leaks):,} of {counted(images, f'{what} image')} {verb} in the training data ({kinds})"
     return f"{summary}, so the scores are too high: {first_leaks}"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, TEXT_KEYS, Entry, Located
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
 from lora_blip.errors import DataError
 from lora_blip.runtime.counts import counted
@@ -18,7 +18,6 @@ from lora_blip.runtime.untrusted import quoted
 ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
 INTEGER = re.compile(r"-?[0-9]+")
-IMAGE_NAME = re.compile(r"(?!\w+://).+\.(jpe?g|jpe|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)", re.IGNORECASE)
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns

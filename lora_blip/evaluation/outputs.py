@@ -18,7 +18,7 @@ from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.reports import report
 from lora_blip.reports.report import Card
-from lora_blip.reports.score_table import ReportRow
+from lora_blip.reports.score_table import ReportRow, joined
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import csv_text, write_whole
@@ -194,7 +194,7 @@ def read_curves(adapter: Adapter | None) -> list[dict[str, Any]]:
 
 def score_table(rows: list[ReportRow], warnings: Iterable[str]) -> str:
     """Return the warnings, then a line per score: base, adapted, and the gain, each with its 95 % interval."""
-    lines = [printable(f"WARNING: {warning}") for warning in warnings]
+    lines, rows = [printable(f"WARNING: {warning}") for warning in warnings], joined(rows)
     names = [printable(row.name) for row in rows]
     width = max(map(len, [*names, LEGEND])) + 2
     lines.append(f"{LEGEND:<{width}}{'base':>24}{'adapted':>24}{'gain':>26}")

@@ -22,6 +22,7 @@ from lora_blip.inference.arguments import (
 from lora_blip.inference.batch_runner import Runner
 from lora_blip.inference.image_inputs import ImageInput, as_list, check_input, each_of, name_of, snapshot
 from lora_blip.inference.image_requests import predict_requests
+from lora_blip.inference.other_runs import newest_of_task
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
 from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, task_of
@@ -252,7 +253,9 @@ class Captioner:
     def _require(self, task: str) -> None:
         """Raise InputError, whose message gives the right call, if the adapter has another task."""
         if self.task != task:
-            raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}{OTHERS[task]}")
+            run = newest_of_task(task)
+            other = f". For a run of the task {task}: Captioner.from_adapter({run!r})" if run else OTHERS[task]
+            raise InputError(f"this {self._kind} {VERBS[self.task]}; call {CALLS[self.task]}{other}")
 
     @property
     def _kind(self) -> str:

@@ -218,7 +218,7 @@ def open_captioner(config: ModelConfig, image: str, task: str = "") -> "Captione
     captioner = Captioner.from_adapter(adapter, scale=config.scale, base=config.model, device=config.device, task=setting)
     announce(captioner.adapter, captioner.backbone)
     if task:
-        require_task(captioner.task, config, image)
+        require_task(captioner.task, config, image, captioner.adapter)
     return captioner
 
 
@@ -242,12 +242,14 @@ def announce(adapter: "Adapter | None", backbone: "Backbone") -> None:
         print(printable(f"note: {adapter.note}"), file=sys.stderr, flush=True)
 
 
-def require_task(task: str, config: ModelConfig, image: str) -> None:
+def require_task(task: str, config: ModelConfig, image: str, adapter: "Adapter | None") -> None:
     """Raise ConfigError if the task of the model is not that of the command. The message contains the right command."""
     if task != config.task:
+        from lora_blip.inference.other_runs import advice
+
         raise ConfigError(
             f"the task of this model is {task}; for another model: --adapter none --model {BASE_OF[config.task]}; for this "
-            f"model: {command_of(task, image, config.model_flags)}"
+            f"model: {command_of(task, image, config.model_flags)}{advice(config.task, config.adapter, adapter)}"
         )
 
 

@@ -35,7 +35,7 @@ def predict_and_explain(config: ModelConfig, images: list[str], question: str = 
     )
     task, precision = open_task(settings, adapter)
     announce(adapter, task.backbone)
-    require_task(task.name, config, images[0])
+    require_task(task.name, config, images[0], adapter)
     views: list[dict[int, TextView]] = []
     if adapter:
         base = Captioner(task, settings.batch_size, precision)

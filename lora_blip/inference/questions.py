@@ -1,5 +1,6 @@
 """Read questions, texts to rank and references from settings or files, and return the examples to predict."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from lora_blip.data import annotations
 from lora_blip.data.example import Example
 from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.data.image_folders import example_of
+from lora_blip.data.image_sources import ImageSource
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.system_errors import quoted_for_shell
+from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.runtime.user_paths import is_file, require_folder
 from lora_blip.tasks.base import PredictionTask
 
@@ -39,6 +42,14 @@ class WithPrompts:
         for example in self.images:
             for prompt in self.prompts.get(example.image, [example.prompt]):
                 yield replace(example, prompt=prompt)
+
+
+class OtherTaskError(ConfigError):
+    """The settings do not fit the task of the model. They fit the task `wanted`."""
+
+    def __init__(self, message: str, wanted: str) -> None:
+        super().__init__(message)
+        self.wanted = wanted
 
 
 def read_texts(texts: str) -> list[str]:
@@ -83,11 +94,13 @@ def examples_to_predict(
     if (texts or not task.takes_question) and (report := task.unknown_report(ranked)):
         print(report)
     if not task.writes_text and not texts:
-        raise ConfigError("the task retrieval ranks texts; set TEXTS (or --texts) to 'a red cube|a blue cube' or to a file")
+        fix = "set TEXTS (or --texts) to 'a red cube|a blue cube' or to a file"
+        raise OtherTaskError(f"the task retrieval ranks texts; {fix}", wanted="caption")
     if not task.takes_question and question:
-        raise ConfigError(
+        raise OtherTaskError(
             f"question = {question!r}: the task {task.name} uses no question; set QUESTION (or --question) to '', or TASK "
-            "(or --task) to vqa"
+            "(or --task) to vqa",
+            wanted="vqa",
         )
     if task.writes_text and not task.takes_question:
         return with_reference_prompts(task, images, references)
@@ -100,9 +113,10 @@ def examples_to_predict(
     lines = read_references(question, "", images, keys, "question") if question else references
     unique = list({task.subject(example): example for group in lines.values() for example in group}.values())
     if not unique:
-        raise ConfigError(
+        raise OtherTaskError(
             "there is no question; set QUESTION (or --question) to 'what color is it?' for all images, or to a file with a "
-            "question for each"
+            "question for each",
+            wanted="caption",
         )
     check_questions(task, unique)
     return unique
@@ -179,7 +193,19 @@ def read_references(
             references.setdefault(image_path, []).append(replace(example, image=image_path))
     if not references:
         raise DataError(
-            f"{source} has no line for any of {counted(compared, 'image')}. The first path in the file is "
-            f"{examples[0].image.resolve()}; set IMAGES (or --images) or IMAGE_ROOT (or --image-root) so that the paths agree"
+            f"{source} has no line for any of {counted(compared, 'image')}{of_setting(images)}. The first path in the file is "
+            f"{examples[0].image.resolve()}; to use the images of the file: --images {parent_for_shell(examples[0].image)}; "
+            "or set IMAGE_ROOT (--image-root) so that the paths agree"
         )
     return references
+
+
+def of_setting(images: Iterable[Example]) -> str:
+    """Return the value of the setting that gives the images, for a message, or "" if none does."""
+    return f" of IMAGES = {quoted(images.setting)}" if isinstance(images, ImageSource) else ""
+
+
+def parent_for_shell(image: Path) -> str:
+    """Return the folder of an image, relative to the current folder if it is below it."""
+    folder = image.resolve().parent
+    return quoted_for_shell(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))

@@ -12,7 +12,15 @@ from lora_blip.data.formats import keys_of
 from lora_blip.data.image_sources import ImageSource, open_example
 from lora_blip.errors import AdapterError, ConfigError, ImageError
 from lora_blip.inference import output
-from lora_blip.inference.questions import WithPrompts, examples_to_predict, read_references, read_texts, trim_references
+from lora_blip.inference.other_runs import advice
+from lora_blip.inference.questions import (
+    OtherTaskError,
+    WithPrompts,
+    examples_to_predict,
+    read_references,
+    read_texts,
+    trim_references,
+)
 from lora_blip.lora import adapter_file, attached, merging
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.peft_config import TASK_OF
@@ -60,7 +68,10 @@ def open_inputs(config: InferConfig, inputs: Inputs) -> tuple[PredictionTask, st
     """Load the model, and return the task, the precision, the examples to predict and the identity of the run."""
     task, precision = open_task(config, inputs.adapter)
     inputs.references = trim_references(task, config.references, inputs.references)
-    examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts, keys_of(config))
+    try:
+        examples = examples_to_predict(task, inputs.images, config.question, inputs.references, inputs.texts, keys_of(config))
+    except OtherTaskError as error:
+        raise ConfigError(f"{error}{advice(error.wanted, config.adapter, inputs.adapter, config.runs)}") from None
     run_identity = output.identity(config, task, inputs.adapter, precision, by_references=isinstance(examples, WithPrompts))
     return task, precision, examples, run_identity
 

@@ -211,10 +211,13 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 # ---------------------------------------------------------------- load
 
 
-def load(backbone: Loaded | nn.Module, path: str | Path | Adapter, name: str = "default", scale: float = 1.0) -> Adapter:
+def load(
+    backbone: Loaded | nn.Module, path: str | Path | Adapter = "latest", name: str = "default", scale: float = 1.0
+) -> Adapter:
     """Put an adapter on a frozen backbone by hooks, and return the content of its file. `merge` writes it into the weights.
 
-    path: a file, a run folder, "latest", or a result of `read`. scale: factor of the change that the adapter makes; 1: as
+    path: a file, a run folder, "latest", or a result of `read`. If the model has other adapters, their updates are added too;
+    `use_adapters` chooses. scale: factor of the change that the adapter makes; 1: as
     trained, 0: the base. A scaled adapter cannot be saved. Raise AdapterError if the file is missing or damaged, or has
     another base. Raise LoRAError if the base is on the meta device, or if a `Captioner` uses an adapter called `name`. The
     model is then unchanged. In peft: `PeftModel.from_pretrained`; for a second adapter, `load_adapter`.

@@ -39,6 +39,8 @@ def merge(model: nn.Module | Loaded, *names: str) -> None:
     >>> lora_blip.merge(backbone)
     """
     model = model_of(model, next(iter(names), None), 'lora_blip.merge(backbone, "default")')
+    if len(names) == 1 and isinstance(names[0], list | tuple):
+        raise LoRAError(f"merge takes names, not a list; call lora_blip.merge(backbone, {', '.join(map(repr, names[0]))})")
     check_names(model, names)
     check_unheld(model, *names)
     with writing(model) as hooked:

@@ -19,6 +19,7 @@ from huggingface_hub.utils import httpx
 from lora_blip.errors import ModelError
 from lora_blip.models.bin_weights import INDEX, WEIGHTS
 from lora_blip.models.library import first_line
+from lora_blip.models.local_base import near_embedded
 from lora_blip.models.weight_names import SAFE_INDEX, SAFE_SHARDS, SAFE_WEIGHTS
 from lora_blip.runtime.hub_adapters import TOKEN, bar_of_one_attempt, one_message, refuses_token
 from lora_blip.runtime.hub_cache import SECONDS, remember, root_of, snapshots
@@ -33,8 +34,17 @@ def fetch(name: str) -> str:
     """Return the local folder of a hub repository, `user/name` or `user/name@revision`. Download what is not in the cache.
 
     A revision is a branch, a tag or a commit; the default is main. Raise ModelError if there is no such repository, or if the
-    hub cannot be reached and the cache lacks the checkpoint.
+    hub cannot be reached and the cache lacks the checkpoint. The message names an embedded base with a similar name.
     """
+    try:
+        return _fetch(name)
+    except ModelError as error:
+        if near := near_embedded(name):
+            raise ModelError(f"{near}{error}") from None
+        raise
+
+
+def _fetch(name: str) -> str:
     repository, _, revision = name.partition("@")
     try:
         if constants.HF_HUB_OFFLINE:

@@ -26,10 +26,13 @@ def locate_base(name: str) -> str:
     is_path = name.startswith(("/", ".", "~", "assets/")) or "\\" in name
     has_folders = name.partition("@")[0].count("/") > 1  # a revision may contain a slash, as refs/pr/1 does
     if is_path or has_folders:
-        embedded = [
-            f"assets/{path.parent.name}" for root in (PACKAGE, REPOSITORY) for path in root.glob("assets/*/config.json")
-        ]
-        near = suggestion(name, embedded, folders=True)
+        near = near_embedded(name)
         problem = "does not exist" if is_path else "does not exist, and it is not a hub name"
         raise ModelError(f"model folder {name!r} {problem}; {near}give the folder of a checkpoint, or a hub name")
     return ""
+
+
+def near_embedded(name: str) -> str:
+    """Return a suggestion of the embedded base whose name is similar to a wrong name, or ""."""
+    folders = [path.parent.name for root in (PACKAGE, REPOSITORY) for path in root.glob("assets/*/config.json")]
+    return suggestion(name, folders if "/" not in name else [f"assets/{each}" for each in folders], folders=True)

@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_blip.metrics.bootstrap import Interval
 from lora_blip.runtime.untrusted import printable
@@ -30,6 +30,22 @@ def escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
+def joined(rows: Sequence[ReportRow]) -> list[ReportRow]:
+    """Return the rows, with one row for all that have no value for the same reason, in the place of the first of them."""
+    missing: dict[str, list[str]] = {}
+    for row in rows:
+        if not (row.base or row.adapted) and row.note:
+            missing.setdefault(row.note, []).append(row.name)
+    result = []
+    for row in rows:
+        names = missing.get(row.note, []) if not (row.base or row.adapted) else []
+        if len(names) < 2:
+            result.append(row)
+        elif row.name == names[0]:
+            result.append(replace(row, name=f"{len(names)} other scores", note=f"{', '.join(names)}: {row.note}"))
+    return result
+
+
 def scores_html(rows: Sequence[ReportRow]) -> str:
     """Return the table of scores as a section, or "" if there are no rows."""
     if not rows:
@@ -40,7 +56,7 @@ def scores_html(rows: Sequence[ReportRow]) -> str:
     return (
         '<section class="scores" aria-labelledby="s"><h2 id="s">Scores</h2>'
         f'<table><thead><tr>{head}<td class="plot"></td></tr></thead><tbody>'
-        f"{''.join(row_html(row, compared) for row in rows)}</tbody></table>"
+        f"{''.join(row_html(row, compared) for row in joined(rows))}</tbody></table>"
         '<p class="quiet"><span class="key base"></span> base <span class="key adapted"></span> adapted, '
         "with 95 % intervals on an axis from 0 (to 100 %, or to the largest value).</p></section>"
     )

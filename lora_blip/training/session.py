@@ -233,7 +233,8 @@ class Session:
             print(printable(plot if plot == NO_PLOT else f"loss curve: {plot}"))
         dataset: Any = self.batches.dataset
         print(f"next: {summary.next_command(self.task.name, run.folder, dataset.examples)}")
-        print(summary.evaluate_line(self.task.name, run.folder, self.config.annotations, self.config.val_annotations))
+        sources = self.config.annotations, self.config.val_annotations
+        print(summary.evaluate_line(self.task.name, run.folder, *sources, dataset.examples))
         run.delete_checkpoints()  # last: a run that is killed before this line can be resumed
 
 

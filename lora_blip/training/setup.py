@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -211,12 +212,16 @@ def default_rate(model: Any) -> float:
 
 def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list[Example], thumbnails: Thumbnails) -> None:
     """Print the validation images that have an equal or similar image in the training data, and how to fix the split."""
-    fix = (
-        f"Remove them from {config.val_annotations} or from {config.annotations}"
-        if config.val_annotations
-        else 'Keep the images of a video or scene together: set GROUP_BY = "folder" (--group-by folder) or a column, '
-        'or move the lines of some of them to another file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
-    )
+    if config.val_annotations:
+        fix = f"Remove them from {config.val_annotations} or from {config.annotations}"
+    else:
+        folders = {Path(FILE(example)).parent for example in (*training, *validation)}
+        group = '"folder" (--group-by folder)' if len(folders) > 1 else r"""r"(.+?)_\d+" (--group-by '(.+?)_\d+')"""
+        fix = (
+            f"Keep the images of a video or scene together: set GROUP_BY = {group}, another part of the path as a regex, or a "
+            'column. Or move the lines of some of them to another file, and set VAL_ANNOTATIONS = "val.jsonl" '
+            "(--val-annotations val.jsonl)"
+        )
     report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)
 
 

@@ -50,15 +50,18 @@ def base_score(metrics: Path, by: str) -> float | None:
     return None
 
 
-def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str) -> str:
+def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example]) -> str:
     """Return a line with the command that compares the adapter with its base, on images that training has not used.
 
-    The references are the validation file, the test.jsonl or val.jsonl beside the annotations, or the file of the task in the
-    folder image_test beside them. If none of them exists, the line asks the user to write test.jsonl.
+    The references are the validation file, the test.jsonl or val.jsonl beside the annotations, or, for the demo's training
+    images, the file of the task in image_test. If none of them exists, the line asks the user to write test.jsonl.
+    examples: the training lines.
     """
     source = Path(annotations)
     candidates = [source.with_name("test.jsonl"), source.with_name("val.jsonl")]
-    candidates += [source.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
+    demo = source.with_name(TRAINING_IMAGES).resolve()
+    if examples and demo in examples[0].image.resolve().parents:
+        candidates += [source.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     existing = [path for path in candidates if path.is_file() and path != source]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]

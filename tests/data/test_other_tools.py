@@ -162,10 +162,14 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
     assert read(path, keys=Keys(text="response")) == [("1.png", "", (), "a")]
     path = write(folder / "x.jsonl", [{"filename": "1.png", "label": ["a", "b"]}])
     assert [one[3] for one in read(path, keys=Keys(text="label"))] == ["a", "b"]
-    with pytest.raises(DataError, match=r"has the keys 'label'; name one: --text-key KEY"):
+    with pytest.raises(DataError, match=r"has the keys 'label'; name the right one: --text-key KEY"):
         read(path)
-    with pytest.raises(DataError, match=r"has the keys 'pic', 'text'; name one: --image-key KEY"):
+    with pytest.raises(DataError, match=r"has the keys 'pic', 'text'; name the right one: --image-key pic\n"):
         read(write(folder / "x.jsonl", [{"pic": "1.png", "text": "a"}]))
+    with pytest.raises(DataError, match=r"name the right one: --image-key 'my bild' --text-key unterschrift\n"):
+        read(write(folder / "x.jsonl", [{"nr": "3", "my bild": "a/1.JPG", "unterschrift": "ein Würfel"}]))
+    with pytest.raises(DataError, match=r"has the keys 'words', 'n'; name the right one: --text-key words\n"):
+        read(write(folder / "x.jsonl", [{"image": "1.png", "words": "a cube", "n": 3}]))
 
 
 SPLITS = ("train", "val", "test")

@@ -96,6 +96,14 @@ def test_without_a_network_and_cache_there_is_one_error(monkeypatch, offline):
     assert caught.value.__suppress_context__  # a traceback shows the message without those of the connection
 
 
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(("name", "near"), [("tiny-blip9", "tiny-blip"), ("tinyblip-vqa", "tiny-blip-vqa")])
+def test_a_misspelled_embedded_base_is_suggested(monkeypatch, name, near):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=f"^did you mean '{near}'. Otherwise the hub cannot be reached"):
+        load_backbone(name, "cpu")
+
+
 def test_an_incomplete_cache_is_no_checkpoint(served, monkeypatch, tmp_path):
     served()
     load_backbone(NAME, "cpu")

@@ -366,17 +366,20 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     run, lines = tmp_path / "run", str(tmp_path / "train.jsonl")
     start, command = "to score it on images that training has not used", ": lora-blip evaluate --adapter run --references "
+    demo = [example_of(str(tmp_path / "image_train" / "1.png"))]
     write_first = " (write their images and texts to test.jsonl first)"
-    assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{write_first}{command}test.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
     (tmp_path / "image_test").mkdir()
     (tmp_path / "image_test/questions.jsonl").touch()
-    assert summary.evaluate_line("caption", run, lines, "") == f"{start}{write_first}{command}test.jsonl"
-    assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{command}{tmp_path}/image_test/questions.jsonl"
+    assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/image_test/questions.jsonl"
+    own = [example_of(str(tmp_path / "my" / "1.png"))]  # image_test shows something else
+    assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_first}{command}test.jsonl"
     (tmp_path / "val.jsonl").touch()
-    assert summary.evaluate_line("vqa", run, lines, "") == f"{start}{command}{tmp_path}/val.jsonl"
-    assert summary.evaluate_line("vqa", run, lines, "a b.csv") == f"{start}{command}'a b.csv'"
+    assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/val.jsonl"
+    assert summary.evaluate_line("vqa", run, lines, "a b.csv", demo) == f"{start}{command}'a b.csv'"
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "a b.csv")
+    assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "a b.csv", demo)
 
 
 def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,34 @@
+"""Find the newest run of a task. Messages name it if a command needs another task than that of the adapter."""
+
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+from lora_blip.errors import LoraBlipError
+from lora_blip.lora import adapter_file
+from lora_blip.lora.adapter_file import Adapter
+from lora_blip.runtime import runs
+
+SEARCHED = 20  # largest number of runs whose adapters are read
+DOES = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
+
+
+def newest_of_task(task: str, folder: str | Path = runs.RUNS) -> str:
+    """Return the newest run in `folder` whose adapter has this task, or "" if the SEARCHED newest have none."""
+    for run in runs.newest_runs(folder)[:SEARCHED]:
+        with suppress(LoraBlipError):
+            if adapter_file.read(runs.locate(run)).task.get("name") == task:
+                return str(run)
+    return ""
+
+
+def advice(task: str, given: str, adapter: Adapter | None, folder: str | Path = runs.RUNS) -> str:
+    """Return what to append to a message if the adapter that was `given` does not have this task; "" if nothing helps.
+
+    It names the adapter if `given` is "latest", and the newest run of the task.
+    """
+    own = adapter.task.get("name") if adapter else None
+    named = f'"latest" is {adapter.path.parent}, which {DOES[own]}' if adapter and own in DOES and given == "latest" else ""
+    run = newest_of_task(task, folder)
+    other = f"the newest run that {DOES[task]}: --adapter {shlex.quote(run)}" if run else ""
+    return "".join(f". {part[0].upper()}{part[1:]}" for part in (named, other) if part)
