@@ -38,7 +38,7 @@ from lora_blip.runtime.settings import require_settings
 from lora_blip.runtime.terminal import encodable_output
 from lora_blip.runtime.untrusted import printable
 from lora_blip.tasks.base import PredictionTask
-from lora_blip.tasks.text_length import CutCount
+from lora_blip.tasks.text_length import OF_BASE, CutCount
 
 
 @encodable_output()
@@ -103,7 +103,7 @@ def infer_among(ranks: Ranks, config: InferConfig, closing: ExitStack) -> Path:
         scheduler.run(examples, Predictor(texts), partial(write_results, out, base, display, cut["texts"]))
     if ranks.main:
         print(display.speed_line(), end="")
-        for name, count_of_cut in (("texts of the base", cut["base"]), ("texts", cut["texts"])):
+        for name, count_of_cut in ((OF_BASE, cut["base"]), ("texts", cut["texts"])):
             if line := count_of_cut.report(task, name):
                 print(f"warning: {line}")
         out.finish()

@@ -39,10 +39,14 @@ class PathLimits:
     def __str__(self) -> str:
         attention = "separate operations" if self.separate_16bit else "PyTorch's fused kernel"
         return (
-            f"fast paths by the limits of {self.processor}: oneDNN from {self.onednn:,} multiplications "
-            f"({self.onednn_narrow:,} with A or B), fused update from {self.fused:,}, 16-bit attention by {attention}, "
-            f"by heads from {self.by_heads:,} scores"
+            f"fast paths by the limits of {self.processor}, in millions of multiplications: oneDNN from "
+            f"{millions(self.onednn)} (with A or B {millions(self.onednn_narrow)}), fused update from {millions(self.fused)}; 16-bit attention by "
+            f"{attention}, by heads from {millions(self.by_heads)} million scores"
         )
+
+
+def millions(limit: int) -> str:
+    return "∞" if limit >= NEVER else f"{limit / 1e6:,.1f}"
 
 
 def parsed(processor: str, values: Any) -> PathLimits:

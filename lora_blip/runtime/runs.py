@@ -78,7 +78,8 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
     meant = f"did you mean {near!r}? Otherwise " if near else ""
     others = [str(run) for run in newest_runs(runs) if str(run) != near]
     others.sort(key=lambda run: path.name.casefold() not in Path(run).name.casefold())  # stable: the newest first
-    fix = f"give another run, the newest of {len(others)} first: {', '.join(map(repr, others[:NAMED]))}"
+    order = f", the newest of {len(others)} first" * (len(others) > 1)
+    fix = f"give another run{order}: {', '.join(map(repr, others[:NAMED]))}"
     if not others:
         fix = "train one: lora-blip train (or python train.py); or give the path of one"
     return AdapterError(f"no adapter at {str(path)!r}{folder}; {meant}{fix}")

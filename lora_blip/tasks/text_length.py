@@ -13,6 +13,7 @@ from lora_blip.tasks.base import BaseTask, Generation
 from lora_blip.tasks.text_task import TextTask
 
 MARGIN = 8  # tokens that are added to those of the longest text; a quarter of the text's tokens if that is more
+OF_BASE = "texts of the base"  # the name of these texts in a report
 CHUNK = 1024  # texts tokenized together
 MANY = 200_000  # lines whose texts take some seconds to count
 
@@ -136,7 +137,8 @@ class CutCount:
         most = task.generation.max_new_tokens
         longer = min(2 * most, most_new_tokens(task))
         if examples and longest_text(task, examples) <= most:
-            fix = "All reference texts fit this limit, so a larger one does not help. Train longer: raise EPOCHS (--epochs)"
+            cause = "the base does not end its texts" if what == OF_BASE else "train longer: raise EPOCHS (--epochs)"
+            fix = f"All reference texts fit this limit, so a larger one does not help: {cause}"
         elif longer > most:
             fix = f"Set MAX_NEW_TOKENS = {longer} (--max-new-tokens {longer})"
         else:
