@@ -40,8 +40,8 @@ class PathLimits:
         attention = "separate operations" if self.separate_16bit else "PyTorch's fused kernel"
         return (
             f"fast paths by the limits of {self.processor}, in millions of multiplications: oneDNN from "
-            f"{millions(self.onednn)} (with A or B {millions(self.onednn_narrow)}), fused update from {millions(self.fused)}; 16-bit attention by "
-            f"{attention}, by heads from {millions(self.by_heads)} million scores"
+            f"{millions(self.onednn)} (with A or B {millions(self.onednn_narrow)}), fused update from "
+            f"{millions(self.fused)}; 16-bit attention by {attention}, by heads from {millions(self.by_heads)} million scores"
         )
 
 
