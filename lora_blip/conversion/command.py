@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from lora_blip.conversion.base import check_base, open_base, weight_of
 from lora_blip.errors import AdapterError, ConfigError
 from lora_blip.models.local_base import locate_base
 from lora_blip.runtime import runs
@@ -16,7 +17,6 @@ from lora_blip.runtime.untrusted import printable, quoted
 
 if TYPE_CHECKING:
     from lora_blip.lora.adapter_file import Adapter
-    from lora_blip.models.weight_reader import WeightReader
 
 CARD_NAME = "README.md"
 
@@ -52,7 +52,10 @@ def convert(config: ConvertConfig) -> None:
     """Write the adapter into a new folder, and print the path of its weights. Raise LoraBlipError if that is impossible."""
     from lora_blip.lora import adapter_file
 
-    adapter = completed(adapter_file.read(runs.locate(config.adapter)), config)
+    adapter = adapter_file.read(runs.locate(config.adapter))
+    if config.model and (weights := open_base(config.model)):
+        check_base(adapter, weights)
+    adapter = completed(adapter, config)
     for line in (adapter.note, *notes(adapter, config)):
         print(printable(f"note: {line}\n") if line else "", end="")
     folder = Path(config.output_dir)
@@ -104,12 +107,10 @@ def write_peft(folder: Path, adapter: "Adapter") -> Path:
     from lora_blip.lora.header import HeaderError
 
     base = cache(partial(open_base, adapter.base))  # opened once, and only if a linear needs it
-
-    def weight_of(module: str) -> Any:
-        return weights.read(module) if (weights := base()) else None
-
     try:
-        updates = peft_writer.updates_of(adapter.sites, adapter.tensors, weight_of)
+        updates = peft_writer.updates_of(
+            adapter.sites, adapter.tensors, lambda module: weight_of(adapter, module, weights) if (weights := base()) else None
+        )
     except HeaderError as error:
         raise AdapterError(f"{adapter.path}: {error}") from None
     tensors, metadata, settings = peft_writer.written(adapter.metadata, adapter.sites, updates)
@@ -118,17 +119,6 @@ def write_peft(folder: Path, adapter: "Adapter") -> Path:
     write_whole(folder / CARD_NAME, card(adapter, max(update.r for update in updates), folder).encode())
     write_whole(folder / runs.PEFT_CONFIG, settings.encode())  # last: with it, the folder is an adapter of peft
     return path
-
-
-def open_base(base: str) -> "WeightReader | None":
-    """Return the weights of a base on this machine, or None if they are not there."""
-    from lora_blip.errors import ModelError
-    from lora_blip.models.weight_reader import open_local
-
-    try:
-        return open_local(base)
-    except ModelError:
-        return None
 
 
 def write_own(folder: Path, adapter: "Adapter") -> Path:

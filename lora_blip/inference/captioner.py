@@ -26,11 +26,12 @@ from lora_blip.inference.other_runs import newest_of_task
 from lora_blip.inference.prediction import Prediction
 from lora_blip.inference.predictor import AdapterPredictor
 from lora_blip.inference.setup import apply_adapter, given_adapter, open_task, task_of
-from lora_blip.inference.shared_base import SharedAdapter, check_settings, precision_of, shared
+from lora_blip.inference.shared_base import SharedAdapter, check_settings, shared
 from lora_blip.lora import attached
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.sites import name_of as owner_of
 from lora_blip.models.loading import Backbone, as_backbone
+from lora_blip.models.precision import dtype_of
 from lora_blip.runtime.counts import counted
 from lora_blip.tasks.base import PredictionTask
 
@@ -94,7 +95,7 @@ class Captioner:
         scale: factor of the change that the adapter makes; 1: as trained, 0: the base.
         base: None or "" for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a
         model of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and
-        a `device`, `image_size` or `fast` that differs from them raises InputError. The adapter is then not merged, and is
+        a `device`, `image_size`, `base_dtype` or `fast` that differs raises InputError. The adapter is then not merged, and is
         active only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
         generation: options of text generation, such as {"num_beams": 3}; see docs/generation.md. They replace the adapter's.
         seed: the seed of sampling, if `generation` has `do_sample`. The other arguments: as in infer.py.
@@ -133,7 +134,7 @@ class Captioner:
         """Return a captioner on a base that the caller has loaded. The caller may also use the base without the captioner."""
         check_settings(backbone, config)
         shared_adapter = shared(backbone.model).load(backbone, adapter) if adapter else None
-        precision = precision_of(backbone) if config.precision == "auto" else config.precision
+        precision = dtype_of(backbone.model) if config.precision == "auto" else config.precision
         captioner = cls(task_of(backbone, adapter, config), config.batch_size, precision, adapter)
         captioner.shared_adapter = shared_adapter
         return captioner

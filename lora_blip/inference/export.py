@@ -76,7 +76,7 @@ def export(config: ExportConfig) -> None:
     name = config.model or adapter.base
     source = locate_model(name)
     base_config = load_config(source)
-    refuse_t5_fp16(base_config, name, {"float16": "fp16"}.get(config.dtype, "fp32"))
+    refuse_t5_fp16(base_config, name, {"float16": "fp16"}.get(config.dtype, "fp32"), "give --dtype bfloat16")
     announce(config, adapter, name, with_safetensors(source, name))
     inference = InferConfig(model=config.model, device=config.device, precision="fp32", base_dtype=config.base_dtype)
     task, _ = setup.open_task(inference, adapter)

@@ -22,6 +22,7 @@ from lora_blip.inference.finished import FinishedExamples, key_of, resume_from
 from lora_blip.inference.prediction import Prediction, line_of, request_of
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.sites import quantization
+from lora_blip.models.precision import dtype_of, pick_base_dtype
 from lora_blip.runtime import lock
 from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.counts import counted
@@ -186,8 +187,14 @@ def identity(
         settings |= {"references": _content(config.references, "references"), "image_root": config.image_root}
     if named := keys_of(config).named:
         settings |= {"keys": named}
-    settings |= {"scale": adapter.scale if adapter else 1.0, "base_dtype": quantization(task.backbone.model)}
+    settings |= {"scale": adapter.scale if adapter else 1.0, "base_dtype": chosen_dtype(task.backbone.model, precision)}
     return settings | ({"seed": config.seed} if task.generation.do_sample else {})
+
+
+def chosen_dtype(model: Any, precision: str) -> str:
+    """Return the dtype of the base's weights, or "" if it is the one that BASE_DTYPE = "auto" gives."""
+    own = quantization(model) or dtype_of(model)
+    return "" if own == pick_base_dtype("auto", model.config, precision) else own
 
 
 def _content(text: str, setting: str) -> str:

@@ -13,8 +13,9 @@ from lora_blip.errors import InputError
 from lora_blip.lora import adapter_file, attached, injection
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.lora.routing import use_adapters
+from lora_blip.lora.sites import quantization
 from lora_blip.models.loading import Backbone
-from lora_blip.models.precision import DTYPES
+from lora_blip.models.precision import dtype_of
 
 
 @dataclass(eq=False)
@@ -65,14 +66,8 @@ class SharedBase:
         return nullcontext() if adapter is None else use_adapters(model, adapter)
 
 
-def precision_of(backbone: Backbone) -> str:
-    """Return the precision with the dtype of a backbone's weights."""
-    own = next(backbone.model.parameters()).dtype
-    return next((name for name, dtype in DTYPES.items() if dtype == own), "fp32")
-
-
 def check_settings(backbone: Backbone, config: InferConfig) -> None:
-    """Raise InputError for a device, an image size or kernels that a base loaded by the caller does not have."""
+    """Raise InputError for a device, an image size, a dtype or kernels that a base loaded by the caller does not have."""
     kind, _, number = config.device.partition(":")
     device = next(backbone.model.parameters()).device
     if config.device != "auto" and (kind != device.type or (number and number != str(device.index or 0))):
@@ -84,6 +79,12 @@ def check_settings(backbone: Backbone, config: InferConfig) -> None:
         raise InputError(
             f"image_size = {config.image_size}, but the loaded base has images of {backbone.image_size} pixels; leave "
             f"image_size out, or load the base with lora_blip.load_backbone(…, image_size={config.image_size})"
+        )
+    own = quantization(backbone.model) or dtype_of(backbone.model)
+    if config.base_dtype not in ("auto", own):
+        raise InputError(
+            f"base_dtype = {config.base_dtype!r}, but the loaded base is in {own}; leave base_dtype out, or load the base with "
+            f"lora_blip.load_backbone(…, dtype={config.base_dtype!r})"
         )
     if backbone.fast and not config.fast:
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.metrics.names import named_score, score_value
-from lora_blip.runtime.counts import counted, lr_ratio_of, steps_of
+from lora_blip.runtime.counts import counted, exact, lr_ratio_of, steps_of
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.untrusted import open_regular
 
@@ -54,7 +54,9 @@ def _size(adapter: Adapter) -> str:
     """Return "96 modules, r = 8, alpha = 32, 3,145,728 parameters"."""
     sites = adapter.sites
     ranks = Counter((site.r, site.alpha) for site in sites).most_common(LISTED)
-    described = " or ".join(f"r = {r}, alpha = {alpha:g}" + f" ({count})" * (len(ranks) > 1) for (r, alpha), count in ranks)
+    described = " or ".join(
+        f"r = {r}, alpha = {exact(alpha)}" + f" ({count})" * (len(ranks) > 1) for (r, alpha), count in ranks
+    )
     dropout = adapter.metadata["lora"].get("dropout", 0.0)
     size = sum(tensor.numel() for tensor in adapter.tensors.values())
     counts = f"{counted(len(sites), 'module')}, {described}, {counted(size, 'parameter')}"

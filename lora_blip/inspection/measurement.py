@@ -3,15 +3,14 @@
 import base64
 import re
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_blip.errors import AdapterError, ModelError
 from lora_blip.lora import spectrum
 from lora_blip.lora.adapter_file import Adapter
-from lora_blip.lora.fingerprint import same_weights, sample
+from lora_blip.lora.fingerprint import same_weights, sample_of
 from lora_blip.lora.intruders import count_intruders
 from lora_blip.lora.sites import Site
 from lora_blip.lora.targets import PARTS
@@ -117,17 +116,11 @@ def _weight(adapter: Adapter, site: Site, weights: WeightReader) -> Tensor | Non
     if W.shape[1] != A.shape[1] or stop > len(W) or stop - start != len(B):
         shapes = f"{tuple(W.shape)}, and the update is {len(B)} × {A.shape[1]}"
         raise AdapterError(f"{adapter.path}: {quoted(site.module)} of {weights.name!r} is {shapes}; {fix}")
-    if not same_weights(adapter.metadata["base"]["samples"].get(site.module, {}), sample(_linear(W))):
+    if not same_weights(adapter.metadata["base"]["samples"].get(site.module, {}), sample_of(W)):
         raise AdapterError(
             f"{adapter.path}: the weights of {quoted(site.module)} in {weights.name!r} are not those of the training; {fix}"
         )
     return W[start:stop]
-
-
-def _linear(W: Tensor) -> SimpleNamespace:
-    """Return what `fingerprint.sample` needs of a linear."""
-    weight = nn.Parameter(W, requires_grad=False)
-    return SimpleNamespace(weight=weight, out_features=len(W), in_features=W.shape[1], _modules={})
 
 
 def compare(first: Adapter, second: Adapter) -> tuple[list[PairView], list[str]]:

@@ -24,7 +24,7 @@ from lora_blip.lora.adapter_tensors import check_keys, check_values, names_of, t
 from lora_blip.lora.attached import Loaded, model_of
 from lora_blip.lora.fingerprint import dtype_note, same_weights, sample, samples, weights_dtype
 from lora_blip.lora.header import HeaderError, entry_of, sites_of, version_of
-from lora_blip.lora.sites import Site, check_sites, is_linear, modules_of, refuse_meta
+from lora_blip.lora.sites import Site, check_sites, is_linear, modules_of, refuse_meta, tied
 from lora_blip.lora.variants import is_rescaled, rescale
 from lora_blip.runtime.files import write_whole
 from lora_blip.runtime.runs import is_peft, locate
@@ -269,7 +269,8 @@ def check_fit(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> None:
     try:
         check_sites(model, adapter.sites, dropout)
     except LoRAError as error:  # for example a tied head, which `save` never writes
-        raise AdapterError(f"{adapter.path}: {error}; {remedy}") from None
+        again = ", and train the adapter again" * any(site.module in tied(model) for site in adapter.sites)
+        raise AdapterError(f"{adapter.path}: {error}{again}") from None
 
 
 def _check_image_size(backbone: Loaded | nn.Module, adapter: Adapter) -> None:

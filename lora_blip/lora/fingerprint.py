@@ -61,6 +61,11 @@ def sample(linear: Any) -> dict[str, Any]:
     stack = linear._modules.get("lora")
     merged = isinstance(stack, AdapterStack) and stack.original is not None
     weight: Tensor = stack.original if merged else linear.weight
+    return sample_of(weight)
+
+
+def sample_of(weight: Tensor) -> dict[str, Any]:
+    """Return the fingerprint of a weight that is not quantized."""
     flat = weight.detach().flatten()
     values = flat[positions(flat.numel()).to(flat.device)].float().tolist()
     return {"dtype": str(weight.dtype).removeprefix("torch."), "values": values}

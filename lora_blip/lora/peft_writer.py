@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,12 +58,14 @@ def updates_of(
 def _update(
     module: str, sites: list[Site], tensors: dict[str, Tensor], weight_of: Callable[[str], Tensor | None]
 ) -> PeftUpdate:
-    scale = sites[0].scale
-    if sites[0].rows is None:
+    scale, dora = sites[0].scale, sites[0].variant == "dora"
+    if len(sites) == 1 and sites[0].rows is None:
         A, B, magnitude = (tensors.get(f"{module}.{part}") for part in ("lora_A", "lora_B", "magnitude"))
         assert A is not None and B is not None
         return PeftUpdate(module, A, B, scale, magnitude)
-    count, dora = _row_count(module, sites, weight_of), sites[0].variant == "dora"
+    if dora:
+        _refuse_overlap(module, sites)
+    count = _row_count(module, sites, tensors, weight_of)
     A = torch.cat([tensors[f"{site.address}.lora_A"] for site in sites])
     B = torch.zeros(count, len(A))
     magnitude = _norms(module, weight_of) if dora else None
@@ -77,8 +80,20 @@ def _update(
     return PeftUpdate(module, A, B, scale, magnitude)
 
 
-def _row_count(module: str, sites: list[Site], weight_of: Callable[[str], Tensor | None]) -> int:
-    """Return the number of output features of a linear with blocks."""
+def _refuse_overlap(module: str, sites: list[Site]) -> None:
+    """Raise HeaderError if two updates of DoRA reach the same row: peft has one magnitude for each row."""
+    ranges = sorted(site.rows or (0, math.inf) for site in sites)
+    if any(start < stop for (_, stop), (start, _) in pairwise(ranges)):
+        raise HeaderError(
+            f"it has two updates of DoRA for the same rows of {quoted(module)}, and peft has one; write the merged model "
+            "instead: lora-blip export ADAPTER --output-dir FOLDER"
+        )
+
+
+def _row_count(module: str, sites: list[Site], tensors: dict[str, Tensor], weight_of: Callable[[str], Tensor | None]) -> int:
+    """Return the number of output features of a linear with several updates."""
+    if any(site.rows is None for site in sites):
+        return len(tensors[f"{module}.lora_B"])
     weight = weight_of(module)
     if weight is not None:
         return len(weight)

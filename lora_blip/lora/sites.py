@@ -203,8 +203,11 @@ def _check_numbers(site: Site) -> None:
         raise LoRAError(f"{site.address!r}: alpha={quoted(site.alpha)}: expected a positive finite number")
     if site.variant not in VARIANTS:
         raise LoRAError(f"{site.address!r}: variant={quoted(site.variant)}: expected one of {', '.join(VARIANTS)}")
-    if site.alpha > FLOAT32.max * site.r or site.alpha / site.r < FLOAT32.tiny:
-        raise LoRAError(f"{site.address!r}: alpha / r = {quoted(site.alpha)} / {site.r} is beyond float32; give alpha = 32")
+    if site.alpha > FLOAT32.max * site.r or not FLOAT32.tiny <= site.scale <= FLOAT32.max:
+        root = "√" if site.variant == "rslora" else ""
+        raise LoRAError(
+            f"{site.address!r}: alpha / {root}r = {quoted(site.alpha)} / {root}{site.r} is beyond float32; give alpha = 32"
+        )
 
 
 def _check_place(site: Site, linear: Any) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lora_blip.errors import LoRAError
 from lora_blip.kernels.linear import PLAIN_FORWARDS
 from lora_blip.lora.layer import LoRA
-from lora_blip.lora.sites import Site, is_quantized
+from lora_blip.lora.sites import Site, is_quantized, quantization_of
 
 
 class RsLoRA(LoRA):
@@ -122,7 +122,13 @@ def check_decomposable(site: Site, linear: Any) -> None:
     kind = type(linear)
     plain = kind.forward in PLAIN_FORWARDS and "forward" not in vars(linear)
     if site.variant == "dora" and (not plain or is_quantized(linear)):
+        fix = 'load the base in full precision: BASE_DTYPE = "fp32" (--base-dtype fp32), or train with VARIANT = "lora"'
         raise LoRAError(
             f"{site.module!r} is a {kind.__name__} with a {type(linear.weight).__name__}, and DoRA needs an nn.Linear with a "
-            'weight of 16 or 32 bits; use VARIANT = "lora" (--variant lora), or leave this module out of the targets'
+            "weight of 16 or 32 bits; "
+            + (
+                fix
+                if quantization_of(linear)
+                else 'use VARIANT = "lora" (--variant lora), or leave this module out of the targets'
+            )
         )

@@ -58,6 +58,12 @@ def pick_base_dtype(base_dtype: str, config: PretrainedConfig, precision: str) -
     return base_dtype
 
 
+def dtype_of(model: Any) -> str:
+    """Return the precision with the dtype of the ViT's weights. An fp16 BLIP-2 keeps its Q-Former and queries in float32."""
+    own = next(model.vision_model.parameters()).dtype
+    return next((name for name, dtype in DTYPES.items() if dtype == own), "fp32")
+
+
 def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
     """Return a function that creates the context of a forward pass: autocast, or a context without effect in fp32."""
     if precision == "fp32":
@@ -65,7 +71,7 @@ def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractCo
     return lambda: torch.autocast(device.type, DTYPES[precision])
 
 
-def refuse_t5_fp16(config: PretrainedConfig, name: str, precision: str) -> None:
+def refuse_t5_fp16(config: PretrainedConfig, name: str, precision: str, fix: str = "set the precision to bf16 or fp32") -> None:
     """Raise ModelError for Flan-T5 in fp16: it overflows to NaN, with fp16 weights and under autocast."""
     if precision == "fp16" and getattr(config, "text_config", None) is not None and config.text_config.model_type == "t5":
-        raise ModelError(f"{name!r} has a T5 language model, which gives NaN in fp16; set the precision to bf16 or fp32")
+        raise ModelError(f"{name!r} has a T5 language model, which gives NaN in fp16; {fix}")

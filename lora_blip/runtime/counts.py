@@ -1,6 +1,7 @@
 """Numbers of things in messages: "1 step", "1,200 images", "1 line has", "3 batches have"."""
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from lora_blip.runtime.settings import LARGEST
@@ -19,6 +20,12 @@ def counted(number: int, noun: str, verb: str = "") -> str:
     """Return the number with its noun: "1 step", "1,200 images", or "1 image has" with the verb "have"."""
     text = f"{number:,} {plural(noun, number)}"
     return f"{text} {SINGULARS[verb] if number == 1 else verb}" if verb else text
+
+
+def exact(value: float) -> str:
+    """Return a number that a setting reads as the same float, without an exponent: "8", "22.627416997969522", "0.00001"."""
+    text = f"{Decimal(repr(float(value))):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def steps_of(training: Mapping[str, Any]) -> str:

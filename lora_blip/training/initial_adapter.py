@@ -16,7 +16,7 @@ from lora_blip.lora.layer import LoRA
 from lora_blip.lora.sites import Site
 from lora_blip.models.loading import Backbone
 from lora_blip.runtime import runs
-from lora_blip.runtime.counts import counted
+from lora_blip.runtime.counts import counted, exact
 from lora_blip.runtime.system_errors import command_line, quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
@@ -58,7 +58,8 @@ def check_base(adapter: Adapter, backbone: Backbone) -> None:
     try:
         adapter_file.check_fit(backbone.model, adapter)
     except AdapterError as error:
-        raise AdapterError(f"init_adapter: {error}: --model {quoted_for_shell(adapter.base)}") from None
+        flag = f": --model {quoted_for_shell(adapter.base)}" * str(error).endswith("load that base")
+        raise AdapterError(f"init_adapter: {error}{flag}") from None
     if adapter.image_size not in (0, backbone.image_size) and not backbone.chose_image_size:
         raise AdapterError(
             f"init_adapter: {adapter.path} was trained on images of {adapter.image_size}×{adapter.image_size}, and this "
@@ -81,8 +82,9 @@ def check_sites(adapter: Adapter, sites: list[Site]) -> None:
         same = own.get(site.address)
         if same and (same.r, same.alpha) != (site.r, site.alpha):
             raise AdapterError(
-                f"init_adapter: {adapter.path} has r = {same.r} and alpha = {same.alpha:g} at {quoted(site.address)}, and this "
-                f"training has r = {site.r} and alpha = {site.alpha:g}; use those of the adapter: {fitting_flags(adapter)}"
+                f"init_adapter: {adapter.path} has r = {same.r} and alpha = {exact(same.alpha)} at {quoted(site.address)}, and "
+                f"this training has r = {site.r} and alpha = {exact(site.alpha)}; use those of the adapter: "
+                f"{fitting_flags(adapter)}"
             )
     for site in (*sites, *own.values()):
         if site.block and site.module in whole:
@@ -98,7 +100,7 @@ def fitting_flags(adapter: Adapter, full: bool = False) -> str:
     settings: Any = adapter.metadata.get("training", {}).get("settings", {})
     if len(pairs) == 1 and not full:
         ((r, alpha),) = pairs
-        return f"--r {r} --alpha {alpha:g}"
+        return f"--r {r} --alpha {exact(alpha)}"
     known = {name: settings[name] for name in ("targets", "r", "alpha") if isinstance(settings.get(name), str | int | float)}
     if len(known) == 3:
         return command_line([part for name, value in known.items() for part in (f"--{name}", f"{value}")])
@@ -106,7 +108,7 @@ def fitting_flags(adapter: Adapter, full: bool = False) -> str:
 
 
 def _target(site: Site) -> str:
-    return f"{site.address}:r={site.r}:alpha={site.alpha:g}"
+    return f"{site.address}:r={site.r}:alpha={exact(site.alpha)}"
 
 
 def describe(adapter: Adapter, sites: Iterable[Site]) -> str:

@@ -180,7 +180,9 @@ class Learner:
         parameters = {name: checked_tensor(tensors, f"parameter/{name}", p) for name, p in self.parameters.items()}
         others = [key for key in tensors if key.startswith("parameter/") and key.removeprefix("parameter/") not in parameters]
         if others:
-            raise CheckpointError(f"the checkpoint also has adapters on other modules, such as {others[0]!r}; {REMEDY}")
+            raise CheckpointError(
+                f"the checkpoint also has tensors that this run does not have, such as {others[0]!r}; {REMEDY}"
+            )
         try:
             progress = Progress(**values["progress"])
             step, scaler = dict(values["step"]), LossScaler(self.scaler.enabled)

@@ -83,9 +83,9 @@ def find(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | None, li
     saved = checkpoint.locate(Path(config.resume))
     changed = _changes_since(saved, config, current)
     if changed and not config.allow_changed:
+        accept = ", or set ALLOW_CHANGED = True (--allow-changed) to resume with it" * _can_be_accepted(changed)
         raise CheckpointError(
-            f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change, or set "
-            "ALLOW_CHANGED = True (--allow-changed) to resume with it"
+            f"resume = {config.resume!r}: the run has changed since its start: {'; '.join(changed)}. Undo the change{accept}"
         )
     return saved, _notes_on_changes(changed)
 
@@ -129,7 +129,7 @@ def _find_newest(config: TrainConfig, current: dict[str, Any]) -> tuple[Saved | 
         return saved, notes + _notes_on_changes(changed)
     return None, notes + [
         f"{saved.run} was interrupted, and this start does not resume it, because {'; '.join(changed)}. To resume it, set "
-        f"these values back, or add --resume {saved.run} --allow-changed"
+        "these values back" + f", or add --resume {saved.run} --allow-changed" * _can_be_accepted(changed)
         for saved, changed in others
     ]
 
@@ -138,6 +138,12 @@ def _changes_since(saved: Saved, config: TrainConfig, current: dict[str, Any]) -
     """Return the differences between the identity of a checkpoint and that of this start."""
     earlier = saved.state.get("identity", {})
     return differences(earlier, with_automatic_length(config, earlier, current))
+
+
+def _can_be_accepted(changed: list[str]) -> bool:
+    """Return False if the adapters of the checkpoint have other tensors than those of this start."""
+    reshaping = [change for change in changed if change.startswith(("r was ", "targets was ", "variant was "))]
+    return all(change.startswith("variant") and "'dora'" not in change for change in reshaping)
 
 
 def _notes_on_changes(changed: list[str]) -> list[str]:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lora_blip.cli import run_command
 from lora_blip.config import TrainConfig
@@ -16,6 +18,7 @@ from lora_blip.inference import output
 from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, attached
+from lora_blip.models.loading import load_backbone
 from lora_blip.runtime import runs
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.training import initial_adapter
@@ -86,10 +89,36 @@ def test_a_written_folder_is_refused_on_another_base(make, tmp_path):
         adapter_file.load(other, tmp_path / "peft")
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("own", [True, False], ids=["the base is changed", "another base is given"])
+def test_the_base_must_be_that_of_the_training(checkpoints, tmp_path, variant, own):
+    """peft needs norms of the base for rows that no block of DoRA reaches. Those of another base would be wrong numbers."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(checkpoints["blip"], base)
+    backbone = load_backbone(str(base), "cpu")
+    backbone.name = "blip"
+    inject(backbone, "vit.q", variant=variant)
+    backbone.name = str(base)
+    path = adapter_file.save(tmp_path / "a.safetensors", backbone, task=TASK)
+    shutil.copytree(base, other)
+    weights = (base if own else other) / "model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    config = ConvertConfig(adapter=str(path), output_dir=str(tmp_path / "peft"), model="" if own else str(other))
+    with pytest.raises(AdapterError, match=r"the weights of .*qkv' in .* are not those of the training; give .*: --model"):
+        convert(config)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_base_of_another_family_is_refused(make, checkpoints, tmp_path):
+    """Also for an adapter of peft, which has no samples of its base."""
+    config = {"adapter": str(foreign(make, "blip", tmp_path)), "to": "lora_blip", "output_dir": str(tmp_path / "own")}
+    with pytest.raises(AdapterError, match="has no linear 'text_decoder"):
+        convert(ConvertConfig(**config, model=str(checkpoints["opt"])))
+    convert(ConvertConfig(**config, model=str(checkpoints["blip"])))
+
+
 def foreign(make, kind: str, folder: Path) -> Path:
     """Return a folder without our header, as peft writes it."""
-    from safetensors.torch import load_file, save_file
-
     convert(ConvertConfig(adapter=str(saved(make, kind, folder)), output_dir=str(folder / "peft")))
     weights = folder / "peft" / runs.PEFT_WEIGHTS
     save_file(load_file(weights), weights, {"format": "pt"})

@@ -558,11 +558,13 @@ def test_settings_that_a_loaded_base_does_not_have_are_errors(workplace, monkeyp
         ({"device": "cpu:1"}, "device = 'cpu:1', but the loaded base is on cpu"),
         ({"image_size": 64}, r"the loaded base has images of 96 pixels; .*load_backbone\(…, image_size=64\)"),
         ({"fast": False}, r"load_backbone\(…, fast=False\)"),
+        ({"base_dtype": "int8"}, r"the loaded base is in fp32; .*load_backbone\(…, dtype='int8'\)"),
+        ({"base_dtype": "bf16"}, r"the loaded base is in fp32; .*load_backbone\(…, dtype='bf16'\)"),
     ):
         with pytest.raises(InputError, match=message):
             Captioner.from_adapter("adapter1", base=base, **settings)
     assert not attached.names(base.model)
-    assert Captioner.from_adapter("adapter1", base=base, device="cpu", image_size=96, fast=True).backbone is base
+    assert Captioner.from_adapter("adapter1", base=base, device="cpu", image_size=96, base_dtype="fp32").backbone is base
     other = Captioner.from_adapter("adapter1", base=load_backbone("assets/tiny-blip", "cpu", fast=False), fast=True)
     assert other.task == "caption"
 

@@ -1,6 +1,7 @@
 """Files in the format of peft: what is read, what is refused and why, and what untrusted files can do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,19 @@ def test_a_block_that_is_no_third_needs_the_base():
         updates_of([site], tensors)
     (update,) = updates_of([site], tensors, lambda _: torch.zeros(7, 8))
     assert update.B.shape == (7, 2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_overlapping_updates_become_one_and_those_of_dora_are_refused(order):
+    """All rows and a block in one adapter, in each order: ΔW is the sum. DoRA has one magnitude for each row."""
+    sites = [Site(QKV, 2, 4.0), Site(QKV, 3, 12.0, "q", (0, 8))][::order]
+    tensors, expected = {}, torch.zeros(24, 8)
+    for site in sites:
+        start, stop = site.rows or (0, 24)
+        A, B = torch.randn(site.r, 8), torch.randn(stop - start, site.r)
+        tensors |= {f"{site.address}.lora_A": A, f"{site.address}.lora_B": B, f"{site.address}.magnitude": torch.ones(len(B))}
+        expected[start:stop] += site.scale * B @ A
+    (update,) = updates_of(sites, tensors)
+    assert torch.allclose(update.scale * update.B @ update.A, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(HeaderError, match=r"two updates of DoRA for the same rows .* lora-blip export"):
+        updates_of([replace(site, variant="dora") for site in sites], tensors, lambda _: torch.ones(24, 8))

@@ -14,6 +14,7 @@ from lora_blip.inference.captioner import Captioner
 from lora_blip.inference.output import identity
 from lora_blip.inference.setup import describe, read_inputs, task_of
 from lora_blip.lora import adapter_file, attached, merging
+from lora_blip.models.precision import dtype_of
 from lora_blip.runtime.agreement import changes
 from lora_blip.runtime.setting_checks import VARIANTS
 from tests.support.models import inject, logits_of
@@ -93,6 +94,22 @@ def test_a_run_of_infer_has_its_scale(make, saved, tmp_path):
     assert changes(older, identities[0]) == []  # a run of an older version can be resumed
     assert json.loads(json.dumps(identities[1])) == identities[1]
     assert "scaled by 0.5" in describe(task, adapters[1], 1, "fp32") and "scaled" not in describe(task, adapters[0], 1, "fp32")
+
+
+@pytest.mark.parametrize("kind", ["blip", "opt"])
+def test_a_run_of_infer_has_the_dtype_of_its_base(make, tmp_path, kind):
+    """A base that BASE_DTYPE rounds to 16 bits gives other predictions. "auto" and its own dtype are the same run."""
+    config = InferConfig(model="x", adapter="none", images=str(tmp_path))
+    stored = {}
+    for dtype in ("fp32", "bf16", "fp16"):
+        backbone = make(kind, dtype=dtype)
+        assert dtype_of(backbone.model) == dtype  # an fp16 BLIP-2 keeps its Q-Former in float32
+        task = task_of(backbone, None, config)
+        for precision in ("fp32", dtype):
+            stored[dtype, precision] = identity(config, task, None, precision)["base_dtype"]
+    own = "" if kind == "opt" else "bf16"
+    assert stored["fp32", "fp32"] == "" and stored["bf16", "fp32"] == "bf16" and stored["fp16", "fp32"] == "fp16"
+    assert stored["bf16", "bf16"] == own
 
 
 def test_infer_reads_the_adapter_with_its_scale(saved):

@@ -65,6 +65,12 @@ def test_an_invalid_site_is_named_and_nothing_changes(case):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_scale_of_rslora_must_fit_float32():
+    """alpha / √r overflows before alpha / r does. B = 0 times infinity would be NaN in the first forward."""
+    with pytest.raises(LoRAError, match=r"'0': alpha / √r = 1\.3e\+39 / √4 is beyond float32"):
+        injection.inject(net(), [Site("0", 4, 1.3e39, variant="rslora")])
+
+
 @pytest.mark.parametrize("dropout", [NAN, -0.1, 1.0, 1.5, INF, None, "0.1"])
 def test_a_dropout_outside_0_to_1_is_refused_by_every_inject(dropout):
     """The first and the second `inject` raise LoRAError. The dropout of an existing adapter does not change."""

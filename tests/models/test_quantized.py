@@ -111,7 +111,7 @@ def test_a_merge_is_refused_with_the_fix(make, write):
 @needs_bitsandbytes
 def test_dora_on_a_quantized_linear_is_refused(make):
     backbone = make("blip", dtype="int8")
-    with pytest.raises(LoRAError, match='use VARIANT = "lora"'):
+    with pytest.raises(LoRAError, match=r'BASE_DTYPE = "fp32" .*, or train with VARIANT = "lora"'):
         lora_blip.inject(backbone, "vit", variant="dora")
 
 

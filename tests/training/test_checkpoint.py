@@ -277,7 +277,11 @@ def test_a_missing_tensor_or_one_of_another_shape_is_named():
     like = torch.zeros(2, 3)
     assert checkpoint.checked_tensor(TENSOR, "parameter/a", like) is TENSOR["parameter/a"]
     for name, expected_tensor, message in (
-        ("parameter/b", like, r"'parameter/b' is missing in the checkpoint; set TARGETS and R to the values of that run"),
+        (
+            "parameter/b",
+            like,
+            r"'parameter/b' is missing in the checkpoint; set TARGETS, R and VARIANT to the values of that run",
+        ),
         (
             "parameter/a",
             torch.zeros(3, 2),

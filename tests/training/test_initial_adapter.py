@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from lora_blip.config import TrainConfig
 from lora_blip.errors import AdapterError, CheckpointError
 from lora_blip.lora import adapter_file, injection
+from lora_blip.lora.sites import Site
+from lora_blip.lora.targets import parse
 from lora_blip.runtime.distributed import ALONE
 from lora_blip.runtime.runs import ADAPTER_NAME, CHECKPOINTS_NAME, locate_initial, run_to_resume
 from lora_blip.training import initial_adapter
@@ -164,6 +167,18 @@ def test_an_adapter_that_does_not_fit_is_one_error_with_the_fix(first, checkpoin
     with pytest.raises(AdapterError, match=message):
         train(further(first, tmp_path, **changes))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("alpha", [4 * 2**0.5, 1e-5, 12, 0.1 + 0.2])
+def test_the_printed_alpha_is_that_of_the_adapter(alpha):
+    """An adapter of peft with rsLoRA and DoRA has alpha · √r. The flag with a rounded value would be refused again."""
+    adapter = SimpleNamespace(path="a", variant="lora", metadata={}, sites=[Site("fc1", 8, alpha), Site("fc2", 4, alpha)])
+    with pytest.raises(AdapterError, match=r"use those of the adapter: --targets \S+$") as raised:
+        initial_adapter.check_sites(adapter, [Site("fc1", 8, 33.0)])
+    first, second = str(raised.value).split("--targets ")[1].split(",")
+    assert [parse(target, 1, 1.0).alpha for target in (first, second)] == [alpha, alpha]
+    adapter.sites.pop()
+    assert float(initial_adapter.fitting_flags(adapter).split("--alpha ")[1]) == alpha
 
 
 @pytest.mark.slow

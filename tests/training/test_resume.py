@@ -511,17 +511,20 @@ def test_an_exact_run_is_preferred_to_a_newer_one_that_changed(checkpoints, tmp_
     assert json.loads((train(replace(config, allow_changed=True)).parent / "config.json").read_text())["seed"] == 0
 
 
-@pytest.mark.parametrize("changes", [{"best_by": "loss"}, {"targets": "text"}, {"r": 4}, {"targets": "vit.mlp"}])
+@pytest.mark.parametrize("changes", [{"best_by": "loss"}, {"targets": "text"}, {"r": 4}, {"variant": "dora"}])
 def test_with_allow_changed_a_run_resumes_or_names_the_reason(checkpoints, tmp_path, changes):
     """Another BEST_BY starts without a best score. Adapters on other modules or of another rank cannot be resumed."""
     config = config_of(checkpoints, tmp_path, best_by="exact_match")
     with killed_at(6):
         train(config)
     changed = replace(config, allow_changed=True, resume=str(only_run(config)), **changes)
+    with pytest.raises(CheckpointError, match="Undo the change") as refused:
+        train(replace(changed, allow_changed=False))
+    assert ("--allow-changed" in str(refused.value)) == ("best_by" in changes)
     if "best_by" in changes:
         assert train(changed).parent == only_run(config)
     else:
-        with pytest.raises(CheckpointError, match="set TARGETS and R to the values of that run"):
+        with pytest.raises(CheckpointError, match="set TARGETS, R and VARIANT to the values of that run"):
             train(changed)
 
 
