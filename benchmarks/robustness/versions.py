@@ -23,7 +23,14 @@ CELLS = {  # base → the results to compare: predictions of the base, and losse
 }  # fmt: skip
 CORE = [
     f"tests/{name}.py"
-    for name in "lora/test_lora tasks/test_caption kernels/test_signatures models/test_library_models test_fixtures".split()
+    for name in (
+        "lora/test_lora",
+        "tasks/test_caption",
+        "kernels/test_signatures",
+        "models/test_library_models",
+        "inference/test_export",
+        "test_fixtures",
+    )
 ]
 TEXTS = ["a red circle on top of a blue square", "a green triangle", "no shape is present in the image", "a blue square above"]
 QUESTION = "what color is the circle?"
