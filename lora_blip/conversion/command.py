@@ -57,7 +57,7 @@ def convert(config: ConvertConfig) -> None:
         check_base(adapter, weights)
     adapter = completed(adapter, config)
     for line in (adapter.note, *notes(adapter, config)):
-        print(printable(f"note: {line}\n") if line else "", end="")
+        print(f"note: {printable(line)}\n" if line else "", end="")
     folder = Path(config.output_dir)
     path = write_peft(folder, adapter) if config.to == "peft" else write_own(folder, adapter)
     print(printable(f"wrote {path}, {counted(len(adapter.sites), 'module')}"), flush=True)

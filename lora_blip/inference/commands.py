@@ -57,7 +57,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.adapter in ("", "none") and not self.model:
             raise ConfigError(f'adapter is "none", and model is empty; give a base: --model {BASE_OF[self.task]}')
-        check_scale(self.scale)
+        check_scale(self.scale, self.adapter)
 
     @property
     def model_flags(self) -> list[str]:

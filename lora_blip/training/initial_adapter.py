@@ -136,7 +136,7 @@ def restore_task(task: Task, adapter: Adapter, config: TrainConfig) -> None:
             own = f"this training has {quoted(task.prompt)}"
             notes.append(f"the initial adapter was trained with PROMPT = {quoted(prompt)}, and {own}")
         notes.append(generation_note(adapter, task.generation.stored()) if task.writes_text else "")
-    print("".join(printable(f"note: {note}\n") for note in notes if note), end="")
+    print("".join(f"note: {printable(note)}\n" for note in notes if note), end="")
 
 
 def generation_note(adapter: Adapter, current: dict[str, Any]) -> str:

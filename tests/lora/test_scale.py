@@ -3,14 +3,16 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_blip.config import InferConfig
+from lora_blip.config import EvaluateConfig, InferConfig
 from lora_blip.errors import AdapterError, ConfigError
 from lora_blip.inference.captioner import Captioner
+from lora_blip.inference.commands import CaptionConfig
 from lora_blip.inference.output import identity
 from lora_blip.inference.setup import describe, read_inputs, task_of
 from lora_blip.lora import adapter_file, attached, merging
@@ -125,3 +127,12 @@ def test_a_scale_must_be_a_number_of_a_sensible_size(make, saved):
             Captioner.from_adapter(saved, base=make("blip"), scale=scale)
         with pytest.raises(ConfigError, match=r"scale = .*: expected"):
             InferConfig(adapter=str(saved), scale=scale)
+
+
+def test_a_scale_without_an_adapter_is_an_error(make):
+    """It would have no effect on the base."""
+    for command in (InferConfig, EvaluateConfig, partial(CaptionConfig, images=["photo.jpg"])):
+        with pytest.raises(ConfigError, match=r"scale = 0\.5, but there is no adapter to scale"):
+            command(adapter="none", model="x", scale=0.5)
+    with pytest.raises(ConfigError, match="there is no adapter to scale"):
+        Captioner.from_adapter(None, base=make("blip"), scale=0.5)

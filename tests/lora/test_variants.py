@@ -148,6 +148,8 @@ def test_an_adapter_has_one_known_variant(make):
 def test_a_wrong_variant_in_the_settings_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"variant = 'rs-lora': expected one of lora, rslora.*did you mean 'rslora'"):
         TrainConfig(variant="rs-lora")
+    with pytest.raises(ConfigError, match=r"variant = 'LoRA\+': LoRA\+ is the setting LR_RATIO; .*--lr-ratio 16"):
+        TrainConfig(variant="LoRA+")
 
 
 # ---------------------------------------------------------------- DoRA
