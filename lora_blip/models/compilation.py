@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
+from lora_blip.kernels import paths
 from lora_blip.lora.sites import is_compiled
 
 
 def compile_blocks(model: Any, first: int = 0) -> None:
     """Compile the blocks of the ViT from `first` on. Hooks that are added later are ignored."""
+    paths.row()  # torch.compile cannot trace the code that reads the table
     for block in model.vision_model.encoder.layers[first:]:
         block.compile()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lora_blip.errors import ConfigError
+from lora_blip.kernels import paths
 from lora_blip.models.compilation import compile_blocks
 from lora_blip.training import early_checks
 from lora_blip.training.loop import train
@@ -55,6 +56,19 @@ def test_a_missing_compiler_is_an_error_before_the_model_is_loaded(checkpoints, 
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match="compiler"):
         train(settings(checkpoints["blip"], tiny.write_photos(tmp_path), compile=True))
+
+
+@pytest.mark.slow
+def test_the_table_of_paths_is_read_before_the_graphs_are_traced(make, monkeypatch):
+    """In a process that has not read the table, the trace has no graph break."""
+    model = make("blip").model
+    monkeypatch.setattr(paths.Current, "row", None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model)
+    model.vision_model(torch.randn(2, 3, tiny.SIDE, tiny.SIDE))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_blocks_before_the_first_adapter_are_left_as_they_are(make):
