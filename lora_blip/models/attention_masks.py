@@ -24,7 +24,7 @@ def causal_arguments(config: Any, mask: Tensor, is_full: bool, dtype: torch.dtyp
         return {"attention_mask": mask}
     earlier = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
     positions = mask.cumsum(1) * mask - 1  # as OPT counts them; its table has a row for −1
-    return {"attention_mask": _as_scores(config, mask[:, None, None].bool() & earlier, dtype), "position_ids": positions}
+    return {"attention_mask": scores_mask(config, mask[:, None, None].bool() & earlier, dtype), "position_ids": positions}
 
 
 def bidirectional_mask(config: Any, mask: Tensor, is_full: bool, queries: int, dtype: torch.dtype) -> Tensor | None:
@@ -36,11 +36,11 @@ def bidirectional_mask(config: Any, mask: Tensor, is_full: bool, queries: int, d
         return None
     if config._attn_implementation not in ATTENTIONS:
         return mask
-    return _as_scores(config, mask[:, None, None].bool().expand(-1, -1, queries, -1), dtype)
+    return scores_mask(config, mask[:, None, None].bool().expand(-1, -1, queries, -1), dtype)
 
 
-def _as_scores(config: Any, visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask of bools as the attention of `config` needs it."""
+def scores_mask(config: Any, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask of bools (rows, 1, queries, keys) as the attention of `config` needs it."""
     if config._attn_implementation == "sdpa":
         return visible
     return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), torch.finfo(dtype).min)

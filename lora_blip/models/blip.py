@@ -1,5 +1,6 @@
 """The language side of BLIP: a text decoder that attends to the image. For questions, a text encoder comes before it."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from lora_blip.models.generated_ids import new_tokens
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
-from lora_blip.models.token_rows import PackedRows, PaddedRows, TokenRows, pack, plain_ids, take_rows
+from lora_blip.models.packing import EncoderRows, PackedRows, as_tensors, encoder_rows, rows_of
+from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
 
 
 class BlipLanguage(DecoderLanguage[PackedRows]):
@@ -42,7 +44,11 @@ class BlipLanguage(DecoderLanguage[PackedRows]):
         return self.model.text_decoder.cls.predictions.decoder
 
     def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:
-        return pack(tokens, [image[example] for example in tokens.example])  # the texts of an image are in one row
+        return self.packed(tokens, [image[example] for example in tokens.example])  # the texts of an image are in one row
+
+    def packed(self, tokens: TokenRows, source: list[int], encoder: EncoderRows | None = None) -> PackedRows:
+        """Return one row for each source: the states of an image take longer than long rows of text."""
+        return as_tensors(rows_of(tokens, source, longest=sys.maxsize, share=False), tokens, encoder)
 
     def label_states(self, features: Tensor, rows: PackedRows, image: Tensor | None) -> Tensor:  # noqa: ARG002
         return self.packed_states(rows, encoder_hidden_states=as_autocast(features))  # cast once, not in each layer
@@ -98,17 +104,18 @@ class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
-    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:  # noqa: ARG002
-        return pack(tokens, tokens.example)  # the answers to one question are in one row
+    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:
+        questions = encoder_rows(tokens.inputs, tokens.pad_id, image)
+        return self.packed(tokens, tokens.example, questions)  # the answers to one question are in one row
 
-    def label_states(self, features: Tensor, rows: PackedRows, image: Tensor | None) -> Tensor:
-        assert rows.encoder_ids is not None and rows.encoder_mask is not None
-        encoder = self.model.text_encoder
+    def label_states(self, features: Tensor, rows: PackedRows, image: Tensor | None) -> Tensor:  # noqa: ARG002
+        questions, encoder = rows.encoder, self.model.text_encoder
+        assert questions is not None
         own, read = (
-            bidirectional_mask(encoder.config, rows.encoder_mask, rows.encoder_is_full, ids.shape[1], encoder.dtype)
-            for ids in (rows.encoder_ids, rows.ids)
+            bidirectional_mask(encoder.config, questions.mask, questions.is_full, ids.shape[1], encoder.dtype)
+            for ids in (questions.ids, rows.ids)
         )
-        states = self.encode_questions(take_rows(as_autocast(features), image), rows.encoder_ids, own)
+        states = self.encode_questions(take_rows(as_autocast(features), questions.image), questions.ids, own)
         return self.packed_states(rows, encoder_hidden_states=states, encoder_attention_mask=read)
 
     def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:

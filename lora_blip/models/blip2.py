@@ -1,5 +1,6 @@
 """BLIP-2's language side: the Q-Former's states replace placeholder tokens before the text of an OPT or a Flan-T5."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,15 +8,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
-from lora_blip.models.attention_masks import bidirectional_mask, causal_arguments
+from lora_blip.models.attention_masks import ATTENTIONS, bidirectional_mask, causal_arguments, scores_mask
 from lora_blip.models.generated_ids import new_tokens
 from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
+from lora_blip.models.packing import PackedRows, TextRows, as_tensors, encoder_rows, rows_of, saves_tokens
 from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
 
 
-class Blip2Language(Language[PaddedRows]):
+class Blip2Language(Language[TextRows]):
     """The base of BLIP-2's two kinds of language model. Its input begins with placeholders for the image."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -42,8 +44,14 @@ class Blip2Language(Language[PaddedRows]):
     def head(self) -> nn.Linear:
         return self.model.language_model.get_output_embeddings()
 
-    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PaddedRows:  # noqa: ARG002
-        return tokens.pad(with_labels=True)
+    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> TextRows:
+        """Pack the texts if that saves tokens, and if the attention accepts a mask of 4 dimensions. Otherwise pad them."""
+        packed = self.pack(tokens, image) if self.generator.config._attn_implementation in ATTENTIONS else None
+        return tokens.pad(with_labels=True) if packed is None else packed
+
+    @abstractmethod
+    def pack(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows | None:
+        """Return packed rows for `label_states`. None: they do not save tokens. image: the image of each example."""
 
     def embed(self, features: Tensor, ids: Tensor) -> Tensor:
         """Return the embeddings of `ids` (rows, tokens), with `features` in place of the image's placeholders."""
@@ -60,7 +68,7 @@ class Blip2Language(Language[PaddedRows]):
         return new_tokens(output, ids.shape[1] if with_prompt else 0)
 
 
-class OptLanguage(DecoderLanguage[PaddedRows], Blip2Language):
+class OptLanguage(DecoderLanguage[TextRows], Blip2Language):
     """BLIP-2 with a decoder (OPT): <image>… </s> prompt text end."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -73,10 +81,19 @@ class OptLanguage(DecoderLanguage[PaddedRows], Blip2Language):
             attention_mask=rows.attention_mask, use_cache=False,
         ).logits  # fmt: skip
 
-    def label_states(self, features: Tensor, rows: PaddedRows, image: Tensor | None) -> Tensor:
-        embeds = self.embed(rows.per_text(take_rows(features, image)), rows.input_ids)
+    def pack(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows | None:
+        rows = rows_of(tokens, [image[example] for example in tokens.example])
+        return as_tensors(rows, tokens) if saves_tokens(rows, tokens) else None
+
+    def label_states(self, features: Tensor, rows: TextRows, image: Tensor | None) -> Tensor:
         decoder = self.model.language_model.model
-        named = causal_arguments(decoder.config, rows.attention_mask, rows.is_full, embeds.dtype)
+        if isinstance(rows, PackedRows):
+            embeds = self.embed(take_rows(features, rows.source), rows.ids)
+            mask = scores_mask(decoder.config, rows.visible(), embeds.dtype)
+            named: Named = {"attention_mask": mask, "position_ids": rows.positions}
+        else:
+            embeds = self.embed(rows.per_text(take_rows(features, image)), rows.input_ids)
+            named = causal_arguments(decoder.config, rows.attention_mask, rows.is_full, embeds.dtype)
         states = call(decoder, inputs_embeds=embeds, use_cache=False, **named).last_hidden_state
         return states.flatten(0, 1)[label_positions(rows)]
 
@@ -84,7 +101,7 @@ class OptLanguage(DecoderLanguage[PaddedRows], Blip2Language):
         return super().generate_ids(features, ids, mask, settings | {"input_ids": ids})
 
 
-class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
+class T5Language(EncoderLanguage[TextRows], Blip2Language):
     """BLIP-2 with an encoder-decoder (Flan-T5): the encoder reads <image>… prompt </s>, the decoder generates text </s>."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -95,26 +112,52 @@ class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
     def prompt_ids(self, prompt: str) -> list[int]:
         return [*self.image_ids, *plain_ids(self.tokenizer, prompt), self.end_id]
 
-    def encode_prompts(self, features: Tensor, rows: PaddedRows) -> Tensor:
-        """Return the encoder's states of image and prompt for each text, (texts, tokens, width)."""
-        embeds, encoder = self.embed(features, rows.input_ids), self.model.language_model.get_encoder()
-        mask = bidirectional_mask(encoder.config, rows.attention_mask, rows.is_full, embeds.shape[1], embeds.dtype)
-        return rows.per_text(call(encoder, inputs_embeds=embeds, attention_mask=mask).last_hidden_state)
+    def pack(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows | None:
+        """Return one row of the encoder for each prompt of an image, and the rows of the decoder."""
+        numbers: dict[tuple[int, tuple[int, ...]], int] = {}  # (image, prompt) → the row of the encoder
+        example_row = [
+            numbers.setdefault((number, tuple(ids)), len(numbers)) for number, ids in zip(image, tokens.inputs, strict=True)
+        ]
+        if len(numbers) == len(tokens.targets):
+            return None  # one text for each row of the encoder
+        source = [example_row[example] for example in tokens.example]
+        rows = rows_of(tokens, source)
+        if not saves_tokens(rows, tokens):
+            rows = rows_of(tokens, source, longest=0)  # one row of the decoder for each text
+        images, prompts = zip(*numbers, strict=True)
+        return as_tensors(rows, tokens, encoder_rows([*map(list, prompts)], tokens.pad_id, images))
+
+    def encode_prompts(self, features: Tensor, ids: Tensor, mask: Tensor, is_full: bool) -> Tensor:
+        """Return the encoder's states of images and prompts, (rows, tokens, width)."""
+        embeds, encoder = self.embed(features, ids), self.model.language_model.get_encoder()
+        mask_of_scores = bidirectional_mask(encoder.config, mask, is_full, embeds.shape[1], embeds.dtype)
+        states: Tensor = call(encoder, inputs_embeds=embeds, attention_mask=mask_of_scores).last_hidden_state
+        return states
 
     def logits(self, features: Tensor, rows: PaddedRows) -> Tensor:
+        states = rows.per_text(self.encode_prompts(features, rows.input_ids, rows.attention_mask, rows.is_full))
         return call(
-            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=self.encode_prompts(features, rows)),
+            self.model.language_model, encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=rows.per_text(rows.attention_mask), decoder_input_ids=rows.decoder_input_ids, use_cache=False,
         ).logits  # fmt: skip
 
-    def label_states(self, features: Tensor, rows: PaddedRows, image: Tensor | None) -> Tensor:
-        model, decoder_ids = self.model.language_model, rows.decoder_input_ids
-        assert decoder_ids is not None  # as in all rows of an encoder-decoder
-        states, own = self.encode_prompts(take_rows(features, image), rows), rows.per_text(rows.attention_mask)
-        mask = bidirectional_mask(model.get_decoder().config, own, rows.is_full, decoder_ids.shape[1], states.dtype)
+    def label_states(self, features: Tensor, rows: TextRows, image: Tensor | None) -> Tensor:
+        model = self.model.language_model
+        decoder, named = model.get_decoder(), Named()
+        if isinstance(rows, PackedRows):
+            prompts, ids = rows.encoder, rows.ids
+            assert prompts is not None  # as in all packed rows of an encoder-decoder
+            own, is_full, index = prompts.mask, prompts.is_full, rows.source
+            states = self.encode_prompts(take_rows(features, prompts.image), prompts.ids, own, is_full)
+            named = {"attention_mask": scores_mask(decoder.config, rows.visible(), states.dtype)}
+        else:
+            assert rows.decoder_input_ids is not None  # as in all rows of an encoder-decoder
+            ids, own, is_full, index = rows.decoder_input_ids, rows.attention_mask, rows.is_full, rows.example
+            states = self.encode_prompts(take_rows(features, image), rows.input_ids, own, is_full)
+        states, own = take_rows(states, index), take_rows(own, index)
+        mask = bidirectional_mask(decoder.config, own, is_full, ids.shape[1], states.dtype)
         states = call(
-            model.get_decoder(), input_ids=decoder_ids, encoder_hidden_states=states, encoder_attention_mask=mask,
-            use_cache=False,
+            decoder, input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False, **named
         ).last_hidden_state.flatten(0, 1)[label_positions(rows)]  # fmt: skip
         return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
@@ -122,7 +165,7 @@ class T5Language(EncoderLanguage[PaddedRows], Blip2Language):
         return super().generate_ids(features, ids, mask, settings | {"decoder_start_token_id": self.start_id})
 
 
-def label_positions(rows: PaddedRows) -> Tensor:
+def label_positions(rows: TextRows) -> Tensor:
     """Return the positions (labels,) of the labels in the flattened rows (texts · tokens,)."""
     assert rows.labels is not None  # as in all rows of `arrange`
     return rows.labels.positions

@@ -17,9 +17,9 @@ from lora_blip.models.distinct_images import distinct
 from lora_blip.models.generated_ids import mean_probabilities
 from lora_blip.models.generation import reads_prompt
 from lora_blip.models.library import call
+from lora_blip.models.packing import TextRows
 from lora_blip.models.sampling import RowSampling, image_keys
 from lora_blip.models.token_rows import (
-    PackedRows,
     PaddedRows,
     TokenRows,
     by_length,
@@ -34,7 +34,7 @@ Adapters = list[str | None] | None  # a list: the adapter of each row, where Non
 Named = dict[str, Any]  # arguments by name
 Scored = tuple[str, float]  # a generated text and its score
 WITH_LOGITS: Named = {"return_dict_in_generate": True, "output_logits": True}  # settings of transformers' `generate`
-TrainedRows = TypeVar("TrainedRows", bound=PaddedRows | PackedRows)  # the form in which a language model trains fastest
+TrainedRows = TypeVar("TrainedRows", bound=TextRows)  # the form in which a language model trains fastest
 
 
 class CutText(str):

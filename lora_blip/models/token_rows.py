@@ -1,10 +1,7 @@
-"""Token ids of texts: one ragged row for each text, which is then padded or packed into tensors.
+"""Token ids of texts: one ragged row for each text, which is then padded, or packed with others, into tensors.
 
 An example is one image with one or more texts, such as the answers to its question. `TokenRows` are the ragged rows.
-`pad` makes one tensor row for each text. `pack` puts the texts of one image into one row
-without padding, so that a decoder computes the keys of the image once. In a packed row each text attends to itself only: the
-mask is block-causal, and positions start at 0 for each text. Loss and gradients are equal to those of padded rows, and tests
-compare both.
+`pad` makes one tensor row for each text. `packing` puts the texts of one image into one row.
 
 `targets[t]` is the id that the logits at position t should predict. It is IGNORE at positions without a label: the prompt,
 image placeholders and padding. The length of a row decides what is padding, never an id.
@@ -12,7 +9,7 @@ image placeholders and padding. The length of a row decides what is padding, nev
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -20,9 +17,9 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # a target without a label, as in PyTorch
-PADDING = -1  # the text number of padding in a packed row
 STRUCTURAL = ("bos", "eos", "sep", "pad", "cls", "mask")
 PLACEHOLDER = re.compile(r"\[(?:DEC|ENC)\]|<image>|<extra_id_\d+>")  # BLIP's, BLIP-2's and T5's
+Tensors = TypeVar("Tensors")
 
 
 @dataclass(frozen=True)
@@ -96,70 +93,15 @@ class PaddedRows:
         return take_rows(values, self.example)
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    """The texts of a batch, with one row for each image, or for each question that an encoder reads."""
-
-    ids: Tensor  # (rows, tokens) the decoder's input
-    positions: Tensor  # (rows, tokens) the position of each token in its text
-    text: Tensor  # (rows, tokens) the number of each token's text, or PADDING
-    labels: Labels
-    tokens: TokenRows  # the same texts before packing
-    encoder_ids: Tensor | None = None  # (examples, tokens) the encoder's input, padded; None without an encoder
-    encoder_mask: Tensor | None = None  # (examples, tokens) 1 for tokens and 0 for padding
-    encoder_is_full: bool = False  # True: encoder_ids has no padding
-
-    def to(self, device: torch.device) -> "PackedRows":
-        return moved(self, device)
-
-    def padded(self) -> PaddedRows:
-        """Return the same texts with one row for each, on the same device."""
-        return self.tokens.pad().to(self.ids.device)
-
-    def label_ids(self) -> list[list[int]]:
-        """Return the labels of each text."""
-        owner = self.text.flatten()[self.labels.positions]
-        return [self.labels.targets[owner == number].tolist() for number in range(len(self.tokens.targets))]
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return the mask (rows, 1, tokens, tokens) to add to the scores: 0 for keys of the same text, else the minimum."""
-        same = self.text[:, :, None] == self.text[:, None, :]
-        count = self.text.shape[1]
-        earlier = torch.ones(count, count, dtype=torch.bool, device=same.device).tril()
-        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=same.device)
-        return hidden.masked_fill(same & earlier, 0)[:, None]
-
-
-def pack(tokens: TokenRows, row: list[int]) -> PackedRows:
-    """Pack tokenized texts. Text i goes to the row `row[i]`. An encoder's input is padded."""
-    texts_of_row: list[list[int]] = [[] for _ in range(max(row) + 1)]
-    for i, number in enumerate(row):
-        texts_of_row[number].append(i)
-    encoder = tokens.decoder_inputs is not None
-    inputs = tokens.decoder_inputs or tokens.inputs
-    text = pad([[i for i in texts for _ in inputs[i]] for texts in texts_of_row], PADDING)
-    targets = pad([[t for i in texts for t in tokens.targets[i]] for texts in texts_of_row], IGNORE)
-    return PackedRows(
-        pad([[t for i in texts for t in inputs[i]] for texts in texts_of_row], 0),
-        pad([[p for i in texts for p in range(len(inputs[i]))] for texts in texts_of_row], 0),
-        text,
-        labels_of(targets, text, tokens.weights),
-        tokens,
-        pad(tokens.inputs, tokens.pad_id) if encoder else None,
-        mask_of(tokens.inputs) if encoder else None,
-        encoder and len(set(map(len, tokens.inputs))) < 2,
-    )
-
-
-TextRows = PaddedRows | PackedRows  # the tensors of a batch of texts
-Tensors = TypeVar("Tensors", Labels, PaddedRows, PackedRows)
-
-
 def moved(rows: Tensors, device: torch.device) -> Tensors:
-    """Return the same object with its tensors on a device."""
-    fields = {key: value.to(device, non_blocking=True) for key, value in vars(rows).items() if isinstance(value, Tensor)}
-    labels = {key: moved(value, device) for key, value in vars(rows).items() if isinstance(value, Labels)}
-    return replace(rows, **fields, **labels)  # type: ignore[arg-type]
+    """Return the same dataclass with its tensors, and those of the dataclasses in it, on a device."""
+    fields: dict[str, Any] = {}
+    for key, value in vars(rows).items():
+        if isinstance(value, Tensor):
+            fields[key] = value.to(device, non_blocking=True)
+        elif is_dataclass(value):
+            fields[key] = moved(value, device)
+    return replace(rows, **fields)  # type: ignore[type-var]
 
 
 def labels_of(targets: Tensor, text: Tensor, weights: list[float] | None) -> Labels:

@@ -22,8 +22,9 @@ from lora_blip.models.blip2 import OptLanguage, T5Language
 from lora_blip.models.generation import check_for_model
 from lora_blip.models.language import Language
 from lora_blip.models.loading import Backbone
+from lora_blip.models.packing import TextRows
 from lora_blip.models.text_check import ONLY_UNKNOWN, TextChecker
-from lora_blip.models.token_rows import IGNORE, TextRows, plain_ids, token_names
+from lora_blip.models.token_rows import IGNORE, plain_ids, token_names
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 

@@ -19,7 +19,8 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.inference.setup import task_of
 from lora_blip.lora import adapter_file, merging
 from lora_blip.lora.routing import disable_adapters, use_adapters
-from lora_blip.models.token_rows import IGNORE, PackedRows
+from lora_blip.models.packing import PackedRows
+from lora_blip.models.token_rows import IGNORE
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.registry import default_task
