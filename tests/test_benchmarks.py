@@ -104,9 +104,10 @@ def test_contestants_take_turns_in_an_order_that_is_reversed_every_round() -> No
     assert cell.figures["a"] == [2, 4, 6] and cell.first == {"a": 9, "b": 9}
 
 
-def test_both_sides_learn_from_the_same_loss() -> None:
+@pytest.mark.parametrize("size", ["mini", "mini2", "mini2-t5"])
+def test_both_sides_learn_from_the_same_loss(size: str) -> None:
     """Our loss of a batch equals the loss that transformers computes for the peers' inputs, also for uneven captions."""
-    base = backbone("mini")
+    base = backbone(size)
     for batch in (work(base), work(base, captions=3, uneven=True)):
         our_loss = ours.Training(base, batch, "fp32").forward()
         peft_loss = peers.peft_loop(copy_of(base), batch, "fp32").forward()

@@ -38,10 +38,11 @@ class Training:
 
     def __init__(
         self, base: Backbone, work: Work, precision: str, where: str = "vit", r: int = R, compiled: bool = False,
-        variant: str = "lora",
+        variant: str = "lora", packs: bool = True,
     ) -> None:  # fmt: skip
         backbone = opened(base, precision)
         self.task = CaptionTask(backbone)
+        self.task.packs = packs
         self.model = backbone.model
         injection.inject(self.model, targets.find(self.model, where, r, ALPHA, variant))
         weights.cast_once(backbone, precision)

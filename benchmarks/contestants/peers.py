@@ -4,6 +4,7 @@ Unless the name says otherwise, all read the same token ids in the same precisio
 """
 
 import warnings
+from functools import partial
 from typing import Any
 
 import peft
@@ -55,6 +56,8 @@ class Training:
 def rows_of(backbone: Backbone, texts: list[str], longest: int = 0) -> Inputs:
     """Return ids, mask and labels (rows, tokens), padded to the longest row or to `longest`. Padding is not in the loss."""
     tokenizer, config = backbone.tokenizer, backbone.model.config
+    if backbone.family != "blip" and not config.use_decoder_only_language_model:
+        return encoder_rows(backbone, texts)
     if backbone.family == "blip":
         start, end = [config.text_config.bos_token_id], config.text_config.sep_token_id
     else:
@@ -64,8 +67,19 @@ def rows_of(backbone: Backbone, texts: list[str], longest: int = 0) -> Inputs:
     width = max(longest, *map(len, rows))
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     ids = torch.tensor([row + [config.text_config.pad_token_id] * (width - len(row)) for row in rows])
-    silent = (mask == 0) | (ids == getattr(config, "image_token_index", -1))
+    silent = (mask == 0) | (torch.arange(width) < len(start))
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(silent, IGNORE)}
+
+
+def encoder_rows(backbone: Backbone, texts: list[str]) -> Inputs:
+    """Return the input of a T5's encoder, which is the image and the end token, and labels padded to the longest text."""
+    config, tokenize = backbone.model.config, partial(backbone.tokenizer, add_special_tokens=False)
+    end = config.text_config.eos_token_id
+    rows = [[*tokenize(text).input_ids, end] for text in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[config.image_token_index] * config.num_query_tokens + [end]] * len(texts))
+    labels = torch.tensor([row + [IGNORE] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def inputs_of(backbone: Backbone, work: Work, longest: int = 0) -> Inputs:

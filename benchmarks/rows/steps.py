@@ -10,6 +10,7 @@ from benchmarks.suite.pairs import (
     FULL,
     HANDMADE,
     OURS,
+    PADDED,
     PEFT,
     PEFT16,
     PRODUCTS,
@@ -98,18 +99,19 @@ def compiled(plan: Plan) -> Iterator[Cell]:
 
 def captions(plan: Plan) -> Iterator[Cell]:
     """Compare steps of two images with five captions each. peft gets ten rows, each with its image."""
-    for precision in plan.precisions:
-        with freed():
-            base = _base(plan, "base", precision)
-            batch = work(base, captions=5, uneven=True)
-            sides: dict[str, Any] = {
-                OURS: ours.Training(base, batch, precision),
-                PEFT: peers.peft_loop(copy_of(base), batch, precision),
-            }
-            if precision != "fp32":
-                sides[PEFT16] = peers.peft_loop(in_dtype(copy_of(base), precision), batch, precision)
-            times = plan.steps("captions")
-            yield compare("captions", f"base {precision}, 2 images × 5 captions", timed(sides, times), PEFT, plan.few)
+    for name, model in {"base": "base", "blip2": "BLIP-2 OPT", "blip2-t5": "BLIP-2 T5"}.items():
+        for precision in plan.precisions:
+            with freed():
+                base = _base(plan, name, precision)
+                batch = work(base, captions=5, uneven=True)
+                sides: dict[str, Any] = {OURS: ours.Training(base, batch, precision)}
+                if name != "base":
+                    sides[PADDED] = ours.Training(base, batch, precision, packs=False)
+                sides[PEFT] = peers.peft_loop(copy_of(base), batch, precision)
+                if name == "base" and precision != "fp32":
+                    sides[PEFT16] = peers.peft_loop(in_dtype(copy_of(base), precision), batch, precision)
+                turns = timed(sides, plan.steps("captions"))
+                yield compare("captions", f"{model} {precision}, 2 images × 5 captions", turns, PEFT, plan.few)
 
 
 def timed(sides: dict[str, Any], steps: int) -> dict[str, Turn]:
@@ -118,7 +120,7 @@ def timed(sides: dict[str, Any], steps: int) -> dict[str, Turn]:
 
 def _base(plan: Plan, name: str, precision: str) -> Backbone:
     """Load BLIP's weights in fp32 and BLIP-2's in the precision, as lora_blip and users of peft do."""
-    return backbone(plan.size(name), plan.device, precision if name == "blip2" else "fp32")
+    return backbone(plan.size(name), plan.device, precision if name.startswith("blip2") else "fp32")
 
 
 def _trainer(base: Backbone, batch: Work, precision: str, steps: int, device: str) -> Turn:

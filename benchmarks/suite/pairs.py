@@ -17,6 +17,7 @@ import torch
 OURS, PEFT, PEFT16, TRAINER = "lora_blip", "peft", "peft, 16-bit weights", "peft + Trainer"
 FULL, FLOOR, HANDMADE, HF = "full fine-tuning", "floor: no adapters", "hand-made", "transformers"
 TRAINER16, HF16 = "peft + Trainer, 16-bit weights", "transformers, 16-bit weights"
+PADDED = "lora_blip, a row for each text"
 PRODUCTS = "frozen products alone"
 
 Turn = Callable[[], float | dict[str, float]]  # runs one contestant once, and returns its figure, or several figures by name

@@ -22,7 +22,7 @@ class Plan:
 
     def size(self, name: str) -> str:
         """Return the model that is used for `name`."""
-        return name if not self.quick else "mini2" if name == "blip2" else "mini"
+        return name if not self.quick else {"blip2": "mini2", "blip2-t5": "mini2-t5"}.get(name, "mini")
 
     @property
     def precisions(self) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import (
     BlipTextConfig,
     BlipVisionConfig,
     OPTConfig,
+    T5Config,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -40,6 +41,10 @@ def _width(hidden: int, layers: int, heads: int, **more: Any) -> Settings:
 
 SMALL_TEXT = _width(128, 3, 4, encoder_hidden_size=128, vocab_size=442, max_position_embeddings=512)
 # name → settings of the ViT, the Q-Former (only BLIP-2) and the language side; {} is the architecture's own
+T5 = {"num_heads": 4, "vocab_size": 1001, "pad_token_id": 1, "eos_token_id": 2, "feed_forward_proj": "gated-gelu"} | {
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 1,
+}
 SIZES: dict[str, tuple[Settings, Settings | None, Settings]] = {
     "mini": (_width(32, 2, 4, image_size=32, patch_size=8), None, SMALL_TEXT | _width(32, 2, 4, encoder_hidden_size=32)),
     "tiny": (_width(128, 4, 4, image_size=96), None, SMALL_TEXT),  # as assets/tiny-blip
@@ -58,6 +63,12 @@ SIZES: dict[str, tuple[Settings, Settings | None, Settings]] = {
         | {"vocab_size": 50304},
     ),
 }
+# the same with a Flan-T5, which has a `d_model`
+SIZES["mini2-t5"] = (*SIZES["mini2"][:2], T5 | {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2})
+SIZES["blip2-t5"] = (
+    *SIZES["blip2"][:2],
+    T5 | {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 4, "num_heads": 32, "vocab_size": 32128},
+)
 QUERIES = 32
 
 
@@ -96,7 +107,7 @@ def _blip2(vision: Settings, qformer: Settings, text: Settings) -> Any:
     config = Blip2Config(
         vision_config=Blip2VisionConfig(**{"initializer_range": STD, **vision}),
         qformer_config=Blip2QFormerConfig(**qformer, **quiet),
-        text_config=OPTConfig(**text, dropout=0.0),
+        text_config=T5Config(**text, dropout_rate=0.0) if "d_model" in text else OPTConfig(**text, dropout=0.0),
         num_query_tokens=QUERIES,
         image_token_index=tokenizer_of("blip-2").convert_tokens_to_ids("<image>"),
     )

@@ -15,7 +15,8 @@ from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import EncoderRows, PackedRows, as_tensors, encoder_rows, rows_of
-from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
+from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids
+from lora_blip.runtime.row_selection import take_rows
 
 
 class BlipLanguage(DecoderLanguage[PackedRows]):
@@ -43,7 +44,7 @@ class BlipLanguage(DecoderLanguage[PackedRows]):
     def head(self) -> nn.Linear:
         return self.model.text_decoder.cls.predictions.decoder
 
-    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:
+    def arrange(self, tokens: TokenRows, image: Sequence[int], packs: bool = True) -> PackedRows:  # noqa: ARG002
         return self.packed(tokens, [image[example] for example in tokens.example])  # the texts of an image are in one row
 
     def packed(self, tokens: TokenRows, source: list[int], encoder: EncoderRows | None = None) -> PackedRows:
@@ -104,7 +105,7 @@ class BlipVqaLanguage(EncoderLanguage[PackedRows], BlipLanguage):
         encoder = self.model.text_encoder
         return call(encoder, input_ids=ids, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
-    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> PackedRows:
+    def arrange(self, tokens: TokenRows, image: Sequence[int], packs: bool = True) -> PackedRows:  # noqa: ARG002
         questions = encoder_rows(tokens.inputs, tokens.pad_id, image)
         return self.packed(tokens, tokens.example, questions)  # the answers to one question are in one row
 

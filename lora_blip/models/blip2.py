@@ -14,7 +14,8 @@ from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import PackedRows, TextRows, as_tensors, encoder_rows, rows_of, saves_tokens
-from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
+from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids
+from lora_blip.runtime.row_selection import take_rows
 
 
 class Blip2Language(Language[TextRows]):
@@ -44,9 +45,10 @@ class Blip2Language(Language[TextRows]):
     def head(self) -> nn.Linear:
         return self.model.language_model.get_output_embeddings()
 
-    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> TextRows:
+    def arrange(self, tokens: TokenRows, image: Sequence[int], packs: bool = True) -> TextRows:
         """Pack the texts if that saves tokens, and if the attention accepts a mask of 4 dimensions. Otherwise pad them."""
-        packed = self.pack(tokens, image) if self.generator.config._attn_implementation in ATTENTIONS else None
+        packs = packs and self.generator.config._attn_implementation in ATTENTIONS
+        packed = self.pack(tokens, image) if packs else None
         return tokens.pad(with_labels=True) if packed is None else packed
 
     @abstractmethod

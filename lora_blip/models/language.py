@@ -93,8 +93,11 @@ class Language(ABC, Generic[TrainedRows]):
         """Return the layer that computes logits from the states of the text."""
 
     @abstractmethod
-    def arrange(self, tokens: TokenRows, image: Sequence[int]) -> TrainedRows:
-        """Return the texts in the form that trains fastest, for `label_states`. image: the image of each example."""
+    def arrange(self, tokens: TokenRows, image: Sequence[int], packs: bool = True) -> TrainedRows:
+        """Return the texts in the form that trains fastest, for `label_states`.
+
+        image: the image of each example. packs: if false, BLIP-2 does not pack texts.
+        """
 
     @abstractmethod
     def label_states(self, features: Tensor, rows: TrainedRows, image: Tensor | None) -> Tensor:

@@ -2,11 +2,11 @@
 
 A packed row has its texts one after the other, without padding between them. If texts start with the same tokens without a
 label, such as the image's placeholders and the prompt, the row has these tokens once. A token attends to its own text only: to
-the shared tokens and to the earlier ones of its text. It has the position that it has in a row of its own. So loss and gradients
-equal those of padded rows up to rounding, and tests compare both.
+the shared tokens and to the earlier ones of its text. Its position is the one that it has in a row of its own. So loss and
+gradients equal those of padded rows up to rounding, and tests compare both.
 
 The texts of a row are a tree in preorder. The tokens that may attend to a token are those from its place up to the `end` of its
-subtree, so one number for each token gives the mask.
+subtree. So one number for each token gives the mask.
 """
 
 from collections.abc import Sequence

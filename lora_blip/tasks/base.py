@@ -150,6 +150,8 @@ class BaseTask(ABC):
 class TrainingTask(BaseTask, Generic[Rows]):
     """A batch and its loss. `Rows` is the type of the tokenized texts of a batch."""
 
+    packs = True  # BLIP-2 may pack texts; false: a resumed run that began before it could, and must round as before
+
     def prepare_data(self, examples: list[Example]) -> None:
         """Collect the data that the loss needs from all lines. The caller calls it before the first batch."""
 

@@ -75,7 +75,7 @@ class TextTask(Task[TextRows]):
         if any(weight != 1 for weight in weights):
             tokens = replace(tokens, weights=weights)
         image = host_batch.image_index or range(len(examples))
-        rows = self.language.arrange(tokens, image) if self.backbone.fast else tokens.pad()
+        rows = self.language.arrange(tokens, image, self.packs) if self.backbone.fast else tokens.pad()
         return host_batch.to(device, rows.to(device), tokens.label_tokens, prefix)
 
     def logits(self, batch: DeviceBatch[TextRows]) -> Tensor:

@@ -172,7 +172,8 @@ class Learner:
                 step |= {"count": self.label_count, "images": self.images}
             else:
                 progress["slot"] = 0
-        values = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step, "paths": paths.as_json(paths.row())}
+        values = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
+        values |= {"paths": paths.as_json(paths.row()), "packs": self.task.packs}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, values
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -191,6 +192,7 @@ class Learner:
             loss, label_count = float(step.get(f"loss.{self.ranks.rank}", 0)), float(step.get("count", 1))
             images = int(step.get("images", 0))
             row = paths.from_json(values["paths"]) if "paths" in values else paths.row()  # older checkpoints have none
+            packs = bool(values.get("packs"))  # older versions of lora_blip did not pack the texts of BLIP-2
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint's state.json has an invalid entry ({type(error).__name__}: {error}); start a new run with "
@@ -203,6 +205,7 @@ class Learner:
                 parameter.copy_(parameters[name])
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self.optimizer.load_state_dict(self._optimizer_state(tensors))
+        self.task.packs = packs
         paths.use(row)  # the rounding of the paths, also on a machine on which others are faster
         self.scaler = scaler
         self.progress, self.label_count, self.images = progress, label_count, images

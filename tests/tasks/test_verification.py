@@ -22,8 +22,8 @@ from lora_blip.inference.predictor import Predictor
 from lora_blip.kernels import switch, vit
 from lora_blip.kernels import text_attention as text_attention
 from lora_blip.lora import attached, fingerprint, fused, injection
-from lora_blip.models.precision import autocasting
 from lora_blip.models.packing import PackedRows
+from lora_blip.models.precision import autocasting
 from lora_blip.tasks import verification, verification_record
 from lora_blip.tasks.base import Generation
 from lora_blip.tasks.caption import CaptionTask
