@@ -54,7 +54,10 @@ PARTS = {  # part → its files
     "routing": ["lora_blip/lora/routing.py", "lora_blip/lora/routing_state.py"],
     "adapter_file": ["lora_blip/lora/adapter_file.py"],
     **{name: [f"lora_blip/training/{name}.py"] for name in "learner loop resume checkpoint preflight".split()},
-    "losses": [f"lora_blip/{name}.py" for name in "models/token_rows tasks/losses tasks/text_task kernels/head_loss".split()],
+    "losses": [
+        f"lora_blip/{name}.py"
+        for name in "models/token_rows models/packing tasks/losses tasks/text_task kernels/head_loss".split()
+    ],
     "metrics": [
         f"lora_blip/metrics/{name}.py" for name in "bootstrap captions diversity exact java retrieval tokens vqa".split()
     ],

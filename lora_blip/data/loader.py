@@ -14,7 +14,7 @@ from typing_extensions import TypeVar  # comes with torch
 from lora_blip.data.dataset import ImageDataset, ImageItem, Key
 from lora_blip.data.example import Example
 from lora_blip.data.preprocessing import Scaling, pixels_of
-from lora_blip.runtime.row_selection import take_rows
+from lora_blip.runtime.row_selection import select_rows
 from lora_blip.runtime.signals import ignore_in_worker
 
 Rows = TypeVar("Rows", default=Any)  # the tokenized texts of a batch
@@ -128,7 +128,7 @@ class DeviceBatch(Generic[Rows]):
 
     def per_example(self, values: Tensor) -> Tensor:
         """Return values of images (images, …) as values of examples (examples, …)."""
-        return take_rows(values, self.image_index)
+        return values if self.image_index is None else select_rows(values, self.image_index)
 
 
 def collate(items: list[ImageItem], scaling: Scaling | None = None) -> HostBatch:

@@ -15,8 +15,7 @@ from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Named
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import EncoderRows, PackedRows, as_tensors, encoder_rows, rows_of
-from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids
-from lora_blip.runtime.row_selection import take_rows
+from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
 
 
 class BlipLanguage(DecoderLanguage[PackedRows]):

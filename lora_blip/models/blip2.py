@@ -14,8 +14,7 @@ from lora_blip.models.language import DecoderLanguage, EncoderLanguage, Language
 from lora_blip.models.library import call
 from lora_blip.models.loading import Backbone
 from lora_blip.models.packing import PackedRows, TextRows, as_tensors, encoder_rows, rows_of, saves_tokens
-from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids
-from lora_blip.runtime.row_selection import take_rows
+from lora_blip.models.token_rows import PaddedRows, TokenRows, plain_ids, take_rows
 
 
 class Blip2Language(Language[TextRows]):

@@ -2,7 +2,7 @@
 
 A packed row has its texts one after the other, without padding between them. If texts start with the same tokens without a
 label, such as the image's placeholders and the prompt, the row has these tokens once. A token attends to its own text only: to
-the shared tokens and to the earlier ones of its text. Its position is the one that it has in a row of its own. So loss and
+the shared tokens and to the earlier ones of its text. Its position is the one that it has without other texts. So loss and
 gradients equal those of padded rows up to rounding, and tests compare both.
 
 The texts of a row are a tree in preorder. The tokens that may attend to a token are those from its place up to the `end` of its
@@ -68,7 +68,7 @@ class PackedRows:
 
 
 @dataclass
-class Row:
+class RowBuilder:
     """A packed row, built text by text."""
 
     source: int  # what the row reads
@@ -97,19 +97,19 @@ def decoder_inputs(tokens: TokenRows) -> list[list[int]]:
     return tokens.inputs if tokens.decoder_inputs is None else tokens.decoder_inputs
 
 
-def rows_of(tokens: TokenRows, source: Sequence[int], longest: int = LONGEST, share: bool = True) -> list[Row]:
+def rows_of(tokens: TokenRows, source: Sequence[int], longest: int = LONGEST, share: bool = True) -> list[RowBuilder]:
     """Return the packed rows. Texts with one source are in one row, or in several of at most `longest` tokens if possible.
 
     source: what each text reads. share: have equal tokens at the start of texts once.
     """
     starts = [without_label(tokens, number) if share else [] for number in range(len(source))]
-    rows: list[Row] = []
+    rows: list[RowBuilder] = []
     before = 0  # the text before, in the order of the rows
     for number in sorted(range(len(source)), key=lambda each: (source[each], starts[each])):
         same = bool(rows) and rows[-1].source == source[number]
         shared = common(starts[before], starts[number]) if same else 0
         if not same or len(rows[-1].ids) + len(tokens.targets[number]) - shared > longest:
-            rows.append(Row(source[number]))
+            rows.append(RowBuilder(source[number]))
             shared = 0
         rows[-1].add(tokens, number, shared)
         before = number
@@ -128,14 +128,14 @@ def common(one: list[int], other: list[int]) -> int:
     return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
-def saves_tokens(rows: list[Row], tokens: TokenRows) -> bool:
+def saves_tokens(rows: list[RowBuilder], tokens: TokenRows) -> bool:
     """Return True if packed rows have fewer tokens than padded ones, with the padding."""
     lengths = [len(row.ids) for row in rows], [len(targets) for targets in tokens.targets]
     packed, padded = (len(each) * max(each) for each in lengths)
     return packed < padded
 
 
-def as_tensors(rows: list[Row], tokens: TokenRows, encoder: EncoderRows | None = None) -> PackedRows:
+def as_tensors(rows: list[RowBuilder], tokens: TokenRows, encoder: EncoderRows | None = None) -> PackedRows:
     """Return the rows as tensors."""
     text, targets = pad([row.text for row in rows], PADDING), pad([row.targets for row in rows], IGNORE)
     source = [row.source for row in rows]

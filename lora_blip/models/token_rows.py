@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_blip.runtime.row_selection import take_rows
+from lora_blip.runtime.row_selection import select_rows
 
 IGNORE = -100  # a target without a label, as in PyTorch
 STRUCTURAL = ("bos", "eos", "sep", "pad", "cls", "mask")
@@ -114,6 +114,11 @@ def labels_of(targets: Tensor, text: Tensor, weights: list[float] | None) -> Lab
     positions = (targets != IGNORE).flatten().nonzero().flatten()
     per_label = None if weights is None else weight_tensor(weights)[text.flatten()[positions]]
     return Labels(positions, targets.flatten()[positions], per_label)
+
+
+def take_rows(values: Tensor, index: Tensor | None) -> Tensor:
+    """Return values[index]; None: all values, in their order."""
+    return values if index is None else select_rows(values, index)
 
 
 def weight_tensor(weights: list[float]) -> Tensor:

@@ -21,7 +21,7 @@ from lora_blip.models.loading import Backbone
 from lora_blip.models.matching import TokenizedTexts, cosines, matcher_of
 from lora_blip.models.text_check import TextChecker
 from lora_blip.models.token_rows import special_ids, token_names
-from lora_blip.runtime.row_selection import take_rows
+from lora_blip.runtime.row_selection import select_rows
 from lora_blip.runtime.untrusted import printable, quoted
 from lora_blip.tasks.base import Generation, Task
 from lora_blip.tasks.losses import hard_negatives, itc_loss
@@ -132,7 +132,7 @@ class RetrievalTask(Task[TokenizedTexts]):
         text, image = hard_negatives(likely, right, self.temperature, sampled=drawn and self.backbone.model.training)
         every = torch.arange(len(texts), device=text.device)
         images = torch.cat([every, with_text, image[with_image]])  # image of each pair, (pairs,); right pairs first
-        odds = matcher.matching(take_rows(states, images), texts[torch.cat([every, text[with_text], with_image])])
+        odds = matcher.matching(select_rows(states, images), texts[torch.cat([every, text[with_text], with_image])])
         labels = (torch.arange(len(odds), device=odds.device) < len(texts)).float()
         matching = F.binary_cross_entropy_with_logits(odds, labels)  # equal to the cross-entropy of two logits
         return itc_loss(similarity, right, self.temperature).sum() + len(texts) * matching

@@ -16,7 +16,7 @@ from lora_blip.lora import attached
 from lora_blip.models.packing import PackedRows, as_tensors, rows_of
 from lora_blip.models.precision import autocasting
 from lora_blip.models.token_rows import IGNORE, PaddedRows, TokenRows, next_tokens
-from lora_blip.runtime.row_selection import take_rows
+from lora_blip.runtime.row_selection import select_rows
 from lora_blip.tasks.caption import CaptionTask
 from lora_blip.tasks.vqa import VqaTask
 from lora_blip.training.learner import Learner
@@ -250,13 +250,13 @@ def threads(count: int):
 
 
 def test_the_gradient_of_rows_that_are_taken_several_times_has_the_same_bits_in_each_run():
-    """With several threads, `values[index]` adds in a random order. `take_rows` gives the bits of one thread."""
+    """With several threads, `values[index]` adds in a random order. `select_rows` gives the bits of one thread."""
     values, index = torch.randn(8, 40, 512), torch.randint(0, 8, (40,), generator=torch.Generator().manual_seed(1))
     upstream, results = torch.randn(40, 40, 512), []
     for count in (1, *[2] * 8):
         with threads(count):
             rows = values.clone().requires_grad_()
-            take_rows(rows, index).backward(upstream)
+            select_rows(rows, index).backward(upstream)
             results.append(rows.grad)
     with threads(1):
         rows = values.clone().requires_grad_()
