@@ -172,7 +172,7 @@ class Learner:
                 step |= {"count": self.label_count, "images": self.images}
             else:
                 progress["slot"] = 0
-        values = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
+        values: dict[str, Any] = {"progress": progress, "scaler": self.scaler.state_dict(), "step": step}
         values |= {"paths": paths.as_json(paths.row()), "packs": self.task.packs}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, values
 
