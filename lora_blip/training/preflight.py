@@ -4,13 +4,14 @@ It checks that every hook fires, that the logits depend on the image, that every
 the texts to learn.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_blip.data.loader import DeviceBatch
 from lora_blip.errors import PreflightError
@@ -66,10 +67,14 @@ def check_image_matters(task: Task, batch: DeviceBatch) -> None:
 
 
 def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
-    """Raise PreflightError if a B gets no gradient from this batch. Return the number of bytes that autograd saves."""
+    """Raise PreflightError if a B gets no gradient from this batch. Return the number of bytes that autograd saves.
+
+    With CHECKPOINTING, a block is computed again in the backward pass, so the largest block is added.
+    """
     adapters = [m for m in task.backbone.model.modules() if isinstance(m, LoRA) and m.B.requires_grad]
     kept = KeptBytes(task.backbone.model)
-    with autocast(), torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+    saved = torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack)
+    with autocast(), largest_block(task.backbone.model) as block_bytes, saved:
         loss = task.loss(batch) / batch.count
     if not torch.isfinite(loss):
         with autocast():
@@ -88,7 +93,35 @@ def check_gradients(task: Task, batch: DeviceBatch, autocast: Callable[[], Abstr
             "does not depend on this module. Remove it from TARGETS, or check that no detach() or no_grad() comes between the "
             "module and the loss"
         )
-    return kept.bytes
+    return kept.bytes + max(block_bytes, default=0)
+
+
+@contextmanager
+def largest_block(model: nn.Module) -> Iterator[list[int]]:
+    """Yield a list that gets the bytes that each kind of checkpointed block saves if it is computed without checkpointing."""
+    block_bytes: list[int] = []
+    measured: set[type] = set()
+
+    def measure(block: Any, args: Any, kwargs: Any) -> None:
+        if type(block) in measured or not (block.training and torch.is_grad_enabled()):
+            return
+        measured.add(type(block))
+        kept = KeptBytes(block)
+        block.gradient_checkpointing = False
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+                block.forward(*args, **kwargs)
+        finally:
+            block.gradient_checkpointing = True
+        block_bytes.append(kept.bytes)
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    handles = [block.register_forward_pre_hook(measure, with_kwargs=True) for block in blocks if block.gradient_checkpointing]
+    try:
+        yield block_bytes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class KeptBytes:
