@@ -15,8 +15,9 @@
 #
 # $$y = W_0 x + b + \frac{\alpha}{r} \, B A x$$
 #
-# $r$ is the *rank*, and $\alpha$ is a constant factor. At the start, $A$ is random and $B$ is zero. The paper draws $A$
-# from a Gaussian. This code and peft draw it from a uniform distribution (Kaiming-uniform).
+# $r$ is the *rank*, and $\alpha$ is a constant factor. The pair $A$, $B$ is called an *adapter*. The adapter of a whole model is all
+# its pairs. At the start, $A$ is random and $B$ is zero. The paper draws $A$ from a Gaussian. This code and peft (Hugging Face's
+# library for LoRA) draw it from a uniform distribution (Kaiming-uniform).
 
 # %%
 import torch
@@ -154,14 +155,14 @@ show(figure, "rank")
 #
 # 1. Put two adapters on one linear, in the same `AdapterStack`, both with a random B. A right answer shows that the output equals
 #    $(W_0 + \Delta W_1 + \Delta W_2) x + b$ up to rounding, and that the sum has the rank $r_1 + r_2$.
-# 2. Add an adapter to a `nn.Conv2d` with a 1 × 1 kernel: it computes the same linear for each pixel. Write the hook. A right answer
+# 2. Add an adapter to an `nn.Conv2d` with a 1 × 1 kernel: it computes the same linear for each pixel. Write the hook. A right answer
 #    equals a convolution with the kernel $W_0 + \Delta W$, up to rounding.
 #
 # ## What to remember
 #
 # - LoRA trains $A$ and $B$, in total $r (d + k)$ numbers, and leaves $W_0$ unchanged.
 # - A forward hook adds $\frac{\alpha}{r} B A x$ to the output. The code of the model does not change.
-# - $\Delta W$ has at most the rank $r$: this is the limit of LoRA, and the reason why it is small.
+# - $\Delta W$ has rank at most $r$: this is the limit of LoRA, and the reason why it is small.
 #
 # ## Sources
 #

@@ -8,8 +8,8 @@
 #
 # ## The first step on paper
 #
-# Let $dy = \partial L / \partial y$ be the gradient of the loss for the output of a linear, and $y = W_0 x + \frac{\alpha}{r} B A x$. The
-# chain rule gives
+# Let $dy = \partial L / \partial y$ be the gradient of the loss with respect to the output of a linear, and
+# $y = W_0 x + \frac{\alpha}{r} B A x$. The chain rule gives
 #
 # $$\frac{\partial L}{\partial A} = \frac{\alpha}{r} B^\top dy \, x^\top$$
 # $$\frac{\partial L}{\partial B} = \frac{\alpha}{r} dy \, (A x)^\top$$
@@ -46,7 +46,7 @@ def load():
 
 
 def loss_of(backbone, rows):
-    """Return the mean loss of a token for the captions of these images."""
+    """Return the mean loss per token for the captions of these images."""
     pixels = backbone.image_processor([images[row] for row in rows], return_tensors="pt").pixel_values
     tokens = tokenize(backbone, [captions[row] for row in rows])  # input_ids, attention_mask and labels
     return backbone.model(pixel_values=pixels, **tokens).loss
@@ -143,15 +143,17 @@ assert sum(curves["both random"][-10:]) > sum(curves["B = 0"][-10:])
 figure, axes = plt.subplots()
 for name, curve in curves.items():
     axes.plot(curve, label=name)
-axes.axhline(loss_of_base.item(), color="grey", linestyle=":", linewidth=1, label="the base, 16 images")
-axes.set(xlabel="optimizer steps", ylabel="loss of a token (nats)", title="A random B starts above the base", ylim=(0, None))
+axes.axhline(loss_of_base.item(), color="grey", linestyle=":", linewidth=1, label="the base, first 16 images")
+axes.set(xlabel="optimizer steps", ylabel="loss per token", title="A random B starts above the base", ylim=(0, None))
 axes.legend()
 show(figure, "start")
 
 # %% [markdown]
-# The run that starts at $B = 0$ begins with the loss of the base. $B$ starts at zero, and Adam changes each entry by about the learning
-# rate in each step, so $\Delta W$ stays small in the first steps. The other run begins higher, and it also ends higher (asserted for
-# seeds 0, 1 and 2; the size of the gap depends on the seed).
+# The run that starts at $B = 0$ begins with the loss of the base on its first eight images. The dotted line is the loss of the base on the
+# first 16 images of the training set. $B$ starts at zero, and Adam changes each entry by about the learning rate in each step, so
+# $\Delta W$ stays small in the first steps. The other run begins higher, and it also ends higher (asserted for seeds 0, 1 and 2; the size
+# of the gap depends on the seed). In between it falls faster. One reason is that $A$ also has a gradient from step 0: if $A$ is
+# frozen, the loss of the same run falls more slowly in the first steps.
 #
 # ## Exercises
 #
@@ -163,7 +165,7 @@ show(figure, "start")
 #
 # - $B = 0$: the first prediction of an adapted model is that of the base, bit for bit.
 # - At step 0, only $B$ has a gradient. One of the two matrices must be random, or nothing is learned.
-# - If both are random, the model before the first step is another model than the base. Here it is a worse one.
+# - If both are random, the model before the first step is a different model from the base. Here it is a worse one.
 #
 # ## Sources
 #

@@ -15,7 +15,7 @@
 # $$s \, dy^\top B \, \Delta A \, x = \langle s \, B^\top dy \, x^\top, \Delta A \rangle$$
 #
 # $\langle P, Q \rangle$ is the sum of the products of the entries of $P$ and $Q$. So each entry of the left matrix is the derivative of the
-# loss for that entry of $A$: the left matrix is $dA$. The same for $B$ and $x$ gives
+# loss with respect to that entry of $A$: the left matrix is $dA$. The same for $B$ and $x$ gives
 #
 # $$dA = s \, B^\top dy \, x^\top$$
 # $$dB = s \, dy \, h^\top$$
@@ -57,7 +57,7 @@ linear.double()
 
 X = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
 Y = linear(X)
-dY = torch.randn_like(Y)  # any gradient of the loss for Y
+dY = torch.randn_like(Y)  # any gradient of the loss with respect to Y
 Y.backward(dY)
 
 
@@ -86,13 +86,13 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# $dA$ needs $X$, and $dB$ needs $H$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep $X$: $n k$ numbers. Keeping $H$
-# too, $n r$ more, saves computing it again. Full fine-tuning also keeps $X$, for $\partial L / \partial W = dY^\top X$. So for one linear,
-# LoRA saves no activations.
-# It saves the gradient and the state of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$.
+# $dA$ needs $X$, and $dB$ needs $H$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep $X$: $n k$ numbers. The hooks also
+# keep $H$ ($n r$ more numbers), so that the backward pass need not compute it again. Full fine-tuning also keeps $X$, for
+# $\partial L / \partial W = dY^\top X$. So for one linear, LoRA does **not reduce the memory of activations**. It reduces the memory of
+# the gradient and of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$.
 #
 # `saved_tensors_hooks` calls a function for each tensor that autograd keeps. We count the bytes of each storage once, and leave out
-# the parameters. Here the linear is the first one of the embedded ViT's MLP, with $k$ = 128, $d$ = 512 and r = 8. Its input
+# the parameters. Here the linear is the first one of the MLP in the ViT of `tiny-blip`, with $k$ = 128, $d$ = 512 and r = 8. Its input
 # has 8 images of 37 rows: 36 patches, and one class token for the whole image.
 
 
@@ -153,29 +153,31 @@ figure, axes = plt.subplots(figsize=(5, 3.2))
 for offset, bf16, name in ((0.2, False, "float32"), (-0.2, True, "bf16 autocast")):
     values = [kept[layer, bf16] / 1000 for layer in layers]
     bars = axes.barh([2 - place + offset for place in range(3)], values, height=0.38, label=name)
-    axes.bar_label(bars, fmt="%.0f kB", label_type="center", color="white")
-    axes.axvline(x_and_h[bf16] / 1000, color=bars[0].get_facecolor(), linestyle=":", linewidth=1.5, zorder=0)
+    axes.bar_label(bars, fmt="%.0f kB", label_type="center", color="white", fontsize=9)
+    ends = [2 - place + offset + side for place in range(3) for side in (-0.19, 0.19)]
+    axes.vlines([x_and_h[bf16] / 1000] * 3, ends[::2], ends[1::2], color="black", linestyle=":", linewidth=1.5, zorder=3)
 axes.set(xlabel="kept for the backward pass (kB)", title="The fused hook keeps no copy of W₀ in bf16", xlim=(0, 300))
 axes.set_yticks([2, 1, 0], list(layers))
 axes.legend(loc="lower right", handlelength=1)
 show(figure, "saved")
 
 # %% [markdown]
-# The dotted lines are $X$ and $H$: $n (k + r)$ numbers of 4 or 2 bytes.
+# The dotted line at each bar shows the size of $X$ and $H$: $n (k + r)$ numbers of 4 or 2 bytes.
 #
 # ## Exercises
 #
-# 1. With dropout, the update is $s B A (m \odot x)$, and the mask $m$ contains 0 and $1 / (1 - p)$. Derive the three gradients. A right
-#    answer equals autograd in float64, with relative differences below $10^{-12}$.
+# 1. With dropout, the update is $s B A (m \odot x)$ ($\odot$: entry by entry), and the mask $m$ contains 0 and $1 / (1 - p)$. Derive the
+#    three gradients. Write the forward pass yourself, with a mask that you draw. A right answer equals autograd in float64, with
+#    relative differences below $10^{-12}$.
 # 2. Write the update alone, $s B A x$ without $W_0 x$, as a `torch.autograd.Function` that keeps $X$ but not $H$. A right answer passes
 #    `torch.autograd.gradcheck` in float64, and keeps exactly $n k$ numbers beside $A$ and $B$.
 #
 # ## What to remember
 #
 # - $dA = s B^\top dy\, x^\top$, $dB = s\, dy\, (A x)^\top$, $dx = W_0^\top dy + s A^\top B^\top dy$.
-# - The hooks keep $X$ and $H$: $n (k + r)$ numbers. $X$ alone is enough, and full fine-tuning keeps $X$ too: LoRA saves no activations of
-#   a linear.
-# - LoRA saves memory in gradients and the optimizer: $r (d + k)$ numbers are trained instead of $d k$.
+# - The hooks keep $X$ and $H$: $n (k + r)$ numbers. $X$ alone is enough, and full fine-tuning keeps $X$ too. So LoRA does not
+#   reduce the memory of a linear's activations.
+# - LoRA reduces the memory of gradients and of the optimizer: $r (d + k)$ numbers are trained instead of $d k$.
 #
 # ## Sources
 #

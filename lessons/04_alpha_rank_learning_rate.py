@@ -52,7 +52,7 @@ def parameters(adapters):
 # %% [markdown]
 # ## The first update
 #
-# Let G = ∂L/∂W be the gradient of the loss for a full weight, shape (d, k). (In lesson 3, G is dYᵀX.) With
+# Let G = ∂L/∂W be the gradient of the loss with respect to a full weight, shape (d, k). (In lesson 3, G is dYᵀX.) With
 # H = X A₀ᵀ, lesson 3 gives dB = s dYᵀH = s G A₀ᵀ and dA = s Bᵀ dYᵀX = s BᵀG. With B = 0, only the gradient of B is not zero:
 #
 # $$\frac{\partial L}{\partial B} = s\, G A_0^\top,$$
@@ -100,9 +100,10 @@ for optimizer_class, options in ((torch.optim.SGD, {}), (torch.optim.Adam, {"eps
 #   entries.
 #
 # A₀ᵀA₀ is the sum of aaᵀ over the r rows a of A₀. The mean of each term is I/(3k), so the mean of the sum is (r/3k)·I. The gain of SGD is η s² ‖G A₀ᵀ‖², so it grows like s² r. The
-# gain of Adam is η s times the sum of |G A₀ᵀ| over all d·r entries, so it grows like s r. For r much smaller than k,
-# the r random rows of A₀ are nearly orthogonal. The squares of the norms of r orthogonal parts add, so the norms grow
-# like s² √r and s √r. With s = α/r and s = α/√r this predicts powers of r:
+# gain of Adam is η s times the sum of |G A₀ᵀ| over all d·r entries, so it grows like s r.
+#
+# ΔW is a sum of r parts, one for each row of A₀. For r much smaller than k, these random rows are nearly orthogonal, and so
+# are the parts. Then their squared norms add, and the norms grow like s² √r and s √r. With s = α/r and s = α/√r this predicts powers of r:
 #
 # | first update | norm, α/r | norm, α/√r | gain, α/r | gain, α/√r |
 # |---|---|---|---|---|
@@ -204,7 +205,7 @@ assert loss_of["α/√r", 1] > 1.4 * loss_of["α/√r", 8] > 1.4 * 1.3 * loss_of
 # %% [markdown]
 # The pattern remains. With α/r, the loss after ten steps depends little on r, but the norm of ΔW falls. With α/√r,
 # the norm depends little on r, but a larger r learns faster. This matters when you compare ranks after a short
-# training: such a comparison may measure the sizes of the updates instead of the ranks. Lesson 5 shows this for whole runs.
+# training: such a comparison may measure the rule for s (which sets the norm or the gain) instead of the ranks. Lesson 5 shows this for whole runs.
 #
 # ## Which settings give the same run?
 #
@@ -234,7 +235,7 @@ for one, other in ((sgd, same_sgd), (adam, same_adam)):
     assert torch.equal(one[1], other[1])  # every element of ΔW
 
 # %% [markdown]
-# In practice A₀ is fixed: no setting of this library changes it. Then α and η are two settings. If α is multiplied by
+# In practice the size of A₀ is fixed: no setting of this library scales it. Then α and η are two settings. If α is multiplied by
 # c and A₀ remains, the run is the same if A and B have different options: for Adam, η and ε for A, and η/c and c·ε for B.
 # With one learning rate η/c, A learns c times more slowly. We measure how different this run is after five steps.
 
@@ -250,12 +251,13 @@ assert 0.1 < difference < 0.4 and other[0][-1] > adam[0][-1]
 # %% [markdown]
 # ## Why does α/r make sense with Adam?
 #
-# Give an adapter of rank 8 each row of A twice, and so rank 16. With the same α, s is halved. The two copies learn
-# the same, because Adam ignores that their gradients are halved. The sum of the two updates, each with s/2, is the
-# old update. So with α/r and Adam, this doubled adapter trains in the same way without a new learning rate.
+# Write each row of A twice in an adapter with r = 8. Now r = 16, but ΔW still has at most rank 8. With the same α, s is
+# halved, and so are the gradients of each copy. Adam ignores this if ε is halved too, as in the cell. So each copy learns
+# the same as the row that it copies. The sum of the two updates, each with s/2, is the update of the adapter with r = 8. So with
+# α/r and Adam, this doubled adapter trains in the same way without a new learning rate.
 #
 # Here the two copies are equal, so their updates have the same direction, and the norm of ΔW does not fall. The random rows
-# of the table are nearly orthogonal. For them, only the gain stays when r doubles, and the norm falls by √2.
+# of the table are nearly orthogonal. For them, only the gain stays when r doubles, and the norm falls by a factor of √2.
 
 # %%
 rows = {name: lora.A.detach() for name, lora in new_adapters(8, 32).items()}
@@ -279,8 +281,9 @@ assert torch.allclose(doubled[1], adam[1], atol=1e-2 * adam[1].abs().max())
 # ## What to remember
 #
 # - α/r and α/√r keep different sizes constant when r changes. Compare ranks only with a rule that you can defend.
-# - α and η are two settings because A₀ is fixed. If A₀ were scaled too, one of them would be enough.
-# - With Adam and α/r, the gain of the first step stays when r doubles and α and η remain. The norm of ΔW falls by √2.
+# - α and η are two settings because the size of A₀ is fixed. If A₀ were scaled too, one of them would be enough.
+# - With Adam and α/r, the gain of the first step stays when r doubles and α and η remain. The norm of ΔW falls by
+#   a factor of √2.
 #
 # ## Sources
 #

@@ -3,8 +3,8 @@
 #
 # ## 1. Two adapters on one linear
 #
-# The hook adds the update of each adapter in the stack. The sum $\Delta W_1 + \Delta W_2$ has at most the rank $r_1 + r_2$. For
-# random matrices it has exactly this rank.
+# The hook adds the update of each adapter in the stack. The sum $\Delta W_1 + \Delta W_2$ has rank at most $r_1 + r_2$. For
+# random matrices, its rank is exactly $r_1 + r_2$.
 
 # %%
 import sys

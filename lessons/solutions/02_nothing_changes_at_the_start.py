@@ -19,7 +19,7 @@ images, captions = cubes(8)
 
 
 def train(steps, random_b):
-    """Start with A = 0. Return the loss of each step, and for each step if any gradient of A and of B is not zero."""
+    """Start with A = 0. Return the loss of each step, and for each step whether any gradient of A and of B is not zero."""
     torch.manual_seed(SEED)
     backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
     adapters = lora_blip.inject(backbone, "vit", r=8, alpha=32.0).values()

@@ -34,7 +34,7 @@ with torch.no_grad():
     assert is_equal(s * (dY @ B).T @ (M * X), A.grad)
     assert is_equal(s * dY.T @ ((M * X) @ A.T), B.grad)
     assert is_equal(dY @ W0 + s * M * ((dY @ B) @ A), X.grad)
-    assert not is_equal(dY @ W0 + s * (dY @ B) @ A, X.grad)  # the mask belongs into dX, too
+    assert not is_equal(dY @ W0 + s * (dY @ B) @ A, X.grad)  # the mask belongs in dX too
 print("gradients with dropout: equal to autograd")
 
 # %% [markdown]

@@ -82,7 +82,8 @@ for max_norm, weight_decay in ((1.0, 1.0), (2.0, 0.5)):
 #
 # With the same α, s is halved, so the gradient of each copy of B is half of the old one. The two copies give the old
 # update if each is equal to the old B, because their factor is s/2. So SGD needs the learning rate 2η. The same holds
-# for A. In general, for m times as many rows, SGD needs m·η. This explains the power −1 of the gain in the table.
+# for A. In general, for m times as many rows, SGD needs m·η. With the
+# unchanged η, the gain is 1/m of that with the original rows: this is the power −1 in the table.
 
 # %%
 old = train(new_adapters(8, 32), torch.optim.SGD, 0.02)

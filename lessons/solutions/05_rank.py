@@ -13,12 +13,13 @@ import lora_blip
 
 
 def train(r, s, targets, epochs):
-    """Return the exact match and the number of parameters of an adapter with s = α/r."""
+    """Train an adapter with s = α/r. Return its exact match, its number of parameters, and the factors s of its linears."""
     run = quick_train(targets=targets, r=r, alpha=float(s * r), lr=3e-3, epochs=epochs, batch_size=4, augment=False)
     backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
     lora_blip.load_adapter(backbone, run)
     parameters = sum(p.numel() for name, p in backbone.model.named_parameters() if ".lora." in name)
-    return exact_match(model=backbone), parameters
+    factors = {lora.scale for module in backbone.model.modules() for lora in getattr(module, "lora", {}).values()}
+    return exact_match(model=backbone), parameters, factors
 
 
 # %% [markdown]
@@ -28,8 +29,9 @@ def train(r, s, targets, epochs):
 # score near that of s = 32. So the low score came from the small update, and not from the rank.
 
 # %%
-long, _ = train(1, 8, "vit", epochs=9)
+long, _, factors = train(1, 8, "vit", epochs=9)
 record("exact match, ViT, r = 1, s = 8, nine epochs", long)
+assert factors == {8}
 assert long > 0.85
 
 # %% [markdown]
@@ -38,7 +40,7 @@ assert long > 0.85
 # One layer has ten linears. Rank 1 has 3,328 parameters on them, 0.2 % of the model, and is enough for the cubes.
 
 # %%
-score, parameters = train(1, 32, "text[2:3]", epochs=3)
+score, parameters, factors = train(1, 32, "text[2:3]", epochs=3)
 record("exact match, text[2:3], r = 1, three epochs", score)
-assert parameters == 3328
+assert parameters == 3328 and factors == {32}  # the score alone does not show s
 assert score > 0.85
