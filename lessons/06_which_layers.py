@@ -137,8 +137,8 @@ for (model, targets), values in ratios.items():
 #   s = c/√r, the norm of Adam's first update of a linear does not depend on r (lesson 4). So adapters on more linears
 #   start with a larger total update. This comparison does not separate the two.
 # - **Norms.** For BLIP, ‖ΔW‖/‖W₀‖ is larger if only q and v are adapted, and it is larger in the last layer than in the first.
-#   For the Q-Former, this second difference depends on the run: we measured 1 % to 42 %. A large update is not a good one: the ViT with q and v has the largest relative updates of BLIP and the lowest
-#   score.
+#   For the Q-Former, this second difference depends on the run: we measured 1 % to 42 %. A large update is not a
+#   good one: the ViT with q and v has the largest relative updates of BLIP and the lowest score.
 #
 # These findings hold for the seeds 0, 1 and 2 (`lessons/spread.md` has the numbers, except those of each layer). Some scores depend on the seed: with an adapter on
 # all linears of the ViT of BLIP, the exact match is 76 %, 88 % and 96 %
@@ -162,7 +162,7 @@ for (model, targets), values in ratios.items():
     if model == "assets/tiny-blip":
         lower.plot(range(1, len(values) + 1), values, "o-", label=LABELS[targets])
 lower.set(xlabel="layer of the ViT, or of the text model", ylabel="mean ‖ΔW‖ / ‖W₀‖", xticks=[1, 2, 3, 4], ylim=(0, None))
-lower.set_title("BLIP: the last update is larger than the first,\nclearly only in three of four")
+lower.set_title("BLIP: larger updates in the last layer,\nclearly only in three of four")
 lower.legend(fontsize=9)
 show(figure, "which_layers")
 
