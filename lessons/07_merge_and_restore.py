@@ -70,10 +70,10 @@ for name, linear in linears.items():
 #
 # The code allows 1.01·u, because the sum is rounded twice: to float32, and then to the dtype of the weight.
 #
-# An element with |ΔW| < u·|W₀|/2 does not change at all: W' = W₀, because the gap between W₀ and its neighbours is at least
-# u·|W₀|, and a change below half of the gap is rounded away. We count all elements that do not change, for the trained update
-# and for the same update made smaller. The other elements change by whole gaps, so we also measure the part of the update that
-# is lost: ‖(W' − W₀) − ΔW‖/‖ΔW‖, with Frobenius norms over all linears. W₀ is here the weight in the dtype of the merge.
+# The gap between W₀ and its neighbours is at least u·|W₀|. A change below half of the gap is rounded away. So if
+# |ΔW| < u·|W₀|/2, then W' = W₀. We count all elements that do not change, for the trained update and for the same update made
+# smaller. The other elements change by whole gaps, so we also measure the part of the update that is lost:
+# ‖(W' − W₀) − ΔW‖/‖ΔW‖, with Frobenius norms over all linears. Here, W₀ is the weight in the dtype of the merge.
 
 # %%
 ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -103,8 +103,8 @@ assert unchanged["bf16"][-1] > 0.9 > unchanged["fp16"][-1] > 0.5 > 0.01 > unchan
 assert lost["bf16"][0] < 0.02 and lost["bf16"][-1] > 0.8 and lost["fp16"][-1] > 0.4 and lost["fp32"][-1] < 0.001
 
 # %% [markdown]
-# The tiny base and its large learning rate give a large update, so little is lost here. An update that is 1024 times
-# smaller is lost by more than 80 % in bf16, and by more than 40 % in fp16. An optimizer step on A or B in bf16 would be
+# The tiny base and its large learning rate give a large update, so little is lost here. Of an update that is 1024 times
+# smaller, more than 80 % is lost in bf16, and more than 40 % in fp16. An optimizer step on A or B in bf16 would be
 # rounded in the same way, so `lora_blip` keeps A and B in float32. A hook leaves W₀ as it is, so this loss does not occur
 # before a merge.
 #
@@ -132,7 +132,7 @@ for key, dtype in DTYPES.items():
 
 # %% [markdown]
 # `lora_blip.restore` copies W₀ back. The copy is made at the first merge. It has as many bytes as the adapted weights.
-# To get every bit, W' and ΔW are not enough: you need a copy of W₀, the checkpoint, or a list of corrections (exercise 2).
+# To get every bit back, W' and ΔW are not enough: you need a copy of W₀, the checkpoint, or a list of corrections (exercise 2).
 
 # %%
 lora_blip.restore(backbone)
@@ -164,7 +164,7 @@ for key, marker in zip(DTYPES, "osD", strict=True):
 panels[0].set(xlabel="size of the update (1 = trained)", ylabel="elements of W without a change (%)")
 panels[0].set_title("16 bits: a small update changes few elements")
 panels[1].plot([1, CYCLES], [0, 0], "k--", label="restore, all dtypes")
-panels[1].set(xlabel="cycles of merging and subtracting", ylabel="elements different from W₀ (%)")
+panels[1].set(xlabel="cycles of merging and subtracting", ylabel="elements different from W₀ (%)", xticks=[1, 5, 10, 15, 20])
 panels[1].set_title("Subtracting does not restore W₀")
 panels[0].legend()
 panels[1].legend(loc=(0.55, 0.12))
@@ -175,8 +175,10 @@ show(figure, "rounding")
 #
 # ## Exercises
 #
-# 1. Train two adapters, with `quick_train(max_steps=20, seed=1)` and `seed=2`. Merge them into bf16 weights in two ways: round after each, W' = round(round(W₀ + ΔW₁) + ΔW₂), and round once,
-#    W' = round(W₀ + (ΔW₁ + ΔW₂)). A right answer shows that the first way depends on the order of the adapters in some
+# 1. Train two adapters, with `quick_train(max_steps=20, seed=1)` and `seed=2`. Merge them into bf16 weights in two ways: round
+#    after each, W' = round(round(W₀ + ΔW₁) + ΔW₂), and round once, W' = round(W₀ + (ΔW₁ + ΔW₂)). Compute both by hand from
+#    `delta_weight()`, because `lora_blip.merge` rounds once. A right answer shows that the
+#    first way depends on the order of the adapters in some
 #    elements, that the second does not, and that the second is nearer to the exact sum on average.
 # 2. Restore W₀ by subtracting, with less memory than a copy: store only the elements that subtracting gets wrong, as an index of
 #    four bytes and a value of two. Use the first adapter of exercise 1. A right answer restores bf16 weights bit for bit after
