@@ -10,9 +10,11 @@
 # All three compute y = W₀x + b + (α/r)·B A x:
 #
 # - **module**: the linear is replaced by a module that contains it. `peft` does this.
-# - **closure**: a forward hook is a function that is defined inside a function, and remembers its adapter.
-# - **hook**: a forward hook is a top-level function (importable by name), and finds the adapter in the linear. `lora_blip`
+# - **closure**: the hook is a function inside another function, and remembers its adapter.
+# - **hook**: the hook is a top-level function (importable by name), and finds the adapter in the linear. `lora_blip`
 #   does this.
+#
+# In both, the hook is a forward hook: PyTorch calls it after the forward of the linear.
 
 # %%
 import copy
@@ -182,11 +184,11 @@ show(figure, "answers")
 # the adapter of its original, without an error. And Python cannot pickle a lambda or a function inside a function. A top-level
 # function remembers no adapter, and is pickled by its name. In the other rows, the two columns are equal.
 #
-# No way helps with `F.linear(x, m.weight)`: the code reads the weight and never calls the module. With a hook, the adapter then
-# has no effect, and PyTorch reports nothing. The same holds for `peft`, whose module has a property `weight` that returns the
-# weight of `base_layer`. Our `LoRALinear` has no such property, so `m.weight` raises AttributeError, and the test reads the
-# weight of `base_layer`. A merged weight always acts. A training of `lora_blip` stops before the first step if an adapter is
-# never called.
+# None of the three ways acts in `F.linear(x, m.weight)`: the code reads the weight and never calls the module. With a hook, the
+# adapter then has no effect, and PyTorch reports nothing. The same holds for `peft`, whose module has a property `weight` that
+# returns the weight of `base_layer`. Our `LoRALinear` has no `weight`, so `m.weight` would raise AttributeError. Therefore the
+# test reads `base_layer.weight`. A merged weight always acts. A training of `lora_blip` stops before the first step if an adapter
+# is never called.
 #
 # Checkpointing works in all three ways, and so does compiling a model that has its adapter already. The last row is a
 # property of `torch.compile`: a compiled graph does not look for new hooks. It notices a replaced module, so only *module*
@@ -221,8 +223,8 @@ assert set(backbone.model.state_dict()) == set(before)
 #
 # 1. Write a `LoRALinear` that subclasses `nn.Linear` and shares the weight and bias of the linear that it replaces. Which of the
 #    eight answers of the column *module* change? A right answer shows the new column.
-# 2. Write a check that finds linears with a hook that a forward of the model never calls. A right answer finds the second linear
-#    of a model that computes `F.linear(x, self.second.weight)`.
+# 2. Write a check that finds each linear that has a hook but is not called in a forward of the model. A right answer finds the
+#    second linear of a model that computes `F.linear(x, self.second.weight)`.
 #
 # ## What to remember
 #
