@@ -6,8 +6,8 @@
 #
 # **Time:** less than a minute on two cores, longer if they are busy.
 #
-# **Read:** `check_image_matters` in `lora_blip/training/preflight.py`. Before each training, it gives the texts of a batch other images, and
-# stops if the logits remain the same.
+# **Read:** `check_image_matters` in `lora_blip/training/preflight.py`. Before each training, it pairs the texts of a batch with
+# other images, and stops if the logits remain the same.
 #
 # A caption model can ignore the image and still write sentences that look right: in these captions, "cube" follows every colour. We
 # ask three questions. Does another image change the prediction? Which patches does a word attend to? Which patches change the word if
@@ -22,7 +22,7 @@ from lesson_tools import ROOT, record, show
 import lora_blip
 
 run = lesson_tools.quick_train(max_steps=120)  # adapters on the ViT; the text decoder and its cross-attention are frozen
-backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)  # eager attention returns its weights
+backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"), fast=False)  # plain PyTorch attention can return its weights
 model = backbone.model
 lora_blip.load_adapter(backbone, run)
 STATES = {"base": lambda: lora_blip.disable_adapters(backbone), "adapter": lambda: lora_blip.use_adapters(backbone, "default")}
@@ -45,7 +45,7 @@ def log_probabilities(pixels, rows=slice(None)):
 # ## Other images, other predictions
 #
 # Each caption keeps its text, and gets the image of another row. Let p be the distribution of the next token with the right image, and q
-# with the other image. Their distance is the Kullback-Leibler divergence, in nats:
+# with the other image. Their distance is the Kullback-Leibler divergence, in nats (natural logarithm):
 #
 # $$\mathrm{KL}(p \,\|\, q) = \sum_v p_v \log \frac{p_v}{q_v} \ge 0.$$
 #
@@ -105,14 +105,17 @@ axes.legend(loc=(0.6, 0.1))
 show(figure, "words")
 
 # %% [markdown]
-# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a", because "an" or "single" can be
-# in its place. "orange" depends on the image less than the other colours: in these captions, the word "an" before it announces it.
-# With the adapter, "cube", "of", "the" and "left" follow almost completely from the words before.
+# Colours, the number of cubes ("single") and the relation ("on", "to") depend on the image. So does "a", because "an", or at the
+# start also "no", can be in its place. "orange" depends on the image less than the other colours: usually the word "an" announces
+# it. After "single", it depends on the image as much as other colours. With the adapter, "of", "the" and "left" follow almost
+# completely from the words before, and "cube" mostly.
 #
 # ## Cross-attention
 #
-# Each of the three layers of the text decoder has four heads of size d_h = 32. A head compares the query of each position with the keys
-# of the 37 image states: one for the whole image (the class token of the ViT, here called `[CLS]`) and one for each of the 6 × 6 patches.
+# The ViT has 37 output vectors, here called states: one for the whole image (the class token of the ViT, here called `[CLS]`) and
+# one for each of the 6 × 6 patches. Each of the three layers of the text decoder has four heads of size d_h = 32. Q, K and V are
+# the outputs of the linears `query` (of the text), `key` and `value` (of the states). A head compares the query of each position
+# with the keys of the states. a_tj is the weight of state j at position t:
 #
 # $$a = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}}\right),$$
 # $$\text{output} = a V,$$
@@ -133,10 +136,8 @@ def attention(pixels, rows):
 
 
 layer, kept = model.text_decoder.bert.encoder.layer[1].crossattention.self, {}
-handles = [
+for name in ("query", "key"):  # these hooks stay: they only keep the last output
     getattr(layer, name).register_forward_hook(lambda _module, _args, output, name=name: kept.update({name: output}))
-    for name in ("query", "key")
-]
 EXAMPLE, maps = 0, {}
 for state, active in STATES.items():
     with active():
@@ -146,8 +147,6 @@ for state, active in STATES.items():
     assert torch.allclose(by_hand, maps[state][:, 1], atol=1e-5)
     assert torch.allclose(maps[state].sum(-1), torch.tensor(1.0), atol=1e-5)
     record(f"share of the attention on [CLS], {state}", maps[state][..., 0].mean((1, 2))[is_word[:12]].mean().item())
-for handle in handles:
-    handle.remove()
 
 # %% [markdown]
 # ## What happens if a patch is covered?
@@ -190,21 +189,26 @@ assert (moved > 1e-6).all() and 0.002 < moved.mean() < 0.01
 length = int(is_word[EXAMPLE].sum()) - 1  # without the end token
 columns = [("attention,\nbase", mean_attention["base"]), ("attention,\nadapter", mean_attention["adapter"])]
 columns.append(("effect of a\ncover, adapter", effect["adapter"].clamp(min=0)))
-figure, grid = plt.subplots(length, 3, figsize=(5, 1.65 * length + 0.6))
+figure, (top, *grid) = plt.subplots(length + 1, 3, figsize=(5, 1.65 * length + 2.4))
+for axis in top:
+    axis.axis("off")
+top[1].imshow(images[EXAMPLE])
+top[1].set_title(captions[EXAMPLE])
 for t in range(length):
     for axis, (title, values) in zip(grid[t], columns, strict=True):
         axis.imshow(images[EXAMPLE].convert("L"), cmap="gray", extent=(0, 6, 6, 0))
         axis.imshow(values[EXAMPLE, t].view(6, 6), cmap="inferno", alpha=0.6, extent=(0, 6, 6, 0))
         axis.set(xticks=[], yticks=[], title=title if t == 0 else "")
         axis.set_xlabel(f"largest: {values[EXAMPLE, t].max():.2g}", fontsize=9)
-    grid[t, 0].set_ylabel(names[EXAMPLE][t])
+    grid[t][0].set_ylabel(names[EXAMPLE][t])
 show(figure, "attention")
 
 # %% [markdown]
-# Each row is a predicted word, and each panel has its own colours: bright is the largest value of the panel. An effect is a fall of the
-# log-probability, in nats. A rise is drawn as zero. The number below a panel is its largest value: for a word that the model is sure of,
-# no single patch changes much. Attention is the mean over three layers and four heads. The share of `[CLS]`, printed above, is not drawn:
-# it is near 1/37 ≈ 0.027, which is the share of uniform attention.
+# The image and its caption are on top. Each row is a predicted word, on the image in grey, and each panel has its own colours:
+# bright is the largest value of the panel. An effect is a fall of the log-probability, in nats. A rise is drawn as zero. The
+# number below a panel is its largest value: for a word that the model is sure of, no single patch changes much. Attention is the
+# mean over three layers and four heads. The share of `[CLS]`, printed above, is not drawn: it is near 1/37 ≈ 0.027, which is the
+# share of uniform attention.
 #
 # ## What the picture shows, and what it does not
 #
@@ -214,8 +218,8 @@ show(figure, "attention")
 #   0.04 with the adapters of the seeds 0, 1 and 2. It is negative for some words. So bright patches are not always those that matter.
 # - A patch of the last ViT layer is not a patch of pixels. Its state has read all other patches by self-attention: covering one corner
 #   changes the states of all 35 other patches, by half a percent on average.
-# - Covering is no perfect measure either. The model was not trained on covered images. And if two patches show the same colour, covering
-#   one of them may change little.
+# - Covering is not a perfect measure either. The model was not trained on covered images. And if two patches show the same
+#   colour, covering one of them may change little.
 #
 # Jain and Wallace (arXiv:1902.10186) found the same for recurrent models of text: attention is often uncorrelated with other measures of importance,
 # and different attention can give the same prediction. Wiegreffe and Pinter (arXiv:1908.04626) answer that this depends on what
@@ -224,8 +228,8 @@ show(figure, "attention")
 # ## Exercises
 #
 # 1. Make the attention uniform: a forward hook on each cross-attention `query` returns zeros. A right answer shows that each
-#    weight is 1/37, and that the log-probability of the captions falls. So the model needs its attention, although a picture of it explains
-#    little.
+#    weight is 1/37, and that with the adapter, the log-probability of the captions falls. So this model needs its attention,
+#    although a picture of it explains little. (In the base it rises: the base describes these images badly.)
 # 2. Mirror the images of "… to the left of …", and exchange the two colours in the caption. A right answer compares the log-probability of
 #    the two captions for the original and the mirrored images, and reports for how many images the model prefers the right caption.
 #    This tests whether the model reads the positions, and not only which colours are there.
