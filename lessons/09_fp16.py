@@ -48,8 +48,8 @@ assert torch.finfo(torch.bfloat16).max > 1e38  # bf16 has the range of float32 a
 # S is a power of two. Then the multiplication and the division change only the exponent. They round nothing, as long as the
 # numbers stay in the range of the dtype.
 #
-# A new adapter has B = 0, so A has no gradient. So we first train an adapter for 60 steps. Then we take the gradients of a batch
-# of four images with different loss scales.
+# A new adapter has B = 0, so the gradient of A is zero. So we first train an adapter for 60 steps. Then we take the gradients of
+# a batch of four images with different loss scales.
 
 # %%
 run = lesson_tools.quick_train(max_steps=60)
@@ -107,11 +107,12 @@ assert errors[3] < 0.05 and errors[7] < 0.01 < 0.1 < errors[1] and not errors[-1
 
 # %% [markdown]
 # Without a scale (S = 1), a part of the gradients is zero, but the lost gradients are the smallest ones. The error of the adapters' gradient
-# is 1.1 to 1.4 percent for the seeds 0 to 2. The left side of the picture shows what smaller gradients would lose: gradients that are 256
-# times smaller lose as much as with S = 2⁻⁸. There, the error is 59 to 72 percent.
+# is 1.1 to 1.4 percent for the seeds 0 to 2. The left side of the picture below shows what smaller gradients would lose. If all
+# gradients were 256 times smaller, S = 1 would lose what S = 2⁻⁸ loses now. There, the error is about 55 to 75 percent.
 #
-# Any S on the flat part is good. `torch.amp.GradScaler` finds one. It skips a step whose gradients are not finite, and halves
-# S. After 2000 steps without such a skip, it doubles S. It starts with S = 2¹⁶. We start with 2²⁵, which is too large.
+# Any S on the flat part of the lower curve is good. `torch.amp.GradScaler` finds one. It skips a step whose gradients are not
+# finite, and halves S. After 2000 steps without such a skip, it doubles S. It starts with S = 2¹⁶. We start with 2²⁵, which is
+# too large.
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(5, 6.5), sharex=True)
@@ -174,15 +175,16 @@ for power, dtype in ((0, torch.float16), (16, torch.float32), (16, torch.bfloat1
 #
 # ## Why adapters stay in float32
 #
-# The optimizer subtracts u from a parameter θ. For Adam, |u| is usually at most the learning rate η (arXiv:1412.6980, section 2.1).
-# In fp16, the result is rounded. If |u| is
-# less than half of the gap between θ and its neighbours, the parameter does not change. For p significant bits,
+# The optimizer subtracts an update δ from a parameter θ. For Adam, |δ| is usually at most the learning rate η (arXiv:1412.6980,
+# section 2.1). In fp16, the result is rounded. If |δ| is less than half of the gap between θ and its neighbours, the parameter
+# does not change. For p significant bits,
 #
-# $$\mathrm{round}(\theta - u) = \theta \quad \text{if} \quad |u| < \tfrac{1}{2}\,\mathrm{ulp}(\theta),$$
+# $$\mathrm{round}(\theta - \delta) = \theta \quad \text{if} \quad |\delta| < \tfrac{1}{2}\,\mathrm{ulp}(\theta),$$
 # $$\mathrm{ulp}(\theta) = 2^{\lfloor \log_2 |\theta| \rfloor + 1 - p}.$$
 #
-# (At θ = ±2ᵉ, the gap on one side is only half as large, so |u| must be less than a quarter of an ulp.) The next step starts again from the same θ. So a thousand such steps change
-# nothing, but in float32 they add up. We count the lost updates for one step of size η on the trained A and B.
+# (At θ = ±2ᵉ, the gap on one side is only half as large, so |δ| must be less than a quarter of an ulp.) The next step starts
+# again from the same θ. So a thousand such steps change nothing, but in float32 they add up. We count the lost updates for one
+# step of size η on the trained A and B.
 
 # %%
 BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
@@ -192,9 +194,10 @@ for dtype, bits in BITS.items():
     theta = torch.cat([parameter.detach().flatten() for parameter in parameters]).to(dtype).double()
     theta = theta[theta.abs() >= 2.0**-14]  # smaller numbers of fp16 have fewer bits
     ulp = 2.0 ** (theta.abs().log2().floor() + 1 - bits)
-    for u in (rate * torch.ones_like(theta) for rate in RATES):
-        new = (theta - u).to(dtype).double()
-        assert torch.equal(new[u < ulp / 4], theta[u < ulp / 4]) and (new != theta)[u > ulp / 2].all()
+    half_gap = ulp / torch.where(theta.abs().log2() % 1 == 0, 4, 2)  # a quarter of an ulp for θ = ±2ᵉ
+    for delta in RATES:
+        new = (theta - delta).to(dtype).double()
+        assert torch.equal(new[delta < half_gap], theta[delta < half_gap]) and (new != theta)[delta > ulp / 2].all()
         lost[dtype].append((new == theta).double().mean().item())
     sum_of_steps = theta
     for _ in range(1000):
@@ -215,8 +218,8 @@ show(figure, "lost_updates")
 # %% [markdown]
 # In float32, almost no step of these sizes is lost, and a thousand of them add up. In fp16, a part of the steps of 1e-5 is lost, and most of the
 # steps of 1e-6. bf16 loses more, because it has three bits less. The default peak rate for a real checkpoint is 1e-4 (`lr` in
-# `lora_blip/config.py`). After the warm-up, the cosine schedule lowers it to zero: ½(1 + cos 0.8π) < 0.1, so the last fifth of these
-# steps is below 1e-5.
+# `lora_blip/config.py`). The rate first rises (warm-up), then falls to zero along half a cosine (cosine schedule):
+# ½(1 + cos 0.8π) < 0.1, so the last fifth of the steps after the warm-up is below 1e-5.
 #
 # Micikevicius et al. (arXiv:1710.03740, section 3.1) keep a float32 copy of all weights for this reason. LoRA needs it only for A
 # and B, which are small. The frozen W₀ can have 16 bits, because training adds nothing to it. Autocast still multiplies with fp16 copies of A
@@ -229,9 +232,9 @@ show(figure, "lost_updates")
 #
 # $$L = \sum_i \frac{n_i}{N} L_i, \quad N = \sum_i n_i.$$
 #
-# This is not the mean of the means, $\frac{1}{K} \sum_i L_i$. There, a token of micro-batch i has the weight 1/(K nᵢ). So tokens of short captions count more. The two are equal only if all nᵢ
-# are equal. The `Trainer` of transformers averaged the means
-# until 2024 (https://huggingface.co/blog/gradient_accumulation).
+# This is not the mean of the means, $\frac{1}{K} \sum_i L_i$. There, a token of micro-batch i has the weight
+# 1/(K nᵢ). So tokens of a micro-batch with few label tokens count more. In general, the two are equal only if all nᵢ are equal.
+# The `Trainer` of transformers averaged the means until 2024 (https://huggingface.co/blog/gradient_accumulation).
 
 # %%
 micro_batches = [{key: value[i : i + 2] for key, value in batch_of(8).items()} for i in range(0, 8, 2)]
@@ -260,8 +263,9 @@ assert (updates[0] - updates[1]).norm() < 1e-3 * updates[0].norm()
 # 1. Adam keeps a mean of g and of g² for each parameter. Give `torch.optim.Adam` an fp16 parameter with gradients of about
 #    10⁻⁵, and take one step with the usual ε = 10⁻⁸. A right answer shows that g² and ε are both zero in fp16, so no
 #    parameter is finite after the step, and that the same step in float32 changes each parameter by about the learning rate.
-# 2. Take a loss scale that is too large, such as 2²⁸, and find the module whose gradient overflows first. A right answer
-#    shows that all outputs of the forward pass are finite, and prints the name of a module. The same search with 2¹⁶ finds none.
+# 2. Take a loss scale that is too large, such as 2²⁸, and find the module for which the gradient of its *output* is the first
+#    that is not finite in the backward pass. A right answer shows that all outputs of the forward pass are finite, and prints the
+#    name of a module. The same search with 2¹⁶ finds none.
 #
 # ## What to remember
 #
