@@ -29,8 +29,8 @@ def outputs(backbone, rows):
     return backbone.model.eval()(pixel_values=pixels[rows], **text)
 
 
-def train(make, hook):
-    """Put `make(linear)` on each linear of the ViT, and train for 20 steps. Return the backbone."""
+def train(make, hook, steps=STEPS):
+    """Put `make(linear)` on each linear of the ViT, and train it. Return the backbone."""
     torch.manual_seed(SEED)
     backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
     for name in names:
@@ -39,7 +39,7 @@ def train(make, hook):
         linear.lora["default"] = make(linear)
         linear.register_forward_hook(hook, with_kwargs=True)
     optimizer = torch.optim.Adam([p for p in backbone.model.parameters() if p.requires_grad], lr=3e-3)
-    for step in range(STEPS):
+    for step in range(steps):
         loss = outputs(backbone, [(step * 8 + i) % 64 for i in range(8)]).loss
         optimizer.zero_grad()
         loss.backward()
@@ -106,6 +106,9 @@ def dora_hook(linear, args, _kwargs, output):
     g = lora.m / (linear.weight + lora.delta_weight()).detach().norm(dim=1)
     return output + (g - 1) * (output - linear.bias) + g * lora(args[0])
 
+
+with torch.no_grad():  # DoRA starts at the base
+    assert torch.equal(outputs(train(dora, dora_hook, steps=0), range(8)).logits, outputs(base, range(8)).logits)
 
 trained, plain = (
     train(dora, dora_hook),
