@@ -85,9 +85,8 @@ assert exact(base, flat)[0] > 0.95 and exact(base, test)[0] < 0.05
 # $$\Delta W = W' - W_0,$$
 # $$\text{for LoRA}\quad \Delta W = \frac{\alpha}{r} B A.$$
 #
-# (`bake` adds ΔW to W₀ and removes the adapter. Lesson 7 checks this sum.) Each method has its own learning rates η: those of
-# full fine-tuning are a tenth of the two smaller ones of LoRA. With these four, both methods learn the cubes. During the training we
-# measure the scores.
+# (`bake` adds ΔW to W₀ and removes the adapter. Lesson 7 checks this sum.) Each method has its own learning rates η. LoRA: 0.001,
+# 0.003, 0.01. Full: 0.0001, 0.0003. With all but 0.01, both methods learn the cubes. During the training we measure the scores.
 
 
 # %%
@@ -127,20 +126,21 @@ for run in RUNS:
 
 # %% [markdown]
 # These statements hold for the seeds 0, 1 and 2 (`lessons/spread.md` has all numbers). The next cell asserts them. (The picture at the end shows the scores after 0, 20, 30,
-# 40, 60 and 80 steps.)
+# 40, 60 and 80 steps. A run starts at the upper left, and 30 is written beside its point of step 30.)
 #
 # - With η = 0.001 and 0.003, LoRA writes more than 85 % of the captions of cubes correctly. But it loses more than half of the
 #   captions of flat shapes.
 #   With η = 0.003 it loses nearly all of them: it calls nearly every shape a *cube*.
 # - The other words remain right. Without the nouns, more than 80 % of the captions of flat shapes are exact, so the model still
 #   sees the colours and the positions.
-# - Full fine-tuning forgets too. But of each run, take the checkpoint that keeps the most flat shapes among those with at least 85 % of the
-#   cubes: full fine-tuning keeps more flat shapes than LoRA. (The test images choose this checkpoint, for both methods in the same
-#   way.) This is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et al. 2024, on code and mathematics). It depends
-#   on the learning rates, and we tried only a few. Do not generalize from this tiny model.
+# - Full fine-tuning forgets too. So compare at equal success. In each run, keep only the steps with at least 85 % of the cubes
+#   right, and take the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test images
+#   choose this step, for both methods in the same way.) This is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et
+#   al. 2024, on code and mathematics). It depends on the learning rates, and we tried only a few. Do not generalize from this
+#   tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
-#   stable: with three seeds, 82 %, 9 % and 32 % of the captions of cubes were right, and 68 % instead of 82 % in another
-#   version of this code, which rounds differently.
+#   stable, because other versions and processors round differently. Of the captions of cubes, we saw 68 to 88 % right with seed 0,
+#   9 to 50 % with seed 1, and 32 to 46 % with seed 2.
 
 # %%
 end = {run: dict(zip(("cubes", "flat", "without nouns"), scores[run][-1, 1:].tolist(), strict=True)) for run in RUNS}
@@ -151,13 +151,13 @@ for run in RUNS:
 assert abs(lesson_tools.exact_match(model=trained["LoRA", 1e-2], count=TESTS) - end["LoRA", 1e-2]["cubes"]) < 0.011
 for run in (("LoRA", 1e-3), ("LoRA", 3e-3), ("full", 1e-4), ("full", 3e-4)):
     assert end[run]["cubes"] > 0.85 and end[run]["flat"] < 0.8 < end[run]["without nouns"], (run, end[run])
-assert end["LoRA", 3e-3]["flat"] < end["LoRA", 1e-3]["flat"] and end["full", 3e-4]["flat"] < end["full", 1e-4]["flat"]
 words = next_tokens(trained["LoRA", 3e-3], flat)[torch.isin(flat[1][:, 1:], NOUNS)]  # in the place of a noun
 share = (words == base.tokenizer.convert_tokens_to_ids("cube")).float().mean().item()
 record("LoRA, η = 0.003: nouns of flat shapes that become cube", share)
 for lora, full in ((1e-3, 1e-4), (3e-3, 3e-4)):
     assert end["full", full]["best flat"] > end["LoRA", lora]["best flat"] + 0.05
-assert share > 0.9 and end["LoRA", 3e-3]["flat"] < 0.05 and end["LoRA", 1e-3]["flat"] < 0.5
+assert share > 0.9 and end["LoRA", 3e-3]["flat"] < 0.05 < end["LoRA", 1e-3]["flat"] < 0.5
+assert end["full", 3e-4]["flat"] < end["full", 1e-4]["flat"]
 assert end["LoRA", 1e-2]["without nouns"] < end["LoRA", 3e-3]["without nouns"]
 
 # %% [markdown]
@@ -199,9 +199,9 @@ for W0, delta, rho in zip(W0s, updates["LoRA", 1e-2], cosines["LoRA", 1e-2].spli
     # the equation, and the library's count
     assert torch.allclose(rho, (U[:, :10].T @ U0).abs().amax(1), atol=1e-3)
     assert (rho < 0.5).sum() == intruder_dimensions(W0, delta)
-assert intruders["LoRA", 1e-2] > 5 * intruders["LoRA", 3e-3] > 0 and sizes["LoRA", 1e-3] > sizes["full", 3e-4]
+assert intruders["full, scaled", 1e-4] > intruders["LoRA", 1e-2] > 5 * intruders["LoRA", 3e-3] > 0
 assert intruders["LoRA", 1e-3] > 0 == intruders["full", 1e-4] == intruders["full", 3e-4]
-assert intruders["full, scaled", 1e-4] > intruders["LoRA", 1e-2]
+assert sizes["LoRA", 1e-3] > sizes["full", 3e-4]
 
 # %% [markdown]
 # LoRA has intruders, and full fine-tuning has none. This agrees with the paper. But the learning rate matters too: with η = 0.01,
@@ -231,10 +231,10 @@ for number, ((method, lr), values) in enumerate(cosines.items()):
     style = {"color": f"C{number}", "linestyle": "-" if method == "LoRA" else "--"}
     if (method, lr) in scores:
         panels[0].plot(*(100 * scores[method, lr][:, 1:3].T), marker="o", markersize=5, label=f"{method}, η = {lr:g}", **style)
+        panels[0].annotate("30", 100 * scores[method, lr][2, 1:3], (4, 4), textcoords="offset points", color=style["color"])
     label = f"{method}, η = {lr:g}" if method != "full, scaled" else "full, as large as η = 0.01"
     panels[1].plot(torch.linspace(0, 100, len(values)), values.sort().values, label=label, **style)
-panels[0].set(xlabel="new cubes, exact captions (%)", ylabel="flat shapes, exact captions (%)")
-panels[0].set_title("The base forgets while it learns")
+panels[0].set(xlabel="new cubes, exact captions (%)", ylabel="flat shapes, exact captions (%)", title="Learning and forgetting")
 panels[0].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.45, 1.1))
 panels[1].axhline(0.5, color="grey", linewidth=1)
 panels[1].set(xlabel="singular vectors of W', sorted (%)", ylabel="largest cosine with one of W₀", ylim=(0, 1.05))
@@ -245,10 +245,11 @@ show(figure, "forgetting")
 # %% [markdown]
 # ## Exercises
 #
-# 1. Train LoRA with η = 0.003 and replay: two of the eight images in each batch are flat shapes, which are not in the test. A right answer
-#    shows that much less is forgotten, and that cubes are still learned.
-# 2. Take LoRA with η = 0.003 and multiply the singular value of each intruder by c = 0.75, 0.5 and 0. The paper reports that smaller
-#    intruders forget less, and that the new task suffers little. A right answer shows whether this holds here.
+# 1. Train LoRA with η = 0.003 and replay: two of the eight images in each batch are flat shapes, which are not in the test.
+#    `lesson_tools.tokenize(…, length=16)` gives the captions of both the same length. A right answer shows that much less is
+#    forgotten, and that cubes are still learned.
+# 2. Take LoRA with η = 0.003 and multiply the singular value of each intruder by c = 0.75, 0.5 and 0. The paper reports that a
+#    model with smaller intruders forgets less, and that the new task suffers little. A right answer shows whether this holds here.
 #
 # ## What to remember
 #

@@ -36,13 +36,17 @@ def caption_scores(images, captions):
 
 # %%
 images, captions = lesson_tools.test_cubes(48)
-scores = {"learned": caption_scores(images, captions).mean().item()}
+scores = {"adapter, learned": caption_scores(images, captions).mean().item()}
+with lora_blip.disable_adapters(backbone):
+    scores["base, learned"] = caption_scores(images, captions).mean().item()
 handles = [
     module.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
     for name, module in model.text_decoder.named_modules()
     if name.endswith("crossattention.self.query")
 ]
-scores["uniform"] = caption_scores(images, captions).mean().item()
+scores["adapter, uniform"] = caption_scores(images, captions).mean().item()
+with lora_blip.disable_adapters(backbone):
+    scores["base, uniform"] = caption_scores(images, captions).mean().item()
 with torch.no_grad():
     pixels = backbone.image_processor(images[:1], return_tensors="pt").pixel_values
     states = model.vision_model(pixels).last_hidden_state
@@ -53,7 +57,11 @@ for handle in handles:
 for name, score in scores.items():
     record(f"log-probability of a caption, {name} attention", score)
 assert len(weights) == 3 and all(torch.allclose(weight, torch.tensor(1 / 37)) for weight in weights)  # three layers
-assert scores["uniform"] < scores["learned"] - 1
+assert scores["adapter, uniform"] < scores["adapter, learned"] - 1 and scores["base, uniform"] > scores["base, learned"] + 1
+
+# %% [markdown]
+# With the adapter, the log-probability falls, so this model needs its attention. In the base it rises: the base gives these
+# captions a low probability, and its learned attention makes it lower.
 
 # %% [markdown]
 # ## 2. Mirrored images

@@ -14,6 +14,7 @@ import torch
 from lesson_tools import ROOT, SEED, record
 
 import lora_blip
+from lora_blip.lora.spectrum import intruder_dimensions
 from toyworld.scenes import flat_scene, render_flat
 
 STEPS, BATCH, TESTS = 80, 8, 100
@@ -95,7 +96,10 @@ def scale_intruders(backbone, c):
         U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
         intruder = (U.T @ U0).abs().amax(1) < 0.5
         intruder[10:] = False
+        assert intruder.sum() == intruder_dimensions(W0, weight - W0)  # the library's count
         weight.data -= ((1 - c) * (U * S)[:, intruder] @ Vh[intruder]).float()
+        after = (U.T @ weight.double() @ Vh.T).diagonal()  # uᵢᵀ W' vᵢ, the new singular values
+        assert torch.allclose(after, torch.where(intruder, c * S, S), atol=1e-4)
         count += intruder.sum().item()
     return count
 
@@ -115,3 +119,7 @@ assert after[0.0][1] < 0.6 * exact(base, flat)
 # %% [markdown]
 # Here, the result differs from the paper's. Without the intruders, most captions of cubes are wrong, and most flat shapes are not
 # recovered. In this model, the intruders are a part of the new skill. The paper studies large language models.
+#
+# A c between 0 and 1 is not a good trade either. With c = 0.75, all captions of cubes remain right with the seeds 0, 1 and 2, but
+# only 3 %, 0 % and 0 % of the flat shapes are right. With c = 0.5, it is 15 %, 0 % and 2 % of the flat shapes, and with seed 0
+# only 5 % of the cubes (99 % and 100 % with the other seeds).
