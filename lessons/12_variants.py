@@ -215,7 +215,7 @@ for name, (adapter_class, hook, ratio) in VARIANTS.items():
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(5, 7), sharex=True, sharey=True)
-for axes, lr, title in zip(panels, RATES, ("LoRA is behind three others", "LoRA passes two of them"), strict=True):
+for axes, lr, title in zip(panels, RATES, ("LoRA is behind three others", "at the end, LoRA is not behind"), strict=True):
     for name in VARIANTS:
         curve = np.convolve(curves[name, lr], np.full(10, 0.1), "valid")
         axes.plot(range(5, STEPS - 4), curve, "--" if name == "DoRA" else "-", label=name)
