@@ -6,8 +6,8 @@
 # make lessons-spread    lessons 5, 6 and 11 with seeds 0, 1 and 2; writes lessons/spread.md
 # make lint        ruff and mypy
 # make bench       ratios to peft, measured side by side       make bases   pre-train the embedded bases again, 3 hours
-# make test-gpu    the tests that need a GPU
-# make bench-gpu   the rows that matter on a GPU; QUICK=1: the smallest models, also without a GPU, to check that it runs
+# make test-gpu    the tests that need a GPU (make test and make slow run the same tests on the CPU)
+# make bench-gpu   the rows that matter on a GPU, at most nine minutes; QUICK=1: the smallest models, also on a CPU, to check that it runs
 # make chaos       kill a training fifty times, in fp32 and in bf16, and compare its bytes with an uninterrupted one
 # make versions    compare the fast and the plain path on each supported version of transformers; run the core tests on two
 # make wheel       dist/lora_blip-….whl with the embedded bases, for another machine: pip install dist/*.whl
@@ -62,7 +62,7 @@ bench: .venv/.dev
 	$(PYTHON) -m benchmarks
 
 bench-gpu: .venv/.dev
-	$(PYTHON) -m benchmarks --only card,step,compiled,epoch,generate,merge --rounds 3 $(if $(QUICK),--quick)
+	$(PYTHON) -m benchmarks --only card,generate,epoch,merge,card_compiled --rounds 3 --minutes 9 $(if $(QUICK),--quick)
 
 chaos: .venv/.plots
 	$(PYTHON) -m benchmarks.robustness.chaos --precision fp32

@@ -17,7 +17,7 @@ from benchmarks.rows import memory
 from benchmarks.studies import growth, memory_table
 from benchmarks.suite import bars, pairs, report, sizes
 from benchmarks.suite.pairs import FLOOR, FULL, HANDMADE, OURS, PEFT, PRODUCTS, TRAINER, Cell
-from benchmarks.suite.plan import Plan, quick
+from benchmarks.suite.plan import Budget, Plan, quick
 from benchmarks.suite.sizes import backbone, copy_of
 from benchmarks.suite.work import TOKENS, UNEVEN, work
 from lora_blip.data.example import Example
@@ -34,7 +34,7 @@ def plan() -> Plan:
     return quick(rounds=1)
 
 
-ROWS_ON_A_CPU = [name for name in ROWS if name not in ("compiled", "card")]  # "compiled" needs a compiler, "card" a GPU
+ROWS_ON_A_CPU = [name for name in ROWS if name != "compiled"]  # it needs a compiler
 
 
 QUICK = ("input",)  # `make slow` runs every other row
@@ -157,6 +157,28 @@ def test_generation_is_of_a_fixed_length_on_both_sides() -> None:
         peer_ids = [peers.generate(base, work(base).pixel_values, beams, 6) for beams in (1, 3)]
         assert peer_ids[0].shape == peer_ids[1].shape
         assert len(ours.generate(ours.adapt(base, merged=True), work(base).pixel_values, 3, 6)) == 2
+
+
+def test_a_comparison_that_would_end_too_late_is_left_out_by_name() -> None:
+    """It is expected to take as long as the longest one of its row. A shorter row may still be measured."""
+    now = [0.0]
+    budget = Budget(100, lambda: now[0])
+    assert budget.allows("card", "large")
+    now[0] = 60
+    assert not budget.allows("card", "base") and budget.left_out == ["card: base"]
+    budget.longest["merge"] = 30
+    assert budget.allows("merge", "base") and budget.left_out == ["card: base"]
+    now[0] = 95
+    assert not budget.allows("merge", "large") and budget.longest == {"card": 60, "merge": 35}
+
+
+def test_a_row_without_time_is_empty_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file names the commit, and what was left out."""
+    assert main(["--quick", "--only", "merge", "--minutes", "0.001", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["left_out"] == ["merge: base fp32"] and not result["cells"] and "merge: base fp32" in capsys.readouterr().out
+    assert set(result["commit"]) <= set("0123456789abcdef+")
 
 
 # ---------------------------------------------------------------- what is written

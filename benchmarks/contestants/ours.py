@@ -51,7 +51,10 @@ class Training:
         self.learner = Learner(self.task, RATE, 0.01, 1.0, precision, self.autocast)
         self.batch = batch_of(self.task, work)
         if compiled:
-            compile_blocks(self.model)
+            self.compile()
+
+    def compile(self, **options: Any) -> None:
+        compile_blocks(self.model, **options)
 
     def forward(self) -> Tensor:
         with self.autocast():

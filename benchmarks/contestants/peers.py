@@ -35,6 +35,9 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.01, fused=True) if adam else None
         model.train()
 
+    def compile(self, **options: Any) -> None:
+        self.model.compile(**options)
+
     def forward(self) -> Tensor:
         with self.autocast():
             return self.model(**self.inputs).loss
@@ -181,13 +184,25 @@ def handmade(backbone: Backbone, work: Work) -> Training:
 # ---------------------------------------------------------------- inference
 
 
+def has_static_cache(backbone: Backbone) -> bool:
+    """Return whether transformers supports a static cache for a model. For BLIP, it raises an error during generation."""
+    return bool(backbone.model._can_compile_fullgraph)
+
+
 @torch.no_grad()
-def generate(backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, precision: str = "fp32") -> Tensor:
-    """Generate captions of a fixed length with transformers' own `generate`."""
+def generate(
+    backbone: Backbone, pixel_values: Tensor, beams: int, tokens: int, precision: str = "fp32", static: bool = False
+) -> Tensor:
+    """Generate captions of a fixed length with transformers' own `generate`.
+
+    static: with a cache of a fixed size. On a GPU, transformers then compiles the decoder in the first call.
+    """
     settings: dict[str, Any] = {"num_beams": beams, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     if backbone.family == "blip-2":
         start = rows_of(backbone, [""] * len(pixel_values))["input_ids"][:, :-1].to(backbone.device)
         settings |= {"input_ids": start, "attention_mask": torch.ones_like(start)}
+    if static:
+        settings["cache_implementation"] = "static"
     with autocasting(backbone.device, precision)():
         return backbone.model.generate(pixel_values=pixel_values, **settings)
 

@@ -32,6 +32,8 @@ def epoch(plan: Plan) -> Iterator[Cell]:
     """Measure seconds per image of 640 × 480 with five captions. peft with Trainer opens the image for each caption."""
     images = 4 if plan.quick else 12
     for precision in plan.precisions[1:]:
+        if not plan.allows("epoch", f"base {precision}"):
+            continue
         with freed(), tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             base = backbone(plan.size("base"), plan.device)

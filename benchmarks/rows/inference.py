@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.contestants import ours, peers
-from benchmarks.suite.pairs import HF, HF16, OURS, PEFT, Cell, Turn, compare, freed, seconds
+from benchmarks.suite.pairs import HF, HF16, OURS, PEFT, STATIC, Cell, Turn, compare, freed, seconds
 from benchmarks.suite.plan import Plan
 from benchmarks.suite.sizes import backbone, copy_of, in_dtype
 from benchmarks.suite.work import work
@@ -16,8 +16,15 @@ TOKENS, BEAMS, MANY = 20, 5, 8
 
 
 def generate(plan: Plan) -> Iterator[Cell]:
-    """Generate exactly 20 tokens for two images: greedily and with five beams, merged and with hooks."""
+    """Generate exactly 20 tokens for two images: greedily and with five beams, merged and with hooks.
+
+    If transformers supports a static cache for the model, it is measured too. Its first figure, which no ratio contains,
+    includes the compilation.
+    """
     for name, precision in [*(("base", precision) for precision in plan.precisions), ("blip2", plan.precisions[-1])]:
+        several = (2,) if plan.quick else (1, BEAMS)
+        if not plan.allows("generate", f"{name} {precision}, beams: {' and '.join(map(str, several))}"):
+            continue
         with freed():
             base = backbone(plan.size(name), plan.device, precision if name == "blip2" else "fp32")
             pixels = work(base).pixel_values
@@ -25,7 +32,7 @@ def generate(plan: Plan) -> Iterator[Cell]:
             peft_base = copy_of(base)
             peers.adapt(peft_base)
             half = in_dtype(copy_of(base), precision)
-            for beams in (2,) if plan.quick else (1, BEAMS):
+            for beams in several:
                 how = (pixels, beams, 3 if plan.quick else TOKENS, precision)
                 turns: dict[str, Turn] = {
                     f"{OURS}, merged": partial(seconds, partial(ours.generate, merged, *how)),
@@ -35,6 +42,8 @@ def generate(plan: Plan) -> Iterator[Cell]:
                 }
                 if precision != "fp32" and name != "blip2":
                     turns[HF16] = partial(seconds, partial(peers.generate, half, *how))
+                if peers.has_static_cache(base):
+                    turns[STATIC] = partial(seconds, partial(peers.generate, base, *how, static=True))
                 yield compare("generate", f"{name} {precision}, beams: {beams}", turns, HF, plan.rounds)
 
 
@@ -61,6 +70,8 @@ def batch(plan: Plan) -> Iterator[Cell]:
 def merge(plan: Plan) -> Iterator[Cell]:
     """Measure the time from an adapter file to merged weights, on a loaded model."""
     for name in ("base",) if plan.quick else ("base", "large"):
+        if not plan.allows("merge", f"{name} fp32"):
+            continue
         with freed(), tempfile.TemporaryDirectory() as folder:
             base = backbone(plan.size(name), plan.device)
             adapter_file = ours.save_adapter(base, Path(folder) / "adapter.safetensors")

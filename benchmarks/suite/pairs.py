@@ -18,7 +18,7 @@ OURS, PEFT, PEFT16, TRAINER = "lora_blip", "peft", "peft, 16-bit weights", "peft
 FULL, FLOOR, HANDMADE, HF = "full fine-tuning", "floor: no adapters", "hand-made", "transformers"
 TRAINER16, HF16 = "peft + Trainer, 16-bit weights", "transformers, 16-bit weights"
 PADDED = "lora_blip, a row for each text"
-PRODUCTS = "frozen products alone"
+PRODUCTS, STATIC = "frozen products alone", "transformers, static cache"
 
 Turn = Callable[[], float | dict[str, float]]  # runs one contestant once, and returns its figure, or several figures by name
 

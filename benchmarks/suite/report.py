@@ -5,11 +5,13 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,17 @@ QUICK = "Quick: one model of two narrow layers replaces every size, to check tha
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "pillow", "numpy")
 
 
-def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") -> tuple[Path, bool]:
-    """Measure the rows in order. Print each comparison, and write both files again after each row.
+def collect(
+    rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "", left_out: list[str] | None = None
+) -> tuple[Path, bool]:
+    """Measure the rows in order. Print each comparison, and write both files again after each one.
 
     If a row fails, report it and continue with the next. Return the path of the JSON file, and True if no row failed.
+    left_out: the list to which the rows add the comparisons for which there is no time.
     """
     result: dict[str, Any] = {"machine": machine(), "date": f"{datetime.now():%Y-%m-%d %H:%M}", "command": command()}
-    result |= {"versions": versions(), "seconds": {}, "failed": {}, "cells": []}
+    result |= {"commit": commit(), "versions": versions(), "seconds": {}, "failed": {}}
+    result |= {"left_out": [] if left_out is None else left_out, "cells": []}
     path = unused_path(folder, kind)
     print(f"{described(result)}\n→ {path}\n{MEANT}\n{QUICK * ('quick' in kind)}", flush=True)
     for name, cells in rows.items():
@@ -39,13 +45,20 @@ def collect(rows: Mapping[str, Iterable[Cell]], folder: Path, kind: str = "") ->
             for cell in cells:
                 result["cells"].append(cell.as_json())
                 print(cell, flush=True)
+                write(result, path)
         except Exception as error:  # one failed row must not lose the results of the others
             traceback.print_exc()
             result["failed"][name] = f"{type(error).__name__}: {error}"
         result["seconds"][name] = round(time.perf_counter() - started, 1)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+        write(result, path)
+    print("".join(f"left out, because there was no time: {each}\n" for each in result["left_out"]), end="")
     return path, not result["failed"]
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write the JSON file, and the table beside it."""
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
 
 def unused_path(folder: Path, kind: str = "") -> Path:
@@ -79,7 +92,18 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, **cuda}
+
+
+def commit() -> str:
+    """Return the commit of the code, with "+" if files differ from it; "" outside of a git checkout."""
+    try:
+        run = partial(subprocess.run, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+        return run(["git", "rev-parse", "HEAD"]).stdout.strip() + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def command() -> str:
@@ -95,7 +119,8 @@ def command() -> str:
 def described(result: dict[str, Any]) -> str:
     where = result["machine"]
     named = f"{where['card']}, {where['cpu']}" if "card" in where else where["cpu"]
-    return f"{named}, {where['cores']} cores, {where['threads']} threads, {result['date']}; " + ", ".join(
+    which = f"commit {result['commit'][:10] + '+' * result['commit'].endswith('+')}, " if result["commit"] else ""
+    return f"{named}, {where['cores']} cores, {where['threads']} threads, {result['date']}; {which}" + ", ".join(
         f"{name} {number}" for name, number in result["versions"].items()
     )
 
@@ -113,6 +138,7 @@ def markdown(result: dict[str, Any]) -> str:
             lines += [f"| {cell['setting']} | {key} | | | | {shown(value)} | |" for key, value in cell["notes"].items()]
         lines.append("")
     lines += [f"{row} failed: {error}\n" for row, error in result["failed"].items()]
+    lines += [f"left out, because there was no time: {each}\n" for each in result["left_out"]]
     return "\n".join(lines)
 
 

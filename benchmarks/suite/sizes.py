@@ -76,7 +76,8 @@ def backbone(size: str, device: str = "cpu", dtype: str = "fp32", **vision: Any)
     """Return a frozen model of this size without dropout. `vision` overrides settings of its ViT."""
     torch.manual_seed(0)
     eyes, qformer, text = SIZES[size]
-    model = _blip(eyes | vision, text) if qformer is None else _blip2(eyes | vision, qformer, text)
+    with torch.device(device):  # a GPU draws large random weights in a moment
+        model = _blip(eyes | vision, text) if qformer is None else _blip2(eyes | vision, qformer, text)
     tokenizer = tokenizer_of("blip" if qformer is None else "blip-2")
     side = model.config.vision_config.image_size
     processor = BlipImageProcessorPil(size={"height": side, "width": side})

@@ -9,11 +9,11 @@ from lora_blip.kernels import paths
 from lora_blip.lora.sites import is_compiled
 
 
-def compile_blocks(model: Any, first: int = 0) -> None:
-    """Compile the blocks of the ViT from `first` on. Hooks that are added later are ignored."""
+def compile_blocks(model: Any, first: int = 0, **options: Any) -> None:
+    """Compile the blocks of the ViT from `first` on. Hooks that are added later are ignored. options: of `torch.compile`."""
     paths.row()  # torch.compile cannot trace the code that reads the table
     for block in model.vision_model.encoder.layers[first:]:
-        block.compile()
+        block.compile(**options)
 
 
 def uncompiled(model: Any) -> AbstractContextManager[Any]:

@@ -421,3 +421,13 @@ def written_out(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Return y = (W + Σ ΔW) x + b, with the original W."""
     weight = linear.weight if linear.lora.original is None else linear.lora.original
     return nn.functional.linear(x, weight + sum(lora.delta_weight() for lora in linear.lora.values()), linear.bias)
+
+
+def test_a_new_adapter_draws_its_numbers_on_the_cpu():
+    """On each device, the same seed gives the same A. A device without values takes as many numbers as the CPU."""
+    following = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        assert LoRA(Site("", 2), 4, 3, device=device).A.device.type == device
+        following.append(torch.rand(3))
+    assert torch.equal(*following)
