@@ -12,10 +12,12 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 from lora_blip.errors import ConfigError
 from lora_blip.runtime.settings import settings_of
 from lora_blip.runtime.system_errors import quoted_for_shell
-from lora_blip.runtime.untrusted import parsed
+from lora_blip.runtime.untrusted import parsed, pasteable
 
 Settings = TypeVar("Settings")
 WORD = re.compile(r"[A-Za-z][\w-]*")
+ESCAPES = re.compile(r"[\a\b\t\n\v\f\r]")  # characters that an unescaped backslash in a path makes
+LETTERS = str.maketrans({"\a": "/a", "\b": "/b", "\t": "/t", "\n": "/n", "\v": "/v", "\f": "/f", "\r": "/r", "\\": "/"})
 NAMED = re.compile(r"argument --([a-z-]+)|^(\w+) = |did you mean --([a-z-]+)")  # the flag or setting in a message
 CAPITALS = re.compile(r"\b[A-Z_]{2,}\b")  # the name of a setting in a help text
 
@@ -181,6 +183,9 @@ def _with_flags(doc: str, known: list[Field[Any]]) -> str:
 
 def _resolve_paths(script: dict[str, Any], kind: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values. Join their relative paths to the script's folder, unless it is the current folder."""
+    for entry in fields(kind):
+        if entry.metadata.get("path", "always") == "always":
+            _refuse_escapes(entry.name, values.get(entry.name))
     folder = Path(script["__file__"]).absolute().parent if script.get("__file__") else Path.cwd()
     if folder.resolve() == Path.cwd().resolve():
         return values
@@ -193,6 +198,16 @@ def _resolve_paths(script: dict[str, Any], kind: Any, values: dict[str, Any]) ->
         if is_relative and (resolve == "always" or (resolve and _exists(folder / value))):
             values[entry.name] = str(folder / value)
     return values
+
+
+def _refuse_escapes(name: str, value: Any) -> None:
+    """Raise ConfigError for a path such as "my\\test", in which Python reads the backslash and the t as a tab."""
+    if isinstance(value, str) and ESCAPES.search(value) and not _exists(Path(value)):
+        meant = value.translate(LETTERS)
+        raise ConfigError(
+            f"{name.upper()} contains {ascii(ESCAPES.findall(value)[0])[1:-1]}, which Python reads as one character; write the "
+            f'path with slashes, "{pasteable(meant)}", or as a raw string, r"{pasteable(meant.replace("/", chr(92)))}"'
+        )
 
 
 def _exists(path: Path) -> bool:

@@ -155,6 +155,19 @@ def test_a_wrong_value_in_a_script_shows_the_line_to_write(monkeypatch, capsys, 
     assert capsys.readouterr().err.endswith(f"; {fix}\n")
 
 
+@pytest.mark.parametrize(
+    ("path", "escape", "meant"),
+    [("C:\new\\photos", "\\n", "C:/new/photos"), ("my\test\bear.jsonl", "\\t", "my/test/bear.jsonl")],
+)
+def test_a_path_with_unescaped_backslashes_is_explained(monkeypatch, capsys, path, escape, meant):
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
+    with pytest.raises(SystemExit):
+        cli.run_train({"__file__": "somewhere/train.py", "ANNOTATIONS": path}, "")
+    raw = meant.replace("/", "\\")
+    expected = f'ANNOTATIONS contains {escape}, which Python reads as one character; write the path with slashes, "{meant}", or'
+    assert f'{expected} as a raw string, r"{raw}"' in capsys.readouterr().err
+
+
 def test_a_wrong_flag_of_a_script_names_the_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--epochs", "x"])
     with pytest.raises(SystemExit):

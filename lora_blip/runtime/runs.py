@@ -6,6 +6,7 @@ import re
 import stat
 from contextlib import suppress
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 from lora_blip.errors import AdapterError, CheckpointError
@@ -86,10 +87,10 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
 
 
 def newest_runs(runs: str | Path) -> list[Path]:
-    """Return the folders in `runs` that have an adapter, the newest first."""
+    """Return the run folders in `runs`, and in its subfolders such as those of the demo, the newest first."""
     times: dict[Path, float] = {}
     for name in (BEST_NAME, ADAPTER_NAME):
-        for file in Path(runs).glob(f"*/{name}"):
+        for file in chain(Path(runs).glob(f"*/{name}"), Path(runs).glob(f"*/*/{name}")):
             with suppress(OSError):
                 if stat.S_ISREG((status := file.stat()).st_mode):
                     times[file.parent] = status.st_mtime
@@ -107,7 +108,8 @@ def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
             return locate(adapter, runs)
         except AdapterError as error:
             raise AdapterError(f"init_adapter = {adapter!r} (--init-adapter): {error}") from None
-    finished = [path for path in Path(runs).glob(f"*/{ADAPTER_NAME}") if not path.with_name(CHECKPOINTS_NAME).exists()]
+    adapters = chain(Path(runs).glob(f"*/{ADAPTER_NAME}"), Path(runs).glob(f"*/*/{ADAPTER_NAME}"))
+    finished = [path for path in adapters if not path.with_name(CHECKPOINTS_NAME).exists()]
     if not finished:
         raise AdapterError(f"init_adapter = 'latest': {str(runs)!r} has no finished run; give the path of an adapter")
     return locate(max(finished, key=lambda path: path.stat().st_mtime).parent)

@@ -1,5 +1,6 @@
 """Prepare a training run: settings, task, data, adapters, and the checks before the first step."""
 
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +48,8 @@ from lora_blip.training.tensorboard import summary_writer
 
 TINY = 20_000_000  # a base with at most this number of parameters gets a higher learning rate
 MOST_WORKERS = 16  # processes that load images; each needs about half a gigabyte of memory
+MANY_GROUPS = 10
+NUMBERED = re.compile(r"(.+?)_\d+")  # a file name that ends with the number of a frame
 VALIDATION_FACTOR = 4  # a validation batch may be this many times larger than a training batch: it keeps no activations
 
 
@@ -215,14 +218,21 @@ def warn_of_leaks(config: TrainConfig, training: list[Example], validation: list
     if config.val_annotations:
         fix = f"Remove them from {config.val_annotations} or from {config.annotations}"
     else:
-        folders = {Path(FILE(example)).parent for example in (*training, *validation)}
-        group = '"folder" (--group-by folder)' if len(folders) > 1 else r"""r"(.+?)_\d+" (--group-by '(.+?)_\d+')"""
-        fix = (
-            f"Keep the images of a video or scene together: set GROUP_BY = {group}, another part of the path as a regex, or a "
-            'column. Or move the lines of some of them to another file, and set VAL_ANNOTATIONS = "val.jsonl" '
-            "(--val-annotations val.jsonl)"
-        )
+        fix = 'Move lines of each scene to another file, and set VAL_ANNOTATIONS = "val.jsonl" (--val-annotations val.jsonl)'
+        if group := grouping_of([FILE(example) for example in (*training, *validation)]):
+            fix += f"; or, if each group is a video or scene, and not a class, keep it together: set GROUP_BY = {group}"
     report_split_leaks(map(FILE, validation), map(FILE, training), thumbnails, fix)
+
+
+def grouping_of(files: list[str]) -> str:
+    """Return a value of GROUP_BY that makes at least MANY_GROUPS groups of the files, or "".
+
+    With few groups, the held-out ones often are all images of a class, which the adapter then cannot learn.
+    """
+    if len({Path(file).parent for file in files}) >= MANY_GROUPS:
+        return '"folder" (--group-by folder)'
+    starts = {match[1] for file in files if (match := NUMBERED.search(Path(file).name))}
+    return r"""r"(.+?)_\d+" (--group-by '(.+?)_\d+')""" if MANY_GROUPS <= len(starts) < len(files) else ""
 
 
 def loader_of(

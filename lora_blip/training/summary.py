@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_blip.data.example import Example
 from lora_blip.metrics.names import score_name, score_value
-from lora_blip.runtime.runs import BEST_NAME, METRICS_NAME
+from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
+from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import printable
 from lora_blip.training.best import Best
@@ -31,7 +32,13 @@ def score_line(folder: Path, best: Best, start: str = "base") -> str:
     line = f"validation {score_name(best.by)}: " + (f"{start} {score_value(best.by, base)}, " if base is not None else "")
     if not best.step:
         return f"{line}and no later validation was better: the adapter does not improve on the {start}"
-    return printable(f"{line}best adapter {score_value(best.by, value)}, after step {best.step}: {folder / BEST_NAME}")
+    line += f"best adapter {score_value(best.by, value)}, after step {best.step}: {printable(folder / BEST_NAME)}"
+    if best.by != "loss" and base is not None and value <= base:
+        line += (
+            f"\nwarning: no step has a better {score_name(best.by)} than the {start}, so this step was chosen by its loss. If "
+            f"the validation images are a class of their own, hold out others; the last weights are in {ADAPTER_NAME}"
+        )
+    return line
 
 
 def base_score(metrics: Path, by: str) -> float | None:

@@ -67,6 +67,16 @@ def test_each_image_has_the_caption_of_the_text_file_next_to_it(run, tmp_path):
     assert sorted(pairs(run(tmp_path / "set"))) == sorted(expected) == sorted(read_directly(tmp_path / "set"))
 
 
+def test_a_text_file_without_its_image_is_reported(run, tmp_path, capsys):
+    photos(tmp_path / "set", "a.png")
+    write(tmp_path / "set" / "a.txt", "one")
+    write(tmp_path / "set" / "b.txt", "two")
+    assert pairs(run(tmp_path / "set")) == [("a.png", "one")]
+    assert "a text file without an image" in capsys.readouterr().out
+    assert read_directly(tmp_path / "set") == [("a.png", "one")]
+    assert "a text file without an image" in capsys.readouterr().out
+
+
 def test_an_image_without_its_text_file_is_an_error_with_the_name_of_that_file(run, tmp_path):
     photos(tmp_path / "set", "a.png", "b.png", "c.png")
     write(tmp_path / "set" / "a.txt", "one")

@@ -21,6 +21,7 @@ from lora_blip.errors import ConfigError, DataError
 from lora_blip.training import setup
 from lora_blip.training.learner import Learner
 from lora_blip.training.loop import train
+from lora_blip.training.setup import grouping_of
 from tests.support.kill import killed_at, run_processes
 from tests.support.runs import assert_same, metrics_of, only_run, settings
 
@@ -100,6 +101,17 @@ def test_an_image_of_the_validation_file_that_is_trained_on_is_reported(checkpoi
     assert warning.startswith("WARNING: 1 of 2 validation images is in the training data (1 same bytes)")
     assert f"Remove them from {val} or from {source}" in warning
     assert any("val_loss" in entry for entry in metrics_of(path))
+
+
+def test_a_grouping_is_proposed_only_if_there_are_many_groups():
+    """With few groups, the held-out ones may be all images of a class."""
+    classes = [f"photos/{name}_{number:04}.jpg" for name in ("red", "blue", "green") for number in range(5)]
+    assert grouping_of(classes) == grouping_of([f"{file[:-9]}/{number}.jpg" for number, file in enumerate(classes)]) == ""
+    scenes = [f"photos/scene{scene}_{number:04}.jpg" for scene in range(12) for number in range(5)]
+    assert grouping_of(scenes) == "r\"(.+?)_\\d+\" (--group-by '(.+?)_\\d+')"
+    assert grouping_of([f"photos/{scene}/1.jpg" for scene in range(12)]) == '"folder" (--group-by folder)'
+    assert grouping_of([f"photos/img_{number}.jpg" for number in range(50)]) == ""
+    assert grouping_of([f"photos/cube{number}_1.jpg" for number in range(50)]) == ""  # each image is a group
 
 
 def test_a_clean_split_is_not_reported_and_no_generator_moves(tmp_path, capsys):

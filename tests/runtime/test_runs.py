@@ -7,7 +7,7 @@ import pytest
 
 from lora_blip.errors import AdapterError
 from lora_blip.inference.setup import read_adapter
-from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, locate
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, locate, locate_initial
 
 
 def test_the_best_weights_of_the_newest_run_are_used_also_if_it_was_killed(tmp_path: Path) -> None:
@@ -24,6 +24,17 @@ def test_the_best_weights_of_the_newest_run_are_used_also_if_it_was_killed(tmp_p
     assert locate("latest", tmp_path) == tmp_path / "newer" / BEST_NAME
     (tmp_path / "newer" / BEST_NAME).unlink()
     assert locate("latest", tmp_path) == tmp_path / "newer" / ADAPTER_NAME
+
+
+def test_a_run_in_a_folder_of_the_demo_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "lora_blip_output" / "demo_caption_1" / "2026-11-01_101010_caption_tiny-blip_vit"
+    run.mkdir(parents=True)
+    (run / ADAPTER_NAME).touch()
+    expected = (run / ADAPTER_NAME).relative_to(tmp_path)
+    assert locate_initial("latest", "lora_blip_output") == locate("latest", "lora_blip_output") == expected
+    with pytest.raises(AdapterError, match=f"give another run: '{run.relative_to(tmp_path)}'"):
+        locate("something else")
 
 
 def test_a_wrong_name_lists_runs_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

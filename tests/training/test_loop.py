@@ -323,6 +323,16 @@ def test_the_best_is_the_adapter_of_the_best_validation_to_the_bit(
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+def test_the_end_warns_if_no_step_is_better_than_the_base(checkpoints, tmp_path, monkeypatch, capsys):
+    """Then the loss chooses the step, and the validation images may be a class of their own."""
+    watched(monkeypatch, [score(3, 0.125), score(2, 0.125), score(4, 0.0)])
+    config = settings(checkpoints["blip"], tiny.write_photos(tmp_path), epochs=9, max_steps=4, validate_every=2)
+    train(config)
+    printed = capsys.readouterr().out
+    assert "base 12.5%, best adapter 12.5%, after step 2: " in printed
+    assert "\nwarning: no step has a better exact match than the base, so this step was chosen by its loss. If the" in printed
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_end_prints_adapter_score_against_the_base_and_next_command(checkpoints, tmp_path, monkeypatch, capsys, resumed):
     """The score of the base is the score before the first step, also in a resumed run."""

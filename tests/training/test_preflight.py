@@ -187,7 +187,8 @@ def test_the_estimate_with_checkpointing_contains_the_block_that_is_computed_aga
         sizes[checkpointing] = preflight.check_gradients(task, batch) - inputs
         (task.loss(batch) / batch.count).backward()
         gradients[checkpointing] = [p.grad.clone() for p in backbone.model.parameters() if p.grad is not None]
-    assert abs(sizes[False]) < 0.02 * block < 0.9 * block <= sizes[True] <= 1.1 * block
+    assert abs(sizes[False]) < 0.1 * block  # a memory address that is used again is counted once
+    assert 0.75 * block <= sizes[True] <= 1.25 * block
     assert gradients[True]
     torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-3, atol=1e-5)
 

@@ -118,11 +118,15 @@ def caption_of(image: str, texts: set[str]) -> str:
 
 
 def captioned_entries(layout: Layout) -> Iterator[Located]:
-    """Yield an entry for each image, or a reason if it has no text file. img2dataset's failed downloads are left out."""
-    with_image = set()
+    """Yield an entry for each image, or a reason if it has no text file.
+
+    Text files without an image are left out, and so are img2dataset's failed downloads.
+    """
+    with_image, without_image = set(), set(layout.texts)
     for image in layout.images:
         with_image.add(image.removesuffix(Path(image).suffix))
         name = caption_of(image, layout.texts)
+        without_image.discard(name)
         if not name and (sidecar := sidecar_of(image, layout.sidecars)):
             yield sidecar, entry_of_sidecar(image, layout.folder / sidecar)
             continue
@@ -136,6 +140,8 @@ def captioned_entries(layout: Layout) -> Iterator[Located]:
             yield name, f"this file cannot be read ({os_error_reason(error)}); it should contain the caption of {image}"
         else:
             yield name, {"image": image, "text": text} if len(text) <= LONGEST else TOO_LONG
+    for name in sorted(without_image):
+        yield name, LeftOut("a text file without an image")
     for stem in sorted(layout.downloads):
         if stem not in with_image:
             status = _status(layout.folder / f"{stem}.json")
