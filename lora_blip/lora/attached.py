@@ -177,15 +177,19 @@ def check_unheld(model: nn.Module, *names: str) -> None:
 def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[str, Tensor] | None = None) -> None:
     """Put an adapter on a linear, and `lora_hook` if it is the first one.
 
-    values: the tensors of a file; None: a new adapter, whose A is drawn. An adapter of a file needs no draw.
+    values: the tensors of a file; None: a new adapter, whose A is drawn on the CPU, so that each device gets the same numbers.
+    An adapter of a file needs no draw.
     """
     if not has_adapters(linear):
         linear.lora = AdapterStack()
         linear.lora.routing = AdapterRouting()
         linear.register_forward_hook(lora_hook, with_kwargs=True, prepend=True)  # first: other hooks see the update
     device = next((tensor.device for tensor in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
-    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, device if values is None else "meta")
-    if values is not None:
+    where = "meta" if values is not None or device.type == "meta" else "cpu"
+    lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, where)
+    if values is None:
+        lora.to(device)
+    else:
         for part, key in zip(("A", "B", "magnitude"), names_of(site), strict=False):
             empty = torch.empty(getattr(lora, part).shape, dtype=torch.float32, device=device)
             setattr(lora, part, nn.Parameter(empty.copy_(values[key])))

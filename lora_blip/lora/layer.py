@@ -41,9 +41,9 @@ class LoRA(nn.Module):
         start, stop = site.rows or (0, out_features)
         self.site, self.scale, self.dropout = site, site.alpha / site.r, dropout
         self.padding = (start, out_features - stop)  # number of output features before the range, and after it
-        drawn = torch.empty(site.r, in_features, dtype=torch.float32)  # on the CPU
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(drawn, a=5**0.5).to(device))
+        self.A = nn.Parameter(torch.empty(site.r, in_features, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.zeros(stop - start, site.r, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (alpha / r) · B A dropout(x), shape (..., out_features), in float32 or in the dtype of autocast."""

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -423,11 +424,14 @@ def written_out(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, weight + sum(lora.delta_weight() for lora in linear.lora.values()), linear.bias)
 
 
-def test_a_new_adapter_draws_its_numbers_on_the_cpu():
-    """On each device, the same seed gives the same A. A device without values takes as many numbers as the CPU."""
-    following = []
-    for device in ("cpu", "meta"):
-        torch.manual_seed(0)
-        assert LoRA(Site("", 2), 4, 3, device=device).A.device.type == device
-        following.append(torch.rand(3))
-    assert torch.equal(*following)
+def test_a_new_adapter_draws_its_numbers_on_the_cpu(monkeypatch):
+    """On each device, the same seed gives the same A. So the numbers are drawn before the adapter moves to the device."""
+    linear, devices = nn.Linear(4, 3), []
+    real = nn.init.kaiming_uniform_
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda x, **named: (devices.append(x.device.type), real(x, **named))[1])
+    moved = []
+    monkeypatch.setattr(LoRA, "to", lambda self, device: (moved.append(torch.device(device)), self)[1])
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda:0"))
+    monkeypatch.setattr(linear, "parameters", lambda: iter([on_a_gpu]))
+    attached.attach(linear, Site("", 2), 0.0, "default")
+    assert devices == ["cpu"] and moved == [torch.device("cuda:0")]

@@ -1,6 +1,7 @@
 """BLIP-2 packs the texts of an image. Each text attends to itself alone. Losses and gradients equal those of padded rows."""
 
 import random
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -253,11 +254,18 @@ def test_the_gradient_of_rows_that_are_taken_several_times_has_the_same_bits_in_
     """With several threads, `values[index]` adds in a random order. `select_rows` gives the bits of one thread."""
     values, index = torch.randn(8, 40, 512), torch.randint(0, 8, (40,), generator=torch.Generator().manual_seed(1))
     upstream, results = torch.randn(40, 40, 512), []
-    for count in (1, *[2] * 8):
-        with threads(count):
-            rows = values.clone().requires_grad_()
-            select_rows(rows, index).backward(upstream)
-            results.append(rows.grad)
+
+    def measure() -> None:
+        """Run in a thread of its own: OpenMP's threads stay, and a process that later tests fork would wait for them."""
+        for count in (1, *[2] * 8):
+            with threads(count):
+                rows = values.clone().requires_grad_()
+                select_rows(rows, index).backward(upstream)
+                results.append(rows.grad)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
     with threads(1):
         rows = values.clone().requires_grad_()
         rows[index].backward(upstream)

@@ -1,6 +1,7 @@
 """The loss functions, packed rows and the frozen head equal sums that are computed by hand in float64."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 
 from lora_blip.kernels import head_loss as heads
 from lora_blip.kernels.head_loss import head_loss, is_plain_head
-from lora_blip.models.token_rows import IGNORE, PADDING, TokenRows, pack
+from lora_blip.models.packing import PADDING, PackedRows, as_tensors, encoder_rows, rows_of
+from lora_blip.models.token_rows import IGNORE, TokenRows
 from lora_blip.tasks.losses import hard_negatives, itc_loss
 from lora_blip.tasks.text_task import token_loss
 
@@ -100,15 +102,20 @@ def tokens_of() -> TokenRows:
     return TokenRows([[5, 6, 7], [8], [9, 4]], targets, [0, 1, 2], pad_id=1, weights=[0.5, 2.0, 3.0])
 
 
+def pack(tokens: TokenRows, source: list[int]) -> PackedRows:
+    """Return packed rows as BLIP packs them."""
+    return as_tensors(rows_of(tokens, source, longest=sys.maxsize, share=False), tokens)
+
+
 def test_packed_rows_by_hand():
     packed = pack(tokens_of(), [0, 1, 0])
-    assert packed.ids.tolist() == [[5, 6, 7, 9, 4], [8, 0, 0, 0, 0]]
+    assert packed.ids.tolist() == [[5, 6, 7, 9, 4], [8, 1, 1, 1, 1]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
     assert packed.text.tolist() == [[0, 0, 0, 2, 2], [1, *[PADDING] * 4]]
     labels = packed.labels
     assert labels.positions.tolist() == [1, 2, 3, 4] and labels.targets.tolist() == [7, 3, 4, 3]
     assert labels.weights is not None and labels.weights.tolist() == [0.5, 0.5, 3.0, 3.0]
-    assert packed.label_ids() == [[7, 3], [], [4, 3]] and packed.encoder_ids is None and packed.encoder_mask is None
+    assert packed.label_ids() == [[7, 3], [], [4, 3]] and packed.encoder is None
     hidden = torch.finfo(torch.float16).min
     mask = packed.mask(torch.float16)
     assert mask.dtype == torch.float16 and mask.shape == (2, 1, 5, 5)
@@ -121,10 +128,12 @@ def test_an_encoder_s_input_is_padded_and_its_decoder_s_texts_are_packed():
     """An encoder-decoder's questions are padded, and the answers to one question are packed into one row."""
     answers, targets = [[5, 6], [8], [9, 4, 2]], [[6, 7], [8], [9, 4, 3]]
     tokens = TokenRows([[2, 3], [4]], targets, [0, 0, 1], pad_id=1, decoder_inputs=answers)
-    packed = pack(tokens, tokens.example)
+    rows = rows_of(tokens, tokens.example, longest=sys.maxsize, share=False)
+    packed = as_tensors(rows, tokens, encoder_rows(tokens.inputs, tokens.pad_id, [0, 1]))
     assert packed.ids.tolist() == [[5, 6, 8], [9, 4, 2]] and packed.labels.targets.tolist() == [6, 7, 8, 9, 4, 3]
     assert packed.labels.weights is None and packed.label_ids() == targets
-    assert packed.encoder_ids.tolist() == [[2, 3], [4, 1]] and packed.encoder_mask.tolist() == [[1, 1], [1, 0]]
+    assert packed.encoder is not None and packed.encoder.image is None and not packed.encoder.is_full
+    assert packed.encoder.ids.tolist() == [[2, 3], [4, 1]] and packed.encoder.mask.tolist() == [[1, 1], [1, 0]]
 
 
 def test_padded_rows_by_hand():
