@@ -188,7 +188,7 @@ def attach(linear: Any, site: Site, dropout: float, name: str, values: Mapping[s
     where = "meta" if values is not None or device.type == "meta" else "cpu"
     lora = CLASSES[site.variant](site, linear.in_features, linear.out_features, dropout, where)
     if values is None:
-        lora.to(device)
+        lora = lora if device.type == where else lora.to(device)
     else:
         for part, key in zip(("A", "B", "magnitude"), names_of(site), strict=False):
             empty = torch.empty(getattr(lora, part).shape, dtype=torch.float32, device=device)
