@@ -74,8 +74,7 @@ def parse(
 
 def _example(message: str, known: list[Field[Any]], command: str) -> str:
     """Return the end of a message about a wrong flag: `command`, with the flag and its default value."""
-    named = NAMED.search(message)
-    name = named[named.lastindex or 1].replace("-", "_") if named else ""
+    name = _named(message)
     for entry in known:
         if entry.name == name and entry.default not in ("", {}, MISSING) and f"{_flag(name)} " not in command:
             value = str(entry.default).lower() if entry.type is bool else quoted_for_shell(str(entry.default))
@@ -83,10 +82,15 @@ def _example(message: str, known: list[Field[Any]], command: str) -> str:
     return f"; for example: {command}" if command else ""
 
 
+def _named(message: str) -> str:
+    """Return the name of the setting that a message is about, or ""."""
+    named = NAMED.search(message)
+    return named[named.lastindex or 1].replace("-", "_") if named else ""
+
+
 def _line_of_script(message: str, known: list[Field[Any]], script: str) -> str:
     """Return the part of a message about a wrong value that shows the setting with its default in the script."""
-    named = NAMED.search(message)
-    name = named[named.lastindex or 1].replace("-", "_") if named else ""
+    name = _named(message)
     default = next((entry.default for entry in known if entry.name == name and entry.default is not MISSING), None)
     value = json.dumps(default) if isinstance(default, str) else repr(default)
     return "" if default is None else f"; in {script}, for example: {name.upper()} = {value}"

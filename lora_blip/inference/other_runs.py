@@ -1,16 +1,16 @@
 """Find the newest run of a task. Messages name it if a command needs another task than that of the adapter."""
 
-import shlex
 from contextlib import suppress
 from pathlib import Path
 
 from lora_blip.errors import LoraBlipError
+from lora_blip.inference.arguments import VERBS
 from lora_blip.lora import adapter_file
 from lora_blip.lora.adapter_file import Adapter
 from lora_blip.runtime import runs
+from lora_blip.runtime.system_errors import quoted_for_shell
 
 SEARCHED = 20  # largest number of runs whose adapters are read
-DOES = {"caption": "captions images", "vqa": "answers questions", "retrieval": "ranks texts"}
 
 
 def newest_of_task(task: str, folder: str | Path = runs.RUNS) -> str:
@@ -28,7 +28,7 @@ def advice(task: str, given: str, adapter: Adapter | None, folder: str | Path = 
     It names the adapter if `given` is "latest", and the newest run of the task.
     """
     own = adapter.task.get("name") if adapter else None
-    named = f'"latest" is {adapter.path.parent}, which {DOES[own]}' if adapter and own in DOES and given == "latest" else ""
+    named = f'"latest" is {adapter.path.parent}, which {VERBS[own]}' if adapter and own in VERBS and given == "latest" else ""
     run = newest_of_task(task, folder)
-    other = f"the newest run that {DOES[task]}: --adapter {shlex.quote(run)}" if run else ""
+    other = f"the newest run that {VERBS[task]}: --adapter {quoted_for_shell(run)}" if run else ""
     return "".join(f". {part[0].upper()}{part[1:]}" for part in (named, other) if part)

@@ -1,6 +1,5 @@
 """Read questions, texts to rank and references from settings or files, and return the examples to predict."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import phase
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import printable, quoted
-from lora_blip.runtime.user_paths import is_file, require_folder
+from lora_blip.runtime.user_paths import is_file, relative_if_below, require_folder
 from lora_blip.tasks.base import PredictionTask
 
 
@@ -192,9 +191,10 @@ def read_references(
         if image_path := image_at.get(resolved[example.image]):
             references.setdefault(image_path, []).append(replace(example, image=image_path))
     if not references:
+        first = examples[0].image.resolve()
         raise DataError(
             f"{source} has no line for any of {counted(compared, 'image')}{of_setting(images)}. The first path in the file is "
-            f"{examples[0].image.resolve()}; to use the images of the file: --images {parent_for_shell(examples[0].image)}; "
+            f"{first}; to use the images of the file: --images {quoted_for_shell(relative_if_below(first.parent))}; "
             "or set IMAGE_ROOT (--image-root) so that the paths agree"
         )
     return references
@@ -203,9 +203,3 @@ def read_references(
 def of_setting(images: Iterable[Example]) -> str:
     """Return the value of the setting that gives the images, for a message, or "" if none does."""
     return f" of IMAGES = {quoted(images.setting)}" if isinstance(images, ImageSource) else ""
-
-
-def parent_for_shell(image: Path) -> str:
-    """Return the folder of an image, relative to the current folder if it is below it."""
-    folder = image.resolve().parent
-    return quoted_for_shell(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from itertools import chain
@@ -87,14 +88,19 @@ def no_adapter(path: Path, runs: str | Path) -> AdapterError:
 
 
 def newest_runs(runs: str | Path) -> list[Path]:
-    """Return the run folders in `runs`, and in its subfolders such as those of the demo, the newest first."""
+    """Return the run folders of `files_of_runs` that have an adapter, the newest first."""
     times: dict[Path, float] = {}
     for name in (BEST_NAME, ADAPTER_NAME):
-        for file in chain(Path(runs).glob(f"*/{name}"), Path(runs).glob(f"*/*/{name}")):
+        for file in files_of_runs(runs, name):
             with suppress(OSError):
                 if stat.S_ISREG((status := file.stat()).st_mode):
                     times[file.parent] = status.st_mtime
     return sorted(times, key=lambda run: times[run], reverse=True)
+
+
+def files_of_runs(runs: str | Path, name: str) -> Iterator[Path]:
+    """Yield the files of this name in the run folders in `runs`, and in those of its subfolders such as the demo's."""
+    return chain(Path(runs).glob(f"*/{name}"), Path(runs).glob(f"*/*/{name}"))
 
 
 def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
@@ -108,8 +114,7 @@ def locate_initial(adapter: str, runs: str | Path = RUNS) -> Path:
             return locate(adapter, runs)
         except AdapterError as error:
             raise AdapterError(f"init_adapter = {adapter!r} (--init-adapter): {error}") from None
-    adapters = chain(Path(runs).glob(f"*/{ADAPTER_NAME}"), Path(runs).glob(f"*/*/{ADAPTER_NAME}"))
-    finished = [path for path in adapters if not path.with_name(CHECKPOINTS_NAME).exists()]
+    finished = [path for path in files_of_runs(runs, ADAPTER_NAME) if not path.with_name(CHECKPOINTS_NAME).exists()]
     if not finished:
         raise AdapterError(f"init_adapter = 'latest': {str(runs)!r} has no finished run; give the path of an adapter")
     return locate(max(finished, key=lambda path: path.stat().st_mtime).parent)

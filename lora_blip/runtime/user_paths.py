@@ -104,3 +104,8 @@ def _names(folder: Path) -> list[str]:
 def _searched(path: str | Path) -> str:
     """Return " in '…'" with the current folder, for a relative path."""
     return "" if Path(path).is_absolute() else f" in {str(Path.cwd())!r}"
+
+
+def relative_if_below(path: Path) -> str:
+    """Return the path relative to the current folder if it is below it, else unchanged."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -8,7 +8,6 @@ Results do not depend on which states are in the cache. States that were just co
 computed in chunks of a fixed size, because the rounding of a product can depend on the number of its rows.
 """
 
-import math
 import re
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +35,8 @@ class Prefix:
     def __init__(self, encoder: ImageEncoder, store: Store | None = None, chunk: int = 1) -> None:
         self.vit, self.project_vision = encoder.model.vision_model, encoder.project_vision
         self.first, self.skips_vision = first_adapted_block(encoder.model)
+        if self.skips_vision:  # a BLIP-2: the language model reads the output of the Q-Former's projection
+            self.features_size = encoder.model.query_tokens.shape[1] * encoder.model.language_projection.out_features
         self.store, self.chunk, self.writer = store, chunk, Writer()
 
     @property
@@ -65,7 +66,7 @@ class Prefix:
         if not cached.indices:
             return self.continue_from(computed)
         count = len(known) + len(computed)
-        places = [*cached.indices, *(place for place in range(count) if place not in set(cached.indices))]
+        places = [*cached.indices, *sorted(set(range(count)).difference(cached.indices))]
         order = torch.tensor(sorted(range(count), key=places.__getitem__))
         return self.continue_from(torch.cat([known, computed])[order.to(known.device, non_blocking=True)])
 
@@ -92,12 +93,11 @@ class Prefix:
             x = self.vit.post_layernorm(x)
         return self.project_vision(x) if self.skips_vision else x
 
-    @torch.no_grad()
     def bytes_per_image(self, side: int) -> int:
-        """Return the size in the cache of the states of an image with `side` pixels. Compute those of one image."""
-        weight = self.vit.embeddings.patch_embedding.weight
-        black = torch.zeros(1, 3, side, side, dtype=self.dtype, device=weight.device)
-        return math.prod(self._states(black).shape) * DTYPE.itemsize
+        """Return the size in the cache of the states of an image with `side` pixels."""
+        config = self.vit.config
+        patches = (side // config.patch_size) ** 2
+        return (self.features_size if self.skips_vision else (patches + 1) * config.hidden_size) * DTYPE.itemsize
 
     def continue_from(self, x: Tensor) -> Tensor:
         """Return the features of each image from its states (images, tokens, width)."""

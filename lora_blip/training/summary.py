@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.system_errors import command_line
 from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.user_paths import relative_if_below
 from lora_blip.training.best import Best
 
 DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
@@ -79,7 +79,7 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
 
 def adapter_flag(folder: Path) -> list[str]:
     """Return --adapter and the path of a run, which is relative if the run is below the current folder."""
-    return ["--adapter", os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)]
+    return ["--adapter", relative_if_below(folder)]
 
 
 def next_command(task: str, folder: Path, examples: list[Example]) -> str:

@@ -51,6 +51,7 @@ def test_the_cut_is_before_the_first_module_that_an_adapter_can_change(kind, whe
     with torch.no_grad():
         adapted = [prefix.compute_states(pixels)[1], prefix.continue_from(prefix.compute_states(pixels)[0])]
     assert torch.equal(base[0], adapted[0])
+    assert prefix.bytes_per_image(tiny.SIDE) == base[0][0].nbytes
     if where.startswith("vit"):
         assert not torch.equal(base[1], adapted[1])
 
