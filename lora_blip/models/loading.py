@@ -111,12 +111,13 @@ def load_backbone(
 
 def open_backbone(
     name: str, device: str, precision: str, base_dtype: str = "auto", checkpointing: bool = False, fast: bool = True,
-    image_size: int = 0, trained_dtype: str = "",
+    image_size: int = 0, trained_dtype: str = "", move: bool = True,
 ) -> tuple[Backbone, str]:  # fmt: skip
     """Return the backbone for the settings of a run, and its precision. Training and inference both use this function.
 
     trained_dtype: the dtype of the base that the adapter was trained on, which `base_dtype` "auto" follows if it is quantized.
-    Raise ModelError and ConfigError as `load_backbone` does, and ConfigError for fp16 together with bf16.
+    move: if false, the weights stay in the CPU's memory, and `sharding.shard` moves them in parts. Raise ModelError and
+    ConfigError as `load_backbone` does, and ConfigError for fp16 together with bf16.
     """
     where = pick_device(device)
     precision = pick_precision(precision, where)
@@ -127,7 +128,7 @@ def open_backbone(
     refuse_t5_fp16(config, name, precision)  # also if only autocast is in fp16
     kind = quantized.choose(config, name, base_dtype, trained_dtype)
     dtype = pick_base_dtype("auto" if kind else base_dtype, config, precision)
-    return _load(name, source, config, where, dtype, checkpointing, fast, image_size, kind), precision
+    return _load(name, source, config, where, dtype, checkpointing, fast, image_size, kind, move), precision
 
 
 def as_backbone(model: Any, processor: Any) -> Backbone:
@@ -156,7 +157,7 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
 
 def _load(
     name: str, source: str, config: PretrainedConfig, where: torch.device, dtype: str, checkpointing: bool, fast: bool,
-    image_size: int, kind: str = "",
+    image_size: int, kind: str = "", move: bool = True,
 ) -> Backbone:  # fmt: skip
     _refuse(config, name, dtype)
     own = own_size(config, name)
@@ -174,7 +175,7 @@ def _load(
     if size != own:
         resize_positions(model, size)
     model.requires_grad_(False).eval()
-    if not kind:  # a quantized model is on its device already
+    if move and not kind:  # a quantized model is on its device already
         model.to(where)
     switch.fast(model, fast)
     attached.fast(model, fast)

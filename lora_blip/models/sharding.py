@@ -12,9 +12,10 @@ LARGE = ("vision_model", "language_model")  # the parts whose blocks are sharded
 
 
 def shard(backbone: Backbone, ranks: int) -> None:
-    """Keep a share of each block's frozen weights on each rank.
+    """Keep a share of each block's frozen weights on each rank. Move the model to the device of the backbone.
 
-    In training, each rank holds all weights of a block from the start of its forward to the end of its backward.
+    A rank has all weights of a block on its device only while it computes the forward or the backward of the block, and while
+    it divides the block here. So the model may be in the CPU's memory before this call. A device never contains all of it.
 
     Adapters are not sharded: DistributedDataParallel keeps them equal. After this call, every rank must run the same forwards.
     Sharded weights cannot be merged or sampled, so their fingerprints are taken first.
@@ -29,7 +30,9 @@ def shard(backbone: Backbone, ranks: int) -> None:
     mesh = init_device_mesh(backbone.device.type, (ranks,))
     for part in filter(None, (getattr(model, name, None) for name in LARGE)):
         for block in blocks_of(part):
-            fully_shard(block, mesh=mesh, ignored_params=own)
+            # True: each block is a root of its own, and by default a root keeps its weights after the forward
+            fully_shard(block, mesh=mesh, ignored_params=own, reshard_after_forward=True)
+    model.to(backbone.device)
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:

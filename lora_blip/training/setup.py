@@ -117,8 +117,9 @@ def load_inputs(ranks: Ranks, config: TrainConfig) -> RunInputs:
     device = ranks.device(config.device)
     with phase(f"loading {config.model}"):
         backbone, precision = open_backbone(
-            config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size
-        )
+            config.model, device, config.precision, config.base_dtype, config.checkpointing, config.fast, config.image_size,
+            move=not config.shard,
+        )  # fmt: skip
     refuse_quantized(config, quantization(backbone.model))
     task = task_for(config, backbone)
     config = replace(config, lr=config.lr or default_rate(backbone.model), task=task.name, prompt=task.prompt)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from lora_blip.config import TrainConfig
 from lora_blip.data.loader import slots_of_steps
@@ -174,29 +176,52 @@ def test_ranks_stop_early_together_after_a_resume(checkpoints, tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", ["blip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("itm", "opt", "t5"))])
 def test_sharded_weights_train_to_the_same_adapter(checkpoints, make, tmp_path, kind):
-    """With FSDP2, each rank holds half of the frozen blocks, before the first forward. The adapter is the same."""
+    """With FSDP2, each rank has half of the frozen blocks, and all weights of one block at a time. The adapter is the same.
+
+    The model is moved to the device after its blocks are divided, and all blocks are divided when backward starts.
+    """
     changes = {"epochs": 2, "targets": WHOLE[kind], "batch_size": 4 if kind == "itm" else 2}
     config = config_of(checkpoints, tmp_path, kind, checkpoint_seconds=0.2, **changes)
     assert run_processes(2, lambda: train(config)) == [0, 0]
     spread = replace(elsewhere(config), shard=True)
 
     def halved() -> None:
-        real = sharding.shard
+        blocks, moved, backwards = [], [], []
+        real, to, backward = sharding.shard, nn.Module.to, torch.Tensor.backward
+
+        def weights() -> int:
+            """Return the number of frozen weights of the blocks that are on this rank."""
+            return sum(sharding.local_part(p).numel() for b in blocks for p in b.parameters() if not p.requires_grad)
 
         def shard(backbone, ranks: int) -> None:
-            blocks = [
-                b
-                for name in sharding.LARGE
-                if hasattr(backbone.model, name)
-                for b in sharding.blocks_of(getattr(backbone.model, name))
-            ]
-            before = sum(p.numel() for b in blocks for p in b.parameters() if not p.requires_grad)
+            parts = [getattr(backbone.model, name) for name in sharding.LARGE if hasattr(backbone.model, name)]
+            blocks.extend(block for part in parts for block in sharding.blocks_of(part))
+            before, most = weights(), max(sum(p.numel() for p in block.parameters()) for block in blocks)
+            assert not moved
             real(backbone, ranks)
-            after = sum(sharding.local_part(p).numel() for b in blocks for p in b.parameters() if not p.requires_grad)
-            assert before > 0 and after == pytest.approx(before / 2, rel=0.02)
+            after = weights()
+            assert before > 0 and after == pytest.approx(before / 2, rel=0.02) and moved
 
-        sharding.shard = shard
+            def alone(*_) -> None:
+                assert weights() <= after + most  # no other block has all its weights
+
+            def counted(loss, *rest, **named) -> None:
+                assert weights() == after
+                backwards.append(loss)
+                backward(loss, *rest, **named)
+
+            for block in blocks:
+                block.register_forward_hook(alone)
+                block.register_full_backward_hook(alone)
+            torch.Tensor.backward = counted
+
+        def recorded(module, *rest, **named):
+            moved.extend([module] if isinstance(module, PreTrainedModel) else [])
+            return to(module, *rest, **named)
+
+        sharding.shard, nn.Module.to = shard, recorded
         train(spread)
+        assert backwards
 
     assert run_processes(2, halved) == [0, 0]
     if kind == "t5":  # its autograd graph adds up the decoder's gradients in another order
