@@ -18,10 +18,16 @@ def changes(earlier: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return what has changed since an earlier run, in words."""
     earlier = ADDED | earlier
     return [
-        f"{name} are not the same" if name.endswith(DIGESTS) else f"{name} was {earlier.get(name)!r} and is {current[name]!r}"
+        f"{name} are not the same"
+        if name.endswith(DIGESTS)
+        else f"{name} was {_shown(earlier.get(name))} and is {_shown(current[name])}"
         for name in current
         if earlier.get(name) != current[name]
     ]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value in ("", None) else repr(value)
 
 
 def require_same(ranks: Ranks, inputs: dict[str, Any], verb: str = "train") -> None:

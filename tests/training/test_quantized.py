@@ -121,7 +121,7 @@ def test_infer_and_evaluate_use_a_quantized_base(runs, tmp_path, monkeypatch, ca
     )
     lora_blip.infer(config)
     assert "linears are in nf4" in capsys.readouterr().out and (tmp_path / "out" / "explain.html").exists()
-    with pytest.raises(OutputError, match="base_dtype was 'nf4' and is ''"):
+    with pytest.raises(OutputError, match="base_dtype was 'nf4' and is not set"):
         lora_blip.infer(replace(config, base_dtype="fp32"))
     references = tmp_path / "references.jsonl"
     references.write_text(json.dumps({"image": str(Path("image_test/000.png").resolve()), "text": "a red cube"}) + "\n")
