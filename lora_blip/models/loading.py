@@ -116,8 +116,8 @@ def open_backbone(
     """Return the backbone for the settings of a run, and its precision. Training and inference both use this function.
 
     trained_dtype: the dtype of the base that the adapter was trained on, which `base_dtype` "auto" follows if it is quantized.
-    move: if false, the weights stay in the CPU's memory, and `sharding.shard` moves them in parts. Raise ModelError and
-    ConfigError as `load_backbone` does, and ConfigError for fp16 together with bf16.
+    move: if false, the weights stay in the CPU's memory, and `sharding.shard` moves them in parts.
+    Raise ModelError and ConfigError as `load_backbone` does, and ConfigError for fp16 together with bf16.
     """
     where = pick_device(device)
     precision = pick_precision(precision, where)
@@ -135,8 +135,7 @@ def as_backbone(model: Any, processor: Any) -> Backbone:
     """Return the backbone of a BLIP or BLIP-2 model that the caller loaded with transformers. Its weights are not changed.
 
     processor: the BlipProcessor or Blip2Processor of the checkpoint; the backbone has a copy, which resizes images to the
-    model's size. Raise InputError for another kind of object, and ModelError for a checkpoint that `load_backbone` would
-    refuse.
+    model's size. Raise InputError for another kind of object, and ModelError for a checkpoint that `load_backbone` refuses.
     """
     kinds = tuple(kind for architectures in ARCHITECTURES.values() for kind in architectures)
     if not isinstance(model, kinds):
