@@ -41,11 +41,11 @@ Many = list[Any] | tuple[Any, ...] | Iterator[Any]  # several images, each an Im
 class Captioner:
     """Caption images, answer questions about them, or rank texts, with one adapter or with a base alone.
 
-    An image is a path, a PIL image, an array (height, width) or (height, width, 1, 3 or 4), a tensor (height, width) or (1, 3
-    or 4, height, width), the bytes of a file, or a file that is open for reading bytes, such as io.BytesIO. Arrays and tensors
-    are uint8, or float from 0 to 1. One image returns one `Prediction`. A list returns a list in the same order. An image that
-    cannot be read keeps its position: its prediction has the reason in `error`, or `strict=True` raises ImageError. Raise
-    InputError, with the position, for anything that is not an image.
+    An image is a path, a PIL image, the bytes of a file, or a file that is open for reading bytes, such as io.BytesIO. It can
+    also be an array (height, width) or (height, width, 1, 3 or 4). It can be a tensor (height, width) or (1, 3 or 4, height,
+    width). Arrays and tensors are uint8, or float from 0 to 1. One image returns one `Prediction`. A list returns a list in the
+    same order. An image that cannot be read keeps its position: its prediction has the reason in `error`, or `strict=True`
+    raises ImageError. Raise InputError, with the position, for anything that is not an image.
 
     Threads and asyncio tasks can share a captioner. Images are decoded in parallel, and the model computes one batch at a time.
     Several captioners can share a base: load it once and give it as `base`. In peft: no equivalent; it has no inference.
@@ -91,12 +91,13 @@ class Captioner:
     ) -> "Captioner":
         """Open an adapter with its base.
 
-        adapter: a run folder, a file, "latest" for the newest run in lora_blip_output, or None for the base alone.
+        adapter: a run folder, a file, a folder of peft, a hub name, "latest" for the newest run in lora_blip_output, or None.
         scale: factor of the change that the adapter makes; 1: as trained, 0: the base.
         base: None or "" for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a
         model of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and
         a `device`, `image_size`, `base_dtype` or `fast` that differs raises InputError. The adapter is then not merged, and is
-        active only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
+        active only in calls of this captioner. If `adapter` is None, the base predicts alone, or with the adapters that are
+        already on a loaded base.
         generation: options of text generation, such as {"num_beams": 3}; see docs/generation.md. They replace the adapter's.
         seed: the seed of sampling, if `generation` has `do_sample`. The other arguments: as in infer.py.
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,

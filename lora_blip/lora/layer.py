@@ -14,8 +14,8 @@ hook adds their updates to the output of the linear. Putting an adapter on a lin
 `inject` does this for every target, and freezes all parameters that belong to no adapter. By default (the setting FAST),
 `fused_hook` takes the place of `lora_hook`. In training it needs less memory. If it cannot be used, it calls `lora_hook`.
 
-Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W),
-`routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (save and load).
+Read next: `sites` (`Site`), `injection` (put adapters on a model), `targets` (which linears), `merging` (add the update to W).
+Then `routing` (which adapter acts on which row of a batch), `fused` (the same update, less memory), `adapter_file` (files).
 """
 
 from typing import Any, cast

@@ -28,12 +28,13 @@ from lora_blip.lora.variants import FUSED, change_of, original_of
 def merge(model: nn.Module | Loaded, *names: str) -> None:
     """Replace W by W + Σ ΔW of the named adapters. Without names, merge all adapters that belong to no `Captioner`.
 
-    Merging the same adapters again changes nothing. Merging another one adds it to those that are merged. ΔW is what
-    `variants.change_of` returns, and the sum is computed in float32. The original W is kept for `restore`, and every merge
-    starts from it, not from a merged weight. If a merge fails, for example out of memory, every weight is put back.
-    Raise LoRAError if there is no adapter to merge, for an unknown name or an adapter of a `Captioner`, for a weight into which
-    no update can be written (see `mergeable`), and for a sum that is not finite. Raise it too while a thread or task is inside
-    `use_adapters` or `disable_adapters`. In peft: `merge_adapter`.
+    Merging the same adapters again changes nothing. Merging another one adds it to those that are merged. The sum is computed
+    in float32. The original W is kept for `restore`, and every merge starts from it, not from a merged weight. If a merge
+    fails, for example because memory runs out, every weight is put back.
+
+    Raise LoRAError if there is no adapter to merge, for an unknown name, and for an adapter of a `Captioner`. Raise it too if a
+    weight cannot be changed (see `mergeable`), if the sum is not finite, and while a thread or task is inside `use_adapters` or
+    `disable_adapters`. In peft: `merge_adapter`.
 
     >>> adapter = lora_blip.load_adapter(backbone, "latest")
     >>> lora_blip.merge(backbone)

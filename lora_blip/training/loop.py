@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
                 if not is_last:
                     session.checkpoint_if_due()
             with learner.transaction():  # no checkpoint is written in the middle of an update
-                # config.lr is the setting LR, or the default of this base
+                # session.config.lr is the setting LR, or the default of this base if LR is 0
                 rate = learning_rate(progress.step, progress.total, session.warmup, session.config.lr)
                 update = update_parameters(learner, rate)
                 session.log(update, rate, batches)
@@ -88,7 +88,7 @@ def update_parameters(learner: Learner, rate: float) -> Update:
 
 
 def read_values(values: list[Tensor]) -> list[float]:
-    """Return numbers that are on the device. This is the only time that a step waits for a GPU."""
+    """Return the values of tensors on the device. This is the only time that a step waits for a GPU."""
     return torch.stack(values).tolist()
 
 
