@@ -96,8 +96,7 @@ class Captioner:
         base: None or "" for the base that the adapter was trained on; a hub name; a folder; a result of `load_backbone`; or a
         model of transformers, with its `processor`. A loaded base keeps its weights, device, dtype, image size and kernels, and
         a `device`, `image_size`, `base_dtype` or `fast` that differs raises InputError. The adapter is then not merged, and is
-        active only in calls of this captioner. If `adapter` is None, the base predicts alone, or with the adapters that are
-        already on a loaded base.
+        active only in calls of this captioner. If `adapter` is None, the adapters that are already on a loaded base are active.
         generation: options of text generation, such as {"num_beams": 3}; see docs/generation.md. They replace the adapter's.
         seed: the seed of sampling, if `generation` has `do_sample`. The other arguments: as in infer.py.
         Raise AdapterError if there is no such adapter or if it does not fit the base, ModelError if the base cannot be loaded,
