@@ -1,7 +1,8 @@
 """Rows `step`, `dora`, `compiled` and `captions`: the time of one training step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 from benchmarks.contestants import ours, peers, trainer
@@ -111,7 +112,16 @@ def captions(plan: Plan) -> Iterator[Cell]:
                 if name == "base" and precision != "fp32":
                     sides[PEFT16] = peers.peft_loop(in_dtype(copy_of(base), precision), batch, precision)
                 turns = timed(sides, plan.steps("captions"))
-                yield compare("captions", f"{model} {precision}, 2 images × 5 captions", turns, PEFT, plan.few)
+                cell = compare("captions", f"{model} {precision}, 2 images × 5 captions", turns, PEFT, plan.few)
+                cell.notes = {"page faults in a step": {name: page_faults(side.step) for name, side in sides.items()}}
+                yield cell
+
+
+def page_faults(step: Callable[[], object]) -> int:
+    """Return the number of pages of memory that the operating system supplies during a step of this process."""
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    step()
+    return getrusage(RUSAGE_SELF).ru_minflt - before
 
 
 def timed(sides: dict[str, Any], steps: int) -> dict[str, Turn]:
