@@ -27,9 +27,11 @@ from lora_blip.lora import adapter_file
 from lora_blip.models import identity
 from lora_blip.models.identity import weights_digest
 from lora_blip.models.language import Language
+from lora_blip.models.packing import PackedRows
 from lora_blip.runtime import lock, signals
 from lora_blip.runtime.files import make_whole
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME
+from lora_blip.tasks.text_task import TextTask
 from lora_blip.training import checkpoint, learner, loop, resume, session
 from lora_blip.training.checkpoint import STATE, TENSORS
 from lora_blip.training.learner import Learner
@@ -38,6 +40,7 @@ from lora_blip.training.loss_scale import LossScaler
 from lora_blip.training.run_folder import Run
 from lora_blip.training.session import Session
 from tests.support.kill import Killed, killed_at, nothing
+from tests.support.models import WHOLE
 from tests.support.runs import (
     assert_same,
     before_each_step,
@@ -76,6 +79,31 @@ def test_a_run_that_is_killed_several_times_equals_an_uninterrupted_run(checkpoi
     assert_same(uninterrupted, path)
     assert path.parent == only_run(again)
     assert not (path.parent / checkpoint.FOLDER).exists()  # a finished run is never resumed
+
+
+@pytest.mark.parametrize(
+    "kind", ["opt", pytest.param("t5", marks=pytest.mark.slow), pytest.param("blip", marks=pytest.mark.slow)]
+)
+def test_a_killed_run_with_several_captions_per_image_equals_an_uninterrupted_one(checkpoints, tmp_path, monkeypatch, kind):
+    """Law 6 holds for packed rows, also with adapters on the text."""
+    config = config_of(checkpoints, tmp_path, kind, targets=WHOLE[kind], precision="fp32")
+    source, packed, real = Path(config.annotations), list[bool](), TextTask.batch
+    entries = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    several = [entry | {"text": f"{entry['text']}{end}"} for entry in entries for end in ("", " on a table", " and no cube")]
+    source.write_text("\n".join(map(json.dumps, several)), encoding="utf-8")
+
+    def batch(task: Any, *rest: Any) -> Any:
+        result = real(task, *rest)
+        packed.append(isinstance(result.rows, PackedRows))
+        return result
+
+    monkeypatch.setattr(TextTask, "batch", batch)
+    uninterrupted, again = train(config), elsewhere(config)
+    for death in (2, 5):
+        with killed_at(death):
+            train(again)
+    assert_same(uninterrupted, train(again))
+    assert any(packed)
 
 
 def test_a_run_that_resumes_on_another_machine_takes_the_same_fast_paths(checkpoints, tmp_path, monkeypatch, capsys):
