@@ -127,13 +127,13 @@ def test_too_few_images_for_the_splits_give_the_flag(folder, count, fix):
         prepare(PrepareConfig(source=str(folder / "x.tsv"), output_dir=str(folder / "out"), splits="0.8,0.1,0.1"))
 
 
-@pytest.mark.parametrize(("count", "parts"), [(1, "no val and no test"), (2, "no test"), (3, "")])
+@pytest.mark.parametrize(("count", "parts"), [(1, "train.jsonl"), (2, "train.jsonl and val.jsonl"), (3, "")])
 def test_the_default_splits_of_one_or_two_images_have_fewer_parts(folder, count, parts, capsys):
     (folder / "x.tsv").write_text("".join(f"{name}\ta\n" for name in NAMES[:count]))
     files = prepare(PrepareConfig(source=str(folder / "x.tsv"), output_dir=str(folder / "out")))
     assert list(files) == ["train", "val", "test"][:count]
     assert all(len(path.read_text().splitlines()) == 1 for path in files.values())
     out = capsys.readouterr().out
-    assert (
-        f"{'1 image is' if count == 1 else f'{count} images are'} too few for train, val and test: {parts} is written" in out
-    ) == bool(parts)
+    images = "1 image is" if count == 1 else f"{count} images are"
+    assert (f"{images} too few for train, val and test, so the output is only {parts}\n" in out) == bool(parts)
+    assert " 1 caption of 1 image " in out

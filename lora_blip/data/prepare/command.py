@@ -267,7 +267,8 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
     print(summary(data.notes, images, texts, len(data.dropped), reasons, samples))
     for split in (split for split in SPLIT_NAMES if rows[split]):
         images = len({row.image.identity for row in rows[split]})
-        print(printable(f"{split:7} {len(rows[split]):9,} {data.kind} of {counted(images, 'image')} → {files[split]}"))
+        texts_of_split = counted(len(rows[split]), data.kind.removesuffix("s"))
+        print(printable(f"{split:7} {texts_of_split:>18} of {counted(images, 'image')} → {files[split]}"))
     flags = {"train": "--annotations", "val": "--val-annotations"}
     words = [word for split, flag in flags.items() if rows[split] for word in (flag, str(files[split]))]
     if rows["train"]:

@@ -35,8 +35,8 @@ def part_sizes(splits: str, images: int) -> list[int]:
     fractions = split_fractions(splits)
     if splits == DEFAULT_SPLITS and images < len(SPLIT_NAMES):
         fractions[images:] = [0.0] * (len(SPLIT_NAMES) - images)
-        missing = " and no ".join(SPLIT_NAMES[images:])
-        print(f"{counted(images, 'image', 'are')} too few for train, val and test: no {missing} is written")
+        written = " and ".join(f"{name}.jsonl" for name in SPLIT_NAMES[:images])
+        print(f"{counted(images, 'image', 'are')} too few for train, val and test, so the output is only {written}")
     sizes = [max(1, round(fraction * images)) if fraction else 0 for fraction in fractions]
     largest = max(range(len(sizes)), key=lambda n: sizes[n])
     sizes[largest] += images - sum(sizes)
