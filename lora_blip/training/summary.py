@@ -66,9 +66,9 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
     """
     source = Path(annotations)
     candidates = [source.with_name("test.jsonl"), source.with_name("val.jsonl")]
-    demo = source.with_name(TRAINING_IMAGES).resolve()
-    if examples and demo in examples[0].image.resolve().parents:
-        candidates += [source.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
+    for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
+        if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
+            candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
     existing = [path for path in candidates if path.is_file() and path != source]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]

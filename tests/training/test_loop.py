@@ -383,6 +383,8 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     (tmp_path / "image_test/questions.jsonl").touch()
     assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
     assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/image_test/questions.jsonl"
+    inside = summary.evaluate_line("vqa", run, "image_train/questions.jsonl", "", demo)  # as the page on tasks trains
+    assert inside == f"{start}{command}image_test/questions.jsonl"
     own = [example_of(str(tmp_path / "my" / "1.png"))]  # image_test shows something else
     assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_first}{command}test.jsonl"
     (tmp_path / "val.jsonl").touch()
