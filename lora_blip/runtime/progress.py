@@ -100,10 +100,17 @@ class ProgressMeter:
         return (self.done - self.before) / max(self.seconds, 1e-9)
 
     def line(self) -> str:
-        """Return a line such as "caption: 1,200 of 100,000 images, 15.3 a second"."""
-        unit = f" {plural(self.unit, self.total)}" * bool(self.unit)
-        speed = f", {self.speed:,.1f} a second" * (self.done > self.before)
-        return f"{self.name}: {self.done:,} of {self.total:,}{unit}{speed}"
+        """Return a line such as "caption: 1,200 of 100,000 images, 15.3 a second, about 108 min left"."""
+        line = f"{self.name}: {self.done:,} of {self.total:,}" + f" {plural(self.unit, self.total)}" * bool(self.unit)
+        if self.done == self.before:
+            return line
+        return f"{line}, {self.speed:,.1f} a second" + time_left((self.total - self.done) / self.speed)
+
+
+def time_left(seconds: float) -> str:
+    """Return the remaining time for a line of a log: ", about 5 min left", or "" if nothing remains."""
+    unit, each = next(((unit, each) for unit, each in (("h", 3600), ("min", 60)) if seconds >= 2 * each), ("s", 1))
+    return f", about {seconds / each:.0f} {unit} left" if seconds > 0 else ""
 
 
 def track(items: Iterable[T], name: str, total: int, unit: str = "", delay: float = 0.0) -> Iterator[T]:

@@ -23,7 +23,7 @@ from lora_blip.runtime.command_line import this_command
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.extras import attempt
 from lora_blip.runtime.files import FULL, make_whole, open_to_append, room_for, sweep, unused_path, write_new, write_whole
-from lora_blip.runtime.progress import phase
+from lora_blip.runtime.progress import phase, time_left
 from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, METRICS_NAME, run_name
 from lora_blip.runtime.settings import stored_settings
 from lora_blip.runtime.system_errors import sync, writing
@@ -61,8 +61,7 @@ class Run:
         self.last_skip = self.figures = ""  # reason of the last skipped step; figures of the last logged step
         self.board: Any = None  # TensorBoard's SummaryWriter
         self.closing = ExitStack()
-        now = time.perf_counter()
-        self.started = self.logged = self.checkpointed = now
+        self.started = self.logged = self.checkpointed = time.perf_counter()
         name = run_name(config.task, config.model, config.targets, datetime.now())
         self.folder = saved.run if saved else unused_path(Path(config.output_dir) / name)
         self.bar = tqdm(
@@ -162,10 +161,11 @@ class Run:
             entry["loss_scale"] = update.scale
         self.images, self.logged = 0, now
         self._write(entry)
-        self.figures = f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s"
-        self.bar.set_postfix_str(self.figures)
+        figures = f"loss {update.loss:.4f}, lr {rate:.1e}, {entry['images_per_s']:.1f} images/s"
+        self.bar.set_postfix_str(figures)
+        self.figures = figures + time_left((now - self.started) / step * (self.bar.total - step))
         if self.bar.disable and (step % (10 * self.config.log_every) == 0 or step in (1, self.bar.total)):
-            print(f"step {step}/{self.bar.total}  loss {update.loss:.4f}  lr {rate:.1e}  {entry['images_per_s']:.1f} images/s")
+            print(f"step {step}/{self.bar.total}  {self.figures}")
 
     def log_skip(self, step: int, epoch: int, update: Update, reason: str) -> None:
         """Write and print the reason for a skipped step. step: the number of updates before it."""

@@ -10,7 +10,7 @@ import pytest
 from lora_blip.cli import COMMANDS
 from lora_blip.inference.blocks import ProgressDisplay
 from lora_blip.runtime import progress
-from lora_blip.runtime.progress import BEAT, SILENCE, Heartbeat, LogStream, ProgressMeter, heartbeat, phase, track
+from lora_blip.runtime.progress import BEAT, SILENCE, Heartbeat, LogStream, ProgressMeter, heartbeat, phase, time_left, track
 
 
 class Clock:
@@ -73,7 +73,7 @@ def test_work_that_is_counted_prints_a_line_in_a_log_and_a_bar_on_a_terminal(cap
             clock.now += 0.5
             shown.update(2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "caption: 136 of 1,000 images, 4.0 a second" and len(lines) == 3
+    assert lines[0] == "caption: 136 of 1,000 images, 4.0 a second, about 4 min left" and len(lines) == 3
 
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
     terminal.isatty = lambda: True  # type: ignore[method-assign]
@@ -95,7 +95,15 @@ def test_the_progress_of_inference_is_printed_in_a_log(capsys) -> None:
             clock.now += 9
             screen.count_results([None] * 18)  # type: ignore[list-item]
             assert screen.speed_line() == "18 images in 9.0 s, 2.0 images/s\n"
-    assert capsys.readouterr().out == "caption: 23 of 50 images, 2.0 a second\n"
+    assert capsys.readouterr().out == "caption: 23 of 50 images, 2.0 a second, about 14 s left\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, ""), (-1, ""), (0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (360_000, "100 h")],
+)
+def test_the_remaining_time_has_a_unit_in_which_it_is_at_least_two(seconds: float, text: str) -> None:
+    assert time_left(seconds) == (f", about {text} left" if text else "")
 
 
 def test_track_yields_the_items_unchanged_and_leaves_no_phase() -> None:
