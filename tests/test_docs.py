@@ -338,7 +338,7 @@ def test_the_first_hour_of_a_reader(trained, monkeypatch):
     run_infer({}, "")
     assert len((trained / "captions" / "predictions.jsonl").read_text().splitlines()) == 1
     (trained / "captions.tsv").write_text("my/photos/000.png\ta red cube\n")
-    run_command("prepare", ["--source", "captions.tsv", "--splits", "1"])  # the first command of docs/data.md
+    run_command("prepare", ["--source", "captions.tsv", "--splits", "1"])  # the first command of docs/prepare.md
     assert json.loads((trained / "prepared" / "train.jsonl").read_text())["text"] == "a red cube"
     run_command("caption", ["image_test/000.png", "--device", "cpu"])
     run_command(evaluate[1], [*evaluate[2:], "--device", "cpu", "--output-dir", "scores"])

@@ -41,6 +41,7 @@ KERNEL = {
 }
 USE = (
     "data",
+    "prepare",
     "tasks",
     "models",
     "generation",
@@ -48,10 +49,12 @@ USE = (
     "inspect",
     "explain",
     "resume",
+    "blend",
     "python_api",
     "large_inference",
     "many_devices",
     "performance",
+    "fast_paths",
 )
 MODULES = (  # in the order in which a reader opens them
     "lora.layer", "lora.injection", "lora.targets", "lora.merging", "lora.routing", "lora.fused", "lora.spectrum",
