@@ -13,12 +13,12 @@ from PIL import Image
 import lora_blip
 from lora_blip.cli import main
 from lora_blip.config import InferConfig, TrainConfig
-from lora_blip.errors import LoraBlipError
+from lora_blip.errors import DataError, LoraBlipError
 from lora_blip.inference.setup import read_inputs
 from lora_blip.models.loading import locate_model
 from lora_blip.runtime import runs
 from lora_blip.runtime.runs import ADAPTER_NAME, CHECKPOINTS_NAME
-from lora_blip.runtime.user_paths import nearest_path
+from lora_blip.runtime.user_paths import nearest_path, require_annotations
 from lora_blip.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,3 +164,10 @@ def test_the_error_for_a_missing_path_names_the_setting(folder, monkeypatch, cap
     names = (f"{setting} = ", f"--{setting.replace('_', '-')}", f"{setting} folder ", f"{setting} '", f"no {setting} at ")
     assert "gone" in message or setting == "output_dir"
     assert any(name in message for name in names), message
+
+
+def test_a_setting_of_annotations_that_is_empty_is_named():
+    """The current folder is not empty: it may have the annotations."""
+    with pytest.raises(DataError, match=r"^annotations is empty; give a \.jsonl file"):
+        require_annotations("")
+    require_annotations(".")

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unicodedata import category
 
 from lora_blip.runtime.system_errors import quoted_for_shell
 from lora_blip.runtime.untrusted import is_path, pasteable, quoted, shorten
@@ -19,6 +20,7 @@ TEXT_KEYS = (
     "alt_text", "prompt",
 )  # fmt: skip
 ANSWER_KEYS = ("answers", "answer")
+INVISIBLE = ("Cc", "Cf", "Zs")  # Unicode categories: control, format such as a zero-width space, and spaces
 SPLITS = {"train": "train", "training": "train", "restval": "train"}  # name of a split in a data set → our name
 SPLITS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val", "eval": "val"}
 SPLITS |= {"dev": "val", "test": "test"}
@@ -142,6 +144,10 @@ def _tidied(name: str, value: object) -> str:
         raise _ValueError(f"the {name} is {'null' if value is None else quoted(value)}, expected a text")
     if not (text := " ".join(text.split())):
         raise _ValueError(f"{'an' if name == 'answer' else 'the'} {name} is empty")
+    if not text.isprintable() and all(category(letter) in INVISIBLE for letter in text):
+        raise _ValueError(
+            f"{'an' if name == 'answer' else 'the'} {name} is empty: it has only invisible characters, {quoted(text)}"
+        )
     return text
 
 

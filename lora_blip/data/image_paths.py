@@ -12,6 +12,7 @@ from lora_blip.data.images import SUFFIXES
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.system_errors import missing_file
 from lora_blip.runtime.untrusted import quoted
+from lora_blip.runtime.user_paths import similar_without_suffix
 
 MOST_FILES = 2_000_000  # largest number of files of an image root that are listed
 SUGGESTED = 20  # missing images whose messages suggest an existing name
@@ -23,6 +24,7 @@ UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # the prefix of an uploaded file i
 SUFFIX_AFTER_JPG = re.compile(r"(\.jpe?g)\.\d+$")  # Flickr8k's text file contains 2258277193_586949ec62.jpg.1
 ABSOLUTE = re.compile(r"[/\\~$]|[A-Za-z]:[/\\]")
 COMMON_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG")  # of an image that a table names without one
+ZEROS = re.compile(r"(?<!\d)0+(?=\d)")  # the zeros before a number
 SPLIT_FOLDERS = re.compile(r"(train|val|valid|validation|test|dev)(20\d\d)?", re.IGNORECASE)
 
 Folders = tuple[str, ...]  # names of the folders of a file, from the outermost to the innermost
@@ -157,11 +159,18 @@ class ImageFinder:
             others = _listed("/".join((*candidate, name)) for candidate in index[name])
             return f"{message}; another folder has a file of this name: {others}"
         same = [file for file, places in index.items() if folders in places] or list(index)
-        near = difflib.get_close_matches(name, same[:COMPARED], 1, 0.4)
+        near = _nearest(name, same[:COMPARED])
         if not near:
             return message
-        place = folders if folders in index[near[0]] else index[near[0]][0]
-        return f"{message}; the nearest existing name is {quoted('/'.join((*place, near[0])))}"
+        place = folders if folders in index[near] else index[near][0]
+        return f"{message}; the nearest existing name is {quoted('/'.join((*place, near)))}"
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """Return the name that differs only in the zeros before its numbers, or else the most similar one, or ""."""
+    equal = (other for other in names if ZEROS.sub("", other) == ZEROS.sub("", name))
+    similar = (other for other in names if similar_without_suffix(name, other))
+    return next(equal, "") or next(iter(difflib.get_close_matches(name, similar, 1, 0.4)), "")
 
 
 def _names_of(name: str) -> Iterator[str]:

@@ -140,7 +140,9 @@ def _check_shape(image: Any, name: str) -> None:
     channels_first, channels_last = is_3d and shape[0] in CHANNELS, is_3d and shape[-1] in CHANNELS
     if 0 in shape or not (len(shape) == 2 or (channels_first if isinstance(image, Tensor) else channels_last)):
         fix = ""
-        if channels_first or channels_last:
+        if 0 in shape:
+            fix = "; it has no pixels"
+        elif channels_first or channels_last:
             fix = "; give image.permute(2, 0, 1)" if isinstance(image, Tensor) else "; give image.transpose(1, 2, 0)"
         raise InputError(f"{name} is {kind} of shape {shape}; expected {ACCEPTED}{fix}")
 
@@ -150,11 +152,26 @@ def _check_values(image: Any, name: str) -> None:
     if dtype == "uint8":
         return
     if "float" not in dtype:
-        raise InputError(f"{name} has the dtype {dtype}; expected uint8 (0 to 255) or float (0 to 1)")
+        raise InputError(f"{name} has the dtype {dtype}; expected uint8 (0 to 255) or float (0 to 1){_conversion(image)}")
     smallest, largest = float(image.min()), float(image.max())
+    if smallest != smallest:
+        raise InputError(f"{name} contains NaN; a float image has values from 0 to 1")
     if not (smallest >= 0 and largest <= 1):  # `not`, so that NaN is an error too
         fix = "divide it by 255" if smallest >= 0 and largest <= 255 else "give the image before it is normalized"
         raise InputError(f"{name} has values from {smallest:.4g} to {largest:.4g}; a float image has values from 0 to 1: {fix}")
+
+
+def _conversion(image: Any) -> str:
+    """Return the end of a message about a dtype: the expression that converts an image of whole numbers or of booleans, or ""."""
+    array = image.cpu().numpy() if isinstance(image, Tensor) else image
+    to_bytes = "image.byte()" if isinstance(image, Tensor) else "image.astype(numpy.uint8)"
+    if array.dtype.kind == "b":
+        return f"; give {to_bytes} * 255"
+    if array.dtype.kind not in "iu" or array.min() < 0:
+        return ""
+    if array.itemsize == 2 or array.max() > 255:  # the range of a type of two bytes, whatever the largest value is
+        return "; for 16 bits per value, give image / 65535"
+    return f"; give {to_bytes}"
 
 
 def decode(image: Any, name: str, pixels: Callable[[Any], Tensor]) -> Tensor | ImageError:

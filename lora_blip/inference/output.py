@@ -53,7 +53,7 @@ class Output:
         keys = array("Q")
         # the numbers of lines of the two files
         self.predicted, self.failed = (resume_from(folder / name, keys) for name in (FILE_NAME, ERRORS_NAME))
-        self.done, self.lines_before = FinishedExamples(keys), self.lines
+        self.done, self.lines_before, self.predicted_before = FinishedExamples(keys), self.lines, self.predicted
         self.files: dict[str, IO[bytes]] = {}
         self.synced = time.monotonic()
 
@@ -79,9 +79,9 @@ class Output:
     def describe_end(self) -> str:
         """Return the line to print at the end: the number of lines and the files."""
         added = self.lines - self.lines_before
-        summary = f"wrote {added:,} of {counted(self.lines, 'line')} of"
+        summary = f"wrote {self.predicted - self.predicted_before:,} of {counted(self.predicted, 'line')} of"
         if not added:
-            summary = f"nothing new to write: an earlier run has written {counted(self.lines, 'line')} of"
+            summary = f"nothing new to write: an earlier run has written {counted(self.predicted, 'line')} of"
         left_out = f"; {self.failed:,} could not be read, see {self.folder / ERRORS_NAME}" if self.failed else ""
         return f"{summary} {self.path}{left_out}"
 

@@ -23,9 +23,15 @@ def pick_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f'device {device!r} cannot be used here ({first_line(error)}); set DEVICE = "auto" (--device auto)'
+            f'device {device!r} cannot be used here ({_reason(device, error)}); set DEVICE = "auto" (--device auto)'
         ) from None
     return chosen
+
+
+def _reason(device: str, error: Exception) -> str:
+    """Return why a device cannot be used. For an unknown name, torch lists more than twenty, most of them without a use here."""
+    known = device.partition(":")[0] in ("cpu", "cuda", "mps")
+    return first_line(error) if known or "device type" not in str(error) else "expected cpu, cuda, cuda:1, mps or auto"
 
 
 def pick_precision(precision: str, device: torch.device) -> str:

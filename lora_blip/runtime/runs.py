@@ -154,7 +154,14 @@ def nearest_run(path: Path, runs: str | Path) -> str:
     folders = path.suffix != ".safetensors"
     if os.path.exists(beside):  # noqa: PTH110 — False for a name that is too long, for which Path.exists raises OSError
         return str(beside)
-    return nearest_path(path, folders=folders) or nearest_path(beside, folders=folders)
+    found = (nearest_path(each, folders=folders) for each in (path, beside))
+    return next((near for near in found if near and (not folders or _has_runs(Path(near)))), "")
+
+
+def _has_runs(folder: Path) -> bool:
+    """Return True if a folder is a run, finished or not, or an adapter of peft, or if a folder in it is one."""
+    names = (ADAPTER_NAME, BEST_NAME, CHECKPOINTS_NAME, PEFT_CONFIG)
+    return any(True for start in ("", "*/", "*/*/") for name in names for _ in folder.glob(start + name))
 
 
 def run_to_resume(path: Path) -> Path:

@@ -27,6 +27,8 @@ def require_annotations(source: str | Path, setting: str = "annotations") -> Non
 
 def missing_annotations(source: str | Path, setting: str = "annotations") -> DataError:
     """Return the error for annotations that do not exist. setting: the one that names them."""
+    if not str(source):
+        return DataError(f"{setting} is empty; {ANNOTATIONS}")
     named = f"annotations {str(source)!r} do not exist{_searched(source)}"
     if setting != "annotations":
         named = f"{setting} = {str(source)!r} (--{setting.replace('_', '-')}): the annotations do not exist{_searched(source)}"
@@ -89,8 +91,15 @@ def nearest_path(path: str | Path, others: Iterable[str] = (), folders: bool = F
 
 def _similar(name: str, names: Iterable[str], most: int) -> list[str]:
     """Return up to `most` of the names that are similar, the most similar first. Ignore upper and lower case."""
-    folded = {other.casefold(): other for other in names}
+    folded = {other.casefold(): other for other in names if similar_without_suffix(name, other)}
     return [folded[near] for near in difflib.get_close_matches(name.casefold(), folded, most, SIMILAR)]
+
+
+def similar_without_suffix(name: str, other: str) -> bool:
+    """Return False if two names have the same suffix, and only this makes them similar, as in missing.jpg and line.jpg."""
+    stem, suffix = os.path.splitext(name.casefold())  # noqa: PTH122 — also for names that are no paths
+    other_stem, other_suffix = os.path.splitext(other.casefold())  # noqa: PTH122
+    return not suffix or suffix != other_suffix or difflib.SequenceMatcher(None, other_stem, stem).ratio() >= SIMILAR
 
 
 def _names(folder: Path) -> list[str]:

@@ -104,6 +104,28 @@ def test_training_and_prepare_report_how_many_paths_they_resolved(root, tmp_path
     assert message in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("written", "near"),
+    [
+        ("blue_1.jpg", "blue_0001.jpg"),  # difflib alone finds blue_0160.jpg
+        ("blue_00160.jpg", "blue_0160.jpg"),
+        ("blue_0159.jpg", "blue_0160.jpg"),
+        ("missing.jpg", ""),  # only the suffix is similar
+    ],
+)
+def test_the_nearest_name_has_the_same_number_and_is_similar_without_its_suffix(tmp_path, written, near):
+    for name in ("blue_0001.jpg", "blue_0160.jpg", "line.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "x.jsonl").write_text(f'{{"image": "line.jpg", "text": "a"}}\n{{"image": "{written}", "text": "b"}}\n')
+    with pytest.raises(DataError, match="does not exist") as error:
+        annotations.read(tmp_path / "x.jsonl")
+    assert (
+        (f"the nearest existing name is {near!r}" in str(error.value))
+        if near
+        else ("the nearest existing name" not in str(error.value))
+    )
+
+
 def test_a_missing_image_is_named_with_its_line_and_its_neighbour(root, tmp_path):
     source = tmp_path / "x.jsonl"
     source.write_text('{"image": "cat/1.png", "text": "a"}\n{"image": "cat/12.png", "text": "b"}\n')

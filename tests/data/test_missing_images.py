@@ -44,11 +44,11 @@ def documents(names: tuple[str, ...]) -> dict[str, object]:
 def test_a_missing_image_of_a_list_is_an_error_with_its_place_and_the_nearest_name(folder, kind):
     """`prepare` once left it out and called the list a published data set."""
     path = folder / "x.json"
-    path.write_text(json.dumps(documents((*NAMES, "img/tpyo.png"))[kind]))
+    path.write_text(json.dumps(documents((*NAMES, "img/01.png"))[kind]))
     settings = PrepareConfig(source=str(path), output_dir=str(folder / "out"), splits="1")
     for read in (lambda: prepare(settings), lambda: annotations.read(path)):
         with pytest.raises(
-            DataError, match=r"x\.json: .*img/tpyo\.png does not exist; the nearest existing name is 'img/"
+            DataError, match=r"x\.json: .*img/01\.png does not exist; the nearest existing name is 'img/"
         ) as error:
             read()
         assert "--on-bad-data skip" in str(error.value) and not (folder / "out").exists()

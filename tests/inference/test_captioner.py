@@ -206,11 +206,16 @@ NOT_IMAGES: dict[str, tuple[Any, str]] = {
     "a batch": (np.zeros((2, 4, 4, 3), np.uint8), r"shape \(2, 4, 4, 3\); for a batch, give a list of images: list\(images\)"),
     "channels first": (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\); .*; give image\.transpose\(1, 2, 0\)"),
     "channels last": (torch.zeros(8, 8, 3), r"a tensor of shape \(8, 8, 3\); .*; give image\.permute\(2, 0, 1\)"),
-    "no pixel": (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\); expected"),
-    "integers": (np.zeros((8, 8, 3), np.int64), r"has the dtype int64; expected uint8 \(0 to 255\) or float \(0 to 1\)"),
+    "no pixel": (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\); expected .*; it has no pixels$"),
+    "integers": (np.zeros((8, 8, 3), np.int64), r"has the dtype int64; .*; give image\.astype\(numpy\.uint8\)$"),
+    "an integer tensor": (torch.full((3, 8, 8), 255), r"has the dtype int64; .*; give image\.byte\(\)$"),
+    "16 bits": (np.full((8, 8), 9, np.uint16), "has the dtype uint16; .*; for 16 bits per value, give image / 65535$"),
+    "a mask": (np.ones((8, 8), bool), r"has the dtype bool; .*; give image\.astype\(numpy\.uint8\) \* 255$"),
+    "negative integers": (np.full((8, 8), -1), r"has the dtype int64; expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
+    "complex numbers": (np.ones((8, 8), complex), r"expected uint8 \(0 to 255\) or float \(0 to 1\)$"),
     "levels as floats": (np.full((8, 8, 3), 200.0), "values from 200 to 200; .*: divide it by 255"),
     "pixel values": (torch.full((3, 8, 8), -1.5), "values from -1.5 to -1.5; .*: give the image before it is normalized"),
-    "NaN": (torch.full((3, 8, 8), torch.nan), "values from nan to nan"),
+    "NaN": (torch.full((3, 8, 8), torch.nan), "contains NaN; a float image has values from 0 to 1$"),
 }
 
 

@@ -7,7 +7,9 @@ import threading
 import pytest
 import torch
 
+from lora_blip.errors import ModelError
 from lora_blip.models import loading
+from lora_blip.models.precision import pick_device
 
 FORKS = 8  # without a new pool, seven of ten of them fail
 
@@ -63,3 +65,10 @@ def test_a_base_loads_in_a_process_that_was_forked_after_torch_had_run(capfd):
                 os._exit(1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, capfd.readouterr().err
+
+
+def test_an_unknown_device_names_the_devices_that_are_used():
+    """torch's own message lists more than twenty types."""
+    with pytest.raises(ModelError) as error:
+        pick_device("gpu")
+    assert "device 'gpu' cannot be used here (expected cpu, cuda, cuda:1, mps or auto)" in str(error.value)

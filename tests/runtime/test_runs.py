@@ -7,7 +7,7 @@ import pytest
 
 from lora_blip.errors import AdapterError
 from lora_blip.inference.setup import read_adapter
-from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, locate, locate_initial
+from lora_blip.runtime.runs import ADAPTER_NAME, BEST_NAME, CHECKPOINTS_NAME, locate, locate_initial
 
 
 def test_the_best_weights_of_the_newest_run_are_used_also_if_it_was_killed(tmp_path: Path) -> None:
@@ -61,3 +61,15 @@ def test_a_wrong_name_lists_runs_that_exist(tmp_path: Path, monkeypatch: pytest.
     assert "If it is a base" not in str(error.value)
     with pytest.raises(AdapterError, match="If it is a base"):
         read_adapter("Salesforce/blip")
+
+
+def test_a_folder_without_a_run_is_not_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package lora_blip is beside the missing lora_blip_output of a new clone. An interrupted run is suggested."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora_blip" / "data").mkdir(parents=True)
+    with pytest.raises(AdapterError) as error:
+        locate("latest")
+    assert "did you mean" not in str(error.value) and "train one: " in str(error.value)
+    (tmp_path / "lora_blip_outputs" / "run" / CHECKPOINTS_NAME).mkdir(parents=True)
+    with pytest.raises(AdapterError, match="did you mean 'lora_blip_outputs'"):
+        locate("lora_blip_output")
