@@ -25,7 +25,7 @@ from lora_blip.data.image_paths import moved_images
 from lora_blip.data.images import open_image
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
-from lora_blip.data.summary import LISTED, ReadLines
+from lora_blip.data.summary import LISTED, ReadLines, one_problem
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.progress import track
@@ -117,8 +117,8 @@ def read(
 
 def _refuse(source: Path, valid_lines: list[Example], problems: list[Problem], unused: list[Problem], on_bad_data: str) -> None:
     """Raise DataError if no line is valid, or if a line is invalid and `on_bad_data` is "stop"."""
-    if len(problems) >= MANY_MISSING and not valid_lines and len({problem.reason for problem in problems}) == 1:
-        raise DataError(f"{problems[0]} (all {len(problems):,} lines have this problem)")
+    if not valid_lines and (message := one_problem([problem.reason for problem in problems])):
+        raise DataError(f"{problems[0]} ({message})")
     if problems and on_bad_data == "stop":
         rename = "" if valid_lines else rename_command(source, (problem.reason for problem in problems))
         raise DataError(f"{listing(problems)}\n{rename or SKIP}")

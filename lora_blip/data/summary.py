@@ -22,6 +22,7 @@ from lora_blip.runtime.untrusted import line_of_list, printable
 
 LISTED = 20  # problems or reasons printed before "and N more"
 SAMPLES = 3
+SEVERAL = 3  # smallest number of lines with one problem that a message does not list
 IMAGE_FAULTS = ("does not exist", "is not a usable image", "cannot be decoded", "cannot be read")  # after the path of an image
 LABEL = 10  # width of the first column
 
@@ -63,6 +64,9 @@ class ReadLines:
         images, questions = len(set(map(FILE, self.examples))), sum(bool(example.question) for example in self.examples)
         texts = {"captions": len(self.examples) - questions, "questions": questions}
         sampled = (self.examples[index] for index in spread(len(self.examples)))
+        texts["repeated"] = len(self.examples) - len(
+            {(one.file, one.text, one.question, one.answers, one.prompt) for one in self.examples}
+        )
         samples = [Sample(one.name, one.text, one.question, one.answers) for one in sampled]
         notes = [note for describe in self.sources for note in describe()]
         return summary(notes, images, texts, len(self.unused), lines_by_reason(self.unused), samples)
@@ -88,6 +92,21 @@ def lines_by_reason(unused: Sequence[Unused]) -> list[str]:
 def kind_of(reason: str) -> str:
     """Return a reason without the path of an image, so that the reasons of several images can be counted together."""
     return next((fault for fault in IMAGE_FAULTS if f" {fault}" in reason), reason)
+
+
+def one_problem(reasons: Sequence[str]) -> str:
+    """Return "all … lines have this problem" if there are several reasons, and they differ at most in paths and corrections.
+
+    Return "" otherwise. Then a list of the lines says more.
+    """
+    kinds = {_without_path(reason.partition("; write: ")[0]) for reason in reasons}
+    return f"all {counted(len(reasons), 'line')} have this problem" if len(reasons) >= SEVERAL and len(kinds) == 1 else ""
+
+
+def _without_path(reason: str) -> str:
+    """Return a reason from its fault on, if it begins with the path of an image."""
+    starts = (reason.find(f" {fault}") for fault in IMAGE_FAULTS)
+    return reason[max(0, *starts) :]
 
 
 def spread(count: int) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from lora_blip.data.columns import INTEGER, described, flags, meant
 from lora_blip.data.entries import ANSWER_KEYS, IMAGE_KEYS, IMAGE_NAME, TEXT_KEYS, Entry, Located
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys, bounded, open_text, table_encoding
 from lora_blip.errors import DataError
@@ -17,11 +18,9 @@ from lora_blip.runtime.untrusted import quoted
 
 ANSWER_SEPARATOR = "|"  # the character between two answers in a cell
 WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")  # a whole number, as JSON writes it
-INTEGER = re.compile(r"-?[0-9]+")
 QUOTED_CELL = re.compile(r'\s*"(?:[^"]|"")*"\s*')
 DELIMITERS = ",\t;|"
 SAMPLE = 50  # lines that are compared to detect the delimiter, the quoting and the columns
-FEW_COLUMNS = 12  # largest number of columns that a message lists
 
 Row = tuple[int, list[str] | str]  # the number of the row's first line, and its cells or the reason why it is invalid
 
@@ -163,8 +162,8 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
     result, taken = list(names), set()
     for ours, name in keys.named.items():
         if name.strip().lower() not in lower:
-            shown = _described(header, below)
-            raise DataError(f"{path}:{number}: no column has the name {quoted(name)}; the columns are:\n{shown}")
+            reason = f"no column has the name {quoted(name)}; the columns are:\n{described(header, below)}"
+            raise DataError(f"{path}:{number}: {reason}{meant(ours, name, header)}")
         result[lower.index(name.strip().lower())] = ours
         taken.add(ours)
     has_question = "question" in result
@@ -181,37 +180,10 @@ def _columns(path: Path, number: int, header: list[str], below: list[list[str]],
                 "of texts, with a comma, a semicolon, a tab or | between them"
             )
         raise DataError(
-            f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{_described(header, below)}\n"
-            f"name the columns: {_flags(header, result, below)}"
+            f"{path}:{number}: no column has a known name for the {what}; the columns are:\n{described(header, below)}\n"
+            f"name the columns: {flags(header, result, below)}"
         )
     return result
-
-
-def _described(header: list[str], below: list[list[str]]) -> str:
-    """Return a text with a line for each column: its name and its first value."""
-    lines = []
-    for column, name in enumerate(header[:FEW_COLUMNS]):
-        value = next((row[column].strip() for row in below if row[column].strip()), "")
-        lines.append(f"  {quoted(name.strip())}: {quoted(value[:60]) if value else 'empty'}")
-    return "\n".join(lines + [f"  and {len(header) - FEW_COLUMNS} more"] * (len(header) > FEW_COLUMNS))
-
-
-def _flags(header: list[str], keys: list[str], below: list[list[str]]) -> str:
-    """Return flags such as --text-key "words", which name the columns that are most likely the image and the text."""
-
-    def share(column: int) -> tuple[float, float]:
-        """Return the share of cells that are names of images, and the mean number of letters."""
-        cells = [row[column].strip() for row in below]
-        images = sum(bool(IMAGE_NAME.fullmatch(cell)) for cell in cells)
-        letters = sum(not INTEGER.fullmatch(cell) and len(re.sub(r"[^\w ]|\d", "", cell)) for cell in cells)
-        return images / max(len(cells), 1), letters / max(len(cells), 1)
-
-    columns = range(len(header))
-    image = keys.index("image") if "image" in keys else max(columns, key=lambda column: (share(column)[0], -column))
-    others = [column for column in columns if column != image] or [image]
-    text = keys.index("text") if "text" in keys else max(others, key=lambda column: (share(column)[1], -column))
-    pairs = (("image", image, "image" in keys), ("text", text, "text" in keys))
-    return " ".join(f'--{name}-key "{header[column].strip()}"' for name, column, known in pairs if not known)
 
 
 def _without_header(rows: Iterable[Row], first: list[Row]) -> Iterator[Located]:

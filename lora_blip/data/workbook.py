@@ -3,10 +3,11 @@
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_blip.data.entries import Located
+from lora_blip.data.entries import IMAGE_NAME, Located
 from lora_blip.data.formats import LONGEST, NO_KEYS, TOO_LONG, Keys
 from lora_blip.data.tables import Row, entries_of_rows, is_header
 from lora_blip.errors import DataError
@@ -16,6 +17,8 @@ SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx, and o
 LARGEST = 2**30  # largest number of bytes of the unpacked workbook
 MOST_COLUMNS = 1000  # largest number of columns that are read
 MOST_SHEETS = 100  # largest number of sheets whose first rows are compared
+MOST_TITLES = 20  # largest number of rows of a title above a table
+FIRST_ROWS = 10  # rows of a sheet that are searched for the name of an image
 SAVE_AS = 'in Excel, save it as "CSV UTF-8 (Comma delimited)" and give the .csv file'
 
 
@@ -44,19 +47,30 @@ def workbook_entries(path: Path, keys: Keys = NO_KEYS) -> Iterator[Located]:
 
 
 def _sheet_of(path: Path, sheets: Sequence[Any], keys: Keys) -> Any:
-    """Return the first sheet whose first row has the known or named columns, or the first sheet if none has."""
+    """Return the first sheet whose first row has the known or named columns.
+
+    If none has, return the first sheet that has the name of an image below its first row, or else the first sheet.
+    """
     named = {name.strip().lower() for name in keys.named.values()}
+    with_images = []
     for sheet in sheets[:MOST_SHEETS]:
         with suppress(DataError):  # a damaged sheet that may not be needed
-            row = next(_rows(path, sheet), (0, ""))[1]
+            rows = _rows(path, sheet)
+            row = next(rows, (0, ""))[1]
             if isinstance(row, list) and (named <= {cell.strip().lower() for cell in row} if named else is_header(row)):
                 return sheet
-    return sheets[0]
+            below = (cell.strip() for _, cells in islice(rows, FIRST_ROWS) if isinstance(cells, list) for cell in cells)
+            with_images += [sheet] * any(map(IMAGE_NAME.fullmatch, below))
+    return (with_images or sheets)[0]
 
 
 def _rows(path: Path, sheet: Any) -> Iterator[Row]:
-    """Yield (number, cells) for each row that is not blank. Cells are texts. Remove empty columns at the end."""
+    """Yield (number, cells) for each row that is not blank. Cells are texts. Remove empty columns at the end.
+
+    Leave out the rows with one cell above a row with several: they are titles.
+    """
     width = 0
+    titles: list[Row] = []
     rows = sheet.iter_rows(values_only=True, max_col=MOST_COLUMNS)
     number = 0
     while True:
@@ -64,6 +78,7 @@ def _rows(path: Path, sheet: Any) -> Iterator[Row]:
         try:
             row = next(rows)
         except StopIteration:
+            yield from titles
             return
         except Exception as error:  # openpyxl reads a row only when it is needed, and raises errors of many types
             raise DataError(f"{path}:{number}: the workbook is damaged ({shorten(str(error))}); {SAVE_AS}") from None
@@ -71,7 +86,12 @@ def _rows(path: Path, sheet: Any) -> Iterator[Row]:
         if not any(cell.strip() for cell in cells):
             continue
         used = max(index for index, cell in enumerate(cells, 1) if cell.strip())
-        width = width or used
+        if not width and len(titles) < MOST_TITLES and sum(bool(cell.strip()) for cell in cells) == 1:
+            titles.append((number, [cells[used - 1]]))
+            continue
+        if not width and used == 1:  # a table of one column
+            yield from titles
+        width, titles = width or used, []
         cells = (cells + [""] * width)[: max(width, used)]
         yield number, TOO_LONG if sum(map(len, cells)) > LONGEST else cells
 

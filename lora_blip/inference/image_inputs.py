@@ -162,7 +162,7 @@ def _check_values(image: Any, name: str) -> None:
 
 
 def _conversion(image: Any) -> str:
-    """Return the end of a message about a dtype: the expression that converts an image of whole numbers or of booleans, or ""."""
+    """Return the end of a message about a dtype: the expression that converts whole numbers or booleans, or ""."""
     array = image.cpu().numpy() if isinstance(image, Tensor) else image
     to_bytes = "image.byte()" if isinstance(image, Tensor) else "image.astype(numpy.uint8)"
     if array.dtype.kind == "b":

@@ -29,7 +29,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def _reason(device: str, error: Exception) -> str:
-    """Return why a device cannot be used. For an unknown name, torch lists more than twenty, most of them without a use here."""
+    """Return why a device cannot be used. For an unknown name, torch lists more than twenty types."""
     known = device.partition(":")[0] in ("cpu", "cuda", "mps")
     return first_line(error) if known or "device type" not in str(error) else "expected cpu, cuda, cuda:1, mps or auto"
 

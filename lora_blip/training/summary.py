@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lora_blip.data.example import Example
@@ -10,11 +11,12 @@ from lora_blip.metrics.names import score_name, score_value
 from lora_blip.runtime.adapter_names import ADAPTER_NAME, BEST_NAME
 from lora_blip.runtime.runs import METRICS_NAME
 from lora_blip.runtime.system_errors import command_line
-from lora_blip.runtime.untrusted import printable
+from lora_blip.runtime.untrusted import parsed, printable
 from lora_blip.runtime.user_paths import relative_if_below
 from lora_blip.training.best import Best
 
 DEFAULT_IMAGES = "image_test"  # the default IMAGES of infer.py
+LONGEST = 2**20  # characters of the first line of references that are read
 TRAINING_IMAGES = "image_train"  # the images of the default ANNOTATIONS of train.py
 REFERENCES = {"caption": "annotations.jsonl", "vqa": "questions.jsonl", "retrieval": "sentences.jsonl"}  # in image_test
 TASK_FLAGS = {"vqa": ["--question", "what color is it?"], "retrieval": ["--texts", "a red cube | a blue cube"]}
@@ -58,9 +60,9 @@ def base_score(metrics: Path, by: str) -> float | None:
 
 
 def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example]) -> str:
-    """Return a line with the command that compares the adapter with its base, on images that training has not used.
+    """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the validation file, the test.jsonl or val.jsonl beside the annotations, or, for the demo's training
+    The references are the validation file, the test.jsonl or val.jsonl of the task beside the annotations, or, for the demo's training
     images, the file of the task in image_test. If none of them exists, the line asks the user to write test.jsonl.
     examples: the training lines.
     """
@@ -69,12 +71,21 @@ def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: st
     for demo in (source.with_name(TRAINING_IMAGES), source.parent):  # the annotations are beside the images, or among them
         if demo.name == TRAINING_IMAGES and examples and demo.resolve() in examples[0].image.resolve().parents:
             candidates += [demo.with_name(DEFAULT_IMAGES) / REFERENCES[task]]
-    existing = [path for path in candidates if path.is_file() and path != source]
+    existing = [path for path in candidates if path.is_file() and path != source and _asks(path) == (task == "vqa")]
     references = val_annotations or str(existing[0] if existing else "test.jsonl")
     start = ["python", "-m", "lora_blip"] if Path(sys.argv[0]).name == "train.py" else ["lora-blip"]
     command = command_line([*start, "evaluate", *adapter_flag(folder), "--references", references])
     missing = "" if val_annotations or existing else " (write their images and texts to test.jsonl first)"
-    return printable(f"to score it on images that training has not used{missing}: {command}")
+    images = "the validation images" if val_annotations else "images that training has not used"
+    return printable(f"to score it on {images}{missing}: {command}")
+
+
+def _asks(path: Path) -> bool:
+    """Return True if the first line of a JSONL file is a question. An unreadable file has no question."""
+    with suppress(OSError, ValueError), path.open(encoding="utf-8-sig") as lines:
+        first = parsed(lines.readline(LONGEST))
+        return isinstance(first, dict) and "question" in first
+    return False
 
 
 def adapter_flag(folder: Path) -> list[str]:
@@ -97,4 +108,9 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     default = script.with_name(DEFAULT_IMAGES) if is_script else default
     if images and not (default.is_dir() and Path(images[0]).resolve() == default.with_name(TRAINING_IMAGES).resolve()):
         command += ["--images", *images]
-    return printable(command_line([*command, *TASK_FLAGS.get(task, [])]))
+    flags = (
+        ["--question", examples[0].question]
+        if task == "vqa" and examples and examples[0].question
+        else TASK_FLAGS.get(task, [])
+    )
+    return printable(command_line([*command, *flags]))

@@ -65,7 +65,7 @@ def bad_lines(photo: Path) -> dict[str, str]:
         "the text is null": '{"image": "a.png", "caption": null}',
         "not UTF-8": '{"image": "a.png", "text": "half \\ud83d"}',
         "the text is empty": '{"image": "a.png", "text": "  "}',
-        r"the text is empty: it has only invisible characters, '\u200b \ufeff'": '{"image": "a.png", "text": " \\u200b \\ufeff"}',
+        r"it has only invisible characters, '\u200b \ufeff'": '{"image": "a.png", "text": " \\u200b \\ufeff"}',
         "gone.png does not exist": '{"image": "gone.png", "text": "t"}',
         "text.jpg is not a usable image": '{"image": "text.jpg", "text": "t"}',
         "cut.jpg cannot be decoded": '{"image": "cut.jpg", "text": "t"}',

@@ -153,10 +153,14 @@ def test_a_metadata_parquet_names_the_images_of_its_folder(run, pa, tmp_path):
 def test_other_columns_are_named_by_flags(run, pa, tmp_path):
     path = table(tmp_path / "x.parquet", pa, [{"pixels": embedded(5), "words": "w"}])
     with pytest.raises(
-        DataError, match="no column has a known name for the text; the columns are 'words'; name it: --text-key COLUMN"
+        DataError, match="no column has a known name for the text; the columns are 'words'; name it: --text-key \"words\""
     ):
         run(path)
     assert pairs(run(path, image_key="pixels", text_key="words")["train"]) == [(5, "w")]
+    bare = table(tmp_path / "bare.parquet", pa, [{"id": n, "foto": png(n), "words": f"w{n}"} for n in range(4)])
+    with pytest.raises(DataError, match=r"--text-key \"words\" \(all 4 lines have this problem\)\nnothing was written"):
+        run(bare)
+    assert pairs(run(bare, text_key="words", splits="1")["train"]) == [(n, f"w{n}") for n in range(4)]
     with pytest.raises(
         DataError, match=r"no column has the name 'photo'; the columns are pixels, words; name it: --image-key COLUMN$"
     ):

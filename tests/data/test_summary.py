@@ -1,6 +1,7 @@
 """The table that training and `prepare` print: what was read, what was left out and why, and three samples."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from lora_blip.data import annotations
 from lora_blip.data.prepare.command import PrepareConfig, prepare
 from lora_blip.data.summary import Sample, spread, summary
+from lora_blip.errors import DataError
 
 
 @pytest.fixture
@@ -106,3 +108,34 @@ def test_a_sample_with_line_breaks_is_one_line():
 
 def test_samples_are_spread_over_the_data():
     assert [spread(count) for count in (0, 1, 2, 3, 101)] == [[], [0], [0, 1], [0, 1, 2], [0, 50, 100]]
+
+
+def test_one_problem_of_all_lines_is_one_line(folder):
+    """Paths and corrected lines may differ. `prepare` does not decode images, so only training finds broken ones."""
+
+    def prepared(path: Path) -> None:
+        prepare(PrepareConfig(source=str(path), output_dir=str(folder / "out")))
+
+    for name in "123":
+        (folder / f"{name}.jpg").write_text("<html>")
+    unescaped = "".join(f'{{"image": "D:\\data\\{n}.png", "text": "a"}}\n' for n in range(1, 4))
+    broken = "".join(f'{{"image": "{n}.jpg", "text": "a"}}\n' for n in range(1, 4))
+    for read, content, reason in (
+        (annotations.read, unescaped, "are not escaped; write: "),
+        (prepared, unescaped, "are not escaped; write: "),
+        (annotations.read, broken, "is not a usable image"),
+    ):
+        (folder / "x.jsonl").write_text(content)
+        with pytest.raises(DataError, match=rf"x\.jsonl:1: .*{reason}.* \(all 3 lines have this problem\)") as error:
+            read(folder / "x.jsonl")
+        assert "x.jsonl:2" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_lines_that_repeat_an_image_and_its_text_are_counted(folder, command, capsys):
+    path = folder / "x.csv"
+    path.write_text("image,caption\n1.png,a\n1.png,b\n2.png,a\n")
+    assert "repeated" not in table(command, path, capsys)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    path.write_text("image,caption\n1.png,a\n1.png,b\n2.png,a\n1.png,a\n1.png,a\n")
+    assert "\ncaptions  5\nrepeated  2\n" in table(command, path, capsys)

@@ -380,18 +380,21 @@ def test_the_command_that_evaluates_names_a_file_that_exists(tmp_path, monkeypat
     write_first = " (write their images and texts to test.jsonl first)"
     assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
     (tmp_path / "image_test").mkdir()
-    (tmp_path / "image_test/questions.jsonl").touch()
+    (tmp_path / "image_test/questions.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
     assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{write_first}{command}test.jsonl"
     assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/image_test/questions.jsonl"
     inside = summary.evaluate_line("vqa", run, "image_train/questions.jsonl", "", demo)  # as the page on tasks trains
     assert inside == f"{start}{command}image_test/questions.jsonl"
     own = [example_of(str(tmp_path / "my" / "1.png"))]  # image_test shows something else
     assert summary.evaluate_line("vqa", run, lines, "", own) == f"{start}{write_first}{command}test.jsonl"
-    (tmp_path / "val.jsonl").touch()
+    (tmp_path / "test.jsonl").write_text('{"image": "1.png", "text": "captions cannot score answers"}\n')
+    (tmp_path / "val.jsonl").write_text('{"image": "1.png", "question": "what?", "answers": ["a"]}\n')
+    assert summary.evaluate_line("caption", run, lines, "", demo) == f"{start}{command}{tmp_path}/test.jsonl"
     assert summary.evaluate_line("vqa", run, lines, "", demo) == f"{start}{command}{tmp_path}/val.jsonl"
-    assert summary.evaluate_line("vqa", run, lines, "a b.csv", demo) == f"{start}{command}'a b.csv'"
+    validated = "to score it on the validation images"  # they chose the best weights
+    assert summary.evaluate_line("vqa", run, lines, "a b.csv", demo) == f"{validated}{command}'a b.csv'"
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "a b.csv", demo)
+    assert "training has not used: python -m lora_blip evaluate " in summary.evaluate_line("vqa", run, lines, "", demo)
 
 
 def test_a_stopped_run_prints_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from lora_blip.data.prepare.folders import Folder, ImageFile
 from lora_blip.data.prepare.packed import removed_on_error
 from lora_blip.data.prepare.part_sizes import DEFAULT_SPLITS, SPLIT_NAMES, part_sizes, split_fractions
 from lora_blip.data.prepare.sources import Source, find_sources
-from lora_blip.data.summary import Sample, spread, summary
+from lora_blip.data.summary import Sample, one_problem, spread, summary
 from lora_blip.errors import ConfigError, DataError
 from lora_blip.runtime.command_line import program
 from lora_blip.runtime.counts import counted
@@ -229,6 +229,8 @@ def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
     """Raise DataError if a line is invalid and `on_bad_data` is "stop", or if no line is valid."""
     faults = [dropped for dropped in data.dropped if dropped.category == "fault"]
     listed = "\n".join(first_lines(faults or data.dropped))
+    if not data.rows and (message := one_problem([fault.reason for fault in faults])):
+        listed = f"{first_lines(faults)[0]} ({message})"
     if faults and on_bad_data == "stop":
         is_missing = any("does not exist" in fault.reason for fault in faults)
         elsewhere = ", or give the folder of the images (--images FOLDER)" * is_missing
@@ -262,7 +264,8 @@ def report(files: dict[str, Path], rows: dict[str, list[Row]], data: PreparedDat
     """Print a table of what was read and dropped, and the numbers of lines and images of each split, and the next command."""
     lines = (json.loads(data.rows[index].line) for index in spread(len(data.rows)))
     samples = [Sample(one["image"], one.get("text", ""), one.get("question", ""), one.get("answers", ())) for one in lines]
-    images, texts = len({row.image.identity for row in data.rows}), {data.kind: len(data.rows)}
+    images = len({row.image.identity for row in data.rows})
+    texts = {data.kind: len(data.rows), "repeated": len(data.rows) - len({row.line for row in data.rows})}
     reasons = [*dropped_lines(data.dropped), f"listed in {files['dropped']}"] if data.dropped else []
     print(summary(data.notes, images, texts, len(data.dropped), reasons, samples))
     for split in (split for split in SPLIT_NAMES if rows[split]):

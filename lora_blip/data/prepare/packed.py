@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lora_blip.data.columns import flags
 from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, TEXT_KEYS, Entry, LeftOut, Located, first_key
 from lora_blip.data.formats import LONGEST, TOO_LONG, Keys
@@ -137,8 +138,14 @@ def _entries_of(row: dict[str, Any], keys: Keys) -> Iterator[Located]:
     for text in texts if isinstance(texts, list) else [texts] if name else []:
         yield at, rest | {"text": text.get("raw") if isinstance(text, dict) else text}
     if not name:
-        columns = ", ".join(key for key in entry if key != "image")
-        yield at, f"no column has a known name for the text; the columns are {quoted(columns)}; name it: --text-key COLUMN"
+        columns = [key for key in entry if key != "image"]
+        flag = (
+            flags(["image", *columns], ["image"], [["", *(str(entry[key]) for key in columns)]])
+            if columns
+            else "--text-key COLUMN"
+        )
+        reason = f"no column has a known name for the text; the columns are {quoted(', '.join(columns))}; name it: {flag}"
+        yield at, reason
 
 
 # ---------------------------------------------------------------- tar shards

@@ -34,6 +34,7 @@ def main(target: Path, path: Path, image_column: str) -> None:
     limit(path.stat().st_size)
     schema, batches = open_table(path)
     image = image_column or next((name for name in IMAGE_COLUMNS if name in schema.names), "")
+    image = image or next((field.name for field in schema if is_binary(field.type)), "")
     image = image or next((field.name for field in schema if pa.types.is_struct(field.type)), "")
     if image not in schema.names:
         names = ", ".join(schema.names[:20])

@@ -1,0 +1,71 @@
+"""Describe the columns of a table in an error message, and name the flags that select the right ones."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from lora_blip.data.entries import IMAGE_NAME
+from lora_blip.runtime.untrusted import quoted
+
+INTEGER = re.compile(r"-?[0-9]+")
+FEW_COLUMNS = 12  # largest number of columns that a message lists
+ALIKE = 0.6  # difflib's ratio of two names that are suggested for each other
+
+
+def described(header: Sequence[str], below: Sequence[Sequence[str]]) -> str:
+    """Return a text with a line for each column: its name and its first value."""
+    lines = []
+    for column, name in enumerate(header[:FEW_COLUMNS]):
+        value = next((row[column].strip() for row in below if row[column].strip()), "")
+        lines.append(f"  {quoted(name.strip())}: {quoted(value[:60]) if value else 'empty'}")
+    return "\n".join(lines + [f"  and {len(header) - FEW_COLUMNS} more"] * (len(header) > FEW_COLUMNS))
+
+
+def meant(ours: str, name: str, header: Sequence[str]) -> str:
+    """Return the end of a message with the flag of the column that a wrong name means, or "" if none is similar.
+
+    A column is similar if one name contains the other, or if difflib finds it. ours: "image", "text", "question" or "answers".
+    """
+    plain = {cell.strip().casefold(): cell.strip() for cell in header if cell.strip()}
+    wanted = name.strip().casefold()
+    inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
+    near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE)), "")
+    return f"\ndid you mean {_flag(ours, plain[near])}?" if near else ""
+
+
+def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[str]]) -> str:
+    """Return flags such as --text-key "words", which name the columns that are most likely the image and the text.
+
+    If most cells of a column end with a question mark, the flags name the question and its answer instead of the text.
+    keys: the key that each column has, as far as it is known.
+    """
+
+    def share(column: int) -> tuple[float, float]:
+        """Return the share of cells that are names of images, and the mean number of letters."""
+        cells = [row[column].strip() for row in below]
+        images = sum(bool(IMAGE_NAME.fullmatch(cell)) for cell in cells)
+        letters = sum(not INTEGER.fullmatch(cell) and len(re.sub(r"[^\w ]|\d", "", cell)) for cell in cells)
+        return images / max(len(cells), 1), letters / max(len(cells), 1)
+
+    def best(ours: str, columns: Sequence[int], part: int) -> int:
+        """Return the column that has the key `ours`, or else the one with the largest part of `share`."""
+        return keys.index(ours) if ours in keys else max(columns, key=lambda column: (share(column)[part], -column))
+
+    image = best("image", range(len(header)), 0)
+    others = [column for column in range(len(header)) if column != image] or [image]
+    question = next((column for column in others if _asks(column, below)), -1)
+    pairs = [("image", image)]
+    if question >= 0 and len(others) > 1 and "text" not in keys:
+        pairs += [("question", question), ("answers", best("answers", [each for each in others if each != question], 1))]
+    else:
+        pairs.append(("text", best("text", others, 1)))
+    return " ".join(_flag(ours, header[column]) for ours, column in pairs if ours not in keys)
+
+
+def _asks(column: int, below: Sequence[Sequence[str]]) -> bool:
+    """Return True if most cells of a column end with a question mark."""
+    return 2 * sum(row[column].strip().endswith("?") for row in below) > len(below)
+
+
+def _flag(ours: str, name: str) -> str:
+    return f'--{"answer" if ours == "answers" else ours}-key "{name.strip()}"'
