@@ -62,8 +62,8 @@ def base_score(metrics: Path, by: str) -> float | None:
 def evaluate_line(task: str, folder: Path, annotations: str, val_annotations: str, examples: list[Example]) -> str:
     """Return a line with the command that compares the adapter with its base, on images that training has not learned from.
 
-    The references are the validation file, the test.jsonl or val.jsonl of the task beside the annotations, or, for the demo's training
-    images, the file of the task in image_test. If none of them exists, the line asks the user to write test.jsonl.
+    The references are the validation file, the test.jsonl or val.jsonl beside the annotations that fits the task, or, for the
+    demo's training images, the file of the task in image_test. If none exists, the line asks the user to write test.jsonl.
     examples: the training lines.
     """
     source = Path(annotations)
