@@ -13,6 +13,9 @@ from PIL import Image
 import lora_blip
 from lora_blip.cli import main
 from lora_blip.config import InferConfig, TrainConfig
+from lora_blip.data import annotations
+from lora_blip.data.annotations import refuse_unknown_columns
+from lora_blip.data.formats import NO_KEYS, Keys
 from lora_blip.errors import DataError, LoraBlipError
 from lora_blip.inference.setup import read_inputs
 from lora_blip.models.loading import locate_model
@@ -164,6 +167,24 @@ def test_the_error_for_a_missing_path_names_the_setting(folder, monkeypatch, cap
     names = (f"{setting} = ", f"--{setting.replace('_', '-')}", f"{setting} folder ", f"{setting} '", f"no {setting} at ")
     assert "gone" in message or setting == "output_dir"
     assert any(name in message for name in names), message
+
+
+def test_unknown_columns_are_found_before_torch_is_imported(tmp_path, monkeypatch):
+    """The text is that of the later code. A table with known columns gives no error."""
+    (tmp_path / "a.csv").write_text("Datei;Wort\n1.png;a cat\n")
+    (tmp_path / "b.csv").write_text("image;caption\n1.png;a cat\n")
+    commands = [["train", "--annotations", "a.csv"], ["train", "--annotations", "b.csv", "--val-annotations", "a.csv"]]
+    commands += [["evaluate", "--references", "a.csv", *BASE]]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps(commands), cwd=tmp_path, text=True, capture_output=True,
+        check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as later:
+        annotations.read("a.csv")
+    assert [message.strip() for message in json.loads(done.stdout)] == [f"error: {later.value}"] * 3
+    refuse_unknown_columns("b.csv", NO_KEYS)
+    refuse_unknown_columns("a.csv", Keys("Datei", "Wort"))
 
 
 def test_a_setting_of_annotations_that_is_empty_is_named():

@@ -7,8 +7,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,24 +15,24 @@ from typing import Any
 
 from PIL import Image
 
-from lora_blip.data.deep_images import DarkImages
+from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
 from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
-from lora_blip.data.images import open_image
 from lora_blip.data.json_repair import rename_command
 from lora_blip.data.prepare.sources import Source, find_sources
 from lora_blip.data.summary import LISTED, ReadLines, one_problem
 from lora_blip.errors import DataError, ImageError
 from lora_blip.runtime.counts import counted
-from lora_blip.runtime.progress import track
 from lora_blip.runtime.system_errors import long_path_advice
 from lora_blip.runtime.untrusted import line_of_list, os_error_reason, printable, quoted
 from lora_blip.runtime.user_paths import ANNOTATIONS, missing_annotations
 
 MANY = 100_000  # from this number of lines, the garbage collector ignores the examples for the rest of the run
+TABLES = (".csv", ".tsv", ".xlsx")
+SMALL = 2**26  # bytes of a table whose columns are checked before torch is imported; the encoding of all lines is read for it
 MANY_MISSING = 3  # if all images are missing: smallest number of images for which one error replaces the list
 SKIP = 'fix the lines, or set ON_BAD_DATA = "skip" (--on-bad-data skip) to leave them out'
 CHUNK = 1024  # lines that a task may tokenize in one call, before each line is checked
@@ -102,7 +101,7 @@ def read(
             broken = _find_moved(parsed, builder, decode, report)
             if decode:
                 files = {example.file for example in parsed if isinstance(example, Example)} - broken.keys()
-                broken |= _undecodable(files, on_decoded, report)
+                broken |= undecodable(files, on_decoded, report)
             valid, invalid = _checked(path, parsed, broken, check, pretokenize)
             _collect(valid, builder, splits, groups, report)
             notes.append(partial(describe, len(parsed), builder.root))
@@ -160,6 +159,19 @@ def sources_of(
         raise DataError(f"{setting}: {error}") from None
     with_splits = use_splits and len(sources) > 1
     return [(one.path, one.root, one.split_entries if with_splits else one.entries, one.describe) for one in sources]
+
+
+def refuse_unknown_columns(source: str | Path, keys: Keys, setting: str = "annotations") -> None:
+    """Raise the error of `read` for a table without known columns. Read only its first lines, and no image.
+
+    A command calls this before it imports torch, which takes seconds.
+    """
+    path = Path(source)
+    if path.suffix.lower() not in TABLES or not path.is_file() or path.stat().st_size > SMALL:
+        return
+    with suppress(OSError):  # `read` names the problem
+        for _, _, entries, _ in sources_of(path, keys, setting, use_splits=False):
+            next(iter(entries()), None)
 
 
 def _parsed(
@@ -268,31 +280,3 @@ def unreadable(example: Example, error: ImageError) -> DataError:
 def plain(text: str) -> str:
     """Return a text with one space between words."""
     return " ".join(text.split())
-
-
-def _undecodable(
-    images: set[str], on_decoded: Callable[[str, Image.Image], object] | None = None, report: Callable[[str], object] = print
-) -> dict[str, str]:
-    """Return {image file: the reason why it cannot be decoded}. Report images that are nearly black.
-
-    Each file is decoded once. Threads help, because Pillow releases the GIL while it decodes.
-    """
-    dark = DarkImages()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = pool.map(partial(_decode_failure, on_decoded=on_decoded, dark=dark), sorted(images))
-        reasons = track(reasons, "decoding the images once", len(images), "image", delay=2)
-        failures = {image: reason for image, reason in zip(sorted(images), reasons, strict=True) if reason}
-    if warning := dark.warning():
-        report(warning)
-    return failures
-
-
-def _decode_failure(image: str, on_decoded: Callable[[str, Image.Image], object] | None, dark: DarkImages) -> str:
-    """Return the reason why an image cannot be decoded, or "". Call `on_decoded` with a decoded image."""
-    try:
-        decoded_image = open_image(image, dark=dark)
-    except ImageError as error:
-        return str(error)
-    if on_decoded:
-        on_decoded(image, decoded_image)
-    return ""

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from lora_blip.data.example import FILE, Example
 from lora_blip.runtime.counts import counted
 from lora_blip.runtime.untrusted import line_of_list, printable
+from lora_blip.runtime.user_paths import relative_if_below
 
 LISTED = 20  # problems or reasons printed before "and N more"
 SAMPLES = 3
@@ -74,7 +75,7 @@ class ReadLines:
 
 def source_line(path: Path, entries: int, description: str, root: Path) -> str:
     """Return the text about one file or folder: its number of entries, its format, and the folder of its images."""
-    return f"{path}: {counted(entries, 'entry')} ({description}), images in {root}"
+    return f"{path}: {counted(entries, 'entry')} ({description}), images in {relative_if_below(root)}"
 
 
 def lines_by_reason(unused: Sequence[Unused]) -> list[str]:

@@ -15,6 +15,7 @@ def check_inference(config: InferConfig) -> None:
     if config.references:
         require_annotations(config.references, "references")
         require_folder("image_root", config.image_root)
+        _refuse_columns(config)
     for setting in ("texts", "question"):
         is_file(getattr(config, setting), setting)
     check_model(config.model, config.adapter, config.runs)
@@ -27,6 +28,15 @@ def check_evaluation(config: EvaluateConfig) -> None:
     refuse_unwritable(config.output_dir or str(runs.RUNS))
     require_annotations(config.references, "references")
     require_folder("image_root", config.image_root)
+    _refuse_columns(config)
+
+
+def _refuse_columns(config: InferConfig | EvaluateConfig) -> None:
+    """Raise DataError if a table of references has no known columns."""
+    from lora_blip.data.annotations import refuse_unknown_columns  # late: it imports PIL, which --help does not need
+    from lora_blip.data.formats import keys_of
+
+    refuse_unknown_columns(config.references, keys_of(config), "references")
 
 
 def check_model(model: str, adapter: str, folder: str | runs.Path = runs.RUNS) -> None:

@@ -104,7 +104,7 @@ def next_command(task: str, folder: Path, examples: list[Example]) -> str:
     is_script = script.name == "train.py" and script.with_name("infer.py").is_file()
     command = ["python", str(script.with_name("infer.py"))] if is_script else ["lora-blip", "infer"]
     command += adapter_flag(folder)
-    images, default = [str(each.image.parent) for each in examples[:1]], Path(DEFAULT_IMAGES)
+    images, default = [relative_if_below(each.image.parent) for each in examples[:1]], Path(DEFAULT_IMAGES)
     default = script.with_name(DEFAULT_IMAGES) if is_script else default
     if images and not (default.is_dir() and Path(images[0]).resolve() == default.with_name(TRAINING_IMAGES).resolve()):
         command += ["--images", *images]

@@ -67,8 +67,8 @@ def test_the_transparent_value_of_a_deep_png_is_white(tmp_path):
 def test_training_names_the_nearly_black_images_in_one_line(tmp_path):
     """Four images use 12 of their 16 bits: one line counts them and names three. A black 8-bit image is not named."""
     for name in "abcd":
-        saved(tmp_path / f"{name}.png", np.array([[0, 4095]], np.uint16))
-    saved(tmp_path / "e.png", np.zeros((2, 2), np.uint8))
+        saved(tmp_path / f"{name}.png", np.full((4, 4), 4095, np.uint16))
+    saved(tmp_path / "e.png", np.zeros((4, 4), np.uint8))
     lines = tmp_path / "x.jsonl"
     lines.write_text("".join(f'{{"image": "{name}.png", "text": "a scan"}}\n' for name in "abcde"))
     reports: list[str] = []

@@ -139,3 +139,20 @@ def test_lines_that_repeat_an_image_and_its_text_are_counted(folder, command, ca
     shutil.rmtree(folder / "out", ignore_errors=True)
     path.write_text("image,caption\n1.png,a\n1.png,b\n2.png,a\n1.png,a\n1.png,a\n")
     assert "\ncaptions  5\nrepeated  2\n" in table(command, path, capsys)
+
+
+def test_tiny_images_are_named_with_their_sizes(tmp_path, capsys):
+    """A side of 4 pixels is enough for a test image, and one pixel is probably a tracking image or a damaged export."""
+    for name, size in (("a.png", (1, 1)), ("b.png", (2000, 1)), ("c.png", (4, 4))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "x.csv").write_text("image,caption\na.png,a\nb.png,b\nc.png,c\n")
+    assert len(annotations.read(tmp_path / "x.csv")[0]) == 3
+    names = f"{tmp_path / 'a.png'} (1 × 1), {tmp_path / 'b.png'} (2000 × 1); remove"
+    assert f"warning: 2 images with fewer than 4 pixels in a row or a column: {names}" in capsys.readouterr().out
+
+
+def test_the_folder_of_the_images_is_relative_if_it_is_below_the_current_one(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "x.csv").write_text("image,caption\n1.png,a\n")
+    annotations.read("x.csv", folder)
+    assert "images in .\n" in capsys.readouterr().out
