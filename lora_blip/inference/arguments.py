@@ -37,8 +37,16 @@ def refuse_base(adapter: Any) -> None:
         )
 
 
-def refuse_more(task: str, kind: str, images: Any, others: tuple[Any, ...]) -> None:
-    """Raise InputError if `captioner(image, …)` gets more than images: a question, texts, or several images without a list."""
+def refuse_more(task: str, kind: str, images: Any, others: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise InputError if `captioner(image, …)` gets more than images: a question, texts, or several images without a list.
+
+    options: the arguments with a name that it does not have, such as question="what?".
+    """
+    others += tuple(value for name, value in options.items() if name in ("question", "texts"))
+    if options and not others:
+        raise InputError(
+            f"captioner(image) has no argument {next(iter(options))!r}; options are arguments of Captioner.from_adapter"
+        )
     if not others:
         return
     refuse_swapped(images, others[0], CALLS[task])

@@ -165,7 +165,7 @@ class Captioner:
     def __call__(self, images: ImageInput, *, strict: bool = False) -> Prediction: ...
     @overload
     def __call__(self, images: Many, *, strict: bool = False) -> list[Prediction]: ...
-    def __call__(self, images: Any, *others: Any, strict: bool = False) -> Prediction | list[Prediction]:
+    def __call__(self, images: Any, *others: Any, strict: bool = False, **options: Any) -> Prediction | list[Prediction]:
         """Return the caption of an image, or the captions of a list of images.
 
         Raise InputError if the adapter has another task, or if an input is not an image.
@@ -173,7 +173,7 @@ class Captioner:
         >>> captions = captioner(["image_test/000.png", "image_test/001.png"])
         >>> assert [str(caption.image) for caption in captions] == ["image_test/000.png", "image_test/001.png"]
         """
-        refuse_more(self.task, self._kind, images, others)
+        refuse_more(self.task, self._kind, images, others, options)
         self._require("caption")
         listed, single = as_list(images)
         predictions = list(self._predict(((*each, "") for each in listed), [], strict))

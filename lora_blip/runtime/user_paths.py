@@ -96,10 +96,15 @@ def _similar(name: str, names: Iterable[str], most: int) -> list[str]:
 
 
 def similar_without_suffix(name: str, other: str) -> bool:
-    """Return False if two names have the same suffix, and only this makes them similar, as in missing.jpg and line.jpg."""
+    """Return False if only the suffixes make two names similar, as in missing.jpg and line.jpg.
+
+    The suffixes are left out if they are equal, or if both are those of images or both those of texts.
+    """
     stem, suffix = os.path.splitext(name.casefold())  # noqa: PTH122 — also for names that are no paths
     other_stem, other_suffix = os.path.splitext(other.casefold())  # noqa: PTH122
-    return not suffix or suffix != other_suffix or difflib.SequenceMatcher(None, other_stem, stem).ratio() >= SIMILAR
+    one_kind = any(suffix in kind and other_suffix in kind for kind in (IMAGE_FILES, TEXT_FILES))
+    only_stems = one_kind or (suffix == other_suffix != "")
+    return not only_stems or difflib.SequenceMatcher(None, other_stem, stem).ratio() >= SIMILAR
 
 
 def _names(folder: Path) -> list[str]:

@@ -16,7 +16,8 @@ from lora_blip.tasks.text_task import TextTask
 
 QUESTION = (
     'it is a question, and the task is captioning; to train on questions, set TASK = "vqa" (--task vqa), or choose a '
-    "checkpoint for questions (--model Salesforce/blip-vqa-base)"
+    'checkpoint for questions (--model Salesforce/blip-vqa-base); if its answer is a caption, write it as "text"; in '
+    "a chat, write only <image> in the turn of the user"
 )
 COCO_KEYS = {name.lower().replace("-", "_"): name for name in COCO}  # "bleu_4": "BLEU-4"
 

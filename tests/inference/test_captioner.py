@@ -158,6 +158,10 @@ def test_more_arguments_than_images_give_the_right_call(make, photos):
     captioner: Any = Captioner(TASKS["vqa"](make("vqa"), "", FEW))
     with pytest.raises(InputError, match=r"has one argument; call captioner\.answer\(image, "):
         captioner(image, "what color?")
+    with pytest.raises(InputError, match=r"has one argument; call captioner\.answer\(image, "):
+        captioner(image, question="what color?")
+    with pytest.raises(TypeError, match=r"captioner\(image\) has no argument 'prompt'; options are arguments of Cap"):
+        captioner(image, prompt="a")
     with pytest.raises(InputError, match=r"several images need a list: captioner\(\[image, other_image\]\)"):
         captioner(image, image, "photos/1.png")
     captioner = Captioner(TASKS["caption"](make("blip"), "", FEW))

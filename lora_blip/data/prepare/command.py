@@ -230,7 +230,9 @@ def refuse_faults(data: PreparedData, on_bad_data: str) -> None:
     faults = [dropped for dropped in data.dropped if dropped.category == "fault"]
     listed = "\n".join(first_lines(faults or data.dropped))
     if not data.rows and (message := one_problem([fault.reason for fault in faults])):
-        listed = f"{first_lines(faults)[0]} ({message})"
+        is_missing = "does not exist" in faults[0].reason
+        fix = "; give the folder of the images (--images FOLDER)" * is_missing
+        raise DataError(f"{first_lines(faults)[0]} ({message})\nnothing was written{fix}")
     if faults and on_bad_data == "stop":
         is_missing = any("does not exist" in fault.reason for fault in faults)
         elsewhere = ", or give the folder of the images (--images FOLDER)" * is_missing
