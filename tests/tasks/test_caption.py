@@ -222,3 +222,13 @@ def test_the_longest_generated_text_is_the_longest_of_the_data_and_a_margin(make
     least = len(task.checker.ids("two cubes")) + 2
     assert fit_generation(task, examples, least) == least
     assert f"max_new_tokens = {least} cuts 1 of 4 texts" in capsys.readouterr().out
+
+
+def test_a_question_says_how_to_train_on_it_and_how_its_answer_becomes_a_caption(make):
+    """Chats of LLaVA ask for captions in words ("Describe the image."), so their answers may be captions."""
+    example = Example(Path("1.png"), "", "1.png", 1, question="Describe the image.", answers=("a cube",))
+    reason = CaptionTask(make("blip")).check(example)
+    assert 'set TASK = "vqa" (--task vqa)' in reason
+    assert reason.endswith(
+        'if its answer is a caption, write it as "text"; in a chat, write only <image> in the turn of the user'
+    )

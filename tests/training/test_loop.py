@@ -366,6 +366,8 @@ def test_the_next_command_runs_infer_beside_train(tmp_path, monkeypatch):
     command = f"python {tmp_path}/infer.py --adapter 'a run'"
     assert summary.next_command("caption", tmp_path / "a run", []) == command
     assert summary.next_command("vqa", tmp_path / "a run", []) == f"{command} --question 'what color is it?'"
+    asked = replace(example_of("image_train/1.png"), question="how many?", answers=("two",))  # a question of the data
+    assert summary.next_command("vqa", tmp_path / "a run", [asked]) == f"{command} --question 'how many?'"
     for folder, flag in (("image_train", ""), ("my/photos", " --images my/photos"), ("photos", " --images photos")):
         example = example_of(f"{folder}/1.png")  # image_test belongs to image_train only
         assert summary.next_command("caption", tmp_path / "a run", [example]) == command + flag
