@@ -1,4 +1,4 @@
-# make demo        set up, train the shipped default, caption image_test/ (demo-blip2: the same with BLIP-2)
+# make demo        set up, train on the cubes, caption image_test/ (demo-blip2: the same with BLIP-2)
 # make demo-vqa, make demo-retrieval    the same for questions about the pictures, and for finding their texts
 # make test        the tests, in two processes (JOBS=4: four)        make slow    the tests that take over 10 s each
 # make lessons     run the twelve lessons about LoRA and their solutions, at most ten minutes
@@ -26,7 +26,7 @@ demo: .venv/.plots
 	@$(PYTHON) -m toyworld.demo caption
 
 demo-blip2: .venv/.plots
-	@$(PYTHON) -m toyworld.demo caption --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16
+	@$(PYTHON) -m toyworld.demo caption --model assets/tiny-blip2 --targets vit,qformer --alpha 128 --lr 1e-3 --batch-size 16 --epochs 30
 
 demo-vqa: .venv/.plots
 	@$(PYTHON) -m toyworld.demo vqa

@@ -19,7 +19,7 @@ from lora_blip.runtime.system_errors import command_line
 NOUN = re.compile(r"\b(cube|block|circle|square|triangle|shape)\b")
 REFERENCES = Path("image_test/annotations.jsonl")
 FLAGS = {
-    "caption": "",
+    "caption": "--epochs 20",
     "vqa": "--model assets/tiny-blip-vqa --annotations image_train/questions.jsonl --targets vit,text --epochs 6",
     "retrieval": "--model assets/tiny-blip-itm --annotations image_train/sentences.jsonl --targets vit,text --epochs 20 "
     "--batch-size 32",

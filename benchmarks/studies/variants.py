@@ -1,7 +1,7 @@
 """Train the demo's cubes with each variant of LoRA: exact match on held-out cubes, and the time.
 
-`python -m benchmarks.studies.variants [STEPS SEED …]` prints a line for each training. STEPS = 0 trains as the whole demo does
-(30 epochs), and captions image_test/. docs/variants.md has the tables.
+`python -m benchmarks.studies.variants [STEPS SEED …]` prints a line for each training. STEPS = 0 trains with the default
+settings (30 epochs), and captions image_test/. docs/variants.md has the tables.
 """
 
 import json
