@@ -62,9 +62,9 @@ def add_my_lora(linear, r, alpha):
 # %% [markdown]
 # ## The same, from `lora_blip`
 #
-# Three differences matter here. A linear can have several adapters, so they are in an `AdapterStack`. A `Site` describes where
-# an adapter is; here its name is only a label. The hook also accepts inputs that are given by keyword. `layer.py` contains more,
-# such as dropout and merged adapters. This lesson does not use it.
+# Three differences matter here. A linear can have several adapters, so they are in an `AdapterStack`. A `Site` contains the name
+# of the linear, r and α. Here the name is only a label. The hook also accepts an input that is given by keyword. `layer.py`
+# contains more, such as dropout and merged adapters. This lesson does not use them.
 
 
 # %%
@@ -97,7 +97,8 @@ print("outputs and gradients: bit-equal to lora_blip.lora.layer")
 # ## The update is a matrix
 #
 # $B A$ is a matrix of the shape of $W_0$. With $\Delta W = \frac{\alpha}{r} B A$, the equation becomes
-# $y = (W_0 + \Delta W) x + b$. The two forms differ only by rounding. The first needs $r (d + k)$ trained numbers.
+# $y = (W_0 + \Delta W) x + b$. The two forms differ only by rounding. $A$ and $B$ have $r (d + k)$ trained numbers together, and
+# $\Delta W$ has $d k$ numbers.
 
 # %%
 delta = alpha / r * lora.B @ lora.A
@@ -112,10 +113,13 @@ print(f"trained: {trained} numbers of A and B, {trained / linear.weight.numel():
 # %% [markdown]
 # ## What the rank limits
 #
-# Suppose that the task needs $W_0 + \Delta W^\star$, where $\Delta W^\star$ has rank 4. We train $A$ and $B$ with r = 1, 2, 4 and 8
-# to give the same outputs. The inputs are the $k$ unit vectors, so the summed squared error is
-# $\|\Delta W - \Delta W^\star\|_F^2$. The Frobenius norm $\|\cdot\|_F$ is the root of the sum of all squared entries. No matrix of rank $r$ has a smaller error than $\sum_{i > r} \sigma_i^2$, with the singular values $\sigma_i$ of
-# $\Delta W^\star$ (the theorem of Eckart, Young and Mirsky). We divide the error by $\|\Delta W^\star\|_F^2$: 1 means that nothing is learned.
+# Suppose that the task needs the weight $W_0 + \Delta W^\star$, and that $\Delta W^\star$ has rank 4. We train $A$ and $B$ with
+# r = 1, 2, 4 and 8, so that the outputs become those of this weight. The inputs are the $k$ unit vectors. So the summed squared
+# error is $\|\Delta W - \Delta W^\star\|_F^2$. The Frobenius norm $\|\cdot\|_F$ is the root of the sum of all squared entries.
+#
+# Let $\sigma_i$ be the singular values of $\Delta W^\star$. No matrix of rank $r$ has a smaller error than
+# $\sum_{i > r} \sigma_i^2$ (the theorem of Eckart, Young and Mirsky). We divide the error by $\|\Delta W^\star\|_F^2$: 1 means that
+# nothing is learned.
 
 # %%
 target = torch.randn(d, 4) @ torch.randn(4, k) / 8
@@ -124,7 +128,7 @@ curves, bounds = {}, {}
 for rank in (1, 2, 4, 8):
     torch.manual_seed(SEED)
     linear, inputs = nn.Linear(k, d), torch.eye(k)
-    lora = add_lora(linear, rank, alpha=2.0 * rank)
+    lora = add_lora(linear, rank, alpha=2.0 * rank)  # α/r = 2 for each rank
     outputs = F.linear(inputs, linear.weight + target, linear.bias)
     optimizer = torch.optim.Adam(lora.parameters(), lr=0.01)
     curves[rank] = []
@@ -148,8 +152,9 @@ axes.legend()
 show(figure, "rank")
 
 # %% [markdown]
-# The dotted lines are the lowest possible errors. With r = 1 and r = 2, training ends there. With r = 4 and r = 8, the error
-# reaches zero: eight rows can also express a change of rank 4. Lesson 5 measures the rank that a real task needs.
+# The dotted lines are the lowest possible errors. With r = 1 and r = 2, training ends there. With r = 4 and r = 8, the lowest
+# error is zero, and training ends there too: $B A$ with r = 8 can also have rank 4. Lesson 5 asks which rank the captions of
+# cubes need.
 #
 # ## Exercises
 #
@@ -162,7 +167,7 @@ show(figure, "rank")
 #
 # - LoRA trains $A$ and $B$, in total $r (d + k)$ numbers, and leaves $W_0$ unchanged.
 # - A forward hook adds $\frac{\alpha}{r} B A x$ to the output. The code of the model does not change.
-# - $\Delta W$ has rank at most $r$: this is the limit of LoRA, and the reason why it is small.
+# - $\Delta W$ has rank at most $r$. This limits what LoRA can learn, and it is the reason why an adapter has few numbers.
 #
 # ## Sources
 #

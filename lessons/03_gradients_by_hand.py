@@ -86,8 +86,8 @@ with torch.no_grad():
 # %% [markdown]
 # ## What must be kept for the backward pass
 #
-# $dA$ needs $X$, and $dB$ needs $H$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep $X$: $n k$ numbers. The hooks also
-# keep $H$ ($n r$ more numbers), so that the backward pass need not compute it again. Full fine-tuning also keeps $X$, for
+# $dA$ needs $X$, and $dB$ needs $H = X A^\top$. $W_0$, $A$ and $B$ are in memory anyway. So the forward pass must keep only $X$:
+# $n k$ numbers. The hooks also keep $H$ ($n r$ more numbers), so that the backward pass does not compute it again. Full fine-tuning also keeps $X$, for
 # $\partial L / \partial W = dY^\top X$. So for one linear, LoRA does **not reduce the memory of activations**. It reduces the memory of
 # the gradient and of the optimizer, because $r (d + k)$ numbers are trained instead of $d k$.
 #
@@ -142,7 +142,8 @@ assert kept["lora_hook", True] == x_and_h[True] + copies + 2 * d * k  # and a co
 # $A$ and $B$, and $W_0$, which $dX$ needs. `fused_hook` keeps no copy of $W_0$. Its backward pass makes the copy again.
 # Full fine-tuning keeps such a copy too, and could also make it again: this saving comes from the fused hook, and not from LoRA.
 #
-# Adam stores two numbers for each trained number, and there is a gradient: full fine-tuning needs $3 d k$ numbers here, LoRA $3 r (d + k)$.
+# For each trained number, Adam stores two numbers, and the gradient is a third. So full fine-tuning needs $3 d k$ numbers here, and
+# LoRA needs $3 r (d + k)$.
 
 # %%
 trained = sum(p.numel() for p in plain.parameters() if p.requires_grad)

@@ -99,8 +99,8 @@ for optimizer_class, options in ((torch.optim.SGD, {}), (torch.optim.Adam, {"eps
 # - the gain −⟨G, ΔW⟩, which is the decrease of the loss to first order in η. ⟨G, ΔW⟩ is the sum of the products of their
 #   entries.
 #
-# A₀ᵀA₀ is the sum of aaᵀ over the r rows a of A₀. The mean of each term is I/(3k), so the mean of the sum is (r/3k)·I. The gain of SGD is η s² ‖G A₀ᵀ‖², so it grows like s² r. The
-# gain of Adam is η s times the sum of |G A₀ᵀ| over all d·r entries, so it grows like s r.
+# The gain of SGD is η s² ‖G A₀ᵀ‖². ‖G A₀ᵀ‖² is a sum over the r rows of A₀, and each row adds ‖G‖²/(3k) on average. So the gain
+# grows like s² r. The gain of Adam is η s times the sum of |G A₀ᵀ| over all d·r entries. So it grows like s r.
 #
 # ΔW is a sum of r parts, one for each row of A₀. For r much smaller than k, these random rows are nearly orthogonal, and so
 # are the parts. Then their squared norms add, and the norms grow like s² √r and s √r. With s = α/r and s = α/√r this predicts powers of r:
@@ -210,7 +210,7 @@ assert loss_of["α/√r", 1] > 1.4 * loss_of["α/√r", 8] > 1.4 * 1.3 * loss_of
 # ## Which settings give the same run?
 #
 # Replace A by A/√c, B by B/√c and s by c·s. Then s·B A is the same matrix. The gradients of A and B become √c times
-# larger. An optimizer gives the same run if its steps become √c times smaller:
+# larger. The run stays the same if each step of A and B becomes √c times smaller:
 #
 # - SGD multiplies the larger gradients by the learning rate. It needs η/c.
 # - Adam divides each entry of a gradient by its size. It needs η/√c (and √c·ε).
@@ -280,7 +280,7 @@ assert torch.allclose(doubled[1], adam[1], atol=1e-2 * adam[1].abs().max())
 #
 # ## What to remember
 #
-# - α/r and α/√r keep different sizes constant when r changes. Compare ranks only with a rule that you can defend.
+# - α/r and α/√r keep different sizes constant when r changes. If you compare ranks, say which rule you use, and why.
 # - α and η are two settings because the size of A₀ is fixed. If A₀ were scaled too, one of them would be enough.
 # - With Adam and α/r, the gain of the first step stays when r doubles and α and η remain. The norm of ΔW falls by
 #   a factor of √2.

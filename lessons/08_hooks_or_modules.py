@@ -14,7 +14,7 @@
 # - **hook**: the hook is a top-level function (importable by name), and finds the adapter in the linear. `lora_blip`
 #   does this.
 #
-# In both, the hook is a forward hook: PyTorch calls it after the forward of the linear.
+# The last two use a forward hook: PyTorch calls it after the forward of the linear.
 
 # %%
 import copy
@@ -91,7 +91,7 @@ assert not torch.allclose(outputs["hook"], build()(x))
 # %% [markdown]
 # ## Eight questions
 #
-# Each function below returns True if the answer is yes. All of them run on all three ways.
+# Each function below returns True if the answer is yes. Each runs for all three ways.
 
 # %%
 

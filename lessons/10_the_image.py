@@ -76,7 +76,7 @@ assert kl["base"][is_word].mean() > kl["adapter"][is_word].mean() and score["bas
 
 # %% [markdown]
 # Both models use the image. The KL of the base is larger, but the base is the worse model: it gives the correct captions a much lower
-# probability. So "the logits change" is a test for a broken model, and not a score.
+# probability, because it does not know the word "cube". So "the logits change" is a test for a broken model, and not a score.
 #
 # Which words depend on the image? We average the KL by word.
 
@@ -212,8 +212,9 @@ show(figure, "attention")
 #
 # ## What the picture shows, and what it does not
 #
-# - For a colour, the brightest patches of this image are on the cubes, in both models. The adapter changes only the ViT, so it changes the keys
-#   and values, and the queries of the later layers. It has no matrix of the cross-attention.
+# - For a colour, the brightest patches of this image are on the cubes, in both models. The adapter is only on the ViT, and no weight
+#   of the cross-attention changes. But the ViT gives other states. So the keys and values change, and so do the queries of the
+#   later layers.
 # - Attention and effect agree only a little. Over the colour words, their correlation is 0.22 on average for the base, and 0.19, 0.02 and
 #   0.04 with the adapters of the seeds 0, 1 and 2. It is negative for some words. So bright patches are not always those that matter.
 # - A patch of the last ViT layer is not a patch of pixels. Its state has read all other patches by self-attention: covering one corner
@@ -221,15 +222,15 @@ show(figure, "attention")
 # - Covering is not a perfect measure either. The model was not trained on covered images. And if two patches show the same
 #   colour, covering one of them may change little.
 #
-# Jain and Wallace (arXiv:1902.10186) found the same for recurrent models of text: attention is often uncorrelated with other measures of importance,
-# and different attention can give the same prediction. Wiegreffe and Pinter (arXiv:1908.04626) answer that this depends on what
+# Jain and Wallace (arXiv:1902.10186) found something similar for recurrent models of text: attention is often uncorrelated with
+# other measures of importance, and different attention can give the same prediction. Wiegreffe and Pinter (arXiv:1908.04626) answer that this depends on what
 # one calls an explanation. Use attention to ask where a head reads. Use an intervention to ask what matters.
 #
 # ## Exercises
 #
 # 1. Make the attention uniform: a forward hook on each cross-attention `query` returns zeros. A right answer shows that each
-#    weight is 1/37, and that with the adapter, the log-probability of the captions falls. So this model needs its attention,
-#    although a picture of it explains little. (In the base it rises: the base describes these images badly.)
+#    weight is 1/37. It also gives the log-probability of the captions with and without the adapter, for the word "cube" and for all
+#    other words. Does each model need its attention, although a picture of it explains little?
 # 2. Mirror the images of "… to the left of …", and exchange the two colours in the caption. A right answer compares the log-probability of
 #    the two captions for the original and the mirrored images, and reports for how many images the model prefers the right caption.
 #    This tests whether the model reads the positions, and not only which colours are there.

@@ -136,8 +136,8 @@ for run in RUNS:
 # - Full fine-tuning forgets too. So compare at equal success. In each run, keep only the steps with at least 85 % of the cubes
 #   right, and take the one with the most flat shapes. There, full fine-tuning keeps more flat shapes than LoRA. (The test images
 #   choose this step, for both methods in the same way.) This is the opposite of "LoRA Learns Less and Forgets Less" (Biderman et
-#   al. 2024, on code and mathematics). It depends on the learning rates, and we tried only a few. Do not generalize from this
-#   tiny model.
+#   al. 2024, on code and mathematics). The result depends on the learning rates, and we tried only a few. Do not generalize from
+#   this tiny model.
 # - A larger learning rate forgets more. With η = 0.01, LoRA also damages the other words. The size of this damage is not
 #   stable, because other versions and processors round differently. Of the captions of cubes, we saw 68 to 88 % right with seed 0,
 #   9 to 50 % with seed 1, and 32 to 46 % with seed 2.
@@ -154,8 +154,7 @@ for run in (("LoRA", 1e-3), ("LoRA", 3e-3), ("full", 1e-4), ("full", 3e-4)):
 words = next_tokens(trained["LoRA", 3e-3], flat)[torch.isin(flat[1][:, 1:], NOUNS)]  # in the place of a noun
 share = (words == base.tokenizer.convert_tokens_to_ids("cube")).float().mean().item()
 record("LoRA, η = 0.003: nouns of flat shapes that become cube", share)
-for lora, full in ((1e-3, 1e-4), (3e-3, 3e-4)):
-    assert end["full", full]["best flat"] > end["LoRA", lora]["best flat"] + 0.05
+assert end["full", 3e-4]["best flat"] > end["LoRA", 1e-3]["best flat"] + 0.03  # the worst of full, and the best of LoRA
 assert share > 0.9 and end["LoRA", 3e-3]["flat"] < 0.05 < end["LoRA", 1e-3]["flat"] < 0.5
 assert end["full", 3e-4]["flat"] < end["full", 1e-4]["flat"]
 assert end["LoRA", 1e-2]["without nouns"] < end["LoRA", 3e-3]["without nouns"]
@@ -250,10 +249,11 @@ show(figure, "forgetting")
 #    forgotten, and that cubes are still learned.
 # 2. Take LoRA with η = 0.003 and multiply the singular value of each intruder by c = 0.75, 0.5 and 0. The paper reports that a
 #    model with smaller intruders forgets less, and that the new task suffers little. A right answer shows whether this holds here.
+#    (In peft, `reduce_intruder_dimension` does this. Its `mitigation_lambda` is c.)
 #
 # ## What to remember
 #
-# - A small adapter can still change every caption. Measure the old task too, not only the new one.
+# - A small adapter can change nearly all captions of the old task. Measure the old task too, not only the new one.
 # - Forgetting grows with the learning rate, for LoRA and for full fine-tuning. Replay, or a smaller c, keeps more of the base.
 # - An intruder dimension is a strong singular vector of W' that W₀ did not have. Their number grows with the size of the update.
 #

@@ -67,14 +67,14 @@ class RsLoRA(Plain):
 
 
 # %% [markdown]
-# **DoRA** (Liu et al. 2024) trains the norm of each row of the weight separately. Let ‖W‖ be the vector of the norms of the d rows of a
-# weight W (in lesson 7, it is one number). (The paper calls it a column-wise norm. With PyTorch's shape of a weight, it has one
-# norm for each output feature, so for each row, also in `peft`.) DoRA trains a vector m of d elements, which is ‖W₀‖ at the
-# start, and a vector g, defined below, multiplies the rows:
+# **DoRA** (Liu et al. 2024) trains the norm of each row of the weight separately. In this section, ‖W‖ is the vector of the norms
+# of the d rows of a weight W. (In lesson 7, it is one number.) There is one norm for each output feature. (The paper calls it a
+# column-wise norm. `peft` takes the norms of the rows of PyTorch's weight, as here.) DoRA trains a vector m of d
+# elements, which is ‖W₀‖ at the start. Each row of W₀ + ΔW is multiplied by an element of a vector g:
 #
-# $$W' = g \odot (W_0 + \Delta W),$$
+# $$\Delta W = s \cdot B A,$$
 # $$g = \frac{m}{\|W_0 + \Delta W\|},$$
-# $$\Delta W = s \cdot B A.$$
+# $$W' = g \odot (W_0 + \Delta W).$$
 #
 # The hook gets the output y = W₀x + b of the linear, and it computes the update u = s·B A x. So
 #
@@ -108,6 +108,8 @@ def dora_hook(linear, args, _kwargs, output):
 # $$B = U_r \sqrt{S_r},$$
 # $$W_{\text{res}} = W_0 - B A,$$
 # $$s = 1.$$
+#
+# (`peft` keeps s = α/r, and divides S_r by s in A and B. This is the same if α = r.)
 
 
 # %%
@@ -215,7 +217,7 @@ for name, (adapter_class, hook, ratio) in VARIANTS.items():
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(5, 7), sharex=True, sharey=True)
-for axes, lr, title in zip(panels, RATES, ("LoRA is behind three others", "at the end, LoRA is not behind"), strict=True):
+for axes, lr, title in zip(panels, RATES, ("LoRA is behind three others", "LoRA ends ahead of rsLoRA and PiSSA"), strict=True):
     for name in VARIANTS:
         curve = np.convolve(curves[name, lr], np.full(10, 0.1), "valid")
         axes.plot(range(5, STEPS - 4), curve, "--" if name == "DoRA" else "-", label=name)
@@ -226,9 +228,9 @@ show(figure, "variants")
 
 # %% [markdown]
 # With η = 0.001, rsLoRA, PiSSA and LoRA+ have a lower loss at the end than LoRA. With η = 0.004, LoRA has a lower loss than rsLoRA
-# and PiSSA (than LoRA+ too in our runs, with seed 2 by only 2 %). DoRA is within 10 % of LoRA with both. So the order depends on
-# the learning rate, and one learning rate cannot show which variant is better. These statements hold for the seeds 0, 1 and 2.
-# The next cell asserts them, except that about LoRA+ with η = 0.004.
+# and PiSSA. DoRA is within 10 % of LoRA with both learning rates. So the order depends on the learning rate, and one learning rate
+# cannot show which variant is better. The next cell asserts these statements. They hold for the seeds 0, 1 and 2. With η = 0.004,
+# LoRA also had a lower loss than LoRA+ in our runs, but with seed 2 by only 2 %. This is not asserted.
 
 # %%
 last = {key: np.mean(curve[-10:]) for key, curve in curves.items()}
@@ -273,15 +275,15 @@ for name, alpha in (("LoRA+", 16 * ALPHA), ("rsLoRA", ALPHA * R**0.5)):
 #
 # ## Exercises
 #
-# 1. Write a trained PiSSA as an ordinary adapter of the original base, so that `lora_blip.load_adapter` reads it. You need rank
-#    2r: subtract the product of the A₀ and B₀ from before the training. `lora_blip.save_adapter(path, backbone)` writes the file. A
-#    right answer has the logits of the trained PiSSA.
+# 1. Convert a trained PiSSA adapter into an ordinary adapter of the original base, so that `lora_blip.load_adapter` reads it. Let A₀
+#    and B₀ be A and B before the training. The update of the original base is B A − B₀ A₀, so you need rank 2r.
+#    `lora_blip.save_adapter(path, backbone)` writes the file. A right answer has the logits of the trained PiSSA.
 # 2. Compute the singular values of DoRA's update W' − W₀ after the training, and those of LoRA's. A right answer shows that
 #    LoRA's has rank r, and that DoRA's has full rank, up to rounding, so that an adapter of rank r cannot store it exactly.
 #
 # ## What to remember
 #
-# - A variant changes the factor, the norm, the start or the learning rates. Without training steps, all give the base.
+# - A variant changes the factor, the norm, the start or the learning rates. Before the first training step, each gives the base.
 # - For a fixed r, rsLoRA is LoRA with α·√r. With Adam, LoRA+ is LoRA with λα and the
 #   learning rate that LoRA+ has for A.
 # - Compare variants only after you tune the learning rate of each.

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import lora_blip
+from lora_blip.kernels import paths
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
 RUNS = tempfile.TemporaryDirectory(prefix="lora_blip_lesson_")
@@ -41,6 +42,7 @@ if not IN_NOTEBOOK:
     matplotlib.use("agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or min(2, os.cpu_count() or 1))
 torch.manual_seed(SEED)
+paths.use(paths.nearest(paths.read(paths.TABLE), paths.processor()))  # limits of the package, and not of `lora-blip tune`
 
 
 def lesson_name() -> str:

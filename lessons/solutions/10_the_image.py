@@ -21,12 +21,14 @@ model = backbone.model
 
 
 @torch.no_grad()
-def caption_scores(images, captions):
-    """Return the log-probability of each caption for its image."""
+def caption_scores(images, captions, only=None):
+    """Return the log-probability of each caption for its image, or that of the words "cube" in it, or of all others."""
     pixels = backbone.image_processor(images, return_tensors="pt").pixel_values
     tokens = lesson_tools.tokenize(backbone, captions)
     logs = model(pixel_values=pixels, **tokens).logits[:, :-1].log_softmax(-1)
-    return (logs.gather(-1, tokens.input_ids[:, 1:, None])[..., 0] * tokens.attention_mask[:, 1:]).sum(1)
+    of_words = logs.gather(-1, tokens.input_ids[:, 1:, None])[..., 0] * tokens.attention_mask[:, 1:]
+    is_cube = tokens.input_ids[:, 1:] == backbone.tokenizer.convert_tokens_to_ids("cube")
+    return {None: of_words, "cube": of_words * is_cube, "others": of_words * ~is_cube}[only].sum(1)
 
 
 # %% [markdown]
@@ -36,17 +38,23 @@ def caption_scores(images, captions):
 
 # %%
 images, captions = lesson_tools.test_cubes(48)
-scores = {"adapter, learned": caption_scores(images, captions).mean().item()}
-with lora_blip.disable_adapters(backbone):
-    scores["base, learned"] = caption_scores(images, captions).mean().item()
+scores = {}
+
+
+def measure(attention):
+    for words in ("cube", "others"):
+        scores["adapter", attention, words] = caption_scores(images, captions, words).mean().item()
+        with lora_blip.disable_adapters(backbone):
+            scores["base", attention, words] = caption_scores(images, captions, words).mean().item()
+
+
+measure("learned")
 handles = [
     module.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
     for name, module in model.text_decoder.named_modules()
     if name.endswith("crossattention.self.query")
 ]
-scores["adapter, uniform"] = caption_scores(images, captions).mean().item()
-with lora_blip.disable_adapters(backbone):
-    scores["base, uniform"] = caption_scores(images, captions).mean().item()
+measure("uniform")
 with torch.no_grad():
     pixels = backbone.image_processor(images[:1], return_tensors="pt").pixel_values
     states = model.vision_model(pixels).last_hidden_state
@@ -54,14 +62,18 @@ with torch.no_grad():
     weights = model.text_decoder(input_ids=ids, encoder_hidden_states=states, output_attentions=True).cross_attentions
 for handle in handles:
     handle.remove()
-for name, score in scores.items():
-    record(f"log-probability of a caption, {name} attention", score)
+for (state, attention, words), score in scores.items():
+    record(f"log-probability in a caption, {state}, {attention} attention, {words}", score)
 assert len(weights) == 3 and all(torch.allclose(weight, torch.tensor(1 / 37)) for weight in weights)  # three layers
-assert scores["adapter, uniform"] < scores["adapter, learned"] - 1 and scores["base, uniform"] > scores["base, learned"] + 1
+for state in ("adapter", "base"):
+    assert scores[state, "uniform", "others"] < scores[state, "learned", "others"] - 1
+assert scores["base", "learned", "cube"] < -10 and scores["base", "learned", "others"] > -1
+assert scores["base", "uniform", "cube"] > scores["base", "learned", "cube"] + 1
 
 # %% [markdown]
-# With the adapter, the log-probability falls, so this model needs its attention. In the base it rises: the base gives these
-# captions a low probability, and its learned attention makes it lower.
+# For the words other than "cube", the log-probability falls in both models, so both need their attention. The base gives these words
+# nearly the probability 1. But it is sure of another noun than "cube". Uniform attention makes it less sure of that noun, so the
+# log-probability of "cube" rises, and with it that of the whole caption. Do not look only at the sum.
 
 # %% [markdown]
 # ## 2. Mirrored images
