@@ -143,7 +143,7 @@ for (model, targets), values in ratios.items():
 # These findings hold for the seeds 0, 1 and 2 (`lessons/spread.md` has the numbers, except those of each layer). Some scores depend on
 # the seed: with an adapter on all linears of the ViT of BLIP, the exact match is 79 %, 88 % and 96 % (76 % instead of 79 % in
 # another version of this code, which rounds differently). The findings compare how fast adapters learn in two epochs with one learning
-# rate per base. They do not say that the ViT cannot learn the cubes: after thirty epochs, `make demo` with an adapter
+# rate per base. They do not say that the ViT cannot learn the cubes: after twenty epochs, `make demo` with an adapter
 # on the ViT reaches 99 % or more. The order of the ViT and the Q-Former of BLIP-2 is not a result: nearly all
 # captions of both are wrong.
 
