@@ -418,7 +418,7 @@ def test_differences_name_the_changed_setting_or_content():
         "training lines are not the same",
         "base weights are not the same",
         "base processors are not the same",
-        "new was None and is 5",
+        "new was not set and is 5",
     ]
     assert resume.differences(now, now) == []
 
@@ -431,7 +431,7 @@ def test_a_setting_that_an_older_version_did_not_have_has_its_default():
         f"dropout was {TrainConfig().dropout} and is 0.9",
         "image_size was 0 and is 64",
     ]
-    assert resume.differences({}, {"image_size": 0, "dropout": 0.0}) == ["dropout was None and is 0.0"]
+    assert resume.differences({}, {"image_size": 0, "dropout": 0.0}) == ["dropout was not set and is 0.0"]
 
 
 @pytest.mark.parametrize(
