@@ -30,15 +30,12 @@
 # $$dX = dY \, W_0 + s \, (dY B) A$$
 
 # %%
-from dataclasses import replace
-
 import torch
-from lesson_tools import ROOT, record, show
+from lesson_tools import ROOT, always_fused, record, show
 from matplotlib import pyplot as plt
 from torch import nn
 
 import lora_blip
-from lora_blip.kernels import paths
 from lora_blip.lora.layer import AdapterStack, LoRA, Site, lora_hook
 
 k, d, r, alpha, n = 64, 96, 5, 12.0, 10
@@ -121,7 +118,7 @@ def saved_bytes(linear, x, autocast):
 k, d, r, images, rows = 128, 512, 8, 8, 37
 backbone = lora_blip.load_backbone(str(ROOT / "assets/tiny-blip"))
 lora_blip.inject(backbone, "vit", r=r, alpha=32.0)
-paths.use(replace(paths.row(), fused=0))  # use the fused hook for small linears too; by default the processor decides
+always_fused()  # by default, the size of the linear and the processor decide
 fused = backbone.model.vision_model.encoder.layers[0].mlp.fc1  # with the fused hook, which `inject` adds
 plain = nn.Linear(k, d).requires_grad_(False)
 plain.lora = AdapterStack({"default": LoRA(Site("fc1", r=r, alpha=32.0), k, d)})
