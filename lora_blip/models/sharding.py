@@ -30,7 +30,7 @@ def shard(backbone: Backbone, ranks: int) -> None:
     mesh = init_device_mesh(backbone.device.type, (ranks,))
     for part in filter(None, (getattr(model, name, None) for name in LARGE)):
         for block in blocks_of(part):
-            # True: each block is a root of its own, and by default a root keeps its weights after the forward
+            # True: FSDP takes each block for a root, and by default a root keeps its weights after the forward
             fully_shard(block, mesh=mesh, ignored_params=own, reshard_after_forward=True)
     model.to(backbone.device)
 
