@@ -18,7 +18,7 @@ from PIL import Image
 from lora_blip.data.decoding import undecodable
 from lora_blip.data.entries import LeftOut, Located, Location
 from lora_blip.data.example import IMAGE_SLOT, Example, ExampleBuilder
-from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries
+from lora_blip.data.formats import NO_KEYS, Keys, is_plain_jsonl, jsonl_entries, keys_of
 from lora_blip.data.grouping import Groups, observed
 from lora_blip.data.image_paths import moved_images
 from lora_blip.data.json_repair import rename_command
@@ -159,6 +159,13 @@ def sources_of(
         raise DataError(f"{setting}: {error}") from None
     with_splits = use_splits and len(sources) > 1
     return [(one.path, one.root, one.split_entries if with_splits else one.entries, one.describe) for one in sources]
+
+
+def check_columns(config: Any, *settings: str) -> None:
+    """Call `refuse_unknown_columns` for the files in these settings of a command."""
+    for setting in settings:
+        if source := getattr(config, setting):
+            refuse_unknown_columns(source, keys_of(config), setting)
 
 
 def refuse_unknown_columns(source: str | Path, keys: Keys, setting: str = "annotations") -> None:

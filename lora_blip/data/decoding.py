@@ -10,7 +10,7 @@ from PIL import Image
 from lora_blip.data.deep_images import DarkImages
 from lora_blip.data.images import open_image
 from lora_blip.errors import ImageError
-from lora_blip.runtime.counts import counted
+from lora_blip.runtime.counts import counted, first_names
 from lora_blip.runtime.progress import track
 from lora_blip.runtime.untrusted import printable
 
@@ -42,9 +42,8 @@ def tiny_warning(sizes: dict[str, tuple[int, int]]) -> str:
     if not sizes:
         return ""
     names = [f"{name} ({width} × {height})" for name, (width, height) in sorted(sizes.items())]
-    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     start = f"warning: {counted(len(names), 'image')} with fewer than {TINY} pixels in a row or a column"
-    return printable(f"{start}: {', '.join(names[:LISTED])}{more}; remove their lines if they are not photos")
+    return printable(f"{start}: {first_names(names, LISTED)}; remove their lines if they are not photos")
 
 
 def _decode_failure(image: str, on_decoded: OnDecoded | None, dark: DarkImages, tiny: dict[str, tuple[int, int]]) -> str:

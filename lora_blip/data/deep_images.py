@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from lora_blip.runtime.counts import counted
+from lora_blip.runtime.counts import counted, first_names
 
 BITS, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF's tags, and the sample format of signed integers
 DARK = 32  # grey level; an image without a brighter pixel is nearly black
@@ -32,11 +32,9 @@ class DarkImages:
         """Return the warning that names the first images, or ""."""
         if not self.names:
             return ""
-        names = sorted(self.names)
-        more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
         return (
-            f"{counted(len(names), 'image')} with 16 or more bits per pixel: nearly black, because the values use a small part "
-            f"of the range (0–65,535 for 16 bits, 0–1 for floats): {', '.join(names[:LISTED])}{more}; "
+            f"{counted(len(self.names), 'image')} with 16 or more bits per pixel: nearly black, because the values use a small "
+            f"part of the range (0–65,535 for 16 bits, 0–1 for floats): {first_names(sorted(self.names), LISTED)}; "
             "if that is wrong, multiply their values, or save them with 8 bits"
         )
 

@@ -9,13 +9,14 @@ from lora_blip.runtime.user_paths import is_file, require_annotations, require_f
 
 def check_inference(config: InferConfig) -> None:
     """Raise the error that `infer` would raise if a path of its settings does not exist or cannot be written."""
-    from lora_blip.data.image_sources import ImageSource  # late: it imports PIL, which --help does not need
+    from lora_blip.data.annotations import check_columns  # late: both import PIL, which --help does not need
+    from lora_blip.data.image_sources import ImageSource
 
     ImageSource(config.images)
     if config.references:
         require_annotations(config.references, "references")
         require_folder("image_root", config.image_root)
-        _refuse_columns(config)
+        check_columns(config, "references")
     for setting in ("texts", "question"):
         is_file(getattr(config, setting), setting)
     check_model(config.model, config.adapter, config.runs)
@@ -24,19 +25,13 @@ def check_inference(config: InferConfig) -> None:
 
 def check_evaluation(config: EvaluateConfig) -> None:
     """Raise the error that `evaluate` would raise if a path of its settings does not exist or cannot be written."""
+    from lora_blip.data.annotations import check_columns  # late: it imports PIL, which --help does not need
+
     check_model(config.model, config.adapter)
     refuse_unwritable(config.output_dir or str(runs.RUNS))
     require_annotations(config.references, "references")
     require_folder("image_root", config.image_root)
-    _refuse_columns(config)
-
-
-def _refuse_columns(config: InferConfig | EvaluateConfig) -> None:
-    """Raise DataError if a table of references has no known columns."""
-    from lora_blip.data.annotations import refuse_unknown_columns  # late: it imports PIL, which --help does not need
-    from lora_blip.data.formats import keys_of
-
-    refuse_unknown_columns(config.references, keys_of(config), "references")
+    check_columns(config, "references")
 
 
 def check_model(model: str, adapter: str, folder: str | runs.Path = runs.RUNS) -> None:

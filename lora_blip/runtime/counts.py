@@ -1,6 +1,6 @@
 """Numbers of things in messages: "1 step", "1,200 images", "1 line has", "3 batches have"."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -20,6 +20,11 @@ def counted(number: int, noun: str, verb: str = "") -> str:
     """Return the number with its noun: "1 step", "1,200 images", or "1 image has" with the verb "have"."""
     text = f"{number:,} {plural(noun, number)}"
     return f"{text} {SINGULARS[verb] if number == 1 else verb}" if verb else text
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """Return the first names, and the number of the others: "a, b, c and 1,200 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def exact(value: float) -> str:

@@ -17,28 +17,20 @@ COMPILERS = ("c++", "g++", "clang++", "cl")
 
 def check_paths(config: TrainConfig) -> None:
     """Raise the error that the training would raise if a path cannot be used or settings contradict each other."""
+    from lora_blip.data.annotations import check_columns  # late: it imports PIL, which --help does not need
+
     refuse_contradictions(config)
     refuse_unwritable(config.output_dir)
     require_annotations(config.annotations)
     if config.val_annotations:
         require_annotations(config.val_annotations, "val_annotations")
     require_folder("image_root", config.image_root)
-    _refuse_columns(config)
+    check_columns(config, "annotations", "val_annotations")
     locate_base(config.model)
     if config.resume not in ("auto", "off"):
         run_to_resume(Path(config.resume))
     if config.init_adapter:
         locate_initial(config.init_adapter, config.output_dir)
-
-
-def _refuse_columns(config: TrainConfig) -> None:
-    """Raise DataError if a table of annotations has no known columns."""
-    from lora_blip.data.annotations import refuse_unknown_columns  # late: it imports PIL, which --help does not need
-    from lora_blip.data.formats import keys_of
-
-    refuse_unknown_columns(config.annotations, keys_of(config))
-    if config.val_annotations:
-        refuse_unknown_columns(config.val_annotations, keys_of(config), "val_annotations")
 
 
 def refuse_contradictions(config: TrainConfig) -> None:
