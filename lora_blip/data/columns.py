@@ -2,10 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from lora_blip.data.entries import IMAGE_NAME
-from lora_blip.runtime.untrusted import quoted
+from lora_blip.data.entries import ANSWER_KEYS, IMAGE_NAME, Entry
+from lora_blip.runtime.untrusted import quoted, shorten
 
 INTEGER = re.compile(r"-?[0-9]+")
 FEW_COLUMNS = 12  # largest number of columns that a message lists
@@ -31,6 +31,24 @@ def meant(ours: str, name: str, header: Sequence[str]) -> str:
     inside = [cell for cell in plain if wanted and (wanted in cell or (len(cell) > 2 and cell in wanted))]
     near = next(iter(sorted(inside, key=len) or difflib.get_close_matches(wanted, plain, 1, ALIKE)), "")
     return f"\ndid you mean {_flag(ours, plain[near])}?" if near else ""
+
+
+def unknown_name(entry: Entry, named: Mapping[str, str]) -> str:
+    """Return why an entry has no key with a name that the user gives, or "". Otherwise a common name would be used silently.
+
+    An entry needs one of the names of text and question. It needs the name of the answers only if it has others.
+    named: {our key: name in the file}.
+    """
+    absent = [ours for ours, name in named.items() if name not in entry]
+    contents = [ours for ours in ("text", "question") if ours in named]
+    wrong = ["image"] * ("image" in absent) + contents * (set(contents) <= set(absent))
+    wrong += ["answers"] * ("answers" in absent and not entry.keys().isdisjoint(ANSWER_KEYS))
+    if not wrong:
+        return ""
+    name = named[wrong[0]]
+    others = [key for key in entry if key not in named.values()]
+    fix = meant(wrong[0], name, others).strip()
+    return f"it has no {quoted(name)}; its keys are {shorten(quoted(list(entry))[1:-1])}{'; ' * bool(fix)}{fix}"
 
 
 def flags(header: Sequence[str], keys: Sequence[str], below: Sequence[Sequence[str]]) -> str:

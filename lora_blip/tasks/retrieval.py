@@ -29,7 +29,10 @@ from lora_blip.tasks.losses import hard_negatives, itc_loss
 TEMPERATURE = 0.07  # before training, as in CLIP and BLIP
 RERANKED = 16  # texts with the highest ITC similarity, for which ITM is computed too
 CHUNK = 64  # pairs in one forward of ITM
-QUESTION = "it is a question, not a text; choose a checkpoint for questions (--model Salesforce/blip-vqa-base)"
+QUESTION = (
+    "it is a question, and retrieval needs texts; to train on questions, choose a checkpoint for questions "
+    "(--model Salesforce/blip-vqa-base)"
+)
 
 
 class Features(NamedTuple):

@@ -172,6 +172,31 @@ def test_a_named_key_is_used_instead_of_a_pair_and_may_have_a_list(folder):
         read(write(folder / "x.jsonl", [{"image": "1.png", "words": "a cube", "n": 3}]))
 
 
+@pytest.mark.parametrize(
+    ("keys", "entry", "reason"),
+    [
+        (Keys(text="lomg"), {"image": "1.png", "caption": "a", "long": "b"}, 'did you mean --text-key "long"?'),
+        (Keys(text="words"), {"image": "1.png", "caption": "a"}, "it has no 'words'; its keys are 'image', 'caption'"),
+        (Keys(image="pic"), {"image": "1.png", "picture": "2.png", "text": "a"}, 'did you mean --image-key "picture"?'),
+        (Keys(question="ask"), {"image": "1.png", "question": "q?", "answer": "a"}, "it has no 'ask'; its keys are"),
+        (Keys(answer="labl"), {"image": "1.png", "question": "q?", "answer": "a", "label": "b"}, '--answer-key "label"?'),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_a_name_that_no_key_has_is_an_error_and_no_common_name_is_used(folder, name, keys, entry, reason):
+    path = folder / name
+    path.write_text(json.dumps(entry if name == "x.jsonl" else [entry, entry]))
+    with pytest.raises(DataError) as error:
+        read(path, keys=keys)
+    assert reason in str(error.value)
+
+
+def test_lines_with_captions_and_lines_with_questions_may_have_different_named_keys(folder):
+    lines = [{"pic": "1.png", "cap": "a"}, {"pic": "1.png", "ask": "q?", "label": "b"}]
+    path = write(folder / "x.jsonl", lines)
+    assert read(path, keys=Keys("pic", "cap", "ask", "label")) == [("1.png", "", (), "a"), ("1.png", "q?", ("b",), "")]
+
+
 SPLITS = ("train", "val", "test")
 FILES = {
     "names": ("{}.jsonl", {"val": "valid"}),

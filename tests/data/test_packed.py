@@ -165,6 +165,9 @@ def test_other_columns_are_named_by_flags(run, pa, tmp_path):
         DataError, match=r"no column has the name 'photo'; the columns are pixels, words; name it: --image-key COLUMN$"
     ):
         run(path, image_key="photo")
+    both = table(tmp_path / "both.parquet", pa, [{"image": embedded(5), "caption": "c", "words": "w"}])
+    with pytest.raises(DataError, match=r"it has no 'wrods'; its keys are .*; did you mean --text-key \"words\"\?"):
+        run(both, text_key="wrods")
 
 
 def test_a_bad_row_is_named_and_an_error_leaves_no_image(run, pa, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_blip.data import formats
+from lora_blip.data.columns import unknown_name
 from lora_blip.data.conversions import converted, needs_conversion
 from lora_blip.data.entries import SPLITS, Located, several
 from lora_blip.data.formats import NO_KEYS, Keys
@@ -160,9 +161,9 @@ def _source(path: Path, file_format: str, document: Any, answer_files: dict[Path
         return Source(path, file_format, lambda: by_folder(TABLES[file_format](path, keys)), folder, keys=keys)
     if file_format in LINES:
         lines = partial(LINES[file_format], path, **raw)
-        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys)), folder, keys=keys)
+        return Source(path, file_format, lambda: by_folder(with_our_keys(lines, keys, **raw)), folder, keys=keys)
     if file_format in DOCUMENTS:
-        entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document, **raw), keys)
+        entries = partial(with_our_keys, partial(DOCUMENTS[file_format], path, document, **raw), keys, **raw)
         return Source(path, file_format, entries, split if file_format == "coco" else "")
     subset = published.subset_of(path, document)
     matching = [other for other in answer_files if published.subset_of(other, answer_files[other]) == subset]
@@ -178,16 +179,22 @@ def _unpacked_source(source: str, one: Source) -> Source:
         return one
     raw = bool(one.keys.named)
     lines = partial(formats.jsonl_entries, one.path, LONGEST, raw) if one.format == "jsonl" else None
-    entries = partial(with_our_keys, lines, one.keys) if lines else one.entries
+    entries = partial(with_our_keys, lines, one.keys, raw) if lines else one.entries
     return replace(one, entries=partial(refuse_packed, source), unpack=lambda target: unpacked(entries(), target))
 
 
-def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys) -> Iterator[Located]:
-    """Yield the entries with the keys image, text, question and answers in place of the names in `keys`."""
+def with_our_keys(entries: Callable[[], Iterator[Located]], keys: Keys, raw: bool = False) -> Iterator[Located]:
+    """Yield the entries with the keys image, text, question and answers in place of the names in `keys`.
+
+    raw: whether the entries have the keys of the file, so that a name in `keys` that no key has is an error.
+    """
     named = {name: ours for ours, name in keys.named.items()}
     for at, entry in entries():
         if not named or not isinstance(entry, dict):
             yield at, entry
+            continue
+        if raw and (reason := unknown_name(entry, keys.named)):
+            yield at, reason
             continue
         entry = {key: value for key, value in entry.items() if key not in named.values()} | {
             named[key]: value for key, value in entry.items() if key in named
